@@ -1,0 +1,3 @@
+"""jaxguard trains safety guard models in JAX."""
+
+__version__ = "0.1.0"

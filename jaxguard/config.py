@@ -1,0 +1,339 @@
+"""The run's configuration: one frozen, typed tree, read from YAML.
+
+A config file holds only what differs from the defaults below, or from the one file that it `extends`. Dotted
+overrides (`optimizer.learning_rate=2e-6`) come last. Every mistake is a JaxguardError that names the field.
+
+Where the paper (arXiv 2505.20087) is silent, the default here is our choice; docs/configuration.md says which.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jaxguard.errors import JaxguardError
+
+CONFIG_FOLDER = Path("configs")
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Frozen, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which weights to train, and how they are computed with. Shape comes from the checkpoint's config.json."""
+
+    checkpoint: str
+    """A Hugging Face directory, or a repository id on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and matmuls. Master weights and Adam state are always float32."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel; auto takes the best one that the device and the head size allow."""
+    remat: Literal["full", "dots", "none"] = "full"
+    """What the backward pass recomputes: every layer, all but its matmuls, or nothing."""
+    query_chunk: Positive = 512
+    """Query tokens whose scores are held at once by XLA attention."""
+    loss_chunk: Positive = 256
+    """Target tokens of a row whose logits are held at once."""
+
+
+class SourceConfig(Section):
+    """One labelled data set."""
+
+    kind: Literal["wildguardmix", "aegis2", "nemotron_safety", "nemotron_topics", "jsonl"]
+    """Whose columns it has. `jsonl` is our own format, see docs/data.md."""
+    path: str | None = None
+    """A local file or folder with those columns; None reads the hub."""
+    split: str = "train"
+    """The split on the hub, or the file's stem inside a folder."""
+    teacher: Literal["deepseek_r1_0528", "gpt_oss_120b", "qwen3_32b"] = "deepseek_r1_0528"
+    """Whose traces to take from a nemotron source."""
+    trace: Literal["full", "one_sentence"] = "full"
+    """Which trace to take from a nemotron source."""
+
+
+class DataConfig(Section):
+    """What is trained on and how it is rendered."""
+
+    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Training sources, concatenated."""
+    validation: tuple[SourceConfig, ...] = ()
+    """Held-out sources; with none, `validation_size` examples are set aside from training."""
+    validation_size: NonNegative = 256
+    """Held-out examples scored at each evaluation, a seeded sample; 0 turns validation off."""
+    policy: str = "wildguard"
+    """A name in configs/policies or a YAML file; an example may bring its own."""
+    mode: Literal["reasoning", "direct", "dual"] = "reasoning"
+    """Answer with a trace, without, or a share of each."""
+    dual_reasoning_share: Share = 0.5
+    """Dual mode: share of the examples that carry their trace."""
+    reasoning_marker: str = "/think"
+    """Ends the user turn when a trace is wanted."""
+    direct_marker: str = "/no_think"
+    """Ends the user turn when the verdict alone is wanted."""
+    subset: Positive | None = None
+    """Train on this many examples; smaller subsets of one seed are contained in larger ones."""
+    subset_seed: NonNegative = 0
+    """Which random subset."""
+    row_tokens: Positive = 2048
+    """Length of a packed row; an example longer than that is cut in its untrusted text."""
+    prefetch: Positive = 8
+    """Batches that grain prepares ahead."""
+
+
+class OptimizerConfig(Section):
+    """AdamW on a schedule."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How it decays after warmup."""
+    warmup_steps: NonNegative = 0
+    """Updates of linear warmup."""
+    final_learning_rate_share: Share = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay of matrices; norm weights are never decayed."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Global gradient norm limit; None turns it off."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    batch_size: Positive = 32
+    """Examples in one optimizer step."""
+    epochs: Annotated[float, Field(gt=0)] = 5
+    """Passes over the training examples."""
+    max_steps: Positive | None = None
+    """Stop after this many updates; the schedule then ends there too."""
+    accumulation: Positive = 1
+    """Micro-batches that one step's rows are cut into; the gradient does not change."""
+    evaluate_every: NonNegative = 50
+    """Updates between validations, which also run before the first and after the last; 0 for only those two."""
+    export: bool = True
+    """Write a Hugging Face checkpoint at the end."""
+
+
+class MeshConfig(Section):
+    """How devices are arranged, and how hosts find each other."""
+
+    data: Positive = 1
+    """Copies of the weights."""
+    fsdp: int = -1
+    """Devices that one copy of the weights is cut over; -1 takes all that are left."""
+    tensor: Positive = 1
+    """Devices that heads, hidden units and vocabulary are cut over."""
+    hosts: Literal["single", "auto", "explicit"] = "single"
+    """auto: jax.distributed finds SLURM, GKE or a TPU pod by itself. explicit: the three fields below."""
+    coordinator: str | None = None
+    """host:port of process 0."""
+    processes: Positive | None = None
+    process: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fsdp == 0 or self.fsdp < -1:
+            raise ValueError("fsdp must be positive, or -1 for all the devices that are left")
+        explicit = (self.coordinator, self.processes, self.process)
+        if self.hosts == "explicit" and None in explicit:
+            raise ValueError("hosts: explicit needs coordinator, processes and process")
+        if self.hosts != "explicit" and any(x is not None for x in explicit):
+            raise ValueError(f"coordinator, processes and process go with hosts: explicit, not {self.hosts}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """Orbax checkpoints of weights, optimizer and step."""
+
+    every: Positive = 100
+    """Updates between checkpoints; the last update is always kept."""
+    keep_last: Positive = 2
+    keep_best: NonNegative = 1
+    """How many of the best by validation loss to keep besides."""
+
+
+class LogConfig(Section):
+    """Where the curves go. metrics.jsonl is always written."""
+
+    tensorboard: bool = True
+    trackio: bool = False
+    wandb: bool = False
+    project: str = "jaxguard"
+    """Project name for trackio and wandb."""
+    profile_step: Positive | None = None
+    """Trace three updates from this one with the JAX profiler."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str
+    run_folder: str = "runs"
+    """The run lives in run_folder/name."""
+    seed: NonNegative = 0
+    """Order of the examples and which of them keep their trace."""
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_folder) / self.name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        data, train = self.data, self.train
+        if not data.reasoning_marker or not data.direct_marker or data.reasoning_marker == data.direct_marker:
+            raise ValueError("data.reasoning_marker and data.direct_marker must differ and not be empty")
+        if data.subset is not None and data.subset < train.batch_size:
+            raise ValueError(f"data.subset={data.subset} is smaller than train.batch_size={train.batch_size}")
+        if self.model.attention == "cudnn" and self.model.compute_dtype == "float32":
+            raise ValueError("model.attention=cudnn computes in bfloat16 only; set model.compute_dtype=bfloat16")
+        return self
+
+
+def load(name: str, overrides: Iterable[str] = (), folder: Path = CONFIG_FOLDER) -> Config:
+    """Read a config by name (a file in `folder`) or by path, and apply overrides such as `train.epochs=3`.
+
+    Raises:
+        JaxguardError: no such file, unknown or ill-typed field, impossible combination.
+    """
+    path = find_config(name, folder)
+    tree = _read_yaml(path)
+    if "extends" in tree:
+        base_path = find_config(str(tree.pop("extends")), path.parent)
+        base = _read_yaml(base_path)
+        if "extends" in base:
+            raise JaxguardError(f"{base_path}: extends {base['extends']!r}, and {path} extends it; inheritance has one level only")
+        tree = _merge(base, tree)
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise JaxguardError(f"override {override!r}: write it as field=value, for example train.epochs=3")
+        tree = _merge(tree, _nested(key.strip().split("."), _scalar(text)))
+    return validate(tree, str(path))
+
+
+def validate(tree: Mapping[str, Any], origin: str) -> Config:
+    """Turn a plain tree into a Config; `origin` names it in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise JaxguardError("\n".join(f"{origin}: {_explain(e)}" for e in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; loading it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def find_config(name: str, folder: Path) -> Path:
+    """The file that a config's name or path stands for."""
+    for candidate in (Path(name), folder / f"{name}.yaml"):
+        if candidate.suffix in {".yaml", ".yml"} and candidate.is_file():
+            return candidate
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    raise JaxguardError(f"no config {name!r}: {_nearest(name, known)}known in {folder}/: {', '.join(known) or 'none'}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise JaxguardError(f"{path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise JaxguardError(f"{path}: expected fields, found {type(tree).__name__}")
+    return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 as a string; people mean a number. A field given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"field {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506
+    except yaml.YAMLError:
+        return text
+
+
+def _nested(keys: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, section by section; a list replaces a list."""
+    both = {k: _merge(base[k], v) for k, v in top.items() if isinstance(v, Mapping) and isinstance(base.get(k), Mapping)}
+    return {**base, **top, **both}
+
+
+def _explain(error: Any) -> str:
+    where = [str(part) for part in error["loc"]]
+    field = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        known = list(_section_at(where[:-1]).model_fields)
+        return f"unknown field {field!r}; {_nearest(where[-1], known)}known here: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"field {field!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {error['input']!r})"
+    choices = [c.strip("' ") for c in str(error.get("ctx", {}).get("expected", "")).replace(" or ", ",").split(",")]
+    hint = _nearest(str(error["input"]), choices) if error["type"] == "literal_error" else ""
+    return f"{field}: {message}{given}{'; ' + hint.rstrip(' ;') if hint else ''}" if field else message
+
+
+def _section_at(path: list[str]) -> type[BaseModel]:
+    """The section class that a field path leads to, through tuples of sections too."""
+    section: type[BaseModel] = Config
+    for part in path:
+        if part.isdigit():
+            continue
+        section = next(t for t in _flatten(section.model_fields[part].annotation) if isinstance(t, type) and issubclass(t, BaseModel))
+    return section
+
+
+def _flatten(annotation: Any) -> Iterable[Any]:
+    if typing.get_origin(annotation) in (tuple, types.UnionType, typing.Union):
+        for arg in typing.get_args(annotation):
+            yield from _flatten(arg)
+    else:
+        yield annotation
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}? " if match else ""

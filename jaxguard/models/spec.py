@@ -1,0 +1,175 @@
+"""A model's shape and numerics, read from its Hugging Face config.json."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig, PretrainedConfig
+
+from jaxguard.errors import JaxguardError
+
+SUPPORTED = {"llama": "Llama 3.x, SmolLM2", "gemma3_text": "Gemma 3 1B", "gemma3": "Gemma 3 4B, 12B, 27B"}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of one kind of layer.
+
+    Attributes:
+        theta: base of the frequencies.
+        factor: every frequency is divided by it ("linear" scaling); 1 for none.
+        llama3: (low_freq_factor, high_freq_factor, original context): only long wavelengths are divided.
+    """
+
+    theta: float
+    factor: float = 1.0
+    llama3: tuple[float, float, int] | None = None
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What layers can differ in: rope, and the window of tokens (self included) that attention sees; None for all."""
+
+    rope: Rope
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that the decoder has to know. Hashable, so that it can be static under jit.
+
+    Attributes:
+        family: whose weight names and norms apply.
+        vocab, width, layers, heads, kv_heads, head_dim, hidden: V D L N K H F.
+        norm_epsilon: added to the mean square in RMSNorm.
+        norm_offset: the norm multiplies by 1 + w in fp32 (Gemma), else by w in the input's type.
+        sandwich: each half-layer's output is normalised too (Gemma).
+        qk_norm: queries and keys are normalised over H before rope.
+        activation: the MLP gate's non-linearity.
+        query_scale: multiplies the attention scores.
+        embed_scale: multiplies the embeddings, rounded to the compute type.
+        kinds: the distinct kinds of layer.
+        layer_kinds: for each layer, an index into kinds.
+        tied: the LM head is the embedding table.
+        context: longest sequence the checkpoint was made for, tokens.
+        dtype: type of the checkpoint's tensors, as config.json says.
+    """
+
+    family: Literal["llama", "gemma3"]
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    norm_epsilon: float
+    norm_offset: bool
+    sandwich: bool
+    qk_norm: bool
+    activation: Literal["silu", "gelu_tanh"]
+    query_scale: float
+    embed_scale: float
+    kinds: tuple[LayerKind, ...]
+    layer_kinds: tuple[int, ...]
+    tied: bool
+    context: int
+    dtype: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each letter of a weight's shape."""
+        return {
+            "V": self.vocab, "D": self.width, "N": self.heads, "K": self.kv_heads, "H": self.head_dim,
+            "F": self.hidden, "L": self.layers,
+        }  # fmt: skip
+
+
+def read_spec(folder: Path) -> Spec:
+    """The spec of the checkpoint in `folder`.
+
+    Raises:
+        JaxguardError: no config.json, or an architecture or option that the decoder does not have.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise JaxguardError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise JaxguardError(f"{path}: transformers cannot read it: {error}") from None
+    if config.model_type not in SUPPORTED:
+        known = ", ".join(f"{k} ({v})" for k, v in SUPPORTED.items())
+        raise JaxguardError(f"{path}: model_type {config.model_type!r} is not supported; supported: {known}")
+    return _llama(config, path) if config.model_type == "llama" else _gemma3(config.get_text_config(), path)
+
+
+def _llama(c: PretrainedConfig, path: Path) -> Spec:
+    for option in ("attention_bias", "mlp_bias"):
+        _require(path, option, getattr(c, option, False), False)
+    _require(path, "hidden_act", c.hidden_act, "silu")
+    return Spec(
+        family="llama",
+        norm_offset=False,
+        sandwich=False,
+        qk_norm=False,
+        activation="silu",
+        query_scale=c.head_dim**-0.5,
+        embed_scale=1.0,
+        kinds=(LayerKind(_rope(c.rope_parameters, path)),),
+        layer_kinds=(0,) * c.num_hidden_layers,
+        **_common(c),
+    )
+
+
+def _gemma3(c: PretrainedConfig, path: Path) -> Spec:
+    for option, value in {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None, "use_bidirectional_attention": False}.items():  # fmt: skip
+        _require(path, option, getattr(c, option, value) or value, value)
+    names = ("sliding_attention", "full_attention")
+    local, full = (_rope(c.rope_parameters[name], path) for name in names)
+    return Spec(
+        family="gemma3",
+        norm_offset=True,
+        sandwich=True,
+        qk_norm=True,
+        activation="gelu_tanh",
+        query_scale=c.query_pre_attn_scalar**-0.5,
+        embed_scale=math.sqrt(c.hidden_size),
+        kinds=(LayerKind(local, c.sliding_window), LayerKind(full)),
+        layer_kinds=tuple(names.index(name) for name in c.layer_types),
+        **_common(c),
+    )
+
+
+def _common(c: PretrainedConfig) -> dict[str, Any]:
+    return {
+        "vocab": c.vocab_size,
+        "width": c.hidden_size,
+        "layers": c.num_hidden_layers,
+        "heads": c.num_attention_heads,
+        "kv_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "hidden": c.intermediate_size,
+        "norm_epsilon": c.rms_norm_eps,
+        "tied": c.tie_word_embeddings,
+        "context": c.max_position_embeddings,
+        "dtype": str(c.dtype or "float32").removeprefix("torch."),
+    }
+
+
+def _rope(parameters: dict[str, Any], path: Path) -> Rope:
+    kind, theta = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, factor=float(parameters["factor"]))
+    if kind == "llama3":
+        bands = (float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"]))
+        return Rope(theta, float(parameters["factor"]), (*bands, int(parameters["original_max_position_embeddings"])))
+    raise JaxguardError(f"{path}: rope_type {kind!r} is not supported; supported: default, linear, llama3")
+
+
+def _require(path: Path, option: str, value: Any, wanted: Any) -> None:
+    if value != wanted:
+        raise JaxguardError(f"{path}: {option}={value!r} is not supported; only {wanted!r} is")

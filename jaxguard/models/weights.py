@@ -1,0 +1,119 @@
+"""Every weight, declared once.
+
+A row says what a weight is called on both sides, how Hugging Face's layout becomes ours (an einops rule over shape
+letters; it reads backwards for the export), and which logical axis each of our dimensions is. Initialisation,
+sharding, import, export, the planner and the tests all read this table.
+
+We keep Hugging Face's parametrisation: values are only reshaped, transposed and stacked, so an export of unchanged
+weights is byte-identical.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxguard.models.spec import Spec
+
+LAYER = "layers."
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row of the table.
+
+    Attributes:
+        path: our name; weights of all layers are stacked under one that starts with `layers.`.
+        hf: Hugging Face's name after the model's prefix, `{i}` standing for the layer.
+        rule: Hugging Face's layout -> ours, without the stacked L.
+        axes: logical axis of each of our dimensions, L included.
+    """
+
+    path: str
+    hf: str
+    rule: str
+    axes: tuple[str, ...]
+
+    @property
+    def stacked(self) -> bool:
+        return self.path.startswith(LAYER)
+
+    def shape(self, spec: Spec) -> tuple[int, ...]:
+        """Our shape, L included."""
+        letters = self.rule.split("->")[1].split()
+        return tuple(spec.sizes[x] for x in (["L"] if self.stacked else []) + letters)
+
+    def hf_shape(self, spec: Spec) -> tuple[int, ...]:
+        """Hugging Face's shape of one layer's tensor."""
+        groups = self.rule.split("->")[0].replace("(N H)", "NH").replace("(K H)", "KH").split()
+        return tuple(math.prod(spec.sizes[x] for x in group) for group in groups)
+
+
+def _norm(path: str, hf: str, letter: str = "D") -> Weight:
+    axes = ("norm",) if not path.startswith(LAYER) else ("layers", "norm")
+    return Weight(path, f"{hf}.weight", f"{letter} -> {letter}", axes)
+
+
+EMBED = Weight("embed", "embed_tokens.weight", "V D -> V D", ("vocab", "embed"))
+HEAD = Weight("lm_head", "lm_head.weight", "V D -> D V", ("embed", "vocab"))
+"""Absent where the head is tied; it stands outside the model's prefix on disk."""
+
+_MATRICES = (
+    Weight("layers.q_proj", "layers.{i}.self_attn.q_proj.weight", "(N H) D -> D N H", ("layers", "embed", "heads", "head_dim")),
+    Weight("layers.k_proj", "layers.{i}.self_attn.k_proj.weight", "(K H) D -> D K H", ("layers", "embed", "kv_heads", "head_dim")),
+    Weight("layers.v_proj", "layers.{i}.self_attn.v_proj.weight", "(K H) D -> D K H", ("layers", "embed", "kv_heads", "head_dim")),
+    Weight("layers.o_proj", "layers.{i}.self_attn.o_proj.weight", "D (N H) -> N H D", ("layers", "heads", "head_dim", "embed")),
+    Weight("layers.gate_proj", "layers.{i}.mlp.gate_proj.weight", "F D -> D F", ("layers", "embed", "mlp")),
+    Weight("layers.up_proj", "layers.{i}.mlp.up_proj.weight", "F D -> D F", ("layers", "embed", "mlp")),
+    Weight("layers.down_proj", "layers.{i}.mlp.down_proj.weight", "D F -> F D", ("layers", "mlp", "embed")),
+)  # fmt: skip
+
+_FINAL_NORM = _norm("final_norm", "norm")
+
+# The same Hugging Face name, post_attention_layernorm, is the norm before the MLP in Llama and the norm after
+# attention in Gemma 3; our names say where a norm stands.
+_NORMS = {
+    "llama": (
+        _norm("layers.attention_norm", "layers.{i}.input_layernorm"),
+        _norm("layers.mlp_norm", "layers.{i}.post_attention_layernorm"),
+    ),
+    "gemma3": (
+        _norm("layers.attention_norm", "layers.{i}.input_layernorm"),
+        _norm("layers.attention_out_norm", "layers.{i}.post_attention_layernorm"),
+        _norm("layers.mlp_norm", "layers.{i}.pre_feedforward_layernorm"),
+        _norm("layers.mlp_out_norm", "layers.{i}.post_feedforward_layernorm"),
+        _norm("layers.q_norm", "layers.{i}.self_attn.q_norm", "H"),
+        _norm("layers.k_norm", "layers.{i}.self_attn.k_norm", "H"),
+    ),
+}
+
+
+def table(spec: Spec) -> tuple[Weight, ...]:
+    """The rows that a model of this spec has."""
+    return (EMBED, *_MATRICES, *_NORMS[spec.family], _FINAL_NORM, *(() if spec.tied else (HEAD,)))
+
+
+def abstract(spec: Spec, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and type, without memory."""
+    return {w.path: jax.ShapeDtypeStruct(w.shape(spec), dtype) for w in table(spec)}
+
+
+def initialise(spec: Spec, key: jax.Array) -> dict[str, jax.Array]:
+    """Random float32 weights: norms at identity, the rest normal with deviation 0.02."""
+    identity = 0.0 if spec.norm_offset else 1.0
+
+    def one(weight: Weight, key: jax.Array) -> jax.Array:
+        shape = weight.shape(spec)
+        if "norm" in weight.axes:
+            return jnp.full(shape, identity, jnp.float32)
+        return 0.02 * jax.random.normal(key, shape, jnp.float32)
+
+    rows = table(spec)
+    return {w.path: one(w, k) for w, k in zip(rows, jax.random.split(key, len(rows)), strict=True)}
+
+
+def count(weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> int:
+    """Number of parameters."""
+    return sum(math.prod(w.shape) for w in weights.values())
