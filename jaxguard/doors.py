@@ -1,0 +1,107 @@
+"""What every stage's door has in common: how its command line is read and how its errors are shown.
+
+`python -m jaxguard.STAGE --config NAME [field=value ...]` is the whole grammar. A stage adds options of its own only
+for what is not a property of the run, such as `--show-text`.
+"""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from jaxguard.config import CONFIG_FOLDER, Config, dump, load
+from jaxguard.errors import JaxguardError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+EPILOG = """\
+overrides:
+  Any field of the config, dotted, after the options or between them:
+      train.epochs=3 optimizer.learning_rate=2e-6 data.validation=[] data.train.0.path=my/data.jsonl
+  The last one given to a field wins. --dry-run shows what came out.
+
+configs in {folder}/: {known}
+"""
+
+
+def run_door(
+    stage: str,
+    description: str,
+    main: Callable[[argparse.Namespace, Config], int | None],
+    extend: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse a stage's command line, load the config, run `main`, and return the process's exit code.
+
+    Args:
+        stage: the package's name under jaxguard.
+        description: what the stage does, for --help.
+        main: gets the options and the resolved config; what it returns is the exit code, None meaning 0.
+        extend: adds the stage's own options to the parser.
+        argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+        main's code; 2 after a JaxguardError or a full disk, whose message went to stderr; 130 after Ctrl-C.
+    """
+    parser = door_parser(stage, description)
+    if extend is not None:
+        extend(parser)
+    try:
+        options, unknown = parser.parse_known_intermixed_args(argv)
+        _check_arguments(parser, unknown)
+        config = load(options.config, options.overrides)
+        if options.dry_run:
+            sys.stdout.write(dump(config))
+            return 0
+        return main(options, config) or 0
+    except JaxguardError as error:
+        return _complain(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(
+            f"the disk is full: writing {error.filename or 'a file'} failed; free some space and run again"
+        )
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+
+
+def door_parser(stage: str, description: str) -> argparse.ArgumentParser:
+    """The options that every stage has."""
+    known = ", ".join(sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))) or "none; run from the project's root"
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jaxguard.{stage}",
+        description=description,
+        epilog=EPILOG.format(folder=CONFIG_FOLDER, known=known),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="NAME|PATH", help="a file of configs/, by name, or any YAML file"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="change a field of the config")
+    return parser
+
+
+def _check_arguments(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    if not unknown:
+        return
+    option = unknown[0]
+    if "=" in option and "." in option:
+        raise JaxguardError(
+            f"unknown option {option!r}: an override is written without dashes, as {option.lstrip('-')}"
+        )
+    known = ", ".join(sorted(name for name in parser._option_string_actions if name.startswith("--")))
+    raise JaxguardError(f"unknown option {option!r}; known: {known}")
+
+
+def _complain(message: str) -> int:
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), message))
+    return USER_ERROR
