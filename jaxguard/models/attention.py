@@ -1,0 +1,89 @@
+"""Causal attention over packed rows, one function for every target.
+
+A token sees the tokens of its own segment that stand at or before it in the row and, in a local layer, at most `window` of
+them, itself included. Padding is segment 0; what it computes is finite and used by nobody.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxguard.models import attention_kernels as kernels
+
+Query = Float[Array, "B T N H"]
+KeyValue = Float[Array, "B T K H"]
+
+
+def attend(
+    query_BTNH: Query,
+    key_BTKH: KeyValue,
+    value_BTKH: KeyValue,
+    segments_BT: Int[Array, "B T"],
+    *,
+    window: int | None,
+    scale: float,
+    implementation: str,
+    query_chunk: int,
+) -> Query:
+    """Softmax attention by `implementation`: "xla", "cudnn" or "splash"; the values agree to rounding."""
+    match implementation:
+        case "cudnn":
+            return kernels.cudnn(query_BTNH, key_BTKH, value_BTKH, segments_BT, window=window, scale=scale)
+        case "splash":
+            return kernels.splash(query_BTNH, key_BTKH, value_BTKH, segments_BT, window=window, scale=scale)
+        case _:
+            return xla(query_BTNH, key_BTKH, value_BTKH, segments_BT, window=window, scale=scale, chunk=query_chunk)
+
+
+def xla(
+    query_BTNH: Query,
+    key_BTKH: KeyValue,
+    value_BTKH: KeyValue,
+    segments_BT: Int[Array, "B T"],
+    *,
+    window: int | None,
+    scale: float,
+    chunk: int,
+) -> Query:
+    """Plain matmuls, a chunk of queries at a time, over only the keys that the chunk can see.
+
+    Scores are recomputed in the backward pass, so that no more than one chunk of them is ever held.
+    """
+    tokens = query_BTNH.shape[1]
+    out = []
+    for start in range(0, tokens, chunk):
+        stop = min(start + chunk, tokens)
+        first = 0 if window is None else max(0, start - window + 1)
+        mask = _mask(segments_BT, first, start, stop, window)
+        out.append(_block(query_BTNH[:, start:stop], key_BTKH[:, first:stop], value_BTKH[:, first:stop], mask, scale))
+    return jnp.concatenate(out, axis=1)
+
+
+def _mask(segments_BT: Int[Array, "B T"], first: int, start: int, stop: int, window: int | None) -> Bool[Array, "B C S"]:
+    """May query start..stop see key first..stop?"""
+    query = jnp.arange(start, stop)[:, None]
+    key = jnp.arange(first, stop)[None, :]
+    seen = key <= query
+    if window is not None:
+        seen &= query - key < window
+    return seen & (segments_BT[:, start:stop, None] == segments_BT[:, None, first:stop])
+
+
+@partial(jax.checkpoint, static_argnums=(4,), prevent_cse=False)
+def _block(
+    query_BCNH: Float[Array, "B C N H"],
+    key_BSKH: Float[Array, "B S K H"],
+    value_BSKH: Float[Array, "B S K H"],
+    mask_BCS: Bool[Array, "B C S"],
+    scale: float,
+) -> Float[Array, "B C N H"]:
+    rows, queries, heads, width = query_BCNH.shape
+    kv_heads = key_BSKH.shape[2]
+    query_BCKGH = query_BCNH.reshape(rows, queries, kv_heads, heads // kv_heads, width)
+    scores_BKGCS = jnp.einsum("BCKGH,BSKH->BKGCS", query_BCKGH, key_BSKH, preferred_element_type=jnp.float32) * scale
+    # The finite minimum, not -inf: a row without any visible key must not become NaN.
+    scores_BKGCS = jnp.where(mask_BCS[:, None, None], scores_BKGCS, jnp.finfo(jnp.float32).min)
+    weights_BKGCS = jax.nn.softmax(scores_BKGCS, axis=-1).astype(value_BSKH.dtype)
+    return jnp.einsum("BKGCS,BSKH->BCKGH", weights_BKGCS, value_BSKH).reshape(query_BCNH.shape)

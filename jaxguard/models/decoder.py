@@ -1,0 +1,206 @@
+"""The decoder: one for Llama 3, SmolLM2 and Gemma 3; what differs between them is data in the Spec."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxguard.models import weights as table
+from jaxguard.models.attention import attend
+from jaxguard.models.axes import constrain
+from jaxguard.models.spec import Rope, Spec
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How to compute, as opposed to what. Hashable, so that it can be static under jit.
+
+    Attributes:
+        dtype: of activations and matmuls.
+        attention: "xla", "cudnn" or "splash".
+        remat: what the backward pass recomputes: "full" every layer, "dots" all but matmuls, "none" nothing.
+        query_chunk: queries whose scores XLA attention holds at once.
+    """
+
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    attention: str = "xla"
+    remat: str = "none"
+    query_chunk: int = 512
+
+
+class Decoder(nnx.Module):
+    """Tokens to hidden states.
+
+    Every row of the weight table is one nnx.Param: `embed`, `final_norm`, `lm_head` where untied, and in `layers` one
+    stack [L, ...] a weight, which the layer loop scans over.
+    """
+
+    def __init__(self, spec: Spec, weights: Mapping[str, Array], compute: Compute = Compute()):  # noqa: B008 (frozen)
+        self.spec = spec
+        self.compute = compute
+        self.embed = nnx.Param(weights["embed"])
+        self.final_norm = nnx.Param(weights["final_norm"])
+        self.lm_head = None if spec.tied else nnx.Param(weights["lm_head"])
+        self.layers = nnx.Dict(
+            {w.path.removeprefix(table.LAYER): nnx.Param(weights[w.path]) for w in table.table(spec) if w.stacked}
+        )
+
+    @property
+    def head_VD(self) -> Float[Array, "V D"]:
+        """The matrix that turns hidden states into logits."""
+        return (self.embed if self.lm_head is None else self.lm_head)[...].astype(self.compute.dtype)
+
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores of every vocabulary entry, float32. Training never needs them all at once: see train/loss.py."""
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD, self.head_VD, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"] | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens_BT: vocabulary indices.
+            positions_BT: place of each token in its own sequence; default 0, 1, 2, …
+            segments_BT: which packed sequence a token belongs to, 0 for padding; default one sequence a row.
+        """
+        spec = self.spec
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        if segments_BT is None:
+            segments_BT = jnp.ones_like(tokens_BT)
+        ropes = [rope_table(kind.rope, spec.head_dim, positions_BT) for kind in spec.kinds]
+        cos_sin = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes)
+
+        def layer(x_BTD: Array, scanned: tuple[dict[str, Array], Array]) -> tuple[Array, None]:
+            weights, kind = scanned
+            cos, sin = jax.tree.map(lambda t: t[kind], cos_sin)
+            return self._layer(x_BTD, self._gather(weights), kind, cos, sin, segments_BT), None
+
+        kinds = jnp.asarray(spec.layer_kinds)
+        weights = {name: param[...] for name, param in self.layers.items()}
+        x_BTD, _ = jax.lax.scan(self._rematerialised(layer), self._embed(tokens_BT), (weights, kinds))
+        return self._norm(x_BTD, self.final_norm[...])
+
+    def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        dtype = self.compute.dtype
+        x_BTD = jnp.take(self.embed[...].astype(dtype), tokens_BT, axis=0)
+        if self.spec.embed_scale != 1:
+            x_BTD = x_BTD * jnp.asarray(self.spec.embed_scale, dtype)
+        return constrain(x_BTD, "batch", None, None)
+
+    def _gather(self, weights: dict[str, Array]) -> dict[str, Array]:
+        """One layer's weights as the matmuls want them: cast first, then gathered over fsdp, so that half the bytes move."""
+        rows = {w.path.removeprefix(table.LAYER): w for w in table.table(self.spec)}
+
+        def one(name: str, weight: Array) -> Array:
+            axes = rows[name].axes[1:]
+            return weight if "norm" in axes else constrain(weight.astype(self.compute.dtype), *axes, without="fsdp")
+
+        return {name: one(name, weight) for name, weight in weights.items()}
+
+    def _layer(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        w: dict[str, Array],
+        kind: Int[Array, ""],
+        cos: Float[Array, "B T half"],
+        sin: Float[Array, "B T half"],
+        segments_BT: Int[Array, "B T"],
+    ) -> Float[Array, "B T D"]:
+        norm, sandwich = self._norm, self.spec.sandwich
+        h_BTD = norm(x_BTD, w["attention_norm"])
+        query_BTNH = jnp.einsum("BTD,DNH->BTNH", h_BTD, w["q_proj"])
+        key_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, w["k_proj"])
+        value_BTKH = jnp.einsum("BTD,DKH->BTKH", h_BTD, w["v_proj"])
+        if self.spec.qk_norm:
+            query_BTNH, key_BTKH = norm(query_BTNH, w["q_norm"]), norm(key_BTKH, w["k_norm"])
+        query_BTNH, key_BTKH = rotate(query_BTNH, cos, sin), rotate(key_BTKH, cos, sin)
+        mixed_BTNH = self._attend(query_BTNH, key_BTKH, value_BTKH, kind, segments_BT)
+        h_BTD = constrain(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, w["o_proj"]), "batch", None, None)
+        x_BTD = x_BTD + (norm(h_BTD, w["attention_out_norm"]) if sandwich else h_BTD)
+
+        h_BTD = norm(x_BTD, w["mlp_norm"])
+        gate_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, w["gate_proj"])
+        up_BTF = jnp.einsum("BTD,DF->BTF", h_BTD, w["up_proj"])
+        act = jax.nn.silu if self.spec.activation == "silu" else partial(jax.nn.gelu, approximate=True)
+        h_BTD = constrain(jnp.einsum("BTF,FD->BTD", act(gate_BTF) * up_BTF, w["down_proj"]), "batch", None, None)
+        return x_BTD + (norm(h_BTD, w["mlp_out_norm"]) if sandwich else h_BTD)
+
+    def _attend(self, query_BTNH: Array, key_BTKH: Array, value_BTKH: Array, kind: Array, segments_BT: Array) -> Array:
+        """A branch for each window in use; one that the row fits into is no window at all."""
+        tokens = query_BTNH.shape[1]
+        windows = [None if k.window is None or k.window >= tokens else k.window for k in self.spec.kinds]
+        distinct = list(dict.fromkeys(windows))
+        branches = [
+            partial(
+                attend,
+                window=window,
+                scale=self.spec.query_scale,
+                implementation=self.compute.attention,
+                query_chunk=self.compute.query_chunk,
+            )
+            for window in distinct
+        ]
+        branch = jnp.asarray([distinct.index(window) for window in windows])[kind]
+        return jax.lax.switch(branch, branches, query_BTNH, key_BTKH, value_BTKH, segments_BT)
+
+    def _norm(self, x: Array, weight: Array) -> Array:
+        """RMSNorm over the last dimension, in fp32."""
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.norm_epsilon)
+        if self.spec.norm_offset:
+            return (x32 * (1 + weight)).astype(x.dtype)
+        return x32.astype(x.dtype) * weight.astype(x.dtype)
+
+    def _rematerialised(self, layer):  # noqa: ANN001, ANN202
+        """Under scan the compiler cannot undo the recomputation, so prevent_cse is not needed."""
+        match self.compute.remat:
+            case "none":
+                return layer
+            case "dots":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            case _:
+                policy = jax.checkpoint_policies.nothing_saveable
+        return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def rope_table(
+    rope: Rope, head_dim: int, positions_BT: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """cos and sin of every position's angles, float32."""
+    angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(rope, head_dim))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Angle per position of each pair of dimensions, radians, float32 [H/2].
+
+    "llama3" scaling as published with Llama 3.1: wavelengths longer than the original context over low_freq_factor are
+    stretched by factor, those shorter than it over high_freq_factor are kept, and in between the two are blended.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequency = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
+    if rope.llama3 is None:
+        return frequency / np.float32(rope.factor)
+    low, high, context = rope.llama3
+    wavelength = 2 * math.pi / frequency
+    blend = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
+    return ((1 - blend) * frequency / rope.factor + blend * frequency).astype(np.float32)
+
+
+def rotate(x_BTNH: Array, cos_BTh: Array, sin_BTh: Array) -> Array:
+    """Rotary embedding, rotate-half layout: dimension i turns together with dimension i + H/2."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTh[:, :, None], sin_BTh[:, :, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
