@@ -1,0 +1,166 @@
+"""Safetensors files as they lie on disk: where each tensor's bytes are, and a view of them that reads nothing yet.
+
+Layout of a file: 8 bytes with the header's length (little endian), the header (JSON: name -> dtype, shape, byte range
+after the header), then the bytes of all tensors.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxguard.errors import JaxguardError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""The element types that can be trained, by their name in a file's header."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor on disk.
+
+    Attributes:
+        name: its name in the file.
+        file: the file.
+        kind: element type as the header names it.
+        shape: sizes.
+        start: its first byte, counted from the beginning of the file.
+        stop: the byte after its last.
+    """
+
+    name: str
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its element type.
+
+        Raises:
+            JaxguardError: quantised, integer, or otherwise not a type that can be trained.
+        """
+        if self.kind not in DTYPES:
+            raise JaxguardError(
+                f"{self.file}: tensor {self.name!r} is stored as {self.kind}; supported: {', '.join(DTYPES)}. "
+                "Quantised weights cannot be trained: use the original checkpoint"
+            )
+        return DTYPES[self.kind]
+
+    def view(self) -> np.ndarray:
+        """The tensor, memory-mapped: indexing it reads only the pages touched."""
+        raw = np.memmap(self.file, mode="r", offset=self.start, shape=(self.stop - self.start,), dtype=np.uint8)
+        return raw.view(np.ndarray).view(self.dtype).reshape(self.shape)
+
+
+def open_file(path: Path) -> dict[str, Stored]:
+    """Name -> tensor of one safetensors file, in the order of its header.
+
+    Raises:
+        JaxguardError: truncated, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="numpy"):  # the library checks the header against the file's length
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise JaxguardError(
+            f"{path} is truncated or not a safetensors file ({error}): download or copy it again"
+        ) from None
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    return {
+        name: Stored(name, path, t["dtype"], tuple(t["shape"]), *(begin + x for x in t["data_offsets"]))
+        for name, t in header.items()
+    }
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights.
+
+    Raises:
+        JaxguardError: no safetensors, corrupt index, or an index that names an absent file.
+    """
+    if (folder / INDEX).is_file():
+        names = sorted(set(_weight_map(folder).values()))
+        for name in names:
+            if not (folder / name).is_file():
+                raise JaxguardError(f"{folder / INDEX} names the file {name!r}, which is absent: download it again")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise JaxguardError(
+            f"{folder} holds PyTorch pickles but no safetensors: take a revision with *.safetensors, or convert it "
+            "(transformers loads it, save_pretrained writes safetensors)"
+        )
+    raise JaxguardError(f"{folder} has neither {SINGLE} nor {INDEX}: no weights to read")
+
+
+def open_folder(folder: Path) -> dict[str, Stored]:
+    """Name -> tensor of a whole checkpoint, single-file or sharded.
+
+    Raises:
+        JaxguardError: as `shard_files` and `open_file`, or an index that disagrees with its files.
+    """
+    tensors: dict[str, Stored] = {}
+    for file in shard_files(folder):
+        for name, tensor in open_file(file).items():
+            if name in tensors:
+                raise JaxguardError(f"tensor {name!r} is in both {tensors[name].file} and {file}")
+            tensors[name] = tensor
+    if (folder / INDEX).is_file():
+        for name, file_name in _weight_map(folder).items():
+            if name not in tensors or tensors[name].file.name != file_name:
+                raise JaxguardError(f"{folder / INDEX} places tensor {name!r} in {file_name!r}, which does not hold it")
+    return tensors
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("weight_map is empty or not a mapping")
+        if any(not isinstance(file, str) or Path(file).name != file for file in weight_map.values()):
+            raise ValueError("weight_map must name files of this folder")
+    except (ValueError, KeyError, TypeError) as error:
+        raise JaxguardError(f"{path} is corrupt ({error}): download it again") from None
+    return weight_map
+
+
+def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, value: Callable[[str], np.ndarray]) -> None:
+    """Write a safetensors file one tensor at a time, so that memory holds one of them.
+
+    Args:
+        path: the file.
+        shapes: name -> shape, in the order of the file.
+        kind: element type of all tensors, as a header names it.
+        value: called with each name in turn.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * DTYPES[kind].itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            array = np.ascontiguousarray(value(name), dtype=DTYPES[kind])
+            assert array.shape == tuple(shape), f"{name}: promised {shape}, got {array.shape}"
+            file.write(array.view(np.uint8).data)
