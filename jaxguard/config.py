@@ -6,29 +6,22 @@ overrides (`optimizer.learning_rate=2e-6`) come last. Every mistake is a Jaxguar
 Where the paper (arXiv 2505.20087) is silent, the default here is our choice; docs/configuration.md says which.
 """
 
-import difflib
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from jaxguard import fields
 from jaxguard.errors import JaxguardError
+from jaxguard.fields import Section, find_yaml, read_yaml
 
 CONFIG_FOLDER = Path("configs")
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Frozen, and strict about names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -63,6 +56,16 @@ class SourceConfig(Section):
     """Whose traces to take from a nemotron source."""
     trace: Literal["full", "one_sentence"] = "full"
     """Which trace to take from a nemotron source."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "jsonl" and self.path is None:
+            raise ValueError("kind: jsonl needs a path")
+        if not self.kind.startswith("nemotron") and (self.teacher, self.trace) != ("deepseek_r1_0528", "full"):
+            raise ValueError(
+                f"teacher and trace choose among a nemotron source's traces; {self.kind} has none to choose"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -204,8 +207,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         data, train = self.data, self.train
+        if self.name in {"", ".", ".."} or "/" in self.name:
+            raise ValueError(f"name={self.name!r} is also the run's folder: it must not be empty or hold a slash")
         if not data.reasoning_marker or not data.direct_marker or data.reasoning_marker == data.direct_marker:
             raise ValueError("data.reasoning_marker and data.direct_marker must differ and not be empty")
+        if data.mode == "dual" and data.dual_reasoning_share in (0, 1):
+            only = "direct" if data.dual_reasoning_share == 0 else "reasoning"
+            raise ValueError(
+                f"data.dual_reasoning_share={data.dual_reasoning_share:g} trains one mode: set data.mode={only}"
+            )
         if data.subset is not None and data.subset < train.batch_size:
             raise ValueError(f"data.subset={data.subset} is smaller than train.batch_size={train.batch_size}")
         if self.model.attention == "cudnn" and self.model.compute_dtype == "float32":
@@ -220,28 +230,29 @@ def load(name: str, overrides: Iterable[str] = (), folder: Path = CONFIG_FOLDER)
         JaxguardError: no such file, unknown or ill-typed field, impossible combination.
     """
     path = find_config(name, folder)
-    tree = _read_yaml(path)
+    tree = read_yaml(path)
     if "extends" in tree:
         base_path = find_config(str(tree.pop("extends")), path.parent)
-        base = _read_yaml(base_path)
+        base = read_yaml(base_path)
         if "extends" in base:
-            raise JaxguardError(f"{base_path}: extends {base['extends']!r}, and {path} extends it; inheritance has one level only")
+            raise JaxguardError(
+                f"{base_path}: extends {base['extends']!r}, and {path} extends it; inheritance has one level only"
+            )
+        # A name belongs to one file: two runs that share a folder would overwrite each other.
+        base.pop("name", None)
         tree = _merge(base, tree)
     tree.setdefault("name", path.stem)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise JaxguardError(f"override {override!r}: write it as field=value, for example train.epochs=3")
-        tree = _merge(tree, _nested(key.strip().split("."), _scalar(text)))
+        tree = _put(tree, key.strip().split("."), fields.scalar(text), override)
     return validate(tree, str(path))
 
 
 def validate(tree: Mapping[str, Any], origin: str) -> Config:
     """Turn a plain tree into a Config; `origin` names it in errors."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise JaxguardError("\n".join(f"{origin}: {_explain(e)}" for e in error.errors())) from None
+    return fields.validate(Config, tree, origin)
 
 
 def dump(config: Config) -> str:
@@ -251,89 +262,27 @@ def dump(config: Config) -> str:
 
 def find_config(name: str, folder: Path) -> Path:
     """The file that a config's name or path stands for."""
-    for candidate in (Path(name), folder / f"{name}.yaml"):
-        if candidate.suffix in {".yaml", ".yml"} and candidate.is_file():
-            return candidate
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise JaxguardError(f"no config {name!r}: {_nearest(name, known)}known in {folder}/: {', '.join(known) or 'none'}")
+    return find_yaml(name, folder, "config")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise JaxguardError(f"{path}: not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise JaxguardError(f"{path}: expected fields, found {type(tree).__name__}")
-    return tree
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-6 as a string; people mean a number. A field given twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"field {twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506
-    except yaml.YAMLError:
-        return text
-
-
-def _nested(keys: list[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
-    return value
+def _put(tree: Any, keys: list[str], value: Any, override: str) -> Any:
+    """A copy of the tree with the value at dotted `keys`; a number counts into a list, from 0."""
+    if not keys:
+        return _merge(tree, value) if isinstance(tree, Mapping) and isinstance(value, Mapping) else value
+    key, *rest = keys
+    if isinstance(tree, list):
+        if not key.isdigit() or int(key) >= len(tree):
+            raise JaxguardError(f"override {override!r}: {key!r} is not a place in a list of {len(tree)}; count from 0")
+        return [_put(item, rest, value, override) if i == int(key) else item for i, item in enumerate(tree)]
+    section = tree if isinstance(tree, Mapping) else {}
+    return {**section, key: _put(section.get(key), rest, value, override)}
 
 
 def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """`top` over `base`, section by section; a list replaces a list."""
-    both = {k: _merge(base[k], v) for k, v in top.items() if isinstance(v, Mapping) and isinstance(base.get(k), Mapping)}
+    both = {
+        key: _merge(base[key], value)
+        for key, value in top.items()
+        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+    }
     return {**base, **top, **both}
-
-
-def _explain(error: Any) -> str:
-    where = [str(part) for part in error["loc"]]
-    field = ".".join(where)
-    if error["type"] == "extra_forbidden":
-        known = list(_section_at(where[:-1]).model_fields)
-        return f"unknown field {field!r}; {_nearest(where[-1], known)}known here: {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"field {field!r} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {error['input']!r})"
-    choices = [c.strip("' ") for c in str(error.get("ctx", {}).get("expected", "")).replace(" or ", ",").split(",")]
-    hint = _nearest(str(error["input"]), choices) if error["type"] == "literal_error" else ""
-    return f"{field}: {message}{given}{'; ' + hint.rstrip(' ;') if hint else ''}" if field else message
-
-
-def _section_at(path: list[str]) -> type[BaseModel]:
-    """The section class that a field path leads to, through tuples of sections too."""
-    section: type[BaseModel] = Config
-    for part in path:
-        if part.isdigit():
-            continue
-        section = next(t for t in _flatten(section.model_fields[part].annotation) if isinstance(t, type) and issubclass(t, BaseModel))
-    return section
-
-
-def _flatten(annotation: Any) -> Iterable[Any]:
-    if typing.get_origin(annotation) in (tuple, types.UnionType, typing.Union):
-        for arg in typing.get_args(annotation):
-            yield from _flatten(arg)
-    else:
-        yield annotation
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}? " if match else ""
