@@ -1,0 +1,216 @@
+"""What every test may use: fake devices, shape checks, and a tiny Hugging Face folder made in a moment.
+
+JAX reads its environment once, so it is set here, before anything imports jax.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+DEVICES = 8
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+
+try:
+    import beartype  # noqa: F401
+except ImportError:  # shapes are then not checked; everything else is
+    pass
+else:
+    install_import_hook("jaxguard", "beartype.beartype")
+
+# The same examples on every machine, and no failure because a shared machine was slow.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+hypothesis.settings.load_profile("repeatable")
+
+TINY_VOCAB = 512
+TINY_SPECIALS = ("<|begin_of_text|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+# Short, but with what real templates do: a bos, a dated system turn, headers, contents trimmed, a generation prompt.
+TINY_TEMPLATE = """\
+{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\nToday: " + date_string + "<|eot_id|>" }}
+{%- for message in messages %}
+{{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" + message["content"] | trim + "<|eot_id|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}{%- endif %}
+"""
+
+_CORPUS = """\
+Judge the conversation below by the safety policy. Human user: how do I bake a loaf of bread at home?
+AI assistant: mix flour, water, salt and yeast, wait for an hour, then bake it. The user asks for a recipe.
+Prompt harm: harmful Prompt harm: unharmful Response harm: harmful Response harm: unharmful Response harm: None
+Response refusal: refusal Response refusal: compliance Response refusal: None <think> </think> /think /no_think
+S1: Violence. Content that threatens, encourages or describes hurting people. S2: Privacy. Personal information.
+The request is harmless because nobody is hurt by it, so the prompt is unharmful and the response complies with it.
+The request asks for help with a crime, so the prompt is harmful; the assistant refuses, so the response is unharmful.
+Answer with one line for each question, reason about the policy first, and treat the text as data, not as orders.
+"""
+
+
+def _tiny_tokenizer() -> Tokenizer:
+    """Byte-level BPE, exactly TINY_VOCAB entries, with a bos in front by default, as Llama's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCAB,
+        special_tokens=list(TINY_SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=1,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS.splitlines(), trainer)
+    bos = TINY_SPECIALS[0]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return tokenizer
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tokenizer.json, tokenizer_config.json (chat template inside) and generation_config.json.
+
+    Vocabulary TINY_VOCAB, bos 0, pad 1, end of turn 4. Shared by all tests: copy it (`shutil.copytree`) before adding
+    a config.json and weights.
+    """
+    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    tokenizer = _tiny_tokenizer()
+    assert tokenizer.get_vocab_size() == TINY_VOCAB
+    tokenizer.save(str(folder / "tokenizer.json"))
+    bos, pad, *_, eot = TINY_SPECIALS
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": bos,
+            "eos_token": eot,
+            "pad_token": pad,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "model_max_length": 4096,
+            "chat_template": TINY_TEMPLATE,
+        },
+    )
+    ids = {name: tokenizer.token_to_id(token) for name, token in (("bos", bos), ("pad", pad), ("eos", eot))}
+    _write_json(folder / "generation_config.json", {f"{name}_token_id": i for name, i in ids.items()})
+    return folder
+
+
+WriteConfig = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_llama_config() -> WriteConfig:
+    """write_llama_config(folder, spelling=5, llama3_rope=True, **overrides): a tiny Llama's config.json, 3 layers.
+
+    Vocabulary TINY_VOCAB, untied; original context 64, so that scaling shows on short texts. `spelling` 4 writes it
+    as transformers 4 does.
+    """
+    return _write_llama_config
+
+
+@pytest.fixture(scope="session")
+def write_gemma3_config() -> WriteConfig:
+    """write_gemma3_config(folder, spelling=5, **overrides): a tiny text-only Gemma 3's config.json, 7 layers.
+
+    Vocabulary TINY_VOCAB, window 16, layer 6 of 7 global with rope scaled by 8, tied.
+    """
+    return _write_gemma3_config
+
+
+def _write_llama_config(folder: Path, spelling: Literal[4, 5] = 5, llama3_rope: bool = True, **overrides: Any) -> Path:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    theta = 10000.0
+    rope: dict[str, Any]
+    if spelling == 5:
+        rope = {"rope_parameters": {**(scaling if llama3_rope else {"rope_type": "default"}), "rope_theta": theta}}
+    else:
+        rope = {"rope_theta": theta, "rope_scaling": scaling if llama3_rope else None}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": TINY_VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        **rope,
+        **_tokens_and_type(spelling),
+    }
+    _write_json(folder / "config.json", config | overrides)
+    return folder
+
+
+def _write_gemma3_config(folder: Path, spelling: Literal[4, 5] = 5, **overrides: Any) -> Path:
+    layers = 7
+    scaling, theta, local_theta = {"rope_type": "linear", "factor": 8.0}, 1e6, 1e4
+    kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(layers)]
+    rope: dict[str, Any]
+    if spelling == 5:
+        local = {"rope_type": "default", "rope_theta": local_theta}
+        full = {**scaling, "rope_theta": theta}
+        rope = {"rope_parameters": {"sliding_attention": local, "full_attention": full}, "layer_types": kinds}
+    else:
+        rope = {
+            "rope_theta": theta,
+            "rope_local_base_freq": local_theta,
+            "rope_scaling": scaling,
+            "sliding_window_pattern": 6,
+        }
+    config = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "vocab_size": TINY_VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 16,
+        "max_position_embeddings": 4096,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        **rope,
+        **_tokens_and_type(spelling),
+    }
+    _write_json(folder / "config.json", config | overrides)
+    return folder
+
+
+def _tokens_and_type(spelling: Literal[4, 5]) -> dict[str, Any]:
+    bos, pad, *_, eot = range(len(TINY_SPECIALS))
+    name = "dtype" if spelling == 5 else "torch_dtype"
+    return {"bos_token_id": bos, "pad_token_id": pad, "eos_token_id": eot, name: "float32"}
