@@ -1,0 +1,150 @@
+"""The one training step: the loop, the tests, the planner and the benchmarks all call it."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jaxguard.config import Config
+from jaxguard.data.batches import Batch, Shape
+from jaxguard.models import attention_kernels
+from jaxguard.models.decoder import Compute, Decoder
+from jaxguard.models.spec import Spec
+from jaxguard.train.loss import target_logprobs, token_weighted_loss
+from jaxguard.train.optimizer import learning_rate, optimizer
+from jaxguard.train.sharding import abstract_state, batch_sharding, replicated, weight_shardings
+
+State = dict[str, Any]
+"""weights: path -> float32 array; optimizer: optax's state; step: number of completed updates."""
+
+
+class Metrics(NamedTuple):
+    """What an update tells; scalars on device."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    target_tokens: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything that a run compiles, for one model on one mesh.
+
+    Attributes:
+        update: (state, batch) -> (state, metrics); the old state's memory is given to the new one.
+        score: (weights, batch, ids_BMQ) -> log-probabilities of ids at the batch's targets, replicated.
+        initialise: weights -> state at step 0.
+        state: the state's shapes, types and shardings.
+    """
+
+    spec: Spec
+    compute: Compute
+    mesh: Mesh
+    update: Any
+    score: Any
+    initialise: Any
+    state: State
+
+    def batch(self, shape: Shape) -> Batch:
+        """Shapes, types and shardings of a batch."""
+        sharding = batch_sharding(self.mesh)
+        return Batch(*(jax.ShapeDtypeStruct(s, t, sharding=sharding) for s, t in Batch.layout(shape)))
+
+
+def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program:
+    """Nothing is compiled yet: jit does that for each batch shape on first use.
+
+    Raises:
+        JaxguardError: the attention asked for cannot run on this mesh.
+    """
+    compute = choose_compute(config, spec, mesh)
+    transformation = optimizer(config.optimizer, spec, steps)
+    schedule = learning_rate(config.optimizer, steps)
+    state = abstract_state(transformation, spec, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    rows, whole, weights = batch_sharding(mesh), replicated(mesh), weight_shardings(spec, mesh)
+
+    def initialise(weights: dict[str, Array]) -> State:
+        return {"weights": weights, "optimizer": transformation.init(weights), "step": jnp.int32(0)}
+
+    def update(state: State, batch: Batch) -> tuple[State, Metrics]:
+        loss, gradient = loss_and_gradient(
+            state["weights"], batch, spec=spec, compute=compute, accumulation=config.train.accumulation,
+            loss_chunk=config.model.loss_chunk,
+        )  # fmt: skip
+        changes, moments = transformation.update(gradient, state["optimizer"], state["weights"])
+        new = {"weights": optax.apply_updates(state["weights"], changes), "optimizer": moments, "step": state["step"] + 1}
+        metrics = Metrics(
+            loss, optax.tree.norm(gradient), jnp.float32(schedule(state["step"])), jnp.sum(batch.target_weights_BM)
+        )
+        return new, metrics
+
+    def score(weights: dict[str, Array], batch: Batch, ids_BMQ: Int[Array, "B M Q"]) -> Float[Array, "B M Q"]:
+        return logprobs(weights, batch, ids_BMQ, spec=spec, compute=compute, loss_chunk=config.model.loss_chunk)
+
+    return Program(
+        spec=spec,
+        compute=compute,
+        mesh=mesh,
+        update=jax.jit(update, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0),
+        score=jax.jit(score, in_shardings=(weights, rows, rows), out_shardings=whole),
+        initialise=jax.jit(initialise, in_shardings=(weights,), out_shardings=shardings, donate_argnums=0),
+        state=state,
+    )
+
+
+def choose_compute(config: Config, spec: Spec, mesh: Mesh) -> Compute:
+    """The config's wishes, with attention chosen for the mesh's devices."""
+    device = mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", None)
+    dtype = jnp.dtype(config.model.compute_dtype)
+    attention = attention_kernels.choose(
+        device.platform,
+        None if capability is None else float(capability),
+        spec.head_dim,
+        dtype,
+        config.model.attention,
+        config.data.row_tokens,
+    )
+    return Compute(dtype, attention, config.model.remat, config.model.query_chunk)
+
+
+def logprobs(
+    weights: dict[str, Array], batch: Batch, ids_BMQ: Int[Array, "B M Q"], *, spec: Spec, compute: Compute, loss_chunk: int
+) -> Float[Array, "B M Q"]:
+    """Log-probabilities of ids at the batch's target positions."""
+    decoder = Decoder(spec, weights, compute)
+    hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    return target_logprobs(hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk)
+
+
+def loss_and_gradient(
+    weights: dict[str, Array], batch: Batch, *, spec: Spec, compute: Compute, accumulation: int, loss_chunk: int
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Token-weighted loss over the whole batch and its gradient, float32, `accumulation` micro-batches one after another."""
+    total_weight = jnp.sum(batch.target_weights_BM)
+
+    def loss_of(weights: dict[str, Array], batch: Batch) -> Array:
+        found = logprobs(weights, batch, batch.target_ids_BM[..., None], spec=spec, compute=compute, loss_chunk=loss_chunk)
+        return token_weighted_loss(found[..., 0], batch.target_weights_BM, total_weight)
+
+    gradient_of = jax.value_and_grad(loss_of)
+    if accumulation == 1:
+        return gradient_of(weights, batch)
+
+    def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient_of(weights, micro_batch)), None
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, weights))
+    return jax.lax.scan(add, zero, jax.tree.map(partial(_micro_batches, count=accumulation), batch))[0]
+
+
+def _micro_batches(x_B: Array, count: int) -> Array:
+    """[B, …] -> [count, B / count, …], every device's rows shared out evenly, so that none move between devices."""
+    return x_B.reshape(-1, count, *x_B.shape[1:]).swapaxes(0, 1)
