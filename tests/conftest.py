@@ -25,7 +25,7 @@ try:
 except ImportError:  # shapes are then not checked; everything else is
     pass
 else:
-    install_import_hook("jaxguard", "beartype.beartype")
+    install_import_hook(["jaxguard.models", "jaxguard.train"], "beartype.beartype")
 
 # The same examples on every machine, and no failure because a shared machine was slow.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
