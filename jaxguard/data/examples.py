@@ -42,7 +42,9 @@ class Example:
         for name, allowed in _ALLOWED.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
-                raise JaxguardError(f"example {self.id!r}: {name} is {value!r}; expected one of {', '.join(allowed)} or null")
+                raise JaxguardError(
+                    f"example {self.id!r}: {name} is {value!r}; expected one of {', '.join(allowed)} or null"
+                )
         if self.response is None and (self.response_label or self.refusal_label):
             raise JaxguardError(f"example {self.id!r}: a response is labelled, but there is no response")
 
