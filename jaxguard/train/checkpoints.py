@@ -1,0 +1,393 @@
+"""Checkpoints of the training state: written by Orbax in the background, verified when read.
+
+A checkpoint is the folder checkpoints/STEP, where STEP is the number of completed updates:
+
+    weights/   the weights alone, which is all that export and evaluation read
+    rest/      the optimizer's state and the step
+    about/     JSON: which model it is of, its validation loss, and shape, type and checksum of every array
+
+Orbax writes into a temporary folder and renames it when all is on disk, so a killed save leaves no half checkpoint.
+What it does not notice is a changed byte inside an array's data; checksums.py does.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from jaxguard.config import CheckpointConfig
+from jaxguard.errors import JaxguardError
+from jaxguard.train.checksums import describe, named_leaves
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+"""A pytree of jax.Array whose key "weights" holds the weights by path."""
+
+
+class _CorruptError(Exception):
+    """This checkpoint cannot be read; another may."""
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run. All methods are to be called on every process.
+
+    Attributes:
+        folder: the run's checkpoints folder.
+        fingerprint: says which model the state is of; a checkpoint with another one is refused.
+    """
+
+    folder: Path
+    fingerprint: str
+    _manager: ocp.CheckpointManager
+    _losses: dict[int, float]
+    _saving: int | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints at hand, the one being written included, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: State, validation_loss: float | None = None) -> None:
+        """Begin to write a checkpoint, after the one before is done; returns when the state may be changed or donated.
+
+        Does nothing when this step is saved already.
+
+        Args:
+            step: number of completed updates.
+            state: the training state.
+            validation_loss: ranks the checkpoint among the best; None or a non-finite number leaves it out.
+
+        Raises:
+            JaxguardError: this save, or the one before, could not be written.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        if validation_loss is not None and math.isfinite(validation_loss):
+            self._losses[step] = validation_loss
+        items = _items(state)
+        about = _sign(
+            {
+                "step": step,
+                "fingerprint": self.fingerprint,
+                "validation_loss": self._losses.get(step),
+                "arrays": describe(items),
+            }
+        )
+        args = ocp.args.Composite(
+            about=ocp.args.JsonSave(about), **{k: ocp.args.StandardSave(v) for k, v in items.items()}
+        )
+        self._saving = step
+        with self._explained():
+            self._manager.save(step, args=args, force=True)
+
+    def restore(self, abstract_state: State) -> tuple[int, State] | None:
+        """The newest readable checkpoint as (step, state), or None when there is none.
+
+        Newer ones that are corrupt are reported and moved aside to STEP.corrupt, so that the run can save these steps
+        again.
+
+        Args:
+            abstract_state: the state's shapes, types and shardings, as jax.ShapeDtypeStruct; any mesh will do.
+
+        Raises:
+            JaxguardError: all checkpoints are corrupt, or the newest readable one is of another model.
+        """
+        self.wait()
+        step, items, corrupt = _newest(self.folder, self.steps(), _items(abstract_state), self.fingerprint)
+        if step is None:
+            return None
+        for bad in corrupt:
+            logger.warning(
+                "goes on from the checkpoint of step %d instead; the corrupt one is now %s",
+                step,
+                _set_aside(self.folder / str(bad)),
+            )
+        if corrupt:
+            _wait_for_all("jaxguard: corrupt checkpoints set aside")
+            self._manager.reload()
+        return step, {"weights": items["weights"], **items["rest"]}
+
+    def wait(self) -> None:
+        """Return when the checkpoint under way is on disk.
+
+        Raises:
+            JaxguardError: it could not be written.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    def close(self) -> None:
+        """Finish what is under way. The checkpoints can no longer be used then."""
+        with self._explained():
+            self._manager.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what a failed write means for the run."""
+        try:
+            yield
+        except Exception as error:
+            kept = [s for s in disk_steps(self.folder) if s != self._saving]
+            last = f"the last one on disk is step {kept[-1]}" if kept else "there is none before it"
+            reason = _full_disk(error, self.folder) or str(error) or type(error).__name__
+            raise JaxguardError(
+                f"the checkpoint of step {self._saving} could not be written to {self.folder}: {reason}. "
+                f"Mend that and start again: the run goes on from its last checkpoint ({last})."
+            ) from error
+
+
+@contextmanager
+def open_checkpoints(folder: Path, config: CheckpointConfig, fingerprint: str) -> Iterator[Checkpoints]:
+    """The checkpoints in `folder`, which is created; leftovers of a killed save are removed.
+
+    On leaving, the save under way is finished, also when an error or a stop passes through.
+    """
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    losses = {step: loss for step, loss in checkpoint_losses(folder).items() if loss is not None}
+    options = ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True,
+        preservation_policy=_Keep(config.keep_last, config.keep_best, losses),
+        enable_async_checkpointing=True,
+    )
+    checkpoints = Checkpoints(folder, fingerprint, ocp.CheckpointManager(folder, options=options), losses)
+    try:
+        yield checkpoints
+    except BaseException:
+        try:
+            checkpoints.close()
+        except JaxguardError as error:
+            logger.warning("%s", error)  # the error that is passing through matters more
+        raise
+    checkpoints.close()
+
+
+@dataclass
+class _Keep:
+    """Orbax's question which checkpoints stay: the last, and the best by validation loss."""
+
+    last: int
+    best: int
+    losses: Mapping[int, float] = field(default_factory=dict)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:  # noqa: ARG002 (Orbax's signature)
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        ranked = sorted((s for s in steps if s in self.losses), key=lambda s: (self.losses[s], s))
+        kept = {*sorted(steps)[-self.last :], *ranked[: self.best]}
+        return [step in kept for step in steps]
+
+
+def read_checkpoint_weights(
+    folder: Path, shardings: Mapping[str, Sharding] | None = None, step: int | None = None
+) -> dict[str, jax.Array]:
+    """The weights alone, by path, for export and evaluation. Changes nothing on disk.
+
+    Args:
+        folder: a run's folder, its checkpoints folder, or one checkpoint's folder.
+        shardings: where each weight shall lie; None puts all on the first local device.
+        step: which checkpoint; None takes the newest readable one, and reports those that are not.
+
+    Raises:
+        JaxguardError: no such checkpoint, or corrupt, or `shardings` names other weights.
+    """
+    folder, steps = _find(folder.absolute(), step)
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    for number in reversed(steps):
+        try:
+            arrays = _about(folder / str(number))["arrays"]["weights"]
+            if shardings is not None and set(shardings) != set(arrays):
+                raise JaxguardError(f"{folder / str(number)} is of another model: {_difference(arrays, shardings)}")
+            target = {
+                path: jax.ShapeDtypeStruct(a["shape"], a["dtype"], sharding=shardings[path] if shardings else here)
+                for path, a in arrays.items()
+            }
+            return _read(folder / str(number), {"weights": target})["weights"]
+        except _CorruptError as error:
+            logger.warning("the checkpoint %s is corrupt: %s", folder / str(number), error)
+    raise JaxguardError(f"no checkpoint in {folder} can be read; corrupt: {', '.join(map(str, steps))}")
+
+
+def write_checkpoint_weights(folder: Path, weights: Mapping[str, jax.Array], fingerprint: str = "") -> Path:
+    """Write weights alone as the checkpoint of step 0 in `folder`, for read_checkpoint_weights. Returns its folder."""
+    path = folder.absolute() / "0"
+    items = {"weights": dict(weights)}
+    about = _sign({"step": 0, "fingerprint": fingerprint, "validation_loss": None, "arrays": describe(items)})
+    args = ocp.args.Composite(about=ocp.args.JsonSave(about), weights=ocp.args.StandardSave(items["weights"]))
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(path, args=args)
+    except Exception as error:
+        raise JaxguardError(
+            f"the weights could not be written to {path}: {_full_disk(error, folder) or error}"
+        ) from error
+    return path
+
+
+def checkpoint_losses(folder: Path) -> dict[int, float | None]:
+    """Step -> validation loss (None where it has none, or where it cannot be read), oldest first."""
+    losses: dict[int, float | None] = {}
+    for step in disk_steps(folder):
+        try:
+            losses[step] = _about(folder / str(step))["validation_loss"]
+        except _CorruptError:
+            losses[step] = None
+    return losses
+
+
+def disk_steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints in a checkpoints folder, oldest first."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
+
+
+def _items(state: State) -> State:
+    return {"weights": state["weights"], "rest": {k: v for k, v in state.items() if k != "weights"}}
+
+
+def _newest(folder: Path, steps: Sequence[int], target: State, fingerprint: str) -> tuple[int | None, State, list[int]]:
+    """(step, items, the newer steps that are corrupt)."""
+    corrupt: list[int] = []
+    for step in reversed(steps):
+        path, problem, items = folder / str(step), None, {}
+        try:
+            _check_model(path, _about(path), target, fingerprint)
+            items = _read(path, target)
+        except _CorruptError as error:
+            problem = error
+        if _all_agree(problem is None):
+            return step, items, corrupt
+        logger.warning("the checkpoint %s is corrupt: %s", path, problem or "another process cannot read it")
+        corrupt.append(step)
+    if corrupt:
+        raise JaxguardError(
+            f"every checkpoint in {folder} is corrupt ({', '.join(map(str, corrupt))}): see the warnings above. "
+            "Bring one back from a copy, or delete the folder to start anew."
+        )
+    return None, {}, []
+
+
+def _read(path: Path, target: State) -> State:
+    """The items of one checkpoint, verified."""
+    about = _about(path)
+    args = ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in target.items()})
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(path, args=args)
+    except Exception as error:
+        if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # says nothing about the checkpoint
+        raise _CorruptError(f"{type(error).__name__}: {_first_line(error)}") from error
+    items = {name: restored[name] for name in target}
+    for name, arrays in describe(items).items():
+        bad = [key for key, found in arrays.items() if found["checksum"] != about["arrays"][name][key]["checksum"]]
+        if bad:
+            raise _CorruptError(f"{name}: the data of {', '.join(bad[:3])} changed on disk ({len(bad)} arrays in all)")
+    return items
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    try:
+        about = json.loads((path / "about" / "metadata").read_text(encoding="utf-8"))
+        signature = about.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _CorruptError(f"its description cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+    if signature != _sign(about)["sha256"]:
+        raise _CorruptError("its description changed on disk")
+    if about["step"] != int(path.name):
+        raise _CorruptError(f"it is named {path.name} but was saved at step {about['step']}")
+    return about
+
+
+def _sign(about: dict[str, Any]) -> dict[str, Any]:
+    return {**about, "sha256": hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()}
+
+
+def _check_model(path: Path, about: dict[str, Any], target: State, fingerprint: str) -> None:
+    """Another model is a mistake of the user, not a corrupt file: no fallback."""
+    if about["fingerprint"] != fingerprint:
+        raise JaxguardError(
+            f"{path} is a checkpoint of another model ({about['fingerprint']!r}, this run has {fingerprint!r}); choose "
+            "another name for this run, or the model that the folder was trained from"
+        )
+    for name, item in target.items():
+        there = {k: (tuple(a["shape"]), a["dtype"]) for k, a in about["arrays"].get(name, {}).items()}
+        here = {k: (x.shape, str(x.dtype)) for k, x in named_leaves(item)}
+        if there != here:
+            raise JaxguardError(
+                f"{path} is a checkpoint of another model: {_difference(there, here)}; choose another name for this run"
+            )
+
+
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The first few arrays in which two models differ."""
+    told = []
+    for key in sorted({*there, *here}):
+        if key not in there or key not in here:
+            told.append(f"{key} is only {'in this run' if key in here else 'in the checkpoint'}")
+        elif there[key] != here[key]:
+            told.append(f"{key} is {there[key]} there and {here[key]} here")
+    return "; ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
+
+
+def _find(folder: Path, step: int | None) -> tuple[Path, list[int]]:
+    """(checkpoints folder, candidate steps) for a run's folder, its checkpoints folder or one checkpoint's."""
+    if folder.name.isdigit() and (folder / "about").is_dir():
+        return folder.parent, [int(folder.name)]
+    for candidate in (folder / "checkpoints", folder):
+        steps = disk_steps(candidate)
+        if step is not None and steps and step not in steps:
+            raise JaxguardError(f"{candidate} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        if steps:
+            return candidate, steps if step is None else [step]
+    raise JaxguardError(
+        f"{folder} holds no checkpoint; give a run's folder, its checkpoints folder, or one checkpoint in it"
+    )
+
+
+def _set_aside(path: Path) -> Path:
+    names = [path.with_name(f"{path.name}.corrupt{n or ''}") for n in range(100)]
+    free = next(name for name in names if not name.exists())
+    if jax.process_index() == 0:
+        path.rename(free)
+    return free
+
+
+def _all_agree(fine: bool) -> bool:
+    if jax.process_count() == 1:
+        return fine
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _full_disk(error: BaseException, folder: Path) -> str | None:
+    """What to tell when a write failed for want of room, else None."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = ("No space left", "Disk quota exceeded", "File too large", "ENOSPC", "EDQUOT", "EFBIG")
+    if not full and not any(word in str(error) for word in words):
+        return None
+    free = shutil.disk_usage(folder).free / 2**30
+    return f"no room on the disk ({free:.1f} GiB free there now), or a limit on file sizes"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]

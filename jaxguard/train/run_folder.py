@@ -1,0 +1,292 @@
+"""A run's folder: what it holds, who may write to it, and whether a new start may go on in it.
+
+    runs/NAME/
+      config.yaml     the resolved config
+      versions.json   what the run was computed with
+      metrics.jsonl   one record a line (telemetry.py)
+      checkpoints/  export/  tensorboard/  profile/
+
+Only process 0 writes here, except for the checkpoints, which all processes write together.
+"""
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+import jaxguard
+from jaxguard.config import Config, dump, load
+from jaxguard.errors import JaxguardError
+
+logger = logging.getLogger(__name__)
+
+Resume = Literal["auto", "always", "never"]
+
+FREE = ("name", "run_folder", "checkpoint.", "log.", "data.prefetch", "train.export", "train.evaluate_every")
+"""Fields that a resumed run may change: the weights stay the same bit for bit."""
+
+ROUNDING = ("mesh.", "model.attention", "model.remat", "model.query_chunk", "model.loss_chunk", "train.accumulation")
+"""Fields that a resumed run may change: the sums are the same, but added up in another order."""
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+
+@dataclass
+class RunFolder:
+    """A run's folder, held by this process until `close`.
+
+    Attributes:
+        path: the folder.
+        resumed: it held this run already.
+    """
+
+    path: Path
+    resumed: bool
+    _lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_run(config: Config, resume: Resume = "auto") -> RunFolder:
+    """Create or reopen run_folder/name and hold it for this process.
+
+    Call it on every process, after jax.distributed is up; process 0 does the work and the others wait for it.
+
+    Args:
+        config: the resolved config.
+        resume: auto goes on where the folder's run stopped, if there is one; always insists on a checkpoint to
+            go on from; never insists on a folder without a run.
+
+    Raises:
+        JaxguardError: the folder is held by another process, holds another run, or is not what `resume` wants.
+    """
+    if jax.process_index() != 0:
+        state = _from_first_process(_WAITING)
+        if state == _REFUSED:
+            raise JaxguardError(f"process 0 could not open the run folder {config.folder}: see its message")
+        return RunFolder(config.folder, resumed=state == _RESUMED)
+    try:
+        run = _open_locked(config, resume)
+    except BaseException:
+        _from_first_process(_REFUSED)
+        raise
+    _from_first_process(_RESUMED if run.resumed else _NEW)
+    return run
+
+
+_WAITING, _REFUSED, _NEW, _RESUMED = range(4)
+
+
+def _from_first_process(state: int) -> int:
+    return int(multihost_utils.broadcast_one_to_all(np.int32(state))) if jax.process_count() > 1 else state
+
+
+def _open_locked(config: Config, resume: Resume) -> RunFolder:
+    folder = config.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+    except (FileExistsError, NotADirectoryError):
+        raise JaxguardError(f"{folder} is not a folder; choose another name or run_folder") from None
+    except OSError as error:
+        raise JaxguardError(f"cannot write to the run folder {folder}: {error}; choose another run_folder") from None
+    try:
+        resumed = (folder / "config.yaml").is_file()
+        _check_resume(folder, resumed, resume)
+        if resumed:
+            _check_same_run(folder, config)
+        for name in ("checkpoints", "export", "tensorboard", "profile"):
+            (folder / name).mkdir(exist_ok=True)
+        _write_versions(folder / "versions.json")
+        write_atomically(folder / "config.yaml", dump(config))
+    except BaseException:
+        lock.close()
+        raise
+    return RunFolder(folder, resumed, lock)
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Hold the folder's lock.
+
+    A POSIX record lock ends with the process, however it ends, and is not handed on to forked workers, which
+    would otherwise keep it after a SIGKILL of their parent.
+    """
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        file.close()
+        raise JaxguardError(
+            f"the run folder {folder} is in use by another process ({owner}); "
+            "wait for it, stop it, or choose another name"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _check_resume(folder: Path, holds_run: bool, resume: Resume) -> None:
+    if resume == "never" and holds_run:
+        raise JaxguardError(
+            f"{folder} already holds a run and --resume is never; choose another name, or delete the folder"
+        )
+    if resume == "always" and not any(p.name.isdigit() for p in (folder / "checkpoints").glob("*")):
+        raise JaxguardError(
+            f"{folder} holds no checkpoint to go on from and --resume is always; use --resume auto to start"
+        )
+
+
+def _check_same_run(folder: Path, config: Config) -> None:
+    """Refuse to mix two runs in one folder."""
+    try:
+        before = load(str(folder / "config.yaml"))
+    except JaxguardError as error:
+        raise JaxguardError(f"{folder} holds a run whose config cannot be read, choose another name: {error}") from None
+    changes = differences(before.model_dump(mode="json"), config.model_dump(mode="json"))
+    changes = {field: pair for field, pair in changes.items() if not field.startswith(FREE)}
+    rounding = [field for field in changes if field.startswith(ROUNDING)]
+    other = [f"  {field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items() if field not in rounding]
+    if other:
+        raise JaxguardError(
+            f"{folder} holds another run; these fields change the result:\n"
+            + "\n".join(other)
+            + "\nChoose another name (name=...), take the old values back, or delete the folder."
+        )
+    if rounding:
+        logger.warning(
+            "%s goes on with other %s: the same sums in another order, not bit for bit", folder, ", ".join(rounding)
+        )
+
+
+def differences(old: Any, new: Any, field: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted field -> (old, new) for every leaf that differs between two plain trees; None where it is absent."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        pairs = {str(k): (old.get(k), new.get(k)) for k in [*old, *(k for k in new if k not in old)]}
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = {str(i): pair for i, pair in enumerate(zip(old, new, strict=True))}
+    else:
+        return {} if old == new else {field: (old, new)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, (a, b) in pairs.items():
+        found |= differences(a, b, f"{field}.{key}" if field else key)
+    return found
+
+
+def _write_versions(path: Path) -> None:
+    """Note what this start computes with; earlier starts with something else stay listed under `before`."""
+    now = versions()
+    before: list[Any] = []
+    if path.is_file():
+        try:
+            last = json.loads(path.read_text(encoding="utf-8"))
+            before = last.pop("before", [])
+        except (ValueError, AttributeError):
+            last = {}
+        changed = {k: v for k, v in differences(last, now).items() if k != "started"}
+        if last and changed:
+            before = [*before, last]
+            told = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
+            logger.warning("%s goes on with other versions, so perhaps not bit for bit: %s", path.parent, told)
+    write_atomically(path, json.dumps({**now, "before": before}, indent=2) + "\n")
+
+
+def versions() -> dict[str, Any]:
+    """What a run is computed with."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "jaxguard": jaxguard.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **found,
+        "devices": sorted({device.device_kind for device in jax.devices()}),
+        "device_count": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, or None where it was installed from elsewhere."""
+    checkout = Path(jaxguard.__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 (fixed words)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a crash leaves the old one or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise JaxguardError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another run_folder"
+        ) from None
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
