@@ -6,6 +6,7 @@ they are; exporting unchanged weights gives the same files, bit for bit.
 """
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ CARRIED = (
 
 WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 
-# The text-only Gemma 3 1B shares its tokenizer with the multimodal sizes: this token's id lies just past its vocabulary,
-# and no text chat produces it.
+# The text-only Gemma 3 1B shares its tokenizer with the multimodal sizes: this token's id lies just past its
+# vocabulary, and no text chat produces it.
 _IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
 
 Places = dict[Weight, tuple[Stored, ...]]
@@ -100,8 +101,9 @@ def _read(
     shape = weight.shape(spec)
     copies: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
         """The asked part; devices that hold the same part share it."""
+        assert index is not None
         key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
         if key not in copies:
             copies[key] = read_piece(weight, stored, spec, index, dtype)
@@ -174,7 +176,7 @@ def _checked(folder: Path, name: str, shape: tuple[int, ...], tensors: Mapping[s
         raise JaxguardError(f"{folder} lacks the tensor {name!r}, which its config.json asks for")
     tensor = tensors[name]
     if tensor.shape != shape:
-        raise JaxguardError(f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, but config.json asks for {shape}")
+        raise JaxguardError(f"{tensor.file}: tensor {name!r} has shape {tensor.shape}; config.json asks for {shape}")
     _ = tensor.dtype  # raises for a type that cannot be trained
     return tensor
 
@@ -225,7 +227,7 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
     places = _locate(source, spec, tensors)
     _check_weights(weights, spec, source)
     writer = jax.process_index() == 0
-    changed, rewritten = 0, set()
+    changed, rewritten = 0, 0
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(whole_folder(output)) if writer else None
         files = {} if folder is None else stack.enter_context(_copies(source, folder, tensors))
@@ -237,13 +239,17 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
                 changed += _overwrite(copies[0], values, files)
                 for tensor in copies[1:]:
                     _overwrite(tensor, values, files)
-                rewritten.update(tensor.name for tensor in copies)
+                rewritten += len(copies)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_hf")
     trained = [tensor for stored in places.values() for tensor in stored]
-    values = sum(int(np.prod(tensor.shape)) for tensor in trained)
-    kinds = tuple(sorted({tensor.kind for tensor in trained}))
-    return ExportReport(len(rewritten), len(tensors) - len(rewritten), values, changed, kinds)
+    return ExportReport(
+        tensors=rewritten,
+        carried=len(tensors) - rewritten,
+        values=sum(math.prod(tensor.shape) for tensor in trained),
+        changed=changed,
+        dtypes=tuple(sorted({tensor.kind for tensor in trained})),
+    )
 
 
 def _check_weights(weights: Mapping[str, jax.Array], spec: Spec, source: Path) -> None:

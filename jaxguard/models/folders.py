@@ -59,9 +59,9 @@ def _to_disk(path: Path) -> None:
 
 
 def _explained(error: OSError, output: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return JaxguardError(
-            f"the disk is full: {output} was not written, and nothing was left behind. Free some space, or write elsewhere"
+            f"the disk is full: {output} was not written, nothing was left behind; free some space or write elsewhere"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return JaxguardError(f"{output} cannot be written: {error.strerror} ({error.filename})")

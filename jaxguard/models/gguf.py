@@ -27,7 +27,8 @@ UNPERMUTE = "(heads half pair) d -> (heads pair half) d"
 
 # Text is cut by these before byte-level BPE, by the file's tokenizer.ggml.pre.
 _LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -93,7 +94,9 @@ def _config(fields: _Fields, dtype: str, tied: bool) -> dict[str, Any]:
     """config.json in the spelling that transformers 4 and 5 both read."""
     scaling = fields.get("llama.rope.scaling.type", "none")
     if scaling != "none" or any(t.name == "rope_freqs.weight" for t in fields.reader.tensors):
-        raise JaxguardError(f"{fields.source} scales its rope, which GGUF keeps only as a table: use the Hugging Face checkpoint")
+        raise JaxguardError(
+            f"{fields.source} scales its rope, which GGUF keeps only as a table: use the Hugging Face checkpoint"
+        )
     width, heads = int(fields["llama.embedding_length"]), int(fields["llama.attention.head_count"])
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -141,7 +144,10 @@ def _tokenizer(fields: _Fields) -> Tokenizer:
         ],
     }
     if kind != "gpt2" or pre not in words:
-        raise JaxguardError(f"{fields.source}: tokenizer {kind!r} / {pre!r} is not supported; supported: 'gpt2' with {', '.join(words)}")
+        raise JaxguardError(
+            f"{fields.source}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
+            f"supported: 'gpt2' with {' or '.join(map(repr, words))}"
+        )
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}

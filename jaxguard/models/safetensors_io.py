@@ -141,7 +141,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def write_file(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, value: Callable[[str], np.ndarray]) -> None:
+def write_file(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, value: Callable[[str], np.ndarray]
+) -> None:
     """Write a safetensors file one tensor at a time, so that memory holds one of them.
 
     Args:

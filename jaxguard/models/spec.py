@@ -1,7 +1,8 @@
 """A model's shape and numerics, read from its Hugging Face config.json."""
 
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +77,13 @@ class Spec:
     tied: bool
     context: int
     dtype: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Two checkpoints with the same one can take each other's weights; storage type and context do not count."""
+        text = repr(replace(self, dtype="", context=0))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return f"{self.family}-{self.layers}x{self.width}-{digest}"
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ def main() -> None:
         gguf_to_hf(args.source, args.output, args.dtype)
     except JaxguardError as error:
         parser.exit(2, f"error: {error}\n")
-    print(f"wrote {args.output}")  # noqa: T201
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
