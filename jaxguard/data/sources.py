@@ -187,7 +187,10 @@ def _text(row: Row, column: str, place: str) -> str | None:
     value = row.get(column)
     if value is not None and not isinstance(value, str):
         raise JaxguardError(f"{place}: {column} is {value!r}; expected text or null")
-    return value
+    if value is None or value.isascii():
+        return value
+    # JSON can spell half of a surrogate pair, which is not a character: no tokenizer takes it.
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _label(row: Row, column: str, meaning: Mapping[str, str], place: str) -> str | None:

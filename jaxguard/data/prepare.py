@@ -1,0 +1,273 @@
+"""From a config to encoded training and validation examples, and a manifest that says what became of every row.
+
+    load sources -> drop what the mode cannot use -> hold out -> subset -> assign modes -> encode
+
+Every choice is made by a hash of an example's id, so it depends neither on the platform nor on the order of files.
+"""
+
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from jaxguard.config import Config, SourceConfig
+from jaxguard.data import encode
+from jaxguard.data.dialogue import Mode
+from jaxguard.data.examples import Example
+from jaxguard.data.sources import LABELS, digest, load, unique_ids
+from jaxguard.errors import JaxguardError
+
+Chosen = tuple[Example, Mode]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which examples are trained and validated on, in which mode, before encoding.
+
+    Attributes:
+        train: the training examples, in the order of the subset's hash.
+        validation: held-out examples; one that is scored in both modes stands here twice.
+        sources: one entry for each source, for the manifest.
+        dropped: reason -> examples that were left out after loading.
+    """
+
+    train: list[Chosen]
+    validation: list[Chosen]
+    sources: list[dict[str, Any]]
+    dropped: Counter[str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Encoded data of a run.
+
+    Attributes:
+        train: one sequence for each training example.
+        validation: held-out example, mode, and the sequences that its probabilities are computed from (the first
+            carries the labels; see Encoder.branches).
+        manifest: plain tree, ready for JSON: sources with hashes, counts, seeds, policy.
+    """
+
+    train: list[encode.Sequence]
+    validation: list[tuple[Example, Mode, tuple[encode.Sequence, ...]]]
+    manifest: dict[str, Any]
+
+
+def prepare(config: Config, folder: Path) -> Prepared:
+    """Load, choose and encode a run's data with the tokenizer of the checkpoint in `folder`.
+
+    Raises:
+        JaxguardError: a source cannot be used, nothing is left to train on, or everything had to be cut.
+    """
+    encoder = encode.Encoder.load(folder, config.data)
+    return encode_selection(config, select(config), encoder)
+
+
+def select(config: Config) -> Selection:
+    """Load the sources and choose the training and validation examples.
+
+    Raises:
+        JaxguardError: a source cannot be read, no example has the trace that the mode needs, too few examples.
+    """
+    data, dropped = config.data, Counter[str]()
+    pool, sources = _load_all(data.train, "train")
+    if data.mode == "reasoning":
+        pool = _traced(pool, "data.train", dropped)
+    held: list[Example] = []
+    if data.validation_size:
+        held, more = _held_out(config, pool, dropped)
+        sources += more
+    train = _disjoint(pool, held, dropped)
+    if data.subset is not None:
+        train = subset(train, data.subset, data.subset_seed)
+    if len(train) < config.train.batch_size:
+        raise JaxguardError(
+            f"{len(train)} training examples are left after {len(held)} were held out, fewer than "
+            f"train.batch_size={config.train.batch_size}; add data, or lower data.validation_size or train.batch_size"
+        )
+    modes = assign_modes(train, data.mode, data.dual_reasoning_share, config.seed)
+    return Selection(list(zip(train, modes, strict=True)), _validation_modes(held, data.mode), sources, dropped)
+
+
+def subset(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
+    """The first `size` examples in the order of a hash of (seed, id): smaller subsets lie inside larger ones.
+
+    Raises:
+        JaxguardError: there are fewer than `size`.
+    """
+    if size > len(examples):
+        raise JaxguardError(f"a subset of {size} was asked for, but there are only {len(examples)} examples")
+    return sorted(examples, key=lambda example: _hash("subset", seed, example.id))[:size]
+
+
+def assign_modes(examples: Sequence[Example], mode: str, share: float, seed: int) -> list[Mode]:
+    """Each example's mode; in dual mode exactly round(share × number) reason, chosen by a hash of (seed, id).
+
+    In dual mode an example without a trace answers directly.
+
+    Raises:
+        JaxguardError: dual mode, and fewer examples than that have a trace.
+    """
+    if mode != "dual":
+        return [Mode(mode)] * len(examples)
+    wanted = round(share * len(examples))
+    traced = [example for example in examples if example.trace]
+    if len(traced) < wanted:
+        raise JaxguardError(
+            f"data.mode=dual with data.dual_reasoning_share={share:g} needs a trace for {wanted} of {len(examples)} "
+            f"examples, but {len(traced)} have one; lower the share, use data.mode=direct, or take a source with traces"
+        )
+    reasoning = {e.id for e in sorted(traced, key=lambda example: _hash("mode", seed, example.id))[:wanted]}
+    return [Mode.REASONING if example.id in reasoning else Mode.DIRECT for example in examples]
+
+
+def encode_selection(config: Config, selection: Selection, encoder: encode.Encoder) -> Prepared:
+    """Encode what was chosen, and write the manifest.
+
+    Raises:
+        JaxguardError: no example fits, or every one had to be cut.
+    """
+    train, validation, kept, dropped = [], [], [], Counter(selection.dropped)
+    for example, mode in _progress(selection.train, "encoding"):
+        sequence = encoder.encode(example, mode)
+        if sequence is None:
+            dropped["train: trace too long for a row"] += 1
+        else:
+            train.append(sequence)
+            kept.append((example, mode))
+    for example, mode in _progress(selection.validation, "encoding held-out examples"):
+        branches = encoder.branches(example, mode)
+        if branches:
+            validation.append((example, mode, branches))
+        else:
+            dropped["validation: trace too long for a row"] += 1
+    _check_lengths(train, config)
+    scored = [(example, mode) for example, mode, _ in validation]
+    manifest = {
+        "sources": selection.sources,
+        "policy": {"name": encoder.policy.name, "sha256": encoder.policy.digest},
+        "seeds": {"subset": config.data.subset_seed, "modes": config.seed},
+        "train": _counts(kept, train),
+        "validation": _counts(scored, [branches[0] for _, _, branches in validation]),
+        "dropped": dict(sorted(dropped.items())),
+    }
+    return Prepared(train, validation, manifest)
+
+
+def _load_all(sources: Iterable[SourceConfig], role: str) -> tuple[list[Example], list[dict[str, Any]]]:
+    examples: list[Example] = []
+    origins = []
+    for source in sources:
+        loaded = load(source)
+        examples += loaded.examples
+        origins.append(
+            {"role": role, **loaded.origin, "examples": len(loaded.examples), "skipped": dict(loaded.skipped)}
+        )
+    return unique_ids(examples), origins
+
+
+def _traced(examples: list[Example], field: str, dropped: Counter[str]) -> list[Example]:
+    kept = [example for example in examples if example.trace]
+    if not kept:
+        raise JaxguardError(
+            f"data.mode=reasoning trains on traces, but none of the {len(examples)} examples of {field} has one: set "
+            "data.mode=direct, take a source with traces (kind nemotron_safety), or write traces with a teacher first"
+        )
+    if len(kept) < len(examples):
+        dropped[f"{field.removeprefix('data.')}: no trace"] += len(examples) - len(kept)
+    return kept
+
+
+def _held_out(config: Config, pool: list[Example], dropped: Counter[str]) -> tuple[list[Example], list[dict[str, Any]]]:
+    """The validation examples. They do not depend on any seed, so that all runs on the same data are scored alike."""
+    data = config.data
+    if not data.validation:
+        if len(pool) <= data.validation_size:
+            raise JaxguardError(
+                f"data.validation_size={data.validation_size} leaves nothing of the {len(pool)} training examples; "
+                "lower it, or give data.validation a source of its own"
+            )
+        return _sample(pool, data.validation_size), []
+    held, sources = _load_all(data.validation, "validation")
+    if data.mode == "reasoning":
+        held = _traced(held, "data.validation", dropped)
+    return _sample(held, data.validation_size), sources
+
+
+def _sample(examples: list[Example], size: int) -> list[Example]:
+    return sorted(examples, key=lambda example: _hash("held out", 0, example.id))[:size]
+
+
+def _disjoint(pool: list[Example], held: list[Example], dropped: Counter[str]) -> list[Example]:
+    """The pool without the held-out examples and without others of the same text."""
+    texts = {_normalised(example) for example in held}
+    members = {id(example) for example in held}
+    rest = [example for example in pool if id(example) not in members]
+    train = [example for example in rest if _normalised(example) not in texts]
+    if len(train) < len(rest):
+        dropped["train: same text as a held-out example"] += len(rest) - len(train)
+    return train
+
+
+def _normalised(example: Example) -> tuple[str, str | None]:
+    def plain(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+    return plain(example.prompt), None if example.response is None else plain(example.response)
+
+
+def _validation_modes(held: list[Example], mode: str) -> list[Chosen]:
+    """Held-out examples in every mode that is trained; in dual mode those without a trace are scored directly only."""
+    if mode != "dual":
+        return [(example, Mode(mode)) for example in held]
+    reasoning = [(example, Mode.REASONING) for example in held if example.trace]
+    return reasoning + [(example, Mode.DIRECT) for example in held]
+
+
+def _hash(purpose: str, seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{purpose}\0{seed}\0{name}".encode()).digest()
+
+
+def _progress(chosen: list[Chosen], what: str) -> Iterable[Chosen]:
+    console = Console(stderr=True)
+    return track(chosen, what, console=console, transient=True, disable=not console.is_terminal or len(chosen) < 1000)
+
+
+def _check_lengths(train: list[encode.Sequence], config: Config) -> None:
+    row_tokens = config.data.row_tokens
+    if not train:
+        raise JaxguardError(
+            f"no training example fits into data.row_tokens={row_tokens}, even with its untrusted text cut; raise it"
+        )
+    if all(sequence.cut for sequence in train):
+        raise JaxguardError(
+            f"every training example had to be cut to fit into data.row_tokens={row_tokens}; raise it, or shorten the policy"
+        )
+
+
+def _counts(chosen: list[Chosen], sequences: list[encode.Sequence]) -> dict[str, Any]:
+    """What a set consists of. `sha256` covers the tokens, so it changes with the tokenizer and the format too."""
+    # In dual mode a held-out example stands there once for each mode.
+    examples = list({example.id: example for example, _ in chosen}.values())
+    tokens = hashlib.sha256()
+    for sequence in sequences:
+        tokens.update(sequence.tokens.astype("<i4").tobytes())
+    return {
+        "examples": len(examples),
+        "sequences": len(sequences),
+        "by_source": dict(Counter(example.source for example in examples).most_common()),
+        "by_mode": dict(Counter(str(mode) for _, mode in chosen)),
+        "labels": {label: dict(Counter(str(getattr(e, label)) for e in examples).most_common()) for label in LABELS},
+        "with_response": sum(example.response is not None for example in examples),
+        "cut": sum(sequence.cut for sequence in sequences),
+        "tokens": sum(len(sequence.tokens) for sequence in sequences),
+        "trained_tokens": sum(int(sequence.target.sum()) for sequence in sequences),
+        "examples_sha256": digest(examples),
+        "tokens_sha256": tokens.hexdigest(),
+    }
