@@ -18,8 +18,9 @@ from rich.progress import track
 
 from jaxguard.config import Config, SourceConfig
 from jaxguard.data import encode
-from jaxguard.data.dialogue import Mode
+from jaxguard.data.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.examples import Example
+from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.sources import LABELS, digest, load, unique_ids
 from jaxguard.errors import JaxguardError
 
@@ -76,13 +77,16 @@ def select(config: Config) -> Selection:
         JaxguardError: a source cannot be read, no example has the trace that the mode needs, too few examples.
     """
     data, dropped = config.data, Counter[str]()
+    policy = load_policy(data.policy)
     pool, sources = _load_all(data.train, "train")
-    if data.mode == "reasoning":
-        pool = _traced(pool, "data.train", dropped)
+    pool = _usable(pool, "data.train", policy, data.mode, dropped)
     held: list[Example] = []
-    if data.validation_size:
-        held, more = _held_out(config, pool, dropped)
+    if data.validation and data.validation_size:
+        held, more = _load_all(data.validation, "validation")
+        held = _sample(_usable(held, "data.validation", policy, data.mode, dropped), data.validation_size)
         sources += more
+    elif data.validation_size:
+        held = _hold_out(pool, data.validation_size)
     train = _disjoint(pool, held, dropped)
     if data.subset is not None:
         train = subset(train, data.subset, data.subset_seed)
@@ -172,35 +176,49 @@ def _load_all(sources: Iterable[SourceConfig], role: str) -> tuple[list[Example]
     return unique_ids(examples), origins
 
 
-def _traced(examples: list[Example], field: str, dropped: Counter[str]) -> list[Example]:
-    kept = [example for example in examples if example.trace]
-    if not kept:
+def _usable(examples: list[Example], field: str, policy: Policy, mode: str, dropped: Counter[str]) -> list[Example]:
+    """The examples that have an answer to one of their policy's questions, and a trace where the mode needs one."""
+    role = field.removeprefix("data.")
+    answered = [example for example in examples if _answers_something(example, policy_for(example, policy))]
+    if not answered:
         raise JaxguardError(
-            f"data.mode=reasoning trains on traces, but none of the {len(examples)} examples of {field} has one: set "
+            f"none of the {len(examples)} examples of {field} has a label for what their policy asks; "
+            f"policy {policy.name!r} asks {', '.join(policy.asks)}"
+        )
+    _count(dropped, f"{role}: no label for what the policy asks", len(examples) - len(answered))
+    if mode != "reasoning":
+        return answered
+    traced = [example for example in answered if example.trace]
+    if not traced:
+        raise JaxguardError(
+            f"data.mode=reasoning needs traces, but none of the {len(answered)} examples of {field} has one: set "
             "data.mode=direct, take a source with traces (kind nemotron_safety), or write traces with a teacher first"
         )
-    if len(kept) < len(examples):
-        dropped[f"{field.removeprefix('data.')}: no trace"] += len(examples) - len(kept)
-    return kept
+    _count(dropped, f"{role}: no trace", len(answered) - len(traced))
+    return traced
 
 
-def _held_out(config: Config, pool: list[Example], dropped: Counter[str]) -> tuple[list[Example], list[dict[str, Any]]]:
-    """The validation examples. They do not depend on any seed, so that all runs on the same data are scored alike."""
-    data = config.data
-    if not data.validation:
-        if len(pool) <= data.validation_size:
-            raise JaxguardError(
-                f"data.validation_size={data.validation_size} leaves nothing of the {len(pool)} training examples; "
-                "lower it, or give data.validation a source of its own"
-            )
-        return _sample(pool, data.validation_size), []
-    held, sources = _load_all(data.validation, "validation")
-    if data.mode == "reasoning":
-        held = _traced(held, "data.validation", dropped)
-    return _sample(held, data.validation_size), sources
+def _answers_something(example: Example, policy: Policy) -> bool:
+    asks = questions(example, policy)
+    return bool(asks) and any(word != ABSENT for _, word in answers(example, asks))
+
+
+def _count(dropped: Counter[str], reason: str, number: int) -> None:
+    if number:
+        dropped[reason] += number
+
+
+def _hold_out(pool: list[Example], size: int) -> list[Example]:
+    if len(pool) <= size:
+        raise JaxguardError(
+            f"data.validation_size={size} leaves nothing of the {len(pool)} training examples; lower it, or give "
+            "data.validation a source of its own"
+        )
+    return _sample(pool, size)
 
 
 def _sample(examples: list[Example], size: int) -> list[Example]:
+    """A choice that depends on no seed, so that all runs on the same data are scored alike."""
     return sorted(examples, key=lambda example: _hash("held out", 0, example.id))[:size]
 
 
@@ -210,8 +228,7 @@ def _disjoint(pool: list[Example], held: list[Example], dropped: Counter[str]) -
     members = {id(example) for example in held}
     rest = [example for example in pool if id(example) not in members]
     train = [example for example in rest if _normalised(example) not in texts]
-    if len(train) < len(rest):
-        dropped["train: same text as a held-out example"] += len(rest) - len(train)
+    _count(dropped, "train: same text as a held-out example", len(rest) - len(train))
     return train
 
 
@@ -247,7 +264,7 @@ def _check_lengths(train: list[encode.Sequence], config: Config) -> None:
         )
     if all(sequence.cut for sequence in train):
         raise JaxguardError(
-            f"every training example had to be cut to fit into data.row_tokens={row_tokens}; raise it, or shorten the policy"
+            f"every training example had to be cut to fit data.row_tokens={row_tokens}; raise it, or shorten the policy"
         )
 
 
