@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxguard.errors import JaxguardError
 
-TEMPLATE_KWARGS: Final = {"date_string": "26 Jul 2024"}
+TEMPLATE_KWARGS: Final[dict[str, Any]] = {"date_string": "26 Jul 2024"}
 """Passed to every chat template. Llama's writes the day's date into the prompt unless it is given one; this is the date
 that Llama 3.1's falls back to. When serving, pass the same as `chat_template_kwargs`, or the guard reads another prompt
 than it was trained on."""
@@ -105,7 +105,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
         raise JaxguardError(f"{folder}: its chat template does not render one user turn: {error}") from None
     if prompt.count(_PROMPT) != 1 or not full.startswith(prompt + _ANSWER):
         raise JaxguardError(
-            f"{folder}: its chat template does not put the answer right after the generation prompt; it renders {full!r}"
+            f"{folder}: its chat template does not put the answer where generation starts; it renders {full!r}"
         )
     before, after = prompt.split(_PROMPT)
     if "<think" in after.lower():
@@ -121,8 +121,8 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
     stops = _stop_ids(tokenizer, folder)
     if end_id not in stops:
         raise JaxguardError(
-            f"{folder}: its chat template ends an answer with {reserved[end_id]!r} ({end_id}), where generation does not "
-            f"stop; add it to eos_token_id in generation_config.json (now {sorted(stops)})"
+            f"{folder}: its chat template ends an answer with {reserved[end_id]!r} ({end_id}), where generation does "
+            f"not stop; add it to eos_token_id in generation_config.json (now {sorted(stops)})"
         )
     ids = token_ids(tokenizer, prompt)
     return Template(before, after, end, end_id, reserved, tuple(i for i in ids if i in reserved))
@@ -141,9 +141,8 @@ def _end_of_turn(tail: str, reserved: dict[int, str], folder: Path) -> tuple[int
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> set[int]:
     """Every id that some engine stops at, by generation_config.json, config.json or the tokenizer."""
-    found = [tokenizer.eos_token_id]
-    for name in ("generation_config.json", "config.json"):
-        found.append(_read_json(folder / name).get("eos_token_id"))
+    files = ("generation_config.json", "config.json")
+    found = [tokenizer.eos_token_id, *(_read_json(folder / name).get("eos_token_id") for name in files)]
     flat = [i for ids in found for i in (ids if isinstance(ids, list) else [ids])]
     return {i for i in flat if isinstance(i, int)}
 

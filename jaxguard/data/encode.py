@@ -1,0 +1,334 @@
+"""Examples -> token sequences with targets and probes, through the checkpoint's own chat template."""
+
+import itertools
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from jaxguard.config import DataConfig
+from jaxguard.data.dialogue import ABSENT, CHOICES, Answers, Dialogue, Mode, answers, questions
+from jaxguard.data.examples import Example
+from jaxguard.data.policies import Policy, Question, load_policy, policy_for
+from jaxguard.data.template import Template, load_tokenizer, read_template, render, token_ids
+from jaxguard.errors import JaxguardError
+
+MIN_KEPT: Final = 16
+"""Tokens of a prompt, and of a response, that cutting leaves; an example with less to judge would teach nothing."""
+CUT_MARK: Final = "\n[... the middle is left out ...]\n"
+_LONGEST_TOKEN = 64
+"""Characters. Longer texts than this times the row are cut before they are tokenised, which bounds time and memory."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where the model chooses between the two words of a verdict line.
+
+    Attributes:
+        question: whose line.
+        position: index into `tokens` of the word's first token that differs between the two answers; the tokens
+            before it are the same for both.
+        positive_id, negative_id: that token for harmful or refusal, and for unharmful or compliance.
+    """
+
+    question: Question
+    position: int
+    positive_id: int
+    negative_id: int
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One example as tokens.
+
+    Attributes:
+        example_id: whose it is.
+        mode: with a trace or without.
+        tokens: int32 [n]; prompt, then completion with its end-of-turn token.
+        target: bool [n]; this token is trained on: exactly the completion.
+        probes: one for each labelled verdict line, in order.
+        answers: the verdict as rendered.
+        cut: untrusted text was left out to fit the row.
+    """
+
+    example_id: str
+    mode: Mode
+    tokens: np.ndarray
+    target: np.ndarray
+    probes: tuple[Probe, ...]
+    answers: Answers
+    cut: bool
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A prompt and every completion that it could get, by the verdict lines."""
+
+    prompt: list[int]
+    completions: dict[Answers, list[int]]
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Renders and tokenises. A row's length, the policy and the markers are the run's.
+
+    Attributes:
+        tokenizer: a fast tokenizer with a chat template.
+        template: what the chat template does.
+        dialogue: the format.
+        policy: for examples that bring none.
+        row_tokens: the longest sequence.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    dialogue: Dialogue
+    policy: Policy
+    row_tokens: int
+
+    @classmethod
+    def load(cls, folder: Path, data: DataConfig, policy: Policy | None = None) -> Self:
+        """The encoder of a checkpoint; `policy` defaults to the one that the config names.
+
+        Raises:
+            JaxguardError: no such policy; no tokenizer or chat template, or one that cannot be trained with; a policy
+                that leaves no room for text in `row_tokens`.
+        """
+        tokenizer = load_tokenizer(folder)
+        template = read_template(tokenizer, folder)
+        dialogue = Dialogue(data.reasoning_marker, data.direct_marker, tuple(template.reserved.values()))
+        encoder = cls(tokenizer, template, dialogue, policy or load_policy(data.policy), data.row_tokens)
+        needed = encoder.least_tokens(encoder.policy)
+        if needed > data.row_tokens:
+            raise JaxguardError(
+                f"data.row_tokens={data.row_tokens} is too short: policy {encoder.policy.name!r}, the frame around it "
+                f"and the verdict take {needed} tokens with the least of text; raise it to that, or shorten the policy"
+            )
+        return encoder
+
+    @property
+    def end_id(self) -> int:
+        """The end-of-turn token that every sequence ends with, and generation stops at."""
+        return self.template.end_id
+
+    def encode(self, example: Example, mode: Mode) -> Sequence | None:
+        """The example with its labels, for training.
+
+        Returns:
+            None if its trace leaves no room for the text to judge.
+
+        Raises:
+            JaxguardError: no label for any question, no trace in reasoning mode, or its own policy does not fit.
+        """
+        gold = answers(example, questions(example, self._policy(example)))
+        rendered = self._render(example, mode, gold)
+        return None if rendered is None else self._sequence(example, mode, rendered, gold)
+
+    def branches(self, example: Example, mode: Mode) -> tuple[Sequence, ...]:
+        """The example once for each answer to all labelled questions but the last, for validation without sampling.
+
+        The model answers one question after another, so P(question positive) is the sum over earlier answers of
+        P(earlier answers) P(positive | earlier answers), each factor read at a probe. The prompt's tokens are the same
+        in all branches and the gold answers come first; a reasoning example's trace is given.
+
+        Returns:
+            Two to the power of labelled questions less one; () if the trace leaves no room for the text.
+
+        Raises:
+            JaxguardError: as `encode`.
+        """
+        gold = answers(example, questions(example, self._policy(example)))
+        rendered = self._render(example, mode, gold)
+        if rendered is None:
+            return ()
+        last = next((q for q, word in reversed(gold) if word != ABSENT), None)
+        kept = [a for a in rendered.completions if last is None or dict(a)[last] == dict(gold)[last]]
+        return tuple(self._sequence(example, mode, rendered, a) for a in kept)
+
+    def prompt(self, example: Example, mode: Mode, answer_tokens: int = 0) -> np.ndarray:
+        """int32 [n]: what generation starts from; labels are not looked at, and all that the policy asks is asked.
+
+        Args:
+            example: the conversation.
+            mode: how to answer.
+            answer_tokens: room to leave in the row; the text is cut for it.
+
+        Raises:
+            JaxguardError: the policy does not fit.
+        """
+        return np.asarray(self._inference(example, mode, answer_tokens)[1], np.int32)
+
+    def messages(self, example: Example, mode: Mode, answer_tokens: int = 0) -> list[dict[str, str]]:
+        """Chat messages that a server turns into exactly the tokens of `prompt`.
+
+        It has to be given `template.TEMPLATE_KWARGS` as `chat_template_kwargs`.
+        """
+        return [{"role": "user", "content": self._inference(example, mode, answer_tokens)[0]}]
+
+    def least_tokens(self, policy: Policy) -> int:
+        """Length of the shortest row in which anything can be judged by a policy, with its verdict but no trace."""
+        turn = self.dialogue.user_turn("", "", policy, policy.asks, Mode.REASONING)
+        longest = max(
+            len(self._completion(tuple(zip(policy.asks, words, strict=True)), None, Mode.DIRECT))
+            for words in itertools.product(*(CHOICES[q] for q in policy.asks))
+        )
+        seams = 4  # tokens that split otherwise where texts meet
+        texts = 2 * (MIN_KEPT + len(self._ids(CUT_MARK)) + seams)
+        return len(self._ids(render(self.tokenizer, turn))) + texts + longest
+
+    def _policy(self, example: Example) -> Policy:
+        return policy_for(example, self.policy)
+
+    def _ids(self, text: str) -> list[int]:
+        return token_ids(self.tokenizer, text)
+
+    def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> list[int]:
+        return self._ids(self.dialogue.completion(answers, trace, mode) + self.template.end)
+
+    def _inference(self, example: Example, mode: Mode, answer_tokens: int) -> tuple[str, list[int]]:
+        policy = self._policy(example)
+        fitted = self._fit(example, policy, policy.asks, mode, self.row_tokens - answer_tokens)
+        if fitted is None:
+            raise JaxguardError(
+                f"example {example.id!r}: its policy leaves no room for text in {self.row_tokens} tokens"
+                + (f" less {answer_tokens} for the answer" if answer_tokens else "")
+            )
+        turn, ids, _ = fitted
+        self._check_prompt(example, ids)
+        return turn, ids
+
+    def _render(self, example: Example, mode: Mode, gold: Answers) -> _Rendered | None:
+        """Tokens of the prompt and of all completions, the gold one first; the prompt leaves room for the longest."""
+        if mode is Mode.REASONING and not (example.trace or "").strip():
+            raise JaxguardError(
+                f"example {example.id!r} has no trace: reasoning mode needs one; train it in direct mode"
+            )
+        words = [(word,) if word == ABSENT else (word, *(w for w in CHOICES[q] if w != word)) for q, word in gold]
+        asks = tuple(q for q, _ in gold)
+        completions = {}
+        for choice in itertools.product(*words):
+            given = tuple(zip(asks, choice, strict=True))
+            completions[given] = self._completion(given, example.trace, mode)
+        policy = self._policy(example)
+        room = self.row_tokens - max(map(len, completions.values()))
+        fitted = self._fit(example, policy, asks, mode, room)
+        if fitted is None:
+            needed = self.least_tokens(policy)
+            if mode is Mode.DIRECT or needed > self.row_tokens:
+                raise JaxguardError(
+                    f"example {example.id!r}: policy {policy.name!r}, the frame around it and the verdict take "
+                    f"{needed} tokens with the least of text, but data.row_tokens={self.row_tokens}; raise it to that, "
+                    "or shorten the policy"
+                )
+            return None
+        return _Rendered(fitted[1], completions, fitted[2])
+
+    def _sequence(self, example: Example, mode: Mode, rendered: _Rendered, given: Answers) -> Sequence:
+        prompt, completion = rendered.prompt, rendered.completions[given]
+        self._check_prompt(example, prompt)
+        self._check_completion(example, completion)
+        probes = []
+        for i, (question, word) in enumerate(given):
+            if word == ABSENT:
+                continue
+            positive, negative = (
+                rendered.completions[(*given[:i], (question, w), *given[i + 1 :])] for w in CHOICES[question]
+            )
+            at = _first_difference(positive, negative)
+            probes.append(Probe(question, len(prompt) + at, positive[at], negative[at]))
+        return Sequence(
+            example_id=example.id,
+            mode=mode,
+            tokens=np.asarray(prompt + completion, np.int32),
+            target=np.arange(len(prompt) + len(completion)) >= len(prompt),
+            probes=tuple(probes),
+            answers=given,
+            cut=rendered.cut,
+        )
+
+    def _check_prompt(self, example: Example, ids: list[int]) -> None:
+        if self.template.reserved_in(ids) != self.template.prompt_ids:
+            found = [self.template.reserved[i] for i in self.template.reserved_in(ids)]
+            raise JaxguardError(
+                f"example {example.id!r}: its text spells a special token of this tokenizer in a way that jaxguard "
+                f"does not know; the prompt holds {found}. Leave the example out and report it"
+            )
+
+    def _check_completion(self, example: Example, ids: list[int]) -> None:
+        # Think tags may be tokens of their own in some vocabularies; they are ours.
+        reserved = [i for i in self.template.reserved_in(ids) if "think" not in self.template.reserved[i]]
+        if reserved != [self.template.end_id] or ids[-1] != self.template.end_id:
+            found = [self.template.reserved[i] for i in reserved]
+            raise JaxguardError(
+                f"example {example.id!r}: its answer should hold one special token, the end of turn, but holds {found}"
+            )
+
+    def _fit(
+        self, example: Example, policy: Policy, asks: tuple[Question, ...], mode: Mode, room: int
+    ) -> tuple[str, list[int], bool] | None:
+        """(user turn, prompt's tokens, whether text was cut), at most `room` tokens; None if that cannot be.
+
+        The longer of prompt and response is cut first, then both alike; each keeps its head and its tail. All work is
+        linear in the text, and what is linear in a long text is done once.
+        """
+        most = self.row_tokens * _LONGEST_TOKEN
+        texts = [self._shortened(t, most) for t in (example.prompt, example.response) if t is not None]
+
+        def attempt(parts: Items[str]) -> tuple[str, list[int]]:
+            turn = self.dialogue.user_turn(parts[0], parts[1] if len(parts) > 1 else None, policy, asks, mode)
+            return turn, self._ids(self._checked(turn))
+
+        turn, ids = attempt(texts)
+        shortened = any(len(t or "") > most for t in (example.prompt, example.response))
+        if len(ids) <= room:
+            return turn, ids, shortened
+        texts = [self.dialogue.quote(t) for t in texts]
+        spans = [self.tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).offsets for t in texts]
+        counts = [len(s) for s in spans]
+        keep = room - (len(ids) - sum(counts))
+        least = sum(min(count, MIN_KEPT) for count in counts)
+        while keep >= least:
+            limit = _share(counts, keep)
+            turn, ids = attempt([_cut(t, s, limit) for t, s in zip(texts, spans, strict=True)])
+            if len(ids) <= room:
+                return turn, ids, True
+            keep -= len(ids) - room
+        return None
+
+    def _checked(self, turn: str) -> str:
+        """The rendered prompt; the template must have left the turn as it is."""
+        text = render(self.tokenizer, turn)
+        if text != self.template.before + turn + self.template.after:
+            raise JaxguardError(f"the chat template changes the user turn; it renders {text[:200]!r}...")
+        return text
+
+    @staticmethod
+    def _shortened(text: str, most: int) -> str:
+        return text if len(text) <= most else text[: most // 2] + CUT_MARK + text[-(most // 2) :]
+
+
+def encode_many(encoder: Encoder, examples: Items[Example], modes: Items[Mode]) -> list[Sequence | None]:
+    """`encode` of each example; a plain loop, since the fast tokenizer gains nothing from batches of short texts."""
+    return [encoder.encode(example, mode) for example, mode in zip(examples, modes, strict=True)]
+
+
+def _first_difference(a: list[int], b: list[int]) -> int:
+    """Index of the first token in which two completions differ; neither starts with the other: they share their end."""
+    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+
+
+def _share(counts: list[int], keep: int) -> int:
+    """The largest limit with sum(min(count, limit)) <= keep: the longest text gives first."""
+    return keep if len(counts) == 1 else max(keep // 2, keep - min(counts))
+
+
+def _cut(text: str, spans: list[tuple[int, int]], limit: int) -> str:
+    """Head and tail of a text, `limit` tokens together, around a mark; `spans` are its tokens' character spans."""
+    if len(spans) <= limit:
+        return text
+    head, tail = (limit + 1) // 2, limit // 2
+    return text[: spans[head - 1][1]] + CUT_MARK + text[spans[-tail][0] :]
