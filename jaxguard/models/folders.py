@@ -63,6 +63,6 @@ def _explained(error: OSError, output: Path) -> Exception:
         return JaxguardError(
             f"the disk is full: {output} was not written, nothing was left behind; free some space or write elsewhere"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return JaxguardError(f"{output} cannot be written: {error.strerror} ({error.filename})")
     return error

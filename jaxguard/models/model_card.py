@@ -116,8 +116,9 @@ def _prompting(config: Config) -> str:
         data.mode, f"{reasoning}; {direct}"
     )
     return (
-        f"Render one user turn (instruction, policy, conversation, answer format) with this folder's chat template, "
-        f"and {how}. It was trained on the policy `{data.policy}`. Treat an answer that lacks a verdict line as harmful."
+        f"Render one user turn (instruction, policy, conversation, answer format) with this folder's chat "
+        f"template, and {how}. It was trained on the policy `{data.policy}`. Treat an answer that lacks a verdict line "
+        "as harmful."
     )
 
 

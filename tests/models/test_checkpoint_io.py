@@ -1,0 +1,480 @@
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from jaxguard.errors import JaxguardError
+from jaxguard.models import checkpoint_io
+from jaxguard.models.checkpoint_io import ExportReport, check_vocabulary, export_hf, locate, read_piece, read_weights
+from jaxguard.models.safetensors_io import Stored, open_file, open_folder
+from jaxguard.models.spec import read_spec
+from jaxguard.models.weights import table
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+VISION = {
+    "vision_tower.vision_model.embeddings.position_embedding.weight": (4, 6),
+    "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": (6, 6),
+    "multi_modal_projector.mm_input_projection_weight": (6, 32),
+}
+VISION_CONFIG = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 6,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path, tiny_tokenizer_folder, write_llama_config, write_gemma3_config) -> Make:
+    """make("llama" | "gemma3" | "multimodal", shards=1, dtype=BF16, prefix=None, extra={}, drop=(), **config)."""
+
+    def make(family, shards=1, dtype=BF16, prefix=None, extra=(), drop=(), **config) -> Path:
+        folder = tmp_path / "source"
+        shutil.copytree(tiny_tokenizer_folder, folder)
+        (write_llama_config if family == "llama" else write_gemma3_config)(folder, **config)
+        if family == "multimodal":
+            text = json.loads((folder / "config.json").read_text())
+            whole = {
+                "model_type": "gemma3",
+                "text_config": text,
+                "vision_config": VISION_CONFIG,
+                "mm_tokens_per_image": 4,
+            }
+            (folder / "config.json").write_text(json.dumps(whole))
+            prefix, extra = prefix or "language_model.model.", {**VISION, **dict(extra)}
+        spec = read_spec(folder)
+        shapes = dict(extra)
+        for weight in table(spec):
+            for i in range(spec.layers if weight.stacked else 1):
+                outside = "language_model." if family == "multimodal" else ""
+                start = outside if weight.path == "lm_head" else prefix or "model."
+                shapes[start + weight.hf.format(i=i)] = weight.hf_shape(spec)
+        random = np.random.default_rng(0)
+        tensors = {n: random.standard_normal(s).astype(dtype) for n, s in sorted(shapes.items()) if n not in drop}
+        write_shards(folder, tensors, shards)
+        (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe base.\n")
+        return folder
+
+    return make
+
+
+def write_shards(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> None:
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    homes = {name: files[i % shards] for i, name in enumerate(tensors)}  # a layer's tensors lie in several files
+    for file in files:
+        save_file({n: t for n, t in tensors.items() if homes[n] == file}, folder / file, {"format": "pt"})
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": homes}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def hf(folder: Path) -> dict[str, np.ndarray]:
+    return {name: np.array(tensor.view()) for name, tensor in open_folder(folder).items()}
+
+
+KINDS = {
+    "single": {"family": "llama"},
+    "sharded": {"family": "llama", "shards": 3},
+    "tied": {"family": "llama", "tie_word_embeddings": True},
+    "tied with a stored head": {"family": "llama", "tie_word_embeddings": True, "extra": {"lm_head.weight": (512, 32)}},
+    "fp32": {"family": "llama", "dtype": np.dtype(np.float32)},
+    "fp16": {"family": "llama", "dtype": np.dtype(np.float16)},
+    "gemma3 text": {"family": "gemma3"},
+    "multimodal": {"family": "multimodal", "shards": 2},
+    "multimodal, prefix of memory": {"family": "multimodal", "prefix": "model.language_model."},
+    "multimodal, untied": {"family": "multimodal", "tie_word_embeddings": False},
+}
+
+
+@pytest.fixture(params=KINDS)
+def any_kind(request, make) -> Path:
+    folder = make(**KINDS[request.param])
+    if request.param == "tied with a stored head":  # as such checkpoints hold it: the embedding again
+        tensors = hf(folder)
+        write_shards(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, 1)
+    return folder
+
+
+def test_read_gives_the_layouts_of_the_table(any_kind):
+    spec = read_spec(any_kind)
+    weights, theirs = read_weights(any_kind, spec), hf(any_kind)
+    prefix = next(n for n in theirs if n.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
+    d, n, k, h = spec.width, spec.heads, spec.kv_heads, spec.head_dim
+    assert set(weights) == {w.path for w in table(spec)}
+    assert all(w.dtype == jnp.float32 for w in weights.values())
+    np.testing.assert_array_equal(weights["embed"], theirs[f"{prefix}embed_tokens.weight"].astype(np.float32))
+    for i in range(spec.layers):
+        layer = {name.removeprefix(f"{prefix}layers.{i}."): w.astype(np.float32) for name, w in theirs.items()}
+        q, k_, o = (layer[f"self_attn.{x}_proj.weight"] for x in "qko")
+        np.testing.assert_array_equal(weights["layers.q_proj"][i], q.T.reshape(d, n, h))
+        np.testing.assert_array_equal(weights["layers.k_proj"][i], k_.T.reshape(d, k, h))
+        np.testing.assert_array_equal(weights["layers.o_proj"][i], o.T.reshape(n, h, d))
+        np.testing.assert_array_equal(weights["layers.up_proj"][i], layer["mlp.up_proj.weight"].T)
+        np.testing.assert_array_equal(weights["layers.attention_norm"][i], layer["input_layernorm.weight"])
+
+
+def test_identity_export_is_byte_identical(any_kind, tmp_path):
+    report = export_hf(read_weights(any_kind, read_spec(any_kind)), any_kind, tmp_path / "out")
+    wanted = hashes(any_kind)
+    del wanted["README.md"]
+    assert hashes(tmp_path / "out") == wanted
+    assert report.changed == 0 and report.changed_fraction == 0.0
+    assert report.tensors + report.carried == len(open_folder(any_kind))
+
+
+def test_one_changed_weight_changes_only_its_bytes(make, tmp_path):
+    source = make("multimodal", shards=2)
+    weights = read_weights(source, read_spec(source))
+    weights["layers.v_proj"] = weights["layers.v_proj"].at[3].multiply(2.0)
+    report = export_hf(weights, source, tmp_path / "out")
+    name = "language_model.model.layers.3.self_attn.v_proj.weight"
+    place = open_folder(source)[name]
+    for path in source.glob("*.safetensors"):
+        before = np.frombuffer(path.read_bytes(), np.uint8)
+        after = np.frombuffer((tmp_path / "out" / path.name).read_bytes(), np.uint8)
+        differing = np.flatnonzero(before != after)
+        if path == place.file:
+            assert len(differing) > 0 and differing.min() >= place.start and differing.max() < place.stop
+        else:
+            assert len(differing) == 0
+    np.testing.assert_array_equal(hf(tmp_path / "out")[name], hf(source)[name] * BF16.type(2))
+    assert report.changed == hf(source)[name].size
+    assert report.carried == len(VISION)
+
+
+def test_after_training_everything_trained_is_new_and_the_rest_is_not(any_kind, tmp_path):
+    spec = read_spec(any_kind)
+    weights = {path: w * 2 + 1 for path, w in read_weights(any_kind, spec).items()}
+    report = export_hf(weights, any_kind, tmp_path / "out")
+    assert report.changed_fraction > 0.95  # 2x + 1 = x for x near -1, in few bits
+    again = read_weights(tmp_path / "out", spec)
+    before, after = open_folder(any_kind), open_folder(tmp_path / "out")
+    kinds = {tensor.dtype for tensor in after.values()}
+    for path, w in weights.items():
+        np.testing.assert_array_equal(again[path], np.asarray(w).astype(min(kinds, key=lambda d: d.itemsize)))
+    assert [(t.name, t.start, t.stop, t.kind) for t in before.values()] == [
+        (t.name, t.start, t.stop, t.kind) for t in after.values()
+    ]
+    for name in before:
+        carried = name.startswith(("vision_tower", "multi_modal"))
+        assert carried == np.array_equal(before[name].view(), after[name].view())
+    if spec.tied and "lm_head.weight" in after:
+        np.testing.assert_array_equal(after["lm_head.weight"].view(), after["model.embed_tokens.weight"].view())
+
+
+def test_export_rounds_to_nearest_even(make, tmp_path):
+    source = make("llama")
+    weights = read_weights(source, read_spec(source))
+    half = 2.0**-8  # half a bf16 step above 1
+    given = jnp.asarray([1 + half, 1 + 3 * half, 1 + half + 2.0**-20, -1 - half], jnp.float32)
+    weights["final_norm"] = weights["final_norm"].at[:4].set(given)
+    export_hf(weights, source, tmp_path / "out")
+    stored = hf(tmp_path / "out")["model.norm.weight"][:4].astype(np.float32)
+    assert stored.tolist() == [1.0, 1 + 4 * half, 1 + 2 * half, -1.0]
+
+
+def shardings(spec, shape: tuple[int, int, int]) -> dict[str, NamedSharding]:
+    """Width over fsdp, heads and hidden units over tensor, data replicated."""
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    axes = {"D": "fsdp", "F": "tensor", "K": "tensor", "N": "tensor"}
+    found = {}
+    for w in table(spec):
+        letters = (["L"] if w.stacked else []) + w.rule.split("->")[1].split()
+        found[w.path] = NamedSharding(mesh, PartitionSpec(*(axes.get(x) for x in letters)))
+    return found
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("family", ["llama", "multimodal"])
+def test_sharded_read_and_export_equal_the_unsharded(make, tmp_path, family, mesh):
+    source = make(family, shards=2)
+    spec = read_spec(source)
+    whole, places = read_weights(source, spec), shardings(spec, mesh)
+    cut = read_weights(source, spec, places)
+    for path, w in cut.items():
+        assert w.sharding == places[path]
+        np.testing.assert_array_equal(w, whole[path])
+    export_hf(cut, source, tmp_path / "out")
+    assert all(hashes(source)[name] == digest for name, digest in hashes(tmp_path / "out").items())
+
+
+def test_each_shard_is_read_once_and_alone(make, monkeypatch):
+    source = make("llama")
+    spec = read_spec(source)
+    read: list[tuple[str, int]] = []
+
+    def spy(weight, *args):
+        piece = read_piece(weight, *args)
+        read.append((weight.path, piece.size))
+        return piece
+
+    monkeypatch.setattr(checkpoint_io, "read_piece", spy)
+    weights = read_weights(source, spec, shardings(spec, (2, 2, 2)))
+    for path, w in weights.items():
+        sizes = [size for p, size in read if p == path]
+        distinct = {str(shard.index) for shard in w.addressable_shards}
+        assert sizes == [w.addressable_shards[0].data.size] * len(distinct)
+
+
+def test_only_the_asked_layers_are_opened(make, monkeypatch):
+    source = make("llama")
+    spec = read_spec(source)
+    places = locate(source, spec)
+    weight = next(w for w in places if w.path == "layers.q_proj")
+    opened: list[str] = []
+    view = Stored.view
+    monkeypatch.setattr(Stored, "view", lambda self: opened.append(self.name) or view(self))
+    piece = read_piece(weight, places[weight], spec, (slice(1, 2), slice(8, 16), slice(None), slice(None)), np.float32)
+    assert opened == ["model.layers.1.self_attn.q_proj.weight"]
+    assert piece.shape == (1, 8, spec.heads, spec.head_dim)
+    assert piece.base is None  # its own memory: the file may go
+
+
+def test_dtype_in_memory_can_be_chosen(make):
+    source = make("llama")
+    assert {w.dtype for w in read_weights(source, read_spec(source), dtype=jnp.bfloat16).values()} == {BF16}
+
+
+# Bad input.
+
+
+def change(folder: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
+    tensors = hf(folder)
+    edit(tensors)
+    write_shards(folder, tensors, 1)
+
+
+def cut_short(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def as_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def edit_index(edit: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        edit(index)
+        path.write_text(json.dumps(index))
+
+    return apply
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+MISTAKES = {
+    "missing": (1, lambda f: change(f, lambda t: t.pop(Q)), rf"lacks the tensor '{Q}'"),
+    "extra": (
+        1,
+        lambda f: change(f, lambda t: t.update({"model.layers.7.x.weight": t[Q]})),
+        r"'model.layers.7.x.weight'",
+    ),
+    "misshapen": (1, lambda f: change(f, lambda t: t.update({Q: t[Q][:, :-1].copy()})), r"\(32, 31\).*\(32, 32\)"),
+    "quantised": (1, lambda f: change(f, lambda t: t.update({Q: t[Q].astype(np.int8)})), r"stored as I8.*[Qq]uantised"),
+    "fp8": (
+        1,
+        lambda f: change(f, lambda t: t.update({Q: t[Q].astype(ml_dtypes.float8_e4m3fn)})),
+        r"stored as F8_E4M3",
+    ),
+    "no embedding": (1, lambda f: change(f, lambda t: t.pop("model.embed_tokens.weight")), r"no embedding table"),
+    "truncated": (1, cut_short, r"model\.safetensors is truncated or not a safetensors"),
+    "truncated shard": (2, cut_short, r"model-00001-of-00002\.safetensors is truncated"),
+    "not safetensors": (1, lambda f: (f / "model.safetensors").write_bytes(b"<html>"), r"not a safetensors file"),
+    "empty file": (1, lambda f: (f / "model.safetensors").write_bytes(b""), r"truncated"),
+    "absent shard": (2, lambda f: (f / "model-00002-of-00002.safetensors").unlink(), r"names the file.*00002.*absent"),
+    "corrupt index": (2, lambda f: (f / "model.safetensors.index.json").write_text("{"), r"index\.json is corrupt"),
+    "index without map": (2, edit_index(lambda i: i.pop("weight_map")), r"index\.json is corrupt"),
+    "index leads outside": (
+        2,
+        edit_index(lambda i: i["weight_map"].update({Q: "../x.safetensors"})),
+        r"must name files of this folder",
+    ),
+    "index disagrees": (2, edit_index(lambda i: i["weight_map"].update(phantom=i["weight_map"][Q])), r"'phantom'"),
+    "pickle": (1, as_pickle, r"PyTorch pickles but no safetensors"),
+    "nothing": (1, lambda f: (f / "model.safetensors").unlink(), r"no weights to read"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_bad_checkpoints_are_explained(make, mistake):
+    shards, spoil, message = MISTAKES[mistake]
+    source = make("llama", shards=shards)
+    spec = read_spec(source)
+    spoil(source)
+    with pytest.raises(JaxguardError, match=message):
+        read_weights(source, spec)
+
+
+def test_unsupported_architecture(make):
+    source = make("llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    with pytest.raises(JaxguardError, match=r"'mistral' is not supported; supported: llama"):
+        read_spec(source)
+
+
+def test_tokenizer_larger_than_the_vocabulary(make):
+    source = make("llama")
+    spec = read_spec(source)
+    check_vocabulary(source, spec)
+    with pytest.raises(JaxguardError, match=r"2 tokens have ids beyond the model's vocabulary of 510"):
+        check_vocabulary(source, replace(spec, vocab=510))
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(JaxguardError, match=r"tokenizer\.json cannot be read"):
+        check_vocabulary(source, spec)
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(JaxguardError, match=r"has no tokenizer\.json"):
+        check_vocabulary(source, spec)
+
+
+def test_weights_of_another_model(make, tmp_path):
+    source = make("llama")
+    weights = read_weights(source, read_spec(source))
+    with pytest.raises(JaxguardError, match=r"another model.*lm_head"):
+        export_hf({k: w for k, w in weights.items() if k != "lm_head"}, source, tmp_path / "out")
+    with pytest.raises(JaxguardError, match=r"'final_norm' has shape \(31,\).*another model"):
+        export_hf(weights | {"final_norm": weights["final_norm"][:-1]}, source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(BF16, math.nan), (np.dtype(np.float16), 7e4)])
+def test_values_that_cannot_be_stored(make, tmp_path, dtype, value):
+    source = make("llama", dtype=dtype)
+    weights = read_weights(source, read_spec(source))
+    with pytest.raises(JaxguardError, match=r"'model.norm.weight' has values that are not finite"):
+        export_hf(weights | {"final_norm": weights["final_norm"].at[0].set(value)}, source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_occupied_output(make, tmp_path):
+    source = make("llama")
+    weights = read_weights(source, read_spec(source))
+    (tmp_path / "out").mkdir()
+    export_hf(weights, source, tmp_path / "out")  # empty: fine
+    before = hashes(tmp_path / "out")
+    with pytest.raises(JaxguardError, match=r"exists and is not empty"):
+        export_hf(weights, source, tmp_path / "out")
+    assert hashes(tmp_path / "out") == before
+    with pytest.raises(JaxguardError, match=r"config.json/out cannot be written"):
+        export_hf(weights, source, source / "config.json" / "out")
+
+
+@contextlib.contextmanager
+def small_files_only() -> Iterator[None]:
+    """No file may grow past 64 KiB: the system itself refuses a write, much as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_leaves_nothing(make, tmp_path):
+    source = make("llama")
+    weights = read_weights(source, read_spec(source))
+    with small_files_only(), pytest.raises(JaxguardError, match=r"the disk is full"):
+        export_hf(weights, source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_disk_filled_while_overwriting(make, tmp_path, monkeypatch):
+    source = make("llama")
+    weights = {k: w + 1 for k, w in read_weights(source, read_spec(source)).items()}
+
+    def overwrite(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_io, "_overwrite", overwrite)
+    with pytest.raises(JaxguardError, match=r"the disk is full"):
+        export_hf(weights, source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_report_says_what_share_changed():
+    assert ExportReport(tensors=1, carried=0, values=200, changed=50, dtypes=("BF16",)).changed_fraction == 0.25
+
+
+# The real loader.
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_transformers_loads_the_export(make, tmp_path, family):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    source = make(family, shards=2)
+    weights = read_weights(source, read_spec(source))
+    export_hf(weights | {"final_norm": weights["final_norm"] * 2}, source, tmp_path / "out")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    parameters = dict(model.named_parameters())
+    want = hf(tmp_path / "out")
+    assert torch.equal(
+        parameters["model.norm.weight"].float(), torch.tensor(want["model.norm.weight"].astype(np.float32))
+    )
+
+
+def test_transformers_loads_a_multimodal_export(make, tmp_path):
+    pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder = make("multimodal")
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    real = {on_disk(name): tuple(p.shape) for name, p in model.named_parameters() if "language_model" not in name}
+    text = {name: w for name, w in hf(folder).items() if name.startswith("language_model")}
+    random = np.random.default_rng(0)
+    write_shards(folder, text | {n: random.standard_normal(s).astype(BF16) for n, s in real.items()}, 1)
+    weights = read_weights(folder, read_spec(folder))
+    export_hf({k: w * 2 for k, w in weights.items()}, folder, tmp_path / "out")
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    want = hf(tmp_path / "out")
+    for name, parameter in model.named_parameters():
+        if "lm_head" not in name:
+            np.testing.assert_array_equal(parameter.detach().float().numpy(), want[on_disk(name)].astype(np.float32))
+
+
+def on_disk(name: str) -> str:
+    """A multimodal Gemma 3's name in memory (transformers 5) -> the one on the hub."""
+    name = name.removeprefix("model.")
+    if name.startswith("language_model."):
+        return name.replace("language_model.", "language_model.model.", 1)
+    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return name
+
+
+def test_header_is_read_in_order(make):
+    source = make("llama")
+    tensors = list(open_file(source / "model.safetensors").values())
+    assert all(a.stop == b.start for a, b in zip(tensors, tensors[1:], strict=False))
+    assert tensors[-1].stop == (source / "model.safetensors").stat().st_size
