@@ -1,0 +1,69 @@
+# Every target makes its environment from nothing with PyPI alone; a second call is quick.
+#   make test PYTHON=python3.13     the same on another Python, in an environment of its own
+PYTHON ?= python3
+SUFFIX := $(filter-out python3,$(notdir $(PYTHON)))
+VENV := .venv$(SUFFIX:python%=-%)
+BIN := $(VENV)/bin
+AOT := .venv-aot$(SUFFIX:python%=-%)
+PIP := -m pip install --quiet --disable-pip-version-check
+
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: help demo test test-slow test-aot lint format clean
+
+help:
+	@echo "make demo       train a real guard on this CPU and show what it learned"
+	@echo "make test       the default tests (pass more to pytest with ARGS=...)"
+	@echo "make test-slow  those that take minutes"
+	@echo "make test-aot   those that compile for absent A100s and TPUs"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make clean      remove environments and fetched files; runs/ stays"
+
+demo: $(VENV)/.base
+	$(BIN)/python tools/demo.py $(ARGS)
+
+test: $(VENV)/.fixtures
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(VENV)/.fixtures
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-aot: $(AOT)/.ready
+	$(AOT)/bin/python -m pytest -m aot tests/plan $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-* build .*_cache
+
+# What a run needs, torch not included.
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("jaxguard needs Python 3.11 or newer: make PYTHON=python3.x ..." if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) --editable '.[gguf]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python $(PIP) --editable '.[test,lint]'
+	touch $@
+
+# What the tests look at besides: real tokenizers, real weights, and transformers 4. A test whose file could not be
+# fetched skips and says so.
+$(VENV)/.fixtures: $(VENV)/.test tools/fetch_tokenizers.py tools/fetch_test_files.py
+	-$(BIN)/python tools/fetch_tokenizers.py
+	-$(BIN)/python tools/fetch_test_files.py
+	touch $@
+
+# The compilers for hardware that is not here, without which `make test` is lighter.
+$(AOT)/.ready: pyproject.toml
+	test -x $(AOT)/bin/python || $(PYTHON) -m venv $(AOT)
+	$(AOT)/bin/python $(PIP) --editable '.[test,aot]'
+	touch $@
