@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxguard.config import CheckpointConfig
 from jaxguard.errors import JaxguardError
+from jaxguard.train import checksums
 from jaxguard.train.checkpoints import (
     checkpoint_losses,
     disk_steps,
@@ -32,10 +35,10 @@ from jaxguard.train.checkpoints import (
     read_checkpoint_weights,
     write_checkpoint_weights,
 )
-from jaxguard.train.checksums import checksum
 
+checksum = jax.jit(checksums.checksum)
 KEEP = CheckpointConfig(keep_last=2, keep_best=1)
-OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+OPTIMIZER = optax.chain(optax.identity(), optax.scale_by_adam())
 CUTS = {"embed": P("tensor", "fsdp"), "layers.q_proj": P(None, "fsdp", "tensor"), "norm": P()}
 
 
@@ -55,14 +58,14 @@ def place(state: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map_with_path(one, state)
 
 
-def new_state(mesh: Mesh, seed: int = 0, width: int = 16) -> dict[str, Any]:
-    keys = jax.random.split(jax.random.key(seed), 2)
-    weights = {
-        "embed": jax.random.normal(keys[0], (32, width)),
-        "layers.q_proj": jax.random.normal(keys[1], (2, width, 8)),
-        "norm": jnp.ones(width),
-    }
-    return place({"weights": weights, "optimizer": OPTIMIZER.init(weights), "step": jnp.int32(0)}, mesh)
+def new_state(mesh: Mesh, width: int = 512) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (32, width), "layers.q_proj": (2, width, 8), "norm": (width,)}
+    weights = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    moments = optax.ScaleByAdamState(
+        np.int32(0), jax.tree.map(np.zeros_like, weights), jax.tree.map(np.zeros_like, weights)
+    )
+    return place({"weights": weights, "optimizer": (optax.EmptyState(), moments), "step": np.int32(0)}, mesh)
 
 
 @jax.jit
@@ -112,9 +115,9 @@ def restored(folder: Path, like: dict[str, Any], fingerprint: str = "tiny") -> t
         return checkpoints.restore(abstract(like))
 
 
-def data_file(checkpoint: Path) -> Path:
-    """The largest file, where the arrays' values are."""
-    return max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+def data_files(checkpoint: Path) -> list[Path]:
+    """The files that hold the arrays' values."""
+    return [p for p in checkpoint.rglob("ocdbt.process_0/d/*") if p.is_file()]
 
 
 def flip_bit(path: Path) -> None:
@@ -186,11 +189,12 @@ def test_saving_a_step_again_changes_nothing(written: Path, states: list[dict[st
 
 
 def truncate(checkpoint: Path) -> None:
-    os.truncate(data_file(checkpoint), data_file(checkpoint).stat().st_size // 2)
+    for path in data_files(checkpoint):
+        os.truncate(path, path.stat().st_size // 2)
 
 
 def flip_data(checkpoint: Path) -> None:
-    flip_bit(data_file(checkpoint))
+    flip_bit(max(data_files(checkpoint / "weights"), key=lambda path: path.stat().st_size))
 
 
 def flip_description(checkpoint: Path) -> None:
@@ -211,9 +215,19 @@ def rename(checkpoint: Path) -> None:
     checkpoint.rename(checkpoint.with_name("9"))
 
 
-DAMAGES = [truncate, flip_data, flip_description, lose_item, lose_all, rename]
+DAMAGES: dict[Callable[[Path], None], str] = {
+    truncate: "",
+    flip_data: "changed on disk",  # our checksums; Orbax reads it without complaint
+    flip_description: "its description changed on disk",
+    lose_item: "",
+    lose_all: "its description cannot be read",
+    rename: "it is named 9 but was saved at step 4",
+}
+# TensorStore drops a failed read's exception in a thread of its own; the one that matters is raised as well.
+failed_read = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+@failed_read
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_corrupt_newest_is_named_and_the_one_before_taken(
     written: Path, states: list[dict[str, Any]], damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
@@ -225,7 +239,7 @@ def test_corrupt_newest_is_named_and_the_one_before_taken(
         assert found is not None
         assert found[0] == 2
         assert_same(found[1], states[2])
-        assert f"the checkpoint {written / bad} is corrupt" in caplog.text
+        assert re.search(f"the checkpoint {written / bad} is corrupt: .*{DAMAGES[damage]}", caplog.text)
         assert (written / f"{bad}.corrupt").is_dir()
         checkpoints.save(4, states[4])  # the step can be saved again
     assert restored(written, states[0])[0] == 4  # type: ignore[index]
@@ -236,10 +250,11 @@ def test_every_array_of_the_state_is_covered(written: Path, states: list[dict[st
     assert sum(len(arrays) for arrays in about["arrays"].values()) == len(jax.tree.leaves(states[4]))
 
 
+@failed_read
 def test_all_corrupt_is_an_error_and_nothing_is_moved(written: Path, states: list[dict[str, Any]]) -> None:
     for step in ("2", "4"):
         truncate(written / step)
-    with pytest.raises(JaxguardError, match="every checkpoint .* corrupt \\(4, 2\\)"):
+    with pytest.raises(JaxguardError, match=r"every checkpoint .* corrupt \(4, 2\)"):
         restored(written, states[0])
     assert disk_steps(written) == [2, 4]
 
@@ -250,7 +265,7 @@ def test_another_fingerprint_is_an_error(written: Path, states: list[dict[str, A
 
 
 def test_other_shapes_are_an_error_that_names_them(written: Path) -> None:
-    with pytest.raises(JaxguardError, match=r"embed is \(\(32, 16\), 'float32'\) there and \(\(32, 8\), 'float32'\) here"):
+    with pytest.raises(JaxguardError, match=r"embed is \(\(32, 512\), .* there and \(\(32, 8\), .* here"):
         restored(written, new_state(mesh_of(8), width=8))
 
 
@@ -288,11 +303,9 @@ def test_weights_alone_on_a_mesh_and_of_a_step(written: Path, states: list[dict[
     assert {k: w.sharding for k, w in weights.items()} == shardings
 
 
+@failed_read
 def test_weights_alone_falls_back_without_touching_the_folder(written: Path, states: list[dict[str, Any]]) -> None:
-    flip_data(written / "4")  # the data file of the weights or of the optimizer's state
-    for path in (written / "4" / "weights").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            os.truncate(path, 1)
+    flip_data(written / "4")
     assert_same(read_checkpoint_weights(written), states[2]["weights"])
     assert disk_steps(written) == [2, 4]
     with pytest.raises(JaxguardError, match="corrupt: 4"):
@@ -330,82 +343,78 @@ def test_checksum_sees_any_element_and_any_swap(seed: int, dtype: str) -> None:
 def test_checksum_does_not_depend_on_the_mesh(states: list[dict[str, Any]]) -> None:
     for devices in (8, 4, 1):
         for name, weight in place(states[1], mesh_of(devices))["weights"].items():
-            assert int(jax.jit(checksum)(weight)) == int(checksum(jnp.asarray(np.asarray(states[1]["weights"][name]))))
+            assert int(checksum(weight)) == int(checksum(jnp.asarray(np.asarray(states[1]["weights"][name]))))
 
 
 WRITER = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-import conftest  # fake devices
 import jax
-from test_checkpoints import KEEP, abstract, mesh_of, new_state, update
+import numpy as np
+from jaxguard.config import CheckpointConfig
 from jaxguard.train.checkpoints import open_checkpoints
-state = new_state(mesh_of(2), width=512)
-{before}
-with open_checkpoints(Path(sys.argv[1]), KEEP, "tiny") as checkpoints:
-    found = checkpoints.restore(abstract(state))
-    step, state = found if found else (0, state)
-    print("from", step, flush=True)
-    while step < {steps}:
-        state, step = update(state), step + 1
-        checkpoints.wait()
-        print("save", step, flush=True)
-        checkpoints.save(step, state, 1.0 / step)
+
+def state(step):
+    noise = np.random.default_rng(step).normal(size=(512, 512)).astype(np.float32)
+    tree = {"weights": {"embed": noise}, "optimizer": noise[0], "step": np.int32(step)}
+    return jax.device_put(tree, jax.devices()[0])
+
+if __name__ == "__main__":
+    with open_checkpoints(Path(sys.argv[1]), CheckpointConfig(keep_last=2, keep_best=1), "tiny") as checkpoints:
+        found = checkpoints.restore(state(0))
+        step = found[0] if found else 0
+        print(step, flush=True)
+        while True:
+            step += 1
+            checkpoints.wait()
+            print(step, flush=True)  # all before are on disk, this one begins
+            checkpoints.save(step, state(step), 1.0 / step)
 """
 
 
-def writer(folder: Path, steps: int, before: str = "") -> subprocess.Popen[str]:
-    """A process that saves at each of `steps` updates, and prints when the one before is on disk."""
-    here = Path(__file__).parent
-    path = f"{here}{os.pathsep}{here.parent}"
-    code = WRITER.format(tests=str(here.parent), steps=steps, before=before)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-
-
 def test_kill_at_any_moment_loses_nothing_before(tmp_path: Path) -> None:
+    script, folder = tmp_path / "writer.py", tmp_path / "checkpoints"
+    script.write_text(WRITER)
     rng, reached = random.Random(0), 0
     for _ in range(3):
-        process = writer(tmp_path, steps=10_000)
+        process = subprocess.Popen([sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
-        assert process.stdout.readline() == f"from {reached}\n"
-        until = reached + rng.randint(2, 6)
-        begun = reached
+        begun = int(process.stdout.readline())
+        assert begun == reached
+        until = begun + rng.randint(2, 5)
         while begun < until:
-            begun = int(process.stdout.readline().split()[1])
-        time.sleep(rng.random() * 0.15)  # somewhere within the save, or the next ones
+            begun = int(process.stdout.readline())
+        time.sleep(rng.random() * 0.1)  # somewhere within this save or the next ones
         process.send_signal(signal.SIGKILL)
         rest, _ = process.communicate()
-        begun = max([begun, *(int(line.split()[1]) for line in rest.splitlines() if len(line.split()) == 2)])
-        reached = disk_steps(tmp_path)[-1]
-        assert begun - 1 <= reached <= begun  # all that were reported done are there
-        losses = checkpoint_losses(tmp_path)
-        assert losses[reached] == 1.0 / reached
-    straight = new_state(mesh_of(2), width=512)
-    for _ in range(reached):
-        straight = update(straight)
-    found = restored(tmp_path, straight)
+        begun = max([begun, *map(int, rest.split())])
+        reached = disk_steps(folder)[-1]
+        assert begun - 1 <= reached <= begun
+        assert checkpoint_losses(folder)[reached] == 1.0 / reached
+    make: dict[str, Any] = {"__name__": "writer"}
+    exec(WRITER, make)
+    found = restored(folder, make["state"](0))
     assert found is not None
     assert found[0] == reached
-    assert_same(found[1], straight)
+    assert_same(found[1], make["state"](reached))
 
 
+@failed_read
 def test_no_room_says_so_and_keeps_what_is_there(tmp_path: Path) -> None:
-    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    first = writer(tmp_path, steps=1)
-    first.communicate()
-    assert first.returncode == 0
-    full = writer(tmp_path, steps=2, before=limit)
-    _, errors = full.communicate()
-    assert full.returncode == 1
-    assert "JaxguardError: the checkpoint of step 2 could not be written" in errors
-    assert "no room on the disk" in errors
-    assert "the last one on disk is step 1" in errors
+    small, large = new_state(mesh_of(1)), new_state(mesh_of(1), width=2048)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        with open_checkpoints(tmp_path, KEEP, "tiny") as checkpoints:
+            checkpoints.save(1, small)
+            checkpoints.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+            checkpoints.save(2, large)
+
+    try:
+        with pytest.raises(JaxguardError, match=r"step 2 could not be written .* no room .*last one on disk is step 1"):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert disk_steps(tmp_path) == [1]
+    assert restored(tmp_path, small)[0] == 1  # type: ignore[index]

@@ -1,0 +1,127 @@
+"""What the devices can do and what a run puts on them: peak FLOP/s, the FLOPs of a step, the table of parameters."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+from jax.sharding import NamedSharding, Sharding
+from rich.table import Table
+
+from jaxguard.models.spec import Spec
+from jaxguard.models.weights import Weight
+
+# (pattern of jax's device_kind, dense bf16 FLOP/s of one jax device), the first match counts. Sources: NVIDIA's
+# datasheets of each card, halved where they state the figure with sparsity; Google Cloud's TPU system architecture
+# pages, per chip, halved for v2, v3 and TPU7x, where a jax device is one of the chip's two cores.
+PEAKS = (
+    (r"A100|A800", 312e12),
+    (r"H100 PCIe", 756e12),
+    (r"H100 NVL|H200 NVL", 835e12),
+    (r"H100|H200|H800|GH200", 989e12),
+    (r"GB200", 2500e12),
+    (r"B200", 2250e12),
+    (r"L40S", 362e12),
+    (r"L4\b", 121e12),
+    (r"A10\b", 125e12),
+    (r"TPU v2", 22.5e12),
+    (r"TPU v3", 61.5e12),
+    (r"TPU v4", 275e12),
+    (r"TPU v5 ?lite|TPU v5e", 197e12),
+    (r"TPU v5", 459e12),
+    (r"TPU v6 ?lite|TPU v6e", 918e12),
+    (r"TPU ?v?7x", 1153.5e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 FLOP/s of one jax device of this kind, None where it is not known."""
+    return next((flops for pattern, flops in PEAKS if re.search(pattern, device_kind)), None)
+
+
+def attended_pairs(lengths: Iterable[int], window: int | None = None) -> int:
+    """(query, key) pairs that causal attention computes within segments of these lengths, self included.
+
+    A token sees itself and all tokens before it, at most `window` in all.
+    """
+    pairs = 0
+    for length in lengths:
+        near = length if window is None else min(length, window)
+        pairs += near * (near + 1) // 2 + (length - near) * near
+    return pairs
+
+
+def training_flops(spec: Spec, lengths: Sequence[int], targets: int) -> float:
+    """FLOPs of the matrix products that one update needs, for MFU. Padding and recomputation do not count.
+
+    Forward: 2 per weight and token in the layers; 4 N H per pair of tokens that attend (scores and weighted sum);
+    2 V D per target token in the head. The backward pass takes twice that (Chowdhery et al., PaLM, 2022, appendix B,
+    with the pairs that the causal and local masks leave instead of T^2).
+
+    Args:
+        spec: the model's shape.
+        lengths: tokens of each packed example of the update.
+        targets: tokens whose loss is taken.
+    """
+    D, F, H, N, K = spec.width, spec.hidden, spec.head_dim, spec.heads, spec.kv_heads
+    layer_weights = D * H * (2 * N + 2 * K) + 3 * D * F
+    pairs = [attended_pairs(lengths, kind.window) for kind in spec.kinds]
+    layers = 2 * layer_weights * spec.layers * sum(lengths)
+    attention = 4 * N * H * sum(pairs[kind] for kind in spec.layer_kinds)
+    head = 2 * spec.vocab * D * targets
+    return 3.0 * (layers + attention + head)
+
+
+def startup_table(
+    weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct], shardings: Mapping[str, Sharding], rows: Sequence[Weight]
+) -> Table:
+    """Every parameter with its shape, logical axes, how the mesh cuts it, and bytes per device.
+
+    Args:
+        weights: path -> array, or its shape and type.
+        shardings: path -> where it lies.
+        rows: the model's weight table.
+    """
+    table = Table(title="Parameters", title_justify="left", show_footer=True, pad_edge=False)
+    total = sum(math.prod(weights[row.path].shape) for row in rows)
+    held = {row.path: _bytes_per_device(weights[row.path], shardings[row.path]) for row in rows}
+    all_held = sum(held.values())
+    # Adam keeps two moments of the weights' type and sharding.
+    table.add_column("weight", f"{total:,} parameters\nwith Adam's two moments", no_wrap=True)
+    table.add_column("shape")
+    table.add_column("logical axes")
+    table.add_column("mesh axes")
+    table.add_column("type")
+    table.add_column("per device", f"{_size(all_held)}\n{_size(3 * all_held)}", justify="right", no_wrap=True)
+    for row in rows:
+        weight, sharding = weights[row.path], shardings[row.path]
+        table.add_row(
+            row.path,
+            " x ".join(map(str, weight.shape)),
+            " ".join(row.axes),
+            _cut(sharding, len(weight.shape)),
+            str(weight.dtype),
+            _size(held[row.path]),
+        )
+    return table
+
+
+def _bytes_per_device(weight: jax.Array | jax.ShapeDtypeStruct, sharding: Sharding) -> int:
+    return math.prod(sharding.shard_shape(tuple(weight.shape))) * weight.dtype.itemsize
+
+
+def _cut(sharding: Sharding, dimensions: int) -> str:
+    """The mesh axes of each dimension, - where it is whole."""
+    if not isinstance(sharding, NamedSharding):
+        return "whole"
+    spec = [*sharding.spec, *[None] * (dimensions - len(sharding.spec))]
+    names = ["-" if not axes else axes if isinstance(axes, str) else "+".join(axes) for axes in spec]
+    return " ".join(names)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
