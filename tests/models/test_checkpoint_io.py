@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import resource
@@ -143,7 +144,8 @@ def test_identity_export_is_byte_identical(any_kind, tmp_path):
     wanted = hashes(any_kind)
     del wanted["README.md"]
     assert hashes(tmp_path / "out") == wanted
-    assert report.changed == 0 and report.changed_fraction == 0.0
+    assert report.changed == 0
+    assert report.changed_fraction == 0.0
     assert report.tensors + report.carried == len(open_folder(any_kind))
 
 
@@ -159,7 +161,9 @@ def test_one_changed_weight_changes_only_its_bytes(make, tmp_path):
         after = np.frombuffer((tmp_path / "out" / path.name).read_bytes(), np.uint8)
         differing = np.flatnonzero(before != after)
         if path == place.file:
-            assert len(differing) > 0 and differing.min() >= place.start and differing.max() < place.stop
+            assert len(differing) > 0
+            assert differing.min() >= place.start
+            assert differing.max() < place.stop
         else:
             assert len(differing) == 0
     np.testing.assert_array_equal(hf(tmp_path / "out")[name], hf(source)[name] * BF16.type(2))
@@ -476,5 +480,5 @@ def on_disk(name: str) -> str:
 def test_header_is_read_in_order(make):
     source = make("llama")
     tensors = list(open_file(source / "model.safetensors").values())
-    assert all(a.stop == b.start for a, b in zip(tensors, tensors[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(tensors))
     assert tensors[-1].stop == (source / "model.safetensors").stat().st_size

@@ -96,7 +96,8 @@ def test_float32_weights_come_back_exactly(write, hf_weights, tmp_path):
     spec, tensors = read_spec(out), open_folder(out)
     assert (spec.vocab, spec.width, spec.heads, spec.kv_heads, spec.head_dim) == (V, D, N, K, H)
     assert (spec.hidden, spec.layers, spec.context, spec.tied) == (F, L, 256, False)
-    assert spec.kinds[0].rope.theta == 5000.0 and spec.norm_epsilon == 1e-5
+    assert spec.kinds[0].rope.theta == 5000.0
+    assert spec.norm_epsilon == 1e-5
     for theirs, ours in {
         "attn_q": "self_attn.q_proj",
         "attn_k": "self_attn.k_proj",
@@ -123,8 +124,10 @@ def test_quantised_weights_are_dequantised(write, hf_weights, tmp_path, kind):
 def test_bfloat16_output_is_the_rounded_one(write, tmp_path):
     source = write(tied=True)
     exact, rounded = (open_folder(gguf_to_hf(source, tmp_path / d, d)) for d in ("float32", "bfloat16"))
-    assert "lm_head.weight" not in exact and set(exact) == set(rounded)
-    assert read_spec(tmp_path / "bfloat16").tied and read_spec(tmp_path / "bfloat16").dtype == "bfloat16"
+    assert "lm_head.weight" not in exact
+    assert set(exact) == set(rounded)
+    assert read_spec(tmp_path / "bfloat16").tied
+    assert read_spec(tmp_path / "bfloat16").dtype == "bfloat16"
     for name, tensor in rounded.items():
         np.testing.assert_array_equal(tensor.view(), exact[name].view().astype(tensor.dtype))
     with pytest.raises(JaxguardError, match="choose one of float32, bfloat16"):
