@@ -3,6 +3,7 @@
 JAX reads its environment once, so it is set here, before anything imports jax.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -31,6 +32,7 @@ else:
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
 
+REAL_TOKENIZERS = Path(__file__).resolve().parent.parent / "build" / "tokenizers"
 TINY_VOCAB = 512
 TINY_SPECIALS = ("<|begin_of_text|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
@@ -109,6 +111,35 @@ def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = {name: tokenizer.token_to_id(token) for name, token in (("bos", bos), ("pad", pad), ("eos", eot))}
     _write_json(folder / "generation_config.json", {f"{name}_token_id": i for name, i in ids.items()})
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tiny_tokenizer_folder: Path) -> Callable[[str], Path]:
+    """tokenizer_folder(name): "tiny", or a real one: "smollm2", "llama3_1", "gemma3"; skips where it is absent."""
+
+    def find(name: str) -> Path:
+        folder = tiny_tokenizer_folder if name == "tiny" else REAL_TOKENIZERS / name
+        if not (folder / "tokenizer.json").is_file():
+            pytest.skip(f"{folder} is absent: run `python tools/fetch_tokenizers.py`")
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def encoder_of(tokenizer_folder: Callable[[str], Path]) -> Callable[[str], Any]:
+    """encoder_of(name): an Encoder on that tokenizer with a short policy of its own and rows of 512 tokens."""
+    from jaxguard.config import DataConfig, SourceConfig
+    from jaxguard.data.encode import Encoder
+    from jaxguard.data.policies import QUESTIONS, Category, Policy
+
+    @functools.cache
+    def load(name: str) -> Encoder:
+        data = DataConfig(train=(SourceConfig(kind="jsonl", path="absent.jsonl"),), row_tokens=512)
+        policy = Policy("short", (Category("Insults", "Demeans people."),), asks=QUESTIONS, instruction="Judge this.")
+        return Encoder.load(tokenizer_folder(name), data, policy)
+
+    return load
 
 
 WriteConfig = Callable[..., Path]
