@@ -37,6 +37,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def start_hosts(config: MeshConfig) -> None:
+    """Join the other hosts of the job; must come before anything else asks JAX for its devices.
+
+    Raises:
+        JaxguardError: nobody answers, or the environment does not say who the others are.
+    """
+    if config.hosts == "single" or jax.distributed.is_initialized():
+        return
+    try:
+        if config.hosts == "explicit":
+            jax.distributed.initialize(config.coordinator, config.processes, config.process)
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise JaxguardError(
+            f"mesh.hosts={config.hosts}: jax.distributed could not start: {error}; under SLURM, GKE or on a TPU pod use "
+            "mesh.hosts=auto, elsewhere mesh.hosts=explicit with mesh.coordinator, mesh.processes and mesh.process"
+        ) from error
+
+
 def weight_shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:
     """Path -> how the rule table cuts that weight."""
     return {w.path: NamedSharding(mesh, partition(w.axes, w.shape(spec), mesh.shape)) for w in table(spec)}
@@ -49,6 +69,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over data and fsdp; the rest whole."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that every host has whole -> arrays cut over the mesh; each host hands its devices their part."""
+
+    def one(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
 
 
 def row_multiple(config: Config, mesh: Mesh) -> int:

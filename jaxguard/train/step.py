@@ -27,7 +27,7 @@ class Metrics(NamedTuple):
     """What an update tells; scalars on device."""
 
     loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     target_tokens: Float[Array, ""]
 

@@ -1,0 +1,38 @@
+"""`python -m jaxguard.train --config NAME`: fine-tune a guard and export it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jaxguard.config import Config
+from jaxguard.doors import run_door
+
+DESCRIPTION = """\
+Fine-tune a Hugging Face checkpoint into a guard: labelled safety data in, a Hugging Face folder out.
+
+The run lives in runs/NAME. Kill it whenever you like: started again, it goes on from its last checkpoint.
+exit codes: 0 finished, 2 a mistake to mend, 75 stopped by SIGTERM or Ctrl-C with its state saved (start it again).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_door("train", DESCRIPTION, _train, _options, argv)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="auto: go on if the folder holds this run; always: insist on it; never: insist on a new folder",
+    )
+
+
+def _train(options: argparse.Namespace, config: Config) -> int:
+    from jaxguard.train.loop import train  # JAX is loaded only when there is something to do
+
+    return train(config, options.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""A run from start to end: prepare, resume or begin, update, validate, save, export.
+
+An update is a pure function of (state, step), and the batch of a step is arithmetic. So a run that is stopped at any moment
+and started again ends with the same bits as one that never stopped.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from jaxguard.config import Config, dump
+from jaxguard.data.batches import Batch, Schedule, total_steps
+from jaxguard.data.prepare import Prepared, prepare
+from jaxguard.errors import JaxguardError
+from jaxguard.hub import fetch
+from jaxguard.models.checkpoint_io import check_vocabulary, export_hf, read_weights
+from jaxguard.models.model_card import write_card
+from jaxguard.models.spec import Spec, read_spec
+from jaxguard.models.weights import table
+from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
+from jaxguard.train.curves import draw_curves
+from jaxguard.train.devices import peak_flops, startup_table, training_flops
+from jaxguard.train.run_folder import Resume, RunFolder, open_run, write_atomically
+from jaxguard.train.sharding import batch_sharding, make_mesh, place, row_multiple, start_hosts
+from jaxguard.train.signals import REQUEUE, StopFlag, graceful_stop
+from jaxguard.train.step import Metrics, Program, State, build_program
+from jaxguard.train.telemetry import Telemetry, read_metrics
+from jaxguard.train.validation import Validation
+
+PROFILED_UPDATES = 3
+
+
+@dataclass
+class Run:
+    """Everything that the loop needs, opened."""
+
+    config: Config
+    source: Path
+    folder: RunFolder
+    data: Prepared
+    program: Program
+    schedule: Schedule
+    validation: Validation
+    checkpoints: Checkpoints
+    telemetry: Telemetry
+    stop: StopFlag
+
+
+def train(config: Config, resume: Resume = "auto") -> int:
+    """Train as `config` says, and export.
+
+    Returns:
+        0 when the run is finished; signals.REQUEUE when it was asked to stop, with its state saved.
+
+    Raises:
+        JaxguardError: anything that the user can mend.
+    """
+    start_hosts(config.mesh)
+    with open_everything(config, resume) as run:
+        step, state = resume_or_begin(run)
+        step, state = update_until_stopped(run, step, state)
+        if step < run.schedule.steps:
+            run.telemetry.say(f"stopped by {run.stop.signal_name or 'signal'} after update {step}; start again to go on")
+            return REQUEUE
+        if config.train.export:
+            export(run, state)
+        report(run)
+    return 0
+
+
+@contextmanager
+def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
+    """Open the run folder, read the data, build the programs; close all of it at the end, whatever happens."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(open_run(config, resume))
+        source = fetch(config.model.checkpoint, config.model.revision)
+        spec = read_spec(source)
+        check_vocabulary(source, spec)
+        mesh = make_mesh(config.mesh)
+        multiple = row_multiple(config, mesh)
+        data = prepare(config, source)
+        _keep_manifest(folder, data.manifest)
+        common = {"batch_size": config.train.batch_size, "row_tokens": config.data.row_tokens, "row_multiple": multiple}
+        steps = total_steps(len(data.train), config.train.batch_size, config.train.epochs, config.train.max_steps)
+        stack.enter_context(jax.set_mesh(mesh))
+        program = build_program(config, spec, mesh, steps)
+        introduce(config, program)
+        yield Run(
+            config=config,
+            source=source,
+            folder=folder,
+            data=data,
+            program=program,
+            schedule=Schedule(data.train, steps=steps, seed=config.seed, **common),
+            validation=Validation(data.validation, **common),
+            checkpoints=stack.enter_context(open_checkpoints(folder.checkpoints, config.checkpoint, spec.fingerprint)),
+            telemetry=stack.enter_context(Telemetry(folder, config, steps)),
+            stop=stack.enter_context(graceful_stop()),
+        )
+
+
+def introduce(config: Config, program: Program) -> None:
+    """Print the resolved config and the table of parameters."""
+    if jax.process_index() != 0:
+        return
+    console, weights = Console(), program.state["weights"]
+    console.print(dump(config), markup=False)
+    console.print(startup_table(weights, {k: x.sharding for k, x in weights.items()}, table(program.spec)))
+    mesh = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
+    console.print(f"mesh: {mesh} of {jax.devices()[0].device_kind}; attention: {program.compute.attention}")
+
+
+def resume_or_begin(run: Run) -> tuple[int, State]:
+    """Completed updates and state: from the newest readable checkpoint, or from the base weights."""
+    found = run.checkpoints.restore(run.program.state)
+    run.telemetry.rewind(None if found is None else found[0])
+    if found is not None:
+        run.telemetry.say(f"goes on from the checkpoint of update {found[0]} of {run.schedule.steps}")
+        return found
+    shardings = {path: x.sharding for path, x in run.program.state["weights"].items()}
+    state = run.program.initialise(read_weights(run.source, run.program.spec, shardings))
+    validate(run, 0, state)
+    return 0, state
+
+
+def update_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
+    """Update to the end of the schedule, or to the update during which the run was asked to stop.
+
+    The metrics of an update are fetched while the next one runs, except where validation or a checkpoint needs them first.
+    """
+    steps, sharding = run.schedule.steps, batch_sharding(run.program.mesh)
+    log = UpdateLog(run)
+    for batch in run.schedule.read(step, run.config.data.prefetch):
+        placed = place(batch, sharding)
+        with profiled(run, step), jax.transfer_guard("disallow"):
+            state, metrics = run.program.update(state, placed)
+        step += 1
+        log.add(step, batch, metrics)
+        stopped = run.stop.should_stop(step)
+        evaluate = step == steps or _due(step, run.config.train.evaluate_every)
+        save = stopped or step == steps or _due(step, run.config.checkpoint.every)
+        if evaluate or save:
+            log.flush()
+            loss = validate(run, step, state) if evaluate else None
+            if save:
+                run.checkpoints.save(step, state, loss)
+            log.restart_clock()
+        if stopped:
+            break
+    run.checkpoints.wait()
+    return step, state
+
+
+@dataclass
+class UpdateLog:
+    """Logs updates one behind, so that the device never waits for the log."""
+
+    run: Run
+    pending: tuple[int, Batch, Metrics] | None = None
+    clock: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """The time until now does not count as the next update's."""
+        self.clock = time.perf_counter()
+
+    def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
+        """Take in an update that has just been dispatched, and log the one before."""
+        self.flush()
+        self.pending = (step, batch, metrics)
+
+    def flush(self) -> None:
+        """Wait for the last update and log it.
+
+        Raises:
+            JaxguardError: its loss or gradient is not finite.
+        """
+        if self.pending is None:
+            return
+        step, batch, metrics = self.pending
+        self.pending = None
+        values = {name: float(x) for name, x in jax.device_get(metrics)._asdict().items()}
+        seconds = time.perf_counter() - self.clock
+        self.restart_clock()
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            raise JaxguardError(_not_finite(self.run, step, values))
+        self.run.telemetry.log(step, values, _speed(self.run.program, self.run.config.train.batch_size, batch, seconds))
+
+
+def _not_finite(run: Run, step: int, values: dict[str, float]) -> str:
+    ids = [run.data.train[i].example_id for i in run.schedule.examples(step - 1)]
+    return (
+        f"update {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; the run stops before it saves them. "
+        f"Its examples: {', '.join(ids)}. Lower optimizer.learning_rate or look at these examples; the last checkpoint "
+        "is good"
+    )
+
+
+def _speed(program: Program, examples: int, batch: Batch, seconds: float) -> dict[str, float]:
+    lengths = _segment_lengths(batch)
+    flops = training_flops(program.spec, lengths, int(batch.target_weights_BM.sum()))
+    peak = peak_flops(program.mesh.devices.flat[0].device_kind)
+    speed = {
+        "seconds": seconds,
+        "tokens_per_second": sum(lengths) / seconds,
+        "examples_per_second": examples / seconds,
+        "padding": 1 - sum(lengths) / batch.tokens_BT.size,
+    }
+    return speed if peak is None else speed | {"mfu": flops / seconds / (peak * program.mesh.size)}
+
+
+def _segment_lengths(batch: Batch) -> list[int]:
+    return [int(n) for row in batch.segments_BT for n in np.bincount(row)[1:] if n]
+
+
+def validate(run: Run, step: int, state: State) -> float | None:
+    """Score the held-out examples, log it, and return the loss; None when nothing is held out."""
+    if not run.validation.held:
+        return None
+    metrics, _ = run.validation.run(run.program, state["weights"])
+    run.telemetry.log(step, metrics)
+    return metrics["validation/loss"]
+
+
+def export(run: Run, state: State) -> None:
+    """Write the Hugging Face checkpoint and its card. The card comes last: a folder without one is unfinished."""
+    folder = run.folder.export
+    if (folder / "README.md").is_file():
+        return
+    if jax.process_index() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    done = export_hf(state["weights"], run.source, folder)
+    if jax.process_index() == 0:
+        before, after = before_and_after(run.folder.metrics)
+        write_card(
+            folder,
+            source=run.source,
+            base=run.config.model.checkpoint,
+            config=run.config,
+            manifest=run.data.manifest,
+            metrics={"before": before, "after": after},
+            report=done,
+        )
+    run.telemetry.say(f"{done.changed_fraction:.2%} of the exported weights ({', '.join(done.dtypes)}) differ from the base")
+
+
+def before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """The first and the last validation of a run, by name."""
+    found = [
+        {k.removeprefix("validation/"): v for k, v in record.items() if k.startswith("validation/")}
+        for record in read_metrics(metrics)
+    ]
+    found = [x for x in found if x] or [{}]
+    return found[0], found[-1]
+
+
+def report(run: Run) -> None:
+    """Draw the curves and say where everything lies."""
+    if jax.process_index() != 0:
+        return
+    drawn = draw_curves(run.folder.metrics, run.folder.curves, run.config.name)
+    before, after = before_and_after(run.folder.metrics)
+    for name in after:
+        run.telemetry.say(f"{name:32} {before[name]:8.4f} -> {after[name]:8.4f}")
+    run.telemetry.say(f"log: {run.folder.metrics}")
+    if drawn:
+        run.telemetry.say(f"curves: {run.folder.curves}")
+    if run.config.train.export:
+        run.telemetry.say(f"export: {run.folder.export}")
+
+
+@contextmanager
+def profiled(run: Run, step: int) -> Iterator[None]:
+    """Trace a few updates from log.profile_step on."""
+    first = run.config.log.profile_step
+    if first is not None and step == first:
+        jax.profiler.start_trace(str(run.folder.profile))
+    yield
+    if first is not None and step == min(first + PROFILED_UPDATES, run.schedule.steps) - 1:
+        jax.profiler.stop_trace()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _keep_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
+    """Write the data manifest into a new run; refuse to go on with other data than an old one was trained on."""
+    path = folder.path / "data.json"
+    if folder.resumed and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["train"]["tokens_sha256"] != manifest["train"]["tokens_sha256"]:
+            raise JaxguardError(
+                f"{folder.path} was trained on other data: {path} does not match what the config's sources give now. Bring "
+                "the data back, or start a new run under another name"
+            )
+        return
+    if jax.process_index() == 0:
+        write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False))

@@ -1,0 +1,210 @@
+"""The recipe survives packing, accumulation and sharding: same loss, same gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxguard.config import validate
+from jaxguard.data.batches import Batch, Shape, assemble, bucketed, pack
+from jaxguard.data.dialogue import Mode
+from jaxguard.data.encode import Sequence
+from jaxguard.models.decoder import Compute
+from jaxguard.models.spec import read_spec
+from jaxguard.models.weights import initialise
+from jaxguard.train.sharding import batch_sharding, make_mesh, row_multiple
+from jaxguard.train.step import build_program, loss_and_gradient
+
+ROW_TOKENS = 64
+_gradient = jax.jit(loss_and_gradient, static_argnames=("spec", "compute", "accumulation", "loss_chunk"))
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def spec(request, write_llama_config, write_gemma3_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spec")
+    if request.param == "llama":
+        write_llama_config(folder)
+    else:
+        write_gemma3_config(folder)
+    return read_spec(folder)
+
+
+@pytest.fixture(scope="module")
+def weights(spec):
+    found = initialise(spec, jax.random.key(0))
+    # Deviation 0.02 leaves the logits nearly uniform; a sharper model tells errors apart.
+    return {path: x if "norm" in path else 5 * x for path, x in found.items()}
+
+
+def sequences(count: int, vocab: int = 512, seed: int = 0) -> list[Sequence]:
+    """Random examples of 6 to 40 tokens, the last few of which are trained on."""
+    random = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        length = int(random.integers(6, 40))
+        target = np.arange(length) >= length - int(random.integers(1, 6))
+        out.append(Sequence(str(i), Mode.DIRECT, random.integers(0, vocab, length).astype(np.int32), target, (), (), False))
+    return out
+
+
+def config(**overrides):
+    tree = {
+        "name": "test",
+        "model": {"checkpoint": "none", "compute_dtype": "float32", "remat": "full", "query_chunk": 32, "loss_chunk": 64},
+        "data": {"train": [{"kind": "jsonl", "path": "none"}], "row_tokens": ROW_TOKENS},
+        "optimizer": {"learning_rate": 1e-2},
+        "train": {"batch_size": 16},
+    }
+    for key, value in overrides.items():
+        tree[key] = tree.get(key, {}) | value
+    return validate(tree, "test")
+
+
+def gradient(spec, weights, batch: Batch, accumulation: int = 1, **compute):
+    return _gradient(weights, batch, spec=spec, compute=Compute(**compute), accumulation=accumulation, loss_chunk=64)
+
+
+def packed(examples, row_multiple: int = 1) -> Batch:
+    rows = pack(examples, ROW_TOKENS)
+    return assemble(rows, bucketed(rows, ROW_TOKENS, row_multiple))
+
+
+def unpacked(examples) -> Batch:
+    rows = [[s] for s in examples]
+    return assemble(rows, bucketed(rows, ROW_TOKENS, 1))
+
+
+def assert_same(found, expected, tolerance: float = 1e-5):
+    """Every leaf within `tolerance` of the expected leaf, relative to that leaf's largest value."""
+    paths, _ = jax.tree.flatten_with_path(expected)
+    for (path, want), got in zip(paths, jax.tree.leaves(found), strict=True):
+        want, got = np.asarray(want), np.asarray(got)
+        difference = np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)
+        assert difference <= tolerance, f"{jax.tree_util.keystr(path)}: relative difference {difference:.2e}"
+
+
+def test_packed_gradient_equals_the_unpacked_one(spec, weights):
+    examples = sequences(16)
+    assert packed(examples).tokens_BT.shape[0] < 16
+    assert_same(gradient(spec, weights, packed(examples)), gradient(spec, weights, unpacked(examples)))
+
+
+def test_loss_is_the_mean_over_all_target_tokens(spec, weights):
+    examples = sequences(5)
+    loss, _ = gradient(spec, weights, packed(examples))
+    each = [(gradient(spec, weights, unpacked([s]))[0], s.target.sum()) for s in examples]
+    expected = sum(float(x) * n for x, n in each) / sum(n for _, n in each)
+    assert abs(float(loss) - expected) < 1e-5 * expected
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_gradient_equals_the_big_batch(spec, weights, accumulation):
+    examples = sequences(16)
+    assert_same(
+        gradient(spec, weights, packed(examples, accumulation), accumulation), gradient(spec, weights, packed(examples))
+    )
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_nothing(spec, weights, remat):
+    batch = packed(sequences(8))
+    assert_same(gradient(spec, weights, batch, remat=remat, query_chunk=16), gradient(spec, weights, batch))
+
+
+def test_gradient_of_padding_and_of_other_examples_does_not_leak(spec, weights):
+    """What stands beside an example in its row does not change what it computes."""
+    ours, others, different = sequences(1), sequences(2, seed=1), sequences(2, seed=2)
+    different = [dataclasses.replace(d, tokens=np.resize(d.tokens, o.tokens.shape), target=o.target) for d, o in zip(different, others, strict=True)]
+    masked = [dataclasses.replace(s, target=np.zeros_like(s.target)) for s in others], [
+        dataclasses.replace(s, target=np.zeros_like(s.target)) for s in different
+    ]
+    shape = Shape(3, 128, 64)
+    a, b = (gradient(spec, weights, assemble([[*m, *ours]], shape)) for m in masked)
+    assert_same(a, b, 1e-6)
+    assert float(a[0]) > 0
+
+
+MESHES = {
+    "1 device": {"data": 1, "fsdp": 1, "tensor": 1},
+    "8 fsdp": {"fsdp": 8},
+    "4 fsdp, 2 tensor": {"fsdp": 4, "tensor": 2},
+    "2 data, 2 fsdp, 2 tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def run_two_updates(spec, weights, mesh_config, accumulation=1):
+    cfg = config(mesh=mesh_config, train={"accumulation": accumulation})
+    count = np.prod([mesh_config.get(k, 1) for k in ("data", "fsdp", "tensor")])
+    mesh = make_mesh(cfg.mesh, jax.devices()[:count])
+    with jax.set_mesh(mesh):
+        program = build_program(cfg, spec, mesh, steps=10)
+        placed = jax.device_put(weights, {k: x.sharding for k, x in program.state["weights"].items()})
+        state = program.initialise(jax.tree.map(jnp.copy, placed))
+        metrics = []
+        for seed in (0, 1):
+            batch = packed(sequences(16, seed=seed), 8)
+            state, found = program.update(state, jax.device_put(batch, batch_sharding(mesh)))
+            metrics.append(jax.tree.map(np.asarray, found))
+        return jax.tree.map(np.asarray, state["weights"]), metrics
+
+
+def test_every_mesh_computes_the_same_update(spec, weights):
+    expected_weights, expected = run_two_updates(spec, weights, MESHES["1 device"])
+    for name in list(MESHES)[1:]:
+        found_weights, found = run_two_updates(spec, weights, MESHES[name])
+        assert_same(found, expected)
+        for path, want in expected_weights.items():
+            assert_same(found_weights[path] - weights[path], want - weights[path], 1e-2), name
+    assert expected[1].loss != expected[0].loss
+
+
+def test_sharded_gradient_equals_the_single_device_one(spec, weights):
+    """Every leaf of the gradient itself, before Adam's division makes small differences look large."""
+    batch = packed(sequences(16), 8)
+    expected = gradient(spec, weights, batch, remat="full")
+    for name, shape in MESHES.items():
+        cfg = config(mesh=shape)
+        count = np.prod([shape.get(k, 1) for k in ("data", "fsdp", "tensor")])
+        mesh = make_mesh(cfg.mesh, jax.devices()[:count])
+        with jax.set_mesh(mesh):
+            program = build_program(cfg, spec, mesh, steps=10)
+            placed = jax.device_put(weights, {k: x.sharding for k, x in program.state["weights"].items()})
+            assert_same(gradient(spec, placed, jax.device_put(batch, batch_sharding(mesh)), remat="full"), expected), name
+
+
+def test_weights_are_cut_over_fsdp(spec):
+    mesh = make_mesh(config(mesh={"fsdp": 8}).mesh)
+    program = build_program(config(), spec, mesh, steps=10)
+    whole = cut = 0
+    for x in jax.tree.leaves(program.state["weights"]):
+        whole += x.size
+        cut += int(np.prod(x.sharding.shard_shape(x.shape)))
+    assert cut < whole / 7
+
+
+def test_clipping_bounds_the_update_and_reports_the_true_norm(spec, weights):
+    mesh = make_mesh(config(mesh={"fsdp": 1}).mesh, jax.devices()[:1])
+    batch = packed(sequences(16))
+    norms = []
+    for clip in (1e-3, None):
+        cfg = config(optimizer={"clip_norm": clip}, mesh={"fsdp": 1})
+        program = build_program(cfg, spec, mesh, steps=10)
+        state, metrics = program.update(program.initialise(jax.tree.map(jnp.copy, weights)), batch)
+        adam = jax.tree.leaves(state["optimizer"], is_leaf=lambda x: hasattr(x, "mu"))
+        norms.append((float(metrics.gradient_norm), np.sqrt(sum(float(jnp.sum(jnp.square(m))) for m in jax.tree.leaves(adam[0].mu)))))
+    assert norms[0][0] == pytest.approx(norms[1][0])
+    assert norms[0][0] > 1e-3
+    assert norms[0][1] == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def test_more_devices_than_examples_is_refused():
+    mesh = make_mesh(config(mesh={"fsdp": 8}).mesh)
+    with pytest.raises(Exception, match=r"train\.batch_size=16 cannot be divided"):
+        row_multiple(config(train={"accumulation": 4}), mesh)
+
+
+def test_mesh_larger_than_the_devices_is_refused():
+    with pytest.raises(Exception, match=r"mesh\.fsdp=16.*but there are 8"):
+        make_mesh(config(mesh={"fsdp": 16}).mesh)
