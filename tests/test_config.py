@@ -1,0 +1,240 @@
+"""The config tree: what it accepts, what it refuses, and with which words."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxguard.config import Config, dump, load, validate
+from jaxguard.errors import JaxguardError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+RECIPES = [f"{model}_{what}" for model in ("gemma4b", "llama8b") for what in ("5k", "full", "dual_5k", "direct_5k")]
+SMALL = {"model": {"checkpoint": "some/model"}, "data": {"train": [{"kind": "jsonl", "path": "a.jsonl"}]}}
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """configs(name, tree or text): writes a config into a folder, and returns the folder."""
+
+    def write(name, tree):
+        text = tree if isinstance(tree, str) else yaml.safe_dump(tree)
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+def message(configs, tree, *overrides):
+    with pytest.raises(JaxguardError) as error:
+        load("run", overrides, configs("run", tree))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_loads(name):
+    config = load(name, folder=ROOT / "configs")
+    assert config.name == name
+    assert (ROOT / "configs" / "policies" / f"{config.data.policy}.yaml").is_file()
+
+
+def test_the_promised_configs_are_shipped():
+    assert set(RECIPES) | {"smollm_demo", "tiny"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_what_their_names_say(name):
+    config = load(name, folder=ROOT / "configs")
+    assert ("gemma-3-4b-it" if name.startswith("gemma4b") else "Llama-3.1-8B-Instruct") in config.model.checkpoint
+    assert config.data.subset == (None if name.endswith("full") else 5000)
+    mode = "dual" if "dual" in name else "direct" if "direct" in name else "reasoning"
+    assert config.data.mode == mode
+    recipe = (config.train.batch_size, config.train.epochs, config.optimizer.learning_rate, config.data.row_tokens)
+    assert recipe == (32, 5, 1e-6, 2048)
+
+
+def test_the_direct_control_uses_the_examples_of_the_reasoning_run():
+    reasoning, direct = (load(name, folder=ROOT / "configs").data for name in ("gemma4b_5k", "gemma4b_direct_5k"))
+    assert reasoning.model_dump(exclude={"mode"}) == direct.model_dump(exclude={"mode"})
+
+
+def test_name_is_the_files_unless_given(configs):
+    assert load("run", (), configs("run", SMALL)).name == "run"
+    assert load("run", (), configs("run", {**SMALL, "name": "other"})).name == "other"
+
+
+def test_load_by_path(configs):
+    folder = configs("run", SMALL)
+    assert load(str(folder / "run.yaml"), folder=Path("nowhere")).model.checkpoint == "some/model"
+
+
+def test_an_unknown_config_is_named_with_the_nearest(configs):
+    folder = configs("gemma", SMALL)
+    with pytest.raises(JaxguardError, match=r"no config 'gema': did you mean 'gemma'\? known in .*: gemma"):
+        load("gema", folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.atention=xla"], ["unknown field 'model.atention'", "did you mean 'attention'?", "known here"]),
+        (["optimiser.learning_rate=1"], ["unknown field 'optimiser'", "did you mean 'optimizer'?"]),
+        (["data.train.0.knd=jsonl"], ["'data.train.0.knd'", "did you mean 'kind'?"]),
+        (["data.mode=raesoning"], ["data.mode", "'raesoning'", "did you mean 'reasoning'?"]),
+        (["data.train.0.kind=wildgard"], ["data.train.0.kind", "did you mean 'wildguardmix'?"]),
+        (["train.batch_size=many"], ["train.batch_size", "expected a whole number", "'many'"]),
+        (["train.batch_size=2.5"], ["train.batch_size", "expected a whole number"]),
+        (["optimizer.learning_rate=fast"], ["optimizer.learning_rate", "expected a number"]),
+        (["optimizer.learning_rate=.inf"], ["optimizer.learning_rate", "finite"]),
+        (["optimizer.learning_rate=0"], ["optimizer.learning_rate", "greater than 0"]),
+        (["log.tensorboard=perhaps"], ["log.tensorboard", "expected true or false"]),
+        (["model=3"], ["model", "expected fields"]),
+        (["data.train=a.jsonl"], ["data.train", "expected a list"]),
+        (["data.train=[]"], ["data.train", "expected at least one item"]),
+        (["model.checkpoint=5"], ["model.checkpoint", "expected text"]),
+    ],
+)
+def test_a_bad_field_is_named(configs, overrides, words):
+    text = message(configs, SMALL, *overrides)
+    assert all(word in text for word in words), text
+    assert len(text.splitlines()) == 1
+
+
+def test_all_bad_fields_are_named_at_once(configs):
+    assert len(message(configs, SMALL, "seed=-1", "train.epochs=0", "model.remat=some").splitlines()) == 3
+
+
+def test_a_missing_field_is_named(configs):
+    text = message(configs, {"data": SMALL["data"]})
+    assert "field 'model' is missing" in text
+    assert "run.yaml" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.subset=8"], ["data.subset=8", "train.batch_size=32"]),
+        (["data.direct_marker=/think"], ["data.reasoning_marker", "data.direct_marker"]),
+        (["data.direct_marker=''"], ["data.direct_marker", "empty"]),
+        (["data.mode=dual", "data.dual_reasoning_share=1"], ["data.dual_reasoning_share=1", "data.mode=reasoning"]),
+        (["data.mode=dual", "data.dual_reasoning_share=0"], ["data.mode=direct"]),
+        (["data.train.0.path=null"], ["data.train.0", "jsonl needs a path"]),
+        (["data.train.0.trace=one_sentence"], ["data.train.0", "jsonl has none"]),
+        (["mesh.fsdp=0"], ["mesh", "fsdp must be positive"]),
+        (["mesh.hosts=explicit"], ["mesh", "coordinator, processes and process"]),
+        (["mesh.process=0"], ["mesh", "hosts: explicit"]),
+        (["model.attention=cudnn", "model.compute_dtype=float32"], ["model.attention=cudnn", "bfloat16"]),
+        (["name=../elsewhere"], ["name='../elsewhere'", "folder"]),
+    ],
+)
+def test_impossible_combinations(configs, overrides, words):
+    text = message(configs, SMALL, *overrides)
+    assert all(word in text for word in words), text
+
+
+def test_extends_merges_sections_and_replaces_lists(configs):
+    configs("base", {**SMALL, "name": "base", "train": {"epochs": 2, "batch_size": 8}})
+    folder = configs(
+        "run", {"extends": "base", "train": {"epochs": 3}, "data": {"train": [{"kind": "aegis2"}, {"kind": "aegis2"}]}}
+    )
+    config = load("run", ["train.batch_size=16"], folder)
+    assert (config.train.epochs, config.train.batch_size) == (3, 16)
+    assert [source.kind for source in config.data.train] == ["aegis2", "aegis2"]
+    assert config.model.checkpoint == "some/model"
+    assert config.name == "run", "two runs must not share a folder"
+
+
+def test_extends_has_one_level(configs):
+    configs("a", SMALL)
+    configs("b", {"extends": "a"})
+    with pytest.raises(JaxguardError, match="one level only"):
+        load("c", folder=configs("c", {"extends": "b"}))
+
+
+def test_extends_something_absent(configs):
+    assert "no config 'absent'" in message(configs, {"extends": "absent"})
+
+
+def test_overrides(configs):
+    folder = configs("run", {**SMALL, "data": {"train": [{"kind": "aegis2"}, {"kind": "jsonl", "path": "b"}]}})
+    config = load(
+        "run",
+        [
+            "optimizer.learning_rate=2e-6",
+            "data.train.1.path=c=d",
+            "data.subset=null",
+            "log.trackio=yes",
+            "seed=1",
+            "seed=2",
+        ],
+        folder,
+    )
+    assert config.optimizer.learning_rate == 2e-6
+    assert config.data.train[1].path == "c=d"
+    assert config.data.train[0].kind == "aegis2"
+    assert config.data.subset is None
+    assert config.log.trackio
+    assert config.seed == 2
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "data.train.1.path=x", "data.train.first.path=x"])
+def test_bad_overrides_are_quoted(configs, override):
+    assert f"override {override!r}" in message(configs, SMALL, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", "not YAML"),
+        ("- a\n- b\n", "expected fields, found list"),
+        ("", "expected fields"),
+        ("seed: 1\nseed: 2\n", "'seed' is given twice"),
+    ],
+)
+def test_a_file_that_is_no_config(configs, text, words):
+    assert words in message(configs, text)
+
+
+def test_scientific_notation_without_a_point_is_a_number(configs):
+    assert (
+        load("run", (), configs("run", yaml.safe_dump(SMALL) + "optimizer:\n  epsilon: 1e-6\n")).optimizer.epsilon
+        == 1e-6
+    )
+
+
+def test_a_config_is_frozen(configs):
+    config = load("run", (), configs("run", SMALL))
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    rate=st.floats(1e-12, 1, exclude_min=True),
+    name=st.from_regex(r"[A-Za-z0-9_é]+", fullmatch=True),
+    path=st.text(min_size=1, max_size=20).filter(lambda s: s.isprintable()),
+    subset=st.none() | st.integers(32, 10**6),
+)
+def test_dump_and_load_give_the_same_config(tmp_path_factory, seed, rate, name, path, subset):
+    tree = {
+        "name": name,
+        "seed": seed,
+        "optimizer": {"learning_rate": rate},
+        "model": {"checkpoint": path},
+        "data": {"train": [{"kind": "jsonl", "path": path}], "subset": subset},
+    }
+    config = validate(tree, "test")
+    file = tmp_path_factory.mktemp("dump") / "config.yaml"
+    file.write_text(dump(config), encoding="utf-8")
+    assert load(str(file)) == config
+
+
+def test_the_tree_stays_small():
+    def count(section):
+        inner = [f.annotation for f in section.model_fields.values()]
+        return sum(count(a) if hasattr(a, "model_fields") else 1 for a in inner)
+
+    assert 40 <= count(Config) <= 60
