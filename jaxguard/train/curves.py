@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from jaxguard.train.telemetry import read_metrics
 
@@ -43,7 +43,7 @@ PANELS = (
     Panel("Learning rate", names=("learning_rate",)),
     Panel("Gradient norm before clipping", names=("gradient_norm",), log_scale=True),
     Panel("Validation loss", ending="loss"),
-    Panel("Validation F1 of the harmful class", ending="f1", unit_interval=True),
+    Panel("Validation F1", ending="f1", unit_interval=True),
     Panel("Validation AUPRC", ending="auprc", unit_interval=True),
 )
 
@@ -100,7 +100,6 @@ def _draw(axes: Axes, panel: Panel, picked: Curves) -> None:
             mark = "o" if len(values) <= 40 and panel.ending else None
             axes.plot(steps, values, color=colour, linewidth=1.5, marker=mark, markersize=3.5, label=name)
     axes.set_title(panel.title, fontsize=10, loc="left")
-    axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -108,8 +107,11 @@ def _draw(axes: Axes, panel: Panel, picked: Curves) -> None:
         axes.set_ylim(-0.02, 1.02)
     elif panel.log_scale and all(v > 0 for _, values in picked.values() for v in values):
         axes.set_yscale("log")
-    else:
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(LogLocator(subs="all"))
+        axes.yaxis.set_minor_formatter("")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.tick_params(labelsize=8)
     if panel.ending is not None and list(picked) != [""]:
         axes.legend(fontsize=7, frameon=False, loc="best")
 

@@ -51,7 +51,7 @@ def attended_pairs(lengths: Iterable[int], window: int | None = None) -> int:
     return pairs
 
 
-def training_flops(spec: Spec, lengths: Sequence[int], targets: int) -> float:
+def training_flops(spec: Spec, lengths: Iterable[int], targets: int) -> float:
     """FLOPs of the matrix products that one update needs, for MFU. Padding and recomputation do not count.
 
     Forward: 2 per weight and token in the layers; 4 N H per pair of tokens that attend (scores and weighted sum);
@@ -63,6 +63,7 @@ def training_flops(spec: Spec, lengths: Sequence[int], targets: int) -> float:
         lengths: tokens of each packed example of the update.
         targets: tokens whose loss is taken.
     """
+    lengths = [int(length) for length in lengths]
     D, F, H, N, K = spec.width, spec.hidden, spec.head_dim, spec.heads, spec.kv_heads
     layer_weights = D * H * (2 * N + 2 * K) + 3 * D * F
     pairs = [attended_pairs(lengths, kind.window) for kind in spec.kinds]
@@ -119,7 +120,8 @@ def _cut(sharding: Sharding, dimensions: int) -> str:
     return " ".join(names)
 
 
-def _size(count: float) -> str:
+def _size(held: int) -> str:
+    count = float(held)
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import jax
 
@@ -110,7 +110,7 @@ class Telemetry:
             self._file.close()
             self._file = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Telemetry":
         return self
 
     def __exit__(

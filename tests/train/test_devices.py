@@ -1,0 +1,97 @@
+"""Peaks by device name, FLOPs against counts made another way, bytes per device."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+from jaxguard.config import MeshConfig
+from jaxguard.models.spec import LayerKind, Rope, Spec
+from jaxguard.models.weights import abstract, table
+from jaxguard.train.devices import attended_pairs, peak_flops, startup_table, training_flops
+from jaxguard.train.sharding import make_mesh, weight_shardings
+
+SPEC = Spec(
+    family="gemma3", vocab=64, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, hidden=32, norm_epsilon=1e-6,
+    norm_offset=True, sandwich=True, qk_norm=True, activation="gelu_tanh", query_scale=0.35, embed_scale=4.0,
+    kinds=(LayerKind(Rope(1e4), 5), LayerKind(Rope(1e6))), layer_kinds=(0, 0, 1), tied=True,
+    context=64, dtype="float32",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU v5", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),
+    ],
+)
+def test_peaks(kind: str, teraflops: float) -> None:
+    assert peak_flops(kind) == teraflops * 1e12
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA GeForce GTX 1080", "AMD Instinct MI300X", "TPU v9"])
+def test_unknown_peaks_are_not_guessed(kind: str) -> None:
+    assert peak_flops(kind) is None
+
+
+@given(st.lists(st.integers(0, 12), max_size=4), st.none() | st.integers(1, 8))
+def test_attended_pairs_are_the_masks_sum(lengths: list[int], window: int | None) -> None:
+    expected = 0
+    for length in lengths:
+        query, key = np.indices((length, length))
+        mask = (key <= query) & (query - key < (window or length))
+        expected += int(mask.sum())
+    assert attended_pairs(lengths, window) == expected
+
+
+def test_layer_and_head_flops_are_six_per_weight_and_token() -> None:
+    without_pairs = training_flops(SPEC, [1] * 10, 4) - 3 * 4 * SPEC.heads * SPEC.head_dim * 10 * SPEC.layers
+    weights = {path: w for path, w in abstract(SPEC).items() if "norm" not in path}
+    layers = sum(np.prod(w.shape) for path, w in weights.items() if path.startswith("layers."))
+    assert without_pairs == 6 * (layers * 10 + SPEC.vocab * SPEC.width * 4)
+
+
+def test_local_layers_attend_to_their_window_only() -> None:
+    with_attention = training_flops(SPEC, [20], 0) - training_flops(SPEC, [1] * 20, 0)
+    pairs = 2 * (attended_pairs([20], 5) - 20) + (attended_pairs([20]) - 20)
+    assert with_attention == 3 * 4 * SPEC.heads * SPEC.head_dim * pairs
+
+
+def test_startup_table_counts_what_a_device_really_holds() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    shardings = weight_shardings(SPEC, mesh)
+    weights = {
+        path: jax.device_put(np.zeros(w.shape, np.float32), shardings[path]) for path, w in abstract(SPEC).items()
+    }
+    console = Console(file=io.StringIO(), width=200)
+    console.print(startup_table(weights, shardings, table(SPEC)))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    held = sum(w.addressable_shards[0].data.nbytes for w in weights.values())
+    assert f"{sum(w.size for w in weights.values()):,} parameters" in text
+    assert f"{held / 1024:,.1f} KiB" in text
+    assert f"{3 * held / 1024:,.1f} KiB" in text
+    for row in table(SPEC):
+        line = next(line for line in text.splitlines() if row.path in line)
+        assert " ".join(row.axes) in line
+        cut = weights[row.path].addressable_shards[0].data.nbytes
+        assert (f"{cut:,} B" if cut < 1024 else f"{cut / 1024:,.1f} KiB") in line
+    assert shardings["embed"].spec != P()

@@ -1,0 +1,194 @@
+"""The run folder: one run, one writer, and no surprise on a second start."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxguard.config import Config, load, validate
+from jaxguard.errors import JaxguardError
+from jaxguard.train.run_folder import FREE, ROUNDING, differences, open_run, write_atomically
+
+
+def config_in(folder: Path, **sections: dict[str, Any]) -> Config:
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "run_folder": str(folder),
+        "model": {"checkpoint": "somewhere"},
+        "data": {"train": [{"kind": "jsonl", "path": "a.jsonl"}]},
+    }
+    for name, fields in sections.items():
+        tree[name] = {**tree.get(name, {}), **fields}
+    return validate(tree, "test")
+
+
+def test_new_run_explains_itself(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    with open_run(config) as run:
+        assert not run.resumed
+        assert run.path == tmp_path / "tiny"
+        folders = (run.checkpoints, run.export, run.tensorboard, run.profile)
+        assert all(folder.is_dir() and folder.parent == run.path for folder in folders)
+    assert load(str(run.path / "config.yaml")) == config
+    versions = json.loads((run.path / "versions.json").read_text())
+    assert versions["devices"] == ["cpu"]
+    assert versions["device_count"] == 8
+    assert {"jax", "flax", "orbax-checkpoint", "python", "jaxguard", "commit"} <= set(versions)
+    assert versions["before"] == []
+
+
+def test_auto_goes_on_and_never_refuses(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    open_run(config, "never").close()
+    with open_run(config, "auto") as run:
+        assert run.resumed
+    with pytest.raises(JaxguardError, match="already holds a run"):
+        open_run(config, "never")
+    open_run(config, "auto").close()  # the refusal let go of the lock
+
+
+def test_always_needs_a_checkpoint(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    with pytest.raises(JaxguardError, match="holds no checkpoint to go on from"):
+        open_run(config, "always")
+    with open_run(config) as run:
+        (run.checkpoints / "10.orbax-checkpoint-tmp").mkdir()
+    with pytest.raises(JaxguardError, match="holds no checkpoint to go on from"):
+        open_run(config, "always")
+    (run.checkpoints / "10").mkdir()
+    with open_run(config, "always") as run:
+        assert run.resumed
+
+
+def test_another_run_is_refused_by_field(tmp_path: Path) -> None:
+    open_run(config_in(tmp_path)).close()
+    other = config_in(tmp_path, optimizer={"learning_rate": 2e-6}, data={"subset": 500}, log={"tensorboard": False})
+    with pytest.raises(JaxguardError) as caught:
+        open_run(other)
+    message = str(caught.value)
+    assert "optimizer.learning_rate: 1e-06 there, 2e-06 now" in message
+    assert "data.subset: None there, 500 now" in message
+    assert "log.tensorboard" not in message
+    assert "Choose another name" in message
+    assert load(str(tmp_path / "tiny" / "config.yaml")) == config_in(tmp_path)
+
+
+def test_fields_without_effect_may_change_and_rounding_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_run(config_in(tmp_path)).close()
+    harmless = config_in(tmp_path, checkpoint={"every": 7}, log={"tensorboard": False}, data={"prefetch": 2})
+    with caplog.at_level(logging.WARNING, "jaxguard"):
+        open_run(harmless).close()
+    assert caplog.text == ""
+    rounded = config_in(tmp_path, mesh={"fsdp": 4}, train={"accumulation": 2})
+    with caplog.at_level(logging.WARNING, "jaxguard"):
+        open_run(rounded).close()
+    assert "goes on with other train.accumulation, mesh.fsdp" in caplog.text
+    assert load(str(tmp_path / "tiny" / "config.yaml")) == rounded
+
+
+def test_field_lists_name_real_fields() -> None:
+    tree = config_in(Path("runs")).model_dump(mode="json")
+    fields = differences(tree, {})
+    leaves = [
+        name
+        for top in fields
+        for name in ([top] if not isinstance(tree[top], dict) else [f"{top}.{k}" for k in tree[top]])
+    ]
+    for field in (*FREE, *ROUNDING):
+        assert any(leaf == field or (field.endswith(".") and leaf.startswith(field)) for leaf in leaves), field
+
+
+HOLDER = """
+import sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from test_run_folder import config_in
+from jaxguard.train.run_folder import open_run
+run = open_run(config_in(Path(sys.argv[1])))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    command = [sys.executable, "-c", HOLDER.format(here=str(Path(__file__).parent)), str(tmp_path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(JaxguardError, match=f"in use by another process \\(process {holder.pid} on "):
+        open_run(config)
+    holder.kill()
+    holder.communicate()
+    open_run(config).close()
+
+
+def test_changed_versions_are_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = config_in(tmp_path)
+    with open_run(config) as run:
+        path = run.path / "versions.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "jax": "0.0.1"}))
+    with caplog.at_level(logging.WARNING, "jaxguard"):
+        open_run(config).close()
+    assert "jax 0.0.1 -> " in caplog.text
+    open_run(config).close()
+    found = json.loads(path.read_text())
+    assert [before["jax"] for before in found["before"]] == ["0.0.1"]
+    assert found["jax"] != "0.0.1"
+
+
+def test_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    (tmp_path / "tiny").write_text("a file")
+    with pytest.raises(JaxguardError, match="is not a folder"):
+        open_run(config_in(tmp_path))
+
+
+def test_unreadable_config_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.yaml").write_text("model: {nonsense: 1}")
+    with pytest.raises(JaxguardError, match="holds a run whose config cannot be read"):
+        open_run(config_in(tmp_path))
+    assert (tmp_path / "tiny" / "config.yaml").read_text() == "model: {nonsense: 1}"
+
+
+def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxguard.train.run_folder.os.fsync", full)
+    with pytest.raises(JaxguardError, match=r"cannot write .*file: No space left on device"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+trees = st.recursive(
+    st.integers(0, 3) | st.none(),
+    lambda t: st.dictionaries(st.sampled_from("abc"), t, min_size=1) | st.lists(t, min_size=1, max_size=2),
+    max_leaves=8,
+)
+
+
+@given(trees, trees)
+def test_differences_are_empty_only_between_equals(a: Any, b: Any) -> None:
+    assert differences(a, a) == {}
+    without_none = json.dumps(a).replace("null", "0") == json.dumps(b).replace("null", "0")
+    assert (differences(a, b) == {}) == (a == b) or without_none or "null" in json.dumps([a, b])
+
+
+def test_differences_name_leaves() -> None:
+    assert differences({"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}, "d": 4}) == {
+        "a.b.1.c": (2, 3),
+        "d": (None, 4),
+    }
