@@ -55,8 +55,8 @@ class Telemetry:
         if not self._writes:
             return
         rewind_metrics(self._run.metrics, step)
-        self._file = self._run.metrics.open("a", encoding="utf-8")
         self._trackers = open_trackers(self._run, self._config, step)
+        self._file = self._run.metrics.open("a", encoding="utf-8")
         self._progress.start(step or 0)
 
     def log(self, step: int, values: Mapping[str, Any], speed: Mapping[str, Any] | None = None) -> None:

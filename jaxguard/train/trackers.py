@@ -1,6 +1,7 @@
 """Where the curves go besides metrics.jsonl: TensorBoard, trackio, wandb; each imported only when asked for."""
 
 import importlib
+import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,20 +31,28 @@ def open_trackers(run: RunFolder, config: Config, step: int | None) -> list[Trac
     Raises:
         JaxguardError: one is not installed; the message names the extra.
     """
-    trackers = []
-    if config.log.tensorboard:
-        trackers.append(_tensorboard(run, step))
-    if config.log.trackio:
-        trackers.append(_trackio(config))
-    if config.log.wandb:
-        trackers.append(_wandb(run, config))
-    return trackers
+    opened: list[Tracker] = []
+    try:
+        if config.log.tensorboard:
+            opened.append(_tensorboard(run, step))
+        if config.log.trackio:
+            opened.append(_trackio(config))
+        if config.log.wandb:
+            opened.append(_wandb(run, config))
+    except BaseException:
+        for tracker in opened:
+            tracker.close()
+        raise
+    return opened
 
 
 def _tensorboard(run: RunFolder, step: int | None) -> Tracker:
-    # purge_step hides what an earlier start logged after the step that this one goes on from.
     module = _module("tensorboard", "tensorboardX")
-    writer = module.SummaryWriter(str(run.tensorboard), purge_step=0 if step is None else step + 1, flush_secs=10)
+    first = 0 if step is None else step + 1
+    # purge_step hides what an earlier start logged from this step on. The suffix keeps two starts within one second
+    # out of one file, where the second would overwrite the first.
+    suffix = f".{first}.{os.getpid()}"
+    writer = module.SummaryWriter(str(run.tensorboard), purge_step=first, flush_secs=10, filename_suffix=suffix)
 
     def log(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
 
 from jaxguard.config import Config, validate
 from jaxguard.errors import JaxguardError
@@ -138,9 +139,6 @@ def test_log_needs_rewind_and_other_processes_write_nothing(tmp_path: Path, monk
 
 
 def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
-    from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401  (installed)
-    from tensorboardX.proto.event_pb2 import Event
-
     for start, until in ((None, 3), (2, 4)):
         with open_telemetry(tmp_path, tensorboard=True) as telemetry:
             telemetry.rewind(start)
