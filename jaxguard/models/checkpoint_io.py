@@ -229,7 +229,7 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
     writer = jax.process_index() == 0
     changed, rewritten = 0, 0
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(whole_folder(output)) if writer else None
+        folder = stack.enter_context(whole_folder(output, _stored_bytes(tensors))) if writer else None
         files = {} if folder is None else stack.enter_context(_copies(source, folder, tensors))
         for weight, stored in places.items():
             targets = [[tensor] for tensor in stored]
@@ -250,6 +250,11 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
         changed=changed,
         dtypes=tuple(sorted({tensor.kind for tensor in trained})),
     )
+
+
+def _stored_bytes(tensors: Mapping[str, Stored]) -> int:
+    """Size of a checkpoint's tensors on disk."""
+    return sum(tensor.stop - tensor.start for tensor in tensors.values())
 
 
 def _check_weights(weights: Mapping[str, jax.Array], spec: Spec, source: Path) -> None:

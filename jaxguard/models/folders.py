@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,10 +23,14 @@ def check_free(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
+def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
     """A scratch folder beside `output` that is renamed to it at the end, after everything in it has reached the disk.
 
     When the block raises, the scratch folder is removed and `output` is left as it was.
+
+    Args:
+        output: the folder.
+        size: about how many bytes it will hold, so that a disk without room for them is refused at once.
 
     Raises:
         JaxguardError: `output` is not empty, cannot be made, or the disk is full.
@@ -38,6 +43,12 @@ def whole_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise _explained(error, output) from error
     try:
+        free = shutil.disk_usage(scratch).free
+        if free < size:
+            raise JaxguardError(
+                f"no room for {output}: it takes about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
+                "free some space or write elsewhere"
+            )
         yield scratch
         for path in [*scratch.rglob("*"), scratch]:
             _to_disk(path)
@@ -47,7 +58,16 @@ def whole_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         raise _explained(error, output) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that a failed writer's threads may still be writing into."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _to_disk(path: Path) -> None:

@@ -52,7 +52,8 @@ def gguf_to_hf(source: Path, output: Path, dtype: str = "float32") -> Path:
     reader = _open(source)
     fields = _Fields(source, reader)
     tensors = {t.name: t for t in reader.tensors}
-    with whole_folder(output) as folder:
+    values = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    with whole_folder(output, values * safetensors_io.DTYPES[KINDS[dtype]].itemsize) as folder:
         _write_json(folder / "config.json", _config(fields, dtype, tied="output.weight" not in tensors))
         _write_json(folder / "generation_config.json", _generation_config(fields))
         spec = read_spec(folder)

@@ -4,11 +4,16 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import resource
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -410,6 +415,16 @@ def test_full_disk_leaves_nothing(make, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+def test_full_disk_is_refused_before_anything_is_copied(make, tmp_path, monkeypatch):
+    source = make("llama")
+    weights = read_weights(source, read_spec(source))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "copyfile", None)
+    with pytest.raises(JaxguardError, match=r"no room for .*out: it takes about 0\.00 GB"):
+        export_hf(weights, source, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
 def test_disk_filled_while_overwriting(make, tmp_path, monkeypatch):
     source = make("llama")
     weights = {k: w + 1 for k, w in read_weights(source, read_spec(source)).items()}
@@ -475,6 +490,53 @@ def on_disk(name: str) -> str:
     if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
         return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
     return name
+
+
+TWO_HOSTS = """
+import sys, jax
+from pathlib import Path
+from jax.sharding import NamedSharding, PartitionSpec
+source, output, port, process = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
+from jaxguard.models import checkpoint_io
+from jaxguard.models.spec import read_spec
+from jaxguard.models.weights import table
+read, sizes = checkpoint_io.read_piece, []
+checkpoint_io.read_piece = lambda *args: sizes.append((piece := read(*args)).size) or piece
+spec, mesh = read_spec(Path(source)), jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+letters = {w.path: (["L"] if w.stacked else []) + w.rule.split("->")[1].split() for w in table(spec)}
+places = {
+    path: NamedSharding(mesh, PartitionSpec(*("fsdp" if letter == "D" else None for letter in own)))
+    for path, own in letters.items()
+}
+weights = checkpoint_io.read_weights(Path(source), spec, places)
+assert 2 * sum(sizes) == sum(w.size for w in weights.values()), "each host reads its half"
+weights["final_norm"] = weights["final_norm"] * 2
+print("changed", checkpoint_io.export_hf(weights, Path(source), Path(output)).changed)
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_read_their_halves_and_write_one_folder(make, tmp_path):
+    source = make("llama", shards=2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", TWO_HOSTS, str(source), str(tmp_path / "out"), str(port)]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    hosts = [
+        subprocess.Popen([*command, str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    for host in hosts:
+        out, err = host.communicate(timeout=300)
+        assert host.returncode == 0, err
+        assert "changed 32" in out
+    before, after = hf(source), hf(tmp_path / "out")
+    assert [name for name in before if not np.array_equal(before[name], after[name])] == ["model.norm.weight"]
+    np.testing.assert_array_equal(after["model.norm.weight"], before["model.norm.weight"] * BF16.type(2))
 
 
 def test_header_is_read_in_order(make):

@@ -4,12 +4,14 @@ import argparse
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from jaxguard.errors import JaxguardError
 from jaxguard.hub import fetch
 from jaxguard.models.checkpoint_io import check_vocabulary, copy_companions, read_weights
 from jaxguard.models.folders import whole_folder
 from jaxguard.models.spec import read_spec
+from jaxguard.models.weights import abstract, count
 from jaxguard.train.checkpoints import write_checkpoint_weights
 
 
@@ -25,7 +27,8 @@ def main() -> None:
         source = fetch(args.source, args.revision)
         spec = read_spec(source)
         check_vocabulary(source, spec)
-        with whole_folder(args.output) as folder:
+        size = count(abstract(spec)) * jnp.dtype(args.dtype).itemsize
+        with whole_folder(args.output, size) as folder:
             copy_companions(source, folder)
             write_checkpoint_weights(folder, read_weights(source, spec, dtype=args.dtype), spec.fingerprint)
     except JaxguardError as error:
