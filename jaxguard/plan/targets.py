@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jax.experimental import topologies
+
 from jaxguard.errors import JaxguardError
 
 GIB = 1024**3
@@ -136,24 +138,20 @@ def topology(text: str) -> Sequence[Any]:
 
 
 def _gpu_devices(config: str, devices: int) -> Sequence[Any]:
-    from jax.experimental import topologies
-
-    _require("jax_cuda12_plugin", "jax[cuda12-local] and nvidia-cudnn-cu12")
+    _require("jax_cuda12_plugin")
     per_host = min(devices, DEVICES_PER_HOST)
     shape = f"1x{devices // per_host}x{per_host}"  # slices x hosts x devices of a host
     return topologies.get_topology_desc("gpu", "cuda", target_config=config, topology=shape).devices
 
 
 def _tpu_devices(name: str) -> Sequence[Any]:
-    from jax.experimental import topologies
-
-    _require("libtpu", "libtpu")
+    _require("libtpu")
     # libtpu must neither ask a metadata server where it runs nor claim a chip.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
-def _require(module: str, packages: str) -> None:
+def _require(module: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise JaxguardError(f"compiling for that target needs {packages}: pip install 'jaxguard[aot]'")
+        raise JaxguardError("the compiler for that target is not installed: pip install 'jaxguard[aot]'")
