@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
@@ -108,7 +109,18 @@ class Checkpoints:
             JaxguardError: all checkpoints are corrupt, or the newest readable one is of another model.
         """
         self.wait()
-        step, items, corrupt = _newest(self.folder, self.steps(), _items(abstract_state), self.fingerprint)
+        wanted = _items(abstract_state)
+
+        def target(path: Path, about: dict[str, Any]) -> State:
+            _check_model(path, about, wanted, self.fingerprint)
+            return wanted
+
+        step, items, corrupt = _newest(self.folder, self.steps(), target)
+        if step is None and corrupt:
+            raise JaxguardError(
+                f"every checkpoint in {self.folder} is corrupt ({', '.join(map(str, corrupt))}): see the warnings "
+                "above. Bring one back from a copy, or delete the folder to start anew."
+            )
         if step is None:
             return None
         for bad in corrupt:
@@ -208,19 +220,20 @@ def read_checkpoint_weights(
     """
     folder, steps = _find(folder.absolute(), step)
     here = SingleDeviceSharding(jax.local_devices()[0])
-    for number in reversed(steps):
-        try:
-            arrays = _about(folder / str(number))["arrays"]["weights"]
-            if shardings is not None and set(shardings) != set(arrays):
-                raise JaxguardError(f"{folder / str(number)} is of another model: {_difference(arrays, shardings)}")
-            target = {
-                path: jax.ShapeDtypeStruct(a["shape"], a["dtype"], sharding=shardings[path] if shardings else here)
-                for path, a in arrays.items()
-            }
-            return _read(folder / str(number), {"weights": target})["weights"]
-        except _CorruptError as error:
-            logger.warning("the checkpoint %s is corrupt: %s", folder / str(number), error)
-    raise JaxguardError(f"no checkpoint in {folder} can be read; corrupt: {', '.join(map(str, steps))}")
+
+    def target(path: Path, about: dict[str, Any]) -> State:
+        arrays = about["arrays"]["weights"]
+        if shardings is not None and set(shardings) != set(arrays):
+            raise JaxguardError(f"{path} is of another model: {_difference(arrays, shardings)}")
+        where = dict.fromkeys(arrays, here) if shardings is None else shardings
+        return {
+            "weights": {k: jax.ShapeDtypeStruct(a["shape"], a["dtype"], sharding=where[k]) for k, a in arrays.items()}
+        }
+
+    number, items, _ = _newest(folder, steps, target)
+    if number is None:
+        raise JaxguardError(f"no checkpoint in {folder} can be read; corrupt: {', '.join(map(str, steps))}")
+    return items["weights"]
 
 
 def write_checkpoint_weights(folder: Path, weights: Mapping[str, jax.Array], fingerprint: str = "") -> Path:
@@ -259,40 +272,33 @@ def _items(state: State) -> State:
     return {"weights": state["weights"], "rest": {k: v for k, v in state.items() if k != "weights"}}
 
 
-def _newest(folder: Path, steps: Sequence[int], target: State, fingerprint: str) -> tuple[int | None, State, list[int]]:
-    """(step, items, the newer steps that are corrupt)."""
+Target = Callable[[Path, dict[str, Any]], State]
+"""From a checkpoint's folder and its description to the abstract items to read; refuses another model."""
+
+
+def _newest(folder: Path, steps: Sequence[int], target: Target) -> tuple[int | None, State, list[int]]:
+    """(step, items, the newer steps that are corrupt); no step when none can be read."""
     corrupt: list[int] = []
     for step in reversed(steps):
-        path, problem, items = folder / str(step), None, {}
         try:
-            _check_model(path, _about(path), target, fingerprint)
-            items = _read(path, target)
+            return step, _read(folder / str(step), target), corrupt
         except _CorruptError as error:
-            problem = error
-        if _all_agree(problem is None):
-            return step, items, corrupt
-        logger.warning("the checkpoint %s is corrupt: %s", path, problem or "another process cannot read it")
-        corrupt.append(step)
-    if corrupt:
-        raise JaxguardError(
-            f"every checkpoint in {folder} is corrupt ({', '.join(map(str, corrupt))}): see the warnings above. "
-            "Bring one back from a copy, or delete the folder to start anew."
-        )
-    return None, {}, []
+            logger.warning("the checkpoint %s is corrupt: %s", folder / str(step), error)
+            corrupt.append(step)
+    return None, {}, corrupt
 
 
-def _read(path: Path, target: State) -> State:
-    """The items of one checkpoint, verified."""
-    about = _about(path)
-    args = ocp.args.Composite(**{name: ocp.args.StandardRestore(item) for name, item in target.items()})
+def _read(path: Path, target: Target) -> State:
+    """The items of one checkpoint, verified. All processes get them, or all raise _CorruptError."""
+    problem, about, items = None, {}, {}
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(path, args=args)
-    except Exception as error:
-        if isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise  # says nothing about the checkpoint
-        raise _CorruptError(f"{type(error).__name__}: {_first_line(error)}") from error
-    items = {name: restored[name] for name in target}
+        about = _about(path)
+        items = _restore(path, target(path, about))
+    except _CorruptError as error:
+        problem = error
+    # The checksums are sums over all processes' shards, so none may go there alone.
+    if not _all_agree(problem is None):
+        raise problem or _CorruptError("another process cannot read it")
     for name, arrays in describe(items).items():
         bad = [key for key, found in arrays.items() if found["checksum"] != about["arrays"][name][key]["checksum"]]
         if bad:
@@ -300,11 +306,32 @@ def _read(path: Path, target: State) -> State:
     return items
 
 
+def _restore(path: Path, target: State) -> State:
+    """The items as this process finds them, without waiting for the others.
+
+    Orbax's checkpointers end a restore with a collective, in which the others would be left alone when one process
+    finds its shards corrupt; its handlers do not.
+    """
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return {k: handler.restore(epath.Path(path / k), args=ocp.args.StandardRestore(v)) for k, v in target.items()}
+    except PermissionError as error:
+        raise JaxguardError(f"the checkpoint {path} cannot be read: {error}") from None
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # says nothing about the checkpoint
+        raise _CorruptError(f"{type(error).__name__}: {_first_line(error)}") from error
+    finally:
+        handler.close()
+
+
 def _about(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     try:
         about = json.loads((path / "about" / "metadata").read_text(encoding="utf-8"))
         signature = about.pop("sha256")
+    except PermissionError as error:
+        raise JaxguardError(f"the checkpoint {path} cannot be read: {error}") from None
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise _CorruptError(f"its description cannot be read: {type(error).__name__}: {_first_line(error)}") from error
     if signature != _sign(about)["sha256"]:
