@@ -124,7 +124,7 @@ def policy_for(example: Example, default: Policy, folder: Path = POLICY_FOLDER) 
     """
     if example.policy is None:
         return default
-    if re.fullmatch(r"[A-Za-z0-9_-]+", example.policy):
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", example.policy):
         if example.policy == default.name:
             return default
         if (folder / f"{example.policy}.yaml").is_file():

@@ -126,9 +126,16 @@ def test_an_example_may_name_a_policy():
     assert policy_for(example("aegis2"), load_policy("wildguard", SHIPPED), SHIPPED).name == "aegis2"
 
 
-@pytest.mark.parametrize("rules", ["Only talk of trains.", "trains", "../aegis2", "/etc/passwd"])
+@pytest.mark.parametrize("rules", ["Only talk of trains.", "trains", "x" * 5000])
 def test_anything_else_is_the_rules_themselves(rules):
     default = Policy("mine", rules="x", asks=("prompt_harm",), instruction="Judge by the taxonomy.")
     own = policy_for(example(rules), default, SHIPPED)
     assert (own.rules, own.categories, own.asks) == (rules, (), ("prompt_harm",))
     assert own.instruction == DEFAULT_INSTRUCTION
+
+
+def test_an_example_cannot_name_a_file_elsewhere(write):
+    outside = write("name: outside\nrules: from outside\n", "outside")
+    (outside / "policies").mkdir()
+    for name in ("../outside", str(outside / "outside"), "../outside.yaml"):
+        assert policy_for(example(name), Policy("mine", rules="x"), outside / "policies").rules == name
