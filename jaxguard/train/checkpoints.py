@@ -12,6 +12,7 @@ What it does not notice is a changed byte inside an array's data; checksums.py d
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -25,7 +26,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
@@ -123,16 +123,20 @@ class Checkpoints:
             )
         if step is None:
             return None
-        for bad in corrupt:
-            logger.warning(
-                "goes on from the checkpoint of step %d instead; the corrupt one is now %s",
-                step,
-                _set_aside(self.folder / str(bad)),
-            )
         if corrupt:
-            _wait_for_all("jaxguard: corrupt checkpoints set aside")
-            self._manager.reload()
+            self._set_aside(corrupt, step)
         return step, {"weights": items["weights"], **items["rest"]}
+
+    def _set_aside(self, corrupt: Sequence[int], step: int) -> None:
+        """Rename corrupt checkpoints, on process 0 after all have seen the names that are free."""
+        moves = {self.folder / str(bad): _free_name(self.folder / f"{bad}.corrupt") for bad in corrupt}
+        _wait_for_all("jaxguard: corrupt checkpoints named")
+        for old, new in moves.items():
+            logger.warning("goes on from the checkpoint of step %d instead; the corrupt one is now %s", step, new)
+            if jax.process_index() == 0:
+                old.rename(new)
+        _wait_for_all("jaxguard: corrupt checkpoints set aside")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Return when the checkpoint under way is on disk.
@@ -314,7 +318,7 @@ def _restore(path: Path, target: State) -> State:
     """
     handler = ocp.StandardCheckpointHandler()
     try:
-        return {k: handler.restore(epath.Path(path / k), args=ocp.args.StandardRestore(v)) for k, v in target.items()}
+        return {k: handler.restore(path / k, args=ocp.args.StandardRestore(v)) for k, v in target.items()}
     except PermissionError as error:
         raise JaxguardError(f"the checkpoint {path} cannot be read: {error}") from None
     except Exception as error:
@@ -387,12 +391,9 @@ def _find(folder: Path, step: int | None) -> tuple[Path, list[int]]:
     )
 
 
-def _set_aside(path: Path) -> Path:
-    names = [path.with_name(f"{path.name}.corrupt{n or ''}") for n in range(100)]
-    free = next(name for name in names if not name.exists())
-    if jax.process_index() == 0:
-        path.rename(free)
-    return free
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}{n or ''}") for n in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _all_agree(fine: bool) -> bool:
