@@ -90,6 +90,8 @@ def test_splash_gradient():
         ("gpu", 8.0, 128, "bfloat16", "cudnn"),  # Llama on A100
         ("gpu", 8.0, 256, "bfloat16", "xla"),  # Gemma on A100
         ("gpu", 9.0, 256, "bfloat16", "cudnn"),  # Gemma on H100
+        ("gpu", 10.0, 256, "bfloat16", "xla"),  # Gemma on B200
+        ("gpu", 10.0, 128, "bfloat16", "cudnn"),
         ("cuda", 9.0, 128, "float32", "xla"),
         ("gpu", 7.5, 128, "bfloat16", "xla"),
         ("gpu", None, 128, "bfloat16", "xla"),
