@@ -11,36 +11,35 @@ What it does not notice is a changed byte inside an array's data; checksums.py d
 """
 
 import errno
-import hashlib
 import itertools
-import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxguard.config import CheckpointConfig
 from jaxguard.errors import JaxguardError
-from jaxguard.train.checksums import describe, named_leaves
+from jaxguard.train.checkpoint_files import (
+    State,
+    check_model,
+    checkpoint_losses,
+    difference,
+    disk_steps,
+    read_newest,
+    signed,
+)
+from jaxguard.train.checksums import describe
 
 logger = logging.getLogger(__name__)
-
-State = dict[str, Any]
-"""A pytree of jax.Array whose key "weights" holds the weights by path."""
-
-
-class _CorruptError(Exception):
-    """This checkpoint cannot be read; another may."""
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Checkpoints:
         if validation_loss is not None and math.isfinite(validation_loss):
             self._losses[step] = validation_loss
         items = _items(state)
-        about = _sign(
+        about = signed(
             {
                 "step": step,
                 "fingerprint": self.fingerprint,
@@ -112,10 +111,10 @@ class Checkpoints:
         wanted = _items(abstract_state)
 
         def target(path: Path, about: dict[str, Any]) -> State:
-            _check_model(path, about, wanted, self.fingerprint)
+            check_model(path, about, wanted, self.fingerprint)
             return wanted
 
-        step, items, corrupt = _newest(self.folder, self.steps(), target)
+        step, items, corrupt = read_newest(self.folder, self.steps(), target)
         if step is None and corrupt:
             raise JaxguardError(
                 f"every checkpoint in {self.folder} is corrupt ({', '.join(map(str, corrupt))}): see the warnings "
@@ -228,13 +227,13 @@ def read_checkpoint_weights(
     def target(path: Path, about: dict[str, Any]) -> State:
         arrays = about["arrays"]["weights"]
         if shardings is not None and set(shardings) != set(arrays):
-            raise JaxguardError(f"{path} is of another model: {_difference(arrays, shardings)}")
+            raise JaxguardError(f"{path} is of another model: {difference(arrays, shardings)}")
         where = dict.fromkeys(arrays, here) if shardings is None else shardings
         return {
             "weights": {k: jax.ShapeDtypeStruct(a["shape"], a["dtype"], sharding=where[k]) for k, a in arrays.items()}
         }
 
-    number, items, _ = _newest(folder, steps, target)
+    number, items, _ = read_newest(folder, steps, target)
     if number is None:
         raise JaxguardError(f"no checkpoint in {folder} can be read; corrupt: {', '.join(map(str, steps))}")
     return items["weights"]
@@ -244,7 +243,7 @@ def write_checkpoint_weights(folder: Path, weights: Mapping[str, jax.Array], fin
     """Write weights alone as the checkpoint of step 0 in `folder`, for read_checkpoint_weights. Returns its folder."""
     path = folder.absolute() / "0"
     items = {"weights": dict(weights)}
-    about = _sign({"step": 0, "fingerprint": fingerprint, "validation_loss": None, "arrays": describe(items)})
+    about = signed({"step": 0, "fingerprint": fingerprint, "validation_loss": None, "arrays": describe(items)})
     args = ocp.args.Composite(about=ocp.args.JsonSave(about), weights=ocp.args.StandardSave(items["weights"]))
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -256,124 +255,8 @@ def write_checkpoint_weights(folder: Path, weights: Mapping[str, jax.Array], fin
     return path
 
 
-def checkpoint_losses(folder: Path) -> dict[int, float | None]:
-    """Step -> validation loss (None where it has none, or where it cannot be read), oldest first."""
-    losses: dict[int, float | None] = {}
-    for step in disk_steps(folder):
-        try:
-            losses[step] = _about(folder / str(step))["validation_loss"]
-        except _CorruptError:
-            losses[step] = None
-    return losses
-
-
-def disk_steps(folder: Path) -> list[int]:
-    """Steps of the finished checkpoints in a checkpoints folder, oldest first."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
-
-
 def _items(state: State) -> State:
     return {"weights": state["weights"], "rest": {k: v for k, v in state.items() if k != "weights"}}
-
-
-Target = Callable[[Path, dict[str, Any]], State]
-"""From a checkpoint's folder and its description to the abstract items to read; refuses another model."""
-
-
-def _newest(folder: Path, steps: Sequence[int], target: Target) -> tuple[int | None, State, list[int]]:
-    """(step, items, the newer steps that are corrupt); no step when none can be read."""
-    corrupt: list[int] = []
-    for step in reversed(steps):
-        try:
-            return step, _read(folder / str(step), target), corrupt
-        except _CorruptError as error:
-            logger.warning("the checkpoint %s is corrupt: %s", folder / str(step), error)
-            corrupt.append(step)
-    return None, {}, corrupt
-
-
-def _read(path: Path, target: Target) -> State:
-    """The items of one checkpoint, verified. All processes get them, or all raise _CorruptError."""
-    problem, about, items = None, {}, {}
-    try:
-        about = _about(path)
-        items = _restore(path, target(path, about))
-    except _CorruptError as error:
-        problem = error
-    # The checksums are sums over all processes' shards, so none may go there alone.
-    if not _all_agree(problem is None):
-        raise problem or _CorruptError("another process cannot read it")
-    for name, arrays in describe(items).items():
-        bad = [key for key, found in arrays.items() if found["checksum"] != about["arrays"][name][key]["checksum"]]
-        if bad:
-            raise _CorruptError(f"{name}: the data of {', '.join(bad[:3])} changed on disk ({len(bad)} arrays in all)")
-    return items
-
-
-def _restore(path: Path, target: State) -> State:
-    """The items as this process finds them, without waiting for the others.
-
-    Orbax's checkpointers end a restore with a collective, in which the others would be left alone when one process
-    finds its shards corrupt; its handlers do not.
-    """
-    handler = ocp.StandardCheckpointHandler()
-    try:
-        return {k: handler.restore(path / k, args=ocp.args.StandardRestore(v)) for k, v in target.items()}
-    except PermissionError as error:
-        raise JaxguardError(f"the checkpoint {path} cannot be read: {error}") from None
-    except Exception as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise  # says nothing about the checkpoint
-        raise _CorruptError(f"{type(error).__name__}: {_first_line(error)}") from error
-    finally:
-        handler.close()
-
-
-def _about(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself."""
-    try:
-        about = json.loads((path / "about" / "metadata").read_text(encoding="utf-8"))
-        signature = about.pop("sha256")
-    except PermissionError as error:
-        raise JaxguardError(f"the checkpoint {path} cannot be read: {error}") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise _CorruptError(f"its description cannot be read: {type(error).__name__}: {_first_line(error)}") from error
-    if signature != _sign(about)["sha256"]:
-        raise _CorruptError("its description changed on disk")
-    if about["step"] != int(path.name):
-        raise _CorruptError(f"it is named {path.name} but was saved at step {about['step']}")
-    return about
-
-
-def _sign(about: dict[str, Any]) -> dict[str, Any]:
-    return {**about, "sha256": hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()}
-
-
-def _check_model(path: Path, about: dict[str, Any], target: State, fingerprint: str) -> None:
-    """Another model is a mistake of the user, not a corrupt file: no fallback."""
-    if about["fingerprint"] != fingerprint:
-        raise JaxguardError(
-            f"{path} is a checkpoint of another model ({about['fingerprint']!r}, this run has {fingerprint!r}); choose "
-            "another name for this run, or the model that the folder was trained from"
-        )
-    for name, item in target.items():
-        there = {k: (tuple(a["shape"]), a["dtype"]) for k, a in about["arrays"].get(name, {}).items()}
-        here = {k: (x.shape, str(x.dtype)) for k, x in named_leaves(item)}
-        if there != here:
-            raise JaxguardError(
-                f"{path} is a checkpoint of another model: {_difference(there, here)}; choose another name for this run"
-            )
-
-
-def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The first few arrays in which two models differ."""
-    told = []
-    for key in sorted({*there, *here}):
-        if key not in there or key not in here:
-            told.append(f"{key} is only {'in this run' if key in here else 'in the checkpoint'}")
-        elif there[key] != here[key]:
-            told.append(f"{key} is {there[key]} there and {here[key]} here")
-    return "; ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
 
 
 def _find(folder: Path, step: int | None) -> tuple[Path, list[int]]:
@@ -396,12 +279,6 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _all_agree(fine: bool) -> bool:
-    if jax.process_count() == 1:
-        return fine
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))
-
-
 def _wait_for_all(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
@@ -415,7 +292,3 @@ def _full_disk(error: BaseException, folder: Path) -> str | None:
         return None
     free = shutil.disk_usage(folder).free / 2**30
     return f"no room on the disk ({free:.1f} GiB free there now), or a limit on file sizes"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]

@@ -28,13 +28,8 @@ from jax.sharding import PartitionSpec as P
 from jaxguard.config import CheckpointConfig
 from jaxguard.errors import JaxguardError
 from jaxguard.train import checksums
-from jaxguard.train.checkpoints import (
-    checkpoint_losses,
-    disk_steps,
-    open_checkpoints,
-    read_checkpoint_weights,
-    write_checkpoint_weights,
-)
+from jaxguard.train.checkpoint_files import checkpoint_losses, disk_steps
+from jaxguard.train.checkpoints import open_checkpoints, read_checkpoint_weights, write_checkpoint_weights
 
 checksum = jax.jit(checksums.checksum)
 KEEP = CheckpointConfig(keep_last=2, keep_best=1)
