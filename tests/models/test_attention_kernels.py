@@ -44,6 +44,18 @@ def test_splash_is_packed_causal_attention(window):
     assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("window", [None, 1, 20, 1000])
+def test_what_cudnn_is_asked_for_is_packed_causal_attention(monkeypatch, window):
+    """cuDNN itself needs a GPU; JAX computes the same request, to the letter, without it."""
+    ask = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: ask(*a, **k | {"implementation": "xla"}))
+    query, key, value, segments = packed(rows=2, tokens=64, head_dim=16)
+    got = attention_kernels.cudnn(*map(jnp.asarray, (query, key, value, segments)), window, 0.1)
+    real = segments > 0
+    np.testing.assert_allclose(got[real], reference(query, key, value, segments, window, 0.1)[real], atol=2e-5)
+    assert np.isfinite(got).all()
+
+
 def test_splash_over_a_mesh_is_splash_on_one_device():
     arrays = packed(rows=4, tokens=128)
     expected = reference(*arrays, None, 0.1)
