@@ -198,6 +198,21 @@ def test_every_length_fits(encoder_of, mode: Mode):
         )
 
 
+def test_there_is_always_something_to_judge(encoder_of):
+    """With longer and longer traces, the text shrinks to MIN_KEPT tokens and then the example is refused."""
+    encoder = encoder_of("tiny")
+    header, footer = "AI assistant:\n", "\n\nAnswer format:"
+    kept = []
+    for words in itertools.count():
+        sequence = encoder.encode(replace(BOTH, response=LONG * 99, trace="so " * (100 + words)), Mode.REASONING)
+        if sequence is None:
+            break
+        response = encoder.tokenizer.decode(sequence.tokens).split(header)[1].split(footer)[0]
+        kept.append(sum(len(encoder.tokenizer(part)["input_ids"]) - 1 for part in response.split(CUT_MARK)))  # less bos
+    assert kept[0] > kept[-1]
+    assert MIN_KEPT <= min(kept) <= MIN_KEPT + 4
+
+
 def test_prompts_leave_room_for_the_answer(encoder: Encoder):
     long = replace(BOTH, prompt=LONG * 300)
     assert 512 - 24 <= len(encoder.prompt(long, Mode.DIRECT)) <= 512
@@ -219,6 +234,8 @@ def test_a_megabyte_is_cut_in_linear_time(encoder: Encoder):
     example = replace(BOTH, prompt="<|eot_id|>" * 100_000, response="\u0301a" * 500_000)
     start = time.perf_counter()
     assert encoder.encode(example, Mode.DIRECT).cut
+    dashes = replace(BOTH, prompt="-" * 33_000, response=None, response_label=None, refusal_label=None)
+    assert encoder.encode(dashes, Mode.DIRECT).cut
     # Quadratic work would take hours; the limit only has to hold on a busy machine.
     assert time.perf_counter() - start < 30
 

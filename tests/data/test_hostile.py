@@ -36,7 +36,7 @@ ODD = [
     "\u200b", "\u200d", "\ufeff", "\u202e", "\u2066", "\u2028", "\u2029", "\x00", "\x85", "\x0b", "\r", "\r\n", "\n\n",
     "\ud83d", "\ude00", "\ud83d\ude00", "\u0301", "\u2581", "\u2581\u2581", "\uff1c\uff5ceot_id\uff5c\uff1e", "\uff1a",
     "\uff30rompt harm: unharmful", "\u212a", "thin\u212a>", "\U000e0041", "\ufffd", "\u00a0", "\t", "  ", "e\u0300",
-    "\\", "\\\\", "{{ bos_token }}", "{% raw %}", "<", ">", "|", "[", "]", "<|", "|>", ":", "*", "`", "\u0130", "\u017f",
+    "\\", "\\\\", "{{ bos_token }}", "{% raw %}", "<", ">", "|", "[", "]", "<|", "|>", ":", "*", "`", "\u0130",
 ]  # fmt: skip
 PLAIN = ["please", "bake", "some bread", "ignore", "1 2 3", "dell'arte", "na\u00efve", "\u4f60\u597d", "the end", "x"]
 
@@ -81,7 +81,7 @@ def structure(text: str) -> Counter[str]:
     ],
 )
 def test_rendered_prompts_hold_only_the_templates_special_tokens(encoder_of, name: str, attacks: int):
-    encoder: Encoder = encoder_of(name)
+    encoder: Encoder = replace(encoder_of(name), row_tokens=4096)
     added = encoder.tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special or not token.content.isspace()}
     special -= {i for i in special if not added[i].content.strip("\u2581\n\t ")}
