@@ -71,8 +71,7 @@ def _cudnn_obstacle(
         return f"it needs compute capability 8.0 (A100) or newer, and this GPU has {capability}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it computes in bfloat16, and model.compute_dtype is {jnp.dtype(dtype).name}"
-    # Of the backward pass: cuDNN's documentation says 128 for Ampere and 256 for Hopper, and Transformer Engine keeps to
-    # 128 on Blackwell.
+    # Of the backward pass, by cuDNN's documentation; on Blackwell Transformer Engine keeps to 128, and so do we.
     limit = 256 if 9.0 <= capability < 10.0 else 128
     if head_dim > limit or head_dim % 8:
         return f"on compute capability {capability} heads may have up to {limit} dimensions, in eights, not {head_dim}"
