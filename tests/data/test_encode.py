@@ -234,10 +234,15 @@ def test_a_megabyte_is_cut_in_linear_time(encoder: Encoder):
     example = replace(BOTH, prompt="<|eot_id|>" * 100_000, response="\u0301a" * 500_000)
     start = time.perf_counter()
     assert encoder.encode(example, Mode.DIRECT).cut
-    dashes = replace(BOTH, prompt="-" * 33_000, response=None, response_label=None, refusal_label=None)
-    assert encoder.encode(dashes, Mode.DIRECT).cut
     # Quadratic work would take hours; the limit only has to hold on a busy machine.
     assert time.perf_counter() - start < 30
+
+
+def test_texts_cut_before_they_are_tokenised_are_cut(encoder_of, monkeypatch):
+    monkeypatch.setattr("jaxguard.data.encode._LONGEST_TOKEN", 1)
+    sequence = encoder_of("tiny").encode(replace(BOTH, prompt=LONG * 30), Mode.DIRECT)
+    assert sequence.cut
+    assert len(sequence.tokens) < 512
 
 
 def test_policy_too_long_for_the_row(encoder_of, tiny_tokenizer_folder: Path):
