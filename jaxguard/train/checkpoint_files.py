@@ -1,8 +1,10 @@
 """One checkpoint's folder: what it says of itself, and reading it so that nothing corrupt passes for the state."""
 
+import gc
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,9 +75,21 @@ def _restore(path: Path, target: State) -> State:
     except Exception as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise  # says nothing about the checkpoint
-        raise CorruptError(f"{type(error).__name__}: {_first_line(error)}") from error
+        problem = f"{type(error).__name__}: {_first_line(error)}"
     finally:
         handler.close()
+    _drop_unfinished_reads()
+    raise CorruptError(problem)
+
+
+def _drop_unfinished_reads() -> None:
+    """Free the other reads of a failed restore, which fail too and would each print a page when freed later."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def read_about(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checkpoints: what is read back is what was written, whatever happened to the disk in between."""
 
+import gc
 import json
 import logging
 import os
@@ -218,11 +219,8 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     lose_all: "its description cannot be read",
     rename: "it is named 9 but was saved at step 4",
 }
-# TensorStore drops a failed read's exception in a thread of its own; the one that matters is raised as well.
-failed_read = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-@failed_read
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_corrupt_newest_is_named_and_the_one_before_taken(
     written: Path, states: list[dict[str, Any]], damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
@@ -245,7 +243,6 @@ def test_every_array_of_the_state_is_covered(written: Path, states: list[dict[st
     assert sum(len(arrays) for arrays in about["arrays"].values()) == len(jax.tree.leaves(states[4]))
 
 
-@failed_read
 def test_all_corrupt_is_an_error_and_nothing_is_moved(written: Path, states: list[dict[str, Any]]) -> None:
     for step in ("2", "4"):
         truncate(written / step)
@@ -298,7 +295,6 @@ def test_weights_alone_on_a_mesh_and_of_a_step(written: Path, states: list[dict[
     assert {k: w.sharding for k, w in weights.items()} == shardings
 
 
-@failed_read
 def test_weights_alone_falls_back_without_touching_the_folder(written: Path, states: list[dict[str, Any]]) -> None:
     flip_data(written / "4")
     assert_same(read_checkpoint_weights(written), states[2]["weights"])
@@ -394,7 +390,8 @@ def test_kill_at_any_moment_loses_nothing_before(tmp_path: Path) -> None:
     assert_same(found[1], make["state"](reached))
 
 
-@failed_read
+# Orbax's other writes fail as well, unheard; they are freed here, not in the middle of another test.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_room_says_so_and_keeps_what_is_there(tmp_path: Path) -> None:
     small, large = new_state(mesh_of(1)), new_state(mesh_of(1), width=2048)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -413,3 +410,4 @@ def test_no_room_says_so_and_keeps_what_is_there(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert disk_steps(tmp_path) == [1]
     assert restored(tmp_path, small)[0] == 1  # type: ignore[index]
+    gc.collect()
