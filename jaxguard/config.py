@@ -109,8 +109,11 @@ class OptimizerConfig(Section):
     final_learning_rate_share: Share = 0.0
     """Learning rate at the end, as a share of the peak."""
     beta1: Share = 0.9
+    """Adam's decay of the mean gradient."""
     beta2: Share = 0.999
+    """Adam's decay of the mean squared gradient."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's addend to the root of the mean squared gradient."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay of matrices; norm weights are never decayed."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -148,7 +151,9 @@ class MeshConfig(Section):
     coordinator: str | None = None
     """host:port of process 0."""
     processes: Positive | None = None
+    """How many processes there are."""
     process: NonNegative | None = None
+    """Which of them this one is, from 0."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -168,6 +173,7 @@ class CheckpointConfig(Section):
     every: Positive = 100
     """Updates between checkpoints; the last update is always kept."""
     keep_last: Positive = 2
+    """How many of the newest to keep."""
     keep_best: NonNegative = 1
     """How many of the best by validation loss to keep besides."""
 
@@ -176,8 +182,11 @@ class LogConfig(Section):
     """Where the curves go. metrics.jsonl is always written."""
 
     tensorboard: bool = True
+    """Write event files to the run's folder."""
     trackio: bool = False
+    """Log to trackio; install the extra of that name."""
     wandb: bool = False
+    """Log to Weights & Biases; install the extra of that name."""
     project: str = "jaxguard"
     """Project name for trackio and wandb."""
     profile_step: Positive | None = None
@@ -188,6 +197,7 @@ class Config(Section):
     """A whole run."""
 
     name: str
+    """What the run and its folder are called; by default the file's name."""
     run_folder: str = "runs"
     """The run lives in run_folder/name."""
     seed: NonNegative = 0

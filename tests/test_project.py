@@ -1,0 +1,153 @@
+"""The house's rules, checked on the files themselves."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import document_config
+from jaxguard.__main__ import main, stages
+from jaxguard.config import load
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "jaxguard"
+PYTHON_FILES = sorted(p for folder in ("jaxguard", "tools", "tests") for p in (ROOT / folder).rglob("*.py"))
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").rglob("*.md")])
+
+# A room may import its own modules, those of the rooms named here, and the modules that belong to no room.
+ROOMS = {
+    "data": set(),
+    "models": set(),
+    "train": {"data", "models"},
+    "plan": {"data", "models", "train"},
+}
+MAX_FILE, MAX_FUNCTION = 400, 55
+
+
+def imported(path):
+    """Every module that a file imports anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms_imported(path):
+    parts = (name.split(".") for name in imported(path))
+    return {p[1] for p in parts if p[0] == "jaxguard" and len(p) > 1 and (PACKAGE / p[1]).is_dir()}
+
+
+def test_every_room_is_known():
+    assert {p.parent.name for p in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_one_way(room):
+    for path in (PACKAGE / room).rglob("*.py"):
+        assert rooms_imported(path) <= ROOMS[room] | {room}, path
+
+
+def test_what_belongs_to_no_room_imports_none():
+    for path in PACKAGE.glob("*.py"):
+        assert not rooms_imported(path), path
+
+
+def test_data_runs_without_jax():
+    """Preparing data must neither wait for an accelerator nor claim one; grain, which batches read with, loads JAX."""
+    code = "import sys, jaxguard.data.prepare, jaxguard.data.sources; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    for path in (PACKAGE / "data").glob("*.py"):
+        assert not {name.split(".")[0] for name in imported(path)} & {"jax", "flax", "optax", "orbax"}, path
+
+
+def test_files_and_functions_fit_on_a_few_screens():
+    for path in PYTHON_FILES:
+        if path.is_relative_to(ROOT / "tests"):
+            continue
+        source = path.read_text(encoding="utf-8")
+        assert len(source.splitlines()) <= MAX_FILE, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= MAX_FUNCTION, f"{path}: {node.name} has {length} lines"
+
+
+def test_nothing_unfinished_is_left():
+    words = re.compile("|".join(["TO" + "DO", "FIX" + "ME", "X" * 3 + r"\b", "raise NotImplemented" + "Error"]))
+    for path in PYTHON_FILES:
+        assert not words.search(path.read_text(encoding="utf-8")), path
+
+
+def test_the_console_script_lists_its_stages(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert {"data", "train", "plan"} <= set(stages())
+    for stage, what in stages().items():
+        assert re.search(rf"^  {stage} +{re.escape(what)}$", shown, re.MULTILINE)
+        assert what.strip()
+        assert "`" not in what
+
+
+def test_the_console_script_runs_a_stage(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["data", "--config", "gemma4b_5k", "--dry-run"]) == 0
+    assert "checkpoint: google/gemma-3-4b-it" in capsys.readouterr().out
+
+
+def test_a_misspelt_stage_is_an_error_with_a_suggestion(capsys):
+    assert main(["trian", "--config", "gemma4b_5k"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path):
+    assert load(str(path)).name == path.stem
+
+
+def test_the_documented_fields_are_those_of_the_config():
+    _, written, _ = document_config.parts(document_config.DOCUMENT.read_text(encoding="utf-8"))
+    assert written == document_config.tables(), "run python tools/document_config.py"
+    assert not re.findall(r"\|  \|$", written, re.MULTILINE), "a field has no docstring"
+
+
+def commands():
+    """Every command line of the documents' sh blocks, with the document."""
+    for document in DOCUMENTS:
+        for block in re.findall(r"```sh\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield document.relative_to(ROOT), words
+
+
+def test_the_documented_commands_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    checked = 0
+    for document, words in commands():
+        said = f"{document}: {' '.join(words)}"
+        checked += words[0] in ("make", "python", "jaxguard", "sbatch", "bash")
+        if words[0] == "make":
+            assert [w for w in words[1:] if "=" not in w and w not in targets] == [], said
+        if "--config" in words:
+            name = words[words.index("--config") + 1]
+            assert name.isupper() or "/" in name or (ROOT / "configs" / f"{name}.yaml").is_file(), said
+        for word in words:
+            if word.startswith("jaxguard."):
+                assert word.removeprefix("jaxguard.") in stages(), said
+            if re.match(r"(tools|launch|configs|docs)/", word):
+                assert (ROOT / word).exists(), said
+        if words[0] == "jaxguard":
+            assert words[1] in stages(), said
+    assert checked >= 5
+
+
+def test_the_documents_link_to_files_that_exist():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document}: {target}"
