@@ -61,7 +61,9 @@ def xla(
     return jnp.concatenate(out, axis=1)
 
 
-def _mask(segments_BT: Int[Array, "B T"], first: int, start: int, stop: int, window: int | None) -> Bool[Array, "B C S"]:
+def _mask(
+    segments_BT: Int[Array, "B T"], first: int, start: int, stop: int, window: int | None
+) -> Bool[Array, "B C S"]:
     """May query start..stop see key first..stop?"""
     query = jnp.arange(start, stop)[:, None]
     key = jnp.arange(first, stop)[None, :]

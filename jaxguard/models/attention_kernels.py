@@ -14,15 +14,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxguard.errors import JaxguardError
+from jaxguard.models.axes import partition
 
 Kernel = Literal["xla", "cudnn", "splash"]
 
-BATCH_AXES = ("data", "fsdp")
-HEAD_AXIS = "tensor"
 LANES = 128
 """Width of a TPU's vector registers: splash attention works on blocks of it."""
 
@@ -179,14 +177,9 @@ def _per_device(attend: Callable[..., Array], query: Array, key: Array, value: A
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(query, key, value, segments)
-    rows, heads = query.shape[0], key.shape[2]
-    batch = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-    shards = 1
-    for axis in batch:
-        shards *= mesh.shape[axis]
-    batch_spec = batch if rows % shards == 0 else None
-    head_spec = HEAD_AXIS if heads % mesh.shape.get(HEAD_AXIS, heads + 1) == 0 else None
-    by_head, by_row = PartitionSpec(batch_spec, None, head_spec, None), PartitionSpec(batch_spec, None)
+    # Query heads are cut as the key heads are, so that a group of them stays with its key.
+    by_head = partition(("batch", None, "kv_heads", None), key.shape, mesh.shape)
+    by_row = partition(("batch", None), segments.shape, mesh.shape)
     run = partial(jax.shard_map, mesh=mesh, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head)
     # The kernels do not say over which axes their results vary, hence no check.
     return run(attend, check_vma=False)(query, key, value, segments)

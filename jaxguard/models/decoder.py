@@ -1,9 +1,10 @@
 """The decoder: one for Llama 3, SmolLM2 and Gemma 3; what differs between them is data in the Spec."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class Decoder(nnx.Module):
     stack [L, ...] a weight, which the layer loop scans over.
     """
 
-    def __init__(self, spec: Spec, weights: Mapping[str, Array], compute: Compute = Compute()):  # noqa: B008 (frozen)
+    def __init__(self, spec: Spec, weights: Mapping[str, Array], compute: Compute = Compute()):
         self.spec = spec
         self.compute = compute
         self.embed = nnx.Param(weights["embed"])
@@ -162,7 +163,7 @@ class Decoder(nnx.Module):
             return (x32 * (1 + weight)).astype(x.dtype)
         return x32.astype(x.dtype) * weight.astype(x.dtype)
 
-    def _rematerialised(self, layer):  # noqa: ANN001, ANN202
+    def _rematerialised(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         """Under scan the compiler cannot undo the recomputation, so prevent_cse is not needed."""
         match self.compute.remat:
             case "none":
@@ -177,7 +178,7 @@ class Decoder(nnx.Module):
 def rope_table(
     rope: Rope, head_dim: int, positions_BT: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """cos and sin of every position's angles, float32."""
+    """Cos and sin of every position's angles, float32."""
     angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(rope, head_dim))
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -136,7 +136,7 @@ def _metrics_table(metrics: Mapping[str, Any]) -> str:
 
 def _number(value: Any) -> str:
     if value is None:
-        return "–"  # noqa: RUF001
+        return "–"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

@@ -132,8 +132,11 @@ def _llama(c: PretrainedConfig, path: Path) -> Spec:
 
 
 def _gemma3(c: PretrainedConfig, path: Path) -> Spec:
-    for option, value in {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None, "use_bidirectional_attention": False}.items():  # fmt: skip
-        _require(path, option, getattr(c, option, value) or value, value)
+    _require(path, "hidden_activation", c.hidden_activation, "gelu_pytorch_tanh")
+    for option in ("attention_bias", "use_bidirectional_attention"):
+        _require(path, option, bool(getattr(c, option, False)), False)
+    for option in ("attn_logit_softcapping", "final_logit_softcapping"):
+        _require(path, option, getattr(c, option, None), None)
     names = ("sliding_attention", "full_attention")
     local, full = (_rope(c.rope_parameters[name], path) for name in names)
     return Spec(

@@ -25,7 +25,7 @@ from jaxguard.errors import JaxguardError
 from jaxguard.hub import fetch
 from jaxguard.models.checkpoint_io import check_vocabulary, export_hf, read_weights
 from jaxguard.models.model_card import write_card
-from jaxguard.models.spec import Spec, read_spec
+from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
 from jaxguard.train.curves import draw_curves
@@ -70,7 +70,9 @@ def train(config: Config, resume: Resume = "auto") -> int:
         step, state = resume_or_begin(run)
         step, state = update_until_stopped(run, step, state)
         if step < run.schedule.steps:
-            run.telemetry.say(f"stopped by {run.stop.signal_name or 'signal'} after update {step}; start again to go on")
+            run.telemetry.say(
+                f"stopped by {run.stop.signal_name or 'signal'} after update {step}; start again to go on"
+            )
             return REQUEUE
         if config.train.export:
             export(run, state)
@@ -253,7 +255,9 @@ def export(run: Run, state: State) -> None:
             metrics={"before": before, "after": after},
             report=done,
         )
-    run.telemetry.say(f"{done.changed_fraction:.2%} of the exported weights ({', '.join(done.dtypes)}) differ from the base")
+    run.telemetry.say(
+        f"{done.changed_fraction:.2%} of the exported weights ({', '.join(done.dtypes)}) differ from the base"
+    )
 
 
 def before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:

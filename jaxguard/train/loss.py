@@ -37,7 +37,10 @@ def target_logprobs(
         normaliser_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         # A masked sum instead of an index: it needs no gather across the vocabulary's devices.
         vocabulary_V = jnp.arange(logits_BCV.shape[-1])
-        chosen = [jnp.sum(jnp.where(vocabulary_V == ids_BCQ[..., q, None], logits_BCV, 0), -1) for q in range(ids_BCQ.shape[-1])]
+        chosen = [
+            jnp.sum(jnp.where(vocabulary_V == ids_BCQ[..., q, None], logits_BCV, 0), -1)
+            for q in range(ids_BCQ.shape[-1])
+        ]
         return jnp.stack(chosen, axis=-1) - normaliser_BC[..., None]
 
     chunks = jax.lax.map(lambda x: logprobs(*x), (chunked(hidden_BMD), chunked(ids_BMQ)))

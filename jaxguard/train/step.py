@@ -79,7 +79,11 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
             loss_chunk=config.model.loss_chunk,
         )  # fmt: skip
         changes, moments = transformation.update(gradient, state["optimizer"], state["weights"])
-        new = {"weights": optax.apply_updates(state["weights"], changes), "optimizer": moments, "step": state["step"] + 1}
+        new = {
+            "weights": optax.apply_updates(state["weights"], changes),
+            "optimizer": moments,
+            "step": state["step"] + 1,
+        }
         metrics = Metrics(
             loss, optax.tree.norm(gradient), jnp.float32(schedule(state["step"])), jnp.sum(batch.target_weights_BM)
         )
@@ -116,7 +120,13 @@ def choose_compute(config: Config, spec: Spec, mesh: Mesh) -> Compute:
 
 
 def logprobs(
-    weights: dict[str, Array], batch: Batch, ids_BMQ: Int[Array, "B M Q"], *, spec: Spec, compute: Compute, loss_chunk: int
+    weights: dict[str, Array],
+    batch: Batch,
+    ids_BMQ: Int[Array, "B M Q"],
+    *,
+    spec: Spec,
+    compute: Compute,
+    loss_chunk: int,
 ) -> Float[Array, "B M Q"]:
     """Log-probabilities of ids at the batch's target positions."""
     decoder = Decoder(spec, weights, compute)
@@ -131,7 +141,9 @@ def loss_and_gradient(
     total_weight = jnp.sum(batch.target_weights_BM)
 
     def loss_of(weights: dict[str, Array], batch: Batch) -> Array:
-        found = logprobs(weights, batch, batch.target_ids_BM[..., None], spec=spec, compute=compute, loss_chunk=loss_chunk)
+        found = logprobs(
+            weights, batch, batch.target_ids_BM[..., None], spec=spec, compute=compute, loss_chunk=loss_chunk
+        )
         return token_weighted_loss(found[..., 0], batch.target_weights_BM, total_weight)
 
     gradient_of = jax.value_and_grad(loss_of)

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from sklearn.metrics import average_precision_score, f1_score
 
 from jaxguard.data.batches import Batch, assemble, bucketed, pack
-from jaxguard.data.dialogue import CHOICES, Mode, answers, questions
+from jaxguard.data.dialogue import CHOICES, Mode
 from jaxguard.data.encode import Sequence as Encoded
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Question
@@ -81,7 +80,9 @@ class Validation:
         metrics = {"validation/loss": _mean_loss([s for group in losses.values() for s in group])}
         for mode, group in losses.items():
             metrics[f"validation/{mode}/loss"] = _mean_loss(group)
-            metrics |= {f"validation/{mode}/{name}": x for name, x in summary([j for j in judgements if j.mode == mode]).items()}
+            metrics |= {
+                f"validation/{mode}/{name}": x for name, x in summary([j for j in judgements if j.mode == mode]).items()
+            }
         return metrics, judgements
 
     def _score(self, program: Program, weights: dict[str, Any]) -> Iterator[tuple[int, Scored]]:
@@ -132,7 +133,8 @@ def _judge(example: Example, mode: Mode, branches: Sequence[Encoded], scored: Se
     seen = set()
     for branch, found in zip(branches, scored, strict=True):
         given = dict(branch.answers)
-        path, weight = (), 1.0
+        path: tuple[str, ...] = ()
+        weight = 1.0
         for probe, probability in zip(branch.probes, found.probabilities, strict=True):
             if (path, probe.question) not in seen:
                 seen.add((path, probe.question))
@@ -155,11 +157,12 @@ def summary(judgements: Sequence[Judgement]) -> dict[str, float]:
     A question whose held-out labels are all alike has no AUPRC.
     """
     metrics: dict[str, float] = {}
-    groups = {q: [j for j in judgements if j.question == q] for q in dict.fromkeys(j.question for j in judgements)}
-    groups |= {"harm": [j for j in judgements if j.question in HARM]}
+    groups: dict[str, list[Judgement]] = defaultdict(list)
+    for judgement in judgements:
+        groups[judgement.question].append(judgement)
+        if judgement.question in HARM:
+            groups["harm"].append(judgement)
     for name, group in groups.items():
-        if not group:
-            continue
         labels, found = np.array([j.positive for j in group]), np.array([j.probability for j in group])
         metrics[f"{name}_f1"] = float(f1_score(labels, found > THRESHOLD, zero_division=0.0))
         if labels.any() and not labels.all():

@@ -62,7 +62,7 @@ def test_metrics_make_one_column_a_stage(tmp_path):
     _, body, _ = card(tmp_path, metrics=metrics)
     rows = [line for line in body.splitlines() if line.startswith("|")]
     assert rows[0] == "| metric | before | after |"
-    assert rows[2:] == ["| f1 | 0.5000 | 0.7500 |", "| n | 10 | – |", "| auprc | – | 0.8000 |"]  # noqa: RUF001
+    assert rows[2:] == ["| f1 | 0.5000 | 0.7500 |", "| n | 10 | – |", "| auprc | – | 0.8000 |"]
 
 
 def test_metrics_without_stages(tmp_path):

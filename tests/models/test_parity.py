@@ -1,88 +1,67 @@
-"""Our logits against transformers' eager torch implementation, float32, on the same random weights."""
+"""Our logits against transformers' eager torch implementation, float32: the same checkpoint on disk, read by both."""
 
 import json
 from functools import partial
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
+from jaxguard.models.attention import xla
+from jaxguard.models.checkpoint_io import read_weights
 from jaxguard.models.decoder import Compute, Decoder
 from jaxguard.models.spec import Spec, read_spec
-from jaxguard.models.weights import table
 
 torch = pytest.importorskip("torch", reason="torch is the reference of the parity tests")
 transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-5
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 300,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 512,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-}
-LLAMA3_SCALING = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+TOKENS = 100  # past Gemma's window of 16, Llama's original context of 64, and six query chunks
+VISION = {
+    "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
 }  # fmt: skip
-GEMMA = {
-    "model_type": "gemma3_text",
-    "architectures": ["Gemma3ForCausalLM"],
-    "vocab_size": 300,
-    "hidden_size": 40,
-    "intermediate_size": 80,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 512,
-    "sliding_window": 24,
-    "query_pre_attn_scalar": 20,
-    "rope_theta": 1000000.0,
-    "rope_local_base_freq": 10000.0,
-    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-}
-CASES = {
-    "llama untied": LLAMA,
-    "llama tied, llama3 scaling": LLAMA | {"tie_word_embeddings": True, "rope_scaling": LLAMA3_SCALING},
-    "llama untied, llama3 scaling": LLAMA | {"rope_scaling": LLAMA3_SCALING},
-    "gemma3, past window": GEMMA,
-    "gemma3, one period": GEMMA | {"num_hidden_layers": 7, "query_pre_attn_scalar": 16},
-}
+CASES = ("llama", "llama tied", "llama without scaling", "gemma3", "gemma3 of 8 layers, odd scale", "gemma3 multimodal")
 
 
-def build(config: dict, folder):
-    """A random torch model, its spec, and its weights in our layout by the table's own rules."""
-    import einops
-
-    (folder / "config.json").write_text(json.dumps(config))
+@pytest.fixture(scope="module", params=CASES)
+def models(request, write_llama_config, write_gemma3_config, tmp_path_factory):
+    """A random torch model, our spec of it, and our weights as read from what it saved."""
+    folder = tmp_path_factory.mktemp("parity")
+    match request.param:
+        case "llama":
+            write_llama_config(folder, spelling=4)
+        case "llama tied":
+            write_llama_config(folder, tie_word_embeddings=True)
+        case "llama without scaling":
+            write_llama_config(folder, llama3_rope=False, num_key_value_heads=1)
+        case "gemma3":
+            write_gemma3_config(folder, spelling=4)
+        case "gemma3 of 8 layers, odd scale":
+            write_gemma3_config(folder, spelling=4, num_hidden_layers=8, query_pre_attn_scalar=20, head_dim=8)
+        case "gemma3 multimodal":
+            text = json.loads((write_gemma3_config(folder) / "config.json").read_text())
+            config = {"model_type": "gemma3", "text_config": text, "vision_config": VISION, "mm_tokens_per_image": 1}
+            (folder / "config.json").write_text(json.dumps(config | {"image_token_index": 500}))
+    model = random_model(folder)
+    model.save_pretrained(folder)
     spec = read_spec(folder)
+    return model, spec, read_weights(folder, spec)
+
+
+def random_model(folder: Path):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = (
+        transformers.AutoModelForImageTextToText if config.model_type == "gemma3" else transformers.AutoModelForCausalLM
+    )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.from_pretrained(folder), attn_implementation="eager"
-    ).eval()
+    model = kind.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3 if parameter.ndim == 1 else 0.1)
-    tensors = {k.removeprefix("model."): v.detach().numpy() for k, v in model.state_dict().items()}
-
-    def ours(weight):
-        names = [weight.hf.format(i=i) for i in range(spec.layers)] if weight.stacked else [weight.hf]
-        sizes = {x: n for x, n in spec.sizes.items() if x in weight.rule}
-        parts = [einops.rearrange(tensors[name], weight.rule, **sizes) for name in names]
-        return jnp.asarray(np.stack(parts) if weight.stacked else parts[0])
-
-    return model, spec, {w.path: ours(w) for w in table(spec)}
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.3 if "norm" in name else 0.15)
+    return model
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -91,30 +70,45 @@ def our_logits(spec: Spec, compute: Compute, weights, tokens, positions=None, se
     return decoder.logits(decoder(tokens, positions, segments))
 
 
-def hf_logits(model, tokens, positions=None):
+def hf_logits(model, tokens, positions=None) -> np.ndarray:
     with torch.no_grad():
-        ids = torch.tensor(np.asarray(tokens))
-        places = None if positions is None else torch.tensor(np.asarray(positions))
-        return model(ids, position_ids=places, attention_mask=None, use_cache=False).logits.numpy()
+        places = None if positions is None else torch.tensor(positions)
+        found = model(torch.tensor(tokens), position_ids=places, attention_mask=None, use_cache=False)
+        return found.logits.numpy()
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunk", [512, 32])
-def test_logits_match_transformers_past_window_and_original_context(case, chunk, tmp_path):
-    model, spec, weights = build(CASES[case], tmp_path)
-    tokens = np.random.default_rng(0).integers(0, spec.vocab, (2, 100))
-    ours = our_logits(spec, Compute(query_chunk=chunk), weights, tokens)
-    theirs = hf_logits(model, tokens)
+def random_tokens(rows: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(5, 400, (rows, TOKENS))
+
+
+def test_logits_match_transformers(models):
+    model, spec, weights = models
+    tokens = random_tokens(2, seed=0)
+    ours, theirs = our_logits(spec, Compute(query_chunk=16), weights, tokens), hf_logits(model, tokens)
     assert np.abs(theirs).max() > 0.5
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", ["llama untied, llama3 scaling", "gemma3, past window"])
-def test_packed_rows_match_transformers(case, tmp_path):
-    model, spec, weights = build(CASES[case], tmp_path)
-    tokens = np.random.default_rng(1).integers(0, spec.vocab, (1, 120))
-    lengths = (50, 31, 39)
+def test_packed_rows_match_transformers(models):
+    model, spec, weights = models
+    tokens, lengths = random_tokens(1, seed=1), (40, 31, 29)
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
     segments = np.repeat(np.arange(1, 4), lengths)[None]
-    ours = our_logits(spec, Compute(query_chunk=32), weights, tokens, positions, segments)
+    ours = our_logits(spec, Compute(query_chunk=512), weights, tokens, positions, segments)
     np.testing.assert_allclose(ours, hf_logits(model, tokens, positions), rtol=0, atol=TOLERANCE)
+
+
+def test_a_local_layer_computes_only_its_window():
+    """Scores of a chunk reach over chunk + window - 1 keys at most, however long the row."""
+    query, key = (jax.ShapeDtypeStruct((1, 512, heads, 8), np.float32) for heads in (4, 2))
+    local = partial(xla, window=16, scale=1.0, chunk=32)
+    program = jax.make_jaxpr(local)(query, key, key, jax.ShapeDtypeStruct((1, 512), np.int32))
+    scores = {shape for shape in _shapes(program.jaxpr) if len(shape) == 5 and shape[3] == 32 and shape[4] != 8}
+    assert scores == {(1, 2, 2, 32, 32), (1, 2, 2, 32, 32 + 16 - 1)}
+
+
+def _shapes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from _shapes(inner)

@@ -19,7 +19,9 @@ WORDS = ("bread", "garden", "river", "lamp", "guitar", "window", "paper", "cloud
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tiny_tokenizer_folder: Path, write_llama_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(
+    tiny_tokenizer_folder: Path, write_llama_config: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A random Llama of 3 layers with its tokenizer, as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     shutil.copytree(tiny_tokenizer_folder, folder)

@@ -46,14 +46,22 @@ def sequences(count: int, vocab: int = 512, seed: int = 0) -> list[Sequence]:
     for i in range(count):
         length = int(random.integers(6, 40))
         target = np.arange(length) >= length - int(random.integers(1, 6))
-        out.append(Sequence(str(i), Mode.DIRECT, random.integers(0, vocab, length).astype(np.int32), target, (), (), False))
+        out.append(
+            Sequence(str(i), Mode.DIRECT, random.integers(0, vocab, length).astype(np.int32), target, (), (), False)
+        )
     return out
 
 
 def config(**overrides):
     tree = {
         "name": "test",
-        "model": {"checkpoint": "none", "compute_dtype": "float32", "remat": "full", "query_chunk": 32, "loss_chunk": 64},
+        "model": {
+            "checkpoint": "none",
+            "compute_dtype": "float32",
+            "remat": "full",
+            "query_chunk": 32,
+            "loss_chunk": 64,
+        },
         "data": {"train": [{"kind": "jsonl", "path": "none"}], "row_tokens": ROW_TOKENS},
         "optimizer": {"learning_rate": 1e-2},
         "train": {"batch_size": 16},
@@ -117,12 +125,17 @@ def test_rematerialisation_changes_nothing(spec, weights, remat):
 def test_gradient_of_padding_and_of_other_examples_does_not_leak(spec, weights):
     """What stands beside an example in its row does not change what it computes."""
     ours, others, different = sequences(1), sequences(2, seed=1), sequences(2, seed=2)
-    different = [dataclasses.replace(d, tokens=np.resize(d.tokens, o.tokens.shape), target=o.target) for d, o in zip(different, others, strict=True)]
-    masked = [dataclasses.replace(s, target=np.zeros_like(s.target)) for s in others], [
-        dataclasses.replace(s, target=np.zeros_like(s.target)) for s in different
-    ]
+
+    def neighbours(tokens_of):
+        """Untrained examples of the same lengths, with other tokens."""
+        pairs = zip(others, tokens_of, strict=True)
+        return [
+            dataclasses.replace(o, tokens=np.resize(t.tokens, o.tokens.shape), target=np.zeros_like(o.target))
+            for o, t in pairs
+        ]
+
     shape = Shape(3, 128, 64)
-    a, b = (gradient(spec, weights, assemble([[*m, *ours]], shape)) for m in masked)
+    a, b = (gradient(spec, weights, assemble([[*neighbours(t), *ours]], shape)) for t in (others, different))
     assert_same(a, b, 1e-6)
     assert float(a[0]) > 0
 
