@@ -103,8 +103,8 @@ def test_a_local_layer_computes_only_its_window():
     query, key = (jax.ShapeDtypeStruct((1, 512, heads, 8), np.float32) for heads in (4, 2))
     local = partial(xla, window=16, scale=1.0, chunk=32)
     program = jax.make_jaxpr(local)(query, key, key, jax.ShapeDtypeStruct((1, 512), np.int32))
-    scores = {shape for shape in _shapes(program.jaxpr) if len(shape) == 5 and shape[3] == 32 and shape[4] != 8}
-    assert scores == {(1, 2, 2, 32, 32), (1, 2, 2, 32, 32 + 16 - 1)}
+    scores = [shape for shape in _shapes(program.jaxpr) if len(shape) == 5]
+    assert max(size for shape in scores for size in shape) == 32 + 16 - 1
 
 
 def _shapes(jaxpr):
