@@ -1,0 +1,120 @@
+"""A whole run in this process: what it leaves behind, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from jaxguard.models.checkpoint_io import read_weights
+from jaxguard.models.decoder import Decoder
+from jaxguard.models.spec import read_spec
+from jaxguard.train.__main__ import main
+from jaxguard.train.telemetry import read_metrics
+
+TRANSFORMERS4 = Path("build/transformers4")
+TOKENS = np.random.default_rng(0).integers(5, 500, (1, 80))
+ASK_TRANSFORMERS4 = """
+import sys
+import numpy, torch, transformers
+assert transformers.__version__.startswith("4.57."), transformers.__version__
+model, loading = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(loading.values()), loading
+transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+with torch.inference_mode():
+    numpy.save(sys.argv[3], model(torch.tensor(numpy.load(sys.argv[2]))).logits.numpy())
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_files, tmp_path_factory) -> Path:
+    """The folder of a finished run: one device of the eight, bfloat16 off, two micro-batches."""
+    config = tiny_files(tmp_path_factory.mktemp("loop"), mesh={"fsdp": 4, "tensor": 2}, train={"accumulation": 2})
+    assert main(["--config", str(config), "log.tensorboard=true"]) == 0
+    return config.parent / "runs/tiny"
+
+
+def test_the_folder_explains_itself(finished):
+    for name in ("config.yaml", "versions.json", "data.json", "metrics.jsonl", "curves.png", "export/README.md"):
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").glob("events*"))
+    manifest = json.loads((finished / "data.json").read_text())
+    assert manifest["train"]["examples"] == 40
+    card = (finished / "export/README.md").read_text()
+    assert "| direct/harm_f1 |" in card
+
+
+def test_the_model_learns(finished):
+    records = read_metrics(finished / "metrics.jsonl")
+    losses = [r["validation/loss"] for r in records if "validation/loss" in r]
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
+    assert len(losses) == 3
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_export_is_the_base_but_for_what_was_trained(finished, tiny_checkpoint):
+    base, trained = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, finished / "export"))
+    assert list(base) == list(trained)
+    assert all(base[k].shape == trained[k].shape and base[k].dtype == trained[k].dtype for k in base)
+    assert all(not np.array_equal(base[k], trained[k]) for k in base)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (finished / "export" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def our_logits(finished):
+    export = finished / "export"
+    spec = read_spec(export)
+    decoder = Decoder(spec, read_weights(export, spec))
+    return np.asarray(decoder.logits(decoder(jnp.asarray(TOKENS))))
+
+
+def test_transformers_computes_the_same_from_the_export(finished, our_logits):
+    torch = pytest.importorskip("torch", reason="torch is the reference")
+    model, loading = AutoModelForCausalLM.from_pretrained(finished / "export", output_loading_info=True)
+    assert not any(loading.values())
+    with torch.inference_mode():
+        theirs = model(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(our_logits, theirs, rtol=0, atol=1e-5)
+
+
+def test_transformers_4_computes_the_same_from_the_export(finished, our_logits, tmp_path):
+    pytest.importorskip("torch", reason="torch is the reference")
+    if not TRANSFORMERS4.is_dir():
+        pytest.skip(f"needs transformers 4.57 in {TRANSFORMERS4}, as `make test` installs it")
+    np.save(tmp_path / "tokens.npy", TOKENS)
+    arguments = [str(finished / "export"), str(tmp_path / "tokens.npy"), str(tmp_path / "logits.npy")]
+    environment = os.environ | {"PYTHONPATH": str(TRANSFORMERS4.resolve())}
+    done = subprocess.run([sys.executable, "-c", ASK_TRANSFORMERS4, *arguments], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    np.testing.assert_allclose(our_logits, np.load(tmp_path / "logits.npy"), rtol=0, atol=1e-5)
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(finished):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
+    assert main(["--config", str(finished.parents[1] / "tiny.yaml")]) == 0
+    assert all(p.read_bytes() == before[p] for p in before if p.name not in (".lock", "versions.json", "config.yaml"))
+
+
+def test_a_run_that_diverges_stops_with_its_step_and_examples(tiny_config, capsys):
+    assert main(["--config", str(tiny_config), "mesh.fsdp=-1", "optimizer.learning_rate=1e30", "train.evaluate_every=0"]) == 2
+    message = capsys.readouterr().err
+    assert "not finite" in message or "nan" in message
+    assert "update 2" in message
+    assert "example-" in message
+    saved = [p.name for p in (tiny_config.parent / "runs/tiny/checkpoints").iterdir() if p.name.isdigit()]
+    assert saved == []
+
+
+def test_other_data_under_the_same_config_is_refused(tiny_config, capsys):
+    assert main(["--config", str(tiny_config), "mesh.fsdp=-1", "train.max_steps=2", "train.evaluate_every=0"]) == 0
+    data = tiny_config.parent / "train.jsonl"
+    data.write_text(data.read_text().replace("lamp", "tree"))
+    assert main(["--config", str(tiny_config), "mesh.fsdp=-1", "train.max_steps=2", "train.evaluate_every=0"]) == 2
+    assert "was trained on other data" in capsys.readouterr().err
