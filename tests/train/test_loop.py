@@ -1,35 +1,14 @@
 """A whole run in this process: what it leaves behind, and what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
 
-from jaxguard.models.checkpoint_io import read_weights
-from jaxguard.models.decoder import Decoder
-from jaxguard.models.spec import read_spec
 from jaxguard.train.__main__ import main
 from jaxguard.train.telemetry import read_metrics
-
-TRANSFORMERS4 = Path("build/transformers4")
-TOKENS = np.random.default_rng(0).integers(5, 500, (1, 80))
-ASK_TRANSFORMERS4 = """
-import sys
-import numpy, torch, transformers
-assert transformers.__version__.startswith("4.57."), transformers.__version__
-model, loading = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(loading.values()), loading
-transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-with torch.inference_mode():
-    numpy.save(sys.argv[3], model(torch.tensor(numpy.load(sys.argv[2]))).logits.numpy())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -67,35 +46,6 @@ def test_the_export_is_the_base_but_for_what_was_trained(finished, tiny_checkpoi
         assert (finished / "export" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def our_logits(finished):
-    export = finished / "export"
-    spec = read_spec(export)
-    decoder = Decoder(spec, read_weights(export, spec))
-    return np.asarray(decoder.logits(decoder(jnp.asarray(TOKENS))))
-
-
-def test_transformers_computes_the_same_from_the_export(finished, our_logits):
-    torch = pytest.importorskip("torch", reason="torch is the reference")
-    model, loading = AutoModelForCausalLM.from_pretrained(finished / "export", output_loading_info=True)
-    assert not any(loading.values())
-    with torch.inference_mode():
-        theirs = model(torch.tensor(TOKENS)).logits.numpy()
-    np.testing.assert_allclose(our_logits, theirs, rtol=0, atol=1e-5)
-
-
-def test_transformers_4_computes_the_same_from_the_export(finished, our_logits, tmp_path):
-    pytest.importorskip("torch", reason="torch is the reference")
-    if not TRANSFORMERS4.is_dir():
-        pytest.skip(f"needs transformers 4.57 in {TRANSFORMERS4}, as `make test` installs it")
-    np.save(tmp_path / "tokens.npy", TOKENS)
-    arguments = [str(finished / "export"), str(tmp_path / "tokens.npy"), str(tmp_path / "logits.npy")]
-    environment = os.environ | {"PYTHONPATH": str(TRANSFORMERS4.resolve())}
-    done = subprocess.run([sys.executable, "-c", ASK_TRANSFORMERS4, *arguments], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    np.testing.assert_allclose(our_logits, np.load(tmp_path / "logits.npy"), rtol=0, atol=1e-5)
-
-
 def test_a_finished_run_started_again_says_so_and_changes_nothing(finished):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
     assert main(["--config", str(finished.parents[1] / "tiny.yaml")]) == 0
@@ -103,7 +53,10 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(finished):
 
 
 def test_a_run_that_diverges_stops_with_its_step_and_examples(tiny_config, capsys):
-    assert main(["--config", str(tiny_config), "mesh.fsdp=-1", "optimizer.learning_rate=1e30", "train.evaluate_every=0"]) == 2
+    assert (
+        main(["--config", str(tiny_config), "mesh.fsdp=-1", "optimizer.learning_rate=1e30", "train.evaluate_every=0"])
+        == 2
+    )
     message = capsys.readouterr().err
     assert "not finite" in message or "nan" in message
     assert "update 2" in message
