@@ -20,6 +20,9 @@ from rich.console import Console
 
 from jaxguard.config import Config, dump
 from jaxguard.data.batches import Batch, Schedule, total_steps
+from jaxguard.data.dialogue import Mode
+from jaxguard.data.encode import Encoder
+from jaxguard.data.examples import Example
 from jaxguard.data.prepare import Prepared, prepare
 from jaxguard.errors import JaxguardError
 from jaxguard.hub import fetch
@@ -254,10 +257,20 @@ def export(run: Run, state: State) -> None:
             manifest=run.data.manifest,
             metrics={"before": before, "after": after},
             report=done,
+            datasets=[source["hub"] for source in run.data.manifest["sources"] if "hub" in source],
+            example=prompt_for_the_card(run),
         )
     run.telemetry.say(
         f"{done.changed_fraction:.2%} of the exported weights ({', '.join(done.dtypes)}) differ from the base"
     )
+
+
+def prompt_for_the_card(run: Run) -> str:
+    """A user turn as the guard expects it, so that whoever serves it sees the format."""
+    encoder = Encoder.load(run.source, run.config.data)
+    mode = Mode.DIRECT if run.config.data.mode == "direct" else Mode.REASONING
+    harmless = Example("card", "card", "How do I bake bread?", "Mix flour, water, salt and yeast, wait, and bake it.")
+    return encoder.messages(harmless, mode)[0]["content"]
 
 
 def before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:

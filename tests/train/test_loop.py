@@ -13,7 +13,7 @@ from jaxguard.train.telemetry import read_metrics
 
 @pytest.fixture(scope="module")
 def finished(tiny_files, tmp_path_factory) -> Path:
-    """The folder of a finished run: one device of the eight, bfloat16 off, two micro-batches."""
+    """The folder of a finished run over eight devices, with two micro-batches."""
     config = tiny_files(tmp_path_factory.mktemp("loop"), mesh={"fsdp": 4, "tensor": 2}, train={"accumulation": 2})
     assert main(["--config", str(config), "log.tensorboard=true"]) == 0
     return config.parent / "runs/tiny"
@@ -27,6 +27,8 @@ def test_the_folder_explains_itself(finished):
     assert manifest["train"]["examples"] == 40
     card = (finished / "export/README.md").read_text()
     assert "| direct/harm_f1 |" in card
+    assert "Nobody may talk about lamps." in card
+    assert "How do I bake bread?" in card
 
 
 def test_the_model_learns(finished):
