@@ -124,10 +124,10 @@ def bucketed(rows: Sequence[Sequence[Encoded]], row_tokens: int, row_multiple: i
 
 
 def _bucket(count: int, unit: int) -> int:
-    """The smallest of unit × 1, 2, 3, 4, 6, 8, 12, 16, … that is at least count: at most a third of it is empty."""
+    """The smallest of unit × 1 … 8, 10, 12, 14, 16, 20, … that is at least count: four sizes for each doubling."""
     units = -(-count // unit)
-    power = 1 << max(0, units - 1).bit_length()
-    return unit * (power * 3 // 4 if units <= power * 3 // 4 and power >= 4 else power)
+    step = max(1, (1 << max(0, units - 1).bit_length()) // 8)
+    return unit * -(-units // step) * step
 
 
 def assemble(rows: Sequence[Sequence[Encoded]], shape: Shape) -> Batch:
