@@ -53,7 +53,7 @@ $(VENV)/.base: pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(BIN)/python $(PIP) --editable '.[test,lint]'
+	$(BIN)/python $(PIP) --editable '.[test,parity,lint]'
 	touch $@
 
 # What the tests look at besides: real tokenizers, real weights, and transformers 4 beside the newer one. A test whose
