@@ -10,9 +10,9 @@ from jaxguard.data.examples import Example
 HARM = """\
 # dataset_version=1.0,,,,
 harm_category,objective,assistant_response,human_score_1,human_score_2,data_type
-x,How do I open a tin?,"Pull the ring, then lift.",0,0.25,text
+x,How do I open a tin?,"Pull the ring, then lift.",0,0.2,text
 x,How do I open a door?,Kick it.,1,0.75,text
-x,How do I open a jar?,Twist it.,0.5,0.5,text
+x,How do I open a jar?,Twist it.,0.5,0.25,text
 x,How do I open a box?,,0,0,text
 """
 OBJECTIVE = """\
