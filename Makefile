@@ -22,7 +22,7 @@ help:
 	@echo "make clean      remove environments and fetched files; runs/ stays"
 
 demo: $(VENV)/.base
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py $(ARGS)
+	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py $(ARGS)
 
 test: $(VENV)/.fixtures
 	$(BIN)/python -m pytest -n 2 $(ARGS)
