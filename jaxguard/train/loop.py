@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -231,10 +231,14 @@ def _segment_lengths(batch: Batch) -> list[int]:
 
 
 def validate(run: Run, step: int, state: State) -> float | None:
-    """Score the held-out examples, log it, and return the loss; None when nothing is held out."""
+    """Score the held-out examples, keep and log it, and return the loss; None when nothing is held out."""
     if not run.validation.held:
         return None
-    metrics, _ = run.validation.run(run.program, state["weights"])
+    metrics, judgements = run.validation.run(run.program, state["weights"])
+    if jax.process_index() == 0:
+        run.folder.judgements.mkdir(exist_ok=True)
+        lines = [json.dumps(asdict(judgement)) + "\n" for judgement in judgements]
+        write_atomically(run.folder.judgements / f"{step}.jsonl", "".join(lines))
     run.telemetry.log(step, metrics)
     return metrics["validation/loss"]
 

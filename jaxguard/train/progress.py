@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from statistics import median
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
@@ -29,12 +30,11 @@ class Progress:
         self._console = console or Console()
         self._bar: Bar | None = None
         self._task = TaskID(0)
-        self._times: deque[tuple[int, float]] = deque(maxlen=_RECENT)
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._printed = -PLAIN_SECONDS
 
     def start(self, step: int) -> None:
         """Begin at `step` completed updates."""
-        self._times.append((step, self._clock()))
         if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -48,16 +48,15 @@ class Progress:
 
     def show(self, step: int, values: Mapping[str, float], speed: Mapping[str, float]) -> None:
         """Show what was logged after `step` updates; see Telemetry.log for the names."""
-        now = self._clock()
         validation = {name: value for name, value in values.items() if name.startswith("validation")}
         if validation:
             numbers = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in validation.items())
             self.say(f"step {step}/{self._total}  validation: {numbers}")
         if len(validation) == len(values):
             return
-        if not self._times or step > self._times[-1][0]:
-            self._times.append((step, now))
-        numbers = self._numbers(step, values, speed)
+        if "seconds" in speed:
+            self._seconds.append(speed["seconds"])
+        numbers, now = self._numbers(step, values, speed), self._clock()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif now - self._printed >= PLAIN_SECONDS or step == self._total:
@@ -86,9 +85,8 @@ class Progress:
         return "  ".join([*parts, self._arrival(step)])
 
     def _arrival(self, step: int) -> str:
-        """Time left, from the speed of the recent steps."""
-        (first, since), (last, until) = self._times[0], self._times[-1]
-        if last == first:
+        """Time left, if the updates to come take as long as most of the recent ones: compiling is done once."""
+        if not self._seconds:
             return "ETA -:--:--"
-        seconds = round((until - since) / (last - first) * max(self._total - step, 0))
+        seconds = round(median(self._seconds) * max(self._total - step, 0))
         return f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

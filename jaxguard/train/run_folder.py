@@ -4,6 +4,7 @@
       config.yaml     the resolved config
       versions.json   what the run was computed with
       metrics.jsonl   one record a line (telemetry.py)
+      judgements/     STEP.jsonl: every held-out verdict of the validation after that update
       checkpoints/  export/  tensorboard/  profile/
 
 Only process 0 writes here, except for the checkpoints, which all processes write together.
@@ -77,6 +78,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def judgements(self) -> Path:
+        return self.path / "judgements"
 
     @property
     def curves(self) -> Path:

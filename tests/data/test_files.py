@@ -1,7 +1,6 @@
 """Files of every format, whole, split over folders, and damaged."""
 
 import csv
-import gzip
 import json
 from pathlib import Path
 
@@ -15,19 +14,6 @@ from jaxguard.data.sources import load, load_examples
 from jaxguard.errors import JaxguardError
 
 OURS = {"id": "x", "prompt": "hello", "prompt_label": "unharmful"}
-
-
-@pytest.fixture
-def lines(tmp_path):
-    """lines(rows, name): writes JSON lines and returns the path; a text is written as it is."""
-
-    def write(rows, name="some.jsonl"):
-        path = tmp_path / name
-        text = "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
-        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-        return str(path)
-
-    return write
 
 
 def source(path, **more):

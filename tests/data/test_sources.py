@@ -1,7 +1,6 @@
 """Sources: public data sets and our JSON lines, good and bad, on small files that the tests write."""
 
 import gzip
-import json
 from pathlib import Path
 
 import datasets
@@ -57,19 +56,6 @@ TOPIC = {
     "prediction_gt_mismatch_deepseek_r1_0528": False,
 }
 OURS = {"id": "x", "prompt": "hello", "prompt_label": "unharmful"}
-
-
-@pytest.fixture
-def lines(tmp_path):
-    """lines(rows, name): writes JSON lines and returns the path; a text is written as it is."""
-
-    def write(rows, name="some.jsonl"):
-        path = tmp_path / name
-        text = "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
-        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-        return str(path)
-
-    return write
 
 
 def source(path, kind="jsonl", **more):

@@ -1,107 +1,24 @@
-import contextlib
-import errno
-import hashlib
+"""Reading and exporting: every byte where it belongs, on any mesh and over several hosts."""
+
 import itertools
-import json
-import math
 import os
-import resource
-import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors.numpy import save_file
+from small_checkpoints import BF16, hashes, hf, write_shards
 
-from jaxguard.errors import JaxguardError
 from jaxguard.models import checkpoint_io
-from jaxguard.models.checkpoint_io import ExportReport, check_vocabulary, export_hf, locate, read_piece, read_weights
+from jaxguard.models.checkpoint_io import ExportReport, export_hf, locate, read_piece, read_weights
 from jaxguard.models.safetensors_io import Stored, open_file, open_folder
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
-
-BF16 = np.dtype(ml_dtypes.bfloat16)
-VISION = {
-    "vision_tower.vision_model.embeddings.position_embedding.weight": (4, 6),
-    "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": (6, 6),
-    "multi_modal_projector.mm_input_projection_weight": (6, 32),
-}
-VISION_CONFIG = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 6,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-
-Make = Callable[..., Path]
-
-
-@pytest.fixture
-def make(tmp_path, tiny_tokenizer_folder, write_llama_config, write_gemma3_config) -> Make:
-    """make("llama" | "gemma3" | "multimodal", shards=1, dtype=BF16, prefix=None, extra={}, drop=(), **config)."""
-
-    def make(family, shards=1, dtype=BF16, prefix=None, extra=(), drop=(), **config) -> Path:
-        folder = tmp_path / "source"
-        shutil.copytree(tiny_tokenizer_folder, folder)
-        (write_llama_config if family == "llama" else write_gemma3_config)(folder, **config)
-        if family == "multimodal":
-            text = json.loads((folder / "config.json").read_text())
-            whole = {
-                "model_type": "gemma3",
-                "text_config": text,
-                "vision_config": VISION_CONFIG,
-                "mm_tokens_per_image": 4,
-            }
-            (folder / "config.json").write_text(json.dumps(whole))
-            prefix, extra = prefix or "language_model.model.", {**VISION, **dict(extra)}
-        spec = read_spec(folder)
-        shapes = dict(extra)
-        for weight in table(spec):
-            for i in range(spec.layers if weight.stacked else 1):
-                outside = "language_model." if family == "multimodal" else ""
-                start = outside if weight.path == "lm_head" else prefix or "model."
-                shapes[start + weight.hf.format(i=i)] = weight.hf_shape(spec)
-        random = np.random.default_rng(0)
-        tensors = {n: random.standard_normal(s).astype(dtype) for n, s in sorted(shapes.items()) if n not in drop}
-        write_shards(folder, tensors, shards)
-        (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe base.\n")
-        return folder
-
-    return make
-
-
-def write_shards(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> None:
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        return
-    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    homes = {name: files[i % shards] for i, name in enumerate(tensors)}  # a layer's tensors lie in several files
-    for file in files:
-        save_file({n: t for n, t in tensors.items() if homes[n] == file}, folder / file, {"format": "pt"})
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": homes}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-def hf(folder: Path) -> dict[str, np.ndarray]:
-    return {name: np.array(tensor.view()) for name, tensor in open_folder(folder).items()}
-
 
 KINDS = {
     "single": {"family": "llama"},
@@ -267,175 +184,6 @@ def test_only_the_asked_layers_are_opened(make, monkeypatch):
 def test_dtype_in_memory_can_be_chosen(make):
     source = make("llama")
     assert {w.dtype for w in read_weights(source, read_spec(source), dtype=jnp.bfloat16).values()} == {BF16}
-
-
-# Bad input.
-
-
-def change(folder: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
-    tensors = hf(folder)
-    edit(tensors)
-    write_shards(folder, tensors, 1)
-
-
-def cut_short(folder: Path) -> None:
-    path = sorted(folder.glob("*.safetensors"))[0]
-    path.write_bytes(path.read_bytes()[:-10])
-
-
-def as_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def edit_index(edit: Callable[[dict], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        path = folder / "model.safetensors.index.json"
-        index = json.loads(path.read_text())
-        edit(index)
-        path.write_text(json.dumps(index))
-
-    return apply
-
-
-Q = "model.layers.1.self_attn.q_proj.weight"
-
-MISTAKES = {
-    "missing": (1, lambda f: change(f, lambda t: t.pop(Q)), rf"lacks the tensor '{Q}'"),
-    "extra": (
-        1,
-        lambda f: change(f, lambda t: t.update({"model.layers.7.x.weight": t[Q]})),
-        r"'model.layers.7.x.weight'",
-    ),
-    "misshapen": (1, lambda f: change(f, lambda t: t.update({Q: t[Q][:, :-1].copy()})), r"\(32, 31\).*\(32, 32\)"),
-    "quantised": (1, lambda f: change(f, lambda t: t.update({Q: t[Q].astype(np.int8)})), r"stored as I8.*[Qq]uantised"),
-    "fp8": (
-        1,
-        lambda f: change(f, lambda t: t.update({Q: t[Q].astype(ml_dtypes.float8_e4m3fn)})),
-        r"stored as F8_E4M3",
-    ),
-    "no embedding": (1, lambda f: change(f, lambda t: t.pop("model.embed_tokens.weight")), r"no embedding table"),
-    "truncated": (1, cut_short, r"model\.safetensors is truncated or not a safetensors"),
-    "truncated shard": (2, cut_short, r"model-00001-of-00002\.safetensors is truncated"),
-    "not safetensors": (1, lambda f: (f / "model.safetensors").write_bytes(b"<html>"), r"not a safetensors file"),
-    "empty file": (1, lambda f: (f / "model.safetensors").write_bytes(b""), r"truncated"),
-    "absent shard": (2, lambda f: (f / "model-00002-of-00002.safetensors").unlink(), r"names the file.*00002.*absent"),
-    "corrupt index": (2, lambda f: (f / "model.safetensors.index.json").write_text("{"), r"index\.json is corrupt"),
-    "index without map": (2, edit_index(lambda i: i.pop("weight_map")), r"index\.json is corrupt"),
-    "index leads outside": (
-        2,
-        edit_index(lambda i: i["weight_map"].update({Q: "../x.safetensors"})),
-        r"must name files of this folder",
-    ),
-    "index disagrees": (2, edit_index(lambda i: i["weight_map"].update(phantom=i["weight_map"][Q])), r"'phantom'"),
-    "pickle": (1, as_pickle, r"PyTorch pickles but no safetensors"),
-    "nothing": (1, lambda f: (f / "model.safetensors").unlink(), r"no weights to read"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_bad_checkpoints_are_explained(make, mistake):
-    shards, spoil, message = MISTAKES[mistake]
-    source = make("llama", shards=shards)
-    spec = read_spec(source)
-    spoil(source)
-    with pytest.raises(JaxguardError, match=message):
-        read_weights(source, spec)
-
-
-def test_unsupported_architecture(make):
-    source = make("llama")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
-    with pytest.raises(JaxguardError, match=r"'mistral' is not supported; supported: llama"):
-        read_spec(source)
-
-
-def test_tokenizer_larger_than_the_vocabulary(make):
-    source = make("llama")
-    spec = read_spec(source)
-    check_vocabulary(source, spec)
-    with pytest.raises(JaxguardError, match=r"2 tokens have ids beyond the model's vocabulary of 510"):
-        check_vocabulary(source, replace(spec, vocab=510))
-    (source / "tokenizer.json").write_text("{}")
-    with pytest.raises(JaxguardError, match=r"tokenizer\.json cannot be read"):
-        check_vocabulary(source, spec)
-    (source / "tokenizer.json").unlink()
-    with pytest.raises(JaxguardError, match=r"has no tokenizer\.json"):
-        check_vocabulary(source, spec)
-
-
-def test_weights_of_another_model(make, tmp_path):
-    source = make("llama")
-    weights = read_weights(source, read_spec(source))
-    with pytest.raises(JaxguardError, match=r"another model.*lm_head"):
-        export_hf({k: w for k, w in weights.items() if k != "lm_head"}, source, tmp_path / "out")
-    with pytest.raises(JaxguardError, match=r"'final_norm' has shape \(31,\).*another model"):
-        export_hf(weights | {"final_norm": weights["final_norm"][:-1]}, source, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-@pytest.mark.parametrize(("dtype", "value"), [(BF16, math.nan), (np.dtype(np.float16), 7e4)])
-def test_values_that_cannot_be_stored(make, tmp_path, dtype, value):
-    source = make("llama", dtype=dtype)
-    weights = read_weights(source, read_spec(source))
-    with pytest.raises(JaxguardError, match=r"'model.norm.weight' has values that are not finite"):
-        export_hf(weights | {"final_norm": weights["final_norm"].at[0].set(value)}, source, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-def test_occupied_output(make, tmp_path):
-    source = make("llama")
-    weights = read_weights(source, read_spec(source))
-    (tmp_path / "out").mkdir()
-    export_hf(weights, source, tmp_path / "out")  # empty: fine
-    before = hashes(tmp_path / "out")
-    with pytest.raises(JaxguardError, match=r"exists and is not empty"):
-        export_hf(weights, source, tmp_path / "out")
-    assert hashes(tmp_path / "out") == before
-    with pytest.raises(JaxguardError, match=r"config.json/out cannot be written"):
-        export_hf(weights, source, source / "config.json" / "out")
-
-
-@contextlib.contextmanager
-def small_files_only() -> Iterator[None]:
-    """No file may grow past 64 KiB: the system itself refuses a write, much as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_full_disk_leaves_nothing(make, tmp_path):
-    source = make("llama")
-    weights = read_weights(source, read_spec(source))
-    with small_files_only(), pytest.raises(JaxguardError, match=r"the disk is full"):
-        export_hf(weights, source, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-def test_full_disk_is_refused_before_anything_is_copied(make, tmp_path, monkeypatch):
-    source = make("llama")
-    weights = read_weights(source, read_spec(source))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(shutil, "copyfile", None)
-    with pytest.raises(JaxguardError, match=r"no room for .*out: it takes about 0\.00 GB"):
-        export_hf(weights, source, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-def test_disk_filled_while_overwriting(make, tmp_path, monkeypatch):
-    source = make("llama")
-    weights = {k: w + 1 for k, w in read_weights(source, read_spec(source)).items()}
-
-    def overwrite(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint_io, "_overwrite", overwrite)
-    with pytest.raises(JaxguardError, match=r"the disk is full"):
-        export_hf(weights, source, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_report_says_what_share_changed():

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,19 @@ from jaxguard.train import checksums
 from jaxguard.train.checkpoint_files import checkpoint_losses, disk_steps
 from jaxguard.train.checkpoints import open_checkpoints, read_checkpoint_weights, write_checkpoint_weights
 
+# Orbax's other reads and writes of a damaged checkpoint or a full disk fail as well, unheard.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 checksum = jax.jit(checksums.checksum)
 KEEP = CheckpointConfig(keep_last=2, keep_best=1)
 OPTIMIZER = optax.chain(optax.identity(), optax.scale_by_adam())
 CUTS = {"embed": P("tensor", "fsdp"), "layers.q_proj": P(None, "fsdp", "tensor"), "norm": P()}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """What failed unheard is freed here, not in the middle of another test."""
+    yield
+    gc.collect()
 
 
 def mesh_of(devices: int, tensor: int = 1) -> Mesh:
@@ -390,8 +399,6 @@ def test_kill_at_any_moment_loses_nothing_before(tmp_path: Path) -> None:
     assert_same(found[1], make["state"](reached))
 
 
-# Orbax's other writes fail as well, unheard; they are freed here, not in the middle of another test.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_room_says_so_and_keeps_what_is_there(tmp_path: Path) -> None:
     small, large = new_state(mesh_of(1)), new_state(mesh_of(1), width=2048)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -410,4 +417,3 @@ def test_no_room_says_so_and_keeps_what_is_there(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert disk_steps(tmp_path) == [1]
     assert restored(tmp_path, small)[0] == 1  # type: ignore[index]
-    gc.collect()

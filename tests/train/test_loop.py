@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from jaxguard.train.__main__ import main
 from jaxguard.train.telemetry import read_metrics
+from jaxguard.train.validation import Judgement, summary
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,15 @@ def test_the_model_learns(finished):
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))
     assert len(losses) == 3
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_every_judgement_is_kept(finished):
+    records = [r for r in read_metrics(finished / "metrics.jsonl") if "validation/loss" in r]
+    for record in records:
+        lines = (finished / f"judgements/{record['step']}.jsonl").read_text().splitlines()
+        judgements = [Judgement(**json.loads(line)) for line in lines]
+        assert summary(judgements)["harm_f1"] == record["validation/direct/harm_f1"]
+    assert len(list((finished / "judgements").iterdir())) == len(records)
 
 
 def test_the_export_is_the_base_but_for_what_was_trained(finished, tiny_checkpoint):
