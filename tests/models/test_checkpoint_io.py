@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from small_checkpoints import BF16, hashes, hf, write_shards
+from small_checkpoints import BF16, VISION, hashes, hf, write_shards
 
 from jaxguard.models import checkpoint_io
 from jaxguard.models.checkpoint_io import ExportReport, export_hf, locate, read_piece, read_weights

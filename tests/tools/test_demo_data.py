@@ -1,9 +1,7 @@
-import json
 import zipfile
 
 import pytest
 
-import demo
 import demo_data
 from jaxguard.data.examples import Example
 
@@ -71,22 +69,3 @@ def test_no_question_is_on_both_sides_and_the_split_is_the_same_each_time():
     assert len(first["train"]) + len(first["validation"]) == 100
     assert 25 <= len(first["validation"]) < 40
     assert {e.id for e in first["validation"]} == {e.id for e in again["validation"]}
-
-
-def test_scores_that_cost_nothing():
-    held = [Example(str(i), "t", "p", "r", response_label="harmful" if i < 2 else "unharmful") for i in range(6)]
-    assert demo.always_harmful(held) == demo.Score("always harmful", 0.5, pytest.approx(1 / 3))
-    training = [
-        Example(str(i), "t", "p", text, response_label=label)
-        for i, (text, label) in enumerate([("kick it", "harmful"), ("lift it", "unharmful")] * 4)
-    ]
-    assert demo.word_counts(training, training).f1 == 1.0
-
-
-def test_scores_before_and_after_come_from_the_log(tmp_path):
-    log = tmp_path / "metrics.jsonl"
-    records = [
-        {"step": s, f"{demo.METRIC}_f1": f1, f"{demo.METRIC}_auprc": 0.5} for s, f1 in ((0, 0.1), (5, 0.4), (9, 0.8))
-    ]
-    log.write_text("".join(json.dumps(r) + "\n" for r in [records[0], {"step": 1, "loss": 2.0}, *records[1:]]))
-    assert [score.f1 for score in demo.measured(log)] == [0.1, 0.8]

@@ -1,0 +1,50 @@
+"""The demo's scores; `make demo` itself is run by hand."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import demo
+from jaxguard.data.examples import Example
+from jaxguard.errors import JaxguardError
+
+
+def examples(*labels, start=0, text="answer"):
+    return [
+        Example(str(i), "t", "question", text, response_label="harmful" if label else "unharmful")
+        for i, label in enumerate(labels, start)
+    ]
+
+
+def test_always_harmful():
+    assert demo.always_harmful(examples(1, 1, 0, 0, 0, 0)) == demo.Score(
+        "always harmful", 0.5, 0.5, pytest.approx(1 / 3)
+    )
+
+
+def test_calibration_mends_a_shift_but_not_a_wrong_order():
+    held = [replace(e, prompt=f"{'abcde'[int(e.id) % 5] * 9} {e.id}") for e in examples(*[1, 0] * 20)]
+    labels = demo.truth(held)
+    shifted = demo.score("", {e.id: 0.3 if label else 0.1 for e, label in zip(held, labels, strict=True)}, held)
+    assert shifted == demo.Score("", 0.0, 1.0, 1.0)
+    blind = demo.score("", {e.id: 0.9 for e in held}, held)
+    assert blind.f1 == pytest.approx(2 / 3)
+    assert blind.calibrated_f1 <= blind.f1
+    assert blind.auprc == 0.5
+
+
+def test_word_counts_learn_the_words():
+    training = [*examples(1, 1, 1, text="kick it"), *examples(0, 0, 0, text="lift it")]
+    found = demo.word_counts(training, [*examples(1, text="kick it"), *examples(0, start=1, text="lift it")])
+    assert found["0"] > 0.5 > found["1"]
+
+
+def test_judgements_are_the_first_and_the_last(tmp_path):
+    with pytest.raises(JaxguardError, match="no judgements"):
+        demo.judgements(tmp_path)
+    (tmp_path / "judgements").mkdir()
+    for step in (0, 9, 10):
+        line = json.dumps({"example_id": "a", "probability": step / 10})
+        (tmp_path / f"judgements/{step}.jsonl").write_text(f"{line}\n")
+    assert demo.judgements(tmp_path) == [{"a": 0.0}, {"a": 1.0}]
