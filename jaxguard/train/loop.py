@@ -24,6 +24,7 @@ from jaxguard.data.dialogue import Mode
 from jaxguard.data.encode import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.prepare import Prepared, prepare
+from jaxguard.disk import write_atomically
 from jaxguard.errors import JaxguardError
 from jaxguard.hub import fetch
 from jaxguard.models.checkpoint_io import check_vocabulary, export_hf, read_weights
@@ -33,7 +34,7 @@ from jaxguard.models.weights import table
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
 from jaxguard.train.curves import draw_curves
 from jaxguard.train.devices import peak_flops, startup_table, training_flops
-from jaxguard.train.run_folder import Resume, RunFolder, open_run, write_atomically
+from jaxguard.train.run_folder import Resume, RunFolder, open_run
 from jaxguard.train.sharding import batch_sharding, make_mesh, place, row_multiple, start_hosts
 from jaxguard.train.signals import REQUEUE, StopFlag, graceful_stop
 from jaxguard.train.step import Metrics, Program, State, build_program
@@ -236,7 +237,6 @@ def validate(run: Run, step: int, state: State) -> float | None:
         return None
     metrics, judgements = run.validation.run(run.program, state["weights"])
     if jax.process_index() == 0:
-        run.folder.judgements.mkdir(exist_ok=True)
         lines = [json.dumps(asdict(judgement)) + "\n" for judgement in judgements]
         write_atomically(run.folder.judgements / f"{step}.jsonl", "".join(lines))
     run.telemetry.log(step, metrics)

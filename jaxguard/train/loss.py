@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxguard.models.axes import constrain
+from jaxguard.models.decoder import project
 
 
 def target_logprobs(
@@ -32,7 +33,7 @@ def target_logprobs(
     @jax.checkpoint
     def logprobs(hidden_BCD: Array, ids_BCQ: Array) -> Array:
         hidden_BCD = constrain(hidden_BCD, "copies", None, None)
-        logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+        logits_BCV = project("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
         logits_BCV = constrain(logits_BCV, "copies", None, "vocab")
         normaliser_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         # A masked sum instead of an index: it needs no gather across the vocabulary's devices.

@@ -11,13 +11,10 @@ Only process 0 writes here, except for the checkpoints, which all processes writ
 """
 
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import logging
-import os
 import platform
-import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +28,7 @@ from jax.experimental import multihost_utils
 
 import jaxguard
 from jaxguard.config import Config, dump, load
+from jaxguard.disk import lock_folder, write_atomically
 from jaxguard.errors import JaxguardError
 
 logger = logging.getLogger(__name__)
@@ -140,7 +138,7 @@ def _open_locked(config: Config, resume: Resume) -> RunFolder:
     folder = config.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = lock_folder(folder, "run")
     except (FileExistsError, NotADirectoryError):
         raise JaxguardError(f"{folder} is not a folder; choose another name or run_folder") from None
     except OSError as error:
@@ -150,7 +148,7 @@ def _open_locked(config: Config, resume: Resume) -> RunFolder:
         _check_resume(folder, resumed, resume)
         if resumed:
             _check_same_run(folder, config)
-        for name in ("checkpoints", "export", "tensorboard", "profile"):
+        for name in ("judgements", "checkpoints", "export", "tensorboard", "profile"):
             (folder / name).mkdir(exist_ok=True)
         _write_versions(folder / "versions.json")
         write_atomically(folder / "config.yaml", dump(config))
@@ -158,29 +156,6 @@ def _open_locked(config: Config, resume: Resume) -> RunFolder:
         lock.close()
         raise
     return RunFolder(folder, resumed, lock)
-
-
-def _lock(folder: Path) -> IO[str]:
-    """Hold the folder's lock.
-
-    A POSIX record lock ends with the process, however it ends, and is not handed on to forked workers, which
-    would otherwise keep it after a SIGKILL of their parent.
-    """
-    file = (folder / ".lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        file.close()
-        raise JaxguardError(
-            f"the run folder {folder} is in use by another process ({owner}); "
-            "wait for it, stop it, or choose another name"
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
 
 
 def _check_resume(folder: Path, holds_run: bool, resume: Resume) -> None:
@@ -274,24 +249,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a crash leaves the old one or the new one, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise JaxguardError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another run_folder"
-        ) from None
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -22,9 +22,10 @@ from typing import IO, Any
 import jax
 
 from jaxguard.config import Config
+from jaxguard.disk import write_atomically
 from jaxguard.errors import JaxguardError
 from jaxguard.train.progress import Progress
-from jaxguard.train.run_folder import RunFolder, write_atomically
+from jaxguard.train.run_folder import RunFolder
 from jaxguard.train.trackers import Tracker, open_trackers
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxguard.config import Config
+from jaxguard.disk import write_atomically
 from jaxguard.errors import JaxguardError
-from jaxguard.train.run_folder import RunFolder, write_atomically
+from jaxguard.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,6 @@ def test_smollm2_reaches_the_reference_likelihood_and_torch_agrees(tmp_path):
     torch = pytest.importorskip("torch", reason="the rest compares with torch")
     with torch.inference_mode():
         theirs = AutoModelForCausalLM.from_pretrained(out)(torch.tensor(ids)).logits.numpy()
-    # Float32's own noise in this model: torch's logits lie up to 1.1e-4 from what torch computes in float64.
     difference = np.abs(logits - theirs)
     assert difference.mean() < 2e-5
-    assert difference.max() < 1e-5 * np.abs(theirs).max()
+    assert difference.max() < 1e-4

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxguard.config import Config, load, validate
 from jaxguard.errors import JaxguardError
-from jaxguard.train.run_folder import FREE, ROUNDING, differences, open_run, write_atomically
+from jaxguard.train.run_folder import FREE, ROUNDING, differences, open_run
 
 
 def config_in(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -157,20 +157,6 @@ def test_unreadable_config_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(JaxguardError, match="holds a run whose config cannot be read"):
         open_run(config_in(tmp_path))
     assert (tmp_path / "tiny" / "config.yaml").read_text() == "model: {nonsense: 1}"
-
-
-def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-
-    def full(_descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("jaxguard.train.run_folder.os.fsync", full)
-    with pytest.raises(JaxguardError, match=r"cannot write .*file: No space left on device"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 trees = st.recursive(
