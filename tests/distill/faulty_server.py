@@ -1,0 +1,113 @@
+"""An OpenAI-style server that misbehaves as it is told: it stands in for a real one only where faults are wanted."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+THOUGHT = "<think>\nThe user asks about bread, which no rule forbids.\n</think>\n\n"
+VERDICT = "Prompt harm: unharmful"
+
+
+@dataclass
+class FaultyServer:
+    """Answers request i with the fault that `script(i)` names; "" is a good answer.
+
+    Attributes:
+        requests: bodies of the chat requests, in order.
+        busiest: most requests under way at once.
+    """
+
+    script: Callable[[int], str]
+    model: str = "teacher"
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    authorizations: list[str] = field(default_factory=list)
+    busiest: int = 0
+    url: str = ""
+    _active: int = 0
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                headers = {}
+                while header := (await reader.readline()).decode().strip():
+                    name, _, value = header.partition(":")
+                    headers[name.lower()] = value.strip()
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                self.authorizations.append(headers.get("authorization", ""))
+                if b"/models" in line:
+                    writer.write(_http(200, {"object": "list", "data": [{"id": self.model, "object": "model"}]}))
+                    await writer.drain()
+                    continue
+                self._active += 1
+                self.busiest = max(self.busiest, self._active)
+                self.requests.append(json.loads(body))
+                try:
+                    if not await self._answer(self.script(len(self.requests) - 1), self.requests[-1], writer):
+                        return
+                finally:
+                    self._active -= 1
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, fault: str, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        """Send an answer; False if the connection is to be cut after it."""
+        body = completion(request.get("n") or 1, self.model)
+        if fault.isdigit():
+            writer.write(_http(int(fault), {"error": {"message": f"status {fault}"}}))
+        elif fault == "cut":
+            writer.write(_http(200, body)[:-40])
+        elif fault == "html":
+            writer.write(_http(200, b"<html>busy</html>", "text/html"))
+        elif fault == "garbage":
+            writer.write(_http(200, b'{"choices": [{"mess'))
+        elif fault == "empty":
+            writer.write(_http(200, {**body, "choices": []}))
+        elif fault == "null":
+            writer.write(_http(200, {**body, "choices": None}))
+        elif fault == "list":
+            writer.write(_http(200, [1, 2]))
+        elif fault == "other model":
+            writer.write(_http(200, {**body, "model": "another"}))
+        elif fault == "slow":
+            await asyncio.sleep(5)
+        elif fault != "reset":
+            await asyncio.sleep(0.005)
+            writer.write(_http(200, json.loads(fault) if fault else body))
+        if fault not in ("reset", "slow"):
+            await writer.drain()
+        return fault not in ("reset", "cut", "slow")
+
+
+def completion(n: int, model: str = "teacher", content: str = THOUGHT + VERDICT, **message: Any) -> dict[str, Any]:
+    message = {"role": "assistant", "content": content, **message}
+    choices = [{"index": i, "message": message, "finish_reason": "stop"} for i in range(n)]
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "choices": choices,
+        "usage": {"prompt_tokens": 10, "completion_tokens": 20 * n, "total_tokens": 10 + 20 * n},
+        "metadata": {"weight_version": "default"},
+    }
+
+
+@asynccontextmanager
+async def serve(script: Callable[[int], str], model: str = "teacher") -> AsyncIterator[FaultyServer]:
+    faulty = FaultyServer(script, model)
+    server = await asyncio.start_server(faulty.handle, "127.0.0.1", 0)
+    faulty.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    try:
+        yield faulty
+    finally:
+        server.close()
+
+
+def _http(status: int, body: Any, kind: str = "application/json") -> bytes:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw

@@ -1,0 +1,202 @@
+"""The teacher's client against servers that break, lie and refuse."""
+
+import asyncio
+import json
+
+import pytest
+
+pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
+from faulty_server import VERDICT, completion, serve
+from tenacity import wait_none
+
+from jaxguard.distill import teacher as module
+from jaxguard.distill.limiter import Limiter
+from jaxguard.distill.teacher import TeacherConfig, open_teacher, split_thought
+from jaxguard.errors import JaxguardError
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    """Nobody waits between tries."""
+    monkeypatch.setattr(module, "wait_random_exponential", lambda **_: wait_none())
+
+
+def configured(*servers, **config):
+    return TeacherConfig(endpoints=tuple(server.url for server in servers), model="teacher", **config)
+
+
+def ask(script, times=1, n=1, model="teacher", extra=(), **config):
+    """What came of asking `times` at once: (replies or errors, server, teacher)."""
+
+    async def run():
+        async with serve(script, model) as server, open_teacher(configured(server, **config)) as teacher:
+            asked = [teacher.ask(HELLO, n, **dict(extra)) for _ in range(times)]
+            return await asyncio.gather(*asked, return_exceptions=True), server, teacher
+
+    return asyncio.run(run())
+
+
+def good(i):
+    return ""
+
+
+def test_a_good_answer():
+    ((replies,), server, teacher) = ask(good, n=3, extra={"regex": "a+"})
+    assert [(r.answer, r.finish_reason, r.prompt_tokens, r.completion_tokens) for r in replies] == [
+        (VERDICT, "stop", 10, 20),
+        (VERDICT, "stop", 0, 20),
+        (VERDICT, "stop", 0, 20),
+    ]
+    assert replies[0].trace.startswith("The user asks")
+    assert teacher.retries == 0
+    (request,) = server.requests
+    assert {k: request[k] for k in ("model", "n", "temperature", "top_p", "max_tokens", "regex")} == {
+        "model": "teacher", "n": 3, "temperature": 0.6, "top_p": 0.95, "max_tokens": 4096, "regex": "a+",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fault", ["429", "500", "502", "503", "408", "reset", "cut", "html", "garbage", "empty", "null", "list"]
+)
+def test_what_passes_is_tried_again(fault):
+    ((replies,), server, teacher) = ask(lambda i: fault if i < 2 else "")
+    assert replies[0].answer == VERDICT
+    assert len(server.requests) == 3
+    assert teacher.retries == 2
+
+
+def test_a_timeout_is_tried_again():
+    ((replies,), server, _) = ask(lambda i: "slow" if i < 1 else "", timeout=0.2)
+    assert replies[0].answer == VERDICT
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("400", "refuses the request"), ("404", "refuses"), ("422", "refuses"), ("401", "MY_KEY"), ("403", "MY_KEY")],
+)
+def test_what_will_not_change_is_an_error_at_once(fault, words):
+    ((error,), server, _) = ask(lambda i: fault, api_key_env="MY_KEY")
+    assert isinstance(error, JaxguardError)
+    assert words in str(error)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("fault", ["500", "reset", "garbage", "empty"])
+def test_what_never_passes_ends(fault):
+    ((error,), server, _) = ask(lambda i: fault, tries=3)
+    assert isinstance(error, JaxguardError)
+    assert "no answer in 3 tries" in str(error)
+    assert len(server.requests) == 3
+
+
+def test_an_answer_of_another_model_or_version_is_refused():
+    ((error,), server, _) = ask(lambda i: "other model")
+    assert "answered as 'another', not as 'teacher'" in str(error)
+    assert len(server.requests) == 1
+    ((error,), _, _) = ask(good, version="7")
+    assert "answered with weights 'default', not '7'" in str(error)
+    ((replies,), _, _) = ask(good, version="default")
+    assert replies[0].answer == VERDICT
+
+
+def test_the_key_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    _, server, _ = ask(good, api_key_env="MY_KEY")
+    assert server.authorizations == ["Bearer secret"]
+
+
+@pytest.mark.parametrize(
+    ("message", "trace", "answer"),
+    [
+        ({"content": VERDICT, "reasoning_content": " why \n"}, "why", VERDICT),
+        ({"content": VERDICT, "reasoning": "why"}, "why", VERDICT),
+        ({"content": None, "reasoning_content": "cut off"}, "cut off", ""),
+        ({"content": f"why</think>{VERDICT}"}, "why", VERDICT),
+        ({"content": VERDICT}, "", VERDICT),
+        ({"content": None}, "", ""),
+    ],
+)
+def test_the_thought_is_found_wherever_the_server_puts_it(message, trace, answer):
+    ((replies,), _, _) = ask(lambda i: json.dumps(completion(1, **message)))
+    assert (replies[0].trace, replies[0].answer) == (trace, answer)
+
+
+def test_split_thought():
+    assert split_thought("<think>a</think>b") == ("a", "b")
+    assert split_thought("< THINK >a< / Think >\n b ") == ("a", "b")
+    assert split_thought("a </think> b </think> c") == ("a </think> b", "c")
+    assert split_thought("<think>never ends") == ("", "<think>never ends")
+
+
+def test_check_names_what_is_served():
+    async def run(model):
+        async with serve(good, model) as server, open_teacher(configured(server)) as teacher:
+            await teacher.check()
+
+    asyncio.run(run("teacher"))
+    with pytest.raises(JaxguardError, match="serves other, not 'teacher'"):
+        asyncio.run(run("other"))
+
+
+def test_check_of_nobody():
+    async def run():
+        async with open_teacher(TeacherConfig(endpoints=("http://127.0.0.1:9/v1",), model="teacher")) as teacher:
+            await teacher.check()
+
+    with pytest.raises(JaxguardError, match=r"127\.0\.0\.1:9/v1 does not answer"):
+        asyncio.run(run())
+
+
+def test_a_dead_endpoint_costs_one_try_not_the_run():
+    async def run():
+        async with serve(good) as alive, serve(lambda i: "reset") as dead:
+            async with open_teacher(configured(dead, alive, tries=3)) as teacher:
+                for _ in range(10):
+                    await teacher.ask(HELLO)
+            return len(dead.requests), len(alive.requests)
+
+    assert asyncio.run(run()) == (1, 10)
+
+
+def test_concurrency_adapts_to_the_server():
+    found, server, teacher = ask(good, times=300, concurrency=32)
+    assert all(isinstance(replies, list) for replies in found)
+    assert 8 < server.busiest <= 32
+    found, server, teacher = ask(lambda i: "429" if i % 3 else "", times=60, concurrency=32, tries=60)
+    assert all(isinstance(replies, list) for replies in found)
+    assert teacher.limiter.limit < 8
+    assert teacher.limiter.active == 0
+
+
+def test_one_burst_of_refusals_is_one_sign():
+    async def run():
+        limiter = Limiter(start=16, most=64)
+
+        async def refused():
+            async with limiter.slot() as overload:
+                await asyncio.sleep(0)
+                overload()
+
+        await asyncio.gather(*(refused() for _ in range(16)))
+        halved = limiter.limit
+        await refused()
+        return halved, limiter.limit
+
+    assert asyncio.run(run()) == (8, 4)
+
+
+def test_the_limit_never_falls_below_one_and_grows_by_one_a_round():
+    async def run():
+        limiter = Limiter(start=1, most=3)
+        async with limiter.slot() as overload:
+            overload()
+        lowest = limiter.limit
+        for _ in range(20):
+            async with limiter.slot():
+                pass
+        return lowest, limiter.limit
+
+    assert asyncio.run(run()) == (1, 3)
