@@ -143,6 +143,11 @@ def answers(example: Example, asks: Iterable[Question]) -> Answers:
     return tuple((q, answer) for q, answer in pairs if answer is not None)
 
 
+def written(answers: Answers) -> str:
+    """The verdict lines as the guard writes them."""
+    return "\n".join(f"{TITLES[question]}: {word}" for question, word in answers)
+
+
 def _answer(example: Example, question: Question) -> str | None:
     if question == "prompt_harm":
         return example.prompt_label
@@ -168,16 +173,14 @@ class Dialogue:
         self, prompt: str, response: str | None, policy: Policy, asks: tuple[Question, ...], mode: Mode
     ) -> str:
         """The user turn's text; it neither starts nor ends with white space, since templates trim."""
-        rules = [f"S{i}: {' '.join(f'{c.name}. {c.description}'.split())}" for i, c in enumerate(policy.categories, 1)]
-        rules += [policy.rules.strip()] if policy.rules.strip() else []
-        lines = [f"{TITLES[q]}: {self._choices(q)}" for q in asks]
+        lines = verdict_lines(asks)
         marker = self.reasoning_marker if mode is Mode.REASONING else self.direct_marker
         blocks = (
             self.quote(policy.instruction),
-            f"{_HEADERS['policy']}\n{self.quote(chr(10).join(rules))}",
+            f"{_HEADERS['policy']}\n{self.quote(taxonomy(policy))}",
             f"{_HEADERS['prompt']}\n{self.quote(prompt)}",
             f"{_HEADERS['response']}\n{ABSENT if response is None else self.quote(response)}",
-            "\n".join([_HEADERS["format"], _HOW[mode], *lines]),
+            "\n".join([_HEADERS["format"], _HOW[mode], lines]),
             marker,
         )
         return "\n\n".join(blocks).strip()
@@ -199,7 +202,7 @@ class Dialogue:
         Raises:
             JaxguardError: reasoning mode without a trace.
         """
-        verdict = "\n".join(f"{TITLES[q]}: {word}" for q, word in answers)
+        verdict = written(answers)
         if mode is Mode.DIRECT:
             return verdict
         if not (trace or "").strip():
@@ -230,10 +233,21 @@ class Dialogue:
         exact = [_trie(self.special_tokens)] if self.special_tokens else []
         return re.compile("|".join([*exact, f"(?i:{'|'.join(loose)})"]))
 
-    @staticmethod
-    def _choices(question: Question) -> str:
-        positive, negative = CHOICES[question]
-        return f"{positive} or {negative}" if question == "prompt_harm" else f"{positive}, {negative} or {ABSENT}"
+
+def taxonomy(policy: Policy) -> str:
+    """The policy's categories, numbered, and its rules."""
+    categories = [f"S{i}: {' '.join(f'{c.name}. {c.description}'.split())}" for i, c in enumerate(policy.categories, 1)]
+    return "\n".join([*categories, policy.rules.strip()]).strip()
+
+
+def verdict_lines(asks: Iterable[Question]) -> str:
+    """The verdict as asked for: each line with the words to choose from."""
+    return "\n".join(f"{TITLES[question]}: {_choices(question)}" for question in asks)
+
+
+def _choices(question: Question) -> str:
+    positive, negative = CHOICES[question]
+    return f"{positive} or {negative}" if question == "prompt_harm" else f"{positive}, {negative} or {ABSENT}"
 
 
 # A second pass finds a token inside a longer one that the first pass broke at its end; more are hardly ever needed.
