@@ -60,6 +60,10 @@ class Attempt:
     def accepted(self) -> bool:
         return not self.failures
 
+    @property
+    def key(self) -> "Key":
+        return self.example_id, self.round, self.candidate
+
 
 Key = tuple[str, int, int]
 """Example, round and candidate: what makes two attempts the same."""
@@ -72,10 +76,12 @@ class TraceStore:
     Attributes:
         folder: where it lies.
         done: attempts that are in it.
+        accepted: examples that have an accepted trace.
     """
 
     folder: Path
     done: set[Key] = field(default_factory=set)
+    accepted: set[str] = field(default_factory=set)
     _shard: FileIO | None = None
 
     def append(self, attempt: Attempt) -> None:
@@ -84,9 +90,8 @@ class TraceStore:
         Raises:
             JaxguardError: the attempt is there already, or cannot be written.
         """
-        key = (attempt.example_id, attempt.round, attempt.candidate)
-        if key in self.done:
-            raise JaxguardError(f"{self.folder} holds attempt {key} already")
+        if attempt.key in self.done:
+            raise JaxguardError(f"{self.folder} holds attempt {attempt.key} already")
         try:
             if self._shard is None or self._shard.tell() > SHARD_BYTES:
                 self._next_shard()
@@ -102,7 +107,12 @@ class TraceStore:
                 f"cannot write to the trace store {self.folder}: {error.strerror or error}; free some space and run "
                 "again: what is there is kept"
             ) from None
-        self.done.add(key)
+        self._index(attempt)
+
+    def _index(self, attempt: Attempt) -> None:
+        self.done.add(attempt.key)
+        if attempt.accepted:
+            self.accepted.add(attempt.example_id)
 
     def close(self) -> None:
         """Bring the shard to the disk."""
@@ -142,8 +152,9 @@ def open_store(folder: Path, settings: Mapping[str, Any]) -> Iterator[TraceStore
         raise JaxguardError(f"cannot write to the trace store {folder}: {error.strerror or error}") from None
     with lock:
         _check_settings(folder / "store.json", settings)
-        done = {(a.example_id, a.round, a.candidate) for a in read_attempts(folder)}
-        with TraceStore(folder, done) as store:
+        with TraceStore(folder) as store:
+            for attempt in read_attempts(folder):
+                store._index(attempt)
             yield store
 
 

@@ -16,12 +16,16 @@ class FaultyServer:
     """Answers request i with the fault that `script(i)` names; "" is a good answer.
 
     Attributes:
+        keep: whether requests are kept for the test to look at.
+        count: chat requests so far.
         requests: bodies of the chat requests, in order.
         busiest: most requests under way at once.
     """
 
     script: Callable[[int], str]
     model: str = "teacher"
+    keep: bool = True
+    count: int = 0
     requests: list[dict[str, Any]] = field(default_factory=list)
     authorizations: list[str] = field(default_factory=list)
     busiest: int = 0
@@ -36,16 +40,19 @@ class FaultyServer:
                     name, _, value = header.partition(":")
                     headers[name.lower()] = value.strip()
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
-                self.authorizations.append(headers.get("authorization", ""))
                 if b"/models" in line:
                     writer.write(_http(200, {"object": "list", "data": [{"id": self.model, "object": "model"}]}))
                     await writer.drain()
                     continue
                 self._active += 1
                 self.busiest = max(self.busiest, self._active)
-                self.requests.append(json.loads(body))
+                self.count += 1
+                request = json.loads(body)
+                if self.keep:
+                    self.requests.append(request)
+                    self.authorizations.append(headers.get("authorization", ""))
                 try:
-                    if not await self._answer(self.script(len(self.requests) - 1), self.requests[-1], writer):
+                    if not await self._answer(self.script(self.count - 1), request, writer):
                         return
                 finally:
                     self._active -= 1
@@ -98,8 +105,8 @@ def completion(n: int, model: str = "teacher", content: str = THOUGHT + VERDICT,
 
 
 @asynccontextmanager
-async def serve(script: Callable[[int], str], model: str = "teacher") -> AsyncIterator[FaultyServer]:
-    faulty = FaultyServer(script, model)
+async def serve(script: Callable[[int], str], model: str = "teacher", keep: bool = True) -> AsyncIterator[FaultyServer]:
+    faulty = FaultyServer(script, model, keep)
     server = await asyncio.start_server(faulty.handle, "127.0.0.1", 0)
     faulty.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     try:

@@ -217,7 +217,7 @@ def test_smollm2_reaches_the_reference_likelihood_and_torch_agrees(tmp_path):
 
     torch = pytest.importorskip("torch", reason="the rest compares with torch")
     with torch.inference_mode():
-        theirs = AutoModelForCausalLM.from_pretrained(out)(torch.tensor(ids)).logits.numpy()
+        theirs = AutoModelForCausalLM.from_pretrained(out).double()(torch.tensor(ids)).logits.numpy()
     difference = np.abs(logits - theirs)
     assert difference.mean() < 2e-5
     assert difference.max() < 1e-4

@@ -1,0 +1,179 @@
+"""Generation through faults and kills: nothing lost, nothing twice."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
+from faulty_server import THOUGHT, VERDICT, completion, serve
+from tenacity import wait_none
+
+from jaxguard.data.dialogue import Dialogue
+from jaxguard.data.examples import Example
+from jaxguard.data.policies import Policy
+from jaxguard.distill import teacher as teacher_module
+from jaxguard.distill.filters import FilterConfig, Filters
+from jaxguard.distill.generate import Generation, tasks_for
+from jaxguard.distill.prompts import load_prompt
+from jaxguard.distill.store import open_store, read_attempts
+from jaxguard.distill.teacher import TeacherConfig, open_teacher
+from jaxguard.errors import JaxguardError
+
+POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm",))
+FAULTS = ("429", "500", "503", "reset", "cut", "html", "garbage", "empty", "null")
+WRONG = json.dumps(completion(1, content=THOUGHT + "Prompt harm: harmful"))
+LEAK = json.dumps(completion(1, content=f"<think>The ground truth says so, hence the prompt is fine.</think>{VERDICT}"))
+
+
+def examples(count):
+    return (Example(f"x{i}", "t", f"May I bake bread number {i}?", prompt_label="unharmful") for i in range(count))
+
+
+async def generate(folder, urls, count, rounds=3, candidates=1, told=lambda _: None, read=examples, **config):
+    dialogue = Dialogue()
+    config = TeacherConfig(endpoints=urls, model="teacher", **config)
+    async with open_teacher(config) as teacher:
+        with open_store(folder, {"teacher": "teacher"}) as store:
+            filters = Filters(FilterConfig(), dialogue)
+            generation = Generation(teacher, load_prompt("trace"), dialogue, filters, store, rounds, candidates)
+            return await generation.run(tasks_for(read(count), POLICY), told)
+
+
+def run(folder, script, count, **options):
+    async def serve_and_generate():
+        async with serve(script) as server:
+            return await generate(folder, (server.url,), count, **options), server
+
+    return asyncio.run(serve_and_generate())
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr(teacher_module, "wait_random_exponential", lambda **_: wait_none())
+
+
+def test_each_example_gets_its_trace(tmp_path):
+    funnel, server = run(tmp_path, lambda i: "", 20)
+    assert (funnel.attempts, funnel.accepted, funnel.unfinished) == (20, 20, [])
+    assert (funnel.prompt_tokens, funnel.completion_tokens) == (200, 400)
+    assert {a.example_id for a in read_attempts(tmp_path)} == {f"x{i}" for i in range(20)}
+    prompts = [request["messages"][0]["content"] for request in server.requests]
+    assert sum("bread number 7?" in prompt for prompt in prompts) == 1
+
+
+def test_what_fails_is_asked_again_and_what_never_passes_is_named(tmp_path):
+    funnel, _ = run(tmp_path, lambda i: (WRONG, LEAK, "")[i], 1, concurrency=1)
+    assert (funnel.attempts, funnel.accepted) == (3, 1)
+    assert funnel.failed == Counter(verdict_differs=1, labels_leaked=1)
+    assert [(a.round, a.accepted) for a in read_attempts(tmp_path)] == [(0, False), (1, False), (2, True)]
+    funnel, _ = run(tmp_path / "never", lambda i: WRONG, 2)
+    assert (funnel.attempts, funnel.accepted, sorted(funnel.unfinished)) == (6, 0, ["x0", "x1"])
+
+
+def test_candidates_are_asked_for_together_and_all_kept(tmp_path):
+    funnel, server = run(tmp_path, lambda i: "", 3, candidates=4)
+    assert [request["n"] for request in server.requests] == [4, 4, 4]
+    assert (funnel.attempts, funnel.accepted) == (12, 3)
+
+
+def test_a_second_run_asks_for_nothing_and_more_rounds_go_on(tmp_path):
+    run(tmp_path, lambda i: WRONG if i % 2 else "", 10, rounds=1, concurrency=1)
+    funnel, server = run(tmp_path, lambda i: "", 10, rounds=1)
+    assert (len(server.requests), funnel.accepted, len(funnel.unfinished)) == (0, 5, 5)
+    funnel, server = run(tmp_path, lambda i: "", 10, rounds=2)
+    assert (len(server.requests), funnel.accepted) == (5, 10)
+
+
+def test_a_refusal_stops_the_run_and_keeps_what_is_there(tmp_path):
+    with pytest.raises(JaxguardError, match="refuses the request"):
+        run(tmp_path, lambda i: "400" if i >= 5 else "", 50, concurrency=2)
+    kept = [a.example_id for a in read_attempts(tmp_path)]
+    assert len(kept) == len(set(kept)) >= 4
+    funnel, _ = run(tmp_path, lambda i: "", 50)
+    assert funnel.accepted == 50
+
+
+def test_examples_without_a_label_are_left_out():
+    some = [Example("a", "t", "p"), Example("b", "t", "p", prompt_label="harmful")]
+    assert [task.example.id for task in tasks_for(some, POLICY)] == ["b"]
+
+
+def test_examples_are_read_only_as_they_are_worked_on(tmp_path):
+    """So memory holds as many as are under way, however many there are."""
+    read, most = 0, 0
+
+    def lazily(count):
+        nonlocal read
+        for example in examples(count):
+            read += 1
+            yield example
+
+    def told(funnel):
+        nonlocal most
+        most = max(most, read - funnel.accepted)
+
+    run(tmp_path, lambda i: "", 200, told=told, read=lazily, concurrency=8)
+    assert read == 200
+    assert most <= 8
+
+
+CLIENT = """
+import asyncio, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from tenacity import wait_none
+import test_generate
+test_generate.teacher_module.wait_random_exponential = lambda **_: wait_none()
+asyncio.run(test_generate.generate(Path({folder!r}), ({url!r},), {count}, tries=40, concurrency=32))
+"""
+
+
+async def killed_again_and_again(folder: Path, count: int, kills: int) -> None:
+    """Generate in processes of their own under 30 % faults, kill each after a share of the work, let the last one finish."""
+    fate = random.Random(0)
+    script = [
+        fate.choice(FAULTS) if fate.random() < 0.3 else fate.choice((WRONG, "", "", "")) for _ in range(20 * count)
+    ]
+    async with serve(lambda i: script[i], keep=False) as server:
+        code = CLIENT.format(tests=str(Path(__file__).parent), folder=str(folder), url=server.url, count=count)
+        for kill in range(kills + 1):
+            process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+            goal, started = count * (kill + 1) // (kills + 2), time.monotonic()
+            while kill < kills and process.returncode is None and time.monotonic() < started + 120:
+                await asyncio.sleep(0.02)
+                if len(list(read_attempts(folder))) >= goal:
+                    os.kill(process.pid, signal.SIGKILL)
+                    break
+            code_of = await process.wait()
+            assert code_of == (-signal.SIGKILL if kill < kills else 0)
+
+
+def check_nothing_lost_nothing_twice(folder: Path, count: int) -> None:
+    found = list(read_attempts(folder))
+    keys = {attempt.key for attempt in found}
+    assert len(keys) == len(found)
+    assert {attempt.example_id for attempt in found} == {f"x{i}" for i in range(count)}
+    for attempt in found:  # a round is begun only when all before it failed
+        assert all((attempt.example_id, r, 0) in keys for r in range(attempt.round))
+    accepted = Counter(attempt.example_id for attempt in found if attempt.accepted)
+    assert set(accepted.values()) == {1}
+    assert len(accepted) > 0.95 * count
+
+
+def test_faults_and_kills_lose_nothing_and_repeat_nothing(tmp_path):
+    asyncio.run(killed_again_and_again(tmp_path, 120, 2))
+    check_nothing_lost_nothing_twice(tmp_path, 120)
+
+
+@pytest.mark.slow
+def test_faults_and_kills_on_two_thousand_examples(tmp_path):
+    asyncio.run(killed_again_and_again(tmp_path, 2000, 5))
+    check_nothing_lost_nothing_twice(tmp_path, 2000)
