@@ -22,8 +22,6 @@ examples:
   python -m jaxguard.data --config gemma4b_5k model.checkpoint=path/to/checkpoint data.train.0.path=traces.jsonl
 """
 
-TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer*")
-
 
 def main(argv: list[str] | None = None) -> int:
     return run_door("data", DESCRIPTION, _main, _extend, argv)
@@ -38,7 +36,7 @@ def _extend(parser: argparse.ArgumentParser) -> None:
 
 
 def _main(options: argparse.Namespace, config: Config) -> None:
-    folder = hub.fetch(config.model.checkpoint, config.model.revision, TOKENIZER_FILES)
+    folder = hub.fetch(config.model.checkpoint, config.model.revision, encode.TOKENIZER_FILES)
     encoder = encode.Encoder.load(folder, config.data)
     selection = prepare.select(config)
     prepared = prepare.encode_selection(config, selection, encoder)

@@ -20,6 +20,8 @@ from jaxguard.errors import JaxguardError
 
 MIN_KEPT: Final = 16
 """Tokens of a prompt, and of a response, that cutting leaves; an example with less to judge would teach nothing."""
+TOKENIZER_FILES: Final = ("*.json", "*.jinja", "tokenizer*")
+"""What an encoder needs of a checkpoint on the hub."""
 CUT_MARK: Final = "\n[... the middle is left out ...]\n"
 _LONGEST_TOKEN = 64
 """Characters. Longer texts than this times the row are cut before they are tokenised, which bounds time and memory."""

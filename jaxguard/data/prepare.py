@@ -78,11 +78,11 @@ def select(config: Config) -> Selection:
     """
     data, dropped = config.data, Counter[str]()
     policy = load_policy(data.policy)
-    pool, sources = _load_all(data.train, "train")
+    pool, sources = load_sources(data.train, "train")
     pool = _usable(pool, "data.train", policy, data.mode, dropped)
     held: list[Example] = []
     if data.validation and data.validation_size:
-        held, more = _load_all(data.validation, "validation")
+        held, more = load_sources(data.validation, "validation")
         held = _sample(_usable(held, "data.validation", policy, data.mode, dropped), data.validation_size)
         sources += more
     elif data.validation_size:
@@ -164,7 +164,12 @@ def encode_selection(config: Config, selection: Selection, encoder: encode.Encod
     return Prepared(train, validation, manifest)
 
 
-def _load_all(sources: Iterable[SourceConfig], role: str) -> tuple[list[Example], list[dict[str, Any]]]:
+def load_sources(sources: Iterable[SourceConfig], role: str) -> tuple[list[Example], list[dict[str, Any]]]:
+    """The examples of several sources, with ids that are unique, and where each came from, for manifests.
+
+    Raises:
+        JaxguardError: a source cannot be read.
+    """
     examples: list[Example] = []
     origins = []
     for source in sources:

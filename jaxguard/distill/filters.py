@@ -11,29 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxguard.config import NonNegative, Positive, Share
+from jaxguard.config import FilterConfig
 from jaxguard.data.dialogue import Answers, Dialogue, Mode, Verdict, parse
 from jaxguard.distill.sentences import split_sentences
-from jaxguard.fields import Section
-
-
-class FilterConfig(Section):
-    """Which traces of the teacher are fit to learn from."""
-
-    min_words: NonNegative = 8
-    """A shorter trace says nothing."""
-    max_words: Positive = 800
-    """A longer trace is overthinking, or a loop."""
-    max_hesitations: NonNegative = 3
-    """How often a trace may take itself back ("wait", "let me check", "alternatively")."""
-    ngram: Positive = 4
-    """Words in a run, for finding repetition."""
-    max_repeated_share: Share = 0.2
-    """Share of a trace's runs of words that may have stood before."""
-    script: str = "LATIN"
-    """Unicode name of the script that traces are wanted in."""
-    min_script_share: Share = 0.9
-    """Share of a trace's letters that must be of that script; quotations may be of another."""
 
 
 @dataclass(frozen=True)

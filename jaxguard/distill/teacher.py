@@ -14,16 +14,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import openai
-from pydantic import Field
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from jaxguard.config import Positive, Share
+from jaxguard.config import TeacherConfig
 from jaxguard.distill.limiter import Limiter
 from jaxguard.errors import JaxguardError
-from jaxguard.fields import Section
 
 logger = logging.getLogger(__name__)
 
@@ -35,31 +33,6 @@ _OVERLOAD_STATUS = {429, 503, 529}
 _CLOSE = re.compile(r"<\s*/\s*think\s*>", re.IGNORECASE)
 _OPEN = re.compile(r"^\s*<\s*think\s*>", re.IGNORECASE)
 _REST_SECONDS = 5.0
-
-
-class TeacherConfig(Section):
-    """Who answers, and how."""
-
-    endpoints: tuple[str, ...] = Field(("http://127.0.0.1:30000/v1",), min_length=1)
-    """Base addresses of OpenAI-style servers, or of one router before them."""
-    model: str
-    """The name it is served under."""
-    version: str | None = None
-    """SGLang's weight_version that answers must carry; None takes any."""
-    api_key_env: str = "JAXGUARD_API_KEY"
-    """Environment variable that holds the key; unset sends none."""
-    temperature: Annotated[float, Field(ge=0)] = 0.6
-    """Sampling temperature; the one that DeepSeek recommends for R1."""
-    top_p: Share = 0.95
-    """Nucleus sampling."""
-    max_tokens: Positive = 4096
-    """Tokens of an answer, thought included; one that needs more is cut and not used."""
-    concurrency: Positive = 256
-    """Most requests under way at once; how many really are adapts to the server."""
-    timeout: Annotated[float, Field(gt=0)] = 900.0
-    """Seconds for one answer."""
-    tries: Positive = 8
-    """How often a request is sent before the run stops."""
 
 
 class BadReplyError(Exception):

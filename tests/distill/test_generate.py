@@ -16,15 +16,16 @@ pytest.importorskip("openai", reason="the teacher's client needs the distill ext
 from faulty_server import THOUGHT, VERDICT, completion, serve
 from tenacity import wait_none
 
+from jaxguard.config import FilterConfig, TeacherConfig
 from jaxguard.data.dialogue import Dialogue
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy
 from jaxguard.distill import teacher as teacher_module
-from jaxguard.distill.filters import FilterConfig, Filters
+from jaxguard.distill.filters import Filters
 from jaxguard.distill.generate import Generation, tasks_for
 from jaxguard.distill.prompts import load_prompt
 from jaxguard.distill.store import open_store, read_attempts
-from jaxguard.distill.teacher import TeacherConfig, open_teacher
+from jaxguard.distill.teacher import open_teacher
 from jaxguard.errors import JaxguardError
 
 POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm",))

@@ -1,0 +1,98 @@
+"""The distillation's door against a server that always answers."""
+
+import asyncio
+import json
+
+import pytest
+
+pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
+import yaml
+from faulty_server import THOUGHT, completion, serve
+
+from jaxguard.config import SourceConfig
+from jaxguard.data.sources import load_examples
+from jaxguard.distill.__main__ import main
+from jaxguard.distill.store import read_attempts
+
+WRONG = json.dumps(completion(1, content=f"{THOUGHT}Prompt harm: harmful\nResponse harm: None"))
+RIGHT = json.dumps(completion(1, content=f"{THOUGHT}Prompt harm: unharmful\nResponse harm: None"))
+
+
+@pytest.fixture
+def config(tmp_path, tiny_tokenizer_folder):
+    rows = [
+        {"id": f"x{i}", "prompt": f"How do I bake bread number {i}?", "prompt_label": "unharmful"} for i in range(6)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "nobody knows", "prompt": "hello"}]))
+    tree = {
+        "run_folder": str(tmp_path / "runs"),
+        "model": {"checkpoint": str(tiny_tokenizer_folder)},
+        "data": {"train": [{"kind": "jsonl", "path": str(data)}], "policy": "aegis2"},
+        "distill": {"teacher": {"model": "teacher"}, "rounds": 2},
+    }
+    path = tmp_path / "traces.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def distilled(config, script, *overrides):
+    async def run():
+        async with serve(script) as server:
+            arguments = ["--config", str(config), f"distill.teacher.endpoints=[{server.url}]", *overrides]
+            return await asyncio.to_thread(main, arguments), server
+
+    return asyncio.run(run())
+
+
+def test_a_training_file_comes_out(config, capsys):
+    code, server = distilled(config, lambda i: WRONG if i == 0 else RIGHT, "distill.teacher.concurrency=1")
+    assert code == 0
+    assert server.count == 7
+    folder = config.parent / "runs/traces"
+    examples = load_examples(SourceConfig(kind="jsonl", path=str(folder / "traces.jsonl")))
+    assert [example.id for example in examples] == [f"x{i}" for i in range(6)]
+    assert all(example.trace.startswith("The user asks about bread") for example in examples)
+    assert len(list(read_attempts(folder / "traces"))) == 7
+    shown = capsys.readouterr().out
+    assert "failed verdict_differs" in shown
+    assert "6 examples with traces" in shown
+
+
+def test_started_again_it_asks_nothing(config):
+    distilled(config, lambda i: RIGHT)
+    before = (config.parent / "runs/traces/traces.jsonl").read_bytes()
+    code, server = distilled(config, lambda i: "500")
+    assert (code, server.count) == (0, 0)
+    assert (config.parent / "runs/traces/traces.jsonl").read_bytes() == before
+
+
+def test_what_never_passes_is_named(config, capsys):
+    code, _ = distilled(config, lambda i: WRONG)
+    assert code == 0
+    shown = capsys.readouterr().out
+    assert "never passed" in shown
+    assert "x3" in shown
+    assert (config.parent / "runs/traces/traces.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("distill.teacher.model=other", "serves teacher, not 'other'"),
+        ("distill.prompt=tarce", "did you mean 'trace'"),
+        ("distill=null", "no distill section"),
+        ("data.policy=bank_support", ""),
+        ("distill.teacher.temperatur=1", "did you mean 'temperature'"),
+    ],
+)
+def test_mistakes_are_named(config, override, words, capsys):
+    code, _ = distilled(config, lambda i: RIGHT, override)
+    assert (code, words in capsys.readouterr().err) == ((2, True) if words else (0, True))
+
+
+def test_another_teacher_is_not_mixed_in(config, capsys):
+    distilled(config, lambda i: RIGHT)
+    code, _ = distilled(config, lambda i: RIGHT, "distill.teacher.temperature=0")
+    assert code == 2
+    assert "made otherwise" in capsys.readouterr().err
