@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 Resume = Literal["auto", "always", "never"]
 
-FREE = ("name", "run_folder", "checkpoint.", "log.", "distill", "data.prefetch", "train.export", "train.evaluate_every")
+FREE = ("name", "run_folder", "checkpoint.", "log.", "data.prefetch", "train.export", "train.evaluate_every")
 """Fields that a resumed run may change: the weights stay the same bit for bit."""
 
 ROUNDING = ("mesh.", "model.attention", "model.remat", "model.query_chunk", "model.loss_chunk", "train.accumulation")
@@ -175,7 +175,8 @@ def _check_same_run(folder: Path, config: Config) -> None:
         before = load(str(folder / "config.yaml"))
     except JaxguardError as error:
         raise JaxguardError(f"{folder} holds a run whose config cannot be read, choose another name: {error}") from None
-    changes = differences(before.model_dump(mode="json"), config.model_dump(mode="json"))
+    old_tree, new_tree = (c.model_dump(mode="json", exclude={"distill"}) for c in (before, config))  # no part of training
+    changes = differences(old_tree, new_tree)
     changes = {field: pair for field, pair in changes.items() if not field.startswith(FREE)}
     rounding = [field for field in changes if field.startswith(ROUNDING)]
     other = [f"  {field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items() if field not in rounding]

@@ -83,7 +83,13 @@ def test_fields_without_effect_may_change_and_rounding_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     open_run(config_in(tmp_path)).close()
-    harmless = config_in(tmp_path, checkpoint={"every": 7}, log={"tensorboard": False}, data={"prefetch": 2})
+    harmless = config_in(
+        tmp_path,
+        checkpoint={"every": 7},
+        log={"tensorboard": False},
+        data={"prefetch": 2},
+        distill={"teacher": {"model": "teacher"}},
+    )
     with caplog.at_level(logging.WARNING, "jaxguard"):
         open_run(harmless).close()
     assert caplog.text == ""
