@@ -2,252 +2,32 @@
 
 A config file holds only what differs from the defaults below, or from the one file that it `extends`. Dotted
 overrides (`optimizer.learning_rate=2e-6`) come last. Every mistake is a JaxguardError that names the field.
-
-Where the paper (arXiv 2505.20087) is silent, the default here is our choice; docs/configuration.md says which.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from jaxguard import fields
 from jaxguard.errors import JaxguardError
 from jaxguard.fields import Section, find_yaml, read_yaml
+from jaxguard.sections import (
+    BuildConfig,
+    CheckpointConfig,
+    DataConfig,
+    DistillConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    NonNegative,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 CONFIG_FOLDER = Path("configs")
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class ModelConfig(Section):
-    """Which weights to train, and how they are computed with. Shape comes from the checkpoint's config.json."""
-
-    checkpoint: str
-    """A Hugging Face directory, or a repository id on the hub."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and matmuls. Master weights and Adam state are always float32."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention kernel; auto takes the best one that the device and the head size allow."""
-    remat: Literal["full", "dots", "none"] = "full"
-    """What the backward pass recomputes: every layer, all but its matmuls, or nothing."""
-    query_chunk: Positive = 512
-    """Query tokens whose scores are held at once by XLA attention."""
-    loss_chunk: Positive = 2048
-    """Target tokens of the batch whose logits are held at once."""
-
-
-class SourceConfig(Section):
-    """One labelled data set."""
-
-    kind: Literal["wildguardmix", "aegis2", "nemotron_safety", "nemotron_topics", "jsonl"]
-    """Whose columns it has. `jsonl` is our own format, see docs/data.md."""
-    path: str | None = None
-    """A local file or folder with those columns; None reads the hub."""
-    split: str = "train"
-    """The split on the hub, or the file's stem inside a folder."""
-    teacher: Literal["deepseek_r1_0528", "gpt_oss_120b", "qwen3_32b"] = "deepseek_r1_0528"
-    """Whose traces to take from a nemotron source."""
-    trace: Literal["full", "one_sentence"] = "full"
-    """Which trace to take from a nemotron source."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.kind == "jsonl" and self.path is None:
-            raise ValueError("kind: jsonl needs a path")
-        if not self.kind.startswith("nemotron") and (self.teacher, self.trace) != ("deepseek_r1_0528", "full"):
-            raise ValueError(
-                f"teacher and trace choose among a nemotron source's traces; {self.kind} has none to choose"
-            )
-        return self
-
-
-class DataConfig(Section):
-    """What is trained on and how it is rendered."""
-
-    train: tuple[SourceConfig, ...] = Field(min_length=1)
-    """Training sources, concatenated."""
-    validation: tuple[SourceConfig, ...] = ()
-    """Held-out sources; with none, `validation_size` examples are set aside from training."""
-    validation_size: NonNegative = 256
-    """Held-out examples scored at each evaluation, a seeded sample; 0 turns validation off."""
-    policy: str = "wildguard"
-    """A name in configs/policies or a YAML file; an example may bring its own."""
-    mode: Literal["reasoning", "direct", "dual"] = "reasoning"
-    """Answer with a trace, without, or a share of each."""
-    dual_reasoning_share: Share = 0.5
-    """Dual mode: share of the examples that carry their trace."""
-    reasoning_marker: str = "/think"
-    """Ends the user turn when a trace is wanted."""
-    direct_marker: str = "/no_think"
-    """Ends the user turn when the verdict alone is wanted."""
-    subset: Positive | None = None
-    """Train on this many examples; smaller subsets of one seed are contained in larger ones."""
-    subset_seed: NonNegative = 0
-    """Which random subset."""
-    row_tokens: Positive = 2048
-    """Length of a packed row; an example longer than that is cut in its untrusted text."""
-    prefetch: Positive = 8
-    """Batches that grain prepares ahead."""
-
-
-class OptimizerConfig(Section):
-    """AdamW on a schedule."""
-
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
-    """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How it decays after warmup."""
-    warmup_steps: NonNegative = 0
-    """Updates of linear warmup."""
-    final_learning_rate_share: Share = 0.0
-    """Learning rate at the end, as a share of the peak."""
-    beta1: Share = 0.9
-    """Adam's decay of the mean gradient."""
-    beta2: Share = 0.999
-    """Adam's decay of the mean squared gradient."""
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Adam's addend to the root of the mean squared gradient."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled decay of matrices; norm weights are never decayed."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Global gradient norm limit; None turns it off."""
-
-
-class TrainConfig(Section):
-    """The loop."""
-
-    batch_size: Positive = 32
-    """Examples in one optimizer step."""
-    epochs: Annotated[float, Field(gt=0)] = 5
-    """Passes over the training examples."""
-    max_steps: Positive | None = None
-    """Stop after this many updates; the schedule then ends there too."""
-    accumulation: Positive = 1
-    """Micro-batches that one step's rows are cut into; the gradient does not change."""
-    evaluate_every: NonNegative = 50
-    """Updates between validations, which also run before the first and after the last; 0 for only those two."""
-    export: bool = True
-    """Write a Hugging Face checkpoint at the end."""
-
-
-class MeshConfig(Section):
-    """How devices are arranged, and how hosts find each other."""
-
-    data: Positive = 1
-    """Copies of the weights."""
-    fsdp: int = -1
-    """Devices that one copy of the weights is cut over; -1 takes all that are left."""
-    tensor: Positive = 1
-    """Devices that heads, hidden units and vocabulary are cut over."""
-    hosts: Literal["single", "auto", "explicit"] = "single"
-    """auto: jax.distributed finds SLURM, GKE or a TPU pod by itself. explicit: the three fields below."""
-    coordinator: str | None = None
-    """host:port of process 0."""
-    processes: Positive | None = None
-    """How many processes there are."""
-    process: NonNegative | None = None
-    """Which of them this one is, from 0."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.fsdp == 0 or self.fsdp < -1:
-            raise ValueError("fsdp must be positive, or -1 for all the devices that are left")
-        explicit = (self.coordinator, self.processes, self.process)
-        if self.hosts == "explicit" and None in explicit:
-            raise ValueError("hosts: explicit needs coordinator, processes and process")
-        if self.hosts != "explicit" and any(x is not None for x in explicit):
-            raise ValueError(f"coordinator, processes and process go with hosts: explicit, not {self.hosts}")
-        return self
-
-
-class TeacherConfig(Section):
-    """Who answers, and how."""
-
-    endpoints: tuple[str, ...] = Field(("http://127.0.0.1:30000/v1",), min_length=1)
-    """Base addresses of OpenAI-style servers, or of one router before them."""
-    model: str
-    """The name it is served under."""
-    version: str | None = None
-    """SGLang's weight_version that answers must carry; None takes any."""
-    api_key_env: str = "JAXGUARD_API_KEY"
-    """Environment variable that holds the key; unset sends none."""
-    temperature: Annotated[float, Field(ge=0)] = 0.6
-    """Sampling temperature; the one that DeepSeek recommends for R1."""
-    top_p: Share = 0.95
-    """Nucleus sampling."""
-    max_tokens: Positive = 4096
-    """Tokens of an answer, thought included; one that needs more is cut and not used."""
-    concurrency: Positive = 256
-    """Most requests under way at once; how many really are adapts to the server."""
-    timeout: Annotated[float, Field(gt=0)] = 900.0
-    """Seconds for one answer."""
-    tries: Positive = 8
-    """How often a request is sent before the run stops."""
-
-
-class FilterConfig(Section):
-    """Which traces of the teacher are fit to learn from."""
-
-    min_words: NonNegative = 8
-    """A shorter trace says nothing."""
-    max_words: Positive = 800
-    """A longer trace is overthinking, or a loop."""
-    max_hesitations: NonNegative = 3
-    """How often a trace may take itself back ("wait", "let me check", "alternatively")."""
-    ngram: Positive = 4
-    """Words in a run, for finding repetition."""
-    max_repeated_share: Share = 0.2
-    """Share of a trace's runs of words that may have stood before."""
-    script: str = "LATIN"
-    """Unicode name of the script that traces are wanted in."""
-    min_script_share: Share = 0.9
-    """Share of a trace's letters that must be of that script; quotations may be of another."""
-
-
-class DistillConfig(Section):
-    """Reasoning traces from a teacher, for the examples of data.train."""
-
-    teacher: TeacherConfig
-    prompt: str = "trace"
-    """A name in configs/prompts or a YAML file."""
-    rounds: Positive = 4
-    """How often an example is tried until a trace passes the filter."""
-    candidates: Positive = 1
-    """Traces asked for in a round; all are kept, the first good one is used."""
-    filter: FilterConfig = FilterConfig()
-
-
-class CheckpointConfig(Section):
-    """Orbax checkpoints of weights, optimizer and step."""
-
-    every: Positive = 100
-    """Updates between checkpoints; the last update is always kept."""
-    keep_last: Positive = 2
-    """How many of the newest to keep."""
-    keep_best: NonNegative = 1
-    """How many of the best by validation loss to keep besides."""
-
-
-class LogConfig(Section):
-    """Where the curves go. metrics.jsonl is always written."""
-
-    tensorboard: bool = True
-    """Write event files to the run's folder."""
-    trackio: bool = False
-    """Log to trackio; install the extra of that name."""
-    wandb: bool = False
-    """Log to Weights & Biases; install the extra of that name."""
-    project: str = "jaxguard"
-    """Project name for trackio and wandb."""
-    profile_step: Positive | None = None
-    """Trace three updates from this one with the JAX profiler."""
 
 
 class Config(Section):
@@ -267,6 +47,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     distill: DistillConfig | None = None
+    build: BuildConfig | None = None
 
     @property
     def folder(self) -> Path:

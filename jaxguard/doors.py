@@ -1,13 +1,13 @@
 """What every stage's door has in common: how its command line is read and how its errors are shown.
 
-`python -m jaxguard.STAGE --config NAME [field=value ...]` is the whole grammar. A stage adds options of its own only
+`python -m jaxguard.STAGE [COMMAND] --config NAME [field=value ...]` is the whole grammar. A stage adds options of its own only
 for what is not a property of the run, such as `--show-text`.
 """
 
 import argparse
 import errno
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -34,6 +34,7 @@ def run_door(
     main: Callable[[argparse.Namespace, Config], int | None],
     extend: Callable[[argparse.ArgumentParser], None] | None = None,
     argv: Sequence[str] | None = None,
+    commands: Mapping[str, Callable[[Sequence[str]], int]] | None = None,
 ) -> int:
     """Parse a stage's command line, load the config, run `main`, and return the process's exit code.
 
@@ -43,15 +44,19 @@ def run_door(
         main: gets the options and the resolved config; what it returns is the exit code, None meaning 0.
         extend: adds the stage's own options to the parser.
         argv: arguments without the program's name; None takes the process's.
+        commands: doors behind this one: `python -m jaxguard.STAGE COMMAND ...` opens commands[COMMAND].
 
     Returns:
         main's code; 2 after a JaxguardError or a full disk, whose message went to stderr; 130 after Ctrl-C.
     """
+    arguments = sys.argv[1:] if argv is None else argv
+    if commands and arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
     parser = door_parser(stage, description)
     if extend is not None:
         extend(parser)
     try:
-        options, unknown = parser.parse_known_intermixed_args(argv)
+        options, unknown = parser.parse_known_intermixed_args(arguments)
         _check_arguments(parser, unknown)
         config = load(options.config, options.overrides)
         if options.dry_run:

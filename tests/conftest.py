@@ -129,9 +129,9 @@ def tokenizer_folder(tiny_tokenizer_folder: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def encoder_of(tokenizer_folder: Callable[[str], Path]) -> Callable[[str], Any]:
     """encoder_of(name): an Encoder on that tokenizer with a short policy of its own and rows of 512 tokens."""
-    from jaxguard.config import DataConfig, SourceConfig
     from jaxguard.data.encode import Encoder
     from jaxguard.data.policies import QUESTIONS, Category, Policy
+    from jaxguard.sections import DataConfig, SourceConfig
 
     @functools.cache
     def load(name: str) -> Encoder:

@@ -1,4 +1,4 @@
-"""Rewrites the tables of docs/configuration.md from jaxguard/config.py: `python tools/document_config.py`."""
+"""Rewrites the tables of docs/configuration.md from the config's classes: `python tools/document_config.py`."""
 
 import typing
 from collections.abc import Iterator
@@ -30,27 +30,32 @@ def tables() -> str:
     """One table for each section, the run's own fields first."""
     rows: dict[str, list[str]] = {}
     titles = {"": "The run"}
-    for section, title, name, field in walk(Config, ""):
+    for section, title, name, field, allowed in walk(Config, "", {}):
         titles[section] = f"`{section[:-1]}`: {title}" if section else title
         rows.setdefault(section, ["| field | values | default | meaning |", "|---|---|---|---|"])
-        rows[section].append(
-            f"| `{section}{name}` | {values(field.annotation)} | {default(field)} | {meaning(field)} |"
-        )
+        rows[section].append(f"| `{section}{name}` | {allowed} | {default(field)} | {meaning(field)} |")
     return "\n".join(f"### {titles[section]}\n\n" + "\n".join(lines) + "\n" for section, lines in rows.items())
 
 
-def walk(section: type[Section], prefix: str, title: str = "The run") -> Iterator[tuple[str, str, str, FieldInfo]]:
-    """(section's dotted name, its title, field, what is known of it), a section's own fields before inner sections."""
-    inner = {name: section_of(field.annotation) for name, field in section.model_fields.items()}
+def walk(
+    section: type[Section], prefix: str, told: dict[type[Section], str], title: str = "The run"
+) -> Iterator[tuple[str, str, str, FieldInfo, str]]:
+    """(section's dotted name, its title, field, what is known of it, what may be written there).
+
+    A section's own fields come before inner sections; one that was `told` of elsewhere is only referred to.
+    """
+    inner = {}
     for name, field in section.model_fields.items():
-        if inner[name] is None:
-            yield prefix, title, name, field
-    for name, found in inner.items():
-        if found is not None and name != "validation":  # shaped like train
-            many = "[]" if typing.get_origin(section.model_fields[name].annotation) is tuple else ""
-            yield from walk(
-                found, f"{prefix}{name}{many}.", (found.__doc__ or name).partition("\n")[0].removesuffix(".")
-            )
+        found = section_of(field.annotation)
+        if found is None:
+            yield prefix, title, name, field, values(field.annotation)
+        elif found in told:
+            yield prefix, title, name, field, f"as `{told[found]}`"
+        else:
+            many = "[]" if typing.get_origin(field.annotation) is tuple else ""
+            inner[found] = told[found] = f"{prefix}{name}{many}"
+    for found, name in inner.items():
+        yield from walk(found, f"{name}.", told, (found.__doc__ or name).partition("\n")[0].removesuffix("."))
 
 
 def section_of(annotation: object) -> type[Section] | None:

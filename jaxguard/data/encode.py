@@ -11,12 +11,12 @@ from typing import Final, Self
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jaxguard.config import DataConfig
 from jaxguard.data.dialogue import ABSENT, CHOICES, Answers, Dialogue, Mode, answers, questions
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.data.template import Template, load_tokenizer, read_template, render, token_ids
 from jaxguard.errors import JaxguardError
+from jaxguard.sections import DataConfig
 
 MIN_KEPT: Final = 16
 """Tokens of a prompt, and of a response, that cutting leaves; an example with less to judge would teach nothing."""

@@ -7,6 +7,7 @@ from jaxguard.errors import JaxguardError
 
 HarmLabel = Literal["harmful", "unharmful"]
 RefusalLabel = Literal["refusal", "compliance"]
+AnswerMode = Literal["reasoning", "direct"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Example:
         policy: the policy that this example is judged by, as a policy's name or as its rules in plain text;
             None means the run's policy.
         trace: a teacher's reasoning that leads to the labels, without its verdict lines.
+        mode: in a dual-mode set, whether the answer carries the trace; None leaves it to the run's seed.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Example:
     categories: tuple[str, ...] = ()
     policy: str | None = None
     trace: str | None = None
+    mode: AnswerMode | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -57,4 +60,5 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "prompt_label": get_args(HarmLabel),
     "response_label": get_args(HarmLabel),
     "refusal_label": get_args(RefusalLabel),
+    "mode": get_args(AnswerMode),
 }

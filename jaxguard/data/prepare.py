@@ -16,13 +16,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from jaxguard.config import Config, SourceConfig
+from jaxguard.config import Config
 from jaxguard.data import encode
 from jaxguard.data.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.sources import LABELS, digest, load, unique_ids
 from jaxguard.errors import JaxguardError
+from jaxguard.sections import SourceConfig
 
 Chosen = tuple[Example, Mode]
 
@@ -111,24 +112,25 @@ def subset(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
 
 
 def assign_modes(examples: Sequence[Example], mode: str, share: float, seed: int) -> list[Mode]:
-    """Each example's mode; in dual mode exactly round(share × number) reason, chosen by a hash of (seed, id).
+    """Each example's mode. In dual mode it is what the example says.
 
-    In dual mode an example without a trace answers directly.
+    Of those that say nothing, exactly round(share × number) reason, chosen by a hash of (seed, id) among those with a trace.
 
     Raises:
         JaxguardError: dual mode, and fewer examples than that have a trace.
     """
     if mode != "dual":
         return [Mode(mode)] * len(examples)
-    wanted = round(share * len(examples))
-    traced = [example for example in examples if example.trace]
+    free = [example for example in examples if example.mode is None]
+    wanted = round(share * len(free))
+    traced = [example for example in free if example.trace]
     if len(traced) < wanted:
         raise JaxguardError(
-            f"data.mode=dual with data.dual_reasoning_share={share:g} needs a trace for {wanted} of {len(examples)} "
+            f"data.mode=dual with data.dual_reasoning_share={share:g} needs a trace for {wanted} of {len(free)} "
             f"examples, but {len(traced)} have one; lower the share, use data.mode=direct, or take a source with traces"
         )
     reasoning = {e.id for e in sorted(traced, key=lambda example: _hash("mode", seed, example.id))[:wanted]}
-    return [Mode.REASONING if example.id in reasoning else Mode.DIRECT for example in examples]
+    return [Mode(example.mode or ("reasoning" if example.id in reasoning else "direct")) for example in examples]
 
 
 def encode_selection(config: Config, selection: Selection, encoder: encode.Encoder) -> Prepared:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from jaxguard.config import SourceConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.files import Row, Table, read_hub, read_local
 from jaxguard.errors import JaxguardError
 from jaxguard.fields import nearest
+from jaxguard.sections import SourceConfig
 
 HARM = {"harmful": "harmful", "unharmful": "unharmful"}
 SAFETY = {"unsafe": "harmful", "safe": "unharmful"}
@@ -154,6 +154,7 @@ def _jsonl(row: Row, source: SourceConfig, place: str) -> Example:
     for name in ("prompt", "response", "policy", "trace", "source"):
         known[name] = _text(row, name, place)
     known["categories"] = _words(row.get("categories"), place)
+    known["mode"] = row.get("mode")
     return _build(source, place, **known)
 
 

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxguard.config import FilterConfig
 from jaxguard.data.dialogue import Answers, Dialogue, Mode, Verdict, parse
 from jaxguard.distill.sentences import split_sentences
+from jaxguard.sections import FilterConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jaxguard import hub
-from jaxguard.config import Config, DistillConfig
+from jaxguard.config import Config
 from jaxguard.data.encode import TOKENIZER_FILES, Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import load_policy
@@ -23,6 +23,7 @@ from jaxguard.distill.generate import Funnel, Generation, tasks_for
 from jaxguard.distill.prompts import TeacherPrompt, load_prompt
 from jaxguard.distill.store import open_store, read_attempts
 from jaxguard.errors import JaxguardError
+from jaxguard.sections import DistillConfig
 
 try:
     from jaxguard.distill.teacher import open_teacher

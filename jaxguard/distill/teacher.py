@@ -19,9 +19,9 @@ from typing import Any
 import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from jaxguard.config import TeacherConfig
 from jaxguard.distill.limiter import Limiter
 from jaxguard.errors import JaxguardError
+from jaxguard.sections import TeacherConfig
 
 logger = logging.getLogger(__name__)
 

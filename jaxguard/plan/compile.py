@@ -10,11 +10,12 @@ from pathlib import Path
 
 import jax
 
-from jaxguard.config import CONFIG_FOLDER, Config, ModelConfig
+from jaxguard.config import CONFIG_FOLDER, Config
 from jaxguard.data.batches import Shape
 from jaxguard.errors import JaxguardError
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.plan.targets import find_target, topology
+from jaxguard.sections import ModelConfig
 from jaxguard.train.sharding import make_mesh, row_multiple
 from jaxguard.train.step import build_program
 

@@ -26,8 +26,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxguard.config import CheckpointConfig
 from jaxguard.errors import JaxguardError
+from jaxguard.sections import CheckpointConfig
 from jaxguard.train.checkpoint_files import (
     State,
     check_model,

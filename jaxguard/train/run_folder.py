@@ -175,7 +175,9 @@ def _check_same_run(folder: Path, config: Config) -> None:
         before = load(str(folder / "config.yaml"))
     except JaxguardError as error:
         raise JaxguardError(f"{folder} holds a run whose config cannot be read, choose another name: {error}") from None
-    old_tree, new_tree = (c.model_dump(mode="json", exclude={"distill"}) for c in (before, config))  # no part of training
+    old_tree, new_tree = (
+        c.model_dump(mode="json", exclude={"distill", "build"}) for c in (before, config)
+    )  # no part of training
     changes = differences(old_tree, new_tree)
     changes = {field: pair for field, pair in changes.items() if not field.startswith(FREE)}
     rounding = [field for field in changes if field.startswith(ROUNDING)]

@@ -9,11 +9,12 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxguard.config import Config, MeshConfig
+from jaxguard.config import Config
 from jaxguard.errors import JaxguardError
 from jaxguard.models.axes import RULES, partition
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import abstract, table
+from jaxguard.sections import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxguard.config import DataConfig, SourceConfig
 from jaxguard.data.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.encode import CUT_MARK, MIN_KEPT, Encoder, encode_many
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Category, Policy
 from jaxguard.data.template import TEMPLATE_KWARGS
 from jaxguard.errors import JaxguardError
+from jaxguard.sections import DataConfig, SourceConfig
 
 TOKENIZERS = ["tiny", "smollm2", "llama3_1", "gemma3"]
 BOTH = Example(

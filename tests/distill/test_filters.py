@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.config import FilterConfig
 from jaxguard.data.dialogue import Dialogue
 from jaxguard.distill.filters import Candidate, Filters, repeated_share, words
+from jaxguard.sections import FilterConfig
 
 CONFIG = FilterConfig()
 FILTERS = Filters(CONFIG, Dialogue(special_tokens=("<|eot_id|>",)))

@@ -16,7 +16,6 @@ pytest.importorskip("openai", reason="the teacher's client needs the distill ext
 from faulty_server import THOUGHT, VERDICT, completion, serve
 from tenacity import wait_none
 
-from jaxguard.config import FilterConfig, TeacherConfig
 from jaxguard.data.dialogue import Dialogue
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy
@@ -27,6 +26,7 @@ from jaxguard.distill.prompts import load_prompt
 from jaxguard.distill.store import open_store, read_attempts
 from jaxguard.distill.teacher import open_teacher
 from jaxguard.errors import JaxguardError
+from jaxguard.sections import FilterConfig, TeacherConfig
 
 POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm",))
 FAULTS = ("429", "500", "503", "reset", "cut", "html", "garbage", "empty", "null")

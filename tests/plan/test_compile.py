@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from jaxguard.config import Config, MeshConfig, ModelConfig, load, validate
+from jaxguard.config import Config, load, validate
 from jaxguard.data.batches import Shape
 from jaxguard.errors import JaxguardError
 from jaxguard.models import attention_kernels
@@ -14,6 +14,7 @@ from jaxguard.models.weights import abstract, count
 from jaxguard.plan.__main__ import show
 from jaxguard.plan.compile import Plan, compile_step, find_spec
 from jaxguard.plan.targets import GIB, topology
+from jaxguard.sections import MeshConfig, ModelConfig
 from jaxguard.train.sharding import make_mesh
 
 LLAMA, GEMMA = "meta-llama/Llama-3.1-8B-Instruct", "google/gemma-3-4b-it"

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxguard.config import CheckpointConfig
 from jaxguard.errors import JaxguardError
+from jaxguard.sections import CheckpointConfig
 from jaxguard.train import checksums
 from jaxguard.train.checkpoint_files import checkpoint_losses, disk_steps
 from jaxguard.train.checkpoints import open_checkpoints, read_checkpoint_weights, write_checkpoint_weights
@@ -351,7 +351,7 @@ import sys
 from pathlib import Path
 import jax
 import numpy as np
-from jaxguard.config import CheckpointConfig
+from jaxguard.sections import CheckpointConfig
 from jaxguard.train.checkpoints import open_checkpoints
 
 def state(step):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from jaxguard.config import MeshConfig
 from jaxguard.models.spec import LayerKind, Rope, Spec
 from jaxguard.models.weights import abstract, table
+from jaxguard.sections import MeshConfig
 from jaxguard.train.devices import attended_pairs, peak_flops, startup_table, training_flops
 from jaxguard.train.sharding import make_mesh, weight_shardings
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxguard.config import CheckpointConfig, validate
+from jaxguard.config import validate
+from jaxguard.sections import CheckpointConfig
 from jaxguard.train.checkpoints import open_checkpoints
 from jaxguard.train.run_folder import open_run
 from jaxguard.train.signals import graceful_stop
