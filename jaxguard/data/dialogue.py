@@ -246,8 +246,13 @@ def verdict_lines(asks: Iterable[Question]) -> str:
 
 
 def _choices(question: Question) -> str:
-    positive, negative = CHOICES[question]
-    return f"{positive} or {negative}" if question == "prompt_harm" else f"{positive}, {negative} or {ABSENT}"
+    *others, last = _words(question)
+    return f"{', '.join(others)} or {last}"
+
+
+def _words(question: Question) -> tuple[str, ...]:
+    """What a verdict line may say."""
+    return CHOICES[question] if question == "prompt_harm" else (*CHOICES[question], ABSENT)
 
 
 # A second pass finds a token inside a longer one that the first pass broke at its end; more are hardly ever needed.
@@ -302,6 +307,19 @@ def parse(text: str, asks: Iterable[Question], mode: Mode, has_response: bool | 
     return Verdict(**found, problems=tuple(problems))
 
 
+def split_verdict(text: str) -> tuple[str, str]:
+    """(what stands before the first verdict line, the rest), without outer white space."""
+    found = (match for pattern in _LINES.values() if (match := pattern.search(text)))
+    start = min((match.start() for match in found), default=len(text))
+    return text[:start].strip(), text[start:].strip()
+
+
+def answer_grammar(asks: Iterable[Question]) -> str:
+    """A regular expression of a thought in plain words, an empty line, and the verdict lines."""
+    lines = (f"{TITLES[question]}: ({'|'.join(_words(question))})" for question in asks)
+    return r"([^\n]+\n)+\n" + r"\n".join(lines)
+
+
 def _after_thought(text: str, mode: Mode) -> str:
     end, closed = 0, mode is Mode.DIRECT
     for tag in _TAG.finditer(text):
@@ -322,7 +340,7 @@ def _read_line(verdict: str, question: Question) -> tuple[str | None, str]:
 
 def _read_value(value: str, question: Question) -> str | None:
     """The verdict word of a line, or None: "**Harmful** (S1)" is read; "not unharmful", "harmful|unharmful" are not."""
-    allowed = {word.lower(): word for word in (*CHOICES[question], *([] if question == "prompt_harm" else [ABSENT]))}
+    allowed = {word.lower(): word for word in _words(question)}
     match = _VALUE.match(value.lower())
     if match is None or match["word"] not in allowed or (match["rest"] and match["rest"][0] not in _AFTER_WORD):
         return None

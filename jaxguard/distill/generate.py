@@ -9,31 +9,16 @@ import asyncio
 import datetime
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from jaxguard.data.dialogue import Answers, Dialogue, answers, questions
-from jaxguard.data.examples import Example
-from jaxguard.data.policies import Policy, policy_for
+from jaxguard.data.dialogue import Dialogue, answer_grammar
 from jaxguard.distill.filters import Candidate, Filters
+from jaxguard.distill.judge import Judge
 from jaxguard.distill.prompts import TeacherPrompt
 from jaxguard.distill.store import Attempt, TraceStore
+from jaxguard.distill.tasks import Task
 from jaxguard.distill.teacher import Reply, Teacher
-
-
-@dataclass(frozen=True)
-class Task:
-    """One example to get a trace for.
-
-    Attributes:
-        example: what is judged.
-        policy: what it is judged by.
-        labels: where the trace has to lead.
-    """
-
-    example: Example
-    policy: Policy
-    labels: Answers
 
 
 @dataclass
@@ -46,6 +31,7 @@ class Funnel:
         failed: failed check -> attempts that failed it; one attempt may fail several.
         unfinished: examples whose rounds are used up without a trace.
         prompt_tokens, completion_tokens: of all attempts.
+        judge_tokens: what the judge wrote about them.
     """
 
     attempts: int = 0
@@ -54,6 +40,7 @@ class Funnel:
     unfinished: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    judge_tokens: int = 0
 
     def add(self, attempt: Attempt) -> None:
         """Count an attempt; examples are counted by whoever knows when they are done."""
@@ -61,6 +48,7 @@ class Funnel:
         self.failed.update(attempt.failures.keys())
         self.prompt_tokens += attempt.prompt_tokens
         self.completion_tokens += attempt.completion_tokens
+        self.judge_tokens += attempt.judge_tokens
 
 
 @dataclass(frozen=True)
@@ -75,6 +63,7 @@ class Generation:
         store: where attempts go.
         rounds: how often an example is tried.
         candidates: answers a round.
+        judge: who reads what passed the filters; None for nobody.
     """
 
     teacher: Teacher
@@ -84,6 +73,7 @@ class Generation:
     store: TraceStore
     rounds: int
     candidates: int
+    judge: Judge | None = None
 
     async def run(self, tasks: Iterable[Task], told: Callable[[Funnel], None]) -> Funnel:
         """Work on the tasks until each is done. Holds as many of them at a time as requests may be under way.
@@ -132,36 +122,35 @@ class Generation:
         return name in self.store.accepted
 
     async def _attempt(self, task: Task, number: int, candidates: Sequence[int]) -> list[Attempt]:
-        messages = self.prompt.messages(task.example, task.policy, task.labels, self.dialogue)
+        messages = self.prompt.messages(
+            task.example, task.policy, task.labels, self.dialogue, task.example.trace or "", task.budget
+        )
+        asks = [question for question, _ in task.labels]
+        extra = {"regex": answer_grammar(asks)} if self.teacher.config.grammar else {}
         started = time.monotonic()
-        replies = await self.teacher.ask(messages, n=len(candidates))
-        seconds, now = time.monotonic() - started, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return [
-            self._judged(task, number, candidate, reply, seconds, now)
-            for candidate, reply in zip(candidates, replies, strict=True)
-        ]
+        replies = await self.teacher.ask(messages, len(candidates), extra)
+        seconds = time.monotonic() - started
+        judged = (self._judged(task, number, *pair, seconds) for pair in zip(candidates, replies, strict=True))
+        return list(await asyncio.gather(*judged))
 
-    def _judged(self, task: Task, number: int, candidate: int, reply: Reply, seconds: float, now: str) -> Attempt:
-        found = self.filters.failures(Candidate(reply.trace, reply.answer, reply.finish_reason, task.labels))
+    async def _judged(self, task: Task, number: int, candidate: int, reply: Reply, seconds: float) -> Attempt:
+        trace, answer = task.read(reply)
+        failures = self.filters.failures(Candidate(trace, answer, reply.finish_reason, task.labels, task.budget))
+        judge_tokens = 0
+        if self.judge is not None and not failures:
+            objection, judge_tokens = await self.judge.objection(task, trace)
+            failures = {} if objection is None else {"judge": objection}
         return Attempt(
             example_id=task.example.id,
             round=number,
             candidate=candidate,
-            trace=reply.trace,
-            answer=reply.answer,
+            trace=trace,
+            answer=answer,
             finish_reason=reply.finish_reason,
-            failures=found,
+            failures=failures,
             prompt_tokens=reply.prompt_tokens,
             completion_tokens=reply.completion_tokens,
+            judge_tokens=judge_tokens,
             seconds=round(seconds, 3),
-            time=now,
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
-
-
-def tasks_for(examples: Iterable[Example], policy: Policy) -> Iterator[Task]:
-    """A task for each example that has a label for what its policy asks; the others are left out."""
-    for example in examples:
-        own = policy_for(example, policy)
-        asks = questions(example, own)
-        if asks:
-            yield Task(example, own, answers(example, asks))

@@ -7,7 +7,7 @@ A template is YAML with a `user` text in which these stand for values:
     $response   what the assistant answered, or None
     $labels     the verdict that people gave
     $format     the verdict lines with the words to choose from
-    $trace      an accepted trace, to be shortened
+    $trace      a trace, to be shortened or judged
     $sentences  "1 sentence", "3 sentences", ...
 
 Prompts, responses and traces are untrusted: what could act as part of the student's format, as a special token of some chat
@@ -33,7 +33,7 @@ PLACES = ("policy", "prompt", "response", "labels", "format", "trace", "sentence
 _SPECIAL = re.compile(
     r"<[|\uff5c][^<>\n]{0,40}[|\uff5c]>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS)\]|</?s>"
 )
-_MARK = re.compile(r"\[\s*(?:end\s+of\b|human\s+user\b|ai\s+assistant\b)[^\]\n]{0,40}\]", re.IGNORECASE)
+_MARK = re.compile(r"\[\s*(?:end\s+of\b|human\s+user\b|ai\s+assistant\b|reasoning\b)[^\]\n]{0,40}\]", re.IGNORECASE)
 
 
 class PromptFields(Section):
@@ -83,7 +83,7 @@ class TeacherPrompt:
             policy: what it is judged by.
             labels: the verdict that people gave, and by that the questions to answer.
             dialogue: the student's format, which untrusted text must not forge.
-            trace: an accepted trace, where the template shows one.
+            trace: where the template shows one.
             budget: sentences to shorten it to.
         """
         asks: tuple[Question, ...] = tuple(question for question, _ in labels)

@@ -1,38 +1,61 @@
-"""A distillation from start to end: examples in, traces filtered and stored, a training file out."""
+"""A distillation from start to end: examples in, traces filtered and stored, training files out."""
 
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from jaxguard import hub
 from jaxguard.config import Config
+from jaxguard.data.dialogue import Dialogue
 from jaxguard.data.encode import TOKENIZER_FILES, Encoder
-from jaxguard.data.examples import Example
-from jaxguard.data.policies import load_policy
+from jaxguard.data.policies import Policy, load_policy
 from jaxguard.data.prepare import load_sources, subset
 from jaxguard.disk import write_atomically
 from jaxguard.distill.filters import Filters
-from jaxguard.distill.generate import Funnel, Generation, tasks_for
 from jaxguard.distill.prompts import TeacherPrompt, load_prompt
 from jaxguard.distill.store import open_store, read_attempts
+from jaxguard.distill.summary import summarise, summary_table
 from jaxguard.errors import JaxguardError
-from jaxguard.sections import DistillConfig
+from jaxguard.sections import DistillConfig, TeacherConfig
 
 try:
+    from jaxguard.distill.generate import Funnel, Generation
+    from jaxguard.distill.judge import Judge
+    from jaxguard.distill.tasks import Task, shortening, tasks_for
     from jaxguard.distill.teacher import open_teacher
 except ImportError as error:
     raise JaxguardError(f"the teacher's client is not installed ({error}): pip install -e '.[distill]'") from None
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a run's stages share.
+
+    Attributes:
+        config: the run's, with its distill section.
+        settings: that section.
+        dialogue: the student's format.
+        policy: the run's policy.
+        tasks: a trace to get for each example that has a label.
+        console: where progress is shown.
+    """
+
+    config: Config
+    settings: DistillConfig
+    dialogue: Dialogue
+    policy: Policy
+    tasks: list[Task]
+    console: Console
+
+
 def distill(config: Config) -> int:
-    """Get a trace for each training example that has a label.
+    """Get a trace for each training example that has a label, and shorten it to each sentence budget.
 
     Returns:
         0; examples that never got one are counted and named.
@@ -40,9 +63,31 @@ def distill(config: Config) -> int:
     Raises:
         JaxguardError: anything that the user can mend.
     """
+    job = load_job(config)
+    settings, folder = job.settings, config.folder
+    prompt = load_prompt(settings.prompt)
+    shorten = load_prompt(settings.shorten_prompt) if settings.budgets else None
+    store = folder / "traces"
+    generate(job, prompt, job.tasks, store, common(job, prompt))
+    traces = best_traces(store)
+    finish(job, job.tasks, store, traces)
+    for budget in settings.budgets if shorten else ():
+        assert shorten is not None
+        tasks, short = list(shortening(job.tasks, traces, budget)), folder / f"traces_{budget}"
+        generate(job, shorten, tasks, short, common(job, shorten, budget=budget, shortens=common(job, prompt)))
+        finish(job, tasks, short, best_traces(short))
+    return 0
+
+
+def load_job(config: Config) -> Job:
+    """Everything that a teacher is to be asked about.
+
+    Raises:
+        JaxguardError: no distill section, a source that cannot be read, no example with a label.
+    """
     if config.distill is None:
         raise JaxguardError("the config has no distill section: it needs at least distill.teacher.model")
-    prompt, policy = load_prompt(config.distill.prompt), load_policy(config.data.policy)
+    policy = load_policy(config.data.policy)
     tokenizer = hub.fetch(config.model.checkpoint, config.model.revision, TOKENIZER_FILES)
     dialogue = Encoder.load(tokenizer, config.data).dialogue
     examples, _ = load_sources(config.data.train, "train")
@@ -51,57 +96,84 @@ def distill(config: Config) -> int:
     tasks = list(tasks_for(examples, policy))
     if not tasks:
         raise JaxguardError(f"none of the {len(examples)} examples has a label for what policy {policy.name!r} asks")
-    folder, console = config.folder / "traces", Console()
-
-    async def generate(settings: DistillConfig) -> Funnel:
-        async with open_teacher(settings.teacher) as teacher:
-            await teacher.check()
-            with (
-                open_store(folder, common(settings, prompt, policy.digest)) as store,
-                bar(len(tasks), console) as progress,
-            ):
-                filters = Filters(settings.filter, dialogue)
-                shared = (teacher, prompt, dialogue, filters, store, settings.rounds, settings.candidates)
-                return await Generation(*shared).run(tasks, progress)
-
-    funnel = asyncio.run(generate(config.distill))
-    output = config.folder / "traces.jsonl"
-    written = write_traced(output, folder, [task.example for task in tasks])
-    console.print(funnel_table(folder, len(tasks), funnel))
-    console.print(f"{written} examples with traces: {output}", highlight=False)
-    return 0
+    return Job(config, config.distill, dialogue, policy, tasks, Console())
 
 
-def common(settings: DistillConfig, prompt: TeacherPrompt, policy: str) -> dict[str, object]:
+def common(job: Job, prompt: TeacherPrompt, **more: object) -> dict[str, object]:
     """What all attempts of one store must have in common: whatever decides their text, and whether it is accepted."""
-    teacher = settings.teacher
+
+    def who(model: TeacherConfig) -> dict[str, object]:
+        return model.model_dump(include={"model", "version", "temperature", "top_p", "max_tokens", "grammar"})
+
+    judge, settings = job.settings.judge, job.settings
     return {
-        "teacher": teacher.model,
-        "version": teacher.version,
-        "sampling": {"temperature": teacher.temperature, "top_p": teacher.top_p, "max_tokens": teacher.max_tokens},
+        "teacher": who(settings.teacher),
         "prompt": prompt.digest,
-        "policy": policy,
+        "policy": job.policy.digest,
         "filter": settings.filter.model_dump(mode="json"),
+        "judge": judge and {**who(judge), "prompt": load_prompt(settings.judge_prompt).digest},
+        **more,
     }
 
 
-def write_traced(path: Path, store: Path, examples: list[Example]) -> int:
-    """Write the examples that have an accepted trace, each with its first, in their order; returns their number."""
-    traces: dict[str, tuple[int, int, str]] = {}
+def generate(job: Job, prompt: TeacherPrompt, tasks: list[Task], folder: Path, settings: dict[str, object]) -> Funnel:
+    """Work on the tasks until each is done, with a progress bar; what the store holds is not asked for again.
+
+    Raises:
+        JaxguardError: a server does not answer or serves another model, or the store was begun with other settings.
+    """
+
+    async def run() -> Funnel:
+        async with AsyncExitStack() as stack:
+            teacher = await stack.enter_async_context(open_teacher(job.settings.teacher))
+            await teacher.check()
+            judge = None
+            if job.settings.judge is not None:
+                model = await stack.enter_async_context(open_teacher(job.settings.judge))
+                await model.check()
+                judge = Judge(model, load_prompt(job.settings.judge_prompt), job.dialogue)
+            generation = Generation(
+                teacher=teacher,
+                prompt=prompt,
+                dialogue=job.dialogue,
+                filters=Filters(job.settings.filter, job.dialogue),
+                store=stack.enter_context(open_store(folder, settings)),
+                rounds=job.settings.rounds,
+                candidates=job.settings.candidates,
+                judge=judge,
+            )
+            return await generation.run(tasks, stack.enter_context(bar(len(tasks), folder.name, job.console)))
+
+    return asyncio.run(run())
+
+
+def best_traces(store: Path) -> dict[str, str]:
+    """Example id -> its first accepted trace."""
+    found: dict[str, tuple[int, int, str]] = {}
     for attempt in read_attempts(store):
         if attempt.accepted:
             mine = (attempt.round, attempt.candidate, attempt.trace)
-            traces[attempt.example_id] = min(traces.get(attempt.example_id, mine), mine)
-    traced = [replace(example, trace=traces[example.id][2]) for example in examples if example.id in traces]
-    write_atomically(path, "".join(json.dumps(example.to_json(), ensure_ascii=False) + "\n" for example in traced))
-    return len(traced)
+            found[attempt.example_id] = min(found.get(attempt.example_id, mine), mine)
+    return {name: trace for name, (_, _, trace) in found.items()}
+
+
+def finish(job: Job, tasks: list[Task], store: Path, traces: dict[str, str]) -> None:
+    """Write the training file and the summary beside the store, and show what became of the tasks."""
+    traced = (replace(t.example, trace=traces[t.example.id]) for t in tasks if t.example.id in traces)
+    lines = [json.dumps(example.to_json(), ensure_ascii=False) + "\n" for example in traced]
+    output = store.with_suffix(".jsonl")
+    write_atomically(output, "".join(lines))
+    summary = summarise(store, [task.example.id for task in tasks])
+    write_atomically(store.with_suffix(".summary.json"), json.dumps(asdict(summary), indent=2) + "\n")
+    job.console.print(summary_table(summary, store.name))
+    job.console.print(f"{len(lines)} examples with traces: {output}", highlight=False)
 
 
 @contextmanager
-def bar(total: int, console: Console) -> Iterator["Shown"]:
+def bar(total: int, title: str, console: Console) -> Iterator["Shown"]:
     """A progress bar over the examples; on no terminal it shows nothing, the table at the end says it all."""
     columns = (
-        TextColumn("traces"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
+        TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -113,33 +185,12 @@ class Shown:
 
     def __init__(self, progress: Progress, total: int) -> None:
         self._progress = progress
-        self._task = progress.add_task("traces", total=total, numbers="")
+        self._task = progress.add_task("", total=total, numbers="")
 
     def __call__(self, funnel: Funnel) -> None:
         """Show the newest numbers."""
         seconds = self._progress.tasks[0].elapsed or 1e-9
         failed = "  ".join(f"{name} {count}" for name, count in funnel.failed.most_common(3))
-        numbers = f"{funnel.completion_tokens / seconds:,.0f} tokens/s  failed: {failed or 'none'}"
+        speed = f"{funnel.attempts / seconds:,.1f} traces/s  {funnel.completion_tokens / seconds:,.0f} tokens/s"
+        numbers = f"{speed}  failed: {failed or 'none'}"
         self._progress.update(self._task, completed=funnel.accepted + len(funnel.unfinished), numbers=numbers)
-
-
-def funnel_table(store: Path, total: int, funnel: Funnel) -> Table:
-    """From examples to traces, over all that the store holds."""
-    counted, with_trace = Funnel(), set()
-    for attempt in read_attempts(store):
-        counted.add(attempt)
-        if attempt.accepted:
-            with_trace.add(attempt.example_id)
-    table = Table("", "", title="From examples to traces", title_justify="left", show_header=False)
-    table.columns[1].justify = "right"
-    table.add_row("examples", f"{total:,}")
-    table.add_row("attempts", f"{counted.attempts:,}")
-    for name, count in counted.failed.most_common():
-        table.add_row(f"  failed {name}", f"{count:,}")
-    table.add_row("examples with a trace", f"{len(with_trace):,}", style="bold")
-    table.add_row("never passed", f"{len(funnel.unfinished):,}")
-    for name in funnel.unfinished[:5]:
-        table.add_row(f"  {name}", "")
-    table.add_row("prompt tokens", f"{counted.prompt_tokens:,}")
-    table.add_row("completion tokens", f"{counted.completion_tokens:,}")
-    return table

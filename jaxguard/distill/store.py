@@ -42,6 +42,7 @@ class Attempt:
         prompt_tokens, completion_tokens: as the server counts them.
         seconds: from request to answer, retries included.
         time: when it was answered, ISO 8601, UTC.
+        judge_tokens: what the judge wrote about it.
     """
 
     example_id: str
@@ -55,6 +56,7 @@ class Attempt:
     completion_tokens: int
     seconds: float
     time: str
+    judge_tokens: int = 0
 
     @property
     def accepted(self) -> bool:

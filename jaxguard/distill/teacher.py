@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,13 +78,16 @@ class Teacher:
     retries: int = 0
     _endpoints: list[_Endpoint] = field(default_factory=list)
 
-    async def ask(self, messages: Sequence[Message], n: int = 1, **extra: Any) -> list[Reply]:
+    async def ask(
+        self, messages: Sequence[Message], n: int = 1, extra: Mapping[str, Any] | None = None
+    ) -> list[Reply]:
         """`n` answers to the messages.
 
         Args:
             messages: the chat so far.
             n: answers to sample.
-            extra: more of the request's fields, SGLang's own included, such as regex="..." or chat_template_kwargs={...}.
+            extra: more of the request's fields, SGLang's own included, such as {"regex": "..."} or
+                {"chat_template_kwargs": {...}}.
 
         Raises:
             JaxguardError: the server refuses the request, serves another model, or gave no answer in all tries.
@@ -99,7 +102,7 @@ class Teacher:
         try:
             async for attempt in retrying:
                 with attempt:
-                    return await self._once(messages, n, extra)
+                    return await self._once(messages, n, extra or {})
         except (openai.APIError, BadReplyError) as error:
             raise JaxguardError(self._explained(error)) from error
         raise AssertionError("tenacity ends with an answer or an error")
@@ -124,7 +127,7 @@ class Teacher:
                     "model, or start the server with --served-model-name"
                 )
 
-    async def _once(self, messages: Sequence[Message], n: int, extra: dict[str, Any]) -> list[Reply]:
+    async def _once(self, messages: Sequence[Message], n: int, extra: Mapping[str, Any]) -> list[Reply]:
         async with self.limiter.slot() as overload:
             endpoint = self._free_endpoint()
             endpoint.active += 1
@@ -136,7 +139,7 @@ class Teacher:
                     temperature=self.config.temperature,
                     top_p=self.config.top_p,
                     max_tokens=self.config.max_tokens,
-                    extra_body=extra or None,
+                    extra_body=dict(extra) or None,
                 )
                 return self._read(completion, n, endpoint.url)
             except json.JSONDecodeError as error:

@@ -21,9 +21,10 @@ from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy
 from jaxguard.distill import teacher as teacher_module
 from jaxguard.distill.filters import Filters
-from jaxguard.distill.generate import Generation, tasks_for
+from jaxguard.distill.generate import Generation
 from jaxguard.distill.prompts import load_prompt
 from jaxguard.distill.store import open_store, read_attempts
+from jaxguard.distill.tasks import tasks_for
 from jaxguard.distill.teacher import open_teacher
 from jaxguard.errors import JaxguardError
 from jaxguard.sections import FilterConfig, TeacherConfig

@@ -33,7 +33,7 @@ def ask(script, times=1, n=1, model="teacher", extra=(), **config):
 
     async def run():
         async with serve(script, model) as server, open_teacher(configured(server, **config)) as teacher:
-            asked = [teacher.ask(HELLO, n, **dict(extra)) for _ in range(times)]
+            asked = [teacher.ask(HELLO, n, dict(extra)) for _ in range(times)]
             return await asyncio.gather(*asked, return_exceptions=True), server, teacher
 
     return asyncio.run(run())

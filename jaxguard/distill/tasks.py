@@ -1,0 +1,52 @@
+"""What the teacher is asked to do: lead to a verdict, or make a trace shorter."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from jaxguard.data.dialogue import Answers, answers, questions, split_verdict
+from jaxguard.data.examples import Example
+from jaxguard.data.policies import Policy, policy_for
+from jaxguard.distill.teacher import Reply
+
+
+@dataclass(frozen=True)
+class Task:
+    """One example to get a trace for.
+
+    Attributes:
+        example: what is judged; one whose trace is to be shortened brings it.
+        policy: what it is judged by.
+        labels: where the trace has to lead.
+        budget: most sentences that its trace is shortened to; None asks for a trace of its own.
+    """
+
+    example: Example
+    policy: Policy
+    labels: Answers
+    budget: int | None = None
+
+    def read(self, reply: Reply) -> tuple[str, str]:
+        """(trace, answer) of a reply.
+
+        The thought is the trace. A teacher that does not think apart writes it before the verdict; so does one that was
+        asked to shorten a trace, whose own thought is about the shortening.
+        """
+        if self.budget is None and reply.trace:
+            return reply.trace, reply.answer
+        return split_verdict(reply.answer)
+
+
+def tasks_for(examples: Iterable[Example], policy: Policy) -> Iterator[Task]:
+    """A task for each example that has a label for what its policy asks; the others are left out."""
+    for example in examples:
+        own = policy_for(example, policy)
+        asks = questions(example, own)
+        if asks:
+            yield Task(example, own, answers(example, asks))
+
+
+def shortening(tasks: Iterable[Task], traces: dict[str, str], budget: int) -> Iterator[Task]:
+    """A task for each example that has a trace: to shorten it to so many sentences."""
+    for task in tasks:
+        if task.example.id in traces:
+            yield replace(task, example=replace(task.example, trace=traces[task.example.id]), budget=budget)
