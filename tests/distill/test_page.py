@@ -1,0 +1,459 @@
+"""The page of a trace store: its numbers, its sample, and what hostile text does to it, also in a browser."""
+
+import json
+import random
+import re
+import threading
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from browser import complaints, open_page, requests, screen
+
+from jaxguard.config import load
+from jaxguard.data.dialogue import Dialogue
+from jaxguard.distill.filters import Candidate, Filters
+from jaxguard.distill.page import BINS, CHECKS, Numbers, Sample, funnel, histogram, inspect, quantile, write_page
+from jaxguard.distill.store import Attempt, open_store, shards
+from jaxguard.errors import JaxguardError
+from jaxguard.sections import FilterConfig
+
+SETTINGS = {
+    "teacher": "deepseek-r1",
+    "version": None,
+    "sampling": {"temperature": 0.6, "top_p": 0.95},
+    "prompt": "0123456789abcdef" * 4,
+    "filter": {"min_words": 8},
+}
+GOOD = Attempt(
+    "x0", 0, 0, "Bread is fine.", "Prompt harm: unharmful", "stop", {}, 100, 7, 1.5, "2026-01-01T00:00:00+00:00"
+)
+LEAKED = {"labels_leaked": "says 'the given label'"}
+DIFFERS = {"verdict_differs": "prompt_harm: harmful, not unharmful"}
+# x0 passes at once, x1 at its third try, x2 never.
+STORE = [
+    GOOD,
+    replace(
+        GOOD, example_id="x1", failures=DIFFERS | LEAKED, trace="Flour and yeast.", time="2026-01-01T00:01:00+00:00"
+    ),
+    replace(GOOD, example_id="x1", round=1, failures=LEAKED),
+    replace(GOOD, example_id="x1", round=2, trace="Rye needs a sourdough."),
+    replace(GOOD, example_id="x2", failures={"judge": "wrong"} | DIFFERS, finish_reason="length", completion_tokens=9),
+    replace(GOOD, example_id="x2", round=1, failures={"judge": "wrong"}, time="2026-01-02T00:00:00+00:00"),
+]
+BREAKOUTS = (
+    "</script><script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 1'>",
+    "<!--<script>",
+    "]]>\u2028window.hacked = 1\u2029",
+    "lone \ud800 surrogate \udc00",
+    "{{ 7 * 7 }}{% raw %}",
+    "\"'&amp;<svg onload=window.hacked=1>",
+    "javascript:window.hacked=1",
+)
+
+
+@pytest.fixture
+def page(tmp_path):
+    """page(attempts, settings, **options): the page of a store that holds them."""
+
+    def write(attempts, settings=SETTINGS, **options):
+        with open_store(tmp_path / "store", SETTINGS) as store:
+            for attempt in attempts:
+                store.append(attempt)
+        (tmp_path / "store/store.json").write_text(json.dumps(settings))
+        write_page(tmp_path / "store", tmp_path / "page.html", **options)
+        return tmp_path / "page.html"
+
+    return write
+
+
+def rows(path):
+    """What the page's script gets."""
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    assert len(found) == 1
+    return json.loads(found[0])
+
+
+def shown(path):
+    """The text of the page with single spaces, scripts and styles left out."""
+    text = re.sub(r"<(script|style).*?</\1>", " ", path.read_text(), flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]*>", " ", text).split())
+
+
+def elements(path):
+    """How many elements of each name an HTML parser finds, and all attributes that name a place or a handler."""
+    names, attributes = Counter(), []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            names[tag] += 1
+            attributes.extend(
+                (name, value) for name, value in attrs if name.startswith("on") or name in ("src", "href")
+            )
+
+    Parser().feed(path.read_text())
+    return names, attributes
+
+
+def counted(attempts):
+    numbers = Numbers()
+    for attempt in attempts:
+        numbers.add(attempt)
+    return numbers
+
+
+def hostile():
+    return [
+        replace(
+            GOOD,
+            example_id=f"{i} {text}",
+            trace=text,
+            answer=text,
+            finish_reason=text,
+            failures={text: text} if i % 2 else {},
+        )
+        for i, text in enumerate(BREAKOUTS)
+    ]
+
+
+def test_the_order_of_checks_is_that_of_the_filters():
+    config = FilterConfig(
+        min_words=99, max_words=1, max_hesitations=0, ngram=1, max_repeated_share=0, min_script_share=1
+    )
+    trace = "Wait. The given label is \u03b1.\nPrompt harm: harmful. Wait. Wait."
+    labels = (("prompt_harm", "unharmful"), ("response_harm", "unharmful"))
+    found = Filters(config, Dialogue()).failures(Candidate(trace, "Prompt harm: harmful", "length", labels, budget=1))
+    assert tuple(found) == CHECKS
+
+
+def test_the_funnel_counts_an_attempt_where_it_first_fails():
+    rows = {check: numbers for check, *numbers in funnel(counted(STORE))}
+    assert list(rows) == [*CHECKS, "judge"]
+    assert rows["cut"] == [6, 0, 0]
+    assert rows["verdict_differs"] == [4, 2, 2]
+    assert rows["labels_leaked"] == [3, 1, 2]
+    assert rows["judge"] == [2, 1, 2]
+
+
+def test_examples_rounds_tokens_and_times():
+    numbers = counted(STORE)
+    assert (numbers.examples, numbers.traced) == (3, 2)
+    assert numbers.attempts == {0: 3, 1: 2, 2: 1}
+    assert numbers.accepted == {0: 1, 1: 0, 2: 1}
+    assert (numbers.failed["labels_leaked", 0], numbers.failed["labels_leaked", 1]) == (1, 1)
+    assert (numbers.prompt_tokens, numbers.completion_tokens) == (600, 44)
+    assert (numbers.start, numbers.end) == (GOOD.time, "2026-01-02T00:00:00+00:00")
+    assert numbers.words == {True: {3: 1, 4: 1}, False: {3: 4}}
+    assert numbers.tokens == {True: {7: 2}, False: {7: 3, 9: 1}}
+
+
+def test_two_accepted_candidates_are_one_example_with_a_trace():
+    numbers = counted([GOOD, replace(GOOD, candidate=1), replace(GOOD, candidate=2, failures=LEAKED)])
+    assert (numbers.examples, numbers.traced, numbers.accepted.total()) == (1, 1, 2)
+
+
+@pytest.mark.parametrize("most", [0, 1, 7, 300, 801, 5000])
+def test_a_histogram_loses_nothing(most):
+    drawn = random.Random(most)
+    counts = {kind: Counter(drawn.randint(0, most) for _ in range(500)) for kind in (True, False)}
+    counts[False][100 * (most + 1)] += 1
+    bins = histogram(counts)
+    assert len(bins) <= BINS + 1
+    assert [sum(b.accepted for b in bins), sum(b.failed for b in bins)] == [500, 501]
+    assert bins[-1].high is None
+    assert [b.high for b in bins[:-1]] == [b.low for b in bins[1:]]
+    for b in bins[:-1]:
+        assert b.accepted == sum(n for value, n in counts[True].items() if b.low <= value < b.high)
+
+
+def test_quantiles():
+    assert [quantile(Counter(range(1, 21)), share) for share in (0, 0.5, 0.95, 1)] == [1, 10, 19, 20]
+    assert quantile(Counter(), 0.5) == 0
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "kept"),
+    [(90, 60, (10, 10)), (90, 10, (10, 10)), (90, 3, (17, 3)), (0, 50, (0, 20)), (90, 0, (20, 0)), (4, 5, (4, 5))],
+)
+def test_a_sample_keeps_both_kinds_in_whatever_order_they_come(good, bad, kept):
+    attempts = [replace(GOOD, example_id=f"x{i}", failures=LEAKED if i < bad else {}) for i in range(good + bad)]
+    chosen = []
+    for seed in (None, 1, 2):
+        if seed:
+            random.Random(seed).shuffle(attempts)
+        sample = Sample(20)
+        for attempt in attempts:
+            sample.add(attempt)
+        chosen.append(sample.attempts())
+    assert (sum(a.accepted for a in chosen[0]), sum(not a.accepted for a in chosen[0])) == kept
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
+def test_failed_attempts_of_an_example_are_chosen_together():
+    sample = Sample(30)
+    for i in range(100):
+        for number in range(3):
+            sample.add(replace(GOOD, example_id=f"x{i}", round=number, failures=LEAKED))
+    assert set(Counter(a.example_id for a in sample.attempts()).values()) == {3}
+
+
+def test_the_page_says_what_the_store_holds(page):
+    path = page(STORE)
+    text = shown(path)
+    for words in (
+        "Traces of deepseek-r1",
+        "version any",
+        "prompt 0123456789ab…",
+        "temperature 0.6",
+        "filter.min_words 8",
+        "Examples with a trace 2 66.7% of 3",
+        "Accepted attempts 2 33.3% of 6",
+        "verdict_differs 4 2 2",
+        "labels_leaked 3 1 2",
+        "from 2026-01-01 00:00 to 2026-01-02 00:00",
+        "round 0 round 1 round 2 attempts 3 2 1",
+        "All 6 attempts.",
+    ):
+        assert words in text
+    assert [(row["example"], row["round"]) for row in rows(path)] == [a.key[:2] for a in STORE]
+    assert rows(path)[1]["failures"] == [list(item) for item in (DIFFERS | LEAKED).items()]
+    assert "sourdough" not in text
+
+
+def test_the_page_says_how_many_attempts_it_shows(page):
+    path = page([replace(GOOD, example_id=f"x{i}", failures=LEAKED if i < 3 else {}) for i in range(1200)], most=10)
+    assert "10 of 1,200 attempts, chosen by a hash of the example: 7 of 1,197 accepted and 3 of 3 failed" in shown(path)
+    assert len(rows(path)) == 10
+
+
+def test_an_empty_store_has_a_page(page):
+    path = page([])
+    assert "The store holds no attempts yet." in shown(path)
+    assert elements(path)[0]["script"] == 0
+
+
+def test_a_store_that_is_being_written(tmp_path, caplog):
+    with open_store(tmp_path / "store", SETTINGS) as store:
+        store.append(GOOD)
+        with shards(tmp_path / "store")[0].open("ab") as file:
+            file.write(b'{"crc32": 1, "attempt": {"answ')
+        assert write_page(tmp_path / "store", tmp_path / "page.html") == 1
+    assert "1 unreadable line" in caplog.text
+    assert [row["trace"] for row in rows(tmp_path / "page.html")] == [GOOD.trace]
+
+
+def test_what_is_no_store_is_refused(tmp_path):
+    with pytest.raises(JaxguardError, match="is not a trace store"):
+        write_page(tmp_path, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_the_door_writes_the_page_beside_the_store(tmp_path, capsys):
+    config = load("wildguard_traces", [f"run_folder={tmp_path}"])
+    with open_store(config.folder / "traces", SETTINGS) as store:
+        store.append(GOOD)
+    assert inspect(config) == 0
+    output = config.folder / "traces.html"
+    assert capsys.readouterr().out == f"1 attempts to read: {output}\n"
+    assert len(rows(output)) == 1
+
+
+def test_memory_does_not_grow_with_the_store(tmp_path):
+    peaks = []
+    for count in (50, 500):
+        with open_store(tmp_path / str(count), SETTINGS) as store:
+            for i in range(count):
+                store.append(replace(GOOD, example_id=f"x{i}", trace="salt " * 1000, failures=LEAKED if i % 2 else {}))
+        tracemalloc.start()
+        write_page(tmp_path / str(count), tmp_path / "page.html", most=20)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 500_000, peaks
+
+
+def test_hostile_text_is_no_markup(page):
+    plain = [replace(GOOD, example_id=f"p{i}", failures={"odd": ""} if i % 2 else {}) for i in range(len(BREAKOUTS))]
+    wanted = elements(page(plain))
+    names, attributes = elements(page(hostile()))
+    assert (names["script"], names["style"], names["img"], attributes) == (2, 1, 0, [("href", "data:,")])
+    assert set(names) == set(wanted[0])
+    assert attributes == wanted[1]
+
+
+@pytest.mark.parametrize("text", BREAKOUTS)
+def test_hostile_settings_are_no_markup(page, text):
+    names, attributes = elements(
+        page([GOOD], {**SETTINGS, "teacher": text, "version": text, "prompt": text, text: text})
+    )
+    assert (names["script"], names["img"], attributes) == (2, 0, [("href", "data:,")])
+
+
+def test_text_reaches_the_script_as_it_was(page):
+    found = {row["example"]: row for row in rows(page(hostile()))}
+    for attempt in hostile():
+        row = found[attempt.example_id]
+        assert (row["trace"], row["answer"], row["finish"]) == (attempt.trace, attempt.answer, attempt.finish_reason)
+        assert row["failures"] == [list(item) for item in attempt.failures.items()]
+
+
+# In a browser.
+
+
+def visible(browser):
+    """The text that a reader sees."""
+    return browser.execute_script("return document.body.innerText.toWellFormed()")
+
+
+def listed(browser):
+    """Rows of the table: (example, round, result)."""
+    cells = "tr => [...tr.cells].slice(0, 3).map(cell => cell.innerText.toWellFormed())"
+    return [
+        tuple(row)
+        for row in browser.execute_script(f"return [...document.querySelectorAll('#rows > tr')].map({cells})")
+    ]
+
+
+def buttons(browser):
+    return browser.find_elements("css selector", "#rows button")
+
+
+def choose(browser, name, value):
+    browser.find_element("css selector", f"#{name} option[value='{value}']").click()
+
+
+def test_nothing_hostile_runs(browser, page):
+    open_page(
+        browser, page(hostile(), {**SETTINGS, "teacher": BREAKOUTS[0], "version": BREAKOUTS[1], "prompt": BREAKOUTS[6]})
+    )
+    assert len(listed(browser)) == len(BREAKOUTS)
+    for i in range(len(BREAKOUTS)):
+        buttons(browser)[i].click()
+    assert BREAKOUTS[0] in visible(browser)
+    assert browser.execute_script("return window.hacked") is None
+    assert browser.execute_script("return document.images.length") == 0
+    assert (complaints(browser), requests(browser)) == ([], [])
+
+
+def test_text_is_hidden_until_it_is_asked_for(browser, page):
+    open_page(browser, page(STORE))
+    assert "sourdough" not in visible(browser)
+    assert "the given label" not in visible(browser)
+    show = buttons(browser)
+    show[3].send_keys("\n")
+    assert "Rye needs a sourdough." in visible(browser)
+    assert show[3].get_attribute("aria-expanded") == "true"
+    show[1].click()
+    assert "sourdough" not in visible(browser)
+    assert "labels_leaked: says 'the given label'" in visible(browser)
+    assert [button.text for button in show] == ["Show", "Hide", *["Show"] * 4]
+    show[1].click()
+    assert "the given label" not in visible(browser)
+    assert browser.find_elements("css selector", "#rows pre") == []
+
+
+def test_search_narrows_the_rows(browser, page):
+    open_page(browser, page(STORE))
+    search, deep = browser.find_element("id", "search"), browser.find_element("id", "deep")
+    assert len(listed(browser)) == 6
+    search.send_keys("GIVEN label")
+    assert [row[:2] for row in listed(browser)] == [("x1", "0"), ("x1", "1")]
+    search.clear()
+    search.send_keys("sourdough")
+    assert listed(browser) == []
+    assert "0 of 6 match" in visible(browser)
+    deep.click()
+    assert listed(browser) == [("x1", "2", "accepted")]
+    search.send_keys("\ue003" * len("sourdough"))  # backspace
+    assert len(listed(browser)) == 6
+
+
+def test_filters(browser, page):
+    open_page(browser, page(STORE))
+    browser.find_element("xpath", "//select[@id='result']/option[.='accepted']").click()
+    assert [row[:2] for row in listed(browser)] == [("x0", "0"), ("x1", "2")]
+    browser.find_element("xpath", "//select[@id='result']/option[.='failed']").click()
+    assert len(listed(browser)) == 4
+    choose(browser, "check", "labels_leaked")
+    assert [row[:2] for row in listed(browser)] == [("x1", "0"), ("x1", "1")]
+    browser.find_element("xpath", "//select[@id='round']/option[.='1']").click()
+    assert listed(browser) == [("x1", "1", "labels_leaked")]
+    choose(browser, "check", "judge")
+    assert listed(browser) == [("x2", "1", "judge")]
+
+
+def test_a_long_table_comes_in_parts(browser, page):
+    open_page(browser, page([replace(GOOD, example_id=f"x{i}") for i in range(150)]))
+    more = browser.find_element("id", "more")
+    assert len(listed(browser)) == 100
+    more.click()
+    assert len(listed(browser)) == 150
+    assert not more.is_displayed()
+
+
+@pytest.fixture
+def server():
+    """A web server that notes what it is asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}", asked
+        running.shutdown()
+        thread.join()
+
+
+CALL = """
+const [url, done] = arguments;
+const image = new Promise(end => { const i = new Image(); i.onload = i.onerror = end; i.src = url + "/image"; });
+Promise.allSettled([image, fetch(url + "/fetch", {mode: "no-cors"})]).then(() => done());
+"""
+
+
+def test_the_page_cannot_reach_the_network(browser, page, server, tmp_path):
+    url, asked = server
+    free = tmp_path / "free.html"
+    free.write_text("<!DOCTYPE html><title>free</title>")
+    open_page(browser, free)
+    browser.execute_async_script(CALL, url)
+    assert sorted(asked) == ["/fetch", "/image"]  # without the policy it works, so the test can fail
+    asked.clear()
+    open_page(browser, page(STORE))
+    assert requests(browser) == []
+    browser.execute_async_script(CALL, url)
+    assert asked == []
+    assert any("Content Security Policy" in message for message in complaints(browser))
+
+
+@pytest.mark.parametrize("attempts", [STORE, hostile(), []], ids=["plain", "hostile", "empty"])
+def test_it_fits_a_phone(browser, page, attempts):
+    long = [replace(GOOD, example_id="y" * 300, trace="z" * 5000)] if attempts else []
+    with screen(browser, 390):
+        open_page(browser, page([*long, *attempts], {**SETTINGS, "teacher": "organisation/" + "m" * 80}))
+        for button in buttons(browser):
+            button.click()
+            assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+        assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+
+
+def test_dark_where_the_reader_likes_it_dark(browser, page):
+    open_page(browser, page(STORE))
+    lightness = []
+    for dark in (False, True):
+        with screen(browser, 1100, dark=dark):
+            colour = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+            lightness.append(sum(map(int, re.findall(r"\d+", colour)[:3])))
+    assert lightness[0] > 600 > 200 > lightness[1]
