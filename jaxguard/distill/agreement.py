@@ -4,8 +4,8 @@ Every example has one label and k sampled verdicts. Each of the k samples is sco
 the only one, and the k scores are averaged: that is the paper's (arXiv 2505.20087) F1 over independent generations. Intervals
 are percentiles of a bootstrap that draws examples with replacement, each with all its samples.
 
-A score is None where it says nothing: recall and F1 without a positive label, precision without a positive verdict, kappa
-without labels of both classes, consistency with one sample.
+A score is None where it says nothing: recall and F1 without a positive label, precision and kappa without labels of both classes,
+precision without a positive verdict, consistency with one sample. One example has no interval.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def scores(labels: np.ndarray, votes: np.ndarray, seed: int, resamples: int = RE
     count = len(labels)
     found = _metrics(_cells(labels, votes).sum(axis=0))
     drawn = _metrics(_resampled(_cells(labels, votes), seed, resamples))
-    estimates = {name: _estimate(float(found[name]), drawn[name]) for name in METRICS}
+    estimates = {name: _estimate(float(found[name]), drawn[name] if count > 1 else drawn[name][:0]) for name in METRICS}
     return Scores(count, int(labels.sum()), **estimates)
 
 
@@ -155,7 +155,7 @@ def _metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
     both = (tp + fn > 0) & (fp + tn > 0)
     metrics = {
         "agreement": agreement,
-        "precision": _ratio(tp, tp + fp),
+        "precision": np.where(both, _ratio(tp, tp + fp), np.nan),
         "recall": _ratio(tp, tp + fn),
         "f1": np.where(tp + fn > 0, _ratio(2 * tp, 2 * tp + fp + fn), np.nan),
         "kappa": np.where(both, _ratio(agreement - chance, 1 - chance), np.nan),

@@ -88,15 +88,19 @@ def test_intervals_are_in_order_and_within_bounds(data):
     ("labels", "votes", "missing"),
     [
         (0, 0, {"precision", "recall", "f1", "kappa"}),
-        (0, 1, {"recall", "f1", "kappa"}),
+        (0, 1, {"precision", "recall", "f1", "kappa"}),
         (1, 0, {"precision", "kappa"}),
-        (1, 1, {"kappa"}),
+        (1, 1, {"precision", "kappa"}),
     ],
 )
 def test_a_class_that_is_absent_leaves_scores_out(labels, votes, missing):
     found = values(np.full(4, labels, dtype=bool), np.full((4, 3), votes, dtype=bool))
     assert {name for name, value in found.items() if value is None} == missing
     assert found["agreement"] == float(labels == votes)
+
+
+def test_one_example_has_no_interval():
+    assert scores(np.ones(1, dtype=bool), np.ones((1, 4), dtype=bool), seed=0).recall == Estimate(1.0)
 
 
 def test_f1_is_zero_and_not_missing_where_nothing_is_found():
