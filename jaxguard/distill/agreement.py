@@ -87,9 +87,9 @@ def scores(labels: np.ndarray, votes: np.ndarray, seed: int, resamples: int = RE
         resamples: how often it draws.
     """
     count = len(labels)
-    found = _metrics(_cells(labels, votes).sum(axis=0))
-    drawn = _metrics(_resampled(_cells(labels, votes), seed, resamples))
-    estimates = {name: _estimate(float(found[name]), drawn[name] if count > 1 else drawn[name][:0]) for name in METRICS}
+    cells = _cells(labels, votes)
+    found, drawn = _metrics(cells.sum(axis=0)), _metrics(_resampled(cells, seed, resamples if count > 1 else 0))
+    estimates = {name: _estimate(float(found[name]), drawn[name]) for name in METRICS}
     return Scores(count, int(labels.sum()), **estimates)
 
 
