@@ -5,30 +5,26 @@ parser that reads the guard's own answers, so what it cannot read fails closed. 
 that was killed goes on; the report is made from the store alone.
 """
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from jaxguard import hub
 from jaxguard.config import Config
-from jaxguard.data.dialogue import ABSENT, CHOICES, Dialogue, Mode, Verdict, parse
-from jaxguard.data.encode import TOKENIZER_FILES, Encoder
-from jaxguard.data.policies import QUESTIONS, Policy, Question, load_policy
-from jaxguard.data.prepare import load_sources, subset
+from jaxguard.data.dialogue import ABSENT, CHOICES, Mode, Verdict, parse
+from jaxguard.data.policies import QUESTIONS, Question
+from jaxguard.data.prepare import subset
 from jaxguard.distill.agreement import confusion, consistency, right_counts, scores, spread
 from jaxguard.distill.audit_page import shown_table, write_report
-from jaxguard.distill.filters import Filters, repeated_share, words
-from jaxguard.distill.generate import Generation, Task, tasks_for
+from jaxguard.distill.filters import repeated_share, words
 from jaxguard.distill.prompts import TeacherPrompt, load_prompt
-from jaxguard.distill.run import bar, common, open_teacher
+from jaxguard.distill.run import Job, common, generate, load_job
 from jaxguard.distill.sentences import split_sentences
-from jaxguard.distill.store import Attempt, open_store, read_attempts
+from jaxguard.distill.store import Attempt, read_attempts
+from jaxguard.distill.tasks import Task
 from jaxguard.errors import JaxguardError
 from jaxguard.sections import DistillConfig
 
@@ -75,30 +71,27 @@ def audit(config: Config) -> int:
     Raises:
         JaxguardError: anything that the user can mend.
     """
-    settings = config.distill
-    if settings is None:
-        raise JaxguardError("the config has no distill section: it needs at least distill.teacher.model")
-    prompt, policy = blind_prompt(settings.audit.prompt), load_policy(config.data.policy)
-    tokenizer = hub.fetch(config.model.checkpoint, config.model.revision, TOKENIZER_FILES)
-    dialogue = Encoder.load(tokenizer, config.data).dialogue
-    tasks, available = sample(config, settings, policy)
-    folder, console = config.folder / "audit", Console()
-    asyncio.run(_generate(settings, prompt, policy, dialogue, tasks, folder / "attempts", console))
+    job = load_job(config)
+    settings = job.settings.model_copy(update={"rounds": 1, "candidates": job.settings.audit.samples, "judge": None})
+    job = replace(job, settings=settings)
+    prompt, folder = blind_prompt(settings.audit.prompt), config.folder / "audit"
+    tasks, available = sample(job)
+    generate(job, prompt, tasks, folder / "attempts", common(job, prompt), exhaustive=True)
     audited = read_answers(folder / "attempts", tasks, settings)
     about = {
         "run": config.name,
-        **common(settings, prompt, policy.digest),
+        **common(job, prompt),
         "prompt_name": prompt.name,
-        "policy_name": policy.name,
+        "policy_name": job.policy.name,
         "seed": settings.audit.seed,
         "samples": settings.audit.samples,
         "available": available,
     }
     report = {"about": about, **summary(audited, settings)}
     write_report(folder, report)
-    console.print(shown_table(report))
+    job.console.print(shown_table(report))
     for name in ("audit.html", "audit.md", "audit.json"):
-        console.print(str(folder / name), markup=False, highlight=False, soft_wrap=True)
+        job.console.print(str(folder / name), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -118,7 +111,7 @@ def blind_prompt(name: str) -> TeacherPrompt:
     return prompt
 
 
-def sample(config: Config, settings: DistillConfig, policy: Policy) -> tuple[list[Task], int]:
+def sample(job: Job) -> tuple[list[Task], int]:
     """A seeded sample of the examples whose verdict people gave, and how many there are of these.
 
     An example whose only answer is that it has no response is left out: there is nothing to agree on.
@@ -126,41 +119,12 @@ def sample(config: Config, settings: DistillConfig, policy: Policy) -> tuple[lis
     Raises:
         JaxguardError: there are none.
     """
-    examples, _ = load_sources(config.data.train, "train")
-    tasks = {
-        task.example.id: task for task in tasks_for(examples, policy) if any(word != ABSENT for _, word in task.labels)
-    }
+    tasks = {task.example.id: task for task in job.tasks if any(word != ABSENT for _, word in task.labels)}
     if not tasks:
-        raise JaxguardError(f"none of the {len(examples)} examples has a label for what policy {policy.name!r} asks")
-    size = min(settings.audit.examples, len(tasks))
-    chosen = subset([task.example for task in tasks.values()], size, settings.audit.seed)
+        raise JaxguardError(f"none of the {len(job.tasks)} examples has a prompt's or a response's label")
+    wanted = job.settings.audit
+    chosen = subset([task.example for task in tasks.values()], min(wanted.examples, len(tasks)), wanted.seed)
     return [tasks[example.id] for example in chosen], len(tasks)
-
-
-async def _generate(
-    settings: DistillConfig,
-    prompt: TeacherPrompt,
-    policy: Policy,
-    dialogue: Dialogue,
-    tasks: Sequence[Task],
-    folder: Path,
-    console: Console,
-) -> None:
-    """Get the answers that the store lacks."""
-    async with open_teacher(settings.teacher) as teacher:
-        await teacher.check()
-        with open_store(folder, common(settings, prompt, policy.digest)) as store, bar(len(tasks), console) as progress:
-            store.accepted.clear()  # a good answer makes no other one needless: every sample counts
-            generation = Generation(
-                teacher=teacher,
-                prompt=prompt,
-                dialogue=dialogue,
-                filters=Filters(settings.filter, dialogue),
-                store=store,
-                rounds=1,
-                candidates=settings.audit.samples,
-            )
-            await generation.run(tasks, progress)
 
 
 def read_answers(folder: Path, tasks: Sequence[Task], settings: DistillConfig) -> list[Audited]:

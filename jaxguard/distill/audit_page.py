@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -26,6 +25,7 @@ from rich.table import Table
 from jaxguard.data.dialogue import TITLES
 from jaxguard.data.policies import Question
 from jaxguard.disk import write_atomically
+from jaxguard.html import page_template
 
 MOST_CATEGORIES, MOST_DRAWN, MOST_DISAGREEMENTS = 40, 16, 25
 BLUE, GREY = "#0072B2", "#555555"
@@ -223,21 +223,21 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def page(report: Mapping[str, Any]) -> str:
     """The whole report in one file: no script, and nothing that is loaded from elsewhere."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(plain=plain, number=number, estimate=estimate, percent=percent, category=category)
+    filters: dict[str, Any] = {
+        "plain": plain,
+        "number": number,
+        "estimate": estimate,
+        "percent": percent,
+        "category": category,
+    }
+    template = page_template(Path(__file__).with_name("audit.html.j2"), **filters)
     names = {"titles": TITLES, "scores": SCORES, "consistency": CONSISTENCY, "traces": TRACES}
     limits = {"most_categories": MOST_CATEGORIES, "most_disagreements": MOST_DISAGREEMENTS}
     with matplotlib.rc_context(_STYLE):
         plots = {"f1": _draw_f1(report), "right": _draw_right(report), "lengths": _draw_lengths(report)}
     rows = {name: _spread_row(name, report["traces"][name]) for name in TRACES}
     values = {"report": report, "facts": facts(report), "names": names, "plots": plots, "spreads": rows, **limits}
-    return environment.get_template("audit.html.j2").render(values) + "\n"
+    return template.render(values) + "\n"
 
 
 def _draw_f1(report: Mapping[str, Any]) -> Markup:

@@ -8,12 +8,26 @@ ours are below and in `FilterConfig`, and each is shown by examples in tests/dis
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxguard.data.dialogue import Answers, Dialogue, Mode, Verdict, parse
 from jaxguard.distill.sentences import split_sentences
 from jaxguard.sections import FilterConfig
+
+CHECKS = (
+    "cut",
+    "empty",
+    "too_long",
+    "over_budget",
+    "verdict_missing",
+    "verdict_differs",
+    "labels_leaked",
+    "overthinking",
+    "repetition",
+    "forged",
+    "language",
+)
+"""In the order in which reports show them: each is a method of Filters."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +68,7 @@ class Filters:
 
     def failures(self, candidate: Candidate) -> dict[str, str]:
         """Name of each check that the candidate fails -> what is wrong. Empty for a trace to keep."""
-        checks: dict[str, Callable[[Candidate], str | None]] = {
-            "cut": self._cut,
-            "empty": self._empty,
-            "too_long": self._too_long,
-            "over_budget": self._over_budget,
-            "verdict_missing": self._verdict_missing,
-            "verdict_differs": self._verdict_differs,
-            "labels_leaked": self._labels_leaked,
-            "overthinking": self._overthinking,
-            "repetition": self._repetition,
-            "forged": self._forged,
-            "language": self._language,
-        }
-        found = {name: check(candidate) for name, check in checks.items()}
+        found = {name: getattr(self, f"_{name}")(candidate) for name in CHECKS}
         return {name: problem for name, problem in found.items() if problem}
 
     def _cut(self, candidate: Candidate) -> str | None:

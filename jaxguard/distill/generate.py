@@ -64,6 +64,7 @@ class Generation:
         rounds: how often an example is tried.
         candidates: answers a round.
         judge: who reads what passed the filters; None for nobody.
+        exhaustive: an accepted trace makes no further candidate needless.
     """
 
     teacher: Teacher
@@ -74,6 +75,7 @@ class Generation:
     rounds: int
     candidates: int
     judge: Judge | None = None
+    exhaustive: bool = False
 
     async def run(self, tasks: Iterable[Task], told: Callable[[Funnel], None]) -> Funnel:
         """Work on the tasks until each is done. Holds as many of them at a time as requests may be under way.
@@ -112,7 +114,7 @@ class Generation:
         """Try until there is a trace; False if the rounds do not suffice."""
         name = task.example.id
         for number in range(self.rounds):
-            if name in self.store.accepted:
+            if name in self.store.accepted and not self.exhaustive:
                 break
             missing = [c for c in range(self.candidates) if (name, number, c) not in self.store.done]
             for attempt in await self._attempt(task, number, missing) if missing else ():

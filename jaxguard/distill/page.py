@@ -15,31 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.text import Text
 
 from jaxguard.config import Config
 from jaxguard.disk import write_atomically
-from jaxguard.distill.filters import words
+from jaxguard.distill.filters import CHECKS, words
 from jaxguard.distill.store import Attempt, read_attempts, read_settings
+from jaxguard.html import page_template
 
-TEMPLATE = "page.html.j2"
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 BINS = 40
-CHECKS = (
-    "cut",
-    "empty",
-    "too_long",
-    "over_budget",
-    "verdict_missing",
-    "verdict_differs",
-    "labels_leaked",
-    "overthinking",
-    "repetition",
-    "forged",
-    "language",
-)
-"""The checks in the order of Filters; the store does not keep it. Others come after them."""
 
 
 @dataclass
@@ -87,7 +73,7 @@ class Numbers:
 
     @property
     def checks(self) -> list[str]:
-        """Every check, in order; those that Filters does not know only if something failed them."""
+        """Every check, in the order of Filters; others, such as the judge, only if something failed them."""
         return sorted({*CHECKS, *self.first, *(check for check, _ in self.failed)}, key=_position)
 
     @property
@@ -168,7 +154,8 @@ def write_page(store: Path, output: Path, most: int = 2000) -> int:
         numbers.add(attempt)
         sample.add(attempt)
     shown = sample.attempts()
-    page = _template().render(
+    template = page_template(TEMPLATE, number="{:,}".format, percent="{:.1%}".format, csp=_csp)
+    page = template.render(
         settings=settings,
         flat=flattened(settings),
         numbers=numbers,
@@ -265,18 +252,6 @@ def _row(attempt: Attempt) -> dict[str, Any]:
         "seconds": round(attempt.seconds, 1),
         "time": attempt.time,
     }
-
-
-def _template() -> Any:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format, "csp": _csp}
-    return environment.get_template(TEMPLATE)
 
 
 def _csp(text: str) -> str:

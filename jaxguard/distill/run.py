@@ -103,11 +103,12 @@ def common(job: Job, prompt: TeacherPrompt, **more: object) -> dict[str, object]
     """What all attempts of one store must have in common: whatever decides their text, and whether it is accepted."""
 
     def who(model: TeacherConfig) -> dict[str, object]:
-        return model.model_dump(include={"model", "version", "temperature", "top_p", "max_tokens", "grammar"})
+        sampling = model.model_dump(include={"temperature", "top_p", "max_tokens", "grammar"})
+        return {"teacher": model.model, "version": model.version, "sampling": sampling}
 
     judge, settings = job.settings.judge, job.settings
     return {
-        "teacher": who(settings.teacher),
+        **who(settings.teacher),
         "prompt": prompt.digest,
         "policy": job.policy.digest,
         "filter": settings.filter.model_dump(mode="json"),
@@ -116,8 +117,23 @@ def common(job: Job, prompt: TeacherPrompt, **more: object) -> dict[str, object]
     }
 
 
-def generate(job: Job, prompt: TeacherPrompt, tasks: list[Task], folder: Path, settings: dict[str, object]) -> Funnel:
+def generate(
+    job: Job,
+    prompt: TeacherPrompt,
+    tasks: list[Task],
+    folder: Path,
+    settings: dict[str, object],
+    exhaustive: bool = False,
+) -> Funnel:
     """Work on the tasks until each is done, with a progress bar; what the store holds is not asked for again.
+
+    Args:
+        job: who is asked, and what is accepted.
+        prompt: what the teacher is asked with.
+        tasks: about what.
+        folder: the store.
+        settings: what the store's attempts have in common.
+        exhaustive: ask for every candidate of every round, whatever was accepted.
 
     Raises:
         JaxguardError: a server does not answer or serves another model, or the store was begun with other settings.
@@ -141,6 +157,7 @@ def generate(job: Job, prompt: TeacherPrompt, tasks: list[Task], folder: Path, s
                 rounds=job.settings.rounds,
                 candidates=job.settings.candidates,
                 judge=judge,
+                exhaustive=exhaustive,
             )
             return await generation.run(tasks, stack.enter_context(bar(len(tasks), folder.name, job.console)))
 

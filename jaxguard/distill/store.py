@@ -191,6 +191,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise JaxguardError(f"{folder} is not a trace store: it has no store.json") from None
     except (OSError, ValueError) as error:
         raise JaxguardError(f"{path} cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise JaxguardError(f"{path} cannot be read: it holds no JSON object")
     return settings
 
 

@@ -78,9 +78,7 @@ class Teacher:
     retries: int = 0
     _endpoints: list[_Endpoint] = field(default_factory=list)
 
-    async def ask(
-        self, messages: Sequence[Message], n: int = 1, extra: Mapping[str, Any] | None = None
-    ) -> list[Reply]:
+    async def ask(self, messages: Sequence[Message], n: int = 1, extra: Mapping[str, Any] | None = None) -> list[Reply]:
         """`n` answers to the messages.
 
         Args:
