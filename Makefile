@@ -4,19 +4,22 @@ PYTHON ?= python3
 SUFFIX := $(filter-out python3,$(notdir $(PYTHON)))
 VENV := .venv$(SUFFIX:python%=-%)
 BIN := $(VENV)/bin
+SGLANG := .venv-sglang
 AOT := .venv-aot$(SUFFIX:python%=-%)
 PIP := -m pip install --quiet --disable-pip-version-check
 TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0.23'
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test test-slow test-aot lint format clean
+.PHONY: help demo test test-slow test-aot test-sglang sglang-cpu lint format clean
 
 help:
 	@echo "make demo       train a real guard on this CPU and show what it learned"
 	@echo "make test       the default tests (pass more to pytest with ARGS=...)"
 	@echo "make test-slow  those that take minutes"
 	@echo "make test-aot   those that compile for absent A100s and TPUs"
+	@echo "make test-sglang  those that start real SGLang servers"
+	@echo "make sglang-cpu   the environment in which SGLang serves on this CPU"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove environments and fetched files; runs/ stays"
@@ -32,6 +35,11 @@ test-slow: $(VENV)/.fixtures
 
 test-aot: $(AOT)/.ready
 	$(AOT)/bin/python -m pytest -m aot tests/plan $(ARGS)
+
+test-sglang: $(VENV)/.fixtures $(SGLANG)/.ready
+	$(BIN)/python -m pytest -m sglang tests/distill $(ARGS)
+
+sglang-cpu: $(SGLANG)/.ready
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -68,4 +76,11 @@ $(VENV)/.fixtures: $(VENV)/.test tools/fetch_tokenizers.py
 $(AOT)/.ready: pyproject.toml
 	test -x $(AOT)/bin/python || $(PYTHON) -m venv $(AOT)
 	$(AOT)/bin/python $(PIP) --editable '.[test,aot]'
+	touch $@
+
+# SGLang's pins differ from ours, and on a CPU it wants other builds than it asks for.
+$(SGLANG)/.ready: tools/sglang_cpu/requirements.txt tools/sglang_cpu/sglang.nodeps.txt
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python $(PIP) --requirement tools/sglang_cpu/requirements.txt
+	$(SGLANG)/bin/python $(PIP) --no-deps --requirement tools/sglang_cpu/sglang.nodeps.txt
 	touch $@

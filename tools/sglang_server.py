@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxguard.errors import JaxguardError
@@ -35,8 +36,8 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=Path("runs/sglang.log"))
     options = parser.parse_args()
     try:
-        with serve(options.checkpoint, options.name, options.log, options.port) as url:
-            print(f"serving {options.checkpoint} as {options.name!r} at {url}; Ctrl-C ends it", flush=True)
+        with serve(options.checkpoint, options.name, options.log, options.port) as server:
+            print(f"serving {options.checkpoint} as {options.name!r} at {server.url}; Ctrl-C ends it", flush=True)
             signal.pause()
     except JaxguardError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,9 +47,21 @@ def main() -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that runs: its address, with /v1, and its first process."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+
 @contextmanager
-def serve(checkpoint: Path, name: str, log: Path, port: int = 0, arguments: Sequence[str] = ()) -> Iterator[str]:
-    """Start a server, wait until it answers, and stop it at the end; the value is its address, with /v1.
+def serve(checkpoint: Path, name: str, log: Path, port: int = 0, arguments: Sequence[str] = ()) -> Iterator[Server]:
+    """Start a server, wait until it answers, and stop it at the end.
 
     Args:
         checkpoint: a Hugging Face folder.
@@ -73,19 +86,19 @@ def serve(checkpoint: Path, name: str, log: Path, port: int = 0, arguments: Sequ
     }
     command = ["sglang.launch_server", *(word for flag in flags.items() for word in flag)]
     command += ["--enable-metrics", "--constrained-json-disable-any-whitespace", *arguments]
-    with started(command, f"http://127.0.0.1:{port}/health_generate", log):
-        yield f"http://127.0.0.1:{port}/v1"
+    with started(command, f"http://127.0.0.1:{port}/health_generate", log) as process:
+        yield Server(f"http://127.0.0.1:{port}/v1", process)
 
 
 @contextmanager
-def route(workers: Sequence[str], log: Path) -> Iterator[str]:
-    """SGLang's router before the workers' addresses; the value is its own."""
+def route(workers: Sequence[Server], log: Path) -> Iterator[Server]:
+    """SGLang's router before the workers."""
     port = free_port()
-    urls = [worker.removesuffix("/v1") for worker in workers]
+    urls = [worker.url.removesuffix("/v1") for worker in workers]
     command = ["sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port), "--worker-urls", *urls]
     command += ["--policy", "cache_aware", "--retry-max-retries", "3"]
-    with started(command, f"http://127.0.0.1:{port}/health", log):
-        yield f"http://127.0.0.1:{port}/v1"
+    with started(command, f"http://127.0.0.1:{port}/readiness", log) as process:
+        yield Server(f"http://127.0.0.1:{port}/v1", process)
 
 
 @contextmanager

@@ -11,10 +11,11 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -24,6 +25,8 @@ from jaxguard.errors import JaxguardError
 from jaxguard.sections import TeacherConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Message = dict[str, str]
 """role and content, as in the chat protocol."""
@@ -90,6 +93,28 @@ class Teacher:
         Raises:
             JaxguardError: the server refuses the request, serves another model, or gave no answer in all tries.
         """
+        return await self._until_answered(lambda: self._once(messages, n, extra or {}))
+
+    async def check(self) -> None:
+        """Make sure that every endpoint serves the model.
+
+        Raises:
+            JaxguardError: one does not, or does not answer at all.
+        """
+        for endpoint in self._endpoints:
+            served = await self._until_answered(partial(_served_by, endpoint))
+            if self.config.model not in served:
+                raise JaxguardError(
+                    f"{endpoint.url} serves {', '.join(served) or 'nothing'}, not {self.config.model!r}; set the teacher's "
+                    "model, or start the server with --served-model-name"
+                )
+
+    async def _until_answered(self, request: Callable[[], Awaitable[T]]) -> T:
+        """What a request brings, sent again while it fails in a way that may pass.
+
+        Raises:
+            JaxguardError: it fails in another way, or as often as it may be tried.
+        """
         retrying = AsyncRetrying(
             retry=retry_if_exception(_passes),
             stop=stop_after_attempt(self.config.tries),
@@ -100,30 +125,10 @@ class Teacher:
         try:
             async for attempt in retrying:
                 with attempt:
-                    return await self._once(messages, n, extra or {})
+                    return await request()
         except (openai.APIError, BadReplyError) as error:
             raise JaxguardError(self._explained(error)) from error
         raise AssertionError("tenacity ends with an answer or an error")
-
-    async def check(self) -> None:
-        """Make sure that every endpoint serves the model.
-
-        Raises:
-            JaxguardError: one does not, or does not answer at all.
-        """
-        for endpoint in self._endpoints:
-            try:
-                served = [model.id async for model in endpoint.client.models.list()]
-            except (openai.APIError, json.JSONDecodeError, AttributeError) as error:
-                raise JaxguardError(
-                    f"{endpoint.url} does not answer as an OpenAI-style server: {error}; is it up, and does the address "
-                    "end in /v1?"
-                ) from None
-            if self.config.model not in served:
-                raise JaxguardError(
-                    f"{endpoint.url} serves {', '.join(served) or 'nothing'}, not {self.config.model!r}; set the teacher's "
-                    "model, or start the server with --served-model-name"
-                )
 
     async def _once(self, messages: Sequence[Message], n: int, extra: Mapping[str, Any]) -> list[Reply]:
         async with self.limiter.slot() as overload:
@@ -167,7 +172,7 @@ class Teacher:
             JaxguardError: it is another model's.
         """
         try:
-            body = completion.model_dump()
+            body = completion.model_dump(warnings=False)  # SGLang adds fields of its own
             served = body["model"]
             version = (body.get("metadata") or {}).get("weight_version")
             usage = body.get("usage") or {}
@@ -196,6 +201,8 @@ class Teacher:
         where = f"the teacher {self.config.model!r}"
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return f"{where} refuses the key: set {self.config.api_key_env}; it says: {error}"
+        if isinstance(error, openai.NotFoundError):
+            return f"{where} refuses the request: nothing is at {error.request.url}; the address must end in /v1"
         if not _passes(error):
             return f"{where} refuses the request, and would again: {error}"
         return f"{where} gave no answer in {self.config.tries} tries, the last time: {error}"
@@ -225,6 +232,20 @@ def split_thought(text: str) -> tuple[str, str]:
     if not closing:
         return "", text.strip()
     return _OPEN.sub("", text[: closing[-1].start()]).strip(), text[closing[-1].end() :].strip()
+
+
+async def _served_by(endpoint: _Endpoint) -> list[str]:
+    """The models that an endpoint has."""
+    try:
+        return [model.id async for model in endpoint.client.models.list()]
+    except openai.APIConnectionError as error:
+        raise JaxguardError(
+            f"{endpoint.url} does not answer: {error}; is the server up, and the address right?"
+        ) from None
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise BadReplyError(
+            f"{endpoint.url} does not answer as an OpenAI-style server ({error}); does the address end in /v1?"
+        ) from None
 
 
 def _reply(choice: dict[str, Any]) -> tuple[str, str, str]:

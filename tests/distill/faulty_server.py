@@ -16,6 +16,7 @@ class FaultyServer:
     """Answers request i with the fault that `script(i)` names; "" is a good answer.
 
     Attributes:
+        starting: how often it answers 503 when asked for its models, before it names them.
         keep: whether requests are kept for the test to look at.
         count: chat requests so far.
         requests: bodies of the chat requests, in order.
@@ -25,6 +26,7 @@ class FaultyServer:
     script: Callable[[int], str]
     model: str = "teacher"
     keep: bool = True
+    starting: int = 0
     count: int = 0
     requests: list[dict[str, Any]] = field(default_factory=list)
     authorizations: list[str] = field(default_factory=list)
@@ -41,7 +43,9 @@ class FaultyServer:
                     headers[name.lower()] = value.strip()
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 if b"/models" in line:
-                    writer.write(_http(200, {"object": "list", "data": [{"id": self.model, "object": "model"}]}))
+                    self.starting -= 1
+                    served = {"object": "list", "data": [{"id": self.model, "object": "model"}]}
+                    writer.write(_http(503, {"error": "starting"}) if self.starting >= 0 else _http(200, served))
                     await writer.drain()
                     continue
                 self._active += 1

@@ -142,6 +142,17 @@ def test_check_names_what_is_served():
         asyncio.run(run("other"))
 
 
+def test_check_waits_for_a_server_that_is_starting():
+    async def run():
+        async with serve(good) as server:
+            server.starting = 2
+            async with open_teacher(configured(server)) as teacher:
+                await teacher.check()
+            return server.starting, teacher.retries
+
+    assert asyncio.run(run()) == (-1, 2)
+
+
 def test_check_of_nobody():
     async def run():
         async with open_teacher(TeacherConfig(endpoints=("http://127.0.0.1:9/v1",), model="teacher")) as teacher:
