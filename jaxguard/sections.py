@@ -36,7 +36,7 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One labelled data set."""
 
-    kind: Literal["wildguardmix", "aegis2", "nemotron_safety", "nemotron_topics", "jsonl"]
+    kind: Literal["wildguardmix", "aegis2", "nemotron_safety", "nemotron_topics", "canttalkaboutthis", "jsonl"]
     """Whose columns it has. `jsonl` is our own format, see docs/data.md."""
     path: str | None = None
     """A local file or folder with those columns; None reads the hub."""

@@ -1,17 +1,20 @@
 """Public data sets and our JSON lines, each turned into examples.
 
 A source is described by one row of `_KINDS`: where it lies on the hub, which columns it must have, and the function
-that turns one of its rows into an Example or says why the row is skipped. Column facts: the data sets' own cards.
+that turns one of its rows into an Example or says why the row is skipped; where a row is a whole dialogue, another one
+first takes it apart. Column facts: the data sets' own cards.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from jaxguard.data.cells import Skip, label, objects, squeezed, text, transcript, words
 from jaxguard.data.examples import Example
 from jaxguard.data.files import Row, Table, read_hub, read_local
 from jaxguard.errors import JaxguardError
@@ -34,10 +37,6 @@ class Loaded:
     origin: dict[str, Any]
 
 
-class _Skip(Exception):  # noqa: N818 (not an error)
-    """This row is not trained on; the message is the reason under which it is counted."""
-
-
 def load_examples(source: SourceConfig) -> list[Example]:
     """The examples of a source, in its own order; see `load` for the errors."""
     return load(source).examples
@@ -57,12 +56,8 @@ def load(source: SourceConfig) -> Loaded:
     _check_columns(table, kind.columns(source), where)
     if source.kind == "jsonl":
         _check_jsonl_columns(table, where)
-    examples, skipped = [], Counter[str]()
-    for place, row in table.rows:
-        try:
-            examples.append(kind.example(row, source, place))
-        except _Skip as reason:
-            skipped[str(reason)] += 1
+    skipped = Counter[str]()
+    examples = _examples(table, kind, source, skipped)
     if not examples:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         raise JaxguardError(f"{where}: split {source.split!r} has no row to train on ({reasons})")
@@ -71,6 +66,26 @@ def load(source: SourceConfig) -> Loaded:
     examples = unique_ids(examples)
     origin = {"kind": source.kind, **table.origin, "examples_sha256": digest(examples)}
     return Loaded(examples, skipped, origin)
+
+
+def _examples(table: Table, kind: "_Kind", source: SourceConfig, skipped: Counter[str]) -> list[Example]:
+    examples = []
+    for place, row in table.rows:
+        parts: Iterable[Row] = ()
+        with _counted(skipped):
+            parts = kind.parts(row, place)
+        for part in parts:
+            with _counted(skipped):
+                examples.append(kind.example(part, source, place))
+    return examples
+
+
+@contextmanager
+def _counted(skipped: Counter[str]) -> Iterator[None]:
+    try:
+        yield
+    except Skip as reason:
+        skipped[str(reason)] += 1
 
 
 def digest(examples: Iterable[Example]) -> str:
@@ -96,15 +111,15 @@ def unique_ids(examples: list[Example]) -> list[Example]:
 
 
 def _wildguardmix(row: Row, source: SourceConfig, place: str) -> Example:
-    category = _text(row, "subcategory", place)
+    category = text(row, "subcategory", place)
     return _build(
         source,
         place,
-        prompt=_text(row, "prompt", place),
-        response=_text(row, "response", place),
-        prompt_label=_label(row, "prompt_harm_label", HARM, place),
-        response_label=_label(row, "response_harm_label", HARM, place),
-        refusal_label=_label(row, "response_refusal_label", REFUSAL, place),
+        prompt=text(row, "prompt", place),
+        response=text(row, "response", place),
+        prompt_label=label(row, "prompt_harm_label", HARM, place),
+        response_label=label(row, "response_harm_label", HARM, place),
+        refusal_label=label(row, "response_refusal_label", REFUSAL, place),
         categories=() if category in {None, "", "benign"} else (category,),
     )
 
@@ -121,18 +136,18 @@ def _nemotron_safety(row: Row, source: SourceConfig, place: str) -> Example:
 def _aegis_row(
     row: Row, source: SourceConfig, place: str, labels: tuple[str, str], meaning: Mapping[str, str]
 ) -> Example:
-    prompt = _text(row, "prompt", place)
+    prompt = text(row, "prompt", place)
     if prompt is not None and prompt.strip() == "REDACTED":
-        raise _Skip("redacted prompt")
+        raise Skip("redacted prompt")
     return _build(
         source,
         place,
         id=row.get("id"),
         prompt=prompt,
-        response=_text(row, "response", place),
-        prompt_label=_label(row, labels[0], meaning, place),
-        response_label=_label(row, labels[1], meaning, place),
-        categories=_words(row.get("violated_categories"), place),
+        response=text(row, "response", place),
+        prompt_label=label(row, labels[0], meaning, place),
+        response_label=label(row, labels[1], meaning, place),
+        categories=words(row.get("violated_categories"), place),
     )
 
 
@@ -140,20 +155,69 @@ def _nemotron_topics(row: Row, source: SourceConfig, place: str) -> Example:
     return _build(
         source,
         place,
-        prompt=_transcript(row.get("conversation_history"), _text(row, "last_user_message", place), place),
-        prompt_label=_label(row, "gt_topic_classification", TOPIC, place),
-        policy=_text(row, "system_instruction", place),
+        prompt=transcript(row.get("conversation_history"), text(row, "last_user_message", place), place),
+        prompt_label=label(row, "gt_topic_classification", TOPIC, place),
+        policy=_instruction(row, place),
         trace=_trace(row, source, place),
     )
+
+
+def _dialogue_parts(row: Row, place: str) -> list[Row]:
+    """The messages of a CantTalkAboutThis dialogue, each as a row with what was said before it.
+
+    A user turn is on-topic. A distractor is an off-topic message that could have followed a turn of the bot; it is no
+    part of the conversation, so that the turns after it know nothing of it.
+    """
+    turns = objects(row, "conversation", ("role", "content"), place)
+    if not all(role and content for role, content in turns):
+        raise Skip("a turn without role or text")
+    history = [{"role": role, "content": content} for role, content in turns]
+    parts: list[Row] = []
+    bot_turns: dict[str, int] = {}
+    for i, (role, content) in enumerate(turns):
+        if squeezed(role) == "user":
+            parts.append({**row, "history": history[:i], "message": content, "topic": "on-topic"})
+        else:
+            # A bot that says the same twice could have been interrupted at either place; the first is taken.
+            bot_turns.setdefault(squeezed(content), i)
+    for bot_turn, distractor in objects(row, "distractors", ("bot turn", "distractor"), place):
+        i = bot_turns.get(squeezed(bot_turn), -1)
+        past = history[: i + 1] if i >= 0 else None
+        parts.append({**row, "history": past, "message": distractor, "topic": "off-topic"})
+    if not parts:
+        raise Skip("no user turn")
+    return parts
+
+
+def _canttalkaboutthis(row: Row, source: SourceConfig, place: str) -> Example:
+    if row["history"] is None:
+        raise Skip("bot turn not in the conversation")
+    domain = text(row, "domain", place)
+    return _build(
+        source,
+        place,
+        prompt=transcript(row["history"], row["message"], place),
+        prompt_label=TOPIC[row["topic"]],
+        policy=_instruction(row, place),
+        categories=(domain,) if domain else (),
+    )
+
+
+def _instruction(row: Row, place: str) -> str:
+    """A dialogue's own policy; without one its labels would be read under the run's."""
+    instruction = (text(row, "system_instruction", place) or "").strip()
+    if not instruction:
+        raise Skip("no system instruction")
+    return instruction
 
 
 def _jsonl(row: Row, source: SourceConfig, place: str) -> Example:
     known = {f.name: row[f.name] for f in fields(Example) if row.get(f.name) is not None}
     for name, meaning in zip(LABELS, (HARM, HARM, REFUSAL), strict=True):
-        known[name] = _label(row, name, meaning, place)
+        known[name] = label(row, name, meaning, place)
     for name in ("prompt", "response", "policy", "trace", "source"):
-        known[name] = _text(row, name, place)
-    known["categories"] = _words(row.get("categories"), place)
+        known[name] = text(row, name, place)
+    known["categories"] = words(row.get("categories"), place)
     known["mode"] = row.get("mode")
     return _build(source, place, **known)
 
@@ -162,9 +226,9 @@ def _build(source: SourceConfig, place: str, /, **known: Any) -> Example:
     """An example from what a row says; rows that cannot be trained on are skipped."""
     name = known.pop("source", None) or (Path(source.path or "").name.split(".")[0] if source.kind == "jsonl" else "")
     if not (known["prompt"] or "").strip():
-        raise _Skip("empty prompt")
+        raise Skip("empty prompt")
     if not any(known.get(label) for label in LABELS):
-        raise _Skip("no label")
+        raise Skip("no label")
     # Aegis has empty responses with a label: the assistant said nothing. Without a label there is no response.
     if not (known.get("response") or "").strip() and not (known.get("response_label") or known.get("refusal_label")):
         known["response"] = None
@@ -184,41 +248,12 @@ def _content_hash(known: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _text(row: Row, column: str, place: str) -> str | None:
-    value = row.get(column)
-    if value is not None and not isinstance(value, str):
-        raise JaxguardError(f"{place}: {column} is {value!r}; expected text or null")
-    if value is None or value.isascii():
-        return value
-    # JSON can spell half of a surrogate pair, which is not a character: no tokenizer takes it.
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _label(row: Row, column: str, meaning: Mapping[str, str], place: str) -> str | None:
-    value = row.get(column)
-    if value is None or value == "":
-        return None
-    known = meaning.get(str(value).strip().casefold())
-    if known is None:
-        name = f" (id {row['id']!r})" if row.get("id") is not None else ""
-        raise JaxguardError(f"{place}{name}: {column} is {value!r}; expected {', '.join(meaning)} or null")
-    return known
-
-
-def _words(value: Any, place: str) -> tuple[str, ...]:
-    """Categories, as a list or separated by commas."""
-    parts = value.split(",") if isinstance(value, str) else (value or [])
-    if not all(isinstance(part, str) for part in parts):
-        raise JaxguardError(f"{place}: categories are {value!r}; expected a list of texts")
-    return tuple(part.strip() for part in parts if part.strip())
-
-
 def _trace(row: Row, source: SourceConfig, place: str) -> str:
     if str(row.get(f"prediction_gt_mismatch_{source.teacher}")).casefold() in {"true", "1"}:
-        raise _Skip("teacher disagrees with the label")
-    trace = (_text(row, _trace_column(source), place) or "").strip()
+        raise Skip("teacher disagrees with the label")
+    trace = (text(row, _trace_column(source), place) or "").strip()
     if not trace:
-        raise _Skip("no trace of this teacher")
+        raise Skip("no trace of this teacher")
     return trace
 
 
@@ -232,35 +267,25 @@ def _trace_column(source: SourceConfig) -> str:
     return names[source.kind, source.trace].format(source.teacher)
 
 
-def _transcript(history: Any, last: str | None, place: str) -> str | None:
-    """A dialogue as one prompt: earlier turns first, then the message under judgement.
-
-    Further lines of a turn are indented, so that no text inside a turn can pass for another turn.
-    """
-    if not history or last is None:
-        return last
-    try:
-        turns = [(str(turn["role"]), str(turn["content"])) for turn in history]
-    except (TypeError, KeyError):
-        raise JaxguardError(
-            f"{place}: conversation_history is {history!r}; expected a list of role and content"
-        ) from None
-    lines = [f"[{role}] {_indent(content)}" for role, content in turns]
-    return "\n".join(["Earlier in the conversation:", *lines, "Message to judge:", f"[user] {_indent(last)}"])
-
-
-def _indent(text: str) -> str:
-    return "\n    ".join(text.strip().splitlines())
-
-
 @dataclass(frozen=True)
 class _Kind:
-    """What is particular to a kind of source."""
+    """What is particular to a kind of source.
+
+    Attributes:
+        repository: where it lies on the hub.
+        columns: those it must have.
+        example: makes one of a row, or of a part of one.
+        file: the only file of the repository that belongs to it.
+        clone: split -> how a clone of the repository calls its file.
+        parts: takes a row apart.
+    """
 
     repository: str
     columns: Callable[[SourceConfig], tuple[str, ...]]
     example: Callable[[Row, SourceConfig, str], Example]
     file: str | None = None
+    clone: Mapping[str, str] = field(default_factory=dict)
+    parts: Callable[[Row, str], Iterable[Row]] = lambda row, _: (row,)
 
 
 def _nemotron_columns(*columns: str) -> Callable[[SourceConfig], tuple[str, ...]]:
@@ -273,6 +298,7 @@ _KINDS = {
         "allenai/wildguardmix",
         lambda _: ("prompt", "response", "prompt_harm_label", "response_harm_label", "response_refusal_label"),
         _wildguardmix,
+        clone={"train": "wildguard_train", "test": "wildguard_test"},
     ),
     "aegis2": _Kind(
         "nvidia/Aegis-AI-Content-Safety-Dataset-2.0",
@@ -284,12 +310,24 @@ _KINDS = {
         _nemotron_columns("id", "prompt", "response", "prompt_harm_label", "response_harm_label"),
         _nemotron_safety,
         "aegis_v2_efficient_reasoning.jsonl",
+        {"train": "aegis_v2_efficient_reasoning"},
     ),
     "nemotron_topics": _Kind(
         _NEMOTRON,
         _nemotron_columns("system_instruction", "conversation_history", "last_user_message", "gt_topic_classification"),
         _nemotron_topics,
         "tf_efficient_reasoning.jsonl",
+        {"train": "tf_efficient_reasoning"},
+    ),
+    "canttalkaboutthis": _Kind(
+        "nvidia/CantTalkAboutThis-Topic-Control-Dataset",
+        lambda _: ("system_instruction", "conversation", "distractors"),
+        _canttalkaboutthis,
+        clone={
+            "train": "canttalkaboutthis_topic_control_mixtral",
+            "test": "canttalkaboutthis_topic_control_human_test_set",
+        },
+        parts=_dialogue_parts,
     ),
     "jsonl": _Kind("", lambda _: ("prompt",), _jsonl),
 }
@@ -297,9 +335,8 @@ _KINDS = {
 
 def _read(source: SourceConfig, kind: _Kind) -> Table:
     if source.path is not None:
-        # A clone of the hub's repository names its files in its own way.
-        named = [kind.file.removesuffix(".jsonl")] if kind.file else [f"wildguard_{source.split}"]
-        return read_local(Path(source.path), [source.split, *named])
+        stems = (source.split, kind.clone.get(source.split))
+        return read_local(Path(source.path), [stem for stem in stems if stem])
     if kind.file and source.split != "train":
         raise JaxguardError(f"{source.kind} has one split, train, not {source.split!r}")
     # WildGuardMix keeps its splits in configurations of their own: wildguardtrain/train and wildguardtest/test.
