@@ -241,8 +241,8 @@ class DistillConfig(Section):
 class SetConfig(Section):
     """One training set: examples in a mode."""
 
-    name: str
-    """What it is called."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+    """What it is called: letters, digits and _."""
     mode: Literal["reasoning", "direct", "dual"] = "reasoning"
     """As data.mode."""
     sources: tuple[SourceConfig, ...] = ()
@@ -255,7 +255,7 @@ class BuildConfig(Section):
     """Training sets in files, made of examples and their traces."""
 
     sets: tuple[SetConfig, ...] = Field(
-        (
+        default=(
             SetConfig(name="reasoning", mode="reasoning"),
             SetConfig(name="direct", mode="direct"),
             SetConfig(name="dual", mode="dual"),
@@ -269,8 +269,16 @@ class BuildConfig(Section):
     """Seeds of the subsets: for each seed, smaller subsets are contained in larger ones."""
     benchmarks: tuple[SourceConfig, ...] = ()
     """What the guard will be evaluated on: training examples that match one of its prompts are dropped and listed."""
-    similarity: Share = 0.8
-    """Jaccard similarity of two prompts' five-character shingles from which they match."""
+    similarity: Annotated[float, Field(ge=0.5, le=1)] = 0.8
+    """Jaccard similarity of two prompts' five-character shingles from which they match; at least 0.5."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [one.name for one in self.sets]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"sets: {twice!r} is given twice")
+        return self
 
 
 class CheckpointConfig(Section):

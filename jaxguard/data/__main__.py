@@ -1,7 +1,8 @@
-"""`python -m jaxguard.data --config NAME`: what a run would train on."""
+"""`python -m jaxguard.data --config NAME`: what a run would train on, and training sets built into files."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -16,15 +17,38 @@ Load, choose and encode a run's data, and report on it: where the examples come 
 balance, lengths, packing, and one example as the model sees it, the trained tokens highlighted. Nothing is written and
 no model is loaded; of the checkpoint only the tokenizer is needed.
 
+commands:
+  build    write the training sets of a config into files, with a manifest and a card
+
 examples:
   python -m jaxguard.data --config gemma4b_5k
   python -m jaxguard.data --config gemma4b_5k data.subset=500 --show-text
   python -m jaxguard.data --config gemma4b_5k model.checkpoint=path/to/checkpoint data.train.0.path=traces.jsonl
+  python -m jaxguard.data build --config wildguard_sets
+"""
+BUILD = """\
+Make training sets out of the examples and traces of data.train, as the config's build section says: reasoning, direct and dual,
+each whole and as random subsets, without what a benchmark also holds. runs/NAME/dataset is read by `datasets`, TRL, LlamaFactory
+and data.train: {kind: jsonl, path: runs/NAME/dataset/dual/5000_0.parquet}. The same input gives the same bytes.
+
+examples:
+  python -m jaxguard.data build --config wildguard_sets
+  python -m jaxguard.data build --config wildguard_sets build.subsets=[500] build.seeds=[0,1]
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_door("data", DESCRIPTION, _main, _extend, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_door("data", DESCRIPTION, _main, _extend, argv, {"build": _build_door})
+
+
+def _build_door(argv: Sequence[str]) -> int:
+    return run_door("data build", BUILD, _build, argv=argv)
+
+
+def _build(_: argparse.Namespace, config: Config) -> int:
+    from jaxguard.data.build import build
+
+    return build(config)
 
 
 def _extend(parser: argparse.ArgumentParser) -> None:

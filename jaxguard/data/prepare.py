@@ -80,11 +80,11 @@ def select(config: Config) -> Selection:
     data, dropped = config.data, Counter[str]()
     policy = load_policy(data.policy)
     pool, sources = load_sources(data.train, "train")
-    pool = _usable(pool, "data.train", policy, data.mode, dropped)
+    pool = usable(pool, "data.train", policy, data.mode, dropped)
     held: list[Example] = []
     if data.validation and data.validation_size:
         held, more = load_sources(data.validation, "validation")
-        held = _sample(_usable(held, "data.validation", policy, data.mode, dropped), data.validation_size)
+        held = _sample(usable(held, "data.validation", policy, data.mode, dropped), data.validation_size)
         sources += more
     elif data.validation_size:
         held = _hold_out(pool, data.validation_size)
@@ -183,7 +183,7 @@ def load_sources(sources: Iterable[SourceConfig], role: str) -> tuple[list[Examp
     return unique_ids(examples), origins
 
 
-def _usable(examples: list[Example], field: str, policy: Policy, mode: str, dropped: Counter[str]) -> list[Example]:
+def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropped: Counter[str]) -> list[Example]:
     """The examples that have an answer to one of their policy's questions, and a trace where the mode needs one."""
     role = field.removeprefix("data.")
     answered = [example for example in examples if _answers_something(example, policy_for(example, policy))]
