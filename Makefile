@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 SGLANG := .venv-sglang
 AOT := .venv-aot$(SUFFIX:python%=-%)
 PIP := -m pip install --quiet --disable-pip-version-check
+SCRIPTS := .ci/run $(shell find launch -name '*.sbatch' -o -name '*.sh')
 TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0.23'
 
 export JAX_PLATFORMS ?= cpu
@@ -14,15 +15,16 @@ export JAX_PLATFORMS ?= cpu
 .PHONY: help demo test test-slow test-aot test-sglang sglang-cpu lint format clean
 
 help:
-	@echo "make demo       train a real guard on this CPU and show what it learned"
-	@echo "make test       the default tests (pass more to pytest with ARGS=...)"
-	@echo "make test-slow  those that take minutes"
-	@echo "make test-aot   those that compile for absent A100s and TPUs"
-	@echo "make test-sglang  those that start real SGLang servers"
-	@echo "make sglang-cpu   the environment in which SGLang serves on this CPU"
-	@echo "make lint       ruff and mypy"
-	@echo "make format     let ruff rewrite what it can"
-	@echo "make clean      remove environments and fetched files; runs/ stays"
+	@echo "make demo          train a real guard on this CPU and show what it learned"
+	@echo "make distill-demo  get traces from a real SGLang server on this CPU, and train on them"
+	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
+	@echo "make test-slow     those that take minutes"
+	@echo "make test-aot      those that compile for absent A100s and TPUs"
+	@echo "make test-sglang   those that start real SGLang servers"
+	@echo "make sglang-cpu    the environment in which SGLang serves on this CPU"
+	@echo "make lint          ruff, mypy and shellcheck"
+	@echo "make format        let ruff rewrite what it can"
+	@echo "make clean         remove environments and fetched files; runs/ stays"
 
 demo: $(VENV)/.base
 	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py $(ARGS)
@@ -45,6 +47,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck $(SCRIPTS)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
