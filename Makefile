@@ -12,7 +12,7 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo test test-slow test-aot test-sglang sglang-cpu lint format clean
+.PHONY: help demo distill-demo test test-slow test-aot test-sglang sglang-cpu lint format clean
 
 help:
 	@echo "make demo          train a real guard on this CPU and show what it learned"
@@ -28,6 +28,9 @@ help:
 
 demo: $(VENV)/.base
 	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py $(ARGS)
+
+distill-demo: $(VENV)/.distill $(SGLANG)/.ready
+	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 $(BIN)/python tools/distill_demo.py $(ARGS)
 
 test: $(VENV)/.fixtures
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -61,6 +64,10 @@ $(VENV)/.base: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("jaxguard needs Python 3.11 or newer: make PYTHON=python3.x ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) --editable '.[gguf]'
+	touch $@
+
+$(VENV)/.distill: $(VENV)/.base
+	$(BIN)/python $(PIP) --editable '.[distill]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base

@@ -7,6 +7,7 @@ operators do their work.
 """
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--log", type=Path, default=Path("runs/sglang.log"))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with serve(options.checkpoint, options.name, options.log, options.port) as server:
             print(f"serving {options.checkpoint} as {options.name!r} at {server.url}; Ctrl-C ends it", flush=True)
@@ -118,6 +120,7 @@ def started(module: Sequence[str], health: str, log: Path) -> Iterator[subproces
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     try:
         _wait(process, health, log)
@@ -131,12 +134,18 @@ def started(module: Sequence[str], health: str, log: Path) -> Iterator[subproces
                 continue
 
 
+def _end_with_parent() -> None:
+    """Whatever ends the process that started this one, kill -9 included, ends this one too."""
+    parent_death_signal = 1
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
+
+
 def _environment(outer: Mapping[str, str]) -> dict[str, str]:
     return {
         **outer,
         "HF_HUB_OFFLINE": "1",
         "SGLANG_USE_CPU_ENGINE": "1",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
         "PYTHONPATH": str(STUB),
         "NO_PROXY": "127.0.0.1",
     }

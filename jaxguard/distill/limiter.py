@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 class Limiter:
     """Additive increase, multiplicative decrease, as TCP shares a line.
 
-    Each limit's worth of answers raises the limit by one; a sign of overload halves it. Requests that began before a cut
-    do not cut again: one burst of refusals is one sign.
+    A sign of overload halves the limit; requests that began before a cut do not cut again, since one burst of refusals is
+    one sign. Until the first cut every answer raises the limit by one; from then on it takes a limit's worth of answers.
 
     Attributes:
         limit: requests that may be under way, a fraction counting as none.
@@ -41,7 +41,7 @@ class Limiter:
         try:
             yield overload
             if not overloaded:
-                self.limit = min(self._most, self.limit + 1 / self.limit)
+                self.limit = min(self._most, self.limit + (1 / self.limit if self._cuts else 1))
         finally:
             self.active -= 1
             async with self._changed:

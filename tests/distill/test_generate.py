@@ -30,7 +30,7 @@ from jaxguard.errors import JaxguardError
 from jaxguard.sections import FilterConfig, TeacherConfig
 
 POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm",))
-FAULTS = ("429", "500", "503", "reset", "cut", "html", "garbage", "empty", "null")
+FAULTS = ("429", "500", "503", "reset", "slow", "cut", "html", "garbage", "empty", "null")
 WRONG = json.dumps(completion(1, content=THOUGHT + "Prompt harm: harmful"))
 LEAK = json.dumps(completion(1, content=f"<think>The ground truth says so, hence the prompt is fine.</think>{VERDICT}"))
 
@@ -128,14 +128,20 @@ def test_examples_are_read_only_as_they_are_worked_on(tmp_path):
 
 
 CLIENT = """
-import asyncio, sys
+import asyncio, resource, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from tenacity import wait_none
 import test_generate
 test_generate.teacher_module.wait_random_exponential = lambda **_: wait_none()
-asyncio.run(test_generate.generate(Path({folder!r}), ({url!r},), {count}, tries=40, concurrency=32))
+options = dict(rounds=20, tries=40, concurrency=8, timeout=0.5)
+asyncio.run(test_generate.generate(Path({folder!r}), ({url!r},), {count}, **options))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
+
+
+def client(folder, url, count):
+    return CLIENT.format(tests=str(Path(__file__).parent), folder=str(folder), url=url, count=count)
 
 
 async def killed_again_and_again(folder: Path, count: int, kills: int) -> None:
@@ -145,7 +151,7 @@ async def killed_again_and_again(folder: Path, count: int, kills: int) -> None:
         fate.choice(FAULTS) if fate.random() < 0.3 else fate.choice((WRONG, "", "", "")) for _ in range(20 * count)
     ]
     async with serve(lambda i: script[i], keep=False) as server:
-        code = CLIENT.format(tests=str(Path(__file__).parent), folder=str(folder), url=server.url, count=count)
+        code = client(folder, server.url, count)
         for kill in range(kills + 1):
             process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
             goal, started = count * (kill + 1) // (kills + 2), time.monotonic()
@@ -162,12 +168,10 @@ def check_nothing_lost_nothing_twice(folder: Path, count: int) -> None:
     found = list(read_attempts(folder))
     keys = {attempt.key for attempt in found}
     assert len(keys) == len(found)
-    assert {attempt.example_id for attempt in found} == {f"x{i}" for i in range(count)}
     for attempt in found:  # a round is begun only when all before it failed
         assert all((attempt.example_id, r, 0) in keys for r in range(attempt.round))
     accepted = Counter(attempt.example_id for attempt in found if attempt.accepted)
-    assert set(accepted.values()) == {1}
-    assert len(accepted) > 0.95 * count
+    assert accepted == dict.fromkeys((f"x{i}" for i in range(count)), 1)
 
 
 def test_faults_and_kills_lose_nothing_and_repeat_nothing(tmp_path):
@@ -179,3 +183,17 @@ def test_faults_and_kills_lose_nothing_and_repeat_nothing(tmp_path):
 def test_faults_and_kills_on_two_thousand_examples(tmp_path):
     asyncio.run(killed_again_and_again(tmp_path, 2000, 5))
     check_nothing_lost_nothing_twice(tmp_path, 2000)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_examples(tmp_path):
+    async def peak_kilobytes(count: int) -> int:
+        async with serve(lambda i: "", keep=False) as server:
+            code = client(tmp_path / str(count), server.url, count)
+            process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+            output, _ = await process.communicate()
+        return int(output)
+
+    few, many = asyncio.run(peak_kilobytes(200)), asyncio.run(peak_kilobytes(4000))
+    # What a store keeps of an attempt is its key and its example's id: some 300 bytes.
+    assert many - few < 4000, f"{few} kB with 200 examples, {many} kB with 4,000"

@@ -158,11 +158,11 @@ def test_two_workers_behind_the_router_and_one_is_killed(folder, parrot, config,
         (reply,) = ask(one.url, extra={"regex": "(yes|no)"})
         assert reply.answer in ("yes", "no")
         store = tmp_path / "runs/traces/traces"
-        killer = threading.Thread(target=kill_midway, args=(one, store, 100))
+        killer = threading.Thread(target=kill_midway, args=(one, store, 50))
         killer.start()
-        assert main(["--config", str(config(router.url, count=400))]) == 0
+        assert main(["--config", str(config(router.url, count=150))]) == 0
         killer.join()
-        check_store(store, 400)
+        check_store(store, 150)
 
 
 def kill_midway(server, store, attempts):
