@@ -1,7 +1,9 @@
 """A distillation from start to end: examples in, traces filtered and stored, training files out."""
 
 import asyncio
+import datetime
 import json
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +33,10 @@ try:
     from jaxguard.distill.teacher import open_teacher
 except ImportError as error:
     raise JaxguardError(f"the teacher's client is not installed ({error}): pip install -e '.[distill]'") from None
+
+
+TOLD_SECONDS = 30.0
+"""Between two lines of progress where there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -188,26 +194,36 @@ def finish(job: Job, tasks: list[Task], store: Path, traces: dict[str, str]) -> 
 
 @contextmanager
 def bar(total: int, title: str, console: Console) -> Iterator["Shown"]:
-    """A progress bar over the examples; on no terminal it shows nothing, the table at the end says it all."""
+    """A progress bar over the examples; on no terminal, a line every half minute."""
     columns = (
         TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield Shown(progress, total)
+        yield Shown(progress, total, title)
 
 
 class Shown:
     """Shows a funnel as it fills."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
+    def __init__(self, progress: Progress, total: int, title: str) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=total, numbers="")
+        self._title, self._total = title, total
+        self._started = self._told = time.monotonic()
 
     def __call__(self, funnel: Funnel) -> None:
         """Show the newest numbers."""
-        seconds = self._progress.tasks[0].elapsed or 1e-9
+        now = time.monotonic()
+        seconds = max(now - self._started, 1e-9)
         failed = "  ".join(f"{name} {count}" for name, count in funnel.failed.most_common(3))
         speed = f"{funnel.attempts / seconds:,.1f} traces/s  {funnel.completion_tokens / seconds:,.0f} tokens/s"
         numbers = f"{speed}  failed: {failed or 'none'}"
-        self._progress.update(self._task, completed=funnel.accepted + len(funnel.unfinished), numbers=numbers)
+        done = funnel.accepted + len(funnel.unfinished)
+        self._progress.update(self._task, completed=done, numbers=numbers)
+        if self._progress.disable and now - self._told >= TOLD_SECONDS:
+            self._told = now
+            left = datetime.timedelta(seconds=round(seconds / done * (self._total - done))) if done else "?"
+            self._progress.console.print(
+                f"{self._title} {done}/{self._total}  {numbers}  ETA {left}", highlight=False, soft_wrap=True
+            )

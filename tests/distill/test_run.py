@@ -76,6 +76,50 @@ def test_what_never_passes_is_named(config, capsys):
     assert (config.parent / "runs/traces/traces.jsonl").read_text() == ""
 
 
+SHORT, LONG = (json.dumps(completion(1, content=f"{text}\n\nPrompt harm: unharmful\nResponse harm: None")) for text in (
+    "They ask about bread, which no rule forbids at all.",
+    "They ask about bread. No rule forbids bread, so all is well.",
+))  # fmt: skip
+
+
+def test_accepted_traces_are_shortened_to_each_budget(config):
+    """6 traces; then budget 1, whose first answer has two sentences; then budget 2."""
+    code, server = distilled(
+        config,
+        lambda i: RIGHT if i < 6 else LONG if i == 6 else SHORT,
+        "distill.budgets=[1,2]",
+        "distill.teacher.concurrency=1",
+    )
+    assert (code, server.count) == (0, 6 + 7 + 6)
+    folder = config.parent / "runs/traces"
+    for budget in (1, 2):
+        examples = load_examples(SourceConfig(kind="jsonl", path=str(folder / f"traces_{budget}.jsonl")))
+        assert [example.trace for example in examples] == ["They ask about bread, which no rule forbids at all."] * 6
+    (failed,) = (a.failures for a in read_attempts(folder / "traces_1") if not a.accepted)
+    assert failed == {"over_budget": "2 sentences; at most 1 were asked for"}
+    asked = [request["messages"][0]["content"] for request in server.requests]
+    assert all("The user asks about bread, which no rule forbids." in text for text in asked[6:])
+    assert "at most 1 sentence." in asked[6]
+    assert "at most 2 sentences." in asked[-1]
+    # A budget's store belongs to the traces that it shortens.
+    code, _ = distilled(config, lambda i: SHORT, "distill.budgets=[1]", "distill.filter.max_words=700", "name=traces")
+    assert code == 2
+
+
+def test_the_summary_says_why_the_last_attempt_failed(config):
+    distilled(config, lambda i: WRONG)
+    summary = json.loads((config.parent / "runs/traces/traces.summary.json").read_text())
+    assert (summary["examples"], summary["attempts"], summary["traced"]) == (6, 12, 0)
+    assert summary["failed"] == {"verdict_differs": 12}
+    assert summary["never_passed"]["x3"] == {"verdict_differs": "prompt_harm: harmful, not unharmful"}
+
+
+def test_without_a_terminal_progress_is_told_in_lines(config, capsys, monkeypatch):
+    monkeypatch.setattr("jaxguard.distill.run.TOLD_SECONDS", 0.0)
+    distilled(config, lambda i: RIGHT)
+    assert "traces 6/6" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
