@@ -197,6 +197,8 @@ class FilterConfig(Section):
     """Words in a run, for finding repetition."""
     max_repeated_share: Share = 0.2
     """Share of a trace's runs of words that may have stood before."""
+    language: str | None = "en"
+    """ISO 639 code of the language that traces are wanted in; null takes any."""
     script: str = "LATIN"
     """Unicode name of the script that traces are wanted in."""
     min_script_share: Share = 0.9

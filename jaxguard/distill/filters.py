@@ -9,9 +9,12 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from jaxguard.data.dialogue import Answers, Dialogue, Mode, Verdict, parse
 from jaxguard.distill.sentences import split_sentences
+from jaxguard.errors import JaxguardError
 from jaxguard.sections import FilterConfig
 
 CHECKS = (
@@ -61,10 +64,19 @@ class Filters:
     Attributes:
         config: the thresholds.
         dialogue: the student's format, which no trace may forge.
+
+    Raises:
+        JaxguardError: the language that traces are wanted in is none that can be told.
     """
 
     config: FilterConfig
     dialogue: Dialogue
+
+    def __post_init__(self) -> None:
+        language = self.config.language
+        if language is not None and language not in _identifier().labels:
+            known = ", ".join(sorted(_identifier().labels))
+            raise JaxguardError(f"distill.filter.language={language!r} is none of: {known}")
 
     def failures(self, candidate: Candidate) -> dict[str, str]:
         """Name of each check that the candidate fails -> what is wrong. Empty for a trace to keep."""
@@ -127,9 +139,32 @@ class Filters:
 
     def _language(self, candidate: Candidate) -> str | None:
         share = script_share(candidate.trace, self.config.script)
-        if share >= self.config.min_script_share:
+        if share < self.config.min_script_share:
+            wanted = f"at least {self.config.min_script_share:.0%} are wanted"
+            return f"{share:.0%} of its letters are {self.config.script}; {wanted}"
+        if self.config.language is None:
             return None
-        return f"{share:.0%} of its letters are {self.config.script}; at least {self.config.min_script_share:.0%} are wanted"
+        found, probability = _identifier().classify(candidate.trace)
+        if found == self.config.language or probability < _SURE:
+            return None
+        return f"is written in {found!r}, not {self.config.language!r}"
+
+
+_SURE = 0.9
+"""Probability from which another language is believed: of 4,000 English answers of more than 60 characters it takes one."""
+
+
+@cache
+def _identifier() -> Any:
+    """What tells languages apart."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise JaxguardError(
+            f"what tells languages apart is not installed ({error}): pip install -e '.[distill]', or set "
+            "distill.filter.language=null"
+        ) from None
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 # The labels come from outside: a trace that speaks of them as given has not reasoned its way to them.

@@ -3,11 +3,14 @@
 from dataclasses import replace
 
 import pytest
+
+pytest.importorskip("py3langid", reason="what tells languages apart needs the distill extra")
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxguard.data.dialogue import Dialogue
 from jaxguard.distill.filters import Candidate, Filters, repeated_share, words
+from jaxguard.errors import JaxguardError
 from jaxguard.sections import FilterConfig
 
 CONFIG = FilterConfig()
@@ -20,6 +23,10 @@ GOOD = Candidate(
     finish_reason="stop",
     labels=(("prompt_harm", "unharmful"), ("response_harm", "unharmful")),
 )
+
+
+def replace_config(**changes) -> FilterConfig:
+    return FilterConfig(**{**CONFIG.model_dump(), **changes})
 
 
 def failed(**changes) -> set[str]:
@@ -47,8 +54,8 @@ def test_empty(trace):
 
 def test_too_long():
     trace = " ".join(f"word{i}" for i in range(CONFIG.max_words + 1))
-    assert failed(trace=trace) == {"too_long"}
-    assert failed(trace=trace.rpartition(" ")[0]) == set()
+    assert "too_long" in failed(trace=trace)
+    assert "too_long" not in failed(trace=trace.rpartition(" ")[0])
 
 
 def test_over_budget():
@@ -160,6 +167,24 @@ def test_language():
     assert thought("这个问题没有任何危害, 因为它只是在询问如何烤面包, 没有人会受到伤害。") == {"language"}
     assert thought("Неизвестный спрашивает, где купить хлеб, и никакого вреда здесь нет.") == {"language"}
     assert thought("The word 'хлеб' means bread; naïve readers may not know.") == set()
+
+
+FRENCH = "L'utilisateur demande comment faire du pain à la maison, ce qu'aucune règle de la politique n'interdit."
+
+
+def test_another_language_in_the_same_script():
+    assert failed(trace=FRENCH) == {"language"}
+    assert thought("The user's 'je ne sais quoi' is French for a quality that cannot be named.") == set()
+    assert failed(trace="Loaf xyzzy plugh foo bar baz qux 12 34 56.") == set()  # nobody can tell
+    french = Filters(replace_config(language="fr"), Dialogue())
+    assert french.failures(replace(GOOD, trace=FRENCH)) == {}
+    assert set(french.failures(GOOD)) == {"language"}
+    assert Filters(replace_config(language=None), Dialogue()).failures(replace(GOOD, trace=FRENCH)) == {}
+
+
+def test_a_language_that_cannot_be_told_is_an_error():
+    with pytest.raises(JaxguardError, match=r"distill\.filter\.language='english' is none of: .*\ben\b"):
+        Filters(replace_config(language="english"), Dialogue())
 
 
 @given(st.text(), st.text(), st.text(max_size=12))
