@@ -51,7 +51,7 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise JaxguardError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another run_folder"
+            f"cannot write {path}: {error.strerror or error}; free some space, or write elsewhere"
         ) from None
     folder = os.open(path.parent, os.O_RDONLY)
     try:

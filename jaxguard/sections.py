@@ -72,7 +72,7 @@ class DataConfig(Section):
     mode: Literal["reasoning", "direct", "dual"] = "reasoning"
     """Answer with a trace, without, or a share of each."""
     dual_reasoning_share: Share = 0.5
-    """Dual mode: share of the examples that carry their trace."""
+    """Dual mode: share of the examples that carry their trace, among those that do not say their mode themselves."""
     reasoning_marker: str = "/think"
     """Ends the user turn when a trace is wanted."""
     direct_marker: str = "/no_think"

@@ -7,23 +7,15 @@ from types import NoneType, UnionType
 
 from pydantic.fields import FieldInfo
 
+from generated import rewrite
 from jaxguard.config import Config
 from jaxguard.fields import Section
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
-START, END = "<!-- fields -->\n", "<!-- end of fields -->\n"
 
 
 def main() -> None:
-    before, _, after = parts(DOCUMENT.read_text(encoding="utf-8"))
-    DOCUMENT.write_text(before + START + tables() + END + after, encoding="utf-8")
-
-
-def parts(text: str) -> tuple[str, str, str]:
-    """The document before its tables, the tables, and what follows."""
-    before, _, rest = text.partition(START)
-    inside, _, after = rest.partition(END)
-    return before, inside, after
+    rewrite(DOCUMENT, tables())
 
 
 def tables() -> str:

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import yaml
 
+from generated import rewrite
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "serving.md"
 TEACHERS = ROOT / "launch" / "sglang" / "teachers"
-START, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 
 GIB = 1024**3
 BF16, INT8 = 2.0, 1.0
@@ -190,15 +191,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    before, _, after = parts(DOCUMENT.read_text(encoding="utf-8"))
-    DOCUMENT.write_text(before + START + tables() + END + after, encoding="utf-8")
-
-
-def parts(text: str) -> tuple[str, str, str]:
-    """The document before its tables, the tables, and what follows."""
-    before, _, rest = text.partition(START)
-    inside, _, after = rest.partition(END)
-    return before, inside, after
+    rewrite(DOCUMENT, tables())
 
 
 def tables() -> str:

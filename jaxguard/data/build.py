@@ -54,6 +54,8 @@ CHAT_SCHEMA = pyarrow.schema(
     [("id", _TEXT), ("messages", pyarrow.list_(pyarrow.struct([("role", _TEXT), ("content", _TEXT)])))]
 )
 
+_DATA_FIELDS = {"policy", "reasoning_marker", "direct_marker", "dual_reasoning_share"}
+
 
 @dataclass(frozen=True)
 class Built:
@@ -98,7 +100,7 @@ def build(config: Config) -> int:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         sets = [_choose(config, wanted, pools) for wanted in settings.sets]
-        files = {built.config.name: dict(_write_set(draft, built, settings, config.seed, encoder)) for built in sets}
+        files = {built.config.name: dict(_write_set(draft, built, settings, config, encoder)) for built in sets}
         manifest = _manifest(config, settings, sets, files)
         _write_rest(draft, manifest, sets)
         output = _put_in_place(draft, manifest["version"])
@@ -168,7 +170,7 @@ def _filter_statistics(source: SourceConfig) -> dict[str, Any]:
 
 
 def _write_set(
-    draft: Path, built: Built, settings: BuildConfig, seed: int, encoder: Encoder
+    draft: Path, built: Built, settings: BuildConfig, config: Config, encoder: Encoder
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Write a set and its subsets; (subset's name, what the manifest says of it)."""
     folder = draft / built.config.name
@@ -177,7 +179,7 @@ def _write_set(
     chosen = {"all": built.base}
     chosen |= {f"{size}_{s}": subset(built.base, size, s) for size in sorted(sizes) for s in settings.seeds}
     for name, base in chosen.items():
-        examples = _with_modes(unique_ids([*base, *built.appended]), built.config.mode, seed)
+        examples = _with_modes(unique_ids([*base, *built.appended]), built.config.mode, config)
         rows, chat = folder / f"{name}.parquet", folder / "chat" / f"{name}.parquet"
         _write_parquet(rows, [example.to_json() for example in examples], SCHEMA)
         _write_parquet(chat, [_chat(example, encoder) for example in examples], CHAT_SCHEMA)
@@ -197,9 +199,11 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: pyarrow.Schem
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path, compression="zstd")
 
 
-def _with_modes(examples: list[Example], mode: str, seed: int) -> list[Example]:
+def _with_modes(examples: list[Example], mode: str, config: Config) -> list[Example]:
     """Each example with its mode, and with a trace only if it is to give it."""
-    modes = assign_modes([replace(example, mode=None) for example in examples], mode, 0.5, seed)
+    modes = assign_modes(
+        [replace(example, mode=None) for example in examples], mode, config.data.dual_reasoning_share, config.seed
+    )
     return [
         replace(example, mode=own.value, trace=example.trace if own is Mode.REASONING else None)
         for example, own in zip(examples, modes, strict=True)
@@ -225,7 +229,9 @@ def _manifest(
     manifest = {
         "jaxguard": jaxguard.__version__,
         "checkpoint": config.model.checkpoint,
-        "data": config.data.model_dump(mode="json", include={"policy", "reasoning_marker", "direct_marker"}),
+        "data": config.data.model_dump(
+            mode="json", include={"policy", "reasoning_marker", "direct_marker", "dual_reasoning_share"}
+        ),
         "policy_sha256": policy.digest,
         "build": settings.model_dump(mode="json"),
         "seed": config.seed,
@@ -269,7 +275,7 @@ def _put_in_place(draft: Path, version: str) -> Path:
     """Give the finished folder its name; one with other contents is kept under its version."""
     output = draft.with_name("dataset")
     if output.is_dir():
-        before = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["version"]
+        before = _version(output)
         if before == version:
             shutil.rmtree(draft)
             return output
@@ -277,6 +283,13 @@ def _put_in_place(draft: Path, version: str) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         output.rename(aside)
     return draft.rename(output)
+
+
+def _version(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unreadable"
 
 
 def _table(manifest: dict[str, Any]) -> Table:

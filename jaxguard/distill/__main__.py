@@ -45,7 +45,13 @@ def _audit_door(argv: Sequence[str]) -> int:
 
 
 def _inspect_door(argv: Sequence[str]) -> int:
-    return run_door("distill inspect", INSPECT, _inspect, argv=argv)
+    return run_door("distill inspect", INSPECT, _inspect, _extend_inspect, argv)
+
+
+def _extend_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store", default="traces", help="which store of the run, such as traces_1; the page is called after it"
+    )
 
 
 # The teacher's client is an extra, so what needs it is imported only then.
@@ -63,10 +69,10 @@ def _audit(_: argparse.Namespace, config: Config) -> int:
     return audit(config)
 
 
-def _inspect(_: argparse.Namespace, config: Config) -> int:
+def _inspect(options: argparse.Namespace, config: Config) -> int:
     from jaxguard.distill.page import inspect
 
-    return inspect(config)
+    return inspect(config, options.store)
 
 
 if __name__ == "__main__":

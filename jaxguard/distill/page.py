@@ -122,14 +122,14 @@ class Bin:
     failed: int
 
 
-def inspect(config: Config) -> int:
-    """Write the page of a run's trace store beside it.
+def inspect(config: Config, store: str = "traces") -> int:
+    """Write the page of one of a run's trace stores beside it.
 
     Raises:
         JaxguardError: there is no store, or the page cannot be written.
     """
-    output = config.folder / "traces.html"
-    shown = write_page(config.folder / "traces", output)
+    output = config.folder / f"{store}.html"
+    shown = write_page(config.folder / store, output)
     Console(soft_wrap=True).print(Text(f"{shown:,} attempts to read: {output}"))
     return 0
 

@@ -71,14 +71,12 @@ def distill(config: Config) -> int:
     """
     job = load_job(config)
     settings, folder = job.settings, config.folder
-    prompt = load_prompt(settings.prompt)
-    shorten = load_prompt(settings.shorten_prompt) if settings.budgets else None
+    prompt, shorten = load_prompt(settings.prompt), load_prompt(settings.shorten_prompt)
     store = folder / "traces"
     generate(job, prompt, job.tasks, store, common(job, prompt))
     traces = best_traces(store)
     finish(job, job.tasks, store, traces)
-    for budget in settings.budgets if shorten else ():
-        assert shorten is not None
+    for budget in settings.budgets:
         tasks, short = list(shortening(job.tasks, traces, budget)), folder / f"traces_{budget}"
         generate(job, shorten, tasks, short, common(job, shorten, budget=budget, shortens=common(job, prompt)))
         finish(job, tasks, short, best_traces(short))
@@ -130,7 +128,7 @@ def generate(
     folder: Path,
     settings: dict[str, object],
     exhaustive: bool = False,
-) -> Funnel:
+) -> None:
     """Work on the tasks until each is done, with a progress bar; what the store holds is not asked for again.
 
     Args:
@@ -145,7 +143,7 @@ def generate(
         JaxguardError: a server does not answer or serves another model, or the store was begun with other settings.
     """
 
-    async def run() -> Funnel:
+    async def run() -> None:
         async with AsyncExitStack() as stack:
             teacher = await stack.enter_async_context(open_teacher(job.settings.teacher))
             await teacher.check()
@@ -165,9 +163,9 @@ def generate(
                 judge=judge,
                 exhaustive=exhaustive,
             )
-            return await generation.run(tasks, stack.enter_context(bar(len(tasks), folder.name, job.console)))
+            await generation.run(tasks, stack.enter_context(bar(len(tasks), folder.name, job.console)))
 
-    return asyncio.run(run())
+    asyncio.run(run())
 
 
 def best_traces(store: Path) -> dict[str, str]:
