@@ -255,7 +255,8 @@ def _write_rest(draft: Path, manifest: dict[str, Any], sets: list[Built]) -> Non
         json.dumps({"set": built.config.name, **asdict(match)}) + "\n" for built in sets for match in built.matches
     }
     (draft / "contaminated.jsonl").write_text("".join(sorted(matches)), encoding="utf-8")
-    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    roles = {f"{role}_tag": role for role in ("user", "assistant", "system")}
+    tags = {"role_tag": "role", "content_tag": "content", **roles}
     chats = {
         f"{name}_{part}": {
             "file_name": f"{name}/chat/{part}.parquet",

@@ -148,6 +148,9 @@ def test_chat_messages_are_what_training_renders(built, config):
 def test_llamafactory_finds_its_files(built):
     info = json.loads((built / "dataset_info.json").read_text())
     assert {"dual_all", "short_16_1"} <= set(info)
+    assert (
+        info["dual_all"]["tags"]["system_tag"] == "system"
+    )  # LlamaFactory drops rows with a role that it is not told of
     assert all((built / entry["file_name"]).is_file() for entry in info.values())
 
 
