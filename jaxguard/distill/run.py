@@ -44,15 +44,13 @@ class Job:
     """What a run's stages share.
 
     Attributes:
-        config: the run's, with its distill section.
-        settings: that section.
+        settings: the config's distill section.
         dialogue: the student's format.
         policy: the run's policy.
         tasks: a trace to get for each example that has a label.
         console: where progress is shown.
     """
 
-    config: Config
     settings: DistillConfig
     dialogue: Dialogue
     policy: Policy
@@ -100,7 +98,7 @@ def load_job(config: Config) -> Job:
     tasks = list(tasks_for(examples, policy))
     if not tasks:
         raise JaxguardError(f"none of the {len(examples)} examples has a label for what policy {policy.name!r} asks")
-    return Job(config, config.distill, dialogue, policy, tasks, Console())
+    return Job(config.distill, dialogue, policy, tasks, Console())
 
 
 def common(job: Job, prompt: TeacherPrompt, **more: object) -> dict[str, object]:

@@ -13,6 +13,7 @@ import yaml
 from parrot import write_parrot
 
 import sglang_server
+from jaxguard.data.__main__ import main as build_main
 from jaxguard.distill.__main__ import main
 from jaxguard.distill.store import read_attempts
 from jaxguard.distill.teacher import open_teacher
@@ -139,6 +140,18 @@ def test_from_examples_to_traces_an_audit_and_a_page(server, config, tmp_path):
     assert set(failed) == {"verdict_differs"}  # the parrot's only fault
     examples = [json.loads(line) for line in (run / "traces.jsonl").read_text().splitlines()]
     assert [example["trace"] for example in examples] == [TRACE] * COUNT
+    sets = [
+        "build",
+        "--config",
+        str(path),
+        f"data.train.0.path={run / 'traces.jsonl'}",
+        "name=sets",
+        "build.subsets=[10]",
+    ]
+    assert build_main(sets) == 0
+    manifest = json.loads((tmp_path / "runs/sets/dataset/manifest.json").read_text())
+    assert manifest["sets"]["dual"]["subsets"]["all"]["by_mode"] == {"direct": COUNT // 2, "reasoning": COUNT // 2}
+    assert manifest["sets"]["dual"]["sources"][0]["distilled"]["attempts"] == len(attempts)
     assert main(["audit", "--config", str(path)]) == 0
     audit = json.loads((run / "audit/audit.json").read_text())
     # 160 answers, each right with probability 0.7: outside these bounds once in 1e9 runs
