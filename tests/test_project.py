@@ -26,6 +26,7 @@ ROOMS = {
     "models": set(),
     "train": {"data", "models"},
     "plan": {"data", "models", "train"},
+    "evaluate": {"data", "models", "train"},
 }
 MAX_FILE, MAX_FUNCTION = 400, 55
 
