@@ -17,7 +17,6 @@ from jaxguard.config import Config
 from jaxguard.data.dialogue import ABSENT, CHOICES, Mode, Verdict, parse
 from jaxguard.data.policies import QUESTIONS, Question
 from jaxguard.data.prepare import subset
-from jaxguard.distill.agreement import confusion, consistency, right_counts, scores, spread
 from jaxguard.distill.audit_page import shown_table, write_report
 from jaxguard.distill.filters import repeated_share, words
 from jaxguard.distill.prompts import TeacherPrompt, load_prompt
@@ -27,6 +26,7 @@ from jaxguard.distill.store import Attempt, read_attempts
 from jaxguard.distill.tasks import Task
 from jaxguard.errors import JaxguardError
 from jaxguard.sections import DistillConfig
+from jaxguard.statistics import confusion, consistency, right_counts, scores, spread
 
 BINS = 24
 BLIND = {"labels", "trace"}

@@ -107,7 +107,13 @@ def test_a_teacher_that_is_right_in_three_of_four(write, capsys):
     assert list(report["questions"]) == ["prompt_harm"]  # nothing has a response
     found = report["questions"]["prompt_harm"]
     for name in ("agreement", "precision", "recall", "f1"):
-        assert found["scores"][name] == {"value": 0.75, "low": 0.75, "high": 0.75}
+        assert found["scores"][name] == {
+            "value": 0.75,
+            "low": 0.75,
+            "high": 0.75,
+            "deviation": 0.5,
+            "each": [1, 1, 1, 0],
+        }
     assert found["scores"]["kappa"]["value"] == pytest.approx((1 + 1 + 1 - 1) / 4)
     assert found["consistency"] == {"majority": 0.75, "unanimous": 0, "pairwise": 0.5, "fleiss": 0}
     assert found["right_samples"] == [0, 0, 0, 20, 0]

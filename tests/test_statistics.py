@@ -1,4 +1,6 @@
-"""The statistics of an audit against values worked out by hand, and against scikit-learn."""
+"""Scores of verdicts against values worked out by hand, and against scikit-learn."""
+
+import statistics
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, precision_score, recall_score
 
-from jaxguard.distill.agreement import METRICS, Estimate, confusion, consistency, right_counts, scores, spread
+from jaxguard.statistics import METRICS, confusion, consistency, draws, f1_draws, right_counts, scores, spread
 
 LABELS = np.array([1, 1, 1, 0, 0], dtype=bool)
 # Sample 0: 2 of 3 found, 1 false alarm. Sample 1: everything right. Sample 2: nothing found.
@@ -37,7 +39,12 @@ def test_by_hand():
     assert found["precision"] == pytest.approx((2 / 3 + 1) / 2)  # the third sample calls nothing positive
     # Sample 0: 3/5 observed, (3 * 3 + 2 * 2) / 25 = 13/25 by chance; sample 2: 2/5 observed and by chance.
     assert found["kappa"] == pytest.approx(((3 / 5 - 13 / 25) / (1 - 13 / 25) + 1 + 0) / 3)
+    assert found["false_positive_rate"] == pytest.approx((1 / 2 + 0 + 0) / 3)
     whole = scores(LABELS, VOTES, seed=0)
+    assert whole.f1.each == pytest.approx((2 / 3, 1, 0))
+    assert whole.f1.deviation == pytest.approx(statistics.stdev((2 / 3, 1, 0)))  # divisor n - 1
+    assert whole.precision.each == (pytest.approx(2 / 3), 1, None)
+    assert whole.precision.deviation == pytest.approx(statistics.stdev((2 / 3, 1)))
     assert (whole.examples, whole.positives) == (5, 3)
 
 
@@ -51,6 +58,7 @@ def test_as_scikit_learn_scores_each_sample(data):
         "recall": [recall_score(labels, column) for column in columns],
         "f1": [f1_score(labels, column) for column in columns],
         "kappa": [cohen_kappa_score(labels, column) for column in columns],
+        "false_positive_rate": [1 - recall_score(~labels, ~column) for column in columns],
     }
     for name, each in theirs.items():
         assert mine[name] == (pytest.approx(np.mean(each)) if each else None), name
@@ -78,7 +86,7 @@ def test_intervals_are_in_order_and_within_bounds(data):
     for name in METRICS:
         estimate = getattr(found, name)
         if estimate.value is None:
-            assert estimate == Estimate(None)
+            assert (estimate.low, estimate.high, estimate.deviation) == (None, None, None)
         elif estimate.low is not None:
             assert -1 <= estimate.low <= estimate.high <= 1
     assert found.agreement.low is not None
@@ -89,8 +97,8 @@ def test_intervals_are_in_order_and_within_bounds(data):
     [
         (0, 0, {"precision", "recall", "f1", "kappa"}),
         (0, 1, {"precision", "recall", "f1", "kappa"}),
-        (1, 0, {"precision", "kappa"}),
-        (1, 1, {"precision", "kappa"}),
+        (1, 0, {"precision", "kappa", "false_positive_rate"}),
+        (1, 1, {"precision", "kappa", "false_positive_rate"}),
     ],
 )
 def test_a_class_that_is_absent_leaves_scores_out(labels, votes, missing):
@@ -100,7 +108,20 @@ def test_a_class_that_is_absent_leaves_scores_out(labels, votes, missing):
 
 
 def test_one_example_has_no_interval():
-    assert scores(np.ones(1, dtype=bool), np.ones((1, 4), dtype=bool), seed=0).recall == Estimate(1.0)
+    recall = scores(np.ones(1, dtype=bool), np.ones((1, 4), dtype=bool), seed=0).recall
+    assert (recall.value, recall.low, recall.high, recall.deviation) == (1, None, None, 0)
+
+
+def test_no_example_has_no_score():
+    nothing = np.zeros(0, dtype=bool), np.zeros((0, 3), dtype=bool)
+    assert set(values(*nothing).values()) == {None}
+    assert consistency(nothing[1]).majority is None
+    assert right_counts(*nothing) == [0, 0, 0, 0]
+
+
+def test_one_sample_has_no_deviation():
+    f1 = scores(LABELS, VOTES[:, :1], seed=0).f1
+    assert (f1.deviation, f1.each) == (None, (f1.value,))
 
 
 def test_f1_is_zero_and_not_missing_where_nothing_is_found():
@@ -117,7 +138,22 @@ def test_the_bootstrap_is_seeded():
 def test_the_bootstrap_draws_examples_with_all_their_samples():
     """Repeating each verdict k times adds no information, so the interval stays as wide."""
     votes = VOTES[:, :1]
-    assert scores(LABELS, votes, seed=0) == scores(LABELS, np.repeat(votes, 8, axis=1), seed=0)
+    one, many = (scores(LABELS, v, seed=0).f1 for v in (votes, np.repeat(votes, 8, axis=1)))
+    assert (one.value, one.low, one.high) == pytest.approx((many.value, many.low, many.high))
+
+
+def test_f1_draws_are_those_of_the_scores():
+    (f1, drawn), found = f1_draws(LABELS, VOTES, seed=7, resamples=50), scores(LABELS, VOTES, seed=7, resamples=50)
+    assert f1.tolist() == list(found.f1.each)
+    defined = drawn[~np.isnan(drawn).any(axis=1)].mean(axis=1)
+    assert np.percentile(defined, (2.5, 97.5)).tolist() == pytest.approx([found.f1.low, found.f1.high])
+    for drawn_f1, weights in zip(drawn[:, 0], draws(5, seed=7, resamples=50), strict=True):
+        assert weights.sum() == 5
+        if weights @ LABELS:
+            again = np.repeat(np.arange(5), weights.astype(int))
+            assert drawn_f1 == pytest.approx(f1_score(LABELS[again], VOTES[again, 0], zero_division=0))
+        else:
+            assert np.isnan(drawn_f1)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():

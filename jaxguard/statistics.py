@@ -4,27 +4,38 @@ Every example has one label and k sampled verdicts. Each of the k samples is sco
 the only one, and the k scores are averaged: that is the paper's (arXiv 2505.20087) F1 over independent generations. Intervals
 are percentiles of a bootstrap that draws examples with replacement, each with all its samples.
 
-A score is None where it says nothing: recall and F1 without a positive label, precision and kappa without labels of both classes,
-precision without a positive verdict, consistency with one sample. One example has no interval.
+A score is None where it says nothing: recall and F1 without a positive label, the false-positive rate without a negative one,
+precision and kappa without labels of both classes, precision without a positive verdict, consistency with one sample. One
+example has no interval.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 RESAMPLES = 1000
 COVERAGE = 0.95
-METRICS = ("agreement", "precision", "recall", "f1", "kappa")
+METRICS = ("agreement", "precision", "recall", "f1", "kappa", "false_positive_rate")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score and its bootstrap interval."""
+    """A score over k samples.
+
+    Attributes:
+        value: mean of `each`, as far as it is defined.
+        low, high: its bootstrap interval.
+        deviation: standard deviation of `each` as of a sample (divisor n - 1); None of fewer than two.
+        each: the score of every sample by itself.
+    """
 
     value: float | None
     low: float | None = None
     high: float | None = None
+    deviation: float | None = None
+    each: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,10 @@ class Scores:
 
     Attributes:
         examples, positives: how many, and how many of them are labelled positive.
-        agreement: share of the verdicts that are the label.
+        agreement: share of the verdicts that are the label, the accuracy.
         precision, recall, f1: of the positive class.
         kappa: Cohen's.
+        false_positive_rate: share of the negative examples that are called positive.
     """
 
     examples: int
@@ -45,6 +57,7 @@ class Scores:
     recall: Estimate
     f1: Estimate
     kappa: Estimate
+    false_positive_rate: Estimate
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,10 @@ class Spread:
     counts: tuple[int, ...]
 
 
-def scores(labels: np.ndarray, votes: np.ndarray, seed: int, resamples: int = RESAMPLES) -> Scores:
+Seed = int | Sequence[int]
+
+
+def scores(labels: np.ndarray, votes: np.ndarray, seed: Seed, resamples: int = RESAMPLES) -> Scores:
     """Score k verdicts for each of N examples.
 
     Args:
@@ -86,17 +102,50 @@ def scores(labels: np.ndarray, votes: np.ndarray, seed: int, resamples: int = RE
         seed: of the bootstrap.
         resamples: how often it draws.
     """
-    count = len(labels)
     cells = _cells(labels, votes)
-    found, drawn = _metrics(cells.sum(axis=0)), _metrics(_resampled(cells, seed, resamples if count > 1 else 0))
-    estimates = {name: _estimate(float(found[name]), drawn[name]) for name in METRICS}
-    return Scores(count, int(labels.sum()), **estimates)
+    found, drawn = _metrics(cells.sum(axis=0)), _metrics(_resampled(cells, seed, resamples))
+    estimates = {name: estimate(found[name], mean_defined(drawn[name])) for name in METRICS}
+    return Scores(len(labels), int(labels.sum()), **estimates)
+
+
+def f1_draws(
+    labels: np.ndarray, votes: np.ndarray, seed: Seed, resamples: int = RESAMPLES
+) -> tuple[np.ndarray, np.ndarray]:
+    """F1 of each of k verdicts as float[k], and in the draws of the bootstrap as float[resamples, k]; NaN where undefined."""
+    cells = _cells(labels, votes)
+    return _metrics(cells.sum(axis=0))["f1"], _metrics(_resampled(cells, seed, resamples))["f1"]
+
+
+def draws(count: int, seed: Seed, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
+    """The bootstrap: how often each of `count` examples is drawn, as float[count]. Fewer than two are not drawn at all."""
+    random = np.random.default_rng(seed)
+    for _ in range(resamples if count > 1 else 0):
+        yield np.bincount(random.integers(count, size=count), minlength=count).astype(float)
+
+
+def estimate(each: np.ndarray, drawn: np.ndarray) -> Estimate:
+    """A score from its value in every sample and its mean in every draw; NaN stands for undefined in both."""
+    defined, drawn = each[~np.isnan(each)], drawn[~np.isnan(drawn)]  # a draw may lack a class
+    if not len(defined):
+        return Estimate(None, each=(None,) * len(each))
+    tail = 100 * (1 - COVERAGE) / 2
+    low, high = np.percentile(drawn, (tail, 100 - tail)).tolist() if len(drawn) else (None, None)
+    deviation = float(defined.std(ddof=1)) if len(defined) > 1 else None
+    return Estimate(
+        float(mean_defined(each)), low, high, deviation, tuple(None if np.isnan(x) else float(x) for x in each)
+    )
+
+
+def mean_defined(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not NaN."""
+    defined = ~np.isnan(values)
+    return _ratio(np.where(defined, values, 0).sum(axis=-1), defined.sum(axis=-1).astype(float))
 
 
 def consistency(votes: np.ndarray) -> Consistency:
     """How far the k verdicts on each example agree; votes: bool[N, k]."""
     count, k = votes.shape
-    if k < 2:
+    if k < 2 or not count:
         return Consistency(None, None, None, None)
     yes = votes.sum(axis=1)
     most = np.maximum(yes, k - yes)
@@ -136,48 +185,29 @@ def _cells(labels: np.ndarray, votes: np.ndarray) -> np.ndarray:
     return np.stack([votes & label, votes & ~label, ~votes & label, ~votes & ~label], axis=1).astype(float)
 
 
-def _resampled(cells: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+def _resampled(cells: np.ndarray, seed: Seed, resamples: int) -> np.ndarray:
     """float[resamples, 4, k]: counts over examples drawn with replacement. Memory does not grow with the resamples' examples."""
-    random, count = np.random.default_rng(seed), len(cells)
-    flat = cells.reshape(count, -1)
-    sums = [
-        np.bincount(random.integers(count, size=count), minlength=count).astype(float) @ flat for _ in range(resamples)
-    ]
-    return np.reshape(sums, (resamples, *cells.shape[1:]))
+    flat = cells.reshape(len(cells), math.prod(cells.shape[1:]))
+    sums = [weights @ flat for weights in draws(len(cells), seed, resamples)]
+    return np.reshape(sums, (len(sums), *cells.shape[1:]))
 
 
 def _metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """float[..., 4, k] -> each metric as float[...], the mean over the samples for which it is defined, else NaN."""
+    """float[..., 4, k] -> each metric of each sample as float[..., k], NaN where undefined."""
     tp, fp, fn, tn = np.moveaxis(counts, -2, 0)
     total = tp + fp + fn + tn
-    agreement = (tp + tn) / total
-    chance = ((tp + fp) * (tp + fn) + (fn + tn) * (fp + tn)) / total**2
+    agreement = _ratio(tp + tn, total)
+    chance = _ratio((tp + fp) * (tp + fn) + (fn + tn) * (fp + tn), total**2)
     both = (tp + fn > 0) & (fp + tn > 0)
-    metrics = {
+    return {
         "agreement": agreement,
         "precision": np.where(both, _ratio(tp, tp + fp), np.nan),
         "recall": _ratio(tp, tp + fn),
         "f1": np.where(tp + fn > 0, _ratio(2 * tp, 2 * tp + fp + fn), np.nan),
         "kappa": np.where(both, _ratio(agreement - chance, 1 - chance), np.nan),
+        "false_positive_rate": _ratio(fp, fp + tn),
     }
-    return {name: _mean_defined(values) for name, values in metrics.items()}
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
-
-
-def _mean_defined(values: np.ndarray) -> np.ndarray:
-    defined = ~np.isnan(values)
-    return _ratio(np.where(defined, values, 0).sum(axis=-1), defined.sum(axis=-1).astype(float))
-
-
-def _estimate(value: float, drawn: np.ndarray) -> Estimate:
-    if np.isnan(value):
-        return Estimate(None)
-    drawn = drawn[~np.isnan(drawn)]  # a draw may lack a class
-    if not len(drawn):
-        return Estimate(value)
-    tail = 100 * (1 - COVERAGE) / 2
-    low, high = np.percentile(drawn, (tail, 100 - tail)).tolist()
-    return Estimate(value, low, high)
