@@ -146,8 +146,15 @@ def test_thresholds_by_hand():
 
 
 def test_of_equal_thresholds_the_nearest_to_a_half_is_taken():
-    assert best_f1_threshold(np.array([True, True]), np.array([0.9, 0.8])) == 0
-    assert best_f1_threshold(np.array([True, False, True, False]), np.array([0.9, 0.9, 0.6, 0.6])) == 0
+    """The first alone, or all four: 2 / 3 both."""
+    assert best_f1_threshold(np.array([1, 0, 0, 1], bool), np.array([0.9, 0.8, 0.3, 0.2])) == pytest.approx(0.85)
+    assert best_f1_threshold(np.array([1, 0, 0, 1], bool), np.array([0.9, 0.1, 0.05, 0.02])) == 0.5
+    assert best_f1_threshold(np.array([1, 1], bool), np.array([0.9, 0.8])) == 0
+
+
+def test_of_equal_recall_the_fewest_false_alarms_are_taken():
+    labels, probabilities = np.array([1, 0, 0], bool), np.array([0.9, 0.8, 0.2])
+    assert bounded_threshold(labels, probabilities, 1.0) == pytest.approx(0.85)
     assert bounded_threshold(np.array([True, False]), np.array([0.3, 0.6]), 0.0) == 1
 
 

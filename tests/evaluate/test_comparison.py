@@ -122,8 +122,8 @@ def test_averages_are_compared_as_they_are_scored():
     weights = custom_weights(3)
     found = f1_difference(first, second, weights)
     assert found.value == pytest.approx(average_f1(first, weights).value - average_f1(second, weights).value)
-    single = f1_difference(first[:1], second[:1])
-    assert found.high - found.low < 0.75 * (single.high - single.low)
+    single, thrice = f1_difference(first[:1], second[:1]), f1_difference(first[:1] * 3, second[:1] * 3, weights)
+    assert thrice.high - thrice.low == pytest.approx((single.high - single.low) / 3**0.5, rel=0.1)
 
 
 def test_guards_on_other_examples_are_not_compared():
