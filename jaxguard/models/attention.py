@@ -4,7 +4,9 @@ A token sees the tokens of its own segment that stand at or before it in the row
 them, itself included. Padding is segment 0; what it computes is finite and used by nobody.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,9 @@ from jaxguard.models import attention_kernels as kernels
 
 Query = Float[Array, "B T N H"]
 KeyValue = Float[Array, "B T K H"]
+
+FAR = 2**30
+"""Position of padding where positions alone say who sees whom: after every token, so that none sees it."""
 
 
 def attend(
@@ -89,3 +94,61 @@ def _block(
     scores_BKGCS = jnp.where(mask_BCS[:, None, None], scores_BKGCS, jnp.finfo(jnp.float32).min)
     weights_BKGCS = jax.nn.softmax(scores_BKGCS, axis=-1).astype(value_BSKH.dtype)
     return jnp.einsum("BKGCS,BSKH->BCKGH", weights_BKGCS, value_BSKH).reshape(query_BCNH.shape)
+
+
+class Seen(NamedTuple):
+    """Keys and values that A rows of queries, or A equal groups of rows, attend to, and their positions."""
+
+    key_AKSH: Float[Array, "A K S H"]
+    value_AKSH: Float[Array, "A K S H"]
+    positions_AS: Int[Array, "A S"]
+
+
+def attend_seen(
+    query_BTNH: Query,
+    positions_BT: Int[Array, "B T"],
+    seen: Sequence[Seen],
+    *,
+    window: Int[Array, ""],
+    scale: float,
+    chunk: int,
+) -> Query:
+    """Softmax attention over all of `seen` at once, a chunk of queries at a time; for decoding, without a backward pass.
+
+    A query sees the keys at or before its position, at most `window` of them. Keys that several rows share are stored once
+    and multiplied with all those rows' queries in one product.
+    """
+    tokens = query_BTNH.shape[1]
+    out = []
+    for start in range(0, tokens, chunk):
+        part = slice(start, min(start + chunk, tokens))
+        out.append(_seen_block(query_BTNH[:, part], positions_BT[:, part], seen, window, scale))
+    return jnp.concatenate(out, axis=1)
+
+
+def _seen_block(query_BCNH: Array, positions_BC: Array, seen: Sequence[Seen], window: Array, scale: float) -> Array:
+    rows, queries, heads, width = query_BCNH.shape
+    kv_heads = seen[0].key_AKSH.shape[1]
+    grouped = (kv_heads, heads // kv_heads)
+    scores = []
+    for part in seen:
+        groups, size = part.positions_AS.shape
+        query_ARCKGH = query_BCNH.reshape(groups, -1, queries, *grouped, width)
+        scores_ARCKGS = jnp.einsum(
+            "ARCKGH,AKSH->ARCKGS", query_ARCKGH, part.key_AKSH, preferred_element_type=jnp.float32
+        )
+        distance_ARCS = positions_BC.reshape(groups, -1, queries, 1) - part.positions_AS[:, None, None]
+        visible_ARCS = (distance_ARCS >= 0) & (distance_ARCS < window)
+        scores_ARCKGS = jnp.where(visible_ARCS[:, :, :, None, None], scores_ARCKGS * scale, jnp.finfo(jnp.float32).min)
+        scores.append(scores_ARCKGS.reshape(rows, queries, *grouped, size))
+    weights_BCKGS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query_BCNH.dtype)
+    mixed_BCKGH = jnp.zeros((rows, queries, *grouped, width), jnp.float32)
+    start = 0
+    for part in seen:
+        groups, size = part.positions_AS.shape
+        weights_ARCKGS = weights_BCKGS[..., start : start + size].reshape(groups, -1, queries, *grouped, size)
+        # In the compute type: XLA on a CPU has no such product from bfloat16 to float32.
+        mixed_ARCKGH = jnp.einsum("ARCKGS,AKSH->ARCKGH", weights_ARCKGS, part.value_AKSH)
+        mixed_BCKGH += mixed_ARCKGH.reshape(mixed_BCKGH.shape)
+        start += size
+    return mixed_BCKGH.astype(query_BCNH.dtype).reshape(query_BCNH.shape)

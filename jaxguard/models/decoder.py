@@ -1,10 +1,10 @@
 """The decoder: one for Llama 3, SmolLM2 and Gemma 3; what differs between them is data in the Spec."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxguard.models import weights as table
-from jaxguard.models.attention import attend
+from jaxguard.models.attention import FAR, Seen, attend, attend_seen
 from jaxguard.models.axes import constrain
 from jaxguard.models.spec import Rope, Spec
 
@@ -33,6 +33,14 @@ class Compute:
     attention: str = "xla"
     remat: str = "none"
     query_chunk: int = 512
+
+
+class Cache(NamedTuple):
+    """Keys and values of tokens that were computed before, in every layer, and their positions (FAR for padding)."""
+
+    key_LAKSH: Float[Array, "L A K S H"]
+    value_LAKSH: Float[Array, "L A K S H"]
+    positions_AS: Int[Array, "A S"]
 
 
 class Decoder(nnx.Module):
@@ -74,23 +82,66 @@ class Decoder(nnx.Module):
             positions_BT: place of each token in its own sequence; default 0, 1, 2, …
             segments_BT: which packed sequence a token belongs to, 0 for padding; default one sequence a row.
         """
-        spec = self.spec
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         if segments_BT is None:
             segments_BT = jnp.ones_like(tokens_BT)
+
+        def attention(
+            query_BTNH: Array, key_BTKH: Array, value_BTKH: Array, kind: Array, _: None
+        ) -> tuple[Array, None]:
+            return self._attend(query_BTNH, key_BTKH, value_BTKH, kind, segments_BT), None
+
+        return self._run(tokens_BT, positions_BT, attention, None)[0]
+
+    def cached(
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], seen: Sequence[Cache] = ()
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Hidden states of tokens that also see those of the caches, and the cache of these tokens alone.
+
+        Nothing is appended: a sequence may lie in several caches, and one cache may serve several rows. Attention is XLA's.
+
+        Args:
+            tokens_BT: vocabulary indices, one sequence a row.
+            positions_BT: place of each token in its sequence, FAR for padding.
+            seen: what came before; row a of a cache of A rows serves rows a B/A to (a + 1) B/A - 1.
+        """
+        windows = jnp.asarray([FAR if kind.window is None else kind.window for kind in self.spec.kinds])
+
+        def attention(query_BTNH: Array, key_BTKH: Array, value_BTKH: Array, kind: Array, extra: Any) -> Any:
+            own = jnp.swapaxes(key_BTKH, 1, 2), jnp.swapaxes(value_BTKH, 1, 2)
+            parts = [Seen(key, value, cache.positions_AS) for (key, value), cache in zip(extra, seen, strict=True)]
+            mixed_BTNH = attend_seen(
+                query_BTNH,
+                positions_BT,
+                [*parts, Seen(own[0], own[1], positions_BT)],
+                window=windows[kind],
+                scale=self.spec.query_scale,
+                chunk=self.compute.query_chunk,
+            )
+            return mixed_BTNH, own
+
+        layers = [(cache.key_LAKSH, cache.value_LAKSH) for cache in seen]
+        hidden_BTD, (key_LBKTH, value_LBKTH) = self._run(tokens_BT, positions_BT, attention, layers)
+        return hidden_BTD, Cache(key_LBKTH, value_LBKTH, positions_BT)
+
+    def _run(
+        self, tokens_BT: Array, positions_BT: Array, attention: Callable[..., Any], extra: Any
+    ) -> tuple[Array, Any]:
+        """All layers, with `attention(query, key, value, kind, extra of the layer)` -> mixed values, what to keep."""
+        spec = self.spec
         ropes = [rope_table(kind.rope, spec.head_dim, positions_BT) for kind in spec.kinds]
         cos_sin = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes)
 
-        def layer(x_BTD: Array, scanned: tuple[dict[str, Array], Array]) -> tuple[Array, None]:
-            weights, kind = scanned
+        def layer(x_BTD: Array, scanned: tuple[dict[str, Array], Array, Any]) -> tuple[Array, Any]:
+            weights, kind, extra = scanned
             cos, sin = jax.tree.map(lambda t: t[kind], cos_sin)
-            return self._layer(x_BTD, self._gather(weights), kind, cos, sin, segments_BT), None
+            return self._layer(x_BTD, self._gather(weights), cos, sin, lambda *qkv: attention(*qkv, kind, extra))
 
         kinds = jnp.asarray(spec.layer_kinds)
         weights = {name: param[...] for name, param in self.layers.items()}
-        x_BTD, _ = jax.lax.scan(self._rematerialised(layer), self._embed(tokens_BT), (weights, kinds))
-        return self._norm(x_BTD, self.final_norm[...])
+        x_BTD, kept = jax.lax.scan(self._rematerialised(layer), self._embed(tokens_BT), (weights, kinds, extra))
+        return self._norm(x_BTD, self.final_norm[...]), kept
 
     def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         dtype = self.compute.dtype
@@ -113,11 +164,10 @@ class Decoder(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         w: dict[str, Array],
-        kind: Int[Array, ""],
         cos: Float[Array, "B T half"],
         sin: Float[Array, "B T half"],
-        segments_BT: Int[Array, "B T"],
-    ) -> Float[Array, "B T D"]:
+        attention: Callable[..., tuple[Array, Any]],
+    ) -> tuple[Float[Array, "B T D"], Any]:
         norm, sandwich = self._norm, self.spec.sandwich
         h_BTD = norm(x_BTD, w["attention_norm"])
         query_BTNH = project("BTD,DNH->BTNH", h_BTD, w["q_proj"])
@@ -126,7 +176,7 @@ class Decoder(nnx.Module):
         if self.spec.qk_norm:
             query_BTNH, key_BTKH = norm(query_BTNH, w["q_norm"]), norm(key_BTKH, w["k_norm"])
         query_BTNH, key_BTKH = rotate(query_BTNH, cos, sin), rotate(key_BTKH, cos, sin)
-        mixed_BTNH = self._attend(query_BTNH, key_BTKH, value_BTKH, kind, segments_BT)
+        mixed_BTNH, kept = attention(query_BTNH, key_BTKH, value_BTKH)
         h_BTD = constrain(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, w["o_proj"]), "batch", None, None)
         x_BTD = x_BTD + (norm(h_BTD, w["attention_out_norm"]) if sandwich else h_BTD)
 
@@ -135,7 +185,7 @@ class Decoder(nnx.Module):
         up_BTF = project("BTD,DF->BTF", h_BTD, w["up_proj"])
         act = jax.nn.silu if self.spec.activation == "silu" else partial(jax.nn.gelu, approximate=True)
         h_BTD = constrain(project("BTF,FD->BTD", act(gate_BTF) * up_BTF, w["down_proj"]), "batch", None, None)
-        return x_BTD + (norm(h_BTD, w["mlp_out_norm"]) if sandwich else h_BTD)
+        return x_BTD + (norm(h_BTD, w["mlp_out_norm"]) if sandwich else h_BTD), kept
 
     def _attend(self, query_BTNH: Array, key_BTKH: Array, value_BTKH: Array, kind: Array, segments_BT: Array) -> Array:
         """A branch for each window in use; one that the row fits into is no window at all."""
