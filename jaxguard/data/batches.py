@@ -120,10 +120,10 @@ def pack(sequences: Sequence[Encoded], row_tokens: int) -> list[list[Encoded]]:
 def bucketed(rows: Sequence[Sequence[Encoded]], row_tokens: int, row_multiple: int) -> Shape:
     """The smallest of the few shapes that holds these rows."""
     targets = max(sum(int(s.target.sum()) for s in row) for row in rows)
-    return Shape(_bucket(len(rows), row_multiple), row_tokens, _bucket(targets, TARGET_MULTIPLE))
+    return Shape(bucket_size(len(rows), row_multiple), row_tokens, bucket_size(targets, TARGET_MULTIPLE))
 
 
-def _bucket(count: int, unit: int) -> int:
+def bucket_size(count: int, unit: int) -> int:
     """The smallest of unit × 1 … 8, 10, 12, 14, 16, 20, … that is at least count: four sizes for each doubling."""
     units = -(-count // unit)
     step = max(1, (1 << max(0, units - 1).bit_length()) // 8)

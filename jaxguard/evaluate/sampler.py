@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt32
 
+from jaxguard.data.batches import bucket_size
 from jaxguard.errors import JaxguardError
 from jaxguard.models.attention import FAR
 from jaxguard.models.axes import constrain, partition
@@ -131,7 +132,7 @@ def generate(
         return []
     prefix = _common(prompts) if share_prefix else 0
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    size = _bucket(min(max(1, rows // sampling.n), len(prompts)), model.row_multiple)
+    size = bucket_size(min(max(1, rows // sampling.n), len(prompts)), model.row_multiple)
     found: dict[int, list[Generation]] = {}
     with contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh):
         shared = _shared(model, prompts[0][:prefix])
@@ -196,7 +197,7 @@ def _batch(
 
 def _rows(suffixes: Sequence[Sequence[int]], start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, positions and end position of each row, padded on the right to one of few lengths."""
-    width = _bucket(max(len(suffix) for suffix in suffixes), LENGTH_MULTIPLE)
+    width = bucket_size(max(len(suffix) for suffix in suffixes), LENGTH_MULTIPLE)
     tokens, positions = np.zeros((size, width), np.int32), np.full((size, width), FAR, np.int32)
     lengths = np.full(size, start + 1, np.int32)
     for row, suffix in enumerate(suffixes):
@@ -204,13 +205,6 @@ def _rows(suffixes: Sequence[Sequence[int]], start: int, size: int) -> tuple[np.
         positions[row, : len(suffix)] = np.arange(start, start + len(suffix))
         lengths[row] = start + len(suffix)
     return tokens, positions, lengths
-
-
-def _bucket(count: int, unit: int) -> int:
-    """The smallest of unit × 1 … 8, 10, 12, 14, 16, 20, … that is at least count: four sizes for each doubling."""
-    units = -(-count // unit)
-    step = max(1, (1 << max(0, units - 1).bit_length()) // 8)
-    return unit * -(-units // step) * step
 
 
 def _key(seed: int, prompt: Sequence[int], sample: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.data.batches import Schedule, _bucket, assemble, bucketed, pack, total_steps
+from jaxguard.data.batches import Schedule, assemble, bucket_size, bucketed, pack, total_steps
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.encode import Sequence
 
@@ -67,11 +67,11 @@ def test_packing_needs_few_rows(shapes):
 
 @given(st.integers(1, 5000), st.integers(1, 64))
 def test_buckets_are_few_and_not_much_too_large(count, unit):
-    bucket = _bucket(count, unit)
+    bucket = bucket_size(count, unit)
     assert bucket >= count
     assert bucket % unit == 0
     assert bucket < 1.25 * count + unit
-    assert len({_bucket(n, 1) for n in range(1, 4097)}) == 8 + 4 * 9
+    assert len({bucket_size(n, 1) for n in range(1, 4097)}) == 8 + 4 * 9
 
 
 def schedule(count: int, batch: int, steps: int, seed: int = 0) -> Schedule:
