@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from generated import rewrite
+from jaxguard.data.dialogue import CHOICES
 from jaxguard.evaluate.benchmark_fields import BenchmarkFields, Condition, Expected, read_benchmark
-from jaxguard.evaluate.benchmarks import WORDS, list_benchmarks
+from jaxguard.evaluate.benchmarks import list_benchmarks
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
@@ -39,7 +40,7 @@ def row(fields: BenchmarkFields) -> str:
         f"`{fields.name}`",
         source(fields),
         "; ".join([*map(code, fields.where), *drawn]),
-        "; ".join(f"{WORDS[fields.question][0]}: {code(example.positive)}" for example in fields.examples),
+        "; ".join(f"{CHOICES[fields.question][0]}: {code(example.positive)}" for example in fields.examples),
         counts(fields.expected),
         ", ".join(part.name for part in fields.slices) or "none",
         fields.license,

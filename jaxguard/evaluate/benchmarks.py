@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from jaxguard.data.cells import Skip, objects, text, transcript
+from jaxguard.data.dialogue import CHOICES
 from jaxguard.data.examples import Example
 from jaxguard.data.files import Row, Table
 from jaxguard.data.policies import Question, load_policy
@@ -39,12 +40,6 @@ LABEL: Final[Mapping[Question, str]] = {
     "response_refusal": "refusal_label",
 }
 """The field of an example that answers a question."""
-WORDS: Final[Mapping[Question, tuple[str, str]]] = {
-    "prompt_harm": ("harmful", "unharmful"),
-    "response_harm": ("harmful", "unharmful"),
-    "response_refusal": ("refusal", "compliance"),
-}
-"""Its positive and its negative value."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def load_benchmark(name_or_path: str, local: Path | None = None, folder: Path = 
     examples = unique_ids([example for example, _ in found])
     counts = _counts(fields.question, examples)
     expected = fields.expected.model_dump()
-    _compare(fields.name, WORDS[fields.question], counts, expected)
+    _compare(fields.name, CHOICES[fields.question], counts, expected)
     return Benchmark(
         name=fields.name,
         title=fields.title,
@@ -205,7 +200,7 @@ def _example(fields: BenchmarkFields, part: ExampleFields, row: Row, place: str)
     response = text(row, part.response, place) if part.response else None
     if fields.question != "prompt_harm" and response is None:
         raise Skip("no response")
-    label = WORDS[fields.question][0 if _is_positive(part, row, place) else 1]
+    label = CHOICES[fields.question][0 if _is_positive(part, row, place) else 1]
     policy = _policy(fields.policy, row, place) if fields.policy else None
     known: dict[str, Any] = {LABEL[fields.question]: label}
     identity = row.get(fields.id) if fields.id else None
@@ -272,7 +267,7 @@ def _slices(fields: BenchmarkFields, pairs: Iterable[tuple[Example, Row]]) -> di
 
 
 def _counts(question: Question, examples: list[Example]) -> dict[str, int]:
-    positive = sum(getattr(example, LABEL[question]) == WORDS[question][0] for example in examples)
+    positive = sum(getattr(example, LABEL[question]) == CHOICES[question][0] for example in examples)
     return {"positive": positive, "negative": len(examples) - positive, "total": len(examples)}
 
 
