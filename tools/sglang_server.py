@@ -62,7 +62,14 @@ class Server:
 
 
 @contextmanager
-def serve(checkpoint: Path, name: str, log: Path, port: int = 0, arguments: Sequence[str] = ()) -> Iterator[Server]:
+def serve(
+    checkpoint: Path,
+    name: str,
+    log: Path,
+    port: int = 0,
+    arguments: Sequence[str] = (),
+    threads: int = os.cpu_count() or 1,
+) -> Iterator[Server]:
     """Start a server, wait until it answers, and stop it at the end.
 
     Args:
@@ -71,6 +78,7 @@ def serve(checkpoint: Path, name: str, log: Path, port: int = 0, arguments: Sequ
         log: where its output goes.
         port: 0 takes a free one.
         arguments: more of sglang.launch_server's.
+        threads: that compute.
 
     Raises:
         JaxguardError: there is no environment for it, or it does not come up.
@@ -88,7 +96,7 @@ def serve(checkpoint: Path, name: str, log: Path, port: int = 0, arguments: Sequ
     }
     command = ["sglang.launch_server", *(word for flag in flags.items() for word in flag)]
     command += ["--enable-metrics", "--constrained-json-disable-any-whitespace", *arguments]
-    with started(command, f"http://127.0.0.1:{port}/health_generate", log) as process:
+    with started(command, f"http://127.0.0.1:{port}/health_generate", log, threads) as process:
         yield Server(f"http://127.0.0.1:{port}/v1", process)
 
 
@@ -104,7 +112,7 @@ def route(workers: Sequence[Server], log: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def started(module: Sequence[str], health: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(module: Sequence[str], health: str, log: Path, threads: int = 1) -> Iterator[subprocess.Popen[bytes]]:
     """Run a module of the environment in a process group of its own, from its first healthy answer to the end.
 
     Raises:
@@ -116,7 +124,7 @@ def started(module: Sequence[str], health: str, log: Path) -> Iterator[subproces
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 (our own command)
             [str(PYTHON), "-m", *module],
-            env=_environment(os.environ),
+            env=_environment(os.environ, threads),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -140,12 +148,12 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGTERM)
 
 
-def _environment(outer: Mapping[str, str]) -> dict[str, str]:
+def _environment(outer: Mapping[str, str], threads: int) -> dict[str, str]:
     return {
         **outer,
         "HF_HUB_OFFLINE": "1",
         "SGLANG_USE_CPU_ENGINE": "1",
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": str(STUB),
         "NO_PROXY": "127.0.0.1",
     }

@@ -44,7 +44,7 @@ def parrot(folder, tiny_tokenizer_folder, write_llama_config):
 def server(folder, parrot):
     """One that separates thoughts from answers, and wants a key."""
     arguments = ["--reasoning-parser", "deepseek-r1", "--api-key", "secret"]
-    with sglang_server.serve(parrot, "parrot", folder / "server.log", arguments=arguments) as server:
+    with sglang_server.serve(parrot, "parrot", folder / "server.log", arguments=arguments, threads=1) as server:
         yield server.url
 
 
@@ -164,8 +164,8 @@ def test_from_examples_to_traces_an_audit_and_a_page(server, config, tmp_path):
 def test_two_workers_behind_the_router_and_one_is_killed(folder, parrot, config, tmp_path):
     """These servers do not separate thoughts: <think> stands in the text."""
     with (
-        sglang_server.serve(parrot, "parrot", folder / "one.log") as one,
-        sglang_server.serve(parrot, "parrot", folder / "two.log") as two,
+        sglang_server.serve(parrot, "parrot", folder / "one.log", threads=1) as one,
+        sglang_server.serve(parrot, "parrot", folder / "two.log", threads=1) as two,
         sglang_server.route([one, two], folder / "router.log") as router,
     ):
         (reply,) = ask(one.url, extra={"regex": "(yes|no)"})
