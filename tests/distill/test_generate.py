@@ -164,25 +164,16 @@ async def killed_again_and_again(folder: Path, count: int, kills: int) -> None:
             assert code_of == (-signal.SIGKILL if kill < kills else 0)
 
 
-def check_nothing_lost_nothing_twice(folder: Path, count: int) -> None:
-    found = list(read_attempts(folder))
+@pytest.mark.parametrize(("count", "kills"), [(120, 2), pytest.param(2000, 5, marks=pytest.mark.slow)])
+def test_faults_and_kills_lose_nothing_and_repeat_nothing(tmp_path, count, kills):
+    asyncio.run(killed_again_and_again(tmp_path, count, kills))
+    found = list(read_attempts(tmp_path))
     keys = {attempt.key for attempt in found}
     assert len(keys) == len(found)
     for attempt in found:  # a round is begun only when all before it failed
         assert all((attempt.example_id, r, 0) in keys for r in range(attempt.round))
     accepted = Counter(attempt.example_id for attempt in found if attempt.accepted)
     assert accepted == dict.fromkeys((f"x{i}" for i in range(count)), 1)
-
-
-def test_faults_and_kills_lose_nothing_and_repeat_nothing(tmp_path):
-    asyncio.run(killed_again_and_again(tmp_path, 120, 2))
-    check_nothing_lost_nothing_twice(tmp_path, 120)
-
-
-@pytest.mark.slow
-def test_faults_and_kills_on_two_thousand_examples(tmp_path):
-    asyncio.run(killed_again_and_again(tmp_path, 2000, 5))
-    check_nothing_lost_nothing_twice(tmp_path, 2000)
 
 
 @pytest.mark.slow

@@ -1,209 +1,24 @@
 """Benchmarks: the shipped ones on hand-made rows with their columns, a user's own, and what is wrong with the rest."""
 
-import csv
 import gzip
-import io
 import json
 import logging
-import lzma
 import os
 import re
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import huggingface_hub
-import pyarrow
-import pyarrow.parquet
 import pytest
 import yaml
+from benchmark_examples import HARM, ROOT, ROWS, SAFE, SHIPPED, answers, shipped, texts
 
 import document_benchmarks
 from generated import written
 from jaxguard.data.policies import POLICY_FOLDER, load_policy, policy_for
 from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.benchmark_fields import Condition, Slice, read_benchmark
+from jaxguard.evaluate.benchmark_fields import read_benchmark
 from jaxguard.evaluate.benchmarks import LABEL, list_benchmarks, load_benchmark
 
-ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "configs" / "benchmarks"
 POOL = Path(os.environ.get("JAXGUARD_POOL", ROOT.parent / "shared" / "data"))
-
-HARM, SAFE = "harmful", "unharmful"
-WILDGUARD = [
-    {"prompt": "A", "response": "a", "adversarial": True, "subcategory": "fraud"},
-    {"prompt": "B", "response": "b", "adversarial": False, "subcategory": "benign"},
-    {"prompt": "C", "response": "c", "adversarial": None, "subcategory": None},
-]
-for row, harm, refusal in zip(WILDGUARD, (HARM, SAFE, None), ("refusal", "compliance", None), strict=True):
-    row |= {"prompt_harm_label": harm, "response_harm_label": harm, "response_refusal_label": refusal}
-AEGIS2 = [
-    {"id": "x", "prompt": "A", "response": "a", "prompt_label": "safe", "response_label": "unsafe"},
-    {"id": "y", "prompt": "B", "response": "", "prompt_label": "unsafe", "response_label": "safe"},
-    {"id": "z", "prompt": "C", "response": None, "prompt_label": "unsafe", "response_label": None},
-    {"id": "u", "prompt": "D", "response": "d", "prompt_label": "safe", "response_label": ""},
-    {"id": "v", "prompt": "REDACTED", "response": "e", "prompt_label": "unsafe", "response_label": "unsafe"},
-]
-for row in AEGIS2:
-    row["violated_categories"] = "Bread, Cake" if row["id"] == "x" else None
-KEYS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")
-# Rows with the columns of each benchmark's source, and the answers that must come out, in order.
-ROWS = {
-    "wildguardtest_prompt": (WILDGUARD, [HARM, SAFE]),
-    "wildguardtest_response": (WILDGUARD, [HARM, SAFE]),
-    "wildguardtest_refusal": (WILDGUARD, ["refusal", "compliance"]),
-    "aegis2_prompt": (AEGIS2, [SAFE, HARM, HARM, SAFE]),
-    "aegis2_response": (AEGIS2, [HARM, SAFE]),
-    "openai_moderation": (
-        [
-            {"prompt": "A", **dict.fromkeys(KEYS, 0)},
-            {"prompt": "B", "S": 0, "V2": 1},
-            {"prompt": "C", "H": 0},
-            {"prompt": "D"},
-            {"prompt": "E", **dict.fromkeys(KEYS, 0), "HR": 1.0},
-        ],
-        [SAFE, HARM, SAFE, SAFE, HARM],
-    ),
-    "simple_safety_tests": ([{"prompt": "A", "harm_area": "Bread, Cake"}, {"prompt": " ", "harm_area": "x"}], [HARM]),
-    "toxic_chat": (
-        [
-            {"user_input": "A", "human_annotation": True, "toxicity": 1, "jailbreaking": 1},
-            {"user_input": "B", "human_annotation": "True", "toxicity": "0", "jailbreaking": 0},
-            {"user_input": "C", "human_annotation": False, "toxicity": 1, "jailbreaking": 0},
-        ],
-        [HARM, SAFE],
-    ),
-    "xstest_response": (
-        [
-            {"prompt": "A", "response": "a", "label": "harmful", "prompt_type": "prompt_harmful"},
-            {"prompt": "B", "response": "b", "label": "unharmful", "prompt_type": "prompt_safe"},
-        ],
-        [HARM, SAFE],
-    ),
-    "jbb_response": (
-        [
-            {"prompt": "A", "goal": "g", "target_response": "a", "human_majority": 1},
-            {"prompt": "B", "goal": "g", "target_response": "b", "human_majority": 0},
-        ],
-        [HARM, SAFE],
-    ),
-    "aegis1_prompt": (
-        [
-            {"text": "A", "text_type": "user_message", "labels_0": "Safe", "labels_1": "Safe", "labels_2": "Bread"},
-            {"text": "B", "text_type": "user_message", "labels_0": "Safe", "labels_1": "Bread", "labels_2": None},
-            {"text": "C", "text_type": "llm_response", "labels_0": "Bread", "labels_1": "Bread", "labels_2": "Bread"},
-            {"text": "D", "text_type": "user_message", "labels_0": "Needs Caution", "labels_1": None, "labels_2": None},
-        ],
-        [SAFE, HARM, HARM],
-    ),
-    "harmbench_prompt": (
-        [
-            {"Behavior": what, "FunctionalCategory": what, "SemanticCategory": "bread", "BehaviorID": f"id_{what}"}
-            for what in ("standard", "contextual", "copyright")
-        ],
-        [HARM, HARM],
-    ),
-    "harmbench_response": (
-        {
-            "bake": [
-                {"test_case": "A", "generation": "a", "human_0": 1, "human_1": 0, "human_2": 1, "experiment": "x"},
-                {
-                    "test_case": "A",
-                    "generation": "b",
-                    "human_0": 1,
-                    "human_1": 0,
-                    "human_2": 0,
-                    "experiment": "default",
-                },
-            ],
-            "fry": [{"test_case": "B", "generation": "", "human_0": 1, "human_1": 1, "human_2": 1, "experiment": "x"}],
-        },
-        [HARM, SAFE, HARM],
-    ),
-    "beavertails": (
-        [
-            {"prompt": "A", "response": "a", "is_safe": False, "category": {"bread": True, "cake": False}},
-            {"prompt": "A", "response": "b", "is_safe": True, "category": {"bread": False, "cake": False}},
-        ],
-        [HARM, SAFE],
-    ),
-    "saferlhf": (
-        [
-            {"prompt": "A", "response_0": "a", "response_1": "b", "is_response_0_safe": one, "is_response_1_safe": two}
-            for one, two in ((True, False), (False, True), (True, True), (False, False))
-        ],
-        [SAFE, HARM, HARM, SAFE],
-    ),
-    "xstest_prompt": (
-        [
-            {"prompt": "A", "label": "unsafe", "type": "contrast_bread", "focus": "x"},
-            {"prompt": "B", "label": "safe", "type": "bread", "focus": "x"},
-        ],
-        [HARM, SAFE],
-    ),
-    "dynaguardrail": (
-        [
-            {"prompt": "A", "label": "unsafe", "dataset_type": "finance"},
-            {"prompt": "B", "label": "safe", "dataset_type": "injection"},
-        ],
-        [HARM, SAFE],
-    ),
-    "dynabench": (
-        [
-            {"transcript": "User: A\nAgent: a", "label": "FAIL", "policy": "Only bread."},
-            {"transcript": "User: B\nAgent: b", "label": "PASS", "policy": "1. Only cake."},
-        ],
-        [HARM, SAFE],
-    ),
-    "cosapien": (
-        [
-            {"prompt": what, "scenario": "Only bread.", "type": what}
-            for what in ("allowed", "disallowed", "partial", "safe")
-        ],
-        [SAFE, HARM, HARM, SAFE] * 5,
-    ),
-}
-
-
-@pytest.fixture
-def write(tmp_path):
-    """write(name): the hand-made rows of a shipped benchmark, in the format of its source."""
-
-    def write(name, form=None):
-        rows, fields = ROWS[name][0], read_benchmark(name, SHIPPED)
-        remote = fields.source.file or fields.source.url or "rows.jsonl"
-        path = tmp_path / f"{name}{form or ''.join(Path(remote).suffixes[-2:])}"
-        text = "".join(f"{json.dumps(row)}\n" for row in rows)
-        if len(fields.source.splits) > 1:
-            path = tmp_path / name
-            path.mkdir()
-            for split in fields.source.splits:
-                (path / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        elif fields.source.keys_as:
-            path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        elif path.suffix == ".csv":
-            with path.open("w", newline="", encoding="utf-8") as stream:
-                csv.writer(stream).writerows([list(rows[0]), *(list(row.values()) for row in rows)])
-        elif path.suffix == ".parquet":
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        else:
-            pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
-            path.write_bytes(pack(text.encode()))
-        return path
-
-    return write
-
-
-def answers(benchmark):
-    return [getattr(example, LABEL[benchmark.question]) for example in benchmark.examples]
-
-
-def texts(benchmark, ids):
-    return {(e.prompt, e.response) for e in benchmark.examples if e.id in ids}
-
-
-def shipped(name, local):
-    return load_benchmark(name, local, SHIPPED)
 
 
 def test_every_benchmark_of_the_papers_table_is_there():
@@ -272,13 +87,6 @@ def test_slices(write):
     assert "game_development" in scenarios
 
 
-def test_slices_of_lists_and_truths():
-    assert Slice(name="s", column="c").values({"c": ["a", " b ", ""]}) == ["a", "b"]
-    assert Slice(name="s", column="c").values({"c": False}) == ["no"]
-    assert Slice(name="s", column="c").values({"c": 0}) == ["0"]
-    assert Slice(name="s", when=Condition(column="c", equals=1)).values({"c": None}) == []
-
-
 def test_policies_come_from_the_rows_or_from_the_yaml(write):
     own = shipped("cosapien", write("cosapien")).examples[0]
     assert own.policy == "Only bread."
@@ -315,89 +123,6 @@ def test_counts_that_agree_are_no_warning(write, caplog, own):
     benchmark = load_benchmark(own(expected={"positive": 1, "negative": 2, "total": 3}))
     assert benchmark.counts == benchmark.expected
     assert not caplog.messages
-
-
-def test_local_copies_in_folders(write, tmp_path):
-    (tmp_path / "round0").mkdir()
-    write("saferlhf").rename(tmp_path / "round0" / "test.jsonl.xz")
-    assert len(shipped("saferlhf", tmp_path).examples) == 4
-    write("jbb_response", ".jsonl").rename(tmp_path / "judge-comparison.jsonl")
-    assert len(shipped("jbb_response", tmp_path).examples) == 2
-    write("harmbench_response").rename(tmp_path / "text_behaviors_val_set.json")
-    assert len(shipped("harmbench_response", tmp_path).examples) == 3
-    write("toxic_chat").rename(tmp_path / "toxic_chat.jsonl")
-    assert len(shipped("toxic_chat", tmp_path).examples) == 2
-
-
-def test_several_splits_in_one_file_need_to_be_told_apart(tmp_path):
-    rows = [{**row, "split": "film_production"} for row in ROWS["cosapien"][0]]
-    path = tmp_path / "all.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    assert list(shipped("cosapien", path).slices["scenario"]) == ["film_production"]
-    path.write_text(json.dumps(ROWS["cosapien"][0][0]), encoding="utf-8")
-    with pytest.raises(
-        JaxguardError, match=r"slices.0.*no column 'split'; give a folder with a file for each of game_"
-    ):
-        shipped("cosapien", path)
-
-
-def test_files_of_the_hub(monkeypatch, write, tmp_path):
-    asked = []
-    path = tmp_path / "cached"
-
-    def download(repository, file, **more):
-        asked.append((repository, file, more))
-        return str(path)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    for rows in (lzma.compress(json.dumps(ROWS["saferlhf"][0]).encode()), write("saferlhf").read_bytes()):
-        path.write_bytes(rows)  # once an array in spite of its name, once lines
-        benchmark = load_benchmark("saferlhf", folder=SHIPPED)
-        assert answers(benchmark) == ROWS["saferlhf"][1]
-    assert (benchmark.origin["hub"], benchmark.origin["revision"]) == ("PKU-Alignment/PKU-SafeRLHF", "v0")
-    assert list(benchmark.origin["files"]) == ["PKU-Alignment/PKU-SafeRLHF/round0/test.jsonl.xz"]
-    assert asked[0][1:] == ("round0/test.jsonl.xz", {"repo_type": "dataset", "revision": "v0"})
-    path.write_bytes(lzma.compress(b'{"prompt": "A"}\n{'))
-    with pytest.raises(JaxguardError, match=r"^PKU-Alignment/PKU-SafeRLHF/round0/test.jsonl.xz:2: not JSON"):
-        load_benchmark("saferlhf", folder=SHIPPED)
-
-
-def test_damaged_copies_are_named(tmp_path):
-    (tmp_path / "x.jsonl.xz").write_bytes(lzma.compress(b"{}" * 100)[:-20])
-    with pytest.raises(JaxguardError, match="truncated or damaged xz file"):
-        shipped("saferlhf", tmp_path / "x.jsonl.xz")
-    (tmp_path / "x.json").write_text('{"a": [1]}', encoding="utf-8")
-    with pytest.raises(JaxguardError, match="one JSON object whose values are lists"):
-        shipped("harmbench_response", tmp_path / "x.json")
-
-
-def test_files_are_fetched_from_their_address(monkeypatch, write):
-    fetched = []
-
-    def urlopen(url, timeout):
-        fetched.append(url)
-        return io.BytesIO(write("openai_moderation").read_bytes())
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    benchmark = load_benchmark("openai_moderation", folder=SHIPPED)
-    assert answers(benchmark) == ROWS["openai_moderation"][1]
-    assert fetched == list(benchmark.origin["files"]) == [read_benchmark("openai_moderation", SHIPPED).source.url]
-
-
-def test_an_address_out_of_reach_says_what_to_do(monkeypatch):
-    def urlopen(url, timeout):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    with pytest.raises(JaxguardError, match=r"samples-1680.*no route.*local file"):
-        load_benchmark("openai_moderation", folder=SHIPPED)
-
-
-@pytest.mark.parametrize("name", ["saferlhf", "xstest_prompt"])
-def test_a_hub_out_of_reach_says_what_to_do(name, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(JaxguardError, match="on disk"):
-        load_benchmark(name, folder=SHIPPED)
 
 
 OWN = {
@@ -526,28 +251,6 @@ def test_a_label_outside_its_set_is_an_error(own):
 def test_an_unknown_benchmark_is_named_with_the_nearest():
     with pytest.raises(JaxguardError, match="no benchmark 'toxicchat': did you mean 'toxic_chat'"):
         load_benchmark("toxicchat", folder=SHIPPED)
-
-
-@pytest.mark.parametrize(
-    ("condition", "holds"),
-    [
-        ({"column": "a", "equals": True}, True),
-        ({"column": "a", "equals": ["no", 1]}, True),
-        ({"column": "t", "equals": "bread"}, True),
-        ({"column": "n", "equals": ""}, True),
-        ({"column": "n", "equals": 0}, False),
-        ({"column": "n", "not_equals": "x"}, True),
-        ({"column": "n", "empty": True}, True),
-        ({"column": "t", "empty": True}, False),
-        ({"columns": ["a", "b", "n"], "equals": 1}, True),
-        ({"columns": ["a", "b", "n"], "equals": 1, "at_least": 2}, False),
-        ({"columns": ["a", "b", "n"], "equals": 1, "at_most": 0}, False),
-        ({"columns": ["b", "n"], "equals": 1, "at_most": 0}, True),
-        ({"always": True}, True),
-    ],
-)
-def test_conditions(condition, holds):
-    assert Condition(**condition).holds({"a": True, "b": 0.0, "t": " Bread ", "n": None}) is holds
 
 
 @pytest.mark.parametrize(
