@@ -13,6 +13,7 @@ from pydantic import model_validator
 
 from jaxguard import fields
 from jaxguard.errors import JaxguardError
+from jaxguard.evaluate_sections import EvaluateConfig, MineConfig
 from jaxguard.fields import Section, find_yaml, read_yaml
 from jaxguard.sections import (
     BuildConfig,
@@ -48,6 +49,8 @@ class Config(Section):
     log: LogConfig = LogConfig()
     distill: DistillConfig | None = None
     build: BuildConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    mine: MineConfig | None = None
 
     @property
     def folder(self) -> Path:

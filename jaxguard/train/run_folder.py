@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 
 Resume = Literal["auto", "always", "never"]
 
-FREE = ("name", "run_folder", "checkpoint.", "log.", "data.prefetch", "train.export", "train.evaluate_every")
+FREE = (
+    "name", "run_folder", "checkpoint.", "log.", "data.prefetch", "train.export", "train.evaluate_every",
+    "distill", "build", "evaluate", "mine",
+)  # fmt: skip
 """Fields that a resumed run may change: the weights stay the same bit for bit."""
 
 ROUNDING = ("mesh.", "model.attention", "model.remat", "model.query_chunk", "model.loss_chunk", "train.accumulation")
