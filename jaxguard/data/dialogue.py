@@ -307,6 +307,17 @@ def parse(text: str, asks: Iterable[Question], mode: Mode, has_response: bool | 
     return Verdict(**found, problems=tuple(problems))
 
 
+def ended_thought(text: str) -> str | None:
+    """An answer up to the end of its thought, ready for the verdict lines; None while the thought is open."""
+    tags = list(_TAG.finditer(text))
+    return f"{text[: tags[-1].end()]}\n\n" if tags and "/" in tags[-1][0] else None
+
+
+def end_thought(text: str) -> str:
+    """An answer whose thought was cut, with the thought ended."""
+    return f"{text.rstrip()}\n</think>\n\n"
+
+
 def split_verdict(text: str) -> tuple[str, str]:
     """(what stands before the first verdict line, the rest), without outer white space."""
     found = (match for pattern in _LINES.values() if (match := pattern.search(text)))

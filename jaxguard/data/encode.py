@@ -11,7 +11,7 @@ from typing import Final, Self
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jaxguard.data.dialogue import ABSENT, CHOICES, Answers, Dialogue, Mode, answers, questions
+from jaxguard.data.dialogue import ABSENT, CHOICES, Answers, Dialogue, Mode, answers, questions, written
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.data.template import Template, load_tokenizer, read_template, render, token_ids
@@ -153,25 +153,45 @@ class Encoder:
         kept = [a for a in rendered.completions if last is None or dict(a)[last] == dict(gold)[last]]
         return tuple(self._sequence(example, mode, rendered, a) for a in kept)
 
-    def prompt(self, example: Example, mode: Mode, answer_tokens: int = 0) -> np.ndarray:
-        """int32 [n]: what generation starts from; labels are not looked at, and all that the policy asks is asked.
+    def prompt(
+        self, example: Example, mode: Mode, answer_tokens: int = 0, asks: tuple[Question, ...] | None = None
+    ) -> np.ndarray:
+        """int32 [n]: what generation starts from; labels are not looked at.
 
         Args:
             example: the conversation.
             mode: how to answer.
             answer_tokens: room to leave in the row; the text is cut for it.
+            asks: the verdict lines to ask for; None asks for all of the policy's.
 
         Raises:
             JaxguardError: the policy does not fit.
         """
-        return np.asarray(self._inference(example, mode, answer_tokens)[1], np.int32)
+        return np.asarray(self._inference(example, mode, answer_tokens, asks)[1], np.int32)
 
     def messages(self, example: Example, mode: Mode, answer_tokens: int = 0) -> list[dict[str, str]]:
         """Chat messages that a server turns into exactly the tokens of `prompt`.
 
         It has to be given `template.TEMPLATE_KWARGS` as `chat_template_kwargs`.
         """
-        return [{"role": "user", "content": self._inference(example, mode, answer_tokens)[0]}]
+        return [{"role": "user", "content": self._inference(example, mode, answer_tokens, None)[0]}]
+
+    def forks(self, start: str, given: Answers, question: Question) -> tuple[list[int], int, int]:
+        """Where an answer chooses between the two words of a verdict line.
+
+        Args:
+            start: the answer before its verdict.
+            given: the lines before that one.
+            question: whose line it is.
+
+        Returns:
+            the answer's tokens up to there, and the next token of the positive and of the negative word.
+        """
+        positive, negative = (
+            self.ids(start + written((*given, (question, word))) + self.template.end) for word in CHOICES[question]
+        )
+        at = _first_difference(positive, negative)
+        return positive[:at], positive[at], negative[at]
 
     def least_tokens(self, policy: Policy) -> int:
         """Length of the shortest row in which anything can be judged by a policy, with its verdict but no trace."""
@@ -181,21 +201,24 @@ class Encoder:
             for words in itertools.product(*(CHOICES[q] for q in policy.asks))
         )
         seams = 4  # tokens that split otherwise where texts meet
-        texts = 2 * (MIN_KEPT + len(self._ids(CUT_MARK)) + seams)
-        return len(self._ids(render(self.tokenizer, turn))) + texts + longest
+        texts = 2 * (MIN_KEPT + len(self.ids(CUT_MARK)) + seams)
+        return len(self.ids(render(self.tokenizer, turn))) + texts + longest
 
     def _policy(self, example: Example) -> Policy:
         return policy_for(example, self.policy)
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a part of an answer."""
         return token_ids(self.tokenizer, text)
 
     def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> list[int]:
-        return self._ids(self.dialogue.completion(answers, trace, mode) + self.template.end)
+        return self.ids(self.dialogue.completion(answers, trace, mode) + self.template.end)
 
-    def _inference(self, example: Example, mode: Mode, answer_tokens: int) -> tuple[str, list[int]]:
+    def _inference(
+        self, example: Example, mode: Mode, answer_tokens: int, asks: tuple[Question, ...] | None
+    ) -> tuple[str, list[int]]:
         policy = self._policy(example)
-        fitted = self._fit(example, policy, policy.asks, mode, self.row_tokens - answer_tokens)
+        fitted = self._fit(example, policy, asks or policy.asks, mode, self.row_tokens - answer_tokens)
         if fitted is None:
             raise JaxguardError(
                 f"example {example.id!r}: its policy leaves no room for text in {self.row_tokens} tokens"
@@ -284,7 +307,7 @@ class Encoder:
 
         def attempt(parts: Items[str]) -> tuple[str, list[int]]:
             turn = self.dialogue.user_turn(parts[0], parts[1] if len(parts) > 1 else None, policy, asks, mode)
-            return turn, self._ids(self._checked(turn))
+            return turn, self.ids(self._checked(turn))
 
         turn, ids = attempt(texts)
         shortened = any(len(t or "") > most for t in (example.prompt, example.response))

@@ -11,7 +11,6 @@ line, or one whose checksum is wrong, counts as never written: its attempt is ma
 import json
 import logging
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
-from jaxguard.disk import lock_folder, write_atomically
+from jaxguard.disk import lock_folder, sealed, unsealed, write_atomically
 from jaxguard.errors import JaxguardError
 
 logger = logging.getLogger(__name__)
@@ -220,14 +219,13 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _line(attempt: Attempt) -> bytes:
-    body = json.dumps(asdict(attempt), ensure_ascii=True, sort_keys=True)
-    return f'{{"crc32": {zlib.crc32(body.encode())}, "attempt": {body}}}\n'.encode()
+    return sealed("attempt", asdict(attempt))
 
 
 def _parse(line: bytes) -> Attempt | None:
     """The line's attempt; None if the line is not as it was written."""
+    record = unsealed("attempt", line)
     try:
-        attempt = Attempt(**json.loads(line)["attempt"])
-    except (ValueError, KeyError, TypeError):
+        return None if record is None else Attempt(**record)
+    except TypeError:
         return None
-    return attempt if _line(attempt) == line else None

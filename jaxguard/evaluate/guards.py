@@ -1,17 +1,85 @@
 """Guards, opened: whoever a config names becomes a Judge that can be asked."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import hashlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
 
+from jaxguard import hub
 from jaxguard.config import Config
 from jaxguard.data.dialogue import Mode
-from jaxguard.evaluate.judging import Judge
+from jaxguard.data.encode import TOKENIZER_FILES, Encoder
+from jaxguard.data.policies import load_policy
+from jaxguard.data.prepare import load_sources
+from jaxguard.data.template import load_tokenizer
+from jaxguard.errors import JaxguardError
+from jaxguard.evaluate.floors import fit_floor
+from jaxguard.evaluate.foreign import foreign_format
+from jaxguard.evaluate.judging import Ask, Engine, Format, Judge, judge
+from jaxguard.evaluate.ours import OurFormat
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
+
+FLOORS: Final = ("tfidf", "majority")
+_SAMPLED_BYTES = 2**20
 
 
 def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
-    """In which modes a guard is asked: its own choice, else those that data.mode trains; other formats have one."""
-    raise NotImplementedError
+    """In which modes a guard is asked: its own choice, else those that data.mode trains; other formats have one.
+
+    Raises:
+        JaxguardError: a format that cannot be asked in that mode.
+    """
+    if guard.format in ("jaxguard", "nemotron_reasoning"):
+        default = ("reasoning", "direct") if config.data.mode == "dual" else (config.data.mode,)
+        return tuple(Mode(mode) for mode in guard.modes or default)
+    only = Mode.REASONING if guard.format == "gpt_oss_safeguard" else Mode.DIRECT
+    if set(guard.modes) - {str(only)}:
+        raise JaxguardError(f"guard {guard.name!r}: format {guard.format} answers in {only} mode only; leave modes out")
+    return (only,)
+
+
+def checkpoint_of(guard: GuardConfig, config: Config) -> str:
+    """The folder or repository that holds a guard's weights and tokenizer.
+
+    Raises:
+        JaxguardError: this run has no export yet.
+    """
+    if guard.checkpoint is None:
+        export = config.folder / "export"
+        if not (export / "config.json").is_file():
+            raise JaxguardError(
+                f"guard {guard.name!r} is this run's export, but {export} is not there: run "
+                f"`python -m jaxguard.train` with the same config first, or set evaluate.guards.0.checkpoint"
+            )
+        return str(export)
+    inside = Path(guard.checkpoint).expanduser() / "export"
+    return str(inside) if (inside / "config.json").is_file() else guard.checkpoint
+
+
+def identity(guard: GuardConfig, config: Config) -> dict[str, Any]:
+    """What tells a guard's answers from another's, for the heads of files; JSON."""
+    if guard.format in FLOORS:
+        return {"format": guard.format, "fitted_to": [one.model_dump(mode="json") for one in config.data.train]}
+    checkpoint = checkpoint_of(guard, config)
+    known: dict[str, Any] = {"format": guard.format, "checkpoint": checkpoint, "revision": guard.revision}
+    if guard.endpoint is not None:
+        return {**known, "served_as": guard.model}
+    files = sorted(Path(checkpoint).expanduser().glob("*.safetensors"))
+    return {**known, "weights": _fingerprint(files) if files else None}
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    """A hash of each file's size, beginning and end: other weights differ there, and nobody waits for 16 GB."""
+    found = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            found.update(json.dumps([path.name, size]).encode() + file.read(_SAMPLED_BYTES))
+            file.seek(max(0, size - _SAMPLED_BYTES))
+            found.update(file.read())
+    return found.hexdigest()[:16]
 
 
 @asynccontextmanager
@@ -21,5 +89,44 @@ async def open_guard(guard: GuardConfig, config: Config, settings: EvaluateConfi
     Raises:
         JaxguardError: no such checkpoint, a server that does not answer or serves another model.
     """
-    raise NotImplementedError
-    yield
+    if guard.format in FLOORS:
+        examples, _ = load_sources(config.data.train, "train")
+        yield fit_floor(guard.format, examples, config.seed)
+        return
+    remote = guard.endpoint is not None
+    folder = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES if remote else None)
+    form = _format(guard, folder, config, settings)
+    async with _engine(guard, folder, config, settings) as engine:
+
+        def judged(asks: Sequence[Ask]) -> AsyncIterator[Any]:
+            return judge(asks, form, engine, settings)
+
+        yield judged
+
+
+def _format(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> Format:
+    policy = load_policy(config.data.policy)
+    if guard.format == "jaxguard":
+        return OurFormat.of(Encoder.load(folder, config.data, policy), settings)
+    return foreign_format(guard.format, load_tokenizer(folder), policy)
+
+
+@asynccontextmanager
+async def _engine(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> AsyncIterator[Engine]:
+    if guard.endpoint is None and settings.backend == "jax":
+        from jaxguard.evaluate.jax_engine import load_engine  # JAX is loaded only where it computes
+
+        yield load_engine(folder, config, settings)
+        return
+    from jaxguard.evaluate.sglang_engine import open_sglang  # its client is an extra
+
+    with ExitStack() as stack:
+        url, model = guard.endpoint, guard.model
+        if url is None:
+            from jaxguard.evaluate.server import serve
+
+            log = config.folder / "evaluate" / f"{guard.name}.server.log"
+            model = model or guard.name
+            url = stack.enter_context(serve(folder, model, log, settings.server))
+        async with open_sglang(url, model, settings) as engine:
+            yield engine

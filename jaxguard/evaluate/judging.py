@@ -41,7 +41,8 @@ class Answer:
         forced: generations whose thought ran out, so that a verdict was forced.
         prompt_tokens: of the prompt.
         completion_tokens: of all generations together.
-        seconds: that the example took; of a batch, its share.
+        seconds: from asking to the answer; of a batch, its share.
+        wall: since the answer before it, which summed over a benchmark is the time that it took.
     """
 
     example_id: str
@@ -52,6 +53,7 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    wall: float = 0.0
 
 
 class Judge(Protocol):

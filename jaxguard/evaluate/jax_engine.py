@@ -1,0 +1,55 @@
+"""Our own sampler as an Engine: it computes in this process, over the training mesh."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxguard.config import Config
+from jaxguard.evaluate.judging import Sampled
+from jaxguard.evaluate.sampler import Model, Sampling, generate, next_log_odds, place_model
+from jaxguard.evaluate_sections import EvaluateConfig
+from jaxguard.models.checkpoint_io import check_vocabulary, read_weights
+from jaxguard.models.spec import read_spec
+from jaxguard.train.sharding import make_mesh, start_hosts, weight_shardings
+from jaxguard.train.step import choose_compute
+
+
+@dataclass(frozen=True)
+class JaxEngine:
+    """Implements judging.Engine."""
+
+    model: Model
+    settings: EvaluateConfig
+
+    async def sample(
+        self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...]
+    ) -> list[list[Sampled]]:
+        given = self.settings
+        sampling = Sampling(given.temperature, given.top_p, max_tokens, stop_ids, given.seed, n)
+        found = generate(self.model, prompts, sampling, rows=given.batch)
+        return [[Sampled(one.tokens, one.finish_reason == "stop") for one in answers] for answers in found]
+
+    async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]]) -> list[float]:
+        return next_log_odds(self.model, prefixes, pairs, rows=self.settings.batch)
+
+    @property
+    def group(self) -> int:
+        return max(1, self.settings.batch // max(1, self.settings.generations))
+
+    @property
+    def workers(self) -> int:
+        return 1
+
+
+def load_engine(folder: Path, config: Config, settings: EvaluateConfig) -> JaxEngine:
+    """Read a checkpoint onto the config's mesh.
+
+    Raises:
+        JaxguardError: the checkpoint cannot be read, or the mesh does not fit the devices.
+    """
+    start_hosts(config.mesh)
+    spec = read_spec(folder)
+    check_vocabulary(folder, spec)
+    mesh = make_mesh(config.mesh)
+    weights = read_weights(folder, spec, weight_shardings(spec, mesh))
+    return JaxEngine(place_model(spec, weights, choose_compute(config, spec, mesh), mesh), settings)

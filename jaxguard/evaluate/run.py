@@ -1,0 +1,201 @@
+"""An evaluation from start to end: guards are asked, answers kept, everything scored, a report written.
+
+runs/NAME/evaluate/
+  predictions/GUARD/MODE/BENCHMARK.jsonl   every answer, as soon as it is there
+  results.json  report.md  report.html
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jaxguard.config import Config
+from jaxguard.data.dialogue import Mode
+from jaxguard.data.examples import Example
+from jaxguard.data.policies import QUESTIONS, Question, load_policy
+from jaxguard.data.prepare import load_sources
+from jaxguard.disk import lock_folder
+from jaxguard.errors import JaxguardError
+from jaxguard.evaluate.benchmarks import LABEL, Benchmark, load_benchmark
+from jaxguard.evaluate.guards import identity, modes_of, open_guard
+from jaxguard.evaluate.judging import Answer, Ask, Judge
+from jaxguard.evaluate.predictions import open_predictions
+from jaxguard.evaluate.progress import counting
+from jaxguard.evaluate.report import write_report
+from jaxguard.evaluate.results import Evaluation
+from jaxguard.evaluate.scoring import Judgements, Validation, score
+from jaxguard.evaluate.summary import summary_table
+from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
+
+logger = logging.getLogger(__name__)
+
+DECIDING = {"temperature", "top_p", "generations", "thought_tokens", "verdict_tokens", "ask", "seed"}
+"""Settings that change what a guard answers."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark as the config wants it: its label, and the examples to judge."""
+
+    label: str
+    benchmark: Benchmark
+    examples: tuple[Example, ...]
+
+
+def evaluate(config: Config) -> int:
+    """Ask every guard about every benchmark and write the report; what was asked before is not asked again.
+
+    Raises:
+        JaxguardError: anything that the user can mend.
+    """
+    settings = config.evaluate or EvaluateConfig()
+    check_settings(settings, config)
+    console = Console()
+    benches = load_benches(settings)
+    validation = load_validation(settings, config)
+    with evaluation_folder(config) as folder:
+        found: list[Judgements] = []
+        thresholds: dict[tuple[str, Mode], Validation] = {}
+        for guard in settings.guards:
+            judgements, known = asyncio.run(ask_guard(guard, config, settings, benches, validation, folder, console))
+            found += judgements
+            thresholds |= known
+        cells, averages = score(found, thresholds, settings)
+        models = {guard.name: describe(guard, config) for guard in settings.guards}
+        evaluation = Evaluation(config.name, models, cells, averages, settings.model_dump(mode="json"))
+        write_report(evaluation, folder)
+    console.print(summary_table(evaluation))
+    console.print(f"report: {folder / 'report.html'}, {folder / 'report.md'}", highlight=False)
+    return 0
+
+
+def check_settings(settings: EvaluateConfig, config: Config) -> None:
+    """What the sections cannot check by themselves.
+
+    Raises:
+        JaxguardError: verdicts from probabilities alone, of a guard that thinks first.
+    """
+    for guard in settings.guards:
+        if settings.generations == 0 and Mode.REASONING in modes_of(guard, config):
+            raise JaxguardError(
+                f"evaluate.generations=0 takes verdicts from probabilities alone, but guard {guard.name!r} is asked in "
+                "reasoning mode, where they depend on the thought: set its modes=[direct], or sample"
+            )
+
+
+def load_benches(settings: EvaluateConfig) -> list[Bench]:
+    """Read all benchmarks, before anything is computed."""
+    benches = []
+    for one in settings.benchmarks:
+        benchmark = load_benchmark(one.name, None if one.path is None else Path(one.path))
+        examples = benchmark.examples
+        if settings.limit is not None:
+            examples = tuple(sorted(examples, key=lambda e: _hash(settings.seed, e.id))[: settings.limit])
+        benches.append(Bench(one.label or benchmark.name, benchmark, examples))
+    return benches
+
+
+def load_validation(settings: EvaluateConfig, config: Config) -> dict[Question, list[Example]]:
+    """The labelled validation examples by the question that they answer."""
+    if not settings.validation:
+        return {}
+    examples, _ = load_sources(settings.validation, "validation")
+    if settings.limit is not None:
+        examples = sorted(examples, key=lambda e: _hash(settings.seed, e.id))[: settings.limit]
+    asked = load_policy(config.data.policy).asks
+    found = {q: [e for e in examples if getattr(e, LABEL[q])] for q in QUESTIONS if q in asked}
+    return {question: labelled for question, labelled in found.items() if labelled}
+
+
+@contextmanager
+def evaluation_folder(config: Config) -> Iterator[Path]:
+    """runs/NAME/evaluate, for this process alone.
+
+    Raises:
+        JaxguardError: another process evaluates there, or it cannot be written.
+    """
+    folder = config.folder / "evaluate"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder, "evaluation")
+    except OSError as error:
+        raise JaxguardError(f"cannot write to {folder}: {error.strerror or error}") from None
+    with lock:
+        yield folder
+
+
+async def ask_guard(
+    guard: GuardConfig,
+    config: Config,
+    settings: EvaluateConfig,
+    benches: Sequence[Bench],
+    validation: dict[Question, list[Example]],
+    folder: Path,
+    console: Console,
+) -> tuple[list[Judgements], dict[tuple[str, Mode], Validation]]:
+    """One guard in all its modes about everything."""
+    who = identity(guard, config)
+    common = {"guard": who, "data.policy": load_policy(config.data.policy).digest}
+    common |= settings.model_dump(mode="json", include=DECIDING)
+    found: list[Judgements] = []
+    thresholds: dict[tuple[str, Mode], Validation] = {}
+    async with open_guard(guard, config, settings) as judge:
+        for mode in modes_of(guard, config):
+            place = folder / "predictions" / guard.name / mode
+            for bench in benches:
+                asks = [Ask(example, bench.benchmark.question, mode) for example in bench.examples]
+                head = {**common, "examples": bench.benchmark.origin["examples_sha256"]}
+                answers, seconds = await answered(judge, asks, place / f"{bench.label}.jsonl", head, console)
+                found.append(
+                    Judgements(guard.name, mode, bench.label, bench.benchmark, bench.examples, answers, seconds)
+                )
+            known: dict[Question, tuple[Sequence[Example], Sequence[Answer]]] = {}
+            for question, examples in validation.items():
+                asks = [Ask(example, question, mode) for example in examples]
+                answers, _ = await answered(judge, asks, place / f"validation-{question}.jsonl", common, console)
+                known[question] = (examples, answers)
+            thresholds[guard.name, mode] = known
+    return found, thresholds
+
+
+async def answered(
+    judge: Judge, asks: Sequence[Ask], path: Path, head: dict[str, Any], console: Console
+) -> tuple[list[Answer], float]:
+    """The answers to all asks in their order, from the file where they are there; and the seconds that it took.
+
+    Long texts come first, so that what does not fit shows at once, and texts of like length share a batch.
+    """
+    with open_predictions(path, head) as predictions:
+        waiting = [ask for ask in asks if ask.example.id not in predictions.answers]
+        waiting.sort(key=lambda ask: -len(ask.example.prompt) - len(ask.example.response or ""))
+        title = f"{path.parent.parent.name} {path.parent.name} {path.stem}"
+        with counting(title, len(asks), len(asks) - len(waiting), console) as told:
+            last = time.monotonic()
+            async for answer in judge(waiting):
+                now = time.monotonic()
+                answer, last = replace(answer, wall=now - last), now
+                predictions.append(answer)
+                told(answer)
+        answers = [predictions.answers[ask.example.id] for ask in asks]
+    return answers, sum(answer.wall for answer in answers)
+
+
+def describe(guard: GuardConfig, config: Config) -> str:
+    """A guard in words, for the report's head."""
+    who = identity(guard, config)
+    if "checkpoint" not in who:
+        return f"{guard.format}, fitted to the run's training examples"
+    served = f" at {guard.endpoint}" if guard.endpoint else ""
+    return f"{who['checkpoint']}{served}, format {guard.format}"
+
+
+def _hash(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"evaluate\0{seed}\0{name}".encode()).digest()
