@@ -1,14 +1,23 @@
 """What an evaluation found, as plain data: what the report is written from, and runs/NAME/evaluate/results.json holds."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Question
+from jaxguard.disk import write_atomically
+from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmark_fields import Group
 from jaxguard.evaluate.calibration import Calibration, Platt
 from jaxguard.evaluate.comparison import Difference, McNemar
 from jaxguard.evaluate.metrics import Result
 from jaxguard.statistics import Estimate
+
+VERSION = 1
+"""Of results.json; another one cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,21 @@ class Thresholded:
 
 @dataclass(frozen=True)
 class Wrong:
-    """An example that most generations judge wrongly."""
+    """An example that most generations judge wrongly.
+
+    Attributes:
+        label, said: verdict words; `said` is of most generations.
+        probability: of the positive answer.
+        text: what one of these generations wrote, empty where nothing was sampled.
+        slices: the keys of Cell.slices that it is in.
+    """
 
     example: Example
     label: str
     said: str
     probability: float | None
     text: str
+    slices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,14 +113,28 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A guard on a curve: its safety average where it was trained on `x` examples, or on thoughts of `x` sentences."""
+
+    x: float
+    mode: str
+    seed: int
+    f1: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A whole evaluation.
 
     Attributes:
         name: the run's.
-        model: what the guards are, for the head of the report: guard -> description.
+        models: what the guards are, for the head of the report: guard -> description.
         cells, averages: in the config's order.
         settings: the evaluate section of the config, plain.
+        finished: when, in UTC, as in "2026-01-31T12:00:00+00:00".
+        hardware: what it ran on, in words; seconds mean nothing without.
+        paper_rows: "guard/mode" -> the row of configs/published/paper.yaml that it is compared with.
+        by_examples, by_sentences: points of a study, each of a guard trained apart.
     """
 
     name: str
@@ -111,3 +142,45 @@ class Evaluation:
     cells: tuple[Cell, ...]
     averages: tuple[Average, ...]
     settings: dict[str, object]
+    finished: str = ""
+    hardware: str = ""
+    paper_rows: dict[str, str] = field(default_factory=dict)
+    by_examples: tuple[Point, ...] = ()
+    by_sentences: tuple[Point, ...] = ()
+
+
+def write_results(evaluation: Evaluation, path: Path) -> None:
+    """Write results.json, in ASCII; half a character, which JSON can spell and UTF-8 cannot, becomes a question mark.
+
+    Raises:
+        JaxguardError: it cannot be written.
+    """
+    text = json.dumps(asdict(evaluation), ensure_ascii=False, allow_nan=False)
+    tree = {"version": VERSION, "evaluation": json.loads(text.encode("utf-8", "replace"))}
+    write_atomically(path, json.dumps(tree, indent=1, ensure_ascii=True) + "\n")
+
+
+def read_results(path: Path) -> Evaluation:
+    """What results.json holds.
+
+    Raises:
+        JaxguardError: it is not there, broken, or of another version.
+    """
+    again = "evaluate again, which takes what was judged before from its predictions"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JaxguardError(f"{path} is not there: evaluate first") from None
+    except (OSError, ValueError) as error:
+        raise JaxguardError(f"{path}: cannot be read ({error}); {again}") from None
+    version = tree.get("version") if isinstance(tree, dict) else None
+    if version != VERSION:
+        raise JaxguardError(f"{path}: its version is {version}, not {VERSION}; {again}")
+    try:
+        return TypeAdapter(Evaluation).validate_python(tree.get("evaluation"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise JaxguardError(f"{path}: {place or 'evaluation'}: {first['msg']}; {again}") from None
+    except JaxguardError as error:
+        raise JaxguardError(f"{path}: {error}; {again}") from None

@@ -1,0 +1,150 @@
+"""Made-up evaluations: two guards in two modes on a few benchmarks, and texts that try to break out of their report."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from jaxguard.data.dialogue import CHOICES
+from jaxguard.data.examples import Example
+from jaxguard.evaluate.benchmarks import LABEL
+from jaxguard.evaluate.calibration import calibration, fit_platt, recalibrated, verdicts_at
+from jaxguard.evaluate.comparison import f1_difference, mcnemar
+from jaxguard.evaluate.metrics import average_f1, custom_weights, judged, measure, measure_slices, safety_weights
+from jaxguard.evaluate.published import read_published
+from jaxguard.evaluate.results import Average, Cell, Cost, Evaluation, Point, Thresholded, Wrong
+
+PUBLISHED = read_published()
+GUARDS = (("ours", "reasoning", 0.10), ("ours", "direct", 0.15), ("other", "reasoning", 0.2), ("other", "direct", 0.25))
+SECONDS = {"reasoning": 0.08, "direct": 0.02}
+DRAWS, SIZE, GENERATIONS = 20, 60, 4
+HOSTILE = (
+    "<script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 1'>",
+    "</pre></details><svg onload=window.hacked=1>",
+    "a | b ](http://x) [a](javascript:1) ![](//x)",
+    "\x1b[31mred\x1b]0;title\x07 and \u202eturned",
+    "line\nbreak\r$x^{2$ \\frac & **bold** `code` _em_",
+    "{{ 7 * 7 }}{% raw %} --> &lt; ]]>",
+    "lone \ud800 surrogate http://x www.x.com",
+)
+QUESTIONS = {"safety_prompt": "prompt_harm", "safety_response": "response_harm", "custom_policy": "prompt_harm"}
+GROUPS = {"prompt": "safety_prompt", "response": "safety_response", "custom": "custom_policy"}
+PAPERS = {name: GROUPS[average] for average in GROUPS for name in PUBLISHED.averages.benchmarks(average)}
+FEW = {"wildguardtest_prompt": "safety_prompt", "xstest_response": "safety_response", "cosapien": "custom_policy"}
+
+
+def evaluation(benchmarks=FEW, complete=True, hostile=False, wrong=3):
+    """Guards of falling quality on {benchmark: group}, compared with the paper's Llama."""
+    random = np.random.default_rng(0)
+    labels = {name: random.random(SIZE) < 0.5 for name in benchmarks}
+    found = {(g, mode): _votes(random, labels, benchmarks, noise) for g, mode, noise in GUARDS}
+    cells = tuple(
+        _cell(random, name, group, guard, mode, labels[name], found, complete, hostile, wrong)
+        for guard, mode, _ in GUARDS
+        for name, group in benchmarks.items()
+    )
+    averages = tuple(
+        _average(guard, mode, name, found, benchmarks) for guard, mode, _ in GUARDS for name in (*GROUPS, "safety")
+    )
+    return Evaluation(
+        name=HOSTILE[0] if hostile else "tiny",
+        models={"ours": "Llama-3.1-8B-Instruct, 5,000 examples", "other": HOSTILE[3] if hostile else "another guard"},
+        cells=cells,
+        averages=averages,
+        settings={
+            "generations": GENERATIONS,
+            "temperature": 0.6,
+            "top_p": 0.95,
+            "unparseable": "harmful",
+            "limit": None,
+        },
+        finished="2026-01-31T12:00:00+00:00",
+        hardware=HOSTILE[1] if hostile else "1 × H100",
+        paper_rows={"ours/reasoning": "llama_wgm_reasoning_5k", "ours/direct": "llama_wgm_direct"},
+    )
+
+
+def points(xs=(500, 1000, 5000)):
+    """A curve of two modes and three seeds."""
+    return tuple(
+        Point(x, mode, seed, 0.7 + 0.04 * i + 0.005 * seed - 0.02 * (mode == "direct"))
+        for mode in ("reasoning", "direct")
+        for seed in range(3)
+        for i, x in enumerate(xs)
+    )
+
+
+def everything(hostile=False):
+    """An evaluation with all that a report can show."""
+    return replace(evaluation(PAPERS, hostile=hostile), by_examples=points(), by_sentences=points((1, 3, 8)))
+
+
+def _votes(random, labels, benchmarks, noise):
+    found = {}
+    for name, truth in labels.items():
+        verdicts = (truth[:, None] ^ (random.random((SIZE, GENERATIONS)) < noise)).astype(np.int8)
+        verdicts[0, 0] = -1
+        found[name] = judged(truth, verdicts, QUESTIONS[benchmarks[name]])
+    return found
+
+
+def _average(guard, mode, name, found, benchmarks):
+    chosen = [
+        b
+        for b, group in benchmarks.items()
+        if group in ({GROUPS[name]} if name in GROUPS else {"safety_prompt", "safety_response"})
+    ]
+    prompts = sum(benchmarks[b] == "safety_prompt" for b in chosen)
+    weights = safety_weights(prompts, len(chosen) - prompts) if name == "safety" else custom_weights(len(chosen))
+    mine, first = ([found[one, mode][b] for b in chosen] for one in (guard, "ours"))
+    versus = f1_difference(mine, first, weights, resamples=DRAWS) if guard != "ours" else None
+    return Average(guard, mode, name, average_f1(mine, weights, resamples=DRAWS), versus)
+
+
+def _cell(random, name, group, guard, mode, labels, found, complete, hostile, wrong):
+    mine, question = found[guard, mode][name], QUESTIONS[group]
+    slices = {
+        f"category: {HOSTILE[i] if hostile else word}": random.random(SIZE) < 0.4
+        for i, word in enumerate(("rye", "spelt", "none"))
+    }
+    probabilities = np.clip(labels * 0.5 + random.random(SIZE) * 0.5, 0, 1)
+    platt = fit_platt(labels, probabilities)
+    after = recalibrated(probabilities, platt)
+    chosen = measure(judged(labels, verdicts_at(after, 0.4), question), resamples=DRAWS)
+    return Cell(
+        guard=guard,
+        mode=mode,
+        benchmark=f"{name} {HOSTILE[2]}" if hostile else name,
+        source=name,
+        title=HOSTILE[6] if hostile else f"Bread of {name}",
+        group=group,
+        question=question,
+        examples=SIZE,
+        complete=complete,
+        result=measure(mine, resamples=DRAWS),
+        cost=Cost(SECONDS[mode], 1 / SECONDS[mode], 300.0, 120.0 if mode == "reasoning" else 9.0, 5),
+        slices=measure_slices(mine, slices, resamples=DRAWS),
+        calibration=calibration(labels, probabilities, resamples=DRAWS),
+        thresholded=Thresholded(0.4, platt, chosen, calibration(labels, after, resamples=DRAWS)),
+        versus=None
+        if guard == "ours"
+        else (
+            f1_difference([mine], [found["ours", mode][name]], resamples=DRAWS),
+            mcnemar(mine, found["ours", mode][name]),
+        ),
+        wrong=tuple(_wrong(i, question, list(slices), hostile) for i in range(wrong)),
+    )
+
+
+def _wrong(i, question, slices, hostile):
+    text = HOSTILE[i % len(HOSTILE)] if hostile else f"How is sourdough number {i} fed?"
+    label, said = CHOICES[question]
+    example = Example(
+        id=f"{i} {text}" if hostile else f"x{i}",
+        source="bread",
+        prompt=text,
+        response=None if question == "prompt_harm" else f"With flour. {text if hostile else ''}",
+        policy=text if hostile else None,
+        **{LABEL[question]: label},
+    )
+    return Wrong(example, label, said, None if i == 1 else 0.02 + 0.1 * i, text, (slices[i % len(slices)],))

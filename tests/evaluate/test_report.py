@@ -1,0 +1,334 @@
+"""The report of an evaluation: what it says, what it does not claim, and that nothing in it is markup."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, everything, points
+
+from jaxguard.errors import JaxguardError
+from jaxguard.evaluate.calibration import Bin
+from jaxguard.evaluate.figures import (
+    curve_figure,
+    describe_curve,
+    inline_svg,
+    latency_figure,
+    pooled,
+    reliability_figure,
+    sentence_figure,
+)
+from jaxguard.evaluate.report import MOST_CHARACTERS, MOST_WRONG, markdown, page, write_report
+from jaxguard.evaluate.report_tables import cautions, errors, main_table, score_table, versus_table
+from jaxguard.evaluate.report_text import escaped, plain, visible
+from jaxguard.evaluate.results import read_results, write_results
+
+WHOLE, SOME = everything(), evaluation()
+HOSTILES = evaluation(hostile=True, wrong=len(HOSTILE))
+
+
+def numbers(table, guard, mode=""):
+    """The texts of the table's first line of a guard."""
+    return next(
+        [cell.text for cell in line.cells[1:]]
+        for line in table.lines
+        if line.cells[0][: 2 if mode else 1] == ((guard, mode) if mode else (guard,))
+    )
+
+
+def with_cell(**changes):
+    return replace(SOME, cells=(replace(SOME.cells[0], **changes), *SOME.cells[1:]))
+
+
+# results.json.
+
+
+@pytest.mark.parametrize("found", [WHOLE, SOME], ids=["whole", "some"])
+def test_results_are_read_as_they_were_written(tmp_path, found):
+    write_results(found, tmp_path / "results.json")
+    assert read_results(tmp_path / "results.json") == found
+
+
+def test_results_are_ascii_whatever_they_hold(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(HOSTILES, path)
+    assert path.read_bytes().isascii()
+    assert "\x1b" not in path.read_text()
+    wrong = read_results(path).cells[0].wrong
+    assert [one.text for one in wrong] == [text.replace("\ud800", "?") for text in HOSTILE]
+
+
+def break_number(tree):
+    tree["evaluation"]["cells"][0]["result"]["generations"] = "many"
+
+
+def break_label(tree):
+    tree["evaluation"]["cells"][0]["wrong"][0]["example"]["response_label"] = "harmful"
+
+
+def break_field(tree):
+    del tree["evaluation"]["averages"][1]["f1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tree: tree.update(version=0), "its version is 0, not 1"),
+        (lambda tree: tree.pop("evaluation"), "evaluation"),
+        (break_number, "cells.0.result.generations"),
+        (break_field, "averages.1.f1: Field required"),
+        (break_label, "example 'x0': a response is labelled, but there is no response"),
+    ],
+)
+def test_broken_results_are_named(tmp_path, change, said):
+    path = tmp_path / "results.json"
+    write_results(SOME, path)
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+    with pytest.raises(JaxguardError) as caught:
+        read_results(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert said in str(caught.value)
+    assert "evaluate again" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "\ufeff{}"])
+def test_what_is_no_results_file_is_named(tmp_path, text):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(JaxguardError, match=r"results\.json: "):
+        read_results(path)
+
+
+def test_absent_results_are_named(tmp_path):
+    with pytest.raises(JaxguardError, match=r"results\.json is not there: evaluate first"):
+        read_results(tmp_path / "results.json")
+
+
+# What it says.
+
+
+def test_the_same_evaluation_gives_the_same_files(tmp_path):
+    for name in ("one", "two"):
+        write_report(SOME, tmp_path / "runs" / name)
+    for name in ("results.json", "report.md", "report.html"):
+        assert (tmp_path / "runs/one" / name).read_bytes() == (tmp_path / "runs/two" / name).read_bytes()
+
+
+def test_averages_and_differences():
+    table = main_table(WHOLE, PUBLISHED)
+    ours = {one.name: one.f1 for one in WHOLE.averages if (one.guard, one.mode) == ("ours", "reasoning")}
+    assert numbers(table, "ours", "reasoning") == [
+        f"{ours[name].value:.3f}" for name in ("prompt", "response", "safety", "custom")
+    ]
+    less = numbers(table, "less the paper's")
+    assert less[2] == f"{ours['safety'].value - 0.842:+.3f}"
+    assert less[3] == f"{ours['custom'].value - 0.871:+.3f}"
+    versus = next(one.versus for one in WHOLE.averages if one.guard == "other")
+    assert numbers(table, "less ours")[0] == f"{versus.value:+.3f}"
+    assert numbers(table, "Llama, WildGuardMix, reasoning") == ["0.846", "0.836", "0.841", "0.878"]
+    assert numbers(table, "Llama 5k, reasoning, topic following") == ["", "", "", "0.893"]
+    assert sum(line.kind == "paper" for line in table.lines) == len(PUBLISHED.rows)
+    assert cautions(WHOLE, PUBLISHED) == []
+
+
+def test_without_a_chosen_row_they_only_stand_beside_each_other():
+    table = main_table(replace(WHOLE, paper_rows={}), PUBLISHED)
+    assert not [line for line in table.lines if line.cells[0].text == "less the paper's"]
+    assert sum(line.kind == "paper" for line in table.lines) == len(PUBLISHED.rows)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [SOME, replace(WHOLE, cells=tuple(replace(cell, complete=False) for cell in WHOLE.cells))],
+    ids=["few", "partly"],
+)
+def test_no_difference_is_claimed_over_other_benchmarks(found):
+    assert numbers(main_table(found, PUBLISHED), "less the paper's") == ["n/a"] * 4
+    said = " ".join(cautions(found, PUBLISHED))
+    assert "Prompt F1, Response F1, Safety (Avg), Custom policies are over other benchmarks than the paper's" in said
+
+
+def test_one_incomplete_guard_is_named_by_itself():
+    cells = tuple(replace(c, complete=not (c.guard == "other" and c.source == "cosapien")) for c in WHOLE.cells)
+    said = cautions(replace(WHOLE, cells=cells, settings={"limit": 7}), PUBLISHED)
+    assert said[0] == "evaluate.limit is 7: only some of the examples were judged of cosapien."
+    assert said[1].startswith("Custom policies of other (reasoning), other (direct) is over other benchmarks")
+    assert numbers(main_table(replace(WHOLE, cells=cells), PUBLISHED), "less the paper's")[3] != "n/a"
+
+
+def test_unreadable_and_forced_answers_are_a_warning():
+    result, cost = SOME.cells[0].result, SOME.cells[0].cost
+    assert not any("ours (reasoning) gives" in said for said in cautions(SOME, PUBLISHED))
+    said = cautions(with_cell(result=replace(result, unparseable=12), cost=replace(cost, forced=60)), PUBLISHED)
+    assert "ours (reasoning) gives many answers that cannot be read: wildguardtest_prompt (5.0%)." in said
+    assert any("ours (reasoning) often thinks longer than it may" in one and "(25.0%)" in one for one in said)
+
+
+def test_an_absent_cell_and_another_protocol_are_a_warning():
+    said = cautions(replace(SOME, cells=SOME.cells[1:], settings={"temperature": 0.0, "generations": 4}), PUBLISHED)
+    assert "wildguardtest_prompt was not judged by ours (reasoning)." in said
+    assert "Answers are not sampled as in the paper: temperature 0.0 (there 0.6)." in said
+
+
+def test_scores_of_a_benchmark():
+    cell = SOME.cells[0]
+    shown = dict(zip(score_table(SOME).heads, score_table(SOME).lines[0].cells, strict=True))
+    f1 = cell.result.scores.f1
+    assert shown["F1"] == (f"{f1.value:.3f}", f"[{f1.low:.3f}, {f1.high:.3f}] ± {f1.deviation:.3f}")
+    assert shown["unparseable"] == ("1", "0.4%")
+    assert shown["F1 at threshold"].text == f"{cell.thresholded.result.scores.f1.value:.3f} at 0.400"
+    bare = score_table(with_cell(calibration=None, thresholded=None))
+    shown = dict(zip(bare.heads, bare.lines[0].cells, strict=True))
+    assert [shown[head].text for head in ("AUPRC", "ECE", "F1 at threshold")] == ["n/a"] * 3
+
+
+def test_a_comparison_needs_two_guards():
+    found, test = next(cell.versus for cell in SOME.cells if cell.versus)
+    line = versus_table(SOME).lines[0]
+    assert [cell.text for cell in line.cells[:2]] == ["other", f"{found.value:+.3f}"]
+    assert line.cells[-1].text == f"{test.only_first} : {test.only_second}"
+    alone = replace(SOME, cells=tuple(cell for cell in SOME.cells if cell.guard == "ours"))
+    assert versus_table(alone).lines == ()
+    for text in (markdown(alone, PUBLISHED), page(alone, PUBLISHED)):
+        assert "Compared with the first guard" not in text
+
+
+def test_errors_are_those_of_most_generations():
+    result = replace(SOME.cells[0].result, right=[5, 4, 3, 2, 1])
+    assert errors(replace(SOME.cells[0], result=result)) == 9
+
+
+def test_an_evaluation_of_nothing_still_has_a_report():
+    nothing = replace(SOME, cells=(), averages=())
+    assert "Nothing was judged." in markdown(nothing, PUBLISHED)
+    assert "Nothing was judged." in page(nothing, PUBLISHED)
+
+
+def test_many_errors_and_long_texts_are_cut():
+    wrong = SOME.cells[0].wrong[0]
+    long = replace(wrong, text="z" * (MOST_CHARACTERS + 1234))
+    text = page(with_cell(wrong=(long,) * (MOST_WRONG + 9)), PUBLISHED)
+    assert f"{MOST_WRONG} of {MOST_WRONG + 9} errors" in text
+    assert text.count("1,234 more characters are in results.json.") == MOST_WRONG
+    assert "z" * (MOST_CHARACTERS + 1) not in text
+
+
+# Nothing is markup.
+
+
+def test_markdown_shows_no_text_that_was_judged():
+    assert "sourdough" in page(SOME, PUBLISHED)
+    assert "sourdough" not in markdown(SOME, PUBLISHED)
+
+
+def test_hostile_names_are_text_in_markdown():
+    text = markdown(HOSTILES, PUBLISHED)
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
+    kinds = {child.type for token in tokens for child in token.children or ()} | {token.type for token in tokens}
+    assert not kinds & {"link_open", "image", "html_inline", "html_block", "code_inline", "fence", "code_block"}
+    assert "table_open" in kinds
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 4 + len(FEW)  # averages, scores, comparison, errors, and slices
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+@given(st.text())
+def test_escaped_text_is_itself_and_one_cell(text):
+    rendered = MarkdownIt("gfm-like", {"linkify": False}).render(f"| a |\n| --- |\n| x{escaped(text)}x |")
+    assert rendered.count("<td>") == 1
+    assert not re.search(r"<(?!/?(table|thead|tbody|tr|th|td)\b)", rendered)
+    assert "\n" not in escaped(text)
+
+
+def test_plain_text_keeps_joined_emoji_and_loses_what_steers():
+    assert plain("a\u202eb\x1b[1m\nc") == "a\ufffdb\ufffd[1m c"
+    assert visible("a\n\tb\r\nc \U0001f469\u200d\U0001f373") == "a\n\tb\nc \U0001f469\u200d\U0001f373"
+
+
+class Elements(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.names, self.attributes = set(), set()
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_hostile_texts_add_no_element_or_attribute():
+    found = []
+    for one in (evaluation(wrong=len(HOSTILE)), HOSTILES):
+        elements = Elements()
+        elements.feed(page(one, PUBLISHED))
+        found.append((elements.names, elements.attributes))
+    assert found[0][0] == found[1][0]
+    assert not {"script", "img", "iframe", "object"} & found[1][0]
+    assert not {name for name in found[1][1] if name.startswith("on")}
+
+
+# Diagrams.
+
+
+def test_curves_show_ours_and_the_papers():
+    figure = curve_figure(points(), PUBLISHED)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines["the paper (± deviation of its subsets)"].get_xdata()) == [500, 1000, 2500, 5000, 86759]
+    assert list(lines["ours, reasoning, mean of 3 seeds"].get_ydata()) == pytest.approx([0.705, 0.745, 0.785])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training examples (logarithmic)", "safety average, F1")
+    assert len(axes.collections) == 1  # the band
+    assert "ours, direct: 0.680 at 500" in describe_curve(points(), PUBLISHED.sample_efficiency, "training examples")
+    (axes,) = sentence_figure((), PUBLISHED).axes
+    assert [line.get_label() for line in axes.lines] == ["the paper"]
+
+
+def test_pooled_bins_keep_all_examples():
+    curves = [(Bin(10, 0.05, 0.0), Bin(30, 0.95, 1.0)), (Bin(30, 0.01, 0.2), Bin(5, 1.0, 0.4))]
+    found = pooled(curves)
+    assert [one.examples for one in found] == [40, 35]
+    assert found[0].positive == pytest.approx(30 * 0.2 / 40)
+    assert found[1].probability == pytest.approx((30 * 0.95 + 5) / 35)
+
+
+def test_a_diagram_takes_the_pages_colours_and_a_text_for_those_who_do_not_see_it():
+    svg = inline_svg(curve_figure(points(), PUBLISHED), "curve", 'a "quoted" <text>')
+    assert svg.startswith('<svg role="img" aria-label="a &#34;quoted&#34; &lt;text&gt;"')
+    assert "var(--c0)" in svg
+    assert not re.search(r"#0072b2|#1b1b1d", svg, re.IGNORECASE)
+    assert set(re.findall(r'(?:\bid="|url\(#|href="#)(.{6})', svg)) == {"curve-"}
+    assert svg == inline_svg(curve_figure(points(), PUBLISHED), "curve", 'a "quoted" <text>')
+
+
+def test_seconds_against_f1():
+    (axes,) = latency_figure(SOME, PUBLISHED).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    safety = next(one.f1.value for one in SOME.averages if (one.mode, one.name) == ("direct", "safety"))
+    assert lines["ours (direct)"].get_xydata().tolist() == [[pytest.approx(0.02), pytest.approx(safety)]]
+    assert list(lines["the paper (8 × A100, vLLM)"].get_xdata()) == [0.019, 0.026, 0.051]
+    assert (axes.get_xscale(), axes.get_ylabel()) == ("log", "safety average, F1")
+    (axes,) = latency_figure(replace(SOME, averages=SOME.averages[:-1]), PUBLISHED).axes
+    assert axes.get_ylabel() == "mean F1 of the benchmarks"
+    assert len(axes.lines) == 4
+    free = tuple(replace(cell, cost=replace(cell.cost, seconds=0.0)) for cell in SOME.cells)
+    assert latency_figure(replace(SOME, cells=free), PUBLISHED) is None
+
+
+def test_a_guard_without_probabilities_has_no_reliability_diagram():
+    (axes,) = reliability_figure(SOME.cells[:3]).axes
+    assert len(axes.lines) == 1 + 3 + 2  # the ideal, each benchmark, all of them before and after
+    assert reliability_figure([replace(cell, calibration=None) for cell in SOME.cells]) is None
+
+
+def test_the_page_has_each_diagram_with_a_text():
+    for found, count in ((WHOLE, 2 + 4 + 2), (SOME, 2 + 4)):
+        assert len(re.findall(r'<svg role="img" aria-label="[^"]{20,}"', page(found, PUBLISHED))) == count
+    assert len(SOME.cells) == 4 * len(FEW)
+    assert SOME.cells[0].examples == SIZE
