@@ -1,5 +1,6 @@
 """Made-up evaluations: two guards in two modes on a few benchmarks, and texts that try to break out of their report."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxguard.evaluate.results import Average, Cell, Cost, Evaluation, Point, Th
 PUBLISHED = read_published()
 GUARDS = (("ours", "reasoning", 0.10), ("ours", "direct", 0.15), ("other", "reasoning", 0.2), ("other", "direct", 0.25))
 SECONDS = {"reasoning": 0.08, "direct": 0.02}
-DRAWS, SIZE, GENERATIONS = 20, 60, 4
+DRAWS, SIZE, GENERATIONS = 10, 60, 4
 HOSTILE = (
     "<script>window.hacked = 1</script>",
     "<img src=x onerror='window.hacked = 1'>",
@@ -74,9 +75,22 @@ def points(xs=(500, 1000, 5000)):
     )
 
 
-def everything(hostile=False):
-    """An evaluation with all that a report can show."""
-    return replace(evaluation(PAPERS, hostile=hostile), by_examples=points(), by_sentences=points((1, 3, 8)))
+@functools.cache
+def whole():
+    """On the paper's benchmarks, with all that a report can show."""
+    return replace(evaluation(PAPERS), by_examples=points(), by_sentences=points((1, 3, 8)))
+
+
+@functools.cache
+def some():
+    """On a few of them."""
+    return evaluation()
+
+
+@functools.cache
+def hostile():
+    """On a few of them, with every breakout among the errors."""
+    return evaluation(hostile=True, wrong=len(HOSTILE))
 
 
 def _votes(random, labels, benchmarks, noise):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, everything, points
+from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, hostile, points, some, whole
 
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.calibration import Bin
@@ -27,9 +27,6 @@ from jaxguard.evaluate.report_tables import cautions, errors, main_table, score_
 from jaxguard.evaluate.report_text import escaped, plain, visible
 from jaxguard.evaluate.results import read_results, write_results
 
-WHOLE, SOME = everything(), evaluation()
-HOSTILES = evaluation(hostile=True, wrong=len(HOSTILE))
-
 
 def numbers(table, guard, mode=""):
     """The texts of the table's first line of a guard."""
@@ -41,21 +38,22 @@ def numbers(table, guard, mode=""):
 
 
 def with_cell(**changes):
-    return replace(SOME, cells=(replace(SOME.cells[0], **changes), *SOME.cells[1:]))
+    return replace(some(), cells=(replace(some().cells[0], **changes), *some().cells[1:]))
 
 
 # results.json.
 
 
-@pytest.mark.parametrize("found", [WHOLE, SOME], ids=["whole", "some"])
-def test_results_are_read_as_they_were_written(tmp_path, found):
+@pytest.mark.parametrize("example", [whole, some])
+def test_results_are_read_as_they_were_written(tmp_path, example):
+    found = example()
     write_results(found, tmp_path / "results.json")
     assert read_results(tmp_path / "results.json") == found
 
 
 def test_results_are_ascii_whatever_they_hold(tmp_path):
     path = tmp_path / "results.json"
-    write_results(HOSTILES, path)
+    write_results(hostile(), path)
     assert path.read_bytes().isascii()
     assert "\x1b" not in path.read_text()
     wrong = read_results(path).cells[0].wrong
@@ -86,7 +84,7 @@ def break_field(tree):
 )
 def test_broken_results_are_named(tmp_path, change, said):
     path = tmp_path / "results.json"
-    write_results(SOME, path)
+    write_results(some(), path)
     tree = json.loads(path.read_text())
     change(tree)
     path.write_text(json.dumps(tree))
@@ -115,70 +113,71 @@ def test_absent_results_are_named(tmp_path):
 
 def test_the_same_evaluation_gives_the_same_files(tmp_path):
     for name in ("one", "two"):
-        write_report(SOME, tmp_path / "runs" / name)
+        write_report(some(), tmp_path / "runs" / name)
     for name in ("results.json", "report.md", "report.html"):
         assert (tmp_path / "runs/one" / name).read_bytes() == (tmp_path / "runs/two" / name).read_bytes()
 
 
 def test_averages_and_differences():
-    table = main_table(WHOLE, PUBLISHED)
-    ours = {one.name: one.f1 for one in WHOLE.averages if (one.guard, one.mode) == ("ours", "reasoning")}
+    table = main_table(whole(), PUBLISHED)
+    ours = {one.name: one.f1 for one in whole().averages if (one.guard, one.mode) == ("ours", "reasoning")}
     assert numbers(table, "ours", "reasoning") == [
         f"{ours[name].value:.3f}" for name in ("prompt", "response", "safety", "custom")
     ]
     less = numbers(table, "less the paper's")
     assert less[2] == f"{ours['safety'].value - 0.842:+.3f}"
     assert less[3] == f"{ours['custom'].value - 0.871:+.3f}"
-    versus = next(one.versus for one in WHOLE.averages if one.guard == "other")
+    versus = next(one.versus for one in whole().averages if one.guard == "other")
     assert numbers(table, "less ours")[0] == f"{versus.value:+.3f}"
     assert numbers(table, "Llama, WildGuardMix, reasoning") == ["0.846", "0.836", "0.841", "0.878"]
     assert numbers(table, "Llama 5k, reasoning, topic following") == ["", "", "", "0.893"]
     assert sum(line.kind == "paper" for line in table.lines) == len(PUBLISHED.rows)
-    assert cautions(WHOLE, PUBLISHED) == []
+    assert cautions(whole(), PUBLISHED) == []
 
 
 def test_without_a_chosen_row_they_only_stand_beside_each_other():
-    table = main_table(replace(WHOLE, paper_rows={}), PUBLISHED)
+    table = main_table(replace(whole(), paper_rows={}), PUBLISHED)
     assert not [line for line in table.lines if line.cells[0].text == "less the paper's"]
     assert sum(line.kind == "paper" for line in table.lines) == len(PUBLISHED.rows)
 
 
-@pytest.mark.parametrize(
-    "found",
-    [SOME, replace(WHOLE, cells=tuple(replace(cell, complete=False) for cell in WHOLE.cells))],
-    ids=["few", "partly"],
-)
-def test_no_difference_is_claimed_over_other_benchmarks(found):
+def partly():
+    return replace(whole(), cells=tuple(replace(cell, complete=False) for cell in whole().cells))
+
+
+@pytest.mark.parametrize("example", [some, partly])
+def test_no_difference_is_claimed_over_other_benchmarks(example):
+    found = example()
     assert numbers(main_table(found, PUBLISHED), "less the paper's") == ["n/a"] * 4
     said = " ".join(cautions(found, PUBLISHED))
     assert "Prompt F1, Response F1, Safety (Avg), Custom policies are over other benchmarks than the paper's" in said
 
 
 def test_one_incomplete_guard_is_named_by_itself():
-    cells = tuple(replace(c, complete=not (c.guard == "other" and c.source == "cosapien")) for c in WHOLE.cells)
-    said = cautions(replace(WHOLE, cells=cells, settings={"limit": 7}), PUBLISHED)
+    cells = tuple(replace(c, complete=not (c.guard == "other" and c.source == "cosapien")) for c in whole().cells)
+    said = cautions(replace(whole(), cells=cells, settings={"limit": 7}), PUBLISHED)
     assert said[0] == "evaluate.limit is 7: only some of the examples were judged of cosapien."
     assert said[1].startswith("Custom policies of other (reasoning), other (direct) is over other benchmarks")
-    assert numbers(main_table(replace(WHOLE, cells=cells), PUBLISHED), "less the paper's")[3] != "n/a"
+    assert numbers(main_table(replace(whole(), cells=cells), PUBLISHED), "less the paper's")[3] != "n/a"
 
 
 def test_unreadable_and_forced_answers_are_a_warning():
-    result, cost = SOME.cells[0].result, SOME.cells[0].cost
-    assert not any("ours (reasoning) gives" in said for said in cautions(SOME, PUBLISHED))
+    result, cost = some().cells[0].result, some().cells[0].cost
+    assert not any("ours (reasoning) gives" in said for said in cautions(some(), PUBLISHED))
     said = cautions(with_cell(result=replace(result, unparseable=12), cost=replace(cost, forced=60)), PUBLISHED)
     assert "ours (reasoning) gives many answers that cannot be read: wildguardtest_prompt (5.0%)." in said
     assert any("ours (reasoning) often thinks longer than it may" in one and "(25.0%)" in one for one in said)
 
 
 def test_an_absent_cell_and_another_protocol_are_a_warning():
-    said = cautions(replace(SOME, cells=SOME.cells[1:], settings={"temperature": 0.0, "generations": 4}), PUBLISHED)
+    said = cautions(replace(some(), cells=some().cells[1:], settings={"temperature": 0.0, "generations": 4}), PUBLISHED)
     assert "wildguardtest_prompt was not judged by ours (reasoning)." in said
     assert "Answers are not sampled as in the paper: temperature 0.0 (there 0.6)." in said
 
 
 def test_scores_of_a_benchmark():
-    cell = SOME.cells[0]
-    shown = dict(zip(score_table(SOME).heads, score_table(SOME).lines[0].cells, strict=True))
+    cell = some().cells[0]
+    shown = dict(zip(score_table(some()).heads, score_table(some()).lines[0].cells, strict=True))
     f1 = cell.result.scores.f1
     assert shown["F1"] == (f"{f1.value:.3f}", f"[{f1.low:.3f}, {f1.high:.3f}] ± {f1.deviation:.3f}")
     assert shown["unparseable"] == ("1", "0.4%")
@@ -189,29 +188,29 @@ def test_scores_of_a_benchmark():
 
 
 def test_a_comparison_needs_two_guards():
-    found, test = next(cell.versus for cell in SOME.cells if cell.versus)
-    line = versus_table(SOME).lines[0]
+    found, test = next(cell.versus for cell in some().cells if cell.versus)
+    line = versus_table(some()).lines[0]
     assert [cell.text for cell in line.cells[:2]] == ["other", f"{found.value:+.3f}"]
     assert line.cells[-1].text == f"{test.only_first} : {test.only_second}"
-    alone = replace(SOME, cells=tuple(cell for cell in SOME.cells if cell.guard == "ours"))
+    alone = replace(some(), cells=tuple(cell for cell in some().cells if cell.guard == "ours"))
     assert versus_table(alone).lines == ()
     for text in (markdown(alone, PUBLISHED), page(alone, PUBLISHED)):
         assert "Compared with the first guard" not in text
 
 
 def test_errors_are_those_of_most_generations():
-    result = replace(SOME.cells[0].result, right=[5, 4, 3, 2, 1])
-    assert errors(replace(SOME.cells[0], result=result)) == 9
+    result = replace(some().cells[0].result, right=[5, 4, 3, 2, 1])
+    assert errors(replace(some().cells[0], result=result)) == 9
 
 
 def test_an_evaluation_of_nothing_still_has_a_report():
-    nothing = replace(SOME, cells=(), averages=())
+    nothing = replace(some(), cells=(), averages=())
     assert "Nothing was judged." in markdown(nothing, PUBLISHED)
     assert "Nothing was judged." in page(nothing, PUBLISHED)
 
 
 def test_many_errors_and_long_texts_are_cut():
-    wrong = SOME.cells[0].wrong[0]
+    wrong = some().cells[0].wrong[0]
     long = replace(wrong, text="z" * (MOST_CHARACTERS + 1234))
     text = page(with_cell(wrong=(long,) * (MOST_WRONG + 9)), PUBLISHED)
     assert f"{MOST_WRONG} of {MOST_WRONG + 9} errors" in text
@@ -223,12 +222,12 @@ def test_many_errors_and_long_texts_are_cut():
 
 
 def test_markdown_shows_no_text_that_was_judged():
-    assert "sourdough" in page(SOME, PUBLISHED)
-    assert "sourdough" not in markdown(SOME, PUBLISHED)
+    assert "sourdough" in page(some(), PUBLISHED)
+    assert "sourdough" not in markdown(some(), PUBLISHED)
 
 
 def test_hostile_names_are_text_in_markdown():
-    text = markdown(HOSTILES, PUBLISHED)
+    text = markdown(hostile(), PUBLISHED)
     tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
     kinds = {child.type for token in tokens for child in token.children or ()} | {token.type for token in tokens}
     assert not kinds & {"link_open", "image", "html_inline", "html_block", "code_inline", "fence", "code_block"}
@@ -265,7 +264,7 @@ class Elements(HTMLParser):
 
 def test_hostile_texts_add_no_element_or_attribute():
     found = []
-    for one in (evaluation(wrong=len(HOSTILE)), HOSTILES):
+    for one in (evaluation(wrong=len(HOSTILE)), hostile()):
         elements = Elements()
         elements.feed(page(one, PUBLISHED))
         found.append((elements.names, elements.attributes))
@@ -308,27 +307,27 @@ def test_a_diagram_takes_the_pages_colours_and_a_text_for_those_who_do_not_see_i
 
 
 def test_seconds_against_f1():
-    (axes,) = latency_figure(SOME, PUBLISHED).axes
+    (axes,) = latency_figure(some(), PUBLISHED).axes
     lines = {line.get_label(): line for line in axes.lines}
-    safety = next(one.f1.value for one in SOME.averages if (one.mode, one.name) == ("direct", "safety"))
+    safety = next(one.f1.value for one in some().averages if (one.mode, one.name) == ("direct", "safety"))
     assert lines["ours (direct)"].get_xydata().tolist() == [[pytest.approx(0.02), pytest.approx(safety)]]
     assert list(lines["the paper (8 × A100, vLLM)"].get_xdata()) == [0.019, 0.026, 0.051]
     assert (axes.get_xscale(), axes.get_ylabel()) == ("log", "safety average, F1")
-    (axes,) = latency_figure(replace(SOME, averages=SOME.averages[:-1]), PUBLISHED).axes
+    (axes,) = latency_figure(replace(some(), averages=some().averages[:-1]), PUBLISHED).axes
     assert axes.get_ylabel() == "mean F1 of the benchmarks"
     assert len(axes.lines) == 4
-    free = tuple(replace(cell, cost=replace(cell.cost, seconds=0.0)) for cell in SOME.cells)
-    assert latency_figure(replace(SOME, cells=free), PUBLISHED) is None
+    free = tuple(replace(cell, cost=replace(cell.cost, seconds=0.0)) for cell in some().cells)
+    assert latency_figure(replace(some(), cells=free), PUBLISHED) is None
 
 
 def test_a_guard_without_probabilities_has_no_reliability_diagram():
-    (axes,) = reliability_figure(SOME.cells[:3]).axes
+    (axes,) = reliability_figure(some().cells[:3]).axes
     assert len(axes.lines) == 1 + 3 + 2  # the ideal, each benchmark, all of them before and after
-    assert reliability_figure([replace(cell, calibration=None) for cell in SOME.cells]) is None
+    assert reliability_figure([replace(cell, calibration=None) for cell in some().cells]) is None
 
 
 def test_the_page_has_each_diagram_with_a_text():
-    for found, count in ((WHOLE, 2 + 4 + 2), (SOME, 2 + 4)):
+    for found, count in ((whole(), 2 + 4 + 2), (some(), 2 + 4)):
         assert len(re.findall(r'<svg role="img" aria-label="[^"]{20,}"', page(found, PUBLISHED))) == count
-    assert len(SOME.cells) == 4 * len(FEW)
-    assert SOME.cells[0].examples == SIZE
+    assert len(some().cells) == 4 * len(FEW)
+    assert some().cells[0].examples == SIZE

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from browser import complaints, open_page, requests, screen
-from report_examples import HOSTILE, evaluation, everything
+from report_examples import HOSTILE, hostile, whole
 
 from jaxguard.evaluate.report import write_report
 
@@ -16,7 +16,7 @@ OPEN_ALL = "document.querySelectorAll('details').forEach(one => { one.open = tru
 def pages(tmp_path_factory):
     """Name -> report.html."""
     folder = tmp_path_factory.mktemp("reports")
-    found = {"plain": everything(), "hostile": evaluation(hostile=True, wrong=len(HOSTILE))}
+    found = {"plain": whole(), "hostile": hostile()}
     for name, one in found.items():
         write_report(one, folder / name)
     return {name: folder / name / "report.html" for name in found}
