@@ -1,0 +1,152 @@
+"""Mining from start to end: the training examples as the trainer chose them, the guard's answers, the difficult ones.
+
+select -> ask, keeping every answer -> count the right ones -> choose -> write
+"""
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxguard.config import Config
+from jaxguard.data.dialogue import Mode
+from jaxguard.data.examples import Example
+from jaxguard.data.files import file_digest
+from jaxguard.data.policies import Policy, load_policy
+from jaxguard.data.prepare import Chosen, Selection, select
+from jaxguard.data.sources import digest
+from jaxguard.disk import lock_folder, write_atomically
+from jaxguard.errors import JaxguardError
+from jaxguard.evaluate.guards import open_guard
+from jaxguard.evaluate.judging import Ask
+from jaxguard.evaluate.predictions import open_predictions
+from jaxguard.evaluate_sections import EvaluateConfig, MineConfig
+from jaxguard.mine.choose import Tried, choose, difficult, labels_of, tried
+from jaxguard.mine.progress import progress
+from jaxguard.mine.report import write_report
+
+SAMPLING = {"generations", "temperature", "top_p", "thought_tokens", "verdict_tokens", "seed"}
+
+
+def mine(config: Config) -> int:
+    """Find the training examples that the run's guard judges right only sometimes.
+
+    Raises:
+        JaxguardError: there is no guard yet, the data cannot be read, or answers are there that were got otherwise.
+    """
+    settings, console = config.mine or MineConfig(), Console(soft_wrap=True)
+    weights = identity(config, settings)
+    policy, selection = load_policy(config.data.policy), select(config)
+    folder = config.folder / "mine"
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock_folder(folder, "mining"):
+        found = asyncio.run(ask(config, settings, selection, policy, weights, console))
+        candidates = difficult(found, settings)
+        taken = choose(candidates, settings, config.seed)
+        write_examples(folder, selection, found, taken)
+        write_report(folder, config, found, candidates, taken, console)
+    return 0
+
+
+def identity(config: Config, settings: MineConfig) -> str:
+    """What tells the guard's weights from others: their hash, or their name where they lie elsewhere.
+
+    Raises:
+        JaxguardError: the run has not been trained to its end.
+    """
+    guard = settings.guard
+    folder = config.folder / "export" if guard.checkpoint is None else Path(guard.checkpoint).expanduser()
+    # The trainer writes the card last.
+    if guard.checkpoint is None and not (folder / "README.md").is_file():
+        raise JaxguardError(
+            f"{folder} holds no guard to ask: train it first, python -m jaxguard.train --config {config.name}, or name "
+            "another one with mine.guard.checkpoint"
+        )
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("export/*.safetensors")])
+    if not files:
+        return f"{guard.checkpoint} {guard.revision or ''}".strip()
+    return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
+
+
+async def ask(
+    config: Config, settings: MineConfig, selection: Selection, policy: Policy, weights: str, console: Console
+) -> list[Tried]:
+    """Every training example with the guard's answers to it; what is on disk is not asked for again."""
+    sampling = (config.evaluate or EvaluateConfig()).model_copy(
+        # "benchmark" asks for the lines that have a label, which is what training showed.
+        update={"generations": settings.generations, "ask": "benchmark"}
+    )
+    by_mode = {mode: [chosen for chosen in selection.train if chosen[1] is mode] for mode in Mode}
+    tally: Counter[int] = Counter()
+    found: dict[str, Tried] = {}
+
+    def add(example: Example, mode: Mode, texts: Iterable[str]) -> None:
+        found[example.id] = tried(example, mode, policy, tuple(texts))
+        tally[found[example.id].right] += 1
+
+    with ExitStack() as stack:
+        stores = {
+            mode: stack.enter_context(
+                open_predictions(
+                    config.folder / "mine/answers" / f"{mode}.jsonl", _common(config, sampling, policy, weights, chosen)
+                )
+            )
+            for mode, chosen in by_mode.items()
+            if chosen
+        }
+        asks: dict[Mode, list[Ask]] = {mode: [] for mode in stores}
+        for example, mode in selection.train:
+            if example.id in stores[mode].answers:
+                add(example, mode, stores[mode].answers[example.id].texts)
+            else:
+                asks[mode].append(Ask(example, next(iter(labels_of(example, policy))), mode))
+        if any(asks.values()):
+            show = stack.enter_context(progress(len(selection.train), settings, console))
+            show(tally)
+            examples = {example.id: example for example, _ in selection.train}
+            async with open_guard(settings.guard, config, sampling) as judge:
+                for mode, left in asks.items():
+                    async for answer in judge(left):
+                        stores[mode].append(answer)
+                        add(examples[answer.example_id], mode, answer.texts)
+                        show(tally)
+    return [found[example.id] for example, _ in selection.train]
+
+
+def _common(
+    config: Config, sampling: EvaluateConfig, policy: Policy, weights: str, chosen: list[Chosen]
+) -> dict[str, object]:
+    """What decides the answers of one mode: guard, format, sampling, examples."""
+    return {
+        "weights": weights,
+        "policy": policy.digest,
+        "format": config.data.model_dump(include={"reasoning_marker", "direct_marker", "row_tokens"}),
+        "sampling": sampling.model_dump(include=SAMPLING),
+        "examples": digest(example for example, _ in chosen),
+    }
+
+
+def write_examples(folder: Path, selection: Selection, found: list[Tried], taken: list[Tried]) -> None:
+    """The run's own examples, and what mining found among them, in our format.
+
+    The second round reads the first one's choice from these files: of the sources, with the difficult ones appended, it
+    would hold out others, take another subset, and in dual mode let others reason.
+    """
+    held = {example.id: example.to_json() for example, _ in selection.validation}
+    files: dict[str, Iterable[dict[str, object]]] = {
+        "train": (example.to_json() | {"mode": mode.value} for example, mode in selection.train),
+        "held_out": held.values(),
+        "difficult": (_row(one) | {"right": one.right} for one in taken),
+        "never_right": (_row(one) | {"answers": one.texts} for one in found if not one.right),
+    }
+    for name, rows in files.items():
+        write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _row(one: Tried) -> dict[str, object]:
+    return one.example.to_json() | {"mode": one.mode.value}
