@@ -1,0 +1,38 @@
+"""That one question, asked our way, brings the verdict lines of every label: what mining reads them from."""
+
+import pytest
+from bakery import row
+
+from jaxguard.data.dialogue import Mode, questions
+from jaxguard.data.encode import Encoder
+from jaxguard.data.examples import Example
+from jaxguard.data.policies import load_policy
+from jaxguard.evaluate.judging import Ask
+from jaxguard.evaluate_sections import EvaluateConfig
+from jaxguard.mine.choose import labels_of
+from jaxguard.sections import DataConfig
+
+ours = pytest.importorskip("jaxguard.evaluate.ours")
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"response": None, "response_label": None},
+        {"prompt_label": None},
+        {"response_label": None, "refusal_label": "refusal"},
+    ],
+)
+def test_a_prompt_of_mining_is_the_one_of_training(tiny_tokenizer_folder, mode, more):
+    data = DataConfig(train=[{"kind": "jsonl", "path": "x"}], policy="wildguard", row_tokens=4096)
+    encoder, policy = Encoder.load(tiny_tokenizer_folder, data), load_policy("wildguard")
+    example = Example(**{**row(4), "categories": (), **more})
+    question = next(iter(labels_of(example, policy)))
+    form = ours.OurFormat.of(encoder, EvaluateConfig(ask="benchmark"))
+    prompt = list(form.prompt(Ask(example, question, mode)))
+    trained = encoder.encode(example, mode)
+    assert set(labels_of(example, policy)) <= set(questions(example, policy))
+    assert prompt == trained.tokens[: len(prompt)].tolist()
+    assert len(trained.tokens) - len(prompt) == trained.target.sum()
