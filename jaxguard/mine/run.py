@@ -111,6 +111,8 @@ async def ask(
             examples = {example.id: example for example, _ in selection.train}
             async with open_guard(settings.guard, config, sampling) as judge:
                 for mode, left in asks.items():
+                    # What does not fit shows at once, and texts of like length share a batch.
+                    left.sort(key=lambda ask: -len(ask.example.prompt) - len(ask.example.response or ""))
                     async for answer in judge(left):
                         stores[mode].append(answer)
                         add(examples[answer.example_id], mode, answer.texts)
