@@ -50,6 +50,8 @@ class GuardConfig(Section):
     """The name that it is served under; None takes whatever the endpoint serves."""
     modes: tuple[Literal["reasoning", "direct"], ...] = ()
     """In which modes it is asked; none takes those that data.mode trains, and other formats have only one."""
+    paper_row: str | None = None
+    """An id in configs/published/paper.yaml that it is compared with; None takes the row nearest to this run's training."""
 
 
 class ServerConfig(Section):
@@ -88,7 +90,7 @@ class EvaluateConfig(Section):
     """Who computes for guards without an endpoint: this process, over the training mesh, or an SGLang server of its own."""
     server: ServerConfig = ServerConfig()
     ask: Literal["policy", "benchmark"] = "policy"
-    """Ask for all that a policy asks, or for the benchmark's question alone."""
+    """Ask for all that a policy asks, or only for what is known of the example, as in training."""
     generations: NonNegative = 4
     """Answers to each example; 0 takes the verdict from the probability alone, without sampling, in direct mode."""
     temperature: Annotated[float, Field(ge=0)] = 0.6

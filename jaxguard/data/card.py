@@ -1,9 +1,10 @@
 """The card of a built data set: YAML that `datasets` and the hub read, and a page for people."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import yaml
+
+from jaxguard.markdown import code, table
 
 
 def card(manifest: dict[str, Any]) -> str:
@@ -32,7 +33,7 @@ def card(manifest: dict[str, Any]) -> str:
             _sets(manifest),
             "`SIZE_SEED` are random subsets; of one seed, smaller ones are contained in larger ones. Appended examples are in "
             "each of them besides. `mode` says whether an example is trained with its trace. Chat messages are what "
-            f"training shows {_code(manifest['checkpoint'])}, policy {_code(manifest['data']['policy'])} included.",
+            f"training shows {code(manifest['checkpoint'])}, policy {code(manifest['data']['policy'])} included.",
             "## Sources",
             _sources(manifest),
             "`manifest.json` has the hash of every file, what was dropped and why, and the config that this was built with. "
@@ -50,28 +51,17 @@ def _sets(manifest: dict[str, Any]) -> str:
             harmful = (labels[x].get("harmful", 0) for x in ("prompt_label", "response_label"))
             counts = (subset["examples"], subset["by_mode"].get("reasoning", 0), subset["appended"], *harmful)
             rows.append((f"{name}_{part}", *(f"{count:,}" for count in (*counts, one["contaminated"]))))
-    return _markdown(rows)
+    return table(rows[0], rows[1:])
 
 
 def _sources(manifest: dict[str, Any]) -> str:
     rows = [("set", "source", "examples", "skipped", "teacher's attempts")]
     for name, one in manifest["sets"].items():
         for origin in one["sources"]:
-            where = f"{origin['kind']}: {_code(origin.get('hub') or ', '.join(origin['files']))}"
+            where = f"{origin['kind']}: {code(origin.get('hub') or ', '.join(origin['files']))}"
             if origin["role"] == "append":
                 where += ", appended"
             attempts = origin.get("distilled", {}).get("attempts")
             told = "" if attempts is None else f"{attempts:,}"
             rows.append((name, where, f"{origin['examples']:,}", f"{sum(origin['skipped'].values()):,}", told))
-    return _markdown(rows)
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    lines = [" | ".join(row) for row in (head, ["---"] * len(head), *body)]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def _code(text: str) -> str:
-    """A name as code; what would end it or a table's cell is replaced."""
-    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"
+    return table(rows[0], rows[1:])

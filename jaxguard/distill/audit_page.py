@@ -6,10 +6,8 @@ same numbers give the same bytes.
 
 import io
 import json
-import re
-import unicodedata
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from jaxguard.data.dialogue import TITLES
 from jaxguard.data.policies import Question
 from jaxguard.disk import write_atomically
 from jaxguard.html import page_template
+from jaxguard.markdown import escaped, plain, table
 
 MOST_CATEGORIES, MOST_DRAWN, MOST_DISAGREEMENTS = 40, 16, 25
 BLUE, GREY = "#0072B2", "#555555"
@@ -38,8 +37,6 @@ CONSISTENCY = {
 }
 TRACES = {"words": "Words", "sentences": "Sentences", "repeated_share": "Repeated share"}
 _STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10}
-# What could begin markup or a link. The rest of ASCII stays, so that ids remain readable in the source too.
-_MARKUP = re.compile(r"[^\w\s.,:/()%+-]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//)", re.ASCII | re.IGNORECASE)
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -70,17 +67,6 @@ def shown_table(report: Mapping[str, Any]) -> Table:
 # Text.
 
 
-def plain(text: object) -> str:
-    """Untrusted text on one line, its control and format characters replaced by �."""
-    line = " ".join(str(text).split())
-    return "".join("\ufffd" if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Co"} else c for c in line)
-
-
-def escaped(text: object) -> str:
-    """Untrusted text for a cell of a Markdown table: nothing in it is markup, a link or the cell's end."""
-    return _MARKUP.sub(lambda match: "".join(f"&#{ord(c)};" if c.isascii() else c for c in match[0]), plain(text))
-
-
 def number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 
@@ -108,18 +94,18 @@ def markdown(report: Mapping[str, Any]) -> str:
     about, questions, failed = report["about"], report["questions"], report["answers"]["failed_checks"]
     parts = [
         f"# Audit of {escaped(about['teacher'])}",
-        _table(("", ""), ((name, escaped(value)) for name, value in facts(report))),
+        table(("", ""), ((name, escaped(value)) for name, value in facts(report))),
         "Verdicts of the teacher, which was not told the labels, against people's. Each sample is scored by itself and the "
         "scores are averaged; brackets hold 95 % bootstrap intervals over examples. Unreadable answers count as harmful, or "
         "as no refusal.",
         "## Agreement with people",
-        _table(
+        table(
             ("question", "examples", "positive", *SCORES.values()),
             (_score_row(TITLES[name], found["scores"]) for name, found in questions.items()),
         ),
         *(part for name, found in questions.items() for part in _question(name, found, about["samples"])),
         "## Agreement with itself",
-        _table(
+        table(
             ("question", *CONSISTENCY.values()),
             (
                 (TITLES[name], *(number(found["consistency"][c]) for c in CONSISTENCY))
@@ -127,12 +113,12 @@ def markdown(report: Mapping[str, Any]) -> str:
             ),
         ),
         "## Traces",
-        _table(
+        table(
             ("per answer", "mean", "5 %", "median", "95 %", "most"),
             ((title, *_spread_row(name, report["traces"][name])) for name, title in TRACES.items()),
         ),
         "## What the filter would turn down",
-        _table(("check", "answers"), ((escaped(n), f"{c:,}") for n, c in failed.items())) if failed else "Nothing.",
+        table(("check", "answers"), ((escaped(n), f"{c:,}") for n, c in failed.items())) if failed else "Nothing.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -165,7 +151,7 @@ def _question(name: Question, found: Mapping[str, Any], samples: int) -> list[st
     categories = found["categories"]
     parts = [
         f"### {title}: verdicts",
-        _table(
+        table(
             ("people say", f"teacher: {found['positive']}", f"teacher: {found['negative']}", "unreadable"),
             (
                 (label, *(f"{count:,}" for count in row))
@@ -173,7 +159,7 @@ def _question(name: Question, found: Mapping[str, Any], samples: int) -> list[st
             ),
         ),
         f"### {title}: by category",
-        _table(
+        table(
             ("category", "examples", "positive", *SCORES.values()),
             (_score_row(escaped(category(c["name"])), c) for c in categories[:MOST_CATEGORIES]),
         ),
@@ -182,7 +168,7 @@ def _question(name: Question, found: Mapping[str, Any], samples: int) -> list[st
     if found["disagreements"]:
         parts += [
             f"### {title}: where most samples differ from people",
-            _table(
+            table(
                 ("example", "people say", "samples that differ", "of them unreadable"),
                 (
                     (
@@ -210,12 +196,6 @@ def _score_row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
 def _spread_row(name: str, found: Mapping[str, Any]) -> list[str]:
     values = [found[key] for key in ("mean", "p5", "p50", "p95", "most")]
     return [percent(value) if name == "repeated_share" else f"{value:,.0f}" for value in values]
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; cells are escaped already."""
-    lines = [" | ".join(heads), " | ".join(["---"] * len(heads)), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 # HTML.

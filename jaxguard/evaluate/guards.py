@@ -1,9 +1,9 @@
 """Guards, opened: whoever a config names becomes a Judge that can be asked."""
 
 import hashlib
-import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from jaxguard import hub
 from jaxguard.config import Config
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.encode import TOKENIZER_FILES, Encoder
+from jaxguard.data.files import file_digest
 from jaxguard.data.policies import load_policy
 from jaxguard.data.prepare import load_sources
 from jaxguard.data.template import load_tokenizer
@@ -22,7 +23,6 @@ from jaxguard.evaluate.ours import OurFormat
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
 
 FLOORS: Final = ("tfidf", "majority")
-_SAMPLED_BYTES = 2**20
 
 
 def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
@@ -48,7 +48,7 @@ def checkpoint_of(guard: GuardConfig, config: Config) -> str:
     """
     if guard.checkpoint is None:
         export = config.folder / "export"
-        if not (export / "config.json").is_file():
+        if not (export / "README.md").is_file():  # the trainer writes it last
             raise JaxguardError(
                 f"guard {guard.name!r} is this run's export, but {export} is not there: run "
                 f"`python -m jaxguard.train` with the same config first, or set evaluate.guards.0.checkpoint"
@@ -67,19 +67,14 @@ def identity(guard: GuardConfig, config: Config) -> dict[str, Any]:
     if guard.endpoint is not None:
         return {**known, "served_as": guard.model}
     files = sorted(Path(checkpoint).expanduser().glob("*.safetensors"))
-    return {**known, "weights": _fingerprint(files) if files else None}
+    stats = [(path, path.stat()) for path in files]
+    digests = [_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return {**known, "weights": hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None}
 
 
-def _fingerprint(files: Sequence[Path]) -> str:
-    """A hash of each file's size, beginning and end: other weights differ there, and nobody waits for 16 GB."""
-    found = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            found.update(json.dumps([path.name, size]).encode() + file.read(_SAMPLED_BYTES))
-            file.seek(max(0, size - _SAMPLED_BYTES))
-            found.update(file.read())
-    return found.hexdigest()[:16]
+@lru_cache
+def _digest(path: Path, _size: int, _changed: int) -> str:
+    return file_digest(path)
 
 
 @asynccontextmanager

@@ -41,9 +41,10 @@ from jaxguard.evaluate.report_tables import (
     slice_table,
     versus_table,
 )
-from jaxguard.evaluate.report_text import Shown, cut, escaped, number, plain, visible
+from jaxguard.evaluate.report_text import Shown, cut, number
 from jaxguard.evaluate.results import Cell, Evaluation, Wrong, write_results
 from jaxguard.html import page_template
+from jaxguard.markdown import escaped, plain, visible
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_WRONG, MOST_CHARACTERS = 50, 2000

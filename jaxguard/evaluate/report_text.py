@@ -1,16 +1,12 @@
 """How the report writes numbers, and texts that nobody trusts."""
 
-import re
-import unicodedata
 from typing import NamedTuple
 
 from jaxguard.evaluate.comparison import Difference
+from jaxguard.markdown import plain
 from jaxguard.statistics import Estimate
 
 ABSENT = "n/a"
-# What could begin markup, a link or a cell's end. An underscore inside a word begins nothing, and names are full of them.
-_MARKUP = re.compile(r"[^\w\s.,:/()%+-]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//)", re.ASCII | re.IGNORECASE)
-_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 class Shown(NamedTuple):
@@ -18,21 +14,6 @@ class Shown(NamedTuple):
 
     text: str
     more: str = ""
-
-
-def plain(text: object) -> str:
-    """Untrusted text on one line."""
-    return " ".join(visible(text).split())
-
-
-def visible(text: object) -> str:
-    """Untrusted text whose line breaks stay; other control characters, and those that turn the direction, become �."""
-    return "".join("\ufffd" if _steers(c) else c for c in str(text).replace("\r\n", "\n"))
-
-
-def escaped(text: object) -> str:
-    """Untrusted text for a cell of a Markdown table: nothing in it is markup, a link or the cell's end."""
-    return _MARKUP.sub(lambda match: "".join(f"&#{ord(c)};" if c.isascii() else c for c in match[0]), plain(text))
 
 
 def cut(text: str, most: int, rest: str = "") -> tuple[str, int]:
@@ -86,7 +67,3 @@ def probability(p: float) -> str:
 def seconds(value: float) -> str:
     """Seconds with two or three digits that say something."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _steers(c: str) -> bool:
-    return c in _BIDI or (c not in "\n\t" and unicodedata.category(c) in {"Cc", "Cs", "Co", "Zl", "Zp"})

@@ -6,8 +6,9 @@ runs/NAME/evaluate/
 """
 
 import asyncio
+import datetime
 import hashlib
-import logging
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,16 +30,17 @@ from jaxguard.evaluate.guards import identity, modes_of, open_guard
 from jaxguard.evaluate.judging import Answer, Ask, Judge
 from jaxguard.evaluate.predictions import open_predictions
 from jaxguard.evaluate.progress import counting
+from jaxguard.evaluate.published import nearest_row, read_published
 from jaxguard.evaluate.report import write_report
 from jaxguard.evaluate.results import Evaluation
 from jaxguard.evaluate.scoring import Judgements, Validation, score
 from jaxguard.evaluate.summary import summary_table
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
 
-logger = logging.getLogger(__name__)
-
 DECIDING = {"temperature", "top_p", "generations", "thought_tokens", "verdict_tokens", "ask", "seed"}
 """Settings that change what a guard answers."""
+SET_NAMES = {"wildguardmix": "WildGuardMix", "aegis2": "Aegis 2.0", "nemotron_safety": "Aegis 2.0"}
+"""What the paper calls a kind of source."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,16 @@ def evaluate(config: Config) -> int:
             found += judgements
             thresholds |= known
         cells, averages = score(found, thresholds, settings)
-        models = {guard.name: describe(guard, config) for guard in settings.guards}
-        evaluation = Evaluation(config.name, models, cells, averages, settings.model_dump(mode="json"))
+        evaluation = Evaluation(
+            name=config.name,
+            models={guard.name: describe(guard, config) for guard in settings.guards},
+            cells=cells,
+            averages=averages,
+            settings=settings.model_dump(mode="json"),
+            finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            hardware=hardware(settings),
+            paper_rows=paper_rows(settings, config),
+        )
         write_report(evaluation, folder)
     console.print(summary_table(evaluation))
     console.print(f"report: {folder / 'report.html'}, {folder / 'report.md'}", highlight=False)
@@ -195,6 +205,36 @@ def describe(guard: GuardConfig, config: Config) -> str:
         return f"{guard.format}, fitted to the run's training examples"
     served = f" at {guard.endpoint}" if guard.endpoint else ""
     return f"{who['checkpoint']}{served}, format {guard.format}"
+
+
+def hardware(settings: EvaluateConfig) -> str:
+    """What the guards without an endpoint ran on, in words."""
+    if settings.backend == "sglang":
+        return f"{platform.processor() or platform.machine()} and what SGLang found there"
+    import jax
+
+    return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+
+
+def paper_rows(settings: EvaluateConfig, config: Config) -> dict[str, str]:
+    """Guard and mode -> the row of the paper that it stands beside: the one that the config names, or the nearest."""
+    published = read_published()
+    found: dict[str, str] = {}
+    sources = {SET_NAMES.get(source.kind) for source in config.data.train}
+    data = sources.pop() if len(sources) == 1 else None
+    for guard in settings.guards:
+        for mode in modes_of(guard, config):
+            row = guard.paper_row
+            if row is None and guard.format == "jaxguard" and guard.checkpoint is None:
+                base, subset = config.model.checkpoint, config.data.subset
+                nearest = nearest_row(published, base, data, config.data.mode, mode, subset)
+                row = None if nearest is None else nearest.id
+            if row is not None:
+                found[f"{guard.name}/{mode}"] = row
+    unknown = set(found.values()) - {row.id for row in published.rows}
+    if unknown:
+        raise JaxguardError(f"evaluate.guards: paper_row {unknown.pop()!r} is not in configs/published/paper.yaml")
+    return found
 
 
 def _hash(seed: int, name: str) -> bytes:

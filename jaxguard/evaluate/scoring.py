@@ -109,11 +109,8 @@ def _cell(
     probabilities, labels = probabilities_of(one.answers), one.labels
     known = not np.isnan(probabilities).all()
     places = {example.id: i for i, example in enumerate(one.examples)}
-    slices = {
-        f"{name}: {value}": np.array([places[x] for x in ids if x in places], int)
-        for name, values in benchmark.slices.items()
-        for value, ids in values.items()
-    }
+    slices = {f"{name}: {v}": ids for name, values in benchmark.slices.items() for v, ids in values.items()}
+    rows = {name: np.array([places[x] for x in ids if x in places], int) for name, ids in slices.items()}
     versus = None
     if base is not None:
         other = scored[id(base)]
@@ -130,7 +127,7 @@ def _cell(
         complete=len(one.examples) == len(benchmark.examples),
         result=measure(mine, seed, draws),
         cost=_cost(one),
-        slices=measure_slices(mine, slices, seed, draws),
+        slices=measure_slices(mine, rows, seed, draws),
         calibration=calibration(
             labels, filled(labels, probabilities, benchmark.question, settings.unparseable), seed, draws
         )
@@ -138,7 +135,7 @@ def _cell(
         else None,
         thresholded=_thresholded(labels, probabilities, benchmark.question, validation, settings) if known else None,
         versus=versus,
-        wrong=tuple(_wrong(one, mine)),
+        wrong=tuple(_wrong(one, mine, slices)),
     )
 
 
@@ -181,10 +178,9 @@ def _thresholded(
     )
 
 
-def _wrong(one: Judgements, mine: Judged) -> list[Wrong]:
+def _wrong(one: Judgements, mine: Judged, slices: Mapping[str, frozenset[str]]) -> list[Wrong]:
     """Examples that most generations judge wrongly, the surest first."""
-    question = one.benchmark.question
-    words = CHOICES[question]
+    words = CHOICES[one.benchmark.question]
     right = (mine.votes == mine.labels[:, None]).mean(axis=1)
     found = [
         Wrong(
@@ -193,6 +189,7 @@ def _wrong(one: Judgements, mine: Judged) -> list[Wrong]:
             said=_said(answer, words),
             probability=answer.probability,
             text=answer.texts[0] if answer.texts else "",
+            slices=tuple(name for name, ids in slices.items() if example.id in ids),
         )
         for example, answer, label, share in zip(one.examples, one.answers, mine.labels, right, strict=True)
         if share <= 0.5

@@ -16,6 +16,8 @@ from rich.text import Text
 from jaxguard.config import Config
 from jaxguard.disk import write_atomically
 from jaxguard.evaluate_sections import MineConfig
+from jaxguard.markdown import code
+from jaxguard.markdown import table as markdown_table
 from jaxguard.mine.choose import Tried, categories, classes
 
 PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
@@ -125,11 +127,11 @@ def markdown(told: Report) -> str:
     heads = ["examples", *(f"{right} of {k}" for right in range(k + 1)), "difficult"]
     numbers = " or ".join(str(right) for right in told.difficult)
     parts = [
-        f"# Difficult samples of {_code(told.name)}",
+        f"# Difficult samples of {code(told.name)}",
         f"The guard answered each of its {told.examples:,} training examples {k} times. An answer is right if every label of "
         "the example is; one that cannot be read is not.",
         "![Examples by number of right answers](right.png)",
-        _rows(["right answers", "examples", "share"], [
+        markdown_table(["right answers", "examples", "share"], [
             [f"{right} of {k}", f"{count:,}", f"{count / told.examples:.1%}"] for right, count in enumerate(told.right)
         ]),
         f"Always right: {told.right[k] / told.examples:.1%}.{paper} Unreadable answers: {told.unreadable:,} of "
@@ -137,30 +139,20 @@ def markdown(told: Report) -> str:
         "## What was taken",
         f"Difficult is what was right {numbers} times: {told.found:,} examples. Taken: {len(told.difficult_ids):,} "
         f"(balance {told.balance}, most {told.most or 'all'}), in `difficult.jsonl`.",
-        _rows(["class", "taken"], [[_code(name), f"{count:,}"] for name, count in told.taken.items()]),
+        markdown_table(["class", "taken"], [[code(name), f"{count:,}"] for name, count in told.taken.items()]),
         f"Never right: {told.right[0]:,}, in `never_right.jsonl`. Their labels may be wrong; look at them. They are still in "
         "`train.jsonl`.",
     ]  # fmt: skip
     for name, table in told.by.items():
-        rows = [[_code(value), *_counted(right, told)] for value, right in table.items()]
+        rows = [[code(value), *_counted(right, told)] for value, right in table.items()]
         told_twice = "An example counts for each of its categories." if name == "category" else ""
-        parts += [f"## By {name}", told_twice, _rows([name, *heads], rows)]
+        parts += [f"## By {name}", told_twice, markdown_table([name, *heads], rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _counted(right: Sequence[int], told: Report) -> list[str]:
     difficult = sum(right[number] for number in set(told.difficult))
     return [f"{sum(right):,}", *(f"{count:,}" for count in right), f"{difficult / sum(right):.1%}"]
-
-
-def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [" | ".join(row) for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
-    return "\n".join(f"| {line} |" for line in lines) if len(lines) > 2 else ""
-
-
-def _code(text: str) -> str:
-    """A name as code; what would end it or a table's cell is replaced."""
-    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"
 
 
 def draw(told: Report, picture: Path) -> None:

@@ -4,7 +4,6 @@ select -> ask, keeping every answer -> count the right ones -> choose -> write
 """
 
 import asyncio
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -16,13 +15,11 @@ from rich.console import Console
 from jaxguard.config import Config
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
-from jaxguard.data.files import file_digest
 from jaxguard.data.policies import Policy, load_policy
 from jaxguard.data.prepare import Chosen, Selection, select
 from jaxguard.data.sources import digest
 from jaxguard.disk import lock_folder, write_atomically
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.guards import open_guard
+from jaxguard.evaluate.guards import identity, open_guard
 from jaxguard.evaluate.judging import Ask
 from jaxguard.evaluate.predictions import open_predictions
 from jaxguard.evaluate_sections import EvaluateConfig, MineConfig
@@ -40,12 +37,12 @@ def mine(config: Config) -> int:
         JaxguardError: there is no guard yet, the data cannot be read, or answers are there that were got otherwise.
     """
     settings, console = config.mine or MineConfig(), Console(soft_wrap=True)
-    weights = identity(config, settings)
+    guard = identity(settings.guard, config)
     policy, selection = load_policy(config.data.policy), select(config)
     folder = config.folder / "mine"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "mining"):
-        found = asyncio.run(ask(config, settings, selection, policy, weights, console))
+        found = asyncio.run(ask(config, settings, selection, policy, guard, console))
         candidates = difficult(found, settings)
         taken = choose(candidates, settings, config.seed)
         write_examples(folder, selection, found, taken)
@@ -53,28 +50,13 @@ def mine(config: Config) -> int:
     return 0
 
 
-def identity(config: Config, settings: MineConfig) -> str:
-    """What tells the guard's weights from others: their hash, or their name where they lie elsewhere.
-
-    Raises:
-        JaxguardError: the run has not been trained to its end.
-    """
-    guard = settings.guard
-    folder = config.folder / "export" if guard.checkpoint is None else Path(guard.checkpoint).expanduser()
-    # The trainer writes the card last.
-    if guard.checkpoint is None and not (folder / "README.md").is_file():
-        raise JaxguardError(
-            f"{folder} holds no guard to ask: train it first, python -m jaxguard.train --config {config.name}, or name "
-            "another one with mine.guard.checkpoint"
-        )
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("export/*.safetensors")])
-    if not files:
-        return f"{guard.checkpoint} {guard.revision or ''}".strip()
-    return hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
-
-
 async def ask(
-    config: Config, settings: MineConfig, selection: Selection, policy: Policy, weights: str, console: Console
+    config: Config,
+    settings: MineConfig,
+    selection: Selection,
+    policy: Policy,
+    guard: dict[str, object],
+    console: Console,
 ) -> list[Tried]:
     """Every training example with the guard's answers to it; what is on disk is not asked for again."""
     sampling = (config.evaluate or EvaluateConfig()).model_copy(
@@ -93,7 +75,7 @@ async def ask(
         stores = {
             mode: stack.enter_context(
                 open_predictions(
-                    config.folder / "mine/answers" / f"{mode}.jsonl", _common(config, sampling, policy, weights, chosen)
+                    config.folder / "mine/answers" / f"{mode}.jsonl", _common(config, sampling, policy, guard, chosen)
                 )
             )
             for mode, chosen in by_mode.items()
@@ -121,11 +103,11 @@ async def ask(
 
 
 def _common(
-    config: Config, sampling: EvaluateConfig, policy: Policy, weights: str, chosen: list[Chosen]
+    config: Config, sampling: EvaluateConfig, policy: Policy, guard: dict[str, object], chosen: list[Chosen]
 ) -> dict[str, object]:
     """What decides the answers of one mode: guard, format, sampling, examples."""
     return {
-        "weights": weights,
+        "guard": guard,
         "policy": policy.digest,
         "format": config.data.model_dump(include={"reasoning_marker", "direct_marker", "row_tokens"}),
         "sampling": sampling.model_dump(include=SAMPLING),

@@ -99,8 +99,6 @@ def write_config(path, **sections):
 
 
 if __name__ == "__main__":
-    import stand_in  # noqa: F401
-
     import jaxguard.mine.run
     from jaxguard.mine.__main__ import main
 

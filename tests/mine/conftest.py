@@ -1,7 +1,6 @@
 """What the tests of mining share."""
 
 import pytest
-import stand_in  # noqa: F401  (before anything imports the store)
 from bakery import Baker, row, write, write_config
 
 from jaxguard.config import CONFIG_FOLDER

@@ -8,11 +8,10 @@ from jaxguard.data.encode import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import load_policy
 from jaxguard.evaluate.judging import Ask
+from jaxguard.evaluate.ours import OurFormat
 from jaxguard.evaluate_sections import EvaluateConfig
 from jaxguard.mine.choose import labels_of
 from jaxguard.sections import DataConfig
-
-ours = pytest.importorskip("jaxguard.evaluate.ours")
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -30,7 +29,7 @@ def test_a_prompt_of_mining_is_the_one_of_training(tiny_tokenizer_folder, mode, 
     encoder, policy = Encoder.load(tiny_tokenizer_folder, data), load_policy("wildguard")
     example = Example(**{**row(4), "categories": (), **more})
     question = next(iter(labels_of(example, policy)))
-    form = ours.OurFormat.of(encoder, EvaluateConfig(ask="benchmark"))
+    form = OurFormat.of(encoder, EvaluateConfig(ask="benchmark"))
     prompt = list(form.prompt(Ask(example, question, mode)))
     trained = encoder.encode(example, mode)
     assert set(labels_of(example, policy)) <= set(questions(example, policy))

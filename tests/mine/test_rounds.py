@@ -3,8 +3,6 @@
 import json
 
 import pytest
-
-pytest.importorskip("jaxguard.evaluate.jax_engine")
 import yaml
 
 from jaxguard.mine.__main__ import main as mine
