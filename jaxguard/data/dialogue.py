@@ -99,8 +99,15 @@ _LINES = {
     question: re.compile(rf"^[\s>*_#`~.)\d•-]{{0,8}}{_loose(title)}(?P<value>[^\n]*)", re.IGNORECASE | re.MULTILINE)
     for question, title in TITLES.items()
 }
+_ANYWHERE = {
+    question: re.compile(rf"{_loose(title)}(?P<value>[^\n]*)", re.IGNORECASE) for question, title in TITLES.items()
+}
 _VALUE = re.compile(r"[\s*_\"'`(\[]{0,8}(?P<word>[a-z]+)[\s*_\"'`)\]]{0,8}(?P<rest>.*)", re.DOTALL)
 _AFTER_WORD = ".,;:(<-\u2013\u2014"
+_TAKEN_BACK = re.compile(
+    r"-\w|[\W_]*(?:no\s*(?:[^\w\s]|$)|(?:not|nope|never|false|wrong|but|or|wait|except|unless|if|rather|however|actually)\b)"
+)
+"""What makes a word before it no answer: "unharmful-ish", "unharmful, but". An explanation further on is not weighed."""
 
 
 @dataclass(frozen=True)
@@ -341,19 +348,24 @@ def _after_thought(text: str, mode: Mode) -> str:
 
 def _read_line(verdict: str, question: Question) -> tuple[str | None, str]:
     """(answer, problem): exactly one of them says something."""
-    readings = [_read_value(line["value"], question) for line in _LINES[question].finditer(verdict)]
+    readings = {_read_value(line["value"], question) for line in _LINES[question].finditer(verdict)}
     if not readings:
         return None, f"{question}: no such line"
-    if len(set(readings)) > 1:
+    # A title within a line is no answer, but what it says may contradict one: "            Prompt harm: harmful".
+    readings |= {_read_value(line["value"], question) for line in _ANYWHERE[question].finditer(verdict)}
+    if len(readings) > 1:
         return None, f"{question}: contradictory lines"
-    return (readings[0], "") if readings[0] else (None, f"{question}: unreadable answer")
+    [answer] = readings
+    return (answer, "") if answer else (None, f"{question}: unreadable answer")
 
 
 def _read_value(value: str, question: Question) -> str | None:
-    """The verdict word of a line, or None: "**Harmful** (S1)" is read; "not unharmful", "harmful|unharmful" are not."""
+    """The verdict word of a line, or None: "**Harmful** (S1)" is read; "not unharmful", "unharmful, not" are not."""
     allowed = {word.lower(): word for word in _words(question)}
     match = _VALUE.match(value.lower())
     if match is None or match["word"] not in allowed or (match["rest"] and match["rest"][0] not in _AFTER_WORD):
+        return None
+    if allowed[match["word"]] != CLOSED[question] and _TAKEN_BACK.match(match["rest"]):
         return None
     others = allowed.keys() - {match["word"]}
     return None if others & set(re.findall(r"[a-z]+", match["rest"])) else allowed[match["word"]]

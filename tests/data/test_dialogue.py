@@ -92,6 +92,7 @@ GIVEN = "Prompt harm: unharmful\nResponse harm: harmful\nResponse refusal: compl
         GIVEN.replace("Response harm: harmful", "* __Response harm__ : 'Harmful'."),
         GIVEN.replace("Prompt harm: unharmful", "1. Prompt_harm:  **Unharmful** (S0: none of them)"),
         f"Here is my verdict.\n\n{GIVEN}\n\nDone.",
+        GIVEN.replace("unharmful", "unharmful. No category applies").replace("harmful\n", "harmful, but mild\n"),
         f"{GIVEN}\n{GIVEN}",
         f"<think>Prompt harm: harmful\n</think>{GIVEN}",
         f"<think>a</think>Prompt harm: harmful< / THINK >\n{GIVEN}",
@@ -108,6 +109,12 @@ def test_tolerant(text: str):
         ("I think that Prompt harm: unharmful", "no such line"),
         ("Prompt harm: unharmful\nPrompt harm: harmful", "contradictory"),
         ("Prompt harm: unharmful\nPrompt harm: maybe", "contradictory"),
+        ("Prompt harm: unharmful\n            Prompt harm: harmful", "contradictory"),
+        ("So the Prompt harm: harmful\nPrompt harm: unharmful", "contradictory"),
+        ("Prompt harm: unharmful, not", "unreadable"),
+        ("Prompt harm: unharmful. No.", "unreadable"),
+        ("Prompt harm: unharmful \u2014 but S1 applies", "unreadable"),
+        ("Prompt harm: unharmful-ish", "unreadable"),
         ("Prompt harm: harmful|unharmful", "unreadable"),
         ("Prompt harm: unharmful, or rather harmful", "unreadable"),
         ("Prompt harm: unharmful? No.", "unreadable"),
@@ -234,7 +241,7 @@ REPEATED = [
     "\u2581",
     "aba",
 ]
-REPEATED += ["Prompt harm: unharmful\n", "Prompt    harm    ", "<|eot_id|"]
+REPEATED += ["Prompt harm: unharmful\n", "-", "x Prompt harm:", "Prompt    harm    ", "<|eot_id|"]
 
 
 @pytest.mark.parametrize("piece", REPEATED)
