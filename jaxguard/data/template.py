@@ -43,11 +43,11 @@ class Template:
         return tuple(i for i in ids if i in self.reserved)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint.
 
     Raises:
-        JaxguardError: none there, not a fast one, no chat template, or larger than the model's vocabulary.
+        JaxguardError: none there, not a fast one, no chat template (where `chat` wants one), or larger than the model's vocabulary.
     """
     known = ("tokenizer.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in known):
@@ -58,7 +58,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise JaxguardError(f"{folder}: transformers cannot read its tokenizer: {error}") from None
     if not tokenizer.is_fast:
         raise JaxguardError(f"{folder}: only fast tokenizers are supported; add the model's tokenizer.json")
-    if not tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
         raise JaxguardError(
             f"{folder}: its tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): use an "
             "instruction-tuned checkpoint, or copy the template of one"

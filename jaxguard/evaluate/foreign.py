@@ -23,7 +23,7 @@ from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.foreign_guards import BEGIN_CATEGORIES, END_CATEGORIES, LLAMA_GUARD, QWEN, SHIELDGEMMA, WILDGUARD
 from jaxguard.evaluate.foreign_reasoners import NEMOTRON, SAFEGUARD
 from jaxguard.evaluate.foreign_record import Guard, Quoted, numbered
-from jaxguard.evaluate.judging import Ask, Choice, Format
+from jaxguard.evaluate.judging import Ask, Choice, Format, UnsupportedError
 
 GUARDS: Final = {
     "llama_guard": LLAMA_GUARD,
@@ -188,7 +188,7 @@ class Foreign:
         """(token ids, whether the text ends without a line break)."""
         guard, example = self.guard, ask.example
         if ask.question not in guard.asks:
-            raise JaxguardError(
+            raise UnsupportedError(
                 f"example {example.id!r}: {self} does not answer {ask.question}, but only {', '.join(guard.asks)}; "
                 "leave the benchmark out for it"
             )
@@ -196,7 +196,7 @@ class Foreign:
             raise JaxguardError(f"example {example.id!r}: {ask.question} is asked, but there is no response")
         policy = policy_for(example, self.policy)
         if not guard.takes_policy and policy.name not in GENERAL:
-            raise JaxguardError(
+            raise UnsupportedError(
                 f"example {example.id!r}: {self} judges by its own categories only and cannot take policy "
                 f"{policy.name!r}; leave benchmarks with such policies out for it"
             )

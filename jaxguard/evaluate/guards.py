@@ -103,7 +103,7 @@ def _format(guard: GuardConfig, folder: Path, config: Config, settings: Evaluate
     policy = load_policy(config.data.policy)
     if guard.format == "jaxguard":
         return OurFormat.of(Encoder.load(folder, config.data, policy), settings)
-    return foreign_format(guard.format, load_tokenizer(folder), policy)
+    return foreign_format(guard.format, load_tokenizer(folder, chat=False), policy)
 
 
 @asynccontextmanager

@@ -16,8 +16,13 @@ from typing import Protocol
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Question
+from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.metrics import NEGATIVE, POSITIVE, UNPARSEABLE
 from jaxguard.evaluate_sections import EvaluateConfig
+
+
+class UnsupportedError(JaxguardError):
+    """A guard cannot be asked that at all: no such question or policy in its format."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Format(Protocol):
         """Token ids that generation starts from.
 
         Raises:
-            JaxguardError: it cannot be asked that: no such question or policy in this format, or no room.
+            UnsupportedError: no such question or policy in this format.
+            JaxguardError: no room for it.
         """
         ...
 

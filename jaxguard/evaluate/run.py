@@ -27,7 +27,7 @@ from jaxguard.disk import lock_folder
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmarks import LABEL, Benchmark, load_benchmark
 from jaxguard.evaluate.guards import identity, modes_of, open_guard
-from jaxguard.evaluate.judging import Answer, Ask, Judge
+from jaxguard.evaluate.judging import Answer, Ask, Judge, UnsupportedError
 from jaxguard.evaluate.predictions import open_predictions
 from jaxguard.evaluate.progress import counting
 from jaxguard.evaluate.published import nearest_row, read_published
@@ -163,7 +163,11 @@ async def ask_guard(
             for bench in benches:
                 asks = [Ask(example, bench.benchmark.question, mode) for example in bench.examples]
                 head = {**common, "examples": bench.benchmark.origin["examples_sha256"]}
-                answers, seconds = await answered(judge, asks, place / f"{bench.label}.jsonl", head, console)
+                try:
+                    answers, seconds = await answered(judge, asks, place / f"{bench.label}.jsonl", head, console)
+                except UnsupportedError as error:
+                    console.print(f"{guard.name}: {bench.label} is left out: {error}", markup=False, highlight=False)
+                    continue
                 found.append(
                     Judgements(guard.name, mode, bench.label, bench.benchmark, bench.examples, answers, seconds)
                 )

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
 from jaxguard.data.dialogue import CHOICES, Mode
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Question
+from jaxguard.evaluate.benchmark_fields import Group
 from jaxguard.evaluate.benchmarks import LABEL, Benchmark
 from jaxguard.evaluate.calibration import (
     best_f1_threshold,
@@ -204,11 +206,14 @@ def _said(answer: Answer, words: tuple[str, str]) -> str:
 
 
 def _averages(found: Sequence[Judgements], scored: Mapping[int, Judged], settings: EvaluateConfig) -> Iterable[Average]:
-    """The averages that this evaluation has the benchmarks for, of each guard in each mode."""
+    """Of each guard in each mode, the averages over the benchmarks here; of one that left some out, none over these."""
+    labels = {group: {one.label for one in found if one.benchmark.group == group} for group in get_args(Group)}
     firsts: dict[str, list[Judged]] = {}
     for guard, mode in dict.fromkeys((one.guard, one.mode) for one in found):
         mine = [one for one in found if (one.guard, one.mode) == (guard, mode)]
         for name, chosen, weights in _weighted(mine):
+            if {one.label for one in chosen} != set().union(*(labels[one.benchmark.group] for one in chosen)):
+                continue
             judgements = [scored[id(one)] for one in chosen]
             base = firsts.setdefault(name, judgements)
             versus = None
@@ -221,7 +226,7 @@ def _averages(found: Sequence[Judgements], scored: Mapping[int, Judged], setting
 
 def _weighted(mine: Sequence[Judgements]) -> list[tuple[str, list[Judgements], tuple[float, ...]]]:
     groups = {
-        name: [one for one in mine if one.benchmark.group == f"{group}"]
+        name: [one for one in mine if one.benchmark.group == group]
         for name, group in (("prompt", "safety_prompt"), ("response", "safety_response"), ("custom", "custom_policy"))
     }
     averages = [(name, chosen, custom_weights(len(chosen))) for name, chosen in groups.items() if chosen]

@@ -1,0 +1,124 @@
+"""A whole evaluation of a tiny model, through the door: what it leaves behind, and what a kill costs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from jaxguard.disk import unsealed
+from jaxguard.evaluate.__main__ import main
+from jaxguard.evaluate.results import read_results
+from jaxguard.train.__main__ import main as train
+
+COUNT = 12
+PLAIN = ["evaluate.batch=8", "evaluate.generations=2", "evaluate.verdict_tokens=12", "evaluate.thought_tokens=8"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_files, tmp_path_factory):
+    """A trained run's config, and a benchmark of mild questions: who mentions a lamp is harmful."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    config = tiny_files(folder, train={"max_steps": 2}, mesh={"fsdp": -1})
+    assert train(["--config", str(config)]) == 0
+    things = ["lamps" if i % 3 else "bread" for i in range(COUNT)]
+    rows = [{"text": f"tell me about {what} {i}", "what": what} for i, what in enumerate(things)]
+    (folder / "lamps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark = {
+        "name": "lamps",
+        "title": "Lamps",
+        "group": "safety_prompt",
+        "question": "prompt_harm",
+        "source": {"path": str(folder / "lamps.jsonl")},
+        "examples": [{"prompt": "text", "positive": {"column": "what", "equals": "lamps"}}],
+        "slices": [{"name": "category", "column": "what"}],
+        "expected": {"positive": 8, "negative": 4},
+        "license": "none",
+        "citation": "nobody",
+        "url": "https://example.org",
+    }
+    (folder / "lamps_benchmark.yaml").write_text(yaml.safe_dump(benchmark))
+    tree = yaml.safe_load(config.read_text())
+    tree["evaluate"] = {"benchmarks": [{"name": str(folder / "lamps_benchmark.yaml"), "label": "lamps"}]}
+    config.write_text(yaml.safe_dump(tree))
+    return config
+
+
+def evaluate(config, *overrides):
+    return main(["--config", str(config), *PLAIN, *overrides])
+
+
+def predictions(config, guard="ours", mode="direct", label="lamps"):
+    path = config.parent / f"runs/tiny/evaluate/predictions/{guard}/{mode}/{label}.jsonl"
+    return [a for line in path.read_bytes().splitlines(keepends=True)[1:] if (a := unsealed("answer", line))]
+
+
+def test_both_modes_and_the_floors_are_scored(run):
+    guards = "evaluate.guards=[{name: ours}, {name: words, format: tfidf}, {name: most, format: majority}]"
+    assert evaluate(run, guards) == 0
+    folder = run.parent / "runs/tiny/evaluate"
+    found = read_results(folder / "results.json")
+    cells = {(cell.guard, cell.mode): cell for cell in found.cells}
+    assert set(cells) == {("ours", "reasoning"), ("ours", "direct"), ("words", "direct"), ("most", "direct")}
+    words = cells["words", "direct"]
+    assert words.examples == COUNT
+    assert words.result.scores.f1.value > 0.8
+    assert words.versus is not None
+    assert cells["ours", "direct"].versus is None
+    assert cells["ours", "reasoning"].result.generations == 2
+    assert cells["ours", "reasoning"].cost.forced > 0
+    assert set(words.slices) == {"category: lamps", "category: bread"}
+    assert {(a.guard, a.name) for a in found.averages} >= {("ours", "prompt"), ("words", "prompt")}
+    for name in ("report.md", "report.html"):
+        assert "Lamps" in (folder / name).read_text()
+    assert len(predictions(run)) == COUNT
+
+
+def test_probabilities_alone_need_no_sampling(run):
+    name = "evaluate.guards=[{name: scored, modes: [direct]}]"
+    validation = f"evaluate.validation=[{{kind: jsonl, path: {run.parent / 'train.jsonl'}}}]"
+    assert evaluate(run, name, validation, "evaluate.generations=0") == 0
+    found = predictions(run, "scored")
+    assert all(a["verdicts"] == [1 if a["probability"] > 0.5 else 0] and not a["texts"] for a in found)
+    (cell,) = read_results(run.parent / "runs/tiny/evaluate/results.json").cells
+    assert cell.thresholded is not None
+    assert len(predictions(run, "scored", label="validation-prompt_harm")) == 48
+
+
+def test_a_thought_cannot_be_left_out(run, capsys):
+    assert evaluate(run, "evaluate.generations=0") == 2
+    assert "modes=[direct]" in capsys.readouterr().err
+
+
+def test_other_sampling_is_refused(run, capsys):
+    name = "evaluate.guards=[{name: scored, modes: [direct]}]"
+    assert evaluate(run, name, "evaluate.generations=0") == 0
+    assert evaluate(run, name, "evaluate.generations=1") == 2
+    assert "generations: 0 there, 1 now" in capsys.readouterr().err
+
+
+def test_without_an_export_it_says_to_train(run, capsys):
+    assert evaluate(run, "name=untrained") == 2
+    assert "jaxguard.train" in capsys.readouterr().err
+
+
+def test_a_kill_loses_the_batch_in_flight_at_most(run):
+    name = "evaluate.guards=[{name: killed, modes: [direct]}]"
+    command = [sys.executable, "-m", "jaxguard.evaluate", "--config", str(run), *PLAIN, name, "evaluate.batch=4"]
+    path = run.parent / "runs/tiny/evaluate/predictions/killed/direct/lamps.jsonl"
+    process = subprocess.Popen(command, env={**os.environ, "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL)
+    while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 4):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = predictions(run, "killed")
+    assert 2 <= len(kept) < COUNT
+    assert evaluate(run, name, "evaluate.batch=4") == 0
+    after = predictions(run, "killed")
+    assert after[: len(kept)] == kept
+    assert sorted(a["example_id"] for a in after) == sorted({a["example_id"] for a in after})
+    assert len(after) == COUNT
