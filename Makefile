@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SGLANG := .venv-sglang
 AOT := .venv-aot$(SUFFIX:python%=-%)
 PIP := -m pip install --quiet --disable-pip-version-check
-SCRIPTS := .ci/run $(shell find launch -name '*.sbatch' -o -name '*.sh')
+SCRIPTS := .ci/run tools/sglang_cpu/python $(shell find launch -name '*.sbatch' -o -name '*.sh')
 TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0.23'
 
 export JAX_PLATFORMS ?= cpu
@@ -42,7 +42,7 @@ test-aot: $(AOT)/.ready
 	$(AOT)/bin/python -m pytest -m aot tests/plan $(ARGS)
 
 test-sglang: $(VENV)/.fixtures $(SGLANG)/.ready
-	$(BIN)/python -m pytest -m sglang tests/distill $(ARGS)
+	$(BIN)/python -m pytest -m sglang tests/distill tests/evaluate $(ARGS)
 
 sglang-cpu: $(SGLANG)/.ready
 
