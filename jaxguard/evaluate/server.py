@@ -20,10 +20,10 @@ _HOST = "127.0.0.1"
 _LINES = 15
 _END_SECONDS = 10
 
-# Asks the kernel for SIGTERM at the parent's death, and becomes the command. A process of its own does this, since code
-# between fork and exec is unsafe beside JAX's threads.
+# Asks the kernel for SIGKILL at the parent's death, since SGLang lets SIGTERM wait for its requests, and becomes the command.
+# A process of its own does this: code between fork and exec is unsafe beside JAX's threads.
 _DIE_WITH_PARENT = (
-    "import ctypes, os, sys; parent = int(sys.argv[1]); ctypes.CDLL(None).prctl(1, 15); "
+    "import ctypes, os, sys; parent = int(sys.argv[1]); ctypes.CDLL(None).prctl(1, 9); "
     "os.getppid() == parent and os.execv(sys.argv[2], sys.argv[2:])"
 )
 
