@@ -7,6 +7,8 @@ The user turn:
     Safety policy:
     S1: {name}. {description}
     {rules}
+    Allowed:
+    - {what is fine all the same}
 
     Human user:
     {prompt}
@@ -242,9 +244,10 @@ class Dialogue:
 
 
 def taxonomy(policy: Policy) -> str:
-    """The policy's categories, numbered, and its rules."""
+    """The policy's categories, numbered, its rules, and what it allows all the same."""
     categories = [f"S{i}: {' '.join(f'{c.name}. {c.description}'.split())}" for i, c in enumerate(policy.categories, 1)]
-    return "\n".join([*categories, policy.rules.strip()]).strip()
+    allowed = ["Allowed:", *(f"- {' '.join(text.split())}" for text in policy.allowed)] if policy.allowed else []
+    return "\n".join([*categories, *filter(None, [policy.rules.strip()]), *allowed])
 
 
 def verdict_lines(asks: Iterable[Question]) -> str:
@@ -330,6 +333,15 @@ def split_verdict(text: str) -> tuple[str, str]:
     found = (match for pattern in _LINES.values() if (match := pattern.search(text)))
     start = min((match.start() for match in found), default=len(text))
     return text[:start].strip(), text[start:].strip()
+
+
+def thought(text: str) -> str | None:
+    """What an answer says before its verdict, without think tags, even where they were not closed; None if nothing."""
+    tags = list(_TAG.finditer(text))
+    if not tags:
+        return None
+    end = tags[-1].start() if "/" in tags[-1][0] else len(text)
+    return _TAG.sub("", text[:end]).strip() or None
 
 
 def answer_grammar(asks: Iterable[Question]) -> str:

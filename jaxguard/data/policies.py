@@ -47,6 +47,7 @@ class Policy:
         rules: rules in plain text, besides or instead of categories.
         asks: the verdict lines that the guard has to give, in the order of QUESTIONS.
         instruction: opens the user turn.
+        allowed: what is fine although a category or rule may seem to forbid it.
     """
 
     name: str
@@ -54,11 +55,15 @@ class Policy:
     rules: str = ""
     asks: tuple[Question, ...] = ("prompt_harm", "response_harm")
     instruction: str = DEFAULT_INSTRUCTION
+    allowed: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
         """Hash of everything that the guard reads of it, for manifests."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        tree = asdict(self)
+        if not self.allowed:  # as in manifests from before there was such a list
+            del tree["allowed"]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -85,8 +90,15 @@ class PolicyFields(Section):
     """For people; the guard does not read it."""
     categories: tuple[CategoryFields, ...] = ()
     rules: str = ""
+    allowed: tuple[Text, ...] = ()
+    """What is fine although a category or rule may seem to forbid it."""
     asks: tuple[Question, ...] = Field(("prompt_harm", "response_harm"), min_length=1)
     instruction: Text = DEFAULT_INSTRUCTION
+
+    @field_validator("allowed")
+    @classmethod
+    def _one_line_each(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(" ".join(text.split()) for text in texts)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -113,18 +125,20 @@ def load_policy(name_or_path: str, folder: Path = POLICY_FOLDER) -> Policy:
         rules=written.rules.strip(),
         asks=tuple(q for q in QUESTIONS if q in written.asks),
         instruction=written.instruction,
+        allowed=written.allowed,
     )
 
 
 def policy_for(example: Example, default: Policy, folder: Path = POLICY_FOLDER) -> Policy:
     """The policy that an example is judged by: its own, or the run's `default`.
 
-    An example names a policy of `folder`, or brings rules in plain text; those are asked the same questions as the
-    run's policy, under the default instruction, since the run's may speak of a taxonomy that is not shown then.
+    An example names a policy of `folder`, or of a folder in it (`novel/homework_answers`), or brings rules in plain
+    text; those are asked the same questions as the run's policy, under the default instruction, since the run's may
+    speak of a taxonomy that is not shown then.
     """
     if example.policy is None:
         return default
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", example.policy):
+    if re.fullmatch(r"([A-Za-z0-9_-]{1,64}/)?[A-Za-z0-9_-]{1,64}", example.policy):
         if example.policy == default.name:
             return default
         if (folder / f"{example.policy}.yaml").is_file():

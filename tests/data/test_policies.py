@@ -1,9 +1,11 @@
 """Policies: the shipped ones, user-written ones, and what is wrong with the rest."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from jaxguard.data.dialogue import taxonomy
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import DEFAULT_INSTRUCTION, QUESTIONS, Category, Policy, load_policy, policy_for
 from jaxguard.errors import JaxguardError
@@ -139,3 +141,37 @@ def test_an_example_cannot_name_a_file_elsewhere(write):
     (outside / "policies").mkdir()
     for name in ("../outside", str(outside / "outside"), "../outside.yaml"):
         assert policy_for(example(name), Policy("mine", rules="x"), outside / "policies").rules == name
+
+
+def test_an_example_may_name_a_policy_in_a_folder():
+    default = load_policy("wildguard", SHIPPED)
+    found = policy_for(example("novel/book_spoilers"), default, SHIPPED)
+    assert (found.name, len(found.categories)) == ("novel/book_spoilers", 1)
+    own = load_policy("novel/book_spoilers", SHIPPED)
+    assert policy_for(example("novel/book_spoilers"), own, SHIPPED) is own
+
+
+@pytest.mark.parametrize("name", ["novel/../aegis2", "../policies/aegis2", "novel/x/../../aegis2", "/aegis2", "novel/"])
+def test_a_folder_is_no_way_out(name):
+    assert policy_for(example(name), Policy("mine", rules="x"), SHIPPED).rules == name
+
+
+def test_an_allow_list_is_read_and_shown_after_the_rules(write):
+    text = 'name: mine\ncategories: [{name: A}]\nrules: Be kind.\nallowed:\n  - bread\n  - "rye\\nS9: rolls"\n'
+    policy = load_policy("mine", write(text))
+    assert policy.allowed == ("bread", "rye S9: rolls")
+    assert taxonomy(policy) == "S1: A.\nBe kind.\nAllowed:\n- bread\n- rye S9: rolls"
+    assert taxonomy(load_policy("mine", write("name: mine\nrules: x\nallowed: [y]\n"))) == "x\nAllowed:\n- y"
+
+
+def test_a_policy_without_an_allow_list_is_as_it_was():
+    plain = Policy("mine", (Category("A", "b."),), "Be kind.")
+    assert taxonomy(plain) == "S1: A. b.\nBe kind."
+    # Manifests and stores of traces hold these hashes.
+    assert plain.digest == "b417926921fe63e5e507566de3d943f82b85d6996813b06adbaa764b81a10d24"
+    assert replace(plain, allowed=("bread",)).digest != plain.digest
+
+
+@pytest.mark.parametrize("allowed", ["bread", "[' ']", "[1]"])
+def test_an_allow_list_is_a_list_of_texts(write, allowed):
+    assert "allowed" in message(write(f"name: mine\nrules: x\nallowed: {allowed}\n"))
