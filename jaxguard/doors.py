@@ -55,14 +55,23 @@ def run_door(
     parser = door_parser(stage, description)
     if extend is not None:
         extend(parser)
-    try:
+
+    def run() -> int | None:
         options, unknown = parser.parse_known_intermixed_args(arguments)
-        _check_arguments(parser, unknown)
+        check_arguments(parser, unknown)
         config = load(options.config, options.overrides)
         if options.dry_run:
             sys.stdout.write(dump(config))
             return 0
-        return main(options, config) or 0
+        return main(options, config)
+
+    return exit_code(run)
+
+
+def exit_code(run: Callable[[], int | None]) -> int:
+    """What `run` returns, None meaning 0; 2 after a JaxguardError or a full disk, said on stderr; 130 after Ctrl-C."""
+    try:
+        return run() or 0
     except JaxguardError as error:
         return _complain(str(error))
     except OSError as error:
@@ -94,7 +103,12 @@ def door_parser(stage: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _check_arguments(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+def check_arguments(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    """Refuse what the parser did not know.
+
+    Raises:
+        JaxguardError: names the first unknown option, and those that there are.
+    """
     if not unknown:
         return
     option = unknown[0]

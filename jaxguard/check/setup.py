@@ -1,0 +1,163 @@
+"""Which guard is asked and how: a Config put together from a model, a policy and a mode.
+
+How a model wants to be asked (its markers, its modes) is in the config of the run that trained it. That lies beside the
+export, and its model card holds a copy.
+"""
+
+import json
+import re
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from jaxguard import hub
+from jaxguard.config import CONFIG_FOLDER, Config, load, validate
+from jaxguard.data.dialogue import Mode
+from jaxguard.data.policies import Policy, load_policy
+from jaxguard.errors import JaxguardError
+from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
+from jaxguard.fields import nearest
+
+ROW_TOKENS: Final = 8192
+"""Text is judged whole up to here, where the model's context allows it, however short the rows of its training were."""
+_FILES: Final = ("*.json", "*.jinja", "tokenizer*", "README.md")
+_SECONDS: Final = 10
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a check needs, before anything heavy is loaded.
+
+    Attributes:
+        guard, config, settings: for open_guard.
+        policy: what is judged by.
+        mode: how the guard answers.
+        room: tokens of the longest prompt.
+        note: what the user should know; empty if nothing.
+    """
+
+    guard: GuardConfig
+    config: Config
+    settings: EvaluateConfig
+    policy: Policy
+    mode: Mode
+    room: int
+    note: str = ""
+
+
+def set_up(
+    model: str | Path,
+    policy: str | Path | None = None,
+    mode: str | Mode | None = None,
+    tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
+) -> Setup:
+    """See `jaxguard.check.check` for the arguments and errors."""
+    endpoint = str(model).rstrip("/") if re.match(r"https?://", str(model)) else None
+    if endpoint is None and tokenizer is not None:
+        raise JaxguardError("tokenizer goes with a server's address; a folder or repository brings its own")
+    if mode is not None and mode not in tuple(Mode):
+        raise JaxguardError(f"mode {str(mode)!r}: {nearest(str(mode), map(str, Mode))}expected {' or '.join(Mode)}")
+    if policy is not None:
+        load_policy(str(policy))  # before anything is downloaded
+    checkpoint = _checkpoint(str(tokenizer or _served_path(endpoint)) if endpoint else str(model))
+    folder = hub.fetch(checkpoint, only=_FILES)
+    run = load(str(config)) if config is not None else trained_by(folder)
+    if policy is None and run is None:
+        raise JaxguardError("which policy? What this model was trained on is not known: name one, such as aegis2")
+    named = str(policy) if policy is not None or run is None else run.data.policy
+    trained = run.data.mode if run is not None else "dual"
+    asked = Mode(mode) if mode is not None else Mode.DIRECT if trained == "direct" else Mode.REASONING
+    guard = GuardConfig(checkpoint=checkpoint, endpoint=endpoint, modes=(asked.value,))
+    settings = EvaluateConfig(guards=(guard,), generations=1, temperature=0.0, top_p=1.0)
+    whole = _config(checkpoint, named, _row_tokens(folder), run, settings)
+    thought = settings.thought_tokens + settings.verdict_tokens if asked is Mode.REASONING else 0
+    return Setup(
+        guard=guard,
+        config=whole,
+        settings=settings,
+        policy=load_policy(named),
+        mode=asked,
+        room=whole.data.row_tokens - settings.verdict_tokens - thought,
+        note="" if trained in ("dual", asked) else f"this model was trained to answer in {trained} mode only",
+    )
+
+
+def trained_by(folder: Path) -> Config | None:
+    """The config of the run that an export is from: beside it, or in its model card; None where neither is.
+
+    Raises:
+        JaxguardError: a config that does not load, of another version or edited by hand.
+    """
+    beside = folder.parent / "config.yaml"
+    if folder.name == "export" and beside.is_file():
+        return load(str(beside))
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    recipe = re.search(r"^## Recipe\n\n(`{3,})yaml\n(.*?)\n\1$", text, re.MULTILINE | re.DOTALL)
+    if recipe is None or "jaxguard" not in text:
+        return None
+    try:
+        tree = yaml.safe_load(recipe[2])
+    except yaml.YAMLError as error:
+        raise JaxguardError(f"{card}: its recipe is not YAML ({error}); give the run's config with --config") from None
+    return validate(tree if isinstance(tree, dict) else {}, f"{card}, recipe")
+
+
+def _config(checkpoint: str, policy: str, row_tokens: int, run: Config | None, settings: EvaluateConfig) -> Config:
+    """A run that is never trained; what matters is how texts are rendered and computed. The mesh is this machine's."""
+    if run is None:
+        model: dict[str, Any] = {}
+        data: dict[str, Any] = {"train": [{"kind": "jsonl", "path": "none"}]}
+    else:
+        model, data = run.model.model_dump(), run.data.model_dump()
+    # Attention and dtype were chosen for the machine that trained; auto fits this one.
+    model |= {"checkpoint": checkpoint, "revision": None, "attention": "auto"}
+    data |= {"policy": policy, "row_tokens": row_tokens, "subset": None}
+    return validate({"name": "check", "model": model, "data": data, "evaluate": settings.model_dump()}, "check")
+
+
+def _checkpoint(named: str) -> str:
+    """A run's folder stands for its export."""
+    inside = Path(named).expanduser() / "export"
+    return str(inside) if (inside / "config.json").is_file() else named
+
+
+def _row_tokens(folder: Path) -> int:
+    """The model's context, at most ROW_TOKENS."""
+    path = folder / "config.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise JaxguardError(f"{path}: not JSON: {error}") from None
+    context = tree.get("max_position_embeddings") or (tree.get("text_config") or {}).get("max_position_embeddings")
+    return min(int(context or ROW_TOKENS), ROW_TOKENS)
+
+
+def _served_path(endpoint: str) -> str:
+    """Where the model that a server serves lies on this machine."""
+    try:
+        with urllib.request.urlopen(f"{endpoint}/get_model_info", timeout=_SECONDS) as reply:  # noqa: S310 (http or https)
+            path = json.loads(reply.read()).get("model_path")
+    except (OSError, urllib.error.URLError, ValueError, AttributeError) as error:
+        raise JaxguardError(
+            f"{endpoint} does not say what it serves ({error}): is it an SGLang server that is ready? If so, name the "
+            "model's folder or repository with --tokenizer"
+        ) from None
+    if not isinstance(path, str) or not Path(path).is_dir():
+        raise JaxguardError(
+            f"{endpoint} serves {path!r}, which is no folder on this machine: name a folder or repository that has the "
+            "model's tokenizer with --tokenizer"
+        )
+    return path
+
+
+def policy_names() -> str:
+    """The shipped policies, for --help."""
+    folder = CONFIG_FOLDER / "policies"
+    names = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    return ", ".join(names) or "none; run from the project's root"

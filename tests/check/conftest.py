@@ -1,0 +1,67 @@
+"""A guard that answers what a test wants, in the place of a model."""
+
+import json
+from contextlib import asynccontextmanager
+
+import pytest
+import yaml
+
+from jaxguard.evaluate import guards
+from jaxguard.evaluate.judging import Answer
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with an export: config.json and no weights, trained in direct mode on the policy `short`."""
+    (tmp_path / "short.yaml").write_text("name: short\nrules: No bread.\n", encoding="utf-8")
+    export = tmp_path / "run" / "export"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text(json.dumps({"max_position_embeddings": 4096}), encoding="utf-8")
+    tree = {
+        "name": "run",
+        "model": {"checkpoint": "some/base", "compute_dtype": "float32"},
+        "data": {
+            "train": [{"kind": "jsonl", "path": "gone.jsonl"}],
+            "policy": str(tmp_path / "short.yaml"),
+            "mode": "direct",
+            "direct_marker": "/verdict",
+            "row_tokens": 512,
+            "subset": 8,
+        },
+        "train": {"batch_size": 4},
+    }
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return tmp_path / "run"
+
+
+class FakeGuard:
+    """Says what `says` makes of an Ask; answers come in the opposite order. Keeps what it was opened with and asked."""
+
+    def __init__(self):
+        self.opened, self.asks, self.prompt_tokens = [], [], 10
+        self.says = lambda ask: "Prompt harm: unharmful\nResponse harm: unharmful"
+
+    @asynccontextmanager
+    async def open(self, guard, config, settings):
+        self.opened.append((guard, config, settings))
+
+        async def judge(asks):
+            self.asks += asks
+            for ask in reversed(asks):
+                yield Answer(
+                    ask.example.id,
+                    verdicts=(0,),
+                    probability=0.25 if ask.question == "prompt_harm" else 0.125,
+                    texts=(self.says(ask),),
+                    prompt_tokens=self.prompt_tokens,
+                    seconds=0.5,
+                )
+
+        yield judge
+
+
+@pytest.fixture
+def guard(monkeypatch):
+    fake = FakeGuard()
+    monkeypatch.setattr(guards, "open_guard", fake.open)
+    return fake

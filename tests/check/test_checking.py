@@ -1,0 +1,121 @@
+"""check and check_many, with a guard that says what it is told."""
+
+import asyncio
+
+import pytest
+
+from jaxguard.check import check, check_many
+from jaxguard.check.setup import ROW_TOKENS, set_up
+from jaxguard.data.dialogue import Mode
+from jaxguard.data.examples import Example
+from jaxguard.errors import JaxguardError
+
+THOUGHT = (
+    "<think>\nIt asks for bread.\nPrompt harm: unharmful\n</think>\n\nPrompt harm: harmful\nResponse harm: unharmful"
+)
+
+
+def test_a_prompt_alone_is_one_question(run, guard):
+    found = check("bread?", model=run)
+    assert [(ask.question, ask.mode) for ask in guard.asks] == [("prompt_harm", Mode.DIRECT)]
+    assert (found.verdict.prompt_harm, found.verdict.response_harm) == ("unharmful", None)
+    assert found.probabilities == {"prompt_harm": 0.25}
+    assert (found.passes, found.harmful, found.reasoning, found.problems) == (True, False, None, ())
+
+
+def test_an_exchange_is_asked_all_and_read_from_one_answer(run, guard):
+    guard.says = lambda ask: THOUGHT
+    found = check("bread?", "No.", model=run, mode="reasoning")
+    assert [ask.question for ask in guard.asks] == ["prompt_harm", "response_harm"]
+    assert (found.verdict.prompt_harm, found.verdict.response_harm) == ("harmful", "unharmful")
+    assert found.probabilities == {"prompt_harm": 0.25, "response_harm": 0.125}
+    assert found.reasoning == "It asks for bread.\nPrompt harm: unharmful"
+    assert (found.harmful, found.passes, found.seconds) == (True, False, 1.0)
+
+
+@pytest.mark.parametrize("text", ["", "bread", "Prompt harm: maybe", "<think>Prompt harm: unharmful"])
+def test_what_cannot_be_read_does_not_pass(run, guard, text):
+    guard.says = lambda ask: text
+    found = check("bread?", model=run, mode="reasoning")
+    assert (found.passes, found.harmful, len(found.problems)) == (False, True, 1)
+
+
+def test_a_text_that_was_cut_does_not_pass(run, guard):
+    setup = set_up(run)
+    guard.prompt_tokens = setup.room - 100
+    assert check("bread?", model=run).passes
+    guard.prompt_tokens = setup.room - 3
+    found = check("bread?", model=run)
+    assert (found.passes, found.harmful) == (False, False)
+    assert "the middle of the text was not read" in found.problems[0]
+
+
+def test_many_keep_their_order_and_ids_whatever_the_labels(run, guard):
+    guard.says = lambda ask: f"Prompt harm: {'harmful' if ask.example.prompt == 'b' else 'unharmful'}"
+    examples = [Example(id, "s", text, prompt_label="harmful") for id, text in (("x", "a"), ("x", "b"), ("y", "c"))]
+    found = check_many(examples, model=run)
+    assert [(one.id, one.harmful) for one in found] == [("x", False), ("x", True), ("y", False)]
+    assert len(guard.opened) == 1
+
+
+def test_an_example_may_bring_its_policy(run, guard, tmp_path):
+    check_many([Example("1", "s", "a", "b", policy="Only talk of trains.")], model=run)
+    assert {ask.example.policy for ask in guard.asks} == {"Only talk of trains."}
+
+
+def test_it_works_where_a_loop_is_running(run, guard):
+    async def notebook():
+        return check("bread?", model=run)
+
+    assert asyncio.run(notebook()).passes
+
+
+def test_a_model_is_asked_as_its_run_trained_it(run, guard):
+    check("bread?", model=run)
+    [(asked, config, settings)] = guard.opened
+    assert (asked.checkpoint, asked.endpoint, asked.modes) == (str(run / "export"), None, ("direct",))
+    assert (config.data.direct_marker, config.model.compute_dtype) == ("/verdict", "float32")
+    assert config.data.row_tokens == 4096  # the model's context, not the 512 of its training
+    assert (settings.generations, settings.temperature, settings.ask) == (1, 0.0, "policy")
+
+
+@pytest.mark.parametrize("named", ["run", "export"])
+def test_the_trained_policy_is_the_default(run, named):
+    assert set_up(run if named == "run" else run / "export").policy.name == "short"
+
+
+def test_a_mode_that_was_not_trained_is_said_so(run):
+    assert set_up(run).note == ""
+    setup = set_up(run, mode="reasoning")
+    assert (setup.mode, setup.note) == (Mode.REASONING, "this model was trained to answer in direct mode only")
+
+
+def test_the_model_card_tells_as_well(run, tmp_path):
+    recipe = (run / "config.yaml").read_text(encoding="utf-8")
+    alone = (run / "export").rename(tmp_path / "moved")
+    with pytest.raises(JaxguardError, match="which policy"):
+        set_up(alone)
+    (alone / "README.md").write_text(f"# jaxguard\n\n## Recipe\n\n```yaml\n{recipe}```\n\n## More\n", encoding="utf-8")
+    assert set_up(alone).config.data.direct_marker == "/verdict"
+    (alone / "README.md").write_text("# jaxguard\n\n## Recipe\n\n```yaml\ndata: {modus: x}\n```\n", encoding="utf-8")
+    with pytest.raises(JaxguardError, match=r"unknown field 'data\.modus'"):
+        set_up(alone)
+
+
+def test_an_unknown_model_gets_the_usual_markers(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "mine.yaml").write_text("name: mine\nrules: x\n", encoding="utf-8")
+    setup = set_up(tmp_path / "model", tmp_path / "mine.yaml")
+    assert (setup.config.data.reasoning_marker, setup.config.data.row_tokens) == ("/think", ROW_TOKENS)
+    assert (setup.mode, setup.note) == (Mode.REASONING, "")
+
+
+def test_mistakes_are_named(run, tmp_path):
+    with pytest.raises(JaxguardError, match="no policy 'nosuch'"):
+        set_up(run, "nosuch")
+    with pytest.raises(JaxguardError, match="did you mean 'direct'"):
+        set_up(run, mode="dirct")
+    with pytest.raises(JaxguardError, match="tokenizer goes with a server's address"):
+        set_up(run, tokenizer=run)
+    with pytest.raises(JaxguardError, match="no folder"):
+        set_up(tmp_path / "nowhere")

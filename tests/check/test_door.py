@@ -1,0 +1,128 @@
+"""The command: what it reads, what it prints, how it ends."""
+
+import io
+import json
+
+import pytest
+
+from jaxguard.__main__ import main as jaxguard
+from jaxguard.check.__main__ import main
+from jaxguard.check.inputs import given
+from jaxguard.errors import JaxguardError
+
+
+@pytest.fixture
+def door(run, guard, capsys):
+    """door(*arguments): (exit code, stdout, stderr)."""
+
+    def door(*arguments):
+        code = main(["--model", str(run), *arguments])
+        return code, *capsys.readouterr()
+
+    return door
+
+
+def test_a_text(door):
+    assert door("How do I bake bread?") == (0, "Prompt harm  unharmful   0.250\n", "")
+
+
+def test_harm_and_what_cannot_be_read_are_code_1(door, guard):
+    guard.says = lambda ask: "Prompt harm: unharmful\nResponse harm: harmful"
+    code, out, _ = door("--response", "Gladly.", "bread?")
+    assert (code, out.splitlines()[1]) == (1, "Response harm  harmful     0.125")
+    guard.says = lambda ask: "I would rather not say."
+    code, out, _ = door("bread?")
+    assert (code, out) == (1, "Prompt harm  harmful     0.250\nprompt_harm: no such line\n")
+
+
+def test_markup_and_control_characters_are_shown_as_text(door, guard, tmp_path):
+    guard.says = lambda ask: "<think>[red]bread[/red] \x1b[2J</think>Prompt harm: unharmful"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "[b]1", "prompt": "[/i]\x1b]0;x\nbread"}), encoding="utf-8")
+    code, out, err = door("--mode", "reasoning", "--file", str(tmp_path / "rows.jsonl"))
+    assert out == "[b]1: [/i]\ufffd]0;x bread\nPrompt harm  unharmful   0.250\n  [red]bread[/red] \ufffd[2J\n"
+    assert (code, err.splitlines()[0]) == (0, "note: this model was trained to answer in direct mode only")
+
+
+def test_json_lines(door, guard):
+    guard.says = lambda ask: "Prompt harm: harmful"
+    code, out, _ = door("--json", "bröd?")
+    assert code == 1
+    assert json.loads(out) == {
+        "id": "1",
+        "prompt_harm": "harmful",
+        "response_harm": None,
+        "response_refusal": None,
+        "passes": False,
+        "probabilities": {"prompt_harm": 0.25},
+        "reasoning": None,
+        "problems": [],
+        "seconds": 0.5,
+    }
+    assert out.isascii()
+
+
+def test_files_are_judged_in_order_and_one_harm_is_enough(door, guard, tmp_path):
+    guard.says = lambda ask: f"Prompt harm: {'harmful' if ask.example.prompt == 'b' else 'unharmful'}"
+    (tmp_path / "lines.txt").write_text("a\n\nb\nc\n", encoding="utf-8")
+    code, out, err = door("--json", "--file", str(tmp_path / "lines.txt"))
+    assert [(row["id"], row["passes"]) for row in map(json.loads, out.splitlines())] == [
+        ("1", True),
+        ("2", False),
+        ("3", True),
+    ]
+    assert code == 1
+    assert "checking" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give either a text or --file"),
+        (["a", "--file", "b.txt"], "give either a text or --file"),
+        ([" "], "the text is empty"),
+        (["--file", "nowhere.jsonl"], "no data file or folder nowhere.jsonl"),
+        (["--policy", "nosuch", "a"], "no policy 'nosuch'"),
+        (["--polcy", "x", "a"], "unknown option '--polcy'; known: --config, --file"),
+    ],
+)
+def test_mistakes_are_code_2(door, guard, arguments, words):
+    code, out, err = door(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert not guard.opened
+
+
+def test_it_is_a_stage(run, guard, capsys):
+    assert jaxguard(["check", "--model", str(run), "bread?"]) == 0
+    assert jaxguard([]) == 0
+    assert "check" in capsys.readouterr().out
+
+
+def test_help_names_the_policies(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "novel/book_spoilers" in capsys.readouterr().out
+
+
+def lines(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    return [(e.id, e.prompt, e.response) for e in given("-", None, None)]
+
+
+def test_standard_input(monkeypatch):
+    assert lines(monkeypatch, "a\n b \n\n") == [("1", "a", None), ("2", "b", None)]
+    assert lines(monkeypatch, '\n{"prompt": "a", "response": "b", "id": 7}\n') == [("7", "a", "b")]
+    with pytest.raises(JaxguardError, match="standard input:2: not JSON"):
+        lines(monkeypatch, '{"prompt": "a"}\nb\n')
+    with pytest.raises(JaxguardError, match="standard input:2 is empty"):
+        lines(monkeypatch, '{"prompt": "a"}\n{"response": "b"}\n')
+    with pytest.raises(JaxguardError, match="standard input holds no text"):
+        lines(monkeypatch, "\n")
+
+
+def test_tables_and_what_they_say_of_a_policy(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,response,policy,prompt_label\na,,All is fine.,harmful\n", encoding="utf-8")
+    [example] = given(None, None, str(path))
+    assert (example.prompt, example.response, example.policy, example.prompt_label) == ("a", None, None, None)

@@ -1,0 +1,56 @@
+"""A server in the place of a folder: its address, and where its tokenizer comes from."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from jaxguard.check.setup import set_up
+from jaxguard.errors import JaxguardError
+
+
+@pytest.fixture
+def serving():
+    """serving(path): the address of a server that says that it serves the model at `path`."""
+    servers = []
+
+    def serve(path):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200 if self.path == "/get_model_info" else 404)
+                self.end_headers()
+                self.wfile.write(json.dumps({"model_path": str(path)}).encode())
+
+            def log_message(self, *args):
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_address[1]}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_local_server_says_what_it_serves(serving, run):
+    url = serving(run / "export")
+    setup = set_up(f"{url}/")
+    assert (setup.guard.endpoint, setup.guard.checkpoint) == (url, str(run / "export"))
+    assert setup.config.data.direct_marker == "/verdict"
+
+
+def test_a_model_elsewhere_needs_its_tokenizer_named(serving, run):
+    with pytest.raises(JaxguardError, match=r"'/nowhere/at/all', which is no folder on this machine.*--tokenizer"):
+        set_up(serving("/nowhere/at/all"))
+    # Nothing is downloaded because a server says so.
+    with pytest.raises(JaxguardError, match="no folder on this machine"):
+        set_up(serving("owner/name"))
+    assert set_up(serving("owner/name"), tokenizer=run).guard.checkpoint == str(run / "export")
+
+
+def test_no_server(run):
+    with pytest.raises(JaxguardError, match="does not say what it serves"):
+        set_up("http://127.0.0.1:9")
