@@ -5,7 +5,7 @@
       versions.json   what the run was computed with
       metrics.jsonl   one record a line (telemetry.py)
       judgements/     STEP.jsonl: every held-out verdict of the validation after that update
-      checkpoints/  export/  tensorboard/  profile/
+      checkpoints/  export/  tensorboard/  profile/  evaluate/  mine/
 
 Only process 0 writes here, except for the checkpoints, which all processes write together.
 """
