@@ -24,8 +24,8 @@ from jaxguard.evaluate.figures import (
 )
 from jaxguard.evaluate.report import MOST_CHARACTERS, MOST_WRONG, markdown, page, write_report
 from jaxguard.evaluate.report_tables import cautions, errors, main_table, score_table, versus_table
-from jaxguard.evaluate.report_text import escaped, plain, visible
 from jaxguard.evaluate.results import read_results, write_results
+from jaxguard.markdown import escaped, plain, visible
 
 
 def numbers(table, guard, mode=""):
