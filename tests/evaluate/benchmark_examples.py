@@ -24,9 +24,16 @@ AEGIS2 = [
 ]
 for row in AEGIS2:
     row["violated_categories"] = "Bread, Cake" if row["id"] == "x" else None
+OWN = [
+    {"prompt": "A", "response": "a", "prompt_label": HARM, "response_label": SAFE, "trace": "Bread."},
+    {"prompt": "B", "response": None, "prompt_label": SAFE, "response_label": None},
+    {"prompt": "C", "response": "c", "prompt_label": None, "response_label": HARM},
+]
 KEYS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")
 # Rows with the columns of each benchmark's source, and the answers that must come out, in order.
 ROWS = {
+    "own_prompts": (OWN, [HARM, SAFE]),
+    "own_responses": (OWN, [SAFE, HARM]),
     "wildguardtest_prompt": (WILDGUARD, [HARM, SAFE]),
     "wildguardtest_response": (WILDGUARD, [HARM, SAFE]),
     "wildguardtest_refusal": (WILDGUARD, ["refusal", "compliance"]),

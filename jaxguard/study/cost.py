@@ -1,0 +1,227 @@
+"""What a study takes, before it starts: updates, tokens, device-hours.
+
+Updates are exact. Tokens an example and the speed are assumptions of the study's file, or measured: by `--measure`, or in runs of
+the same study that have trained already.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+from jaxguard.config import Config
+from jaxguard.data.batches import total_steps
+from jaxguard.data.files import read_local
+from jaxguard.disk import write_atomically
+from jaxguard.errors import JaxguardError
+from jaxguard.evaluate.benchmark_fields import read_benchmark
+from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
+from jaxguard.study.grid import Run, Study
+from jaxguard.study.sections import CostFields
+
+SPEED_FILE = "speed.json"
+COMPILED_AFTER = 2
+"""The first updates of a run compile; their speed says nothing."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run has to do.
+
+    Attributes:
+        updates, trained: updates, and tokens that they see.
+        judged, read, generated: examples judged, counted once for each mode; tokens of their prompts; tokens generated.
+        stages: that have to start.
+        guessed: something that nobody could count was assumed.
+    """
+
+    updates: int = 0
+    trained: int = 0
+    judged: int = 0
+    read: int = 0
+    generated: int = 0
+    stages: int = 0
+    guessed: bool = False
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.updates + other.updates,
+            self.trained + other.trained,
+            self.judged + other.judged,
+            self.read + other.read,
+            self.generated + other.generated,
+            self.stages + other.stages,
+            self.guessed or other.guessed,
+        )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second of all devices together, and where the numbers come from."""
+
+    trained: float
+    read: float
+    generated: float
+    said: str
+
+
+def work(run: Run) -> Work:
+    """What a run has to do if none of it is done."""
+    found = Work(stages=len(run.stages))
+    if "train" in run.stages:
+        found += _training(run)
+    if "evaluate" in run.stages:
+        found += _judging(run.config, run.cost)
+    if "mine" in run.stages:
+        found += _mining(run)
+    return found
+
+
+def seconds(found: Work, speed: Speed, cost: CostFields) -> float:
+    """How long that takes."""
+    return (
+        found.trained / speed.trained
+        + found.read / speed.read
+        + found.generated / speed.generated
+        + found.stages * cost.start_seconds
+    )
+
+
+def examples_of(run: Run) -> tuple[int, bool]:
+    """Training examples, and whether that is a guess: the subset, what the files hold, or what the study's file says."""
+    data = run.config.data
+    if data.subset is not None:
+        return data.subset, False
+    held = 0 if data.validation else data.validation_size
+    paths = [Path(source.path or "") for source in data.train]
+    if all(path.is_file() for path in paths):
+        return max(0, sum(map(_rows, paths)) - held), False
+    return max(0, (run.fields.examples or 0) - held), True
+
+
+@cache
+def _rows(path: Path) -> int:
+    return len(read_local(path, ()).rows)
+
+
+def answer_tokens(mode: str, share: float, cost: CostFields) -> float:
+    """Tokens of an answer in a mode of data.mode, mean."""
+    traced = {"direct": 0.0, "reasoning": 1.0, "dual": share}[mode]
+    return traced * cost.trace_tokens + cost.answer_tokens
+
+
+def _training(run: Run) -> Work:
+    train, data = run.config.train, run.config.data
+    examples, guessed = examples_of(run)
+    updates = total_steps(examples, train.batch_size, train.epochs, train.max_steps)
+    tokens = run.cost.prompt_tokens + answer_tokens(data.mode, data.dual_reasoning_share, run.cost)
+    return Work(updates=updates, trained=round(updates * train.batch_size * tokens), guessed=guessed)
+
+
+def _judging(config: Config, cost: CostFields) -> Work:
+    settings, found = config.evaluate or EvaluateConfig(), Work()
+    for benchmark in settings.benchmarks:
+        count, guessed = _benchmark_examples(benchmark.name, benchmark.path, cost)
+        count = min(count, settings.limit or count)
+        for guard in settings.guards:
+            for mode in modes(guard, config):
+                answers = settings.generations * answer_tokens(mode, 1.0, cost)
+                found += Work(
+                    judged=count, read=count * cost.prompt_tokens, generated=round(count * answers), guessed=guessed
+                )
+    return found
+
+
+def _mining(run: Run) -> Work:
+    examples, guessed = examples_of(run)
+    generations = run.config.mine.generations if run.config.mine else 4
+    generated = examples * generations * answer_tokens(run.config.data.mode, 0.5, run.cost)
+    return Work(judged=examples, read=examples * run.cost.prompt_tokens, generated=round(generated), guessed=guessed)
+
+
+def modes(guard: GuardConfig, config: Config) -> tuple[str, ...]:
+    """In which modes a guard is asked."""
+    if guard.modes or guard.format != "jaxguard":
+        return guard.modes or ("direct",)
+    return ("reasoning", "direct") if config.data.mode == "dual" else (config.data.mode,)
+
+
+@cache
+def _benchmark_examples(name: str, path: str | None, cost: CostFields) -> tuple[int, bool]:
+    local = Path(path) if path else None
+    if local and local.is_file():
+        return _rows(local), False
+    expected = read_benchmark(name).expected
+    if expected.total is not None:
+        return expected.total, False
+    if expected.positive is not None and expected.negative is not None:
+        return expected.positive + expected.negative, False
+    return cost.benchmark_examples, True
+
+
+def speed_of(study: Study) -> Speed:
+    """The best that is known of this machine's speed."""
+    cost = study.fields.cost
+    measured = study.folder / SPEED_FILE
+    if measured.is_file():
+        return _from_training(
+            float(json.loads(measured.read_text())["tokens_per_second"]), cost, "measured by --measure"
+        )
+    trained = [s for run in study.runs for s in speeds(run.folder / "metrics.jsonl")]
+    if trained:
+        return _from_training(median(trained), cost, f"median of {len(trained)} updates of this study")
+    if cost.tokens_per_second is not None:
+        return _from_training(cost.tokens_per_second, cost, "an assumption of the study's file")
+    peak = cost.devices * cost.peak_flops
+    said = (
+        f"{cost.devices} × {cost.device}, assumed to train at {cost.mfu:.0%} and to generate at {cost.generate_mfu:.0%} of "
+        f"{cost.peak_flops / 1e12:g} TFLOP/s, 6 and 2 FLOPs for each of {cost.parameters:.3g} parameters and token"
+    )
+    forward = 2 * cost.parameters
+    return Speed(peak * cost.mfu / forward / 3, peak * cost.mfu / forward, peak * cost.generate_mfu / forward, said)
+
+
+def _from_training(tokens_per_second: float, cost: CostFields, how: str) -> Speed:
+    """Reading costs a third of training; generating is another matter, of which training says nothing."""
+    generated = cost.generated_per_second or tokens_per_second
+    said = f"{tokens_per_second:,.0f} trained tokens/s ({how}), {generated:,.0f} generated tokens/s (assumed)"
+    return Speed(tokens_per_second, 3 * tokens_per_second, generated, said)
+
+
+def speeds(metrics: Path) -> list[float]:
+    """Trained tokens a second of each update of a run, without the first ones; none where there is no such file."""
+    if not metrics.is_file():
+        return []
+    found = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a line that was being written when the run was killed
+            continue
+        if "speed" in record:
+            found.append(float(record["speed"]["tokens_per_second"]))
+    return found[COMPILED_AFTER:]
+
+
+def keep_speed(folder: Path, metrics: Path) -> float:
+    """Keep the speed of a short run for `speed_of`.
+
+    Raises:
+        JaxguardError: it made too few updates.
+    """
+    found = speeds(metrics)
+    if not found:
+        raise JaxguardError(f"{metrics} has no update after the first {COMPILED_AFTER}: nothing can be measured")
+    write_atomically(folder / SPEED_FILE, json.dumps({"tokens_per_second": median(found)}) + "\n")
+    return median(found)
+
+
+def costs(runs: Iterable[Run], speed: Speed) -> list[tuple[Run, Work, float]]:
+    """(run, what it has to do, its seconds)."""
+    return [(run, found := work(run), seconds(found, speed, run.cost)) for run in runs]
+
+
+def total(found: Sequence[tuple[Run, Work, float]]) -> tuple[Work, float]:
+    return sum((w for _, w, _ in found), Work()), sum(s for _, _, s in found)

@@ -1,0 +1,32 @@
+"""Stands for every stage: notes its call, waits or fails if it is told to, and writes what the stage would.
+
+What it is told stands in stub/behaviour.json: {"RUN STAGE": "fail" | "requeue" | "hang" | "nothing"}. It imports nothing of the
+project, so that it starts in a moment.
+"""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+stage, _, _, *overrides = sys.argv[1:]
+fields = dict(override.split("=", 1) for override in overrides)
+folder = Path(fields.get("run_folder", "runs")) / fields["name"]
+told = json.loads(Path("stub/behaviour.json").read_text()) if Path("stub/behaviour.json").is_file() else {}
+wish = told.get(f"{fields['name']} {stage}")
+if wish == "hang":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+with Path("stub/calls.txt").open("a") as calls:
+    calls.write(f"{fields['name']} {stage}\n")
+if wish in ("fail", "requeue"):
+    sys.exit(3 if wish == "fail" else 75)
+deadline = time.monotonic() + 120
+while wish == "hang" and time.monotonic() < deadline and not Path("stub/release").exists():
+    time.sleep(0.02)
+if wish != "nothing":
+    files = {"train": "export/README.md", "evaluate": "evaluate/results.json", "build": "dataset/loaves/all.parquet"}
+    (folder / files[stage]).parent.mkdir(parents=True, exist_ok=True)
+    (folder / files[stage]).write_text("{}")
+    lines = [json.dumps({"speed": {"tokens_per_second": n}}) + "\n" for n in (1, 1, 300, 100, 200)]
+    (folder / "metrics.jsonl").write_text("".join(lines))

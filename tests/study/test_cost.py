@@ -1,0 +1,92 @@
+"""What a study takes, against hand-worked cases."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jaxguard.study.cost import Speed, Work, examples_of, seconds, speed_of, work
+from jaxguard.study.grid import open_study
+from jaxguard.study.run import show_cost
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_5k_run_by_hand(monkeypatch):
+    """5,000 × 5 / 32 = 781 updates of 32 examples of 600 + 300 + 16 tokens, 6 FLOPs a parameter and token."""
+    monkeypatch.chdir(ROOT)
+    study = open_study("paper/controls")
+    run = next(run for run in study.runs if run.name == "seeds-reasoning-0")
+    found = work(run)
+    assert found.updates == 781
+    assert found.trained == 781 * 32 * 916 == 22_892_672
+    # The benchmarks of both averages, once in the one mode that is trained, each with four answers.
+    judged = 1699 + 1964 + 1680 + 100 + 2853 + 1709 + 852 + 446 + 300 + 2362 + 200
+    assert (found.judged, found.read, found.generated) == (judged, 600 * judged, 4 * 316 * judged)
+    assert not found.guessed
+    train = 6 * 8.03e9 * 22_892_672 / (8 * 312e12 * 0.4)
+    read = 2 * 8.03e9 * found.read / (8 * 312e12 * 0.4)
+    generate = 2 * 8.03e9 * found.generated / (8 * 312e12 * 0.04)
+    assert seconds(found, speed_of(study), run.cost) == pytest.approx(train + read + generate + 2 * 120)
+    assert train == pytest.approx(1104.8, abs=0.1)
+
+
+def test_both_modes_of_a_dual_run_are_judged(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs = {run.name: run for run in open_study("paper/controls").runs}
+    dual, reasoning, direct = (work(runs[f"seeds-{mode}-0"]) for mode in ("dual", "reasoning", "direct"))
+    assert dual.trained == (reasoning.trained + direct.trained) / 2
+    assert dual.judged == 2 * reasoning.judged
+    assert dual.generated == reasoning.generated + direct.generated
+
+
+def test_examples_are_counted_in_local_files_and_else_taken_from_the_row(study):
+    runs = {run.name: run for run in study().runs}
+    assert examples_of(runs["bread-8-0"]) == (8, False)
+    assert examples_of(runs["more"]) == (20, False)
+    Path("bread.jsonl").unlink()
+    rows = {"x": {"examples": 7}, "y": {}}
+    x, y = study("data.validation_size=2", rows=rows).runs
+    assert (examples_of(x), examples_of(y)) == ((5, True), (0, True))
+
+
+def test_speed_is_the_best_that_is_known(study, tmp_path):
+    found = study("cost.tokens_per_second=50", "cost.generated_per_second=9")
+    assert speed_of(study()).said.startswith("8 × A100-80GB, assumed")
+    assert speed_of(found) == Speed(50, 150, 9, speed_of(found).said)
+    assert "assumption" in speed_of(found).said
+    folder = found.runs[1].folder
+    folder.mkdir(parents=True)
+    lines = [{"speed": {"tokens_per_second": n}} for n in (1, 2, 40, 60, 80)]
+    text = "".join(json.dumps(line) + "\n" for line in (*lines, {"validation/loss": 1}))
+    (folder / "metrics.jsonl").write_text(text + '{"cut', encoding="utf-8")
+    assert speed_of(found).trained == 60
+    assert "3 updates of this study" in speed_of(found).said
+    (found.folder / "speed.json").write_text('{"tokens_per_second": 30}', encoding="utf-8")
+    assert speed_of(found).trained == 30
+
+
+def test_the_table_adds_up(study, capsys):
+    found = study(
+        "cost.tokens_per_second=100", "cost.generated_per_second=100", "cost.start_seconds=0", "cost.devices=2"
+    )
+    # 8 × 5 / 4 = 10 updates of 4 examples of 616 tokens; 20 examples judged, 4 × 16 tokens generated for each
+    one = 10 * 4 * 616 / 100 + 20 * 600 / 300 + 20 * 64 / 100
+    assert show_cost(found, Console(width=150))["bread-8-0"] == pytest.approx(one)
+    shown = capsys.readouterr().out
+    assert f"{one * 2 / 3600:.2f}" in next(line for line in shown.splitlines() if "bread-8-0" in line)
+    assert "6 runs" in shown
+    assert "if nothing of it is done" in shown
+
+
+def test_the_miniature_fits_into_45_minutes_of_two_cores(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = open_study("paper/sample_efficiency", "smollm", ["evaluate.limit=110"])
+    assumed = Speed(130, 390, 150, "")
+    assert study.fields.cost.tokens_per_second == assumed.trained
+    assert sum(seconds(work(run), assumed, run.cost) for run in study.runs) < 45 * 60
+
+
+def test_work_adds_up():
+    assert Work(1, 2, 3, 4, 5, 6) + Work(10, 20, 30, 40, 50, 60, True) == Work(11, 22, 33, 44, 55, 66, True)

@@ -1,0 +1,182 @@
+"""Running a study: order, skipping, going on, failing, stopping. Every stage is the stub."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jaxguard.errors import JaxguardError
+from jaxguard.study.run import clock, run_study
+from jaxguard.study.stages import REQUEUE, left
+from jaxguard.train import signals
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def go():
+    """go(study): run it; (exit code, what it said)."""
+
+    def go(study, **options):
+        page = io.StringIO()
+        code = run_study(study, Console(file=page, width=200), **options)
+        return code, page.getvalue()
+
+    return go
+
+
+def test_runs_go_in_order_and_what_is_done_is_skipped(study, go, calls):
+    code, said = go(study())
+    assert code == 0
+    assert calls() == ["base evaluate"] + [
+        f"{run} {stage}"
+        for run in ("bread-8-0", "bread-8-1", "bread-16-0", "bread-16-1", "more")
+        for stage in ("train", "evaluate")
+    ]
+    assert "3 of 6: bread-8-1; about" in said
+    assert "6 of 6 runs are done" in said
+    code, said = go(study())
+    assert (code, calls()) == (0, [])
+    assert "6 of 6 runs are done" in said
+
+
+def test_what_a_stage_depends_on_brings_it_back(study, go, calls):
+    go(study())
+    calls()
+    go(study("evaluate.generations=2"))
+    assert {call.split()[1] for call in calls()} == {"evaluate"}
+    go(study("evaluate.generations=2", "log.tensorboard=false"))
+    assert calls() == []
+    Path("runs/study/bread-8-0/evaluate/results.json").unlink()
+    go(study("evaluate.generations=2"))
+    assert calls() == ["bread-8-0 evaluate"]
+    Path("bread.jsonl").write_text(Path("bread.jsonl").read_text().replace("So.", "Thus."))
+    go(study("evaluate.generations=2"))
+    assert len(calls()) == 11
+
+
+def test_a_row_is_done_again_when_what_it_reads_was(study, go, calls):
+    rows = {"base": {"stages": ["train", "evaluate"]}, "more": {"after": ["base"]}}
+    go(study(rows=rows))
+    calls()
+    go(study(rows={**rows, "base": {"set": {"evaluate.seed": 1}}}))
+    assert calls() == ["base evaluate"]
+    go(study(rows={**rows, "base": {"set": {"seed": 1}}}))
+    assert calls() == ["base train", "base evaluate", "more train", "more evaluate"]
+
+
+def test_a_row_that_fails_is_reported_and_the_others_go_on(study, go, calls, behave):
+    behave({"bread-8-0 train": "fail", "base evaluate": "fail"})
+    code, said = go(study())
+    assert code == 1
+    assert "bread-8-0: train ended with code 3; the others go on" in said
+    assert "more not begun: it reads what base would have written" in said
+    assert "3 of 6 runs are done" in said
+    assert [call for call in calls() if call.startswith(("more", "bread-8-0"))] == ["bread-8-0 train"]
+    behave({})
+    assert go(study())[0] == 0
+    assert calls() == ["base evaluate", "bread-8-0 train", "bread-8-0 evaluate", "more train", "more evaluate"]
+
+
+def test_a_stage_that_leaves_nothing_has_failed(study, go, behave):
+    behave({"bread-8-0 train": "nothing"})
+    code, said = go(study())
+    assert code == 1
+    assert "bread-8-0: train ended well but left no runs/study/bread-8-0/export/README.md" in said
+
+
+def test_a_stopped_stage_stops_the_study_and_it_goes_on(study, go, calls, behave):
+    behave({"bread-8-1 train": "requeue"})
+    code, said = go(study())
+    assert code == REQUEUE == signals.REQUEUE
+    assert "start the same command again" in said
+    assert calls()[-1] == "bread-8-1 train"
+    behave({})
+    assert go(study())[0] == 0
+    assert calls()[0] == "bread-8-1 train"
+
+
+def test_what_is_needed_first_is_made_once(study, go, calls, behave):
+    build = {"sets": {"stages": ["build"], "set": {"build.sets": [{"name": "loaves"}]}}}
+    behave({"sets build": "fail"})
+    code, said = go(study(prepare=build))
+    assert (code, calls()) == (1, ["sets build"])
+    assert "for want of runs/sets/dataset/loaves/all.parquet" in said
+    behave({})
+    assert go(study(prepare=build))[0] == 0
+    assert calls()[0] == "sets build"
+    go(study(prepare=build))
+    assert calls() == []
+
+
+def test_measuring_keeps_the_speed_and_nothing_else(study, go, calls):
+    found = study()
+    code, said = go(found, measure=True)
+    assert code == 0
+    assert calls()[0] == "measure train"
+    assert not (found.folder / "measure").exists()
+    assert json.loads((found.folder / "speed.json").read_text()) == {"tokens_per_second": 200.0}
+    assert "200 trained tokens/s (measured by --measure)" in said
+
+
+def test_measuring_needs_a_run_that_trains(study, go):
+    with pytest.raises(JaxguardError, match="no row of this study trains"):
+        go(study(rows={"base": {"stages": ["evaluate"]}}), measure=True)
+
+
+def start():
+    command = [sys.executable, "-u", str(ROOT / "tests/study/start.py"), str(ROOT / "tests/study/stub.py")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_call(call):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        path = Path("stub/calls.txt")
+        if path.is_file() and call in path.read_text().splitlines():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{call} was never begun")
+
+
+def test_sigterm_is_handed_on_and_the_code_passed_on(study, behave, calls):
+    study()
+    behave({"bread-8-0 train": "hang"})
+    process = start()
+    wait_for_call("bread-8-0 train")
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == REQUEUE
+    assert "start the same command again" in said
+    assert calls() == ["base evaluate", "bread-8-0 train"]
+
+
+def test_after_a_kill_it_waits_for_the_stage_that_was_left_behind(study, behave, calls):
+    found = study()
+    behave({"bread-8-0 train": "hang"})
+    process = start()
+    wait_for_call("bread-8-0 train")
+    with pytest.raises(JaxguardError, match=f"in use by another process.*{process.pid}"):
+        run_study(found, Console(file=io.StringIO()))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    behave({})
+    again = start()
+    assert "waiting for it" in again.stdout.readline()
+    assert calls() == ["base evaluate", "bread-8-0 train"]
+    Path("stub/release").touch()
+    again.communicate(timeout=120)
+    assert again.returncode == 0
+    others = {run.name: run for run in found.runs}
+    assert [left(run, others) for run in found.runs] == [[]] * 6
+
+
+def test_times_are_for_people():
+    assert [clock(s) for s in (90, 3540, 5400)] == ["2 min", "59 min", "1.5 h"]

@@ -1,0 +1,160 @@
+"""The report, from made-up results."""
+
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+
+from jaxguard.errors import JaxguardError
+from jaxguard.study.report import curves, gather, spread, write_report
+
+
+@dataclass
+class Results:
+    """Stands for the reader of results.json: F1 by run, mode and name, kept in the file's place."""
+
+    by_run: dict
+
+    def __call__(self, path):
+        modes = self.by_run[path.parent.parent.name]
+        cells, averages = [], []
+        for mode, scores in modes.items():
+            for name, value in scores.items():
+                f1 = SimpleNamespace(value=value)
+                if name in ("prompt", "safety"):
+                    averages.append(SimpleNamespace(guard="ours", mode=mode, name=name, f1=f1))
+                else:
+                    result = SimpleNamespace(scores=SimpleNamespace(f1=f1))
+                    cell = {
+                        "guard": "ours",
+                        "mode": mode,
+                        "benchmark": name,
+                        "result": result,
+                        "complete": name != "part",
+                    }
+                    cells.append(SimpleNamespace(**cell))
+            cells.append(SimpleNamespace(guard="floor", mode=mode, benchmark="own", result=None, complete=False))
+        return SimpleNamespace(cells=cells, averages=averages)
+
+
+PUBLISHED = SimpleNamespace(
+    sample_efficiency=(
+        SimpleNamespace(x=8, f1=0.7, deviation=0.02),
+        SimpleNamespace(x=99, f1=0.9, deviation=None),
+    ),
+    row={
+        "oven": SimpleNamespace(
+            **dict.fromkeys(("prompt", "response", "custom", "dynaguardrail", "cosapien")), safety=0.5
+        )
+    }.get,
+)
+
+
+@pytest.fixture
+def report(study):
+    """report(results, **changes): (study, reader), with a file for every run of `results`."""
+
+    def report(by_run, *overrides, **changes):
+        found = study(*overrides, **changes)
+        for run in found.runs:
+            if run.name in by_run:
+                (run.folder / "evaluate").mkdir(parents=True)
+                (run.folder / "evaluate" / "results.json").write_text("{}")
+        return found, Results(by_run)
+
+    return report
+
+
+def direct(value, name="own"):
+    return {"direct": {name: value}}
+
+
+def test_seeds_are_averaged_and_axes_told_apart(report):
+    found, read = report({"bread-8-0": direct(0.5), "bread-8-1": direct(0.7), "bread-16-0": direct(0.8)})
+    lines, missing = gather(found, read, None)
+    assert [(line.name, line.x, line.values("own"), line.wanted) for line in lines] == [
+        ("bread, subset 8", 8, [0.5, 0.7], 2),
+        ("bread, subset 16", 16, [0.8], 2),
+    ]
+    assert missing == ["base", "bread-16-1", "more"]
+    assert spread([0.5, 0.7]) == "0.600 ± 0.141"  # √((0.1² + 0.1²) / 1)
+    assert (spread([0.8]), spread([])) == ("0.800", "n/a")
+
+
+def test_both_modes_of_a_run_are_lines_and_curves_of_their_own(report):
+    both = {"direct": {"own_responses": 0.4}, "reasoning": {"own_responses": None, "part": 0.3}}
+    found, read = report({"bread-8-0": both, "bread-8-1": direct(0.6, "own_responses")})
+    lines, _ = gather(found, read, None)
+    assert [(line.mode, line.scores, line.limited) for line in lines] == [
+        ("direct", ({"own_responses": 0.4}, {"own_responses": 0.6}), False),
+        ("reasoning", ({"part": 0.3},), True),
+    ]
+    assert [(curve.name, curve.points) for curve in curves(found, lines)] == [("bread, direct", ((8.0, (0.4, 0.6)),))]
+
+
+ROWS = {
+    "base": {"published": {"reasoning": "oven"}},
+    "bread": {"series": "loaf", "axes": {"data.subset": [8, 16]}},
+    "all": {"series": "loaf", "axes": {"data.subset": [None]}, "examples": 99},
+}
+CURVE = {"axis": "data.subset", "label": "loaves", "published": "sample_efficiency"}
+
+
+def reasoned(value):
+    return {"reasoning": {"safety": value, "prompt": 0.25, "own": 0.1}}
+
+
+def test_published_values_stand_beside_ours(report):
+    found, read = report(
+        {"base": reasoned(0.6), "bread-8": reasoned(0.65), "bread-16": reasoned(0.75), "all-all": reasoned(0.85)},
+        rows=ROWS,
+        curve=CURVE,
+        metric="safety",
+    )
+    markdown, page = write_report(found, read, PUBLISHED)
+    text = markdown.read_text()
+    assert "| base | reasoning | 0.250 | 0.600 / 0.500 | 1 of 1 |" in text
+    assert "| loaf, subset 8 | reasoning | 0.250 | 0.650 / 0.700 | 1 of 1 |" in text
+    assert "| loaf, subset 16 | reasoning | 0.250 | 0.750 | 1 of 1 |" in text
+    assert "| loaf, subset all | reasoning | 0.250 | 0.850 / 0.900 | 1 of 1 |" in text
+    html = page.read_text()
+    svg = ElementTree.fromstring(re.search(r"<svg.*?</svg>", html, re.DOTALL)[0])
+    assert svg.tag.endswith("svg")
+    assert "0.850 / 0.900" in html
+    lines, _ = gather(found, read, PUBLISHED)
+    (curve,) = curves(found, lines)
+    assert curve.points == ((8.0, (0.65,)), (16.0, (0.75,)), (99, (0.85,)))
+
+
+def test_a_scale_shows_nothing_published(report, study):
+    scales = {"tiny": {"about": "Less bread."}}
+    study(rows=ROWS, curve=CURVE, metric="safety", scales=scales)
+    found, read = report({"base": reasoned(0.6)}, scale="tiny", rows=ROWS, curve=CURVE, metric="safety", scales=scales)
+    text = write_report(found, read, PUBLISHED)[0].read_text()
+    assert "| base | reasoning | 0.250 | 0.600 | 1 of 1 |" in text
+    assert "Less bread." in text
+    assert "Without results: bread-8, bread-16, all-all." in text
+
+
+def test_the_page_loads_nothing_and_titles_are_text(report):
+    found, read = report({"base": direct(0.5)}, title="<b>Bread</b> | $x$", rows={"base": {"series": "<i>"}})
+    markdown, page = write_report(found, read, None)
+    assert "# \\<b\\>Bread\\</b\\> \\| $x$" in markdown.read_text()
+    html = page.read_text()
+    assert "<b>" not in html
+    assert "<td>&lt;i&gt;</td>" in html
+    assert not re.search(r"(src|href)=[\"']?https?:|<script|<link", html)
+
+
+def test_without_results_there_is_no_report(report):
+    found, read = report({})
+    with pytest.raises(JaxguardError, match="no results yet"):
+        write_report(found, read, None)
+
+
+def test_a_published_row_that_does_not_exist_is_named(report):
+    found, read = report({"base": reasoned(0.5)}, rows={"base": {"published": {"reasoning": "mill"}}})
+    with pytest.raises(JaxguardError, match="no row 'mill'"):
+        write_report(found, read, PUBLISHED)
