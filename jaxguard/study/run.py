@@ -68,7 +68,11 @@ def run_study(study: Study, console: Console, measure: bool = False) -> int:
         if code:
             return code
         others = {run.name: run for run in study.runs}
-        waiting = [run for run in study.runs if left(run, others)]
+        waiting: list[Run] = []
+        for run in study.runs:
+            # One that reads what is about to be written anew may have to be done anew.
+            if left(run, others) or {other.row for other in waiting} & set(run.after):
+                waiting.append(run)
         if len(waiting) < len(study.runs):
             console.print(f"{len(study.runs) - len(waiting)} of {len(study.runs)} runs are done")
         progress = Progress(console, {run.name: found[run.name] for run in waiting})

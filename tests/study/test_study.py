@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -165,8 +164,9 @@ def test_after_a_kill_it_waits_for_the_stage_that_was_left_behind(study, behave,
     wait_for_call("bread-8-0 train")
     with pytest.raises(JaxguardError, match=f"in use by another process.*{process.pid}"):
         run_study(found, Console(file=io.StringIO()))
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.kill()
+    process.wait(timeout=60)
+    process.stdout.close()  # the stage that is left behind still holds the other end
     behave({})
     again = start()
     assert "waiting for it" in again.stdout.readline()
