@@ -88,7 +88,7 @@ def _act(options: argparse.Namespace) -> int:
 
 def _report(study: "Study", console: Console) -> int:
     from jaxguard.evaluate.published import read_published
-    from jaxguard.evaluate.report import read_results
+    from jaxguard.evaluate.results import read_results
     from jaxguard.study.report import write_report
 
     for path in write_report(study, read_results, read_published()):

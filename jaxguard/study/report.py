@@ -128,19 +128,19 @@ def _line(
     published: Any,
 ) -> Line:
     row, metric = runs[0].fields, study.fields.metric
-    axis = study.fields.curve.axis if study.fields.curve else None
+    curve, series = study.fields.curve, row.series or runs[0].row
     expected: Scores = {}
     reference = row.published.get(mode)  # type: ignore[call-overload]
     if published is not None and reference is not None:
         expected = _published_scores(published, reference)
     x = None
-    if axis in labels:
-        x = _number(labels[axis], row.examples)
-        if published is not None and mode == "reasoning" and not expected:
+    if curve is not None and curve.axis in labels:
+        x = _number(labels[curve.axis], row.examples)
+        if mode == "reasoning" and not expected and curve.series in (None, series):
             at_x = [f1 for at, f1, _ in _published_curve(study, published) if at == x]
             expected = {metric: at_x[0]} if at_x else {}
     return Line(
-        series=row.series or runs[0].row,
+        series=series,
         labels=labels,
         mode=mode,
         scores=tuple(scores for scores, _ in each),

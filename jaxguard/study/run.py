@@ -148,10 +148,10 @@ def show_cost(study: Study, console: Console) -> dict[str, float]:
     devices = study.fields.cost.devices
     table = Table(title=study.fields.title, title_justify="left", show_footer=True)
     everything, all_seconds = total(found)
-    table.add_column("run", f"{len(found)} runs", no_wrap=True)
+    table.add_column("run", f"{len(found)} runs", overflow="fold")
     headings = ("updates", "trained", "judged", "read", "generated", "device-h")
     for heading, foot in zip(headings, _cells(everything, all_seconds, devices), strict=True):
-        table.add_column(heading, foot, justify="right")
+        table.add_column(heading, foot, justify="right", no_wrap=True)
     for run, work, seconds in found:
         table.add_row(Text(run.name + (" *" if work.guessed else "")), *_cells(work, seconds, devices))
     console.print(table)

@@ -92,6 +92,8 @@ class CurveFields(Section):
     """What it is called in the figure."""
     published: Literal["sample_efficiency", "sentence_budget"] | None = None
     """The published curve that is drawn beside, that of the reasoning mode. Scales show none."""
+    series: str | None = None
+    """The series that it is about; null: all of them."""
 
 
 class StudyFields(Section):

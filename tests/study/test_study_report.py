@@ -97,9 +97,10 @@ def test_both_modes_of_a_run_are_lines_and_curves_of_their_own(report):
 ROWS = {
     "base": {"published": {"reasoning": "oven"}},
     "bread": {"series": "loaf", "axes": {"data.subset": [8, 16]}},
+    "control": {"axes": {"data.subset": [8]}},
     "all": {"series": "loaf", "axes": {"data.subset": [None]}, "examples": 99},
 }
-CURVE = {"axis": "data.subset", "label": "loaves", "published": "sample_efficiency"}
+CURVE = {"axis": "data.subset", "label": "loaves", "published": "sample_efficiency", "series": "loaf"}
 
 
 def reasoned(value):
@@ -108,7 +109,13 @@ def reasoned(value):
 
 def test_published_values_stand_beside_ours(report):
     found, read = report(
-        {"base": reasoned(0.6), "bread-8": reasoned(0.65), "bread-16": reasoned(0.75), "all-all": reasoned(0.85)},
+        {
+            "base": reasoned(0.6),
+            "bread-8": reasoned(0.65),
+            "bread-16": reasoned(0.75),
+            "all-all": reasoned(0.85),
+            "control-8": reasoned(0.8),
+        },
         rows=ROWS,
         curve=CURVE,
         metric="safety",
@@ -119,12 +126,13 @@ def test_published_values_stand_beside_ours(report):
     assert "| loaf, subset 8 | reasoning | 0.250 | 0.650 / 0.700 | 1 of 1 |" in text
     assert "| loaf, subset 16 | reasoning | 0.250 | 0.750 | 1 of 1 |" in text
     assert "| loaf, subset all | reasoning | 0.250 | 0.850 / 0.900 | 1 of 1 |" in text
+    assert "| control, subset 8 | reasoning | 0.250 | 0.800 | 1 of 1 |" in text
     html = page.read_text()
     svg = ElementTree.fromstring(re.search(r"<svg.*?</svg>", html, re.DOTALL)[0])
     assert svg.tag.endswith("svg")
     assert "0.850 / 0.900" in html
     lines, _ = gather(found, read, PUBLISHED)
-    (curve,) = curves(found, lines)
+    curve, _ = curves(found, lines)
     assert curve.points == ((8.0, (0.65,)), (16.0, (0.75,)), (99, (0.85,)))
 
 
@@ -135,7 +143,7 @@ def test_a_scale_shows_nothing_published(report, study):
     text = write_report(found, read, PUBLISHED)[0].read_text()
     assert "| base | reasoning | 0.250 | 0.600 | 1 of 1 |" in text
     assert "Less bread." in text
-    assert "Without results: bread-8, bread-16, all-all." in text
+    assert "Without results: bread-8, bread-16, control-8, all-all." in text
 
 
 def test_the_page_loads_nothing_and_titles_are_text(report):
