@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from jaxguard.doors import INTERRUPTED, USER_ERROR
-from jaxguard.errors import JaxguardError
+from jaxguard.doors import exit_code
 
 if TYPE_CHECKING:
     from jaxguard.study.grid import Study
@@ -40,13 +39,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
-    try:
-        return _act(options)
-    except JaxguardError as error:
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return exit_code(lambda: _act(options))
 
 
 def _parser() -> argparse.ArgumentParser:
