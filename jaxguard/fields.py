@@ -65,8 +65,9 @@ def find_yaml(name: str, folder: Path, what: str) -> Path:
     for candidate in (Path(name), folder / f"{name}.yaml"):
         if candidate.suffix in {".yaml", ".yml"} and candidate.is_file():
             return candidate
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise JaxguardError(f"no {what} {name!r}: {nearest(name, known)}known in {folder}/: {', '.join(known) or 'none'}")
+    deep = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    known = ", ".join(one for one in deep if "/" not in one)
+    raise JaxguardError(f"no {what} {name!r}: {nearest(name, deep)}known in {folder}/: {known or 'none'}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

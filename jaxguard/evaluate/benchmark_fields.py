@@ -170,13 +170,15 @@ class BenchmarkPolicy(Section):
     """A column with each example's policy, as a name or as rules in plain text."""
     rules: dict[str, Text] = Field(default_factory=dict)
     """With `column`: what its values stand for, as names or as rules in plain text."""
+    optional: bool = False
+    """With `column`: it may be absent or empty, and such an example is judged by the run's policy."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.name is None) == (self.column is None):
             raise ValueError("a policy needs name or column")
-        if self.rules and self.column is None:
-            raise ValueError("rules go with column")
+        if (self.rules or self.optional) and self.column is None:
+            raise ValueError("rules and optional go with column")
         return self
 
 

@@ -150,7 +150,7 @@ def _columns(fields: BenchmarkFields) -> Iterator[tuple[str, str]]:
         labels = [("positive", part.positive), *([("negative", part.negative)] if part.negative else [])]
         texts += [(field, column) for field, condition in labels for column in condition.names]
         yield from ((f"examples.{i}.{field}", column) for field, column in texts)
-    if fields.policy and fields.policy.column:
+    if fields.policy and fields.policy.column and not fields.policy.optional:
         yield "policy.column", fields.policy.column
     for i, part_of in enumerate(fields.slices):
         yield from ((f"slices.{i}", column) for column in part_of.names)
@@ -244,7 +244,9 @@ def _is_positive(part: ExampleFields, row: Row, place: str) -> bool:
 def _policy(policy: BenchmarkPolicy, row: Row, place: str) -> str | None:
     if policy.column is None:
         return policy.name
-    value = (text(row, policy.column, place) or "").strip()
+    value = (text(row, policy.column, place) or "").strip() if policy.column in row else ""
+    if not value and policy.optional:
+        return None
     if not policy.rules:
         if not value:
             raise Skip("no policy")

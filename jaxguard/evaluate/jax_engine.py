@@ -10,7 +10,7 @@ from jaxguard.evaluate.sampler import Model, Sampling, generate, next_log_odds, 
 from jaxguard.evaluate_sections import EvaluateConfig
 from jaxguard.models.checkpoint_io import check_vocabulary, read_weights
 from jaxguard.models.spec import read_spec
-from jaxguard.train.sharding import make_mesh, start_hosts, weight_shardings
+from jaxguard.train.sharding import make_mesh, weight_shardings
 from jaxguard.train.step import choose_compute
 
 
@@ -47,7 +47,6 @@ def load_engine(folder: Path, config: Config, settings: EvaluateConfig) -> JaxEn
     Raises:
         JaxguardError: the checkpoint cannot be read, or the mesh does not fit the devices.
     """
-    start_hosts(config.mesh)
     spec = read_spec(folder)
     check_vocabulary(folder, spec)
     mesh = make_mesh(config.mesh)

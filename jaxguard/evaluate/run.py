@@ -23,6 +23,7 @@ from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Question, load_policy
 from jaxguard.data.prepare import load_sources
+from jaxguard.data.sources import digest
 from jaxguard.disk import lock_folder
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmarks import LABEL, Benchmark, load_benchmark
@@ -91,8 +92,13 @@ def check_settings(settings: EvaluateConfig, config: Config) -> None:
     """What the sections cannot check by themselves.
 
     Raises:
-        JaxguardError: verdicts from probabilities alone, of a guard that thinks first.
+        JaxguardError: verdicts from probabilities alone, of a guard that thinks first; a mesh of several hosts.
     """
+    if config.mesh.hosts != "single" and settings.backend == "jax" and not all(g.endpoint for g in settings.guards):
+        raise JaxguardError(
+            f"mesh.hosts={config.mesh.hosts}: JAX evaluates on the devices of one host. Set mesh.hosts=single where the guard "
+            "fits one host, else serve it: evaluate.backend=sglang, or an endpoint"
+        )
     for guard in settings.guards:
         if settings.generations == 0 and Mode.REASONING in modes_of(guard, config):
             raise JaxguardError(
@@ -153,7 +159,8 @@ async def ask_guard(
 ) -> tuple[list[Judgements], dict[tuple[str, Mode], Validation]]:
     """One guard in all its modes about everything."""
     who = identity(guard, config)
-    common = {"guard": who, "data.policy": load_policy(config.data.policy).digest}
+    common = {"guard": who, "policy": load_policy(config.data.policy).digest}
+    common |= {"format": config.data.model_dump(include={"reasoning_marker", "direct_marker", "row_tokens"})}
     common |= settings.model_dump(mode="json", include=DECIDING)
     found: list[Judgements] = []
     thresholds: dict[tuple[str, Mode], Validation] = {}
@@ -174,7 +181,8 @@ async def ask_guard(
             known: dict[Question, tuple[Sequence[Example], Sequence[Answer]]] = {}
             for question, examples in validation.items():
                 asks = [Ask(example, question, mode) for example in examples]
-                answers, _ = await answered(judge, asks, place / f"validation-{question}.jsonl", common, console)
+                head = {**common, "examples": digest(examples)}
+                answers, _ = await answered(judge, asks, place / f"validation-{question}.jsonl", head, console)
                 known[question] = (examples, answers)
             thresholds[guard.name, mode] = known
     return found, thresholds

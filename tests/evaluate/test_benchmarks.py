@@ -182,6 +182,13 @@ def test_a_named_policy(own, monkeypatch):
         load_benchmark(own(policy={"name": "aegis2"}, question="response_refusal", examples=refusal))
 
 
+def test_rows_without_an_optional_policy_are_judged_by_the_runs(own):
+    benchmark = load_benchmark(own(policy={"column": "policy", "optional": True}))
+    assert [e.policy for e in benchmark.examples] == ["Rules.", "Rules.", None]
+    absent = load_benchmark(own(policy={"column": "rules", "optional": True}))
+    assert {e.policy for e in absent.examples} == {None}
+
+
 def test_rows_without_their_policy_are_left_out(own):
     benchmark = load_benchmark(own(policy={"column": "policy"}))
     assert [e.policy for e in benchmark.examples] == ["Rules.", "Rules."]
