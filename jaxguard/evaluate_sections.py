@@ -48,10 +48,19 @@ class GuardConfig(Section):
     """Address of an SGLang server that serves it, such as http://127.0.0.1:30000; its tokenizer is still the checkpoint's."""
     model: str | None = None
     """The name that it is served under; None takes whatever the endpoint serves."""
+    swap: bool = False
+    """First have the endpoint's server load `checkpoint` in place of its weights, and take answers of these only. The folder
+    must be visible to the server."""
     modes: tuple[Literal["reasoning", "direct"], ...] = ()
     """In which modes it is asked; none takes those that data.mode trains, and other formats have only one."""
     paper_row: str | None = None
     """An id in configs/published/paper.yaml that it is compared with; None takes the row nearest to this run's training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.swap and self.endpoint is None:
+            raise ValueError("swap needs an endpoint: without one the weights are loaded anyway")
+        return self
 
 
 class ServerConfig(Section):

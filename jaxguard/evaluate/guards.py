@@ -64,12 +64,17 @@ def identity(guard: GuardConfig, config: Config) -> dict[str, Any]:
         return {"format": guard.format, "fitted_to": [one.model_dump(mode="json") for one in config.data.train]}
     checkpoint = checkpoint_of(guard, config)
     known: dict[str, Any] = {"format": guard.format, "checkpoint": checkpoint, "revision": guard.revision}
-    if guard.endpoint is not None:
+    if guard.endpoint is not None and not guard.swap:
         return {**known, "served_as": guard.model}
-    files = sorted(Path(checkpoint).expanduser().glob("*.safetensors"))
+    return {**known, "weights": weights_digest(Path(checkpoint).expanduser())}
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Hash of a folder's weights; None where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
     stats = [(path, path.stat()) for path in files]
     digests = [_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return {**known, "weights": hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None}
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
 
 
 @lru_cache
@@ -88,7 +93,7 @@ async def open_guard(guard: GuardConfig, config: Config, settings: EvaluateConfi
         examples, _ = load_sources(config.data.train, "train")
         yield fit_floor(guard.format, examples, config.seed)
         return
-    remote = guard.endpoint is not None
+    remote = guard.endpoint is not None and not guard.swap
     folder = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES if remote else None)
     form = _format(guard, folder, config, settings)
     async with _engine(guard, folder, config, settings) as engine:
@@ -113,15 +118,19 @@ async def _engine(guard: GuardConfig, folder: Path, config: Config, settings: Ev
 
         yield load_engine(folder, config, settings)
         return
-    from jaxguard.evaluate.sglang_engine import open_sglang  # its client is an extra
+    from jaxguard.evaluate.sglang_engine import open_sglang, swap_weights  # its client is an extra
 
     with ExitStack() as stack:
-        url, model = guard.endpoint, guard.model
+        url, model, version = guard.endpoint, guard.model, None
         if url is None:
             from jaxguard.evaluate.server import serve
 
             log = config.folder / "evaluate" / f"{guard.name}.server.log"
             model = model or guard.name
             url = stack.enter_context(serve(folder, model, log, settings.server))
-        async with open_sglang(url, model, settings) as engine:
+        elif guard.swap:
+            version = str(weights_digest(folder))[:16]
+            await swap_weights(url, folder, version)
+            model = None  # it is called by the folder from now on
+        async with open_sglang(url, model, settings, version) as engine:
             yield engine
