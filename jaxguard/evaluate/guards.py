@@ -50,12 +50,12 @@ def checkpoint_of(guard: GuardConfig, config: Config) -> str:
         export = config.folder / "export"
         if not (export / "README.md").is_file():  # the trainer writes it last
             raise JaxguardError(
-                f"guard {guard.name!r} is this run's export, but {export} is not there: run "
-                f"`python -m jaxguard.train` with the same config first, or set evaluate.guards.0.checkpoint"
+                f"guard {guard.name!r} is this run's export, but {export} is not there: train it first, "
+                f"python -m jaxguard.train with the same config, or name the guard's checkpoint"
             )
         return str(export)
     inside = Path(guard.checkpoint).expanduser() / "export"
-    return str(inside) if (inside / "config.json").is_file() else guard.checkpoint
+    return str(inside) if inside.is_dir() else guard.checkpoint
 
 
 def identity(guard: GuardConfig, config: Config) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def test_without_an_export_it_says_to_train(run, capsys):
 
 def test_a_kill_loses_the_batch_in_flight_at_most(run):
     name = "evaluate.guards=[{name: killed, modes: [direct]}]"
-    command = [sys.executable, "-m", "jaxguard.evaluate", "--config", str(run), *PLAIN, name, "evaluate.batch=4"]
+    slow = [name, "evaluate.batch=1", "evaluate.verdict_tokens=64"]  # example after example
+    command = [sys.executable, "-m", "jaxguard.evaluate", "--config", str(run), *PLAIN, *slow]
     path = run.parent / "runs/tiny/evaluate/predictions/killed/direct/lamps.jsonl"
     process = subprocess.Popen(command, env={**os.environ, "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL)
     while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < 4):
@@ -117,7 +118,7 @@ def test_a_kill_loses_the_batch_in_flight_at_most(run):
     process.wait()
     kept = predictions(run, "killed")
     assert 2 <= len(kept) < COUNT
-    assert evaluate(run, name, "evaluate.batch=4") == 0
+    assert evaluate(run, *slow) == 0
     after = predictions(run, "killed")
     assert after[: len(kept)] == kept
     assert sorted(a["example_id"] for a in after) == sorted({a["example_id"] for a in after})
