@@ -17,8 +17,6 @@ from jaxguard.data.policies import Policy, Question, policy_for
 from jaxguard.evaluate.judging import Answer, Ask
 
 HARM: Final[tuple[Question, ...]] = ("prompt_harm", "response_harm")
-_NEARLY = 16
-"""Tokens by which a text that was cut may stay below its room."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ def _checked(example: Example, answers: dict[Question, Answer], setup: Setup) ->
     text = first.texts[0] if first.texts else ""
     verdict = parse(text, answers, setup.mode, example.response is not None)
     problems = verdict.problems
-    if first.prompt_tokens > setup.room - _NEARLY:
+    if first.cut:
         problems = (*problems, "too long for the guard: the middle of the text was not read")
     return Checked(
         id=example.id,

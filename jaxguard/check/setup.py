@@ -22,8 +22,6 @@ from jaxguard.errors import JaxguardError
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
 from jaxguard.fields import nearest
 
-ROW_TOKENS: Final = 8192
-"""Text is judged whole up to here, where the model's context allows it, however short the rows of its training were."""
 _FILES: Final = ("*.json", "*.jinja", "tokenizer*", "README.md")
 _SECONDS: Final = 10
 
@@ -36,7 +34,6 @@ class Setup:
         guard, config, settings: for open_guard.
         policy: what is judged by.
         mode: how the guard answers.
-        room: tokens of the longest prompt.
         note: what the user should know; empty if nothing.
     """
 
@@ -45,7 +42,6 @@ class Setup:
     settings: EvaluateConfig
     policy: Policy
     mode: Mode
-    room: int
     note: str = ""
 
 
@@ -74,15 +70,12 @@ def set_up(
     asked = Mode(mode) if mode is not None else Mode.DIRECT if trained == "direct" else Mode.REASONING
     guard = GuardConfig(checkpoint=checkpoint, endpoint=endpoint, modes=(asked.value,))
     settings = EvaluateConfig(guards=(guard,), generations=1, temperature=0.0, top_p=1.0)
-    whole = _config(checkpoint, named, _row_tokens(folder), run, settings)
-    thought = settings.thought_tokens + settings.verdict_tokens if asked is Mode.REASONING else 0
     return Setup(
         guard=guard,
-        config=whole,
+        config=_config(checkpoint, named, run, settings),
         settings=settings,
         policy=load_policy(named),
         mode=asked,
-        room=whole.data.row_tokens - settings.verdict_tokens - thought,
         note="" if trained in ("dual", asked) else f"this model was trained to answer in {trained} mode only",
     )
 
@@ -108,7 +101,7 @@ def trained_by(folder: Path) -> Config | None:
     return validate(tree if isinstance(tree, dict) else {}, f"{card}, recipe")
 
 
-def _config(checkpoint: str, policy: str, row_tokens: int, run: Config | None, settings: EvaluateConfig) -> Config:
+def _config(checkpoint: str, policy: str, run: Config | None, settings: EvaluateConfig) -> Config:
     """A run that is never trained; what matters is how texts are rendered and computed. The mesh is this machine's."""
     if run is None:
         model: dict[str, Any] = {}
@@ -117,7 +110,7 @@ def _config(checkpoint: str, policy: str, row_tokens: int, run: Config | None, s
         model, data = run.model.model_dump(), run.data.model_dump()
     # Attention and dtype were chosen for the machine that trained; auto fits this one.
     model |= {"checkpoint": checkpoint, "revision": None, "attention": "auto"}
-    data |= {"policy": policy, "row_tokens": row_tokens, "subset": None}
+    data |= {"policy": policy, "subset": None}
     return validate({"name": "check", "model": model, "data": data, "evaluate": settings.model_dump()}, "check")
 
 
@@ -125,17 +118,6 @@ def _checkpoint(named: str) -> str:
     """A run's folder stands for its export."""
     inside = Path(named).expanduser() / "export"
     return str(inside) if (inside / "config.json").is_file() else named
-
-
-def _row_tokens(folder: Path) -> int:
-    """The model's context, at most ROW_TOKENS."""
-    path = folder / "config.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise JaxguardError(f"{path}: not JSON: {error}") from None
-    context = tree.get("max_position_embeddings") or (tree.get("text_config") or {}).get("max_position_embeddings")
-    return min(int(context or ROW_TOKENS), ROW_TOKENS)
 
 
 def _served_path(endpoint: str) -> str:

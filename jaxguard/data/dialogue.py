@@ -296,7 +296,8 @@ def parse(text: str, asks: Iterable[Question], mode: Mode, has_response: bool | 
 
     Only what follows the last `</think>` is read: a thought may quote anything. Without one, or with a thought that is
     opened again and not closed, reasoning mode reads nothing. Case, spacing, list marks and asterisks do not matter; a
-    line that is missing, unreadable, or given twice with different answers counts as CLOSED says.
+    line that is missing, unreadable, given twice with different answers, or followed by prose that holds the word of
+    CLOSED, counts as CLOSED says.
 
     Args:
         text: the generated text, thought included. Linear time, whatever it holds.
@@ -368,7 +369,18 @@ def _read_line(verdict: str, question: Question) -> tuple[str | None, str]:
     if len(readings) > 1:
         return None, f"{question}: contradictory lines"
     [answer] = readings
+    if answer != CLOSED[question] and CLOSED[question] in _words_after(verdict, question):
+        return None, f"{question}: taken back after the verdict"
     return (answer, "") if answer else (None, f"{question}: unreadable answer")
+
+
+def _words_after(verdict: str, question: Question) -> set[str]:
+    """Words below the question's last line, in lower case, other verdict lines left out."""
+    end = max(line.end() for line in _LINES[question].finditer(verdict))
+    rest = verdict[end:]
+    for pattern in _ANYWHERE.values():
+        rest = pattern.sub("", rest)
+    return set(re.findall(r"[a-z]+", rest.lower()))
 
 
 def _read_value(value: str, question: Question) -> str | None:

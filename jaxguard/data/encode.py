@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -64,6 +64,24 @@ class Sequence:
     target: np.ndarray
     probes: tuple[Probe, ...]
     answers: Answers
+    cut: bool
+
+
+class NoRoomError(JaxguardError):
+    """The frame, the policy in it and the answer leave no room for any text."""
+
+
+class Prompt(NamedTuple):
+    """What generation starts from.
+
+    Attributes:
+        turn: the user turn's text.
+        ids: its tokens within the chat template.
+        cut: untrusted text was left out to fit.
+    """
+
+    turn: str
+    ids: list[int]
     cut: bool
 
 
@@ -155,8 +173,8 @@ class Encoder:
 
     def prompt(
         self, example: Example, mode: Mode, answer_tokens: int = 0, asks: tuple[Question, ...] | None = None
-    ) -> np.ndarray:
-        """int32 [n]: what generation starts from; labels are not looked at.
+    ) -> Prompt:
+        """What generation starts from; labels are not looked at.
 
         Args:
             example: the conversation.
@@ -165,16 +183,25 @@ class Encoder:
             asks: the verdict lines to ask for; None asks for all of the policy's.
 
         Raises:
-            JaxguardError: the policy does not fit.
+            NoRoomError: the policy does not fit.
+            JaxguardError: the text spells a special token in a way that is not known here.
         """
-        return np.asarray(self._inference(example, mode, answer_tokens, asks)[1], np.int32)
+        policy = self._policy(example)
+        fitted = self._fit(example, policy, asks or policy.asks, mode, self.row_tokens - answer_tokens)
+        if fitted is None:
+            raise NoRoomError(
+                f"example {example.id!r}: its policy leaves no room for text in {self.row_tokens} tokens"
+                + (f" less {answer_tokens} for the answer" if answer_tokens else "")
+            )
+        self._check_prompt(example, fitted.ids)
+        return fitted
 
     def messages(self, example: Example, mode: Mode, answer_tokens: int = 0) -> list[dict[str, str]]:
         """Chat messages that a server turns into exactly the tokens of `prompt`.
 
         It has to be given `template.TEMPLATE_KWARGS` as `chat_template_kwargs`.
         """
-        return [{"role": "user", "content": self._inference(example, mode, answer_tokens, None)[0]}]
+        return [{"role": "user", "content": self.prompt(example, mode, answer_tokens).turn}]
 
     def forks(self, start: str, given: Answers, question: Question) -> tuple[list[int], int, int]:
         """Where an answer chooses between the two words of a verdict line.
@@ -214,20 +241,6 @@ class Encoder:
     def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> list[int]:
         return self.ids(self.dialogue.completion(answers, trace, mode) + self.template.end)
 
-    def _inference(
-        self, example: Example, mode: Mode, answer_tokens: int, asks: tuple[Question, ...] | None
-    ) -> tuple[str, list[int]]:
-        policy = self._policy(example)
-        fitted = self._fit(example, policy, asks or policy.asks, mode, self.row_tokens - answer_tokens)
-        if fitted is None:
-            raise JaxguardError(
-                f"example {example.id!r}: its policy leaves no room for text in {self.row_tokens} tokens"
-                + (f" less {answer_tokens} for the answer" if answer_tokens else "")
-            )
-        turn, ids, _ = fitted
-        self._check_prompt(example, ids)
-        return turn, ids
-
     def _render(self, example: Example, mode: Mode, gold: Answers) -> _Rendered | None:
         """Tokens of the prompt and of all completions, the gold one first; the prompt leaves room for the longest."""
         if mode is Mode.REASONING and not (example.trace or "").strip():
@@ -252,7 +265,7 @@ class Encoder:
                     "or shorten the policy"
                 )
             return None
-        return _Rendered(fitted[1], completions, fitted[2])
+        return _Rendered(fitted.ids, completions, fitted.cut)
 
     def _sequence(self, example: Example, mode: Mode, rendered: _Rendered, given: Answers) -> Sequence:
         prompt, completion = rendered.prompt, rendered.completions[given]
@@ -296,8 +309,8 @@ class Encoder:
 
     def _fit(
         self, example: Example, policy: Policy, asks: tuple[Question, ...], mode: Mode, room: int
-    ) -> tuple[str, list[int], bool] | None:
-        """(user turn, prompt's tokens, whether text was cut), at most `room` tokens; None if that cannot be.
+    ) -> Prompt | None:
+        """A prompt of at most `room` tokens; None if that cannot be.
 
         The longer of prompt and response is cut first, then both alike; each keeps its head and its tail. All work is
         linear in the text, and what is linear in a long text is done once.
@@ -312,7 +325,7 @@ class Encoder:
         turn, ids = attempt(texts)
         shortened = any(len(t or "") > most for t in (example.prompt, example.response))
         if len(ids) <= room:
-            return turn, ids, shortened
+            return Prompt(turn, ids, shortened)
         texts = [self.dialogue.quote(t) for t in texts]
         spans = [self.tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).offsets for t in texts]
         counts = [len(s) for s in spans]
@@ -322,7 +335,7 @@ class Encoder:
             limit = _share(counts, keep)
             turn, ids = attempt([_cut(t, s, limit) for t, s in zip(texts, spans, strict=True)])
             if len(ids) <= room:
-                return turn, ids, True
+                return Prompt(turn, ids, cut=True)
             keep -= len(ids) - room
         return None
 

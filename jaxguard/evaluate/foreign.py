@@ -23,7 +23,7 @@ from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.foreign_guards import BEGIN_CATEGORIES, END_CATEGORIES, LLAMA_GUARD, QWEN, SHIELDGEMMA, WILDGUARD
 from jaxguard.evaluate.foreign_reasoners import NEMOTRON, SAFEGUARD
 from jaxguard.evaluate.foreign_record import Guard, Quoted, numbered
-from jaxguard.evaluate.judging import Ask, Choice, Format, UnsupportedError
+from jaxguard.evaluate.judging import Ask, Choice, Format, Prompt, UnsupportedError
 
 GUARDS: Final = {
     "llama_guard": LLAMA_GUARD,
@@ -74,9 +74,9 @@ class Foreign:
     def __str__(self) -> str:
         return f"format {self.kind} ({self.guard.name})"
 
-    def prompt(self, ask: Ask, /) -> tuple[int, ...]:
+    def prompt(self, ask: Ask, /) -> Prompt:
         """See Format. Nothing is cut: a text that is too long for the model is for the engine to refuse."""
-        return tuple(self._prompt(ask)[0])
+        return Prompt(tuple(self._prompt(ask)[0]))
 
     def text(self, ids: Sequence[int], /) -> str:
         """Special tokens stay visible: one inside an answer makes it unreadable."""

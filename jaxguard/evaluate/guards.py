@@ -19,7 +19,7 @@ from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.floors import fit_floor
 from jaxguard.evaluate.foreign import foreign_format
 from jaxguard.evaluate.judging import Ask, Engine, Format, Judge, judge
-from jaxguard.evaluate.ours import OurFormat
+from jaxguard.evaluate.ours import OurFormat, context_tokens
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
 
 FLOORS: Final = ("tfidf", "majority")
@@ -107,7 +107,8 @@ async def open_guard(guard: GuardConfig, config: Config, settings: EvaluateConfi
 def _format(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> Format:
     policy = load_policy(config.data.policy)
     if guard.format == "jaxguard":
-        return OurFormat.of(Encoder.load(folder, config.data, policy), settings)
+        whole = config.data.model_copy(update={"row_tokens": context_tokens(folder)})
+        return OurFormat.of(Encoder.load(folder, whole, policy), settings)
     return foreign_format(guard.format, load_tokenizer(folder, chat=False), policy)
 
 

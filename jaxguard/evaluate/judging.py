@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
@@ -42,22 +42,28 @@ class Answer:
         example_id: whose it is.
         verdicts: of each generation: POSITIVE, NEGATIVE or UNPARSEABLE (evaluate/metrics.py).
         probability: of the positive answer; None where the guard gives none. In reasoning mode the mean over its thoughts.
+        unscored: thoughts that are not in this mean, since they lead to no place where the verdict is chosen.
         texts: what was generated, a forced verdict included; empty where nothing was sampled.
-        forced: generations whose thought ran out, so that a verdict was forced.
+        forced: generations that ran out of tokens before their verdict, so that one was forced.
+        cut: the text was too long for the model and was judged without its middle.
         prompt_tokens: of the prompt.
         completion_tokens: of all generations together.
         seconds: from asking to the answer; of a batch, its share.
+        scoring: seconds for the probability, of a batch its share; not part of `seconds`.
         wall: since the answer before it, which summed over a benchmark is the time that it took.
     """
 
     example_id: str
     verdicts: tuple[int, ...]
     probability: float | None
+    unscored: int = 0
     texts: tuple[str, ...] = ()
     forced: int = 0
+    cut: bool = False
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    scoring: float = 0.0
     wall: float = 0.0
 
 
@@ -87,15 +93,21 @@ class Choice:
     final: bool = True
 
 
+class Prompt(NamedTuple):
+    """Token ids that generation starts from; `cut`: untrusted text was left out to fit the model."""
+
+    ids: tuple[int, ...]
+    cut: bool = False
+
+
 class Format(Protocol):
     """How a guard is asked and how its answers are read."""
 
-    def prompt(self, ask: Ask, /) -> Sequence[int]:
-        """Token ids that generation starts from.
+    def prompt(self, ask: Ask, /) -> Prompt:
+        """What generation starts from.
 
         Raises:
-            UnsupportedError: no such question or policy in this format.
-            JaxguardError: no room for it.
+            UnsupportedError: no such question or policy in this format, or no room for the policy.
         """
         ...
 
@@ -108,7 +120,7 @@ class Format(Protocol):
         ...
 
     def closed(self, ask: Ask, text: str, /) -> str | None:
-        """An answer whose thought ran out, with the thought ended, ready for the verdict; None if it had no open thought."""
+        """An answer that ran out of tokens, with its thought ended, ready for the verdict; None if it has one, or never thinks."""
         ...
 
     def tokens(self, text: str, /) -> Sequence[int]:
@@ -196,26 +208,32 @@ async def judge(asks: Sequence[Ask], form: Format, engine: Engine, settings: Eva
 
 async def _judge_group(asks: Sequence[Ask], form: Format, engine: Engine, settings: EvaluateConfig) -> list[Answer]:
     started = time.monotonic()
-    prompts = [tuple(form.prompt(ask)) for ask in asks]
+    prompts = [form.prompt(ask) for ask in asks]
     texts: list[list[str]] = [[] for _ in asks]
     used, forced = [0] * len(asks), [0] * len(asks)
     if settings.generations:
-        for i, found in enumerate(await _sampled(asks, prompts, form, engine, settings)):
+        for i, found in enumerate(await _sampled(asks, [one.ids for one in prompts], form, engine, settings)):
             texts[i], used[i], forced[i] = found
+    sampled = time.monotonic()
     probabilities = await _probabilities(asks, texts, form, engine)
-    seconds = (time.monotonic() - started) / len(asks)
+    scored = time.monotonic()
+    # Without sampling the probability is the answer.
+    seconds, scoring = (sampled - started, scored - sampled) if settings.generations else (scored - started, 0.0)
     return [
         Answer(
             example_id=ask.example.id,
-            verdicts=tuple(form.read(ask, text) for text in texts[i]) or (_likelier(probabilities[i]),),
-            probability=probabilities[i],
+            verdicts=tuple(form.read(ask, text) for text in texts[i]) or (_likelier(probability),),
+            probability=probability,
+            unscored=unscored,
             texts=tuple(texts[i]),
             forced=forced[i],
-            prompt_tokens=len(prompts[i]),
+            cut=prompts[i].cut,
+            prompt_tokens=len(prompts[i].ids),
             completion_tokens=used[i],
-            seconds=seconds,
+            seconds=seconds / len(asks),
+            scoring=scoring / len(asks),
         )
-        for i, ask in enumerate(asks)
+        for i, (ask, (probability, unscored)) in enumerate(zip(asks, probabilities, strict=True))
     ]
 
 
@@ -245,8 +263,8 @@ async def _sampled(
 
 async def _probabilities(
     asks: Sequence[Ask], texts: Sequence[Sequence[str]], form: Format, engine: Engine
-) -> list[float | None]:
-    """Of each ask, the mean over its thoughts; one whose thought leads to no place of choice is left out of it."""
+) -> list[tuple[float | None, int]]:
+    """Of each ask, the mean over its thoughts, and how many are not in it since they lead to no place of choice."""
     trees = [
         [tuple(form.choices(ask, text)) for text in found or ("",)] for ask, found in zip(asks, texts, strict=True)
     ]
@@ -256,7 +274,10 @@ async def _probabilities(
     )
     positive = {choice: 1 / (1 + math.exp(-max(-700.0, o))) for choice, o in zip(distinct, odds, strict=True)}
     found = [[_final([positive[c] for c in choices], choices) for choices in tree if choices] for tree in trees]
-    return [sum(each) / len(each) if each else None for each in found]
+    return [
+        (sum(each) / len(each) if each else None, len(choices) - len(each))
+        for each, choices in zip(found, trees, strict=True)
+    ]
 
 
 def _final(positive: Sequence[float], choices: Sequence[Choice]) -> float:

@@ -1,8 +1,10 @@
 """Our own guards as a Format: the dialogue that they were trained with, asked and read."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Final, Literal
 
 from jaxguard.data.dialogue import (
     ABSENT,
@@ -14,11 +16,15 @@ from jaxguard.data.dialogue import (
     parse,
     questions,
 )
-from jaxguard.data.encode import Encoder
+from jaxguard.data.encode import Encoder, NoRoomError
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
-from jaxguard.evaluate.judging import Ask, Choice
+from jaxguard.errors import JaxguardError
+from jaxguard.evaluate.judging import Ask, Choice, Prompt, UnsupportedError
 from jaxguard.evaluate.metrics import NEGATIVE, POSITIVE, UNPARSEABLE
 from jaxguard.evaluate_sections import EvaluateConfig
+
+MOST_TOKENS: Final = 8192
+"""Text is judged whole up to here, where the model's context allows it, however short the rows of its training were."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,13 @@ class OurFormat:
         asked = policy.asks if self.ask == "policy" else questions(ask.example, policy)
         return tuple(q for q in QUESTIONS if q in asked or q == ask.question)
 
-    def prompt(self, ask: Ask) -> Sequence[int]:
+    def prompt(self, ask: Ask) -> Prompt:
         room = self.verdict_tokens + (self.thought_tokens + self.verdict_tokens if ask.mode in self.thinks else 0)
-        ids: list[int] = self.encoder.prompt(ask.example, ask.mode, room, self.asks(ask)).tolist()
-        return ids
+        try:
+            found = self.encoder.prompt(ask.example, ask.mode, room, self.asks(ask))
+        except NoRoomError as error:
+            raise UnsupportedError(str(error)) from None
+        return Prompt(tuple(found.ids), found.cut)
 
     def text(self, ids: Sequence[int]) -> str:
         return str(self.encoder.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
@@ -65,14 +74,19 @@ class OurFormat:
         return POSITIVE if getattr(verdict, ask.question) == CHOICES[ask.question][0] else NEGATIVE
 
     def closed(self, ask: Ask, text: str) -> str | None:
-        return end_thought(text) if ask.mode in self.thinks and ended_thought(text) is None else None
+        if ask.mode not in self.thinks:
+            return None
+        ended = ended_thought(text)
+        if ended is None:
+            return end_thought(text)
+        return ended if self.read(ask, text) == UNPARSEABLE else None
 
     def choices(self, ask: Ask, text: str) -> Sequence[Choice]:
         """A choice for each line up to the question's, for every way there."""
         start = ended_thought(text) if ask.mode in self.thinks else ""
         if start is None:
             return ()
-        prompt = tuple(self.prompt(ask))
+        prompt = self.prompt(ask).ids
         found: list[Choice] = []
         paths: list[tuple[Answers, tuple[tuple[int, bool], ...]]] = [((), ())]
         for question in self.asks(ask):
@@ -100,3 +114,18 @@ class OurFormat:
     @property
     def thinks(self) -> frozenset[Mode]:
         return frozenset({Mode.REASONING})
+
+
+def context_tokens(folder: Path) -> int:
+    """The context of the model in `folder`, at most MOST_TOKENS.
+
+    Raises:
+        JaxguardError: its config.json is not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise JaxguardError(f"{path}: not JSON: {error}") from None
+    context = tree.get("max_position_embeddings") or (tree.get("text_config") or {}).get("max_position_embeddings")
+    return min(int(context or MOST_TOKENS), MOST_TOKENS)

@@ -38,7 +38,7 @@ class FakeGuard:
     """Says what `says` makes of an Ask; answers come in the opposite order. Keeps what it was opened with and asked."""
 
     def __init__(self):
-        self.opened, self.asks, self.prompt_tokens = [], [], 10
+        self.opened, self.asks, self.cut = [], [], False
         self.says = lambda ask: "Prompt harm: unharmful\nResponse harm: unharmful"
 
     @asynccontextmanager
@@ -53,7 +53,7 @@ class FakeGuard:
                     verdicts=(0,),
                     probability=0.25 if ask.question == "prompt_harm" else 0.125,
                     texts=(self.says(ask),),
-                    prompt_tokens=self.prompt_tokens,
+                    cut=self.cut,
                     seconds=0.5,
                 )
 

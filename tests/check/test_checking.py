@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from jaxguard.check import check, check_many
-from jaxguard.check.setup import ROW_TOKENS, set_up
+from jaxguard.check.setup import set_up
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
 from jaxguard.errors import JaxguardError
@@ -41,10 +41,8 @@ def test_what_cannot_be_read_does_not_pass(run, guard, text):
 
 
 def test_a_text_that_was_cut_does_not_pass(run, guard):
-    setup = set_up(run)
-    guard.prompt_tokens = setup.room - 100
     assert check("bread?", model=run).passes
-    guard.prompt_tokens = setup.room - 3
+    guard.cut = True
     found = check("bread?", model=run)
     assert (found.passes, found.harmful) == (False, False)
     assert "the middle of the text was not read" in found.problems[0]
@@ -75,7 +73,6 @@ def test_a_model_is_asked_as_its_run_trained_it(run, guard):
     [(asked, config, settings)] = guard.opened
     assert (asked.checkpoint, asked.endpoint, asked.modes) == (str(run / "export"), None, ("direct",))
     assert (config.data.direct_marker, config.model.compute_dtype) == ("/verdict", "float32")
-    assert config.data.row_tokens == 4096  # the model's context, not the 512 of its training
     assert (settings.generations, settings.temperature, settings.ask) == (1, 0.0, "policy")
 
 
@@ -106,7 +103,7 @@ def test_an_unknown_model_gets_the_usual_markers(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "mine.yaml").write_text("name: mine\nrules: x\n", encoding="utf-8")
     setup = set_up(tmp_path / "model", tmp_path / "mine.yaml")
-    assert (setup.config.data.reasoning_marker, setup.config.data.row_tokens) == ("/think", ROW_TOKENS)
+    assert setup.config.data.reasoning_marker == "/think"
     assert (setup.mode, setup.note) == (Mode.REASONING, "")
 
 

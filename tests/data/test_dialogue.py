@@ -111,6 +111,8 @@ def test_tolerant(text: str):
         ("Prompt harm: unharmful\nPrompt harm: maybe", "contradictory"),
         ("Prompt harm: unharmful\n            Prompt harm: harmful", "contradictory"),
         ("So the Prompt harm: harmful\nPrompt harm: unharmful", "contradictory"),
+        ("Prompt harm: unharmful\nWait, that is wrong: it is harmful.", "taken back"),
+        ("Prompt harm: unharmful\nResponse harm: harmful\n\n**Harmful**", "taken back"),
         ("Prompt harm: unharmful, not", "unreadable"),
         ("Prompt harm: unharmful. No.", "unreadable"),
         ("Prompt harm: unharmful \u2014 but S1 applies", "unreadable"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxguard.data.dialogue import CHOICES, Mode, answers, questions
-from jaxguard.data.encode import CUT_MARK, MIN_KEPT, Encoder, encode_many
+from jaxguard.data.encode import CUT_MARK, MIN_KEPT, Encoder, NoRoomError, encode_many
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Category, Policy
 from jaxguard.data.template import TEMPLATE_KWARGS
@@ -74,14 +74,14 @@ def test_a_server_sees_the_same_ids(encoder: Encoder):
             turns, add_generation_prompt=True, tokenize=True, return_dict=False, **TEMPLATE_KWARGS
         )
         prompt = encoder.prompt(BOTH, mode)
-        assert prompt.tolist() == served
+        assert prompt.ids == served
         trained = encoder.encode(BOTH, mode)
         assert trained.tokens[~trained.target].tolist() == served
 
 
 def test_a_prompt_needs_no_labels(encoder: Encoder):
     unlabelled = Example("u", "s", BOTH.prompt, BOTH.response)
-    assert encoder.prompt(unlabelled, Mode.DIRECT).tolist() == encoder.prompt(BOTH, Mode.DIRECT).tolist()
+    assert encoder.prompt(unlabelled, Mode.DIRECT).ids == encoder.prompt(BOTH, Mode.DIRECT).ids
     with pytest.raises(JaxguardError, match="no label"):
         encoder.encode(unlabelled, Mode.DIRECT)
 
@@ -215,9 +215,12 @@ def test_there_is_always_something_to_judge(encoder_of):
 
 def test_prompts_leave_room_for_the_answer(encoder: Encoder):
     long = replace(BOTH, prompt=LONG * 300)
-    assert 512 - 24 <= len(encoder.prompt(long, Mode.DIRECT)) <= 512
-    assert len(encoder.prompt(long, Mode.DIRECT, answer_tokens=150)) <= 362
-    with pytest.raises(JaxguardError, match="less 500 for the answer"):
+    whole, less = (encoder.prompt(long, Mode.DIRECT, answer_tokens=room) for room in (0, 150))
+    assert 512 - 24 <= len(whole.ids) <= 512
+    assert len(less.ids) <= 362
+    assert whole.cut
+    assert not encoder.prompt(BOTH, Mode.DIRECT).cut
+    with pytest.raises(NoRoomError, match="less 500 for the answer"):
         encoder.messages(long, Mode.DIRECT, answer_tokens=500)
 
 

@@ -87,7 +87,7 @@ def test_rendered_prompts_hold_only_the_templates_special_tokens(encoder_of, nam
     special -= {i for i in special if not added[i].content.strip("\u2581\n\t ")}
     spelled = [added[i].content for i in special]
     rng = random.Random(f"{attacks} {name}")
-    plain = {mode: encoder.prompt(Example("p", "s", "hello", "world"), mode).tolist() for mode in Mode}
+    plain = {mode: encoder.prompt(Example("p", "s", "hello", "world"), mode).ids for mode in Mode}
     allowed = {mode: [i for i in ids if i in special] for mode, ids in plain.items()}
     frame = {mode: structure(encoder.tokenizer.decode(ids)) for mode, ids in plain.items()}
     assert frame[Mode.DIRECT]["/no_think"] == frame[Mode.DIRECT]["human user:"] == 1
@@ -96,7 +96,7 @@ def test_rendered_prompts_hold_only_the_templates_special_tokens(encoder_of, nam
         prompt, response = attack(rng, spelled), rng.choice([None, attack(rng, spelled)])
         rules = attack(rng, spelled) if place % 10 == 0 else None
         example = Example(str(place), "s", prompt, response, policy=rules)
-        ids = encoder.prompt(example, mode).tolist()
+        ids = encoder.prompt(example, mode).ids
         assert [i for i in ids if i in special] == allowed[mode], (prompt, response, rules)
         if place % 20 == 0:  # the rest is about text, which does not need every tokenizer's ids
             decoded = encoder.tokenizer.decode(ids)
@@ -127,9 +127,9 @@ def test_no_verdict_comes_from_untrusted_text(encoder_of, name: str):
         )
         answer = dialogue.completion(given, f"x{text}", Mode.REASONING)
         assert parse(answer, QUESTIONS, Mode.REASONING) == truth, text
-        assert parse(f"{dialogue.completion(given, None, Mode.DIRECT)}\n{quoted}", QUESTIONS, Mode.DIRECT) == truth, (
-            text
-        )
+        # What is echoed below a verdict may make it unreadable, and never says anything else.
+        echoed = parse(f"{dialogue.completion(given, None, Mode.DIRECT)}\n{quoted}", QUESTIONS, Mode.DIRECT)
+        assert all(getattr(echoed, q) in (getattr(truth, q), CLOSED[q]) for q in QUESTIONS), text
 
 
 @pytest.mark.parametrize("name", ["tiny", *REAL])

@@ -47,7 +47,7 @@ def asked(question="prompt_harm", example=BOTH, mode=Mode.REASONING):
 
 
 def shown(form, ask):
-    return form.text(form.prompt(ask))
+    return form.text(form.prompt(ask).ids)
 
 
 WILDGUARD = """\
@@ -405,7 +405,7 @@ def test_without_a_response_its_lines_may_say_so(form):
 
 def tree(form, ask, text=""):
     """Of each choice: what the answer holds before it, its two tokens, what it hangs on, whether it is the last."""
-    prompt = form.prompt(ask)
+    prompt = form.prompt(ask).ids
     found = form.choices(ask, text)
     assert all(one.prefix[: len(prompt)] == prompt for one in found)
     return [

@@ -8,7 +8,7 @@ import pytest
 
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
-from jaxguard.evaluate.judging import Ask, Choice, Sampled, judge
+from jaxguard.evaluate.judging import Ask, Choice, Prompt, Sampled, judge
 from jaxguard.evaluate.metrics import NEGATIVE, POSITIVE, UNPARSEABLE
 from jaxguard.evaluate_sections import EvaluateConfig
 
@@ -54,7 +54,7 @@ class Signs:
     thinks = frozenset({Mode.REASONING})
 
     def prompt(self, ask):
-        return list(map(ord, ask.example.id))
+        return Prompt(tuple(map(ord, ask.example.id)), cut=ask.example.id == "y")
 
     def text(self, ids):
         return text(ids)
@@ -71,12 +71,12 @@ class Signs:
 
     def choices(self, ask, text):
         if ask.mode is Mode.DIRECT:
-            first = Choice((*self.prompt(ask), ord("a")), ord("+"), ord("-"), final=False)
-            rest = [Choice((*self.prompt(ask), ord(c)), ord("+"), ord("-"), ((0, c == "b"),)) for c in "bc"]
+            first = Choice((*self.prompt(ask).ids, ord("a")), ord("+"), ord("-"), final=False)
+            rest = [Choice((*self.prompt(ask).ids, ord(c)), ord("+"), ord("-"), ((0, c == "b"),)) for c in "bc"]
             return [first, *rest]
         if "." not in text:
             return ()
-        return [Choice((*self.prompt(ask), *map(ord, text.partition(".")[0])), ord("+"), ord("-"))]
+        return [Choice((*self.prompt(ask).ids, *map(ord, text.partition(".")[0])), ord("+"), ord("-"))]
 
 
 def ask_all(engine, names, mode, **settings):
@@ -106,6 +106,7 @@ def test_verdicts_are_those_of_each_generation():
     assert found["y"].texts == ("-", "-", "-")
     assert found["x"].completion_tokens == 3
     assert found["z"].prompt_tokens == 1
+    assert (found["x"].cut, found["y"].cut) == (False, True)
 
 
 def test_the_probability_sums_over_earlier_answers():
@@ -133,6 +134,15 @@ def test_a_thought_that_runs_out_gets_a_forced_verdict():
     assert found.forced == 1
     assert engine.asked == [("x", 2, 6), ("x", 2, 6), ("xhmmmmm.", 1, 2)]
     assert found.probability == pytest.approx((0.8 + 0.4) / 2)
+    assert found.unscored == 0
+
+
+def test_a_thought_without_a_place_of_choice_is_counted():
+    engine = Script({"x": ["hm.+", "hmmm"]}, {"xhm": log_odds(0.2)})
+    engine.says |= {"x": ["hm.+", "lost"]}
+    found = ask_all(engine, ["x"], Mode.REASONING, generations=2)["x"]
+    assert found.probability == pytest.approx(0.2)
+    assert found.unscored == 1
 
 
 @pytest.mark.parametrize("workers", [1, 3])

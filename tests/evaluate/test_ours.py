@@ -1,6 +1,8 @@
 """Our own format: what is asked, where the verdict is chosen, and that sampled and trained prompts are the same."""
 
 import asyncio
+import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,14 +14,15 @@ from jaxguard.data.encode import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.prepare import prepare
 from jaxguard.evaluate.jax_engine import JaxEngine
-from jaxguard.evaluate.judging import Ask, judge
+from jaxguard.evaluate.judging import Ask, UnsupportedError, judge
 from jaxguard.evaluate.metrics import NEGATIVE, POSITIVE, UNPARSEABLE
-from jaxguard.evaluate.ours import OurFormat
+from jaxguard.evaluate.ours import MOST_TOKENS, OurFormat, context_tokens
 from jaxguard.evaluate.sampler import place_model
 from jaxguard.evaluate_sections import EvaluateConfig
 from jaxguard.models.checkpoint_io import read_weights
 from jaxguard.models.decoder import Compute
 from jaxguard.models.spec import read_spec
+from jaxguard.sections import DataConfig
 from jaxguard.train.sharding import make_mesh
 from jaxguard.train.step import build_program
 from jaxguard.train.validation import Validation
@@ -60,8 +63,8 @@ def test_training_begins_with_the_same_tokens(form):
     known = Example("a", "made up", BREAD.prompt, prompt_label="harmful", trace="Bread is fine.")
     for mode in Mode:
         trained = own.encoder.encode(known, mode)
-        prompt = own.prompt(Ask(BREAD, "prompt_harm", mode))
-        assert trained.tokens[: len(prompt)].tolist() == prompt
+        prompt = own.prompt(Ask(BREAD, "prompt_harm", mode)).ids
+        assert tuple(trained.tokens[: len(prompt)].tolist()) == prompt
         assert not trained.target[: len(prompt)].any()
         assert trained.target[len(prompt) :].all()
 
@@ -80,11 +83,13 @@ def test_reading(form, mode, text, verdict):
     assert form().read(Ask(BREAD, "prompt_harm", mode), text) == verdict
 
 
-def test_only_an_open_thought_is_closed(form):
+def test_an_answer_that_ran_out_is_made_ready_for_a_verdict(form):
     ask = Ask(BREAD, "prompt_harm", Mode.REASONING)
     closed = form().closed(ask, "<think>\nBread is")
     assert form().read(ask, closed + "Prompt harm: unharmful") == NEGATIVE
-    assert form().closed(ask, "<think>\nBread is fine.\n</think>\n\nPrompt") is None
+    late = "<think>\nBread is fine.\n</think>\n\n"
+    assert form().closed(ask, late + "Prompt") == late
+    assert form().closed(ask, late + "Prompt harm: unharmful\nResp") is None
     assert form().closed(Ask(BREAD, "prompt_harm", Mode.DIRECT), "Prompt") is None
     assert form().choices(ask, "<think>\nBread is") == ()
 
@@ -113,3 +118,20 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
         assert len(expected) > 2
         assert np.ptp(list(expected.values())) > 0.01
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_long_text_is_judged_whole_where_the_context_allows(tiny_checkpoint, tmp_path):
+    """Training cuts texts to its rows; an evaluation that did so as well would judge something else."""
+    settings = EvaluateConfig(thought_tokens=64, verdict_tokens=24)
+    long = Example("long", "made up", "crumb " * 300)
+    config = json.loads((tiny_checkpoint / "config.json").read_text(encoding="utf-8"))
+    context = config["max_position_embeddings"]
+    assert context_tokens(tiny_checkpoint) == context
+    assert context_tokens(tmp_path) == MOST_TOKENS
+    for room, cut in ((context, False), (320, True)):
+        data = DataConfig(train=[{"kind": "jsonl", "path": "x"}], policy="demo", row_tokens=room)
+        own = OurFormat.of(Encoder.load(tiny_checkpoint, data), settings)
+        assert own.prompt(Ask(long, "prompt_harm", Mode.DIRECT)).cut is cut
+    wordy = replace(long, policy="No bread. " * 300)
+    with pytest.raises(UnsupportedError, match="leaves no room for text in 320 tokens"):
+        own.prompt(Ask(wordy, "prompt_harm", Mode.DIRECT))

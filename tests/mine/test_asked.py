@@ -30,7 +30,7 @@ def test_a_prompt_of_mining_is_the_one_of_training(tiny_tokenizer_folder, mode, 
     example = Example(**{**row(4), "categories": (), **more})
     question = next(iter(labels_of(example, policy)))
     form = OurFormat.of(encoder, EvaluateConfig(ask="benchmark"))
-    prompt = list(form.prompt(Ask(example, question, mode)))
+    prompt = list(form.prompt(Ask(example, question, mode)).ids)
     trained = encoder.encode(example, mode)
     assert set(labels_of(example, policy)) <= set(questions(example, policy))
     assert prompt == trained.tokens[: len(prompt)].tolist()
