@@ -44,8 +44,8 @@ class SourceConfig(Section):
     """The split on the hub, or the file's stem inside a folder."""
     teacher: Literal["deepseek_r1_0528", "gpt_oss_120b", "qwen3_32b"] = "deepseek_r1_0528"
     """Whose traces to take from a nemotron source."""
-    trace: Literal["full", "one_sentence"] = "full"
-    """Which trace to take from a nemotron source."""
+    trace: Literal["full", "one_sentence", "none"] = "full"
+    """Which trace to take from a nemotron source; none takes every row without its trace, whatever the teacher said."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

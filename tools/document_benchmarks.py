@@ -52,6 +52,8 @@ def source(fields: BenchmarkFields) -> str:
     at = fields.source
     if at.path:
         return f"`{at.path}`" if at.path.startswith("configs/") else f"[your own file]({fields.url})"
+    if at.data:
+        return f"[`{at.data.kind}`]({fields.url}) {at.data.split}"
     where = at.config or at.file or (", ".join(at.splits) if at.splits != ("test",) else "")
     place = at.hub or (at.url or "").removeprefix("https://raw.githubusercontent.com/").split("/data/")[0]
     name = "/".join(place.split("/")[:2])

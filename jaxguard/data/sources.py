@@ -248,7 +248,9 @@ def _content_hash(known: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _trace(row: Row, source: SourceConfig, place: str) -> str:
+def _trace(row: Row, source: SourceConfig, place: str) -> str | None:
+    if source.trace == "none":
+        return None
     if str(row.get(f"prediction_gt_mismatch_{source.teacher}")).casefold() in {"true", "1"}:
         raise Skip("teacher disagrees with the label")
     trace = (text(row, _trace_column(source), place) or "").strip()
@@ -289,7 +291,11 @@ class _Kind:
 
 
 def _nemotron_columns(*columns: str) -> Callable[[SourceConfig], tuple[str, ...]]:
-    return lambda source: (*columns, _trace_column(source), f"prediction_gt_mismatch_{source.teacher}")
+    def needed(source: SourceConfig) -> tuple[str, ...]:
+        mismatch = f"prediction_gt_mismatch_{source.teacher}"
+        return columns if source.trace == "none" else (*columns, _trace_column(source), mismatch)
+
+    return needed
 
 
 _NEMOTRON = "nvidia/Nemotron-Content-Safety-Reasoning-Dataset"

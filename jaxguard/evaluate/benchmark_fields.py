@@ -11,6 +11,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from jaxguard.data.files import Row
 from jaxguard.data.policies import Question
 from jaxguard.fields import Section, find_yaml, read_yaml, validate
+from jaxguard.sections import SourceConfig
 
 BENCHMARK_FOLDER = Path("configs/benchmarks")
 
@@ -114,7 +115,7 @@ def plain(cell: Any) -> str:
 
 
 class BenchmarkSource(Section):
-    """Where the rows lie: on the hub, at an address, or in a local file."""
+    """Where the rows lie: on the hub, at an address, in a local file, or in a set that is trained on too."""
 
     hub: Text | None = None
     """A data set's repository on the hub."""
@@ -130,13 +131,17 @@ class BenchmarkSource(Section):
     """The address of a file."""
     path: str | None = None
     """A local file or folder."""
+    data: SourceConfig | None = None
+    """A source as in `data.train`, read as there: its examples are the rows, with the columns of our JSON lines."""
     keys_as: Text | None = None
     """The file is one JSON object whose values are lists of rows; its keys become this column."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if sum(place is not None for place in (self.hub, self.url, self.path)) != 1:
-            raise ValueError("a source needs exactly one of hub, url and path")
+        if sum(place is not None for place in (self.hub, self.url, self.path, self.data)) != 1:
+            raise ValueError("a source needs exactly one of hub, url, path and data")
+        if self.data is not None and (self.keys_as or "splits" in self.model_fields_set):
+            raise ValueError("data stands for the whole source and has a split of its own: no splits, no keys_as")
         if self.hub is None and (self.config or self.file or self.revision):
             raise ValueError("config, file and revision go with hub")
         if self.revision and not self.file:
@@ -146,6 +151,13 @@ class BenchmarkSource(Section):
         if self.keys_as and self.hub and not self.file:
             raise ValueError("keys_as needs a file")
         return self
+
+    @property
+    def place(self) -> str:
+        """Where the rows lie, as errors name it."""
+        if self.data is not None:
+            return self.data.path or f"data source {self.data.kind}"
+        return self.path or self.hub or self.url or ""
 
 
 class ExampleFields(Section):

@@ -1,26 +1,31 @@
-"""The rows of a benchmark: from the hub, from an address, or from a local copy with the same columns."""
+"""The rows of a benchmark: from the hub, an address, a data source, or a local copy with the same columns."""
 
+import dataclasses
 import http.client
 import json
 import lzma
 import tempfile
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import huggingface_hub
 import huggingface_hub.errors
 
+from jaxguard.data.examples import Example
 from jaxguard.data.files import SUFFIXES, Row, Table, file_digest, read_hub, read_local
+from jaxguard.data.sources import load
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmark_fields import BenchmarkSource
+from jaxguard.sections import SourceConfig
 
 _SECONDS = 60
 
 
-def read_rows(source: BenchmarkSource, name: str, local: Path | None) -> Table:
-    """The rows of a source, or of the local copy of it.
+def read_rows(source: BenchmarkSource, name: str, local: Path | None) -> tuple[Table, Counter[str]]:
+    """The rows of a source, or of the local copy of it, and what was skipped in reading (reason -> count).
 
     In a local folder the file is looked for that is called after the split, the source's own file, or the benchmark; a
     clone of the source has it.
@@ -28,6 +33,21 @@ def read_rows(source: BenchmarkSource, name: str, local: Path | None) -> Table:
     Raises:
         JaxguardError: it cannot be reached, found or read.
     """
+    if source.data is not None:
+        return _read_data(source.data, local)
+    return _read_table(source, name, local), Counter()
+
+
+def _read_data(source: SourceConfig, local: Path | None) -> tuple[Table, Counter[str]]:
+    """The examples of a data source, one row for each."""
+    if local is not None:
+        source = source.model_copy(update={"path": str(local.expanduser())})
+    loaded = load(source)
+    rows = [(f"{source.path or source.kind}, example {example.id!r}", example.to_json()) for example in loaded.examples]
+    return Table(rows, tuple(f.name for f in dataclasses.fields(Example)), loaded.origin), loaded.skipped
+
+
+def _read_table(source: BenchmarkSource, name: str, local: Path | None) -> Table:
     path = local or (Path(source.path) if source.path else None)
     if path is not None:
         return _read_copy(path.expanduser(), source, name)

@@ -86,11 +86,10 @@ def load_benchmark(name_or_path: str, local: Path | None = None, folder: Path = 
             negative, or nothing is left.
     """
     fields = read_benchmark(name_or_path, folder)
-    table = read_rows(fields.source, fields.name, local)
-    where = str(local or fields.source.path or fields.source.hub or fields.source.url)
+    table, skipped = read_rows(fields.source, fields.name, local)
+    where = str(local or fields.source.place)
     _check_columns(fields, table, where)
     _check_policy(fields)
-    skipped = Counter[str]()
     found = [
         (example, row)
         for place, row in _chosen(fields, table, skipped)

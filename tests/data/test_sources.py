@@ -134,6 +134,17 @@ def test_nemotron_rows_whose_teacher_erred_or_was_silent_are_skipped(lines):
     assert loaded.skipped == {"teacher disagrees with the label": 2, "no trace of this teacher": 1}
 
 
+@pytest.mark.parametrize(("row", "kind"), [(SAFETY, "nemotron_safety"), (TOPIC, "nemotron_topics")])
+def test_without_its_traces_a_nemotron_source_has_all_its_rows(lines, row, kind):
+    """Rows that the teacher got wrong are the hard ones; whoever wants the labels alone wants them too."""
+    wrong = {**row, "id": "a2", "prediction_gt_mismatch_deepseek_r1_0528": True}
+    bare = {key: value for key, value in row.items() if "reasoning" not in key and "mismatch" not in key} | {"id": "a3"}
+    for rows, count in (([row, wrong, bare], 3), ([bare], 1)):
+        loaded = load(source(lines(rows), kind, trace="none"))
+        assert [e.trace for e in loaded.examples] == [None] * count
+        assert not loaded.skipped
+
+
 def test_nemotron_topics(lines):
     example = one(lines([TOPIC]), "nemotron_topics")
     assert (example.prompt_label, example.policy) == ("harmful", "Only talk of trains.")

@@ -1,11 +1,8 @@
 """Benchmarks: the shipped ones on hand-made rows with their columns, a user's own, and what is wrong with the rest."""
 
-import gzip
 import json
 import logging
-import os
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -17,8 +14,6 @@ from jaxguard.data.policies import POLICY_FOLDER, load_policy, policy_for
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmark_fields import read_benchmark
 from jaxguard.evaluate.benchmarks import LABEL, list_benchmarks, load_benchmark
-
-POOL = Path(os.environ.get("JAXGUARD_POOL", ROOT.parent / "shared" / "data"))
 
 
 def test_every_benchmark_of_the_papers_table_is_there():
@@ -217,11 +212,15 @@ def positive(**condition):
         ({"question": "prompt_ham"}, ["'prompt_ham'", "did you mean 'prompt_harm'?"]),
         ({"title": None}, ["field 'title' is missing"]),
         ({"name": "two words"}, ["name"]),
-        ({"source": {"hub": "a/b", "path": "c"}}, ["exactly one of hub, url and path"]),
+        ({"source": {"hub": "a/b", "path": "c"}}, ["exactly one of hub, url, path and data"]),
         ({"source": {"hub": "a/b", "confg": "c"}}, ["'source.confg'", "did you mean 'config'?"]),
         ({"source": {"url": "http://a/b.csv"}}, ["source.url"]),
         ({"source": {"hub": "a/b", "revision": "c"}}, ["revision goes with file"]),
         ({"source": {"path": "a", "file": "c"}}, ["go with hub"]),
+        ({"source": {"hub": "a/b", "data": {"kind": "aegis2"}}}, ["exactly one of hub, url, path and data"]),
+        ({"source": {"data": {"kind": "aegis"}}}, ["source.data.kind", "'aegis'", "did you mean 'aegis2'?"]),
+        ({"source": {"data": {"kind": "aegis2"}, "splits": ["test"]}}, ["has a split of its own: no splits"]),
+        ({"source": {"data": {"kind": "aegis2"}, "keys_as": "c"}}, ["no keys_as"]),
         ({"source": {"path": "a", "keys_us": "c"}}, ["'source.keys_us'", "did you mean 'keys_as'?"]),
         ({"examples": []}, ["examples", "at least one"]),
         (positive(column="verdict", equal="bad"), ["examples.0.positive.equal", "did you mean 'equals'?"]),
@@ -259,42 +258,6 @@ def test_a_label_outside_its_set_is_an_error(own):
 def test_an_unknown_benchmark_is_named_with_the_nearest():
     with pytest.raises(JaxguardError, match="no benchmark 'toxicchat': did you mean 'toxic_chat'"):
         load_benchmark("toxicchat", folder=SHIPPED)
-
-
-@pytest.mark.parametrize(
-    ("file", "question", "counts"),
-    [
-        ("eval_aegis1_test", "prompt_harm", (232, 127)),
-        ("eval_xstest_prompts", "prompt_harm", (200, 250)),
-        ("eval_diasafety_test", "response_harm", (501, 594)),
-        ("eval_hatemoji_test", "prompt_harm", (308, 285)),
-    ],
-)
-def test_the_local_pool(file, question, counts, tmp_path, caplog):
-    """Real rows: every one becomes an example, and counts that differ from the pool's own table are said to."""
-    path = POOL / f"{file}.jsonl.gz"
-    if not path.is_file():
-        pytest.skip(f"no {path}; JAXGUARD_POOL names the folder")
-    column, words = LABEL[question], ("positive", "negative")
-    example = {"prompt": "prompt", "positive": {"column": column, "equals": HARM}}
-    example["negative"] = {"column": column, "equals": SAFE}
-    if question == "response_harm":
-        example["response"] = "response"
-    tree = OWN | {"name": file, "question": question, "source": {"path": str(path)}, "id": "id", "examples": [example]}
-    tree |= {
-        "expected": dict(zip(words, counts, strict=True)),
-        "slices": [{"name": "category", "column": "categories"}],
-    }
-    (tmp_path / f"{file}.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    benchmark = load_benchmark(file, folder=tmp_path)
-    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-    assert {e.id: getattr(e, column) for e in benchmark.examples} == {row["id"]: row[column] for row in rows}
-    assert set(benchmark.slices["category"]) == {c for row in rows for c in row["categories"]}
-    found = tuple(benchmark.counts[word] for word in words)
-    assert len(caplog.messages) == (found != counts)
-    # Rows were taken out of the pool after its table was written, never put in.
-    assert all(few <= many for few, many in zip(found, counts, strict=True))
-    assert sum(found) >= 0.99 * sum(counts)
 
 
 def test_the_documented_example_is_a_benchmark(tmp_path):
