@@ -42,29 +42,29 @@ class Answer:
         example_id: whose it is.
         verdicts: of each generation: POSITIVE, NEGATIVE or UNPARSEABLE (evaluate/metrics.py).
         probability: of the positive answer; None where the guard gives none. In reasoning mode the mean over its thoughts.
-        unscored: thoughts that are not in this mean, since they lead to no place where the verdict is chosen.
         texts: what was generated, a forced verdict included; empty where nothing was sampled.
         forced: generations that ran out of tokens before their verdict, so that one was forced.
-        cut: the text was too long for the model and was judged without its middle.
         prompt_tokens: of the prompt.
         completion_tokens: of all generations together.
         seconds: from asking to the answer; of a batch, its share.
-        scoring: seconds for the probability, of a batch its share; not part of `seconds`.
         wall: since the answer before it, which summed over a benchmark is the time that it took.
+        unscored: thoughts that are not in the probability, since they lead to no place where the verdict is chosen.
+        cut: the text was too long for the model and was judged without its middle.
+        scoring: seconds for the probability, of a batch its share; not part of `seconds`.
     """
 
     example_id: str
     verdicts: tuple[int, ...]
     probability: float | None
-    unscored: int = 0
     texts: tuple[str, ...] = ()
     forced: int = 0
-    cut: bool = False
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
-    scoring: float = 0.0
     wall: float = 0.0
+    unscored: int = 0
+    cut: bool = False
+    scoring: float = 0.0
 
 
 class Judge(Protocol):
