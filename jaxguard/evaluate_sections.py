@@ -54,7 +54,8 @@ class GuardConfig(Section):
     modes: tuple[Literal["reasoning", "direct"], ...] = ()
     """In which modes it is asked; none takes those that data.mode trains, and other formats have only one."""
     paper_row: str | None = None
-    """An id in configs/published/paper.yaml that it is compared with; None takes the row nearest to this run's training."""
+    """An id in configs/published/paper.yaml that it is compared with; None takes the row nearest to this run's training, if
+    its data are known by their kind and nothing else makes it a variant."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

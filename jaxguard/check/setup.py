@@ -5,6 +5,7 @@ export, and its model card holds a copy.
 """
 
 import json
+import os
 import re
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ from jaxguard.config import CONFIG_FOLDER, Config, load, validate
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.policies import Policy, load_policy
 from jaxguard.errors import JaxguardError
+from jaxguard.evaluate.sglang_engine import KEY
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
 from jaxguard.fields import nearest
 
@@ -122,13 +124,16 @@ def _checkpoint(named: str) -> str:
 
 def _served_path(endpoint: str) -> str:
     """Where the model that a server serves lies on this machine."""
+    request = urllib.request.Request(f"{endpoint}/get_model_info")  # noqa: S310 (http or https)
+    if os.environ.get(KEY):
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ[KEY]}")
     try:
-        with urllib.request.urlopen(f"{endpoint}/get_model_info", timeout=_SECONDS) as reply:  # noqa: S310 (http or https)
+        with urllib.request.urlopen(request, timeout=_SECONDS) as reply:  # noqa: S310 (as above)
             path = json.loads(reply.read()).get("model_path")
     except (OSError, urllib.error.URLError, ValueError, AttributeError) as error:
         raise JaxguardError(
-            f"{endpoint} does not say what it serves ({error}): is it an SGLang server that is ready? If so, name the "
-            "model's folder or repository with --tokenizer"
+            f"{endpoint} does not say what it serves ({error}): is it an SGLang server that is ready? If so, set {KEY} "
+            "where it wants a key, or name the model's folder or repository with --tokenizer"
         ) from None
     if not isinstance(path, str) or not Path(path).is_dir():
         raise JaxguardError(

@@ -17,7 +17,7 @@ from jaxguard.data.dialogue import CHOICES
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Question
 from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.judging import Answer, Ask, Judge
+from jaxguard.evaluate.judging import Answer, Ask, Judge, UnsupportedError
 from jaxguard.evaluate.metrics import NEGATIVE, POSITIVE
 
 Probabilities = Callable[[Sequence[str]], np.ndarray]
@@ -33,7 +33,8 @@ def fit_floor(kind: Literal["tfidf", "majority"], examples: Sequence[Example], s
     A question that they do not label both ways is answered by the model of the other harm question, if there is one.
 
     Raises:
-        JaxguardError: no example is labelled; when asked, a question that cannot be answered.
+        JaxguardError: no example is labelled.
+        UnsupportedError: when asked, a question that cannot be answered.
     """
     if not any(_label(one, question) for one in examples for question in CHOICES):
         raise JaxguardError(f"format {kind}: no example of data.train has a label to fit it to")
@@ -43,7 +44,7 @@ def fit_floor(kind: Literal["tfidf", "majority"], examples: Sequence[Example], s
         for fitted_to in (question, _INSTEAD.get(question)):
             if fitted_to is not None and (found := _fit(kind, examples, fitted_to, seed)) is not None:
                 return found
-        raise JaxguardError(
+        raise UnsupportedError(
             f"format {kind}: the labels of data.train do not tell {' from '.join(CHOICES[question])} ({question}): add "
             "examples of both, or leave the guard out"
         )

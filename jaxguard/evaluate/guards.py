@@ -1,6 +1,7 @@
 """Guards, opened: whoever a config names becomes a Judge that can be asked."""
 
 import hashlib
+import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import lru_cache
@@ -11,9 +12,11 @@ from jaxguard import hub
 from jaxguard.config import Config
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.encode import TOKENIZER_FILES, Encoder
+from jaxguard.data.examples import Example
 from jaxguard.data.files import file_digest
-from jaxguard.data.policies import load_policy
+from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.prepare import load_sources
+from jaxguard.data.sources import digest
 from jaxguard.data.template import load_tokenizer
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.floors import fit_floor
@@ -23,6 +26,8 @@ from jaxguard.evaluate.ours import OurFormat, context_tokens
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
 
 FLOORS: Final = ("tfidf", "majority")
+_SAMPLING: Final = {"temperature", "top_p", "generations", "thought_tokens", "verdict_tokens", "ask", "seed"}
+"""Settings that change what a guard answers."""
 
 
 def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
@@ -58,15 +63,60 @@ def checkpoint_of(guard: GuardConfig, config: Config) -> str:
     return str(inside) if inside.is_dir() else guard.checkpoint
 
 
-def identity(guard: GuardConfig, config: Config) -> dict[str, Any]:
-    """What tells a guard's answers from another's, for the heads of files; JSON."""
+async def deciding(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
+    """What decides a guard's answers, whatever it is asked about, for the heads of files; JSON.
+
+    Raises:
+        JaxguardError: as `identity`.
+    """
+    return {
+        "guard": await identity(guard, config, settings),
+        "format": config.data.model_dump(include={"reasoning_marker", "direct_marker"}),
+        **settings.model_dump(mode="json", include=_SAMPLING),
+    }
+
+
+def asked_about(examples: Sequence[Example], policy: Policy) -> dict[str, str]:
+    """What decides them besides: the examples, and every policy that one of them is judged by; for the heads of files.
+
+    Args:
+        examples: those to judge.
+        policy: the run's.
+    """
+    read: dict[str, list[tuple[str | None, str]]] = {}
+    for written, example in {example.policy: example for example in examples}.items():
+        own = policy_for(example, policy)
+        read.setdefault(f"policy {own.name}", []).append((written, own.digest))
+    hashes = {name: hashlib.sha256(json.dumps(found).encode()).hexdigest() for name, found in read.items()}
+    return {"examples": digest(examples), **hashes}
+
+
+async def identity(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
+    """What tells a guard's answers from another's; JSON.
+
+    A server that runs already is known by what it says it serves, not by its address: one that moved goes on.
+
+    Raises:
+        JaxguardError: no such checkpoint or training data, or a server that does not answer.
+    """
     if guard.format in FLOORS:
-        return {"format": guard.format, "fitted_to": [one.model_dump(mode="json") for one in config.data.train]}
+        examples, _ = load_sources(config.data.train, "train")
+        return {"format": guard.format, "fitted_to": digest(examples), "seed": config.seed}
     checkpoint = checkpoint_of(guard, config)
     known: dict[str, Any] = {"format": guard.format, "checkpoint": checkpoint, "revision": guard.revision}
     if guard.endpoint is not None and not guard.swap:
-        return {**known, "served_as": guard.model}
-    return {**known, "weights": weights_digest(Path(checkpoint).expanduser())}
+        from jaxguard.evaluate.sglang_engine import served
+
+        found = await served(guard.endpoint)
+        if "model_path" in found:  # the path may be this machine's too
+            found["weights"] = weights_digest(Path(found["model_path"]))
+        return {**known, "backend": "sglang", "served_as": guard.model, **found}
+    known["weights"] = weights_digest(hub.fetch(checkpoint, guard.revision))
+    if guard.endpoint is not None:
+        return {**known, "backend": "sglang"}
+    if settings.backend == "sglang":
+        return {**known, "backend": "sglang", "arguments": list(settings.server.arguments)}
+    return {**known, "backend": "jax", "compute_dtype": config.model.compute_dtype}
 
 
 def weights_digest(folder: Path) -> str | None:
@@ -119,7 +169,7 @@ async def _engine(guard: GuardConfig, folder: Path, config: Config, settings: Ev
 
         yield load_engine(folder, config, settings)
         return
-    from jaxguard.evaluate.sglang_engine import open_sglang, swap_weights  # its client is an extra
+    from jaxguard.evaluate.sglang_engine import open_sglang, served, swap_weights  # its client is an extra
 
     with ExitStack() as stack:
         url, model, version = guard.endpoint, guard.model, None
@@ -133,5 +183,7 @@ async def _engine(guard: GuardConfig, folder: Path, config: Config, settings: Ev
             version = str(weights_digest(folder))[:16]
             await swap_weights(url, folder, version)
             model = None  # it is called by the folder from now on
+        else:  # others may swap its weights meanwhile
+            version = (await served(url)).get("weight_version")
         async with open_sglang(url, model, settings, version) as engine:
             yield engine

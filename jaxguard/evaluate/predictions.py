@@ -112,11 +112,20 @@ def _answer(line: bytes) -> Answer | None:
 
 
 def _check(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    old, new = _flat(before), _flat(now)
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:
-        lines = [f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed]
+        lines = [f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in changed]
         raise JaxguardError(
             f"{path} holds answers that were got otherwise:\n"
             + "\n".join(lines)
             + "\nTake the old values back, give the guard or the run another name, or delete the file."
         )
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Dotted names, so that an error names the one that differs."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
+    return found

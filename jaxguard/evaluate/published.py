@@ -154,9 +154,9 @@ def read_published(name_or_path: str = "paper", folder: Path = PUBLISHED_FOLDER)
 def nearest_row(
     published: Published, base: str, data: str | None, trained: Trained, mode: str, examples: int | None
 ) -> PublishedRow | None:
-    """The row to compare a guard with, or None: same base, training and mode, then same data, then the nearest size.
+    """The row to compare a guard with, or None: same base, training, mode and data, then the nearest size.
 
-    Rows with a variant are left to those who ask for them by name.
+    Rows of unknown data are taken where no other is there. Rows with a variant are left to those who ask for them by name.
 
     Args:
         published: where to look.
@@ -169,7 +169,9 @@ def nearest_row(
     found = [
         row
         for row in published.rows
-        if (row.trained, row.mode, row.variant) == (trained, mode, None) and _plain(row.base) == _plain(base)
+        if (row.trained, row.mode, row.variant) == (trained, mode, None)
+        and _plain(row.base) == _plain(base)
+        and row.data in (data, None)
     ]
 
     def distance(row: PublishedRow) -> tuple[bool, float]:

@@ -23,11 +23,10 @@ from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Question, load_policy
 from jaxguard.data.prepare import load_sources
-from jaxguard.data.sources import digest
 from jaxguard.disk import lock_folder
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmarks import LABEL, Benchmark, load_benchmark
-from jaxguard.evaluate.guards import identity, modes_of, open_guard
+from jaxguard.evaluate.guards import FLOORS, asked_about, checkpoint_of, deciding, modes_of, open_guard
 from jaxguard.evaluate.judging import Answer, Ask, Judge, UnsupportedError
 from jaxguard.evaluate.predictions import open_predictions
 from jaxguard.evaluate.progress import counting
@@ -38,10 +37,10 @@ from jaxguard.evaluate.scoring import Judgements, Validation, score
 from jaxguard.evaluate.summary import summary_table
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
 
-DECIDING = {"temperature", "top_p", "generations", "thought_tokens", "verdict_tokens", "ask", "seed"}
-"""Settings that change what a guard answers."""
 SET_NAMES = {"wildguardmix": "WildGuardMix", "aegis2": "Aegis 2.0", "nemotron_safety": "Aegis 2.0"}
 """What the paper calls a kind of source."""
+PAPER_EPOCHS = 5
+"""Of its rows without a variant."""
 
 
 @dataclass(frozen=True)
@@ -157,66 +156,68 @@ async def ask_guard(
     folder: Path,
     console: Console,
 ) -> tuple[list[Judgements], dict[tuple[str, Mode], Validation]]:
-    """One guard in all its modes about everything."""
-    who = identity(guard, config)
-    common = {"guard": who, "policy": load_policy(config.data.policy).digest}
-    common |= {"format": config.data.model_dump(include={"reasoning_marker", "direct_marker", "row_tokens"})}
-    common |= settings.model_dump(mode="json", include=DECIDING)
+    """One guard in all its modes about everything that it can be asked."""
+    policy = load_policy(config.data.policy)
     found: list[Judgements] = []
     thresholds: dict[tuple[str, Mode], Validation] = {}
     async with open_guard(guard, config, settings) as judge:
+        common = await deciding(guard, config, settings)
         for mode in modes_of(guard, config):
             place = folder / "predictions" / guard.name / mode
             for bench in benches:
                 asks = [Ask(example, bench.benchmark.question, mode) for example in bench.examples]
-                head = {**common, "examples": bench.benchmark.origin["examples_sha256"]}
-                try:
-                    answers, seconds = await answered(judge, asks, place / f"{bench.label}.jsonl", head, console)
-                except UnsupportedError as error:
-                    console.print(f"{guard.name}: {bench.label} is left out: {error}", markup=False, highlight=False)
-                    continue
-                found.append(
-                    Judgements(guard.name, mode, bench.label, bench.benchmark, bench.examples, answers, seconds)
-                )
+                head = {
+                    **common,
+                    **asked_about(bench.benchmark.examples, policy),
+                }  # whatever evaluate.limit takes of them
+                answers = await answered(judge, asks, place / f"{bench.label}.jsonl", head, console)
+                if answers is not None:
+                    took = sum(answer.wall for answer in answers)
+                    found.append(
+                        Judgements(guard.name, mode, bench.label, bench.benchmark, bench.examples, answers, took)
+                    )
             known: dict[Question, tuple[Sequence[Example], Sequence[Answer]]] = {}
             for question, examples in validation.items():
                 asks = [Ask(example, question, mode) for example in examples]
-                head = {**common, "examples": digest(examples)}
-                answers, _ = await answered(judge, asks, place / f"validation-{question}.jsonl", head, console)
-                known[question] = (examples, answers)
+                head = {**common, **asked_about(examples, policy)}
+                answers = await answered(judge, asks, place / f"validation-{question}.jsonl", head, console)
+                if answers is not None:
+                    known[question] = (examples, answers)
             thresholds[guard.name, mode] = known
     return found, thresholds
 
 
 async def answered(
     judge: Judge, asks: Sequence[Ask], path: Path, head: dict[str, Any], console: Console
-) -> tuple[list[Answer], float]:
-    """The answers to all asks in their order, from the file where they are there; and the seconds that it took.
+) -> list[Answer] | None:
+    """The answers to all asks in their order, from the file where they are there; None if the guard cannot be asked that.
 
     Long texts come first, so that what does not fit shows at once, and texts of like length share a batch.
     """
+    title = f"{path.parent.parent.name} {path.parent.name} {path.stem}"
     with open_predictions(path, head) as predictions:
         waiting = [ask for ask in asks if ask.example.id not in predictions.answers]
-        waiting.sort(key=lambda ask: -len(ask.example.prompt) - len(ask.example.response or ""))
-        title = f"{path.parent.parent.name} {path.parent.name} {path.stem}"
-        with counting(title, len(asks), len(asks) - len(waiting), console) as told:
-            last = time.monotonic()
-            async for answer in judge(waiting):
-                now = time.monotonic()
-                answer, last = replace(answer, wall=now - last), now
-                predictions.append(answer)
-                told(answer)
-        answers = [predictions.answers[ask.example.id] for ask in asks]
-    return answers, sum(answer.wall for answer in answers)
+        waiting.sort(key=lambda ask: -_length(ask.example))
+        try:
+            with counting(title, len(asks), len(asks) - len(waiting), console) as told:
+                last = time.monotonic()
+                async for answer in judge(waiting):
+                    now = time.monotonic()
+                    answer, last = replace(answer, wall=now - last), now
+                    predictions.append(answer)
+                    told(answer)
+        except UnsupportedError as error:
+            console.print(f"{title} is left out: {error}", markup=False, highlight=False)
+            return None
+        return [predictions.answers[ask.example.id] for ask in asks]
 
 
 def describe(guard: GuardConfig, config: Config) -> str:
     """A guard in words, for the report's head."""
-    who = identity(guard, config)
-    if "checkpoint" not in who:
+    if guard.format in FLOORS:
         return f"{guard.format}, fitted to the run's training examples"
     served = f" at {guard.endpoint}" if guard.endpoint else ""
-    return f"{who['checkpoint']}{served}, format {guard.format}"
+    return f"{checkpoint_of(guard, config)}{served}, format {guard.format}"
 
 
 def hardware(settings: EvaluateConfig) -> str:
@@ -230,14 +231,12 @@ def hardware(settings: EvaluateConfig) -> str:
 
 def paper_rows(settings: EvaluateConfig, config: Config) -> dict[str, str]:
     """Guard and mode -> the row of the paper that it stands beside: the one that the config names, or the nearest."""
-    published = read_published()
+    published, data = read_published(), papers_data(config)
     found: dict[str, str] = {}
-    sources = {SET_NAMES.get(source.kind) for source in config.data.train}
-    data = sources.pop() if len(sources) == 1 else None
     for guard in settings.guards:
         for mode in modes_of(guard, config):
             row = guard.paper_row
-            if row is None and guard.format == "jaxguard" and guard.checkpoint is None:
+            if row is None and data is not None and guard.format == "jaxguard" and guard.checkpoint is None:
                 base, subset = config.model.checkpoint, config.data.subset
                 nearest = nearest_row(published, base, data, config.data.mode, mode, subset)
                 row = None if nearest is None else nearest.id
@@ -247,6 +246,21 @@ def paper_rows(settings: EvaluateConfig, config: Config) -> dict[str, str]:
     if unknown:
         raise JaxguardError(f"evaluate.guards: paper_row {unknown.pop()!r} is not in configs/published/paper.yaml")
     return found
+
+
+def papers_data(config: Config) -> str | None:
+    """What the paper calls the data of a run that is trained as its plain rows are.
+
+    None if the data are others or unknown, as those of files in our own format, or if the run is a variant.
+    """
+    names = {SET_NAMES.get(source.kind) for source in config.data.train}
+    traces = {(source.teacher, source.trace) for source in config.data.train}
+    plain = (config.train.epochs, config.train.max_steps) == (PAPER_EPOCHS, None)
+    return names.pop() if plain and len(names) == 1 and traces == {("deepseek_r1_0528", "full")} else None
+
+
+def _length(example: Example) -> int:
+    return len(example.prompt) + len(example.response or "") + len(example.policy or "")
 
 
 def _hash(seed: int, name: str) -> bytes:

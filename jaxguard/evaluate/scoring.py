@@ -95,7 +95,7 @@ def score(
 def _opponent(one: Judgements, found: Sequence[Judgements]) -> Judgements | None:
     """The first guard on the same benchmark, in the same mode where it has that."""
     first = [other for other in found if other.guard == found[0].guard and other.label == one.label]
-    same = next((other for other in first if other.mode == one.mode), first[0])
+    same = next((other for other in first if other.mode == one.mode), first[0] if first else None)
     return None if same is one else same
 
 

@@ -41,6 +41,10 @@ class BadReplyError(Exception):
     """No answer, or none that can be used; another try may bring one."""
 
 
+class NoSuchAddressError(JaxguardError):
+    """The server has no such address."""
+
+
 @dataclass(frozen=True)
 class SglangEngine:
     """A server as an Engine; see judging.py, and `open_sglang`.
@@ -148,13 +152,28 @@ async def open_sglang(
         JaxguardError: it does not answer, or serves another model.
     """
     async with _connected(url, settings.batch, version) as server:
-        served = await server.ask("/v1/models", None, lambda body: [str(one["id"]) for one in body["data"]])
-        if model is not None and model not in served:
+        names = await server.ask("/v1/models", None, _names)
+        if model is not None and model not in names:
             raise JaxguardError(
-                f"{server.url} serves {', '.join(served) or 'nothing'}, not {model!r}; set the guard's model, or start the "
+                f"{server.url} serves {', '.join(names) or 'nothing'}, not {model!r}; set the guard's model, or start the "
                 "server with --served-model-name"
             )
         yield SglangEngine(settings, server, await _is_seeded(server))
+
+
+async def served(url: str) -> dict[str, Any]:
+    """What a server says of the model that it serves: where its weights lie and their version, as SGLang does, or its names.
+
+    Raises:
+        JaxguardError: it does not answer.
+    """
+    async with _connected(url, 1, None) as server:
+        for path in ("/get_model_info", "/model_info"):  # older servers know the first, newer ones will drop it
+            try:
+                return await server.ask(path, None, _model)
+            except NoSuchAddressError:
+                continue
+        return {"models": await server.ask("/v1/models", None, _names)}
 
 
 async def swap_weights(url: str, folder: Path, version: str) -> None:
@@ -232,7 +251,7 @@ class _Server:
         if status in (401, 403):
             raise JaxguardError(f"{self.url} refuses the key: set {KEY}; it says: {words}")
         if status == 404:
-            raise JaxguardError(f"{self.url} has no {path}: is it an SGLang server, and the address right?")
+            raise NoSuchAddressError(f"{self.url} has no {path}: is it an SGLang server, and the address right?")
         if status != 200:
             raise JaxguardError(f"{self.url} refuses {path}, and would again: status {status}: {words}")
         try:
@@ -284,6 +303,14 @@ async def _is_seeded(server: _Server) -> bool:
     except (JaxguardError, BadReplyError):  # a router, or an older server, has no such address
         return False
     return isinstance(about, dict) and about.get("enable_deterministic_inference") is True
+
+
+def _model(body: Any) -> dict[str, Any]:
+    return {"model_path": str(body["model_path"]), "weight_version": body.get("weight_version")}
+
+
+def _names(body: Any) -> list[str]:
+    return [str(one["id"]) for one in body["data"]]
 
 
 async def _together(requests: Iterable[Awaitable[T]]) -> list[T]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,18 +17,15 @@ from jaxguard.config import Config
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy, load_policy
-from jaxguard.data.prepare import Chosen, Selection, select
-from jaxguard.data.sources import digest
+from jaxguard.data.prepare import Selection, select
 from jaxguard.disk import lock_folder, write_atomically
-from jaxguard.evaluate.guards import identity, open_guard
+from jaxguard.evaluate.guards import asked_about, deciding, open_guard
 from jaxguard.evaluate.judging import Ask
 from jaxguard.evaluate.predictions import open_predictions
 from jaxguard.evaluate_sections import EvaluateConfig, MineConfig
 from jaxguard.mine.choose import Tried, choose, difficult, labels_of, tried
 from jaxguard.mine.progress import progress
 from jaxguard.mine.report import write_report
-
-SAMPLING = {"generations", "temperature", "top_p", "thought_tokens", "verdict_tokens", "seed"}
 
 
 def mine(config: Config) -> int:
@@ -37,12 +35,16 @@ def mine(config: Config) -> int:
         JaxguardError: there is no guard yet, the data cannot be read, or answers are there that were got otherwise.
     """
     settings, console = config.mine or MineConfig(), Console(soft_wrap=True)
-    guard = identity(settings.guard, config)
+    sampling = (config.evaluate or EvaluateConfig()).model_copy(
+        # "benchmark" asks for the lines that have a label, which is what training showed.
+        update={"generations": settings.generations, "ask": "benchmark"}
+    )
+    common = asyncio.run(deciding(settings.guard, config, sampling))
     policy, selection = load_policy(config.data.policy), select(config)
     folder = config.folder / "mine"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "mining"):
-        found = asyncio.run(ask(config, settings, selection, policy, guard, console))
+        found = asyncio.run(ask(config, sampling, selection, policy, common, console))
         candidates = difficult(found, settings)
         taken = choose(candidates, settings, config.seed)
         write_examples(folder, selection, found, taken)
@@ -52,18 +54,15 @@ def mine(config: Config) -> int:
 
 async def ask(
     config: Config,
-    settings: MineConfig,
+    sampling: EvaluateConfig,
     selection: Selection,
     policy: Policy,
-    guard: dict[str, object],
+    common: dict[str, Any],
     console: Console,
 ) -> list[Tried]:
     """Every training example with the guard's answers to it; what is on disk is not asked for again."""
-    sampling = (config.evaluate or EvaluateConfig()).model_copy(
-        # "benchmark" asks for the lines that have a label, which is what training showed.
-        update={"generations": settings.generations, "ask": "benchmark"}
-    )
-    by_mode = {mode: [chosen for chosen in selection.train if chosen[1] is mode] for mode in Mode}
+    settings = config.mine or MineConfig()
+    by_mode = {mode: [example for example, own in selection.train if own is mode] for mode in Mode}
     tally: Counter[int] = Counter()
     found: dict[str, Tried] = {}
 
@@ -75,11 +74,11 @@ async def ask(
         stores = {
             mode: stack.enter_context(
                 open_predictions(
-                    config.folder / "mine/answers" / f"{mode}.jsonl", _common(config, sampling, policy, guard, chosen)
+                    config.folder / "mine/answers" / f"{mode}.jsonl", {**common, **asked_about(examples, policy)}
                 )
             )
-            for mode, chosen in by_mode.items()
-            if chosen
+            for mode, examples in by_mode.items()
+            if examples
         }
         asks: dict[Mode, list[Ask]] = {mode: [] for mode in stores}
         for example, mode in selection.train:
@@ -100,19 +99,6 @@ async def ask(
                         add(examples[answer.example_id], mode, answer.texts)
                         show(tally)
     return [found[example.id] for example, _ in selection.train]
-
-
-def _common(
-    config: Config, sampling: EvaluateConfig, policy: Policy, guard: dict[str, object], chosen: list[Chosen]
-) -> dict[str, object]:
-    """What decides the answers of one mode: guard, format, sampling, examples."""
-    return {
-        "guard": guard,
-        "policy": policy.digest,
-        "format": config.data.model_dump(include={"reasoning_marker", "direct_marker", "row_tokens"}),
-        "sampling": sampling.model_dump(include=SAMPLING),
-        "examples": digest(example for example, _ in chosen),
-    }
 
 
 def write_examples(folder: Path, selection: Selection, found: list[Tried], taken: list[Tried]) -> None:

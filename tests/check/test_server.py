@@ -15,10 +15,11 @@ def serving():
     """serving(path): the address of a server that says that it serves the model at `path`."""
     servers = []
 
-    def serve(path):
+    def serve(path, key=None):
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.send_response(200 if self.path == "/get_model_info" else 404)
+                known = key is None or self.headers["Authorization"] == f"Bearer {key}"
+                self.send_response((200 if known else 401) if self.path == "/get_model_info" else 404)
                 self.end_headers()
                 self.wfile.write(json.dumps({"model_path": str(path)}).encode())
 
@@ -40,6 +41,15 @@ def test_a_local_server_says_what_it_serves(serving, run):
     setup = set_up(f"{url}/")
     assert (setup.guard.endpoint, setup.guard.checkpoint) == (url, str(run / "export"))
     assert setup.config.data.direct_marker == "/verdict"
+
+
+def test_a_server_that_wants_a_key_gets_it(serving, run, monkeypatch):
+    url = serving(run / "export", key="k")
+    monkeypatch.delenv("JAXGUARD_API_KEY", raising=False)
+    with pytest.raises(JaxguardError, match="set JAXGUARD_API_KEY"):
+        set_up(url)
+    monkeypatch.setenv("JAXGUARD_API_KEY", "k")
+    assert set_up(url).guard.endpoint == url
 
 
 def test_a_model_elsewhere_needs_its_tokenizer_named(serving, run):

@@ -18,6 +18,7 @@ class FaultySglang:
 
     Attributes:
         version: of the weights, in each answer.
+        model_path: what /get_model_info says; None has no such address.
         deterministic: what /server_info says; None has no such address.
         requests: bodies of the requests, in order, and `paths` what was asked for besides.
         busiest: most requests under way at once.
@@ -25,6 +26,7 @@ class FaultySglang:
 
     script: Callable[[int], str]
     version: str = "default"
+    model_path: str | None = None
     deterministic: bool | None = False
     swaps: bool = True
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -62,6 +64,8 @@ class FaultySglang:
         self.paths.append(path)
         if path == "/v1/models":
             writer.write(_http(200, {"data": [{"id": "guard"}]}))
+        elif path == "/get_model_info" and self.model_path is not None:
+            writer.write(_http(200, {"model_path": self.model_path, "weight_version": self.version}))
         elif path == "/server_info" and self.deterministic is not None:
             writer.write(_http(200, {"enable_deterministic_inference": self.deterministic}))
         elif path == "/update_weights_from_disk":

@@ -9,9 +9,12 @@ import sys
 import pytest
 import yaml
 
+from jaxguard.config import load
+from jaxguard.data.policies import QUESTIONS
 from jaxguard.disk import unsealed
 from jaxguard.evaluate.__main__ import main
 from jaxguard.evaluate.results import read_results
+from jaxguard.evaluate.run import papers_data
 from jaxguard.train.__main__ import main as train
 
 COUNT = 12
@@ -98,6 +101,36 @@ def test_other_sampling_is_refused(run, capsys):
     assert evaluate(run, name, "evaluate.generations=0") == 0
     assert evaluate(run, name, "evaluate.generations=1") == 2
     assert "generations: 0 there, 1 now" in capsys.readouterr().err
+
+
+def test_what_a_guard_cannot_be_asked_is_left_out_of_the_validation(run, capsys, tmp_path):
+    """No training example has a refusal label, so the floor knows nothing of refusals."""
+    rows = [json.loads(line) for line in (run.parent / "train.jsonl").read_text().splitlines()][:6]
+    refusals = [
+        {**row, "response": "No.", "refusal_label": ("refusal", "compliance")[i % 2]} for i, row in enumerate(rows)
+    ]
+    (tmp_path / "refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in refusals))
+    policy = yaml.safe_load((run.parent / "lamps.yaml").read_text())
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump({**policy, "asks": list(QUESTIONS)}))
+    validation = f"evaluate.validation=[{{kind: jsonl, path: {tmp_path / 'refusals.jsonl'}}}]"
+    floor = "evaluate.guards=[{name: most, format: majority}]"
+    assert evaluate(run, floor, validation, f"data.policy={tmp_path / 'all.yaml'}", "name=floors") == 0
+    assert "validation-response_refusal is left out" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "data"),
+    [
+        ([], "WildGuardMix"),
+        (["data.train=[{kind: aegis2}]"], "Aegis 2.0"),
+        (["data.train=[{kind: wildguardmix}, {kind: aegis2}]"], None),
+        (["data.train=[{kind: jsonl, path: built.parquet}]"], None),
+        (["train.epochs=50"], None),
+    ],
+)
+def test_runs_stand_beside_the_paper_where_their_data_are_its(overrides, data):
+    base = ["data.train=[{kind: wildguardmix}]", "train.epochs=5"]
+    assert papers_data(load("llama8b_direct_5k", [*base, *overrides])) == data
 
 
 def test_without_an_export_it_says_to_train(run, capsys):

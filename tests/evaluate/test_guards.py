@@ -1,15 +1,19 @@
 """Guards by config: which modes, which weights, which server."""
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from faulty_sglang import serve
 
 from jaxguard.config import load
+from jaxguard.data import policies
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
+from jaxguard.data.policies import Policy
 from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.guards import checkpoint_of, identity, modes_of, open_guard
+from jaxguard.evaluate.guards import asked_about, checkpoint_of, deciding, identity, modes_of, open_guard
 from jaxguard.evaluate.judging import Ask
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
 
@@ -19,6 +23,10 @@ BREAD = Example("bread", "made up", "How do I bake bread?")
 @pytest.fixture
 def config(tiny_config):
     return load(str(tiny_config))
+
+
+def known_as(guard, config, **settings):
+    return asyncio.run(identity(guard, config, EvaluateConfig(**settings)))
 
 
 @pytest.mark.parametrize(
@@ -45,14 +53,14 @@ def test_a_runs_folder_stands_for_its_export(config, tiny_checkpoint, tmp_path):
     guard = GuardConfig(checkpoint=str(tmp_path / "run"))
     assert checkpoint_of(guard, config) == str(tmp_path / "run/export")
     assert (
-        identity(guard, config)["weights"] == identity(GuardConfig(checkpoint=str(tiny_checkpoint)), config)["weights"]
+        known_as(guard, config)["weights"] == known_as(GuardConfig(checkpoint=str(tiny_checkpoint)), config)["weights"]
     )
 
 
 def test_other_weights_are_another_guard(config, tmp_path):
     def weights(content):
         (tmp_path / "model.safetensors").write_bytes(content)
-        return identity(GuardConfig(checkpoint=str(tmp_path)), config)["weights"]
+        return known_as(GuardConfig(checkpoint=str(tmp_path)), config)["weights"]
 
     first = weights(b"a" * 4 * 2**20)
     assert weights(b"a" * 2 * 2**20 + b"b" + b"a" * (2 * 2**20 - 1)) != first
@@ -73,10 +81,92 @@ def test_a_swapped_guard_answers_with_its_own_weights(config, tiny_checkpoint, s
         return
     server, (answer,) = asyncio.run(run())
     assert "/update_weights_from_disk" in server.paths
-    assert identity(GuardConfig(checkpoint=str(tiny_checkpoint)), config)["weights"].startswith(server.version)
+    assert known_as(GuardConfig(checkpoint=str(tiny_checkpoint)), config)["weights"].startswith(server.version)
     assert answer.probability == pytest.approx(1 / (1 + 2.718281828 ** (-1.5)))
 
 
 def test_a_swap_needs_a_server():
     with pytest.raises(ValueError, match="swap needs an endpoint"):
         GuardConfig(swap=True)
+
+
+def test_who_computes_is_part_of_a_guards_answers(config, tiny_checkpoint):
+    guard = GuardConfig(checkpoint=str(tiny_checkpoint))
+    found = [
+        known_as(guard, config),
+        known_as(guard, config, backend="sglang"),
+        known_as(guard, config, backend="sglang", server={"arguments": ["--dtype=float32"]}),
+        known_as(
+            guard, config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": "bfloat16"})})
+        ),
+    ]
+    assert all(found.count(one) == 1 for one in found)
+
+
+def test_a_server_is_known_by_what_it_serves(config, tiny_checkpoint):
+    async def run(**says):
+        async with serve(lambda i: "") as server:
+            for name, value in says.items():
+                setattr(server, name, value)
+            guard = GuardConfig(checkpoint=str(tiny_checkpoint), endpoint=server.url)
+            return await identity(guard, config, EvaluateConfig())
+
+    first, moved = (asyncio.run(run(model_path=str(tiny_checkpoint))) for _ in range(2))
+    assert first == moved
+    assert first["weights"] is not None
+    assert asyncio.run(run(model_path="/elsewhere")) != first
+    assert asyncio.run(run(model_path=str(tiny_checkpoint), version="2")) != first
+    assert asyncio.run(run())["models"] == ["guard"]
+
+
+def test_a_server_whose_weights_are_swapped_meanwhile_is_noticed(config, tiny_checkpoint):
+    async def run():
+        async with serve(lambda i: "") as server:
+            server.model_path = str(tiny_checkpoint)
+            guard = GuardConfig(checkpoint=str(tiny_checkpoint), endpoint=server.url)
+            async with open_guard(guard, config, EvaluateConfig(generations=1)) as judge:
+                server.version = "another"
+                return [answer async for answer in judge([Ask(BREAD, "prompt_harm", Mode.DIRECT)])]
+
+    with pytest.raises(JaxguardError, match="answered with weights 'another'"):
+        asyncio.run(run())
+
+
+def test_floors_are_known_by_their_data_and_seed(config):
+    floor = GuardConfig(format="tfidf")
+    first = known_as(floor, config)
+    assert known_as(floor, config.model_copy(update={"seed": config.seed + 1})) != first
+    path = Path(str(config.data.train[0].path))
+    path.write_text(path.read_text(encoding="utf-8").replace("tell me", "say", 1), encoding="utf-8")
+    assert known_as(floor, config) != first
+
+
+def test_an_edited_policy_is_another_one(tmp_path, monkeypatch):
+    """Also one that examples name only."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs/policies").mkdir(parents=True)
+    named = tmp_path / "configs/policies/bakery.yaml"
+
+    def head(rules):
+        named.write_text(f"name: bakery\nrules: {rules}\n", encoding="utf-8")
+        policies._cached.cache_clear()
+        return asked_about(
+            [replace(BREAD, policy="bakery"), replace(BREAD, policy="No bread.")], Policy("run", rules="x")
+        )
+
+    assert head("No rye.") == head("No rye.")
+    assert head("No rye.") != head("No wheat.")
+    policies._cached.cache_clear()
+    assert asked_about([BREAD], Policy("run", rules="x")) != asked_about([BREAD], Policy("run", rules="y"))
+
+
+def test_sampling_decides_and_room_in_training_does_not(config, tiny_checkpoint):
+    guard = GuardConfig(checkpoint=str(tiny_checkpoint))
+
+    def head(config=config, **settings):
+        return asyncio.run(deciding(guard, config, EvaluateConfig(**settings)))
+
+    assert head(seed=1) != head()
+    assert head(unparseable="wrong") == head()
+    shorter = config.model_copy(update={"data": config.data.model_copy(update={"row_tokens": 300})})
+    assert head(shorter) == head()
