@@ -102,17 +102,17 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS)
 
 def best_f1_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
     """The threshold with the highest F1, of several the one nearest to a half; None without a positive label."""
-    thresholds, tp, fp, positives, _ = _candidates(labels, probabilities)
-    return _nearest(thresholds, 2 * tp / (tp + fp + positives)) if positives else None
-
-
-def bounded_threshold(labels: np.ndarray, probabilities: np.ndarray, most_false_positives: float) -> float | None:
-    """The threshold with the highest recall whose false-positive rate is at most that share; None without both classes."""
-    thresholds, tp, fp, positives, negatives = _candidates(labels, probabilities)
-    if not positives or not negatives:
+    if not labels.any():
         return None
-    allowed = fp <= most_false_positives * negatives
-    return _nearest(thresholds[allowed], tp[allowed] - fp[allowed] / (negatives + 1))
+    order = np.argsort(probabilities)
+    found, positive = probabilities[order], labels[order]
+    values = np.unique(found)
+    thresholds = np.concatenate([[0.0], (values[:-1] + values[1:]) / 2, [1.0]])
+    first = np.searchsorted(found, thresholds, side="right")
+    tp = positive.sum() - np.concatenate([[0], np.cumsum(positive)])[first]
+    f1 = 2 * tp / (len(found) - first + positive.sum())
+    best = thresholds[f1 >= f1.max() - 1e-12]
+    return float(best[np.argmin(np.abs(best - 0.5))])
 
 
 def verdicts_at(probabilities: np.ndarray, threshold: float) -> np.ndarray:
@@ -141,23 +141,6 @@ def fit_platt(labels: np.ndarray, probabilities: np.ndarray) -> Platt | None:
 def recalibrated(probabilities: np.ndarray, platt: Platt) -> np.ndarray:
     """Probabilities after Platt's scaling; missing ones stay so."""
     return expit(platt.slope * _log_odds(probabilities) + platt.intercept)
-
-
-def _candidates(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
-    """Thresholds between all probabilities, and true and false positives above each; positive and negative labels in all."""
-    order = np.argsort(probabilities)
-    found, positive = probabilities[order], labels[order]
-    values = np.unique(found)
-    thresholds = np.concatenate([[0.0], (values[:-1] + values[1:]) / 2, [1.0]])
-    first = np.searchsorted(found, thresholds, side="right")
-    below = np.concatenate([[0], np.cumsum(positive)])[first]
-    tp = positive.sum() - below
-    return thresholds, tp, len(found) - first - tp, int(positive.sum()), int((~positive).sum())
-
-
-def _nearest(thresholds: np.ndarray, gains: np.ndarray) -> float:
-    best = thresholds[gains >= gains.max() - 1e-12]
-    return float(best[np.argmin(np.abs(best - 0.5))])
 
 
 def _log_odds(probabilities: np.ndarray) -> np.ndarray:

@@ -17,13 +17,13 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jaxguard.evaluate.calibration import Bin
-from jaxguard.evaluate.published import Published, PublishedPoint
+from jaxguard.evaluate.published import Published
 from jaxguard.evaluate.report_tables import benchmarks, guards
-from jaxguard.evaluate.report_text import number, seconds, short
-from jaxguard.evaluate.results import Cell, Evaluation, Point
+from jaxguard.evaluate.report_text import seconds, short
+from jaxguard.evaluate.results import Cell, Evaluation
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's; the page has lighter ones where it is dark."""
@@ -179,66 +179,6 @@ def pooled(curves: Iterable[Sequence[Bin]]) -> list[Bin]:
     return found
 
 
-def curve_figure(points: Sequence[Point], published: Published) -> Figure | None:
-    """F1 against the number of training examples: every seed, the mean of each mode, and the paper's with its deviation."""
-    return _curve(points, published.sample_efficiency, "training examples (logarithmic)", logarithmic=True)
-
-
-def sentence_figure(points: Sequence[Point], published: Published) -> Figure | None:
-    """F1 against the number of sentences of a thought, and the paper's."""
-    return _curve(points, published.sentence_budget, "sentences of a thought", logarithmic=False)
-
-
-@_styled
-def _curve(
-    points: Sequence[Point], paper: Sequence[PublishedPoint], x_label: str, *, logarithmic: bool
-) -> Figure | None:
-    if not points and not paper:
-        return None
-    figure = Figure(figsize=(4.9, 3.7))
-    axes = figure.add_subplot()
-    if paper:
-        xs, f1 = [one.x for one in paper], [one.f1 for one in paper]
-        known = [(one.x, one.f1, one.deviation) for one in paper if one.deviation is not None]
-        if known:
-            places, middle, deviation = np.array(known).T
-            axes.fill_between(places, middle - deviation, middle + deviation, color=FAINT, alpha=0.25, linewidth=0)
-        said = "the paper (± deviation of its subsets)" if known else "the paper"
-        axes.plot(xs, f1, "x--", color=FAINT, linewidth=1.2, markersize=5, label=said)
-    for i, mode in enumerate(dict.fromkeys(point.mode for point in points)):
-        mine = [point for point in points if point.mode == mode]
-        sizes = sorted({point.x for point in mine})
-        means = [float(np.mean([point.f1 for point in mine if point.x == x])) for x in sizes]
-        colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
-        seeds = len({point.seed for point in mine})
-        label = short(f"ours, {mode}") + (f", mean of {seeds} seeds" if seeds > 1 else "")
-        axes.plot(
-            [p.x for p in mine], [p.f1 for p in mine], mark, color=colour, alpha=0.45, markersize=4, linestyle="none"
-        )
-        axes.plot(sizes, means, color=colour, marker=mark, linewidth=1.8, markersize=6, label=label)
-    ticks = sorted({*(point.x for point in points), *(point.x for point in paper)})
-    if logarithmic:
-        axes.set_xscale("log")
-        ticks = _apart(ticks)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value / 1000:.3g}k" if value >= 1000 else f"{value:g}")
-    )
-    axes.set_xlabel(x_label)
-    axes.set_ylabel("safety average, F1")
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
-
-
-def describe_curve(points: Sequence[Point], paper: Sequence[PublishedPoint], what: str) -> str:
-    """A curve in words, for those who do not see it."""
-    modes = dict.fromkeys(point.mode for point in points)
-    ours = [f"ours, {plain}: {_listed((p.x, p.f1) for p in points if p.mode == plain)}" for plain in modes]
-    theirs = [f"the paper: {_listed((p.x, p.f1) for p in paper)}"] if paper else []
-    return f"Safety average by {what}; {'; '.join([*ours, *theirs])}"
-
-
 def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
     """A figure as an SVG element, the same for the same figure, in the page's colours and fonts.
 
@@ -284,16 +224,3 @@ def _guard_legend(figure: Figure, evaluation: Evaluation, all_guards: Sequence[t
 def _coordinates(curve: Iterable[Bin]) -> tuple[list[float], list[float]]:
     pairs = [(one.probability, one.positive) for one in curve]
     return [x for x, _ in pairs], [y for _, y in pairs]
-
-
-def _apart(ticks: Sequence[float]) -> list[float]:
-    """Those that leave room for their labels on a logarithmic axis."""
-    found: list[float] = []
-    for tick in ticks:
-        if not found or tick > 1.5 * found[-1]:
-            found.append(tick)
-    return found
-
-
-def _listed(pairs: Iterable[tuple[float, float]]) -> str:
-    return ", ".join(f"{number(f1)} at {x:g}" for x, f1 in sorted(pairs))

@@ -16,13 +16,10 @@ from jaxguard.data.policies import Question
 from jaxguard.disk import write_atomically
 from jaxguard.evaluate.figures import (
     colour_of,
-    curve_figure,
-    describe_curve,
     f1_figure,
     inline_svg,
     latency_figure,
     reliability_figure,
-    sentence_figure,
 )
 from jaxguard.evaluate.published import Published, read_published
 from jaxguard.evaluate.report_tables import (
@@ -186,7 +183,6 @@ def page(evaluation: Evaluation, published: Published) -> str:
         versus=versus_table(evaluation),
         slices={name: (heading(cells[0]), slice_table(cells)) for name, cells in cells_of.items()},
         overview=_overview(evaluation, published),
-        curves=_curves(evaluation, published),
         reliability=_reliability(evaluation),
         mistakes={name: (heading(cells[0]), _mistakes(cells)) for name, cells in cells_of.items()},
         read={"averages": READ_AVERAGES, "scores": READ_SCORES, "versus": READ_VERSUS},
@@ -207,22 +203,6 @@ def _overview(evaluation: Evaluation, published: Published) -> list[Drawing]:
         alt = "F1 against seconds an example; the tables of averages and of benchmarks have the numbers"
         on = f", here on {plain(evaluation.hardware)}" if evaluation.hardware else ""
         found.append(Drawing(f"What an answer takes{on}", inline_svg(latency, "latency", alt)))
-    return found
-
-
-def _curves(evaluation: Evaluation, published: Published) -> list[Drawing]:
-    """The curves that the evaluation has points of."""
-    found = []
-    if evaluation.by_examples:
-        figure = curve_figure(evaluation.by_examples, published)
-        alt = describe_curve(evaluation.by_examples, published.sample_efficiency, "training examples")
-        assert figure is not None
-        found.append(Drawing("Training examples", inline_svg(figure, "examples", alt)))
-    if evaluation.by_sentences:
-        figure = sentence_figure(evaluation.by_sentences, published)
-        alt = describe_curve(evaluation.by_sentences, published.sentence_budget, "sentences of a thought")
-        assert figure is not None
-        found.append(Drawing("Length of the thought", inline_svg(figure, "sentences", alt)))
     return found
 
 

@@ -113,16 +113,6 @@ class Average:
 
 
 @dataclass(frozen=True)
-class Point:
-    """A guard on a curve: its safety average where it was trained on `x` examples, or on thoughts of `x` sentences."""
-
-    x: float
-    mode: str
-    seed: int
-    f1: float
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """A whole evaluation.
 
@@ -134,7 +124,6 @@ class Evaluation:
         finished: when, in UTC, as in "2026-01-31T12:00:00+00:00".
         hardware: what it ran on, in words; seconds mean nothing without.
         paper_rows: "guard/mode" -> the row of configs/published/paper.yaml that it is compared with.
-        by_examples, by_sentences: points of a study, each of a guard trained apart.
     """
 
     name: str
@@ -145,8 +134,6 @@ class Evaluation:
     finished: str = ""
     hardware: str = ""
     paper_rows: dict[str, str] = field(default_factory=dict)
-    by_examples: tuple[Point, ...] = ()
-    by_sentences: tuple[Point, ...] = ()
 
 
 def write_results(evaluation: Evaluation, path: Path) -> None:

@@ -1,7 +1,6 @@
 """Made-up evaluations: two guards in two modes on a few benchmarks, and texts that try to break out of their report."""
 
 import functools
-from dataclasses import replace
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from jaxguard.evaluate.calibration import calibration, fit_platt, recalibrated, 
 from jaxguard.evaluate.comparison import f1_difference, mcnemar
 from jaxguard.evaluate.metrics import average_f1, custom_weights, judged, measure, measure_slices, safety_weights
 from jaxguard.evaluate.published import read_published
-from jaxguard.evaluate.results import Average, Cell, Cost, Evaluation, Point, Thresholded, Wrong
+from jaxguard.evaluate.results import Average, Cell, Cost, Evaluation, Thresholded, Wrong
 
 PUBLISHED = read_published()
 GUARDS = (("ours", "reasoning", 0.10), ("ours", "direct", 0.15), ("other", "reasoning", 0.2), ("other", "direct", 0.25))
@@ -65,20 +64,10 @@ def evaluation(benchmarks=FEW, complete=True, hostile=False, wrong=3):
     )
 
 
-def points(xs=(500, 1000, 5000)):
-    """A curve of two modes and three seeds."""
-    return tuple(
-        Point(x, mode, seed, 0.7 + 0.04 * i + 0.005 * seed - 0.02 * (mode == "direct"))
-        for mode in ("reasoning", "direct")
-        for seed in range(3)
-        for i, x in enumerate(xs)
-    )
-
-
 @functools.cache
 def whole():
     """On the paper's benchmarks, with all that a report can show."""
-    return replace(evaluation(PAPERS), by_examples=points(), by_sentences=points((1, 3, 8)))
+    return evaluation(PAPERS)
 
 
 @functools.cache

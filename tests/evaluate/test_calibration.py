@@ -14,7 +14,6 @@ from sklearn.metrics import average_precision_score, brier_score_loss, f1_score,
 from jaxguard.evaluate.calibration import (
     BINS,
     best_f1_threshold,
-    bounded_threshold,
     calibration,
     fit_platt,
     recalibrated,
@@ -125,24 +124,10 @@ def test_no_threshold_has_a_higher_f1(data):
         assert 0 <= threshold <= 1
 
 
-@given(guard(least=2, both=True), st.sampled_from((0.0, 0.1, 0.3, 1.0)))
-def test_no_threshold_within_the_bound_has_a_higher_recall(data, most):
-    labels, probabilities = data
-    found = bounded_threshold(labels, probabilities, most)
-    rates = {
-        t: ((probabilities > t)[~labels].mean(), (probabilities > t)[labels].mean()) for t in (found, *probabilities)
-    }
-    assert rates[found][0] <= most + 1e-12
-    assert rates[found][1] >= max((recall for alarms, recall in rates.values() if alarms <= most), default=0) - 1e-12
-
-
 def test_thresholds_by_hand():
     labels, probabilities = np.array([1, 1, 0, 1, 0, 0], bool), np.array([0.9, 0.8, 0.7, 0.4, 0.2, 0.1])
     assert best_f1_threshold(labels, probabilities) == pytest.approx(0.3)  # all three, one false alarm: 6 / 7
-    assert bounded_threshold(labels, probabilities, 0.0) == pytest.approx(0.75)
-    assert bounded_threshold(labels, probabilities, 0.34) == pytest.approx(0.3)
     assert best_f1_threshold(~labels & False, probabilities) is None
-    assert bounded_threshold(labels | True, probabilities, 0.1) is None
 
 
 def test_of_equal_thresholds_the_nearest_to_a_half_is_taken():
@@ -150,12 +135,6 @@ def test_of_equal_thresholds_the_nearest_to_a_half_is_taken():
     assert best_f1_threshold(np.array([1, 0, 0, 1], bool), np.array([0.9, 0.8, 0.3, 0.2])) == pytest.approx(0.85)
     assert best_f1_threshold(np.array([1, 0, 0, 1], bool), np.array([0.9, 0.1, 0.05, 0.02])) == 0.5
     assert best_f1_threshold(np.array([1, 1], bool), np.array([0.9, 0.8])) == 0
-
-
-def test_of_equal_recall_the_fewest_false_alarms_are_taken():
-    labels, probabilities = np.array([1, 0, 0], bool), np.array([0.9, 0.8, 0.2])
-    assert bounded_threshold(labels, probabilities, 1.0) == pytest.approx(0.85)
-    assert bounded_threshold(np.array([True, False]), np.array([0.3, 0.6]), 0.0) == 1
 
 
 def test_a_threshold_of_one_set_is_used_on_another():
@@ -166,9 +145,6 @@ def test_a_threshold_of_one_set_is_used_on_another():
     f1 = [measure(judged(test_labels, verdicts_at(test_shifted, t))).scores.f1.value for t in (0.5, threshold)]
     assert f1[0] == 0
     assert f1[1] > 0.7
-    bounded = bounded_threshold(labels, shifted, 0.1)
-    rate = measure(judged(test_labels, verdicts_at(test_shifted, bounded))).scores.false_positive_rate.value
-    assert rate == pytest.approx(0.1, abs=0.02)
 
 
 def test_a_missing_probability_is_an_unparseable_verdict():

@@ -9,18 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, hostile, points, some, whole
+from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, hostile, some, whole
 
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.calibration import Bin
 from jaxguard.evaluate.figures import (
-    curve_figure,
-    describe_curve,
+    f1_figure,
     inline_svg,
     latency_figure,
     pooled,
     reliability_figure,
-    sentence_figure,
 )
 from jaxguard.evaluate.report import MOST_CHARACTERS, MOST_WRONG, markdown, page, write_report
 from jaxguard.evaluate.report_tables import cautions, errors, main_table, score_table, versus_table
@@ -276,19 +274,6 @@ def test_hostile_texts_add_no_element_or_attribute():
 # Diagrams.
 
 
-def test_curves_show_ours_and_the_papers():
-    figure = curve_figure(points(), PUBLISHED)
-    (axes,) = figure.axes
-    lines = {line.get_label(): line for line in axes.lines}
-    assert list(lines["the paper (± deviation of its subsets)"].get_xdata()) == [500, 1000, 2500, 5000, 86759]
-    assert list(lines["ours, reasoning, mean of 3 seeds"].get_ydata()) == pytest.approx([0.705, 0.745, 0.785])
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("training examples (logarithmic)", "safety average, F1")
-    assert len(axes.collections) == 1  # the band
-    assert "ours, direct: 0.680 at 500" in describe_curve(points(), PUBLISHED.sample_efficiency, "training examples")
-    (axes,) = sentence_figure((), PUBLISHED).axes
-    assert [line.get_label() for line in axes.lines] == ["the paper"]
-
-
 def test_pooled_bins_keep_all_examples():
     curves = [(Bin(10, 0.05, 0.0), Bin(30, 0.95, 1.0)), (Bin(30, 0.01, 0.2), Bin(5, 1.0, 0.4))]
     found = pooled(curves)
@@ -298,12 +283,12 @@ def test_pooled_bins_keep_all_examples():
 
 
 def test_a_diagram_takes_the_pages_colours_and_a_text_for_those_who_do_not_see_it():
-    svg = inline_svg(curve_figure(points(), PUBLISHED), "curve", 'a "quoted" <text>')
+    svg = inline_svg(f1_figure(some()), "curve", 'a "quoted" <text>')
     assert svg.startswith('<svg role="img" aria-label="a &#34;quoted&#34; &lt;text&gt;"')
     assert "var(--c0)" in svg
     assert not re.search(r"#0072b2|#1b1b1d", svg, re.IGNORECASE)
     assert set(re.findall(r'(?:\bid="|url\(#|href="#)(.{6})', svg)) == {"curve-"}
-    assert svg == inline_svg(curve_figure(points(), PUBLISHED), "curve", 'a "quoted" <text>')
+    assert svg == inline_svg(f1_figure(some()), "curve", 'a "quoted" <text>')
 
 
 def test_seconds_against_f1():
@@ -327,7 +312,7 @@ def test_a_guard_without_probabilities_has_no_reliability_diagram():
 
 
 def test_the_page_has_each_diagram_with_a_text():
-    for found, count in ((whole(), 2 + 4 + 2), (some(), 2 + 4)):
+    for found, count in ((whole(), 2 + 4), (some(), 2 + 4)):
         assert len(re.findall(r'<svg role="img" aria-label="[^"]{20,}"', page(found, PUBLISHED))) == count
     assert len(some().cells) == 4 * len(FEW)
     assert some().cells[0].examples == SIZE
