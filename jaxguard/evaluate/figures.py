@@ -21,8 +21,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jaxguard.evaluate.calibration import Bin
 from jaxguard.evaluate.published import Published
-from jaxguard.evaluate.report_tables import benchmarks, guards
-from jaxguard.evaluate.report_text import seconds, short
+from jaxguard.evaluate.report_tables import benchmarks, cells_by, guards
+from jaxguard.evaluate.report_text import DASH, seconds, short
 from jaxguard.evaluate.results import Cell, Evaluation
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -61,7 +61,7 @@ def _styled(draw: Callable[Arguments, Figure | None]) -> Callable[Arguments, Fig
 
 @_styled
 def f1_figure(evaluation: Evaluation) -> Figure | None:
-    """F1 with its interval on every benchmark; None where there is none."""
+    """F1 with its interval on every benchmark, a dash where a guard has none; None where there is none at all."""
     cells_of, all_guards = benchmarks(evaluation), guards(evaluation)
     if not any(cell.result.scores.f1.value is not None for cell in evaluation.cells):
         return None
@@ -69,11 +69,12 @@ def f1_figure(evaluation: Evaluation) -> Figure | None:
     figure = Figure(figsize=(6.2, 0.9 + len(cells_of) * max(0.3, 0.14 * len(all_guards)) + 0.2 * len(all_guards)))
     axes = figure.add_subplot()
     for y, cells in enumerate(cells_of.values()):
-        for cell in cells:
-            f1, i = cell.result.scores.f1, all_guards.index((cell.guard, cell.mode))
-            if f1.value is None:
+        scores = {(cell.guard, cell.mode): cell.result.scores.f1 for cell in cells}
+        for i, one in enumerate(all_guards):
+            place, style, f1 = y + step * (i - (len(all_guards) - 1) / 2), _style(evaluation, *one), scores.get(one)
+            if f1 is None or f1.value is None:
+                axes.text(0.01, place, DASH, color=style["color"], va="center", transform=axes.get_yaxis_transform())
                 continue
-            place, style = y + step * (i - (len(all_guards) - 1) / 2), _style(evaluation, cell.guard, cell.mode)
             if f1.low is not None and f1.high is not None:
                 axes.plot((f1.low, f1.high), (place, place), color=style["color"], linewidth=1.5)
             axes.plot(f1.value, place, **style, linestyle="none")
@@ -92,16 +93,20 @@ def f1_figure(evaluation: Evaluation) -> Figure | None:
 def latency_figure(evaluation: Evaluation, published: Published) -> Figure | None:
     """F1 against the seconds that an example takes; None where nothing took time.
 
-    F1 is the safety average. Where a guard has none, all show the mean of the benchmarks instead, and the paper is left out.
+    F1 is the safety average. Where a guard has none, or not over all benchmarks, it is the mean over the benchmarks that all
+    have judged, and the paper is left out.
     """
-    safety = {(one.guard, one.mode): one.f1.value for one in evaluation.averages if one.name == "safety"}
-    all_guards = guards(evaluation)
+    safety = {
+        (one.guard, one.mode): one.f1.value for one in evaluation.averages if one.name == "safety" and not one.missing
+    }
+    all_guards, cells_of = guards(evaluation), benchmarks(evaluation)
     whole = all(safety.get(one) is not None for one in all_guards)
+    common = {name for name, cells in cells_of.items() if len(cells) == len(all_guards)}
     figure = Figure(figsize=(4.9, 3.7))
     axes = figure.add_subplot()
     drawn = []
     for guard, mode in all_guards:
-        cells = [cell for cell in evaluation.cells if (cell.guard, cell.mode) == (guard, mode)]
+        cells = [cell for cell in cells_by(evaluation, guard, mode) if cell.benchmark in common]
         mean = [cell.result.scores.f1.value for cell in cells if cell.result.scores.f1.value is not None]
         took = sum(cell.cost.seconds * cell.examples for cell in cells) / max(1, sum(cell.examples for cell in cells))
         f1 = safety[guard, mode] if whole else float(np.mean(mean)) if mean else None
@@ -119,7 +124,7 @@ def latency_figure(evaluation: Evaluation, published: Published) -> Figure | Non
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("seconds an example (logarithmic)")
-    axes.set_ylabel("safety average, F1" if whole else "mean F1 of the benchmarks")
+    axes.set_ylabel("safety average, F1" if whole else "mean F1 of the benchmarks that all judged")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 

@@ -98,8 +98,17 @@ def filled(
     probabilities: np.ndarray,
     question: Question = "prompt_harm",
     unparseable: Unparseable = "harmful",
+    unscored: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """Probabilities of the positive class, float[N], where those that are missing (NaN) count as an unreadable verdict does.
+    """Probabilities of the positive class, float[N], where what is missing counts as an unreadable verdict does.
+
+    Args:
+        labels: bool[N].
+        probabilities: float[N], NaN where there is none.
+        question: what was asked.
+        unparseable: what an unreadable verdict counts as.
+        unscored: float[N], the share of an example's generations that are not in its probability, which is the mean over
+            the others.
 
     Raises:
         JaxguardError: a number is no probability.
@@ -109,7 +118,9 @@ def filled(
         raise JaxguardError(
             f"probability {probabilities[i]} of example {i}: give a number from 0 to 1, or NaN if there is none"
         )
-    return np.where(missing, _stand_in(labels, question, unparseable), probabilities)
+    share = np.where(missing, 1.0, unscored)
+    known = np.where(missing, 0.0, probabilities)
+    return (1 - share) * known + share * _stand_in(labels, question, unparseable)
 
 
 def measure(found: Judged, seed: Seed = 0, resamples: int = RESAMPLES) -> Result:

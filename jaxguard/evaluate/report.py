@@ -5,6 +5,7 @@ hidden until they are asked for.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from jaxguard.evaluate.report_tables import (
     Table,
     benchmarks,
     cautions,
+    cells_by,
+    cost_table,
     errors,
     facts,
     flat_settings,
@@ -50,15 +53,28 @@ CATEGORY = "category"
 """The slice that errors are grouped by; where a benchmark has no such slice, its first one."""
 READ_AVERAGES = (
     "F1 of the positive class: each generation is scored by itself and the scores are averaged. In brackets the 95 % bootstrap "
-    "interval over examples, after ± the deviation over generations. The safety average is (5 × prompt + 4 × response) / 9."
+    "interval over examples, after ± the deviation over generations. The safety average is (5 × prompt + 4 × response) / 9. "
+    "Differences are paired, on what both guards judged. A dash: nothing of it was judged."
 )
 READ_SCORES = (
-    "n/a: the examples lack the class that the score is about, or the guard gives no probability. Probabilities are taken at face "
-    "value for AUPRC and ECE; the threshold is chosen on other examples. Forced: the thought ran out, and a verdict was asked for."
+    "n/a: the examples lack the class that the score is about, or the guard gives no probability. A dash: the guard did not "
+    "judge it. Probabilities are taken at face value for AUPRC and ECE; the threshold is chosen on other examples. Forced: the "
+    "thought ran out, and a verdict was asked for. Cut: the text does not fit the model, and was judged without its middle."
 )
 READ_VERSUS = (
-    "On the same examples, by a paired bootstrap. Right alone: examples that only this guard, and only the first, judges right in "
-    "most of its generations, with McNemar's exact test."
+    "Each mode with the same mode of the first guard, or with its first where it has no such mode; on the same examples, by a "
+    "paired bootstrap. Right alone: examples that only this guard, and only the first, judges right in more than half of its "
+    "generations, with McNemar's exact test."
+)
+READ_COST = (
+    "Means of all examples that the guard judged. Seconds are from asking to the answer. JAX judges in batches, and an example's "
+    "seconds are its share of the batch's; at a server they are its own wait, beside the others that are under way. Passes for "
+    "the probability alone are counted by themselves, but with evaluate.generations=0 they are the answer. Examples and tokens "
+    "a second are by the clock, with these passes; tokens are those of prompts and of all generations."
+)
+READ_ERRORS = (
+    "An example is an error unless more than half of its generations are right: a tie is one. The most certain probabilities come "
+    "first; what is shown is the first wrong answer."
 )
 
 
@@ -119,6 +135,9 @@ def markdown(evaluation: Evaluation, published: Published) -> str:
         "## Benchmarks",
         READ_SCORES,
         _table(score_table(evaluation)),
+        "## Time and tokens",
+        READ_COST,
+        _table(cost_table(evaluation)),
         *(("## Compared with the first guard", READ_VERSUS, _table(versus)) if versus.lines else ()),
         "## Slices",
     ]
@@ -128,7 +147,7 @@ def markdown(evaluation: Evaluation, published: Published) -> str:
             parts += [f"### {escaped(heading(cells[0]))}", _table(slices)]
     parts += [
         "## Errors",
-        "Texts are in report.html, hidden until they are asked for.",
+        f"{READ_ERRORS} Texts are in report.html, hidden until they are asked for.",
         _table(_error_table(evaluation)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -180,12 +199,19 @@ def page(evaluation: Evaluation, published: Published) -> str:
         cautions=cautions(evaluation, published),
         averages=main_table(evaluation, published),
         scores=score_table(evaluation),
+        cost=cost_table(evaluation),
         versus=versus_table(evaluation),
         slices={name: (heading(cells[0]), slice_table(cells)) for name, cells in cells_of.items()},
         overview=_overview(evaluation, published),
         reliability=_reliability(evaluation),
         mistakes={name: (heading(cells[0]), _mistakes(cells)) for name, cells in cells_of.items()},
-        read={"averages": READ_AVERAGES, "scores": READ_SCORES, "versus": READ_VERSUS},
+        read={
+            "averages": READ_AVERAGES,
+            "scores": READ_SCORES,
+            "cost": READ_COST,
+            "versus": READ_VERSUS,
+            "errors": READ_ERRORS,
+        },
     )
 
 
@@ -198,7 +224,13 @@ def _overview(evaluation: Evaluation, published: Published) -> list[Drawing]:
     found = []
     if f1 is not None:
         alt = "F1 of every guard and mode on every benchmark with its interval; the table of benchmarks has the numbers"
-        found.append(Drawing("F1 by benchmark; hollow marks answer without a thought", inline_svg(f1, "f1", alt), True))
+        found.append(
+            Drawing(
+                "F1 by benchmark; hollow marks answer without a thought, a dash has no F1",
+                inline_svg(f1, "f1", alt),
+                True,
+            )
+        )
     if latency is not None:
         alt = "F1 against seconds an example; the tables of averages and of benchmarks have the numbers"
         on = f", here on {plain(evaluation.hardware)}" if evaluation.hardware else ""
@@ -209,7 +241,7 @@ def _overview(evaluation: Evaluation, published: Published) -> list[Drawing]:
 def _reliability(evaluation: Evaluation) -> list[Drawing]:
     found = []
     for i, (guard, mode) in enumerate(guards(evaluation)):
-        cells = [cell for cell in evaluation.cells if (cell.guard, cell.mode) == (guard, mode)]
+        cells = cells_by(evaluation, guard, mode)
         figure = reliability_figure(cells, colour_of(evaluation, guard))
         if figure is not None:
             ece = ", ".join(f"{c.benchmark} {number(c.calibration.ece)}" for c in cells if c.calibration)
@@ -247,10 +279,20 @@ def _mistakes(cells: Iterable[Cell]) -> list[Mistakes]:
 def _mistake(wrong: Wrong, question: Question) -> Mistake:
     example = wrong.example
     texts: Sequence[tuple[str, str | None]] = (
-        ("Prompt", example.prompt), ("Response", example.response), ("What it wrote", wrong.text or None),
+        ("Prompt", example.prompt), ("Response", example.response), ("Its first wrong answer", wrong.text or None),
         ("Policy", example.policy),
     )  # fmt: skip
     parts = tuple((what, *cut(visible(text), MOST_CHARACTERS, " …")) for what, text in texts if text is not None)
     about = [example.id, *wrong.slices, *(f"category: {name}" for name in example.categories)]
-    title = f"labelled {wrong.label}, it says {wrong.said}; P({CHOICES[question][0]}) {number(wrong.probability)}"
+    title = (
+        f"labelled {wrong.label}, it says {_said(wrong.said)}; P({CHOICES[question][0]}) {number(wrong.probability)}"
+    )
     return Mistake(title, parts, plain(" · ".join(dict.fromkeys(about))))
+
+
+def _said(verdicts: Sequence[str]) -> str:
+    """Verdict words, the most frequent first; how often each was said, where they differ."""
+    found = Counter(verdicts).most_common()
+    if len(found) == 1:
+        return verdicts[0]
+    return ", ".join(f"{word} ({count} of {len(verdicts)})" for word, count in found)

@@ -5,15 +5,15 @@ Nothing here is escaped.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxguard.data.dialogue import CHOICES, TITLES
-from jaxguard.evaluate.comparison import Difference
 from jaxguard.evaluate.published import AVERAGES, Published, PublishedRow
 from jaxguard.evaluate.report_text import (
     ABSENT,
+    DASH,
     Shown,
     difference,
     estimate,
@@ -24,7 +24,7 @@ from jaxguard.evaluate.report_text import (
     share,
     signed,
 )
-from jaxguard.evaluate.results import Average, Cell, Evaluation
+from jaxguard.evaluate.results import Average, Cell, Evaluation, Versus
 from jaxguard.statistics import Estimate
 
 Kind = Literal["ours", "difference", "paper"]
@@ -34,8 +34,21 @@ AVERAGE_TITLES = {
     "safety": "Safety (Avg)",
     "custom": "Custom policies",
 }
-MANY_UNPARSEABLE, MANY_FORCED = 0.01, 0.1
-"""Shares of the answers above which the report warns."""
+# What the report warns of: of a guard that does so in more than this share of its answers.
+CAUTIONS: tuple[tuple[str, Callable[[Cell], float], float], ...] = (
+    ("gives many answers that cannot be read", lambda cell: cell.result.unparseable / answers(cell), 0.01),
+    ("often thinks longer than it may, and is then made to answer", lambda cell: cell.cost.forced / answers(cell), 0.1),
+    (
+        "has many answers whose probability cannot be read, which counts as an unreadable answer does",
+        lambda cell: cell.cost.unscored / answers(cell) if cell.calibration else 0.0,
+        0.01,
+    ),
+    (
+        "has no room for some examples, and judged them without the middle of their text",
+        lambda cell: cell.cost.cut / cell.examples,
+        0.0,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -56,9 +69,13 @@ class Table:
 
 
 def guards(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """(guard, mode), in order."""
-    pairs = [(cell.guard, cell.mode) for cell in evaluation.cells]
-    return list(dict.fromkeys([*pairs, *((one.guard, one.mode) for one in evaluation.averages)]))
+    """(guard, mode) of all that judged anything, in order."""
+    return list(dict.fromkeys((cell.guard, cell.mode) for cell in evaluation.cells))
+
+
+def cells_by(evaluation: Evaluation, guard: str, mode: str) -> list[Cell]:
+    """What a guard judged in a mode."""
+    return [cell for cell in evaluation.cells if (cell.guard, cell.mode) == (guard, mode)]
 
 
 def benchmarks(evaluation: Evaluation) -> dict[str, list[Cell]]:
@@ -99,29 +116,36 @@ def cautions(evaluation: Evaluation, published: Published) -> list[str]:
 def _unfinished(evaluation: Evaluation) -> Iterator[str]:
     if not evaluation.cells:
         yield "Nothing was judged."
+        return
     partial = list(dict.fromkeys(cell.benchmark for cell in evaluation.cells if not cell.complete))
     if partial:
         limit = evaluation.settings.get("limit")
         why = f"evaluate.limit is {limit}" if limit else "The evaluation is not complete"
         yield f"{why}: only some of the examples were judged of {', '.join(partial)}."
-    for benchmark, cells in benchmarks(evaluation).items():
-        there = {(cell.guard, cell.mode) for cell in cells}
+    idle = [name for name in evaluation.models if name not in {cell.guard for cell in evaluation.cells}]
+    if idle:
+        yield f"{', '.join(idle)} judged nothing: what a guard cannot be asked is left out."
+    cells_of = benchmarks(evaluation)
+    for benchmark in evaluation.benchmarks:
+        there = {(cell.guard, cell.mode) for cell in cells_of.get(benchmark, ())}
         absent = [_name(*one) for one in guards(evaluation) if one not in there]
         if absent:
-            yield f"{benchmark} was not judged by {', '.join(absent)}."
+            yield f"{benchmark} was not judged by {', '.join(absent) if there else 'any guard'}."
+    partly = dict.fromkeys(_name(one.guard, one.mode) for one in evaluation.averages if one.missing)
+    if partly:
+        yield (
+            f"Averages of {', '.join(partly)} are over the benchmarks that it judged, which are fewer than those of others: "
+            "compare it by the differences, which are over what both judged."
+        )
 
 
 def _unreadable(evaluation: Evaluation) -> Iterator[str]:
     for guard, mode in guards(evaluation):
-        cells = [cell for cell in evaluation.cells if (cell.guard, cell.mode) == (guard, mode)]
-        unparseable = [c for c in cells if c.result.unparseable > MANY_UNPARSEABLE * answers(c)]
-        forced = [c for c in cells if c.cost.forced > MANY_FORCED * answers(c)]
-        if unparseable:
-            many = ", ".join(f"{c.benchmark} ({share(c.result.unparseable, answers(c))})" for c in unparseable)
-            yield f"{_name(guard, mode)} gives many answers that cannot be read: {many}."
-        if forced:
-            many = ", ".join(f"{c.benchmark} ({share(c.cost.forced, answers(c))})" for c in forced)
-            yield f"{_name(guard, mode)} often thinks longer than it may, and is then made to answer: {many}."
+        for said, part, most in CAUTIONS:
+            parts = [(cell.benchmark, part(cell)) for cell in cells_by(evaluation, guard, mode)]
+            many = [f"{benchmark} ({share(found, 1)})" for benchmark, found in parts if found > most]
+            if many:
+                yield f"{_name(guard, mode)} {said}: {', '.join(many)}."
 
 
 def _other_protocol(evaluation: Evaluation, published: Published) -> Iterator[str]:
@@ -153,11 +177,7 @@ def comparable(evaluation: Evaluation, published: Published, average: Average) -
     """Whether an average is over the paper's benchmarks, each of them whole."""
     groups = {"prompt": {"safety_prompt"}, "response": {"safety_response"}, "custom": {"custom_policy"}}
     wanted = groups.get(average.name, {"safety_prompt", "safety_response"})
-    cells = [
-        cell
-        for cell in evaluation.cells
-        if (cell.guard, cell.mode) == (average.guard, average.mode) and cell.group in wanted
-    ]
+    cells = [cell for cell in cells_by(evaluation, average.guard, average.mode) if cell.group in wanted]
     same = Counter(cell.source for cell in cells) == Counter(published.averages.benchmarks(average.name))
     return same and all(cell.complete for cell in cells)
 
@@ -165,14 +185,14 @@ def comparable(evaluation: Evaluation, published: Published, average: Average) -
 def main_table(evaluation: Evaluation, published: Published) -> Table:
     """Averages of every guard in every mode, what they are better by, and the paper's rows."""
     lines = []
-    first = evaluation.cells[0].guard if evaluation.cells else ""
     for guard, mode in guards(evaluation):
         found = {one.name: one for one in evaluation.averages if (one.guard, one.mode) == (guard, mode)}
-        scores = (estimate(found[name].f1 if name in found else None, deviation=True) for name in AVERAGES)
-        lines.append(Line((Shown(guard, mode), *scores)))
-        if any(one.versus for one in found.values()):
-            cells = (difference(found[name].versus if name in found else None) for name in AVERAGES)
-            lines.append(Line((Shown(f"less {first}"), *cells), kind="difference"))
+        lines.append(Line((Shown(guard, mode), *(_average(found.get(name)) for name in AVERAGES))))
+        versus = {name: one.versus for name, one in found.items() if one.versus}
+        if versus:
+            first = next(iter(versus.values()))
+            cells = (_difference(versus.get(name)) for name in AVERAGES)
+            lines.append(Line((Shown(f"less {first.guard}", first.mode), *cells), kind="difference"))
         row = chosen_row(evaluation, published, guard, mode)
         if row is not None:
             cells = (_less_paper(evaluation, published, found.get(name), row.average(name)) for name in AVERAGES)
@@ -181,6 +201,19 @@ def main_table(evaluation: Evaluation, published: Published) -> Table:
         scores = (Shown("" if row.average(name) is None else number(row.average(name))) for name in AVERAGES)
         lines.append(Line((Shown(row.name), *scores), f"The paper ({published.source})", "paper"))
     return Table(("guard", *(AVERAGE_TITLES[name] for name in AVERAGES)), tuple(lines))
+
+
+def _average(found: Average | None) -> Shown:
+    return Shown(DASH) if found is None else _without(estimate(found.f1, deviation=True), found.missing)
+
+
+def _difference(found: Versus | None) -> Shown:
+    return Shown(DASH) if found is None else _without(difference(found.f1), found.missing)
+
+
+def _without(shown: Shown, missing: Sequence[str]) -> Shown:
+    left_out = f"{_count(len(missing), 'benchmark')} left out" if missing else ""
+    return Shown(shown.text, " ".join(filter(None, (shown.more, left_out))))
 
 
 def chosen_row(evaluation: Evaluation, published: Published, guard: str, mode: str) -> PublishedRow | None:
@@ -198,11 +231,18 @@ def _less_paper(evaluation: Evaluation, published: Published, ours: Average | No
 
 
 def score_table(evaluation: Evaluation) -> Table:
-    """Every guard on every benchmark."""
+    """Every guard on every benchmark, with dashes for what it did not judge."""
     heads = ("F1", "precision", "recall", "false-positive rate", "AUPRC", "ECE", "F1 at threshold", "unparseable", "forced",
-             "seconds")  # fmt: skip
-    lines = [Line(_scores(cell), heading(cells[0])) for cells in benchmarks(evaluation).values() for cell in cells]
+             "cut", "seconds")  # fmt: skip
+    lines = []
+    for cells in benchmarks(evaluation).values():
+        found = {(cell.guard, cell.mode): _scores(cell) for cell in cells}
+        lines += [Line((Shown(*one), *found.get(one, _dashes(heads))), heading(cells[0])) for one in guards(evaluation)]
     return Table(("guard", *heads), tuple(lines))
+
+
+def _dashes(heads: Sequence[str]) -> tuple[Shown, ...]:
+    return (Shown(DASH),) * len(heads)
 
 
 def heading(cell: Cell) -> str:
@@ -223,7 +263,6 @@ def _scores(cell: Cell) -> tuple[Shown, ...]:
         found = estimate(chosen.result.scores.f1)
         at = Shown(f"{found.text} at {chosen.threshold:.3f}", found.more)
     return (
-        Shown(cell.guard, cell.mode),
         estimate(scores.f1, deviation=True),
         *map(estimate, (scores.precision, scores.recall, scores.false_positive_rate)),
         estimate(calibration.auprc if calibration else None),
@@ -231,26 +270,51 @@ def _scores(cell: Cell) -> tuple[Shown, ...]:
         at,
         _part(cell.result.unparseable, answers(cell)),
         _part(cell.cost.forced, answers(cell)),
+        _part(cell.cost.cut, cell.examples),
         Shown(seconds(cell.cost.seconds), f"{cell.cost.completion_tokens:,.0f} tokens"),
     )
 
 
 def versus_table(evaluation: Evaluation) -> Table:
     """Every guard against the first one on the same examples; no lines where there is only one."""
+    heads = ("F1 less the first's", "95 % interval", "p", "right alone (McNemar)")
+    first_of = {(cell.guard, cell.mode): cell.versus for cell in evaluation.cells if cell.versus}
     lines = []
     for cells in benchmarks(evaluation).values():
-        for cell in cells:
-            if cell.versus is None:
-                continue
-            found, test = cell.versus
-            right = Shown(f"{test.only_first:,} : {test.only_second:,}", probability(test.p))
-            lines.append(Line((Shown(cell.guard, cell.mode), *_parts(found), right), heading(cells[0])))
-    return Table(("guard", "F1 less the first's", "95 % interval", "p", "right alone (McNemar)"), tuple(lines))
+        found = {(cell.guard, cell.mode): _versus(cell.versus) for cell in cells if cell.versus}
+        for one, first in first_of.items():
+            name = Shown(one[0], f"{one[1]}, less {_name(first.guard, first.mode)}")
+            lines.append(Line((name, *found.get(one, _dashes(heads))), heading(cells[0])))
+    return Table(("guard", *heads), tuple(lines))
 
 
-def _parts(found: Difference) -> tuple[Shown, Shown, Shown]:
-    p = ABSENT if found.p is None else probability(found.p).removeprefix("p = ").removeprefix("p ")
-    return Shown(difference(found).text), Shown(interval(found.low, found.high, difference=True) or ABSENT), Shown(p)
+def _versus(found: Versus) -> tuple[Shown, ...]:
+    f1, test = found.f1, found.mcnemar
+    p = ABSENT if f1.p is None else probability(f1.p).removeprefix("p = ").removeprefix("p ")
+    right = Shown(f"{test.only_first:,} : {test.only_second:,}", probability(test.p)) if test else Shown(ABSENT)
+    return Shown(difference(f1).text), Shown(interval(f1.low, f1.high, difference=True) or ABSENT), Shown(p), right
+
+
+def cost_table(evaluation: Evaluation) -> Table:
+    """Time and tokens of every guard in every mode, over all that it judged."""
+    heads = ("guard", "examples", "seconds", "seconds for the probability", "prompt tokens", "generated tokens", "examples/s",
+             "tokens/s")  # fmt: skip
+    lines = []
+    for guard, mode in guards(evaluation):
+        cells = cells_by(evaluation, guard, mode)
+        count, wall = sum(cell.examples for cell in cells), sum(cell.cost.wall for cell in cells)
+        took, scoring, prompt, generated = (
+            sum(getattr(cell.cost, name) * cell.examples for cell in cells) / count
+            for name in ("seconds", "scoring", "prompt_tokens", "completion_tokens")
+        )
+        rates = (Shown(ABSENT), Shown(ABSENT))
+        if wall:
+            more = f"{generated * count / wall:,.0f} generated"
+            rates = (Shown(seconds(count / wall)), Shown(f"{(prompt + generated) * count / wall:,.0f}", more))
+        times = (Shown(seconds(took)), Shown(seconds(scoring)))
+        tokens = (Shown(f"{prompt:,.0f}"), Shown(f"{generated:,.0f}"))
+        lines.append(Line((Shown(guard, mode), Shown(f"{count:,}"), *times, *tokens, *rates)))
+    return Table(heads, tuple(lines))
 
 
 def slice_table(cells: Sequence[Cell]) -> Table:
@@ -278,9 +342,9 @@ def answers(cell: Cell) -> int:
 
 
 def errors(cell: Cell) -> int:
-    """Examples that most generations judge wrongly."""
+    """Examples that no more than half of the generations judge right."""
     right = cell.result.right
-    return sum(count for i, count in enumerate(right) if 2 * i < len(right) - 1)
+    return sum(count for i, count in enumerate(right) if 2 * i <= len(right) - 1)
 
 
 def _part(count: int, whole: int) -> Shown:

@@ -7,6 +7,9 @@ from jaxguard.markdown import plain
 from jaxguard.statistics import Estimate
 
 ABSENT = "n/a"
+"""What is not defined."""
+DASH = "–"
+"""What was not judged."""
 
 
 class Shown(NamedTuple):

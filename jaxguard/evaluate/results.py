@@ -16,8 +16,10 @@ from jaxguard.evaluate.comparison import Difference, McNemar
 from jaxguard.evaluate.metrics import Result
 from jaxguard.statistics import Estimate
 
-VERSION = 1
+VERSION = 2
 """Of results.json; another one cannot be read."""
+UNREADABLE = "nothing readable"
+"""Stands for a verdict word."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,23 @@ class Cost:
     """What judging took.
 
     Attributes:
-        seconds: per example, mean, as it ran here; `throughput` examples a second over the whole benchmark.
-        prompt_tokens, completion_tokens: per example, mean.
+        seconds: from asking to the answer, per example, mean; of a batch, its share.
+        scoring: seconds for the probability, likewise; not part of `seconds`.
+        wall: seconds for all examples by the clock, everything included.
+        prompt_tokens, completion_tokens: per example, mean; the latter of all generations together.
         forced: generations whose thought ran out, of all.
+        unscored: generations that are not in the probability, of all.
+        cut: examples whose text was judged without its middle, since it does not fit the model.
     """
 
     seconds: float
-    throughput: float
+    scoring: float
+    wall: float
     prompt_tokens: float
     completion_tokens: float
     forced: int
+    unscored: int
+    cut: int
 
 
 @dataclass(frozen=True)
@@ -48,19 +57,38 @@ class Thresholded:
 
 
 @dataclass(frozen=True)
-class Wrong:
-    """An example that most generations judge wrongly.
+class Versus:
+    """A guard against the first one of the config.
 
     Attributes:
-        label, said: verdict words; `said` is of most generations.
+        guard, mode: the first one, in the same mode where it has that, else in its first.
+        f1: of the guard less that of the first.
+        mcnemar: of a single benchmark.
+        missing: benchmarks of an average that one of the two did not judge; the difference is without them.
+    """
+
+    guard: str
+    mode: str
+    f1: Difference
+    mcnemar: McNemar | None = None
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """An error: an example that no more than half of the generations judge right.
+
+    Attributes:
+        label: a verdict word.
+        said: the verdict words of all generations, UNREADABLE where there is none.
         probability: of the positive answer.
-        text: what one of these generations wrote, empty where nothing was sampled.
+        text: what the first of the generations that are wrong wrote, empty where nothing was sampled.
         slices: the keys of Cell.slices that it is in.
     """
 
     example: Example
     label: str
-    said: str
+    said: tuple[str, ...]
     probability: float | None
     text: str
     slices: tuple[str, ...] = ()
@@ -79,7 +107,7 @@ class Cell:
         slices: "slice: value" -> the same.
         calibration: of the probabilities at face value; None where the guard gives none.
         thresholded: None without evaluate.validation, or without probabilities.
-        versus: against the first guard of the config in the same mode (or its only one), None for that itself.
+        versus: None for the first guard, and where that did not judge the benchmark.
         wrong: some of the errors, those with the most certain probability first.
     """
 
@@ -97,19 +125,25 @@ class Cell:
     slices: dict[str, Result] = field(default_factory=dict)
     calibration: Calibration | None = None
     thresholded: Thresholded | None = None
-    versus: tuple[Difference, McNemar] | None = None
+    versus: Versus | None = None
     wrong: tuple[Wrong, ...] = ()
 
 
 @dataclass(frozen=True)
 class Average:
-    """A weighted average over benchmarks: "prompt", "response", "safety" (the paper's Avg), "custom"."""
+    """A weighted average over benchmarks: "prompt", "response", "safety" (the paper's Avg), "custom".
+
+    Attributes:
+        versus: None for the first guard, and where the two have no such average in common.
+        missing: benchmarks that other guards judged and this one did not; the average is without them.
+    """
 
     guard: str
     mode: str
     name: str
     f1: Estimate
-    versus: Difference | None = None
+    versus: Versus | None = None
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +153,8 @@ class Evaluation:
     Attributes:
         name: the run's.
         models: what the guards are, for the head of the report: guard -> description.
-        cells, averages: in the config's order.
+        benchmarks: the labels of all that were to be judged.
+        cells, averages: in the config's order; of what a guard cannot be asked there is none.
         settings: the evaluate section of the config, plain.
         finished: when, in UTC, as in "2026-01-31T12:00:00+00:00".
         hardware: what it ran on, in words; seconds mean nothing without.
@@ -128,6 +163,7 @@ class Evaluation:
 
     name: str
     models: dict[str, str]
+    benchmarks: tuple[str, ...]
     cells: tuple[Cell, ...]
     averages: tuple[Average, ...]
     settings: dict[str, object]

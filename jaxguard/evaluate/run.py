@@ -74,6 +74,7 @@ def evaluate(config: Config) -> int:
         evaluation = Evaluation(
             name=config.name,
             models={guard.name: describe(guard, config) for guard in settings.guards},
+            benchmarks=tuple(bench.label for bench in benches),
             cells=cells,
             averages=averages,
             settings=settings.model_dump(mode="json"),

@@ -3,25 +3,30 @@
 from rich.table import Table
 from rich.text import Text
 
-from jaxguard.evaluate.results import Evaluation
+from jaxguard.evaluate.results import Average, Evaluation
 from jaxguard.statistics import Estimate
 
 
 def summary_table(evaluation: Evaluation) -> Table:
-    """F1 of every guard in every mode on every benchmark, and the averages."""
+    """F1 of every guard in every mode on every benchmark, and the averages; a dash where there is none."""
     rows = list(dict.fromkeys((cell.guard, cell.mode) for cell in evaluation.cells))
-    benchmarks = list(dict.fromkeys(cell.benchmark for cell in evaluation.cells))
-    averages = list(dict.fromkeys(average.name for average in evaluation.averages))
+    names = list(dict.fromkeys(average.name for average in evaluation.averages))
     table = Table("guard", "mode", title="F1 of the harmful class (95 % interval)")
-    for name in (*benchmarks, *averages):
+    for name in (*evaluation.benchmarks, *names):
         table.add_column(Text(name), justify="right")
-    cells = {(c.guard, c.mode, c.benchmark): c for c in evaluation.cells}
-    means = {(a.guard, a.mode, a.name): a.f1 for a in evaluation.averages}
+    cells = {(c.guard, c.mode, c.benchmark): c.result.scores.f1 for c in evaluation.cells}
+    averages = {(a.guard, a.mode, a.name): a for a in evaluation.averages}
     for guard, mode in rows:
-        f1 = [cells[guard, mode, name].result.scores.f1 for name in benchmarks]
-        mean = [means.get((guard, mode, name)) for name in averages]
-        table.add_row(Text(guard), mode, *(_estimate(x) for x in (*f1, *mean)))
+        f1 = [_estimate(cells.get((guard, mode, name))) for name in evaluation.benchmarks]
+        means = [_average(averages.get((guard, mode, name))) for name in names]
+        table.add_row(Text(guard), mode, *f1, *means)
+    if any(average.missing for average in evaluation.averages):
+        table.caption = "* without the benchmarks that the guard did not judge"
     return table
+
+
+def _average(found: Average | None) -> str:
+    return "-" if found is None else _estimate(found.f1) + ("*" if found.missing else "")
 
 
 def _estimate(found: Estimate | None) -> str:

@@ -11,7 +11,7 @@ from jaxguard.evaluate.calibration import calibration, fit_platt, recalibrated, 
 from jaxguard.evaluate.comparison import f1_difference, mcnemar
 from jaxguard.evaluate.metrics import average_f1, custom_weights, judged, measure, measure_slices, safety_weights
 from jaxguard.evaluate.published import read_published
-from jaxguard.evaluate.results import Average, Cell, Cost, Evaluation, Thresholded, Wrong
+from jaxguard.evaluate.results import Average, Cell, Cost, Evaluation, Thresholded, Versus, Wrong
 
 PUBLISHED = read_published()
 GUARDS = (("ours", "reasoning", 0.10), ("ours", "direct", 0.15), ("other", "reasoning", 0.2), ("other", "direct", 0.25))
@@ -49,6 +49,7 @@ def evaluation(benchmarks=FEW, complete=True, hostile=False, wrong=3):
     return Evaluation(
         name=HOSTILE[0] if hostile else "tiny",
         models={"ours": "Llama-3.1-8B-Instruct, 5,000 examples", "other": HOSTILE[3] if hostile else "another guard"},
+        benchmarks=tuple(dict.fromkeys(cell.benchmark for cell in cells)),
         cells=cells,
         averages=averages,
         settings={
@@ -100,7 +101,9 @@ def _average(guard, mode, name, found, benchmarks):
     prompts = sum(benchmarks[b] == "safety_prompt" for b in chosen)
     weights = safety_weights(prompts, len(chosen) - prompts) if name == "safety" else custom_weights(len(chosen))
     mine, first = ([found[one, mode][b] for b in chosen] for one in (guard, "ours"))
-    versus = f1_difference(mine, first, weights, resamples=DRAWS) if guard != "ours" else None
+    versus = None
+    if guard != "ours":
+        versus = Versus("ours", mode, f1_difference(mine, first, weights, resamples=DRAWS))
     return Average(guard, mode, name, average_f1(mine, weights, resamples=DRAWS), versus)
 
 
@@ -125,18 +128,17 @@ def _cell(random, name, group, guard, mode, labels, found, complete, hostile, wr
         examples=SIZE,
         complete=complete,
         result=measure(mine, resamples=DRAWS),
-        cost=Cost(SECONDS[mode], 1 / SECONDS[mode], 300.0, 120.0 if mode == "reasoning" else 9.0, 5),
+        cost=Cost(SECONDS[mode], 0.01, SIZE * SECONDS[mode], 300.0, 120.0 if mode == "reasoning" else 9.0, 5, 0, 0),
         slices=measure_slices(mine, slices, resamples=DRAWS),
         calibration=calibration(labels, probabilities, resamples=DRAWS),
         thresholded=Thresholded(0.4, platt, chosen, calibration(labels, after, resamples=DRAWS)),
-        versus=None
-        if guard == "ours"
-        else (
-            f1_difference([mine], [found["ours", mode][name]], resamples=DRAWS),
-            mcnemar(mine, found["ours", mode][name]),
-        ),
+        versus=None if guard == "ours" else _versus(mine, found["ours", mode][name], mode),
         wrong=tuple(_wrong(i, question, list(slices), hostile) for i in range(wrong)),
     )
+
+
+def _versus(mine, first, mode):
+    return Versus("ours", mode, f1_difference([mine], [first], resamples=DRAWS), mcnemar(mine, first))
 
 
 def _wrong(i, question, slices, hostile):
@@ -150,4 +152,6 @@ def _wrong(i, question, slices, hostile):
         policy=text if hostile else None,
         **{LABEL[question]: label},
     )
-    return Wrong(example, label, said, None if i == 1 else 0.02 + 0.1 * i, text, (slices[i % len(slices)],))
+    return Wrong(
+        example, label, (said,) * GENERATIONS, None if i == 1 else 0.02 + 0.1 * i, text, (slices[i % len(slices)],)
+    )

@@ -69,7 +69,7 @@ def test_both_modes_and_the_floors_are_scored(run):
     words = cells["words", "direct"]
     assert words.examples == COUNT
     assert words.result.scores.f1.value > 0.8
-    assert words.versus is not None
+    assert (words.versus.guard, words.versus.mode) == ("ours", "direct")
     assert cells["ours", "direct"].versus is None
     assert cells["ours", "reasoning"].result.generations == 2
     assert cells["ours", "reasoning"].cost.forced > 0

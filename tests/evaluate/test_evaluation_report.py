@@ -73,7 +73,7 @@ def break_field(tree):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda tree: tree.update(version=0), "its version is 0, not 1"),
+        (lambda tree: tree.update(version=0), "its version is 0, not 2"),
         (lambda tree: tree.pop("evaluation"), "evaluation"),
         (break_number, "cells.0.result.generations"),
         (break_field, "averages.1.f1: Field required"),
@@ -125,7 +125,7 @@ def test_averages_and_differences():
     less = numbers(table, "less the paper's")
     assert less[2] == f"{ours['safety'].value - 0.842:+.3f}"
     assert less[3] == f"{ours['custom'].value - 0.871:+.3f}"
-    versus = next(one.versus for one in whole().averages if one.guard == "other")
+    versus = next(one.versus for one in whole().averages if one.guard == "other").f1
     assert numbers(table, "less ours")[0] == f"{versus.value:+.3f}"
     assert numbers(table, "Llama, WildGuardMix, reasoning") == ["0.846", "0.836", "0.841", "0.878"]
     assert numbers(table, "Llama 5k, reasoning, topic following") == ["", "", "", "0.893"]
@@ -159,12 +159,19 @@ def test_one_incomplete_guard_is_named_by_itself():
     assert numbers(main_table(replace(whole(), cells=cells), PUBLISHED), "less the paper's")[3] != "n/a"
 
 
-def test_unreadable_and_forced_answers_are_a_warning():
+def test_what_touches_the_answers_is_a_warning():
     result, cost = some().cells[0].result, some().cells[0].cost
     assert not any("ours (reasoning) gives" in said for said in cautions(some(), PUBLISHED))
-    said = cautions(with_cell(result=replace(result, unparseable=12), cost=replace(cost, forced=60)), PUBLISHED)
-    assert "ours (reasoning) gives many answers that cannot be read: wildguardtest_prompt (5.0%)." in said
-    assert any("ours (reasoning) often thinks longer than it may" in one and "(25.0%)" in one for one in said)
+    changed = replace(cost, forced=60, unscored=24, cut=3)
+    said = cautions(with_cell(result=replace(result, unparseable=12), cost=changed), PUBLISHED)
+    found = [one.removeprefix("ours (reasoning) ") for one in said if one.startswith("ours (reasoning) ")]
+    where = "wildguardtest_prompt"
+    assert found == [
+        f"gives many answers that cannot be read: {where} (5.0%).",
+        f"often thinks longer than it may, and is then made to answer: {where} (25.0%).",
+        f"has many answers whose probability cannot be read, which counts as an unreadable answer does: {where} (10.0%).",
+        f"has no room for some examples, and judged them without the middle of their text: {where} (5.0%).",
+    ]
 
 
 def test_an_absent_cell_and_another_protocol_are_a_warning():
@@ -179,6 +186,7 @@ def test_scores_of_a_benchmark():
     f1 = cell.result.scores.f1
     assert shown["F1"] == (f"{f1.value:.3f}", f"[{f1.low:.3f}, {f1.high:.3f}] ± {f1.deviation:.3f}")
     assert shown["unparseable"] == ("1", "0.4%")
+    assert shown["cut"] == ("0", "")
     assert shown["F1 at threshold"].text == f"{cell.thresholded.result.scores.f1.value:.3f} at 0.400"
     bare = score_table(with_cell(calibration=None, thresholded=None))
     shown = dict(zip(bare.heads, bare.lines[0].cells, strict=True))
@@ -186,19 +194,26 @@ def test_scores_of_a_benchmark():
 
 
 def test_a_comparison_needs_two_guards():
-    found, test = next(cell.versus for cell in some().cells if cell.versus)
+    found = next(cell.versus for cell in some().cells if cell.versus)
     line = versus_table(some()).lines[0]
-    assert [cell.text for cell in line.cells[:2]] == ["other", f"{found.value:+.3f}"]
-    assert line.cells[-1].text == f"{test.only_first} : {test.only_second}"
+    assert line.cells[0] == ("other", "reasoning, less ours (reasoning)")
+    assert line.cells[1].text == f"{found.f1.value:+.3f}"
+    assert line.cells[-1].text == f"{found.mcnemar.only_first} : {found.mcnemar.only_second}"
     alone = replace(some(), cells=tuple(cell for cell in some().cells if cell.guard == "ours"))
     assert versus_table(alone).lines == ()
     for text in (markdown(alone, PUBLISHED), page(alone, PUBLISHED)):
         assert "Compared with the first guard" not in text
 
 
-def test_errors_are_those_of_most_generations():
+def test_a_tie_of_generations_is_an_error():
     result = replace(some().cells[0].result, right=[5, 4, 3, 2, 1])
-    assert errors(replace(some().cells[0], result=result)) == 9
+    assert errors(replace(some().cells[0], result=result)) == 12
+    said = ("harmful", "unharmful", "nothing readable", "unharmful")
+    wrong = replace(some().cells[0].wrong[0], label="harmful", said=said)
+    text = page(with_cell(wrong=(wrong,)), PUBLISHED)
+    assert "labelled harmful, it says unharmful (2 of 4), harmful (1 of 4), nothing readable (1 of 4)" in text
+    assert "a tie is one" in text
+    assert "a tie is one" in markdown(some(), PUBLISHED)
 
 
 def test_an_evaluation_of_nothing_still_has_a_report():
@@ -232,7 +247,7 @@ def test_hostile_names_are_text_in_markdown():
     assert "table_open" in kinds
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 4 + len(FEW)  # averages, scores, comparison, errors, and slices
+    assert len(tables) == 5 + len(FEW)  # averages, scores, costs, comparison, errors, and slices
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
@@ -299,7 +314,7 @@ def test_seconds_against_f1():
     assert list(lines["the paper (8 × A100, vLLM)"].get_xdata()) == [0.019, 0.026, 0.051]
     assert (axes.get_xscale(), axes.get_ylabel()) == ("log", "safety average, F1")
     (axes,) = latency_figure(replace(some(), averages=some().averages[:-1]), PUBLISHED).axes
-    assert axes.get_ylabel() == "mean F1 of the benchmarks"
+    assert axes.get_ylabel() == "mean F1 of the benchmarks that all judged"
     assert len(axes.lines) == 4
     free = tuple(replace(cell, cost=replace(cell.cost, seconds=0.0)) for cell in some().cells)
     assert latency_figure(replace(some(), cells=free), PUBLISHED) is None
