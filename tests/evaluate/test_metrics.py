@@ -188,6 +188,16 @@ def test_missing_probabilities_count_as_unreadable_verdicts():
     assert filled(LABELS, probabilities, "response_refusal").tolist() == [0, 0.2, 0.9, 0, 0.1]
 
 
+def test_a_share_that_is_not_scored_counts_as_unreadable_verdicts():
+    """One of four thoughts leads nowhere: (3 × 0.2 + what it counts as) / 4. Where none is scored, all is missing."""
+    probabilities, unscored = np.array([0.2, 0.2, 0.2, 0.2, np.nan]), np.array([0.25, 0, 0.25, 0.25, 1])
+    assert filled(LABELS, probabilities, unscored=unscored) == pytest.approx([0.4, 0.2, 0.4, 0.4, 1])
+    wrong = filled(LABELS, probabilities, unparseable="wrong", unscored=unscored)
+    assert wrong == pytest.approx([0.15, 0.2, 0.15, 0.4, 1])
+    refusal = filled(LABELS, probabilities, "response_refusal", unscored=unscored)
+    assert refusal == pytest.approx([0.15, 0.2, 0.15, 0.15, 0])
+
+
 @pytest.mark.parametrize("bad", [-0.1, 1.1, np.inf])
 def test_a_number_that_is_no_probability_is_refused(bad):
     with pytest.raises(JaxguardError, match="example 1: give a number from 0 to 1"):

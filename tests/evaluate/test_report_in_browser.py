@@ -4,7 +4,7 @@ import re
 
 import pytest
 from browser import complaints, open_page, requests, screen
-from report_examples import HOSTILE, hostile, whole
+from report_examples import HOSTILE, hostile, partly, whole
 
 from jaxguard.evaluate.report import write_report
 
@@ -16,7 +16,7 @@ OPEN_ALL = "document.querySelectorAll('details').forEach(one => { one.open = tru
 def pages(tmp_path_factory):
     """Name -> report.html."""
     folder = tmp_path_factory.mktemp("reports")
-    found = {"plain": whole(), "hostile": hostile()}
+    found = {"plain": whole(), "partly": partly(), "hostile": hostile()}
     for name, one in found.items():
         write_report(one, folder / name)
     return {name: folder / name / "report.html" for name in found}
@@ -40,8 +40,9 @@ def test_nothing_hostile_runs(browser, pages):
     assert (complaints(browser), requests(browser)) == ([], [])
 
 
-def test_it_loads_nothing_and_complains_of_nothing(browser, pages):
-    open_page(browser, pages["plain"])
+@pytest.mark.parametrize("name", ["plain", "partly"])
+def test_it_loads_nothing_and_complains_of_nothing(browser, pages, name):
+    open_page(browser, pages[name])
     browser.execute_script(OPEN_ALL)
     assert (complaints(browser), requests(browser)) == ([], [])
 
@@ -60,7 +61,14 @@ def test_texts_are_hidden_until_they_are_asked_for(browser, pages):
     assert "sourdough" not in visible(browser)
 
 
-@pytest.mark.parametrize("name", ["plain", "hostile"])
+def test_what_was_not_judged_is_a_dash(browser, pages):
+    open_page(browser, pages["partly"])
+    assert "toxic_chat was not judged by other (direct)." in visible(browser)
+    cells = "[...document.querySelectorAll('#benchmarks ~ .scroll td')].filter(one => one.innerText === '–').length"
+    assert browser.execute_script(f"return {cells}") == 11 + 4  # of the scores and of the comparison
+
+
+@pytest.mark.parametrize("name", ["plain", "partly", "hostile"])
 def test_it_fits_a_phone(browser, pages, name):
     with screen(browser, 360):
         open_page(browser, pages[name])

@@ -1,0 +1,363 @@
+"""From answers to results: what is compared with what, what is left out, and what every answer counts for."""
+
+import io
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from report_examples import PUBLISHED
+from rich.console import Console
+
+from jaxguard.data.dialogue import CHOICES, Mode
+from jaxguard.data.examples import Example
+from jaxguard.evaluate.benchmarks import LABEL, Benchmark
+from jaxguard.evaluate.figures import f1_figure, latency_figure
+from jaxguard.evaluate.judging import Answer
+from jaxguard.evaluate.report import markdown, page
+from jaxguard.evaluate.report_tables import cautions, cost_table, main_table, score_table, versus_table
+from jaxguard.evaluate.results import Evaluation
+from jaxguard.evaluate.scoring import SHOWN_ERRORS, Judgements, opponents, score
+from jaxguard.evaluate.summary import summary_table
+from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
+
+R, D = Mode.REASONING, Mode.DIRECT
+QUESTION = {"safety_prompt": "prompt_harm", "safety_response": "response_harm", "custom_policy": "prompt_harm"}
+GROUPS = {"rye": "safety_prompt", "oats": "safety_prompt", "answers": "safety_response", "rules": "custom_policy"}
+TRUTH = (1, 1, 1, 0, 0, 0)
+GOOD, FAIR, POOR = (1, 1, 1, 0, 0, 0), (1, 1, 0, 0, 0, 0), (1, 0, 0, 1, 0, 0)
+SETTINGS = EvaluateConfig(guards=(GuardConfig(name="first"), GuardConfig(name="other")), resamples=20)
+
+
+def examples_of(name, truth=TRUTH):
+    question = QUESTION[GROUPS[name]]
+    response = None if question == "prompt_harm" else "With flour."
+    words = CHOICES[question]
+    return tuple(
+        Example(f"{name} {i}", "bread", f"question {i}", response, **{LABEL[question]: words[0] if one else words[1]})
+        for i, one in enumerate(truth)
+    )
+
+
+def benchmark_of(name, truth=TRUTH):
+    group, examples = GROUPS[name], examples_of(name, truth)
+    slices = {"grain": {"whole": frozenset(one.id for one in examples[::2]), "absent": frozenset()}}
+    return Benchmark(
+        name, f"Bread: {name}", group, QUESTION[group], examples, slices, {}, {}, Counter(), {}, "none", "nobody", ""
+    )
+
+
+def judged_by(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes):
+    """`verdicts`: of each example one, or a tuple of each generation's."""
+    benchmark = benchmark_of(name, truth)
+    answers = []
+    for example, given in zip(benchmark.examples, verdicts, strict=True):
+        each = given if isinstance(given, tuple) else (given,)
+        texts = tuple(f"generation {i} says {one}" for i, one in enumerate(each))
+        answers.append(Answer(example.id, each, None, texts))
+    return Judgements(
+        guard, mode, name, benchmark, benchmark.examples, [replace(one, **changes) for one in answers], wall
+    )
+
+
+def evaluated(found, settings=SETTINGS, validation=None):
+    cells, averages = score(found, validation or {}, settings)
+    models = {guard.name: "made up" for guard in settings.guards}
+    return Evaluation("bread", models, tuple(GROUPS), cells, averages, {})
+
+
+def cell_of(found, guard, mode, name):
+    return next(c for c in found.cells if (c.guard, c.mode, c.benchmark) == (guard, mode, name))
+
+
+def average_of(found, guard, mode, name):
+    return next((a for a in found.averages if (a.guard, a.mode, a.name) == (guard, mode, name)), None)
+
+
+def f1(found, guard, mode, name):
+    return cell_of(found, guard, mode, name).result.scores.f1.value
+
+
+# Who is compared with whom.
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ([("first", R), ("first", D), ("other", R), ("other", D)], {("other", R): R, ("other", D): D}),
+        ([("first", D), ("other", R), ("other", D)], {("other", R): D, ("other", D): D}),
+        ([("first", R), ("first", D), ("floor", D)], {("floor", D): D}),
+        ([("first", R), ("floor", D)], {("floor", D): R}),
+        ([("other", R), ("floor", D)], {}),
+    ],
+)
+def test_a_mode_is_compared_with_its_like(asked, expected):
+    assert opponents(asked, "first") == {one: ("first", mode) for one, mode in expected.items()}
+
+
+@pytest.fixture(scope="module")
+def modes():
+    """Both guards in both modes on one benchmark, each better than the next."""
+    poorest = (0, 0, 1, 1, 1, 0)
+    quality = {("first", R): GOOD, ("first", D): FAIR, ("other", R): POOR, ("other", D): poorest}
+    return evaluated([judged_by(*asked, "rye", verdicts) for asked, verdicts in quality.items()])
+
+
+def test_differences_are_to_the_first_guard_in_the_same_mode(modes):
+    for mode in ("reasoning", "direct"):
+        cell, average = cell_of(modes, "other", mode, "rye"), average_of(modes, "other", mode, "prompt")
+        gap = f1(modes, "other", mode, "rye") - f1(modes, "first", mode, "rye")
+        for versus in (cell.versus, average.versus):
+            assert (versus.guard, versus.mode) == ("first", mode)
+            assert versus.f1.value == pytest.approx(gap)
+        assert cell_of(modes, "first", mode, "rye").versus is None
+        assert average_of(modes, "first", mode, "prompt").versus is None
+    test = cell_of(modes, "other", "direct", "rye").versus.mcnemar
+    assert (test.only_first, test.only_second) == (1, 4)
+
+
+def test_the_report_says_whom_a_difference_is_to(modes):
+    names = [line.cells[0] for line in main_table(modes, PUBLISHED).lines if line.kind == "difference"]
+    assert names == [("less first", "reasoning"), ("less first", "direct")]
+    names = [line.cells[0] for line in versus_table(modes).lines]
+    assert names == [("other", f"{mode}, less first ({mode})") for mode in ("reasoning", "direct")]
+    for text in (markdown(modes, PUBLISHED), page(modes, PUBLISHED)):
+        assert "Each mode with the same mode of the first guard, or with its first where it has no such mode" in text
+
+
+# What a guard leaves out.
+
+
+@pytest.fixture(scope="module")
+def partly():
+    """The first guard judges no `rye` and the other no `answers`; `rules` is judged by nobody."""
+    return evaluated(
+        [
+            judged_by("first", R, "oats", FAIR),
+            judged_by("first", R, "answers", GOOD),
+            judged_by("other", D, "rye", GOOD),
+            judged_by("other", D, "oats", POOR),
+        ]
+    )
+
+
+def test_an_average_is_over_what_the_guard_judged_and_says_what_it_lacks(partly):
+    mine = average_of(partly, "first", "reasoning", "prompt")
+    assert (mine.f1.value, mine.missing) == (f1(partly, "first", "reasoning", "oats"), ("rye",))
+    other = average_of(partly, "other", "direct", "prompt")
+    both = (f1(partly, "other", "direct", "rye") + f1(partly, "other", "direct", "oats")) / 2
+    assert (other.f1.value, other.missing) == (pytest.approx(both), ())
+    assert average_of(partly, "other", "direct", "safety") is None
+    safety = average_of(partly, "first", "reasoning", "safety")
+    assert safety.f1.value == pytest.approx((5 * f1(partly, "first", "reasoning", "oats") + 4) / 9)
+    assert safety.missing == ("rye",)
+
+
+def test_two_averages_are_compared_over_what_both_judged(partly):
+    versus = average_of(partly, "other", "direct", "prompt").versus
+    assert versus.missing == ("rye",)
+    gap = f1(partly, "other", "direct", "oats") - f1(partly, "first", "reasoning", "oats")
+    assert versus.f1.value == pytest.approx(gap)
+    assert cell_of(partly, "other", "direct", "rye").versus is None
+    assert cell_of(partly, "other", "direct", "oats").versus is not None
+
+
+def test_what_was_not_judged_is_a_dash(partly):
+    scores = {(line.cells[0].text, line.group.split(",")[0]): line.cells[1].text for line in score_table(partly).lines}
+    assert scores["first", "Bread: rye"] == scores["other", "Bread: answers"] == "–"
+    assert scores["other", "Bread: rye"] == "1.000"
+    versus = {line.group.split(",")[0]: line.cells[1].text for line in versus_table(partly).lines}
+    assert (versus["Bread: rye"], versus["Bread: answers"]) == ("–", "–")
+    assert versus["Bread: oats"] not in ("–", "n/a")
+    first, other, less = main_table(partly, PUBLISHED).lines[:3]
+    assert [cell.text == "–" for cell in first.cells[1:]] == [False, False, False, True]
+    assert [cell.text == "–" for cell in other.cells[1:]] == [False, True, True, True]
+    assert [cell.text == "–" for cell in less.cells[1:]] == [False, True, True, True]
+    assert first.cells[1].more.endswith("1 benchmark left out")
+    assert less.cells[1].more.endswith("1 benchmark left out")
+    assert "left out" not in other.cells[1].more
+
+
+def test_what_was_not_judged_is_said(partly):
+    said = cautions(partly, PUBLISHED)
+    assert "rye was not judged by first (reasoning)." in said
+    assert "answers was not judged by other (direct)." in said
+    assert "rules was not judged by any guard." in said
+    assert any(one.startswith("Averages of first (reasoning) are over the benchmarks that it judged") for one in said)
+
+
+def test_figures_and_report_bear_what_is_absent(partly):
+    (axes,) = f1_figure(partly).axes
+    assert [one.get_text() for one in axes.texts] == ["–", "–"]
+    took = [replace(cell, cost=replace(cell.cost, seconds=1.0 + i)) for i, cell in enumerate(partly.cells)]
+    (axes,) = latency_figure(replace(partly, cells=tuple(took)), PUBLISHED).axes
+    points = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    oats = {guard: f1(partly, guard, mode, "oats") for guard, mode in (("first", "reasoning"), ("other", "direct"))}
+    assert points == {"first (reasoning)": [[1.0, oats["first"]]], "other (direct)": [[4.0, oats["other"]]]}
+    for text in (markdown(partly, PUBLISHED), page(partly, PUBLISHED)):
+        assert "1 benchmark left out" in text
+
+
+def printed(evaluation):
+    out = io.StringIO()
+    Console(width=240, file=out).print(summary_table(evaluation))
+    return out.getvalue()
+
+
+def test_the_summary_bears_what_is_absent(partly):
+    text = printed(partly)
+    rows = {
+        line.split("│")[1].strip(): [x.strip() for x in line.split("│")[3:-1]]
+        for line in text.splitlines()
+        if line.startswith("│")
+    }
+    assert [cell == "-" for cell in rows["first"][:4]] == [True, False, False, True]
+    assert rows["first"][4].endswith("*")
+    assert [cell == "-" for cell in rows["other"]] == [False, False, True, True, False, True, True]
+    assert "* without the benchmarks that the guard did not judge" in text
+
+
+def test_a_first_guard_that_judged_nothing_is_compared_with_nobody():
+    found = evaluated([judged_by("other", D, "rye", GOOD)])
+    assert cell_of(found, "other", "direct", "rye").versus is None
+    assert "first judged nothing: what a guard cannot be asked is left out." in cautions(found, PUBLISHED)
+    assert page(found, PUBLISHED)
+    assert printed(found)
+
+
+def test_nothing_at_all_is_no_error():
+    found = evaluated([])
+    assert (found.cells, found.averages) == ((), ())
+    assert cautions(found, PUBLISHED) == ["Nothing was judged."]
+    assert printed(found)
+
+
+# What an answer counts for.
+
+
+def test_a_cell_is_of_its_benchmark():
+    one = judged_by("first", D, "answers", (1, 1, (-1), 0, 1, 0))
+    cut = replace(one, examples=one.examples[:5], answers=one.answers[:5])
+    whole, part = evaluated([one]).cells[0], evaluated([cut]).cells[0]
+    assert (whole.complete, part.complete, part.examples) == (True, False, 5)
+    assert (whole.question, whole.group, whole.source) == ("response_harm", "safety_response", "answers")
+    assert (whole.result.unparseable, whole.result.scores.f1.value) == (1, pytest.approx(6 / 7))
+    assert whole.slices["grain: whole"].scores.examples == 3
+    assert whole.slices["grain: absent"].scores.f1.value is None
+    assert (whole.calibration, whole.thresholded) == (None, None)
+
+
+def test_probabilities_lack_what_is_not_scored():
+    """Three of four thoughts say 0.2 and one leads nowhere, which fails closed: (3 × 0.2 + 1) / 4."""
+    one = judged_by("first", R, "rye", [(0, 0, 0, -1)] * 6, probability=0.2, unscored=1)
+    brier = {p: np.mean([(p - label) ** 2 for label in TRUTH]) for p in (0.4, 0.2)}
+    assert evaluated([one]).cells[0].calibration.brier.value == pytest.approx(brier[0.4])
+    whole = replace(one, answers=[replace(answer, unscored=0) for answer in one.answers])
+    assert evaluated([whole]).cells[0].calibration.brier.value == pytest.approx(brier[0.2])
+    none = replace(one, answers=[replace(one.answers[0], probability=None, unscored=4), *one.answers[1:]])
+    expected = np.mean([(1.0 - 1) ** 2, *((0.4 - label) ** 2 for label in TRUTH[1:])])
+    assert evaluated([none]).cells[0].calibration.brier.value == pytest.approx(expected)
+
+
+def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
+    """At face value all are alike; only what is not scored tells the classes apart."""
+    one = judged_by("first", R, "rye", [(1, 0)] * 6)
+    answers = [
+        replace(answer, probability=0.3, unscored=label) for answer, label in zip(one.answers, TRUTH, strict=True)
+    ]
+    one = replace(one, answers=answers)
+    validation = {("first", R): {"prompt_harm": (one.examples, one.answers)}}
+    found = evaluated([one], validation=validation).cells[0].thresholded
+    assert found.result.scores.f1.value == 1
+    assert found.result.unparseable == 0
+
+
+def test_a_missing_probability_is_an_unparseable_verdict_at_any_threshold():
+    one = judged_by("first", D, "rye", GOOD)
+    answers = [replace(a, probability=p) for a, p in zip(one.answers, (None, 0.9, 0.8, 0.1, 0.2, 0.3), strict=True)]
+    one = replace(one, answers=answers)
+    validation = {("first", D): {"prompt_harm": (one.examples, one.answers)}}
+    found = evaluated([one], validation=validation).cells[0].thresholded
+    assert (found.result.unparseable, found.result.scores.f1.value) == (1, 1)
+
+
+def test_without_validation_there_is_no_threshold():
+    one = judged_by("first", D, "rye", GOOD, probability=0.4)
+    other_question = {("first", D): {"response_harm": (one.examples, one.answers)}}
+    assert evaluated([one], validation=other_question).cells[0].thresholded is None
+    assert evaluated([one]).cells[0].calibration is not None
+
+
+def test_what_judging_takes_is_by_guard_and_mode():
+    told = {"seconds": 0.5, "scoring": 0.25, "prompt_tokens": 100, "completion_tokens": 20, "forced": 1, "cut": True}
+    found = evaluated(
+        [
+            judged_by("first", R, "rye", GOOD, **told),
+            judged_by("first", R, "oats", GOOD[:2], truth=TRUTH[:2], wall=5.0, **told | {"seconds": 2.5}),
+            judged_by("first", D, "rye", GOOD, wall=0.0),
+        ]
+    )
+    cost = found.cells[0].cost
+    assert (cost.seconds, cost.scoring, cost.wall, cost.forced, cost.cut, cost.unscored) == (0.5, 0.25, 3.0, 6, 6, 0)
+    table = cost_table(found)
+    shown = dict(zip(table.heads, table.lines[0].cells, strict=True))
+    assert shown["guard"] == ("first", "reasoning")
+    assert {head: cell.text for head, cell in shown.items() if head != "guard"} == {
+        "examples": "8",
+        "seconds": "1",  # (6 × 0.5 + 2 × 2.5) / 8
+        "seconds for the probability": "0.25",
+        "prompt tokens": "100",
+        "generated tokens": "20",
+        "examples/s": "1",  # 8 in 3 + 5 seconds
+        "tokens/s": "120",
+    }
+    assert shown["tokens/s"].more == "20 generated"
+    shown = dict(zip(table.heads, table.lines[1].cells, strict=True))
+    assert (shown["guard"].more, shown["examples/s"].text) == ("direct", "n/a")
+    for text in (markdown(found, PUBLISHED), page(found, PUBLISHED)):
+        assert "share of the batch" in text
+        assert "Time and tokens" in text
+
+
+# Errors.
+
+
+def test_an_error_shows_a_generation_that_is_wrong():
+    verdicts = [(1, 1, 0, 1), (1, 0, 0, 1), (1, -1, 0, 0), (0, 0, 1, -1), (0, 1, 1, 1), (0, 0, 0, 0)]
+    found = evaluated([judged_by("first", D, "rye", verdicts)]).cells[0].wrong
+    assert [(one.example.id, one.text) for one in found] == [
+        ("rye 1", "generation 1 says 0"),  # a tie
+        ("rye 2", "generation 2 says 0"),  # unreadable counts as harmful, which is right here: a tie
+        ("rye 3", "generation 2 says 1"),  # and wrong here: a tie
+        ("rye 4", "generation 1 says 1"),
+    ]
+    assert found[1].said == ("harmful", "nothing readable", "unharmful", "unharmful")
+    assert [one.label for one in found] == ["harmful", "harmful", "unharmful", "unharmful"]
+    assert found[0].slices == ()
+    assert found[1].slices == ("grain: whole",)
+
+
+def test_errors_are_counted_alike_everywhere():
+    verdicts = [(1, 1, 0, 1), (1, 0, 0, 1), (1, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)]
+    found = evaluated([judged_by("first", D, "rye", verdicts), judged_by("other", D, "rye", GOOD)])
+    alone = cell_of(found, "other", "direct", "rye").versus.mcnemar.only_first
+    wrong = cell_of(found, "first", "direct", "rye").wrong
+    assert len(wrong) == alone == 2
+    text = page(found, PUBLISHED)
+    assert "first (direct): 2 errors" in text
+
+
+def test_the_surest_errors_come_first_and_not_all_are_kept():
+    count = SHOWN_ERRORS + 5
+    one = judged_by("first", D, "rye", (0,) * count, truth=(1,) * count)
+    sure = [0.5 - 0.4 * i / count for i in range(count - 1)]
+    answers = [replace(a, probability=p) for a, p in zip(one.answers, [*sure, None], strict=True)]
+    found = evaluated([replace(one, answers=answers)]).cells[0].wrong
+    assert [wrong.example.id for wrong in found] == [f"rye {count - 2 - i}" for i in range(SHOWN_ERRORS)]
+
+
+def test_verdicts_from_probabilities_alone_have_no_text():
+    one = judged_by("first", D, "rye", POOR, texts=())
+    found = evaluated([one]).cells[0].wrong
+    assert {wrong.text for wrong in found} == {""}
+    assert "Its first wrong answer" not in page(evaluated([one]), PUBLISHED)
