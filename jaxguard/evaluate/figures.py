@@ -73,7 +73,15 @@ def f1_figure(evaluation: Evaluation) -> Figure | None:
         for i, one in enumerate(all_guards):
             place, style, f1 = y + step * (i - (len(all_guards) - 1) / 2), _style(evaluation, *one), scores.get(one)
             if f1 is None or f1.value is None:
-                axes.text(0.01, place, DASH, color=style["color"], va="center", transform=axes.get_yaxis_transform())
+                axes.text(
+                    0.01,
+                    place,
+                    DASH,
+                    color=style["color"],
+                    fontsize=14,
+                    va="center",
+                    transform=axes.get_yaxis_transform(),
+                )
                 continue
             if f1.low is not None and f1.high is not None:
                 axes.plot((f1.low, f1.high), (place, place), color=style["color"], linewidth=1.5)

@@ -59,7 +59,7 @@ READ_AVERAGES = (
 READ_SCORES = (
     "n/a: the examples lack the class that the score is about, or the guard gives no probability. A dash: the guard did not "
     "judge it. Probabilities are taken at face value for AUPRC and ECE; the threshold is chosen on other examples. Forced: the "
-    "thought ran out, and a verdict was asked for. Cut: the text does not fit the model, and was judged without its middle."
+    "thought ran out, and a verdict was asked for."
 )
 READ_VERSUS = (
     "Each mode with the same mode of the first guard, or with its first where it has no such mode; on the same examples, by a "
@@ -226,7 +226,7 @@ def _overview(evaluation: Evaluation, published: Published) -> list[Drawing]:
         alt = "F1 of every guard and mode on every benchmark with its interval; the table of benchmarks has the numbers"
         found.append(
             Drawing(
-                "F1 by benchmark; hollow marks answer without a thought, a dash has no F1",
+                "F1 by benchmark; hollow marks answer without a thought, a dash: no F1",
                 inline_svg(f1, "f1", alt),
                 True,
             )

@@ -233,7 +233,7 @@ def _less_paper(evaluation: Evaluation, published: Published, ours: Average | No
 def score_table(evaluation: Evaluation) -> Table:
     """Every guard on every benchmark, with dashes for what it did not judge."""
     heads = ("F1", "precision", "recall", "false-positive rate", "AUPRC", "ECE", "F1 at threshold", "unparseable", "forced",
-             "cut", "seconds")  # fmt: skip
+             "seconds")  # fmt: skip
     lines = []
     for cells in benchmarks(evaluation).values():
         found = {(cell.guard, cell.mode): _scores(cell) for cell in cells}
@@ -270,7 +270,6 @@ def _scores(cell: Cell) -> tuple[Shown, ...]:
         at,
         _part(cell.result.unparseable, answers(cell)),
         _part(cell.cost.forced, answers(cell)),
-        _part(cell.cost.cut, cell.examples),
         Shown(seconds(cell.cost.seconds), f"{cell.cost.completion_tokens:,.0f} tokens"),
     )
 

@@ -186,7 +186,6 @@ def test_scores_of_a_benchmark():
     f1 = cell.result.scores.f1
     assert shown["F1"] == (f"{f1.value:.3f}", f"[{f1.low:.3f}, {f1.high:.3f}] ± {f1.deviation:.3f}")
     assert shown["unparseable"] == ("1", "0.4%")
-    assert shown["cut"] == ("0", "")
     assert shown["F1 at threshold"].text == f"{cell.thresholded.result.scores.f1.value:.3f} at 0.400"
     bare = score_table(with_cell(calibration=None, thresholded=None))
     shown = dict(zip(bare.heads, bare.lines[0].cells, strict=True))
