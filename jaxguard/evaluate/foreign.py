@@ -228,7 +228,11 @@ class Foreign:
     def _quoted(self, policy: Policy) -> Policy:
         categories = tuple(Category(self.quote(c.name), self.quote(c.description)) for c in policy.categories)
         return replace(
-            policy, categories=categories, rules=self.quote(policy.rules), instruction=self.quote(policy.instruction)
+            policy,
+            categories=categories,
+            rules=self.quote(policy.rules),
+            instruction=self.quote(policy.instruction),
+            allowed=tuple(map(self.quote, policy.allowed)),
         )
 
     @cached_property

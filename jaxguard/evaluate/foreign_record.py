@@ -12,6 +12,9 @@ from jaxguard.evaluate.metrics import NEGATIVE, POSITIVE, UNPARSEABLE
 Chat = tuple[list[dict[str, str]], dict[str, Any]]
 """Messages for a checkpoint's chat template, and options that it takes."""
 
+ALLOWED = "Allowed, even where the above seems to forbid it:"
+"""Opens the list of what a policy allows."""
+
 
 @dataclass(frozen=True)
 class Quoted:
@@ -76,11 +79,14 @@ class Guard:
 
 
 def numbered(policy: Policy) -> str:
-    """A policy as a numbered list; its rules, if any, are the last item."""
+    """A policy as a numbered list, whose last item are its rules, if any; then what it allows all the same."""
     items = [(c.name.rstrip("."), c.description) for c in policy.categories]
     if policy.rules.strip():
         items.append(("Against the rules" if not items else "Against further rules", policy.rules.strip()))
-    return "\n".join(f"S{i}: {name}.{f' {text}' if text else ''}" for i, (name, text) in enumerate(items, 1))
+    lines = [f"S{i}: {name}.{f' {text}' if text else ''}" for i, (name, text) in enumerate(items, 1)]
+    # Without a number: it is no category.
+    allowed = [ALLOWED, *(f"- {text}" for text in policy.allowed)] if policy.allowed else []
+    return "\n".join([*lines, *allowed])
 
 
 def chosen_words(text: str, titles: Sequence[str], allowed: Sequence[Sequence[str]]) -> list[str] | None:
