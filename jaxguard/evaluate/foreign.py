@@ -4,7 +4,7 @@
     answer -> POSITIVE, NEGATIVE, or UNPARSEABLE for whatever is not exactly an answer of the format
 
 A guard with categories of its own is asked by those where the policy is of harm in general, as published scores are. Any other
-policy is put where the format takes one, and is an error where it takes none.
+policy is put where the format takes one; where it takes none the guard is not asked (UnsupportedError).
 """
 
 import re
