@@ -1,6 +1,6 @@
 """What there is to know of another guard's format, as one record, and how the lines of an answer are read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ class Guard:
         thinks: modes in which an answer opens with a thought.
         closed: an open thought, ended; None if there is none.
         judges_prompt_alone: a question about the prompt is asked without the response.
+        modes: in which it can be asked.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Guard:
     thinks: frozenset[Mode] = frozenset()
     closed: Callable[[Ask, str], str | None] = lambda _ask, _text: None
     judges_prompt_alone: bool = False
+    modes: tuple[Mode, ...] = (Mode.DIRECT,)
 
 
 def numbered(policy: Policy) -> str:
@@ -89,14 +91,17 @@ def numbered(policy: Policy) -> str:
     return "\n".join([*lines, *allowed])
 
 
-def chosen_words(text: str, titles: Sequence[str], allowed: Sequence[Sequence[str]]) -> list[str] | None:
-    """The words of an answer of exactly these lines, `title: word`, in lower case; None for any other answer."""
+def chosen_words(text: str, titles: Sequence[str], allowed: Sequence[Collection[str]]) -> list[str] | None:
+    """The words of an answer of exactly these lines, `title: word`, in lower case; None for any other answer.
+
+    Without a title the line is the word.
+    """
     lines = filled_lines(text)
     if len(lines) != len(titles):
         return None
     found = []
     for line, title, words in zip(lines, titles, allowed, strict=True):
-        head, colon, word = line.partition(":")
+        head, colon, word = line.partition(":") if title else ("", ":", line)
         if not colon or " ".join(head.split()).lower() != title.lower() or word.strip().lower() not in words:
             return None
         found.append(word.strip().lower())
