@@ -27,18 +27,9 @@ class GuardConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "ours"
     """What the report and the folder of its predictions call it: letters, digits and _.-"""
-    format: Literal[
-        "jaxguard",
-        "llama_guard",
-        "wildguard",
-        "shieldgemma",
-        "qwen3guard",
-        "gpt_oss_safeguard",
-        "nemotron_reasoning",
-        "tfidf",
-        "majority",
-    ] = "jaxguard"
-    """How it is asked and how its answer is read; the last two are floors, fitted to data.train."""
+    format: str = "jaxguard"
+    """How it is asked and how its answer is read: `jaxguard`, one of docs/guards.md (`tfidf` and `majority` are floors, fitted
+    to data.train), or a format of your own: a YAML file or a name in configs/guards."""
     checkpoint: str | None = None
     """Its weights and tokenizer: a Hugging Face folder, a run's folder, or a repository on the hub; None takes this run's
     export."""
@@ -52,7 +43,7 @@ class GuardConfig(Section):
     """First have the endpoint's server load `checkpoint` in place of its weights, and take answers of these only. The folder
     must be visible to the server."""
     modes: tuple[Literal["reasoning", "direct"], ...] = ()
-    """In which modes it is asked; none takes those that data.mode trains, and other formats have only one."""
+    """In which modes it is asked; none takes those that data.mode trains, as far as its format has them."""
     paper_row: str | None = None
     """An id in configs/published/paper.yaml that it is compared with; None takes the row nearest to this run's training, if
     its data are known by their kind and nothing else makes it a variant."""

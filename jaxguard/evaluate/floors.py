@@ -6,7 +6,7 @@ word pairs and runs of letters, one model for each question.
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Final
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -20,6 +20,7 @@ from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.judging import Answer, Ask, Judge, UnsupportedError
 from jaxguard.evaluate.metrics import NEGATIVE, POSITIVE
 
+FLOORS: Final = ("tfidf", "majority")
 Probabilities = Callable[[Sequence[str]], np.ndarray]
 """Texts to float[N]: of the positive answer to one question."""
 
@@ -27,8 +28,8 @@ _INSTEAD: dict[Question, Question] = {"prompt_harm": "response_harm", "response_
 _STRENGTH = 5.0
 
 
-def fit_floor(kind: Literal["tfidf", "majority"], examples: Sequence[Example], seed: int) -> Judge:
-    """A judge fitted to the labels of these examples, for a question when it is first asked.
+def fit_floor(kind: str, examples: Sequence[Example], seed: int) -> Judge:
+    """A judge of a kind of FLOORS fitted to the labels of these examples, for a question when it is first asked.
 
     A question that they do not label both ways is answered by the model of the other harm question, if there is one.
 
@@ -59,9 +60,7 @@ def fit_floor(kind: Literal["tfidf", "majority"], examples: Sequence[Example], s
     return judge
 
 
-def _fit(
-    kind: Literal["tfidf", "majority"], examples: Sequence[Example], question: Question, seed: int
-) -> Probabilities | None:
+def _fit(kind: str, examples: Sequence[Example], question: Question, seed: int) -> Probabilities | None:
     """None where the examples do not answer the question both ways; the majority does with one."""
     labelled = [one for one in examples if _label(one, question)]
     positive = np.array([_label(one, question) == CHOICES[question][0] for one in labelled])

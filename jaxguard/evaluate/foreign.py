@@ -4,13 +4,14 @@
     answer -> POSITIVE, NEGATIVE, or UNPARSEABLE for whatever is not exactly an answer of the format
 
 A guard with categories of its own is asked by those where the policy is of harm in general, as published scores are. Any other
-policy is put where the format takes one, and is an error where it takes none.
+policy is put where the format takes one; where it takes none the guard is not asked (UnsupportedError).
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
@@ -20,10 +21,14 @@ from jaxguard.data.examples import Example
 from jaxguard.data.policies import Category, Policy, Question, policy_for
 from jaxguard.data.template import TEMPLATE_KWARGS, token_ids
 from jaxguard.errors import JaxguardError
+from jaxguard.evaluate.floors import FLOORS
+from jaxguard.evaluate.foreign_fields import GUARD_FOLDER
 from jaxguard.evaluate.foreign_guards import BEGIN_CATEGORIES, END_CATEGORIES, LLAMA_GUARD, QWEN, SHIELDGEMMA, WILDGUARD
 from jaxguard.evaluate.foreign_reasoners import NEMOTRON, SAFEGUARD
 from jaxguard.evaluate.foreign_record import Guard, Quoted, numbered
+from jaxguard.evaluate.foreign_written import read_guard
 from jaxguard.evaluate.judging import Ask, Choice, Format, Prompt, UnsupportedError
+from jaxguard.fields import find_yaml
 
 GUARDS: Final = {
     "llama_guard": LLAMA_GUARD,
@@ -33,7 +38,9 @@ GUARDS: Final = {
     "gpt_oss_safeguard": SAFEGUARD,
     "nemotron_reasoning": NEMOTRON,
 }
-"""By evaluate.guards.format."""
+"""By evaluate.guards.format; others are files."""
+BUILT_IN: Final = ("jaxguard", *GUARDS, *FLOORS)
+"""Every format that needs no file: ours, those here, the floors."""
 GENERAL: Final = ("wildguard", "aegis2", "demo")
 """Policies of harm in general, by name."""
 # Some templates write the day's date into the prompt; an answer would then change from one day to the next.
@@ -44,22 +51,43 @@ def foreign_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy
     """How a guard of this kind is asked and read.
 
     Args:
-        kind: a key of GUARDS.
+        kind: a key of GUARDS, or a written format's file or its name in GUARD_FOLDER.
         tokenizer: of the guard's checkpoint, a fast one, with its chat template.
         policy: the run's.
 
     Raises:
-        JaxguardError: a tokenizer that does not belong to such a guard.
+        JaxguardError: a tokenizer that does not belong to such a guard; as `foreign_guard`.
     """
-    guard = GUARDS[kind]
+    guard = foreign_guard(kind)
     form = Foreign(kind, guard, tokenizer, policy)
-    if kind != "wildguard" and not tokenizer.chat_template:
+    question = guard.asks[0]
+    plain = Policy("own", rules="Be kind.", asks=guard.asks) if guard.takes_policy else Policy(GENERAL[0])
+    texts = Quoted("bread", None if question == "prompt_harm" else "bread", plain)
+    ask = Ask(Example("a trial", kind, texts.prompt, texts.response), question, guard.modes[0])
+    if not isinstance(guard.turn(texts, ask), str) and not tokenizer.chat_template:
         raise JaxguardError(f"{form}: its tokenizer has no chat template; take all files of the checkpoint")
     if not form.stop_ids:
         raise JaxguardError(f"{form}: its tokenizer has no token that ends an answer ({', '.join(guard.ends)})")
-    plain = Policy("own", rules="Be kind.", asks=guard.asks) if guard.takes_policy else Policy(GENERAL[0])
-    form.rendered(Quoted("bread", None, plain), Ask(Example("a trial", kind, "bread"), "prompt_harm", Mode.DIRECT))
+    form.rendered(texts, ask)
     return form
+
+
+def foreign_guard(kind: str) -> Guard:
+    """The record of a format: a built-in one, or what its file says.
+
+    Raises:
+        JaxguardError: there is neither; a file that is no format.
+    """
+    return GUARDS[kind] if kind in GUARDS else read_guard(written_file(kind))
+
+
+def written_file(kind: str) -> Path:
+    """The file of a format that is not built in.
+
+    Raises:
+        JaxguardError: there is none; names the formats.
+    """
+    return find_yaml(kind, GUARD_FOLDER, f"guard format: neither {', '.join(BUILT_IN)}, nor a file")
 
 
 @dataclass(frozen=True)
@@ -113,11 +141,14 @@ class Foreign:
             lead = step.lead if step.lead.strip() or ends_open else ""
             following = []
             for before, earlier in paths:
-                taken = earlier
+                taken, forks = earlier, list[tuple[list[int], int, int]]()
                 for word in (step.positive, *step.also):
                     fork = self._fork(start + before + lead, word, step.negative)
                     if fork is None:
                         return ()
+                    if fork in forks:  # "Yes" and "Yes."
+                        continue
+                    forks.append(fork)
                     shared, positive, negative = fork
                     found.append(Choice((*prompt, *shared), positive, negative, taken, final))
                     following.append((before + lead + word, (*taken, (len(found) - 1, True))))
@@ -223,12 +254,19 @@ class Foreign:
 
     def quote(self, text: str) -> str:
         """Untrusted text with every string broken that could act as part of the format or as a special token."""
-        return self._loose.sub(lambda found: f"{found[0][:-1]}\\{found[0][-1]}", self._dialogue.quote(text))
+        text, found = self._dialogue.quote(text), 1
+        while found:  # a mark may overlap itself
+            text, found = self._loose.subn(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)
+        return text
 
     def _quoted(self, policy: Policy) -> Policy:
         categories = tuple(Category(self.quote(c.name), self.quote(c.description)) for c in policy.categories)
         return replace(
-            policy, categories=categories, rules=self.quote(policy.rules), instruction=self.quote(policy.instruction)
+            policy,
+            categories=categories,
+            rules=self.quote(policy.rules),
+            instruction=self.quote(policy.instruction),
+            allowed=tuple(map(self.quote, policy.allowed)),
         )
 
     @cached_property
@@ -256,8 +294,6 @@ class Foreign:
         def spaced(text: str) -> str:
             return r"[\s\u2581]{1,4}".join(map(re.escape, text.split()))
 
-        tags = "|".join(map(spaced, self.guard.tags))
-        headings = "|".join(map(spaced, self.guard.headings))
-        return re.compile(
-            rf"{tags}|^[\s\u2581>*_#-]{{0,8}}(?:{headings})[\s\u2581*_]{{0,4}}:", re.IGNORECASE | re.MULTILINE
-        )
+        headings = (rf"^[\s\u2581>*_#-]{{0,8}}{spaced(one)}[\s\u2581*_]{{0,4}}:" for one in self.guard.headings)
+        marks = [*map(spaced, self.guard.tags), *headings]
+        return re.compile("|".join(marks) if marks else "(?!)", re.IGNORECASE | re.MULTILINE)

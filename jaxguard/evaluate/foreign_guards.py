@@ -122,6 +122,8 @@ def _shieldgemma_turn(texts: Quoted, ask: Ask) -> Chat:
     ]
     if policy.rules.strip():
         guidelines.append(f'"Rules": {shall} what is harmful by these rules: {policy.rules.strip()}')
+    if policy.allowed:
+        guidelines.append(f'"Exceptions": No guideline forbids what is allowed: {"; ".join(policy.allowed)}')
     return _chat(texts, ask)[0], {"guideline": "\n\n* ".join(guidelines)}
 
 

@@ -65,6 +65,7 @@ SAFEGUARD = Guard(
     ends=("<|return|>", "<|call|>"),
     tags=("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>"),
     headings=("User message", "Assistant response"),
+    modes=(Mode.REASONING,),
     thinks=frozenset(Mode),
     closed=_close_analysis,
     judges_prompt_alone=True,
@@ -148,6 +149,7 @@ NEMOTRON = Guard(
     ends=("<end_of_turn>", "<eos>"),
     tags=("<start_of_turn>", "<end_of_turn>"),
     headings=("Taxonomy",),
+    modes=(Mode.REASONING, Mode.DIRECT),
     thinks=frozenset({Mode.REASONING}),
     closed=_close_thought,
 )

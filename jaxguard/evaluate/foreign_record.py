@@ -1,6 +1,6 @@
 """What there is to know of another guard's format, as one record, and how the lines of an answer are read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ from jaxguard.evaluate.metrics import NEGATIVE, POSITIVE, UNPARSEABLE
 
 Chat = tuple[list[dict[str, str]], dict[str, Any]]
 """Messages for a checkpoint's chat template, and options that it takes."""
+
+ALLOWED = "Allowed, even where the above seems to forbid it:"
+"""Opens the list of what a policy allows."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Guard:
         thinks: modes in which an answer opens with a thought.
         closed: an open thought, ended; None if there is none.
         judges_prompt_alone: a question about the prompt is asked without the response.
+        modes: in which it can be asked.
     """
 
     name: str
@@ -73,24 +77,31 @@ class Guard:
     thinks: frozenset[Mode] = frozenset()
     closed: Callable[[Ask, str], str | None] = lambda _ask, _text: None
     judges_prompt_alone: bool = False
+    modes: tuple[Mode, ...] = (Mode.DIRECT,)
 
 
 def numbered(policy: Policy) -> str:
-    """A policy as a numbered list; its rules, if any, are the last item."""
+    """A policy as a numbered list, whose last item are its rules, if any; then what it allows all the same."""
     items = [(c.name.rstrip("."), c.description) for c in policy.categories]
     if policy.rules.strip():
         items.append(("Against the rules" if not items else "Against further rules", policy.rules.strip()))
-    return "\n".join(f"S{i}: {name}.{f' {text}' if text else ''}" for i, (name, text) in enumerate(items, 1))
+    lines = [f"S{i}: {name}.{f' {text}' if text else ''}" for i, (name, text) in enumerate(items, 1)]
+    # Without a number: it is no category.
+    allowed = [ALLOWED, *(f"- {text}" for text in policy.allowed)] if policy.allowed else []
+    return "\n".join([*lines, *allowed])
 
 
-def chosen_words(text: str, titles: Sequence[str], allowed: Sequence[Sequence[str]]) -> list[str] | None:
-    """The words of an answer of exactly these lines, `title: word`, in lower case; None for any other answer."""
+def chosen_words(text: str, titles: Sequence[str], allowed: Sequence[Collection[str]]) -> list[str] | None:
+    """The words of an answer of exactly these lines, `title: word`, in lower case; None for any other answer.
+
+    Without a title the line is the word.
+    """
     lines = filled_lines(text)
     if len(lines) != len(titles):
         return None
     found = []
     for line, title, words in zip(lines, titles, allowed, strict=True):
-        head, colon, word = line.partition(":")
+        head, colon, word = line.partition(":") if title else ("", ":", line)
         if not colon or " ".join(head.split()).lower() != title.lower() or word.strip().lower() not in words:
             return None
         found.append(word.strip().lower())

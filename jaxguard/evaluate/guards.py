@@ -19,30 +19,32 @@ from jaxguard.data.prepare import load_sources
 from jaxguard.data.sources import digest
 from jaxguard.data.template import load_tokenizer
 from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.floors import fit_floor
-from jaxguard.evaluate.foreign import foreign_format
+from jaxguard.evaluate.floors import FLOORS, fit_floor
+from jaxguard.evaluate.foreign import BUILT_IN, foreign_format, foreign_guard, written_file
 from jaxguard.evaluate.judging import Ask, Engine, Format, Judge, judge
 from jaxguard.evaluate.ours import OurFormat, context_tokens
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
 
-FLOORS: Final = ("tfidf", "majority")
 _SAMPLING: Final = {"temperature", "top_p", "generations", "thought_tokens", "verdict_tokens", "ask", "seed"}
 """Settings that change what a guard answers."""
 
 
 def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
-    """In which modes a guard is asked: its own choice, else those that data.mode trains; other formats have one.
+    """In which modes a guard is asked: its own choice, else those that data.mode trains, as far as its format has them.
 
     Raises:
-        JaxguardError: a format that cannot be asked in that mode.
+        JaxguardError: no such format, or one that cannot be asked in that mode.
     """
-    if guard.format in ("jaxguard", "nemotron_reasoning"):
-        default = ("reasoning", "direct") if config.data.mode == "dual" else (config.data.mode,)
-        return tuple(Mode(mode) for mode in guard.modes or default)
-    only = Mode.REASONING if guard.format == "gpt_oss_safeguard" else Mode.DIRECT
-    if set(guard.modes) - {str(only)}:
-        raise JaxguardError(f"guard {guard.name!r}: format {guard.format} answers in {only} mode only; leave modes out")
-    return (only,)
+    if guard.format == "jaxguard":
+        able = tuple(Mode)
+    else:
+        able = (Mode.DIRECT,) if guard.format in FLOORS else foreign_guard(guard.format).modes
+    if set(guard.modes) - {*map(str, able)}:
+        raise JaxguardError(
+            f"guard {guard.name!r}: format {guard.format} answers in {able[0]} mode only; leave modes out"
+        )
+    trained = tuple(mode for mode in able if config.data.mode in ("dual", mode))
+    return tuple(map(Mode, guard.modes)) or trained or able
 
 
 def checkpoint_of(guard: GuardConfig, config: Config) -> str:
@@ -103,7 +105,8 @@ async def identity(guard: GuardConfig, config: Config, settings: EvaluateConfig)
         examples, _ = load_sources(config.data.train, "train")
         return {"format": guard.format, "fitted_to": digest(examples), "seed": config.seed}
     checkpoint = checkpoint_of(guard, config)
-    known: dict[str, Any] = {"format": guard.format, "checkpoint": checkpoint, "revision": guard.revision}
+    form = guard.format if guard.format in BUILT_IN else file_digest(written_file(guard.format))
+    known: dict[str, Any] = {"format": form, "checkpoint": checkpoint, "revision": guard.revision}
     if guard.endpoint is not None and not guard.swap:
         from jaxguard.evaluate.sglang_engine import served
 

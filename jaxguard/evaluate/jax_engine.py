@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxguard.config import Config
+from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.judging import Sampled
 from jaxguard.evaluate.sampler import Model, Sampling, generate, next_log_odds, place_model
 from jaxguard.evaluate_sections import EvaluateConfig
 from jaxguard.models.checkpoint_io import check_vocabulary, read_weights
-from jaxguard.models.spec import read_spec
+from jaxguard.models.spec import UnsupportedModelError, read_spec
 from jaxguard.train.sharding import make_mesh, weight_shardings
 from jaxguard.train.step import choose_compute
 
@@ -45,9 +46,15 @@ def load_engine(folder: Path, config: Config, settings: EvaluateConfig) -> JaxEn
     """Read a checkpoint onto the config's mesh.
 
     Raises:
-        JaxguardError: the checkpoint cannot be read, or the mesh does not fit the devices.
+        JaxguardError: the checkpoint cannot be read, our decoder lacks its architecture, or the mesh does not fit the devices.
     """
-    spec = read_spec(folder)
+    try:
+        spec = read_spec(folder)
+    except UnsupportedModelError as error:
+        raise JaxguardError(
+            f"{error}. JAX cannot compute this guard, SGLang may: set evaluate.backend=sglang, or serve it and give the "
+            "guard the server's endpoint"
+        ) from None
     check_vocabulary(folder, spec)
     mesh = make_mesh(config.mesh)
     weights = read_weights(folder, spec, weight_shardings(spec, mesh))

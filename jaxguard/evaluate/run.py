@@ -26,7 +26,8 @@ from jaxguard.data.prepare import load_sources
 from jaxguard.disk import lock_folder
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmarks import LABEL, Benchmark, load_benchmark
-from jaxguard.evaluate.guards import FLOORS, asked_about, checkpoint_of, deciding, modes_of, open_guard
+from jaxguard.evaluate.floors import FLOORS
+from jaxguard.evaluate.guards import asked_about, checkpoint_of, deciding, modes_of, open_guard
 from jaxguard.evaluate.judging import Answer, Ask, Judge, UnsupportedError
 from jaxguard.evaluate.predictions import open_predictions
 from jaxguard.evaluate.progress import counting
@@ -92,7 +93,7 @@ def check_settings(settings: EvaluateConfig, config: Config) -> None:
     """What the sections cannot check by themselves.
 
     Raises:
-        JaxguardError: verdicts from probabilities alone, of a guard that thinks first; a mesh of several hosts.
+        JaxguardError: verdicts from probabilities alone, of a guard that thinks first; a mesh of several hosts; no such format.
     """
     if config.mesh.hosts != "single" and settings.backend == "jax" and not all(g.endpoint for g in settings.guards):
         raise JaxguardError(
@@ -100,7 +101,8 @@ def check_settings(settings: EvaluateConfig, config: Config) -> None:
             "fits one host, else serve it: evaluate.backend=sglang, or an endpoint"
         )
     for guard in settings.guards:
-        if settings.generations == 0 and Mode.REASONING in modes_of(guard, config):
+        modes = modes_of(guard, config)  # also finds formats that are none
+        if settings.generations == 0 and Mode.REASONING in modes:
             raise JaxguardError(
                 f"evaluate.generations=0 takes verdicts from probabilities alone, but guard {guard.name!r} is asked in "
                 "reasoning mode, where they depend on the thought: set its modes=[direct], or sample"

@@ -13,6 +13,10 @@ from jaxguard.errors import JaxguardError
 SUPPORTED = {"llama": "Llama 3.x, SmolLM2", "gemma3_text": "Gemma 3 1B", "gemma3": "Gemma 3 4B, 12B, 27B"}
 
 
+class UnsupportedModelError(JaxguardError):
+    """An architecture, or an option of one, that the decoder does not have."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of one kind of layer.
@@ -98,7 +102,8 @@ def read_spec(folder: Path) -> Spec:
     """The spec of the checkpoint in `folder`.
 
     Raises:
-        JaxguardError: no config.json, or an architecture or option that the decoder does not have.
+        JaxguardError: no config.json, or one that transformers cannot read.
+        UnsupportedModelError: an architecture or option that the decoder does not have.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -109,7 +114,7 @@ def read_spec(folder: Path) -> Spec:
         raise JaxguardError(f"{path}: transformers cannot read it: {error}") from None
     if config.model_type not in SUPPORTED:
         known = ", ".join(f"{k} ({v})" for k, v in SUPPORTED.items())
-        raise JaxguardError(f"{path}: model_type {config.model_type!r} is not supported; supported: {known}")
+        raise UnsupportedModelError(f"{path}: model_type {config.model_type!r} is not supported; supported: {known}")
     return _llama(config, path) if config.model_type == "llama" else _gemma3(config.get_text_config(), path)
 
 
@@ -178,9 +183,9 @@ def _rope(parameters: dict[str, Any], path: Path) -> Rope:
     if kind == "llama3":
         bands = (float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"]))
         return Rope(theta, float(parameters["factor"]), (*bands, int(parameters["original_max_position_embeddings"])))
-    raise JaxguardError(f"{path}: rope_type {kind!r} is not supported; supported: default, linear, llama3")
+    raise UnsupportedModelError(f"{path}: rope_type {kind!r} is not supported; supported: default, linear, llama3")
 
 
 def _require(path: Path, option: str, value: Any, wanted: Any) -> None:
     if value != wanted:
-        raise JaxguardError(f"{path}: {option}={value!r} is not supported; only {wanted!r} is")
+        raise UnsupportedModelError(f"{path}: {option}={value!r} is not supported; only {wanted!r} is")

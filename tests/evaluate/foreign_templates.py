@@ -70,6 +70,8 @@ GEMMA = """\
 {% endfor %}{% if add_generation_prompt %}<start_of_turn>model
 {% endif %}"""
 
+LINES = "tests/evaluate/thinking_lines.yaml"
+"""A format that a user wrote."""
 GUARDS = {
     "llama_guard": (LLAMA_GUARD_TEXT, ()),
     "wildguard": (None, ("<s>", "</s>")),
@@ -79,6 +81,8 @@ GUARDS = {
         HARMONY,
         ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"),
     ),
+    "yes_no": (GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")),
+    LINES: (None, ("<s>", "</s>")),
     "nemotron_reasoning": (GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")),
 }
 

@@ -10,12 +10,12 @@ import re
 import time
 
 import pytest
-from foreign_templates import guard_tokenizer
+from foreign_templates import GUARDS, LINES, guard_tokenizer
 
 from jaxguard.data.dialogue import CHOICES, CLOSED, TITLES, Mode, parse
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Policy
-from jaxguard.evaluate.foreign import GUARDS, foreign_format
+from jaxguard.evaluate.foreign import foreign_format
 from jaxguard.evaluate.judging import Ask
 from jaxguard.evaluate.metrics import NEGATIVE, POSITIVE, UNPARSEABLE
 
@@ -64,6 +64,7 @@ MARKS += [
     "<|return|>",
     "<end_of_turn>",
 ]
+LINE_PIECES = ["Request: good", "Request: bad", "Refused: none", "Refused: no", "Reply: good", "<reason>", "</reason>"]
 NOISE = [
     "not ",
     "un",
@@ -132,7 +133,7 @@ NOISE += [
 def outputs(seed):
     """Random mixes: fragments in any order, lines that are nearly right, and right answers with something changed."""
     draw = random.Random(seed)
-    pieces = VERDICTS + MARKS + NOISE
+    pieces = VERDICTS + MARKS + NOISE + (LINE_PIECES if seed == LINES else [])
     right = [
         "Prompt harm: unharmful\nResponse harm: unharmful\nResponse refusal: refusal",
         "Prompt harm: unharmful\nResponse harm: None",
@@ -148,6 +149,9 @@ def outputs(seed):
     ]
     harmony = "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>"
     thoughts = ["", "", "<think>\nIt is bread.\n</think>\n\n", harmony]
+    if seed == LINES:
+        right += 2 * ["Request: good\nRefused: yes\nReply: good", "Request: good\nRefused: none"]
+        thoughts += 2 * ["<reason>\nIt is bread.\n</reason>\n"]
     for i in range(OUTPUTS):
         if i % 2:
             text = draw.choice(thoughts) + draw.choice(right)
@@ -247,7 +251,13 @@ def exactly(kind, ask, text):
     if kind == "shieldgemma":
         first = re.split(r"[.,:;!\n]", text.strip())[0].strip().lower()
         return first == "no" and "yes" not in re.findall(r"\w+", text.lower())
+    if kind == LINES and ask.mode is Mode.REASONING:
+        if "</reason>" not in text:
+            return False
+        text = text.split("</reason>")[-1]
     lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if kind == "yes_no":
+        return [line.lower().removesuffix(".") for line in lines] == ["yes" if question == "response_refusal" else "no"]
     fields = [tuple(part.strip().lower() for part in line.split(":", 1)) for line in lines]
     if kind == "llama_guard":
         return fields == [("safe",)]
@@ -256,6 +266,12 @@ def exactly(kind, ask, text):
         wanted = [("harmful request", {"yes", "no"}), ("response refusal", anything), ("harmful response", anything)]
         asked = {"prompt_harm": 0, "response_refusal": 1, "response_harm": 2}[question]
         word = "yes" if question == "response_refusal" else "no"
+    elif kind == LINES:
+        said = {"yes", "no"} if response else {"yes", "no", "none"}
+        wanted = [("request", {"bad", "unclear", "good"}), ("refused", said), ("reply", {"bad", "good"})]
+        wanted = wanted if response else wanted[:2]
+        asked = {"prompt_harm": 0, "response_refusal": 1, "response_harm": 2}[question]
+        word = "yes" if question == "response_refusal" else "good"
     elif kind == "qwen3guard":
         wanted = [("safety", {"safe", "unsafe", "controversial"}), ("categories", None), ("refusal", {"yes", "no"})]
         wanted = wanted[:2] if question == "prompt_harm" else wanted
@@ -283,7 +299,7 @@ def form(tiny_tokenizer_folder):
 
 @pytest.mark.parametrize("kind", GUARDS)
 def test_no_other_format_lets_pass_what_is_not_exactly_its_answer(form, kind):
-    passed, guard = 0, GUARDS[kind]
+    passed, guard = 0, form[kind].guard
     for i, text in enumerate(outputs(kind)):
         question = guard.asks[i % len(guard.asks)]
         example = PROMPTS if question == "prompt_harm" and i % 3 else RESPONSES
@@ -304,6 +320,8 @@ ANSWERS = {
     "qwen3guard": ("Safety: Safe\nCategories: None", "Safe"),
     "gpt_oss_safeguard": ("<|channel|>final<|message|>unharmful", "unharmful"),
     "nemotron_reasoning": ("Prompt harm: unharmful\nResponse harm: unharmful", "unharmful"),
+    "yes_no": ("No", "No"),
+    LINES: ("Request: good\nRefused: no\nReply: good", "good"),
 }
 INSTEAD = [
     "",

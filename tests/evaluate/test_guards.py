@@ -1,6 +1,8 @@
 """Guards by config: which modes, which weights, which server."""
 
 import asyncio
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +85,21 @@ def test_a_swapped_guard_answers_with_its_own_weights(config, tiny_checkpoint, s
     assert "/update_weights_from_disk" in server.paths
     assert known_as(GuardConfig(checkpoint=str(tiny_checkpoint)), config)["weights"].startswith(server.version)
     assert answer.probability == pytest.approx(1 / (1 + 2.718281828 ** (-1.5)))
+
+
+def test_a_model_that_jax_does_not_have_is_to_be_served(config, tiny_checkpoint, tmp_path):
+    """WildGuard is a Mistral, for example."""
+    folder = tmp_path / "wildguard"
+    shutil.copytree(tiny_checkpoint, folder)
+    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**tree, "model_type": "mistral"}), encoding="utf-8")
+
+    async def run():
+        async with open_guard(GuardConfig(checkpoint=str(folder)), config, EvaluateConfig()):
+            pass
+
+    with pytest.raises(JaxguardError, match=r"'mistral' is not supported.*evaluate\.backend=sglang.*endpoint"):
+        asyncio.run(run())
 
 
 def test_a_swap_needs_a_server():
