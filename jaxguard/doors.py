@@ -21,8 +21,8 @@ INTERRUPTED = 130
 EPILOG = """\
 overrides:
   Any field of the config, dotted, after the options or between them:
-      train.epochs=3 optimizer.learning_rate=2e-6 data.validation=[] data.train.0.path=my/data.jsonl
-  The last one given to a field wins. --dry-run shows what came out.
+      train.epochs=3 optimizer.learning_rate=2e-6 'data.validation=[]' data.train.0.path=my/data.jsonl
+  Quote what holds brackets or spaces. The last one given to a field wins. --dry-run shows what came out.
 
 configs in {folder}/: {known}
 """

@@ -12,6 +12,7 @@ import pytest
 import document_config
 from generated import written
 from jaxguard.__main__ import main, stages
+from jaxguard.check.__main__ import _parser as check_parser
 from jaxguard.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,14 +124,59 @@ def test_the_documented_fields_are_those_of_the_config():
     assert not re.findall(r"\|  \|$", tables, re.MULTILINE), "a field has no docstring"
 
 
-def commands():
-    """Every command line of the documents' sh blocks, with the document."""
+def shell_lines():
+    """(file, line) of every command in the documents' sh blocks, and of every example in a stage's help."""
     for document in DOCUMENTS:
         for block in re.findall(r"```sh\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words:
-                    yield document.relative_to(ROOT), words
+            yield from ((document.relative_to(ROOT), line) for line in block.replace("\\\n", " ").splitlines())
+    for door in sorted(PACKAGE.glob("*/__main__.py")):
+        for line in re.findall(r"^  (?:.*\| )?(python -m .*)$", door.read_text(encoding="utf-8"), re.MULTILINE):
+            yield door.relative_to(ROOT), line
+
+
+def commands():
+    """The same as words, as a shell would read them; what it would put in for $(…) is left out."""
+    for document, line in shell_lines():
+        words = shlex.split(re.sub(r"\$\([^)]*\)", "", line), comments=True)
+        if words:
+            yield document, words
+
+
+def opened():
+    """(what is written, stage, its arguments) of every command that opens a stage's door."""
+    launchers = {"launch/slurm/train.sbatch": ("train", 1), "launch/sglang/serve.sbatch": ("distill", 2)}
+    for document, words in commands():
+        said = f"{document}: {' '.join(words)}"
+        if words[:2] == ["python", "-m"] and words[2].startswith("jaxguard."):
+            yield said, words[2].removeprefix("jaxguard."), words[3:]
+        for script, (stage, place) in launchers.items():
+            given = words[words.index(script) + place :] if script in words else []
+            if given:
+                yield said, stage, ["--config", *given]
+        if words[0] == "jaxguard":
+            yield said, words[1], words[2:]
+
+
+def test_a_shell_leaves_the_documented_commands_as_they_are():
+    """No unquoted bracket, brace or the like: a shell may expand them, or takes what follows a space for another word."""
+    for document, line in shell_lines():
+        bare = re.sub(r"""\$\([^)]*\)|'[^']*'|"[^"]*"|#.*""", "", line)
+        assert not re.search(r"[][{}()*?<>;&|~]", bare), f"{document}: {line}"
+
+
+def test_the_documented_commands_are_read_by_their_doors(capsys, monkeypatch):
+    """Their own parsers take them, and what they change is a config, or a study's configs."""
+    monkeypatch.chdir(ROOT)
+    checked = set()
+    for said, stage, words in opened():
+        if stage == "check":  # asks at once
+            assert check_parser().parse_known_intermixed_args(words)[1] == [], said
+        else:
+            # A file of the reader's own stands for any that extends a shipped one.
+            arguments = ["gemma4b_5k" if word.startswith("my/") else word for word in words]
+            assert main([stage, *arguments, "--dry-run"]) == 0, f"{said}\n{capsys.readouterr().err}"
+        checked.add(stage)
+    assert checked >= {"data", "distill", "train", "evaluate", "mine", "plan", "study", "check"}
 
 
 def test_the_documented_commands_exist():

@@ -33,7 +33,7 @@ and data.train: {kind: jsonl, path: runs/NAME/dataset/dual/5000_0.parquet}. The 
 
 examples:
   python -m jaxguard.data build --config wildguard_sets
-  python -m jaxguard.data build --config wildguard_sets build.subsets=[500] build.seeds=[0,1]
+  python -m jaxguard.data build --config wildguard_sets 'build.subsets=[500]' 'build.seeds=[0,1]'
 """
 
 

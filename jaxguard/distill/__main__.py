@@ -19,7 +19,7 @@ commands:
 
 examples:
   python -m jaxguard.distill --config wildguard_traces
-  python -m jaxguard.distill --config wildguard_traces distill.teacher.endpoints=[http://node1:30000/v1]
+  python -m jaxguard.distill --config wildguard_traces 'distill.teacher.endpoints=[http://node1:30000/v1]'
   python -m jaxguard.distill --config wildguard_traces name=aegis_traces data.train.0.kind=aegis2 data.policy=aegis2
   python -m jaxguard.distill audit --config wildguard_traces distill.audit.examples=500
   python -m jaxguard.distill inspect --config wildguard_traces

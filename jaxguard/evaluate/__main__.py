@@ -17,7 +17,7 @@ whenever you like: started again, it goes on. --config takes the config that the
 examples:
   python -m jaxguard.evaluate --config gemma4b_5k evaluate.limit=50
   python -m jaxguard.evaluate --config gemma4b_dual_5k evaluate.backend=sglang evaluate.server.python=sglang/bin/python
-  python -m jaxguard.evaluate --config gemma4b_5k evaluate.guards.0.endpoint=http://node1:30000
+  python -m jaxguard.evaluate --config gemma4b_5k 'evaluate.guards=[{endpoint: http://node1:30000}]'
   python -m jaxguard.evaluate --config gemma4b_5k 'evaluate.guards=[{name: ours}, {name: words, format: tfidf}]'
   python -m jaxguard.evaluate --config smollm_demo 'evaluate.benchmarks=[{name: xstest_prompt, path: my/xstest.csv}]'
 """

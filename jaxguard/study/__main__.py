@@ -25,9 +25,10 @@ exit codes: 0 all done, 1 some runs failed, 2 a mistake to mend, 75 stopped by S
 """
 EPILOG = """\
 overrides:
-  Any field of the rows' configs, for all of them; the field of an axis takes a list, which replaces its values; name= and
-  run_folder= are the study's own, cost.… is what its cost is reckoned from:
-      data.subset=[500,1000] data.subset_seed=[0,1] evaluate.limit=200 cost.devices=4
+  Any field of the rows' configs, for all of them; the field of an axis takes a list, which replaces its values; name=,
+  run_folder= and metric= are the study's own, cost.… is what its cost is reckoned from:
+      'data.subset=[500,1000]' 'data.subset_seed=[0,1]' evaluate.limit=200 cost.devices=4
+  report takes the same ones as run.
 
 examples:
   python -m jaxguard.study cost paper/main

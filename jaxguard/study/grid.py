@@ -16,8 +16,8 @@ from jaxguard.study.sections import CostFields, RowFields, Stage, StudyFields, l
 
 REPEATS = ("seed", "data.subset_seed")
 """Axes that repeat a run: results are averaged over them."""
-SHARED = ("distill.", "build.", "model.")
-"""What an override on the command line may change of what is prepared; distill. and build. change nothing else."""
+PREPARING = ("distill", "build")
+"""Sections that an override on the command line changes where such a stage prepares, and nowhere else."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
     """Read a study and resolve all of its runs.
 
     An override changes every run. One of a field that is an axis replaces the axis' values in the rows that have it and does
-    nothing to the others; `name` and `run_folder` are the study's own, and `cost.` changes the reckoning.
+    nothing to the others; `name`, `run_folder` and `metric` are the study's own, and `cost.` changes the reckoning. What is
+    prepared but read by no run is left out.
 
     Raises:
         JaxguardError: no such study, or a run whose config is not valid; it names the row.
@@ -88,18 +89,33 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
     if not study_name or "/" in study_name or study_name in (".", ".."):
         raise JaxguardError(f"name={study_name!r} is the study's folder: it must not be empty or hold a slash")
     cost = {key.removeprefix("cost."): value for key, value in own.items() if key.startswith("cost.")}
-    if cost:
-        tree = found.model_dump()
-        found = fields.validate(StudyFields, {**tree, "cost": {**tree["cost"], **cost}}, name)
-    shared = [text for text in rest if text.startswith(SHARED)]
-    rest = [text for text in rest if not text.startswith(("distill.", "build."))]
-    prepared = tuple(
-        _resolve(key, key, {}, row, found, folder, {"name": key}, shared) for key, row in found.prepare.items()
-    )
+    tree = found.model_dump()
+    changed = {"metric": own.get("metric", found.metric), "cost": {**tree["cost"], **cost}}
+    found = fields.validate(StudyFields, {**tree, **changed}, name)
+    prepared = [
+        _resolve(key, key, {}, row, found, folder, {"name": key}, _of_sections(rest, ("model", *row.stages)))
+        for key, row in found.prepare.items()
+    ]
+    preparing = _of_sections(rest, PREPARING)
+    rest = [text for text in rest if text not in preparing]
     axes = {field for row in found.rows.values() for field in row.axes}
     grids = {key: _grid(key, row, axes, rest, found, folder) for key, row in found.rows.items()}
     runs = tuple(run for grid in grids.values() for run in grid)
-    return Study(study_name, folder, scale, found, prepared, runs)
+    return Study(study_name, folder, scale, found, _needed(prepared, runs), runs)
+
+
+def _of_sections(overrides: Iterable[str], sections: Iterable[str]) -> list[str]:
+    return [text for text in overrides if text.startswith(tuple(f"{section}." for section in sections))]
+
+
+def _needed(prepared: list[Run], runs: Iterable[Run]) -> tuple[Run, ...]:
+    """What of it a run reads, or something that is needed reads, in order."""
+    readers, needed = list(runs), []
+    for one in reversed(prepared):
+        if any(f'"{one.folder}/' in json.dumps(run.config.model_dump(mode="json")) for run in readers):
+            readers.append(one)
+            needed.append(one)
+    return tuple(reversed(needed))
 
 
 def _study_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
@@ -109,7 +125,7 @@ def _study_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str
         key, separator, value = text.partition("=")
         if not separator:
             raise JaxguardError(f"override {text!r}: write it as field=value, for example data.subset_seed=[0,1]")
-        if key in ("name", "run_folder") or key.startswith("cost."):
+        if key in ("name", "run_folder", "metric") or key.startswith("cost."):
             own[key] = fields.scalar(value)
         else:
             rest.append(text)

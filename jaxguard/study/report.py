@@ -15,6 +15,8 @@ from jaxguard.study.figure import Curve, draw
 from jaxguard.study.grid import REPEATS, Run, Study
 
 AVERAGES = ("prompt", "response", "safety", "custom")
+PUBLISHED_METRIC = "safety"
+"""What the published curves are of."""
 SPARE = ("data.mode",)
 """Axes that the column of modes already tells."""
 
@@ -71,9 +73,12 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: An
         raise JaxguardError(f"{study.folder} has no results yet; run the study first")
     metrics = columns(lines)
     curve = study.fields.curve
-    figure = None
+    figure, caption = None, ""
     if curve is not None:
-        figure = draw(curves(study, lines), _published_curve(study, published), curve.label, study.fields.metric)
+        metric = shown_metric(study, lines)
+        beside = _published_curve(study, published) if metric == PUBLISHED_METRIC else []
+        figure = draw(curves(lines, metric), beside, curve.label, metric)
+        caption = _caption(study, metric)
     rows = [cells(line, metrics) for line in lines]
     head = ("", "mode", *metrics, "runs")
     markdown = study.folder / "report.md"
@@ -84,7 +89,14 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: An
     page = study.folder / "report.html"
     template = page_template(Path(__file__).with_name("report.html.j2"))
     html = template.render(
-        title=study.fields.title, about=about, head=head, rows=rows, legend=LEGEND, missing=missing, figure=figure
+        title=study.fields.title,
+        about=about,
+        head=head,
+        rows=rows,
+        legend=LEGEND,
+        missing=missing,
+        figure=figure,
+        caption=caption,
     )
     write_atomically(page, html)
     return markdown, page
@@ -127,8 +139,8 @@ def _line(
     each: list[tuple[Scores, bool]],
     published: Any,
 ) -> Line:
-    row, metric = runs[0].fields, study.fields.metric
-    curve, series = study.fields.curve, row.series or runs[0].row
+    row, curve = runs[0].fields, study.fields.curve
+    series = row.series or runs[0].row
     expected: Scores = {}
     reference = row.published.get(mode)  # type: ignore[call-overload]
     if published is not None and reference is not None:
@@ -138,7 +150,7 @@ def _line(
         x = _number(labels[curve.axis], row.examples)
         if mode == "reasoning" and not expected and curve.series in (None, series):
             at_x = [f1 for at, f1, _ in _published_curve(study, published) if at == x]
-            expected = {metric: at_x[0]} if at_x else {}
+            expected = {PUBLISHED_METRIC: at_x[0]} if at_x else {}
     return Line(
         series=series,
         labels=labels,
@@ -191,11 +203,22 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def curves(study: Study, lines: Sequence[Line]) -> list[Curve]:
+def shown_metric(study: Study, lines: Sequence[Line]) -> str:
+    """What the figure shows: the study's metric, or, where no run was asked for that, the first column of the table."""
+    wanted = study.fields.metric
+    return wanted if any(line.values(wanted) for line in lines) else next(iter(columns(lines)), wanted)
+
+
+def _caption(study: Study, metric: str) -> str:
+    wanted = study.fields.metric
+    return "" if metric == wanted else f"The figure shows {metric}: no run has a result for {wanted}."
+
+
+def curves(lines: Sequence[Line], metric: str) -> list[Curve]:
     """The lines that stand on the curve's axis, as one curve for each series and mode."""
     found: dict[str, list[tuple[float, tuple[float, ...]]]] = {}
     for line in lines:
-        values = line.values(study.fields.metric)
+        values = line.values(metric)
         if line.x is not None and values:
             found.setdefault(f"{line.series}, {line.mode}", []).append((line.x, tuple(values)))
     return [Curve(name, tuple(sorted(points))) for name, points in found.items()]

@@ -112,7 +112,7 @@ class StudyFields(Section):
     rows: dict[Name, RowFields] = Field(min_length=1)
     """The rows, in order."""
     metric: str = "safety"
-    """What the curve shows: an average, or a benchmark's label."""
+    """What the curve shows: an average, or a benchmark's label; where no run was asked for it, the first that there is."""
     curve: CurveFields | None = None
     """The figure; null draws none."""
     cost: CostFields = CostFields()

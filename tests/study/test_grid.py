@@ -138,12 +138,53 @@ def test_a_row_without_training_judges_with_the_model_itself(study):
 
 
 def test_only_overrides_of_preparing_reach_what_is_prepared(study):
-    prepare = {"sets": {"stages": ["build"]}}
-    found = study("data.mode=dual", "build.similarity=0.9", prepare=prepare)
+    found = study("data.mode=dual", "build.similarity=0.9", prepare={"sets": SETS}, rows={"y": {}, "x": READS_SETS})
     (sets,) = found.prepared
     assert (sets.config.build.similarity, sets.config.data.mode) == (0.9, "direct")
     assert sets.folder == Path("runs/sets")
     assert found.runs[1].config.build is None
+
+
+SETS = {"stages": ["build"], "set": {"data.train": [{"kind": "jsonl", "path": "runs/traces/traces.jsonl"}]}}
+READS_SETS = {"set": {"data.train": [{"kind": "jsonl", "path": "runs/sets/dataset/loaves/all.parquet"}]}}
+
+
+def test_a_teachers_address_reaches_only_what_asks_a_teacher(study):
+    distill = {"stages": ["distill"], "set": {"distill.teacher.model": "baker"}}
+    found = study(
+        "distill.teacher.endpoints=[http://oven]",
+        "model.checkpoint=mill",
+        prepare={"traces": distill, "sets": SETS},
+        rows={"x": READS_SETS},
+    )
+    traces, sets = found.prepared
+    assert traces.config.distill.teacher.endpoints == ("http://oven",)
+    assert sets.config.distill is None
+    assert {run.config.model.checkpoint for run in (*found.prepared, *found.runs)} == {"mill"}
+
+
+def test_only_what_a_run_reads_is_prepared(study):
+    distill = {"stages": ["distill"], "set": {"distill.teacher.model": "baker"}}
+    prepare = {"traces": distill, "sets": SETS, "other": SETS}
+    found = study(prepare=prepare, rows={"x": READS_SETS})
+    assert [run.name for run in found.prepared] == ["traces", "sets"]
+    found = study("data.train=[{kind: jsonl, path: bread.jsonl}]", prepare=prepare, rows={"x": READS_SETS})
+    assert found.prepared == ()
+
+
+def test_the_documented_studies_without_a_teacher_ask_for_none(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert [run.name for run in open_study("paper/sample_efficiency").prepared] == [
+        "wildguard_traces",
+        "wildguard_sets",
+    ]
+    assert open_study("paper/sample_efficiency", None, ["data.train=[{kind: nemotron_safety}]"]).prepared == ()
+
+
+def test_the_metric_is_the_studys(study):
+    found = study("metric=safety")
+    assert found.fields.metric == "safety"
+    assert found.runs[1].config == study().runs[1].config
 
 
 @pytest.mark.parametrize(

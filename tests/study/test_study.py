@@ -104,14 +104,16 @@ def test_a_stopped_stage_stops_the_study_and_it_goes_on(study, go, calls, behave
 
 def test_what_is_needed_first_is_made_once(study, go, calls, behave):
     build = {"sets": {"stages": ["build"], "set": {"build.sets": [{"name": "loaves"}]}}}
+    reads = [{"kind": "jsonl", "path": "runs/sets/dataset/loaves/all.parquet"}]
+    rows = {"bread": {"set": {"data.train": reads, "data.subset": 8}}}
     behave({"sets build": "fail"})
-    code, said = go(study(prepare=build))
+    code, said = go(study(prepare=build, rows=rows))
     assert (code, calls()) == (1, ["sets build"])
     assert "for want of runs/sets/dataset/loaves/all.parquet" in said
     behave({})
-    assert go(study(prepare=build))[0] == 0
+    assert go(study(prepare=build, rows=rows))[0] == 0
     assert calls()[0] == "sets build"
-    go(study(prepare=build))
+    go(study(prepare=build, rows=rows))
     assert calls() == []
 
 

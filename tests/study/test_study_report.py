@@ -1,14 +1,14 @@
 """The report, from made-up results."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
 from jaxguard.errors import JaxguardError
-from jaxguard.study.report import curves, gather, spread, write_report
+from jaxguard.study.report import curves, gather, shown_metric, spread, write_report
 
 
 @dataclass
@@ -91,7 +91,9 @@ def test_both_modes_of_a_run_are_lines_and_curves_of_their_own(report):
         ("direct", ({"own_responses": 0.4}, {"own_responses": 0.6}), False),
         ("reasoning", ({"part": 0.3},), True),
     ]
-    assert [(curve.name, curve.points) for curve in curves(found, lines)] == [("bread, direct", ((8.0, (0.4, 0.6)),))]
+    assert [(curve.name, curve.points) for curve in curves(lines, "own_responses")] == [
+        ("bread, direct", ((8.0, (0.4, 0.6)),))
+    ]
 
 
 ROWS = {
@@ -132,8 +134,33 @@ def test_published_values_stand_beside_ours(report):
     assert svg.tag.endswith("svg")
     assert "0.850 / 0.900" in html
     lines, _ = gather(found, read, PUBLISHED)
-    curve, _ = curves(found, lines)
+    curve, _ = curves(lines, "safety")
     assert curve.points == ((8.0, (0.65,)), (16.0, (0.75,)), (99, (0.85,)))
+
+
+def test_the_figure_shows_what_there_is_and_says_so(report):
+    """The documented `name=mine` command asks other benchmarks than the study's: no empty figure comes of it."""
+    found, read = report({"bread-8-0": direct(0.5, "own_prompts"), "bread-8-1": direct(0.7, "own_prompts")})
+    html = write_report(found, read, None)[1].read_text()
+    assert "The figure shows own_prompts: no run has a result for own_responses." in html
+    assert shown_metric(found, gather(found, read, None)[0]) == "own_prompts"
+
+
+def test_the_metric_can_be_chosen(report):
+    both = {"direct": {"own": 0.5, "own_responses": 0.6}}
+    found, read = report({"bread-8-0": both}, "metric=own")
+    lines, _ = gather(found, read, None)
+    assert shown_metric(found, lines) == "own"
+    assert curves(lines, "own")[0].points == ((8.0, (0.5,)),)
+    assert "figcaption" not in write_report(found, read, None)[1].read_text()
+
+
+def test_the_published_curve_is_of_safety_alone(report):
+    found, read = report({"bread-8": reasoned(0.65)}, rows=ROWS, curve=CURVE, metric="prompt")
+    assert "paper, reasoning" not in write_report(found, read, PUBLISHED)[1].read_text()
+    found = replace(found, fields=found.fields.model_copy(update={"metric": "safety"}))
+    assert "paper, reasoning" in write_report(found, read, PUBLISHED)[1].read_text()
+    assert "| loaf, subset 8 | reasoning | 0.250 | 0.650 / 0.700 |" in (found.folder / "report.md").read_text()
 
 
 def test_a_scale_shows_nothing_published(report, study):
