@@ -24,7 +24,8 @@ The user turn:
     /think
 
 What does not change between examples comes first, so that it can be computed once. The answer is a thought in think
-tags, an empty line and the verdict lines; in direct mode the verdict lines alone.
+tags, an empty line and the verdict lines; in direct mode the verdict lines alone. Where the chat template opens a thought
+itself, that tag belongs to the prompt, and so does an empty thought's end in direct mode.
 
 Prompts, responses, traces and policies are untrusted. Every string in them that could act as part of this format, or
 as a special token of the tokenizer, gets a backslash before its last character: `<|eot_id|\>`, `Prompt harm\:`. The
@@ -84,6 +85,9 @@ _HOW = {
     Mode.REASONING: "First reason between <think> and </think>, then give these lines:",
     Mode.DIRECT: "Give only these lines:",
 }
+
+NO_THOUGHT: Final = "\n</think>\n\n"
+"""Closes a thought that the chat template opened, with nothing in it: what direct mode begins with there."""
 
 # U+2581 is how SentencePiece tokenizers such as Gemma's write a space: their ids do not tell the two apart.
 _SPACE = r"[\s\u2581]{0,3}"
@@ -205,8 +209,8 @@ class Dialogue:
         turn = self.user_turn(example.prompt, example.response, policy, asks, mode)
         return [{"role": "user", "content": turn}]
 
-    def completion(self, answers: Answers, trace: str | None, mode: Mode) -> str:
-        """The answer's text without its end of turn; `trace` is read in reasoning mode only.
+    def completion(self, answers: Answers, trace: str | None, mode: Mode, opened: bool = False) -> str:
+        """The answer's text without its end of turn; `trace` is for reasoning mode, `opened` if the prompt opened its thought.
 
         Raises:
             JaxguardError: reasoning mode without a trace.
@@ -216,7 +220,8 @@ class Dialogue:
             return verdict
         if not (trace or "").strip():
             raise JaxguardError("reasoning mode needs a trace; give the example one, or train it in direct mode")
-        return f"<think>\n{self.quote(trace or '')}\n</think>\n\n{verdict}"
+        text = f"{self.quote(trace or '')}\n</think>\n\n{verdict}"
+        return text if opened else f"<think>\n{text}"
 
     def quote(self, text: str) -> str:
         """Untrusted text with every reserved string broken, lone surrogates replaced, and outer white space gone."""

@@ -5,15 +5,16 @@ import os
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jaxguard.data.dialogue import ABSENT, CHOICES, Answers, Dialogue, Mode, answers, questions, written
+from jaxguard.data.dialogue import ABSENT, CHOICES, NO_THOUGHT, Answers, Dialogue, Mode, answers, questions, written
 from jaxguard.data.examples import Example
-from jaxguard.data.policies import Policy, Question, load_policy, policy_for
+from jaxguard.data.policies import QUESTIONS, Policy, Question, load_policy, policy_for
 from jaxguard.data.template import Template, load_tokenizer, read_template, render, token_ids
 from jaxguard.errors import JaxguardError
 from jaxguard.sections import DataConfig
@@ -193,13 +194,14 @@ class Encoder:
                 f"example {example.id!r}: its policy leaves no room for text in {self.row_tokens} tokens"
                 + (f" less {answer_tokens} for the answer" if answer_tokens else "")
             )
-        self._check_prompt(example, fitted.ids)
+        self._check_prompt(example, fitted.ids, mode)
         return fitted
 
     def messages(self, example: Example, mode: Mode, answer_tokens: int = 0) -> list[dict[str, str]]:
         """Chat messages that a server turns into exactly the tokens of `prompt`.
 
-        It has to be given `template.TEMPLATE_KWARGS` as `chat_template_kwargs`.
+        It has to be given `template.TEMPLATE_KWARGS` as `chat_template_kwargs`. Where the template opens a thought, direct
+        mode's prompt has NO_THOUGHT besides, which no chat message can say.
         """
         return [{"role": "user", "content": self.prompt(example, mode, answer_tokens).turn}]
 
@@ -229,7 +231,7 @@ class Encoder:
         )
         seams = 4  # tokens that split otherwise where texts meet
         texts = 2 * (MIN_KEPT + len(self.ids(CUT_MARK)) + seams)
-        return len(self.ids(render(self.tokenizer, turn))) + texts + longest
+        return len(self.ids(render(self.tokenizer, turn) + self._closing(Mode.DIRECT))) + texts + longest
 
     def _policy(self, example: Example) -> Policy:
         return policy_for(example, self.policy)
@@ -239,7 +241,8 @@ class Encoder:
         return token_ids(self.tokenizer, text)
 
     def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> list[int]:
-        return self.ids(self.dialogue.completion(answers, trace, mode) + self.template.end)
+        text = self.dialogue.completion(answers, trace, mode, bool(self.template.opened))
+        return self.ids(text + self.template.end)
 
     def _render(self, example: Example, mode: Mode, gold: Answers) -> _Rendered | None:
         """Tokens of the prompt and of all completions, the gold one first; the prompt leaves room for the longest."""
@@ -269,7 +272,7 @@ class Encoder:
 
     def _sequence(self, example: Example, mode: Mode, rendered: _Rendered, given: Answers) -> Sequence:
         prompt, completion = rendered.prompt, rendered.completions[given]
-        self._check_prompt(example, prompt)
+        self._check_prompt(example, prompt, mode)
         self._check_completion(example, completion)
         probes = []
         for i, (question, word) in enumerate(given):
@@ -290,8 +293,8 @@ class Encoder:
             cut=rendered.cut,
         )
 
-    def _check_prompt(self, example: Example, ids: list[int]) -> None:
-        if self.template.reserved_in(ids) != self.template.prompt_ids:
+    def _check_prompt(self, example: Example, ids: list[int], mode: Mode) -> None:
+        if self.template.reserved_in(ids) != self._frame[mode]:
             found = [self.template.reserved[i] for i in self.template.reserved_in(ids)]
             raise JaxguardError(
                 f"example {example.id!r}: its text spells a special token of this tokenizer in a way that jaxguard "
@@ -320,7 +323,7 @@ class Encoder:
 
         def attempt(parts: Items[str]) -> tuple[str, list[int]]:
             turn = self.dialogue.user_turn(parts[0], parts[1] if len(parts) > 1 else None, policy, asks, mode)
-            return turn, self.ids(self._checked(turn))
+            return turn, self.ids(self._prompt_text(turn, mode))
 
         turn, ids = attempt(texts)
         shortened = any(len(t or "") > most for t in (example.prompt, example.response))
@@ -339,12 +342,24 @@ class Encoder:
             keep -= len(ids) - room
         return None
 
-    def _checked(self, turn: str) -> str:
+    @cached_property
+    def _frame(self) -> dict[Mode, tuple[int, ...]]:
+        """The reserved tokens of a prompt, in order, whatever it judges: the template's, and think tags of the format."""
+        turns = {mode: self.dialogue.user_turn("", "", Policy("none"), QUESTIONS, mode) for mode in Mode}
+        return {
+            mode: self.template.reserved_in(self.ids(self._prompt_text(turn, mode))) for mode, turn in turns.items()
+        }
+
+    def _closing(self, mode: Mode) -> str:
+        """What ends a thought that the template opened, in the mode that has none."""
+        return NO_THOUGHT if self.template.opened and mode is Mode.DIRECT else ""
+
+    def _prompt_text(self, turn: str, mode: Mode) -> str:
         """The rendered prompt; the template must have left the turn as it is."""
         text = render(self.tokenizer, turn)
         if text != self.template.before + turn + self.template.after:
             raise JaxguardError(f"the chat template changes the user turn; it renders {text[:200]!r}...")
-        return text
+        return text + self._closing(mode)
 
     @staticmethod
     def _shortened(text: str, most: int) -> str:

@@ -1,6 +1,7 @@
 """What a checkpoint's chat template and tokenizer put around one exchange."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ that Llama 3.1's falls back to. When serving, pass the same as `chat_template_kw
 than it was trained on."""
 
 _PROMPT, _ANSWER = "jaxguardprompt", "jaxguardanswer"
+_OPENS = re.compile(r"<think>\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -25,18 +27,18 @@ class Template:
     Attributes:
         before: text in front of the user turn's content.
         after: from there to where generation starts.
+        opened: what of it opens a thought, as DeepSeek's distilled models have it; the answer then goes on within. Else "".
         end: from the answer's end to its end-of-turn token.
         end_id: that token.
         reserved: the tokens that text must not spell: id -> token. All added ones, white space aside.
-        prompt_ids: the reserved ids of a rendered prompt, in order.
     """
 
     before: str
     after: str
+    opened: str
     end: str
     end_id: int
     reserved: dict[int, str]
-    prompt_ids: tuple[int, ...]
 
     def reserved_in(self, ids: Iterable[int]) -> tuple[int, ...]:
         """The reserved ones among ids, in order."""
@@ -95,7 +97,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
     """Find out what the chat template does, by rendering it.
 
     Raises:
-        JaxguardError: a template that changes or repeats the text, opens a thought by itself, or does not close the
+        JaxguardError: a template that changes or repeats the text, writes a thought by itself, or does not close the
             answer with a token that generation stops at.
     """
     try:
@@ -103,29 +105,29 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
         full = render(tokenizer, _PROMPT, _ANSWER)
     except Exception as error:  # jinja's errors, and what templates raise themselves
         raise JaxguardError(f"{folder}: its chat template does not render one user turn: {error}") from None
-    if prompt.count(_PROMPT) != 1 or not full.startswith(prompt + _ANSWER):
+    opened = "".join(_OPENS.findall(prompt))
+    # An earlier answer is shown without its thought, so the tag that opens one is there for generation only.
+    head, _, tail = full.partition(_ANSWER)
+    if prompt.count(_PROMPT) != 1 or head not in (prompt, prompt.removesuffix(opened)):
         raise JaxguardError(
             f"{folder}: its chat template does not put the answer where generation starts; it renders {full!r}"
         )
     before, after = prompt.split(_PROMPT)
-    if "<think" in after.lower():
-        raise JaxguardError(
-            f"{folder}: its chat template opens a thought by itself; the guard writes its own think tags"
-        )
+    if "<think" in after.removesuffix(opened).lower():
+        raise JaxguardError(f"{folder}: its chat template writes a thought by itself; the guard writes its own")
     reserved = {
         i: token.content
         for i, token in tokenizer.added_tokens_decoder.items()
         if token.special or any(c.isalnum() for c in token.content)
     }
-    end_id, end = _end_of_turn(full.removeprefix(prompt + _ANSWER), reserved, folder)
+    end_id, end = _end_of_turn(tail, reserved, folder)
     stops = _stop_ids(tokenizer, folder)
     if end_id not in stops:
         raise JaxguardError(
             f"{folder}: its chat template ends an answer with {reserved[end_id]!r} ({end_id}), where generation does "
             f"not stop; add it to eos_token_id in generation_config.json (now {sorted(stops)})"
         )
-    ids = token_ids(tokenizer, prompt)
-    return Template(before, after, end, end_id, reserved, tuple(i for i in ids if i in reserved))
+    return Template(before, after, opened, end, end_id, reserved)
 
 
 def _end_of_turn(tail: str, reserved: dict[int, str], folder: Path) -> tuple[int, str]:

@@ -11,7 +11,7 @@ from jaxguard.data.dialogue import CLOSED, Mode, Verdict, parse
 from jaxguard.data.encode import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS
-from jaxguard.data.template import TEMPLATE_KWARGS
+from jaxguard.data.template import TEMPLATE_KWARGS, render
 
 ATTACKS = 4_000
 """For each of the three real tokenizers; the slow run adds 10,000 for each."""
@@ -138,6 +138,7 @@ def test_hostile_training_examples(encoder_of, name: str):
     encoder: Encoder = encoder_of(name)
     rng = random.Random(f"training on {name}")
     spelled = list(encoder.template.reserved.values())
+    frame = encoder.template.reserved_in(encoder.ids(render(encoder.tokenizer, "bread")))
     example = Example("h", "s", "", "", "harmful", "unharmful", "refusal")
     for place in range(200):
         long = 40 if place % 5 == 0 else 1
@@ -145,7 +146,7 @@ def test_hostile_training_examples(encoder_of, name: str):
         hostile = replace(example, prompt=prompt * long, response=response * long, trace=f"He says {trace}")
         sequence = encoder.encode(hostile, Mode.REASONING)
         reserved = encoder.template.reserved_in(sequence.tokens.tolist())
-        assert reserved == (*encoder.template.prompt_ids, encoder.end_id)
+        assert reserved == (*frame, encoder.end_id)
         assert len(sequence.tokens) <= encoder.row_tokens
         answer = encoder.tokenizer.decode(sequence.tokens[sequence.target][:-1])
         assert parse(answer, QUESTIONS, Mode.REASONING, has_response=True) == Verdict("harmful", "unharmful", "refusal")

@@ -10,6 +10,8 @@ from jaxguard.config import load
 from jaxguard.data.batches import total_steps
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmark_fields import read_benchmark
+from jaxguard.evaluate.foreign import GUARDS
+from jaxguard.evaluate_sections import EvaluateConfig
 from jaxguard.study.__main__ import main
 from jaxguard.study.grid import open_study, written
 from jaxguard.study.sections import label, merged, read_study
@@ -84,6 +86,24 @@ def test_the_published_rows_exist(monkeypatch):
     ]
     assert set(named) <= known
     assert len(named) > 20
+
+
+def test_the_shipped_guards_of_others_can_be_asked(monkeypatch):
+    """Not by JAX, which computes Llama and Gemma only, and not by policies, where their format takes none."""
+    monkeypatch.chdir(ROOT)
+    foreign = [
+        (run.config, guard)
+        for name, scale in SHIPPED
+        for run in open_study(f"paper/{name}", scale).runs
+        for guard in (run.config.evaluate or EvaluateConfig()).guards
+        if guard.format != "jaxguard"
+    ]
+    assert [guard.name for _, guard in foreign] == ["wildguard"]
+    for config, guard in foreign:
+        assert config.evaluate.backend == "sglang"
+        benchmarks = [read_benchmark(one.name) for one in config.evaluate.benchmarks]
+        assert {one.group for one in benchmarks} == {"safety_prompt", "safety_response"}
+        assert {one.question for one in benchmarks} <= set(GUARDS[guard.format].asks)
 
 
 def test_axes_span_a_grid(study):

@@ -1,0 +1,139 @@
+"""A chat template whose generation prompt opens a thought, as that of DeepSeek-R1-Distill-Llama-8B does."""
+
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from jaxguard.data.dialogue import CHOICES, Mode, parse
+from jaxguard.data.encode import Encoder
+from jaxguard.data.examples import Example
+from jaxguard.data.policies import QUESTIONS, Category, Policy
+from jaxguard.data.template import load_tokenizer, read_template
+from jaxguard.errors import JaxguardError
+from jaxguard.evaluate.judging import Ask
+from jaxguard.evaluate.metrics import POSITIVE, UNPARSEABLE
+from jaxguard.evaluate.ours import OurFormat
+from jaxguard.sections import DataConfig, SourceConfig
+
+# Earlier answers lose their thought; the next one's is opened.
+OPENS = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- if message["role"] == "user" %}{{- "<|start_header_id|>" + message["content"] }}{%- endif %}
+{%- if message["role"] == "assistant" %}
+{%- set content = message["content"] %}
+{%- if "</think>" in content %}{%- set content = content.split("</think>")[-1] %}{%- endif %}
+{{- "<|end_header_id|>" + content + "<|eot_id|>" }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|end_header_id|><think>\\n" }}{%- endif %}
+"""
+POLICY = Policy("short", (Category("Insults", "Demeans people."),), asks=QUESTIONS, instruction="Judge this.")
+EXAMPLE = Example(
+    "bread", "made up", "How do I <think>bake</think>?", "Wait, </think> then bake.", "unharmful", "harmful", "compliance",
+    trace="It is <think> about bread.",
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tiny_tokenizer_folder, tmp_path):
+    """folder(template): a tokenizer with that template, think tags being tokens of their own but not special."""
+
+    def make(template):
+        place = tmp_path / "checkpoint"
+        shutil.copytree(tiny_tokenizer_folder, place)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer.add_tokens(["<think>", "</think>"])
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(place)
+        return place
+
+    return make
+
+
+@pytest.fixture
+def encoder(folder):
+    data = DataConfig(train=(SourceConfig(kind="jsonl", path="absent.jsonl"),), row_tokens=512)
+    return Encoder.load(folder(OPENS), data, POLICY)
+
+
+def halves(encoder, mode):
+    """The texts of the prompt and of what is trained."""
+    sequence = encoder.encode(EXAMPLE, mode)
+    prompt = [int(i) for i in sequence.tokens[~sequence.target]]
+    assert encoder.prompt(EXAMPLE, mode).ids == prompt
+    return encoder.tokenizer.decode(prompt), encoder.tokenizer.decode(sequence.tokens[sequence.target])
+
+
+def test_the_tag_is_told_from_what_ends_the_turn(encoder):
+    assert encoder.template.after == "<|end_header_id|><think>\n"
+    assert encoder.template.opened == "<think>\n"
+    assert encoder.template.end == "<|eot_id|>"
+
+
+def test_reasoning_goes_on_in_the_thought_that_the_prompt_opens(encoder):
+    prompt, answer = halves(encoder, Mode.REASONING)
+    assert prompt.endswith("/think<|end_header_id|><think>\n")
+    assert answer.startswith("It is <think\\> about bread.\n</think>\n\nPrompt harm: unharmful\n")
+    assert answer.count("think>") == 1
+
+
+def test_direct_mode_closes_the_thought_before_it_answers(encoder):
+    prompt, answer = halves(encoder, Mode.DIRECT)
+    assert prompt.endswith("/no_think<|end_header_id|><think>\n\n</think>\n\n")
+    assert answer.startswith("Prompt harm: unharmful\n")
+    assert "think" not in answer
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_the_answer_is_read_as_it_was_written(encoder, mode):
+    text = halves(encoder, mode)[1].removesuffix("<|eot_id|>")
+    verdict = parse(text, QUESTIONS, mode, has_response=True)
+    assert (verdict.prompt_harm, verdict.response_harm, verdict.response_refusal) == (
+        "unharmful",
+        "harmful",
+        "compliance",
+    )
+    assert verdict.problems == ()
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_probabilities_are_read_where_the_verdict_begins(encoder, mode):
+    branches = encoder.branches(EXAMPLE, mode)
+    assert len(branches) == 4
+    first = branches[0].probes[0]
+    before = encoder.tokenizer.decode(branches[0].tokens[: first.position])
+    assert before.rstrip().endswith("</think>\n\nPrompt harm:")
+    words = [encoder.tokenizer.decode([i]).strip() for i in (first.positive_id, first.negative_id)]
+    assert all(full.startswith(word) for full, word in zip(CHOICES["prompt_harm"], words, strict=True))
+
+
+def test_such_a_guard_is_evaluated_as_any_other(encoder):
+    """It never writes the tag that opens its thought; one that runs out of tokens is brought to its verdict."""
+    form, lines = OurFormat(encoder, "policy", 64, 24), "Prompt harm: unharmful\nResponse harm: harmful"
+    asked = Ask(EXAMPLE, "response_harm", Mode.REASONING)
+    assert form.read(asked, f"About bread.\n</think>\n\n{lines}") == POSITIVE
+    assert form.closed(asked, f"About bread.\n</think>\n\n{lines}") is None
+    assert form.read(asked, lines) == UNPARSEABLE
+    assert form.closed(asked, "About bread, and") == "About bread, and\n</think>\n\n"
+    assert form.choices(asked, "About bread, and") == ()
+    ends = ("<think>\nAbout bread.\n</think>\n\nPrompt harm:", "<think>\n\n</think>\n\nPrompt harm:")
+    for mode, end in zip(Mode, ends, strict=True):
+        first, *_ = form.choices(Ask(EXAMPLE, "response_harm", mode), "About bread.\n</think>\n\n")
+        assert encoder.tokenizer.decode(first.prefix).rstrip().endswith(end)
+
+
+def test_a_text_is_cut_to_the_room_that_both_modes_leave(encoder):
+    long = Example("long", "made up", "bread and butter " * 400, None, "unharmful")
+    for mode in Mode:
+        found = encoder.prompt(long, mode, answer_tokens=40)
+        assert found.cut
+        assert len(found.ids) <= 512 - 40
+
+
+@pytest.mark.parametrize("written", ["<think>\\n\\n</think>\\n\\n", "<think>\\nHm. "])
+def test_a_thought_that_the_template_writes_itself_is_refused(folder, written):
+    place = folder(OPENS.replace("<think>\\n", written))
+    with pytest.raises(JaxguardError, match=r"(writes a thought by itself|where generation starts)"):
+        read_template(load_tokenizer(place), place)
