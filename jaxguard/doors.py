@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxguard.config import CONFIG_FOLDER, Config, dump, load
-from jaxguard.errors import JaxguardError
+from jaxguard.errors import JaxguardError, OtherInputsError
 
 USER_ERROR = 2
+OTHER_INPUTS = 3
 INTERRUPTED = 130
 
 EPILOG = """\
@@ -47,7 +48,8 @@ def run_door(
         commands: doors behind this one: `python -m jaxguard.STAGE COMMAND ...` opens commands[COMMAND].
 
     Returns:
-        main's code; 2 after a JaxguardError or a full disk, whose message went to stderr; 130 after Ctrl-C.
+        main's code; 2 after a JaxguardError or a full disk, whose message went to stderr, 3 after an OtherInputsError;
+        130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if commands and arguments and arguments[0] in commands:
@@ -69,9 +71,11 @@ def run_door(
 
 
 def exit_code(run: Callable[[], int | None]) -> int:
-    """What `run` returns, None meaning 0; 2 after a JaxguardError or a full disk, said on stderr; 130 after Ctrl-C."""
+    """What `run` returns, None meaning 0; else the code of what it raised, said on stderr: see `run_door`."""
     try:
         return run() or 0
+    except OtherInputsError as error:
+        return _complain(str(error), OTHER_INPUTS)
     except JaxguardError as error:
         return _complain(str(error))
     except OSError as error:
@@ -120,7 +124,7 @@ def check_arguments(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> 
     raise JaxguardError(f"unknown option {option!r}; known: {known}")
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, code: int = USER_ERROR) -> int:
     console = Console(stderr=True, soft_wrap=True)
     console.print(Text.assemble(("error: ", "bold red"), message))
-    return USER_ERROR
+    return code

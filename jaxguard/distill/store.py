@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxguard.disk import lock_folder, sealed, unsealed, write_atomically
-from jaxguard.errors import JaxguardError
+from jaxguard.errors import JaxguardError, OtherInputsError
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         lines = [f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed]
-        raise JaxguardError(
+        raise OtherInputsError(
             f"{path.parent} holds attempts that were made otherwise:\n"
             + "\n".join(lines)
             + "\nTake the old values back, or choose another store."

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxguard.disk import sealed, unsealed
-from jaxguard.errors import JaxguardError
+from jaxguard.errors import JaxguardError, OtherInputsError
 from jaxguard.evaluate.judging import Answer
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def _check(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> Non
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:
         lines = [f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in changed]
-        raise JaxguardError(
+        raise OtherInputsError(
             f"{path} holds answers that were got otherwise:\n"
             + "\n".join(lines)
             + "\nTake the old values back, give the guard or the run another name, or delete the file."

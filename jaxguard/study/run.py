@@ -15,10 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxguard.disk import lock_folder
+from jaxguard.doors import OTHER_INPUTS
 from jaxguard.errors import JaxguardError
 from jaxguard.study.cost import COMPILED_AFTER, Speed, Work, costs, keep_speed, speed_of, total
 from jaxguard.study.grid import Run, Study
-from jaxguard.study.stages import REQUEUE, Stages, command, left, outputs, record
+from jaxguard.study.sections import Stage
+from jaxguard.study.stages import REQUEUE, Stages, begin, command, left, outputs, put_aside, record
 
 MEASURED = 3
 """Updates that --measure times."""
@@ -109,10 +111,14 @@ def _run(run: Run, others: dict[str, Run], stages: Stages, console: Console, fai
         failed[run.name] = f"not begun: it reads what {', '.join(lost)} would have written"
         _complain(console, f"{run.name} {failed[run.name]}")
         return 1
-    for stage in left(run, others):
-        words = command(run, stage)
-        console.print(Text(f"$ python {shlex.join(words)}", style="dim"), soft_wrap=True)
-        code = stages.run(words)
+    ahead = left(run, others)
+    aside = begin(run, others)
+    if aside is not None:
+        console.print(
+            Text(f"{run.name} reads what was made anew; what was made of the old is in {aside}"), soft_wrap=True
+        )
+    for stage in ahead:
+        code = _do(run, stage, stages, console)
         if code == REQUEUE:
             return REQUEUE
         if code:
@@ -126,6 +132,20 @@ def _run(run: Run, others: dict[str, Run], stages: Stages, console: Console, fai
             return 1
         record(run, stage, others)
     return 0
+
+
+def _do(run: Run, stage: Stage, stages: Stages, console: Console) -> int:
+    """Run a stage; where it refuses to mix its output with that of other inputs, the old is put aside."""
+    words = command(run, stage)
+    console.print(Text(f"$ python {shlex.join(words)}", style="dim"), soft_wrap=True)
+    code = stages.run(words)
+    if code != OTHER_INPUTS:
+        return code
+    aside = put_aside(run, stage)
+    console.print(
+        Text(f"{run.name}: what {stage} made of other inputs is in {aside} now; it is done anew"), soft_wrap=True
+    )
+    return stages.run(words)
 
 
 def _summary(study: Study, failed: dict[str, str], console: Console) -> int:

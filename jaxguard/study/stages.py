@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
@@ -29,6 +30,8 @@ DOORS: Mapping[Stage, tuple[str, ...]] = {
     "evaluate": ("-m", "jaxguard.evaluate"),
 }
 RECORD = "stages.json"
+READ = "read"
+"""In it: a hash of the earlier runs' work that a run was begun with."""
 _FOREIGN: Mapping[Stage, set[str]] = {
     "distill": {"build", "evaluate", "mine", "train", "optimizer", "mesh", "checkpoint", "log"},
     "build": {"distill", "evaluate", "mine", "train", "optimizer", "mesh", "checkpoint", "log"},
@@ -37,6 +40,8 @@ _FOREIGN: Mapping[Stage, set[str]] = {
     "evaluate": {"distill", "build", "mine", "log"},
 }
 """Sections of the config that a stage does not look at."""
+_OWN: Mapping[Stage, str] = {"distill": "traces*", "build": "dataset", "mine": "mine", "evaluate": "evaluate"}
+"""What a stage writes in a run's folder; all else is the training's."""
 
 
 def command(run: Run, stage: Stage) -> list[str]:
@@ -108,23 +113,65 @@ def left(run: Run, others: Mapping[str, Run]) -> list[Stage]:
 
 def record(run: Run, stage: Stage, others: Mapping[str, Run]) -> None:
     """Note that a stage is done; what was noted of later ones no longer counts."""
-    before = run.stages[: run.stages.index(stage)]
+    before = (READ, *run.stages[: run.stages.index(stage)])
     kept = {name: found for name, found in read_record(run).items() if name in before}
+    _write_record(run, {**kept, stage: _key(run, stage, others)})
+
+
+def begin(run: Run, others: Mapping[str, Run]) -> Path | None:
+    """Note what a run reads of others. If it was begun with something else, all its output is put aside: where that is now.
+
+    A training that goes on in its folder knows a change of its own config and data, but not that of the weights it began with.
+    """
+    noted, read = read_record(run), _read(run, others)
+    if noted.get(READ, read) == read:
+        aside = None
+    else:
+        aside, noted = put_aside(run, run.stages[0]), {}
+    if read:
+        _write_record(run, {**noted, READ: read})
+    return aside
+
+
+def put_aside(run: Run, stage: Stage) -> Path:
+    """Move what a stage has written to RUN.old-1, or the next number that is free; with a training all that came of it.
+
+    Whatever happens meanwhile, nothing of the old output can be taken for new.
+    """
+    folder = run.folder
+    aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.old-{n}")).exists())
+    if stage in _OWN:
+        _move(folder, aside, [_OWN[stage]])
+    else:
+        folder.rename(aside)
+        _move(aside, folder, [RECORD, *(_OWN[one] for one in run.stages[: run.stages.index(stage)] if one in _OWN)])
+    return aside
+
+
+def _move(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    target.mkdir()
+    for path in [path for pattern in patterns for path in source.glob(pattern)]:
+        path.rename(target / path.name)
+
+
+def _write_record(run: Run, noted: Mapping[str, str]) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**kept, stage: _key(run, stage, others)}, indent=2) + "\n"
-    write_atomically(run.folder / RECORD, text)
+    write_atomically(run.folder / RECORD, json.dumps(noted, indent=2) + "\n")
 
 
 def _key(run: Run, stage: Stage, others: Mapping[str, Run]) -> str:
-    """The fingerprint, and those of the runs that are read from, whose scores nobody reads."""
+    """The fingerprint, and those of the runs that are read from."""
+    return hashlib.sha256((fingerprint(run, stage) + _read(run, others)).encode()).hexdigest()
+
+
+def _read(run: Run, others: Mapping[str, Run]) -> str:
+    """A hash of what the runs that are read from have done, their scores aside, which nobody reads; "" if there are none."""
     read = [
         {name: found for name, found in read_record(other).items() if name != "evaluate"}
         for other in others.values()
         if other.row in run.after
     ]
-    if not read:
-        return fingerprint(run, stage)
-    return hashlib.sha256(json.dumps([fingerprint(run, stage), read], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest() if read else ""
 
 
 class Stages:

@@ -11,7 +11,8 @@ DESCRIPTION = """\
 Fine-tune a Hugging Face checkpoint into a guard: labelled safety data in, a Hugging Face folder out.
 
 The run lives in runs/NAME. Kill it whenever you like: started again, it goes on from its last checkpoint.
-exit codes: 0 finished, 2 a mistake to mend, 75 stopped by SIGTERM or Ctrl-C with its state saved (start it again).
+exit codes: 0 finished, 2 a mistake to mend, 3 the folder holds another run, 75 stopped by SIGTERM or Ctrl-C with its state saved
+(start it again).
 """
 
 

@@ -25,7 +25,7 @@ from jaxguard.data.encode import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.prepare import Prepared, prepare
 from jaxguard.disk import write_atomically
-from jaxguard.errors import JaxguardError
+from jaxguard.errors import JaxguardError, OtherInputsError
 from jaxguard.hub import fetch
 from jaxguard.models.checkpoint_io import check_vocabulary, export_hf, read_weights
 from jaxguard.models.model_card import write_card
@@ -323,7 +323,7 @@ def _keep_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
     if folder.resumed and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["train"]["tokens_sha256"] != manifest["train"]["tokens_sha256"]:
-            raise JaxguardError(
+            raise OtherInputsError(
                 f"{folder.path} was trained on other data: {path} does not match what the config's sources give now. Bring "
                 "the data back, or start a new run under another name"
             )

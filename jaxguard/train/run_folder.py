@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 import jaxguard
 from jaxguard.config import Config, dump, load
 from jaxguard.disk import lock_folder, write_atomically
-from jaxguard.errors import JaxguardError
+from jaxguard.errors import JaxguardError, OtherInputsError
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def _check_same_run(folder: Path, config: Config) -> None:
     rounding = [field for field in changes if field.startswith(ROUNDING)]
     other = [f"  {field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items() if field not in rounding]
     if other:
-        raise JaxguardError(
+        raise OtherInputsError(
             f"{folder} holds another run; these fields change the result:\n"
             + "\n".join(other)
             + "\nChoose another name (name=...), take the old values back, or delete the folder."

@@ -12,6 +12,7 @@ import yaml
 from jaxguard.config import load
 from jaxguard.data.policies import QUESTIONS
 from jaxguard.disk import unsealed
+from jaxguard.doors import OTHER_INPUTS
 from jaxguard.evaluate.__main__ import main
 from jaxguard.evaluate.results import read_results
 from jaxguard.evaluate.run import papers_data
@@ -99,7 +100,7 @@ def test_a_thought_cannot_be_left_out(run, capsys):
 def test_other_sampling_is_refused(run, capsys):
     name = "evaluate.guards=[{name: scored, modes: [direct]}]"
     assert evaluate(run, name, "evaluate.generations=0") == 0
-    assert evaluate(run, name, "evaluate.generations=1") == 2
+    assert evaluate(run, name, "evaluate.generations=1") == OTHER_INPUTS
     assert "generations: 0 there, 1 now" in capsys.readouterr().err
 
 

@@ -16,6 +16,7 @@ from jaxguard.config import load
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.prepare import select
 from jaxguard.data.sources import load_examples
+from jaxguard.doors import OTHER_INPUTS
 from jaxguard.mine.__main__ import main
 from jaxguard.sections import SourceConfig
 
@@ -149,7 +150,7 @@ def test_a_guard_by_path_is_the_same_guard(run, mined, baker, checkpoint):
 def test_answers_of_other_weights_are_not_mixed(run, mined, baker, capsys):
     mined()
     (run / "runs/first/export/model.safetensors").write_bytes(b"other weights")
-    assert main(["--config", "first.yaml"]) == 2
+    assert main(["--config", "first.yaml"]) == OTHER_INPUTS
     assert "direct.jsonl" in capsys.readouterr().err
     assert len(baker.asked) == 55
 
@@ -159,7 +160,7 @@ def test_answers_of_other_weights_are_not_mixed(run, mined, baker, capsys):
 )
 def test_answers_that_were_got_otherwise_are_not_mixed(mined, capsys, change):
     mined()
-    assert main(["--config", "first.yaml", change]) == 2
+    assert main(["--config", "first.yaml", change]) == OTHER_INPUTS
     assert "direct.jsonl" in capsys.readouterr().err
 
 

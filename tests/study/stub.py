@@ -1,9 +1,11 @@
 """Stands for every stage: notes its call, waits or fails if it is told to, and writes what the stage would.
 
-What it is told stands in stub/behaviour.json: {"RUN STAGE": "fail" | "requeue" | "hang" | "nothing"}. It imports nothing of the
+Like the real ones it refuses to go on in a folder that holds output of other inputs. What it is told stands in
+stub/behaviour.json: {"RUN STAGE": "fail" | "requeue" | "hang" | "nothing"}. It imports nothing of the
 project, so that it starts in a moment.
 """
 
+import hashlib
 import json
 import signal
 import sys
@@ -17,16 +19,27 @@ told = json.loads(Path("stub/behaviour.json").read_text()) if Path("stub/behavio
 wish = told.get(f"{fields['name']} {stage}")
 if wish == "hang":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+# What its result depends on: the config without what a stage does not look at, and the data.
+free = ("log.", "evaluate.") if stage == "train" else ("log.",)
+inputs = [sorted(text for text in overrides if not text.startswith(free))]
+inputs += [hashlib.sha256(path.read_bytes()).hexdigest() for path in [Path("bread.jsonl")] if path.is_file()]
+if stage == "evaluate" and (folder / "export/README.md").is_file():
+    inputs.append((folder / "export/README.md").read_text())
+head = folder / ("evaluate/head.json" if stage == "evaluate" else f"{stage}.json")
+if head.is_file() and json.loads(head.read_text()) != inputs:
+    sys.exit(3)
+head.parent.mkdir(parents=True, exist_ok=True)
+head.write_text(json.dumps(inputs))
 with Path("stub/calls.txt").open("a") as calls:
     calls.write(f"{fields['name']} {stage}\n")
 if wish in ("fail", "requeue"):
-    sys.exit(3 if wish == "fail" else 75)
+    sys.exit(5 if wish == "fail" else 75)
 deadline = time.monotonic() + 120
 while wish == "hang" and time.monotonic() < deadline and not Path("stub/release").exists():
     time.sleep(0.02)
 if wish != "nothing":
     files = {"train": "export/README.md", "evaluate": "evaluate/results.json", "build": "dataset/loaves/all.parquet"}
     (folder / files[stage]).parent.mkdir(parents=True, exist_ok=True)
-    (folder / files[stage]).write_text("{}")
+    (folder / files[stage]).write_text(json.dumps(inputs))
     lines = [json.dumps({"speed": {"tokens_per_second": n}}) + "\n" for n in (1, 1, 300, 100, 200)]
     (folder / "metrics.jsonl").write_text("".join(lines))

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from jaxguard.__main__ import main as door
 from jaxguard.errors import JaxguardError
+from jaxguard.study import stages
 from jaxguard.study.run import clock, run_study
-from jaxguard.study.stages import REQUEUE, left
+from jaxguard.study.stages import REQUEUE, Stages, left, put_aside, record
 from jaxguard.train import signals
 
 ROOT = Path(__file__).parents[2]
@@ -71,11 +73,99 @@ def test_a_row_is_done_again_when_what_it_reads_was(study, go, calls):
     assert calls() == ["base train", "base evaluate", "more train", "more evaluate"]
 
 
+def test_old_output_is_put_aside(study, go, calls):
+    """The stages refuse a folder that holds what was made of other inputs."""
+    go(study())
+    calls()
+    code, said = go(study("evaluate.generations=2"))
+    assert (code, len(calls())) == (0, 6)
+    old = Path("runs/study/bread-8-0.old-1")
+    assert "bread-8-0: what evaluate made of other inputs is in runs/study/bread-8-0.old-1 now; it is done anew" in said
+    assert [path.name for path in old.iterdir()] == ["evaluate"]
+    assert Path("runs/study/bread-8-0/export/README.md").is_file()
+    Path("bread.jsonl").write_text(Path("bread.jsonl").read_text().replace("So.", "Thus."))
+    code, said = go(study("evaluate.generations=2"))
+    assert (code, len(calls())) == (0, 11)
+    old = Path("runs/study/bread-8-0.old-2")
+    assert "what train made of other inputs is in runs/study/bread-8-0.old-2 now" in said
+    assert {path.name for path in old.iterdir()} == {"evaluate", "export", "metrics.jsonl", "train.json"}
+    assert go(study("evaluate.generations=2"))[0] == 0
+    assert calls() == []
+
+
+def test_what_earlier_stages_of_a_run_wrote_stays(study):
+    (run,) = study(rows={"x": {"stages": ["build", "train", "evaluate"]}}).runs
+    for name in ("dataset", "export", "evaluate"):
+        (run.folder / name).mkdir(parents=True)
+    record(run, "build", {})
+    assert put_aside(run, "train") == Path("runs/study/x.old-1")
+    assert {path.name for path in run.folder.iterdir()} == {"dataset", "stages.json"}
+    assert {path.name for path in Path("runs/study/x.old-1").iterdir()} == {"export", "evaluate"}
+    assert put_aside(run, "build") == Path("runs/study/x.old-2")
+    assert [path.name for path in run.folder.iterdir()] == ["stages.json"]
+
+
+def test_a_run_that_was_stopped_is_begun_anew_when_what_it_reads_was(study, go, calls, behave):
+    """Its training would go on from a checkpoint of the old weights: their folder is called as before."""
+    rows = {"base": {"stages": ["train"]}, "more": {"after": ["base"]}}
+    behave({"more train": "requeue"})
+    assert go(study(rows=rows))[0] == REQUEUE
+    behave({})
+    rows["base"]["set"] = {"seed": 1}
+    code, said = go(study(rows=rows))
+    assert code == 0
+    assert "more reads what was made anew; what was made of the old is in runs/study/more.old-1" in said
+    assert calls() == ["base train", "more train", "base train", "more train", "more evaluate"]
+    assert go(study(rows=rows))[0] == 0
+    assert calls() == []
+
+
+@pytest.fixture
+def real(study, monkeypatch, tmp_path, tiny_files):
+    """real(stages, *overrides): a study of one row of real stages, in this process; its guard needs no model."""
+    monkeypatch.setattr(Stages, "run", lambda _, words: door([words[1].removeprefix("jaxguard."), *words[2:]]))
+    monkeypatch.setattr(stages, "DOORS", {stage: ("-m", f"jaxguard.{stage}") for stage in stages.DOORS})
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    tiny_files(tmp_path, data={"mode": "direct", "validation_size": 0}, train={"max_steps": 1}, mesh={"fsdp": -1})
+    settings = {
+        "evaluate.guards": [{"name": "most", "format": "majority"}],
+        "evaluate.benchmarks": [{"name": "own_prompts", "path": "train.jsonl"}],
+        "evaluate.resamples": 10,
+    }
+
+    def real(names, *overrides):
+        rows = {"x": {"stages": names, "set": settings}}
+        return study(*overrides, config="tiny.yaml", rows=rows, curve=None, scales={})
+
+    return real
+
+
+def test_the_evaluation_refuses_and_the_study_puts_aside(real, go):
+    assert go(real(["evaluate"]))[0] == 0
+    code, said = go(real(["evaluate"], "evaluate.seed=1"))
+    assert code == 0
+    assert "x: what evaluate made of other inputs is in runs/study/x.old-1 now" in said
+    assert Path("runs/study/x.old-1/evaluate/results.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_training_refuses_and_the_study_puts_aside(real, go):
+    assert go(real(["train", "evaluate"]))[0] == 0
+    Path("train.jsonl").write_text(Path("train.jsonl").read_text().replace("tell me", "please tell me"))
+    code, said = go(real(["train", "evaluate"]))
+    assert code == 0
+    assert "x: what train made of other inputs is in runs/study/x.old-1 now" in said
+    assert {"config.yaml", "export", "evaluate"} <= {path.name for path in Path("runs/study/x.old-1").iterdir()}
+    code, said = go(real(["train", "evaluate"], "seed=3"))
+    assert code == 0
+    assert "x: what train made of other inputs is in runs/study/x.old-2 now" in said
+
+
 def test_a_row_that_fails_is_reported_and_the_others_go_on(study, go, calls, behave):
     behave({"bread-8-0 train": "fail", "base evaluate": "fail"})
     code, said = go(study())
     assert code == 1
-    assert "bread-8-0: train ended with code 3; the others go on" in said
+    assert "bread-8-0: train ended with code 5; the others go on" in said
     assert "more not begun: it reads what base would have written" in said
     assert "3 of 6 runs are done" in said
     assert [call for call in calls() if call.startswith(("more", "bread-8-0"))] == ["bread-8-0 train"]

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxguard.data.dialogue import Mode
+from jaxguard.doors import OTHER_INPUTS
 from jaxguard.train.__main__ import main
 from jaxguard.train.telemetry import read_metrics
 from jaxguard.train.validation import Judgement, summary
@@ -83,5 +84,8 @@ def test_other_data_under_the_same_config_is_refused(tiny_config, capsys):
     assert main(["--config", str(tiny_config), "mesh.fsdp=-1", "train.max_steps=2", "train.evaluate_every=0"]) == 0
     data = tiny_config.parent / "train.jsonl"
     data.write_text(data.read_text().replace("lamp", "tree"))
-    assert main(["--config", str(tiny_config), "mesh.fsdp=-1", "train.max_steps=2", "train.evaluate_every=0"]) == 2
+    assert (
+        main(["--config", str(tiny_config), "mesh.fsdp=-1", "train.max_steps=2", "train.evaluate_every=0"])
+        == OTHER_INPUTS
+    )
     assert "was trained on other data" in capsys.readouterr().err
