@@ -1,4 +1,4 @@
-"""What a study takes, before it starts: updates, tokens, device-hours.
+"""What a study takes, before it starts: updates, tokens, device-hours. What a teacher takes is reckoned apart.
 
 Updates are exact. Tokens an example and the speed are assumptions of the study's file, or measured: by `--measure`, or in runs of
 the same study that have trained already.
@@ -14,6 +14,7 @@ from statistics import median
 from jaxguard.config import Config
 from jaxguard.data.batches import total_steps
 from jaxguard.data.files import read_local
+from jaxguard.data.policies import load_policy
 from jaxguard.disk import write_atomically
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmark_fields import read_benchmark
@@ -22,6 +23,8 @@ from jaxguard.study.grid import Run, Study
 from jaxguard.study.sections import CostFields
 
 SPEED_FILE = "speed.json"
+FLOORS = ("tfidf", "majority")
+"""Guards without a model."""
 COMPILED_AFTER = 2
 """The first updates of a run compile; their speed says nothing."""
 
@@ -32,7 +35,8 @@ class Work:
 
     Attributes:
         updates, trained: updates, and tokens that they see.
-        judged, read, generated: examples judged, counted once for each mode; tokens of their prompts; tokens generated.
+        judged, read, generated: examples judged, counted once for each mode; tokens of their prompts, and of all that is read
+            again for the probabilities of verdicts; tokens generated.
         stages: that have to start.
         guessed: something that nobody could count was assumed.
     """
@@ -92,13 +96,20 @@ def seconds(found: Work, speed: Speed, cost: CostFields) -> float:
 def examples_of(run: Run) -> tuple[int, bool]:
     """Training examples, and whether that is a guess: the subset, what the files hold, or what the study's file says."""
     data = run.config.data
+    given, guessed = _given(run)
+    held = 0 if data.validation or data.subset is not None else data.validation_size
+    return max(0, given - held), guessed
+
+
+def _given(run: Run) -> tuple[int, bool]:
+    """The same with those that are held out."""
+    data = run.config.data
     if data.subset is not None:
         return data.subset, False
-    held = 0 if data.validation else data.validation_size
     paths = [Path(source.path or "") for source in data.train]
     if all(path.is_file() for path in paths):
-        return max(0, sum(map(_rows, paths)) - held), False
-    return max(0, (run.fields.examples or 0) - held), True
+        return sum(map(_rows, paths)), False
+    return run.fields.examples or 0, True
 
 
 @cache
@@ -106,39 +117,66 @@ def _rows(path: Path) -> int:
     return len(read_local(path, ()).rows)
 
 
-def answer_tokens(mode: str, share: float, cost: CostFields) -> float:
-    """Tokens of an answer in a mode of data.mode, mean."""
-    traced = {"direct": 0.0, "reasoning": 1.0, "dual": share}[mode]
-    return traced * cost.trace_tokens + cost.answer_tokens
+def traced_share(mode: str, share: float) -> float:
+    """How many of the answers have a thought in a mode of data.mode; `share` is that of dual mode."""
+    return {"direct": 0.0, "reasoning": 1.0, "dual": share}[mode]
 
 
 def _training(run: Run) -> Work:
     train, data = run.config.train, run.config.data
     examples, guessed = examples_of(run)
     updates = total_steps(examples, train.batch_size, train.epochs, train.max_steps)
-    tokens = run.cost.prompt_tokens + answer_tokens(data.mode, data.dual_reasoning_share, run.cost)
+    traced = traced_share(data.mode, data.dual_reasoning_share)
+    tokens = run.cost.prompt_tokens + traced * run.cost.trace_tokens + run.cost.answer_tokens
     return Work(updates=updates, trained=round(updates * train.batch_size * tokens), guessed=guessed)
 
 
 def _judging(config: Config, cost: CostFields) -> Work:
     settings, found = config.evaluate or EvaluateConfig(), Work()
+    asked = load_policy(config.data.policy).asks if settings.ask == "policy" else ()
     for benchmark in settings.benchmarks:
+        question = read_benchmark(benchmark.name).question
         count, guessed = _benchmark_examples(benchmark.name, benchmark.path, cost)
         count = min(count, settings.limit or count)
         for guard in settings.guards:
-            for mode in modes(guard, config):
-                answers = settings.generations * answer_tokens(mode, 1.0, cost)
-                found += Work(
-                    judged=count, read=count * cost.prompt_tokens, generated=round(count * answers), guessed=guessed
-                )
+            earlier = asked.index(question) if guard.format == "jaxguard" and question in asked else 0
+            for mode in modes(guard, config) if guard.format not in FLOORS else ():
+                traced = float(mode == "reasoning")
+                found += _answering(count, settings.generations, traced, 2 ** (earlier + 1) - 1, cost, guessed)
     return found
+
+
+def _answering(count: int, generations: int, traced: float, places: int, cost: CostFields, guessed: bool) -> Work:
+    """Asking about `count` examples.
+
+    A verdict's probability is read at each of `places`, every way through the lines before it counted; after each thought, or,
+    of the share of examples that is not `traced`, once. Nothing of it is taken to be reused.
+    """
+    once = cost.prompt_tokens
+    scored = places * (traced * max(generations, 1) * (once + cost.trace_tokens) + (1 - traced) * once)
+    read = scored + (once if generations else 0)
+    generated = generations * (traced * cost.trace_tokens + cost.answer_tokens)
+    return Work(judged=count, read=round(count * read), generated=round(count * generated), guessed=guessed)
 
 
 def _mining(run: Run) -> Work:
     examples, guessed = examples_of(run)
-    generations = run.config.mine.generations if run.config.mine else 4
-    generated = examples * generations * answer_tokens(run.config.data.mode, 0.5, run.cost)
-    return Work(judged=examples, read=examples * run.cost.prompt_tokens, generated=round(generated), guessed=guessed)
+    data, generations = run.config.data, run.config.mine.generations if run.config.mine else 4
+    traced = traced_share(data.mode, data.dual_reasoning_share)
+    return _answering(examples, generations, traced, 1, run.cost, guessed)
+
+
+def teaching(run: Run) -> Work:
+    """What a distillation has a teacher do, once for each example and each budget; the thought is the trace."""
+    examples, guessed = _given(run)
+    budgets, cost = len(run.config.distill.budgets) if run.config.distill else 0, run.cost
+    passes = 1 + budgets
+    return Work(
+        judged=examples,
+        read=examples * (passes * cost.prompt_tokens + budgets * cost.trace_tokens),
+        generated=examples * passes * (cost.trace_tokens + cost.answer_tokens),
+        guessed=guessed,
+    )
 
 
 def modes(guard: GuardConfig, config: Config) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from rich.text import Text
 from jaxguard.disk import lock_folder
 from jaxguard.doors import OTHER_INPUTS
 from jaxguard.errors import JaxguardError
-from jaxguard.study.cost import COMPILED_AFTER, Speed, Work, costs, keep_speed, speed_of, total
+from jaxguard.study.cost import COMPILED_AFTER, Speed, Work, costs, keep_speed, speed_of, teaching, total
 from jaxguard.study.grid import Run, Study
 from jaxguard.study.sections import Stage
 from jaxguard.study.stages import REQUEUE, Stages, begin, command, left, outputs, put_aside, record
@@ -175,13 +175,28 @@ def show_cost(study: Study, console: Console) -> dict[str, float]:
     for run, work, seconds in found:
         table.add_row(Text(run.name + (" *" if work.guessed else "")), *_cells(work, seconds, devices))
     console.print(table)
-    console.print("trained, read and generated are tokens")
+    console.print("trained, read and generated are tokens; read: prompts, and what the probabilities of verdicts need")
+    for text in _taught(study):
+        console.print(Text(text), soft_wrap=True)
     if everything.guessed:
         console.print("* how many examples there are is what the study's file or a default says, not counted")
     console.print(Text(_said(speed, study, all_seconds)), soft_wrap=True)
     if study.fields.about:
         console.print(Text(study.fields.about.strip()), soft_wrap=True)
     return {run.name: seconds for run, _, seconds in found}
+
+
+def _taught(study: Study) -> list[str]:
+    """What a teacher would do: no part of the table, whose devices are the student's."""
+    runs = [run for run in (*study.prepared, *study.runs) if "distill" in run.stages]
+    if not runs:
+        return ["no row asks a teacher: traces are taken as they are"]
+    found = [(run, teaching(run)) for run in runs]
+    return [
+        f"{run.name} asks a teacher, which is not in the table: {work.judged:,} examples, "
+        f"{_millions(work.read)} tokens read and {_millions(work.generated)} generated if none is asked twice"
+        for run, work in found
+    ]
 
 
 def _said(speed: Speed, study: Study, all_seconds: float) -> str:
@@ -194,9 +209,12 @@ def _said(speed: Speed, study: Study, all_seconds: float) -> str:
 
 
 def _cells(work: Work, seconds: float, devices: int) -> Sequence[str]:
-    tokens = (work.trained, work.read, work.generated)
-    trained, read, generated = (f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n / 1e3:,.0f} k" for n in tokens)
+    trained, read, generated = map(_millions, (work.trained, work.read, work.generated))
     return (f"{work.updates:,}", trained, f"{work.judged:,}", read, generated, f"{seconds * devices / 3600:,.2f}")
+
+
+def _millions(tokens: int) -> str:
+    return f"{tokens / 1e6:,.1f} M" if tokens >= 1e6 else f"{tokens / 1e3:,.0f} k"
 
 
 def clock(seconds: float) -> str:

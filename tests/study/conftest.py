@@ -39,6 +39,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "DOORS", {stage: (str(STUB), stage) for stage in stages.DOORS})
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "stub").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     Path("bread.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
     row = {"prompt": "How?", "response": "So.", "response_label": "unharmful"}
     Path("bread.jsonl").write_text("".join(json.dumps({**row, "id": i}) + "\n" for i in range(20)), encoding="utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jaxguard.study.cost import Speed, Work, examples_of, seconds, speed_of, work
+from jaxguard.study.cost import Speed, Work, examples_of, seconds, speed_of, teaching, work
 from jaxguard.study.grid import open_study
 from jaxguard.study.run import show_cost
 
@@ -23,7 +23,11 @@ def test_the_5k_run_by_hand(monkeypatch):
     assert found.trained == 781 * 32 * 916 == 22_892_672
     # The benchmarks of both averages, once in the one mode that is trained, each with four answers.
     judged = 1699 + 1964 + 1680 + 100 + 2853 + 1709 + 852 + 446 + 300 + 2362 + 200
-    assert (found.judged, found.read, found.generated) == (judged, 600 * judged, 4 * 316 * judged)
+    assert (found.judged, found.generated) == (judged, 4 * 316 * judged)
+    # After each of the four thoughts P(harmful) is read: that of a prompt in one place, that of a response after both
+    # answers about its prompt as well.
+    responses = 1709 + 852 + 446 + 300
+    assert found.read == 600 * judged + 4 * 900 * (judged - responses + 3 * responses)
     assert not found.guessed
     train = 6 * 8.03e9 * 22_892_672 / (8 * 312e12 * 0.4)
     read = 2 * 8.03e9 * found.read / (8 * 312e12 * 0.4)
@@ -71,8 +75,9 @@ def test_the_table_adds_up(study, capsys):
     found = study(
         "cost.tokens_per_second=100", "cost.generated_per_second=100", "cost.start_seconds=0", "cost.devices=2"
     )
-    # 8 × 5 / 4 = 10 updates of 4 examples of 616 tokens; 20 examples judged, 4 × 16 tokens generated for each
-    one = 10 * 4 * 616 / 100 + 20 * 600 / 300 + 20 * 64 / 100
+    # 8 × 5 / 4 = 10 updates of 4 examples of 616 tokens; 20 examples judged, 4 × 16 tokens generated for each, and its prompt
+    # read once to answer, and for the probability of the response's verdict once for each place of the tree of two lines
+    one = 10 * 4 * 616 / 100 + 20 * (1 + 3) * 600 / 300 + 20 * 64 / 100
     assert show_cost(found, Console(width=150))["bread-8-0"] == pytest.approx(one)
     shown = capsys.readouterr().out
     assert f"{one * 2 / 3600:.2f}" in next(line for line in shown.splitlines() if "bread-8-0" in line)
@@ -80,12 +85,40 @@ def test_the_table_adds_up(study, capsys):
     assert "if nothing of it is done" in shown
 
 
-def test_the_miniature_fits_into_45_minutes_of_two_cores(monkeypatch):
+def test_the_miniature_takes_the_minutes_that_the_documents_say(monkeypatch):
     monkeypatch.chdir(ROOT)
-    study = open_study("paper/sample_efficiency", "smollm", ["evaluate.limit=110"])
+    study = open_study("paper/sample_efficiency", "smollm")
     assumed = Speed(130, 390, 150, "")
     assert study.fields.cost.tokens_per_second == assumed.trained
-    assert sum(seconds(work(run), assumed, run.cost) for run in study.runs) < 45 * 60
+    minutes = sum(seconds(work(run), assumed, run.cost) for run in study.runs) / 60
+    assert minutes < 27
+    said = f"{len(study.runs)} runs, reckoned at {minutes:.0f} minutes"
+    assert said in (ROOT / "docs/studies.md").read_text(encoding="utf-8")
+
+
+def test_what_a_teacher_takes_is_told_apart(study, capsys):
+    """20 examples of 600 tokens and traces of 300 + 16; a budget shortens each trace, which is then read as well."""
+    distill = {"distill.teacher.model": "baker", "distill.budgets": [1, 2]}
+    read = [{"kind": "jsonl", "path": "runs/traces/traces.jsonl"}]
+    rows = {"x": {"set": {"data.train": read, "data.subset": 8}}}
+    found = study(prepare={"traces": {"stages": ["distill"], "set": distill}}, rows=rows)
+    show_cost(found, Console(width=150))
+    told = "traces asks a teacher, which is not in the table: 20 examples, 48 k tokens read and 19 k generated"
+    assert told in capsys.readouterr().out
+    assert (teaching(found.prepared[0]).read, teaching(found.prepared[0]).generated) == (20 * 2400, 20 * 3 * 316)
+    show_cost(study(), Console(width=150))
+    assert "no row asks a teacher" in capsys.readouterr().out
+
+
+def test_mining_reads_probabilities_too(study):
+    (run,) = study(rows={"x": {"stages": ["mine"]}}).runs
+    assert work(run) == Work(judged=20, read=20 * 2 * 600, generated=20 * 4 * 16, stages=1)
+
+
+def test_floors_cost_nothing(study):
+    floor = {"evaluate.guards": [{"name": "most", "format": "majority"}]}
+    (run,) = study(rows={"x": {"stages": ["evaluate"], "set": floor}}).runs
+    assert work(run) == Work(stages=1)
 
 
 def test_work_adds_up():

@@ -125,7 +125,6 @@ def real(study, monkeypatch, tmp_path, tiny_files):
     """real(stages, *overrides): a study of one row of real stages, in this process; its guard needs no model."""
     monkeypatch.setattr(Stages, "run", lambda _, words: door([words[1].removeprefix("jaxguard."), *words[2:]]))
     monkeypatch.setattr(stages, "DOORS", {stage: ("-m", f"jaxguard.{stage}") for stage in stages.DOORS})
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     tiny_files(tmp_path, data={"mode": "direct", "validation_size": 0}, train={"max_steps": 1}, mesh={"fsdp": -1})
     settings = {
         "evaluate.guards": [{"name": "most", "format": "majority"}],
