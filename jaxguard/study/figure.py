@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -37,7 +38,8 @@ def draw(curves: Sequence[Curve], published: Sequence[tuple[float, float, float]
     if curves or published:
         axes.legend(fontsize=8)
     page = io.StringIO()
-    figure.savefig(page, format="svg", metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none"}):  # texts stay texts, that can be searched and read aloud
+        figure.savefig(page, format="svg", metadata={"Date": None})
     return page.getvalue()[page.getvalue().index("<svg") :]
 
 

@@ -78,7 +78,7 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: An
         metric = shown_metric(study, lines)
         beside = _published_curve(study, published) if metric == PUBLISHED_METRIC else []
         figure = draw(curves(lines, metric), beside, curve.label, metric)
-        caption = _caption(study, metric)
+        caption = _caption(study, metric, bool(beside))
     rows = [cells(line, metrics) for line in lines]
     head = ("", "mode", *metrics, "runs")
     markdown = study.folder / "report.md"
@@ -209,9 +209,15 @@ def shown_metric(study: Study, lines: Sequence[Line]) -> str:
     return wanted if any(line.values(wanted) for line in lines) else next(iter(columns(lines)), wanted)
 
 
-def _caption(study: Study, metric: str) -> str:
-    wanted = study.fields.metric
-    return "" if metric == wanted else f"The figure shows {metric}: no run has a result for {wanted}."
+def _caption(study: Study, metric: str, beside: bool) -> str:
+    said = ["A line is the mean over seeds and subsets, its bars one standard deviation; each dot is a run."]
+    if beside:
+        said.append("Dotted and black: what the paper reports, in reasoning mode.")
+    if study.scale:
+        said.append("What the paper reports is not comparable at this scale, and not shown.")
+    if metric != study.fields.metric:
+        said.append(f"The figure shows {metric}: no run has a result for {study.fields.metric}.")
+    return " ".join(said)
 
 
 def curves(lines: Sequence[Line], metric: str) -> list[Curve]:

@@ -152,7 +152,7 @@ def test_the_metric_can_be_chosen(report):
     lines, _ = gather(found, read, None)
     assert shown_metric(found, lines) == "own"
     assert curves(lines, "own")[0].points == ((8.0, (0.5,)),)
-    assert "figcaption" not in write_report(found, read, None)[1].read_text()
+    assert "The figure shows" not in write_report(found, read, None)[1].read_text()
 
 
 def test_the_published_curve_is_of_safety_alone(report):
@@ -170,6 +170,9 @@ def test_a_scale_shows_nothing_published(report, study):
     text = write_report(found, read, PUBLISHED)[0].read_text()
     assert "| base | reasoning | 0.250 | 0.600 | 1 of 1 |" in text
     assert "Less bread." in text
+    html = (found.folder / "report.html").read_text()
+    assert "not comparable at this scale" in html
+    assert "paper, reasoning" not in html
     assert "Without results: bread-8, bread-16, control-8, all-all." in text
 
 
