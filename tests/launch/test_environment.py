@@ -22,9 +22,9 @@ def settings(target):
     return dict(line.split("=", 1) for line in lines(target) if line and not line.startswith("#"))
 
 
-def start_jax(flags):
+def start_jax(**environment):
     """XLA reads its flags when a backend starts, and ends the process at one that it does not know."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, **environment}
     return subprocess.run(
         [sys.executable, "-c", "import jax; jax.devices()"], env=environment, capture_output=True, text=True
     )
@@ -44,17 +44,21 @@ def test_each_setting_is_plain_and_has_its_reason_and_source(target):
         assert re.fullmatch(r"[A-Z_]+=[\w.,/=-]+", setting), paragraph
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_platform_of_a_target_comes_first(target):
-    first = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[target]
-    assert settings(target)["JAX_PLATFORMS"].split(",")[0] == first
+@pytest.mark.parametrize(
+    ("target", "first", "device"), [("gpu", "cuda", "/dev/nvidia0"), ("tpu", "tpu", "/dev/accel0")]
+)
+def test_without_its_hardware_a_target_does_not_go_on_with_the_cpu(target, first, device):
+    platforms = settings(target)["JAX_PLATFORMS"]
+    assert platforms.split(",")[0] == first
+    if not Path(device).exists():
+        assert start_jax(JAX_PLATFORMS=platforms).returncode != 0
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if "XLA_FLAGS" in settings(target)])
 def test_xla_knows_the_flags(target):
     flags = settings(target)["XLA_FLAGS"]
-    assert start_jax(flags).returncode == 0
-    misspelt = start_jax(flags.replace("=", "s=", 1))
+    assert start_jax(XLA_FLAGS=flags).returncode == 0
+    misspelt = start_jax(XLA_FLAGS=flags.replace("=", "s=", 1))
     assert misspelt.returncode != 0
     assert "Unknown flag" in misspelt.stderr
 

@@ -45,17 +45,19 @@ def start(tmp_path):
     return run
 
 
-def test_a_task_drives_all_the_gpus_of_its_node(start):
-    code, calls, environment = start("gemma4b_full", "mesh.data=4", SLURM_GPUS_ON_NODE="8", SLURM_JOB_NUM_NODES="4")
+@pytest.mark.parametrize("asked", ["8", "a100:8"])
+def test_a_task_drives_all_the_gpus_of_its_node(start, asked):
+    code, calls, environment = start("gemma4b_full", "mesh.data=4", SLURM_GPUS_PER_NODE=asked, SLURM_JOB_NUM_NODES="4")
     assert code == 0
     assert len(calls) == 1
     assert calls[0].endswith(" -m jaxguard.train --config gemma4b_full mesh.hosts=auto mesh.data=4")
     assert "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7" in environment
-    assert "JAX_PLATFORMS=cuda,cpu" in environment
+    assert "JAX_PLATFORMS=cuda" in environment
 
 
-def test_without_gpus_it_is_the_cpu(start):
-    _, calls, environment = start("tiny")
+@pytest.mark.parametrize("asked", [{}, {"SLURM_GPUS_PER_NODE": "0"}])
+def test_without_gpus_it_is_the_cpu(start, asked):
+    _, calls, environment = start("tiny", **asked)
     assert calls[0].endswith(" --config tiny mesh.hosts=single")
     assert "JAX_PLATFORMS=cpu" in environment
     assert not [line for line in environment if line.startswith("JAX_LOCAL_DEVICE_IDS")]
@@ -96,10 +98,11 @@ KillWait=5
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SlurmdParameters=config_overrides
+GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=127.0.0.1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64
-NodeName=127.0.0.2 NodeAddr=127.0.0.2 Port={ports[2]} CPUs=64
+NodeName=127.0.0.1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 Gres=gpu:8
+NodeName=127.0.0.2 NodeAddr=127.0.0.2 Port={ports[2]} CPUs=64 Gres=gpu:8
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
@@ -129,6 +132,9 @@ def slurm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "state").mkdir()
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+    for number in range(8):
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
     text = CONFIGURATION.format(folder=folder, ports=free_ports(3), user=os.environ.get("USER") or "root")
     (folder / "slurm.conf").write_text(text)
     (folder / "munge.key").write_bytes(os.urandom(128))
@@ -167,12 +173,11 @@ def slurm(tmp_path_factory):
 
 
 class Job:
-    """One submitted job."""
+    """One submitted job on both nodes."""
 
-    def __init__(self, slurm, folder, config, *arguments):
+    def __init__(self, slurm, folder, *arguments):
         self.slurm, self.output = slurm, folder / "job.out"
-        header = ["--gpus-per-node=0", "--cpus-per-task=1", "--nodes=2", f"--output={self.output}"]
-        said = slurm("sbatch", "--parsable", *header, SCRIPT, str(config), "mesh.fsdp=2", *arguments)
+        said = slurm("sbatch", "--parsable", "--nodes=2", f"--output={self.output}", *arguments)
         assert said.isdigit(), said
         self.id = said
 
@@ -181,68 +186,85 @@ class Job:
 
     def shown(self, field):
         words = self.slurm("scontrol", "show", "job", self.id).split()
-        return next(word.split("=", 1)[1] for word in words if word.startswith(f"{field}="))
+        return next((word.split("=", 1)[1] for word in words if word.startswith(f"{field}=")), "")
 
-    def until(self, text, seconds=120):
-        wait_for(lambda: text in self.said(), seconds, lambda: f"{text!r} in {self.shown('JobState')}: {self.said()}")
+    def until(self, text, times=1, seconds=180):
+        wait_for(lambda: self.said().count(text) == times, seconds, lambda: f"{times} × {text!r}: {self.said()}")
 
-    def until_state(self, state, seconds=120):
+    def until_state(self, state, seconds=180):
         wait_for(lambda: self.shown("JobState") == state, seconds, lambda: f"{state}: {self.said()}")
+
+    def goes_on(self):
+        """Start a job that was put back into the queue; by itself SLURM waits two minutes."""
+        self.until_state("PENDING")
+        self.slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+
+
+# A task that saves when it is asked to stop, the second one later.
+TASK = """\
+#!/bin/bash
+trap 'sleep $((1 + 2 * SLURM_PROCID)); echo "saved"; exit 75' TERM
+echo "task $SLURM_PROCID of $SLURM_NTASKS has $JAX_LOCAL_DEVICE_IDS after ${SLURM_RESTART_COUNT:-0} restarts"
+while :; do sleep 0.2; done
+"""
 
 
 @pytest.mark.slow
-def test_it_trains_on_two_nodes_and_goes_on_after_every_stop(slurm, tiny_files, tmp_path):
-    steps = 4000
-    train = {"max_steps": steps, "epochs": 4000, "evaluate_every": 0, "export": False}
-    config = tiny_files(tmp_path, train=train, data={"validation_size": 0})
-    run = tmp_path / "runs/tiny"
-    job = Job(slurm, tmp_path, config, "checkpoint.every=1000")
-    job.until("mesh: data 1 × fsdp 2 × tensor 1 of cpu")
-    metrics = run / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count('"loss"') > 5, 180, job.said)
-    assert json.loads((run / "versions.json").read_text())["processes"] == 2
-
-    slurm("scancel", "--signal=TERM", f"{job.id}.0")  # as at the time limit: the tasks, not the script
-    job.until("stopped by")
-    job.until_state("PENDING")
-    first = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    slurm("scontrol", "update", f"JobId={job.id}", "StartTime=now")  # SLURM would wait two minutes
-    job.until(f"goes on from the checkpoint of update {first} of {steps}")
-    assert job.shown("Restarts") == "1"
-
-    lines = metrics.read_text().count("\n")
-    wait_for(lambda: metrics.read_text().count("\n") > lines + 5, 180, job.said)
+def test_time_limit_and_preemption_put_the_job_back_and_scancel_ends_it(slurm, tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(TASK)
+    python.chmod(0o755)
+    here = f"--chdir={tmp_path}"
+    job = Job(slurm, tmp_path, here, "--time=6", SCRIPT, "tiny")  # signalled five minutes before the end
+    for task in (0, 1):
+        job.until(f"task {task} of 2 has 0,1,2,3,4,5,6,7 after 0 restarts")
+    job.until("saved", times=2)
+    job.goes_on()
+    job.until("of 2 has 0,1,2,3,4,5,6,7 after 1 restarts", times=2)
+    slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
     slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
-    wait_for(lambda: job.said().count("stopped by") == 2, 120, job.said)
-    job.until_state("PENDING")
-    second = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
-    assert second > first
-    slurm("scontrol", "update", f"JobId={job.id}", "StartTime=now")
-    job.until(f"goes on from the checkpoint of update {second} of {steps}")
-
+    job.until("saved", times=4)
+    job.goes_on()
+    job.until("of 2 has 0,1,2,3,4,5,6,7 after 2 restarts", times=2)
     slurm("scancel", job.id)
     job.until_state("CANCELLED")
-    time.sleep(1)
+    wait_for(lambda: not slurm("squeue", "-h"), 60, job.said)
     assert job.shown("JobState") == "CANCELLED"
     assert job.shown("Restarts") == "2"
 
 
+def losses(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
 @pytest.mark.slow
-def test_two_nodes_learn_what_one_process_learns(slurm, tiny_files, tmp_path):
-    losses = []
-    for name in ("one", "two"):
-        folder = tmp_path / name
-        folder.mkdir()
-        config = tiny_files(folder, mesh={"fsdp": 2})
-        if name == "two":
-            job = Job(slurm, folder, config)
-            job.until_state("COMPLETED")
-        else:
-            environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-            command = [sys.executable, "-m", "jaxguard.train", "--config", str(config)]
-            subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
-        records = [json.loads(line) for line in (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()]
-        losses.append([record["loss"] for record in records if "loss" in record])
-        assert (folder / "runs/tiny/export/README.md").is_file()
-    assert len(losses[0]) == 12
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+def test_two_nodes_learn_what_one_process_learns_and_go_on_after_a_stop(slurm, tiny_files, tmp_path):
+    config = tiny_files(
+        tmp_path,
+        mesh={"fsdp": 2},
+        data={"validation_size": 0},
+        optimizer={"schedule": "constant"},
+        train={"max_steps": 80, "epochs": 80, "evaluate_every": 0},
+        checkpoint={"every": 50},
+    )
+    run = tmp_path / "runs/tiny"
+    job = Job(slurm, tmp_path, "--gpus-per-node=0", "--cpus-per-task=1", SCRIPT, str(config))
+    wait_for(lambda: (run / "metrics.jsonl").exists() and losses(run), 180, job.said)
+    slurm("scancel", "--signal=TERM", f"{job.id}.0")  # as at the time limit: the tasks, not the script
+    job.until("stopped by signal after update")
+    (stopped,) = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+    job.goes_on()
+    job.until(f"goes on from the checkpoint of update {stopped} of 80")
+    job.until_state("COMPLETED")
+    assert (run / "export/README.md").is_file()
+    assert json.loads((run / "versions.json").read_text())["processes"] == 2
+    found = losses(run)
+    assert len(found) == 80
+
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-m", "jaxguard.train", "--config", str(config), "name=one", "train.max_steps=12"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    assert found[:12] == pytest.approx(losses(tmp_path / "runs/one"), rel=1e-5)
