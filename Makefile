@@ -22,7 +22,7 @@ help:
 	@echo "make test-aot      those that compile for absent A100s and TPUs"
 	@echo "make test-sglang   those that start real SGLang servers"
 	@echo "make sglang-cpu    the environment in which SGLang serves on this CPU"
-	@echo "make lint          ruff, mypy and shellcheck"
+	@echo "make lint          ruff, mypy, shellcheck and hadolint"
 	@echo "make format        let ruff rewrite what it can"
 	@echo "make clean         remove environments and fetched files; runs/ stays"
 
@@ -51,6 +51,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/hadolint launch/docker/Dockerfile
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -26,8 +26,13 @@ def manifest(name):
     return resource
 
 
-def as_deployments(resource):
-    """A LeaderWorkerSet's pod templates, each as what has a schema: a Deployment."""
+def with_schema(resource):
+    """The resource as what has a schema: a JobSet's templates as Jobs, a LeaderWorkerSet's as Deployments."""
+    if resource["kind"] == "JobSet":
+        return [
+            {"apiVersion": "batch/v1", "kind": "Job", "metadata": resource["metadata"], **job["template"]}
+            for job in resource["spec"]["replicatedJobs"]
+        ]
     if resource["kind"] != "LeaderWorkerSet":
         return [resource]
     template = resource["spec"]["leaderWorkerTemplate"]
@@ -44,7 +49,7 @@ def as_deployments(resource):
 
 def check(resource, version="1.34"):
     validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    for known in as_deployments(resource):
+    for known in with_schema(resource):
         validator.validate(known, version, strict=True)
 
 
@@ -103,7 +108,7 @@ def test_a_group_is_a_leader_worker_set(name):
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_teacher_has_a_manifest_that_starts_it_with_the_gpus_it_needs(name):
     teacher = TEACHERS[name]
-    pods = [resource["spec"]["template"] for resource in as_deployments(manifest(name))]
+    pods = [resource["spec"]["template"] for resource in with_schema(manifest(name))]
     assert [pod["metadata"]["labels"]["role"] for pod in pods] == ["server", "worker"][: len(pods)]
     assert (len(pods) == 2) == (teacher["nnodes"] > 1)
     for pod in pods:
@@ -121,7 +126,7 @@ def test_the_router_looks_for_the_labels_and_the_port_of_the_servers():
     command = router["spec"]["template"]["spec"]["containers"][0]["command"]
     wanted = dict(label.split("=") for label in command[command.index("--selector") + 1 :])
     for name in TEACHERS:
-        labels = [resource["spec"]["template"]["metadata"]["labels"] for resource in as_deployments(manifest(name))]
+        labels = [resource["spec"]["template"]["metadata"]["labels"] for resource in with_schema(manifest(name))]
         assert [wanted == label for label in labels] == [True, False][: len(labels)]
     assert "--service-discovery-port=30001" in command
     assert "--port 30001" in (LAUNCH / "sglang/worker.sh").read_text()
