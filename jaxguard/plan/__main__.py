@@ -1,64 +1,53 @@
-"""`python -m jaxguard.plan --config NAME --target a100-80gb:8`: will the run's step fit there?"""
+"""`python -m jaxguard.plan --config NAME --target a100-80gb:8`: will the run's step fit there, and what does it cost?"""
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from jaxguard.config import Config
+from jaxguard.disk import write_atomically
 from jaxguard.doors import run_door
-from jaxguard.plan.compile import Plan, compile_step, find_spec
-from jaxguard.plan.targets import GIB, TARGETS
+from jaxguard.plan.compile import compile_step, find_spec
+from jaxguard.plan.estimate import work_of
+from jaxguard.plan.show import as_json, show
+from jaxguard.plan.targets import find_cluster, read_targets
 
 DOES_NOT_FIT = 1
 
 
 def plan(options: argparse.Namespace, config: Config) -> int:
-    """Compile, print, and say by the exit code whether it fits."""
+    """Compile for every target, print, and say by the exit code whether all fit."""
     console = Console()
-    with console.status(f"compiling {config.name} for {options.target} …"):
-        rows = options.rows or config.train.batch_size
-        result = compile_step(config, find_spec(config.model), options.target, rows, options.targets)
-    console.print(show(config, result))
-    return 0 if result.fits else DOES_NOT_FIT
-
-
-def show(config: Config, result: Plan) -> Table:
-    """The plan as a table of facts."""
-    table = Table(title=f"{config.name} on {result.target}", show_header=False)
-    rows = {
-        "batch": f"{result.shape.rows} rows of {result.shape.tokens:,} tokens, {result.shape.targets:,} targets each",
-        "mesh": ", ".join(f"{axis} {size}" for axis, size in result.mesh.items()),
-        "attention": result.attention,
-        "state and batch": f"{result.arguments / GIB:.2f} GiB a device",
-        "temporaries": f"{result.temporaries / GIB:.2f} GiB",
-        "peak": f"{result.peak / GIB:.2f} GiB of {result.usable / GIB:.1f} usable: {_verdict(result)}",
-        "collectives": _counted(result.collectives),
-        "vendor kernels": _counted(result.kernels),
-        "compiled in": f"{result.seconds:.0f} s",
-    }
-    for fact, value in rows.items():
-        table.add_row(fact, value)
-    return table
-
-
-def _verdict(result: Plan) -> str:
-    return "[green]fits[/]" if result.fits else "[red]does not fit[/]"
-
-
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
+    spec, work = find_spec(config.model), work_of(config, options.price)
+    plans = []
+    for cluster in [find_cluster(text) for text in options.target]:
+        with console.status(f"compiling {config.name} for {cluster.name} …"):
+            found = compile_step(config, spec, cluster, options.rows or config.train.batch_size, options.targets)
+        console.print(show(found, work))
+        plans.append((found, work))
+    if options.json:
+        write_atomically(options.json, json.dumps(as_json(plans), indent=1) + "\n")
+    return 0 if all(found.fits for found, _ in plans) else DOES_NOT_FIT
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--target", required=True, metavar="NAME:DEVICES", help=f"what to compile for; known: {', '.join(TARGETS)}"
+        "--target",
+        required=True,
+        action="append",
+        metavar="NAME:SHAPE",
+        help="what to compile for, may be given again: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16; "
+        f"known: {', '.join(read_targets())}",
     )
     parser.add_argument(
         "--rows", type=int, help="rows of the batch; default: train.batch_size, as if nothing was packed"
     )
     parser.add_argument("--targets", type=int, help="target tokens of a row; default: all of them")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a device for an hour")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plans there too")
 
 
 def main(argv: list[str] | None = None) -> int:
