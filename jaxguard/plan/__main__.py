@@ -2,35 +2,58 @@
 
 import argparse
 import json
+import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from jaxguard.config import Config
+from jaxguard.config import Config, load
 from jaxguard.disk import write_atomically
 from jaxguard.doors import run_door
+from jaxguard.errors import JaxguardError
 from jaxguard.plan.compile import compile_step, find_spec
 from jaxguard.plan.estimate import work_of
-from jaxguard.plan.show import as_json, show
+from jaxguard.plan.page import page
+from jaxguard.plan.search import search
+from jaxguard.plan.show import Planned, as_json, line, ranking, show
 from jaxguard.plan.targets import find_cluster, read_targets
 
 DOES_NOT_FIT = 1
 
 
 def plan(options: argparse.Namespace, config: Config) -> int:
-    """Compile for every target, print, and say by the exit code whether all fit."""
+    """Compile, print, write, and say by the exit code whether all fit."""
     console = Console()
-    spec, work = find_spec(config.model), work_of(config, options.price)
-    plans = []
-    for cluster in [find_cluster(text) for text in options.target]:
-        with console.status(f"compiling {config.name} for {cluster.name} …"):
-            found = compile_step(config, spec, cluster, options.rows or config.train.batch_size, options.targets)
-        console.print(show(found, work))
-        plans.append((found, work))
+    clusters = [find_cluster(text) for text in options.target]
+    spec, work, rows = find_spec(config.model), work_of(config, options.price), options.rows or config.train.batch_size
+
+    def vary(overrides: Sequence[str]) -> Config:
+        return load(options.config, [*options.overrides, *overrides])
+
+    planned: list[Planned] = []
+    for cluster in clusters:
+        if options.search:
+            with console.status(f"looking for the best way to train {config.name} on {cluster.name} …"):
+                best = search(vary, spec, cluster, rows, options.targets, lambda choice: console.print(line(choice)))
+            console.print(ranking(config.name, cluster, best))
+            planned += [(choice.plan, work) for choice in best[:1] if choice.plan]
+            continue
+        for changes in ([], *(shlex.split(text) for text in options.compare)):
+            other = vary(changes)
+            with console.status(f"compiling {other.name} for {cluster.name} …"):
+                found = compile_step(other, spec, cluster, rows, options.targets)
+            planned.append((replace(found, name=" ".join([config.name, *changes])), work))
+    if not planned:
+        raise JaxguardError("nothing fits: take more devices, devices with more memory, or fewer data.row_tokens")
+    console.print(show(planned))
     if options.json:
-        write_atomically(options.json, json.dumps(as_json(plans), indent=1) + "\n")
-    return 0 if all(found.fits for found, _ in plans) else DOES_NOT_FIT
+        write_atomically(options.json, json.dumps(as_json(planned), indent=1) + "\n")
+    if options.html:
+        write_atomically(options.html, page(planned))
+    return 0 if all(found.fits for found, _ in planned) else DOES_NOT_FIT
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +70,20 @@ def _options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--targets", type=int, help="target tokens of a row; default: all of them")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a device for an hour")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plans there too")
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="'FIELD=VALUE ...'",
+        help="plan the run with these changes too, beside it; may be given again",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="compile meshes, remat policies and accumulations, and rank those that fit",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plans there too, as data")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write them there too, as a page with figures")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,12 +2,12 @@ import json
 import math
 import re
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from plan_examples import plan_of
 from rich.console import Console
 
 from jaxguard.config import Config, load, validate
@@ -16,7 +16,7 @@ from jaxguard.errors import JaxguardError
 from jaxguard.models import attention_kernels
 from jaxguard.models.decoder import Compute
 from jaxguard.models.weights import abstract, count, table
-from jaxguard.plan.analytic import Flops, ideal_sent, step_flops
+from jaxguard.plan.analytic import ideal_sent, step_flops
 from jaxguard.plan.compile import Plan, compile_step, find_spec
 from jaxguard.plan.estimate import Work, estimate, rate, work_of
 from jaxguard.plan.program import Collective
@@ -35,7 +35,20 @@ def config() -> Config:
     return validate(tree, "test")
 
 
-@pytest.mark.parametrize(("checkpoint", "parameters"), [(LLAMA, 8_030_261_248), (GEMMA, 3_880_263_168)])
+@pytest.mark.parametrize(
+    ("checkpoint", "parameters"),
+    [
+        ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400),
+        ("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824),
+        (LLAMA, 8_030_261_248),
+        ("meta-llama/Llama-3.1-70B-Instruct", 70_553_706_496),
+        ("meta-llama/Llama-3.3-70B-Instruct", 70_553_706_496),
+        ("google/gemma-3-1b-it", 999_885_952),
+        (GEMMA, 3_880_263_168),
+        ("google/gemma-3-12b-it", 11_766_034_176),
+        ("google/gemma-3-27b-it", 27_009_346_304),
+    ],
+)
 def test_public_facts_give_the_published_size(checkpoint, parameters):
     assert count(abstract(find_spec(ModelConfig(checkpoint=checkpoint)))) == parameters
 
@@ -50,32 +63,9 @@ def test_an_unknown_checkpoint_names_the_known_ones():
         find_spec(ModelConfig(checkpoint="someone/something"))
 
 
-def plan_of(peak: int, **changes: Any) -> Plan:
-    """A plan for eight A100-80GB whose figures are easy to reckon with."""
-    made = Plan(
-        name="tiny",
-        cluster=find_cluster("a100-80gb:8"),
-        shape=Shape(32, 2048, 512),
-        mesh={"data": 1, "fsdp": 8, "tensor": 1},
-        compute=Compute(jnp.dtype(jnp.bfloat16), "xla", "full"),
-        arguments=5 * GIB,
-        temporaries=(peak - 5) * GIB,
-        peak=peak * GIB,
-        largest=[(3 * GIB, "bf16[3,1024,1024,512]", "forward: tanh")],
-        flops=Flops(8 * 300e12, 8 * 8e12, 8 * 4e12, 8 * 156e12),
-        matmul_flops=312e12,
-        traffic=2.039e12,
-        collectives=[Collective("all-gather", "fsdp", 8, 8, 300 * 10**9 // 7 * 8, 1, "forward: convert_element_type")],
-        ideal_sent=600e9,
-        kernels={},
-        seconds=12.0,
-    )
-    return replace(made, **changes)
-
-
 def shown(plan: Plan) -> str:
     console = Console(width=150, record=True)
-    console.print(show(plan, Work(None)))
+    console.print(show([(plan, Work(None))]))
     return console.export_text()
 
 
