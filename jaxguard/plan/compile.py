@@ -67,7 +67,7 @@ class Plan:
     traffic: float
     collectives: list[Collective]
     ideal_sent: float
-    kernels: dict[str, int]
+    kernels: dict[str, float]
     seconds: float
 
     @property
