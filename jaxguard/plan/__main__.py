@@ -1,64 +1,89 @@
-"""`python -m jaxguard.plan --config NAME --target a100-80gb:8`: will the run's step fit there?"""
+"""`python -m jaxguard.plan --config NAME --target a100-80gb:8`: will the run's step fit there, and what does it cost?"""
 
 import argparse
+import json
+import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from jaxguard.config import Config
+from jaxguard.config import Config, load
+from jaxguard.disk import write_atomically
 from jaxguard.doors import run_door
-from jaxguard.plan.compile import Plan, compile_step, find_spec
-from jaxguard.plan.targets import GIB, TARGETS
+from jaxguard.errors import JaxguardError
+from jaxguard.plan.compile import compile_step, find_spec
+from jaxguard.plan.estimate import work_of
+from jaxguard.plan.page import page
+from jaxguard.plan.search import search
+from jaxguard.plan.show import Planned, as_json, line, ranking, show
+from jaxguard.plan.targets import find_cluster, read_targets
 
 DOES_NOT_FIT = 1
 
 
 def plan(options: argparse.Namespace, config: Config) -> int:
-    """Compile, print, and say by the exit code whether it fits."""
+    """Compile, print, write, and say by the exit code whether all fit."""
     console = Console()
-    with console.status(f"compiling {config.name} for {options.target} …"):
-        rows = options.rows or config.train.batch_size
-        result = compile_step(config, find_spec(config.model), options.target, rows, options.targets)
-    console.print(show(config, result))
-    return 0 if result.fits else DOES_NOT_FIT
+    clusters = [find_cluster(text) for text in options.target]
+    spec, work, rows = find_spec(config.model), work_of(config, options.price), options.rows or config.train.batch_size
 
+    def vary(overrides: Sequence[str]) -> Config:
+        return load(options.config, [*options.overrides, *overrides])
 
-def show(config: Config, result: Plan) -> Table:
-    """The plan as a table of facts."""
-    table = Table(title=f"{config.name} on {result.target}", show_header=False)
-    rows = {
-        "batch": f"{result.shape.rows} rows of {result.shape.tokens:,} tokens, {result.shape.targets:,} targets each",
-        "mesh": ", ".join(f"{axis} {size}" for axis, size in result.mesh.items()),
-        "attention": result.attention,
-        "state and batch": f"{result.arguments / GIB:.2f} GiB a device",
-        "temporaries": f"{result.temporaries / GIB:.2f} GiB",
-        "peak": f"{result.peak / GIB:.2f} GiB of {result.usable / GIB:.1f} usable: {_verdict(result)}",
-        "collectives": _counted(result.collectives),
-        "vendor kernels": _counted(result.kernels),
-        "compiled in": f"{result.seconds:.0f} s",
-    }
-    for fact, value in rows.items():
-        table.add_row(fact, value)
-    return table
-
-
-def _verdict(result: Plan) -> str:
-    return "[green]fits[/]" if result.fits else "[red]does not fit[/]"
-
-
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
+    planned: list[Planned] = []
+    for cluster in clusters:
+        if options.search:
+            with console.status(f"looking for the best way to train {config.name} on {cluster.name} …"):
+                best = search(vary, spec, cluster, rows, options.targets, lambda choice: console.print(line(choice)))
+            console.print(ranking(config.name, cluster, best))
+            planned += [(choice.plan, work) for choice in best[:1] if choice.plan]
+            continue
+        for changes in ([], *(shlex.split(text) for text in options.compare)):
+            other = vary(changes)
+            with console.status(f"compiling {other.name} for {cluster.name} …"):
+                found = compile_step(other, spec, cluster, rows, options.targets)
+            planned.append((replace(found, name=" ".join([config.name, *changes])), work))
+    if not planned:
+        raise JaxguardError("nothing fits: take more devices, devices with more memory, or fewer data.row_tokens")
+    console.print(show(planned))
+    if options.json:
+        write_atomically(options.json, json.dumps(as_json(planned), indent=1) + "\n")
+    if options.html:
+        write_atomically(options.html, page(planned))
+    return 0 if all(found.fits for found, _ in planned) else DOES_NOT_FIT
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--target", required=True, metavar="NAME:DEVICES", help=f"what to compile for; known: {', '.join(TARGETS)}"
+        "--target",
+        required=True,
+        action="append",
+        metavar="NAME:SHAPE",
+        help="what to compile for, may be given again: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16; "
+        f"known: {', '.join(read_targets())}",
     )
     parser.add_argument(
         "--rows", type=int, help="rows of the batch; default: train.batch_size, as if nothing was packed"
     )
     parser.add_argument("--targets", type=int, help="target tokens of a row; default: all of them")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a device for an hour")
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="'FIELD=VALUE ...'",
+        help="plan the run with these changes too, beside it; may be given again",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="compile meshes, remat policies and accumulations, and rank those that fit",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plans there too, as data")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write them there too, as a page with figures")
 
 
 def main(argv: list[str] | None = None) -> int:

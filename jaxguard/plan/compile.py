@@ -7,76 +7,107 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxguard.config import CONFIG_FOLDER, Config
 from jaxguard.data.batches import Shape
 from jaxguard.errors import JaxguardError
+from jaxguard.models.decoder import Compute
 from jaxguard.models.spec import Spec, read_spec
-from jaxguard.plan.targets import find_target, topology
+from jaxguard.plan.analytic import Flops, ideal_sent, step_flops
+from jaxguard.plan.program import Collective, Compiled, place
+from jaxguard.plan.targets import Cluster, topology
 from jaxguard.sections import ModelConfig
 from jaxguard.train.sharding import make_mesh, row_multiple
-from jaxguard.train.step import build_program
+from jaxguard.train.step import Program, build_program
 
 SHAPES = CONFIG_FOLDER / "shapes"
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class OutOfMemoryError(JaxguardError):
+    """The compiler found no schedule that fits."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one device would need for one update.
+    """What one device needs for one update.
 
     Attributes:
-        target: as asked for, such as a100-80gb:8.
+        name: of the run.
+        cluster: what it was compiled for.
         shape: rows, tokens and targets of the batch.
         mesh: axis -> devices.
-        attention: kernel chosen for the target.
+        compute: attention kernel chosen for the target, remat policy and types.
         arguments: bytes of training state and batch; the new state takes their place.
         temporaries: bytes that the compiler's schedule holds at once besides, at its peak.
         peak: bytes of both, and of outputs that take no argument's place.
-        usable: bytes that a program may fill.
-        collectives: kind -> how often it stands in the program; one in a loop counts once.
-        kernels: names of the vendor's kernels in the program -> how often.
+        largest: the largest arrays that it makes, (bytes, type and sides, where they come from).
+        flops: FLOPs of the update by count, all devices together.
+        matmul_flops: FLOPs of one device's matrix products as compiled; a vendor's attention kernel is not in it.
+        traffic: bytes that one device reads from and writes to its memory.
+        collectives: what the devices exchange, the largest first.
+        ideal_sent: bytes that a device must send under this sharding.
+        kernels: names of the vendor's kernels -> how often they run.
         seconds: that compiling took.
     """
 
-    target: str
+    name: str
+    cluster: Cluster
     shape: Shape
     mesh: dict[str, int]
-    attention: str
+    compute: Compute
     arguments: int
     temporaries: int
     peak: int
-    usable: int
-    collectives: dict[str, int]
-    kernels: dict[str, int]
+    largest: list[tuple[int, str, str]]
+    flops: Flops
+    matmul_flops: float
+    traffic: float
+    collectives: list[Collective]
+    ideal_sent: float
+    kernels: dict[str, float]
     seconds: float
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a program may fill."""
+        return int(self.cluster.target.memory * self.cluster.target.usable)
 
     @property
     def fits(self) -> bool:
         return self.peak <= self.usable
 
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends."""
+        return sum(one.sent for one in self.collectives)
+
+    @property
+    def kernel_flops(self) -> float:
+        """FLOPs of one device's attention kernels, by count, where the program does not show them."""
+        return 0.0 if self.compute.attention == "xla" else self.flops.attention / self.cluster.devices
+
 
 def compile_step(
-    config: Config, spec: Spec, target: str, rows: int, targets: int | None = None, steps: int = 1000
+    config: Config, spec: Spec, cluster: Cluster, rows: int, targets: int | None = None, steps: int = 1000
 ) -> Plan:
-    """Compile one update of `config` for `target`.
+    """Compile one update of `config` for `cluster`.
 
     Args:
-        config: the run; its mesh must fit the target's devices.
+        config: the run; its mesh must fit the cluster's devices.
         spec: shape of the model.
-        target: accelerator and number of them, such as a100-80gb:8.
+        cluster: what to compile for.
         rows: of the batch, each config.data.row_tokens long.
         targets: target positions of a row; None for the most there can be.
         steps: length of the schedule; it does not change the program's size.
 
     Raises:
-        JaxguardError: unknown target, no compiler for it, a mesh that does not fit it, rows that its devices cannot
-            share.
+        JaxguardError: no compiler for it, a mesh that does not fit it, rows that its devices cannot share.
+        OutOfMemoryError: the compiler finds no schedule that fits, which only a TPU's says.
     """
-    kind, _ = find_target(target)
-    mesh = make_mesh(config.mesh, topology(target))
+    mesh = make_mesh(config.mesh, topology(cluster))
     multiple = row_multiple(config, mesh)
     if rows % multiple:
         raise JaxguardError(
@@ -85,24 +116,49 @@ def compile_step(
     tokens = config.data.row_tokens
     shape = Shape(rows, tokens, targets or tokens)
     program = build_program(config, spec, mesh, steps)
-    with jax.set_mesh(mesh), _any_gpu():
-        start = time.perf_counter()
-        compiled = program.update.lower(program.state, program.batch(shape)).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    start = time.perf_counter()
+    compiled = _compile(program, shape, cluster)
+    seconds = time.perf_counter() - start
+    memory, found = compiled.memory_analysis(), Compiled(compiled.as_text(), _branches(spec, tokens))
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    axes = dict(mesh.shape)
     return Plan(
-        target=target,
+        name=config.name,
+        cluster=cluster,
         shape=shape,
-        mesh=dict(mesh.shape),
-        attention=program.compute.attention,
+        mesh=axes,
+        compute=program.compute,
         arguments=arguments,
         temporaries=temporaries,
         peak=arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        usable=int(kind.memory * kind.usable),
-        collectives=_count(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text),
-        kernels=_count(r'custom_call_target="([^"]+)"', text),
-        seconds=time.perf_counter() - start,
+        largest=[(one.bytes, one.shown, place(one.source)) for one in found.largest()],
+        flops=step_flops(spec, shape, program.compute, config.model.loss_chunk, config.train.accumulation),
+        matmul_flops=found.matmul_flops,
+        traffic=found.traffic,
+        collectives=found.collectives(axes, cluster.linked),
+        ideal_sent=ideal_sent(spec, axes, program.compute),
+        kernels=dict(found.kernels),
+        seconds=seconds,
     )
+
+
+def _compile(program: Program, shape: Shape, cluster: Cluster) -> Any:
+    with jax.set_mesh(program.mesh), _any_gpu():
+        lowered = program.update.lower(program.state, program.batch(shape))
+        try:
+            return lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise OutOfMemoryError(f"{cluster.name} is too small: {_said(str(error))}") from None
+
+
+def _branches(spec: Spec, tokens: int) -> list[float]:
+    """How often each branch of the layers' attention runs, of one layer's run: see Decoder._attend."""
+    windows = [None if k.window is None or k.window >= tokens else k.window for k in spec.kinds]
+    distinct = list(dict.fromkeys(windows))
+    counts = Counter(distinct.index(windows[kind]) for kind in spec.layer_kinds)
+    return [counts[branch] / spec.layers for branch in range(len(distinct))]
 
 
 def find_spec(model: ModelConfig, shapes: Path = SHAPES) -> Spec:
@@ -140,5 +196,7 @@ def _any_gpu() -> Iterator[None]:
         cudnn.check_compute_capability = asks_local_gpu
 
 
-def _count(pattern: str, text: str) -> dict[str, int]:
-    return dict(Counter(re.findall(pattern, text)))
+def _said(error: str) -> str:
+    """What a TPU's compiler says of memory, without its listing of everything."""
+    used = re.search(r"Used [^.]*\.\S* of [^.]*\.\S* hbm", error)
+    return used[0] if used else error.splitlines()[0]

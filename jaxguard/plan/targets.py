@@ -1,36 +1,225 @@
-"""Accelerators to compile for, as public data sheets describe them, and their devices without the hardware."""
+"""Accelerators to compile for, as configs/targets.yaml describes them, and their devices without the hardware."""
 
 import importlib.util
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Self
 
 from jax.experimental import topologies
+from pydantic import BeforeValidator, Field, model_validator
 
+from jaxguard.config import CONFIG_FOLDER
 from jaxguard.errors import JaxguardError
+from jaxguard.fields import Section, nearest, read_yaml, validate
 
 GIB = 1024**3
-DEVICES_PER_HOST = 8
+TARGETS_FILE = CONFIG_FOLDER / "targets.yaml"
+GPUS_PER_HOST = 8
+"""Where a target's shape is only a number."""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What XLA has to know of a GPU, beyond a Target, to compile for it. Sizes in bytes or elements."""
+def _bytes(text: Any) -> Any:
+    """`40 GiB` -> bytes."""
+    match = re.fullmatch(r"(\d+) (KiB|MiB|GiB)", str(text))
+    return int(match[1]) * 1024 ** ("KiB", "MiB", "GiB").index(match[2]) * 1024 if match else text
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Gpu(Section):
+    """What XLA has to know of a GPU to compile for it. Sizes in bytes or elements."""
 
     compute_capability: tuple[int, int]
     cores: int
     lanes_per_core: int
     clock_ghz: float
-    bandwidth: int
-    l2_cache: int
-    shared_memory_per_core: int
-    shared_memory_per_block: int
+    l2_cache: Bytes
+    shared_memory_per_core: Bytes
+    shared_memory_per_block: Bytes
 
-    def config(self, name: str, memory: int) -> str:
-        """The text of XLA's GpuTargetConfigProto. Limits that all of them share are written out here."""
-        major, minor = self.compute_capability
-        return f"""\
+
+class Tpu(Section):
+    """How a TPU's slices are built."""
+
+    generation: str
+    """libtpu's name of it."""
+    chip_config: str = "default"
+    """libtpu's name of how its cores make devices."""
+    dimensions: int
+    """Of the torus."""
+    chips_per_host: tuple[int, ...]
+    """The smallest slice, and what a larger one is a multiple of."""
+    devices_per_chip: int = 1
+    """As JAX counts devices."""
+    largest: tuple[int, ...]
+    """The largest slice, in chips along each dimension."""
+
+
+class Target(Section):
+    """One kind of accelerator; rates are those of one device, links in one direction."""
+
+    title: str
+    """Its product name."""
+    source: tuple[str, ...]
+    """Where the figures are from."""
+    flops: dict[str, Rate]
+    """Peak dense FLOP/s by type."""
+    memory: Bytes
+    """Bytes of one device."""
+    usable: Annotated[float, Field(gt=0, le=1)]
+    """The share of it that a program may fill."""
+    bandwidth: Rate
+    """Bytes/s to and from that memory."""
+    link: Rate
+    """Bytes/s to other devices of the host or slice."""
+    network: Rate
+    """Bytes/s beyond them."""
+    gpu: Gpu | None = None
+    tpu: Tpu | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.gpu is None) == (self.tpu is None):
+            raise ValueError("a target is either a gpu or a tpu")
+        return self
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices of one target.
+
+    Attributes:
+        name: as asked for, such as a100-80gb:2x8.
+        target: what they are.
+        shape: hosts × GPUs of a host, or the chips of a slice along each dimension.
+    """
+
+    name: str
+    target: Target
+    shape: tuple[int, ...]
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape) * (self.target.tpu.devices_per_chip if self.target.tpu else 1)
+
+    @property
+    def linked(self) -> int:
+        """Devices that reach one another by `link`: the GPUs of a host, all of a TPU slice."""
+        return self.shape[-1] if self.target.gpu else self.devices
+
+
+@cache
+def read_targets(path: Path = TARGETS_FILE) -> Mapping[str, Target]:
+    """Name -> target.
+
+    Raises:
+        JaxguardError: a field of the file is unknown, missing or ill-typed.
+    """
+    return {name: validate(Target, tree, f"{path}: {name}") for name, tree in read_yaml(path).items()}
+
+
+def find_cluster(text: str) -> Cluster:
+    """Read `NAME:SHAPE`.
+
+    For GPUs SHAPE is hosts × GPUs of each, as in a100-80gb:2x8, or a number of GPUs, eight to a host. For a TPU it is a
+    slice's topology, as in v5p:8x8x16, or a number of chips, whose topology is the squarest. Without SHAPE it is 8.
+
+    Raises:
+        JaxguardError: no such target, or it is not built in that shape.
+    """
+    name, _, shape = text.partition(":")
+    known = read_targets()
+    if name not in known:
+        raise JaxguardError(f"target {name!r} is unknown: {nearest(name, known)}known: {', '.join(known)}")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape or "8"):
+        raise JaxguardError(f"target {text!r}: write the number of devices, or their shape, after the colon: {name}:8")
+    sides = tuple(int(side) for side in (shape or "8").split("x"))
+    target = known[name]
+    return Cluster(text, target, _hosts(text, sides) if target.gpu else _slice(text, sides, target.tpu))
+
+
+def topology(cluster: Cluster) -> Sequence[Any]:
+    """The devices, to build a mesh of and compile for; nothing can run on them.
+
+    Raises:
+        JaxguardError: their compiler is not installed.
+    """
+    if cluster.target.gpu:
+        _require("jax_cuda12_plugin")
+        shape = "x".join(map(str, (1, *cluster.shape)))  # slices x hosts x devices of a host
+        config = _gpu_config(cluster.target, cluster.target.gpu)
+        return topologies.get_topology_desc("gpu", "cuda", target_config=config, topology=shape).devices
+    _require("libtpu")
+    # libtpu must neither ask a metadata server where it runs nor claim a chip.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    tpu = cluster.target.tpu
+    assert tpu is not None
+    name = f"{tpu.generation}:{'x'.join(map(str, cluster.shape))}"
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=name, chip_config_name=tpu.chip_config
+        ).devices
+    except (RuntimeError, ValueError) as error:
+        raise JaxguardError(f"target {cluster.name!r}: this libtpu does not know {name}: {error}") from None
+
+
+def _hosts(text: str, sides: tuple[int, ...]) -> tuple[int, ...]:
+    if len(sides) == 2:
+        return sides
+    if len(sides) > 2:
+        raise JaxguardError(f"target {text!r}: GPUs come as hosts x GPUs of each, as in 2x8")
+    hosts, rest = divmod(sides[0], GPUS_PER_HOST)
+    if hosts and rest:
+        raise JaxguardError(
+            f"target {text!r}: {sides[0]} GPUs are not whole hosts of {GPUS_PER_HOST}; say hosts x GPUs of each, as in 3x4"
+        )
+    return (hosts, GPUS_PER_HOST) if hosts else (1, rest)
+
+
+def _slice(text: str, sides: tuple[int, ...], tpu: Tpu | None) -> tuple[int, ...]:
+    assert tpu is not None
+    built = _slices(tpu)
+    if len(sides) == 1:
+        fitting = [slice_ for slice_ in built if math.prod(slice_) == sides[0]]
+        if not fitting:
+            counts = sorted({math.prod(slice_) for slice_ in built})
+            raise JaxguardError(f"target {text!r}: it comes as {', '.join(map(str, counts))} chips")
+        return min(fitting, key=lambda slice_: max(slice_) / min(slice_))
+    if sides not in built:
+        raise JaxguardError(
+            f"target {text!r}: not one of its topologies, such as {', '.join('x'.join(map(str, s)) for s in built[:8])}"
+        )
+    return sides
+
+
+def _slices(tpu: Tpu) -> list[tuple[int, ...]]:
+    """The common topologies: a host, and sides twice, four times … as long as its, in ascending order and nearly equal."""
+    found = {tpu.chips_per_host}
+    grown = found
+    while grown:
+        grown = {
+            (*sides[:i], sides[i] * 2, *sides[i + 1 :])
+            for sides in grown
+            for i in range(tpu.dimensions)
+            if sides[i] * 2 <= tpu.largest[i]
+        } - found
+        found |= grown
+    even = [sides for sides in found if list(sides) == sorted(sides) and max(sides) <= 2 * min(sides)]
+    return sorted({tpu.chips_per_host, *even}, key=lambda sides: (math.prod(sides), sides))
+
+
+def _gpu_config(target: Target, gpu: Gpu) -> str:
+    """The text of XLA's GpuTargetConfigProto. Limits that all of them share are written out here."""
+    major, minor = gpu.compute_capability
+    return f"""\
 gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -41,115 +230,20 @@ gpu_device_info {{
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
   shared_memory_per_block: 49152
-  shared_memory_per_block_optin: {self.shared_memory_per_block}
-  shared_memory_per_core: {self.shared_memory_per_core}
-  core_count: {self.cores}
-  fpus_per_core: {self.lanes_per_core}
-  clock_rate_ghz: {self.clock_ghz}
-  memory_bandwidth: {self.bandwidth}
-  l2_cache_size: {self.l2_cache}
-  device_memory_size: {memory}
+  shared_memory_per_block_optin: {gpu.shared_memory_per_block}
+  shared_memory_per_core: {gpu.shared_memory_per_core}
+  core_count: {gpu.cores}
+  fpus_per_core: {gpu.lanes_per_core}
+  clock_rate_ghz: {gpu.clock_ghz}
+  memory_bandwidth: {int(target.bandwidth)}
+  l2_cache_size: {gpu.l2_cache}
+  device_memory_size: {target.memory}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
-device_description_str: "{name}"
+device_description_str: "{target.title}"
 """
-
-
-@dataclass(frozen=True)
-class Target:
-    """One kind of accelerator.
-
-    Attributes:
-        name: its product name.
-        platform: cuda or tpu.
-        memory: bytes of one device.
-        usable: the share of it that a program may fill: JAX takes 75 % of a GPU by default.
-        flops: peak dense bfloat16 FLOP/s of one device.
-        gpu: for a GPU, what the compiler has to know besides.
-        slices: for a TPU, number of devices -> name of the topology.
-    """
-
-    name: str
-    platform: str
-    memory: int
-    usable: float
-    flops: float
-    gpu: Gpu | None = None
-    slices: tuple[tuple[int, str], ...] = ()
-
-
-# NVIDIA A100 data sheet: 312 TFLOP/s, 1,555 and 2,039 GB/s.
-# Ampere whitepaper: 108 SMs, 164 KiB shared memory each, 40 MiB L2.
-_A100_40, _A100_80 = (
-    Gpu((8, 0), 108, 64, 1.41, bandwidth, 40 * 1024**2, 164 * 1024, 163 * 1024)
-    for bandwidth in (1_555_000_000_000, 2_039_000_000_000)
-)
-# NVIDIA H100 SXM data sheet: 989 TFLOP/s, 3.35 TB/s.
-# Hopper whitepaper: 132 SMs, 228 KiB shared memory each, 50 MiB L2.
-_H100 = Gpu((9, 0), 132, 128, 1.98, 3_350_000_000_000, 50 * 1024**2, 228 * 1024, 227 * 1024)
-
-TARGETS = {
-    "a100-40gb": Target("NVIDIA A100-SXM4-40GB", "cuda", 40 * GIB, 0.75, 312e12, _A100_40),
-    "a100-80gb": Target("NVIDIA A100-SXM4-80GB", "cuda", 80 * GIB, 0.75, 312e12, _A100_80),
-    "h100": Target("NVIDIA H100 80GB HBM3", "cuda", 80 * GIB, 0.75, 989e12, _H100),
-    # Google Cloud's TPU pages: v5e 197 TFLOP/s and 16 GB a chip, v5p 459 TFLOP/s and 95 GB.
-    "tpu-v5e": Target(
-        "TPU v5e", "tpu", 16 * GIB, 1.0, 197e12,
-        slices=((4, "v5e:2x2"), (8, "v5e:2x4"), (16, "v5e:4x4"), (32, "v5e:4x8"), (64, "v5e:8x8")),
-    ),
-    "tpu-v5p": Target(
-        "TPU v5p", "tpu", 95 * GIB, 1.0, 459e12,
-        slices=((4, "v5p:2x2x1"), (8, "v5p:2x2x2"), (16, "v5p:2x2x4"), (32, "v5p:2x4x4"), (64, "v5p:4x4x4")),
-    ),
-}  # fmt: skip
-
-
-def find_target(text: str) -> tuple[Target, int]:
-    """Read a target: "a100-80gb:8" is eight A100s; without a number, eight of it.
-
-    Raises:
-        JaxguardError: no such target, or not as many devices as it comes in.
-    """
-    name, _, count = text.partition(":")
-    if name not in TARGETS:
-        raise JaxguardError(f"target {name!r} is unknown; known: {', '.join(TARGETS)}")
-    if not (count or "8").isdecimal() or int(count or 8) < 1:
-        raise JaxguardError(f"target {text!r}: write the number of devices after the colon, as in {name}:8")
-    target, devices = TARGETS[name], int(count or 8)
-    if target.gpu and devices > DEVICES_PER_HOST and devices % DEVICES_PER_HOST:
-        raise JaxguardError(f"target {text!r}: more than one host means a multiple of {DEVICES_PER_HOST} devices")
-    if not target.gpu and devices not in dict(target.slices):
-        raise JaxguardError(f"target {text!r}: it comes as {', '.join(str(n) for n, _ in target.slices)} devices")
-    return target, devices
-
-
-def topology(text: str) -> Sequence[Any]:
-    """The target's devices, to build a mesh of and compile for; nothing can run on them.
-
-    Raises:
-        JaxguardError: unknown target, or its compiler is not installed.
-    """
-    target, devices = find_target(text)
-    if target.gpu:
-        return _gpu_devices(target.gpu.config(target.name, target.memory), devices)
-    return _tpu_devices(dict(target.slices)[devices])
-
-
-def _gpu_devices(config: str, devices: int) -> Sequence[Any]:
-    _require("jax_cuda12_plugin")
-    per_host = min(devices, DEVICES_PER_HOST)
-    shape = f"1x{devices // per_host}x{per_host}"  # slices x hosts x devices of a host
-    return topologies.get_topology_desc("gpu", "cuda", target_config=config, topology=shape).devices
-
-
-def _tpu_devices(name: str) -> Sequence[Any]:
-    _require("libtpu")
-    # libtpu must neither ask a metadata server where it runs nor claim a chip.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 def _require(module: str) -> None:

@@ -1,20 +1,29 @@
+import json
+import math
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from plan_examples import plan_of
 from rich.console import Console
 
 from jaxguard.config import Config, load, validate
 from jaxguard.data.batches import Shape
 from jaxguard.errors import JaxguardError
 from jaxguard.models import attention_kernels
-from jaxguard.models.weights import abstract, count
-from jaxguard.plan.__main__ import show
+from jaxguard.models.decoder import Compute
+from jaxguard.models.weights import abstract, count, table
+from jaxguard.plan.analytic import ideal_sent, step_flops
 from jaxguard.plan.compile import Plan, compile_step, find_spec
-from jaxguard.plan.targets import GIB, topology
+from jaxguard.plan.estimate import Work, estimate, rate, work_of
+from jaxguard.plan.program import Collective
+from jaxguard.plan.show import as_json, show
+from jaxguard.plan.targets import GIB, find_cluster, topology
 from jaxguard.sections import MeshConfig, ModelConfig
+from jaxguard.train.devices import training_flops
 from jaxguard.train.sharding import make_mesh
 
 LLAMA, GEMMA = "meta-llama/Llama-3.1-8B-Instruct", "google/gemma-3-4b-it"
@@ -26,7 +35,20 @@ def config() -> Config:
     return validate(tree, "test")
 
 
-@pytest.mark.parametrize(("checkpoint", "parameters"), [(LLAMA, 8_030_261_248), (GEMMA, 3_880_263_168)])
+@pytest.mark.parametrize(
+    ("checkpoint", "parameters"),
+    [
+        ("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400),
+        ("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824),
+        (LLAMA, 8_030_261_248),
+        ("meta-llama/Llama-3.1-70B-Instruct", 70_553_706_496),
+        ("meta-llama/Llama-3.3-70B-Instruct", 70_553_706_496),
+        ("google/gemma-3-1b-it", 999_885_952),
+        (GEMMA, 3_880_263_168),
+        ("google/gemma-3-12b-it", 11_766_034_176),
+        ("google/gemma-3-27b-it", 27_009_346_304),
+    ],
+)
 def test_public_facts_give_the_published_size(checkpoint, parameters):
     assert count(abstract(find_spec(ModelConfig(checkpoint=checkpoint)))) == parameters
 
@@ -41,33 +63,79 @@ def test_an_unknown_checkpoint_names_the_known_ones():
         find_spec(ModelConfig(checkpoint="someone/something"))
 
 
+def shown(plan: Plan) -> str:
+    console = Console(width=150, record=True)
+    console.print(show([(plan, Work(None))]))
+    return console.export_text()
+
+
 @pytest.mark.parametrize(("peak", "verdict"), [(59, "fits"), (61, "does not fit")])
-def test_the_table_says_whether_it_fits(config, peak, verdict):
-    result = Plan(
-        target="a100-80gb:8",
-        shape=Shape(32, 2048, 512),
-        mesh={"data": 1, "fsdp": 8, "tensor": 1},
-        attention="xla",
-        arguments=5 * GIB,
-        temporaries=(peak - 5) * GIB,
-        peak=peak * GIB,
-        usable=60 * GIB,
-        collectives={"all-gather": 3},
-        kernels={},
-        seconds=12.0,
-    )
-    console = Console(width=120, record=True)
-    console.print(show(config, result))
-    text = console.export_text()
+def test_the_table_says_whether_it_fits(peak, verdict):
+    text = shown(plan_of(peak))
     assert f"{peak}.00 GiB of 60.0 usable: {verdict}" in text
     assert "32 rows of 2,048 tokens, 512 targets each" in text
-    assert "3 all-gather" in text
+    assert ("bf16[3,1024,1024,512]" in text) == (verdict == "does not fit"), "what to look at where it does not"
+
+
+def test_an_update_takes_products_memory_and_network_one_after_another():
+    found = estimate(plan_of(50))
+    assert (found.compute, found.memory) == (1, 1)
+    assert found.network == pytest.approx(1, rel=1e-6)  # 300 GB at 300 GB/s
+    assert (found.step, found.bound) == (pytest.approx(3), 1)
+    assert found.mfu == pytest.approx(0.5 / 3)
+
+
+def test_a_vendors_kernel_is_counted_by_hand():
+    found = estimate(plan_of(50, compute=Compute(jnp.dtype(jnp.bfloat16), "cudnn", "full")))
+    assert found.compute == pytest.approx((312e12 + 8e12) / 312e12)
+
+
+def test_devices_that_are_not_linked_share_their_hosts_cards():
+    target = find_cluster("a100-80gb:2x8").target
+    far = Collective("all-gather", "fsdp", 16, 8, 1, 1, "")
+    assert rate(target, far) == 8 * 25e9
+    assert rate(target, replace(far, near=1)) == 25e9
+    assert rate(target, replace(far, near=16)) == 300e9
+
+
+def test_a_whole_run_is_counted_from_its_config():
+    config = load("gemma4b_5k")
+    work = work_of(config, price=2.5)
+    assert work.updates == 781
+    assert work.said(36.0, 8) == "781 updates, 7.81 h, 62.5 device-hours, $156.20"
+    assert "give data.subset" in work_of(load("gemma4b_full")).said(1.0, 8)
+
+
+def test_a_plan_as_data_has_every_figure_of_the_table():
+    (found,) = json.loads(json.dumps(as_json([(plan_of(61), Work(781))])))
+    assert not found["fits"]
+    assert found["collectives"][0]["sent"] == pytest.approx(300e9)
+    assert found["estimate"]["step"] == pytest.approx(3)
+    assert found["hours"] == pytest.approx(781 * 3 / 3600)
+    assert found["dollars"] is None
+
+
+@pytest.mark.parametrize(("name", "targets"), [("llama8b_5k", 64), ("gemma4b_5k", 512)])
+def test_counted_flops_without_recomputation_are_those_of_training(name, targets):
+    """Two ways of counting: the planner's, by blocks of a row, and the loop's, by tokens that see each other."""
+    spec = find_spec(load(name).model)
+    compute = Compute(jnp.dtype(jnp.bfloat16), "xla", "none", query_chunk=1)
+    found = step_flops(spec, Shape(8, 1024, targets), compute, loss_chunk=8 * targets)
+    assert found.model == pytest.approx(training_flops(spec, [1024] * 8, 8 * targets), rel=1e-9)
+
+
+def test_the_ideal_is_three_times_the_weights_but_for_a_devices_own_part():
+    spec = find_spec(load("llama8b_5k").model)
+    compute = Compute(jnp.dtype(jnp.bfloat16), "cudnn", "full")
+    cut = sum(2 * math.prod(w.shape(spec)) for w in table(spec) if "norm" not in w.axes)
+    assert ideal_sent(spec, {"data": 1, "fsdp": 8, "tensor": 1}, compute) == pytest.approx(3 * cut * 7 / 8, rel=1e-3)
+    assert ideal_sent(spec, {"data": 1, "fsdp": 1, "tensor": 1}, compute) == 0
 
 
 @pytest.mark.aot
 def test_rows_that_the_devices_cannot_share(config):
     with pytest.raises(JaxguardError, match=r"12 rows cannot be shared out: .* multiples of 8"):
-        compile_step(config, find_spec(config.model), "a100-80gb:8", rows=12)
+        compile_step(config, find_spec(config.model), find_cluster("a100-80gb:8"), rows=12)
 
 
 @pytest.mark.aot
@@ -75,12 +143,12 @@ def test_rows_that_the_devices_cannot_share(config):
     ("kernel", "target", "call"),
     [
         (attention_kernels.cudnn, "a100-80gb:8", "__cudnn$fmhaScaleBiasSoftmaxBackward"),
-        (attention_kernels.splash, "tpu-v5p:8", "tpu_custom_call"),
+        (attention_kernels.splash, "v5p:8", "tpu_custom_call"),
     ],
 )
 def test_kernels_are_cut_by_rows_and_heads_without_communication(kernel, target, call):
     """Packed rows and a window, forward and backward, over data, fsdp and tensor at once."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), topology(target))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), topology(find_cluster(target)))
     cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     query = jax.ShapeDtypeStruct((4, 512, 8, 128), jnp.bfloat16, sharding=cut)
@@ -108,10 +176,13 @@ def test_kernels_are_cut_by_rows_and_heads_without_communication(kernel, target,
 )
 def test_the_real_step_fits(name, target, attention, limit):
     config = load(name, ["data.row_tokens=2048"])
-    result = compile_step(config, find_spec(config.model), target, rows=32)
-    assert result.attention == attention
+    result = compile_step(config, find_spec(config.model), find_cluster(target), rows=32)
+    assert result.compute.attention == attention
     assert any("cudnn$fmha" in kernel for kernel in result.kernels) == (attention == "cudnn")
     assert result.peak <= limit, f"{result.peak / GIB:.2f} GiB"
     assert result.arguments * 8 >= 12 * count(abstract(find_spec(config.model)))  # master weights and both moments
     # Rows, heads and weights are cut so that nothing but fsdp's own gathers and reductions is needed.
-    assert not {"all-to-all", "collective-permute"} & set(result.collectives)
+    assert not {"all-to-all", "collective-permute"} & {one.kind for one in result.collectives}
+    assert {one.axes for one in result.collectives} == {"fsdp"}
+    assert result.sent <= 1.1 * result.ideal_sent
+    assert result.matmul_flops + result.kernel_flops == pytest.approx(result.flops.total / 8, rel=0.05)

@@ -1,52 +1,83 @@
 import importlib.util
+import math
 
 import pytest
 
 from jaxguard.errors import JaxguardError
 from jaxguard.plan import targets
-from jaxguard.plan.targets import TARGETS, find_target
+from jaxguard.plan.targets import GIB, find_cluster, read_targets
+from jaxguard.train.devices import peak_flops
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "devices"),
+    ("text", "shape", "devices", "linked"),
     [
-        ("a100-80gb:8", "a100-80gb", 8),
-        ("a100-40gb", "a100-40gb", 8),
-        ("h100:16", "h100", 16),
-        ("tpu-v5e:16", "tpu-v5e", 16),
+        ("a100-80gb:8", (1, 8), 8, 8),
+        ("a100-40gb", (1, 8), 8, 8),
+        ("h100:4", (1, 4), 4, 4),
+        ("h100:16", (2, 8), 16, 8),
+        ("b200:18x4", (18, 4), 72, 4),
+        ("v5e:16", (4, 4), 16, 16),
+        ("v5e:8", (2, 4), 8, 8),
+        ("v5p:2x2x1", (2, 2, 1), 4, 4),
+        ("v5p:4096", (16, 16, 16), 4096, 4096),
+        ("v7x:8", (2, 2, 2), 16, 16),
     ],
 )
-def test_a_target_is_a_name_and_a_number(text, name, devices):
-    assert find_target(text) == (TARGETS[name], devices)
+def test_a_target_is_a_name_and_a_shape(text, shape, devices, linked):
+    found = find_cluster(text)
+    assert (found.shape, found.devices, found.linked) == (shape, devices, linked)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a100:8", "target 'a100' is unknown; known: a100-40gb, a100-80gb"),
-        ("h100:x", "write the number of devices after the colon, as in h100:8"),
+        ("a100-80bg:8", "target 'a100-80bg' is unknown: did you mean 'a100-80gb'"),
+        ("h100:x", "write the number of devices, or their shape, after the colon: h100:8"),
         ("h100:0", "write the number of devices"),
-        ("h100:12", "a multiple of 8 devices"),
-        ("tpu-v5p:5", "comes as 4, 8, 16, 32, 64 devices"),
+        ("h100:12", "not whole hosts of 8; say hosts x GPUs of each, as in 3x4"),
+        ("h100:2x2x2", "GPUs come as hosts x GPUs of each"),
+        ("v5p:5", "it comes as 4, 8, 16"),
+        ("v5e:3x5", "not one of its topologies, such as 2x2, 2x4, 4x4"),
     ],
 )
 def test_a_target_that_does_not_exist(text, message):
     with pytest.raises(JaxguardError, match=message):
-        find_target(text)
+        find_cluster(text)
 
 
-@pytest.mark.parametrize("text", ["h100:8", "tpu-v5e:8"])
+@pytest.mark.parametrize("text", ["h100:8", "v5e:8"])
 def test_a_compiler_that_is_not_installed(monkeypatch, text):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(JaxguardError, match=r"pip install 'jaxguard\[aot\]'"):
-        targets.topology(text)
+        targets.topology(find_cluster(text))
 
 
-def test_slices_have_as_many_devices_as_they_say():
-    for target in TARGETS.values():
-        for devices, slice_name in target.slices:
-            sides = [int(side) for side in slice_name.split(":")[1].split("x")]
-            product = 1
-            for side in sides:
-                product *= side
-            assert product == devices
+def test_a_mistake_in_the_file_names_target_and_field(tmp_path):
+    path = tmp_path / "targets.yaml"
+    path.write_text(targets.TARGETS_FILE.read_text().replace("bandwidth: 819e9", "bandwith: 819e9"))
+    with pytest.raises(JaxguardError, match="v5e: unknown field 'bandwith'; did you mean 'bandwidth'"):
+        read_targets(path)
+
+
+def test_peaks_are_those_that_training_reports_mfu_by():
+    for target in read_targets().values():
+        assert target.flops["bfloat16"] == peak_flops(target.title), target.title
+
+
+def test_every_target_says_where_its_figures_are_from_and_is_plausible():
+    for name, target in read_targets().items():
+        assert target.source, name
+        assert 16 * GIB <= target.memory < 200 * GIB
+        assert target.network < target.link < target.bandwidth
+        assert math.log10(target.flops["bfloat16"]) > 14
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("text", ["a100-40gb:8", "h200:2x8", "b200:8", "v4:8", "v5e:16", "v5p:8", "v6e:8", "v7x:8"])
+def test_the_compilers_know_the_devices(text):
+    cluster = find_cluster(text)
+    devices = targets.topology(cluster)
+    assert len(devices) == cluster.devices
+    kind = devices[0].device_kind
+    assert peak_flops(kind) == cluster.target.flops["bfloat16"], kind

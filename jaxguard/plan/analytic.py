@@ -1,0 +1,92 @@
+"""What one update must compute and communicate, counted by hand: the bounds that a compiled program is held against.
+
+Letters as in models/: T tokens of a row, V D L N K H F of the model's spec.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxguard.data.batches import Shape
+from jaxguard.models.axes import partition
+from jaxguard.models.decoder import Compute
+from jaxguard.models.spec import Spec
+from jaxguard.models.weights import table
+
+CUDNN_BACKWARD = 2.5
+"""Products of flash attention's backward pass over those of its forward pass (Dao, FlashAttention-2, 2023, section 4.1)."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of the matrix products of one update, all devices together, padding included.
+
+    Attributes:
+        layers: projections and MLPs.
+        attention: scores and weighted sums, as the chosen kernel computes them.
+        head: logits of the target positions.
+        model: those of all three without recomputation, which MFU counts.
+    """
+
+    layers: float
+    attention: float
+    head: float
+    model: float
+
+    @property
+    def total(self) -> float:
+        return self.layers + self.attention + self.head
+
+
+def step_flops(spec: Spec, shape: Shape, compute: Compute, loss_chunk: int, accumulation: int = 1) -> Flops:
+    """FLOPs of one update: a forward pass, a backward pass of twice that, and what is computed again in between.
+
+    Full remat computes a layer's products once more, but for the last one where nothing needs its result (no norm follows
+    it). XLA attention computes its scores again. The head's logits are always computed again (train/loss.py).
+    """
+    D, F, H, N, K, L = spec.width, spec.hidden, spec.head_dim, spec.heads, spec.kv_heads, spec.layers
+    tokens = shape.rows * shape.tokens
+    last = D * F
+    layer = D * H * (2 * N + 2 * K) + 3 * D * F
+    again = {"full": layer if spec.sandwich else layer - last, "dots": 0, "none": 0}[compute.remat]
+    layers = 2.0 * L * tokens * (3 * layer + again)
+
+    pairs = shape.rows * sum(_pairs(shape.tokens, spec.kinds[kind].window, compute) for kind in spec.layer_kinds)
+    forward = 4.0 * N * H * pairs
+    repeats = 1 + (compute.remat != "none") + (2.5 if compute.attention == "xla" else CUDNN_BACKWARD)
+
+    width = max(1, min(shape.targets, loss_chunk // (shape.rows // accumulation)))
+    targets = shape.rows * math.ceil(shape.targets / width) * width
+    head = 2.0 * spec.vocab * D * targets
+    model = 3 * (2.0 * L * tokens * layer + forward + head)
+    return Flops(layers, forward * repeats, 4 * head, model)
+
+
+def _pairs(tokens: int, window: int | None, compute: Compute) -> int:
+    """(query, key) pairs of one row that the kernel multiplies; blocks that the mask empties are left out."""
+    chunk = compute.query_chunk if compute.attention == "xla" else 128
+    pairs = 0
+    for start in range(0, tokens, chunk):
+        stop = min(start + chunk, tokens)
+        first = 0 if window is None or window >= tokens else max(0, start - window + 1)
+        pairs += (stop - start) * (stop - first)
+    return pairs
+
+
+def ideal_sent(spec: Spec, mesh: Mapping[str, int], compute: Compute) -> float:
+    """Bytes that a device must send in one update under this sharding, in the compute type.
+
+    fsdp: every weight is gathered for the forward pass and, where layers are recomputed, once more; its gradient is summed
+    by a reduce-scatter (Rajbhandari et al., ZeRO, 2020, section 7). data: the gradient, cut by then, is all-reduced.
+    Activations that `tensor` exchanges are not in it.
+    """
+    passes = 2 + (compute.remat == "full")
+    total = 0.0
+    for weight in table(spec):
+        cut = partition(weight.axes, weight.shape(spec), mesh)
+        names = {name for part in cut if part for name in ((part,) if isinstance(part, str) else part)}
+        fsdp = mesh["fsdp"] if "fsdp" in names else 1
+        held = compute.dtype.itemsize * math.prod(weight.shape(spec)) / (mesh["tensor"] if "tensor" in names else 1)
+        total += held * passes * (fsdp - 1) / fsdp
+        total += held / fsdp * 2 * (mesh["data"] - 1) / mesh["data"]
+    return total

@@ -1,0 +1,34 @@
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxguard.data.batches import Shape
+from jaxguard.models.decoder import Compute
+from jaxguard.plan.analytic import Flops
+from jaxguard.plan.compile import Plan
+from jaxguard.plan.program import Collective
+from jaxguard.plan.targets import GIB, find_cluster
+
+
+def plan_of(peak: int, **changes: Any) -> Plan:
+    """A plan for eight A100-80GB whose figures are easy to reckon with."""
+    made = Plan(
+        name="tiny",
+        cluster=find_cluster("a100-80gb:8"),
+        shape=Shape(32, 2048, 512),
+        mesh={"data": 1, "fsdp": 8, "tensor": 1},
+        compute=Compute(jnp.dtype(jnp.bfloat16), "xla", "full"),
+        arguments=5 * GIB,
+        temporaries=(peak - 5) * GIB,
+        peak=peak * GIB,
+        largest=[(3 * GIB, "bf16[3,1024,1024,512]", "forward: tanh")],
+        flops=Flops(8 * 300e12, 8 * 8e12, 8 * 4e12, 8 * 156e12),
+        matmul_flops=312e12,
+        traffic=2.039e12,
+        collectives=[Collective("all-gather", "fsdp", 8, 8, 300 * 10**9 // 7 * 8, 1, "forward: convert_element_type")],
+        ideal_sent=600e9,
+        kernels={},
+        seconds=12.0,
+    )
+    return replace(made, **changes)

@@ -1,0 +1,78 @@
+"""Small programs in XLA's own words, whose counts are worked out by hand."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxguard.plan.program import Compiled
+
+LOOP = Path(__file__).with_name("loop.hlo").read_text()
+MESH = {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+def test_a_loops_body_counts_as_often_as_it_runs_and_a_branch_by_its_share():
+    product, local, full = 2 * 16 * 8 * 32, 2 * 4 * 4 * 8, 2 * 8 * 8 * 4
+    assert Compiled(LOOP, [5 / 6, 1 / 6]).matmul_flops == pytest.approx(6 * product + 5 * local + 1 * full)
+
+
+def test_a_gather_is_counted_where_it_starts_and_sends_all_but_its_own_part():
+    (gather,) = Compiled(LOOP).collectives(MESH, linked=8)
+    assert (gather.kind, gather.axes, gather.group, gather.near, gather.count) == ("all-gather", "fsdp", 8, 8, 6)
+    assert gather.size == 32 * 8 * 2
+    assert gather.sent == 6 * 32 * 8 * 2 * 7 / 8
+    assert gather.source == "forward: convert_element_type"
+
+
+def test_devices_of_several_hosts_are_fewer_near_ones():
+    (gather,) = Compiled(LOOP).collectives(MESH, linked=4)
+    assert (gather.group, gather.near) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("[2,4]<=[8]", "tensor"),
+        ("[4,2]<=[2,4]T(1,0)", "data"),
+        ("{{0,1,2,3},{4,5,6,7}}", "tensor"),
+        ("[1,8]<=[8]", "data+tensor"),
+        ("{{0,5},{1,4},{2,7},{3,6}}", "data+tensor"),
+    ],
+)
+def test_groups_are_told_by_their_axis(groups, axes):
+    text = LOOP.replace("mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", groups)
+    (gather,) = Compiled(text).collectives({"data": 2, "fsdp": 1, "tensor": 4}, linked=8)
+    assert gather.axes == axes
+
+
+def test_a_batched_product_of_a_tpu_is_a_convolution_most_of_whose_positions_are_holes():
+    text = """\
+ENTRY %main (a: bf16[8,16,32], b: bf16[8,32,64]) -> bf16[8,16,64] {
+  %a = bf16[8,16,32]{2,1,0} parameter(0)
+  %b = bf16[8,32,64]{2,1,0} parameter(1)
+  ROOT %c = bf16[8,16,64]{2,1,0} convolution(%a, %b), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf
+}
+"""
+    assert Compiled(text).matmul_flops == 2 * 8 * 16 * 32 * 64
+
+
+def test_a_scan_on_this_machine_is_counted_as_its_equation_says():
+    """The CPU's program: products in a loop, a slice of stacked weights in each turn."""
+
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    x, weights = jnp.ones((16, 32)), jnp.ones((5, 32, 32))
+    found = Compiled(jax.jit(run).lower(x, weights).compile().as_text())
+    assert found.matmul_flops == 5 * 2 * 16 * 32 * 32
+    assert found.collectives(MESH, 8) == []
+    once = weights.nbytes + 5 * x.nbytes
+    assert once <= found.traffic <= 6 * once, "slices are read, not all weights in every turn"
+
+
+def test_the_largest_arrays_are_named():
+    largest = Compiled(LOOP).largest(1)[0]
+    assert largest.shown == "bf16[32,8]"
+    assert np.prod(largest.arrays[0].sides) * 2 == largest.bytes
