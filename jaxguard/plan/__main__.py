@@ -9,17 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 
 from jaxguard.config import Config, load
 from jaxguard.disk import write_atomically
-from jaxguard.doors import run_door
+from jaxguard.doors import exit_code, run_door
 from jaxguard.errors import JaxguardError
 from jaxguard.plan.compile import compile_step, find_spec
 from jaxguard.plan.estimate import work_of
 from jaxguard.plan.page import page
 from jaxguard.plan.search import search
 from jaxguard.plan.show import Planned, as_json, line, ranking, show
-from jaxguard.plan.targets import find_cluster, read_targets
+from jaxguard.plan.sweep import Place, Point, places, read_sweep, run_sweep
+from jaxguard.plan.sweep_page import markdown
+from jaxguard.plan.sweep_page import page as page_of_sweep
+from jaxguard.plan.targets import GIB, find_cluster, read_targets
 
 DOES_NOT_FIT = 1
 
@@ -86,8 +90,44 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write them there too, as a page with figures")
 
 
+def sweep(argv: Sequence[str]) -> int:
+    """The door of `python -m jaxguard.plan sweep`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxguard.plan sweep",
+        description="Compile a run's step for growing clusters. What is compiled already is not compiled again: stop it whenever "
+        "you like.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("sweep", metavar="NAME|PATH", help="a file of configs/sweeps, or any YAML file")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/sweeps/NAME")
+    options = parser.parse_args(argv)
+    return exit_code(lambda: _sweep(options))
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    console = Console()
+    fields = read_sweep(options.sweep)
+    folder = options.output or Path("runs/sweeps") / Path(options.sweep).stem
+    todo = len(list(places(fields)))
+
+    def tell(place: Place, point: Point) -> None:
+        said = point.get("error") or f"{point['peak'] / GIB:.1f} GiB, {point['estimate']['step']:.3g} s an update"
+        progress.console.print(f"{place.series}, {place.cluster.devices:,} devices: {said}", soft_wrap=True)
+        progress.advance(task)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with Progress(console=console) as progress:
+        task = progress.add_task(fields.title, total=todo)
+        points = run_sweep(fields, folder, tell)
+    write_atomically(folder / "sweep.md", markdown(fields.title, points))
+    write_atomically(folder / "sweep.html", page_of_sweep(fields.title, points))
+    console.print(f"{folder}/sweep.md\n{folder}/sweep.html", soft_wrap=True)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    return run_door("plan", "Compile the training step for hardware that is not here.", plan, _options, argv)
+    description = "Compile the training step for hardware that is not here. `sweep NAME` does so for growing clusters."
+    return run_door("plan", description, plan, _options, argv, commands={"sweep": sweep})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""Plans of several runs over growing clusters: how memory, communication and time scale, and where a sharding stops paying.
+
+A sweep is a YAML file (docs/plan.md). Every point is compiled; what is compiled already, from the same config, is not compiled
+again.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from jaxguard.config import CONFIG_FOLDER, Config, dump, load
+from jaxguard.disk import write_atomically
+from jaxguard.errors import JaxguardError
+from jaxguard.fields import Section, find_yaml, read_yaml, validate
+from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
+from jaxguard.plan.estimate import Work
+from jaxguard.plan.show import as_json
+from jaxguard.plan.targets import Cluster, find_cluster
+
+SWEEP_FOLDER = CONFIG_FOLDER / "sweeps"
+Count = Annotated[int, Field(gt=0)]
+Cut = Literal["all", "linked"]
+Point = dict[str, Any]
+"""A plan as data, with `series`, `devices` and `scaling`; one that the compiler refused has `error` in place of figures."""
+
+
+class SeriesFields(Section):
+    """One curve."""
+
+    config: str
+    """The run, a file of configs/."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Fields of it that are changed."""
+    target: str
+    """A name of configs/targets.yaml."""
+    devices: tuple[Count, ...] = Field(min_length=1)
+    """Sizes of the cluster."""
+    scaling: Literal["weak", "strong"]
+    """weak: every device keeps its rows and the batch grows; strong: the batch stays."""
+    rows: Count
+    """Rows of a batch: of one device (weak), or of all of them (strong)."""
+    cut: Cut = "all"
+    """Over which devices the weights are cut: all, or those of a host or slice, of which the others are copies."""
+    tensor: Count = 1
+    """Devices that share the heads and hidden units of a layer."""
+
+
+class SweepFields(Section):
+    """A sweep's file."""
+
+    title: str
+    series: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], SeriesFields] = Field(min_length=1)
+    """Name, also that of its points' files -> curve."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One point before it is compiled."""
+
+    series: str
+    fields: SeriesFields
+    cluster: Cluster
+    config: Config
+    rows: int
+
+
+def read_sweep(name: str) -> SweepFields:
+    """A file of configs/sweeps by name, or any by path.
+
+    Raises:
+        JaxguardError: no such file, or a field that is unknown, missing or ill-typed.
+    """
+    path = find_yaml(name, SWEEP_FOLDER, "sweep")
+    return validate(SweepFields, read_yaml(path), str(path))
+
+
+def places(sweep: SweepFields) -> Iterator[Place]:
+    """All points.
+
+    Raises:
+        JaxguardError: a config, target or shape that does not exist.
+    """
+    for name, fields in sweep.series.items():
+        for devices in fields.devices:
+            cluster = find_cluster(f"{fields.target}:{devices}")
+            shards = cluster.devices // fields.tensor
+            copies = max(1, cluster.devices // cluster.linked) if fields.cut == "linked" else 1
+            rows = fields.rows * (shards if fields.scaling == "weak" else 1)
+            settings = {
+                **fields.set,
+                "mesh.data": copies,
+                "mesh.fsdp": shards // copies,
+                "mesh.tensor": fields.tensor,
+                "train.batch_size": rows,
+            }
+            try:
+                config = load(fields.config, [f"{field}={json.dumps(value)}" for field, value in settings.items()])
+            except JaxguardError as error:
+                raise JaxguardError(f"series {name}: {error}") from None
+            yield Place(name, fields, cluster, config, rows)
+
+
+def run_sweep(sweep: SweepFields, folder: Path, tell: Callable[[Place, Point], None]) -> list[Point]:
+    """Compile what is not compiled yet, one file for each point in `folder`; `tell` hears of every point."""
+    found = []
+    for place in places(sweep):
+        path = folder / f"{place.series}-{place.cluster.devices}.json"
+        key = _key(place)
+        point = _kept(path, key) or {"key": key, **_compiled(place)}
+        write_atomically(path, json.dumps(point, indent=1) + "\n")
+        tell(place, point)
+        found.append(point)
+    return found
+
+
+def _compiled(place: Place) -> Point:
+    known = {"series": place.series, "devices": place.cluster.devices, "scaling": place.fields.scaling}
+    try:
+        plan = compile_step(place.config, find_spec(place.config.model), place.cluster, place.rows)
+    except OutOfMemoryError as error:
+        return {**known, "error": str(error)}
+    (data,) = as_json([(plan, Work(None))])
+    return {**known, **data}
+
+
+def _kept(path: Path, key: str) -> Point | None:
+    if not path.is_file():
+        return None
+    try:
+        point: Point = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return point if point.get("key") == key else None
+
+
+def _key(place: Place) -> str:
+    """Equal for points that compile to the same program, with the same jax."""
+    import jax
+
+    text = "\n".join([jax.__version__, place.cluster.name, str(place.rows), dump(place.config)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,117 @@
+"""Sweeps with a compiler of arithmetic in place of XLA."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from browser import complaints, open_page, requests
+from plan_examples import plan_of
+
+from jaxguard.errors import JaxguardError
+from jaxguard.plan import __main__ as door
+from jaxguard.plan import sweep as sweeping
+from jaxguard.plan.compile import OutOfMemoryError
+from jaxguard.plan.sweep import places, read_sweep
+from jaxguard.plan.sweep_page import efficiency, pays
+
+FILE = """
+title: Two <b>ways</b>
+series:
+  weak: {config: llama8b_full, target: h100, devices: [8, 64, 128], scaling: weak, rows: 4, cut: linked, tensor: 2}
+  strong: {config: llama8b_full, set: {data.row_tokens: 1024}, target: h100, devices: [8, 16], scaling: strong, rows: 64}
+"""
+compiled = []
+
+
+def compile_step(config, spec, cluster, rows, targets=None):
+    """Products take a second for each row of a device; the network a second for each 32 devices."""
+    compiled.append((cluster.devices, rows))
+    if cluster.devices == 128:
+        raise OutOfMemoryError("too small")
+    mesh = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    plan = plan_of(40, cluster=cluster, mesh=mesh, traffic=0.0, matmul_flops=989e12 * rows / cluster.devices)
+    (gather,) = plan.collectives
+    sent = 450e9 * cluster.devices / 32
+    return replace(
+        plan,
+        shape=plan.shape._replace(rows=rows),
+        collectives=[replace(gather, group=8, near=8, size=int(sent * 8 / 7))],
+    )
+
+
+@pytest.fixture
+def sweep_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeping, "compile_step", compile_step)
+    compiled.clear()
+    path = tmp_path / "two.yaml"
+    path.write_text(FILE)
+    return path
+
+
+def run(path, tmp_path):
+    assert door.main(["sweep", str(path), "--output", str(tmp_path / "out")]) == 0
+    return [json.loads(one.read_text()) for one in sorted((tmp_path / "out").glob("*.json"))]
+
+
+def test_weak_scaling_grows_the_batch_and_strong_scaling_shares_it(sweep_file):
+    found = [
+        (p.series, p.cluster.devices, p.rows, p.config.mesh.data, p.config.mesh.fsdp)
+        for p in places(read_sweep(str(sweep_file)))
+    ]
+    assert found == [
+        ("weak", 8, 16, 1, 4),
+        ("weak", 64, 128, 8, 4),
+        ("weak", 128, 256, 16, 4),
+        ("strong", 8, 64, 1, 8),
+        ("strong", 16, 64, 1, 16),
+    ]
+
+
+def test_every_shipped_sweep_describes_points_that_there_can_be():
+    for path in sweeping.SWEEP_FOLDER.glob("*.yaml"):
+        assert list(places(read_sweep(path.stem)))
+
+
+def test_what_is_compiled_is_not_compiled_again_unless_it_changed(sweep_file, tmp_path):
+    run(sweep_file, tmp_path)
+    assert len(compiled) == 5
+    (tmp_path / "out" / "weak-64.json").write_text('{"key": "torn')
+    sweep_file.write_text(FILE.replace("data.row_tokens: 1024", "data.row_tokens: 512"))
+    compiled.clear()
+    run(sweep_file, tmp_path)
+    assert compiled == [(64, 128), (8, 64), (16, 64)]
+
+
+def test_efficiency_is_held_against_the_smallest_cluster(sweep_file, tmp_path):
+    points = [point for point in run(sweep_file, tmp_path) if point["series"] == "strong"]
+    assert [point["devices"] for point in points] == [16, 8]
+    large, small = points
+    ordered = [small, large]
+    assert efficiency(small, ordered) == 1
+    # 8 s of products and 0.25 of network, against 4 and 0.5, on twice the devices.
+    assert efficiency(large, ordered) == pytest.approx(64 / 4.5 / 16 / (64 / 8.25 / 8), rel=1e-3)
+
+
+def test_a_sharding_pays_while_products_take_longer_than_the_network(sweep_file, tmp_path):
+    points = sorted(run(sweep_file, tmp_path), key=lambda point: (point["series"], point["devices"]))
+    # Weak: 2 s of products, and 64 devices are 2 s of network.
+    assert pays(points) == ["strong: up to 16 devices", "weak: up to 64 devices"]
+    said = (tmp_path / "out" / "sweep.md").read_text()
+    assert "too small" in said
+    assert "| strong | 16 | 1×16×1 | 64 | 40.0 | yes |" in said
+
+
+def test_a_mistake_names_its_series(sweep_file):
+    sweep_file.write_text(FILE.replace("data.row_tokens", "data.row_tokenz"))
+    with pytest.raises(JaxguardError, match=r"series strong: .*did you mean 'row_tokens'"):
+        list(places(read_sweep(str(sweep_file))))
+
+
+def test_the_page_shows_its_curves_and_asks_for_nothing(browser, sweep_file, tmp_path):
+    run(sweep_file, tmp_path)
+    open_page(browser, tmp_path / "out" / "sweep.html")
+    text = browser.execute_script("return document.body.innerText")
+    assert "Two <b>ways</b>" in text
+    assert "strong: up to 16 devices" in text
+    assert browser.execute_script("return document.querySelectorAll('svg').length") == 1
+    assert (complaints(browser), requests(browser)) == ([], [])
