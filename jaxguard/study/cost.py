@@ -18,6 +18,7 @@ from jaxguard.data.policies import load_policy
 from jaxguard.disk import write_atomically
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmark_fields import read_benchmark
+from jaxguard.evaluate.guards import modes_of
 from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
 from jaxguard.study.grid import Run, Study
 from jaxguard.study.sections import CostFields
@@ -140,7 +141,7 @@ def _judging(config: Config, cost: CostFields) -> Work:
         count = min(count, settings.limit or count)
         for guard in settings.guards:
             earlier = asked.index(question) if guard.format == "jaxguard" and question in asked else 0
-            for mode in modes(guard, config) if guard.format not in FLOORS else ():
+            for mode in modes_of(guard, config) if guard.format not in FLOORS else ():
                 traced = float(mode == "reasoning")
                 found += _answering(count, settings.generations, traced, 2 ** (earlier + 1) - 1, cost, guessed)
     return found
@@ -177,13 +178,6 @@ def teaching(run: Run) -> Work:
         generated=examples * passes * (cost.trace_tokens + cost.answer_tokens),
         guessed=guessed,
     )
-
-
-def modes(guard: GuardConfig, config: Config) -> tuple[str, ...]:
-    """In which modes a guard is asked."""
-    if guard.modes or guard.format != "jaxguard":
-        return guard.modes or ("direct",)
-    return ("reasoning", "direct") if config.data.mode == "dual" else (config.data.mode,)
 
 
 @cache

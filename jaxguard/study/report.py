@@ -170,9 +170,11 @@ def scores_of(found: Evaluation) -> list[tuple[str, Scores, bool]]:
     for mode in dict.fromkeys(cell.mode for cell in found.cells if cell.guard == guard):
         cells = [cell for cell in found.cells if (cell.guard, cell.mode) == (guard, mode)]
         named = {cell.benchmark: cell.result.scores.f1.value for cell in cells}
-        named |= {a.name: a.f1.value for a in found.averages if (a.guard, a.mode) == (guard, mode)}
+        averages = [a for a in found.averages if (a.guard, a.mode) == (guard, mode)]
+        named |= {average.name: average.f1.value for average in averages}
         defined = {name: value for name, value in named.items() if value is not None}
-        result.append((mode, defined, all(cell.complete for cell in cells)))
+        whole = all(cell.complete for cell in cells) and not any(average.missing for average in averages)
+        result.append((mode, defined, whole))
     return result
 
 

@@ -24,7 +24,8 @@ class Results:
             for name, value in scores.items():
                 f1 = SimpleNamespace(value=value)
                 if name in ("prompt", "safety"):
-                    averages.append(SimpleNamespace(guard="ours", mode=mode, name=name, f1=f1))
+                    missing = ("own",) if value == PARTIAL else ()
+                    averages.append(SimpleNamespace(guard="ours", mode=mode, name=name, f1=f1, missing=missing))
                 else:
                     result = SimpleNamespace(scores=SimpleNamespace(f1=f1))
                     cell = {
@@ -39,6 +40,8 @@ class Results:
         return SimpleNamespace(cells=cells, averages=averages)
 
 
+PARTIAL = 0.123
+"""An average that lacks a benchmark."""
 PUBLISHED = SimpleNamespace(
     sample_efficiency=(
         SimpleNamespace(x=8, f1=0.7, deviation=0.02),
@@ -94,6 +97,16 @@ def test_both_modes_of_a_run_are_lines_and_curves_of_their_own(report):
     assert [(curve.name, curve.points) for curve in curves(lines, "own_responses")] == [
         ("bread, direct", ((8.0, (0.4, 0.6)),))
     ]
+
+
+def test_an_average_that_lacks_a_benchmark_is_marked_as_partial(report):
+    found, read = report(
+        {
+            name: {"direct": {"own": 0.5, "safety": value}}
+            for name, value in (("bread-8-0", PARTIAL), ("bread-16-0", 0.8))
+        }
+    )
+    assert [line.limited for line in gather(found, read, None)[0]] == [True, False]
 
 
 ROWS = {
