@@ -12,11 +12,12 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo distill-demo test test-slow test-aot test-sglang sglang-cpu lint format clean
+.PHONY: help demo distill-demo plan-demo test test-slow test-aot test-sglang sglang-cpu lint format clean
 
 help:
 	@echo "make demo          train a real guard on this CPU and show what it learned"
 	@echo "make distill-demo  get traces from a real SGLang server on this CPU, and train on them"
+	@echo "make plan-demo     compile two recipes for absent A100s and a TPU slice: do they fit, what do they cost?"
 	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
 	@echo "make test-slow     those that take minutes"
 	@echo "make test-aot      those that compile for absent A100s and TPUs"
@@ -31,6 +32,11 @@ demo: $(VENV)/.base
 
 distill-demo: $(VENV)/.distill $(SGLANG)/.ready
 	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 $(BIN)/python tools/distill_demo.py $(ARGS)
+
+plan-demo: $(AOT)/.ready
+	for config in gemma4b_5k llama8b_5k; do \
+		$(AOT)/bin/python -m jaxguard.plan --config $$config --target a100-40gb:8 --target a100-80gb:8 --target v5e:16 $(ARGS) || exit; \
+	done
 
 test: $(VENV)/.fixtures
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -19,7 +19,7 @@ from jaxguard.disk import write_atomically
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.benchmark_fields import read_benchmark
 from jaxguard.evaluate.guards import modes_of
-from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
+from jaxguard.evaluate_sections import EvaluateConfig
 from jaxguard.study.grid import Run, Study
 from jaxguard.study.sections import CostFields
 
