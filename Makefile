@@ -35,7 +35,7 @@ distill-demo: $(VENV)/.distill $(SGLANG)/.ready
 
 plan-demo: $(AOT)/.ready
 	for config in gemma4b_5k llama8b_5k; do \
-		$(AOT)/bin/python -m jaxguard.plan --config $$config --target a100-40gb:8 --target a100-80gb:8 --target v5e:16 $(ARGS) || exit; \
+		$(AOT)/bin/python -m jaxguard.plan --config $$config --target a100-40gb:8 --target a100-80gb:8 --target v5e:16 $(ARGS) || test $$? -eq 1 || exit; \
 	done
 
 test: $(VENV)/.fixtures
