@@ -37,7 +37,7 @@ class SeriesFields(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Fields of it that are changed."""
     target: str
-    """A name of configs/targets.yaml."""
+    """A name of configs/hardware/targets.yaml."""
     devices: tuple[Count, ...] = Field(min_length=1)
     """Sizes of the cluster."""
     scaling: Literal["weak", "strong"]

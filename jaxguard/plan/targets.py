@@ -1,4 +1,4 @@
-"""Accelerators to compile for, as configs/targets.yaml describes them, and their devices without the hardware."""
+"""Accelerators to compile for, as configs/hardware/targets.yaml describes them, and their devices without the hardware."""
 
 import importlib.util
 import math
@@ -18,7 +18,7 @@ from jaxguard.errors import JaxguardError
 from jaxguard.fields import Section, nearest, read_yaml, validate
 
 GIB = 1024**3
-TARGETS_FILE = CONFIG_FOLDER / "targets.yaml"
+TARGETS_FILE = CONFIG_FOLDER / "hardware" / "targets.yaml"
 GPUS_PER_HOST = 8
 """Where a target's shape is only a number."""
 
