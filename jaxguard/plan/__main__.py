@@ -100,6 +100,7 @@ def sweep(argv: Sequence[str]) -> int:
     )
     parser.add_argument("sweep", metavar="NAME|PATH", help="a file of configs/sweeps, or any YAML file")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/sweeps/NAME")
+    parser.add_argument("--dry-run", action="store_true", help="print the points and stop")
     options = parser.parse_args(argv)
     return exit_code(lambda: _sweep(options))
 
@@ -107,8 +108,13 @@ def sweep(argv: Sequence[str]) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     console = Console()
     fields = read_sweep(options.sweep)
+    todo = list(places(fields))
+    if options.dry_run:
+        for one in todo:
+            mesh = " × ".join(map(str, (one.config.mesh.data, one.config.mesh.fsdp, one.config.mesh.tensor)))
+            console.print(f"{one.series}: {one.cluster.name}, mesh {mesh}, {one.rows:,} rows", soft_wrap=True)
+        return 0
     folder = options.output or Path("runs/sweeps") / Path(options.sweep).stem
-    todo = len(list(places(fields)))
 
     def tell(place: Place, point: Point) -> None:
         said = point.get("error") or f"{point['peak'] / GIB:.1f} GiB, {point['estimate']['step']:.3g} s an update"
@@ -117,7 +123,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     with Progress(console=console) as progress:
-        task = progress.add_task(fields.title, total=todo)
+        task = progress.add_task(fields.title, total=len(todo))
         points = run_sweep(fields, folder, tell)
     write_atomically(folder / "sweep.md", markdown(fields.title, points))
     write_atomically(folder / "sweep.html", page_of_sweep(fields.title, points))

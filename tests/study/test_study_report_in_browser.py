@@ -22,7 +22,7 @@ def made_up(path):
     f1 = SimpleNamespace(value=told["f1"])
     result = SimpleNamespace(scores=SimpleNamespace(f1=f1))
     cell = SimpleNamespace(guard="ours", mode=told["mode"], benchmark="own_responses", result=result, complete=True)
-    average = SimpleNamespace(guard="ours", mode=told["mode"], name="safety", f1=f1)
+    average = SimpleNamespace(guard="ours", mode=told["mode"], name="safety", f1=f1, missing=())
     return SimpleNamespace(cells=[cell], averages=[] if told["scale"] else [average])
 
 
