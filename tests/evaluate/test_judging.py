@@ -153,6 +153,25 @@ def test_every_ask_is_answered_once(workers):
     assert sorted(found) == sorted(names)
 
 
+def test_answers_arrive_before_an_engine_that_never_waits_takes_the_next_group():
+    """JAX computes in this very thread: what is judged must be kept before it goes on, or a kill would lose it all."""
+    engine, seen = Script(group=2), []
+
+    async def log_odds(prefixes, pairs):
+        seen.append("scored")
+        return [0.0 for _ in prefixes]
+
+    engine.log_odds = log_odds
+
+    async def run():
+        asks = [Ask(Example(name, "made up", "bread?"), "prompt_harm", Mode.DIRECT) for name in "uvwxyz"]
+        async for answer in judge(asks, Signs(), engine, EvaluateConfig(generations=0)):
+            seen.append(answer.example_id)  # noqa: PERF401 (in between, others append too)
+
+    asyncio.run(run())
+    assert seen == ["scored", "u", "v", "scored", "w", "x", "scored", "y", "z"]
+
+
 def test_an_error_ends_the_run():
     says = {name: ["+"] for name in "abcdef"}
     odds = {k: v for name in says for k, v in direct_odds(name).items()}
