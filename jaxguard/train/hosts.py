@@ -1,0 +1,68 @@
+"""The processes of a run, one on each host: how they find each other, and how none of them waits for one that is gone."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import jax
+
+from jaxguard.doors import exit_code
+from jaxguard.errors import JaxguardError
+from jaxguard.sections import MeshConfig
+
+
+def start_hosts(config: MeshConfig) -> None:
+    """Join the other hosts of the job; must come before anything else asks JAX for its devices.
+
+    Raises:
+        JaxguardError: nobody answers, or the environment does not say who the others are.
+    """
+    if config.hosts == "single" or jax.distributed.is_initialized():
+        return
+    try:
+        if config.hosts == "explicit":
+            jax.distributed.initialize(config.coordinator, config.processes, config.process)
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise JaxguardError(
+            f"mesh.hosts={config.hosts}: jax.distributed could not start: {error}; under SLURM, GKE or on a TPU pod use "
+            "mesh.hosts=auto, elsewhere mesh.hosts=explicit with mesh.coordinator, mesh.processes and mesh.process"
+        ) from error
+
+
+def end_together(run: Callable[[], int]) -> int:
+    """What `run` returns; when it fails on one of several hosts, say why and end this process there and then.
+
+    The usual way out waits for the other processes, and they wait for this one, in a collective; or one of them has
+    died, and this process waits for it. A process that is gone makes the collectives and the heartbeat of the others
+    fail, so they end too: all within JAX's 100 seconds.
+    """
+    try:
+        return run()
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        code = _tell(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _tell(error: BaseException) -> int:
+    """Show an error as the door would; the exit code."""
+
+    def again() -> None:
+        raise error
+
+    try:
+        return exit_code(again)
+    except Exception:  # none that the door knows
+        traceback.print_exception(error)
+        sys.stderr.write(
+            f"error: process {jax.process_index()} of {jax.process_count()} stops, see above. If that is a collective "
+            "which could not reach the others, then another process of this run has died: its own output says why. "
+            "Start all of them again: the run goes on from its last checkpoint\n"
+        )
+        return 1
