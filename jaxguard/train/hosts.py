@@ -52,6 +52,7 @@ def end_together(run: Callable[[], int]) -> int:
 
 def _tell(error: BaseException) -> int:
     """Show an error as the door would; the exit code."""
+    lines = traceback.format_exception(error)
 
     def again() -> None:
         raise error
@@ -59,10 +60,9 @@ def _tell(error: BaseException) -> int:
     try:
         return exit_code(again)
     except Exception:  # none that the door knows
-        traceback.print_exception(error)
         sys.stderr.write(
-            f"error: process {jax.process_index()} of {jax.process_count()} stops, see above. If that is a collective "
-            "which could not reach the others, then another process of this run has died: its own output says why. "
+            f"{''.join(lines)}error: process {jax.process_index()} of {jax.process_count()} stops, for the reason above. "
+            "If a collective could not reach the others, another process of this run has died: its own output says why. "
             "Start all of them again: the run goes on from its last checkpoint\n"
         )
         return 1

@@ -1,4 +1,4 @@
-"""`python -m jaxguard.train` in several processes: what one process learns, and what is left when one of them is killed."""
+"""Training in several processes: they learn what one learns, from every row once; when one ends, the others do."""
 
 import json
 import os
@@ -12,89 +12,168 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 4
-UPDATES = 40
-BOUND = 120
-"""Seconds within which the others end; jax's heartbeat alone takes up to 100."""
+UPDATES = 24
+BOUND = 110
+"""Seconds within which the others end: JAX's heartbeat takes up to 100."""
+
+# `python -m jaxguard.train`, which also notes the rows that this process's devices get: a line for each update.
+DOOR = """
+import json, sys
+from jaxguard.train import __main__, loop
+
+place = loop.place
+
+def noted(batch, sharding):
+    placed = place(batch, sharding)
+    shards = [(shard.index[0].start or 0, shard.data) for shard in placed.tokens_BT.addressable_shards]
+    with open(sys.argv[1], "a") as file:
+        file.write(json.dumps([[first + i, list(map(int, row))] for first, rows in shards for i, row in enumerate(rows)]))
+        file.write("\\n")
+    return placed
+
+loop.place = noted
+sys.exit(__main__.main(sys.argv[2:]))
+"""
 
 
-class Job:
-    """One run in `count` processes, which have four devices in all."""
-
-    def __init__(self, config: Path, count: int, folder: Path) -> None:
-        with socket.create_server(("localhost", 0)) as free:
-            port = free.getsockname()[1]
-        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}"}
-        command = [sys.executable, "-m", "jaxguard.train", "--config", str(config), f"run_folder={folder}"]
-        self.run, self.processes, self.logs = folder / "tiny", [], []
-        for rank in range(count):
-            hosts = [f"mesh.coordinator=localhost:{port}", f"mesh.processes={count}", f"mesh.process={rank}"]
-            log = folder.with_name(f"{folder.name}-{port}-{rank}.log")
-            with log.open("w") as file:
-                process = subprocess.Popen(
-                    [*command, "mesh.hosts=explicit", *hosts], cwd=ROOT, env=environment, stdout=file, stderr=file
-                )
-            self.processes.append(process)
-            self.logs.append(log)
-
-    def said(self) -> list[str]:
-        return [log.read_text() for log in self.logs]
-
-    def end(self, seconds: float = 400) -> list[int]:
-        """Exit codes; whoever still runs after `seconds` is killed, and fails the test."""
-        deadline = time.monotonic() + seconds
-        try:
-            return [process.wait(max(0, deadline - time.monotonic())) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-
-    def kill(self, rank: int, after: int) -> None:
-        """SIGKILL a process once `after` updates are logged."""
-        while len(losses(self.run)) < after:
-            assert all(process.poll() is None for process in self.processes), self.said()
-            time.sleep(0.01)
-        self.processes[rank].send_signal(signal.SIGKILL)
+def start(code: str, count: int, logs: Path, *arguments: str) -> list[subprocess.Popen]:
+    """`count` Python processes that have four devices in all; rank, count and address come last in their arguments."""
+    with socket.create_server(("localhost", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}"}
+    logs.mkdir(parents=True)
+    processes = []
+    for rank in range(count):
+        told = (f"mesh.process={rank}", f"mesh.processes={count}", f"mesh.coordinator={address}")
+        command = [sys.executable, "-c", code, *(x.format(rank=rank) for x in arguments), *told]
+        with (logs / f"{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    return processes
 
 
-def losses(run: Path) -> list[float]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [record["loss"] for line in lines if line.endswith("\n") and "loss" in (record := json.loads(line))]
+def end(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+    """Exit codes; whoever still runs after `seconds` is killed, and fails the test."""
+    deadline = time.monotonic() + seconds
+    try:
+        return [process.wait(max(0, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
-def finish(config: Path, count: int, folder: Path) -> list[float]:
-    """Run to the end; its losses."""
-    job = Job(config, count, folder)
-    assert job.end() == [0] * count, job.said()
-    return losses(job.run)
+def said(logs: Path) -> list[str]:
+    return [path.read_text() for path in sorted(logs.glob("*.log"))]
 
 
-@pytest.mark.slow
-def test_processes_learn_what_one_learns_and_a_killed_one_ends_them_all(tiny_files, tmp_path):
-    config = tiny_files(
-        tmp_path,
+def start_training(config: Path, count: int, folder: Path, logs: Path) -> list[subprocess.Popen]:
+    run = ["--config", str(config), f"run_folder={folder}", "mesh.hosts=explicit"]
+    return start(DOOR, count, logs, str(logs / "{rank}.rows"), *run)
+
+
+def finish(config: Path, count: int, folder: Path) -> tuple[list[float], list[list]]:
+    """Train to the end: losses of all updates, and the rows of those that this start did."""
+    logs = folder / f"finish-{count}"
+    processes = start_training(config, count, folder, logs)
+    assert end(processes, 450) == [0] * count, said(logs)
+    records = [json.loads(line) for line in (folder / "tiny/metrics.jsonl").read_text().splitlines()]
+    each = [[json.loads(line) for line in (logs / f"{rank}.rows").read_text().splitlines()] for rank in range(count)]
+    assert [len(process) for process in each] == [len(each[0])] * count
+    together = [[row for rows in update for row in rows] for update in zip(*each, strict=True)]
+    return [record["loss"] for record in records if "loss" in record], together
+
+
+def kill_one(config: Path, folder: Path, rank: int) -> None:
+    """Train in four processes and SIGKILL one after the first checkpoint; the others must end, and say why."""
+    logs = folder / "kill"
+    processes = start_training(config, 4, folder, logs)
+    while not [path for path in folder.glob("tiny/checkpoints/*") if path.name.isdigit()]:
+        assert [process.poll() for process in processes] == [None] * 4, said(logs)
+        time.sleep(0.02)
+    processes[rank].send_signal(signal.SIGKILL)
+    codes = end(processes, BOUND)
+    assert codes.pop(rank) == -signal.SIGKILL
+    assert codes == [1, 1, 1], said(logs)
+    others = said(logs)
+    others.pop(rank)
+    assert all("another process of this run has died" in x or "another task died" in x for x in others), others
+
+
+@pytest.fixture(scope="module")
+def config(tiny_files, tmp_path_factory) -> Path:
+    return tiny_files(
+        tmp_path_factory.mktemp("multihost"),
         mesh={"data": 2, "fsdp": 2},
         train={"max_steps": UPDATES, "epochs": UPDATES, "evaluate_every": 0, "export": False},
-        checkpoint={"every": 4},
+        checkpoint={"every": 2},
     )
-    alone = finish(config, 1, tmp_path / "one")
-    assert len(alone) == UPDATES
-    assert finish(config, 2, tmp_path / "two") == pytest.approx(alone, rel=1e-5)
 
-    for rank, after in ((3, 6), (0, 14)):  # one of the others, and the one that they all found each other through
-        job = Job(config, 4, tmp_path / "four")
-        job.kill(rank, after)
-        codes = job.end(BOUND)
-        assert codes.pop(rank) == -signal.SIGKILL
-        assert codes == [75] * 3, job.said()
-        told = job.said()
-        assert told.pop(rank)
-        assert all("another process of this run has died" in one for one in told), told
-        if rank:
-            for count in (1, 2):
-                other = tmp_path / f"four-then-{count}"
-                shutil.copytree(tmp_path / "four", other)
-                assert finish(config, count, other) == pytest.approx(alone, rel=1e-5)
-    assert finish(config, 4, tmp_path / "four") == pytest.approx(alone, rel=1e-5)
+
+@pytest.fixture(scope="module")
+def alone(config) -> tuple[list[float], list[list]]:
+    """Losses and rows of one process."""
+    losses, rows = finish(config, 1, config.parent / "one")
+    assert len(losses) == len(rows) == UPDATES
+    return losses, rows
+
+
+def check_same(found: tuple[list[float], list[list]], alone: tuple[list[float], list[list]]) -> None:
+    """Equal losses, and equal rows in the updates that this start did, each on one device, in the order of the mesh."""
+    assert found[0] == pytest.approx(alone[0], rel=1e-5)
+    assert found[1] == alone[1][UPDATES - len(found[1]) :]
+
+
+def test_two_processes_learn_what_one_learns(config, alone, tmp_path):
+    check_same(finish(config, 2, tmp_path), alone)
+
+
+def test_a_checkpoint_of_four_goes_on_in_one_and_in_two(config, alone, tmp_path):
+    kill_one(config, tmp_path / "four", rank=3)
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        shutil.copytree(tmp_path / "four", folder)
+        found = finish(config, count, folder)
+        assert 0 < len(found[1]) < UPDATES
+        check_same(found, alone)
+
+
+def test_four_go_on_after_the_first_of_them_was_killed(config, alone, tmp_path):
+    kill_one(config, tmp_path, rank=0)  # through whom the others found each other
+    found = finish(config, 4, tmp_path)
+    assert 0 < len(found[1]) < UPDATES
+    check_same(found, alone)
+
+
+# Four processes that add numbers up, until one of them has a mistake to report.
+ADD = """
+import sys, time
+import jax
+import numpy as np
+from jaxguard.errors import JaxguardError
+from jaxguard.sections import MeshConfig
+from jaxguard.train.hosts import end_together, start_hosts
+from jaxguard.train.sharding import batch_sharding, make_mesh, place
+
+fields = dict(x.removeprefix("mesh.").split("=") for x in sys.argv[1:])
+config = MeshConfig(data=4, fsdp=1, hosts="explicit", **fields)
+
+def run():
+    start_hosts(config)
+    numbers = place(np.ones(4, np.float32), batch_sharding(make_mesh(config)))
+    add = jax.jit(lambda x: x.sum())
+    for step in range(10_000):
+        assert float(add(numbers)) == 4
+        if step == 10 and config.process == 2:
+            raise JaxguardError("a mistake of this host alone")
+
+sys.exit(end_together(run))
+"""
+
+
+def test_an_error_on_one_host_ends_the_others(tmp_path):
+    codes = end(start(ADD, 4, tmp_path / "logs"), BOUND)
+    assert codes == [1, 1, 2, 1]
+    assert "error: a mistake of this host alone" in said(tmp_path / "logs")[2]
