@@ -42,7 +42,7 @@ def end_together(run: Callable[[], int]) -> int:
     try:
         return run()
     except BaseException as error:
-        if not jax.distributed.is_initialized():
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
             raise
         code = _tell(error)
         sys.stdout.flush()

@@ -23,16 +23,16 @@ BOUND = 110
 # `python -m jaxguard.train`, which also notes the rows that this process's devices get: a line for each update.
 DOOR = """
 import json, sys
+import numpy as np
 from jaxguard.train import __main__, loop
 
 place = loop.place
 
 def noted(batch, sharding):
     placed = place(batch, sharding)
-    shards = [(shard.index[0].start or 0, shard.data) for shard in placed.tokens_BT.addressable_shards]
+    shards = [(x.index[0].start or 0, np.asarray(x.data).tolist()) for x in placed.tokens_BT.addressable_shards]
     with open(sys.argv[1], "a") as file:
-        file.write(json.dumps([[first + i, list(map(int, row))] for first, rows in shards for i, row in enumerate(rows)]))
-        file.write("\\n")
+        print(json.dumps([[first + i, row] for first, rows in shards for i, row in enumerate(rows)]), file=file)
     return placed
 
 loop.place = noted
