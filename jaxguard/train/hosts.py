@@ -11,20 +11,28 @@ from jaxguard.doors import exit_code
 from jaxguard.errors import JaxguardError
 from jaxguard.sections import MeshConfig
 
+PATIENCE = 300
+"""Seconds in which all processes of a run must have started."""
+
 
 def start_hosts(config: MeshConfig) -> None:
     """Join the other hosts of the job; must come before anything else asks JAX for its devices.
 
+    JAX itself ends the process, with words of its own, when the others do not come; so it says first what it waits for.
+
     Raises:
-        JaxguardError: nobody answers, or the environment does not say who the others are.
+        JaxguardError: the environment does not say who the others are, or their answer makes no sense.
     """
     if config.hosts == "single" or jax.distributed.is_initialized():
         return
+    sys.stderr.write(f"mesh.hosts={config.hosts}: waits up to {PATIENCE} s for all processes of the run to be there\n")
     try:
         if config.hosts == "explicit":
-            jax.distributed.initialize(config.coordinator, config.processes, config.process)
+            jax.distributed.initialize(
+                config.coordinator, config.processes, config.process, initialization_timeout=PATIENCE
+            )
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(initialization_timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise JaxguardError(
             f"mesh.hosts={config.hosts}: jax.distributed could not start: {error}; under SLURM, GKE or on a TPU pod use "

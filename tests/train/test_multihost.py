@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 4
-UPDATES = 24
+UPDATES = 16
 BOUND = 110
 """Seconds within which the others end: JAX's heartbeat takes up to 100."""
 
@@ -107,7 +107,7 @@ def config(tiny_files, tmp_path_factory) -> Path:
     return tiny_files(
         tmp_path_factory.mktemp("multihost"),
         mesh={"data": 2, "fsdp": 2},
-        train={"max_steps": UPDATES, "epochs": UPDATES, "evaluate_every": 0, "export": False},
+        train={"batch_size": 4, "max_steps": UPDATES, "epochs": UPDATES, "evaluate_every": 0, "export": False},
         checkpoint={"every": 2},
     )
 
