@@ -30,9 +30,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace, config: Config) -> int:
-    from jaxguard.train.loop import train  # JAX is loaded only when there is something to do
+    from jaxguard.train.hosts import end_together  # JAX is loaded only when there is something to do
+    from jaxguard.train.loop import train
 
-    return train(config, options.resume)
+    return end_together(lambda: train(config, options.resume))
 
 
 if __name__ == "__main__":

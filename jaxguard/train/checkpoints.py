@@ -171,7 +171,8 @@ class Checkpoints:
 def open_checkpoints(folder: Path, config: CheckpointConfig, fingerprint: str) -> Iterator[Checkpoints]:
     """The checkpoints in `folder`, which is created; leftovers of a killed save are removed.
 
-    On leaving, the save under way is finished, also when an error or a stop passes through.
+    On leaving, the save under way is finished, also when an error or a stop passes through; but an error on one of
+    several hosts cannot wait for the others to finish theirs.
     """
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +187,8 @@ def open_checkpoints(folder: Path, config: CheckpointConfig, fingerprint: str) -
         yield checkpoints
     except BaseException:
         try:
-            checkpoints.close()
+            if jax.process_count() == 1:
+                checkpoints.close()
         except JaxguardError as error:
             logger.warning("%s", error)  # the error that is passing through matters more
         raise

@@ -34,8 +34,9 @@ from jaxguard.models.weights import table
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
 from jaxguard.train.curves import draw_curves
 from jaxguard.train.devices import peak_flops, startup_table, training_flops
+from jaxguard.train.hosts import start_hosts
 from jaxguard.train.run_folder import Resume, RunFolder, open_run
-from jaxguard.train.sharding import batch_sharding, make_mesh, place, row_multiple, start_hosts
+from jaxguard.train.sharding import batch_sharding, make_mesh, place, row_multiple
 from jaxguard.train.signals import REQUEUE, StopFlag, graceful_stop
 from jaxguard.train.step import Metrics, Program, State, build_program
 from jaxguard.train.telemetry import Telemetry, read_metrics

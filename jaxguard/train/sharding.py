@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxguard.config import Config
@@ -23,7 +24,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The devices as a data × fsdp × tensor grid; jax.distributed must be initialised before.
 
     Raises:
-        JaxguardError: the grid needs more devices than there are, or leaves some idle.
+        JaxguardError: the grid needs more devices than there are, leaves some idle, or cuts one copy of the weights
+            over two TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     fixed = config.data * config.tensor
@@ -35,27 +37,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{wanted} is {math.prod(shape)} devices, but there are {len(devices)} ({devices[0].device_kind}); "
             "set mesh.fsdp=-1 to take all that are left, or change the mesh"
         )
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(_grid(shape, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def start_hosts(config: MeshConfig) -> None:
-    """Join the other hosts of the job; must come before anything else asks JAX for its devices.
+def _grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices in this shape, those with the fastest links to one another along the inner axes.
 
-    Raises:
-        JaxguardError: nobody answers, or the environment does not say who the others are.
+    JAX lists devices host by host, so that hosts lie along `data`, as far as it is long, and a host's own devices along
+    the others. The chips of a TPU slice are a torus that spans its hosts: mesh_utils cuts it into smaller ones, by the
+    chips' coordinates. Several slices, between which the network is slow, lie along `data`.
     """
-    if config.hosts == "single" or jax.distributed.is_initialized():
-        return
-    try:
-        if config.hosts == "explicit":
-            jax.distributed.initialize(config.coordinator, config.processes, config.process)
-        else:
-            jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        raise JaxguardError(
-            f"mesh.hosts={config.hosts}: jax.distributed could not start: {error}; under SLURM, GKE or on a TPU pod use "
-            "mesh.hosts=auto, elsewhere mesh.hosts=explicit with mesh.coordinator, mesh.processes and mesh.process"
-        ) from error
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise JaxguardError(f"mesh.data={shape[0]} must be a multiple of {slices}, the number of TPU slices")
+    inner, outer = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 def weight_shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from plan_examples import plan_of
 from rich.console import Console
@@ -136,6 +137,32 @@ def test_the_ideal_is_three_times_the_weights_but_for_a_devices_own_part():
 def test_rows_that_the_devices_cannot_share(config):
     with pytest.raises(JaxguardError, match=r"12 rows cannot be shared out: .* multiples of 8"):
         compile_step(config, find_spec(config.model), find_cluster("a100-80gb:8"), rows=12)
+
+
+@pytest.mark.aot
+def test_a_mesh_follows_the_torus_however_its_chips_are_listed():
+    """So the plan, whose topology lists chips host by host, has the mesh of the run."""
+    chips = topology(find_cluster("v5e:4x4"))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=8), chips)
+    assert make_mesh(MeshConfig(data=2, fsdp=8), sorted(chips, key=lambda chip: chip.id)) == mesh
+    for copy in mesh.devices:
+        ranges = [len(set(places)) for places in zip(*(chip.coords for chip in copy.flat), strict=True)]
+        assert math.prod(ranges) == 8  # a rectangle of chips
+
+
+@pytest.mark.aot
+def test_slices_lie_along_data():
+    topology(find_cluster("v5e:4x4"))  # prepares libtpu
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices
+    mixed = [*chips[::2], *chips[1::2]]
+    for data, fsdp, tensor in ((2, 16, 1), (4, 4, 2)):
+        slices = [
+            {chip.slice_index for chip in copy.flat}
+            for copy in make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), mixed).devices
+        ]
+        assert slices == [{0}] * (data // 2) + [{1}] * (data // 2)
+    with pytest.raises(JaxguardError, match=r"mesh\.data=1 must be a multiple of 2"):
+        make_mesh(MeshConfig(), mixed)
 
 
 @pytest.mark.aot

@@ -1,0 +1,179 @@
+"""Training in several processes: they learn what one learns, from every row once; when one ends, the others do."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICES = 4
+UPDATES = 16
+BOUND = 110
+"""Seconds within which the others end: JAX's heartbeat takes up to 100."""
+
+# `python -m jaxguard.train`, which also notes the rows that this process's devices get: a line for each update.
+DOOR = """
+import json, sys
+import numpy as np
+from jaxguard.train import __main__, loop
+
+place = loop.place
+
+def noted(batch, sharding):
+    placed = place(batch, sharding)
+    shards = [(x.index[0].start or 0, np.asarray(x.data).tolist()) for x in placed.tokens_BT.addressable_shards]
+    with open(sys.argv[1], "a") as file:
+        print(json.dumps([[first + i, row] for first, rows in shards for i, row in enumerate(rows)]), file=file)
+    return placed
+
+loop.place = noted
+sys.exit(__main__.main(sys.argv[2:]))
+"""
+
+
+def start(code: str, count: int, logs: Path, *arguments: str) -> list[subprocess.Popen]:
+    """`count` Python processes that have four devices in all; rank, count and address come last in their arguments."""
+    with socket.create_server(("localhost", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}"}
+    logs.mkdir(parents=True)
+    processes = []
+    for rank in range(count):
+        told = (f"mesh.process={rank}", f"mesh.processes={count}", f"mesh.coordinator={address}")
+        command = [sys.executable, "-c", code, *(x.format(rank=rank) for x in arguments), *told]
+        with (logs / f"{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    return processes
+
+
+def end(processes: list[subprocess.Popen], seconds: float) -> list[int]:
+    """Exit codes; whoever still runs after `seconds` is killed, and fails the test."""
+    deadline = time.monotonic() + seconds
+    try:
+        return [process.wait(max(0, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def said(logs: Path) -> list[str]:
+    return [path.read_text() for path in sorted(logs.glob("*.log"))]
+
+
+def start_training(config: Path, count: int, folder: Path, logs: Path) -> list[subprocess.Popen]:
+    run = ["--config", str(config), f"run_folder={folder}", "mesh.hosts=explicit"]
+    return start(DOOR, count, logs, str(logs / "{rank}.rows"), *run)
+
+
+def finish(config: Path, count: int, folder: Path) -> tuple[list[float], list[list]]:
+    """Train to the end: losses of all updates, and the rows of those that this start did."""
+    logs = folder / f"finish-{count}"
+    processes = start_training(config, count, folder, logs)
+    assert end(processes, 450) == [0] * count, said(logs)
+    records = [json.loads(line) for line in (folder / "tiny/metrics.jsonl").read_text().splitlines()]
+    each = [[json.loads(line) for line in (logs / f"{rank}.rows").read_text().splitlines()] for rank in range(count)]
+    assert [len(process) for process in each] == [len(each[0])] * count
+    together = [[row for rows in update for row in rows] for update in zip(*each, strict=True)]
+    return [record["loss"] for record in records if "loss" in record], together
+
+
+def kill_one(config: Path, folder: Path, rank: int) -> None:
+    """Train in four processes and SIGKILL one after the first checkpoint; the others must end, and say why."""
+    logs = folder / "kill"
+    processes = start_training(config, 4, folder, logs)
+    while not [path for path in folder.glob("tiny/checkpoints/*") if path.name.isdigit()]:
+        assert [process.poll() for process in processes] == [None] * 4, said(logs)
+        time.sleep(0.02)
+    processes[rank].send_signal(signal.SIGKILL)
+    codes = end(processes, BOUND)
+    assert codes.pop(rank) == -signal.SIGKILL
+    assert codes == [1, 1, 1], said(logs)
+    others = said(logs)
+    others.pop(rank)
+    assert all("another process of this run has died" in x or "another task died" in x for x in others), others
+
+
+@pytest.fixture(scope="module")
+def config(tiny_files, tmp_path_factory) -> Path:
+    return tiny_files(
+        tmp_path_factory.mktemp("multihost"),
+        mesh={"data": 2, "fsdp": 2},
+        train={"batch_size": 4, "max_steps": UPDATES, "epochs": UPDATES, "evaluate_every": 0, "export": False},
+        checkpoint={"every": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(config) -> tuple[list[float], list[list]]:
+    """Losses and rows of one process."""
+    losses, rows = finish(config, 1, config.parent / "one")
+    assert len(losses) == len(rows) == UPDATES
+    return losses, rows
+
+
+def check_same(found: tuple[list[float], list[list]], alone: tuple[list[float], list[list]]) -> None:
+    """Equal losses, and equal rows in the updates that this start did, each on one device, in the order of the mesh."""
+    assert found[0] == pytest.approx(alone[0], rel=1e-5)
+    assert found[1] == alone[1][UPDATES - len(found[1]) :]
+
+
+def test_two_processes_learn_what_one_learns(config, alone, tmp_path):
+    check_same(finish(config, 2, tmp_path), alone)
+
+
+def test_a_checkpoint_of_four_goes_on_in_one_and_in_two(config, alone, tmp_path):
+    kill_one(config, tmp_path / "four", rank=3)
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        shutil.copytree(tmp_path / "four", folder)
+        found = finish(config, count, folder)
+        assert 0 < len(found[1]) < UPDATES
+        check_same(found, alone)
+
+
+def test_four_go_on_after_the_first_of_them_was_killed(config, alone, tmp_path):
+    kill_one(config, tmp_path, rank=0)  # through whom the others found each other
+    found = finish(config, 4, tmp_path)
+    assert 0 < len(found[1]) < UPDATES
+    check_same(found, alone)
+
+
+# Four processes that add numbers up, until one of them has a mistake to report.
+ADD = """
+import sys, time
+import jax
+import numpy as np
+from jaxguard.errors import JaxguardError
+from jaxguard.sections import MeshConfig
+from jaxguard.train.hosts import end_together, start_hosts
+from jaxguard.train.sharding import batch_sharding, make_mesh, place
+
+fields = dict(x.removeprefix("mesh.").split("=") for x in sys.argv[1:])
+config = MeshConfig(data=4, fsdp=1, hosts="explicit", **fields)
+
+def run():
+    start_hosts(config)
+    numbers = place(np.ones(4, np.float32), batch_sharding(make_mesh(config)))
+    add = jax.jit(lambda x: x.sum())
+    for step in range(10_000):
+        assert float(add(numbers)) == 4
+        if step == 10 and config.process == 2:
+            raise JaxguardError("a mistake of this host alone")
+
+sys.exit(end_together(run))
+"""
+
+
+def test_an_error_on_one_host_ends_the_others(tmp_path):
+    codes = end(start(ADD, 4, tmp_path / "logs"), BOUND)
+    assert codes == [1, 1, 2, 1]
+    assert "error: a mistake of this host alone" in said(tmp_path / "logs")[2]
