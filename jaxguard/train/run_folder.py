@@ -37,7 +37,7 @@ Resume = Literal["auto", "always", "never"]
 
 FREE = (
     "name", "run_folder", "checkpoint.", "log.", "data.prefetch", "train.export", "train.evaluate_every",
-    "distill", "build", "evaluate", "mine",
+    "mesh.coordinator", "distill", "build", "evaluate", "mine",
 )  # fmt: skip
 """Fields that a resumed run may change: the weights stay the same bit for bit."""
 

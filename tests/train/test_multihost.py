@@ -96,7 +96,7 @@ def kill_one(config: Path, folder: Path, rank: int) -> None:
     processes[rank].send_signal(signal.SIGKILL)
     codes = end(processes, BOUND)
     assert codes.pop(rank) == -signal.SIGKILL
-    assert codes == [1, 1, 1], said(logs)
+    assert set(codes) <= {1, -signal.SIGABRT}, said(logs)  # by itself, or JAX was faster to end it
     others = said(logs)
     others.pop(rank)
     assert all("another process of this run has died" in x or "another task died" in x for x in others), others
@@ -175,5 +175,6 @@ sys.exit(end_together(run))
 
 def test_an_error_on_one_host_ends_the_others(tmp_path):
     codes = end(start(ADD, 4, tmp_path / "logs"), BOUND)
-    assert codes == [1, 1, 2, 1]
+    assert codes.pop(2) == 2
+    assert set(codes) <= {1, -signal.SIGABRT}
     assert "error: a mistake of this host alone" in said(tmp_path / "logs")[2]

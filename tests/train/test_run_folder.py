@@ -100,6 +100,13 @@ def test_fields_without_effect_may_change_and_rounding_is_told(
     assert load(str(tmp_path / "tiny" / "config.yaml")) == rounded
 
 
+def test_processes_may_meet_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for coordinator in ("first:1234", "second:1234"):
+        hosts = {"hosts": "explicit", "coordinator": coordinator, "processes": 2, "process": 0}
+        open_run(config_in(tmp_path, mesh=hosts)).close()
+    assert caplog.text == ""
+
+
 def test_field_lists_name_real_fields() -> None:
     tree = config_in(Path("runs")).model_dump(mode="json")
     fields = differences(tree, {})
