@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = 4
 UPDATES = 16
-BOUND = 110
-"""Seconds within which the others end: JAX's heartbeat takes up to 100."""
+BOUND = 200
+"""Seconds within which the others end: JAX's heartbeat takes up to 100, and starting takes some."""
 
 # `python -m jaxguard.train`, which also notes the rows that this process's devices get: a line for each update.
 DOOR = """
@@ -147,9 +147,9 @@ def test_four_go_on_after_the_first_of_them_was_killed(config, alone, tmp_path):
     check_same(found, alone)
 
 
-# Four processes that add numbers up, until one of them has a mistake to report.
+# Four processes that add numbers up, until one of them has a mistake to report, or stands still.
 ADD = """
-import sys, time
+import os, signal, sys
 import jax
 import numpy as np
 from jaxguard.errors import JaxguardError
@@ -157,7 +157,7 @@ from jaxguard.sections import MeshConfig
 from jaxguard.train.hosts import end_together, start_hosts
 from jaxguard.train.sharding import batch_sharding, make_mesh, place
 
-fields = dict(x.removeprefix("mesh.").split("=") for x in sys.argv[1:])
+fields = dict(x.removeprefix("mesh.").split("=") for x in sys.argv[2:])
 config = MeshConfig(data=4, fsdp=1, hosts="explicit", **fields)
 
 def run():
@@ -167,6 +167,8 @@ def run():
     for step in range(10_000):
         assert float(add(numbers)) == 4
         if step == 10 and config.process == 2:
+            if sys.argv[1] == "stand still":
+                os.kill(os.getpid(), signal.SIGSTOP)
             raise JaxguardError("a mistake of this host alone")
 
 sys.exit(end_together(run))
@@ -174,7 +176,21 @@ sys.exit(end_together(run))
 
 
 def test_an_error_on_one_host_ends_the_others(tmp_path):
-    codes = end(start(ADD, 4, tmp_path / "logs"), BOUND)
+    codes = end(start(ADD, 4, tmp_path / "logs", "stop"), BOUND)
     assert codes.pop(2) == 2
     assert set(codes) <= {1, -signal.SIGABRT}
     assert "error: a mistake of this host alone" in said(tmp_path / "logs")[2]
+
+
+def test_a_host_that_stands_still_ends_the_others(tmp_path):
+    processes = start(ADD, 4, tmp_path / "logs", "stand still")
+    still = processes.pop(2)
+    try:
+        codes = end(processes, BOUND)
+    finally:
+        still.kill()
+        still.wait()
+    others = said(tmp_path / "logs")
+    others.pop(2)
+    assert set(codes) == {-signal.SIGABRT}, others
+    assert all("another task died" in x for x in others), others
