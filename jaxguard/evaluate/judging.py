@@ -183,9 +183,8 @@ async def judge(asks: Sequence[Ask], form: Format, engine: Engine, settings: Eva
         try:
             for group in waiting:  # shared: each group is taken once
                 await done.put(await _judge_group(group, form, engine, settings))
-                await asyncio.sleep(
-                    0
-                )  # an engine in this thread never waits: let the answers be kept before it goes on
+                # An engine in this thread never waits: let the answers be kept before it goes on.
+                await asyncio.sleep(0)
             await done.put(None)
         except BaseException as error:
             await done.put(error)
