@@ -14,6 +14,8 @@ from itertools import combinations
 
 import numpy as np
 
+from jaxguard.errors import JaxguardError
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
@@ -40,7 +42,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of the program; `attributes` is what follows the operands."""
+    """One line of the program; `attributes` is what follows the operands, or a constant's value."""
 
     name: str
     arrays: tuple[Array, ...]
@@ -139,10 +141,29 @@ class Compiled:
             runs[name] += times
             for instruction in self.computations[name].instructions.values():
                 called = _called(instruction)
+                if instruction.opcode == "while":
+                    called = [(body, self._trips(instruction)) for body, _ in called]
                 if instruction.opcode == "conditional" and len(called) == len(self.branches):
                     called = [(name, share) for (name, _), share in zip(called, self.branches, strict=True)]
                 waiting.extend((callee, times * often) for callee, often in called)
         return runs
+
+    def _trips(self, loop: Instruction) -> float:
+        """How often a loop turns: as XLA says on a GPU, or the number that its counter is held against.
+
+        Raises:
+            JaxguardError: the program does not tell.
+        """
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return float(known[1])
+        condition = re.search(r"\bcondition=%?([\w.\-]+)", loop.attributes)
+        held = self.computations[condition[1]].instructions.values() if condition else ()
+        limits = [i.attributes for i in held if i.opcode == "constant" and i.attributes.isdecimal()]
+        if len(limits) != 1:
+            raise JaxguardError(
+                f"the compiled program does not tell how often its loop {loop.name} turns; this is a bug"
+            )
+        return float(limits[0])
 
     def walk(self) -> Iterator[tuple[Computation, Instruction, float]]:
         """Every instruction with its computation and how often it runs."""
@@ -174,10 +195,16 @@ class Compiled:
             linked: how many devices that follow one another in the mesh are linked.
         """
         found: dict[Collective, float] = defaultdict(float)
+        channels: set[str] = set()
         for home, instruction, times in self.walk():
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
+            # On a TPU a collective stands in every fusion that it runs beside, from its start to its end.
+            if channel := re.search(r"channel_id=(\d+)", instruction.attributes):
+                if channel[1] in channels:
+                    continue
+                channels.add(channel[1])
             groups = _groups(instruction.attributes, math.prod(mesh.values()))
             given = sum(home.instructions[name].bytes for name in instruction.operands)
             # What starts a collective returns its operands beside its results.
@@ -236,7 +263,8 @@ def _instruction(name: str, rest: str) -> Instruction:
     opcode, _, rest = rest.partition("(")
     stop = _balanced("(" + rest) - 1
     operands = tuple(re.findall(r"%([\w.\-]+)", rest[: stop - 1]))
-    return Instruction(name, _arrays(result), opcode, operands, rest[stop:])
+    attributes = rest[: stop - 1] if opcode == "constant" else rest[stop:]
+    return Instruction(name, _arrays(result), opcode, operands, attributes)
 
 
 def _balanced(text: str) -> int:
@@ -257,13 +285,11 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _called(instruction: Instruction) -> list[tuple[str, float]]:
-    """Computations that it runs, and how often."""
+    """Computations that it runs, and how often; a loop's turns and a branch's share are not in it."""
     if instruction.opcode.endswith(("-done", "-update")):
         return []
     if instruction.opcode == "while":
-        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes)
-        names = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", instruction.attributes))
-        return [(names["body"], float(trips[1]) if trips else 1.0)]
+        return [(body, 1.0) for body in re.findall(r"\bbody=%?([\w.\-]+)", instruction.attributes)]
     if instruction.opcode == "conditional":
         listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
         pair = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", instruction.attributes)[::-1]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxguard.errors import JaxguardError
 from jaxguard.plan.program import Compiled
 
 LOOP = Path(__file__).with_name("loop.hlo").read_text()
@@ -18,12 +19,28 @@ def test_a_loops_body_counts_as_often_as_it_runs_and_a_branch_by_its_share():
     assert Compiled(LOOP, [5 / 6, 1 / 6]).matmul_flops == pytest.approx(6 * product + 5 * local + 1 * full)
 
 
+def test_a_loop_that_says_no_number_turns_until_its_counter_has_reached_one():
+    """A TPU's program."""
+    text = LOOP.replace(', backend_config={"known_trip_count":{"n":"6"}}', "")
+    counter = "  %limit = s32[]{:T(128)} constant(6)\n  ROOT %go = pred[] compare(%state.1, %limit), direction=LT\n"
+    told = text.replace("  ROOT %go = pred[] constant(true)\n", counter)
+    assert Compiled(told).matmul_flops == Compiled(LOOP).matmul_flops
+    with pytest.raises(JaxguardError, match=r"how often its loop loop turns"):
+        Compiled(text)
+
+
 def test_a_gather_is_counted_where_it_starts_and_sends_all_but_its_own_part():
     (gather,) = Compiled(LOOP).collectives(MESH, linked=8)
     assert (gather.kind, gather.axes, gather.group, gather.near, gather.count) == ("all-gather", "fsdp", 8, 8, 6)
     assert gather.size == 32 * 8 * 2
     assert gather.sent == 6 * 32 * 8 * 2 * 7 / 8
     assert gather.source == "forward: convert_element_type"
+
+
+def test_a_collective_that_runs_beside_several_fusions_is_one():
+    again = "  %again = bf16[32,8]{1,0} all-gather(%w), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}\n"
+    (gather,) = Compiled(LOOP.replace("  %product =", f"{again}  %product =")).collectives(MESH, linked=8)
+    assert gather.count == 6
 
 
 def test_devices_of_several_hosts_are_fewer_near_ones():
