@@ -10,11 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import combinations
-
-import numpy as np
 
 from jaxguard.errors import JaxguardError
+from jaxguard.plan.groups import axes_of, groups_of
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
@@ -205,12 +203,12 @@ class Compiled:
                 if channel[1] in channels:
                     continue
                 channels.add(channel[1])
-            groups = _groups(instruction.attributes, math.prod(mesh.values()))
+            groups = groups_of(instruction.attributes, math.prod(mesh.values()))
             given = sum(home.instructions[name].bytes for name in instruction.operands)
             # What starts a collective returns its operands beside its results.
             size = max(given, instruction.bytes - given if instruction.opcode != kind else instruction.bytes)
             near = min(max(Counter(position // linked for position in group).values()) for group in groups)
-            one = Collective(kind, _axes(groups, mesh), len(groups[0]), near, size, 1, place(instruction.source))
+            one = Collective(kind, axes_of(groups, mesh), len(groups[0]), near, size, 1, place(instruction.source))
             found[one] += times
         return sorted((replace(one, count=times) for one, times in found.items()), key=lambda one: -one.sent)
 
@@ -349,42 +347,6 @@ def _convolved(instruction: Instruction, operands: Sequence[tuple[int, ...]]) ->
                 met += hole == 0 and 0 <= place < size
         total *= met
     return total
-
-
-def _groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
-    """Positions in the mesh of the devices of each group."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-        sides = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        return _along(sides, re.findall(r"'(\w+)'", named[2]))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        order = np.arange(math.prod(map(int, iota[3].split(",")))).reshape([int(n) for n in iota[3].split(",")])
-        order = order.transpose([int(n) for n in iota[4].split(",")]) if iota[4] else order
-        return [tuple(map(int, group)) for group in order.reshape(int(iota[1]), int(iota[2]))]
-    if listed := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes):
-        return [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", attributes):
-        return [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])]
-    return [tuple(range(devices))]
-
-
-def _along(sides: Mapping[str, int], names: Sequence[str]) -> list[tuple[int, ...]]:
-    """Groups of devices that differ in the named axes only."""
-    grid = np.arange(math.prod(sides.values())).reshape(list(sides.values()))
-    moved = [list(sides).index(name) for name in names]
-    grid = np.moveaxis(grid, moved, range(-len(moved), 0))
-    return [tuple(map(int, group)) for group in grid.reshape(-1, math.prod(sides[name] for name in names))]
-
-
-def _axes(groups: Sequence[tuple[int, ...]], mesh: Mapping[str, int]) -> str:
-    """The mesh axes whose devices the groups are, `?` if there are none such."""
-    wanted = {frozenset(group) for group in groups}
-    names = [name for name, size in mesh.items() if size > 1]
-    for count in range(1, len(names) + 1):
-        for chosen in combinations(names, count):
-            along = {frozenset(group) for group in _along(mesh, chosen)}
-            if wanted == along or all(any(group <= one for one in along) for group in wanted):
-                return "+".join(chosen)
-    return "?"
 
 
 def place(source: str) -> str:
