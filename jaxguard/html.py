@@ -1,10 +1,14 @@
 """Pages that are one file: what their templates have in common."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def page_template(path: Path, **filters: Callable[..., Any]) -> Template:
@@ -18,3 +22,13 @@ def page_template(path: Path, **filters: Callable[..., Any]) -> Template:
     )
     environment.filters.update(filters)
     return environment.get_template(path.name)
+
+
+def svg(figure: "Figure") -> str:
+    """A matplotlib figure as an element of a page, the same for the same figure; texts stay texts, to be searched and read aloud."""
+    from matplotlib import rc_context  # doors without a page need not load it
+
+    drawn = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :]

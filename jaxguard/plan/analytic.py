@@ -13,8 +13,9 @@ from jaxguard.models.decoder import Compute
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import table
 
-CUDNN_BACKWARD = 2.5
-"""Products of flash attention's backward pass over those of its forward pass (Dao, FlashAttention-2, 2023, section 4.1)."""
+ATTENTION_BACKWARD = 2.5
+"""Products of attention's backward pass over those of its forward pass: the scores again, and four of their size (Dao,
+FlashAttention-2, 2023, section 4.1). Ours in plain XLA does the same."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute, loss_chunk: int, accu
     """FLOPs of one update: a forward pass, a backward pass of twice that, and what is computed again in between.
 
     Full remat computes a layer's products once more, but for the last one where nothing needs its result (no norm follows
-    it). XLA attention computes its scores again. The head's logits are always computed again (train/loss.py).
+    it). The head's logits are always computed again (train/loss.py).
     """
     D, F, H, N, K, L = spec.width, spec.hidden, spec.head_dim, spec.heads, spec.kv_heads, spec.layers
     tokens = shape.rows * shape.tokens
@@ -53,7 +54,7 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute, loss_chunk: int, accu
 
     pairs = shape.rows * sum(_pairs(shape.tokens, spec.kinds[kind].window, compute) for kind in spec.layer_kinds)
     forward = 4.0 * N * H * pairs
-    repeats = 1 + (compute.remat != "none") + (2.5 if compute.attention == "xla" else CUDNN_BACKWARD)
+    repeats = 1 + (compute.remat != "none") + ATTENTION_BACKWARD
 
     width = max(1, min(shape.targets, loss_chunk // (shape.rows // accumulation)))
     targets = shape.rows * math.ceil(shape.targets / width) * width

@@ -91,8 +91,6 @@ class Work:
 def work_of(config: Config, price: float | None = None) -> Work:
     """How many updates a run makes, as far as its config tells."""
     examples, train = config.data.subset, config.train
-    if examples is None and train.max_steps is None:
-        return Work(None, price)
     if examples is None:
         return Work(train.max_steps, price)
     return Work(total_steps(examples, train.batch_size, train.epochs, train.max_steps), price)

@@ -1,6 +1,5 @@
 """Plans as one HTML file, with memory and time as figures."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.text import Text
 
-from jaxguard.html import page_template
+from jaxguard.html import page_template, svg
 from jaxguard.plan.estimate import ASSUMPTIONS, estimate
 from jaxguard.plan.show import Planned, facts
 from jaxguard.plan.targets import GIB
@@ -55,9 +54,7 @@ def _figure(planned: Sequence[Planned]) -> str:
     for axes in (memory, time):
         axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=3)
     memory.invert_yaxis()
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
+    return svg(figure)
 
 
 def _bars(axes: Axes, names: Sequence[str], parts: dict[str, list[float]], label: str) -> None:

@@ -139,11 +139,12 @@ class Compiled:
             runs[name] += times
             for instruction in self.computations[name].instructions.values():
                 called = _called(instruction)
+                often: Sequence[float] = [1.0] * len(called)
                 if instruction.opcode == "while":
-                    called = [(body, self._trips(instruction)) for body, _ in called]
-                if instruction.opcode == "conditional" and len(called) == len(self.branches):
-                    called = [(name, share) for (name, _), share in zip(called, self.branches, strict=True)]
-                waiting.extend((callee, times * often) for callee, often in called)
+                    often = [self._trips(instruction)]
+                elif instruction.opcode == "conditional" and len(called) == len(self.branches):
+                    often = self.branches
+                waiting.extend((callee, times * share) for callee, share in zip(called, often, strict=True))
         return runs
 
     def _trips(self, loop: Instruction) -> float:
@@ -168,6 +169,11 @@ class Compiled:
         for name, times in self.runs.items():
             for instruction in self.computations[name].instructions.values():
                 yield self.computations[name], instruction, times
+
+    @cached_property
+    def _fused(self) -> set[str]:
+        """Computations that are the inside of a kernel: their arrays are no memory."""
+        return {callee for _, one, _ in self.walk() if one.opcode == "fusion" for callee in _called(one)}
 
     @cached_property
     def matmul_flops(self) -> float:
@@ -218,10 +224,9 @@ class Compiled:
 
         An upper bound where a cache or on-chip memory keeps them.
         """
-        fused = {callee for _, i, _ in self.walk() if i.opcode == "fusion" for callee, _ in _called(i)}
         total = 0.0
         for home, instruction, times in self.walk():
-            if home.name in fused or instruction.opcode in FREE or _called_only(instruction):
+            if home.name in self._fused or instruction.opcode in FREE or _called_only(instruction):
                 continue
             total += times * self._moved(instruction, home)
         return total
@@ -234,7 +239,7 @@ class Compiled:
             return 2 * operands[1].bytes
         if instruction.opcode != "fusion":
             return instruction.bytes + sum(operand.bytes for operand in operands)
-        callee = self.computations[_called(instruction)[0][0]]
+        callee = self.computations[_called(instruction)[0]]
         parameters = [i for i in callee.instructions.values() if i.opcode == "parameter"]
         read = sum(_read(parameter, callee) for parameter in parameters)
         root = next(reversed(callee.instructions.values()))
@@ -245,11 +250,10 @@ class Compiled:
 
     def largest(self, count: int = 5) -> list[Instruction]:
         """The largest arrays that the program makes, without those that it is given."""
-        fused = {callee for _, i, _ in self.walk() if i.opcode == "fusion" for callee, _ in _called(i)}
         made: dict[str, Instruction] = {}
         for home, instruction, _ in self.walk():
             # One that is updated in place is one array, however often it is written to.
-            if home.name not in fused and instruction.opcode not in FREE and len(instruction.arrays) == 1:
+            if home.name not in self._fused and instruction.opcode not in FREE and len(instruction.arrays) == 1:
                 made.setdefault(instruction.shown, instruction)
         return sorted(made.values(), key=lambda one: -one.bytes)[:count]
 
@@ -282,18 +286,18 @@ def _arrays(text: str) -> tuple[Array, ...]:
     )
 
 
-def _called(instruction: Instruction) -> list[tuple[str, float]]:
-    """Computations that it runs, and how often; a loop's turns and a branch's share are not in it."""
+def _called(instruction: Instruction) -> list[str]:
+    """Computations that it runs."""
     if instruction.opcode.endswith(("-done", "-update")):
         return []
     if instruction.opcode == "while":
-        return [(body, 1.0) for body in re.findall(r"\bbody=%?([\w.\-]+)", instruction.attributes)]
+        return re.findall(r"\bbody=%?([\w.\-]+)", instruction.attributes)
     if instruction.opcode == "conditional":
         listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
         pair = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", instruction.attributes)[::-1]
-        return [(name, 1.0) for name in (re.findall(r"[\w.\-]+", listed[1]) if listed else pair)]
+        return re.findall(r"[\w.\-]+", listed[1]) if listed else pair
     if instruction.opcode in {"fusion", "call", "async-start"}:
-        return [(name, 1.0) for name in re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", instruction.attributes)]
+        return re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", instruction.attributes)
     return []
 
 

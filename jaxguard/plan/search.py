@@ -58,7 +58,6 @@ def search(
     found: list[Choice] = []
     for mesh in meshes(spec, cluster, batch_size):
         for accumulation in _doubling(batch_size // (mesh["data"] * mesh["fsdp"])):
-            remat = ""
             for remat in REMAT:
                 overrides = (
                     *(f"mesh.{axis}={size}" for axis, size in mesh.items()),
@@ -70,7 +69,7 @@ def search(
                 found.append(choice)
                 if choice.fits:
                     break
-            if found[-1].fits and remat == REMAT[0]:
+            if choice.fits and remat == REMAT[0]:
                 break
     return ranked(found)
 

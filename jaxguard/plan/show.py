@@ -5,7 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from jaxguard.plan.compile import Plan
 from jaxguard.plan.estimate import ASSUMPTIONS, Work, estimate, rate
@@ -30,7 +31,7 @@ def show(planned: Sequence[Planned]) -> RenderableType:
 
 def _side_by_side(planned: Sequence[Planned]) -> Table:
     columns = [facts(plan, work) for plan, work in planned]
-    table = Table("", *(plan.name for plan, _ in planned))
+    table = Table("", *(Column(Text(plan.name)) for plan, _ in planned))
     for fact in columns[0]:
         cells = [column[fact] for column in columns]
         table.add_row(fact, *cells)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 from pydantic import Field
 
 from jaxguard.config import CONFIG_FOLDER, Config, dump, load
@@ -140,7 +141,5 @@ def _kept(path: Path, key: str) -> Point | None:
 
 def _key(place: Place) -> str:
     """Equal for points that compile to the same program, with the same jax."""
-    import jax
-
     text = "\n".join([jax.__version__, place.cluster.name, str(place.rows), dump(place.config)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,13 +1,12 @@
 """What a sweep found: a table for the terminal and for docs, and a page with curves."""
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxguard.html import page_template
+from jaxguard.html import page_template, svg
 from jaxguard.plan.estimate import ASSUMPTIONS
 from jaxguard.plan.sweep import Point
 from jaxguard.plan.targets import GIB
@@ -104,9 +103,7 @@ def figure(points: Sequence[Point]) -> str:
     for axes in (memory, share, efficient):
         axes.set_ylim(bottom=0)
     memory.legend(fontsize=8)
-    drawn = io.StringIO()
-    drawing.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
+    return svg(drawing)
 
 
 def _curves(axes: Axes, points: Sequence[Point], value: Callable[[Point], float], label: str) -> None:

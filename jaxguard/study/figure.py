@@ -1,13 +1,13 @@
 """The curve of a study as one SVG picture: mean and spread over seeds and subsets."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from jaxguard.html import svg
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,7 @@ def draw(curves: Sequence[Curve], published: Sequence[tuple[float, float, float]
     axes.grid(alpha=0.3)
     if curves or published:
         axes.legend(fontsize=8)
-    page = io.StringIO()
-    with rc_context({"svg.fonttype": "none"}):  # texts stay texts, that can be searched and read aloud
-        figure.savefig(page, format="svg", metadata={"Date": None})
-    return page.getvalue()[page.getvalue().index("<svg") :]
+    return svg(figure)
 
 
 def _draw(axes: Axes, curve: Curve, color: str) -> None:
