@@ -25,7 +25,7 @@ def page_template(path: Path, **filters: Callable[..., Any]) -> Template:
 
 
 def svg(figure: "Figure") -> str:
-    """A matplotlib figure as an element of a page, the same for the same figure; texts stay texts, to be searched and read aloud."""
+    """A matplotlib figure as an element of a page, the same for the same figure; its texts can be searched and read aloud."""
     from matplotlib import rc_context  # doors without a page need not load it
 
     drawn = io.StringIO()
