@@ -82,7 +82,9 @@ class DataConfig(Section):
     subset_seed: NonNegative = 0
     """Which random subset."""
     row_tokens: Positive = 2048
-    """Length of a packed row; an example longer than that is cut in its untrusted text."""
+    """The longest packed row; an example longer than that is cut in its untrusted text."""
+    share_prefixes: bool = True
+    """Compute what the examples of a row begin with, the policy, once for all of them; the gradient does not change."""
     prefetch: Positive = 8
     """Batches that grain prepares ahead."""
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from jaxguard.check.setup import Setup, set_up
-from jaxguard.data.dialogue import Mode, Verdict, parse, thought
+from jaxguard.data.answer import Verdict, parse, thought
+from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy, Question, policy_for
 from jaxguard.evaluate.judging import Answer, Ask

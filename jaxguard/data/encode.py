@@ -4,14 +4,15 @@ import itertools
 import os
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from jaxguard.data.cutting import CUT_MARK, LONGEST_TOKEN, cut, share, shortened
 from jaxguard.data.dialogue import ABSENT, CHOICES, NO_THOUGHT, Answers, Dialogue, Mode, answers, questions, written
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Policy, Question, load_policy, policy_for
@@ -23,9 +24,6 @@ MIN_KEPT: Final = 16
 """Tokens of a prompt, and of a response, that cutting leaves; an example with less to judge would teach nothing."""
 TOKENIZER_FILES: Final = ("*.json", "*.jinja", "tokenizer*")
 """What an encoder needs of a checkpoint on the hub."""
-CUT_MARK: Final = "\n[... the middle is left out ...]\n"
-_LONGEST_TOKEN = 64
-"""Characters. Longer texts than this times the row are cut before they are tokenised, which bounds time and memory."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,8 @@ class Sequence:
         probes: one for each labelled verdict line, in order.
         answers: the verdict as rendered.
         cut: untrusted text was left out to fit the row.
+        head: bytes of its first tokens, those of the policy and the frame around it, which other examples begin with too;
+            never all of the prompt.
     """
 
     example_id: str
@@ -66,6 +66,12 @@ class Sequence:
     probes: tuple[Probe, ...]
     answers: Answers
     cut: bool
+    head: bytes = b""
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of `head`."""
+        return len(self.head) // self.tokens.itemsize
 
 
 class NoRoomError(JaxguardError):
@@ -93,6 +99,7 @@ class _Rendered:
     prompt: list[int]
     completions: dict[Answers, list[int]]
     cut: bool
+    head: bytes
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class Encoder:
         dialogue: the format.
         policy: for examples that bring none.
         row_tokens: the longest sequence.
+        share_prefixes: say which of a sequence's first tokens others begin with too, so that they are computed once.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -112,6 +120,8 @@ class Encoder:
     dialogue: Dialogue
     policy: Policy
     row_tokens: int
+    share_prefixes: bool = True
+    _heads: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: Path, data: DataConfig, policy: Policy | None = None) -> Self:
@@ -124,11 +134,12 @@ class Encoder:
         tokenizer = load_tokenizer(folder)
         template = read_template(tokenizer, folder)
         dialogue = Dialogue(data.reasoning_marker, data.direct_marker, tuple(template.reserved.values()))
-        encoder = cls(tokenizer, template, dialogue, policy or load_policy(data.policy), data.row_tokens)
-        needed = encoder.least_tokens(encoder.policy)
+        policy = policy or load_policy(data.policy)
+        encoder = cls(tokenizer, template, dialogue, policy, data.row_tokens, data.share_prefixes)
+        needed = encoder.least_tokens(policy)
         if needed > data.row_tokens:
             raise JaxguardError(
-                f"data.row_tokens={data.row_tokens} is too short: policy {encoder.policy.name!r}, the frame around it "
+                f"data.row_tokens={data.row_tokens} is too short: policy {policy.name!r}, the frame around it "
                 f"and the verdict take {needed} tokens with the least of text; raise it to that, or shorten the policy"
             )
         return encoder
@@ -268,7 +279,7 @@ class Encoder:
                     "or shorten the policy"
                 )
             return None
-        return _Rendered(fitted.ids, completions, fitted.cut)
+        return _Rendered(fitted.ids, completions, fitted.cut, self._head(policy, asks, mode, fitted.ids))
 
     def _sequence(self, example: Example, mode: Mode, rendered: _Rendered, given: Answers) -> Sequence:
         prompt, completion = rendered.prompt, rendered.completions[given]
@@ -291,7 +302,20 @@ class Encoder:
             probes=tuple(probes),
             answers=given,
             cut=rendered.cut,
+            head=rendered.head,
         )
+
+    def _head(self, policy: Policy, asks: tuple[Question, ...], mode: Mode, prompt: list[int]) -> bytes:
+        """The prompt's first tokens, as far as they are those of any prompt of this policy; one object for all examples."""
+        if not self.share_prefixes:
+            return b""
+        key = policy, asks, mode
+        if key not in self._heads:
+            self._heads[key] = self.ids(self.template.before + self.dialogue.head(*key))
+        # The last of them may be another where text follows.
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._heads[key], prompt, strict=False))
+        head = np.asarray([token for token, _ in same], np.int32).tobytes()
+        return self._heads.setdefault(head, head)
 
     def _check_prompt(self, example: Example, ids: list[int], mode: Mode) -> None:
         if self.template.reserved_in(ids) != self._frame[mode]:
@@ -318,8 +342,8 @@ class Encoder:
         The longer of prompt and response is cut first, then both alike; each keeps its head and its tail. All work is
         linear in the text, and what is linear in a long text is done once.
         """
-        most = self.row_tokens * _LONGEST_TOKEN
-        texts = [self._shortened(t, most) for t in (example.prompt, example.response) if t is not None]
+        most = self.row_tokens * LONGEST_TOKEN
+        texts = [shortened(t, most) for t in (example.prompt, example.response) if t is not None]
 
         def attempt(parts: Items[str]) -> tuple[str, list[int]]:
             turn = self.dialogue.user_turn(parts[0], parts[1] if len(parts) > 1 else None, policy, asks, mode)
@@ -335,8 +359,8 @@ class Encoder:
         keep = room - (len(ids) - sum(counts))
         least = sum(min(count, MIN_KEPT) for count in counts)
         while keep >= least:
-            limit = _share(counts, keep)
-            turn, ids = attempt([_cut(t, s, limit) for t, s in zip(texts, spans, strict=True)])
+            limit = share(counts, keep)
+            turn, ids = attempt([cut(t, s, limit) for t, s in zip(texts, spans, strict=True)])
             if len(ids) <= room:
                 return Prompt(turn, ids, cut=True)
             keep -= len(ids) - room
@@ -361,10 +385,6 @@ class Encoder:
             raise JaxguardError(f"the chat template changes the user turn; it renders {text[:200]!r}...")
         return text + self._closing(mode)
 
-    @staticmethod
-    def _shortened(text: str, most: int) -> str:
-        return text if len(text) <= most else text[: most // 2] + CUT_MARK + text[-(most // 2) :]
-
 
 def encode_many(encoder: Encoder, examples: Items[Example], modes: Items[Mode]) -> list[Sequence | None]:
     """`encode` of each example, in order, on all cores: the tokenizer works outside the interpreter's lock.
@@ -379,16 +399,3 @@ def encode_many(encoder: Encoder, examples: Items[Example], modes: Items[Mode]) 
 def _first_difference(a: list[int], b: list[int]) -> int:
     """Index of the first token in which two completions differ; neither starts with the other: they share their end."""
     return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-
-
-def _share(counts: list[int], keep: int) -> int:
-    """The largest limit with sum(min(count, limit)) <= keep: the longest text gives first."""
-    return keep if len(counts) == 1 else max(keep // 2, keep - min(counts))
-
-
-def _cut(text: str, spans: list[tuple[int, int]], limit: int) -> str:
-    """Head and tail of a text, `limit` tokens together, around a mark; `spans` are its tokens' character spans."""
-    if len(spans) <= limit:
-        return text
-    head, tail = (limit + 1) // 2, limit // 2
-    return text[: spans[head - 1][1]] + CUT_MARK + text[spans[-tail][0] :]

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from jaxguard.config import Config
 from jaxguard.data import encode
-from jaxguard.data.batches import Schedule, total_steps
+from jaxguard.data.batches import Schedule, held_tokens, total_steps
 from jaxguard.data.prepare import Chosen, Prepared, Selection
 from jaxguard.errors import JaxguardError
 
@@ -43,10 +43,11 @@ def report(
 
 
 def packing(config: Config, sequences: Sequence[encode.Sequence]) -> dict[str, float]:
-    """Rows per batch and padding share over evenly spaced updates of the run, on one device.
+    """How evenly spaced updates of the run are packed, on one device; more devices may add rows, since each gets as many.
 
-    `padding` counts every token of a batch that belongs to no example, those in rows added to reach a bucketed shape
-    included. More devices may add rows, since each gets as many.
+    `rows` and `tokens`: of a batch, and of a row. `padding`: share of them that belongs to no example, rows added to reach
+    a bucketed shape included. `shared`: share of the examples' tokens that are not computed, since another example of the
+    row begins with them.
     """
     steps = total_steps(len(sequences), config.train.batch_size, config.train.epochs, config.train.max_steps)
     if steps == 0:
@@ -59,12 +60,15 @@ def packing(config: Config, sequences: Sequence[encode.Sequence]) -> dict[str, f
     )
     sampled = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int)).tolist()
     shapes = [schedule.shape(step) for step in sampled]
-    used = sum(len(sequences[i].tokens) for step in sampled for i in schedule.examples(step))
+    whole = sum(len(sequences[i].tokens) for step in sampled for i in schedule.examples(step))
+    used = sum(held_tokens(row) for step in sampled for row in schedule.rows(step))
     total = sum(shape.rows * shape.tokens for shape in shapes)
     return {
         "steps": steps,
         "rows": float(np.mean([shape.rows for shape in shapes])),
+        "tokens": float(np.mean([shape.tokens for shape in shapes])),
         "padding": 1 - used / total,
+        "shared": 1 - used / whole,
         "shapes": len(set(shapes)),
     }
 
@@ -160,7 +164,8 @@ def _packing(config: Config, prepared: Prepared) -> Text:
     packed = packing(config, prepared.train)
     return Text(
         f"\nPacking: {packed['steps']:,} updates of {config.train.batch_size} examples, "
-        f"{packed['rows']:.1f} rows of {config.data.row_tokens:,} tokens a batch, {packed['padding']:.1%} padding, "
+        f"{packed['rows']:.1f} rows of {packed['tokens']:,.0f} tokens a batch, {packed['padding']:.1%} padding, "
+        f"{packed['shared']:.1%} of the tokens shared and computed once, "
         f"{packed['shapes']:.0f} shape(s) in {min(SAMPLED_STEPS, int(packed['steps']))} sampled updates, "
         "before rounding up to the number of devices.\n"
     )

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxguard.config import Config
-from jaxguard.data.dialogue import ABSENT, CHOICES, Mode, Verdict, parse
+from jaxguard.data.answer import Verdict, parse
+from jaxguard.data.dialogue import ABSENT, CHOICES, Mode
 from jaxguard.data.policies import QUESTIONS, Question
 from jaxguard.data.prepare import subset
 from jaxguard.distill.audit_page import shown_table, write_report

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from jaxguard.data.dialogue import Answers, Dialogue, Mode, Verdict, parse
+from jaxguard.data.answer import Verdict, parse
+from jaxguard.data.dialogue import Answers, Dialogue, Mode
 from jaxguard.distill.sentences import split_sentences
 from jaxguard.errors import JaxguardError
 from jaxguard.sections import FilterConfig

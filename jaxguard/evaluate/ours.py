@@ -6,16 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from jaxguard.data.dialogue import (
-    ABSENT,
-    CHOICES,
-    Answers,
-    Mode,
-    end_thought,
-    ended_thought,
-    parse,
-    questions,
-)
+from jaxguard.data.answer import end_thought, ended_thought, parse
+from jaxguard.data.dialogue import ABSENT, CHOICES, Answers, Mode, questions
 from jaxguard.data.encode import Encoder, NoRoomError
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
 from jaxguard.errors import JaxguardError

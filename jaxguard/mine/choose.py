@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxguard.data.dialogue import ABSENT, Mode, answers, parse, questions
+from jaxguard.data.answer import parse
+from jaxguard.data.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy, Question, policy_for
 from jaxguard.data.prepare import subset

@@ -1,8 +1,4 @@
-"""Causal attention over packed rows, one function for every target.
-
-A token sees the tokens of its own segment that stand at or before it in the row and, in a local layer, at most `window` of
-them, itself included. Padding is segment 0; what it computes is finite and used by nobody.
-"""
+"""Causal attention over packed rows, one function for every target. What padding computes is finite and used by nobody."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxguard.models import attention_kernels as kernels
+from jaxguard.models.attention_kernels import Layout
 
 Query = Float[Array, "B T N H"]
 KeyValue = Float[Array, "B T K H"]
@@ -25,7 +22,7 @@ def attend(
     query_BTNH: Query,
     key_BTKH: KeyValue,
     value_BTKH: KeyValue,
-    segments_BT: Int[Array, "B T"],
+    layout: Layout,
     *,
     window: int | None,
     scale: float,
@@ -35,18 +32,18 @@ def attend(
     """Softmax attention by `implementation`: "xla", "cudnn" or "splash"; the values agree to rounding."""
     match implementation:
         case "cudnn":
-            return kernels.cudnn(query_BTNH, key_BTKH, value_BTKH, segments_BT, window=window, scale=scale)
+            return kernels.cudnn(query_BTNH, key_BTKH, value_BTKH, layout, window=window, scale=scale)
         case "splash":
-            return kernels.splash(query_BTNH, key_BTKH, value_BTKH, segments_BT, window=window, scale=scale)
+            return kernels.splash(query_BTNH, key_BTKH, value_BTKH, layout, window=window, scale=scale)
         case _:
-            return xla(query_BTNH, key_BTKH, value_BTKH, segments_BT, window=window, scale=scale, chunk=query_chunk)
+            return xla(query_BTNH, key_BTKH, value_BTKH, layout, window=window, scale=scale, chunk=query_chunk)
 
 
 def xla(
     query_BTNH: Query,
     key_BTKH: KeyValue,
     value_BTKH: KeyValue,
-    segments_BT: Int[Array, "B T"],
+    layout: Layout,
     *,
     window: int | None,
     scale: float,
@@ -60,22 +57,11 @@ def xla(
     out = []
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
-        first = 0 if window is None else max(0, start - window + 1)
-        mask = _mask(segments_BT, first, start, stop, window)
+        # A prefix may stand anywhere before those who continue it.
+        first = 0 if window is None or layout.prefixes_BT is not None else max(0, start - window + 1)
+        mask = layout.visible(window, first, start, stop)
         out.append(_block(query_BTNH[:, start:stop], key_BTKH[:, first:stop], value_BTKH[:, first:stop], mask, scale))
     return jnp.concatenate(out, axis=1)
-
-
-def _mask(
-    segments_BT: Int[Array, "B T"], first: int, start: int, stop: int, window: int | None
-) -> Bool[Array, "B C S"]:
-    """May query start..stop see key first..stop?"""
-    query = jnp.arange(start, stop)[:, None]
-    key = jnp.arange(first, stop)[None, :]
-    seen = key <= query
-    if window is not None:
-        seen &= query - key < window
-    return seen & (segments_BT[:, start:stop, None] == segments_BT[:, None, first:stop])
 
 
 @partial(jax.checkpoint, static_argnums=(4,), prevent_cse=False)

@@ -2,19 +2,17 @@
 
 Shape letters: B rows, T tokens of a row, N query heads, K key/value heads, H head dimension.
 
-Both kernels mean the same: a token attends to the tokens of its own segment that do not come after it in the row
-and, where there is a window, to no more than `window` of them, itself included. Segment 0 is padding; what comes out
-at padding is finite and means nothing.
+Both kernels mean the same, which `Layout` says. What comes out at padding is finite and means nothing.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxguard.errors import JaxguardError
 from jaxguard.models.axes import partition
@@ -23,6 +21,40 @@ Kernel = Literal["xla", "cudnn", "splash"]
 
 LANES = 128
 """Width of a TPU's vector registers: splash attention works on blocks of it."""
+
+
+class Layout(NamedTuple):
+    """Who sees whom in packed rows.
+
+    A token sees the tokens of its own segment, and those of the prefix that the segment continues, that stand at or before
+    it in the row and, in a local layer, less than `window` positions back.
+
+    Attributes:
+        segments_BT: which segment a token belongs to, 0 for padding.
+        positions_BT: place of each token in its own sequence; after a prefix they go on from it.
+        prefixes_BT: the segment that a token's segment continues, its own where it continues none; None where no segment
+            of the rows continues another.
+    """
+
+    segments_BT: Int[Array, "B T"]
+    positions_BT: Int[Array, "B T"]
+    prefixes_BT: Int[Array, "B T"] | None = None
+
+    def visible(self, window: int | None, first: int, start: int, stop: int) -> Bool[Array, "B C S"]:
+        """May the tokens from start to stop see those from first to stop?"""
+
+        def query(x_BT: Array) -> Array:
+            return x_BT[:, start:stop, None]
+
+        def key(x_BT: Array) -> Array:
+            return x_BT[:, None, first:stop]
+
+        seen = query(self.segments_BT) == key(self.segments_BT)
+        if self.prefixes_BT is not None:
+            seen |= query(self.prefixes_BT) == key(self.segments_BT)
+        if window is not None:
+            seen &= query(self.positions_BT) - key(self.positions_BT) < window
+        return seen & (jnp.arange(first, stop) <= jnp.arange(start, stop)[:, None])
 
 
 def choose(
@@ -91,59 +123,87 @@ def cudnn(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"],
+    layout: Layout,
     window: int | None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
     """Flash attention of cuDNN, in bfloat16, on an NVIDIA GPU.
 
-    Causality and the window are the kernel's own, which lets it skip blocks; only the segments come as a mask
-    (B T T, bfloat16): cuDNN's packed layout would need no mask, but it does not exist before Hopper.
+    Causality is the kernel's own, and so is the window where distance in the row is distance in the sequence, which lets it
+    skip blocks; the rest comes as a mask (B T T, bfloat16): cuDNN's packed layout would need none, but it does not exist
+    before Hopper.
     """
+    row_window = window if layout.prefixes_BT is None else None
 
-    def attend(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        same = segments[:, None, :, None] == segments[:, None, None, :]
+    def attend(query: Array, key: Array, value: Array, layout: Layout) -> Array:
+        tokens = query.shape[1]
         return jax.nn.dot_product_attention(
             query,
             key,
             value,
-            mask=same,
+            mask=layout.visible(None if row_window else window, 0, 0, tokens)[:, None],
             scale=scale,
             is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
+            local_window_size=None if row_window is None else (row_window - 1, 0),
             implementation="cudnn",
         )
 
-    return _per_device(attend, query, key, value, segments)
+    return _per_device(attend, query, key, value, layout)
 
 
 def splash(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"],
+    layout: Layout,
     window: int | None,
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Splash attention of a TPU; with `interpret`, the same kernel emulated anywhere, slowly."""
+    """Splash attention of a TPU; with `interpret`, the same kernel emulated anywhere, slowly.
 
-    def attend(query: Array, key: Array, value: Array, segments: Array) -> Array:
-        tokens, heads = query.shape[1:3]
-        one = _causal(tokens) if window is None else _local(tokens, window)
-        kernel = splash_attention.make_splash_mha(
-            splash_attention.MultiHeadMask([one] * heads),
-            block_sizes=_block_sizes(tokens),
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
+    The kernel leaves out blocks that nobody sees: by the causal or local mask alone where no segment continues another,
+    and by each row's own mask where one does.
+    """
+
+    def attend(query: Array, key: Array, value: Array, layout: Layout) -> Array:
         scaled = (query * scale).astype(query.dtype)
         q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (scaled, key, value))
-        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, splash_attention.SegmentIds(segments, segments))
-        return out_BNTH.swapaxes(1, 2)
+        rows = _whole_rows if layout.prefixes_BT is None else _branching_rows
+        return rows(q_BNTH, k_BKTH, v_BKTH, layout, window, interpret).swapaxes(1, 2)
 
-    return _per_device(attend, query, key, value, segments)
+    return _per_device(attend, query, key, value, layout)
+
+
+def _whole_rows(
+    q_BNTH: Array, k_BKTH: Array, v_BKTH: Array, layout: Layout, window: int | None, interpret: bool
+) -> Array:
+    heads, tokens = q_BNTH.shape[1:3]
+    one = _causal(tokens) if window is None else _local(tokens, window)
+    kernel = _splash_kernel(splash_attention.MultiHeadMask([one] * heads), tokens, interpret)
+    segments = splash_attention.SegmentIds(layout.segments_BT, layout.segments_BT)
+    return jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
+
+
+def _branching_rows(
+    q_BNTH: Array, k_BKTH: Array, v_BKTH: Array, layout: Layout, window: int | None, interpret: bool
+) -> Array:
+    heads, tokens = q_BNTH.shape[1:3]
+
+    def row(row: tuple[Array, Array, Array, Array]) -> Array:
+        q_NTH, k_KTH, v_KTH, seen_TT = row
+        kernel = _splash_kernel(jnp.broadcast_to(seen_TT, (heads, tokens, tokens)), tokens, interpret)
+        # Under a trace JAX 0.10.2 asks a traced value whether the mask is an array; it is.
+        kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+        return kernel(q_NTH, k_KTH, v_KTH)
+
+    return jax.lax.map(row, (q_BNTH, k_BKTH, v_BKTH, layout.visible(window, 0, 0, tokens)))
+
+
+def _splash_kernel(mask: splash_attention.MultiHeadMask | Array, tokens: int, interpret: bool) -> Any:
+    return splash_attention.make_splash_mha(
+        mask, block_sizes=_block_sizes(tokens), head_shards=1, q_seq_shards=1, interpret=interpret
+    )
 
 
 def _causal(tokens: int) -> splash_attention.CausalMask:
@@ -169,17 +229,17 @@ def _block_sizes(tokens: int) -> splash_attention.BlockSizes:
     )
 
 
-def _per_device(attend: Callable[..., Array], query: Array, key: Array, value: Array, segments: Array) -> Array:
+def _per_device(attend: Callable[..., Array], query: Array, key: Array, value: Array, layout: Layout) -> Array:
     """Run a kernel on every device's own rows and heads: the compiler cannot cut a kernel up by itself.
 
     The mesh is the one in context (`jax.set_mesh`). A dimension that does not divide by its axes is not cut.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return attend(query, key, value, segments)
+        return attend(query, key, value, layout)
     # Query heads are cut as the key heads are, so that a group of them stays with its key.
     by_head = partition(("batch", None, "kv_heads", None), key.shape, mesh.shape)
-    by_row = partition(("batch", None), segments.shape, mesh.shape)
+    by_row = partition(("batch", None), layout.segments_BT.shape, mesh.shape)
     run = partial(jax.shard_map, mesh=mesh, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head)
     # The kernels do not say over which axes their results vary, hence no check.
-    return run(attend, check_vma=False)(query, key, value, segments)
+    return run(attend, check_vma=False)(query, key, value, layout)

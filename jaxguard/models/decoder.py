@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxguard.models import weights as table
 from jaxguard.models.attention import FAR, Seen, attend, attend_seen
+from jaxguard.models.attention_kernels import Layout
 from jaxguard.models.axes import constrain
 from jaxguard.models.spec import Rope, Spec
 
@@ -74,23 +75,26 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
+        prefixes_BT: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm.
 
         Args:
             tokens_BT: vocabulary indices.
             positions_BT: place of each token in its own sequence; default 0, 1, 2, …
-            segments_BT: which packed sequence a token belongs to, 0 for padding; default one sequence a row.
+            segments_BT: which packed segment a token belongs to, 0 for padding; default one a row.
+            prefixes_BT: the segment that a token's segment continues, or its own; default all their own.
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         if segments_BT is None:
             segments_BT = jnp.ones_like(tokens_BT)
+        layout = Layout(segments_BT, positions_BT, prefixes_BT)
 
         def attention(
             query_BTNH: Array, key_BTKH: Array, value_BTKH: Array, kind: Array, _: None
         ) -> tuple[Array, None]:
-            return self._attend(query_BTNH, key_BTKH, value_BTKH, kind, segments_BT), None
+            return self._attend(query_BTNH, key_BTKH, value_BTKH, kind, layout), None
 
         return self._run(tokens_BT, positions_BT, attention, None)[0]
 
@@ -187,7 +191,7 @@ class Decoder(nnx.Module):
         h_BTD = constrain(project("BTF,FD->BTD", act(gate_BTF) * up_BTF, w["down_proj"]), "batch", None, None)
         return x_BTD + (norm(h_BTD, w["mlp_out_norm"]) if sandwich else h_BTD), kept
 
-    def _attend(self, query_BTNH: Array, key_BTKH: Array, value_BTKH: Array, kind: Array, segments_BT: Array) -> Array:
+    def _attend(self, query_BTNH: Array, key_BTKH: Array, value_BTKH: Array, kind: Array, layout: Layout) -> Array:
         """A branch for each window in use; one that the row fits into is no window at all."""
         tokens = query_BTNH.shape[1]
         windows = [None if k.window is None or k.window >= tokens else k.window for k in self.spec.kinds]
@@ -203,7 +207,7 @@ class Decoder(nnx.Module):
             for window in distinct
         ]
         branch = jnp.asarray([distinct.index(window) for window in windows])[kind]
-        return jax.lax.switch(branch, branches, query_BTNH, key_BTKH, value_BTKH, segments_BT)
+        return jax.lax.switch(branch, branches, query_BTNH, key_BTKH, value_BTKH, layout)
 
     def _norm(self, x: Array, weight: Array) -> Array:
         """RMSNorm over the last dimension, in fp32."""

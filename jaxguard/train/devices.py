@@ -2,9 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from rich.table import Table
 
@@ -39,19 +40,13 @@ def peak_flops(device_kind: str) -> float | None:
     return next((flops for pattern, flops in PEAKS if re.search(pattern, device_kind)), None)
 
 
-def attended_pairs(lengths: Iterable[int], window: int | None = None) -> int:
-    """(query, key) pairs that causal attention computes within segments of these lengths, self included.
-
-    A token sees itself and all tokens before it, at most `window` in all.
-    """
-    pairs = 0
-    for length in lengths:
-        near = length if window is None else min(length, window)
-        pairs += near * (near + 1) // 2 + (length - near) * near
-    return pairs
+def attended_pairs(positions: np.ndarray, window: int | None = None) -> int:
+    """(query, key) pairs that causal attention computes for tokens at these positions of their sequences, self included."""
+    seen = positions + 1
+    return int((seen if window is None else np.minimum(seen, window)).sum(dtype=np.int64))
 
 
-def training_flops(spec: Spec, lengths: Iterable[int], targets: int) -> float:
+def training_flops(spec: Spec, positions: np.ndarray, targets: int) -> float:
     """FLOPs of the matrix products that one update needs, for MFU. Padding and recomputation do not count.
 
     Forward: 2 per weight and token in the layers; 4 N H per pair of tokens that attend (scores and weighted sum);
@@ -60,14 +55,13 @@ def training_flops(spec: Spec, lengths: Iterable[int], targets: int) -> float:
 
     Args:
         spec: the model's shape.
-        lengths: tokens of each packed example of the update.
+        positions: of every token that is computed, in its sequence; a prefix that examples share is computed once.
         targets: tokens whose loss is taken.
     """
-    lengths = [int(length) for length in lengths]
     D, F, H, N, K = spec.width, spec.hidden, spec.head_dim, spec.heads, spec.kv_heads
     layer_weights = D * H * (2 * N + 2 * K) + 3 * D * F
-    pairs = [attended_pairs(lengths, kind.window) for kind in spec.kinds]
-    layers = 2 * layer_weights * spec.layers * sum(lengths)
+    pairs = [attended_pairs(positions, kind.window) for kind in spec.kinds]
+    layers = 2 * layer_weights * spec.layers * len(positions)
     attention = 4 * N * H * sum(pairs[kind] for kind in spec.layer_kinds)
     head = 2 * spec.vocab * D * targets
     return 3.0 * (layers + attention + head)

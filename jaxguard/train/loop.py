@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from jaxguard.config import Config, dump
@@ -216,20 +215,16 @@ def _not_finite(run: Run, step: int, values: dict[str, float]) -> str:
 
 
 def _speed(program: Program, examples: int, batch: Batch, seconds: float) -> dict[str, float]:
-    lengths = _segment_lengths(batch)
-    flops = training_flops(program.spec, lengths, int(batch.target_weights_BM.sum()))
+    positions = batch.held
+    flops = training_flops(program.spec, positions, int(batch.target_weights_BM.sum()))
     peak = peak_flops(program.mesh.devices.flat[0].device_kind)
     speed = {
         "seconds": seconds,
-        "tokens_per_second": sum(lengths) / seconds,
+        "tokens_per_second": len(positions) / seconds,
         "examples_per_second": examples / seconds,
-        "padding": 1 - sum(lengths) / batch.tokens_BT.size,
+        "padding": 1 - len(positions) / batch.tokens_BT.size,
     }
     return speed if peak is None else speed | {"mfu": flops / seconds / (peak * program.mesh.size)}
-
-
-def _segment_lengths(batch: Batch) -> list[int]:
-    return [int(n) for row in batch.segments_BT for n in np.bincount(row)[1:] if n]
 
 
 def validate(run: Run, step: int, state: State) -> float | None:

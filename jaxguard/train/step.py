@@ -54,7 +54,7 @@ class Program:
     def batch(self, shape: Shape) -> Batch:
         """Shapes, types and shardings of a batch."""
         sharding = batch_sharding(self.mesh)
-        return Batch(*(jax.ShapeDtypeStruct(s, t, sharding=sharding) for s, t in Batch.layout(shape)))
+        return Batch.build(shape, partial(jax.ShapeDtypeStruct, sharding=sharding))
 
 
 def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program:
@@ -130,7 +130,7 @@ def logprobs(
 ) -> Float[Array, "B M Q"]:
     """Log-probabilities of ids at the batch's target positions."""
     decoder = Decoder(spec, weights, compute)
-    hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.prefixes_BT)
     return target_logprobs(hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk)
 
 

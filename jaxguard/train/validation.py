@@ -89,7 +89,7 @@ class Validation:
         """Identity of each sequence -> what it scored."""
         sequences = [branch for _, _, branches in self.held for branch in branches]
         for start in range(0, len(sequences), self.batch_size):
-            rows = pack(sequences[start : start + self.batch_size], self.row_tokens)
+            rows = pack(sequences[start : start + self.batch_size], self.row_tokens, self.row_multiple)
             batch = assemble(rows, bucketed(rows, self.row_tokens, self.row_multiple))
             ids_BMQ = np.stack([batch.target_ids_BM, *_choices(rows, batch)], axis=-1)
             placed = place((batch, ids_BMQ), batch_sharding(program.mesh))

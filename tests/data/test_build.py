@@ -13,7 +13,8 @@ import yaml
 
 from jaxguard.config import CONFIG_FOLDER, load
 from jaxguard.data.__main__ import main
-from jaxguard.data.dialogue import Mode, parse
+from jaxguard.data.answer import parse
+from jaxguard.data.dialogue import Mode
 from jaxguard.data.encode import Encoder
 from jaxguard.data.prepare import select
 from jaxguard.data.sources import load_examples

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.data.dialogue import Dialogue, Mode, Verdict, answers, parse, questions
+from jaxguard.data.answer import Verdict, parse
+from jaxguard.data.dialogue import Dialogue, Mode, answers, questions
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Category, Policy
 from jaxguard.errors import JaxguardError

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from jaxguard.data.dialogue import CLOSED, Mode, Verdict, parse
+from jaxguard.data.answer import Verdict, parse
+from jaxguard.data.dialogue import CLOSED, Mode
 from jaxguard.data.encode import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS

@@ -5,7 +5,8 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from jaxguard.data.dialogue import CHOICES, Mode, parse
+from jaxguard.data.answer import parse
+from jaxguard.data.dialogue import CHOICES, Mode
 from jaxguard.data.encode import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Category, Policy

@@ -12,7 +12,8 @@ import time
 import pytest
 from foreign_templates import GUARDS, LINES, guard_tokenizer
 
-from jaxguard.data.dialogue import CHOICES, CLOSED, TITLES, Mode, parse
+from jaxguard.data.answer import parse
+from jaxguard.data.dialogue import CHOICES, CLOSED, TITLES, Mode
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Policy
 from jaxguard.evaluate.foreign import foreign_format

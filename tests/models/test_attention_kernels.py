@@ -5,86 +5,103 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxguard.errors import JaxguardError
-from jaxguard.models import attention_kernels
-from jaxguard.models.attention_kernels import choose
+from jaxguard.models import attention, attention_kernels
+from jaxguard.models.attention_kernels import Layout, choose
 
 
-def reference(query, key, value, segments, window, scale):
+def reference(query, key, value, layout, window, scale):
     """The definition, one score at a time in matrix form."""
     index = np.arange(query.shape[1])
-    distance = index[:, None] - index[None, :]
-    near = (distance >= 0) & (distance < (window or query.shape[1]))
-    sees = near & (segments[:, :, None] == segments[:, None, :])
+    distance = layout.positions_BT[:, :, None] - layout.positions_BT[:, None, :]
+    segments = layout.segments_BT
+    prefixes = segments if layout.prefixes_BT is None else layout.prefixes_BT
+    sees = (segments[:, :, None] == segments[:, None, :]) | (prefixes[:, :, None] == segments[:, None, :])
+    sees &= (index[:, None] >= index) & (distance < (window or query.shape[1]))
     key, value = (np.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     scores = np.where(sees[:, None], np.einsum("btnh,bsnh->bnts", query, key) * scale, -1e30)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
 
 
-def packed(rows, tokens, heads=4, kv_heads=2, head_dim=128, seed=0):
+def packed(rows, tokens, heads=4, kv_heads=2, head_dim=128, seed=0, shared=False):
+    """Random rows of three segments and padding; where they are `shared`, the second and the third continue the first."""
     random = np.random.default_rng(seed)
     query, key, value = (
         random.normal(size=(rows, tokens, n, head_dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads)
     )
-    segments = np.zeros((rows, tokens), np.int32)
-    for row in segments:
-        cuts = np.sort(random.choice(np.arange(1, tokens), 3, replace=False))
+    segments, positions, prefixes = np.zeros((3, rows, tokens), np.int32)
+    for row in range(rows):
+        first, *_ = cuts = np.sort(random.choice(np.arange(1, tokens), 3, replace=False))
         for i, (start, end) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True)):
-            row[start:end] = i + 1  # the rest is padding
-    return query, key, value, segments
+            segments[row, start:end] = i + 1  # the rest is padding
+            prefixes[row, start:end] = 1
+            positions[row, start:end] = np.arange(end - start) + (first if shared and i else 0)
+    return query, key, value, Layout(segments, positions, prefixes if shared else None)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 40, 1000])
-def test_splash_is_packed_causal_attention(window):
-    query, key, value, segments = packed(rows=2, tokens=256)
-    got = attention_kernels.splash(*map(jnp.asarray, (query, key, value, segments)), window, 0.1, interpret=True)
-    expected = reference(query, key, value, segments, window, 0.1)
-    real = segments > 0
+def test_splash_is_packed_causal_attention(window, shared):
+    query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=256, shared=shared))
+    got = attention_kernels.splash(query, key, value, layout, window, 0.1, interpret=True)
+    expected = reference(query, key, value, layout, window, 0.1)
+    real = layout.segments_BT > 0
     np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=2e-5)
     assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])
-def test_what_cudnn_is_asked_for_is_packed_causal_attention(monkeypatch, window):
+def test_what_cudnn_is_asked_for_is_packed_causal_attention(monkeypatch, window, shared):
     """cuDNN itself needs a GPU; JAX computes the same request, to the letter, without it."""
     ask = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: ask(*a, **k | {"implementation": "xla"}))
-    query, key, value, segments = packed(rows=2, tokens=64, head_dim=16)
-    got = attention_kernels.cudnn(*map(jnp.asarray, (query, key, value, segments)), window, 0.1)
-    real = segments > 0
-    np.testing.assert_allclose(got[real], reference(query, key, value, segments, window, 0.1)[real], atol=2e-5)
+    query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=64, head_dim=16, shared=shared))
+    got = attention_kernels.cudnn(query, key, value, layout, window, 0.1)
+    real = layout.segments_BT > 0
+    np.testing.assert_allclose(got[real], reference(query, key, value, layout, window, 0.1)[real], atol=2e-5)
     assert np.isfinite(got).all()
 
 
-def test_splash_over_a_mesh_is_splash_on_one_device():
-    arrays = packed(rows=4, tokens=128)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 20, 1000])
+def test_xla_is_packed_causal_attention(window, shared):
+    query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=64, head_dim=16, shared=shared))
+    got = attention.xla(query, key, value, layout, window=window, scale=0.1, chunk=24)
+    real = layout.segments_BT > 0
+    np.testing.assert_allclose(got[real], reference(query, key, value, layout, window, 0.1)[real], atol=2e-5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_splash_over_a_mesh_is_splash_on_one_device(shared):
+    arrays = packed(rows=4, tokens=128, shared=shared)
     expected = reference(*arrays, None, 0.1)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
-    def run(query, key, value, segments):
-        return attention_kernels.splash(query, key, value, segments, None, 0.1, interpret=True)
+    def run(query, key, value, layout):
+        return attention_kernels.splash(query, key, value, layout, None, 0.1, interpret=True)
 
     with jax.set_mesh(mesh):
         got = jax.jit(run)(*arrays)
     assert got.sharding.shard_shape(got.shape) == (1, 128, 2, 128)
-    real = arrays[-1] > 0
+    real = arrays[-1].segments_BT > 0
     np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=2e-5)
 
 
-def test_splash_gradient():
-    query, key, value, segments = (jnp.asarray(x) for x in packed(rows=1, tokens=128))
-    real = (segments > 0)[..., None, None]
+@pytest.mark.parametrize("shared", [False, True])
+def test_splash_gradient(shared):
+    query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=1, tokens=128, shared=shared))
+    real = (layout.segments_BT > 0)[..., None, None]
 
     def loss(attend, *qkv):
         return jnp.sum(jnp.where(real, attend(*qkv), 0) ** 2)
 
     def plain(query, key, value):
-        index = jnp.arange(128)
-        sees = (index[:, None] >= index) & (segments[:, None, :, None] == segments[:, None, None, :])
+        sees = layout.visible(None, 0, 0, 128)[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=sees, scale=0.1, implementation="xla")
 
     def fused(query, key, value):
-        return attention_kernels.splash(query, key, value, segments, None, 0.1, interpret=True)
+        return attention_kernels.splash(query, key, value, layout, None, 0.1, interpret=True)
 
     for got, expected in zip(
         *(

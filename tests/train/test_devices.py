@@ -55,23 +55,24 @@ def test_unknown_peaks_are_not_guessed(kind: str) -> None:
 @given(st.lists(st.integers(0, 12), max_size=4), st.none() | st.integers(1, 8))
 def test_attended_pairs_are_the_masks_sum(lengths: list[int], window: int | None) -> None:
     expected = 0
+    positions = np.concatenate([np.arange(0), *map(np.arange, lengths)])
     for length in lengths:
         query, key = np.indices((length, length))
         mask = (key <= query) & (query - key < (window or length))
         expected += int(mask.sum())
-    assert attended_pairs(lengths, window) == expected
+    assert attended_pairs(positions, window) == expected
 
 
 def test_layer_and_head_flops_are_six_per_weight_and_token() -> None:
-    without_pairs = training_flops(SPEC, [1] * 10, 4) - 3 * 4 * SPEC.heads * SPEC.head_dim * 10 * SPEC.layers
+    without_pairs = training_flops(SPEC, np.zeros(10, int), 4) - 3 * 4 * SPEC.heads * SPEC.head_dim * 10 * SPEC.layers
     weights = {path: w for path, w in abstract(SPEC).items() if "norm" not in path}
     layers = sum(np.prod(w.shape) for path, w in weights.items() if path.startswith("layers."))
     assert without_pairs == 6 * (layers * 10 + SPEC.vocab * SPEC.width * 4)
 
 
 def test_local_layers_attend_to_their_window_only() -> None:
-    with_attention = training_flops(SPEC, [20], 0) - training_flops(SPEC, [1] * 20, 0)
-    pairs = 2 * (attended_pairs([20], 5) - 20) + (attended_pairs([20]) - 20)
+    with_attention = training_flops(SPEC, np.arange(20), 0) - training_flops(SPEC, np.zeros(20, int), 0)
+    pairs = 2 * (attended_pairs(np.arange(20), 5) - 20) + (attended_pairs(np.arange(20)) - 20)
     assert with_attention == 3 * 4 * SPEC.heads * SPEC.head_dim * pairs
 
 

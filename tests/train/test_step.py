@@ -76,7 +76,7 @@ def gradient(spec, weights, batch: Batch, accumulation: int = 1, **compute):
 
 
 def packed(examples, row_multiple: int = 1) -> Batch:
-    rows = pack(examples, ROW_TOKENS)
+    rows = pack(examples, ROW_TOKENS, row_multiple)
     return assemble(rows, bucketed(rows, ROW_TOKENS, row_multiple))
 
 
@@ -98,6 +98,30 @@ def test_packed_gradient_equals_the_unpacked_one(spec, weights):
     examples = sequences(16)
     assert packed(examples).tokens_BT.shape[0] < 16
     assert_same(gradient(spec, weights, packed(examples)), gradient(spec, weights, unpacked(examples)))
+
+
+def alike(count: int, seed: int = 0) -> list[Sequence]:
+    """Examples of which every third begins with nothing known, and the others with one of two policies."""
+    random = np.random.default_rng(seed)
+    heads = [b"", *(random.integers(0, 512, n).astype(np.int32).tobytes() for n in (9, 17))]
+    out = []
+    for i, s in enumerate(sequences(count, seed=seed)):
+        head = np.frombuffer(heads[i % 3], np.int32)
+        tokens, target = np.concatenate([head, s.tokens]), np.concatenate([head < 0, s.target])
+        out.append(dataclasses.replace(s, tokens=tokens, target=target, head=heads[i % 3]))
+    return out
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, chunk, accumulation):
+    examples = alike(16)
+    batch = packed(examples, accumulation)
+    assert batch.prefixes_BT is not None
+    assert batch.segments_BT.astype(bool).sum() < sum(len(s.tokens) for s in examples)
+    plain = unpacked([dataclasses.replace(s, head=b"") for s in examples])
+    assert plain.prefixes_BT is None
+    assert_same(gradient(spec, weights, batch, accumulation, query_chunk=chunk), gradient(spec, weights, plain))
 
 
 def test_loss_is_the_mean_over_all_target_tokens(spec, weights):
@@ -148,7 +172,7 @@ MESHES = (
 )
 
 
-def two_updates(spec, weights, mesh_config):
+def two_updates(spec, weights, mesh_config, examples=sequences):
     """Adam's first moments after one update, which are a tenth of the gradient, and the metrics of two."""
     cfg = config(mesh=mesh_config, optimizer={"clip_norm": None})
     mesh = make_mesh(cfg.mesh, jax.devices()[: np.prod(list(mesh_config.values()))])
@@ -158,18 +182,20 @@ def two_updates(spec, weights, mesh_config):
         state = program.initialise(jax.tree.map(jnp.copy, placed))
         metrics, moments = [], None
         for seed in (0, 1):
-            rows = pack(sequences(16, seed=seed), ROW_TOKENS)
-            state, found = program.update(state, place(assemble(rows, Shape(8, ROW_TOKENS, 64)), batch_sharding(mesh)))
+            rows = pack(examples(16, seed=seed), ROW_TOKENS, 8)
+            batch = assemble(rows, bucketed(rows, ROW_TOKENS, 8))
+            state, found = program.update(state, place(batch, batch_sharding(mesh)))
             metrics.append(jax.tree.map(np.asarray, found))
             moments = moments or jax.tree.map(np.asarray, optax.tree.get(state["optimizer"], "mu"))
         return moments, metrics
 
 
-def test_every_mesh_computes_the_same_gradient_and_update(spec, weights):
-    expected = two_updates(spec, weights, MESHES[0])
+@pytest.mark.parametrize("examples", [sequences, alike])
+def test_every_mesh_computes_the_same_gradient_and_update(spec, weights, examples):
+    expected = two_updates(spec, weights, MESHES[0], examples)
     assert expected[1][1].loss != expected[1][0].loss
     for mesh in MESHES[1:]:
-        assert_same(two_updates(spec, weights, mesh), expected)
+        assert_same(two_updates(spec, weights, mesh, examples), expected)
 
 
 def test_weights_are_cut_over_fsdp(spec):
