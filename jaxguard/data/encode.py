@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, Self
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jaxguard.data.cutting import CUT_MARK, LONGEST_TOKEN, cut, share, shortened
+from jaxguard.data.cutting import CUT_MARK, LONGEST_TOKEN, MIN_KEPT, cut, share, shortened
 from jaxguard.data.dialogue import ABSENT, CHOICES, NO_THOUGHT, Answers, Dialogue, Mode, answers, questions, written
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Policy, Question, load_policy, policy_for
@@ -20,8 +20,6 @@ from jaxguard.data.template import Template, load_tokenizer, read_template, rend
 from jaxguard.errors import JaxguardError
 from jaxguard.sections import DataConfig
 
-MIN_KEPT: Final = 16
-"""Tokens of a prompt, and of a response, that cutting leaves; an example with less to judge would teach nothing."""
 TOKENIZER_FILES: Final = ("*.json", "*.jinja", "tokenizer*")
 """What an encoder needs of a checkpoint on the hub."""
 
@@ -350,9 +348,9 @@ class Encoder:
             return turn, self.ids(self._prompt_text(turn, mode))
 
         turn, ids = attempt(texts)
-        shortened = any(len(t or "") > most for t in (example.prompt, example.response))
+        shorter = any(len(t or "") > most for t in (example.prompt, example.response))
         if len(ids) <= room:
-            return Prompt(turn, ids, shortened)
+            return Prompt(turn, ids, shorter)
         texts = [self.dialogue.quote(t) for t in texts]
         spans = [self.tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).offsets for t in texts]
         counts = [len(s) for s in spans]

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.data.batches import Schedule, assemble, bucket_size, bucketed, pack, total_steps
+from jaxguard.data.batches import (
+    Batch,
+    Schedule,
+    Shape,
+    assemble,
+    bucket_size,
+    bucketed,
+    held_tokens,
+    pack,
+    total_steps,
+)
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.encode import Sequence
 
@@ -15,32 +25,48 @@ ROW = 32
 ORDER = {0: [0, 2, 9, 1, 8], 3: [4, 1, 0, 6, 9]}
 
 
-def sequence(name: str, length: int, targets: int) -> Sequence:
+HEADS = (b"", np.arange(7, dtype=np.int32).tobytes(), np.arange(9, dtype=np.int32).tobytes())
+
+
+def sequence(name: str, length: int, targets: int, head: int = 0) -> Sequence:
+    """So many tokens, `head` of them those that others begin with too."""
     tokens = np.arange(1, length + 1, dtype=np.int32) + 100 * int(name)
-    return Sequence(name, Mode.DIRECT, tokens, np.arange(length) >= length - targets, (), (), False)
+    shared = np.frombuffer(HEADS[head], np.int32)
+    tokens[: len(shared)] = shared
+    return Sequence(name, Mode.DIRECT, tokens, np.arange(length) >= length - targets, (), (), False, HEADS[head])
 
 
-lengths = st.lists(st.tuples(st.integers(2, ROW), st.integers(1, 8)), min_size=1, max_size=20)
+lengths = st.lists(st.tuples(st.integers(11, ROW), st.integers(1, 8), st.integers(0, 2)), min_size=1, max_size=20)
 
 
-def build(shapes) -> list[Sequence]:
-    return [sequence(str(i), n, min(t, n - 1)) for i, (n, t) in enumerate(shapes)]
+def build(shapes, shared: bool = True) -> list[Sequence]:
+    """At least one token between head and targets, as a prompt has."""
+    return [sequence(str(i), n, min(t, n - 10), head * shared) for i, (n, t, head) in enumerate(shapes)]
+
+
+def read(batch: Batch) -> list[tuple[int, ...]]:
+    """The sequences of a batch, by segments and prefixes alone."""
+    found = []
+    for r, segments in enumerate(batch.segments_BT):
+        prefixes = segments if batch.prefixes_BT is None else batch.prefixes_BT[r]
+        continued = {p for s, p in zip(segments, prefixes, strict=True) if s != p}
+        for segment in set(segments) - {0} - continued:
+            first = int(np.argmax(segments == segment))
+            whole = [i for i, s in enumerate(segments) if s in (segment, prefixes[first])]
+            np.testing.assert_array_equal(batch.positions_BT[r, whole], np.arange(len(whole)))
+            found.append(tuple(int(t) for t in batch.tokens_BT[r, whole]))
+        assert not batch.tokens_BT[r, segments == 0].any()
+    return found
 
 
 @given(lengths, st.integers(1, 8))
 def test_every_token_and_target_is_in_the_batch_exactly_once(shapes, multiple):
     sequences = build(shapes)
-    rows = pack(sequences, ROW)
+    rows = pack(sequences, ROW, multiple)
     batch = assemble(rows, bucketed(rows, ROW, multiple))
     assert batch.tokens_BT.shape[0] % multiple == 0
-    found = []
-    for tokens, positions, segments in zip(batch.tokens_BT, batch.positions_BT, batch.segments_BT, strict=True):
-        for segment in range(1, segments.max() + 1):
-            here = segments == segment
-            np.testing.assert_array_equal(positions[here], np.arange(here.sum()))
-            found.append(tuple(tokens[here]))
-        assert not tokens[segments == 0].any()
-    assert sorted(found) == sorted(tuple(s.tokens) for s in sequences)
+    assert sorted(read(batch)) == sorted(tuple(s.tokens.tolist()) for s in sequences)
+    assert len(batch.held) == sum(map(held_tokens, rows))
     targets = batch.target_ids_BM[batch.target_weights_BM == 1]
     assert sorted(targets) == sorted(itertools.chain(*(s.tokens[s.target] for s in sequences)))
     assert batch.target_weights_BM.sum() == sum(s.target.sum() for s in sequences)
@@ -48,7 +74,7 @@ def test_every_token_and_target_is_in_the_batch_exactly_once(shapes, multiple):
 
 @given(lengths)
 def test_a_target_is_predicted_from_the_token_before_it_in_its_own_segment(shapes):
-    rows = pack(build(shapes), ROW)
+    rows = pack(build(shapes), ROW, 1)
     batch = assemble(rows, bucketed(rows, ROW, 1))
     for r, m in zip(*np.nonzero(batch.target_weights_BM), strict=True):
         before = batch.target_index_BM[r, m]
@@ -56,13 +82,26 @@ def test_a_target_is_predicted_from_the_token_before_it_in_its_own_segment(shape
         assert batch.segments_BT[r, before] == batch.segments_BT[r, before + 1] > 0
 
 
-@given(lengths)
-def test_packing_needs_few_rows(shapes):
-    """First-fit decreasing: no two rows could be poured together, so at most one is half empty."""
-    rows = pack(build(shapes), ROW)
-    used = [sum(len(s.tokens) for s in row) for row in rows]
-    assert max(used) <= ROW
-    assert sum(n <= ROW // 2 for n in used) <= 1
+@given(lengths, st.integers(1, 4))
+def test_packing_needs_few_rows(shapes, multiple):
+    """First-fit decreasing: no two rows could be poured together, so at most one would be half empty."""
+    plain = build(shapes, shared=False)
+    rows = pack(plain, ROW, 1)
+    assert max(map(held_tokens, rows)) <= ROW
+    assert len(rows) <= bucket_size(2 * sum(len(s.tokens) for s in plain) // ROW + 1, 1)
+    shared = pack(build(shapes), ROW, multiple)
+    assert max(map(held_tokens, shared)) <= ROW
+    assert len(shared) <= bucket_size(len(shapes), multiple)
+
+
+def test_a_prefix_is_held_once_a_row_and_rows_are_as_short_as_they_can_be():
+    """Sixteen examples of 12 tokens, 9 of them shared: 9 + 16 x 3 on one device, 9 + 2 x 3 on each of eight."""
+    examples = [sequence(str(i), 12, 1, head=2) for i in range(16)]
+    assert [held_tokens(row) for row in pack(examples, 64, 1)] == [57]
+    rows = pack(examples, 64, 8)
+    assert [held_tokens(row) for row in rows] == [15] * 8
+    assert bucketed(rows, 64, 8) == Shape(8, 16, 64, shared=True)
+    assert bucketed(pack(build([(12, 1, 0)] * 16), 64, 8), 64, 8) == Shape(8, 32, 64, shared=False)
 
 
 @given(st.integers(1, 5000), st.integers(1, 64))

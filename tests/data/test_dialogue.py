@@ -30,19 +30,19 @@ def test_user_turn(dialogue: Dialogue):
     blocks = turn["content"].split("\n\n")
     assert blocks[1:] == [
         "Safety policy:\nS1: Insults. Demeans people.\nS2: Spam.\nBe kind.",
-        "Human user:\nhello",
-        "AI assistant:\nhi",
         "Answer format:\nFirst reason between <think> and </think>, then give these lines:\n"
         "Prompt harm: harmful or unharmful\nResponse harm: harmful, unharmful or None\n"
         "Response refusal: refusal, compliance or None",
+        "Human user:\nhello",
+        "AI assistant:\nhi",
         "/think",
     ]
 
 
 def test_only_what_is_asked_is_in_the_format(dialogue: Dialogue):
     turn = dialogue.messages(ALONE, POLICY, Mode.DIRECT, asks=("prompt_harm",))[0]["content"]
-    assert "AI assistant:\nNone\n" in turn
-    assert turn.endswith("lines:\nPrompt harm: harmful or unharmful\n\n/no_think")
+    assert "lines:\nPrompt harm: harmful or unharmful\n\nHuman user:" in turn
+    assert turn.endswith("AI assistant:\nNone\n\n/no_think")
     assert "Response" not in turn
 
 

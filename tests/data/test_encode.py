@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxguard.data.dialogue import CHOICES, Mode, answers, questions
-from jaxguard.data.encode import CUT_MARK, MIN_KEPT, Encoder, NoRoomError, encode_many
+from jaxguard.data.cutting import CUT_MARK, MIN_KEPT
+from jaxguard.data.encode import Encoder, NoRoomError, encode_many
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Category, Policy
 from jaxguard.data.template import TEMPLATE_KWARGS
@@ -198,10 +199,27 @@ def test_every_length_fits(encoder_of, mode: Mode):
         )
 
 
+@pytest.mark.parametrize("name", ["tiny", "smollm2", "llama3_1", "gemma3"])
+def test_examples_of_one_policy_share_its_tokens_and_nothing_of_the_text(encoder_of, name):
+    """Whatever the text begins with, as far as a tokenizer lets it."""
+    encoder = encoder_of(name)
+    starts = ("hello", "1 2", "\u2581x", "\ud83d\ude00", "-", "Human user:", "<think>", ".\n.")
+    sequences = [encoder.encode(replace(BOTH, prompt=text), Mode.DIRECT) for text in starts]
+    head = encoder.tokenizer.decode(np.frombuffer(sequences[0].head, np.int32))
+    assert "Response harm: harmful" in head
+    for sequence in sequences:
+        assert sequence.tokens[: sequence.prefix].tobytes() == sequence.head
+        assert sequence.prefix < np.argmax(sequence.target)
+    assert len({id(s.head) for s in sequences}) <= 2
+    other = encoder.encode(BOTH, Mode.REASONING)
+    assert other.head != sequences[0].head
+    assert replace(encoder, share_prefixes=False).encode(BOTH, Mode.DIRECT).head == b""
+
+
 def test_there_is_always_something_to_judge(encoder_of):
     """With longer and longer traces, the text shrinks to MIN_KEPT tokens and then the example is refused."""
     encoder = encoder_of("tiny")
-    header, footer = "AI assistant:\n", "\n\nAnswer format:"
+    header, footer = "AI assistant:\n", "\n\n/think"
     kept = []
     for words in itertools.count():
         sequence = encoder.encode(replace(BOTH, response=LONG * 99, trace="so " * (100 + words)), Mode.REASONING)
@@ -242,7 +260,7 @@ def test_a_megabyte_is_cut_in_linear_time(encoder: Encoder):
 
 
 def test_texts_cut_before_they_are_tokenised_are_cut(encoder_of, monkeypatch):
-    monkeypatch.setattr("jaxguard.data.encode._LONGEST_TOKEN", 1)
+    monkeypatch.setattr("jaxguard.data.encode.LONGEST_TOKEN", 1)
     sequence = encoder_of("tiny").encode(replace(BOTH, prompt=LONG * 30), Mode.DIRECT)
     assert sequence.cut
     assert len(sequence.tokens) < 512

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from jaxguard.config import validate
 from jaxguard.data.__main__ import main
+from jaxguard.data.batches import Schedule
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.encode import Encoder
 from jaxguard.data.prepare import encode_selection, select
@@ -112,10 +113,15 @@ def test_packing_agrees_with_counting_every_batch(made):
     config, _, prepared, _ = made
     packed = packing(config, prepared.train)
     assert packed["steps"] == 20 * 2 // 4
-    assert packed["rows"] >= 1
     # Each epoch sees each example once, and two whole epochs are ten batches: no sampling is involved.
-    used = 2 * sum(len(s.tokens) for s in prepared.train)
-    assert packed["padding"] == pytest.approx(1 - used / (packed["rows"] * packed["steps"] * 512))
+    whole = 2 * sum(len(s.tokens) for s in prepared.train)
+    batches = list(Schedule(prepared.train, 4, 10, 512, 1, config.seed).read(0, prefetch=1))
+    held, size = sum(len(b.held) for b in batches), sum(b.tokens_BT.size for b in batches)
+    assert packed["rows"] == np.mean([len(b.tokens_BT) for b in batches])
+    assert packed["tokens"] == np.mean([b.tokens_BT.shape[1] for b in batches])
+    assert packed["padding"] == pytest.approx(1 - held / size)
+    assert packed["shared"] == pytest.approx(1 - held / whole)
+    assert packed["shared"] > 0.2
 
 
 def test_too_few_examples_for_one_batch(made):
