@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import jax
 from jax.experimental import topologies
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -21,6 +22,13 @@ GIB = 1024**3
 TARGETS_FILE = CONFIG_FOLDER / "hardware" / "targets.yaml"
 GPUS_PER_HOST = 8
 """Where a target's shape is only a number."""
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""What libtpu's environment must say on a host that has no TPU; the type does not change what it compiles for."""
 
 
 def _bytes(text: Any) -> Any:
@@ -149,26 +157,33 @@ def topology(cluster: Cluster) -> Sequence[Any]:
     """The devices, to build a mesh of and compile for; nothing can run on them.
 
     Raises:
-        JaxguardError: their compiler is not installed.
+        JaxguardError: their compiler is not installed, or does not know them.
     """
-    if cluster.target.gpu:
-        _require("jax_cuda12_plugin")
-        shape = "x".join(map(str, (1, *cluster.shape)))  # slices x hosts x devices of a host
-        config = _gpu_config(cluster.target, cluster.target.gpu)
-        return topologies.get_topology_desc("gpu", "cuda", target_config=config, topology=shape).devices
-    _require("libtpu")
-    # libtpu must neither ask a metadata server where it runs nor claim a chip.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Nothing runs, so no device of this host is claimed; without one, JAX's CUDA plugin would not load.
+    jax.config.update("jax_platforms", "cpu")
+    _require("jax_cuda12_plugin" if cluster.target.gpu else "libtpu", cluster)
+    try:
+        return (_gpus if cluster.target.gpu else _tpus)(cluster)
+    except (RuntimeError, ValueError) as error:
+        said = str(error).partition("\n")[0]
+        raise JaxguardError(f"target {cluster.name!r}: the installed compiler does not take it: {said}") from None
+
+
+def _gpus(cluster: Cluster) -> Sequence[Any]:
+    assert cluster.target.gpu is not None
+    shape = "x".join(map(str, (1, *cluster.shape)))  # slices x hosts x devices of a host
+    config = _gpu_config(cluster.target, cluster.target.gpu)
+    return topologies.get_topology_desc("gpu", "cuda", target_config=config, topology=shape).devices
+
+
+def _tpus(cluster: Cluster) -> Sequence[Any]:
+    # libtpu must neither ask a metadata server where it runs nor claim a chip; it complains where it is told nothing.
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
     tpu = cluster.target.tpu
     assert tpu is not None
     name = f"{tpu.generation}:{'x'.join(map(str, cluster.shape))}"
-    try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=name, chip_config_name=tpu.chip_config
-        ).devices
-    except (RuntimeError, ValueError) as error:
-        raise JaxguardError(f"target {cluster.name!r}: this libtpu does not know {name}: {error}") from None
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, chip_config_name=tpu.chip_config).devices
 
 
 def _hosts(text: str, sides: tuple[int, ...]) -> tuple[int, ...]:
@@ -246,6 +261,6 @@ device_description_str: "{target.title}"
 """
 
 
-def _require(module: str) -> None:
+def _require(module: str, cluster: Cluster) -> None:
     if importlib.util.find_spec(module) is None:
-        raise JaxguardError("the compiler for that target is not installed: pip install 'jaxguard[aot]'")
+        raise JaxguardError(f"target {cluster.name!r}: its compiler is not installed: pip install 'jaxguard[aot]'")

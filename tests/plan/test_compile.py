@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from plan_examples import plan_of
 from rich.console import Console
 
-from jaxguard.config import Config, load, validate
+from jaxguard.config import load
 from jaxguard.data.batches import Shape
 from jaxguard.errors import JaxguardError
 from jaxguard.models import attention_kernels
@@ -28,12 +28,6 @@ from jaxguard.train.devices import training_flops
 from jaxguard.train.sharding import make_mesh
 
 LLAMA, GEMMA = "meta-llama/Llama-3.1-8B-Instruct", "google/gemma-3-4b-it"
-
-
-@pytest.fixture
-def config() -> Config:
-    tree = {"name": "tiny", "model": {"checkpoint": GEMMA}, "data": {"train": [{"kind": "wildguardmix"}]}}
-    return validate(tree, "test")
 
 
 @pytest.mark.parametrize(
@@ -131,12 +125,6 @@ def test_the_ideal_is_three_times_the_weights_but_for_a_devices_own_part():
     cut = sum(2 * math.prod(w.shape(spec)) for w in table(spec) if "norm" not in w.axes)
     assert ideal_sent(spec, {"data": 1, "fsdp": 8, "tensor": 1}, compute) == pytest.approx(3 * cut * 7 / 8, rel=1e-3)
     assert ideal_sent(spec, {"data": 1, "fsdp": 1, "tensor": 1}, compute) == 0
-
-
-@pytest.mark.aot
-def test_rows_that_the_devices_cannot_share(config):
-    with pytest.raises(JaxguardError, match=r"12 rows cannot be shared out: .* multiples of 8"):
-        compile_step(config, find_spec(config.model), find_cluster("a100-80gb:8"), rows=12)
 
 
 @pytest.mark.aot

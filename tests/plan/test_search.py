@@ -105,10 +105,15 @@ def test_a_change_that_is_no_field_is_named(capsys):
     assert "did you mean 'remat'" in capsys.readouterr().err
 
 
-def test_nothing_that_fits_is_an_error_that_says_what_to_do(capsys, monkeypatch):
-    def refuse(*_):
-        raise OutOfMemoryError("too small")
+def test_where_nothing_fits_that_is_what_is_said(capsys, monkeypatch):
+    def refuse(config, spec, cluster, *rest):
+        if cluster.name == "h100":
+            raise OutOfMemoryError("too small")
+        return compile_step(config, spec, cluster, *rest)
 
     monkeypatch.setattr(searching, "compile_step", refuse)
-    assert door.main(["--config", "llama8b_5k", "--target", "h100", "--search"]) == 2
-    assert "take more devices" in capsys.readouterr().err
+    targets = ["--target", "h100", "--target", "a100-80gb:8"]
+    assert door.main(["--config", "llama8b_5k", *targets, "--search"]) == door.DOES_NOT_FIT
+    said = " ".join(capsys.readouterr().out.split())
+    assert "llama8b_5k on h100 does not fit: nothing that was tried does; take more devices" in said
+    assert "llama8b_5k on a100-80gb:8" in said, "the other target is ranked all the same"

@@ -1,4 +1,3 @@
-import importlib.util
 import math
 
 import pytest
@@ -44,13 +43,6 @@ def test_a_target_is_a_name_and_a_shape(text, shape, devices, linked):
 def test_a_target_that_does_not_exist(text, message):
     with pytest.raises(JaxguardError, match=message):
         find_cluster(text)
-
-
-@pytest.mark.parametrize("text", ["h100:8", "v5e:8"])
-def test_a_compiler_that_is_not_installed(monkeypatch, text):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(JaxguardError, match=r"pip install 'jaxguard\[aot\]'"):
-        targets.topology(find_cluster(text))
 
 
 def test_a_mistake_in_the_file_names_target_and_field(tmp_path):
