@@ -124,7 +124,7 @@ def compile_step(
     shape = _shape(config, row_multiple(config, mesh), rows, targets)
     program = build_program(config, spec, mesh, steps)
     start = time.perf_counter()
-    compiled = _compile(program, shape, cluster)
+    compiled = _compile(program, shape)
     seconds = time.perf_counter() - start
     memory, found = compiled.memory_analysis(), Compiled(compiled.as_text(), _branches(spec, shape.tokens))
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -163,7 +163,7 @@ def _shape(config: Config, multiple: int, rows: int | None, targets: int | None)
     return Shape(rows, tokens, targets or tokens)
 
 
-def _compile(program: Program, shape: Shape, cluster: Cluster) -> Any:
+def _compile(program: Program, shape: Shape) -> Any:
     with jax.set_mesh(program.mesh), _any_gpu():
         lowered = program.update.lower(program.state, program.batch(shape))
         try:
