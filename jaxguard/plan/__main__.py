@@ -16,7 +16,6 @@ from jaxguard.disk import write_atomically
 from jaxguard.doors import exit_code, run_door
 from jaxguard.errors import JaxguardError
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
-from jaxguard.plan.estimate import work_of
 from jaxguard.plan.page import page
 from jaxguard.plan.search import search
 from jaxguard.plan.show import Planned, Refused, as_json, line, ranking, remedies, show
@@ -24,6 +23,7 @@ from jaxguard.plan.sweep import Place, Point, places, read_sweep, run_sweep
 from jaxguard.plan.sweep_page import markdown
 from jaxguard.plan.sweep_page import page as page_of_sweep
 from jaxguard.plan.targets import GIB, find_cluster, read_targets
+from jaxguard.plan.work import work_of
 
 DOES_NOT_FIT = 1
 NOTHING_FITS = (
@@ -37,7 +37,7 @@ def plan(options: argparse.Namespace, config: Config) -> int:
     console = Console()
     clusters = [find_cluster(text) for text in options.target]
     variants = [[], *(_changes(text) for text in options.compare)]
-    spec, work = find_spec(config.model), work_of(config, options.price)
+    spec = find_spec(config.model)
 
     def vary(overrides: Sequence[str]) -> Config:
         return load(options.config, [*options.overrides, *overrides])
@@ -54,10 +54,15 @@ def plan(options: argparse.Namespace, config: Config) -> int:
                 console.print(ranking(config.name, cluster, best))
             else:
                 refused.append(Refused(config.name, cluster.name, NOTHING_FITS))
-            planned += [(choice.plan, work) for choice in best[:1] if choice.plan]
+            planned += [
+                (choice.plan, work_of(vary(choice.overrides), cluster.devices, options.price))
+                for choice in best[:1]
+                if choice.plan
+            ]
             continue
         for changes in variants:
             other, name = vary(changes), " ".join([config.name, *changes])
+            work = work_of(other, cluster.devices, options.price)
             try:
                 with console.status(f"compiling {name} for {cluster.name} …"):
                     found = compile_step(other, spec, cluster, options.rows, options.targets)

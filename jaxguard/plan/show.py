@@ -9,9 +9,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jaxguard.plan.compile import Plan
-from jaxguard.plan.estimate import ASSUMPTIONS, Work, estimate, rate
+from jaxguard.plan.estimate import ASSUMPTIONS, estimate, rate
 from jaxguard.plan.search import Choice
 from jaxguard.plan.targets import GIB, Cluster
+from jaxguard.plan.work import Work
 
 SMALL = 0.005
 """Collectives that send a smaller share of all bytes are one line."""
@@ -110,6 +111,7 @@ def facts(plan: Plan, work: Work) -> dict[str, str]:
         "… network": f"{guess.network:.3g} s",
         "MFU": f"{guess.mfu:.0%}",
         "whole run": work.said(guess.step, plan.cluster.devices),
+        "programs": work.programs,
         "compiled in": f"{plan.seconds:.0f} s",
     }
 
@@ -176,6 +178,7 @@ def as_json(planned: Sequence[Planned], refused: Sequence[Refused] = ()) -> list
             "kernels": plan.kernels,
             "estimate": asdict(estimate(plan)) | {"step": estimate(plan).step, "bound": estimate(plan).bound},
             "updates": work.updates,
+            "shapes": None if work.shapes is None else [s._asdict() | {"updates": n} for s, n in work.shapes.items()],
             "hours": work.hours(estimate(plan).step),
             "dollars": work.dollars(estimate(plan).step, plan.cluster.devices),
             "compile_seconds": plan.seconds,

@@ -19,10 +19,11 @@ from jaxguard.models.decoder import Compute
 from jaxguard.models.weights import abstract, count, table
 from jaxguard.plan.analytic import ideal_sent, step_flops
 from jaxguard.plan.compile import Plan, compile_step, find_spec
-from jaxguard.plan.estimate import Work, estimate, rate, work_of
+from jaxguard.plan.estimate import estimate, rate
 from jaxguard.plan.program import Collective
 from jaxguard.plan.show import as_json, show
 from jaxguard.plan.targets import GIB, find_cluster, topology
+from jaxguard.plan.work import Work
 from jaxguard.sections import MeshConfig, ModelConfig
 from jaxguard.train.devices import training_flops
 from jaxguard.train.sharding import make_mesh
@@ -91,14 +92,6 @@ def test_devices_that_are_not_linked_share_their_hosts_cards():
     assert rate(target, far) == 8 * 25e9
     assert rate(target, replace(far, near=1)) == 25e9
     assert rate(target, replace(far, near=16)) == 300e9
-
-
-def test_a_whole_run_is_counted_from_its_config():
-    config = load("gemma4b_5k")
-    work = work_of(config, price=2.5)
-    assert work.updates == 781
-    assert work.said(36.0, 8) == "781 updates, 7.81 h, 62.5 device-hours, $156.20"
-    assert "give data.subset" in work_of(load("gemma4b_full")).said(1.0, 8)
 
 
 def test_a_plan_as_data_has_every_figure_of_the_table():
