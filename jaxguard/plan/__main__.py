@@ -97,7 +97,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="NAME:SHAPE",
-        help="what to compile for, may be given again: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16; "
+        help="what to compile for, may be given again: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16, "
+        "v5e:2*16x16 (slices * chips of each); "
         f"known: {', '.join(read_targets())}",
     )
     parser.add_argument(

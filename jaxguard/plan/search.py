@@ -89,13 +89,13 @@ def meshes(spec: Spec, cluster: Cluster, batch_size: int) -> Iterator[dict[str, 
     """Meshes that make sense: weights cut over all devices, or over a host's and copied over hosts; heads cut in up to eight.
 
     Rows are shared out over data and fsdp, so these are no more than the batch has examples; heads are cut only within a
-    host or slice, evenly.
+    host or slice, evenly. Weights are never cut over several slices.
     """
     devices, linked = cluster.devices, cluster.linked
     for tensor in (1, 2, 4, 8):
         if linked % tensor or spec.kv_heads % tensor or devices // tensor > batch_size:
             continue
-        copies = {1, devices // linked} if devices > linked else {1}
+        copies = {devices // linked} if cluster.slices > 1 else {1, devices // linked}
         for data in sorted(copies):
             yield {"data": data, "fsdp": devices // tensor // data, "tensor": tensor}
 

@@ -91,10 +91,10 @@ def _side_by_side(planned: Sequence[Planned]) -> Table:
 
 def facts(plan: Plan, work: Work) -> dict[str, str]:
     """What a reader wants to know first, in words; the verdict on memory is in rich's markup."""
-    guess, target = estimate(plan), plan.cluster.target
+    guess, target, slices = estimate(plan), plan.cluster.target, plan.cluster.slices
     compiled, counted = plan.matmul_flops + plan.kernel_flops, plan.flops.total / plan.cluster.devices
     return {
-        "target": f"{plan.cluster.devices} × {target.title}",
+        "target": f"{plan.cluster.devices} × {target.title}" + (f", {slices} slices" if slices > 1 else ""),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items()),
         "batch": f"{plan.shape.rows} rows of {plan.shape.tokens:,} tokens, {plan.shape.targets:,} targets each",
         "computes": f"{plan.compute.attention} attention, remat {plan.compute.remat}, {plan.compute.dtype.name}",

@@ -107,20 +107,22 @@ class Cluster:
         name: as asked for, such as a100-80gb:2x8.
         target: what they are.
         shape: hosts × GPUs of a host, or the chips of a slice along each dimension.
+        slices: of TPUs, each of that shape, with only the network between them.
     """
 
     name: str
     target: Target
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def devices(self) -> int:
-        return math.prod(self.shape) * (self.target.tpu.devices_per_chip if self.target.tpu else 1)
+        return self.slices * math.prod(self.shape) * (self.target.tpu.devices_per_chip if self.target.tpu else 1)
 
     @property
     def linked(self) -> int:
         """Devices that reach one another by `link`: the GPUs of a host, all of a TPU slice."""
-        return self.shape[-1] if self.target.gpu else self.devices
+        return self.shape[-1] if self.target.gpu else self.devices // self.slices
 
 
 @cache
@@ -137,7 +139,8 @@ def find_cluster(text: str) -> Cluster:
     """Read `NAME:SHAPE`.
 
     For GPUs SHAPE is hosts × GPUs of each, as in a100-80gb:2x8, or a number of GPUs, eight to a host. For a TPU it is a
-    slice's topology, as in v5p:8x8x16, or a number of chips, whose topology is the squarest. Without SHAPE it is 8.
+    slice's topology, as in v5p:8x8x16, or a number of chips, whose topology is the squarest; several slices are written
+    before either, as in v5p:2*8x8x16. Without SHAPE it is 8.
 
     Raises:
         JaxguardError: no such target, or it is not built in that shape.
@@ -146,11 +149,15 @@ def find_cluster(text: str) -> Cluster:
     known = read_targets()
     if name not in known:
         raise JaxguardError(f"target {name!r} is unknown: {nearest(name, known)}known: {', '.join(known)}")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape or "8"):
+    match = re.fullmatch(r"(?:([1-9]\d*)\*)?([1-9]\d*(?:x[1-9]\d*)*)", shape or "8")
+    if match is None:
         raise JaxguardError(f"target {text!r}: write the number of devices, or their shape, after the colon: {name}:8")
-    sides = tuple(int(side) for side in (shape or "8").split("x"))
-    target = known[name]
-    return Cluster(text, target, _hosts(text, sides) if target.gpu else _slice(text, sides, target.tpu))
+    target, slices, sides = known[name], int(match[1] or 1), tuple(int(side) for side in match[2].split("x"))
+    if target.tpu:
+        return Cluster(text, target, _slice(text, sides, target.tpu), slices)
+    if match[1]:
+        raise JaxguardError(f"target {text!r}: GPUs have no slices; write hosts x GPUs of each, as in {name}:2x8")
+    return Cluster(text, target, _hosts(text, sides))
 
 
 def topology(cluster: Cluster) -> Sequence[Any]:
@@ -183,7 +190,9 @@ def _tpus(cluster: Cluster) -> Sequence[Any]:
     tpu = cluster.target.tpu
     assert tpu is not None
     name = f"{tpu.generation}:{'x'.join(map(str, cluster.shape))}"
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, chip_config_name=tpu.chip_config).devices
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=name, chip_config_name=tpu.chip_config, num_slices=cluster.slices
+    ).devices
 
 
 def _hosts(text: str, sides: tuple[int, ...]) -> tuple[int, ...]:
@@ -206,7 +215,9 @@ def _slice(text: str, sides: tuple[int, ...], tpu: Tpu | None) -> tuple[int, ...
         fitting = [slice_ for slice_ in built if math.prod(slice_) == sides[0]]
         if not fitting:
             counts = sorted({math.prod(slice_) for slice_ in built})
-            raise JaxguardError(f"target {text!r}: it comes as {', '.join(map(str, counts))} chips")
+            raise JaxguardError(
+                f"target {text!r}: it comes as {', '.join(map(str, counts))} chips; several slices are written as 2*{counts[-1]}"
+            )
         return min(fitting, key=lambda slice_: max(slice_) / min(slice_))
     if sides not in built:
         raise JaxguardError(

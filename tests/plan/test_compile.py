@@ -6,7 +6,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from plan_examples import plan_of
 from rich.console import Console
@@ -133,8 +132,7 @@ def test_a_mesh_follows_the_torus_however_its_chips_are_listed():
 
 @pytest.mark.aot
 def test_slices_lie_along_data():
-    topology(find_cluster("v5e:4x4"))  # prepares libtpu
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4", num_slices=2).devices
+    chips = topology(find_cluster("v5e:2*4x4"))
     mixed = [*chips[::2], *chips[1::2]]
     for data, fsdp, tensor in ((2, 16, 1), (4, 4, 2)):
         slices = [
@@ -144,6 +142,21 @@ def test_slices_lie_along_data():
         assert slices == [{0}] * (data // 2) + [{1}] * (data // 2)
     with pytest.raises(JaxguardError, match=r"mesh\.data=1 must be a multiple of 2"):
         make_mesh(MeshConfig(), mixed)
+
+
+@pytest.mark.aot
+def test_only_gradients_go_from_slice_to_slice(tmp_path, write_llama_config):
+    """Each device's part of them, at the network's rate; the compiler sends some of such small ones in float32."""
+    write_llama_config(tmp_path, hidden_size=256, intermediate_size=512)
+    overrides = [f"model.checkpoint={tmp_path}", "data.row_tokens=128", "train.batch_size=8", "mesh.data=2"]
+    config = load("llama8b_5k", overrides)
+    spec, cluster = find_spec(config.model), find_cluster("v5e:2*2x2")
+    found = compile_step(config, spec, cluster, rows=8)
+    between = [one for one in found.collectives if one.group != one.near]
+    assert {(one.kind, one.axes, one.group) for one in between} == {("all-reduce", "data", 2)}
+    alone = ideal_sent(spec, {**found.mesh, "data": 1}, found.compute)
+    assert 1 <= sum(one.sent for one in between) / (found.ideal_sent - alone) < 1.5
+    assert all(rate(cluster.target, one) == cluster.target.network for one in between)
 
 
 @pytest.mark.aot

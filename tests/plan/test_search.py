@@ -72,6 +72,7 @@ def test_nothing_more_is_tried_once_nothing_has_to_be_computed_twice():
         ("a100-80gb:8", {(1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)}),
         ("a100-80gb:2x8", {(1, 16, 1), (2, 8, 1), (1, 8, 2), (2, 4, 2), (1, 4, 4), (2, 2, 4), (1, 2, 8), (2, 1, 8)}),
         ("v5e:128", {(1, 32, 4), (1, 16, 8)}),
+        ("v5e:2*8", {(2, 8, 1), (2, 4, 2), (2, 2, 4), (2, 1, 8)}),
     ],
 )
 def test_meshes_have_no_more_parts_than_the_batch_has_examples(target, found):
