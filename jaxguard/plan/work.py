@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxguard.config import Config
-from jaxguard.data.batches import TARGET_MULTIPLE, Schedule, Shape, bucket_size, total_steps
+from jaxguard.data.batches import ROW_LENGTHS, TARGET_MULTIPLE, Schedule, Shape, bucket_size, total_steps
 from jaxguard.data.prepare import prepare
 
 SHOWN = 4
@@ -52,7 +52,10 @@ class Work:
         if self.shapes is None:
             return self.possible
         often = sorted(self.shapes.items(), key=lambda pair: -pair[1])
-        named = [f"{shape.rows} rows, {shape.targets:,} targets ({count:,} updates)" for shape, count in often[:SHOWN]]
+        named = [
+            f"{shape.rows} rows of {shape.tokens:,} tokens, {shape.targets:,} targets ({count:,} updates)"
+            for shape, count in often[:SHOWN]
+        ]
         rest = [f"{len(often) - SHOWN} more"] if len(often) > SHOWN else []
         return f"{len(often)}: {'; '.join([*named, *rest])}"
 
@@ -79,7 +82,8 @@ def work_of(config: Config, devices: int, price: float | None = None) -> Work:
     if data.subset is not None:
         updates = total_steps(data.subset, train.batch_size, train.epochs, train.max_steps)
     rows, targets = _buckets(train.batch_size, multiple), _buckets(data.row_tokens, TARGET_MULTIPLE)
-    possible = f"one for each shape: rows {_few(rows)}; targets {_few(targets)}"
+    tokens = [-(-part * data.row_tokens // ROW_LENGTHS) for part in range(1, ROW_LENGTHS + 1)]
+    possible = f"one for each shape: rows {_few(rows)}; tokens {_few(tokens)}; targets {_few(targets)}"
     return Work(updates, price, None, possible)
 
 
