@@ -15,49 +15,80 @@ from jaxguard.config import Config, load
 from jaxguard.disk import write_atomically
 from jaxguard.doors import exit_code, run_door
 from jaxguard.errors import JaxguardError
-from jaxguard.plan.compile import compile_step, find_spec
-from jaxguard.plan.estimate import work_of
+from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
 from jaxguard.plan.page import page
 from jaxguard.plan.search import search
-from jaxguard.plan.show import Planned, as_json, line, ranking, show
+from jaxguard.plan.show import Planned, Refused, as_json, line, ranking, remedies, show
 from jaxguard.plan.sweep import Place, Point, places, read_sweep, run_sweep
 from jaxguard.plan.sweep_page import markdown
 from jaxguard.plan.sweep_page import page as page_of_sweep
 from jaxguard.plan.targets import GIB, find_cluster, read_targets
+from jaxguard.plan.work import work_of
 
 DOES_NOT_FIT = 1
+NOTHING_FITS = (
+    "nothing that was tried does; take more devices or those with more memory, fewer rows (train.batch_size) or shorter "
+    "ones (data.row_tokens)"
+)
 
 
 def plan(options: argparse.Namespace, config: Config) -> int:
     """Compile, print, write, and say by the exit code whether all fit."""
     console = Console()
     clusters = [find_cluster(text) for text in options.target]
-    spec, work, rows = find_spec(config.model), work_of(config, options.price), options.rows or config.train.batch_size
+    variants = [[], *(_changes(text) for text in options.compare)]
+    spec = find_spec(config.model)
 
     def vary(overrides: Sequence[str]) -> Config:
         return load(options.config, [*options.overrides, *overrides])
 
     planned: list[Planned] = []
+    refused: list[Refused] = []
     for cluster in clusters:
         if options.search:
             with console.status(f"looking for the best way to train {config.name} on {cluster.name} …"):
-                best = search(vary, spec, cluster, rows, options.targets, lambda choice: console.print(line(choice)))
-            console.print(ranking(config.name, cluster, best))
-            planned += [(choice.plan, work) for choice in best[:1] if choice.plan]
+                best = search(
+                    vary, spec, cluster, options.rows, options.targets, lambda choice: console.print(line(choice))
+                )
+            if best:
+                console.print(ranking(config.name, cluster, best))
+            else:
+                refused.append(Refused(config.name, cluster.name, NOTHING_FITS))
+            planned += [
+                (choice.plan, work_of(vary(choice.overrides), cluster.devices, options.price))
+                for choice in best[:1]
+                if choice.plan
+            ]
             continue
-        for changes in ([], *(shlex.split(text) for text in options.compare)):
-            other = vary(changes)
-            with console.status(f"compiling {other.name} for {cluster.name} …"):
-                found = compile_step(other, spec, cluster, rows, options.targets)
-            planned.append((replace(found, name=" ".join([config.name, *changes])), work))
-    if not planned:
-        raise JaxguardError("nothing fits: take more devices, devices with more memory, or fewer data.row_tokens")
-    console.print(show(planned))
+        for changes in variants:
+            other, name = vary(changes), " ".join([config.name, *changes])
+            work = work_of(other, cluster.devices, options.price)
+            try:
+                with console.status(f"compiling {name} for {cluster.name} …"):
+                    found = compile_step(other, spec, cluster, options.rows, options.targets)
+                planned.append((replace(found, name=name), work))
+            except OutOfMemoryError as error:
+                why = f"{error}; {remedies(other.model.remat)}"
+                refused.append(Refused(name, cluster.name, why, error.largest))
+    console.print(show(planned, refused))
     if options.json:
-        write_atomically(options.json, json.dumps(as_json(planned), indent=1) + "\n")
+        write_atomically(options.json, json.dumps(as_json(planned, refused), indent=1) + "\n")
     if options.html:
-        write_atomically(options.html, page(planned))
-    return 0 if all(found.fits for found, _ in planned) else DOES_NOT_FIT
+        write_atomically(options.html, page(planned, refused))
+    return DOES_NOT_FIT if refused or not all(found.fits for found, _ in planned) else 0
+
+
+def _changes(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise JaxguardError(f"--compare {text!r} cannot be read: {error}") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +97,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="NAME:SHAPE",
-        help="what to compile for, may be given again: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16; "
+        help="what to compile for, may be given again: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16, "
+        "v5e:2*16x16 (slices * chips of each); "
         f"known: {', '.join(read_targets())}",
     )
     parser.add_argument(
-        "--rows", type=int, help="rows of the batch; default: train.batch_size, as if nothing was packed"
+        "--rows", type=_count, help="rows of the batch; default: train.batch_size, as if nothing was packed"
     )
-    parser.add_argument("--targets", type=int, help="target tokens of a row; default: all of them")
+    parser.add_argument("--targets", type=_count, help="target tokens of a row; default: all of them")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a device for an hour")
     parser.add_argument(
         "--compare",

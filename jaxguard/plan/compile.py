@@ -3,7 +3,7 @@
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxguard.config import CONFIG_FOLDER, Config
-from jaxguard.data.batches import Shape
+from jaxguard.data.batches import Shape, bucket_size
 from jaxguard.errors import JaxguardError
 from jaxguard.models.decoder import Compute
 from jaxguard.models.spec import Spec, read_spec
@@ -24,10 +24,22 @@ from jaxguard.train.sharding import make_mesh, row_multiple
 from jaxguard.train.step import Program, build_program
 
 SHAPES = CONFIG_FOLDER / "shapes"
+_NEEDS = re.compile(
+    r"Used (\S+) of (\S+) hbm|memory required for HLO temporaries \((\S+)\) exceeds available HBM \((\S+)\)"
+)
+_ALLOCATION = re.compile(r'Size: ([\d.]+)([BKMG])\n(?:\s*Operator: .*?op_name="([^"[]*).*\n)?\s*Shape: (\w+\[[\d,]*\])')
 
 
 class OutOfMemoryError(JaxguardError):
-    """The compiler found no schedule that fits."""
+    """The compiler found no schedule that fits.
+
+    Attributes:
+        largest: the largest arrays of the schedule that it gave up, as Plan has them; none where it does not tell.
+    """
+
+    def __init__(self, message: str, largest: Sequence[tuple[int, str, str]] = ()) -> None:
+        super().__init__(message)
+        self.largest = largest
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class Plan:
 
 
 def compile_step(
-    config: Config, spec: Spec, cluster: Cluster, rows: int, targets: int | None = None, steps: int = 1000
+    config: Config, spec: Spec, cluster: Cluster, rows: int | None, targets: int | None = None, steps: int = 1000
 ) -> Plan:
     """Compile one update of `config` for `cluster`.
 
@@ -99,27 +111,22 @@ def compile_step(
         config: the run; its mesh must fit the cluster's devices.
         spec: shape of the model.
         cluster: what to compile for.
-        rows: of the batch, each config.data.row_tokens long.
+        rows: of the batch, each config.data.row_tokens long; None for one of each example.
         targets: target positions of a row; None for the most there can be.
         steps: length of the schedule; it does not change the program's size.
 
     Raises:
-        JaxguardError: no compiler for it, a mesh that does not fit it, rows that its devices cannot share.
+        JaxguardError: no compiler for it, a mesh that does not fit it, rows that its devices cannot share, more targets
+            than a row has tokens, an attention kernel that cannot work there.
         OutOfMemoryError: the compiler finds no schedule that fits, which only a TPU's says.
     """
     mesh = make_mesh(config.mesh, topology(cluster))
-    multiple = row_multiple(config, mesh)
-    if rows % multiple:
-        raise JaxguardError(
-            f"{rows} rows cannot be shared out: the mesh and train.accumulation need multiples of {multiple}"
-        )
-    tokens = config.data.row_tokens
-    shape = Shape(rows, tokens, targets or tokens)
+    shape = _shape(config, row_multiple(config, mesh), rows, targets)
     program = build_program(config, spec, mesh, steps)
     start = time.perf_counter()
-    compiled = _compile(program, shape, cluster)
+    compiled = _compile(program, shape)
     seconds = time.perf_counter() - start
-    memory, found = compiled.memory_analysis(), Compiled(compiled.as_text(), _branches(spec, tokens))
+    memory, found = compiled.memory_analysis(), Compiled(compiled.as_text(), _branches(spec, shape.tokens))
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     axes = dict(mesh.shape)
     return Plan(
@@ -142,7 +149,21 @@ def compile_step(
     )
 
 
-def _compile(program: Program, shape: Shape, cluster: Cluster) -> Any:
+def _shape(config: Config, multiple: int, rows: int | None, targets: int | None) -> Shape:
+    tokens = config.data.row_tokens
+    if rows is None:
+        rows = bucket_size(config.train.batch_size, multiple)
+    elif rows % multiple:
+        raise JaxguardError(
+            f"--rows {rows} cannot be shared out: mesh.data × mesh.fsdp × train.accumulation needs multiples of {multiple}; "
+            f"say --rows {bucket_size(rows, multiple)}, or change the mesh"
+        )
+    if targets is not None and targets > tokens:
+        raise JaxguardError(f"--targets {targets} is more than a row has: data.row_tokens={tokens}; say fewer")
+    return Shape(rows, tokens, targets or tokens)
+
+
+def _compile(program: Program, shape: Shape) -> Any:
     with jax.set_mesh(program.mesh), _any_gpu():
         lowered = program.update.lower(program.state, program.batch(shape))
         try:
@@ -150,7 +171,7 @@ def _compile(program: Program, shape: Shape, cluster: Cluster) -> Any:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise OutOfMemoryError(f"{cluster.name} is too small: {_said(str(error))}") from None
+            raise out_of_memory(str(error)) from None
 
 
 def _branches(spec: Spec, tokens: int) -> list[float]:
@@ -196,7 +217,13 @@ def _any_gpu() -> Iterator[None]:
         cudnn.check_compute_capability = asks_local_gpu
 
 
-def _said(error: str) -> str:
-    """What a TPU's compiler says of memory, without its listing of everything."""
-    used = re.search(r"Used [^.]*\.\S* of [^.]*\.\S* hbm", error)
-    return used[0] if used else error.splitlines()[0]
+def out_of_memory(said: str) -> OutOfMemoryError:
+    """What a TPU's compiler says when it refuses, in few words: it names arrays only where it had made a schedule."""
+    numbers = _NEEDS.search(said)
+    needs, has = (part for part in numbers.groups() if part) if numbers else (None, None)
+    message = f"it needs {needs}iB of a device's {has}iB" if numbers else said.partition("\n")[0]
+    largest = [
+        (int(float(size) * 1024 ** "BKMG".index(unit)), array, place(source or "?"))
+        for size, unit, source, array in _ALLOCATION.findall(said)
+    ]
+    return OutOfMemoryError(message, largest[:5])

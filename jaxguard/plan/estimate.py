@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from jaxguard.config import Config
-from jaxguard.data.batches import total_steps
 from jaxguard.plan.compile import Plan
 from jaxguard.plan.program import Collective
 from jaxguard.plan.targets import Target
@@ -56,41 +54,3 @@ def estimate(plan: Plan) -> Estimate:
 def rate(target: Target, one: Collective) -> float:
     """Bytes/s at which a device sends its part: over links, or over the network cards of all its linked peers together."""
     return target.link if one.near == one.group else min(target.link, target.network * one.near)
-
-
-@dataclass(frozen=True)
-class Work:
-    """A whole run.
-
-    Attributes:
-        updates: how many; None where nobody can say before the data are there.
-        price: dollars that a device costs an hour.
-    """
-
-    updates: int | None
-    price: float | None = None
-
-    def hours(self, step: float) -> float | None:
-        """At `step` seconds an update."""
-        return None if self.updates is None else self.updates * step / 3600
-
-    def dollars(self, step: float, devices: int) -> float | None:
-        """Of all devices."""
-        hours = self.hours(step)
-        return None if hours is None or self.price is None else hours * devices * self.price
-
-    def said(self, step: float, devices: int) -> str:
-        """For people."""
-        hours, dollars = self.hours(step), self.dollars(step, devices)
-        if hours is None:
-            return "unknown: give data.subset or train.max_steps"
-        cost = "" if dollars is None else f", ${dollars:,.2f}"
-        return f"{self.updates:,} updates, {hours:,.2f} h, {hours * devices:,.1f} device-hours{cost}"
-
-
-def work_of(config: Config, price: float | None = None) -> Work:
-    """How many updates a run makes, as far as its config tells."""
-    examples, train = config.data.subset, config.train
-    if examples is None:
-        return Work(train.max_steps, price)
-    return Work(total_steps(examples, train.batch_size, train.epochs, train.max_steps), price)

@@ -9,13 +9,13 @@ from rich.text import Text
 
 from jaxguard.html import page_template, svg
 from jaxguard.plan.estimate import ASSUMPTIONS, estimate
-from jaxguard.plan.show import Planned, facts
+from jaxguard.plan.show import Planned, Refused, facts
 from jaxguard.plan.targets import GIB
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
-def page(planned: Sequence[Planned]) -> str:
+def page(planned: Sequence[Planned], refused: Sequence[Refused] = ()) -> str:
     """The page's text; it needs nothing else, and asks nothing of a network."""
     plans = [
         {
@@ -28,9 +28,13 @@ def page(planned: Sequence[Planned]) -> str:
         }
         for plan, work in planned
     ]
-    title = " / ".join(dict.fromkeys(plan.name for plan, _ in planned))
+    title = " / ".join(dict.fromkeys([*(plan.name for plan, _ in planned), *(one.name for one in refused)]))
     return page_template(TEMPLATE).render(
-        title=f"Plan of {title}", plans=plans, figure=_figure(planned), assumptions=ASSUMPTIONS
+        title=f"Plan of {title}",
+        plans=plans,
+        refused=refused,
+        figure=_figure(planned) if planned else "",
+        assumptions=ASSUMPTIONS,
     )
 
 

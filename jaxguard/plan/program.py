@@ -201,6 +201,9 @@ class Compiled:
         found: dict[Collective, float] = defaultdict(float)
         channels: set[str] = set()
         for home, instruction, times in self.walk():
+            if one := _between_slices(instruction, home, math.prod(mesh.values()) // linked):
+                found[one] += times
+                continue
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
@@ -299,6 +302,20 @@ def _called(instruction: Instruction) -> list[str]:
     if instruction.opcode in {"fusion", "call", "async-start"}:
         return re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", instruction.attributes)
     return []
+
+
+def _between_slices(instruction: Instruction, home: Computation, slices: int) -> Collective | None:
+    """The collective that a TPU's program has the hosts do over the network: every device sends its part to its own.
+
+    All slices take part, since they lie along `data` (train/sharding.py).
+    """
+    told = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    if instruction.opcode != "send" or told is None:
+        return None
+    kind = told[1].lower().replace("_", "-")
+    part = home.instructions[instruction.operands[0]].bytes
+    size = part * slices if kind == "all-gather" else part
+    return Collective(kind, "data", slices, 1, size, 1, "between slices")
 
 
 def _called_only(instruction: Instruction) -> bool:

@@ -34,7 +34,7 @@ def search(
     vary: Callable[[tuple[str, ...]], Config],
     spec: Spec,
     cluster: Cluster,
-    rows: int,
+    rows: int | None,
     targets: int | None,
     tell: Callable[[Choice], None],
 ) -> list[Choice]:
@@ -47,7 +47,7 @@ def search(
         vary: the run with these overrides.
         spec: shape of the model.
         cluster: what to compile for.
-        rows: of the batch.
+        rows: of the batch; None for one of each example.
         targets: target positions of a row; None for the most there can be.
         tell: for progress.
 
@@ -57,7 +57,7 @@ def search(
     batch_size = vary(()).train.batch_size
     found: list[Choice] = []
     for mesh in meshes(spec, cluster, batch_size):
-        for accumulation in _doubling(batch_size // (mesh["data"] * mesh["fsdp"])):
+        for accumulation in _doubling(min(batch_size, rows or batch_size) // (mesh["data"] * mesh["fsdp"])):
             for remat in REMAT:
                 overrides = (
                     *(f"mesh.{axis}={size}" for axis, size in mesh.items()),
@@ -89,18 +89,18 @@ def meshes(spec: Spec, cluster: Cluster, batch_size: int) -> Iterator[dict[str, 
     """Meshes that make sense: weights cut over all devices, or over a host's and copied over hosts; heads cut in up to eight.
 
     Rows are shared out over data and fsdp, so these are no more than the batch has examples; heads are cut only within a
-    host or slice, evenly.
+    host or slice, evenly. Weights are never cut over several slices.
     """
     devices, linked = cluster.devices, cluster.linked
     for tensor in (1, 2, 4, 8):
         if linked % tensor or spec.kv_heads % tensor or devices // tensor > batch_size:
             continue
-        copies = {1, devices // linked} if devices > linked else {1}
+        copies = {devices // linked} if cluster.slices > 1 else {1, devices // linked}
         for data in sorted(copies):
             yield {"data": data, "fsdp": devices // tensor // data, "tensor": tensor}
 
 
-def _plan(config: Config, spec: Spec, cluster: Cluster, rows: int, targets: int | None) -> Plan | None:
+def _plan(config: Config, spec: Spec, cluster: Cluster, rows: int | None, targets: int | None) -> Plan | None:
     try:
         return compile_step(config, spec, cluster, rows, targets)
     except OutOfMemoryError:

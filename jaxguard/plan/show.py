@@ -1,7 +1,7 @@
 """A plan for people, in the terminal, and for programs, as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,9 +9,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jaxguard.plan.compile import Plan
-from jaxguard.plan.estimate import ASSUMPTIONS, Work, estimate, rate
+from jaxguard.plan.estimate import ASSUMPTIONS, estimate, rate
 from jaxguard.plan.search import Choice
 from jaxguard.plan.targets import GIB, Cluster
+from jaxguard.plan.work import Work
 
 SMALL = 0.005
 """Collectives that send a smaller share of all bytes are one line."""
@@ -20,13 +21,63 @@ SMALL = 0.005
 Planned = tuple[Plan, Work]
 
 
-def show(planned: Sequence[Planned]) -> RenderableType:
-    """Everything that is known of one plan; of several, what differs, side by side."""
-    parts: list[RenderableType] = [_side_by_side(planned)]
+@dataclass(frozen=True)
+class Refused:
+    """A run that does not fit.
+
+    Attributes:
+        name: of the run.
+        target: of the cluster.
+        why: and what to do.
+        largest: arrays, as Plan has them.
+    """
+
+    name: str
+    target: str
+    why: str
+    largest: Sequence[tuple[int, str, str]] = ()
+
+
+def show(planned: Sequence[Planned], refused: Sequence[Refused] = ()) -> RenderableType:
+    """Everything that is known of one plan; of several, what differs, side by side; last what does not fit, and why."""
+    parts: list[RenderableType] = []
+    if planned:
+        parts.append(_side_by_side(planned))
     if len(planned) == 1:
         parts.append(_collectives(planned[0][0]))
-    parts += [_largest(plan) for plan, _ in planned if not plan.fits]
-    return Group(*parts, f"[dim]Estimate: {ASSUMPTIONS}.[/]")
+    if planned:
+        parts.append(f"[dim]Estimate: {ASSUMPTIONS}.[/]")
+    for one in [*(_too_large(plan) for plan, _ in planned if not plan.fits), *refused]:
+        if one.largest:
+            parts.append(_largest(one))
+        parts.append(Text(f"{one.name} on {one.target} does not fit: {one.why}", "bold red"))
+    return Group(*parts)
+
+
+def _too_large(plan: Plan) -> Refused:
+    """A plan that was compiled, but whose peak is above what is usable."""
+    much = f"it needs {plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable; "
+    state = plan.arguments / GIB if plan.arguments > plan.usable else None
+    return Refused(plan.name, plan.cluster.name, much + remedies(plan.compute.remat, state), plan.largest)
+
+
+def remedies(remat: str, state: float | None = None) -> str:
+    """What to try where a run does not fit.
+
+    Args:
+        remat: the policy that it had.
+        state: GiB of its state and batch, if they are too much already.
+    """
+    if state is not None:
+        return (
+            f"its state and batch alone are {state:.2f} GiB: take more devices or those with more memory, "
+            "and cut the weights over all of them (mesh.fsdp=-1)"
+        )
+    first = "" if remat == "full" else "model.remat=full, "
+    return (
+        f"try {first}a larger train.accumulation, fewer rows (train.batch_size, or --rows if they are packed), shorter ones "
+        "(data.row_tokens) or more devices; --search finds what fits"
+    )
 
 
 def _side_by_side(planned: Sequence[Planned]) -> Table:
@@ -40,10 +91,10 @@ def _side_by_side(planned: Sequence[Planned]) -> Table:
 
 def facts(plan: Plan, work: Work) -> dict[str, str]:
     """What a reader wants to know first, in words; the verdict on memory is in rich's markup."""
-    guess, target = estimate(plan), plan.cluster.target
+    guess, target, slices = estimate(plan), plan.cluster.target, plan.cluster.slices
     compiled, counted = plan.matmul_flops + plan.kernel_flops, plan.flops.total / plan.cluster.devices
     return {
-        "target": f"{plan.cluster.devices} × {target.title}",
+        "target": f"{plan.cluster.devices} × {target.title}" + (f", {slices} slices" if slices > 1 else ""),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items()),
         "batch": f"{plan.shape.rows} rows of {plan.shape.tokens:,} tokens, {plan.shape.targets:,} targets each",
         "computes": f"{plan.compute.attention} attention, remat {plan.compute.remat}, {plan.compute.dtype.name}",
@@ -60,6 +111,7 @@ def facts(plan: Plan, work: Work) -> dict[str, str]:
         "… network": f"{guess.network:.3g} s",
         "MFU": f"{guess.mfu:.0%}",
         "whole run": work.said(guess.step, plan.cluster.devices),
+        "programs": work.programs,
         "compiled in": f"{plan.seconds:.0f} s",
     }
 
@@ -89,15 +141,18 @@ def _collectives(plan: Plan) -> Table:
     return table
 
 
-def _largest(plan: Plan) -> Table:
-    table = Table("GiB", "array", "for", title=f"The largest arrays of {plan.name} on {plan.cluster.name}")
-    for size, array, source in plan.largest:
-        table.add_row(f"{size / GIB:.2f}", array, source)
+def _largest(one: Refused) -> Table:
+    table = Table("GiB", "array", "for", title=Text(f"The largest arrays of {one.name} on {one.target}"))
+    for size, array, source in one.largest:
+        table.add_row(f"{size / GIB:.2f}", Text(array), Text(source))
     return table
 
 
-def as_json(planned: Sequence[Planned]) -> list[dict[str, Any]]:
-    """Plans as data; bytes, FLOPs and seconds are of one device and one update unless their name says otherwise."""
+def as_json(planned: Sequence[Planned], refused: Sequence[Refused] = ()) -> list[dict[str, Any]]:
+    """Plans as data; bytes, FLOPs and seconds are of one device and one update unless their name says otherwise.
+
+    What was refused has `error` in place of figures.
+    """
     return [
         {
             "run": plan.name,
@@ -123,12 +178,13 @@ def as_json(planned: Sequence[Planned]) -> list[dict[str, Any]]:
             "kernels": plan.kernels,
             "estimate": asdict(estimate(plan)) | {"step": estimate(plan).step, "bound": estimate(plan).bound},
             "updates": work.updates,
+            "shapes": None if work.shapes is None else [s._asdict() | {"updates": n} for s, n in work.shapes.items()],
             "hours": work.hours(estimate(plan).step),
             "dollars": work.dollars(estimate(plan).step, plan.cluster.devices),
             "compile_seconds": plan.seconds,
         }
         for plan, work in planned
-    ]
+    ] + [{"run": one.name, "target": one.target, "fits": False, "error": one.why} for one in refused]
 
 
 def line(choice: Choice) -> str:

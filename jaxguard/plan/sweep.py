@@ -19,9 +19,9 @@ from jaxguard.disk import write_atomically
 from jaxguard.errors import JaxguardError
 from jaxguard.fields import Section, find_yaml, read_yaml, validate
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
-from jaxguard.plan.estimate import Work
 from jaxguard.plan.show import as_json
 from jaxguard.plan.targets import Cluster, find_cluster
+from jaxguard.plan.work import Work
 
 SWEEP_FOLDER = CONFIG_FOLDER / "sweeps"
 Count = Annotated[int, Field(gt=0)]

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import jax
 from jax.experimental import topologies
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -21,6 +22,13 @@ GIB = 1024**3
 TARGETS_FILE = CONFIG_FOLDER / "hardware" / "targets.yaml"
 GPUS_PER_HOST = 8
 """Where a target's shape is only a number."""
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""What libtpu's environment must say on a host that has no TPU; the type does not change what it compiles for."""
 
 
 def _bytes(text: Any) -> Any:
@@ -99,20 +107,22 @@ class Cluster:
         name: as asked for, such as a100-80gb:2x8.
         target: what they are.
         shape: hosts × GPUs of a host, or the chips of a slice along each dimension.
+        slices: of TPUs, each of that shape, with only the network between them.
     """
 
     name: str
     target: Target
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def devices(self) -> int:
-        return math.prod(self.shape) * (self.target.tpu.devices_per_chip if self.target.tpu else 1)
+        return self.slices * math.prod(self.shape) * (self.target.tpu.devices_per_chip if self.target.tpu else 1)
 
     @property
     def linked(self) -> int:
         """Devices that reach one another by `link`: the GPUs of a host, all of a TPU slice."""
-        return self.shape[-1] if self.target.gpu else self.devices
+        return self.shape[-1] if self.target.gpu else self.devices // self.slices
 
 
 @cache
@@ -129,7 +139,8 @@ def find_cluster(text: str) -> Cluster:
     """Read `NAME:SHAPE`.
 
     For GPUs SHAPE is hosts × GPUs of each, as in a100-80gb:2x8, or a number of GPUs, eight to a host. For a TPU it is a
-    slice's topology, as in v5p:8x8x16, or a number of chips, whose topology is the squarest. Without SHAPE it is 8.
+    slice's topology, as in v5p:8x8x16, or a number of chips, whose topology is the squarest; several slices are written
+    before either, as in v5p:2*8x8x16. Without SHAPE it is 8.
 
     Raises:
         JaxguardError: no such target, or it is not built in that shape.
@@ -138,37 +149,50 @@ def find_cluster(text: str) -> Cluster:
     known = read_targets()
     if name not in known:
         raise JaxguardError(f"target {name!r} is unknown: {nearest(name, known)}known: {', '.join(known)}")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape or "8"):
+    match = re.fullmatch(r"(?:([1-9]\d*)\*)?([1-9]\d*(?:x[1-9]\d*)*)", shape or "8")
+    if match is None:
         raise JaxguardError(f"target {text!r}: write the number of devices, or their shape, after the colon: {name}:8")
-    sides = tuple(int(side) for side in (shape or "8").split("x"))
-    target = known[name]
-    return Cluster(text, target, _hosts(text, sides) if target.gpu else _slice(text, sides, target.tpu))
+    target, slices, sides = known[name], int(match[1] or 1), tuple(int(side) for side in match[2].split("x"))
+    if target.tpu:
+        return Cluster(text, target, _slice(text, sides, target.tpu), slices)
+    if match[1]:
+        raise JaxguardError(f"target {text!r}: GPUs have no slices; write hosts x GPUs of each, as in {name}:2x8")
+    return Cluster(text, target, _hosts(text, sides))
 
 
 def topology(cluster: Cluster) -> Sequence[Any]:
     """The devices, to build a mesh of and compile for; nothing can run on them.
 
     Raises:
-        JaxguardError: their compiler is not installed.
+        JaxguardError: their compiler is not installed, or does not know them.
     """
-    if cluster.target.gpu:
-        _require("jax_cuda12_plugin")
-        shape = "x".join(map(str, (1, *cluster.shape)))  # slices x hosts x devices of a host
-        config = _gpu_config(cluster.target, cluster.target.gpu)
-        return topologies.get_topology_desc("gpu", "cuda", target_config=config, topology=shape).devices
-    _require("libtpu")
-    # libtpu must neither ask a metadata server where it runs nor claim a chip.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Nothing runs, so no device of this host is claimed; without one, JAX's CUDA plugin would not load.
+    jax.config.update("jax_platforms", "cpu")
+    _require("jax_cuda12_plugin" if cluster.target.gpu else "libtpu", cluster)
+    try:
+        return (_gpus if cluster.target.gpu else _tpus)(cluster)
+    except (RuntimeError, ValueError) as error:
+        said = str(error).partition("\n")[0]
+        raise JaxguardError(f"target {cluster.name!r}: the installed compiler does not take it: {said}") from None
+
+
+def _gpus(cluster: Cluster) -> Sequence[Any]:
+    assert cluster.target.gpu is not None
+    shape = "x".join(map(str, (1, *cluster.shape)))  # slices x hosts x devices of a host
+    config = _gpu_config(cluster.target, cluster.target.gpu)
+    return topologies.get_topology_desc("gpu", "cuda", target_config=config, topology=shape).devices
+
+
+def _tpus(cluster: Cluster) -> Sequence[Any]:
+    # libtpu must neither ask a metadata server where it runs nor claim a chip; it complains where it is told nothing.
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
     tpu = cluster.target.tpu
     assert tpu is not None
     name = f"{tpu.generation}:{'x'.join(map(str, cluster.shape))}"
-    try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=name, chip_config_name=tpu.chip_config
-        ).devices
-    except (RuntimeError, ValueError) as error:
-        raise JaxguardError(f"target {cluster.name!r}: this libtpu does not know {name}: {error}") from None
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=name, chip_config_name=tpu.chip_config, num_slices=cluster.slices
+    ).devices
 
 
 def _hosts(text: str, sides: tuple[int, ...]) -> tuple[int, ...]:
@@ -191,7 +215,9 @@ def _slice(text: str, sides: tuple[int, ...], tpu: Tpu | None) -> tuple[int, ...
         fitting = [slice_ for slice_ in built if math.prod(slice_) == sides[0]]
         if not fitting:
             counts = sorted({math.prod(slice_) for slice_ in built})
-            raise JaxguardError(f"target {text!r}: it comes as {', '.join(map(str, counts))} chips")
+            raise JaxguardError(
+                f"target {text!r}: it comes as {', '.join(map(str, counts))} chips; several slices are written as 2*{counts[-1]}"
+            )
         return min(fitting, key=lambda slice_: max(slice_) / min(slice_))
     if sides not in built:
         raise JaxguardError(
@@ -246,6 +272,6 @@ device_description_str: "{target.title}"
 """
 
 
-def _require(module: str) -> None:
+def _require(module: str, cluster: Cluster) -> None:
     if importlib.util.find_spec(module) is None:
-        raise JaxguardError("the compiler for that target is not installed: pip install 'jaxguard[aot]'")
+        raise JaxguardError(f"target {cluster.name!r}: its compiler is not installed: pip install 'jaxguard[aot]'")

@@ -53,7 +53,9 @@ def _grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
-        raise JaxguardError(f"mesh.data={shape[0]} must be a multiple of {slices}, the number of TPU slices")
+        raise JaxguardError(
+            f"mesh.data={shape[0]} must be a multiple of {slices}, the number of TPU slices; set mesh.data={slices}"
+        )
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 

@@ -6,9 +6,9 @@ import pytest
 from browser import complaints, open_page, requests
 from plan_examples import plan_of
 
-from jaxguard.plan.estimate import Work
 from jaxguard.plan.page import page
 from jaxguard.plan.targets import find_cluster
+from jaxguard.plan.work import Work
 
 
 @pytest.fixture

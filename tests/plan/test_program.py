@@ -49,6 +49,23 @@ def test_devices_of_several_hosts_are_fewer_near_ones():
 
 
 @pytest.mark.parametrize(
+    ("kind", "told", "whole", "sent"), [("all-reduce", "ALL_REDUCE", 1, 2 * 3 / 4), ("all-gather", "ALL_GATHER", 4, 3)]
+)
+def test_slices_exchange_what_their_devices_send_to_their_hosts(kind, told, whole, sent):
+    """A TPU's program; every device sends its part of the array to its own host, and hosts do the rest."""
+    send = (
+        "  %send = (bf16[32,8]{1,0}, u32[], token[]) send(%gathered, %token), channel_id=9, is_host_transfer=true, "
+        f'frontend_attributes={{_xla_megascale_transfer_type="{told}"}}\n'
+        "  %done = token[] send-done(%send), channel_id=9, is_host_transfer=true\n"
+    )
+    found = Compiled(LOOP.replace("  %product =", f"{send}  %product =")).collectives({**MESH, "data": 4}, linked=8)
+    (between,) = [one for one in found if one.source == "between slices"]
+    assert (between.kind, between.axes, between.group, between.near, between.count) == (kind, "data", 4, 1, 6)
+    assert between.size == whole * 32 * 8 * 2
+    assert between.sent == pytest.approx(6 * sent * 32 * 8 * 2)
+
+
+@pytest.mark.parametrize(
     ("groups", "axes"),
     [
         ("[2,4]<=[8]", "tensor"),

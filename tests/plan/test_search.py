@@ -72,6 +72,7 @@ def test_nothing_more_is_tried_once_nothing_has_to_be_computed_twice():
         ("a100-80gb:8", {(1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)}),
         ("a100-80gb:2x8", {(1, 16, 1), (2, 8, 1), (1, 8, 2), (2, 4, 2), (1, 4, 4), (2, 2, 4), (1, 2, 8), (2, 1, 8)}),
         ("v5e:128", {(1, 32, 4), (1, 16, 8)}),
+        ("v5e:2*8", {(2, 8, 1), (2, 4, 2), (2, 2, 4), (2, 1, 8)}),
     ],
 )
 def test_meshes_have_no_more_parts_than_the_batch_has_examples(target, found):
@@ -105,10 +106,15 @@ def test_a_change_that_is_no_field_is_named(capsys):
     assert "did you mean 'remat'" in capsys.readouterr().err
 
 
-def test_nothing_that_fits_is_an_error_that_says_what_to_do(capsys, monkeypatch):
-    def refuse(*_):
-        raise OutOfMemoryError("too small")
+def test_where_nothing_fits_that_is_what_is_said(capsys, monkeypatch):
+    def refuse(config, spec, cluster, *rest):
+        if cluster.name == "h100":
+            raise OutOfMemoryError("too small")
+        return compile_step(config, spec, cluster, *rest)
 
     monkeypatch.setattr(searching, "compile_step", refuse)
-    assert door.main(["--config", "llama8b_5k", "--target", "h100", "--search"]) == 2
-    assert "take more devices" in capsys.readouterr().err
+    targets = ["--target", "h100", "--target", "a100-80gb:8"]
+    assert door.main(["--config", "llama8b_5k", *targets, "--search"]) == door.DOES_NOT_FIT
+    said = " ".join(capsys.readouterr().out.split())
+    assert "llama8b_5k on h100 does not fit: nothing that was tried does; take more devices" in said
+    assert "llama8b_5k on a100-80gb:8" in said, "the other target is ranked all the same"

@@ -1,0 +1,50 @@
+"""A whole run, counted from its config, or from data that lie here."""
+
+from collections import Counter
+
+import pytest
+
+from jaxguard.config import load
+from jaxguard.data.batches import Schedule, Shape
+from jaxguard.data.prepare import prepare
+from jaxguard.plan.work import Work, work_of
+
+
+def test_a_whole_run_is_counted_from_its_config():
+    work = work_of(load("gemma4b_5k"), 8, price=2.5)
+    assert work.updates == 781
+    assert work.said(36.0, 8) == "781 updates, 7.81 h, 62.5 device-hours, $156.20"
+    assert "give data.subset" in work_of(load("gemma4b_full"), 8).said(1.0, 8)
+    assert work_of(load("gemma4b_full", ["train.max_steps=5"]), 8).updates == 5
+
+
+@pytest.mark.parametrize(
+    ("devices", "overrides", "rows"),
+    [
+        (8, [], "8, 16, 24, 32"),
+        (8, ["train.accumulation=2"], "16, 32"),
+        (16, ["mesh.tensor=4"], "4, 8 … 32"),
+        (2, ["train.batch_size=33"], "2, 4 … 40"),
+    ],
+)
+def test_before_the_data_are_there_the_shapes_are_those_that_a_batch_is_rounded_up_to(devices, overrides, rows):
+    work = work_of(load("gemma4b_5k", overrides), devices)
+    assert work.shapes is None
+    assert work.programs == f"one for each shape: rows {rows}; tokens 512, 1,024, 1,536, 2,048; targets 64, 128 … 2,048"
+
+
+def test_data_that_lie_here_tell_every_shape(tiny_files, tmp_path, tiny_checkpoint):
+    config = load(str(tiny_files(tmp_path)))
+    work = work_of(config, devices=2)
+    assert work.updates == 12
+    schedule = Schedule(prepare(config, tiny_checkpoint).train, 8, 12, 512, 2, config.seed)
+    assert work.shapes == Counter(schedule.shape(step) for step in range(12))
+    assert all(shape.rows % 2 == 0 for shape in work.shapes)
+    assert work.programs.startswith(f"{len(work.shapes)}: ")
+
+
+def test_the_commonest_shapes_are_named():
+    shapes = {Shape(8 * n, 2048, 64 * n): n for n in range(1, 7)}
+    said = Work(21, None, shapes).programs
+    assert said.startswith("6: 48 rows of 2,048 tokens, 384 targets (6 updates); 40 rows of 2,048 tokens, 320 targets")
+    assert said.endswith("(3 updates); 2 more")
