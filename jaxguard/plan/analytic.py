@@ -52,7 +52,9 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute, loss_chunk: int, accu
     again = {"full": layer if spec.sandwich else layer - last, "dots": 0, "none": 0}[compute.remat]
     layers = 2.0 * L * tokens * (3 * layer + again)
 
-    pairs = shape.rows * sum(_pairs(shape.tokens, spec.kinds[kind].window, compute) for kind in spec.layer_kinds)
+    # With shared prefixes a window is a mask: it leaves nothing out.
+    windows = (None if shape.shared else spec.kinds[kind].window for kind in spec.layer_kinds)
+    pairs = shape.rows * sum(_pairs(shape.tokens, window, compute) for window in windows)
     forward = 4.0 * N * H * pairs
     repeats = 1 + (compute.remat != "none") + ATTENTION_BACKWARD
 

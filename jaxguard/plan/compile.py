@@ -160,7 +160,7 @@ def _shape(config: Config, multiple: int, rows: int | None, targets: int | None)
         )
     if targets is not None and targets > tokens:
         raise JaxguardError(f"--targets {targets} is more than a row has: data.row_tokens={tokens}; say fewer")
-    return Shape(rows, tokens, targets or tokens)
+    return Shape(rows, tokens, targets or tokens, config.data.share_prefixes)
 
 
 def _compile(program: Program, shape: Shape) -> Any:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxguard.data.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.cutting import CUT_MARK, MIN_KEPT
+from jaxguard.data.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.encode import Encoder, NoRoomError, encode_many
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import QUESTIONS, Category, Policy

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from plan_examples import plan_of
@@ -14,6 +15,7 @@ from jaxguard.config import load
 from jaxguard.data.batches import Shape
 from jaxguard.errors import JaxguardError
 from jaxguard.models import attention_kernels
+from jaxguard.models.attention_kernels import Layout
 from jaxguard.models.decoder import Compute
 from jaxguard.models.weights import abstract, count, table
 from jaxguard.plan.analytic import ideal_sent, step_flops
@@ -160,6 +162,7 @@ def test_only_gradients_go_from_slice_to_slice(tmp_path, write_llama_config):
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "target", "call"),
     [
@@ -167,20 +170,21 @@ def test_only_gradients_go_from_slice_to_slice(tmp_path, write_llama_config):
         (attention_kernels.splash, "v5p:8", "tpu_custom_call"),
     ],
 )
-def test_kernels_are_cut_by_rows_and_heads_without_communication(kernel, target, call):
+def test_kernels_are_cut_by_rows_and_heads_without_communication(kernel, target, call, shared):
     """Packed rows and a window, forward and backward, over data, fsdp and tensor at once."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), topology(find_cluster(target)))
     cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     query = jax.ShapeDtypeStruct((4, 512, 8, 128), jnp.bfloat16, sharding=cut)
     key = jax.ShapeDtypeStruct((4, 512, 2, 128), jnp.bfloat16, sharding=cut)
-    segments = jax.ShapeDtypeStruct((4, 512), jnp.int32, sharding=rows)
+    places = jax.ShapeDtypeStruct((4, 512), jnp.int32, sharding=rows)
+    layout = Layout(places, places, places if shared else None)
 
-    def loss(query, key, value, segments):
-        return kernel(query, key, value, segments, 100, 0.1).astype(jnp.float32).sum()
+    def loss(query, key, value, layout):
+        return kernel(query, key, value, layout, 100, 0.1).astype(jnp.float32).sum()
 
     with jax.set_mesh(mesh):
-        text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, key, segments).compile().as_text()
+        text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, key, layout).compile().as_text()
     assert call in text
     assert "bf16[1,512,4,128]" in text  # a device's own rows and heads
     assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text)
