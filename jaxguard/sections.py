@@ -29,7 +29,7 @@ class ModelConfig(Section):
     """What the backward pass recomputes: every layer, all but its matmuls, or nothing."""
     query_chunk: Positive = 512
     """Query tokens whose scores are held at once by XLA attention."""
-    loss_chunk: Positive = 2048
+    loss_chunk: Positive = 256
     """Target tokens of the batch whose logits are held at once."""
 
 
