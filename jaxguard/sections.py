@@ -30,7 +30,7 @@ class ModelConfig(Section):
     query_chunk: Positive = 512
     """Query tokens whose scores are held at once by XLA attention."""
     loss_chunk: Positive = 256
-    """Target tokens of the batch whose logits are held at once."""
+    """Memory of a device for logits, as the number of target tokens whose logits fill it."""
 
 
 class SourceConfig(Section):

@@ -121,7 +121,7 @@ def test_counted_flops_without_recomputation_are_those_of_training(name, targets
     """Two ways of counting: the planner's, by blocks of a row, and the loop's, by tokens that see each other."""
     spec = find_spec(load(name).model)
     compute = Compute(jnp.dtype(jnp.bfloat16), "xla", "none", query_chunk=1)
-    found = step_flops(spec, Shape(8, 1024, targets), compute, loss_chunk=8 * targets)
+    found = step_flops(spec, Shape(8, 1024, targets), compute)
     assert found.model == pytest.approx(training_flops(spec, [1024] * 8, 8 * targets), rel=1e-9)
 
 
@@ -208,8 +208,10 @@ def test_the_real_step_fits(name, target, attention, limit):
     assert any("cudnn$fmha" in kernel for kernel in result.kernels) == (attention == "cudnn")
     assert result.peak <= limit, f"{result.peak / GIB:.2f} GiB"
     assert result.arguments * 8 >= 12 * count(abstract(find_spec(config.model)))  # master weights and both moments
-    # Rows, heads and weights are cut so that nothing but fsdp's own gathers and reductions is needed.
-    assert not {"all-to-all", "collective-permute"} & {one.kind for one in result.collectives}
+    # Rows, heads and weights are cut so that nothing but fsdp's own gathers and reductions is needed; of the embedding,
+    # every device's part is exchanged for its rows, and back.
+    kinds = {one.kind for one in result.collectives if one.sent > 0.01 * result.sent}
+    assert kinds == {"all-gather", "reduce-scatter"}
     assert {one.axes for one in result.collectives} == {"fsdp"}
     assert result.sent <= 1.1 * result.ideal_sent
     assert result.matmul_flops + result.kernel_flops == pytest.approx(result.flops.total / 8, rel=0.05)
