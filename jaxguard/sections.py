@@ -29,8 +29,8 @@ class ModelConfig(Section):
     """What the backward pass recomputes: every layer, all but its matmuls, or nothing."""
     query_chunk: Positive = 512
     """Query tokens whose scores are held at once by XLA attention."""
-    loss_chunk: Positive = 2048
-    """Target tokens of the batch whose logits are held at once."""
+    loss_chunk: Positive = 256
+    """Memory of a device for logits, as the number of target tokens whose logits fill it."""
 
 
 class SourceConfig(Section):

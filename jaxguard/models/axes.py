@@ -1,12 +1,12 @@
 """Logical axes: weights and activations name what a dimension is, one rule table says how devices share it.
 
-Mesh axes: `data` holds copies of the weights, `fsdp` cuts the weights and the batch, `tensor` cuts heads, hidden units
-and vocabulary. The vocabulary is cut over fsdp too: the LM head then needs neither its full matrix nor the full
-gradient of it on any device.
+Mesh axes: `data` holds copies of the weights, `fsdp` cuts the batch and every matrix along the model's width, `tensor`
+cuts heads, hidden units and vocabulary.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 from jax.sharding import PartitionSpec
@@ -15,14 +15,13 @@ RULES: Mapping[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "copies": ("data",),
     "embed": ("fsdp",),
-    "vocab": ("tensor", "fsdp"),
+    "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "layers": (),
     "head_dim": (),
     "norm": (),
-    "width": (),
     None: (),
 }
 
@@ -52,3 +51,32 @@ def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> ja
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape, without))
+
+
+def parts(axis: str, size: int) -> int:
+    """Into how many parts `constrain` cuts a dimension of this size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    (names,) = (None,) if mesh.empty else partition((axis,), (size,), mesh.shape)
+    return math.prod(mesh.shape[name] for name in names or ())
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gather(weight: jax.Array, slot: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A weight as matmuls want it: cast to the slot's type, then gathered over fsdp, so that half the bytes move.
+
+    Its gradient is `slot`'s, whose values nobody reads: a gradient of a float32 weight would have to be float32, although
+    it is computed in the compute type, and twice as large. Devices add it up and cut it in one go, by a reduce-scatter; the
+    gradient of a gathered array, as JAX would have it, is a gathered one.
+    """
+    return constrain(weight.astype(slot.dtype), *axes, without="fsdp")
+
+
+def _gather_forward(weight: jax.Array, slot: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return gather(weight, slot, axes), None
+
+
+def _gather_backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[None, jax.Array]:
+    return None, constrain(gradient, *axes)
+
+
+gather.defvjp(_gather_forward, _gather_backward)

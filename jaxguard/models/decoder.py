@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxguard.models import weights as table
 from jaxguard.models.attention import FAR, Seen, attend, attend_seen
 from jaxguard.models.attention_kernels import Layout
-from jaxguard.models.axes import constrain
+from jaxguard.models.axes import constrain, gather
 from jaxguard.models.spec import Rope, Spec
 
 
@@ -49,11 +49,24 @@ class Decoder(nnx.Module):
 
     Every row of the weight table is one nnx.Param: `embed`, `final_norm`, `lm_head` where untied, and in `layers` one
     stack [L, ...] a weight, which the layer loop scans over.
+
+    Args:
+        spec: what the model is.
+        weights: path -> array.
+        compute: how to compute it.
+        slots: what `slots(spec, compute)` gives, to differentiate by: the layers' matrices have their gradients there.
     """
 
-    def __init__(self, spec: Spec, weights: Mapping[str, Array], compute: Compute = Compute()):
+    def __init__(
+        self,
+        spec: Spec,
+        weights: Mapping[str, Array],
+        compute: Compute = Compute(),
+        slots: Mapping[str, Array] | None = None,
+    ):
         self.spec = spec
         self.compute = compute
+        self.slots = slots
         self.embed = nnx.Param(weights["embed"])
         self.final_norm = nnx.Param(weights["final_norm"])
         self.lm_head = None if spec.tied else nnx.Param(weights["lm_head"])
@@ -137,32 +150,34 @@ class Decoder(nnx.Module):
         ropes = [rope_table(kind.rope, spec.head_dim, positions_BT) for kind in spec.kinds]
         cos_sin = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes)
 
-        def layer(x_BTD: Array, scanned: tuple[dict[str, Array], Array, Any]) -> tuple[Array, Any]:
-            weights, kind, extra = scanned
+        def layer(x_BTD: Array, scanned: tuple[Any, Any, Array, Any]) -> tuple[Array, Any]:
+            weights, slots, kind, extra = scanned
             cos, sin = jax.tree.map(lambda t: t[kind], cos_sin)
-            return self._layer(x_BTD, self._gather(weights), cos, sin, lambda *qkv: attention(*qkv, kind, extra))
+            return self._layer(x_BTD, self._gather(weights, slots), cos, sin, lambda *qkv: attention(*qkv, kind, extra))
 
         kinds = jnp.asarray(spec.layer_kinds)
-        weights = {name: param[...] for name, param in self.layers.items()}
-        x_BTD, kept = jax.lax.scan(self._rematerialised(layer), self._embed(tokens_BT), (weights, kinds, extra))
+        weights = {table.LAYER + name: param[...] for name, param in self.layers.items()}
+        scanned = (weights, self.slots or slots(spec, self.compute), kinds, extra)
+        x_BTD, kept = jax.lax.scan(self._rematerialised(layer), self._embed(tokens_BT), scanned)
         return self._norm(x_BTD, self.final_norm[...]), kept
 
     def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Every device looks its part of the width up, for the rows of all; then they exchange parts for rows.
+
+        Looked up before the cast, so that the gradients of a token's many places add up in float32.
+        """
         dtype = self.compute.dtype
-        x_BTD = jnp.take(self.embed[...].astype(dtype), tokens_BT, axis=0)
+        x_BTD = jnp.take(self.embed[...], constrain(tokens_BT, "copies", None), axis=0)
+        x_BTD = constrain(x_BTD.astype(dtype), "copies", None, "embed")
         if self.spec.embed_scale != 1:
             x_BTD = x_BTD * jnp.asarray(self.spec.embed_scale, dtype)
         return constrain(x_BTD, "batch", None, None)
 
-    def _gather(self, weights: dict[str, Array]) -> dict[str, Array]:
-        """One layer's weights as the matmuls want them: cast first, then gathered over fsdp, so that half the bytes move."""
-        rows = {w.path.removeprefix(table.LAYER): w for w in table.table(self.spec)}
-
-        def one(name: str, weight: Array) -> Array:
-            axes = rows[name].axes[1:]
-            return weight if "norm" in axes else constrain(weight.astype(self.compute.dtype), *axes, without="fsdp")
-
-        return {name: one(name, weight) for name, weight in weights.items()}
+    def _gather(self, weights: dict[str, Array], slots: dict[str, Array]) -> dict[str, Array]:
+        """One layer's weights by name, the matrices as the products want them."""
+        axes = {w.path: w.axes[1:] for w in table.table(self.spec)}
+        matrices = {path: gather(weights[path], slot, axes[path]) for path, slot in slots.items()}
+        return {path.removeprefix(table.LAYER): weight for path, weight in (weights | matrices).items()}
 
     def _layer(
         self,
@@ -227,6 +242,12 @@ class Decoder(nnx.Module):
             case _:
                 policy = jax.checkpoint_policies.nothing_saveable
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def slots(spec: Spec, compute: Compute) -> dict[str, Array]:
+    """Path of each of the layers' matrices -> zeros in the compute type, for models/axes.gather."""
+    matrices = [w for w in table.table(spec) if w.stacked and "norm" not in w.axes]
+    return {w.path: constrain(jnp.zeros(w.shape(spec), compute.dtype), *w.axes) for w in matrices}
 
 
 def project(equation: str, hidden: Array, weight: Array, **options: Any) -> Array:

@@ -56,8 +56,8 @@ def _norm(path: str, hf: str, letter: str = "D") -> Weight:
     return Weight(path, f"{hf}.weight", f"{letter} -> {letter}", axes)
 
 
-EMBED = Weight("embed", "embed_tokens.weight", "V D -> V D", ("vocab", "width"))
-HEAD = Weight("lm_head", "lm_head.weight", "V D -> V D", ("vocab", "width"))
+EMBED = Weight("embed", "embed_tokens.weight", "V D -> V D", ("vocab", "embed"))
+HEAD = Weight("lm_head", "lm_head.weight", "V D -> V D", ("vocab", "embed"))
 """Absent where the head is tied; it stands outside the model's prefix on disk."""
 
 _MATRICES = (

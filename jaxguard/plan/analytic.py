@@ -39,7 +39,7 @@ class Flops:
         return self.layers + self.attention + self.head
 
 
-def step_flops(spec: Spec, shape: Shape, compute: Compute, loss_chunk: int, accumulation: int = 1) -> Flops:
+def step_flops(spec: Spec, shape: Shape, compute: Compute) -> Flops:
     """FLOPs of one update: a forward pass, a backward pass of twice that, and what is computed again in between.
 
     Full remat computes a layer's products once more, but for the last one where nothing needs its result (no norm follows
@@ -58,9 +58,7 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute, loss_chunk: int, accu
     forward = 4.0 * N * H * pairs
     repeats = 1 + (compute.remat != "none") + ATTENTION_BACKWARD
 
-    width = max(1, min(shape.targets, loss_chunk // (shape.rows // accumulation)))
-    targets = shape.rows * math.ceil(shape.targets / width) * width
-    head = 2.0 * spec.vocab * D * targets
+    head = 2.0 * spec.vocab * D * shape.rows * shape.targets
     model = 3 * (2.0 * L * tokens * layer + forward + head)
     return Flops(layers, forward * repeats, 4 * head, model)
 

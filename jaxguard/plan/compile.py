@@ -139,7 +139,7 @@ def compile_step(
         temporaries=temporaries,
         peak=arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         largest=[(one.bytes, one.shown, place(one.source)) for one in found.largest()],
-        flops=step_flops(spec, shape, program.compute, config.model.loss_chunk, config.train.accumulation),
+        flops=step_flops(spec, shape, program.compute),
         matmul_flops=found.matmul_flops,
         traffic=found.traffic,
         collectives=found.collectives(axes, cluster.linked),

@@ -148,7 +148,7 @@ class Compiled:
         return runs
 
     def _trips(self, loop: Instruction) -> float:
-        """How often a loop turns: as XLA says on a GPU, or the number that its counter is held against.
+        """How often a loop turns: as XLA says on a GPU, or until its counter reaches the number that it is held against.
 
         Raises:
             JaxguardError: the program does not tell.
@@ -156,13 +156,21 @@ class Compiled:
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return float(known[1])
         condition = re.search(r"\bcondition=%?([\w.\-]+)", loop.attributes)
-        held = self.computations[condition[1]].instructions.values() if condition else ()
+        held = list(self.computations[condition[1]].instructions.values()) if condition else []
         limits = [i.attributes for i in held if i.opcode == "constant" and i.attributes.isdecimal()]
-        if len(limits) != 1:
+        counters = [re.search(r"\bindex=(\d+)", i.attributes) for i in held if i.opcode == "get-tuple-element"]
+        if len(limits) != 1 or len(counters) != 1 or counters[0] is None:
             raise JaxguardError(
                 f"the compiled program does not tell how often its loop {loop.name} turns; this is a bug"
             )
-        return float(limits[0])
+        return math.ceil(int(limits[0]) / self._step(loop, int(counters[0][1])))
+
+    def _step(self, loop: Instruction, counter: int) -> int:
+        """What one turn adds to the loop's counter: more than 1 where the compiler made one turn of several."""
+        body = self.computations[_called(loop)[0]].instructions
+        added = body[next(reversed(body.values())).operands[counter]]
+        constants = [body[name].attributes for name in added.operands if body[name].opcode == "constant"]
+        return int(constants[0]) if added.opcode == "add" and constants else 1
 
     def walk(self) -> Iterator[tuple[Computation, Instruction, float]]:
         """Every instruction with its computation and how often it runs."""

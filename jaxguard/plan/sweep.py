@@ -6,7 +6,8 @@ again.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,7 +47,8 @@ class SeriesFields(Section):
     rows: Count
     """Rows of a batch: of one device (weak), or of all of them (strong)."""
     cut: Cut = "all"
-    """Over which devices the weights are cut: all, or those of a host or slice, of which the others are copies."""
+    """Over which devices the weights are cut: all, or those of a host or slice, of which the others are copies. All are
+    as many as the model's width can be cut over."""
     tensor: Count = 1
     """Devices that share the heads and hidden units of a layer."""
 
@@ -87,10 +89,13 @@ def places(sweep: SweepFields) -> Iterator[Place]:
         JaxguardError: a config, target or shape that does not exist.
     """
     for name, fields in sweep.series.items():
+        width = find_spec(_load(name, fields, fields.set).model).width
         for devices in fields.devices:
             cluster = find_cluster(f"{fields.target}:{devices}")
             shards = cluster.devices // fields.tensor
-            copies = max(1, cluster.devices // cluster.linked) if fields.cut == "linked" else 1
+            copies = shards // math.gcd(shards, width)
+            if fields.cut == "linked":
+                copies = max(1, cluster.devices // cluster.linked)
             rows = fields.rows * (shards if fields.scaling == "weak" else 1)
             settings = {
                 **fields.set,
@@ -99,11 +104,14 @@ def places(sweep: SweepFields) -> Iterator[Place]:
                 "mesh.tensor": fields.tensor,
                 "train.batch_size": rows,
             }
-            try:
-                config = load(fields.config, [f"{field}={json.dumps(value)}" for field, value in settings.items()])
-            except JaxguardError as error:
-                raise JaxguardError(f"series {name}: {error}") from None
-            yield Place(name, fields, cluster, config, rows)
+            yield Place(name, fields, cluster, _load(name, fields, settings), rows)
+
+
+def _load(name: str, fields: SeriesFields, settings: Mapping[str, Any]) -> Config:
+    try:
+        return load(fields.config, [f"{field}={json.dumps(value)}" for field, value in settings.items()])
+    except JaxguardError as error:
+        raise JaxguardError(f"series {name}: {error}") from None
 
 
 def run_sweep(sweep: SweepFields, folder: Path, tell: Callable[[Place, Point], None]) -> list[Point]:

@@ -1,10 +1,12 @@
 """Log-probabilities at the target positions only, without ever holding all logits."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxguard.models.axes import constrain
+from jaxguard.models.axes import constrain, gather, parts
 from jaxguard.models.decoder import project
 
 
@@ -17,35 +19,59 @@ def target_logprobs(
 ) -> Float[Array, "B M Q"]:
     """Log-probability of vocabulary entries `ids_BMQ` after the tokens at `index_BM`, float32.
 
-    Works on about `chunk` target positions of the batch at a time and recomputes their logits in the backward pass. Logits are
-    cut over the vocabulary on tensor and fsdp together (models/axes.py), which is why hidden states are gathered over fsdp
-    here: a chunk of them is far smaller than the head.
+    Works on a block of the vocabulary at a time, for all of a device's target positions: the block is gathered over fsdp, as a
+    layer is, and its logits, as many as `chunk` positions have in all, are computed again in the backward pass. So no more
+    of the head is ever whole than a block, and what is sent and held does not depend on how many devices there are.
     """
     rows, targets = index_BM.shape
-    width = max(1, min(targets, chunk // rows))
-    padding = -targets % width
-    hidden_BMD = jnp.take_along_axis(hidden_BTD, index_BM[..., None], axis=1)
+    vocabulary, width = head_VD.shape
+    blocks = min(vocabulary, math.ceil(rows // parts("batch", rows) * targets / chunk))
+    size = math.ceil(vocabulary / blocks)
+    # Block k has the entries k, k + blocks, …: so every tensor device has an equal part of each.
+    head_CKD = jnp.pad(head_VD, ((0, size * blocks - vocabulary), (0, 0))).reshape(size, blocks, width)
+    head_KCD = constrain(head_CKD.swapaxes(0, 1), None, "vocab", "embed")
+    # In float32, so that the blocks' gradients add up in it.
+    hidden_BMD = jnp.take_along_axis(hidden_BTD, index_BM[..., None], axis=1).astype(jnp.float32)
 
-    def chunked(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-        return x.reshape(rows, -1, width, x.shape[-1]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def logprobs(hidden_BCD: Array, ids_BCQ: Array) -> Array:
-        hidden_BCD = constrain(hidden_BCD, "copies", None, None)
-        logits_BCV = project("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
-        logits_BCV = constrain(logits_BCV, "copies", None, "vocab")
-        normaliser_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    def block(_: None, scanned: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        head_CD, first = scanned
+        gathered_CD = gather(head_CD, head_CD, ("vocab", "embed"))
+        logits_BMC = constrain(_logits(hidden_BMD, gathered_CD), "batch", None, "vocab")
+        entry_C = first + blocks * jnp.arange(size)
+        logits_BMC = jnp.where(entry_C < vocabulary, logits_BMC, jnp.finfo(jnp.float32).min)
         # A masked sum instead of an index: it needs no gather across the vocabulary's devices.
-        vocabulary_V = jnp.arange(logits_BCV.shape[-1])
         chosen = [
-            jnp.sum(jnp.where(vocabulary_V == ids_BCQ[..., q, None], logits_BCV, 0), -1)
-            for q in range(ids_BCQ.shape[-1])
+            jnp.sum(jnp.where(entry_C == ids_BMQ[..., q, None], logits_BMC, 0), -1) for q in range(ids_BMQ.shape[-1])
         ]
-        return jnp.stack(chosen, axis=-1) - normaliser_BC[..., None]
+        return None, (jax.nn.logsumexp(logits_BMC, axis=-1), jnp.stack(chosen, axis=-1))
 
-    chunks = jax.lax.map(lambda x: logprobs(*x), (chunked(hidden_BMD), chunked(ids_BMQ)))
-    return chunks.swapaxes(0, 1).reshape(rows, -1, ids_BMQ.shape[-1])[:, :targets]
+    scanned = (head_KCD, jnp.arange(blocks))
+    _, (sums_KBM, chosen_KBMQ) = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), None, scanned)
+    return jnp.sum(chosen_KBMQ, axis=0) - jax.nn.logsumexp(sums_KBM, axis=0)[..., None]
+
+
+@jax.custom_vjp
+def _logits(hidden_BMD: Array, head_CD: Array) -> Array:
+    """Logits in float32 of float32 hidden states, multiplied in the head's type, in the backward pass too.
+
+    As JAX would have it, the logits' gradient is float32 and so are both products with it, which no device is fast at.
+    """
+    hidden = hidden_BMD.astype(head_CD.dtype)
+    return project("BMD,CD->BMC", hidden, head_CD, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(hidden_BMD: Array, head_CD: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _logits(hidden_BMD, head_CD), (hidden_BMD, head_CD)
+
+
+def _logits_backward(kept: tuple[Array, Array], gradient_BMC: Array) -> tuple[Array, Array]:
+    hidden_BMD, head_CD = kept
+    hidden, gradient = hidden_BMD.astype(head_CD.dtype), gradient_BMC.astype(head_CD.dtype)
+    of_hidden = jnp.einsum("BMC,CD->BMD", gradient, head_CD, preferred_element_type=jnp.float32)
+    return of_hidden, jnp.einsum("BMC,BMD->CD", gradient, hidden)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def token_weighted_loss(

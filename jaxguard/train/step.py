@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxguard.config import Config
 from jaxguard.data.batches import Batch, Shape
 from jaxguard.models import attention_kernels
-from jaxguard.models.decoder import Compute, Decoder
+from jaxguard.models.decoder import Compute, Decoder, slots
 from jaxguard.models.spec import Spec
 from jaxguard.train.loss import target_logprobs, token_weighted_loss
 from jaxguard.train.optimizer import learning_rate, optimizer
@@ -127,9 +127,10 @@ def logprobs(
     spec: Spec,
     compute: Compute,
     loss_chunk: int,
+    slots: dict[str, Array] | None = None,
 ) -> Float[Array, "B M Q"]:
-    """Log-probabilities of ids at the batch's target positions."""
-    decoder = Decoder(spec, weights, compute)
+    """Log-probabilities of ids at the batch's target positions; to differentiate them, see Decoder's slots."""
+    decoder = Decoder(spec, weights, compute, slots)
     hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.prefixes_BT)
     return target_logprobs(hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk)
 
@@ -140,18 +141,27 @@ def loss_and_gradient(
     """Token-weighted loss over the whole batch and its gradient, float32, `accumulation` micro-batches one after another."""
     total_weight = jnp.sum(batch.target_weights_BM)
 
-    def loss_of(weights: dict[str, Array], batch: Batch) -> Array:
+    places = slots(spec, compute)
+    rest = {path: weight for path, weight in weights.items() if path not in places}
+
+    def loss_of(differentiated: tuple[dict[str, Array], dict[str, Array]], batch: Batch) -> Array:
+        rest, places = differentiated
         found = logprobs(
-            weights, batch, batch.target_ids_BM[..., None], spec=spec, compute=compute, loss_chunk=loss_chunk
-        )
+            weights | rest, batch, batch.target_ids_BM[..., None],
+            spec=spec, compute=compute, loss_chunk=loss_chunk, slots=places,
+        )  # fmt: skip
         return token_weighted_loss(found[..., 0], batch.target_weights_BM, total_weight)
 
-    gradient_of = jax.value_and_grad(loss_of)
+    def gradient_of(batch: Batch) -> tuple[Array, dict[str, Array]]:
+        loss, (of_rest, of_matrices) = jax.value_and_grad(loss_of)((rest, places), batch)
+        found = of_rest | of_matrices
+        return loss, {path: found[path].astype(jnp.float32) for path in weights}
+
     if accumulation == 1:
-        return gradient_of(weights, batch)
+        return gradient_of(batch)
 
     def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient_of(weights, micro_batch)), None
+        return jax.tree.map(jnp.add, total, gradient_of(micro_batch)), None
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, weights))
     return jax.lax.scan(add, zero, jax.tree.map(partial(_micro_batches, count=accumulation), batch))[0]

@@ -22,9 +22,15 @@ def test_a_loops_body_counts_as_often_as_it_runs_and_a_branch_by_its_share():
 def test_a_loop_that_says_no_number_turns_until_its_counter_has_reached_one():
     """A TPU's program."""
     text = LOOP.replace(', backend_config={"known_trip_count":{"n":"6"}}', "")
-    counter = "  %limit = s32[]{:T(128)} constant(6)\n  ROOT %go = pred[] compare(%state.1, %limit), direction=LT\n"
+    counter = (
+        "  %limit = s32[]{:T(128)} constant(6)\n  %count = s32[] get-tuple-element(%state.1), index=0\n"
+        "  ROOT %go = pred[] compare(%count, %limit), direction=LT\n"
+    )
     told = text.replace("  ROOT %go = pred[] constant(true)\n", counter)
     assert Compiled(told).matmul_flops == Compiled(LOOP).matmul_flops
+    twice = "  %two = s32[] constant(2)\n  %more = s32[] add(%branch, %two)\n  ROOT %next ="
+    unrolled = told.replace("  ROOT %next =", twice).replace("tuple(%branch,", "tuple(%more,").replace("(6)", "(12)")
+    assert Compiled(unrolled).matmul_flops == Compiled(LOOP).matmul_flops
     with pytest.raises(JaxguardError, match=r"how often its loop loop turns"):
         Compiled(text)
 

@@ -67,6 +67,14 @@ def test_weak_scaling_grows_the_batch_and_strong_scaling_shares_it(sweep_file):
     ]
 
 
+def test_weights_are_cut_over_as_many_devices_as_divide_the_models_width(sweep_file):
+    sweep_file.write_text(
+        "title: Gemma\nseries:\n  4b: {config: gemma4b_full, target: v5p, devices: [8, 4096], scaling: weak, rows: 4}\n"
+    )
+    found = [(p.config.mesh.data, p.config.mesh.fsdp, p.rows) for p in places(read_sweep(str(sweep_file)))]
+    assert found == [(1, 8, 32), (8, 512, 16384)]  # 2,560 is 512 × 5
+
+
 def test_every_shipped_sweep_describes_points_that_there_can_be():
     for path in sweeping.SWEEP_FOLDER.glob("*.yaml"):
         assert list(places(read_sweep(path.stem)))

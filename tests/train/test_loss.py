@@ -1,0 +1,60 @@
+"""Blocks of the vocabulary give what the whole of it gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxguard.train.loss import target_logprobs
+
+ROWS, TOKENS, WIDTH, VOCABULARY = 3, 11, 16, 97
+
+
+@pytest.fixture(scope="module")
+def batch():
+    random = np.random.default_rng(0)
+    hidden, head = random.normal(size=(ROWS, TOKENS, WIDTH)), random.normal(size=(VOCABULARY, WIDTH))
+    index = random.integers(0, TOKENS, (ROWS, 7))
+    ids = random.integers(0, VOCABULARY, (ROWS, 7, 2))
+    return jnp.float32(hidden), jnp.float32(head), jnp.int32(index), jnp.int32(ids)
+
+
+def plain(hidden_BTD, head_VD, index_BM, ids_BMQ):
+    logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+    logprobs_BMV = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), index_BM[..., None], axis=1)
+    return jnp.take_along_axis(logprobs_BMV, ids_BMQ, axis=2)
+
+
+def gradients(function, hidden, head, *rest):
+    def total(hidden, head):
+        found = function(hidden, head, *rest)
+        return jnp.sum(found * jnp.cos(jnp.arange(found.size).reshape(found.shape)))
+
+    return jax.grad(total, argnums=(0, 1))(hidden, head)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 21, 1000])  # 21, 11, 5 and 1 blocks, of which only the last has no padding
+def test_logprobs_and_gradients_are_those_of_all_logits(batch, chunk):
+    def blocks(*args):
+        return target_logprobs(*args, chunk)
+
+    np.testing.assert_allclose(blocks(*batch), plain(*batch), atol=1e-5)
+    for found, expected in zip(gradients(blocks, *batch), gradients(plain, *batch), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_in_bfloat16_blocks_add_up_in_float32(batch):
+    """The gradient errs no more with many blocks than with one."""
+    hidden, head, *rest = batch
+    expected = gradients(plain, *batch)
+
+    def error(chunk):
+        def blocks(*args):
+            return target_logprobs(*args, chunk)
+
+        found = gradients(blocks, hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), *rest)
+        return [float(jnp.linalg.norm(f - e) / jnp.linalg.norm(e)) for f, e in zip(found, expected, strict=True)]
+
+    many, one = error(1), error(1000)
+    assert max(many) < 0.01
+    assert all(m < 1.1 * o for m, o in zip(many, one, strict=True)), (many, one)
