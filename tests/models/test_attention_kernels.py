@@ -39,8 +39,9 @@ def packed(rows, tokens, heads=4, kv_heads=2, head_dim=128, seed=0, shared=False
     return query, key, value, Layout(segments, positions, prefixes if shared else None)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("window", [None, 1, 40, 1000])
+@pytest.mark.parametrize(
+    ("window", "shared"), [(None, False), (1, False), (40, False), (1000, False), (None, True), (40, True)]
+)
 def test_splash_is_packed_causal_attention(window, shared):
     query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=256, shared=shared))
     got = attention_kernels.splash(query, key, value, layout, window, 0.1, interpret=True)
