@@ -64,9 +64,9 @@ def parts(axis: str, size: int) -> int:
 def gather(weight: jax.Array, slot: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """A weight as matmuls want it: cast to the slot's type, then gathered over fsdp, so that half the bytes move.
 
-    Its gradient is `slot`'s, whose values nobody reads: a gradient of a float32 weight would have to be float32, although
-    it is computed in the compute type, and twice as large. Devices add it up and cut it in one go, by a reduce-scatter; the
-    gradient of a gathered array, as JAX would have it, is a gathered one.
+    Its gradient is `slot`'s, whose values nobody reads, and `weight` has none: a float32 weight's would have to be float32,
+    although it is computed in the compute type, and twice as large. Devices add it up and cut it in one go, by a
+    reduce-scatter; the gradient of a gathered array, as JAX would have it, is a gathered one.
     """
     return constrain(weight.astype(slot.dtype), *axes, without="fsdp")
 

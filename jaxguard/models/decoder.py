@@ -54,7 +54,8 @@ class Decoder(nnx.Module):
         spec: what the model is.
         weights: path -> array.
         compute: how to compute it.
-        slots: what `slots(spec, compute)` gives, to differentiate by: the layers' matrices have their gradients there.
+        slots: what `slots(spec, compute)` gives, to differentiate by: the layers' matrices have their gradients
+            there, and none in `weights`.
     """
 
     def __init__(
