@@ -15,8 +15,9 @@ from jaxguard.data.encode import Sequence
 from jaxguard.models.decoder import Compute
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialise
+from jaxguard.train.loss import token_weighted_loss
 from jaxguard.train.sharding import batch_sharding, make_mesh, place, row_multiple
-from jaxguard.train.step import build_program, loss_and_gradient
+from jaxguard.train.step import build_program, logprobs, loss_and_gradient
 
 ROW_TOKENS = 64
 _gradient = jax.jit(loss_and_gradient, static_argnames=("spec", "compute", "accumulation", "loss_chunk"))
@@ -122,6 +123,17 @@ def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, ch
     plain = unpacked([dataclasses.replace(s, head=b"") for s in examples])
     assert plain.prefixes_BT is None
     assert_same(gradient(spec, weights, batch, accumulation, query_chunk=chunk), gradient(spec, weights, plain))
+
+
+def test_gradients_in_slots_are_those_of_the_weights(spec, weights):
+    batch = packed(sequences(8))
+
+    def loss(weights):
+        ids = batch.target_ids_BM[..., None]
+        found = logprobs(weights, batch, ids, spec=spec, compute=Compute(), loss_chunk=64)[..., 0]
+        return token_weighted_loss(found, batch.target_weights_BM, batch.target_weights_BM.sum())
+
+    assert_same(gradient(spec, weights, batch), jax.jit(jax.value_and_grad(loss))(weights))
 
 
 def test_loss_is_the_mean_over_all_target_tokens(spec, weights):
