@@ -20,7 +20,7 @@ from jaxguard.plan.page import page
 from jaxguard.plan.search import search
 from jaxguard.plan.show import Planned, Refused, as_json, line, ranking, remedies, show
 from jaxguard.plan.sweep import Place, Point, places, read_sweep, run_sweep
-from jaxguard.plan.sweep_page import markdown
+from jaxguard.plan.sweep_page import figure, markdown
 from jaxguard.plan.sweep_page import page as page_of_sweep
 from jaxguard.plan.targets import GIB, find_cluster, read_targets
 from jaxguard.plan.work import work_of
@@ -158,6 +158,7 @@ def _sweep(options: argparse.Namespace) -> int:
         task = progress.add_task(fields.title, total=len(todo))
         points = run_sweep(fields, folder, tell)
     write_atomically(folder / "sweep.md", markdown(fields.title, points))
+    write_atomically(folder / "sweep.svg", figure([point for point in points if "error" not in point]))
     write_atomically(folder / "sweep.html", page_of_sweep(fields.title, points))
     console.print(f"{folder}/sweep.md\n{folder}/sweep.html", soft_wrap=True)
     return 0

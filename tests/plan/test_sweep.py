@@ -104,6 +104,7 @@ def test_a_sharding_pays_while_products_take_longer_than_the_network(sweep_file,
     points = sorted(run(sweep_file, tmp_path), key=lambda point: (point["series"], point["devices"]))
     # Weak: 2 s of products, and 64 devices are 2 s of network.
     assert pays(points) == ["strong: up to 16 devices", "weak: up to 64 devices"]
+    assert (tmp_path / "out" / "sweep.svg").read_text().startswith("<svg")
     said = (tmp_path / "out" / "sweep.md").read_text()
     assert "too small" in said
     assert "| strong | 16 | 1×16×1 | 64 | 40.0 | yes |" in said
