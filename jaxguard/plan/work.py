@@ -47,6 +47,11 @@ class Work:
         return f"{self.updates:,} updates, {hours:,.2f} h, {hours * devices:,.1f} device-hours{cost}"
 
     @property
+    def usual(self) -> Shape | None:
+        """The shape of most updates; None before the data are there."""
+        return max(self.shapes, key=self.shapes.__getitem__) if self.shapes else None
+
+    @property
     def programs(self) -> str:
         """How many programs the updates are, and of which shapes, for people."""
         if self.shapes is None:
