@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxguard.data.encode import Sequence as Encoded
 
-TARGET_MULTIPLE = 64
+TARGET_MULTIPLE = 256
 ROW_LENGTHS = 4
 """A batch's rows are so many quarters of `row_tokens` long, as its longest needs."""
 

@@ -100,8 +100,8 @@ def test_a_prefix_is_held_once_a_row_and_rows_are_as_short_as_they_can_be():
     assert [held_tokens(row) for row in pack(examples, 64, 1)] == [57]
     rows = pack(examples, 64, 8)
     assert [held_tokens(row) for row in rows] == [15] * 8
-    assert bucketed(rows, 64, 8) == Shape(8, 16, 64, shared=True)
-    assert bucketed(pack(build([(12, 1, 0)] * 16), 64, 8), 64, 8) == Shape(8, 32, 64, shared=False)
+    assert bucketed(rows, 64, 8) == Shape(8, 16, 256, shared=True)
+    assert bucketed(pack(build([(12, 1, 0)] * 16), 64, 8), 64, 8) == Shape(8, 32, 256, shared=False)
 
 
 @given(st.integers(1, 5000), st.integers(1, 64))
