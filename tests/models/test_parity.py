@@ -13,6 +13,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxguard.models.attention import xla
+from jaxguard.models.attention_kernels import Layout
 from jaxguard.models.checkpoint_io import read_weights
 from jaxguard.models.decoder import Compute, Decoder
 from jaxguard.models.spec import Spec, read_spec
@@ -105,7 +106,8 @@ def test_a_local_layer_computes_only_its_window():
     """Scores of a chunk reach over chunk + window - 1 keys at most, however long the row."""
     query, key = (jax.ShapeDtypeStruct((1, 512, heads, 8), np.float32) for heads in (4, 2))
     local = partial(xla, window=16, scale=1.0, chunk=32)
-    program = jax.make_jaxpr(local)(query, key, key, jax.ShapeDtypeStruct((1, 512), np.int32))
+    places = jax.ShapeDtypeStruct((1, 512), np.int32)
+    program = jax.make_jaxpr(local)(query, key, key, Layout(places, places))
     scores = [shape for shape in _shapes(program.jaxpr) if len(shape) == 5]
     assert max(size for shape in scores for size in shape) == 32 + 16 - 1
 

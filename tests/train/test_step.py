@@ -126,7 +126,7 @@ def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, ch
 
 
 def test_gradients_in_slots_are_those_of_the_weights(spec, weights):
-    batch = packed(sequences(8))
+    batch = jax.tree.map(jnp.asarray, packed(sequences(8)))
 
     def loss(weights):
         ids = batch.target_ids_BM[..., None]
