@@ -30,7 +30,9 @@ def test_a_whole_run_is_counted_from_its_config():
 def test_before_the_data_are_there_the_shapes_are_those_that_a_batch_is_rounded_up_to(devices, overrides, rows):
     work = work_of(load("gemma4b_5k", overrides), devices)
     assert work.shapes is None
-    assert work.programs == f"one for each shape: rows {rows}; tokens 512, 1,024, 1,536, 2,048; targets 256, 512 … 2,048"
+    assert (
+        work.programs == f"one for each shape: rows {rows}; tokens 512, 1,024, 1,536, 2,048; targets 256, 512 … 2,048"
+    )
 
 
 def test_data_that_lie_here_tell_every_shape(tiny_files, tmp_path, tiny_checkpoint):
