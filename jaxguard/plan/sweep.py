@@ -98,6 +98,7 @@ def places(sweep: SweepFields) -> Iterator[Place]:
                 copies = max(1, cluster.devices // cluster.linked)
             rows = fields.rows * (shards if fields.scaling == "weak" else 1)
             settings = {
+                "data.share_prefixes": False,  # rows are full, whatever the data
                 **fields.set,
                 "mesh.data": copies,
                 "mesh.fsdp": shards // copies,
