@@ -1,4 +1,4 @@
-r"""The student's format, and the only place that knows it: example + policy + mode -> chat turns; answer -> Verdict.
+r"""The student's format, which only this file and answer.py, its reader, know: example + policy + mode -> chat turns.
 
 The user turn:
 
