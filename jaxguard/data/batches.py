@@ -9,6 +9,7 @@ example goes on from it. Attention sees both (models/attention_kernels.Layout), 
 examples.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +22,9 @@ from jaxguard.data.encode import Sequence as Encoded
 
 TARGET_MULTIPLE = 256
 ROW_LENGTHS = 4
-"""A batch's rows are so many quarters of `row_tokens` long, as its longest needs."""
+"""Lengths that rows may have, the longest `row_tokens`."""
+KERNEL_MULTIPLE = 128
+"""Attention kernels work on whole blocks of so many tokens."""
 
 
 class Shape(NamedTuple):
@@ -178,14 +181,20 @@ def held_tokens(row: Sequence[Encoded]) -> int:
 
 def bucketed(rows: Sequence[Sequence[Encoded]], row_tokens: int, row_multiple: int) -> Shape:
     """The smallest of the few shapes that holds these rows."""
-    quarters = -(-max(map(held_tokens, rows)) * ROW_LENGTHS // row_tokens)
+    longest = max(map(held_tokens, rows))
     targets = max(sum(int(s.target.sum()) for s in row) for row in rows)
     return Shape(
         rows=bucket_size(len(rows), row_multiple),
-        tokens=-(-quarters * row_tokens // ROW_LENGTHS),
+        tokens=next(length for length in row_lengths(row_tokens) if length >= longest),
         targets=bucket_size(targets, TARGET_MULTIPLE),
         shared=any(s.prefix for row in rows for s in row),
     )
+
+
+def row_lengths(row_tokens: int) -> list[int]:
+    """The lengths that rows may have: quarters of the longest, rounded up to whole blocks if that one consists of such."""
+    unit = math.gcd(row_tokens, KERNEL_MULTIPLE)
+    return sorted({-(-row_tokens * part // (ROW_LENGTHS * unit)) * unit for part in range(1, ROW_LENGTHS + 1)})
 
 
 def bucket_size(count: int, unit: int) -> int:

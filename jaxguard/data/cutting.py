@@ -5,7 +5,7 @@ from typing import Final
 MIN_KEPT: Final = 16
 """Tokens of a prompt, and of a response, that cutting leaves; an example with less to judge would teach nothing."""
 CUT_MARK: Final = "\n[... the middle is left out ...]\n"
-LONGEST_TOKEN = 64
+LONGEST_TOKEN: Final = 64
 """Characters. Longer texts than this times the row are cut before they are tokenised, which bounds time and memory."""
 
 

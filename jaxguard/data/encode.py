@@ -119,7 +119,8 @@ class Encoder:
     policy: Policy
     row_tokens: int
     share_prefixes: bool = True
-    _heads: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _beginnings: dict[Any, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _heads: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: Path, data: DataConfig, policy: Policy | None = None) -> Self:
@@ -308,10 +309,10 @@ class Encoder:
         if not self.share_prefixes:
             return b""
         key = policy, asks, mode
-        if key not in self._heads:
-            self._heads[key] = self.ids(self.template.before + self.dialogue.head(*key))
+        if key not in self._beginnings:
+            self._beginnings[key] = self.ids(self.template.before + self.dialogue.head(*key))
         # The last of them may be another where text follows.
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._heads[key], prompt, strict=False))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._beginnings[key], prompt, strict=False))
         head = np.asarray([token for token, _ in same], np.int32).tobytes()
         return self._heads.setdefault(head, head)
 

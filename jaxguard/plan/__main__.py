@@ -65,7 +65,7 @@ def plan(options: argparse.Namespace, config: Config) -> int:
             work = work_of(other, cluster.devices, options.price)
             try:
                 with console.status(f"compiling {name} for {cluster.name} …"):
-                    found = compile_step(other, spec, cluster, options.rows, options.targets, work.usual)
+                    found = compile_step(other, spec, cluster, options.rows, options.targets, work.largest)
                 planned.append((replace(found, name=name), work))
             except OutOfMemoryError as error:
                 why = f"{error}; {remedies(other.model.remat)}"
@@ -104,7 +104,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows",
         type=_count,
-        help="rows of the batch; default: as most batches have if the data are here, else one for each example",
+        help="rows of the batch; default: of the largest batch if the data are here, else one for each example",
     )
     parser.add_argument("--targets", type=_count, help="target tokens of a row; default: all of them")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a device for an hour")

@@ -108,7 +108,7 @@ def compile_step(
     cluster: Cluster,
     rows: int | None,
     targets: int | None = None,
-    usual: Shape | None = None,
+    largest: Shape | None = None,
     steps: int = 1000,
 ) -> Plan:
     """Compile one update of `config` for `cluster`.
@@ -117,9 +117,9 @@ def compile_step(
         config: the run; its mesh must fit the cluster's devices.
         spec: shape of the model.
         cluster: what to compile for.
-        rows: of the batch, each config.data.row_tokens long; None for `usual`, or without it one of each example.
+        rows: of the batch, each config.data.row_tokens long; None for `largest`, or without it one of each example.
         targets: target positions of a row; None for the most there can be.
-        usual: the shape of most of the run's batches, where its data are at hand.
+        largest: the largest shape of the run's batches, where its data are at hand.
         steps: length of the schedule; it does not change the program's size.
 
     Raises:
@@ -129,8 +129,8 @@ def compile_step(
     """
     mesh = make_mesh(config.mesh, topology(cluster))
     shape = _shape(config, row_multiple(config, mesh), rows, targets)
-    if rows is None and usual is not None:
-        shape = usual if targets is None else usual._replace(targets=targets)
+    if rows is None and largest is not None:
+        shape = largest if targets is None else largest._replace(targets=targets)
     program = build_program(config, spec, mesh, steps)
     start = time.perf_counter()
     compiled = _compile(program, shape)

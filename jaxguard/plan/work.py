@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxguard.config import Config
-from jaxguard.data.batches import ROW_LENGTHS, TARGET_MULTIPLE, Schedule, Shape, bucket_size, total_steps
+from jaxguard.data.batches import TARGET_MULTIPLE, Schedule, Shape, bucket_size, row_lengths, total_steps
 from jaxguard.data.prepare import prepare
 
 SHOWN = 4
@@ -47,9 +47,9 @@ class Work:
         return f"{self.updates:,} updates, {hours:,.2f} h, {hours * devices:,.1f} device-hours{cost}"
 
     @property
-    def usual(self) -> Shape | None:
-        """The shape of most updates; None before the data are there."""
-        return max(self.shapes, key=self.shapes.__getitem__) if self.shapes else None
+    def largest(self) -> Shape | None:
+        """The shape that needs most memory, and so decides whether the run fits; None before the data are there."""
+        return max(self.shapes, key=lambda s: (s.rows * s.tokens, s.targets)) if self.shapes else None
 
     @property
     def programs(self) -> str:
@@ -87,8 +87,9 @@ def work_of(config: Config, devices: int, price: float | None = None) -> Work:
     if data.subset is not None:
         updates = total_steps(data.subset, train.batch_size, train.epochs, train.max_steps)
     rows, targets = _buckets(train.batch_size, multiple), _buckets(data.row_tokens, TARGET_MULTIPLE)
-    tokens = [-(-part * data.row_tokens // ROW_LENGTHS) for part in range(1, ROW_LENGTHS + 1)]
-    possible = f"one for each shape: rows {_few(rows)}; tokens {_few(tokens)}; targets {_few(targets)}"
+    possible = (
+        f"one for each shape: rows {_few(rows)}; tokens {_few(row_lengths(data.row_tokens))}; targets {_few(targets)}"
+    )
     return Work(updates, price, None, possible)
 
 

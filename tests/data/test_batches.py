@@ -1,6 +1,7 @@
 """Packing loses and mixes nothing; the order is arithmetic."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from jaxguard.data.batches import (
     bucketed,
     held_tokens,
     pack,
+    row_lengths,
     total_steps,
 )
 from jaxguard.data.dialogue import Mode
@@ -95,13 +97,30 @@ def test_packing_needs_few_rows(shapes, multiple):
 
 
 def test_a_prefix_is_held_once_a_row_and_rows_are_as_short_as_they_can_be():
-    """Sixteen examples of 12 tokens, 9 of them shared: 9 + 16 x 3 on one device, 9 + 2 x 3 on each of eight."""
-    examples = [sequence(str(i), 12, 1, head=2) for i in range(16)]
-    assert [held_tokens(row) for row in pack(examples, 64, 1)] == [57]
-    rows = pack(examples, 64, 8)
-    assert [held_tokens(row) for row in rows] == [15] * 8
-    assert bucketed(rows, 64, 8) == Shape(8, 16, 256, shared=True)
-    assert bucketed(pack(build([(12, 1, 0)] * 16), 64, 8), 64, 8) == Shape(8, 32, 256, shared=False)
+    """Sixteen examples of 140 tokens, 100 of them shared: 100 + 16 x 40 on one device, 100 + 2 x 40 on each of eight."""
+    head = np.arange(100, dtype=np.int32)
+    tokens = np.concatenate([head, np.arange(40, dtype=np.int32)])
+    whole = [Sequence(str(i), Mode.DIRECT, tokens, np.arange(140) >= 130, (), (), False) for i in range(16)]
+    shared = [replace(s, head=head.tobytes()) for s in whole]
+
+    def shape(examples, row_multiple):
+        return bucketed(pack(examples, 1024, row_multiple), 1024, row_multiple)
+
+    assert [held_tokens(row) for row in pack(shared, 1024, 8)] == [180] * 8
+    assert shape(shared, 8) == Shape(8, 256, 256, shared=True)
+    assert shape(whole, 8) == Shape(8, 512, 256, shared=False)
+    assert shape(shared, 1) == Shape(1, 768, 256, shared=True)
+    assert shape(whole, 1) == Shape(3, 1024, 256, shared=False)
+
+
+@given(st.integers(1, 5000))
+def test_a_kernel_that_can_work_on_the_longest_row_can_on_every_row(row_tokens):
+    lengths = row_lengths(row_tokens)
+    assert lengths == sorted(set(lengths))
+    assert lengths[-1] == row_tokens
+    assert len(lengths) <= 4
+    for multiple in (2, 8, 128):  # cuDNN takes an even number of tokens, splash attention whole blocks of 128
+        assert row_tokens % multiple or all(length % multiple == 0 for length in lengths)
 
 
 @given(st.integers(1, 5000), st.integers(1, 64))

@@ -140,7 +140,7 @@ def test_a_state_that_is_too_large_by_itself_needs_more_devices(monkeypatch, cap
 
 
 def test_a_tpus_refusal_does_not_hide_the_plans_beside_it(monkeypatch, capsys, tmp_path):
-    def compile_step(config, spec, cluster, rows, targets, usual):
+    def compile_step(config, spec, cluster, rows, targets, largest):
         if cluster.target.tpu:
             raise out_of_memory(REFUSAL)
         return plan_of(40)

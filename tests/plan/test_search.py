@@ -19,7 +19,7 @@ PEAK = {"none": 90, "dots": 64, "full": 40}
 SLOWER = {"none": 1.0, "dots": 1.1, "full": 1.3}
 
 
-def compile_step(config, spec, cluster, rows, targets=None, usual=None):
+def compile_step(config, spec, cluster, rows, targets=None, largest=None):
     """Micro-batches halve what exceeds 30 GiB and gather the weights anew; cut heads cost time."""
     parts = config.train.accumulation
     peak = 30 + (PEAK[config.model.remat] - 30) // parts

@@ -50,5 +50,5 @@ def test_the_commonest_shapes_are_named():
     said = Work(21, None, shapes).programs
     assert said.startswith("6: 48 rows of 2,048 tokens, 384 targets (6 updates); 40 rows of 2,048 tokens, 320 targets")
     assert said.endswith("(3 updates); 2 more")
-    assert Work(21, None, shapes).usual == Shape(48, 2048, 384)
-    assert Work(21).usual is None
+    assert Work(21, None, shapes).largest == Shape(48, 2048, 384)
+    assert Work(21).largest is None
