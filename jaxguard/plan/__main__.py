@@ -160,9 +160,9 @@ def _sweep(options: argparse.Namespace) -> int:
         task = progress.add_task(fields.title, total=len(todo))
         points = run_sweep(fields, folder, tell)
     write_atomically(folder / "sweep.md", markdown(fields.title, points))
-    write_atomically(folder / "sweep.svg", figure([point for point in points if "error" not in point]))
+    write_atomically(folder / "sweep.svg", figure(points))
     write_atomically(folder / "sweep.html", page_of_sweep(fields.title, points))
-    console.print(f"{folder}/sweep.md\n{folder}/sweep.html", soft_wrap=True)
+    console.print("\n".join(f"{folder}/sweep.{kind}" for kind in ("md", "svg", "html")), soft_wrap=True)
     return 0
 
 

@@ -81,13 +81,17 @@ def page(title: str, points: Sequence[Point]) -> str:
         head=HEAD,
         rows=rows(points),
         pays=pays(points),
-        figure=figure([point for point in points if "error" not in point]),
+        figure=figure(points),
         assumptions=ASSUMPTIONS,
     )
 
 
 def figure(points: Sequence[Point]) -> str:
-    """Memory, the network's share of an update, its time and efficiency over the number of devices, as SVG."""
+    """Memory, the network's share of an update, its time and efficiency over the number of devices, as SVG.
+
+    Points that the compiler refused are left out.
+    """
+    points = [point for point in points if "error" not in point]
     drawing = Figure(figsize=(11, 7.5), layout="constrained")
     memory, share, step, efficient = drawing.subplots(2, 2).flat
     _curves(memory, points, lambda point: point["peak"] / GIB, "peak, GiB of a device")
