@@ -23,7 +23,7 @@ class ModelConfig(Section):
     """Branch, tag or commit on the hub."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and matmuls. Master weights and Adam state are always float32."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "xla", "spans", "cudnn", "splash"] = "auto"
     """Attention kernel; auto takes the best one that the device and the head size allow."""
     remat: Literal["full", "dots", "none"] = "full"
     """What the backward pass recomputes: every layer, all but its matmuls, or nothing."""

@@ -210,11 +210,13 @@ def assemble(rows: Sequence[Sequence[Encoded]], shape: Shape) -> Batch:
     for r, row in enumerate(rows):
         segment = start = targets = 0
         heads: dict[bytes, int] = {}
+        # Prefixes first, so that not much lies between an example and what it sees.
         for sequence in row:
             if sequence.prefix and sequence.head not in heads:
                 segment += 1
                 heads[sequence.head] = segment
                 start = _lay(batch, r, start, sequence.tokens[: sequence.prefix], 0, segment, segment)
+        for sequence in row:
             segment += 1
             own = sequence.tokens[sequence.prefix :]
             stop = _lay(batch, r, start, own, sequence.prefix, segment, heads.get(sequence.head, segment))

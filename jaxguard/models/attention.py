@@ -29,14 +29,14 @@ def attend(
     implementation: str,
     query_chunk: int,
 ) -> Query:
-    """Softmax attention by `implementation`: "xla", "cudnn" or "splash"; the values agree to rounding."""
+    """Softmax attention by `implementation`: "xla", "spans", "cudnn" or "splash"; the values agree to rounding."""
     match implementation:
         case "cudnn":
             return kernels.cudnn(query_BTNH, key_BTKH, value_BTKH, layout, window=window, scale=scale)
         case "splash":
             return kernels.splash(query_BTNH, key_BTKH, value_BTKH, layout, window=window, scale=scale)
-        case _:
-            return xla(query_BTNH, key_BTKH, value_BTKH, layout, window=window, scale=scale, chunk=query_chunk)
+    spans = implementation == "spans"
+    return xla(query_BTNH, key_BTKH, value_BTKH, layout, window=window, scale=scale, chunk=query_chunk, spans=spans)
 
 
 def xla(
@@ -48,10 +48,15 @@ def xla(
     window: int | None,
     scale: float,
     chunk: int,
+    spans: bool = False,
 ) -> Query:
     """Plain matmuls, a chunk of queries at a time, over only the keys that the chunk can see.
 
     Scores are recomputed in the backward pass, so that no more than one chunk of them is ever held.
+
+    With `spans` keys are left out that the chunk could see and no row's layout lets it: between the chunk before it and the
+    row's first 1, 2, 4, … chunks, where the prefixes are. What suffices is known when the program runs, so each is a branch
+    of it, which a CPU takes at no cost; a row of many short examples then costs no more than its examples in several rows.
     """
     tokens = query_BTNH.shape[1]
     out = []
@@ -59,13 +64,50 @@ def xla(
         stop = min(start + chunk, tokens)
         # A prefix may stand anywhere before those who continue it.
         first = 0 if window is None or layout.prefixes_BT is not None else max(0, start - window + 1)
-        mask = layout.visible(window, first, start, stop)
-        out.append(_block(query_BTNH[:, start:stop], key_BTKH[:, first:stop], value_BTKH[:, first:stop], mask, scale))
+        keys = [(slice(first, stop),)]
+        if spans:
+            keys = [*_spans(first, start - chunk, stop, chunk), *keys]
+        block = partial(_block, layout=layout, queries=slice(start, stop), keys=keys, window=window, scale=scale)
+        out.append(jax.checkpoint(block, prevent_cse=False)(query_BTNH, key_BTKH, value_BTKH))
     return jnp.concatenate(out, axis=1)
 
 
-@partial(jax.checkpoint, static_argnums=(4,), prevent_cse=False)
+Keys = tuple[slice, ...]
+
+
+def _spans(first: int, near: int, stop: int, chunk: int) -> list[Keys]:
+    """Ever more of the keys from `first` on, and all from `near` to `stop`."""
+    doublings = (max(0, near - first - 1) // chunk).bit_length()
+    return [(slice(first, first + chunk * 2**k), slice(near, stop)) for k in range(doublings)]
+
+
 def _block(
+    query_BTNH: Query,
+    key_BTKH: KeyValue,
+    value_BTKH: KeyValue,
+    *,
+    layout: Layout,
+    queries: slice,
+    keys: Sequence[Keys],
+    window: int | None,
+    scale: float,
+) -> Float[Array, "B C N H"]:
+    """Attention of some queries over the first of `keys` that hold all that any of them, but padding, sees; the last do."""
+    far = slice(keys[-1][0].start, keys[0][-1].start)
+    real_BC1 = layout.segments_BT[:, queries, None] > 0
+    seen_S = jnp.any(layout.visible(window, queries, far) & real_BC1, axis=(0, 1))
+    reach = jnp.max(jnp.where(seen_S, jnp.arange(far.start, far.stop), -1), initial=-1)
+    enough = sum((reach >= spans[0].stop).astype(jnp.int32) for spans in keys[:-1])
+
+    def over(spans: Keys, query_BTNH: Array, key_BTKH: Array, value_BTKH: Array) -> Array:
+        mask_BCS = jnp.concatenate([layout.visible(window, queries, span) for span in spans], axis=-1)
+        key_BSKH, value_BSKH = (jnp.concatenate([x[:, s] for s in spans], axis=1) for x in (key_BTKH, value_BTKH))
+        return _softmax_attention(query_BTNH[:, queries], key_BSKH, value_BSKH, mask_BCS, scale)
+
+    return jax.lax.switch(enough, [partial(over, spans) for spans in keys], query_BTNH, key_BTKH, value_BTKH)
+
+
+def _softmax_attention(
     query_BCNH: Float[Array, "B C N H"],
     key_BSKH: Float[Array, "B S K H"],
     value_BSKH: Float[Array, "B S K H"],

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxguard.errors import JaxguardError
 from jaxguard.models.axes import partition
 
-Kernel = Literal["xla", "cudnn", "splash"]
+Kernel = Literal["xla", "spans", "cudnn", "splash"]
 
 LANES = 128
 """Width of a TPU's vector registers: splash attention works on blocks of it."""
@@ -40,21 +40,22 @@ class Layout(NamedTuple):
     positions_BT: Int[Array, "B T"]
     prefixes_BT: Int[Array, "B T"] | None = None
 
-    def visible(self, window: int | None, first: int, start: int, stop: int) -> Bool[Array, "B C S"]:
-        """May the tokens from start to stop see those from first to stop?"""
+    def visible(self, window: int | None, queries: slice, keys: slice) -> Bool[Array, "B C S"]:
+        """May the tokens at `queries` see those at `keys`?"""
 
-        def query(x_BT: Array) -> Array:
-            return x_BT[:, start:stop, None]
+        def query(x: Array) -> Array:
+            return x[..., queries, None]
 
-        def key(x_BT: Array) -> Array:
-            return x_BT[:, None, first:stop]
+        def key(x: Array) -> Array:
+            return x[..., None, keys]
 
         seen = query(self.segments_BT) == key(self.segments_BT)
         if self.prefixes_BT is not None:
             seen |= query(self.prefixes_BT) == key(self.segments_BT)
         if window is not None:
             seen &= query(self.positions_BT) - key(self.positions_BT) < window
-        return seen & (jnp.arange(first, stop) <= jnp.arange(start, stop)[:, None])
+        places = jnp.arange(self.segments_BT.shape[1])
+        return seen & (key(places) <= query(places))
 
 
 def choose(
@@ -82,6 +83,7 @@ def choose(
     obstacles: dict[Kernel, str | None] = {
         "cudnn": _cudnn_obstacle(platform, compute_capability, head_dim, dtype, row_tokens),
         "splash": _splash_obstacle(platform, head_dim, row_tokens),
+        "spans": None if platform == "cpu" else f"it is for CPUs, and this is {platform}",
         "xla": None,
     }
     for name, obstacle in obstacles.items():
@@ -136,12 +138,11 @@ def cudnn(
     row_window = window if layout.prefixes_BT is None else None
 
     def attend(query: Array, key: Array, value: Array, layout: Layout) -> Array:
-        tokens = query.shape[1]
         return jax.nn.dot_product_attention(
             query,
             key,
             value,
-            mask=layout.visible(None if row_window else window, 0, 0, tokens)[:, None],
+            mask=layout.visible(None if row_window else window, slice(None), slice(None))[:, None],
             scale=scale,
             is_causal=True,
             local_window_size=None if row_window is None else (row_window - 1, 0),
@@ -197,7 +198,7 @@ def _branching_rows(
         kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
         return kernel(q_NTH, k_KTH, v_KTH)
 
-    return jax.lax.map(row, (q_BNTH, k_BKTH, v_BKTH, layout.visible(window, 0, 0, tokens)))
+    return jax.lax.map(row, (q_BNTH, k_BKTH, v_BKTH, layout.visible(window, slice(None), slice(None))))
 
 
 def _splash_kernel(mask: splash_attention.MultiHeadMask | Array, tokens: int, interpret: bool) -> Any:

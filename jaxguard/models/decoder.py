@@ -25,7 +25,7 @@ class Compute:
 
     Attributes:
         dtype: of activations and matmuls.
-        attention: "xla", "cudnn" or "splash".
+        attention: "xla", "spans", "cudnn" or "splash".
         remat: what the backward pass recomputes: "full" every layer, "dots" all but matmuls, "none" nothing.
         query_chunk: queries whose scores XLA attention holds at once.
     """
@@ -266,10 +266,30 @@ def project(equation: str, hidden: Array, weight: Array, **options: Any) -> Arra
     """
     if hidden.dtype != jnp.float32:
         return jnp.einsum(equation, hidden, weight, **options)
+    return _in_halves(equation, hidden, weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_halves(equation: str, hidden: Array, weight: Array) -> Array:
     left, right = equation.partition("->")[0].split(",")
     halves = zip(jnp.split(hidden, 2, axis=-1), jnp.split(weight, 2, axis=right.index(left[-1])), strict=True)
-    first, second = (jnp.einsum(equation, h, w, **options) for h, w in halves)
+    first, second = (jnp.einsum(equation, h, w) for h, w in halves)
     return first + second
+
+
+def _in_halves_forward(equation: str, hidden: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _in_halves(equation, hidden, weight), (hidden, weight)
+
+
+def _in_halves_backward(equation: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """In one product each. As JAX would have it, a CPU first copies the gradient of every product transposed."""
+    hidden, weight = kept
+    left, right, out = equation.replace("->", ",").split(",")
+    of_hidden = jnp.einsum(f"{out},{right}->{left}", gradient, weight)
+    return of_hidden, jnp.einsum(f"{left},{out}->{right}", hidden, gradient)
+
+
+_in_halves.defvjp(_in_halves_forward, _in_halves_backward)
 
 
 def rope_table(

@@ -64,8 +64,8 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute) -> Flops:
 
 
 def _pairs(tokens: int, window: int | None, compute: Compute) -> int:
-    """(query, key) pairs of one row that the kernel multiplies; blocks that the mask empties are left out."""
-    chunk = compute.query_chunk if compute.attention == "xla" else 128
+    """(query, key) pairs of one row that the kernel multiplies, or could: blocks that causality or a window empties are left out."""
+    chunk = compute.query_chunk if compute.attention in ("xla", "spans") else 128
     pairs = 0
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)

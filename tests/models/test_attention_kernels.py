@@ -64,13 +64,29 @@ def test_what_cudnn_is_asked_for_is_packed_causal_attention(monkeypatch, window,
     assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("spans", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])
-def test_xla_is_packed_causal_attention(window, shared):
+@pytest.mark.parametrize("chunk", [4, 24])
+def test_xla_is_packed_causal_attention(chunk, window, shared, spans):
     query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=64, head_dim=16, shared=shared))
-    got = attention.xla(query, key, value, layout, window=window, scale=0.1, chunk=24)
+    got = attention.xla(query, key, value, layout, window=window, scale=0.1, chunk=chunk, spans=spans)
     real = layout.segments_BT > 0
     np.testing.assert_allclose(got[real], reference(query, key, value, layout, window, 0.1)[real], atol=2e-5)
+
+
+def test_spans_leave_out_what_no_layout_lets_be_seen():
+    """Values that must not be multiplied are NaN: a weight of zero would not hide them."""
+    query, key, value, _ = jax.tree.map(jnp.asarray, packed(rows=1, tokens=128, head_dim=16))
+    branches = np.arange(128) // 8 + 1
+    layout = Layout(*jnp.asarray([branches, np.arange(128) % 8 + 8 * (branches > 1), np.ones(128)])[:, None])
+    poisoned = value.at[:, 32:96].set(jnp.nan)
+
+    def last(value, spans):
+        return attention.xla(query, key, value, layout, window=None, scale=0.1, chunk=16, spans=spans)[:, -16:]
+
+    np.testing.assert_allclose(last(poisoned, spans=True), last(value, spans=False), atol=2e-5)
+    assert np.isnan(last(poisoned, spans=False)).all()
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -98,7 +114,7 @@ def test_splash_gradient(shared):
         return jnp.sum(jnp.where(real, attend(*qkv), 0) ** 2)
 
     def plain(query, key, value):
-        sees = layout.visible(None, 0, 0, 128)[:, None]
+        sees = layout.visible(None, slice(None), slice(None))[:, None]
         return jax.nn.dot_product_attention(query, key, value, mask=sees, scale=0.1, implementation="xla")
 
     def fused(query, key, value):
@@ -127,7 +143,7 @@ def test_splash_gradient(shared):
         ("gpu", None, 128, "bfloat16", "xla"),
         ("tpu", None, 256, "bfloat16", "splash"),
         ("tpu", None, 64, "bfloat16", "xla"),
-        ("cpu", None, 128, "bfloat16", "xla"),
+        ("cpu", None, 128, "bfloat16", "spans"),
     ],
 )
 def test_auto_takes_the_best_that_works(platform, capability, head_dim, dtype, expected):
@@ -142,8 +158,9 @@ def test_auto_takes_the_best_that_works(platform, capability, head_dim, dtype, e
         ("gpu", 8.0, 256, 128, "cudnn", "up to 128 dimensions"),
         ("gpu", 8.0, 128, 127, "cudnn", "even number of tokens"),
         ("gpu", 8.0, 128, 128, "splash", "needs a TPU"),
+        ("gpu", 8.0, 128, 128, "spans", "is for CPUs"),
         ("tpu", None, 128, 200, "splash", "tokens of a row must be a multiple of 128, not 200"),
-        ("tpu", None, 128, 128, "flash", "known: auto, cudnn, splash, xla"),
+        ("tpu", None, 128, 128, "flash", "known: auto, cudnn, splash, spans, xla"),
     ],
 )
 def test_a_forced_kernel_that_cannot_work_says_why(platform, capability, head_dim, row_tokens, requested, message):
