@@ -180,9 +180,9 @@ def _write_set(
     chosen |= {f"{size}_{s}": subset(built.base, size, s) for size in sorted(sizes) for s in settings.seeds}
     for name, base in chosen.items():
         examples = _with_modes(unique_ids([*base, *built.appended]), built.config.mode, config)
-        rows, chat = folder / f"{name}.parquet", folder / "chat" / f"{name}.parquet"
+        rows, messages = folder / f"{name}.parquet", folder / "chat" / f"{name}.parquet"
         _write_parquet(rows, [example.to_json() for example in examples], SCHEMA)
-        _write_parquet(chat, [_chat(example, encoder) for example in examples], CHAT_SCHEMA)
+        _write_parquet(messages, [chat(example, encoder) for example in examples], CHAT_SCHEMA)
         yield (
             name,
             {
@@ -190,7 +190,7 @@ def _write_set(
                 "appended": len(built.appended),
                 "by_mode": dict(sorted(Counter(str(example.mode) for example in examples).items())),
                 "labels": {x: dict(sorted(Counter(str(getattr(e, x)) for e in examples).items())) for x in LABELS},
-                "files": {str(path.relative_to(draft)): file_digest(path) for path in (rows, chat)},
+                "files": {str(path.relative_to(draft)): file_digest(path) for path in (rows, messages)},
             },
         )
 
@@ -210,7 +210,7 @@ def _with_modes(examples: list[Example], mode: str, config: Config) -> list[Exam
     ]
 
 
-def _chat(example: Example, encoder: Encoder) -> dict[str, Any]:
+def chat(example: Example, encoder: Encoder) -> dict[str, Any]:
     """What training renders, as messages; over-long text is not cut."""
     policy, mode = policy_for(example, encoder.policy), Mode(example.mode or "direct")
     asks = questions(example, policy)

@@ -14,6 +14,9 @@ from jaxguard.models.attention_kernels import Layout
 Query = Float[Array, "B T N H"]
 KeyValue = Float[Array, "B T K H"]
 
+Keys = tuple[slice, ...]
+"""Keys that some queries attend to, in one or two pieces of the row."""
+
 FAR = 2**30
 """Position of padding where positions alone say who sees whom: after every token, so that none sees it."""
 
@@ -64,15 +67,12 @@ def xla(
         stop = min(start + chunk, tokens)
         # A prefix may stand anywhere before those who continue it.
         first = 0 if window is None or layout.prefixes_BT is not None else max(0, start - window + 1)
-        keys = [(slice(first, stop),)]
+        keys: list[Keys] = [(slice(first, stop),)]
         if spans:
             keys = [*_spans(first, start - chunk, stop, chunk), *keys]
         block = partial(_block, layout=layout, queries=slice(start, stop), keys=keys, window=window, scale=scale)
         out.append(jax.checkpoint(block, prevent_cse=False)(query_BTNH, key_BTKH, value_BTKH))
     return jnp.concatenate(out, axis=1)
-
-
-Keys = tuple[slice, ...]
 
 
 def _spans(first: int, near: int, stop: int, chunk: int) -> list[Keys]:

