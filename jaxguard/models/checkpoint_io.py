@@ -1,8 +1,8 @@
 """Hugging Face folder -> sharded arrays, and trained arrays -> a Hugging Face folder.
 
-Reading touches only the bytes that this host's devices need. Exporting copies the source's files and overwrites only
+Reading touches only the bytes that this host's devices need, a tensor at a time. Exporting copies the source's files but for
 the trained tensors' bytes, so headers, key order, element types and whatever is not trained (a vision tower) stay as
-they are; exporting unchanged weights gives the same files, bit for bit.
+they are; exporting unchanged weights gives the same files, bit for bit. Layouts are changed by the devices.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
 from jaxguard.errors import JaxguardError
@@ -41,6 +43,9 @@ WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack
 # The text-only Gemma 3 1B shares its tokenizer with the multimodal sizes: this token's id lies just past its
 # vocabulary, and no text chat produces it.
 _IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
+
+_BLOCK = 16 * 2**20
+"""Bytes that are copied at once."""
 
 Places = dict[Weight, tuple[Stored, ...]]
 """For each row of the table, its tensors on disk: one per layer, or a single one."""
@@ -98,42 +103,48 @@ def read_weights(
 def _read(
     weight: Weight, stored: Sequence[Stored], spec: Spec, sharding: jax.sharding.Sharding, dtype: Any
 ) -> jax.Array:
-    shape = weight.shape(spec)
-    copies: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+    """One tensor at a time, so that no more than that is on the host; devices cast it and lay it into the stack."""
+    if not weight.stacked:
+        return _placed(weight, stored[0], spec, sharding).astype(dtype)
+    whole = jnp.zeros(weight.shape(spec), dtype, device=sharding)
+    for i, tensor in enumerate(stored):
+        whole = _writer(sharding)(whole, _placed(weight, tensor, spec, _of_layer(sharding)), i)
+    return whole
 
-    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
-        """The asked part; devices that hold the same part share it."""
+
+@lru_cache(maxsize=64)
+def _writer(sharding: jax.sharding.Sharding) -> Any:
+    def write(whole: jax.Array, layer: jax.Array, place: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, layer.astype(whole.dtype), place, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+
+
+def _of_layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """How one layer of a stack is cut; the stack is never cut between layers."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+def _placed(weight: Weight, tensor: Stored, spec: Spec, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A tensor in our layout on the devices, as it is stored. Devices that hold the same part copy it from each other."""
+    shape = weight.shape(spec)[1:] if weight.stacked else weight.shape(spec)
+    found: dict[tuple[tuple[int, int, int], ...], jax.Array] = {}
+    arrays = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
         key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        if key not in copies:
-            copies[key] = read_piece(weight, stored, spec, index, dtype)
-        return copies[key]
-
-    return jax.make_array_from_callback(shape, sharding, piece, dtype=dtype)
-
-
-def read_piece(
-    weight: Weight, stored: Sequence[Stored], spec: Spec, index: tuple[slice, ...], dtype: Any
-) -> np.ndarray:
-    """One rectangular part of a weight, in our layout, reading only the pages it lies on."""
-    views = [_ours(weight, tensor.view(), spec) for tensor in (stored[index[0]] if weight.stacked else stored)]
-    parts = [view[index[1:] if weight.stacked else index] for view in views]
-    out = np.empty((len(parts), *parts[0].shape), dtype)
-    for row, part in zip(out, parts, strict=True):
-        row[...] = part
-    return out if weight.stacked else out[0]
+        part = found[key] if key in found else read_piece(weight, tensor, spec, index)
+        # No alias: the file may be changed or removed later. Strides are no hindrance: what puts it there transposes.
+        arrays.append(jax.device_put(part, device, may_alias=False))
+        found.setdefault(key, arrays[-1])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _ours(weight: Weight, array: np.ndarray, spec: Spec) -> np.ndarray:
-    return einops.rearrange(array, weight.rule, **_sizes(weight, spec))
-
-
-def _theirs(weight: Weight, array: np.ndarray, spec: Spec) -> np.ndarray:
-    return einops.rearrange(array, " -> ".join(reversed(weight.rule.split(" -> "))), **_sizes(weight, spec))
-
-
-def _sizes(weight: Weight, spec: Spec) -> dict[str, int]:
-    return {letter: size for letter, size in spec.sizes.items() if letter in weight.rule}
+def read_piece(weight: Weight, tensor: Stored, spec: Spec, index: tuple[slice, ...]) -> np.ndarray:
+    """One rectangular part of a tensor, in our layout: a view of the file, which is read when its values are."""
+    return einops.rearrange(tensor.view(), weight.rule, **_sizes(weight, spec))[index]
 
 
 def locate(folder: Path, spec: Spec) -> Places:
@@ -226,29 +237,33 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
     tensors = open_folder(source)
     places = _locate(source, spec, tensors)
     _check_weights(weights, spec, source)
+    own = [tensor for stored in places.values() for tensor in stored]
     writer = jax.process_index() == 0
     changed, rewritten = 0, 0
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(whole_folder(output, _stored_bytes(tensors))) if writer else None
-        files = {} if folder is None else stack.enter_context(_copies(source, folder, tensors))
+        tied = [tensors[name] for name in _tied_heads(spec, tensors)]
+        files = {} if folder is None else stack.enter_context(_begun(source, folder, tensors, [*own, *tied]))
         for weight, stored in places.items():
+            array = _checked_array(weights, weight, spec)
             targets = [[tensor] for tensor in stored]
             if weight == EMBED:
-                targets[0] += [tensors[name] for name in _tied_heads(spec, tensors)]
-            for copies, values in zip(targets, _layers(weight, weights[weight.path], spec), strict=True):
-                changed += _overwrite(copies[0], values, files)
+                targets[0] += tied
+            for i, copies in enumerate(targets):
+                kept = np.result_type(*(tensor.dtype for tensor in copies))
+                values = _on_host(_theirs(array, i, weight, spec, kept))
+                changed += _write(copies[0], values, files)
                 for tensor in copies[1:]:
-                    _overwrite(tensor, values, files)
+                    _write(tensor, values, files)
                 rewritten += len(copies)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_hf")
-    trained = [tensor for stored in places.values() for tensor in stored]
     return ExportReport(
         tensors=rewritten,
         carried=len(tensors) - rewritten,
-        values=sum(math.prod(tensor.shape) for tensor in trained),
+        values=sum(math.prod(tensor.shape) for tensor in own),
         changed=changed,
-        dtypes=tuple(sorted({tensor.kind for tensor in trained})),
+        dtypes=tuple(sorted({tensor.kind for tensor in own})),
     )
 
 
@@ -264,17 +279,26 @@ def _check_weights(weights: Mapping[str, jax.Array], spec: Spec, source: Path) -
         raise JaxguardError(f"these weights are of another model than {source}: {', '.join(odd)} on one side only")
 
 
-def _layers(weight: Weight, array: jax.Array, spec: Spec) -> Iterator[np.ndarray]:
-    """A weight's tensors in Hugging Face's layout, one at a time on this host."""
+def _checked_array(weights: Mapping[str, jax.Array], weight: Weight, spec: Spec) -> jax.Array:
+    array = weights[weight.path]
     if array.shape != weight.shape(spec):
         raise JaxguardError(
             f"weight {weight.path!r} has shape {array.shape}, but the source has {weight.shape(spec)}: another model"
         )
-    if not weight.stacked:
-        yield _theirs(weight, _on_host(array), spec)
-        return
-    for i in range(spec.layers):
-        yield _theirs(weight, _on_host(jax.lax.dynamic_index_in_dim(array, i, keepdims=False)), spec)
+    return array
+
+
+@partial(jax.jit, static_argnames=("weight", "spec", "dtype"))
+def _theirs(array: jax.Array, layer: jax.Array, weight: Weight, spec: Spec, dtype: np.dtype) -> jax.Array:
+    """A weight, or a layer of it, in Hugging Face's layout, rounded to nearest even."""
+    theirs, ours = weight.rule.split(" -> ")
+    if weight.stacked:
+        array = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+    return einops.rearrange(array.astype(dtype), f"{ours} -> {theirs}", **_sizes(weight, spec))
+
+
+def _sizes(weight: Weight, spec: Spec) -> dict[str, int]:
+    return {letter: size for letter, size in spec.sizes.items() if letter in weight.rule}
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -284,14 +308,29 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _copies(source: Path, folder: Path, tensors: Mapping[str, Stored]) -> Iterator[dict[str, BinaryIO]]:
-    """The source's files copied; its weight files stay open for overwriting, by name."""
+def _begun(
+    source: Path, folder: Path, tensors: Mapping[str, Stored], trained: Sequence[Stored]
+) -> Iterator[dict[str, BinaryIO]]:
+    """The source's files, with all but the trained tensors' bytes in place; the weight files stay open, by name."""
     copy_companions(source, folder)
-    names = sorted({tensor.file.name for tensor in tensors.values()})
-    for name in names:
-        shutil.copyfile(source / name, folder / name)
     with contextlib.ExitStack() as stack:
-        yield {name: stack.enter_context((folder / name).open("r+b")) for name in names}
+        files: dict[str, BinaryIO] = {}
+        for path in sorted({tensor.file for tensor in tensors.values()}):
+            files[path.name] = stack.enter_context((folder / path.name).open("w+b"))
+            own = sorted((tensor.start, tensor.stop) for tensor in trained if tensor.file == path)
+            ends = [0, *(stop for _, stop in own)], [*(start for start, _ in own), path.stat().st_size]
+            with path.open("rb") as given:
+                for start, stop in zip(*ends, strict=True):
+                    _copy(given, files[path.name], start, stop)
+            files[path.name].truncate(path.stat().st_size)
+        yield files
+
+
+def _copy(given: BinaryIO, taken: BinaryIO, start: int, stop: int) -> None:
+    given.seek(start)
+    taken.seek(start)
+    for at in range(start, stop, _BLOCK):
+        taken.write(given.read(min(_BLOCK, stop - at)))
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -304,16 +343,16 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copytree(templates, folder / templates.name)
 
 
-def _overwrite(tensor: Stored, values: np.ndarray, files: Mapping[str, BinaryIO]) -> int:
-    """Write `values` where `tensor` lies, rounded to nearest even; count the stored numbers that change."""
+def _write(tensor: Stored, values: np.ndarray, files: Mapping[str, BinaryIO]) -> int:
+    """Write `values` where `tensor` lies; count the stored numbers that differ from it."""
     with np.errstate(over="ignore"):  # reported just below
         rounded = np.ascontiguousarray(values, dtype=tensor.dtype)
-    if not np.isfinite(rounded).all():
-        raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
     bits = np.dtype(f"u{tensor.dtype.itemsize}")
-    changed = int(np.count_nonzero(rounded.view(bits) != tensor.view().view(bits)))
-    if changed and files:
+    infinite = np.array(np.inf, tensor.dtype).view(bits)  # all of the exponent's bits: NaN has them too
+    if (rounded.view(bits) & infinite == infinite).any():
+        raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
+    if files:
         file = files[tensor.file.name]
         file.seek(tensor.start)
         file.write(rounded.view(np.uint8).data)
-    return changed
+    return int(np.count_nonzero(rounded.view(bits) != tensor.view().view(bits)))

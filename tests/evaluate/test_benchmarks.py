@@ -8,7 +8,7 @@ import pytest
 import yaml
 from benchmark_examples import HARM, ROOT, ROWS, SAFE, SHIPPED, answers, shipped, texts
 
-import document_benchmarks
+import document_guard_benchmarks
 from generated import written
 from jaxguard.data.policies import POLICY_FOLDER, load_policy, policy_for
 from jaxguard.errors import JaxguardError
@@ -261,13 +261,15 @@ def test_an_unknown_benchmark_is_named_with_the_nearest():
 
 
 def test_the_documented_example_is_a_benchmark(tmp_path):
-    (text,) = re.findall(r"```yaml\n(.*?)```", document_benchmarks.DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = re.findall(
+        r"```yaml\n(.*?)```", document_guard_benchmarks.DOCUMENT.read_text(encoding="utf-8"), re.DOTALL
+    )
     (tmp_path / "helpdesk.yaml").write_text(text, encoding="utf-8")
     fields = read_benchmark("helpdesk", tmp_path)
     assert (len(fields.where), fields.examples[0].positive.at_least) == (2, 2)
 
 
 def test_the_documented_table_is_that_of_the_files():
-    assert written(document_benchmarks.DOCUMENT) == document_benchmarks.table(), (
-        "run python tools/document_benchmarks.py"
+    assert written(document_guard_benchmarks.DOCUMENT) == document_guard_benchmarks.table(), (
+        "run python tools/document_guard_benchmarks.py"
     )

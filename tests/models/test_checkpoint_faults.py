@@ -175,14 +175,14 @@ def test_full_disk_is_refused_before_anything_is_copied(make, tmp_path, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_disk_filled_while_overwriting(make, tmp_path, monkeypatch):
+def test_disk_filled_while_writing(make, tmp_path, monkeypatch):
     source = make("llama")
     weights = {k: w + 1 for k, w in read_weights(source, read_spec(source)).items()}
 
-    def overwrite(*args):
+    def write(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_io, "_overwrite", overwrite)
+    monkeypatch.setattr(checkpoint_io, "_write", write)
     with pytest.raises(JaxguardError, match=r"the disk is full"):
         export_hf(weights, source, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]

@@ -1,4 +1,4 @@
-"""Rewrites the table of docs/benchmarks.md from configs/benchmarks: `python tools/document_benchmarks.py`."""
+"""Rewrites the table of docs/guard_benchmarks.md from configs/benchmarks: `python tools/document_guard_benchmarks.py`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from jaxguard.evaluate.benchmark_fields import BenchmarkFields, Condition, Expec
 from jaxguard.evaluate.benchmarks import list_benchmarks
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
+DOCUMENT = ROOT / "docs" / "guard_benchmarks.md"
 FOLDER = ROOT / "configs" / "benchmarks"
 GROUPS = {
     "safety_prompt": "Safety, prompts",

@@ -1,0 +1,166 @@
+"""`make bench-checkpoints`: import and export of a Llama-3.2-1B-shaped checkpoint (2.5 GB, bfloat16, four files), beside raw disk.
+
+Every measurement is a process of its own on a cold page cache: the files' pages are dropped before each. Raw reading is
+`read` of the files from first byte to last; raw writing the same bytes written and synced.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxguard.models.checkpoint_io import export_hf, read_weights
+from jaxguard.models.safetensors_io import INDEX, shard_files, write_file
+from jaxguard.models.spec import Spec, read_spec
+from jaxguard.models.weights import Weight, table
+
+SHAPE = Path("configs/shapes/meta-llama--Llama-3.2-1B-Instruct")
+FOLDER = Path("build/bench/checkpoint")
+FILES = 4
+BLOCK = 16 * 2**20
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", choices=list(MEASURED), help="measure this here and print JSON")
+    chosen = parser.parse_args(arguments)
+    if chosen.one:
+        print(json.dumps(MEASURED[chosen.one]()))
+        return 0
+    make(FOLDER)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in MEASURED}
+    for _ in range(chosen.rounds):
+        for name in MEASURED:
+            _forget()
+            command = [sys.executable, __file__, "--one", name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 (our own)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    Console().print(_table(found))
+    return 0
+
+
+def make(folder: Path) -> None:
+    """Random weights in several files, unless they are there."""
+    if (folder / INDEX).is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(SHAPE / "config.json", folder / "config.json")
+    shapes = dict(_tensors(read_spec(folder)))
+    names, random = list(shapes), np.random.default_rng(0)
+    index: dict[str, str] = {}
+    for i in range(FILES):
+        part = {name: shapes[name] for name in names[i::FILES]}
+        file = f"model-{i + 1:05d}-of-{FILES:05d}.safetensors"
+        write_file(
+            folder / file, part, "BF16", lambda name: random.standard_normal(shapes[name], dtype=np.float32) * 0.02
+        )
+        index |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
+
+
+def _tensors(spec: Spec) -> list[tuple[str, tuple[int, ...]]]:
+    def one(weight: Weight) -> list[tuple[str, tuple[int, ...]]]:
+        layers = range(spec.layers if weight.stacked else 1)
+        return [("model." + weight.hf.format(i=i), weight.hf_shape(spec)) for i in layers]
+
+    return [pair for weight in table(spec) for pair in one(weight)]
+
+
+def _forget() -> None:
+    """Drop the files' pages, so that reading is from the disk."""
+    os.sync()
+    for path in FOLDER.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _timed(work: Callable[[], object]) -> dict[str, float]:
+    """Seconds, and how much the process's largest memory grew, GiB."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    kept = work()
+    seconds = time.perf_counter() - started
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    del kept
+    return {"seconds": seconds, "gib": grown / 2**20}
+
+
+def _raw_read() -> dict[str, float]:
+    def work() -> None:
+        buffer = bytearray(BLOCK)
+        for path in shard_files(FOLDER):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    return _timed(work)
+
+
+def _raw_write() -> dict[str, float]:
+    block = os.urandom(BLOCK)
+
+    def work() -> None:
+        with (FOLDER / "raw").open("wb", buffering=0) as file:
+            for _ in range(sum(path.stat().st_size for path in shard_files(FOLDER)) // BLOCK):
+                file.write(block)
+            os.fsync(file.fileno())
+
+    found = _timed(work)
+    (FOLDER / "raw").unlink()
+    return found
+
+
+def _import() -> dict[str, float]:
+    import jax
+
+    spec = read_spec(FOLDER)
+    return _timed(lambda: jax.block_until_ready(read_weights(FOLDER, spec)))
+
+
+def _export() -> dict[str, float]:
+    """Of weights that all differ from the source's."""
+    import jax
+
+    weights = {path: jax.block_until_ready(-value) for path, value in read_weights(FOLDER, read_spec(FOLDER)).items()}
+    output = FOLDER / "export"
+    shutil.rmtree(output, ignore_errors=True)
+
+    def work() -> None:
+        export_hf(weights, FOLDER, output)
+        for path in output.glob("*.safetensors"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    found = _timed(work)
+    shutil.rmtree(output)
+    return found
+
+
+MEASURED = {"raw read": _raw_read, "import": _import, "raw write": _raw_write, "export": _export}
+
+
+def _table(found: dict[str, list[dict[str, float]]]) -> Table:
+    result = Table("what", title=f"{SHAPE.name}, bfloat16 in {FILES} files", title_justify="left")
+    for heading in ("seconds", "of raw speed", "memory grown, GiB"):
+        result.add_column(heading, justify="right")
+    raw = {"import": "raw read", "export": "raw write"}
+    for name, runs in found.items():
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(runs, found[raw.get(name, name)], strict=True)]
+        seconds, memory = (median(run[key] for run in runs) for key in ("seconds", "gib"))
+        result.add_row(name, f"{seconds:.2f}", f"{median(ratios):.0%}", f"{memory:.2f}")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
