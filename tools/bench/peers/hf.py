@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MICRO_BATCH = 4
-"""Examples; the fastest of 1, 2, 4 and 8."""
+"""Examples; not yet measured against 1, 2 and 8."""
 
 
 def encode(tokenizer: Any, messages: list[dict[str, str]], longest: int) -> tuple[list[int], int]:
