@@ -1,0 +1,119 @@
+"""LlamaFactory as a peer of the training benchmark: `python tools/bench/peers/llamafactory.py JOB.json`.
+
+Its best on a CPU: bfloat16 autocast over float32 weights, PyTorch's scaled dot-product attention, AdamW's fused kernel and no
+gradient checkpointing. It loads a bfloat16 copy of the weights and casts that to float32.
+
+Settings: "padded" pads micro-batches of examples of like length, each to its longest. "packed" is `neat_packing`: rows of
+`row_tokens` hold several examples, which a mask keeps apart; packing works through an update's examples at a time. An update then
+trains as many rows as the first update's examples fill, so `examples` counts those that these rows hold.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.pop(0)  # this folder, in which `import llamafactory` would find this file
+
+import yaml
+from llamafactory.data.formatter import StringFormatter
+from llamafactory.data.processor.processor_utils import greedy_knapsack
+from llamafactory.data.template import TEMPLATES, register_template
+from llamafactory.train.tuner import run_exp
+from transformers import AutoTokenizer, TrainerCallback
+
+MICRO_BATCH = {"padded": 4, "packed": 1}
+"""Examples or rows; not yet measured against others."""
+SHAREGPT = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+
+
+class Clock(TrainerCallback):
+    """Prints a line for each update; its time includes its batches' collation."""
+
+    def __init__(self, examples: list[int]) -> None:
+        self.examples, self.start, self.seconds = examples, 0.0, 0.0
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        now = time.perf_counter()
+        self.start, self.seconds = now, now - self.start
+
+    def on_log(self, _args: object, state: Any, _control: object, *, logs: dict[str, float], **_: object) -> None:
+        if "loss" in logs:
+            done, loss = state.global_step, logs["loss"]
+            line = {"update": done, "seconds": self.seconds, "examples": self.examples[done - 1], "loss": loss}
+            print(json.dumps(line), file=sys.__stdout__, flush=True)
+
+
+def template(tokenizer: Any) -> Any:
+    """The checkpoint's own chat template for one question and one answer, its end of turn the last target."""
+    asked = [{"role": "user", "content": "{{content}}"}]
+    slot = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    answer = StringFormatter(slots=["{{content}}", {"eos_token"}])
+    register_template("checkpoint", format_user=StringFormatter(slots=[slot]), format_assistant=answer)
+    return TEMPLATES["checkpoint"]
+
+
+def main(path: str) -> None:
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    sys.stdout = sys.stderr
+    folder, batch, packed = Path(job["output"]), job["batch_size"], job["setting"] == "packed"
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    form = template(tokenizer)
+    lines = Path(job["data"]).read_text(encoding="utf-8").splitlines()[: batch * job["updates"]]
+    rows = [{"messages": json.loads(line)["messages"]} for line in lines]
+    sizes = [sum(map(len, form.encode_oneturn(tokenizer, row["messages"]))) for row in rows]
+    updates = [range(first, first + batch) for first in range(0, len(rows), batch)]
+    order = [i for update in updates for i in sorted(update, key=lambda i: -sizes[i])]
+    data = "".join(json.dumps(rows[i]) + "\n" for i in order)
+    (folder / "llamafactory.jsonl").write_text(data, encoding="utf-8")
+    info = {"file_name": "llamafactory.jsonl", "formatting": "sharegpt", "tags": SHAREGPT}
+    info["columns"] = {"messages": "messages"}
+    (folder / "dataset_info.json").write_text(json.dumps({"bench": info}), encoding="utf-8")
+    micro = min(MICRO_BATCH[job["setting"]], batch)
+    examples, steps = [batch] * job["updates"], batch // micro
+    if packed:  # LlamaFactory leaves one token of a row free
+        packs = [greedy_knapsack([sizes[i] for i in update], job["row_tokens"] - 1) for update in updates]
+        steps, held = len(packs[0]), [len(pack) for update in packs for pack in update]
+        examples = [sum(held[done * steps : (done + 1) * steps]) for done in range(job["updates"])]
+    settings = {
+        "model_name_or_path": job["model"],
+        "template": "checkpoint",
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset_dir": str(folder),
+        "dataset": "bench",
+        "cutoff_len": job["row_tokens"],
+        "neat_packing": packed,
+        "preprocessing_batch_size": batch,
+        "overwrite_cache": True,
+        "disable_shuffling": True,
+        "disable_gradient_checkpointing": True,
+        "flash_attn": "sdpa",
+        "use_cpu": True,
+        "bf16": True,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": steps,
+        "max_steps": job["updates"],
+        "learning_rate": job["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # it always saves the model in the end
+        config = folder / "llamafactory.yaml"
+        config.write_text(yaml.safe_dump(settings | {"output_dir": scratch}), encoding="utf-8")
+        sys.argv = [sys.argv[0], str(config)]
+        run_exp(callbacks=[Clock(examples)])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
