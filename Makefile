@@ -8,16 +8,19 @@ SGLANG := .venv-sglang
 AOT := .venv-aot$(SUFFIX:python%=-%)
 PIP := -m pip install --quiet --disable-pip-version-check
 SCRIPTS := .ci/run tools/sglang_cpu/python $(shell find launch -name '*.sbatch' -o -name '*.sh')
+PEERS := $(basename $(notdir $(wildcard tools/bench/peers/*.txt)))
 TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0.23'
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo distill-demo plan-demo test test-slow test-aot test-sglang sglang-cpu lint format clean
+.PHONY: help demo distill-demo plan-demo bench bench-checkpoints test test-slow test-aot test-sglang sglang-cpu lint format clean
 
 help:
 	@echo "make demo          train a real guard on this CPU and show what it learned"
 	@echo "make distill-demo  get traces from a real SGLang server on this CPU, and train on them"
 	@echo "make plan-demo     compile two recipes for absent A100s and a TPU slice: do they fit, what do they cost?"
+	@echo "make bench         train beside TRL, LlamaFactory, Tunix and a torch loop on this CPU (hours; ARGS=--help)"
+	@echo "make bench-checkpoints   import and export of 2.5 GB beside raw disk"
 	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
 	@echo "make test-slow     those that take minutes"
 	@echo "make test-aot      those that compile for absent A100s and TPUs"
@@ -37,6 +40,12 @@ plan-demo: $(AOT)/.ready
 	for config in gemma4b_5k llama8b_5k; do \
 		$(AOT)/bin/python -m jaxguard.plan --config $$config --target a100-40gb:8 --target a100-80gb:8 --target v5e:16 $(ARGS) || test $$? -eq 1 || exit; \
 	done
+
+bench: $(VENV)/.base $(PEERS:%=.venv-bench-%/.ready)
+	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/training.py $(ARGS)
+
+bench-checkpoints: $(VENV)/.base
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/checkpoints.py $(ARGS)
 
 test: $(VENV)/.fixtures
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -93,6 +102,12 @@ $(VENV)/.fixtures: $(VENV)/.test tools/fetch_tokenizers.py
 $(AOT)/.ready: pyproject.toml
 	test -x $(AOT)/bin/python || $(PYTHON) -m venv $(AOT)
 	$(AOT)/bin/python $(PIP) --editable '.[test,aot]'
+	touch $@
+
+# The benchmark's peers, each with its own pins.
+.venv-bench-%/.ready: tools/bench/peers/%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) --requirement $<
 	touch $@
 
 # SGLang's pins differ from ours, and on a CPU it wants other builds than it asks for.

@@ -15,7 +15,8 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from jaxguard.data.examples import Example
-from jaxguard.fields import Section, find_yaml, read_yaml, validate
+from jaxguard.errors import JaxguardError
+from jaxguard.fields import Section, find_yaml, nearest, read_yaml, validate
 
 POLICY_FOLDER = Path("configs/policies")
 
@@ -135,6 +136,9 @@ def policy_for(example: Example, default: Policy, folder: Path = POLICY_FOLDER) 
     An example names a policy of `folder`, or of a folder in it (`novel/homework_answers`), or brings rules in plain
     text; those are asked the same questions as the run's policy, under the default instruction, since the run's may
     speak of a taxonomy that is not shown then.
+
+    Raises:
+        JaxguardError: what nobody would write but as a name is none.
     """
     if example.policy is None:
         return default
@@ -143,6 +147,12 @@ def policy_for(example: Example, default: Policy, folder: Path = POLICY_FOLDER) 
             return default
         if (folder / f"{example.policy}.yaml").is_file():
             return _cached(example.policy, folder)
+        if "_" in example.policy or "/" in example.policy:
+            known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+            raise JaxguardError(
+                f"example {example.id!r} names the policy {example.policy!r}: {nearest(example.policy, known)}there is no "
+                f"{folder / example.policy}.yaml; put it there, or give the example its rules in words"
+            )
     return Policy(name="own", rules=example.policy.strip(), asks=default.asks)
 
 

@@ -136,6 +136,12 @@ def test_anything_else_is_the_rules_themselves(rules):
     assert own.instruction == DEFAULT_INSTRUCTION
 
 
+@pytest.mark.parametrize("name", ["novel/book_spoiler", "topic_folowing"])
+def test_a_name_of_no_policy_is_not_taken_for_rules(name):
+    with pytest.raises(JaxguardError, match=rf"example '1' names the policy '{name}': did you mean '{name[:5]}"):
+        policy_for(example(name), Policy("mine", rules="x"), SHIPPED)
+
+
 def test_an_example_cannot_name_a_file_elsewhere(write):
     outside = write("name: outside\nrules: from outside\n", "outside")
     (outside / "policies").mkdir()
