@@ -142,7 +142,9 @@ def one(job: Job, contender: Contender, count: int) -> Run:
     command = [str(python), str(BENCH / contender.script), str(path)]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: S603 (our own)
-        lines = process.stdout.read() if process.stdout else ""
+        assert process.stdout is not None
+        with process.stdout:
+            lines = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

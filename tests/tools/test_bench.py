@@ -1,0 +1,98 @@
+"""The benchmark of training: what it hands out, and what it makes of contenders that lie, fail or are not there."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import training
+import workloads
+from jaxguard.data.encode import Encoder
+from jaxguard.data.prepare import prepare
+from jaxguard.data.template import TEMPLATE_KWARGS
+from training import Contender, Run, table
+from workloads import WORKLOADS, Job
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    path = tmp_path / "labelled.jsonl"
+    rows = [
+        {"id": str(i), "source": "test", "prompt": f"bread {i}", "response": "rye " * (i % 7), "prompt_label": "unharmful",
+         "response_label": "harmful"}
+        for i in range(40)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def contender(tmp_path, monkeypatch):
+    """contender(code): one whose script is this code."""
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    (tmp_path / "env" / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(training, "BENCH", tmp_path)
+
+    def make(code: str) -> Contender:
+        (tmp_path / "peer.py").write_text(code, encoding="utf-8")
+        return Contender("peer", "padded", str(tmp_path / "env"), "peer.py")
+
+    return make
+
+
+def job(tmp_path) -> Job:
+    return Job("direct", "model", "examples", "data", "padded", str(tmp_path))
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
+def test_peers_get_what_we_train_in_our_order(workload, source, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(workloads, "EXAMPLES", 64)
+    given = workloads.write(workload, source, tiny_checkpoint, 2, tmp_path / "out")
+    config = workloads.ours(given)
+    encoder = Encoder.load(tiny_checkpoint, config.data)
+    messages = [json.loads(line)["messages"] for line in Path(given.data).read_text(encoding="utf-8").splitlines()]
+    assert len(messages) == 2 * given.batch_size
+    ours = [list(sequence.tokens) for sequence in prepare(config, tiny_checkpoint).train]
+    for turns in messages:
+        text = encoder.tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_KWARGS)
+        theirs = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert any(tokens == theirs[: len(tokens)] for tokens in ours)
+    assert ("<think>" in messages[0][1]["content"]) == (workload.name != "direct")
+
+
+def test_a_contender_is_measured(contender, tmp_path):
+    lines = [{"update": i, "seconds": s, "examples": 8, "loss": 2.0} for i, s in ((1, 100), (2, 4), (3, 4))]
+    run = training.one(job(tmp_path), contender(f"import json\nfor x in {lines}: print(json.dumps(x))\n"), 1)
+    assert (run.error, run.losses, run.speed) == (None, (2.0, 2.0, 2.0), 2.0)
+    assert run.peak_gib > 0
+
+
+def test_one_that_fails_says_where_to_look(contender, tmp_path):
+    run = training.one(job(tmp_path), contender("import sys\nprint('why', file=sys.stderr)\nsys.exit(3)\n"), 1)
+    assert run.error is not None
+    assert "code 3" in run.error
+    assert (tmp_path / "peer-padded.log").read_text(encoding="utf-8") == "why\n"
+
+
+def test_one_without_an_environment_is_left_out(tmp_path):
+    run = training.one(job(tmp_path), Contender("peer", "padded", ".venv-bench-none", "peer.py"), 1)
+    assert run.error == ".venv-bench-none is not there"
+
+
+def test_ratios_are_of_the_same_round_and_other_losses_are_shown():
+    def run(label, count, seconds, loss):
+        return Run("direct", label, count, (9, seconds), (32, 32), (loss, loss), 1.0)
+
+    ours = training.CONTENDERS[0].label
+    runs = [run(ours, 1, 10, 2.0), run("peer", 1, 30, 2.01), run(ours, 2, 20, 2.0), run("peer", 2, 40, 2.01)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table([*runs, run("liar", 1, 1, 3.0)]))
+    text = console.export_text()
+    assert "2.50 [2.00, 3.00]" in text
+    assert text.count("differs") == 1
