@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Python searches a script's own folder first, where `tunix` is this file.
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+sys.path.pop(0)  # a script's own folder comes first, where `tunix` would be this file
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +34,6 @@ from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
 MICRO_BATCH = 2
 ROUND_TO = 64  # rows are padded to a multiple of this many tokens
-
-Batch = TrainingInput
 
 
 def load_model(folder: Path) -> llama3.Llama3:
@@ -72,7 +69,7 @@ def tokenize(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int],
     return tokens[:end], len(prompt)
 
 
-def read_batches(job: dict[str, Any]) -> list[Batch]:
+def read_batches(job: dict[str, Any]) -> list[TrainingInput]:
     """The micro-batches in the file's order, all of shape (MICRO_BATCH, T); the mask is true on target tokens."""
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     lines = Path(job["data"]).read_text().splitlines()
@@ -92,10 +89,10 @@ def read_batches(job: dict[str, Any]) -> list[Batch]:
         tokens_ET[i, : len(tokens)] = tokens
         targets_ET[i, prompt : len(tokens)] = True
     starts = range(0, len(rows), MICRO_BATCH)
-    return [Batch(tokens_ET[i : i + MICRO_BATCH], targets_ET[i : i + MICRO_BATCH]) for i in starts]
+    return [TrainingInput(tokens_ET[i : i + MICRO_BATCH], targets_ET[i : i + MICRO_BATCH]) for i in starts]
 
 
-def model_input(batch: Batch) -> dict[str, jax.Array]:
+def model_input(batch: TrainingInput) -> dict[str, jax.Array]:
     """Arguments of Tunix' loss. Padding stands on the right, so the causal mask alone keeps it from every real token."""
     real_BT = jnp.ones(batch.input_tokens.shape, bool)
     return {
@@ -106,7 +103,7 @@ def model_input(batch: Batch) -> dict[str, jax.Array]:
     }
 
 
-def timed(trainer: PeftTrainer, batches: list[Batch], examples: int) -> Iterator[Batch]:
+def timed(trainer: PeftTrainer, batches: list[TrainingInput], examples: int) -> Iterator[TrainingInput]:
     """Feeds the trainer; after an update's last micro-batch, waits for the new weights and prints the update's line."""
     steps = examples // MICRO_BATCH
     for update in range(len(batches) // steps):
