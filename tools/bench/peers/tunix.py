@@ -1,0 +1,129 @@
+"""Fine-tunes all weights of a Llama checkpoint with Tunix on a CPU and times each update: `python tunix.py JOB.json`.
+
+JOB holds `model` (a Hugging Face folder), `data` (JSON lines of `messages`: batch_size * updates examples of one user turn
+and one assistant turn, trained in that order), `batch_size`, `updates`, `row_tokens` (the longest sequence allowed),
+`learning_rate`, and `setting` and `output`, which Tunix needs nothing of. Standard output gets one JSON line for each update.
+
+These are Tunix' own parts: its Llama 3 model, its safetensors loader, its PeftTrainer with its default loss (the mean over
+a micro-batch's target tokens, then the mean over micro-batches) and its gradient accumulation. What makes the settings its
+best for this job: rows are padded to the longest example of the job, not to row_tokens, and have one shape, so that one
+program compiles; nothing is recomputed in the backward pass; the step's graph is cached; no checkpoints, no evaluation.
+Tunix 0.1.7 packs no sequences in supervised training (PeftTrainer refuses it) and computes logits of every position.
+"""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.pop(0)  # a script's own folder comes first, where `tunix` would be this file
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from transformers import AutoTokenizer
+from tunix.models.llama3 import model as llama3
+from tunix.models.llama3 import params
+from tunix.sft import utils
+from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+
+MICRO_BATCH = 1  # chosen for memory; larger ones have not been timed
+ROUND_TO = 64  # rows are padded to a multiple of this many tokens
+
+
+def load_model(folder: Path) -> llama3.Llama3:
+    """The checkpoint in fp32, which is also the type it computes in; bf16 has not been timed."""
+    config = json.loads((folder / "config.json").read_text())
+    # Tunix 0.1.7 ignores its own rope_theta for Llama: Attention never hands it to apply_rope, whose default is 1,000,000.
+    llama3.apply_rope = functools.partial(llama3.apply_rope, rope_theta=config["rope_theta"])
+    return params.create_model_from_safe_tensors(
+        str(folder),
+        llama3.ModelConfig(
+            num_layers=config["num_hidden_layers"],
+            vocab_size=config["vocab_size"],
+            embed_dim=config["hidden_size"],
+            hidden_dim=config["intermediate_size"],
+            num_heads=config["num_attention_heads"],
+            head_dim=config["head_dim"],
+            num_kv_heads=config["num_key_value_heads"],
+            rope_theta=config["rope_theta"],
+            norm_eps=config["rms_norm_eps"],
+            weight_tying=config["tie_word_embeddings"],
+        ),
+        dtype=jnp.float32,
+    )
+
+
+def tokenize(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], int]:
+    """All tokens up to the answer's end-of-turn token, and how many of them are the prompt."""
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    tokens = tokenizer.apply_chat_template(messages, return_dict=False)
+    if tokens[: len(prompt)] != prompt:
+        raise ValueError("the chat template does not keep the prompt's tokens once an answer follows")
+    end = len(tokens) - tokens[::-1].index(tokenizer.eos_token_id)
+    return tokens[:end], len(prompt)
+
+
+def read_batches(job: dict[str, Any]) -> list[TrainingInput]:
+    """The micro-batches in the file's order, all of shape (MICRO_BATCH, T); the mask is true on target tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    lines = Path(job["data"]).read_text().splitlines()
+    if len(lines) != job["batch_size"] * job["updates"] or job["batch_size"] % MICRO_BATCH:
+        raise ValueError(
+            f"data: {len(lines)} examples; need batch_size * updates, batch_size a multiple of {MICRO_BATCH}"
+        )
+    rows = [tokenize(tokenizer, json.loads(line)["messages"]) for line in lines]
+    longest = max(len(tokens) for tokens, _ in rows)
+    if longest > job["row_tokens"]:
+        raise ValueError(f"row_tokens: the longest example has {longest} tokens, more than {job['row_tokens']}")
+    width = -(-longest // ROUND_TO) * ROUND_TO
+    print(f"longest example {longest} tokens, rows of {width}", file=sys.stderr)
+    tokens_ET = np.zeros((len(rows), width), np.int32)
+    targets_ET = np.zeros((len(rows), width), bool)
+    for i, (tokens, prompt) in enumerate(rows):
+        tokens_ET[i, : len(tokens)] = tokens
+        targets_ET[i, prompt : len(tokens)] = True
+    starts = range(0, len(rows), MICRO_BATCH)
+    return [TrainingInput(tokens_ET[i : i + MICRO_BATCH], targets_ET[i : i + MICRO_BATCH]) for i in starts]
+
+
+def model_input(batch: TrainingInput) -> dict[str, jax.Array]:
+    """Arguments of Tunix' loss. Padding stands on the right, so the causal mask alone keeps it from every real token."""
+    real_BT = jnp.ones(batch.input_tokens.shape, bool)
+    return {
+        "input_tokens": batch.input_tokens,
+        "input_mask": batch.input_mask,
+        "positions": utils.build_positions_from_mask(real_BT),
+        "attention_mask": utils.make_causal_attn_mask(real_BT),
+    }
+
+
+def timed(trainer: PeftTrainer, batches: list[TrainingInput], examples: int) -> Iterator[TrainingInput]:
+    """Feeds the trainer; after an update's last micro-batch, waits for the new weights and prints the update's line."""
+    steps = examples // MICRO_BATCH
+    for update in range(len(batches) // steps):
+        start = time.perf_counter()
+        yield from batches[update * steps : (update + 1) * steps]
+        jax.block_until_ready(nnx.state(trainer.model, nnx.Param))
+        seconds = time.perf_counter() - start
+        loss = float(trainer._prev_buffered_train_metrics.loss)  # Tunix logs it one update later
+        print(json.dumps({"update": update + 1, "seconds": seconds, "examples": examples, "loss": loss}), flush=True)
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    batches = read_batches(job)
+    config = TrainingConfig(
+        eval_every_n_steps=job["updates"] + 1, gradient_accumulation_steps=job["batch_size"] // MICRO_BATCH
+    )
+    trainer = PeftTrainer(load_model(Path(job["model"])), optax.adamw(job["learning_rate"]), config)
+    trainer.with_gen_model_input_fn(model_input).train(timed(trainer, batches, job["batch_size"]))
+
+
+if __name__ == "__main__":
+    main()
