@@ -42,7 +42,8 @@ class Clock(TrainerCallback):
         now = time.perf_counter()
         self.start, self.seconds = now, now - self.start
 
-    def on_log(self, _args: object, state: Any, _control: object, *, logs: dict[str, float], **_: object) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:  # noqa: ARG002
+        logs = values["logs"]
         if "loss" in logs:
             done, loss = state.global_step, logs["loss"]
             line = {"update": done, "seconds": self.seconds, "examples": self.examples[done - 1], "loss": loss}
