@@ -31,17 +31,19 @@ class Workload:
         name: what the results call it.
         mode: the verdict alone, or after a thought.
         thought_words: length of the thought; speed depends on no more of it than that.
+        accumulation: micro-batches of one row each that ours cuts an update into.
     """
 
     name: str
     mode: Mode
     thought_words: int = 0
+    accumulation: int = 1
 
 
 WORKLOADS = (
     Workload("direct", Mode.DIRECT),
-    Workload("sentence", Mode.REASONING, 40),
-    Workload("reasoning", Mode.REASONING, 260),
+    Workload("sentence", Mode.REASONING, 40, accumulation=2),
+    Workload("reasoning", Mode.REASONING, 260, accumulation=8),
 )
 
 
@@ -95,10 +97,17 @@ def write(workload: Workload, source: Path | None, model: Path, updates: int, fo
 
 def ours(job: Job, *overrides: str) -> Config:
     """Our config for a job."""
-    mode = "direct" if job.workload == "direct" else "reasoning"
+    workload, plain = next(w for w in WORKLOADS if w.name == job.workload), job.setting == "plain"
     source = json.dumps([{"kind": "jsonl", "path": job.examples}])
-    fixed = (f"model.checkpoint={job.model}", f"data.train={source}", f"data.mode={mode}", f"run_folder={job.output}")
-    return load(CONFIG, [*fixed, f"data.share_prefixes={'false' if job.setting == 'plain' else 'true'}", *overrides])
+    fixed = (
+        f"model.checkpoint={job.model}",
+        f"data.train={source}",
+        f"data.mode={workload.mode.value}",
+        f"data.share_prefixes={'false' if plain else 'true'}",
+        f"train.accumulation={8 if plain else workload.accumulation}",
+        f"run_folder={job.output}",
+    )
+    return load(CONFIG, [*fixed, *overrides])
 
 
 def _order(config: Config, model: Path, updates: int) -> list[str]:
