@@ -37,7 +37,7 @@ class Contender:
     Attributes:
         name: as the table has it.
         setting: the script's.
-        environment: folder of its Python.
+        environment: folder of its Python, from the project's root.
         script: below tools/bench.
         updates: how many it does in a round, the first uncounted.
     """
@@ -54,13 +54,14 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender("jaxguard", "shared", ".venv", "ours.py", updates=4),
-    Contender("jaxguard", "plain", ".venv", "ours.py"),
-    Contender("TRL", "packed", ".venv-bench-trl", "peers/trl.py"),
-    Contender("TRL", "padded", ".venv-bench-trl", "peers/trl.py"),
-    Contender("torch loop", "padded", ".venv-bench-trl", "peers/hf.py"),
-    Contender("LlamaFactory", "packed", ".venv-bench-llamafactory", "peers/llamafactory.py"),
-    Contender("Tunix", "padded", ".venv-bench-tunix", "peers/tunix.py"),
+    Contender("jaxguard", "shared", sys.prefix, "ours.py", updates=6),
+    Contender("jaxguard", "plain", sys.prefix, "ours.py"),
+    Contender("TRL", "packed", ".venv-bench-trl", "peers/with_trl.py"),
+    Contender("TRL", "padded", ".venv-bench-trl", "peers/with_trl.py"),
+    Contender("torch loop", "padded", ".venv-bench-trl", "peers/with_torch.py"),
+    Contender("LlamaFactory", "packed", ".venv-bench-llamafactory", "peers/with_llamafactory.py"),
+    Contender("LlamaFactory", "padded", ".venv-bench-llamafactory", "peers/with_llamafactory.py"),
+    Contender("Tunix", "padded", ".venv-bench-tunix", "peers/with_tunix.py"),
 )
 
 

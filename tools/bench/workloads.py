@@ -41,9 +41,9 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("direct", Mode.DIRECT),
-    Workload("sentence", Mode.REASONING, 40, accumulation=2),
-    Workload("reasoning", Mode.REASONING, 260, accumulation=8),
+    Workload("direct", Mode.DIRECT, accumulation=2),
+    Workload("sentence", Mode.REASONING, 40, accumulation=3),
+    Workload("reasoning", Mode.REASONING, 260, accumulation=10),
 )
 
 

@@ -1,4 +1,4 @@
-"""LlamaFactory as a peer of the training benchmark: `python tools/bench/peers/llamafactory.py JOB.json`.
+"""LlamaFactory as a peer of the training benchmark: see common.py.
 
 Its best on a CPU: bfloat16 autocast over float32 weights, PyTorch's scaled dot-product attention, AdamW's fused kernel and no
 gradient checkpointing. It loads a bfloat16 copy of the weights and casts that to float32.
@@ -11,43 +11,22 @@ trains as many rows as the first update's examples fill, so `examples` counts th
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
-
-sys.path.pop(0)  # this folder, in which `import llamafactory` would find this file
 
 import yaml
 from llamafactory.data.formatter import StringFormatter
 from llamafactory.data.processor.processor_utils import greedy_knapsack
 from llamafactory.data.template import TEMPLATES, register_template
 from llamafactory.train.tuner import run_exp
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer
+
+from clock import Clock
+from common import longest_first, read
 
 MICRO_BATCH = {"padded": 4, "packed": 1}
 """Examples or rows; not yet measured against others."""
 SHAREGPT = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-
-
-class Clock(TrainerCallback):
-    """Prints a line for each update; its time includes its batches' collation."""
-
-    def __init__(self, examples: list[int]) -> None:
-        self.examples, self.start, self.seconds = examples, 0.0, 0.0
-
-    def on_train_begin(self, *_: object, **__: object) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, *_: object, **__: object) -> None:
-        now = time.perf_counter()
-        self.start, self.seconds = now, now - self.start
-
-    def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:  # noqa: ARG002
-        logs = values["logs"]
-        if "loss" in logs:
-            done, loss = state.global_step, logs["loss"]
-            line = {"update": done, "seconds": self.seconds, "examples": self.examples[done - 1], "loss": loss}
-            print(json.dumps(line), file=sys.__stdout__, flush=True)
 
 
 def template(tokenizer: Any) -> Any:
@@ -60,18 +39,15 @@ def template(tokenizer: Any) -> Any:
 
 
 def main(path: str) -> None:
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    job, chats = read(path)
     sys.stdout = sys.stderr
     folder, batch, packed = Path(job["output"]), job["batch_size"], job["setting"] == "packed"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     form = template(tokenizer)
-    lines = Path(job["data"]).read_text(encoding="utf-8").splitlines()[: batch * job["updates"]]
-    rows = [{"messages": json.loads(line)["messages"]} for line in lines]
-    sizes = [sum(map(len, form.encode_oneturn(tokenizer, row["messages"]))) for row in rows]
-    updates = [range(first, first + batch) for first in range(0, len(rows), batch)]
-    order = [i for update in updates for i in sorted(update, key=lambda i: -sizes[i])]
-    data = "".join(json.dumps(rows[i]) + "\n" for i in order)
+    sizes = [sum(map(len, form.encode_oneturn(tokenizer, messages))) for messages in chats]
+    order = longest_first(sizes, batch)
+    data = "".join(json.dumps({"messages": chats[i]}) + "\n" for i in order)
     (folder / "llamafactory.jsonl").write_text(data, encoding="utf-8")
     info = {"file_name": "llamafactory.jsonl", "formatting": "sharegpt", "tags": SHAREGPT}
     info["columns"] = {"messages": "messages"}
@@ -79,7 +55,10 @@ def main(path: str) -> None:
     micro = min(MICRO_BATCH[job["setting"]], batch)
     examples, steps = [batch] * job["updates"], batch // micro
     if packed:  # LlamaFactory leaves one token of a row free
-        packs = [greedy_knapsack([sizes[i] for i in update], job["row_tokens"] - 1) for update in updates]
+        packs = [
+            greedy_knapsack(sizes[first : first + batch], job["row_tokens"] - 1)
+            for first in range(0, len(sizes), batch)
+        ]
         steps, held = len(packs[0]), [len(pack) for update in packs for pack in update]
         examples = [sum(held[done * steps : (done + 1) * steps]) for done in range(job["updates"])]
     settings = {

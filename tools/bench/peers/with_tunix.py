@@ -1,8 +1,4 @@
-"""Fine-tunes all weights of a Llama checkpoint with Tunix on a CPU and times each update: `python tunix.py JOB.json`.
-
-JOB holds `model` (a Hugging Face folder), `data` (JSON lines of `messages`: batch_size * updates examples of one user turn
-and one assistant turn, trained in that order), `batch_size`, `updates`, `row_tokens` (the longest sequence allowed),
-`learning_rate`, and `setting` and `output`, which Tunix needs nothing of. Standard output gets one JSON line for each update.
+"""Tunix' PeftTrainer as a peer of the training benchmark: see common.py.
 
 These are Tunix' own parts: its Llama 3 model, its safetensors loader, its PeftTrainer with its default loss (the mean over
 a micro-batch's target tokens, then the mean over micro-batches) and its gradient accumulation. What makes the settings its
@@ -19,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.pop(0)  # a script's own folder comes first, where `tunix` would be this file
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +25,8 @@ from tunix.models.llama3 import model as llama3
 from tunix.models.llama3 import params
 from tunix.sft import utils
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+
+from common import Messages, encode, read, tell
 
 MICRO_BATCH = 1  # chosen for memory; larger ones have not been timed
 ROUND_TO = 64  # rows are padded to a multiple of this many tokens
@@ -59,30 +55,12 @@ def load_model(folder: Path) -> llama3.Llama3:
     )
 
 
-def tokenize(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], int]:
-    """All tokens up to the answer's end-of-turn token, and how many of them are the prompt."""
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
-    tokens = tokenizer.apply_chat_template(messages, return_dict=False)
-    if tokens[: len(prompt)] != prompt:
-        raise ValueError("the chat template does not keep the prompt's tokens once an answer follows")
-    end = len(tokens) - tokens[::-1].index(tokenizer.eos_token_id)
-    return tokens[:end], len(prompt)
-
-
-def read_batches(job: dict[str, Any]) -> list[TrainingInput]:
+def read_batches(job: dict[str, Any], chats: list[Messages]) -> list[TrainingInput]:
     """The micro-batches in the file's order, all of shape (MICRO_BATCH, T); the mask is true on target tokens."""
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    lines = Path(job["data"]).read_text().splitlines()
-    if len(lines) != job["batch_size"] * job["updates"] or job["batch_size"] % MICRO_BATCH:
-        raise ValueError(
-            f"data: {len(lines)} examples; need batch_size * updates, batch_size a multiple of {MICRO_BATCH}"
-        )
-    rows = [tokenize(tokenizer, json.loads(line)["messages"]) for line in lines]
+    rows = [encode(tokenizer, messages, job["row_tokens"]) for messages in chats]
     longest = max(len(tokens) for tokens, _ in rows)
-    if longest > job["row_tokens"]:
-        raise ValueError(f"row_tokens: the longest example has {longest} tokens, more than {job['row_tokens']}")
     width = -(-longest // ROUND_TO) * ROUND_TO
-    print(f"longest example {longest} tokens, rows of {width}", file=sys.stderr)
     tokens_ET = np.zeros((len(rows), width), np.int32)
     targets_ET = np.zeros((len(rows), width), bool)
     for i, (tokens, prompt) in enumerate(rows):
@@ -112,12 +90,13 @@ def timed(trainer: PeftTrainer, batches: list[TrainingInput], examples: int) -> 
         jax.block_until_ready(nnx.state(trainer.model, nnx.Param))
         seconds = time.perf_counter() - start
         loss = float(trainer._prev_buffered_train_metrics.loss)  # Tunix logs it one update later
-        print(json.dumps({"update": update + 1, "seconds": seconds, "examples": examples, "loss": loss}), flush=True)
+        tell(update + 1, seconds, examples, loss)
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
-    batches = read_batches(job)
+def main(path: str) -> None:
+    job, chats = read(path)
+    sys.stdout = sys.stderr
+    batches = read_batches(job, chats)
     config = TrainingConfig(
         eval_every_n_steps=job["updates"] + 1, gradient_accumulation_steps=job["batch_size"] // MICRO_BATCH
     )
@@ -126,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -1,4 +1,4 @@
-"""A plain torch loop around a transformers model, as a peer of the training benchmark: `python tools/bench/peers/hf.py JOB.json`.
+"""A plain torch loop around a transformers model, as a peer of the training benchmark: see common.py.
 
 It runs in the environment of trl.txt. Its best on a CPU: bfloat16 autocast over float32 weights, PyTorch's scaled
 dot-product attention, AdamW's fused kernel, and micro-batches of examples of like length, each padded to its longest. The
@@ -7,29 +7,16 @@ logits are those of every token, as transformers computes them; nobody who write
 Setting: "padded".
 """
 
-import json
 import sys
 import time
-from pathlib import Path
-from typing import Any
-
-sys.path.pop(0)  # this folder, in which `import trl` would find ours
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import encode, longest_first, read, tell
+
 MICRO_BATCH = 4
 """Examples; not yet measured against 1, 2 and 8."""
-
-
-def encode(tokenizer: Any, messages: list[dict[str, str]], longest: int) -> tuple[list[int], int]:
-    """Token ids up to the answer's end of turn, and how many of them are the prompt's."""
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    while ids[-1] != tokenizer.eos_token_id:
-        ids.pop()
-    return ids[:longest], len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def collate(rows: list[tuple[list[int], int]], padding: int) -> dict[str, torch.Tensor]:
@@ -48,18 +35,18 @@ def collate(rows: list[tuple[list[int], int]], padding: int) -> dict[str, torch.
 
 
 def main(path: str) -> None:
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    job, chats = read(path)
     if job["setting"] != "padded":
         raise SystemExit(f"setting {job['setting']!r}: there is only 'padded'")
     batch, micro = job["batch_size"], MICRO_BATCH
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    lines = Path(job["data"]).read_text(encoding="utf-8").splitlines()[: batch * job["updates"]]
-    rows = [encode(tokenizer, json.loads(line)["messages"], job["row_tokens"]) for line in lines]
+    rows = [encode(tokenizer, messages, job["row_tokens"]) for messages in chats]
+    rows = [rows[i] for i in longest_first([len(ids) for ids, _ in rows], batch)]
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["learning_rate"], weight_decay=0.0, fused=True)
     for update in range(job["updates"]):
         start, loss = time.perf_counter(), 0.0
-        chosen = sorted(rows[update * batch : (update + 1) * batch], key=lambda row: -len(row[0]))
+        chosen = rows[update * batch : (update + 1) * batch]
         targets = torch.tensor(sum(len(ids) - prompt for ids, prompt in chosen))
         for first in range(0, batch, micro):
             inputs = collate(chosen[first : first + micro], tokenizer.pad_token_id)
@@ -70,8 +57,7 @@ def main(path: str) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"update": update + 1, "seconds": seconds, "examples": batch, "loss": loss}), flush=True)
+        tell(update + 1, time.perf_counter() - start, batch, loss)
 
 
 if __name__ == "__main__":
