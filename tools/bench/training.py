@@ -2,8 +2,9 @@
 
 Everybody fine-tunes all weights of SmolLM2-135M, in float32, on the same examples in the same order, 32 an update. A round is one
 process of each contender after the other, so that what the machine does meanwhile hits all alike. An update's time is a
-contender's own; its first update, in which some compile, is not counted. The losses of the first update must agree: that is
-how one sees that all do the same work.
+contender's own. The first is not counted, and of the others the median is, since we compile a program for each of few shapes.
+The losses of the first update must agree: that is how one sees that all do the same work. Tunix' cannot, since it weighs every
+example alike.
 """
 
 import argparse
@@ -39,7 +40,7 @@ class Contender:
         setting: the script's.
         environment: folder of its Python, from the project's root.
         script: below tools/bench.
-        updates: how many it does in a round, the first uncounted.
+        updates: how many it does in a round.
     """
 
     name: str
@@ -87,8 +88,9 @@ class Run:
 
     @property
     def speed(self) -> float:
-        """Examples a second, the first update left out; NaN where there is no result."""
-        return sum(self.examples[1:]) / sum(self.seconds[1:]) if len(self.seconds) > 1 else float("nan")
+        """Examples a second: the median over all updates but the first; NaN where there is none."""
+        rates = [examples / seconds for examples, seconds in zip(self.examples[1:], self.seconds[1:], strict=True)]
+        return median(rates) if rates else float("nan")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -42,8 +42,8 @@ class Workload:
 
 WORKLOADS = (
     Workload("direct", Mode.DIRECT, accumulation=2),
-    Workload("sentence", Mode.REASONING, 40, accumulation=3),
-    Workload("reasoning", Mode.REASONING, 260, accumulation=10),
+    Workload("sentence", Mode.REASONING, 40, accumulation=4),
+    Workload("reasoning", Mode.REASONING, 260, accumulation=12),
 )
 
 
