@@ -22,13 +22,13 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and matmuls. Master weights and Adam state are always float32."""
-    attention: Literal["auto", "xla", "spans", "cudnn", "splash"] = "auto"
+    """Type of activations and matmuls, on a CPU of matmuls alone. Master weights and Adam state are always float32."""
+    attention: Literal["auto", "xla", "block_sparse", "cudnn", "splash"] = "auto"
     """Attention kernel; auto takes the best one that the device and the head size allow."""
     remat: Literal["full", "dots", "none"] = "full"
     """What the backward pass recomputes: every layer, all but its matmuls, or nothing."""
     query_chunk: Positive = 512
-    """Query tokens whose scores are held at once by XLA attention."""
+    """Query tokens whose scores are held at once by attention in XLA: xla, block_sparse."""
     loss_chunk: Positive = 256
     """Memory of a device for logits, as the number of target tokens whose logits fill it."""
 

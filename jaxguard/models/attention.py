@@ -6,16 +6,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxguard.models import attention_kernels as kernels
 from jaxguard.models.attention_kernels import Layout
+from jaxguard.models.block_sparse import block_sparse
 
 Query = Float[Array, "B T N H"]
 KeyValue = Float[Array, "B T K H"]
-
-Keys = tuple[slice, ...]
-"""Keys that some queries attend to, in one or two pieces of the row."""
 
 FAR = 2**30
 """Position of padding where positions alone say who sees whom: after every token, so that none sees it."""
@@ -31,15 +30,21 @@ def attend(
     scale: float,
     implementation: str,
     query_chunk: int,
+    operands: DTypeLike | None = None,
 ) -> Query:
-    """Softmax attention by `implementation`: "xla", "spans", "cudnn" or "splash"; the values agree to rounding."""
+    """Softmax attention by `implementation`: "xla", "block_sparse", "cudnn" or "splash"; the values agree to rounding.
+
+    `operands` is what block-sparse attention rounds to before it multiplies: see models/products.
+    """
+    args = query_BTNH, key_BTKH, value_BTKH, layout
     match implementation:
         case "cudnn":
-            return kernels.cudnn(query_BTNH, key_BTKH, value_BTKH, layout, window=window, scale=scale)
+            return kernels.cudnn(*args, window=window, scale=scale)
         case "splash":
-            return kernels.splash(query_BTNH, key_BTKH, value_BTKH, layout, window=window, scale=scale)
-    spans = implementation == "spans"
-    return xla(query_BTNH, key_BTKH, value_BTKH, layout, window=window, scale=scale, chunk=query_chunk, spans=spans)
+            return kernels.splash(*args, window=window, scale=scale)
+        case "block_sparse":
+            return block_sparse(*args, window=window, scale=scale, chunk=query_chunk, operands=operands)
+    return xla(*args, window=window, scale=scale, chunk=query_chunk)
 
 
 def xla(
@@ -51,15 +56,10 @@ def xla(
     window: int | None,
     scale: float,
     chunk: int,
-    spans: bool = False,
 ) -> Query:
     """Plain matmuls, a chunk of queries at a time, over only the keys that the chunk can see.
 
     Scores are recomputed in the backward pass, so that no more than one chunk of them is ever held.
-
-    With `spans` keys are left out that the chunk could see and no row's layout lets it: between the chunk before it and the
-    row's first 1, 2, 4, … chunks, where the prefixes are. What suffices is known when the program runs, so each is a branch
-    of it, which a CPU takes at no cost; a row of many short examples then costs no more than its examples in several rows.
     """
     tokens = query_BTNH.shape[1]
     out = []
@@ -67,18 +67,11 @@ def xla(
         stop = min(start + chunk, tokens)
         # A prefix may stand anywhere before those who continue it.
         first = 0 if window is None or layout.prefixes_BT is not None else max(0, start - window + 1)
-        keys: list[Keys] = [(slice(first, stop),)]
-        if spans:
-            keys = [*_spans(first, start - chunk, stop, chunk), *keys]
-        block = partial(_block, layout=layout, queries=slice(start, stop), keys=keys, window=window, scale=scale)
+        block = partial(
+            _block, layout=layout, queries=slice(start, stop), keys=slice(first, stop), window=window, scale=scale
+        )
         out.append(jax.checkpoint(block, prevent_cse=False)(query_BTNH, key_BTKH, value_BTKH))
     return jnp.concatenate(out, axis=1)
-
-
-def _spans(first: int, near: int, stop: int, chunk: int) -> list[Keys]:
-    """Ever more of the keys from `first` on, and all from `near` to `stop`."""
-    doublings = (max(0, near - first - 1) // chunk).bit_length()
-    return [(slice(first, first + chunk * 2**k), slice(near, stop)) for k in range(doublings)]
 
 
 def _block(
@@ -88,23 +81,12 @@ def _block(
     *,
     layout: Layout,
     queries: slice,
-    keys: Sequence[Keys],
+    keys: slice,
     window: int | None,
     scale: float,
 ) -> Float[Array, "B C N H"]:
-    """Attention of some queries over the first of `keys` that hold all that any of them, but padding, sees; the last do."""
-    far = slice(keys[-1][0].start, keys[0][-1].start)
-    real_BC1 = layout.segments_BT[:, queries, None] > 0
-    seen_S = jnp.any(layout.visible(window, queries, far) & real_BC1, axis=(0, 1))
-    reach = jnp.max(jnp.where(seen_S, jnp.arange(far.start, far.stop), -1), initial=-1)
-    enough = sum((reach >= spans[0].stop).astype(jnp.int32) for spans in keys[:-1])
-
-    def over(spans: Keys, query_BTNH: Array, key_BTKH: Array, value_BTKH: Array) -> Array:
-        mask_BCS = jnp.concatenate([layout.visible(window, queries, span) for span in spans], axis=-1)
-        key_BSKH, value_BSKH = (jnp.concatenate([x[:, s] for s in spans], axis=1) for x in (key_BTKH, value_BTKH))
-        return _softmax_attention(query_BTNH[:, queries], key_BSKH, value_BSKH, mask_BCS, scale)
-
-    return jax.lax.switch(enough, [partial(over, spans) for spans in keys], query_BTNH, key_BTKH, value_BTKH)
+    mask_BCS = layout.visible(window, queries, keys)
+    return _softmax_attention(query_BTNH[:, queries], key_BTKH[:, keys], value_BTKH[:, keys], mask_BCS, scale)
 
 
 def _softmax_attention(

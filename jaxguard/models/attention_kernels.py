@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxguard.errors import JaxguardError
 from jaxguard.models.axes import partition
 
-Kernel = Literal["xla", "spans", "cudnn", "splash"]
+Kernel = Literal["xla", "block_sparse", "cudnn", "splash"]
 
 LANES = 128
 """Width of a TPU's vector registers: splash attention works on blocks of it."""
@@ -40,8 +40,8 @@ class Layout(NamedTuple):
     positions_BT: Int[Array, "B T"]
     prefixes_BT: Int[Array, "B T"] | None = None
 
-    def visible(self, window: int | None, queries: slice, keys: slice) -> Bool[Array, "B C S"]:
-        """May the tokens at `queries` see those at `keys`?"""
+    def visible(self, window: int | None, queries: slice | Array, keys: slice | Array) -> Bool[Array, "*B C S"]:
+        """May the tokens at `queries` see those at `keys`? Of one row, too."""
 
         def query(x: Array) -> Array:
             return x[..., queries, None]
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
             seen |= query(self.prefixes_BT) == key(self.segments_BT)
         if window is not None:
             seen &= query(self.positions_BT) - key(self.positions_BT) < window
-        places = jnp.arange(self.segments_BT.shape[1])
+        places = jnp.arange(self.segments_BT.shape[-1])
         return seen & (key(places) <= query(places))
 
 
@@ -83,7 +83,7 @@ def choose(
     obstacles: dict[Kernel, str | None] = {
         "cudnn": _cudnn_obstacle(platform, compute_capability, head_dim, dtype, row_tokens),
         "splash": _splash_obstacle(platform, head_dim, row_tokens),
-        "spans": None if platform == "cpu" else f"it is for CPUs, and this is {platform}",
+        "block_sparse": None if platform == "cpu" else f"it is for CPUs, and this is {platform}",
         "xla": None,
     }
     for name, obstacle in obstacles.items():
@@ -149,7 +149,7 @@ def cudnn(
             implementation="cudnn",
         )
 
-    return _per_device(attend, query, key, value, layout)
+    return per_device(attend, query, key, value, layout)
 
 
 def splash(
@@ -173,7 +173,7 @@ def splash(
         rows = _whole_rows if layout.prefixes_BT is None else _branching_rows
         return rows(q_BNTH, k_BKTH, v_BKTH, layout, window, interpret).swapaxes(1, 2)
 
-    return _per_device(attend, query, key, value, layout)
+    return per_device(attend, query, key, value, layout)
 
 
 def _whole_rows(
@@ -230,7 +230,7 @@ def _block_sizes(tokens: int) -> splash_attention.BlockSizes:
     )
 
 
-def _per_device(attend: Callable[..., Array], query: Array, key: Array, value: Array, layout: Layout) -> Array:
+def per_device(attend: Callable[..., Array], query: Array, key: Array, value: Array, layout: Layout) -> Array:
     """Run a kernel on every device's own rows and heads: the compiler cannot cut a kernel up by itself.
 
     The mesh is the one in context (`jax.set_mesh`). A dimension that does not divide by its axes is not cut.

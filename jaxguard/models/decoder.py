@@ -16,6 +16,7 @@ from jaxguard.models import weights as table
 from jaxguard.models.attention import FAR, Seen, attend, attend_seen
 from jaxguard.models.attention_kernels import Layout
 from jaxguard.models.axes import constrain, gather
+from jaxguard.models.products import product
 from jaxguard.models.spec import Rope, Spec
 
 
@@ -24,8 +25,9 @@ class Compute:
     """How to compute, as opposed to what. Hashable, so that it can be static under jit.
 
     Attributes:
-        dtype: of activations and matmuls.
-        attention: "xla", "spans", "cudnn" or "splash".
+        dtype: of activations, of gradients, and of weights while they are computed with.
+        operands: what matmuls round their operands to, whatever type weights then have; None multiplies them as they are.
+        attention: "xla", "block_sparse", "cudnn" or "splash".
         remat: what the backward pass recomputes: "full" every layer, "dots" all but matmuls, "none" nothing.
         query_chunk: queries whose scores XLA attention holds at once.
     """
@@ -34,6 +36,11 @@ class Compute:
     attention: str = "xla"
     remat: str = "none"
     query_chunk: int = 512
+    operands: jnp.dtype | None = None
+
+    def cast(self, weight: Array) -> Array:
+        """A weight as `product` is to get it."""
+        return weight.astype(self.dtype) if self.operands is None else weight
 
 
 class Cache(NamedTuple):
@@ -78,11 +85,11 @@ class Decoder(nnx.Module):
     @property
     def head_VD(self) -> Float[Array, "V D"]:
         """The matrix that turns hidden states into logits."""
-        return (self.embed if self.lm_head is None else self.lm_head)[...].astype(self.compute.dtype)
+        return self.compute.cast((self.embed if self.lm_head is None else self.lm_head)[...])
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of every vocabulary entry, float32. Training never needs them all at once: see train/loss.py."""
-        return project("BTD,VD->BTV", hidden_BTD, self.head_VD, preferred_element_type=jnp.float32)
+        return product("BTD,VD->BTV", hidden_BTD.astype(jnp.float32), self.head_VD, self.compute.operands)
 
     def __call__(
         self,
@@ -182,7 +189,7 @@ class Decoder(nnx.Module):
             if "norm" in axes[path]:
                 return weight
             if slots is None:
-                return constrain(weight.astype(self.compute.dtype), *axes[path], without="fsdp")
+                return constrain(self.compute.cast(weight), *axes[path], without="fsdp")
             return gather(weight, slots[path], axes[path])
 
         return {path.removeprefix(table.LAYER): one(path, weight) for path, weight in weights.items()}
@@ -196,6 +203,7 @@ class Decoder(nnx.Module):
         attention: Callable[..., tuple[Array, Any]],
     ) -> tuple[Float[Array, "B T D"], Any]:
         norm, sandwich = self._norm, self.spec.sandwich
+        project = partial(product, operands=self.compute.operands)
         h_BTD = norm(x_BTD, w["attention_norm"])
         query_BTNH = project("BTD,DNH->BTNH", h_BTD, w["q_proj"])
         key_BTKH = project("BTD,DKH->BTKH", h_BTD, w["k_proj"])
@@ -204,7 +212,7 @@ class Decoder(nnx.Module):
             query_BTNH, key_BTKH = norm(query_BTNH, w["q_norm"]), norm(key_BTKH, w["k_norm"])
         query_BTNH, key_BTKH = rotate(query_BTNH, cos, sin), rotate(key_BTKH, cos, sin)
         mixed_BTNH, kept = attention(query_BTNH, key_BTKH, value_BTKH)
-        h_BTD = constrain(jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, w["o_proj"]), "batch", None, None)
+        h_BTD = constrain(project("BTNH,NHD->BTD", mixed_BTNH, w["o_proj"]), "batch", None, None)
         x_BTD = x_BTD + (norm(h_BTD, w["attention_out_norm"]) if sandwich else h_BTD)
 
         h_BTD = norm(x_BTD, w["mlp_norm"])
@@ -226,6 +234,7 @@ class Decoder(nnx.Module):
                 scale=self.spec.query_scale,
                 implementation=self.compute.attention,
                 query_chunk=self.compute.query_chunk,
+                operands=self.compute.operands,
             )
             for window in distinct
         ]
@@ -256,40 +265,6 @@ def slots(spec: Spec, compute: Compute) -> dict[str, Array]:
     """Path of each of the layers' matrices -> zeros in the compute type, for models/axes.gather."""
     matrices = [w for w in table.table(spec) if w.stacked and "norm" not in w.axes]
     return {w.path: constrain(jnp.zeros(w.shape(spec), compute.dtype), *w.axes) for w in matrices}
-
-
-def project(equation: str, hidden: Array, weight: Array, **options: Any) -> Array:
-    """Product of activations and a weight, summed over the activations' last dimension.
-
-    In float32 the sum is made of two halves. XLA adds the terms up one after another on a CPU, and shorter sums err less:
-    on SmolLM2, whose logits reach 44, at most 0.00009 instead of 0.00015.
-    """
-    if hidden.dtype != jnp.float32:
-        return jnp.einsum(equation, hidden, weight, **options)
-    return _in_halves(equation, hidden, weight)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_halves(equation: str, hidden: Array, weight: Array) -> Array:
-    left, right = equation.partition("->")[0].split(",")
-    halves = zip(jnp.split(hidden, 2, axis=-1), jnp.split(weight, 2, axis=right.index(left[-1])), strict=True)
-    first, second = (jnp.einsum(equation, h, w) for h, w in halves)
-    return first + second
-
-
-def _in_halves_forward(equation: str, hidden: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _in_halves(equation, hidden, weight), (hidden, weight)
-
-
-def _in_halves_backward(equation: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    """In one product each. As JAX would have it, a CPU first copies the gradient of every product transposed."""
-    hidden, weight = kept
-    left, right, out = equation.replace("->", ",").split(",")
-    of_hidden = jnp.einsum(f"{out},{right}->{left}", gradient, weight)
-    return of_hidden, jnp.einsum(f"{left},{out}->{right}", hidden, gradient)
-
-
-_in_halves.defvjp(_in_halves_forward, _in_halves_backward)
 
 
 def rope_table(

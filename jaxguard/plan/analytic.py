@@ -65,7 +65,7 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute) -> Flops:
 
 def _pairs(tokens: int, window: int | None, compute: Compute) -> int:
     """(query, key) pairs of one row that the kernel may multiply: without the blocks that causality or the window empties."""
-    chunk = compute.query_chunk if compute.attention in ("xla", "spans") else 128
+    chunk = compute.query_chunk if compute.attention in ("xla", "block_sparse") else 128
     pairs = 0
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)

@@ -4,10 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxguard.models.axes import constrain, gather, parts
-from jaxguard.models.decoder import project
+from jaxguard.models.products import product
 
 
 def target_logprobs(
@@ -16,6 +17,7 @@ def target_logprobs(
     index_BM: Int[Array, "B M"],
     ids_BMQ: Int[Array, "B M Q"],
     chunk: int,
+    operands: DTypeLike | None = None,
 ) -> Float[Array, "B M Q"]:
     """Log-probability of vocabulary entries `ids_BMQ` after the tokens at `index_BM`, float32.
 
@@ -36,7 +38,7 @@ def target_logprobs(
     def block(_: None, scanned: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         head_CD, first = scanned
         gathered_CD = gather(head_CD, head_CD, ("vocab", "embed"))
-        logits_BMC = constrain(_logits(hidden_BMD, gathered_CD), "batch", None, "vocab")
+        logits_BMC = constrain(product("BMD,CD->BMC", hidden_BMD, gathered_CD, operands), "batch", None, "vocab")
         entry_C = first + blocks * jnp.arange(size)
         logits_BMC = jnp.where(entry_C < vocabulary, logits_BMC, jnp.finfo(jnp.float32).min)
         # A masked sum instead of an index: it needs no gather across the vocabulary's devices.
@@ -48,30 +50,6 @@ def target_logprobs(
     scanned = (head_KCD, jnp.arange(blocks))
     _, (sums_KBM, chosen_KBMQ) = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), None, scanned)
     return jnp.sum(chosen_KBMQ, axis=0) - jax.nn.logsumexp(sums_KBM, axis=0)[..., None]
-
-
-@jax.custom_vjp
-def _logits(hidden_BMD: Array, head_CD: Array) -> Array:
-    """Logits in float32 of float32 hidden states, multiplied in the head's type, in the backward pass too.
-
-    As JAX would have it, the logits' gradient is float32 and so are both products with it, which no device is fast at.
-    """
-    hidden = hidden_BMD.astype(head_CD.dtype)
-    return project("BMD,CD->BMC", hidden, head_CD, preferred_element_type=jnp.float32)
-
-
-def _logits_forward(hidden_BMD: Array, head_CD: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _logits(hidden_BMD, head_CD), (hidden_BMD, head_CD)
-
-
-def _logits_backward(kept: tuple[Array, Array], gradient_BMC: Array) -> tuple[Array, Array]:
-    hidden_BMD, head_CD = kept
-    hidden, gradient = hidden_BMD.astype(head_CD.dtype), gradient_BMC.astype(head_CD.dtype)
-    of_hidden = jnp.einsum("BMC,CD->BMD", gradient, head_CD, preferred_element_type=jnp.float32)
-    return of_hidden, jnp.einsum("BMC,BMD->CD", gradient, hidden)
-
-
-_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def token_weighted_loss(

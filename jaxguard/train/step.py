@@ -116,7 +116,11 @@ def choose_compute(config: Config, spec: Spec, mesh: Mesh) -> Compute:
         config.model.attention,
         config.data.row_tokens,
     )
-    return Compute(dtype, attention, config.model.remat, config.model.query_chunk)
+    operands = None
+    if device.platform == "cpu" and dtype == jnp.bfloat16:
+        # All that a CPU does fast in bfloat16 is to multiply matrices, with sums in float32.
+        dtype, operands = jnp.dtype(jnp.float32), dtype
+    return Compute(dtype, attention, config.model.remat, config.model.query_chunk, operands)
 
 
 def logprobs(
@@ -132,7 +136,7 @@ def logprobs(
     """Log-probabilities of ids at the batch's target positions; to differentiate them, see Decoder's slots."""
     decoder = Decoder(spec, weights, compute, slots)
     hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.prefixes_BT)
-    return target_logprobs(hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk)
+    return target_logprobs(hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk, compute.operands)
 
 
 def loss_and_gradient(

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from jax.sharding import AxisType
 from jaxguard.errors import JaxguardError
 from jaxguard.models import attention, attention_kernels
 from jaxguard.models.attention_kernels import Layout, choose
+from jaxguard.models.block_sparse import block_sparse
 
 
 def reference(query, key, value, layout, window, scale):
@@ -64,29 +67,59 @@ def test_what_cudnn_is_asked_for_is_packed_causal_attention(monkeypatch, window,
     assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("spans", [False, True])
+@pytest.mark.parametrize("compute", [attention.xla, block_sparse])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])
 @pytest.mark.parametrize("chunk", [4, 24])
-def test_xla_is_packed_causal_attention(chunk, window, shared, spans):
+def test_attention_in_xla_is_packed_causal_attention(chunk, window, shared, compute):
     query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=64, head_dim=16, shared=shared))
-    got = attention.xla(query, key, value, layout, window=window, scale=0.1, chunk=chunk, spans=spans)
+    got = compute(query, key, value, layout, window=window, scale=0.1, chunk=chunk)
     real = layout.segments_BT > 0
     np.testing.assert_allclose(got[real], reference(query, key, value, layout, window, 0.1)[real], atol=2e-5)
 
 
-def test_spans_leave_out_what_no_layout_lets_be_seen():
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("window", [None, 20])
+def test_gradients_of_block_sparse_attention_are_those_of_xla(window, shared):
+    query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=60, head_dim=16, shared=shared))
+    real = (layout.segments_BT > 0)[..., None, None]
+
+    def gradients(compute):
+        def total(*qkv):
+            return jnp.sum(jnp.sin(compute(*qkv, layout, window=window, scale=0.1, chunk=8)) * real)
+
+        return jax.grad(total, argnums=(0, 1, 2))(query, key, value)
+
+    for got, expected in zip(gradients(block_sparse), gradients(attention.xla), strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("window", "poisoned"), [(None, slice(32, 96)), (16, slice(0, 96))])
+def test_block_sparse_attention_leaves_out_what_no_query_of_a_block_sees(window, poisoned):
     """Values that must not be multiplied are NaN: a weight of zero would not hide them."""
     query, key, value, _ = jax.tree.map(jnp.asarray, packed(rows=1, tokens=128, head_dim=16))
     branches = np.arange(128) // 8 + 1
-    layout = Layout(*jnp.asarray([branches, np.arange(128) % 8 + 8 * (branches > 1), np.ones(128)])[:, None])
-    poisoned = value.at[:, 32:96].set(jnp.nan)
+    # Without a window everyone continues the first; with one, all are one long segment.
+    layout = Layout(*jnp.asarray([branches, np.arange(128) % 8 + 8 * (branches > 1), np.ones(128, int)])[:, None])
+    if window:
+        layout = Layout(*jnp.asarray([np.ones(128, int), np.arange(128)])[:, None])
+    nan = value.at[:, poisoned].set(jnp.nan)
 
-    def last(value, spans):
-        return attention.xla(query, key, value, layout, window=None, scale=0.1, chunk=16, spans=spans)[:, -16:]
+    def last(compute, value):
+        return compute(query, key, value, layout, window=window, scale=0.1, chunk=16)[:, -16:]
 
-    np.testing.assert_allclose(last(poisoned, spans=True), last(value, spans=False), atol=2e-5)
-    assert np.isnan(last(poisoned, spans=False)).all()
+    np.testing.assert_allclose(last(block_sparse, nan), last(attention.xla, value), atol=2e-5)
+
+
+def test_block_sparse_attention_over_a_mesh_is_that_on_one_device():
+    query, key, value, layout = packed(rows=4, tokens=64, head_dim=16, shared=True)
+    expected = reference(query, key, value, layout, None, 0.1)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    compute = jax.jit(partial(block_sparse, window=None, scale=0.1, chunk=16))
+    with jax.set_mesh(mesh):
+        got = compute(*jax.tree.map(jnp.asarray, (query, key, value, layout)))
+    real = layout.segments_BT > 0
+    np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=2e-5)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -143,7 +176,7 @@ def test_splash_gradient(shared):
         ("gpu", None, 128, "bfloat16", "xla"),
         ("tpu", None, 256, "bfloat16", "splash"),
         ("tpu", None, 64, "bfloat16", "xla"),
-        ("cpu", None, 128, "bfloat16", "spans"),
+        ("cpu", None, 128, "bfloat16", "block_sparse"),
     ],
 )
 def test_auto_takes_the_best_that_works(platform, capability, head_dim, dtype, expected):
@@ -158,9 +191,9 @@ def test_auto_takes_the_best_that_works(platform, capability, head_dim, dtype, e
         ("gpu", 8.0, 256, 128, "cudnn", "up to 128 dimensions"),
         ("gpu", 8.0, 128, 127, "cudnn", "even number of tokens"),
         ("gpu", 8.0, 128, 128, "splash", "needs a TPU"),
-        ("gpu", 8.0, 128, 128, "spans", "is for CPUs"),
+        ("gpu", 8.0, 128, 128, "block_sparse", "is for CPUs"),
         ("tpu", None, 128, 200, "splash", "tokens of a row must be a multiple of 128, not 200"),
-        ("tpu", None, 128, 128, "flash", "known: auto, cudnn, splash, spans, xla"),
+        ("tpu", None, 128, 128, "flash", "known: auto, cudnn, splash, block_sparse, xla"),
     ],
 )
 def test_a_forced_kernel_that_cannot_work_says_why(platform, capability, head_dim, row_tokens, requested, message):

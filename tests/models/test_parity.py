@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxguard.models.attention import xla
 from jaxguard.models.attention_kernels import Layout
 from jaxguard.models.checkpoint_io import read_weights
-from jaxguard.models.decoder import Compute, Decoder, project
+from jaxguard.models.decoder import Compute, Decoder
 from jaxguard.models.spec import Spec, read_spec
 
 torch = pytest.importorskip("torch", reason="torch is the reference of the parity tests")
@@ -117,22 +117,3 @@ def _shapes(jaxpr):
         yield from (v.aval.shape for v in equation.outvars)
         for inner in jaxprs_in_params(equation.params):
             yield from _shapes(inner)
-
-
-@pytest.mark.parametrize(
-    ("equation", "hidden", "weight"),
-    [
-        ("BTD,DNH->BTNH", (2, 5, 8), (8, 3, 4)),
-        ("BTF,FD->BTD", (2, 5, 8), (8, 6)),
-        ("BMD,CD->BMC", (2, 5, 8), (7, 8)),
-    ],
-)
-def test_the_gradient_of_a_product_in_halves_is_that_of_the_product(equation, hidden, weight):
-    random = np.random.default_rng(0)
-    given = [jax.numpy.asarray(random.standard_normal(shape, dtype=np.float32)) for shape in (hidden, weight)]
-
-    def gradients(product):
-        return jax.grad(lambda h, w: (product(equation, h, w) ** 2).sum(), argnums=(0, 1))(*given)
-
-    for got, expected in zip(gradients(project), gradients(jax.numpy.einsum), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

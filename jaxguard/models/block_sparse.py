@@ -1,0 +1,127 @@
+"""Attention for CPUs: a block of queries is multiplied with those blocks of keys alone that it sees something of."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxguard.models.attention_kernels import Layout, per_device
+from jaxguard.models.products import product
+
+
+def block_sparse(
+    query_BTNH: Float[Array, "B T N H"],
+    key_BTKH: Float[Array, "B T K H"],
+    value_BTKH: Float[Array, "B T K H"],
+    layout: Layout,
+    *,
+    window: int | None,
+    scale: float,
+    chunk: int,
+    operands: DTypeLike | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention in blocks of `chunk` tokens, scores of one block of queries at a time, computed again backward.
+
+    How many blocks of keys a block needs is known when the program runs. It has a branch for 1, 2, 4, … of them, which a CPU
+    takes at no cost; so a row of many short examples costs no more than its examples in several rows.
+
+    Args:
+        query_BTNH: of packed rows.
+        key_BTKH: of the same.
+        value_BTKH: of the same.
+        layout: who sees whom.
+        window: of a local layer, in positions.
+        scale: of the scores.
+        chunk: tokens of a block.
+        operands: see models/products.
+    """
+    compute = partial(_row, window=window, scale=scale, chunk=chunk, operands=operands)
+
+    def rows(*args: Array | Layout) -> Array:
+        return jax.lax.map(lambda row: compute(*row), args)
+
+    return per_device(rows, query_BTNH, key_BTKH, value_BTKH, layout)
+
+
+def _row(
+    query_TNH: Array,
+    key_TKH: Array,
+    value_TKH: Array,
+    layout: Layout,
+    *,
+    window: int | None,
+    scale: float,
+    chunk: int,
+    operands: DTypeLike | None,
+) -> Float[Array, "T N H"]:
+    tokens, kv_heads, width = key_TKH.shape
+    blocks = -(-tokens // chunk)
+    missing = blocks * chunk - tokens
+    query_TNH, key_TKH, value_TKH, layout = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), (query_TNH, key_TKH, value_TKH, layout)
+    )
+    query_JKGCH = query_TNH.reshape(blocks, chunk, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    key_KJCH, value_KJCH = (
+        x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 1, 3) for x in (key_TKH, value_TKH)
+    )
+    seen_JJ = _seen(jax.tree.map(lambda x: x.reshape(blocks, chunk), layout), window)
+    counts = [2**k for k in range((blocks - 1).bit_length())] + [blocks]
+
+    def block(query_KGCH: Array, place: Array, seen_J: Array) -> Float[Array, "K G C H"]:
+        # Those that are seen come first.
+        order_J = jnp.argsort(~seen_J, stable=True)
+        queries_C = place * chunk + jnp.arange(chunk)
+
+        def over(count: int) -> Float[Array, "K G C H"]:
+            chosen = order_J[:count]
+            keys_S = (chosen[:, None] * chunk + jnp.arange(chunk)).reshape(-1)
+            mask_CS = layout.visible(window, queries_C, keys_S)
+            heads = [
+                _head(query_GCH, key_JCH[chosen], value_JCH[chosen], mask_CS, scale, operands)
+                for query_GCH, key_JCH, value_JCH in zip(query_KGCH, key_KJCH, value_KJCH, strict=True)
+            ]
+            return jnp.stack(heads)
+
+        enough = sum((jnp.sum(seen_J) > count).astype(jnp.int32) for count in counts[:-1])
+        return jax.lax.switch(enough, [partial(over, count) for count in counts])
+
+    again = jax.checkpoint(block, prevent_cse=False)
+    mixed_JKGCH = jax.lax.map(lambda xs: again(*xs), (query_JKGCH, jnp.arange(blocks), seen_JJ))
+    return mixed_JKGCH.transpose(0, 3, 1, 2, 4).reshape(blocks * chunk, -1, width)[:tokens]
+
+
+def _head(
+    query_GCH: Array, key_JCH: Array, value_JCH: Array, mask_CS: Array, scale: float, operands: DTypeLike | None
+) -> Float[Array, "G C H"]:
+    """One key head at a time: matrices are what a CPU multiplies fast, and stacks of them are not."""
+    group, queries, width = query_GCH.shape
+    key_SH, value_SH = (x.reshape(-1, width) for x in (key_JCH, value_JCH))
+    multiply = jnp.einsum if operands is None else partial(product, operands=operands)
+    scores_QS = multiply("QH,SH->QS", query_GCH.reshape(-1, width), key_SH) * scale
+    scores_GCS = scores_QS.reshape(group, queries, -1)
+    # The finite minimum, not -inf: a query without any visible key must not become NaN.
+    scores_GCS = jnp.where(mask_CS, scores_GCS, jnp.finfo(scores_GCS.dtype).min)
+    weights_QS = jax.nn.softmax(scores_GCS, axis=-1).reshape(scores_QS.shape)
+    return multiply("QS,SH->QH", weights_QS, value_SH).reshape(query_GCH.shape)
+
+
+def _seen(layout: Layout, window: int | None) -> Bool[Array, "J J"]:
+    """May a query of one block see a key of another? From the ranges of numbers in both: at times yes where none does."""
+    real_JC = layout.segments_BT > 0
+
+    def between(x_JC: Int[Array, "J C"]) -> tuple[Array, Array]:
+        return jnp.min(x_JC, axis=1, where=real_JC, initial=2**30), jnp.max(x_JC, axis=1, where=real_JC, initial=-1)
+
+    def meet(one: tuple[Array, Array], other: tuple[Array, Array]) -> Bool[Array, "J J"]:
+        return (one[0][:, None] <= other[1]) & (other[0] <= one[1][:, None])
+
+    segments = between(layout.segments_BT)
+    seen_JJ = meet(segments, segments)
+    if layout.prefixes_BT is not None:
+        seen_JJ |= meet(between(layout.prefixes_BT), segments)
+    if window is not None:
+        first, last = between(layout.positions_BT)
+        seen_JJ &= first[:, None] - last < window
+    return jnp.tril(seen_JJ)

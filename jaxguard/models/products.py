@@ -1,0 +1,80 @@
+"""Products of activations and weights: in which type the operands are multiplied, and how their gradients are written."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+
+def product(equation: str, hidden: Array, weight: Array, operands: DTypeLike | None = None) -> Array:
+    """Product of two arrays in the first one's type, summed over dimensions that end the first.
+
+    In float32 the sum is made of two halves. XLA adds the terms up one after another on a CPU, and shorter sums err less:
+    on SmolLM2, whose logits reach 44, at most 0.00009 instead of 0.00015.
+
+    Args:
+        equation: as for einsum; an index is in two of the three arrays.
+        hidden: activations.
+        weight: a weight of any type, which is also its gradient's.
+        operands: the type that both are rounded to before they are multiplied, in the backward pass too; default the weight's.
+    """
+    operands = jnp.dtype(operands or weight.dtype)
+    if hidden.dtype == weight.dtype == operands:
+        return _in_halves(equation, hidden, weight) if operands == jnp.float32 else jnp.einsum(equation, hidden, weight)
+    return _rounded(equation, operands, hidden, weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_halves(equation: str, hidden: Array, weight: Array) -> Array:
+    left, right = equation.partition("->")[0].split(",")
+    halves = zip(jnp.split(hidden, 2, axis=-1), jnp.split(weight, 2, axis=right.index(left[-1])), strict=True)
+    first, second = (jnp.einsum(equation, h, w) for h, w in halves)
+    return first + second
+
+
+def _in_halves_forward(equation: str, hidden: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _in_halves(equation, hidden, weight), (hidden, weight)
+
+
+def _in_halves_backward(equation: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """In one product each. As JAX would have it, a CPU first copies the gradient of every product transposed."""
+    hidden, weight = kept
+    of_hidden, of_weight = _backward(equation)
+    return jnp.einsum(of_hidden, gradient, weight), jnp.einsum(of_weight, hidden, gradient)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rounded(equation: str, operands: jnp.dtype, hidden: Array, weight: Array) -> Array:
+    hidden_, weight_ = hidden.astype(operands), weight.astype(operands)
+    return jnp.einsum(equation, hidden_, weight_, preferred_element_type=hidden.dtype)
+
+
+def _rounded_forward(
+    equation: str, operands: jnp.dtype, hidden: Array, weight: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _rounded(equation, operands, hidden, weight), (hidden, weight)
+
+
+def _rounded_backward(
+    equation: str, operands: jnp.dtype, kept: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    """As JAX would have it, the gradient stays in the wider type, and so do both products with it."""
+    hidden, weight = kept
+    of_hidden, of_weight = _backward(equation)
+    gradient = gradient.astype(operands)
+    return (
+        jnp.einsum(of_hidden, gradient, weight.astype(operands), preferred_element_type=hidden.dtype),
+        jnp.einsum(of_weight, hidden.astype(operands), gradient, preferred_element_type=weight.dtype),
+    )
+
+
+def _backward(equation: str) -> tuple[str, str]:
+    """Equations of the gradients: of the first operand from (gradient, second), of the second from (first, gradient)."""
+    left, right, out = equation.replace("->", ",").split(",")
+    return f"{out},{right}->{left}", f"{left},{out}->{right}"
+
+
+_in_halves.defvjp(_in_halves_forward, _in_halves_backward)
+_rounded.defvjp(_rounded_forward, _rounded_backward)

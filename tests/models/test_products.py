@@ -1,0 +1,51 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxguard.models.products import product
+
+SHAPES = [
+    ("BTD,DNH->BTNH", (2, 5, 8), (8, 3, 4)),
+    ("BTNH,NHD->BTD", (2, 5, 3, 8), (3, 8, 6)),
+    ("BTF,FD->BTD", (2, 5, 8), (8, 6)),
+    ("BMD,CD->BMC", (2, 5, 8), (7, 8)),
+]
+
+
+def operands(hidden, weight):
+    random = np.random.default_rng(0)
+    return [jnp.asarray(random.standard_normal(shape, dtype=np.float32)) for shape in (hidden, weight)]
+
+
+def gradients(multiply, *given):
+    return jax.grad(lambda h, w: (multiply(h, w).astype(jnp.float32) ** 2).sum(), argnums=(0, 1))(*given)
+
+
+@pytest.mark.parametrize(("equation", "hidden", "weight"), SHAPES)
+def test_a_product_in_halves_and_its_gradient_are_those_of_the_product(equation, hidden, weight):
+    given = operands(hidden, weight)
+    np.testing.assert_allclose(product(equation, *given), jnp.einsum(equation, *given), rtol=1e-5, atol=1e-5)
+    expected = gradients(lambda h, w: jnp.einsum(equation, h, w), *given)
+    for got, wanted in zip(gradients(lambda h, w: product(equation, h, w), *given), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight_type", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("equation", "hidden", "weight"), SHAPES)
+def test_rounded_operands_are_multiplied_exactly_and_summed_in_float32(equation, hidden, weight, weight_type):
+    """Of operands that bfloat16 holds nothing is lost, forward; backward the gradient is rounded before it is multiplied."""
+    h, w = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in operands(hidden, weight))
+    rounded = product(equation, h, w.astype(weight_type), jnp.bfloat16)
+    assert rounded.dtype == jnp.float32
+    np.testing.assert_allclose(rounded, jnp.einsum(equation, h, w), rtol=1e-6, atol=1e-6)
+    got = gradients(lambda h, w: product(equation, h, w, jnp.bfloat16), h, w.astype(weight_type))
+    assert [x.dtype for x in got] == [jnp.float32, weight_type]
+    for found, wanted in zip(got, gradients(lambda h, w: jnp.einsum(equation, h, w), h, w), strict=True):
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=2e-2, atol=2e-2 * np.abs(wanted).max())
+
+
+def test_what_is_rounded_is_the_operands():
+    one = jnp.full((2, 2), 1 + 2**-12, jnp.float32)
+    assert (product("TD,DF->TF", one, one) > 2).all()
+    assert (product("TD,DF->TF", one, one, jnp.bfloat16) == 2).all()
