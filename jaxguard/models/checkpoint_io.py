@@ -7,10 +7,14 @@ they are; exporting unchanged weights gives the same files, bit for bit. Layouts
 
 import contextlib
 import math
+import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +28,7 @@ from tokenizers import Tokenizer
 
 from jaxguard.errors import JaxguardError
 from jaxguard.models.folders import whole_folder
-from jaxguard.models.safetensors_io import Stored, open_folder
+from jaxguard.models.safetensors_io import BLOCK, Stored, open_folder
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import EMBED, HEAD, Weight, table
 
@@ -44,8 +48,11 @@ WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack
 # vocabulary, and no text chat produces it.
 _IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
 
-_BLOCK = 16 * 2**20
-"""Bytes that are copied at once."""
+_AHEAD = 8
+"""Tensors that are read from disk before they are needed."""
+
+_BEHIND = 2
+"""Tensors that wait for being written to disk."""
 
 Places = dict[Weight, tuple[Stored, ...]]
 """For each row of the table, its tensors on disk: one per layer, or a single one."""
@@ -94,18 +101,35 @@ def read_weights(
     """
     places = locate(folder, spec)
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    tensors = _warmed([tensor for stored in places.values() for tensor in stored])
     return {
-        weight.path: _read(weight, stored, spec, alone if shardings is None else shardings[weight.path], dtype)
+        weight.path: _read(
+            weight, islice(tensors, len(stored)), spec, alone if shardings is None else shardings[weight.path], dtype
+        )
         for weight, stored in places.items()
     }
 
 
+def _warmed(tensors: Sequence[Stored]) -> Iterator[Stored]:
+    """The same tensors; while one is in use, the next are read from disk. Not by one of several hosts: it needs parts only."""
+    if jax.process_count() > 1:
+        yield from tensors
+        return
+    with ThreadPoolExecutor(1) as reader:
+        ahead: deque[Future[None]] = deque()
+        following = iter(tensors)
+        for tensor in tensors:
+            ahead.extend(reader.submit(next_one.warm) for next_one in islice(following, _AHEAD - len(ahead)))
+            ahead.popleft().result()
+            yield tensor
+
+
 def _read(
-    weight: Weight, stored: Sequence[Stored], spec: Spec, sharding: jax.sharding.Sharding, dtype: Any
+    weight: Weight, stored: Iterator[Stored], spec: Spec, sharding: jax.sharding.Sharding, dtype: Any
 ) -> jax.Array:
     """One tensor at a time, so that no more than that is on the host; devices cast it and lay it into the stack."""
     if not weight.stacked:
-        return _placed(weight, stored[0], spec, sharding).astype(dtype)
+        return _placed(weight, next(stored), spec, sharding).astype(dtype)
     whole = jnp.zeros(weight.shape(spec), dtype, device=sharding)
     for i, tensor in enumerate(stored):
         whole = _writer(sharding)(whole, _placed(weight, tensor, spec, _of_layer(sharding)), i)
@@ -244,6 +268,7 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
         folder = stack.enter_context(whole_folder(output, _stored_bytes(tensors))) if writer else None
         tied = [tensors[name] for name in _tied_heads(spec, tensors)]
         files = {} if folder is None else stack.enter_context(_begun(source, folder, tensors, [*own, *tied]))
+        disk, behind = stack.enter_context(ThreadPoolExecutor(_BEHIND)), deque[Future[int]]()
         for weight, stored in places.items():
             array = _checked_array(weights, weight, spec)
             targets = [[tensor] for tensor in stored]
@@ -252,10 +277,11 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
             for i, copies in enumerate(targets):
                 kept = np.result_type(*(tensor.dtype for tensor in copies))
                 values = _on_host(_theirs(array, i, weight, spec, kept))
-                changed += _write(copies[0], values, files)
-                for tensor in copies[1:]:
-                    _write(tensor, values, files)
+                behind.append(disk.submit(_write, copies, values, files))
+                if len(behind) > _BEHIND:
+                    changed += behind.popleft().result()
                 rewritten += len(copies)
+        changed += sum(written.result() for written in behind)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_hf")
     return ExportReport(
@@ -329,8 +355,8 @@ def _begun(
 def _copy(given: BinaryIO, taken: BinaryIO, start: int, stop: int) -> None:
     given.seek(start)
     taken.seek(start)
-    for at in range(start, stop, _BLOCK):
-        taken.write(given.read(min(_BLOCK, stop - at)))
+    for at in range(start, stop, BLOCK):
+        taken.write(given.read(min(BLOCK, stop - at)))
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -343,16 +369,26 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copytree(templates, folder / templates.name)
 
 
-def _write(tensor: Stored, values: np.ndarray, files: Mapping[str, BinaryIO]) -> int:
-    """Write `values` where `tensor` lies; count the stored numbers that differ from it."""
+def _write(copies: Sequence[Stored], values: np.ndarray, files: Mapping[str, BinaryIO]) -> int:
+    """Write `values` wherever the tensor lies; count the stored numbers that differ from the first place's."""
+    first, *_ = [_write_one(tensor, values, files) for tensor in copies]
+    return first
+
+
+def _write_one(tensor: Stored, values: np.ndarray, files: Mapping[str, BinaryIO]) -> int:
     with np.errstate(over="ignore"):  # reported just below
         rounded = np.ascontiguousarray(values, dtype=tensor.dtype)
     bits = np.dtype(f"u{tensor.dtype.itemsize}")
     infinite = np.array(np.inf, tensor.dtype).view(bits)  # all of the exponent's bits: NaN has them too
-    if (rounded.view(bits) & infinite == infinite).any():
+    if np.max(rounded.view(bits) & infinite, initial=0) == infinite:
         raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
     if files:
-        file = files[tensor.file.name]
-        file.seek(tensor.start)
-        file.write(rounded.view(np.uint8).data)
+        _write_at(files[tensor.file.name].fileno(), rounded.reshape(-1).view(np.uint8).data, tensor.start)
     return int(np.count_nonzero(rounded.view(bits) != tensor.view().view(bits)))
+
+
+def _write_at(file: int, values: memoryview, start: int) -> None:
+    """All of it, from several threads at once: without the file's own place, and however little one call takes."""
+    while values:
+        done = os.pwrite(file, values, start)
+        values, start = values[done:], start + done

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import scoring
 import training
 import workloads
 from jaxguard.data.encode import Encoder
@@ -96,3 +97,25 @@ def test_ratios_are_of_the_same_round_and_other_losses_are_shown():
     text = console.export_text()
     assert "2.50 [2.00, 3.00]" in text
     assert text.count("differs") == 1
+
+
+def test_scores_that_disagree_are_marked():
+    ours = {"seconds": 1.0, "odds": [0.0, 2.0]}
+    for theirs, differs in ([0.0, 2.0001], False), ([0.001, 2.0], True):
+        console = Console(file=io.StringIO(), width=120)
+        console.print(scoring.table({"jaxguard": [ours], "peer": [{"seconds": 3.0, "odds": theirs}]}))
+        text = console.file.getvalue()
+        assert ("(differs)" in text) == differs
+        assert "3.00 [3.00, 3.00]" in text
+
+
+def test_what_is_scored_ends_before_the_verdict(source, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(scoring, "MODEL", tiny_checkpoint)
+    monkeypatch.setattr(scoring, "FOLDER", tmp_path)
+    job = json.loads(scoring.write(workloads.read_examples(source, 5)).read_text(encoding="utf-8"))
+    encoder = Encoder.load(tiny_checkpoint, scoring.settings().data)
+    assert len(job["prompts"]) == len(job["pairs"]) == 5
+    for prompt, (positive, negative) in zip(job["prompts"], job["pairs"], strict=True):
+        assert encoder.tokenizer.decode(prompt).endswith("Prompt harm:")
+        assert positive != negative

