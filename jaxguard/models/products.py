@@ -40,9 +40,7 @@ def _in_halves_forward(equation: str, hidden: Array, weight: Array) -> tuple[Arr
 
 def _in_halves_backward(equation: str, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     """In one product each. As JAX would have it, a CPU first copies the gradient of every product transposed."""
-    hidden, weight = kept
-    of_hidden, of_weight = _backward(equation)
-    return jnp.einsum(of_hidden, gradient, weight), jnp.einsum(of_weight, hidden, gradient)
+    return _gradients(equation, *kept, gradient, jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -61,19 +59,20 @@ def _rounded_backward(
     equation: str, operands: jnp.dtype, kept: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     """As JAX would have it, the gradient stays in the wider type, and so do both products with it."""
-    hidden, weight = kept
-    of_hidden, of_weight = _backward(equation)
-    gradient = gradient.astype(operands)
-    return (
-        jnp.einsum(of_hidden, gradient, weight.astype(operands), preferred_element_type=hidden.dtype),
-        jnp.einsum(of_weight, hidden.astype(operands), gradient, preferred_element_type=weight.dtype),
-    )
+    return _gradients(equation, *kept, gradient, operands)
 
 
-def _backward(equation: str) -> tuple[str, str]:
-    """Equations of the gradients: of the first operand from (gradient, second), of the second from (first, gradient)."""
+def _gradients(
+    equation: str, hidden: Array, weight: Array, gradient: Array, operands: DTypeLike
+) -> tuple[Array, Array]:
     left, right, out = equation.replace("->", ",").split(",")
-    return f"{out},{right}->{left}", f"{left},{out}->{right}"
+    hidden_, weight_, gradient = (x.astype(operands) for x in (hidden, weight, gradient))
+    of_hidden = jnp.einsum(f"{out},{right}->{left}", gradient, weight_, preferred_element_type=hidden.dtype)
+    # In the order in which the weight's dimensions come out, so that nothing is transposed.
+    factors = [(out, gradient), (left, hidden_)] if right[0] in out else [(left, hidden_), (out, gradient)]
+    (first, one), (second, other) = factors
+    of_weight = jnp.einsum(f"{first},{second}->{right}", one, other, preferred_element_type=weight.dtype)
+    return of_hidden, of_weight
 
 
 _in_halves.defvjp(_in_halves_forward, _in_halves_backward)
