@@ -26,10 +26,10 @@ class Compute:
 
     Attributes:
         dtype: of activations, of gradients, and of weights while they are computed with.
-        operands: what matmuls round their operands to, whatever type weights then have; None multiplies them as they are.
         attention: "xla", "block_sparse", "cudnn" or "splash".
         remat: what the backward pass recomputes: "full" every layer, "dots" all but matmuls, "none" nothing.
-        query_chunk: queries whose scores XLA attention holds at once.
+        query_chunk: queries whose scores attention in XLA holds at once: "xla", "block_sparse".
+        operands: what matmuls round their operands to, whatever type weights then have; None multiplies them as they are.
     """
 
     dtype: jnp.dtype = jnp.dtype(jnp.float32)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 BATCH = 8
-"""Prompts of a batch."""
+"""Prompts of a batch; not yet measured against others."""
 
 
 def main(path: str) -> None:
@@ -31,10 +31,8 @@ def main(path: str) -> None:
             ids = torch.tensor([[0] * gap + prompts[i] for gap, i in zip(gaps, chosen, strict=True)])
             mask = (torch.arange(longest) >= torch.tensor(gaps)[:, None]).long()
             places = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = model(ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1).logits[
-                :, -1
-            ]
-            two = logits.gather(1, pairs[chosen])
+            found = model(ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
+            two = found.logits[:, -1].gather(1, pairs[chosen])
             for i, value in zip(chosen, (two[:, 0] - two[:, 1]).tolist(), strict=True):
                 odds[i] = value
     print(json.dumps({"seconds": time.perf_counter() - started, "odds": odds}))
