@@ -17,7 +17,7 @@ from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialise
 from jaxguard.train.loss import token_weighted_loss
 from jaxguard.train.sharding import batch_sharding, make_mesh, place, row_multiple
-from jaxguard.train.step import build_program, logprobs, loss_and_gradient
+from jaxguard.train.step import build_program, choose_compute, logprobs, loss_and_gradient
 
 ROW_TOKENS = 64
 _gradient = jax.jit(loss_and_gradient, static_argnames=("spec", "compute", "accumulation", "loss_chunk"))
@@ -113,16 +113,31 @@ def alike(count: int, seed: int = 0) -> list[Sequence]:
     return out
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("chunk", [16, 64])
-def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, chunk, accumulation):
+@pytest.mark.parametrize(
+    ("attention", "chunk", "accumulation"),
+    [("xla", 16, 1), ("xla", 64, 2), ("block_sparse", 16, 1), ("block_sparse", 16, 2), ("block_sparse", 64, 1)],
+)
+def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, attention, chunk, accumulation):
     examples = alike(16)
     batch = packed(examples, accumulation)
     assert batch.prefixes_BT is not None
     assert batch.segments_BT.astype(bool).sum() < sum(len(s.tokens) for s in examples)
     plain = unpacked([dataclasses.replace(s, head=b"") for s in examples])
     assert plain.prefixes_BT is None
-    assert_same(gradient(spec, weights, batch, accumulation, query_chunk=chunk), gradient(spec, weights, plain))
+    found = gradient(spec, weights, batch, accumulation, attention=attention, query_chunk=chunk)
+    assert_same(found, gradient(spec, weights, plain))
+
+
+def test_a_cpu_rounds_operands_to_bfloat16_and_nothing_else(spec, weights):
+    chosen = choose_compute(config(model={"compute_dtype": "bfloat16"}), spec, make_mesh(config().mesh))
+    assert (chosen.dtype, chosen.operands, chosen.attention) == (jnp.float32, jnp.bfloat16, "block_sparse")
+    batch = packed(alike(16))
+    loss, found = gradient(spec, weights, batch, attention="block_sparse", operands=chosen.operands)
+    exact_loss, exact = gradient(spec, weights, batch)
+    assert abs(loss - exact_loss) < 0.01 * exact_loss
+    assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.float32)}
+    norm = optax.tree.norm(exact)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, found, exact)) < 0.05 * norm
 
 
 def test_gradients_in_slots_are_those_of_the_weights(spec, weights):
