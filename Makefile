@@ -49,7 +49,7 @@ bench-scoring: $(VENV)/.base .venv-bench-trl/.ready
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/scoring.py $(ARGS)
 
 bench-checkpoints: $(VENV)/.base
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/checkpoints.py $(ARGS)
+	$(BIN)/python tools/bench/checkpoints.py $(ARGS)
 
 test: $(VENV)/.fixtures
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -7,7 +7,8 @@ from pathlib import Path
 from jaxguard.config import Config
 from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.judging import Sampled
-from jaxguard.evaluate.sampler import Model, Sampling, generate, next_log_odds, place_model
+from jaxguard.evaluate.log_odds import next_log_odds
+from jaxguard.evaluate.sampler import Model, Sampling, generate, place_model
 from jaxguard.evaluate_sections import EvaluateConfig
 from jaxguard.models.checkpoint_io import check_vocabulary, read_weights
 from jaxguard.models.spec import UnsupportedModelError, read_spec
@@ -17,10 +18,17 @@ from jaxguard.train.step import choose_compute
 
 @dataclass(frozen=True)
 class JaxEngine:
-    """Implements judging.Engine."""
+    """Implements judging.Engine.
+
+    Attributes:
+        model: the guard's.
+        settings: how to sample.
+        row_tokens: of the packed rows in which verdicts are scored.
+    """
 
     model: Model
     settings: EvaluateConfig
+    row_tokens: int
 
     async def sample(
         self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...]
@@ -31,7 +39,7 @@ class JaxEngine:
         return [[Sampled(one.tokens, one.finish_reason == "stop") for one in answers] for answers in found]
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]]) -> list[float]:
-        return next_log_odds(self.model, prefixes, pairs, rows=self.settings.batch)
+        return next_log_odds(self.model, prefixes, pairs, row_tokens=self.row_tokens)
 
     @property
     def group(self) -> int:
@@ -57,5 +65,7 @@ def load_engine(folder: Path, config: Config, settings: EvaluateConfig) -> JaxEn
         ) from None
     check_vocabulary(folder, spec)
     mesh = make_mesh(config.mesh)
-    weights = read_weights(folder, spec, weight_shardings(spec, mesh))
-    return JaxEngine(place_model(spec, weights, choose_compute(config, spec, mesh), mesh), settings)
+    compute = choose_compute(config, spec, mesh)
+    weights = read_weights(folder, spec, weight_shardings(spec, mesh), compute.operands or compute.dtype)
+    model = place_model(spec, weights, compute, mesh)
+    return JaxEngine(model, settings, config.data.row_tokens)

@@ -7,9 +7,9 @@ was computed is ever copied or written to again, and the whole loop over new tok
 Draws depend on the seed, the prompt's tokens and the sample's number only: neither on the batch nor on the order of prompts.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -87,6 +87,10 @@ class Model:
             return jax.tree.map(jnp.asarray, tree)
         return place(tree, replicated(self.mesh) if whole else batch_sharding(self.mesh))
 
+    def on_mesh(self) -> AbstractContextManager[Any]:
+        """While programs run: the mesh is then the one in context."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
     @property
     def row_multiple(self) -> int:
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
@@ -127,14 +131,14 @@ def generate(
     Raises:
         JaxguardError: a prompt is empty, or too long for the model.
     """
-    _check(model.spec, prompts, sampling.max_tokens)
+    check_prompts(model.spec, prompts, sampling.max_tokens)
     if not prompts:
         return []
-    prefix = _common(prompts) if share_prefix else 0
+    prefix = common_prefix(prompts) if share_prefix else 0
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     size = bucket_size(min(max(1, rows // sampling.n), len(prompts)), model.row_multiple)
     found: dict[int, list[Generation]] = {}
-    with contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh):
+    with model.on_mesh():
         shared = _shared(model, prompts[0][:prefix])
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
@@ -143,42 +147,12 @@ def generate(
     return [found[i] for i in range(len(prompts))]
 
 
-def next_log_odds(
-    model: Model, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], *, rows: int = 32
-) -> list[float]:
-    """After each prompt, the log-probability of the first token of its pair less that of the second.
-
-    Args:
-        model: see `place_model`.
-        prompts: token ids.
-        pairs: two tokens for each prompt.
-        rows: prompts that are computed at the same time.
+def check_prompts(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """Is there something to go on from, and room for so many new tokens?
 
     Raises:
         JaxguardError: a prompt is empty, or too long for the model.
     """
-    _check(model.spec, prompts, 1)
-    if not prompts:
-        return []
-    prefix = _common(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    size = bucket_size(min(rows, len(prompts)), model.row_multiple)
-    odds = np.zeros(len(prompts))
-    with contextlib.nullcontext() if model.mesh is None else jax.set_mesh(model.mesh):
-        shared = _shared(model, prompts[0][:prefix])
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            pairs_B2 = np.zeros((size, 2), np.int32)
-            pairs_B2[: len(chosen)] = [pairs[i] for i in chosen]
-            tokens, positions, lengths = _rows([prompts[i][prefix:] for i in chosen], prefix, size)
-            tokens, positions, lengths, pairs_B2 = model.put((tokens, positions, lengths, pairs_B2))
-            hidden_BD, _ = _prefill(model.weights, shared, tokens, positions, lengths - prefix - 1, **_static(model))
-            found = _log_odds(model.weights, hidden_BD, pairs_B2, **_static(model))
-            odds[chosen] = np.asarray(found)[: len(chosen)]
-    return [float(x) for x in odds]
-
-
-def _check(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise JaxguardError(f"prompt {i} has no tokens")
@@ -189,7 +163,7 @@ def _check(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int) -> Non
             )
 
 
-def _common(prompts: Sequence[Sequence[int]]) -> int:
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with; the last one is each prompt's own in any case."""
     shortest = min(prompts, key=len)
     differ = (i for i, token in enumerate(shortest) if any(prompt[i] != token for prompt in prompts))
@@ -272,20 +246,6 @@ def _prefill(
     """Hidden state of each row's last token, and the rows' cache."""
     hidden_BTD, cache = Decoder(spec, weights, compute).cached(tokens_BT, positions_BT, seen)
     return None if last_B is None else jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0], cache
-
-
-@partial(jax.jit, static_argnames=("spec", "compute"))
-def _log_odds(
-    weights: dict[str, Array],
-    hidden_BD: Float[Array, "B D"],
-    pairs_B2: Int[Array, "B 2"],
-    *,
-    spec: Spec,
-    compute: Compute,
-) -> Float[Array, "B"]:
-    logits_BV = constrain(Decoder(spec, weights, compute).logits(hidden_BD[:, None])[:, 0], "batch", None)
-    pair_B2 = jnp.take_along_axis(logits_BV, pairs_B2, axis=1)
-    return constrain(pair_B2[:, 0] - pair_B2[:, 1], None)
 
 
 class _State(NamedTuple):

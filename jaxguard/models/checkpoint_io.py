@@ -9,9 +9,7 @@ import contextlib
 import math
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -30,6 +28,7 @@ from jaxguard.errors import JaxguardError
 from jaxguard.models.folders import whole_folder
 from jaxguard.models.safetensors_io import BLOCK, Stored, open_folder
 from jaxguard.models.spec import Spec, read_spec
+from jaxguard.models.threads import in_turn
 from jaxguard.models.weights import EMBED, HEAD, Weight, table
 
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
@@ -48,11 +47,8 @@ WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack
 # vocabulary, and no text chat produces it.
 _IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
 
-_AHEAD = 8
-"""Tensors that are read from disk before they are needed."""
-
-_BEHIND = 2
-"""Tensors that wait for being written to disk."""
+_BAND, _TILE = 256, 32
+"""Rows and columns of a part of a matrix whose transposition stays in a processor's cache."""
 
 Places = dict[Weight, tuple[Stored, ...]]
 """For each row of the table, its tensors on disk: one per layer, or a single one."""
@@ -94,45 +90,35 @@ def read_weights(
         folder: a Hugging Face folder with safetensors.
         spec: its spec.
         shardings: path -> sharding; None puts everything on the default device.
-        dtype: element type in memory.
+        dtype: element type of the matrices in memory; norms are float32.
 
     Raises:
         JaxguardError: missing, unknown, misshapen or quantised tensor, or unreadable files.
     """
-    places = locate(folder, spec)
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    tensors = _warmed([tensor for stored in places.values() for tensor in stored])
+    places = {
+        weight: (stored, alone if shardings is None else shardings[weight.path])
+        for weight, stored in locate(folder, spec).items()
+    }
+    parts = [(weight, tensor, sharding) for weight, (stored, sharding) in places.items() for tensor in stored]
+    placed = in_turn(lambda part: _placed(*part, spec), parts)
     return {
-        weight.path: _read(
-            weight, islice(tensors, len(stored)), spec, alone if shardings is None else shardings[weight.path], dtype
+        weight.path: _stacked(
+            weight, islice(placed, len(stored)), spec, sharding, jnp.float32 if "norm" in weight.axes else dtype
         )
-        for weight, stored in places.items()
+        for weight, (stored, sharding) in places.items()
     }
 
 
-def _warmed(tensors: Sequence[Stored]) -> Iterator[Stored]:
-    """The same tensors; while one is in use, the next are read from disk. Not by one of several hosts: it needs parts only."""
-    if jax.process_count() > 1:
-        yield from tensors
-        return
-    with ThreadPoolExecutor(1) as reader:
-        ahead: deque[Future[None]] = deque()
-        following = iter(tensors)
-        for tensor in tensors:
-            ahead.extend(reader.submit(next_one.warm) for next_one in islice(following, _AHEAD - len(ahead)))
-            ahead.popleft().result()
-            yield tensor
-
-
-def _read(
-    weight: Weight, stored: Iterator[Stored], spec: Spec, sharding: jax.sharding.Sharding, dtype: Any
+def _stacked(
+    weight: Weight, tensors: Iterator[jax.Array], spec: Spec, sharding: jax.sharding.Sharding, dtype: Any
 ) -> jax.Array:
-    """One tensor at a time, so that no more than that is on the host; devices cast it and lay it into the stack."""
+    """One tensor at a time, so that no more than a few are on the host; devices cast it and lay it into the stack."""
     if not weight.stacked:
-        return _placed(weight, next(stored), spec, sharding).astype(dtype)
+        return next(tensors).astype(dtype)
     whole = jnp.zeros(weight.shape(spec), dtype, device=sharding)
-    for i, tensor in enumerate(stored):
-        whole = _writer(sharding)(whole, _placed(weight, tensor, spec, _of_layer(sharding)), i)
+    for i, tensor in enumerate(tensors):
+        whole = _writer(sharding)(whole, tensor, i)
     return whole
 
 
@@ -151,9 +137,13 @@ def _of_layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     return sharding
 
 
-def _placed(weight: Weight, tensor: Stored, spec: Spec, sharding: jax.sharding.Sharding) -> jax.Array:
+def _placed(weight: Weight, tensor: Stored, sharding: jax.sharding.Sharding, spec: Spec) -> jax.Array:
     """A tensor in our layout on the devices, as it is stored. Devices that hold the same part copy it from each other."""
-    shape = weight.shape(spec)[1:] if weight.stacked else weight.shape(spec)
+    if jax.process_count() == 1:  # one of several hosts needs parts only
+        tensor.warm()
+    shape = weight.shape(spec)
+    if weight.stacked:
+        shape, sharding = shape[1:], _of_layer(sharding)
     found: dict[tuple[tuple[int, int, int], ...], jax.Array] = {}
     arrays = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -262,31 +252,17 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
     places = _locate(source, spec, tensors)
     _check_weights(weights, spec, source)
     own = [tensor for stored in places.values() for tensor in stored]
+    tied = [tensors[name] for name in _tied_heads(spec, tensors)]
     writer = jax.process_index() == 0
-    changed, rewritten = 0, 0
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(whole_folder(output, _stored_bytes(tensors))) if writer else None
-        tied = [tensors[name] for name in _tied_heads(spec, tensors)]
         files = {} if folder is None else stack.enter_context(_begun(source, folder, tensors, [*own, *tied]))
-        disk, behind = stack.enter_context(ThreadPoolExecutor(_BEHIND)), deque[Future[int]]()
-        for weight, stored in places.items():
-            array = _checked_array(weights, weight, spec)
-            targets = [[tensor] for tensor in stored]
-            if weight == EMBED:
-                targets[0] += tied
-            for i, copies in enumerate(targets):
-                kept = np.result_type(*(tensor.dtype for tensor in copies))
-                values = _on_host(_theirs(array, i, weight, spec, kept))
-                behind.append(disk.submit(_write, copies, values, files))
-                if len(behind) > _BEHIND:
-                    changed += behind.popleft().result()
-                rewritten += len(copies)
-        changed += sum(written.result() for written in behind)
+        changed = sum(in_turn(lambda one: _write(*one, files), _rounded_in_turn(weights, places, tied, spec)))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_hf")
     return ExportReport(
-        tensors=rewritten,
-        carried=len(tensors) - rewritten,
+        tensors=len(own) + len(tied),
+        carried=len(tensors) - len(own) - len(tied),
         values=sum(math.prod(tensor.shape) for tensor in own),
         changed=changed,
         dtypes=tuple(sorted({tensor.kind for tensor in own})),
@@ -314,13 +290,26 @@ def _checked_array(weights: Mapping[str, jax.Array], weight: Weight, spec: Spec)
     return array
 
 
-@partial(jax.jit, static_argnames=("weight", "spec", "dtype"))
-def _theirs(array: jax.Array, layer: jax.Array, weight: Weight, spec: Spec, dtype: np.dtype) -> jax.Array:
-    """A weight, or a layer of it, in Hugging Face's layout, rounded to nearest even."""
-    theirs, ours = weight.rule.split(" -> ")
-    if weight.stacked:
+def _rounded_in_turn(
+    weights: Mapping[str, jax.Array], places: Places, tied: Sequence[Stored], spec: Spec
+) -> Iterator[tuple[list[Stored], np.ndarray]]:
+    """Where each tensor goes, and its values: a view in Hugging Face's layout of an array in ours."""
+    for weight, stored in places.items():
+        array = _checked_array(weights, weight, spec)
+        theirs, ours = weight.rule.split(" -> ")
+        for i, tensor in enumerate(stored):
+            copies = [tensor, *(tied if weight == EMBED else ())]
+            kept = np.result_type(*(copy.dtype for copy in copies))
+            values = _on_host(_rounded(array, i if weight.stacked else None, kept))
+            yield copies, einops.rearrange(values, f"{ours} -> {theirs}", **_sizes(weight, spec))
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _rounded(array: jax.Array, layer: jax.Array | None, dtype: np.dtype) -> jax.Array:
+    """A weight, or a layer of it, rounded to nearest even."""
+    if layer is not None:
         array = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-    return einops.rearrange(array.astype(dtype), f"{ours} -> {theirs}", **_sizes(weight, spec))
+    return array.astype(dtype)
 
 
 def _sizes(weight: Weight, spec: Spec) -> dict[str, int]:
@@ -376,15 +365,22 @@ def _write(copies: Sequence[Stored], values: np.ndarray, files: Mapping[str, Bin
 
 
 def _write_one(tensor: Stored, values: np.ndarray, files: Mapping[str, BinaryIO]) -> int:
-    with np.errstate(over="ignore"):  # reported just below
-        rounded = np.ascontiguousarray(values, dtype=tensor.dtype)
+    """A band of rows after the other, so that memory is read once."""
     bits = np.dtype(f"u{tensor.dtype.itemsize}")
     infinite = np.array(np.inf, tensor.dtype).view(bits)  # all of the exponent's bits: NaN has them too
-    if np.max(rounded.view(bits) & infinite, initial=0) == infinite:
-        raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
-    if files:
-        _write_at(files[tensor.file.name].fileno(), rounded.reshape(-1).view(np.uint8).data, tensor.start)
-    return int(np.count_nonzero(rounded.view(bits) != tensor.view().view(bits)))
+    values, source, changed = np.atleast_2d(values), np.atleast_2d(tensor.view().view(bits)), 0
+    for start in range(0, len(values), _BAND):
+        band = np.empty_like(values[start : start + _BAND], tensor.dtype, order="C")
+        with np.errstate(over="ignore"):  # reported just below
+            for i in range(0, band.shape[1], _TILE):
+                band[:, i : i + _TILE] = values[start : start + _BAND, i : i + _TILE]
+        if np.max(band.view(bits) & infinite, initial=0) == infinite:
+            raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
+        if files:
+            place = tensor.start + start * band.shape[1] * band.itemsize
+            _write_at(files[tensor.file.name].fileno(), band.reshape(-1).view(np.uint8).data, place)
+        changed += int(np.count_nonzero(band.view(bits) != source[start : start + _BAND]))
+    return changed
 
 
 def _write_at(file: int, values: memoryview, start: int) -> None:

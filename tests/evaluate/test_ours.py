@@ -104,7 +104,7 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
     _, judgements = Validation(held, batch_size=4, row_tokens=512, row_multiple=1).run(program, weights)
     encoder = Encoder.load(tiny_checkpoint, config.data)
     settings = EvaluateConfig(generations=0, ask="benchmark", batch=8)
-    engine = JaxEngine(place_model(spec, weights, Compute()), settings)
+    engine = JaxEngine(place_model(spec, weights, Compute()), settings, row_tokens=256)
     form = OurFormat.of(encoder, settings)
     known = {example.id: example for example, _, _ in held}
 

@@ -192,9 +192,10 @@ def test_subnormal_values_survive(make, tmp_path):
     assert hashes(tmp_path / "out")["model.safetensors"] == hashes(source)["model.safetensors"]
 
 
-def test_dtype_in_memory_can_be_chosen(make):
-    source = make("llama")
-    assert {w.dtype for w in read_weights(source, read_spec(source), dtype=jnp.bfloat16).values()} == {BF16}
+def test_dtype_of_matrices_in_memory_can_be_chosen(make):
+    source = make("gemma3")
+    for path, weight in read_weights(source, read_spec(source), dtype=jnp.bfloat16).items():
+        assert weight.dtype == (np.float32 if "norm" in path else BF16)
 
 
 def test_report_says_what_share_changed():

@@ -65,10 +65,11 @@ def test_there_and_back_is_byte_identical(call, source, tmp_path):
 
 def test_bfloat16_arrays(call, source, tmp_path):
     assert call("hf_to_flax", source=source, output=tmp_path / "flax", dtype="bfloat16")[0] == 0
-    assert {str(w.dtype) for w in read_checkpoint_weights(tmp_path / "flax").values()} == {"bfloat16"}
+    for path, weight in read_checkpoint_weights(tmp_path / "flax").items():
+        assert str(weight.dtype) == ("float32" if "norm" in path else "bfloat16")
     code, said = call("flax_to_hf", checkpoint=tmp_path / "flax", source=source, output=tmp_path / "back")
     assert code == 0
-    assert "100.00% of 60,640 stored weights" in said  # hardly a random float32 survives rounding
+    assert "99.63% of 60,640 stored weights" in said  # all but the norms: hardly a random float32 survives rounding
     name = "model.layers.2.mlp.up_proj.weight"
     before, after = (load_file(folder / "model.safetensors")[name] for folder in (source, tmp_path / "back"))
     np.testing.assert_allclose(after, before, rtol=2**-8)

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 def settings() -> Config:
     """The training benchmark's model and policy, in float32."""
     job = Job("direct", str(MODEL), "unused", "unused", "shared", str(FOLDER))
-    return ours(job, "model.compute_dtype=float32")
+    return ours(job, "model.compute_dtype=float32", "model.query_chunk=256")
 
 
 def write(examples: Sequence[Example]) -> Path:

@@ -1,0 +1,23 @@
+"""Work that threads do ahead of who uses it."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+THREADS = 2
+
+
+def in_turn(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work` of each item, in their order, while threads are at the next two: no more than these are held at a time."""
+    following = iter(items)
+    with ThreadPoolExecutor(THREADS) as threads:
+        under_way = deque(threads.submit(work, item) for item in islice(following, THREADS))
+        while under_way:
+            done = under_way.popleft().result()
+            under_way.extend(threads.submit(work, item) for item in islice(following, 1))
+            yield done
