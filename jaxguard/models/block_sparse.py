@@ -1,6 +1,8 @@
 """Attention for CPUs: a block of queries is multiplied with those blocks of keys alone that it sees something of."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,29 +69,84 @@ def _row(
         x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 1, 3) for x in (key_TKH, value_TKH)
     )
     seen_JJ = _seen(jax.tree.map(lambda x: x.reshape(blocks, chunk), layout), window)
-    counts = [2**k for k in range((blocks - 1).bit_length())] + [blocks]
+    over = partial(_over, window=window, scale=scale, operands=operands)
 
-    def block(query_KGCH: Array, place: Array, seen_J: Array) -> Float[Array, "K G C H"]:
-        # Those that are seen come first.
-        order_J = jnp.argsort(~seen_J, stable=True)
-        queries_C = place * chunk + jnp.arange(chunk)
+    def block(one: tuple[Array, Array, Array]) -> Float[Array, "K G C H"]:
+        query_KGCH, place, seen_J = one
+        return _block(over, query_KGCH, key_KJCH, value_KJCH, layout, place, seen_J)
 
-        def over(count: int) -> Float[Array, "K G C H"]:
-            chosen = order_J[:count]
-            keys_S = (chosen[:, None] * chunk + jnp.arange(chunk)).reshape(-1)
-            mask_CS = layout.visible(window, queries_C, keys_S)
-            heads = [
-                _head(query_GCH, key_JCH[chosen], value_JCH[chosen], mask_CS, scale, operands)
-                for query_GCH, key_JCH, value_JCH in zip(query_KGCH, key_KJCH, value_KJCH, strict=True)
-            ]
-            return jnp.stack(heads)
-
-        enough = sum((jnp.sum(seen_J) > count).astype(jnp.int32) for count in counts[:-1])
-        return jax.lax.switch(enough, [partial(over, count) for count in counts])
-
-    again = jax.checkpoint(block, prevent_cse=False)
-    mixed_JKGCH = jax.lax.map(lambda xs: again(*xs), (query_JKGCH, jnp.arange(blocks), seen_JJ))
+    mixed_JKGCH = jax.lax.map(block, (query_JKGCH, jnp.arange(blocks), seen_JJ))
     return mixed_JKGCH.transpose(0, 3, 1, 2, 4).reshape(blocks * chunk, -1, width)[:tokens]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block(
+    over: Callable[..., Array],
+    query_KGCH: Array,
+    key_KJCH: Array,
+    value_KJCH: Array,
+    layout: Layout,
+    place: Array,
+    seen_J: Array,
+) -> Float[Array, "K G C H"]:
+    """A block of queries with the fewest blocks of keys for which there is a branch.
+
+    Backward, the branch computes everything again: between two branches JAX would hand over what all branches keep.
+    """
+    return _branch(seen_J, partial(partial, over), query_KGCH, key_KJCH, value_KJCH, layout, place)
+
+
+def _block_forward(over: Callable[..., Array], *args: Any) -> tuple[Array, Any]:
+    return _block(over, *args), args
+
+
+def _block_backward(over: Callable[..., Array], args: Any, gradient: Array) -> tuple[Array | None, ...]:
+    *qkv, layout, place, seen_J = args
+
+    def of(count: int) -> Callable[..., tuple[Array, ...]]:
+        def gradients(order_J: Array, *args: Array) -> tuple[Array, ...]:
+            *qkv, gradient = args
+            return jax.vjp(lambda *qkv: over(count, order_J, *qkv, layout, place), *qkv)[1](gradient)
+
+        return gradients
+
+    return (*_branch(seen_J, of, *qkv, gradient), None, None, None)
+
+
+_block.defvjp(_block_forward, _block_backward)
+
+
+def _branch(seen_J: Array, of: Callable[[int], Callable[..., Any]], *args: Any) -> Any:
+    """What `of(count)` makes of the blocks in the order in which the first `count` are all that are seen, and of `args`."""
+    blocks = len(seen_J)
+    counts = sorted({min(count, blocks) for k in range(blocks.bit_length()) for count in (2**k, 3 * 2**k // 2)})
+    enough = sum((jnp.sum(seen_J) > count).astype(jnp.int32) for count in counts[:-1])
+    return jax.lax.switch(enough, [of(count) for count in counts], jnp.argsort(~seen_J, stable=True), *args)
+
+
+def _over(
+    count: int,
+    order_J: Array,
+    query_KGCH: Array,
+    key_KJCH: Array,
+    value_KJCH: Array,
+    layout: Layout,
+    place: Array,
+    *,
+    window: int | None,
+    scale: float,
+    operands: DTypeLike | None,
+) -> Float[Array, "K G C H"]:
+    """The block of queries at `place` with the first `count` blocks of keys in this order."""
+    chunk = query_KGCH.shape[2]
+    chosen = order_J[:count]
+    keys_S = (chosen[:, None] * chunk + jnp.arange(chunk)).reshape(-1)
+    mask_CS = layout.visible(window, place * chunk + jnp.arange(chunk), keys_S)
+    heads = [
+        _head(query_GCH, key_JCH[chosen], value_JCH[chosen], mask_CS, scale, operands)
+        for query_GCH, key_JCH, value_JCH in zip(query_KGCH, key_KJCH, value_KJCH, strict=True)
+    ]
+    return jnp.stack(heads)
 
 
 def _head(

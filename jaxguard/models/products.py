@@ -1,11 +1,21 @@
 """Products of activations and weights: in which type the operands are multiplied, and how their gradients are written."""
 
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
+
+
+@cache
+def has_bfloat16_units() -> bool:
+    """Has this CPU matrix units for bfloat16, Intel's AMX? Others multiply float32 faster, both in XLA and in PyTorch."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def product(equation: str, hidden: Array, weight: Array, operands: DTypeLike | None = None) -> Array:

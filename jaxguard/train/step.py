@@ -14,6 +14,7 @@ from jaxguard.config import Config
 from jaxguard.data.batches import Batch, Shape
 from jaxguard.models import attention_kernels
 from jaxguard.models.decoder import Compute, Decoder, slots
+from jaxguard.models.products import has_bfloat16_units
 from jaxguard.models.spec import Spec
 from jaxguard.train.loss import target_logprobs, token_weighted_loss
 from jaxguard.train.optimizer import learning_rate, optimizer
@@ -118,8 +119,8 @@ def choose_compute(config: Config, spec: Spec, mesh: Mesh) -> Compute:
     )
     operands = None
     if device.platform == "cpu" and dtype == jnp.bfloat16:
-        # All that a CPU does fast in bfloat16 is to multiply matrices, with sums in float32.
-        dtype, operands = jnp.dtype(jnp.float32), dtype
+        # All that a CPU may do fast in bfloat16 is to multiply matrices, with sums in float32.
+        dtype, operands = jnp.dtype(jnp.float32), dtype if has_bfloat16_units() else None
     return Compute(dtype, attention, config.model.remat, config.model.query_chunk, operands)
 
 

@@ -15,6 +15,7 @@ from jaxguard.data.encode import Sequence
 from jaxguard.models.decoder import Compute
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialise
+from jaxguard.train import step
 from jaxguard.train.loss import token_weighted_loss
 from jaxguard.train.sharding import batch_sharding, make_mesh, place, row_multiple
 from jaxguard.train.step import build_program, choose_compute, logprobs, loss_and_gradient
@@ -128,11 +129,16 @@ def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, at
     assert_same(found, gradient(spec, weights, plain))
 
 
-def test_a_cpu_rounds_operands_to_bfloat16_and_nothing_else(spec, weights):
+@pytest.mark.parametrize(("units", "operands"), [(True, jnp.bfloat16), (False, None)])
+def test_a_cpu_multiplies_in_bfloat16_if_it_has_units_for_that(spec, monkeypatch, units, operands):
+    monkeypatch.setattr(step, "has_bfloat16_units", lambda: units)
     chosen = choose_compute(config(model={"compute_dtype": "bfloat16"}), spec, make_mesh(config().mesh))
-    assert (chosen.dtype, chosen.operands, chosen.attention) == (jnp.float32, jnp.bfloat16, "block_sparse")
+    assert (chosen.dtype, chosen.operands, chosen.attention) == (jnp.float32, operands, "block_sparse")
+
+
+def test_operands_are_rounded_to_bfloat16_and_nothing_else(spec, weights):
     batch = packed(alike(16))
-    loss, found = gradient(spec, weights, batch, attention="block_sparse", operands=chosen.operands)
+    loss, found = gradient(spec, weights, batch, attention="block_sparse", operands=jnp.dtype(jnp.bfloat16))
     exact_loss, exact = gradient(spec, weights, batch)
     assert abs(loss - exact_loss) < 0.01 * exact_loss
     assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.float32)}

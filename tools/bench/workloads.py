@@ -16,6 +16,7 @@ from jaxguard.data.encode import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.prepare import prepare
 from jaxguard.data.sources import load_examples
+from jaxguard.models.products import has_bfloat16_units
 from jaxguard.sections import SourceConfig
 from pypi import fetch_wheel
 
@@ -59,6 +60,7 @@ class Job:
         setting: one of the contender's own.
         output: a folder to write in.
         row_tokens: the longest sequence.
+        compute_dtype: of matmuls: what this CPU multiplies fastest, for all.
     """
 
     workload: str
@@ -71,6 +73,7 @@ class Job:
     updates: int = 2
     row_tokens: int = 2048
     learning_rate: float = 1e-5
+    compute_dtype: str = "bfloat16" if has_bfloat16_units() else "float32"
 
 
 def write(workload: Workload, source: Path | None, model: Path, updates: int, folder: Path) -> Job:

@@ -1,7 +1,7 @@
 """LlamaFactory as a peer of the training benchmark: see common.py.
 
-Its best on a CPU: bfloat16 autocast over float32 weights, PyTorch's scaled dot-product attention, AdamW's fused kernel and no
-gradient checkpointing. It loads a bfloat16 copy of the weights and casts that to float32.
+Its best on a CPU: float32 weights, under bfloat16 autocast where the job says so, PyTorch's scaled dot-product attention, AdamW's
+fused kernel and no gradient checkpointing. It loads a bfloat16 copy of the weights and casts that to float32.
 
 Settings: "padded" pads micro-batches of examples of like length, each to its longest. "packed" is `neat_packing`: rows of
 `row_tokens` hold several examples, which a mask keeps apart; packing works through an update's examples at a time. An update then
@@ -77,7 +77,7 @@ def main(path: str) -> None:
         "disable_gradient_checkpointing": True,
         "flash_attn": "sdpa",
         "use_cpu": True,
-        "bf16": True,
+        "bf16": job["compute_dtype"] == "bfloat16",
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": steps,
         "max_steps": job["updates"],

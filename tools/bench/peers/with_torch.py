@@ -1,8 +1,8 @@
 """A plain torch loop around a transformers model, as a peer of the training benchmark: see common.py.
 
-It runs in the environment of trl.txt. Its best on a CPU: bfloat16 autocast over float32 weights, PyTorch's scaled
-dot-product attention, AdamW's fused kernel, and micro-batches of examples of like length, each padded to its longest. The
-logits are those of every token, as transformers computes them; nobody who writes such a loop cuts them down.
+It runs in the environment of trl.txt. Its best on a CPU: float32 weights, under bfloat16 autocast where the job says so,
+PyTorch's scaled dot-product attention, AdamW's fused kernel, and micro-batches of examples of like length, each padded to its
+longest. The logits are those of every token, as transformers computes them; nobody who writes such a loop cuts them down.
 
 Setting: "padded".
 """
@@ -50,7 +50,7 @@ def main(path: str) -> None:
         targets = torch.tensor(sum(len(ids) - prompt for ids, prompt in chosen))
         for first in range(0, batch, micro):
             inputs = collate(chosen[first : first + micro], tokenizer.pad_token_id)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=job["compute_dtype"] == "bfloat16"):
                 part = model(**inputs, num_items_in_batch=targets, use_cache=False).loss
             part.backward()
             loss += part.item()

@@ -1,8 +1,8 @@
 """TRL's SFTTrainer as a peer of the training benchmark: see common.py.
 
-Its best on a CPU: bfloat16 autocast over float32 weights, AdamW's fused kernel, no gradient checkpointing, and TRL's own
-head, which computes logits at the target tokens alone. An update's examples are sorted by length, so that those of a
-micro-batch are alike.
+Its best on a CPU: float32 weights, under bfloat16 autocast where the job says so, AdamW's fused kernel, no gradient
+checkpointing, and TRL's own head, which computes logits at the target tokens alone. An update's examples are sorted by length, so
+that those of a micro-batch are alike.
 
 Settings: "padded" pads each micro-batch to its longest example. "packed" lays a micro-batch out as one row without padding
 (`padding_free`); that is what `packing=True` trains on too, but packing would mix the examples of different updates. TRL asks for
@@ -35,7 +35,7 @@ def main(path: str) -> None:
         output_dir=job["output"],
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
         use_cpu=True,
-        bf16=True,
+        bf16=job["compute_dtype"] == "bfloat16",
         max_length=None,  # cut above
         padding_free=job["setting"] == "packed",
         gradient_checkpointing=False,
