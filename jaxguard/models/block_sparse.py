@@ -26,8 +26,8 @@ def block_sparse(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention in blocks of `chunk` tokens, scores of one block of queries at a time, computed again backward.
 
-    How many blocks of keys a block needs is known when the program runs. It has a branch for 1, 2, 4, … of them, which a CPU
-    takes at no cost; so a row of many short examples costs no more than its examples in several rows.
+    How many blocks of keys a block needs is known when the program runs. It has a branch for 1, 2, 3, 4, 6, 8, … of them, which
+    a CPU takes at no cost; so a row of many short examples costs no more than its examples in several rows.
 
     Args:
         query_BTNH: of packed rows.
@@ -119,7 +119,8 @@ _block.defvjp(_block_forward, _block_backward)
 def _branch(seen_J: Array, of: Callable[[int], Callable[..., Any]], *args: Any) -> Any:
     """What `of(count)` makes of the blocks in the order in which the first `count` are all that are seen, and of `args`."""
     blocks = len(seen_J)
-    counts = sorted({min(count, blocks) for k in range(blocks.bit_length()) for count in (2**k, 3 * 2**k // 2)})
+    sizes = {count for k in range(blocks.bit_length()) for count in (2**k, 3 * 2**k // 2) if count < blocks}
+    counts = [*sorted(sizes), blocks]
     enough = sum((jnp.sum(seen_J) > count).astype(jnp.int32) for count in counts[:-1])
     return jax.lax.switch(enough, [of(count) for count in counts], jnp.argsort(~seen_J, stable=True), *args)
 

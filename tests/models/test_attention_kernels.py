@@ -78,6 +78,15 @@ def test_attention_in_xla_is_packed_causal_attention(chunk, window, shared, comp
     np.testing.assert_allclose(got[real], reference(query, key, value, layout, window, 0.1)[real], atol=2e-5)
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 7, 13, 18])
+def test_block_sparse_attention_has_a_branch_for_all_blocks(blocks):
+    """The last queries of one long segment see every block of the row."""
+    query, key, value, _ = jax.tree.map(jnp.asarray, packed(rows=1, tokens=4 * blocks, head_dim=16))
+    layout = Layout(jnp.ones((1, 4 * blocks), int), jnp.arange(4 * blocks)[None])
+    got = block_sparse(query, key, value, layout, window=None, scale=0.1, chunk=4)
+    np.testing.assert_allclose(got, reference(query, key, value, layout, None, 0.1), atol=2e-5)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("window", [None, 20])
 def test_gradients_of_block_sparse_attention_are_those_of_xla(window, shared):
