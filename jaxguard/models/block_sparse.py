@@ -93,7 +93,7 @@ def _block(
 
     Backward, the branch computes everything again: between two branches JAX would hand over what all branches keep.
     """
-    return _branch(seen_J, partial(partial, over), query_KGCH, key_KJCH, value_KJCH, layout, place)
+    return _branch(over, seen_J, query_KGCH, key_KJCH, value_KJCH, layout, place)
 
 
 def _block_forward(over: Callable[..., Array], *args: Any) -> tuple[Array, Any]:
@@ -103,26 +103,23 @@ def _block_forward(over: Callable[..., Array], *args: Any) -> tuple[Array, Any]:
 def _block_backward(over: Callable[..., Array], args: Any, gradient: Array) -> tuple[Array | None, ...]:
     *qkv, layout, place, seen_J = args
 
-    def of(count: int) -> Callable[..., tuple[Array, ...]]:
-        def gradients(order_J: Array, *args: Array) -> tuple[Array, ...]:
-            *qkv, gradient = args
-            return jax.vjp(lambda *qkv: over(count, order_J, *qkv, layout, place), *qkv)[1](gradient)
+    def gradients(count: int, order_J: Array, *qkv: Array) -> tuple[Array, ...]:
+        return jax.vjp(lambda *qkv: over(count, order_J, *qkv, layout, place), *qkv)[1](gradient)
 
-        return gradients
-
-    return (*_branch(seen_J, of, *qkv, gradient), None, None, None)
+    return (*_branch(gradients, seen_J, *qkv), None, None, None)
 
 
 _block.defvjp(_block_forward, _block_backward)
 
 
-def _branch(seen_J: Array, of: Callable[[int], Callable[..., Any]], *args: Any) -> Any:
-    """What `of(count)` makes of the blocks in the order in which the first `count` are all that are seen, and of `args`."""
+def _branch(compute: Callable[..., Any], seen_J: Array, *args: Any) -> Any:
+    """`compute(count, order_J, *args)`: the first `count` blocks in this order, few, are all that are seen."""
     blocks = len(seen_J)
     sizes = {count for k in range(blocks.bit_length()) for count in (2**k, 3 * 2**k // 2) if count < blocks}
     counts = [*sorted(sizes), blocks]
     enough = sum((jnp.sum(seen_J) > count).astype(jnp.int32) for count in counts[:-1])
-    return jax.lax.switch(enough, [of(count) for count in counts], jnp.argsort(~seen_J, stable=True), *args)
+    branches = [partial(compute, count) for count in counts]
+    return jax.lax.switch(enough, branches, jnp.argsort(~seen_J, stable=True), *args)
 
 
 def _over(

@@ -13,7 +13,7 @@ THREADS = 2
 
 
 def in_turn(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`work` of each item, in their order, while threads are at the next two: no more than these are held at a time."""
+    """`work` of each item, in their order; threads do it for no more than the next two, which wait to be asked for."""
     following = iter(items)
     with ThreadPoolExecutor(THREADS) as threads:
         under_way = deque(threads.submit(work, item) for item in islice(following, THREADS))

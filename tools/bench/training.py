@@ -55,7 +55,7 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender("jaxguard", "shared", sys.prefix, "ours.py", updates=3),
+    Contender("jaxguard", "shared", sys.prefix, "ours.py", updates=6),
     Contender("jaxguard", "plain", sys.prefix, "ours.py"),
     Contender("TRL", "packed", ".venv-bench-trl", "peers/with_trl.py"),
     Contender("TRL", "padded", ".venv-bench-trl", "peers/with_trl.py"),
