@@ -22,7 +22,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and matmuls; on a CPU of matmuls alone, and bfloat16 only where it has units for it (AMX).
+    """Type of activations and matmuls; on a CPU of matmuls alone, and bfloat16 only where it has instructions for it (avx512_bf16).
     Master weights and Adam state are always float32."""
     attention: Literal["auto", "xla", "block_sparse", "cudnn", "splash"] = "auto"
     """Attention kernel; auto takes the best one that the device and the head size allow."""

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxguard.models.attention_kernels import Layout, per_device
-from jaxguard.models.products import product
+from jaxguard.models.products import PRODUCT, product
 
 
 def block_sparse(
@@ -44,7 +45,7 @@ def block_sparse(
     def rows(*args: Array | Layout) -> Array:
         return jax.lax.map(lambda row: compute(*row), args)
 
-    return per_device(rows, query_BTNH, key_BTKH, value_BTKH, layout)
+    return checkpoint_name(per_device(rows, query_BTNH, key_BTKH, value_BTKH, layout), PRODUCT)
 
 
 def _row(
