@@ -26,40 +26,49 @@ def tree(shared: int = 37) -> list[list[int]]:
     return [head + other, one[:-20], [*one, 9, 9], [*one, 9, 8, 7], one, one[:-20], head + other[:1]]
 
 
-@pytest.fixture(params=["llama", "gemma3"])
-def spec(request, write_llama_config, write_gemma3_config, tmp_path):
-    return read_spec((write_llama_config if request.param == "llama" else write_gemma3_config)(tmp_path))
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def spec(request, write_llama_config, write_gemma3_config, tmp_path_factory):
+    write = write_llama_config if request.param == "llama" else write_gemma3_config
+    return read_spec(write(tmp_path_factory.mktemp("spec")))
 
 
-def random_weights(spec):
+@pytest.fixture(scope="module")
+def weights(spec):
     return {path: x if "norm" in path else 6 * x for path, x in initialise(spec, jax.random.key(0)).items()}
 
 
-def alone(spec, weights, prompts, pairs):
-    decoder = Decoder(spec, weights, Compute())
-    logits = [decoder.logits(decoder(jnp.asarray([prompt])))[0, -1] for prompt in prompts]
-    return [float(row[a] - row[b]) for row, (a, b) in zip(logits, pairs, strict=True)]
+@pytest.fixture(scope="module")
+def alone(spec, weights):
+    """Log-odds of each prompt of the tree in a row of its own."""
+    longest = max(map(len, tree()))
+    rows = jnp.asarray([prompt + [0] * (longest - len(prompt)) for prompt in tree()])
+
+    @jax.jit
+    def logits(weights, rows):
+        decoder = Decoder(spec, weights, Compute())
+        return decoder.logits(decoder(rows))
+
+    found = logits(weights, rows)
+    return [float(row[len(p) - 1, a] - row[len(p) - 1, b]) for row, p, (a, b) in zip(found, tree(), PAIRS, strict=True)]
 
 
 @pytest.mark.parametrize("attention", ["xla", "block_sparse"])
 @pytest.mark.parametrize("row_tokens", [64, 256])
-def test_packed_prompts_have_the_odds_of_each_alone(spec, attention, row_tokens):
+def test_packed_prompts_have_the_odds_of_each_alone(spec, weights, alone, attention, row_tokens):
     """Gemma's window of 16 ends inside the prompts; the shorter rows hold one sequence, the longer ones all."""
-    weights = random_weights(spec)
     model = place_model(spec, weights, Compute(attention=attention, query_chunk=32))
     found = next_log_odds(model, tree(), PAIRS, row_tokens=row_tokens)
-    assert found == pytest.approx(alone(spec, weights, tree(), PAIRS), abs=2e-5)
+    assert found == pytest.approx(alone, abs=2e-5)
     assert np.ptp(found) > 1
 
 
 @pytest.mark.parametrize("shape", [MeshConfig(data=8, fsdp=1), MeshConfig(data=2, fsdp=2, tensor=2)])
-def test_on_a_mesh_too(spec, shape):
+def test_on_a_mesh_too(spec, weights, alone, shape):
     mesh = make_mesh(shape, jax.devices()[:8])
-    weights = random_weights(spec)
     placed = jax.device_put(weights, weight_shardings(spec, mesh))
     model = place_model(spec, placed, Compute(attention="block_sparse", query_chunk=32), mesh)
     found = next_log_odds(model, tree(), PAIRS, row_tokens=128)
-    assert found == pytest.approx(alone(spec, weights, tree(), PAIRS), abs=2e-5)
+    assert found == pytest.approx(alone, abs=2e-5)
 
 
 def test_what_prompts_share_is_computed_once():
@@ -73,8 +82,8 @@ def test_what_prompts_share_is_computed_once():
     assert sum(map(len, prompts)) == 550
 
 
-def test_no_prompts_an_empty_one_and_one_too_long(spec):
-    model = place_model(spec, random_weights(spec), Compute())
+def test_no_prompts_an_empty_one_and_one_too_long(spec, weights):
+    model = place_model(spec, weights, Compute())
     assert next_log_odds(model, [], [], row_tokens=64) == []
     for prompt, message in (([], "prompt 1 has no tokens"), ([5] * spec.context, "shorten it")):
         with pytest.raises(JaxguardError, match=message):

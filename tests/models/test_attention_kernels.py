@@ -73,7 +73,7 @@ def test_what_cudnn_is_asked_for_is_packed_causal_attention(monkeypatch, window,
 @pytest.mark.parametrize("chunk", [4, 24])
 def test_attention_in_xla_is_packed_causal_attention(chunk, window, shared, compute):
     query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=64, head_dim=16, shared=shared))
-    got = compute(query, key, value, layout, window=window, scale=0.1, chunk=chunk)
+    got = jax.jit(partial(compute, window=window, scale=0.1, chunk=chunk))(query, key, value, layout)
     real = layout.segments_BT > 0
     np.testing.assert_allclose(got[real], reference(query, key, value, layout, window, 0.1)[real], atol=2e-5)
 
@@ -95,9 +95,9 @@ def test_gradients_of_block_sparse_attention_are_those_of_xla(window, shared):
 
     def gradients(compute):
         def total(*qkv):
-            return jnp.sum(jnp.sin(compute(*qkv, layout, window=window, scale=0.1, chunk=8)) * real)
+            return jnp.sum(jnp.sin(compute(*qkv, layout, window=window, scale=0.1, chunk=16)) * real)
 
-        return jax.grad(total, argnums=(0, 1, 2))(query, key, value)
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(query, key, value)
 
     for got, expected in zip(gradients(block_sparse), gradients(attention.xla), strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-6)
@@ -114,6 +114,7 @@ def test_block_sparse_attention_leaves_out_what_no_query_of_a_block_sees(window,
         layout = Layout(*jnp.asarray([np.ones(128, int), np.arange(128)])[:, None])
     nan = value.at[:, poisoned].set(jnp.nan)
 
+    @partial(jax.jit, static_argnums=0)
     def last(compute, value):
         return compute(query, key, value, layout, window=window, scale=0.1, chunk=16)[:, -16:]
 

@@ -223,7 +223,9 @@ def two_updates(spec, weights, mesh_config, examples=sequences):
         return moments, metrics
 
 
-@pytest.mark.parametrize(("examples", "meshes"), [(sequences, MESHES[1:]), (alike, MESHES[3:])])
+@pytest.mark.parametrize(
+    ("examples", "meshes"), [pytest.param(sequences, MESHES[1:], marks=pytest.mark.slow), (alike, MESHES[3:])]
+)
 def test_every_mesh_computes_the_same_gradient_and_update(spec, weights, examples, meshes):
     expected = two_updates(spec, weights, MESHES[0], examples)
     assert expected[1][1].loss != expected[1][0].loss

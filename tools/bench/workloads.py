@@ -32,19 +32,20 @@ class Workload:
         name: what the results call it.
         mode: the verdict alone, or after a thought.
         thought_words: length of the thought; speed depends on no more of it than that.
-        accumulation: micro-batches of one row each that ours cuts an update into.
+        row_tokens, accumulation: ours cuts an update into so many micro-batches of one row each, no longer than this.
     """
 
     name: str
     mode: Mode
-    thought_words: int = 0
+    row_tokens: int
     accumulation: int = 1
+    thought_words: int = 0
 
 
 WORKLOADS = (
-    Workload("direct", Mode.DIRECT, accumulation=2),
-    Workload("sentence", Mode.REASONING, 40, accumulation=4),
-    Workload("reasoning", Mode.REASONING, 260, accumulation=12),
+    Workload("direct", Mode.DIRECT, row_tokens=4096),
+    Workload("sentence", Mode.REASONING, row_tokens=6400, thought_words=40),
+    Workload("reasoning", Mode.REASONING, row_tokens=6400, accumulation=3, thought_words=260),
 )
 
 
@@ -105,12 +106,14 @@ def ours(job: Job, *overrides: str) -> Config:
     """Our config for a job."""
     workload, plain = next(w for w in WORKLOADS if w.name == job.workload), job.setting == "plain"
     source = json.dumps([{"kind": "jsonl", "path": job.examples}])
+    row_tokens, accumulation = (2304, 8) if plain else (workload.row_tokens, workload.accumulation)
     fixed = (
         f"model.checkpoint={job.model}",
         f"data.train={source}",
         f"data.mode={workload.mode.value}",
+        f"data.row_tokens={row_tokens}",
         f"data.share_prefixes={'false' if plain else 'true'}",
-        f"train.accumulation={8 if plain else workload.accumulation}",
+        f"train.accumulation={accumulation}",
         f"run_folder={job.output}",
     )
     return load(CONFIG, [*fixed, *overrides])
