@@ -74,7 +74,7 @@ class Decoder(nnx.Module):
     ):
         self.spec = spec
         self.compute = compute
-        self.slots = slots
+        self.slots = nnx.data(slots)
         self.embed = nnx.Param(weights["embed"])
         self.final_norm = nnx.Param(weights["final_norm"])
         self.lm_head = None if spec.tied else nnx.Param(weights["lm_head"])
