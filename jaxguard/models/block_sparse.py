@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxguard.models.attention_kernels import Layout, per_device
-from jaxguard.models.products import PRODUCT, product
+from jaxguard.models.products import DOTS, product
 
 
 def block_sparse(
@@ -45,7 +45,7 @@ def block_sparse(
     def rows(*args: Array | Layout) -> Array:
         return jax.lax.map(lambda row: compute(*row), args)
 
-    return checkpoint_name(per_device(rows, query_BTNH, key_BTKH, value_BTKH, layout), PRODUCT)
+    return checkpoint_name(per_device(rows, query_BTNH, key_BTKH, value_BTKH, layout), DOTS)
 
 
 def _row(

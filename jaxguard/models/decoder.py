@@ -16,7 +16,7 @@ from jaxguard.models import weights as table
 from jaxguard.models.attention import FAR, Seen, attend, attend_seen
 from jaxguard.models.attention_kernels import Layout
 from jaxguard.models.axes import constrain, gather
-from jaxguard.models.products import PRODUCT, product
+from jaxguard.models.products import DOTS, product
 from jaxguard.models.spec import Rope, Spec
 
 
@@ -262,7 +262,7 @@ class Decoder(nnx.Module):
             case "none":
                 return layer
             case "dots":
-                policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+                policy = jax.checkpoint_policies.save_only_these_names(DOTS)
             case _:
                 policy = jax.checkpoint_policies.nothing_saveable
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)

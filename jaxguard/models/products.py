@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-PRODUCT = "product"
-"""What rematerialisation policies know results by."""
+DOTS = "dots"
+"""The name of the results that `model.remat=dots` keeps."""
 
 PART = 192
 """Terms that are added up one after another, about."""
@@ -42,7 +42,7 @@ def product(equation: str, hidden: Array, weight: Array, operands: DTypeLike | N
         result = _in_parts(equation, hidden, weight)
     else:
         result = jnp.einsum(equation, hidden, weight)
-    return checkpoint_name(result, PRODUCT)
+    return checkpoint_name(result, DOTS)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
