@@ -47,17 +47,13 @@ def product(equation: str, hidden: Array, weight: Array, operands: DTypeLike | N
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_parts(equation: str, hidden: Array, weight: Array) -> Array:
-    """In float32, outside of training, pairwise: XLA on a CPU adds up to 512 terms one after another, and shorter sums err less.
-
-    A result that is wider than its sums are long is made of two only, since each of them is written to memory.
-    """
+    """In float32, outside of training, pairwise: XLA on a CPU adds up to 512 terms one after another, and shorter sums err less."""
     left, right, _ = equation.replace("->", ",").split(",")
     axes = next((left.index(letter), right.index(letter)) for letter in left if letter in right)
     terms = math.prod(hidden.shape[left.index(letter)] for letter in left if letter in right)
-    longest = PART if weight.size <= terms * terms else max(PART, terms // 2)
 
     def add(hidden: Array, weight: Array, terms: int) -> Array:
-        if terms <= longest:
+        if terms <= PART:
             return jnp.einsum(equation, hidden, weight)
         halves = (jnp.array_split(x, 2, axis) for x, axis in zip((hidden, weight), axes, strict=True))
         first, second = (add(h, w, terms // 2) for h, w in zip(*halves, strict=True))
