@@ -13,14 +13,14 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo distill-demo plan-demo bench bench-scoring bench-checkpoints test test-slow test-aot test-sglang sglang-cpu lint format clean
+.PHONY: help demo distill-demo plan-demo bench bench-evaluation bench-checkpoints test test-slow test-aot test-sglang sglang-cpu lint format clean
 
 help:
 	@echo "make demo          train a real guard on this CPU and show what it learned"
 	@echo "make distill-demo  get traces from a real SGLang server on this CPU, and train on them"
 	@echo "make plan-demo     compile two recipes for absent A100s and a TPU slice: do they fit, what do they cost?"
 	@echo "make bench         train beside TRL, LlamaFactory, Tunix and a torch loop on this CPU (hours; ARGS=--help)"
-	@echo "make bench-scoring       verdict probabilities beside transformers"
+	@echo "make bench-evaluation    verdict probabilities and generated answers: our two backends beside transformers"
 	@echo "make bench-checkpoints   import and export of 2.5 GB beside raw disk"
 	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
 	@echo "make test-slow     those that take minutes"
@@ -34,7 +34,7 @@ help:
 demo: $(VENV)/.base
 	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py $(ARGS)
 
-distill-demo: $(VENV)/.distill $(SGLANG)/.ready
+distill-demo: $(VENV)/.clients $(SGLANG)/.ready
 	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 $(BIN)/python tools/distill_demo.py $(ARGS)
 
 plan-demo: $(AOT)/.ready
@@ -45,8 +45,8 @@ plan-demo: $(AOT)/.ready
 bench: $(VENV)/.base $(PEERS:%=.venv-bench-%/.ready)
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/training.py $(ARGS)
 
-bench-scoring: $(VENV)/.base .venv-bench-trl/.ready
-	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/scoring.py $(ARGS)
+bench-evaluation: $(VENV)/.clients .venv-bench-trl/.ready $(SGLANG)/.ready
+	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/evaluation.py $(ARGS)
 
 bench-checkpoints: $(VENV)/.base
 	$(BIN)/python tools/bench/checkpoints.py $(ARGS)
@@ -86,8 +86,8 @@ $(VENV)/.base: pyproject.toml
 	$(BIN)/python $(PIP) --editable '.[gguf]'
 	touch $@
 
-$(VENV)/.distill: $(VENV)/.base
-	$(BIN)/python $(PIP) --editable '.[distill]'
+$(VENV)/.clients: $(VENV)/.base
+	$(BIN)/python $(PIP) --editable '.[distill,sglang]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base

@@ -1,4 +1,4 @@
-"""transformers' batched forward pass, as a peer of the scoring benchmark (tools/bench/scoring.py), in the environment of trl.txt.
+"""transformers, as a peer of the evaluation benchmark (tools/bench/evaluation.py), in the environment of trl.txt.
 
 Its best on a CPU in float32: prompts of like length together, padded on the left, so that logits are computed at the last place
 alone, and PyTorch's scaled dot-product attention.
@@ -7,35 +7,57 @@ alone, and PyTorch's scaled dot-product attention.
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-BATCH = 8
-"""Prompts of a batch; not yet measured against others."""
+SCORED, GENERATED = 8, 32
+"""Prompts of a batch: where nothing is generated, and where as many answers are as jaxguard makes at a time."""
 
 
 def main(path: str) -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    prompts, pairs = job["prompts"], torch.tensor(job["pairs"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa").eval()
     started = time.perf_counter()
-    odds = [0.0] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with torch.inference_mode():
-        for first in range(0, len(order), BATCH):
-            chosen = order[first : first + BATCH]
-            longest = len(prompts[chosen[0]])
-            gaps = [longest - len(prompts[i]) for i in chosen]
-            ids = torch.tensor([[0] * gap + prompts[i] for gap, i in zip(gaps, chosen, strict=True)])
-            mask = (torch.arange(longest) >= torch.tensor(gaps)[:, None]).long()
-            places = (mask.cumsum(1) - 1).clamp(min=0)
-            found = model(ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
-            two = found.logits[:, -1].gather(1, pairs[chosen])
-            for i, value in zip(chosen, (two[:, 0] - two[:, 1]).tolist(), strict=True):
-                odds[i] = value
-    print(json.dumps({"seconds": time.perf_counter() - started, "odds": odds}))
+        odds = [] if job["new_tokens"] else score(model, job["prompts"], job["pairs"])
+        answers = generate(model, job["prompts"], job["new_tokens"], job["stop_ids"]) if job["new_tokens"] else []
+    print(json.dumps({"seconds": time.perf_counter() - started, "odds": odds, "answers": answers}))
+
+
+def score(model: torch.nn.Module, prompts: list[list[int]], pairs: list[list[int]]) -> list[float]:
+    odds = [0.0] * len(prompts)
+    for chosen, ids, mask in batches(prompts, SCORED):
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        found = model(ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
+        two = found.logits[:, -1].gather(1, torch.tensor([pairs[i] for i in chosen]))
+        for i, value in zip(chosen, (two[:, 0] - two[:, 1]).tolist(), strict=True):
+            odds[i] = value
+    return odds
+
+
+def generate(model: torch.nn.Module, prompts: list[list[int]], tokens: int, stop_ids: list[int]) -> list[list[int]]:
+    """Greedily; an answer ends before the token that stops it."""
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0])
+    answers: list[list[int]] = [[] for _ in prompts]
+    for chosen, ids, mask in batches(prompts, GENERATED):
+        found = model.generate(ids, attention_mask=mask, generation_config=greedy)[:, ids.shape[1] :].tolist()
+        for i, new in zip(chosen, found, strict=True):
+            answers[i] = new[: next((n for n, token in enumerate(new) if token in stop_ids), len(new))]
+    return answers
+
+
+def batches(prompts: list[list[int]], size: int) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Which prompts, their token ids, padded on the left, and where these are."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for first in range(0, len(order), size):
+        chosen = order[first : first + size]
+        longest = len(prompts[chosen[0]])
+        gaps = [longest - len(prompts[i]) for i in chosen]
+        ids = torch.tensor([[0] * gap + prompts[i] for gap, i in zip(gaps, chosen, strict=True)])
+        yield chosen, ids, (torch.arange(longest) >= torch.tensor(gaps)[:, None]).long()
 
 
 if __name__ == "__main__":

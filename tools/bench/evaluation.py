@@ -1,0 +1,180 @@
+"""`make bench-evaluation`: verdict probabilities and generated answers of both our backends and of transformers, in float32.
+
+All get the same token ids, 17-category policy included. For `verdicts` each example comes with the two tokens between which its
+verdict is chosen; `answers` are generated greedily. Every measurement is a process of its own; reading the checkpoint and starting
+the server are not counted, compiling is.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, TypedDict
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.special import expit
+
+from demo import fetch_weights
+from jaxguard.config import Config
+from jaxguard.data.dialogue import Mode
+from jaxguard.data.encode import Encoder
+from jaxguard.data.examples import Example
+from jaxguard.errors import JaxguardError
+from jaxguard.evaluate.jax_engine import load_engine
+from jaxguard.evaluate.judging import Ask, Engine
+from jaxguard.evaluate.ours import OurFormat
+from jaxguard.evaluate.sglang_engine import open_sglang
+from jaxguard.evaluate_sections import EvaluateConfig
+from sglang_server import serve
+from workloads import Job, ours, read_examples
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDER = Path("build/bench/evaluation")
+MODEL = Path("build/bench/base")
+TOLERANCE = 1e-4
+ASKED = EvaluateConfig(ask="benchmark", generations=1, temperature=0)
+EXAMPLES = {"verdicts": 1000, "answers": 64}
+NEW_TOKENS = 64
+
+CONTENDERS = {
+    "jaxguard": [sys.executable, __file__, "--engine", "jax", "--job"],
+    "jaxguard, SGLang": [sys.executable, __file__, "--engine", "sglang", "--job"],
+    "transformers": [str(ROOT / ".venv-bench-trl/bin/python"), str(ROOT / "tools/bench/peers/with_transformers.py")],
+}
+
+
+class Done(TypedDict):
+    """What a contender prints.
+
+    seconds: for all examples.
+    odds: of each, the log-probability of the first token less the second's, if verdicts were asked for.
+    answers: of each the new tokens, if answers were.
+    """
+
+    seconds: float
+    odds: list[float]
+    answers: list[list[int]]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=list(EXAMPLES), action="append", help="default: both")
+    parser.add_argument("--only", choices=list(CONTENDERS), action="append", help="default: all")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--examples", type=int, help=f"default: {EXAMPLES}")
+    parser.add_argument("--data", type=Path, help="labelled JSON lines; default: the demo's, from PyPI")
+    parser.add_argument("--engine", choices=["jax", "sglang"], help="do a job here and print JSON")
+    parser.add_argument("--job", type=Path, help="the job's file")
+    chosen = parser.parse_args(arguments)
+    if chosen.engine:
+        print(json.dumps(asyncio.run(_do(json.loads(chosen.job.read_text(encoding="utf-8")), chosen.engine))))
+        return 0
+    try:
+        fetch_weights(MODEL)
+        for workload in chosen.workload or EXAMPLES:
+            examples = read_examples(chosen.data, chosen.examples or EXAMPLES[workload])
+            found = measure(write(workload, examples), chosen.only or list(CONTENDERS), chosen.rounds)
+            Console().print(table(workload, found))
+    except JaxguardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def settings() -> Config:
+    """The training benchmark's model and policy, in float32."""
+    job = Job("direct", str(MODEL), "unused", "unused", "shared", str(FOLDER))
+    return ours(job, "model.compute_dtype=float32", "model.query_chunk=256")
+
+
+def write(workload: str, examples: Sequence[Example]) -> Path:
+    """A job's file: checkpoint, prompts, where an answer ends, and either how many new tokens or which two to choose from."""
+    form = OurFormat.of(Encoder.load(MODEL, settings().data), ASKED)
+    answers = workload == "answers"
+    mode = Mode.REASONING if answers else Mode.DIRECT
+    asks = [Ask(e, "prompt_harm" if e.prompt_label else "response_harm", mode) for e in examples]
+    job: dict[str, Any] = {"model": str(MODEL), "new_tokens": NEW_TOKENS if answers else 0, "stop_ids": form.stop_ids}
+    if answers:
+        job |= {"prompts": [form.prompt(ask).ids for ask in asks], "pairs": []}
+    else:
+        choices = [form.choices(ask, "")[-1] for ask in asks]
+        job |= {
+            "prompts": [choice.prefix for choice in choices],
+            "pairs": [[choice.positive_id, choice.negative_id] for choice in choices],
+        }
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"{workload}.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    return path
+
+
+def measure(job: Path, contenders: Sequence[str], rounds: int) -> dict[str, list[Done]]:
+    """Rounds of all contenders, one after the other."""
+    found: dict[str, list[Done]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name in contenders:
+            command = [*CONTENDERS[name], str(job)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 (our own)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+async def _do(job: dict[str, Any], engine: str) -> Done:
+    if engine == "jax":
+        return await _asked(job, load_engine(Path(job["model"]), settings(), ASKED))
+    with serve(Path(job["model"]), "guard", FOLDER / "sglang.log") as server:
+        async with open_sglang(server.url, "guard", ASKED) as connected:
+            return await _asked(job, connected)
+
+
+async def _asked(job: dict[str, Any], engine: Engine) -> Done:
+    started = time.perf_counter()
+    if job["new_tokens"]:
+        sampled = await engine.sample(job["prompts"], 1, job["new_tokens"], tuple(job["stop_ids"]))
+        odds, answers = [], [list(one.tokens) for [one] in sampled]
+    else:
+        odds, answers = await engine.log_odds(job["prompts"], job["pairs"]), []
+    return {"seconds": time.perf_counter() - started, "odds": odds, "answers": answers}
+
+
+def table(workload: str, found: dict[str, list[Done]]) -> Table:
+    """A row for each contender: medians over rounds, and how far it is from the first."""
+    first, *_ = found
+    count = max(len(found[first][0]["odds"]), len(found[first][0]["answers"]))
+    result = Table("contender", title=f"{count} {workload}", title_justify="left")
+    same = ("same answers", "tokens/s") if workload == "answers" else ("probabilities differ by", "log-odds by")
+    for heading in ("examples/s", f"{first} / this", *same):
+        result.add_column(heading, justify="right")
+    for name, runs in found.items():
+        ratios = sorted(b["seconds"] / a["seconds"] for a, b in zip(found[first], runs, strict=True))
+        seconds = median(run["seconds"] for run in runs)
+        result.add_row(
+            name,
+            f"{count / seconds:.2f}",
+            f"{median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
+            *(_answers if workload == "answers" else _odds)(found[first][0], runs[0]),
+        )
+    return result
+
+
+def _odds(ours: Done, theirs: Done) -> tuple[str, str]:
+    a, b = np.array(ours["odds"]), np.array(theirs["odds"])
+    furthest = np.abs(expit(a) - expit(b)).max()
+    return f"{furthest:.1e}" + ("" if furthest <= TOLERANCE else " (differs)"), f"{np.abs(a - b).max():.1e}"
+
+
+def _answers(ours: Done, theirs: Done) -> tuple[str, str]:
+    same = sum(a == b for a, b in zip(ours["answers"], theirs["answers"], strict=True))
+    rate = sum(map(len, theirs["answers"])) / theirs["seconds"]
+    return f"{same} of {len(ours['answers'])}", f"{rate:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
