@@ -13,13 +13,14 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo distill-demo plan-demo bench bench-evaluation bench-checkpoints test test-slow test-aot test-sglang sglang-cpu lint format clean
+.PHONY: help demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints test test-slow test-aot test-sglang sglang-cpu lint format clean
 
 help:
 	@echo "make demo          train a real guard on this CPU and show what it learned"
 	@echo "make distill-demo  get traces from a real SGLang server on this CPU, and train on them"
 	@echo "make plan-demo     compile two recipes for absent A100s and a TPU slice: do they fit, what do they cost?"
 	@echo "make bench         train beside TRL, LlamaFactory, Tunix and a torch loop on this CPU (hours; ARGS=--help)"
+	@echo "make bench-cost          an update as batch, policy, examples, vocabulary and model grow, beside what it must take"
 	@echo "make bench-evaluation    verdict probabilities and generated answers: our two backends beside transformers"
 	@echo "make bench-checkpoints   import and export of 2.5 GB beside raw disk"
 	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
@@ -44,6 +45,9 @@ plan-demo: $(AOT)/.ready
 
 bench: $(VENV)/.base $(PEERS:%=.venv-bench-%/.ready)
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/training.py $(ARGS)
+
+bench-cost: $(VENV)/.base
+	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/cost.py $(ARGS)
 
 bench-evaluation: $(VENV)/.clients .venv-bench-trl/.ready $(SGLANG)/.ready
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/evaluation.py $(ARGS)

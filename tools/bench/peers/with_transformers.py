@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -27,7 +28,7 @@ def main(path: str) -> None:
     print(json.dumps({"seconds": time.perf_counter() - started, "odds": odds, "answers": answers}))
 
 
-def score(model: torch.nn.Module, prompts: list[list[int]], pairs: list[list[int]]) -> list[float]:
+def score(model: Any, prompts: list[list[int]], pairs: list[list[int]]) -> list[float]:
     odds = [0.0] * len(prompts)
     for chosen, ids, mask in batches(prompts, SCORED):
         places = (mask.cumsum(1) - 1).clamp(min=0)
@@ -38,7 +39,7 @@ def score(model: torch.nn.Module, prompts: list[list[int]], pairs: list[list[int
     return odds
 
 
-def generate(model: torch.nn.Module, prompts: list[list[int]], tokens: int, stop_ids: list[int]) -> list[list[int]]:
+def generate(model: Any, prompts: list[list[int]], tokens: int, stop_ids: list[int]) -> list[list[int]]:
     """Greedily; an answer ends before the token that stops it."""
     greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0])
     answers: list[list[int]] = [[] for _ in prompts]

@@ -1,0 +1,200 @@
+"""`make bench-cost`: seconds of an update as batch, policy, examples, vocabulary and model grow, beside what they must be.
+
+SmolLM2-135M's layers, of which there are fewer, with random weights and tokens, on this machine's CPU. One quantity is changed at
+a time, the others stay as `Case` has them. The bound is the FLOPs of the products that an update needs, at the rate at which
+this machine multiplies one layer's matrix: nothing computed again, no padding, every policy once (what MFU counts). The second
+line is the same for trainers that compute the policy once for each example.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from demo import fetch_weights
+from jaxguard.data.batches import assemble, bucketed, pack
+from jaxguard.data.dialogue import Mode
+from jaxguard.data.encode import Sequence as Encoded
+from jaxguard.errors import JaxguardError
+from jaxguard.html import svg
+from jaxguard.models.decoder import Compute
+from jaxguard.models.spec import Spec, read_spec
+from jaxguard.models.weights import initialise
+from jaxguard.train.devices import training_flops
+from jaxguard.train.sharding import batch_sharding, make_mesh, place
+from jaxguard.train.step import build_program
+from workloads import Job, ours
+
+MODEL = Path("build/bench/base")
+TARGETS = 12
+UPDATES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an update trains.
+
+    Attributes:
+        examples: of a batch.
+        policy: tokens that all of them begin with.
+        own: tokens of an example besides, the last of which are its targets.
+        vocabulary: tokens that the head chooses from.
+        layers: of the model.
+    """
+
+    examples: int = 32
+    policy: int = 384
+    own: int = 64
+    vocabulary: int = 16_384
+    layers: int = 6
+
+
+AXES: dict[str, tuple[int, ...]] = {
+    "examples": (8, 16, 32, 64),
+    "policy": (96, 192, 384, 768),
+    "own": (32, 64, 128, 256),
+    "vocabulary": (8_192, 16_384, 49_152, 131_072),
+    "layers": (3, 6, 12, 24),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one update: measured, and the bounds with the policy computed once and once for each example."""
+
+    case: Case
+    measured: float
+    bound: float
+    repeated: float
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axis", choices=list(AXES), action="append", help="default: all")
+    parser.add_argument("--figure", type=Path, default=Path("build/bench/cost.svg"), help="where the curves go")
+    chosen = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    try:
+        fetch_weights(MODEL)
+    except JaxguardError as error:
+        console.print(f"[bold red]error:[/] {error}")
+        return 2
+    spec = read_spec(MODEL)
+    config = ours(Job("direct", str(MODEL), "unused", "unused", "shared", "unused"))
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        program = build_program(config, spec, mesh, UPDATES)
+        rate = _rate(spec, program.compute)
+        console.print(f"products: {rate / 1e9:.0f} GFLOP/s")
+        costs: dict[Case, Cost] = {}
+        for axis in chosen.axis or AXES:
+            for case in _cases(axis):
+                costs[case] = costs.get(case) or _cost(case, spec, rate)
+            console.print(_table(axis, [costs[case] for case in _cases(axis)]))
+    chosen.figure.parent.mkdir(parents=True, exist_ok=True)
+    chosen.figure.write_text(_figure(chosen.axis or list(AXES), costs), encoding="utf-8")
+    console.print(f"curves: {chosen.figure}")
+    return 0
+
+
+def _cases(axis: str) -> Iterator[Case]:
+    return (replace(Case(), **{axis: value}) for value in AXES[axis])
+
+
+def _rate(spec: Spec, compute: Compute) -> float:
+    """FLOP/s of a product with a layer's matrix, in the type of the training step."""
+    tokens = 4096
+    operands = compute.operands or compute.dtype
+    hidden_TD = jax.random.normal(jax.random.key(0), (tokens, spec.width), operands)
+    weight_DF = jax.random.normal(jax.random.key(1), (spec.width, spec.hidden), operands)
+    multiply = jax.jit(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32))
+    seconds = _seconds(lambda: multiply(hidden_TD, weight_DF), 20)
+    return 2 * tokens * spec.width * spec.hidden / min(seconds)
+
+
+def _seconds(work: Callable[[], object], times: int) -> list[float]:
+    """Of each time but for a first one, which compiles."""
+    found = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        jax.block_until_ready(work())
+        found.append(time.perf_counter() - started)
+    return found[1:]
+
+
+def _cost(case: Case, shape: Spec, rate: float) -> Cost:
+    spec = replace(shape, vocab=case.vocabulary, layers=case.layers, layer_kinds=shape.layer_kinds[: case.layers])
+    config = ours(Job("direct", str(MODEL), "unused", "unused", "shared", "unused"))
+    mesh = make_mesh(config.mesh)
+    program = build_program(config, spec, mesh, UPDATES + 1)
+    rows = pack(_examples(case), config.data.row_tokens, 1)
+    batch = assemble(rows, bucketed(rows, config.data.row_tokens, 1))
+    placed = place(batch, batch_sharding(mesh))
+    state = program.initialise(initialise(spec, jax.random.key(0)))
+
+    def update() -> object:
+        nonlocal state
+        state, metrics = program.update(state, placed)
+        return metrics
+
+    positions = np.tile(np.arange(case.policy + case.own), case.examples)
+    flops = (training_flops(spec, held, case.examples * TARGETS) for held in (batch.held, positions))
+    return Cost(case, median(_seconds(update, UPDATES)), *(each / rate for each in flops))
+
+
+def _examples(case: Case) -> list[Encoded]:
+    random = np.random.default_rng(0)
+    policy = random.integers(0, case.vocabulary, case.policy).astype(np.int32)
+    own = random.integers(0, case.vocabulary, (case.examples, case.own)).astype(np.int32)
+    target = np.arange(case.policy + case.own) >= case.policy + case.own - TARGETS
+    return [
+        Encoded(str(i), Mode.DIRECT, np.concatenate([policy, own[i]]), target, (), (), False, policy.tobytes())
+        for i in range(case.examples)
+    ]
+
+
+def _table(axis: str, costs: Sequence[Cost]) -> Table:
+    result = Table(axis, title=f"an update over {axis}", title_justify="left")
+    for heading in ("seconds", "bound", "bound / seconds", "bound, a policy for each example"):
+        result.add_column(heading, justify="right")
+    for cost in costs:
+        share = cost.bound / cost.measured
+        seconds = (f"{cost.measured:.2f}", f"{cost.bound:.2f}", f"{share:.0%}", f"{cost.repeated:.2f}")
+        result.add_row(f"{asdict(cost.case)[axis]:,}", *seconds)
+    return result
+
+
+def _figure(axes: Sequence[str], costs: dict[Case, Cost]) -> str:
+    drawing = Figure(figsize=(3.6 * len(axes), 3.4), layout="constrained")
+    for axis, panel in zip(axes, drawing.subplots(1, len(axes), squeeze=False).flat, strict=True):
+        _draw(panel, axis, [costs[case] for case in _cases(axis)])
+    drawing.axes[0].set_ylabel("seconds of an update")
+    drawing.axes[0].legend(fontsize=8)
+    return svg(drawing)
+
+
+def _draw(panel: Axes, axis: str, costs: Sequence[Cost]) -> None:
+    values = AXES[axis]
+    panel.plot(values, [cost.measured for cost in costs], marker="o", label="measured")
+    panel.plot(values, [cost.bound for cost in costs], "k--", label="bound")
+    panel.plot(values, [cost.repeated for cost in costs], "k:", label="bound, a policy for each example")
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xticks(values, [f"{value:,}" for value in values])
+    panel.set_xlabel({"own": "tokens of an example", "policy": "tokens of the policy"}.get(axis, axis))
+    panel.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
