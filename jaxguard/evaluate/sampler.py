@@ -8,6 +8,7 @@ Draws depend on the seed, the prompt's tokens and the sample's number only: neit
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ from jaxguard.models.weights import table
 from jaxguard.train.sharding import batch_sharding, place, replicated
 
 LENGTH_MULTIPLE = 32
+
+PREFILLS = 4
+"""A batch's prompts are computed in so many parts of like length, so that one long prompt does not pad all others."""
 
 
 @dataclass(frozen=True)
@@ -186,16 +190,23 @@ def _batch(
     size: int,
     sampling: Sampling,
 ) -> list[list[Generation]]:
-    """The answers of one batch; rows without a prompt are done before they begin."""
-    tokens, positions, lengths = _rows([prompt[prefix:] for prompt in prompts], prefix, size)
+    """The answers of one batch, whose prompts come longest first; rows without a prompt are done before they begin."""
     keys = np.zeros((size * sampling.n, 2), np.uint32)
     for row in range(len(prompts) * sampling.n):
         keys[row] = _key(sampling.seed, prompts[row // sampling.n], row % sampling.n)
     done = np.arange(size * sampling.n) >= len(prompts) * sampling.n
     stop = np.asarray(sampling.stop_ids or (-1,), np.int32)
 
-    tokens, positions, lengths, keys, done = model.put((tokens, positions, lengths, keys, done))
-    hidden_BD, own = _prefill(model.weights, shared, tokens, positions, lengths - prefix - 1, **_static(model))
+    parts, ends = [], []
+    rows = model.row_multiple * math.ceil(size / model.row_multiple / PREFILLS)
+    for start in range(0, size, rows):
+        suffixes = [prompt[prefix:] for prompt in prompts[start : start + rows]]
+        tokens, positions, lengths = _rows(suffixes, prefix, min(rows, size - start))
+        placed = model.put((tokens, positions, lengths - prefix - 1))
+        parts.append(_prefill(model.weights, shared, *placed, **_static(model)))
+        ends.append(lengths)
+    hidden_BD, own = parts[0] if len(parts) == 1 else _joined(parts)
+    lengths, keys, done = model.put((np.concatenate(ends), keys, done))
     generated_RG = _decode(
         model.weights, (*shared, own), hidden_BD, lengths, keys, done, model.put(stop, whole=True),
         max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, **_static(model),
@@ -206,7 +217,7 @@ def _batch(
 
 def _rows(suffixes: Sequence[Sequence[int]], start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, positions and end position of each row, padded on the right to one of few lengths."""
-    width = bucket_size(max(len(suffix) for suffix in suffixes), LENGTH_MULTIPLE)
+    width = bucket_size(max(map(len, suffixes), default=1), LENGTH_MULTIPLE)
     tokens, positions = np.zeros((size, width), np.int32), np.full((size, width), FAR, np.int32)
     lengths = np.full(size, start + 1, np.int32)
     for row, suffix in enumerate(suffixes):
@@ -246,6 +257,26 @@ def _prefill(
     """Hidden state of each row's last token, and the rows' cache."""
     hidden_BTD, cache = Decoder(spec, weights, compute).cached(tokens_BT, positions_BT, seen)
     return None if last_B is None else jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0], cache
+
+
+@jax.jit
+def _joined(parts: Sequence[tuple[Float[Array, "_ D"], Cache]]) -> tuple[Float[Array, "B D"], Cache]:
+    """What was computed of several rows each, of all: the first part's are the longest, and others are padded to them."""
+    longest = parts[0][1].positions_AS.shape[1]
+
+    def whole(arrays: Sequence[Array], rows: int, tokens: int, padding: int) -> Array:
+        def long(x: Array) -> Array:
+            more = [(0, longest - x.shape[tokens] if axis == tokens else 0) for axis in range(x.ndim)]
+            return jnp.pad(x, more, constant_values=padding)
+
+        return jnp.concatenate([long(x) for x in arrays], axis=rows)
+
+    hidden, caches = zip(*parts, strict=True)
+    keys, values, positions = zip(*caches, strict=True)
+    axes = "layers", "batch", "kv_heads", None, "head_dim"
+    key_LBKSH, value_LBKSH = (constrain(whole(x, 1, 3, 0), *axes) for x in (keys, values))
+    joined = Cache(key_LBKSH, value_LBKSH, constrain(whole(positions, 0, 1, FAR), "batch", None))
+    return constrain(jnp.concatenate(hidden), "batch", None), joined
 
 
 class _State(NamedTuple):
