@@ -177,7 +177,7 @@ def _table(axis: str, costs: Sequence[Cost]) -> Table:
 
 def _figure(axes: Sequence[str], costs: dict[Case, Cost]) -> str:
     drawing = Figure(figsize=(3.6 * len(axes), 3.4), layout="constrained")
-    for axis, panel in zip(axes, drawing.subplots(1, len(axes), squeeze=False).flat, strict=True):
+    for axis, panel in zip(axes, drawing.subplots(1, len(axes), sharey=True, squeeze=False).flat, strict=True):
         _draw(panel, axis, [costs[case] for case in _cases(axis)])
     drawing.axes[0].set_ylabel("seconds of an update")
     drawing.axes[0].legend(fontsize=8)
