@@ -1,4 +1,4 @@
-"""The benchmark of training: what it hands out, and what it makes of contenders that lie, fail or are not there."""
+"""The benchmarks: what they hand out, and what they make of contenders that lie, fail or are not there."""
 
 import io
 import json
@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import scoring
+import cost
+import evaluation
 import training
 import workloads
 from jaxguard.data.encode import Encoder
 from jaxguard.data.prepare import prepare
 from jaxguard.data.template import TEMPLATE_KWARGS
+from jaxguard.models.spec import read_spec
 from training import Contender, Run, table
 from workloads import WORKLOADS, Job
 
@@ -99,11 +101,15 @@ def test_ratios_are_of_the_same_round_and_other_losses_are_shown():
     assert text.count("differs") == 1
 
 
+def done(seconds, odds=(), answers=()):
+    return {"seconds": seconds, "odds": list(odds), "answers": list(answers)}
+
+
 def test_scores_that_disagree_are_marked():
-    ours = {"seconds": 1.0, "odds": [0.0, 2.0]}
+    ours = done(1.0, odds=[0.0, 2.0])
     for theirs, differs in ([0.0, 2.0001], False), ([0.001, 2.0], True):
         console = Console(file=io.StringIO(), width=120)
-        console.print(scoring.table({"jaxguard": [ours], "peer": [{"seconds": 3.0, "odds": theirs}]}))
+        console.print(evaluation.table("verdicts", {"jaxguard": [ours], "peer": [done(3.0, odds=theirs)]}))
         text = console.file.getvalue()
         assert ("(differs)" in text) == differs
         assert "3.00 [3.00, 3.00]" in text
@@ -111,11 +117,40 @@ def test_scores_that_disagree_are_marked():
 
 def test_what_is_scored_ends_before_the_verdict(source, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(scoring, "MODEL", tiny_checkpoint)
-    monkeypatch.setattr(scoring, "FOLDER", tmp_path)
-    job = json.loads(scoring.write(workloads.read_examples(source, 5)).read_text(encoding="utf-8"))
-    encoder = Encoder.load(tiny_checkpoint, scoring.settings().data)
+    monkeypatch.setattr(evaluation, "MODEL", tiny_checkpoint)
+    monkeypatch.setattr(evaluation, "FOLDER", tmp_path)
+    job = json.loads(evaluation.write("verdicts", workloads.read_examples(source, 5)).read_text(encoding="utf-8"))
+    encoder = Encoder.load(tiny_checkpoint, evaluation.settings().data)
     assert len(job["prompts"]) == len(job["pairs"]) == 5
     for prompt, (positive, negative) in zip(job["prompts"], job["pairs"], strict=True):
         assert encoder.tokenizer.decode(prompt).endswith("Prompt harm:")
         assert positive != negative
+
+
+def test_answers_begin_before_the_thought_and_are_compared(source, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(evaluation, "MODEL", tiny_checkpoint)
+    monkeypatch.setattr(evaluation, "FOLDER", tmp_path)
+    job = json.loads(evaluation.write("answers", workloads.read_examples(source, 5)).read_text(encoding="utf-8"))
+    encoder = Encoder.load(tiny_checkpoint, evaluation.settings().data)
+    assert job["new_tokens"] == evaluation.NEW_TOKENS
+    assert job["stop_ids"]
+    assert all("bread" in encoder.tokenizer.decode(prompt) for prompt in job["prompts"])
+    assert not any("Prompt harm:" in encoder.tokenizer.decode(prompt[-8:]) for prompt in job["prompts"])
+
+    console = Console(file=io.StringIO(), width=120)
+    ours, theirs = done(1.0, answers=[[1, 2], [3]]), done(2.0, answers=[[1, 2], [4, 5]])
+    console.print(evaluation.table("answers", {"jaxguard": [ours], "peer": [theirs]}))
+    text = console.file.getvalue()
+    assert "1 of 2" in text
+    assert "2.00 [2.00, 2.00]" in text
+
+
+def test_a_policy_that_is_computed_once_costs_less(tiny_checkpoint, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cost, "MODEL", tiny_checkpoint)
+    spec = read_spec(tiny_checkpoint)
+    case = cost.Case(examples=3, policy=48, own=16, vocabulary=64, layers=1)
+    found = cost._cost(case, spec, rate=1e9)
+    assert 0 < found.bound < found.repeated < 3 * found.bound
+    assert found.measured > 0

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     spec = read_spec(MODEL)
     config = ours(Job("direct", str(MODEL), "unused", "unused", "shared", "unused"))
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         program = build_program(config, spec, mesh, UPDATES)
         rate = _rate(spec, program.compute)
@@ -136,7 +136,7 @@ def _seconds(work: Callable[[], object], times: int) -> list[float]:
 def _cost(case: Case, shape: Spec, rate: float) -> Cost:
     spec = replace(shape, vocab=case.vocabulary, layers=case.layers, layer_kinds=shape.layer_kinds[: case.layers])
     config = ours(Job("direct", str(MODEL), "unused", "unused", "shared", "unused"))
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
     program = build_program(config, spec, mesh, UPDATES + 1)
     rows = pack(_examples(case), config.data.row_tokens, 1)
     batch = assemble(rows, bucketed(rows, config.data.row_tokens, 1))
