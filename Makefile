@@ -56,7 +56,7 @@ bench-checkpoints: $(VENV)/.base
 	$(BIN)/python tools/bench/checkpoints.py $(ARGS)
 
 test: $(VENV)/.fixtures
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.fixtures
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -146,6 +146,7 @@ def test_answers_begin_before_the_thought_and_are_compared(source, tiny_checkpoi
     assert "2.00 [2.00, 2.00]" in text
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_computed_once_costs_less(tiny_checkpoint, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cost, "MODEL", tiny_checkpoint)
