@@ -115,29 +115,38 @@ def test_scores_that_disagree_are_marked():
         assert "3.00 [3.00, 3.00]" in text
 
 
-def test_what_is_scored_ends_before_the_verdict(source, tiny_checkpoint, tmp_path, monkeypatch):
+@pytest.fixture
+def asked(source, tiny_checkpoint, tmp_path, monkeypatch):
+    """asked(workload): what contenders get of five examples, and the encoder of its tokens."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(evaluation, "MODEL", tiny_checkpoint)
     monkeypatch.setattr(evaluation, "FOLDER", tmp_path)
-    job = json.loads(evaluation.write("verdicts", workloads.read_examples(source, 5)).read_text(encoding="utf-8"))
-    encoder = Encoder.load(tiny_checkpoint, evaluation.settings().data)
-    assert len(job["prompts"]) == len(job["pairs"]) == 5
-    for prompt, (positive, negative) in zip(job["prompts"], job["pairs"], strict=True):
+
+    def make(workload):
+        written = evaluation.write(workload, workloads.read_examples(source, 5)).read_text(encoding="utf-8")
+        return json.loads(written), Encoder.load(tiny_checkpoint, evaluation.settings().data)
+
+    return make
+
+
+def test_what_is_scored_ends_before_the_verdict(asked):
+    given, encoder = asked("verdicts")
+    assert len(given["prompts"]) == len(given["pairs"]) == 5
+    for prompt, (positive, negative) in zip(given["prompts"], given["pairs"], strict=True):
         assert encoder.tokenizer.decode(prompt).endswith("Prompt harm:")
         assert positive != negative
 
 
-def test_answers_begin_before_the_thought_and_are_compared(source, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(evaluation, "MODEL", tiny_checkpoint)
-    monkeypatch.setattr(evaluation, "FOLDER", tmp_path)
-    job = json.loads(evaluation.write("answers", workloads.read_examples(source, 5)).read_text(encoding="utf-8"))
-    encoder = Encoder.load(tiny_checkpoint, evaluation.settings().data)
-    assert job["new_tokens"] == evaluation.NEW_TOKENS
-    assert job["stop_ids"]
-    assert all("bread" in encoder.tokenizer.decode(prompt) for prompt in job["prompts"])
-    assert not any("Prompt harm:" in encoder.tokenizer.decode(prompt[-8:]) for prompt in job["prompts"])
+def test_answers_begin_before_the_thought(asked):
+    given, encoder = asked("answers")
+    assert given["new_tokens"] == evaluation.NEW_TOKENS
+    assert given["stop_ids"]
+    for prompt in map(encoder.tokenizer.decode, given["prompts"]):
+        assert "bread" in prompt
+        assert not prompt.endswith("Prompt harm:")
 
+
+def test_answers_are_compared():
     console = Console(file=io.StringIO(), width=120)
     ours, theirs = done(1.0, answers=[[1, 2], [3]]), done(2.0, answers=[[1, 2], [4, 5]])
     console.print(evaluation.table("answers", {"jaxguard": [ours], "peer": [theirs]}))

@@ -23,17 +23,17 @@ from rich.console import Console
 from rich.table import Table
 
 from demo import fetch_weights
+from jaxguard.config import Config
 from jaxguard.data.batches import assemble, bucketed, pack
 from jaxguard.data.dialogue import Mode
 from jaxguard.data.encode import Sequence as Encoded
 from jaxguard.errors import JaxguardError
 from jaxguard.html import svg
-from jaxguard.models.decoder import Compute
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import initialise
 from jaxguard.train.devices import training_flops
 from jaxguard.train.sharding import batch_sharding, make_mesh, place
-from jaxguard.train.step import build_program
+from jaxguard.train.step import Program, build_program
 from workloads import Job, ours
 
 MODEL = Path("build/bench/base")
@@ -91,17 +91,13 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"[bold red]error:[/] {error}")
         return 2
     spec = read_spec(MODEL)
-    config = ours(Job("direct", str(MODEL), "unused", "unused", "shared", "unused"))
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        program = build_program(config, spec, mesh, UPDATES)
-        rate = _rate(spec, program.compute)
-        console.print(f"products: {rate / 1e9:.0f} GFLOP/s")
-        costs: dict[Case, Cost] = {}
-        for axis in chosen.axis or AXES:
-            for case in _cases(axis):
-                costs[case] = costs.get(case) or _cost(case, spec, rate)
-            console.print(_table(axis, [costs[case] for case in _cases(axis)]))
+    rate = _rate(spec)
+    console.print(f"products: {rate / 1e9:.0f} GFLOP/s")
+    costs: dict[Case, Cost] = {}
+    for axis in chosen.axis or AXES:
+        for case in _cases(axis):
+            costs[case] = costs.get(case) or _cost(case, spec, rate)
+        console.print(_table(axis, [costs[case] for case in _cases(axis)]))
     chosen.figure.parent.mkdir(parents=True, exist_ok=True)
     chosen.figure.write_text(_figure(chosen.axis or list(AXES), costs), encoding="utf-8")
     console.print(f"curves: {chosen.figure}")
@@ -112,9 +108,15 @@ def _cases(axis: str) -> Iterator[Case]:
     return (replace(Case(), **{axis: value}) for value in AXES[axis])
 
 
-def _rate(spec: Spec, compute: Compute) -> float:
+def _program(spec: Spec) -> tuple[Config, Program]:
+    """The training benchmark's settings, and what they compile for such a model on one device."""
+    config = ours(Job("direct", str(MODEL), "unused", "unused", "shared", "unused"))
+    return config, build_program(config, spec, make_mesh(config.mesh, jax.devices()[:1]), UPDATES + 1)
+
+
+def _rate(spec: Spec) -> float:
     """FLOP/s of a product with a layer's matrix, in the type of the training step."""
-    tokens = 4096
+    tokens, compute = 4096, _program(spec)[1].compute
     operands = compute.operands or compute.dtype
     hidden_TD = jax.random.normal(jax.random.key(0), (tokens, spec.width), operands)
     weight_DF = jax.random.normal(jax.random.key(1), (spec.width, spec.hidden), operands)
@@ -135,17 +137,16 @@ def _seconds(work: Callable[[], object], times: int) -> list[float]:
 
 def _cost(case: Case, shape: Spec, rate: float) -> Cost:
     spec = replace(shape, vocab=case.vocabulary, layers=case.layers, layer_kinds=shape.layer_kinds[: case.layers])
-    config = ours(Job("direct", str(MODEL), "unused", "unused", "shared", "unused"))
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    program = build_program(config, spec, mesh, UPDATES + 1)
+    config, program = _program(spec)
     rows = pack(_examples(case), config.data.row_tokens, 1)
     batch = assemble(rows, bucketed(rows, config.data.row_tokens, 1))
-    placed = place(batch, batch_sharding(mesh))
+    placed = place(batch, batch_sharding(program.mesh))
     state = program.initialise(initialise(spec, jax.random.key(0)))
 
     def update() -> object:
         nonlocal state
-        state, metrics = program.update(state, placed)
+        with jax.set_mesh(program.mesh):
+            state, metrics = program.update(state, placed)
         return metrics
 
     positions = np.tile(np.arange(case.policy + case.own), case.examples)
