@@ -53,7 +53,7 @@ bench-evaluation: $(VENV)/.clients .venv-bench-trl/.ready $(SGLANG)/.ready
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/evaluation.py $(ARGS)
 
 bench-checkpoints: $(VENV)/.base
-	$(BIN)/python tools/bench/checkpoints.py $(ARGS)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/checkpoints.py $(ARGS)
 
 test: $(VENV)/.fixtures
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
