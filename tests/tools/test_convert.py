@@ -98,3 +98,13 @@ def test_checkpoint_of_another_model(call, source, tmp_path):
     assert code == 2
     assert "'layers.up_proj' has shape (2, 32, 64), but the source has (3, 32, 64): another model" in said
     assert not (tmp_path / "back").exists()
+
+
+def test_logits_beside_transformers(call, tiny_checkpoint, tiny_config):
+    pytest.importorskip("torch", reason="transformers computes with torch")
+    code, said = call("compare_logits", checkpoint=tiny_checkpoint, config=tiny_config, limit=3)
+    assert code == 0
+    assert said.count("3 of 3") == 3
+    code, said = call("compare_logits", checkpoint=tiny_config.parent, config=tiny_config)
+    assert code == 2
+    assert "error: " in said
