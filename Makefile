@@ -22,7 +22,7 @@ help:
 	@echo "make bench         train beside TRL, LlamaFactory, Tunix and a torch loop on this CPU (hours; ARGS=--help)"
 	@echo "make bench-cost          an update as batch, policy, examples, vocabulary and model grow, beside what it must take"
 	@echo "make bench-evaluation    verdict probabilities and generated answers: our two backends beside transformers"
-	@echo "make bench-checkpoints   import and export of 2.5 GB beside raw disk"
+	@echo "make bench-checkpoints   import and export of 2.5 GB beside raw disk and transformers"
 	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
 	@echo "make test-slow     those that take minutes"
 	@echo "make test-aot      those that compile for absent A100s and TPUs"
@@ -52,8 +52,8 @@ bench-cost: $(VENV)/.base
 bench-evaluation: $(VENV)/.clients .venv-bench-trl/.ready $(SGLANG)/.ready
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/evaluation.py $(ARGS)
 
-bench-checkpoints: $(VENV)/.base
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/checkpoints.py $(ARGS)
+bench-checkpoints: $(VENV)/.base .venv-bench-trl/.ready
+	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/checkpoints.py $(ARGS)
 
 test: $(VENV)/.fixtures
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxguard.disk import lock_folder, sealed, unsealed, write_atomically
-from jaxguard.errors import JaxguardError, OtherInputsError
+from jaxguard.errors import JaxguardError
+from jaxguard.inputs import differences, refuse_others
 
 logger = logging.getLogger(__name__)
 
@@ -207,15 +208,11 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
             raise JaxguardError(f"{path.parent} holds attempts but no store.json: nobody knows whose they are")
         write_atomically(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
         return
-    before = read_settings(path.parent)
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        lines = [f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in changed]
-        raise OtherInputsError(
-            f"{path.parent} holds attempts that were made otherwise:\n"
-            + "\n".join(lines)
-            + "\nTake the old values back, or choose another store."
-        )
+    refuse_others(
+        differences(read_settings(path.parent), now),
+        f"{path.parent} holds attempts that were made otherwise:",
+        "Take the old values back, or choose another store.",
+    )
 
 
 def _line(attempt: Attempt) -> bytes:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxguard.disk import sealed, unsealed
-from jaxguard.errors import JaxguardError, OtherInputsError
+from jaxguard.errors import JaxguardError
 from jaxguard.evaluate.judging import Answer
+from jaxguard.inputs import differences, refuse_others
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,11 @@ def open_predictions(path: Path, settings: Mapping[str, Any]) -> Iterator[Predic
         if path.is_file():
             begun, answers, broken = _read(path)
             if begun is not None:
-                _check(path, begun, dict(unsealed("settings", head) or {}))
+                refuse_others(
+                    differences(begun, unsealed("settings", head)),
+                    f"{path} holds answers that were got otherwise:",
+                    "Take the old values back, give the guard or the run another name, or delete the file.",
+                )
             if broken:
                 logger.warning("%s: %d unreadable lines are dropped; their examples are judged again", path, broken)
         # Written anew, so that nothing is ever appended to half a line.
@@ -109,23 +114,3 @@ def _answer(line: bytes) -> Answer | None:
         return Answer(**{**record, "verdicts": tuple(record["verdicts"]), "texts": tuple(record["texts"])})
     except (TypeError, KeyError):
         return None
-
-
-def _check(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    old, new = _flat(before), _flat(now)
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    if changed:
-        lines = [f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in changed]
-        raise OtherInputsError(
-            f"{path} holds answers that were got otherwise:\n"
-            + "\n".join(lines)
-            + "\nTake the old values back, give the guard or the run another name, or delete the file."
-        )
-
-
-def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Dotted names, so that an error names the one that differs."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
-    return found

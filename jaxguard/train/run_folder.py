@@ -16,7 +16,6 @@ import json
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +28,8 @@ from jax.experimental import multihost_utils
 import jaxguard
 from jaxguard.config import Config, dump, load
 from jaxguard.disk import lock_folder, write_atomically
-from jaxguard.errors import JaxguardError, OtherInputsError
+from jaxguard.errors import JaxguardError
+from jaxguard.inputs import differences, refuse_others
 
 logger = logging.getLogger(__name__)
 
@@ -184,31 +184,15 @@ def _check_same_run(folder: Path, config: Config) -> None:
     changes = differences(old_tree, new_tree)
     changes = {field: pair for field, pair in changes.items() if not field.startswith(FREE)}
     rounding = [field for field in changes if field.startswith(ROUNDING)]
-    other = [f"  {field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items() if field not in rounding]
-    if other:
-        raise OtherInputsError(
-            f"{folder} holds another run; these fields change the result:\n"
-            + "\n".join(other)
-            + "\nChoose another name (name=...), take the old values back, or delete the folder."
-        )
+    refuse_others(
+        {field: pair for field, pair in changes.items() if field not in rounding},
+        f"{folder} holds another run; these fields change the result:",
+        "Choose another name (name=...), take the old values back, or delete the folder.",
+    )
     if rounding:
         logger.warning(
             "%s goes on with other %s: the same sums in another order, not bit for bit", folder, ", ".join(rounding)
         )
-
-
-def differences(old: Any, new: Any, field: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (old, new) for every leaf that differs between two plain trees; None where it is absent."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        pairs = {str(k): (old.get(k), new.get(k)) for k in [*old, *(k for k in new if k not in old)]}
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = {str(i): pair for i, pair in enumerate(zip(old, new, strict=True))}
-    else:
-        return {} if old == new else {field: (old, new)}
-    found: dict[str, tuple[Any, Any]] = {}
-    for key, (a, b) in pairs.items():
-        found |= differences(a, b, f"{field}.{key}" if field else key)
-    return found
 
 
 def _write_versions(path: Path) -> None:

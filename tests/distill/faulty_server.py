@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from faulty_http import http, listen
+
 THOUGHT = "<think>\nThe user asks about bread, which no rule forbids.\n</think>\n\n"
 VERDICT = "Prompt harm: unharmful"
 
@@ -34,61 +36,50 @@ class FaultyServer:
     url: str = ""
     _active: int = 0
 
-    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handle(
+        self, path: str, headers: dict[str, str], request: dict[str, Any], writer: asyncio.StreamWriter
+    ) -> bool:
+        if path.endswith("/models"):
+            self.starting -= 1
+            served = {"object": "list", "data": [{"id": self.model, "object": "model"}]}
+            writer.write(http(503, {"error": "starting"}) if self.starting >= 0 else http(200, served))
+            await writer.drain()
+            return True
+        self._active += 1
+        self.busiest = max(self.busiest, self._active)
+        self.count += 1
+        if self.keep:
+            self.requests.append(request)
+            self.authorizations.append(headers.get("authorization", ""))
         try:
-            while line := await reader.readline():
-                headers = {}
-                while header := (await reader.readline()).decode().strip():
-                    name, _, value = header.partition(":")
-                    headers[name.lower()] = value.strip()
-                body = await reader.readexactly(int(headers.get("content-length", 0)))
-                if b"/models" in line:
-                    self.starting -= 1
-                    served = {"object": "list", "data": [{"id": self.model, "object": "model"}]}
-                    writer.write(_http(503, {"error": "starting"}) if self.starting >= 0 else _http(200, served))
-                    await writer.drain()
-                    continue
-                self._active += 1
-                self.busiest = max(self.busiest, self._active)
-                self.count += 1
-                request = json.loads(body)
-                if self.keep:
-                    self.requests.append(request)
-                    self.authorizations.append(headers.get("authorization", ""))
-                try:
-                    if not await self._answer(self.script(self.count - 1), request, writer):
-                        return
-                finally:
-                    self._active -= 1
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
+            return await self._answer(self.script(self.count - 1), request, writer)
         finally:
-            writer.close()
+            self._active -= 1
 
     async def _answer(self, fault: str, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         """Send an answer; False if the connection is to be cut after it."""
         body = completion(request.get("n") or 1, self.model)
         if fault.isdigit():
-            writer.write(_http(int(fault), {"error": {"message": f"status {fault}"}}))
+            writer.write(http(int(fault), {"error": {"message": f"status {fault}"}}))
         elif fault == "cut":
-            writer.write(_http(200, body)[:-40])
+            writer.write(http(200, body)[:-40])
         elif fault == "html":
-            writer.write(_http(200, b"<html>busy</html>", "text/html"))
+            writer.write(http(200, b"<html>busy</html>", "text/html"))
         elif fault == "garbage":
-            writer.write(_http(200, b'{"choices": [{"mess'))
+            writer.write(http(200, b'{"choices": [{"mess'))
         elif fault == "empty":
-            writer.write(_http(200, {**body, "choices": []}))
+            writer.write(http(200, {**body, "choices": []}))
         elif fault == "null":
-            writer.write(_http(200, {**body, "choices": None}))
+            writer.write(http(200, {**body, "choices": None}))
         elif fault == "list":
-            writer.write(_http(200, [1, 2]))
+            writer.write(http(200, [1, 2]))
         elif fault == "other model":
-            writer.write(_http(200, {**body, "model": "another"}))
+            writer.write(http(200, {**body, "model": "another"}))
         elif fault == "slow":
             await asyncio.sleep(5)
         elif fault != "reset":
             await asyncio.sleep(0.005)
-            writer.write(_http(200, json.loads(fault) if fault else body))
+            writer.write(http(200, json.loads(fault) if fault else body))
         if fault not in ("reset", "slow"):
             await writer.drain()
         return fault not in ("reset", "cut", "slow")
@@ -111,14 +102,6 @@ def completion(n: int, model: str = "teacher", content: str = THOUGHT + VERDICT,
 @asynccontextmanager
 async def serve(script: Callable[[int], str], model: str = "teacher", keep: bool = True) -> AsyncIterator[FaultyServer]:
     faulty = FaultyServer(script, model, keep)
-    server = await asyncio.start_server(faulty.handle, "127.0.0.1", 0)
-    faulty.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    try:
+    async with listen(faulty.handle) as address:
+        faulty.url = f"{address}/v1"
         yield faulty
-    finally:
-        server.close()
-
-
-def _http(status: int, body: Any, kind: str = "application/json") -> bytes:
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw

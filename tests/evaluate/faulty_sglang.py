@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from faulty_http import http, listen
+
 STOP = 4
 SAMPLE = [7, 8, 9, STOP]
 LOG_PROBABILITIES = (-0.5, -2.0)
@@ -36,23 +38,8 @@ class FaultySglang:
     url: str = ""
     _active: int = 0
 
-    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while line := await reader.readline():
-                headers = {}
-                while header := (await reader.readline()).decode().strip():
-                    name, _, value = header.partition(":")
-                    headers[name.lower()] = value.strip()
-                raw = await reader.readexactly(int(headers.get("content-length", 0)))
-                self.authorizations.add(headers.get("authorization", ""))
-                if not await self._route(line.split()[1].decode(), json.loads(raw or "null"), writer):
-                    return
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
-
-    async def _route(self, path: str, body: Any, writer: asyncio.StreamWriter) -> bool:
+    async def handle(self, path: str, headers: dict[str, str], body: Any, writer: asyncio.StreamWriter) -> bool:
+        self.authorizations.add(headers.get("authorization", ""))
         if path == "/generate":
             self._active += 1
             self.busiest = max(self.busiest, self._active)
@@ -63,19 +50,19 @@ class FaultySglang:
                 self._active -= 1
         self.paths.append(path)
         if path == "/v1/models":
-            writer.write(_http(200, {"data": [{"id": "guard"}]}))
+            writer.write(http(200, {"data": [{"id": "guard"}]}))
         elif path == "/get_model_info" and self.model_path is not None:
-            writer.write(_http(200, {"model_path": self.model_path, "weight_version": self.version}))
+            writer.write(http(200, {"model_path": self.model_path, "weight_version": self.version}))
         elif path == "/server_info" and self.deterministic is not None:
-            writer.write(_http(200, {"enable_deterministic_inference": self.deterministic}))
+            writer.write(http(200, {"enable_deterministic_inference": self.deterministic}))
         elif path == "/update_weights_from_disk":
             if "nowhere" in body["model_path"]:
-                writer.write(_http(400, {"success": False, "message": "no such folder"}))
+                writer.write(http(400, {"success": False, "message": "no such folder"}))
             else:
                 self.version = body["weight_version"] if self.swaps else self.version
-                writer.write(_http(200, {"success": True, "message": "done"}))
+                writer.write(http(200, {"success": True, "message": "done"}))
         else:
-            writer.write(_http(200 if path == "/health" else 404, b"", "text/plain"))
+            writer.write(http(200 if path == "/health" else 404, b"", "text/plain"))
         await writer.drain()
         return True
 
@@ -88,15 +75,15 @@ class FaultySglang:
             return False
         await asyncio.sleep(0.005)
         if fault.isdigit():
-            writer.write(_http(int(fault), {"error": {"message": f"words of {fault}"}}))
+            writer.write(http(int(fault), {"error": {"message": f"words of {fault}"}}))
         elif fault == "cut":
-            writer.write(_http(200, body)[:-40])
+            writer.write(http(200, body)[:-40])
         elif fault == "html":
-            writer.write(_http(200, b"<html>busy</html>", "text/html"))
+            writer.write(http(200, b"<html>busy</html>", "text/html"))
         elif fault == "fewer":
-            writer.write(_http(200, body[:-1] if isinstance(body, list) else []))
+            writer.write(http(200, body[:-1] if isinstance(body, list) else []))
         else:
-            writer.write(_http(200, json.loads(fault) if fault else body))
+            writer.write(http(200, json.loads(fault) if fault else body))
         await writer.drain()
         return fault != "cut"
 
@@ -129,14 +116,5 @@ def places(ids: Any, values: Any) -> dict[str, Any]:
 @asynccontextmanager
 async def serve(script: Callable[[int], str], **how: Any) -> AsyncIterator[FaultySglang]:
     faulty = FaultySglang(script, **how)
-    server = await asyncio.start_server(faulty.handle, "127.0.0.1", 0)
-    faulty.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
+    async with listen(faulty.handle) as faulty.url:
         yield faulty
-    finally:
-        server.close()
-
-
-def _http(status: int, body: Any, kind: str = "application/json") -> bytes:
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxguard.config import Config, load, validate
 from jaxguard.errors import JaxguardError
-from jaxguard.train.run_folder import FREE, ROUNDING, differences, open_run
+from jaxguard.inputs import differences
+from jaxguard.train.run_folder import FREE, ROUNDING, open_run
 
 
 def config_in(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -173,24 +172,3 @@ def test_unreadable_config_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(JaxguardError, match="holds a run whose config cannot be read"):
         open_run(config_in(tmp_path))
     assert (tmp_path / "tiny" / "config.yaml").read_text() == "model: {nonsense: 1}"
-
-
-trees = st.recursive(
-    st.integers(0, 3) | st.none(),
-    lambda t: st.dictionaries(st.sampled_from("abc"), t, min_size=1) | st.lists(t, min_size=1, max_size=2),
-    max_leaves=8,
-)
-
-
-@given(trees, trees)
-def test_differences_are_empty_only_between_equals(a: Any, b: Any) -> None:
-    assert differences(a, a) == {}
-    without_none = json.dumps(a).replace("null", "0") == json.dumps(b).replace("null", "0")
-    assert (differences(a, b) == {}) == (a == b) or without_none or "null" in json.dumps([a, b])
-
-
-def test_differences_name_leaves() -> None:
-    assert differences({"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}, "d": 4}) == {
-        "a.b.1.c": (2, 3),
-        "d": (None, 4),
-    }

@@ -1,9 +1,9 @@
-"""`make bench-checkpoints`: import and export of a Llama-3.2-1B-shaped checkpoint (2.5 GB, bfloat16, four files), beside raw disk.
+"""`make bench-checkpoints`: import and export of a Llama-3.2-1B-shaped checkpoint (2.5 GB, bfloat16, four files).
 
-Every measurement is a process of its own on a cold page cache: the files' pages are dropped before each. Raw reading is
-`read` of the files from first byte to last into one buffer; raw writing the same bytes written and synced. An import ends with
-twice the files' bytes in memory that was nobody's before; "first touch" is what the system takes to hand out as much, to one
-thread. The host of a virtual machine may take ten times as long, once, so each process takes and returns as much before.
+Beside them are raw disk and transformers. Every measurement is a process of its own on a cold page cache: the files' pages are
+dropped before each. Raw reading is `read` of the files from first byte to last into one buffer; raw writing the same bytes
+written and synced. An import ends with twice the files' bytes in memory that was nobody's before; "first touch" is what the
+system takes to hand out as much, to one thread.
 """
 
 import argparse
@@ -12,26 +12,25 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from safetensors.numpy import load_file
 
 from jaxguard.models.checkpoint_io import export_hf, read_weights
 from jaxguard.models.safetensors_io import INDEX, shard_files, write_file
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import Weight, abstract, table
+from timed import sync, timed
 
 SHAPE = Path("configs/shapes/meta-llama--Llama-3.2-1B-Instruct")
 FOLDER = Path("build/bench/checkpoint")
 FILES = 4
 BLOCK = 16 * 2**20
-AT_HAND = 8 * 2**30
-"""Bytes that a process takes and returns before it measures: more than an import takes."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,11 +42,11 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(MEASURED[chosen.one]()))
         return 0
     make(FOLDER)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in MEASURED}
+    commands = {name: [sys.executable, __file__, "--one", name] for name in MEASURED} | PEERS
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for _ in range(chosen.rounds):
-        for name in MEASURED:
+        for name, command in commands.items():
             _forget()
-            command = [sys.executable, __file__, "--one", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 (our own)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
     Console().print(_table(found))
@@ -89,24 +88,6 @@ def _forget() -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _timed(work: Callable[[], object]) -> dict[str, float]:
-    """Seconds, and how much the process's largest memory grew, GiB."""
-    np.ones(AT_HAND, np.uint8)
-    Path("/proc/self/clear_refs").write_text("5")  # the largest memory is counted from here on
-    before, started = _largest_memory(), time.perf_counter()
-    kept = work()
-    seconds = time.perf_counter() - started
-    grown = _largest_memory() - before
-    del kept
-    return {"seconds": seconds, "gib": grown / 2**20}
-
-
-def _largest_memory() -> int:
-    """KiB that this process had at most."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0])
-
-
 def _raw_read() -> dict[str, float]:
     def work() -> None:
         buffer = bytearray(BLOCK)
@@ -115,7 +96,7 @@ def _raw_read() -> dict[str, float]:
                 while file.readinto(buffer):
                     pass
 
-    return _timed(work)
+    return timed(work)
 
 
 def _raw_write() -> dict[str, float]:
@@ -127,21 +108,26 @@ def _raw_write() -> dict[str, float]:
                 file.write(block)
             os.fsync(file.fileno())
 
-    found = _timed(work)
+    found = timed(work)
     (FOLDER / "raw").unlink()
     return found
 
 
 def _first_touch() -> dict[str, float]:
     shapes = abstract(read_spec(FOLDER)).values()
-    return _timed(lambda: [np.ones(weight.shape, np.float32) for weight in shapes])
+    return timed(lambda: [np.ones(weight.shape, np.float32) for weight in shapes])
+
+
+def _safetensors() -> dict[str, float]:
+    """As stored, not cast."""
+    return timed(lambda: [load_file(path) for path in shard_files(FOLDER)])
 
 
 def _import() -> dict[str, float]:
     import jax
 
     spec = read_spec(FOLDER)
-    return _timed(lambda: jax.block_until_ready(read_weights(FOLDER, spec)))
+    return timed(lambda: jax.block_until_ready(read_weights(FOLDER, spec)))
 
 
 def _export() -> dict[str, float]:
@@ -154,11 +140,9 @@ def _export() -> dict[str, float]:
 
     def work() -> None:
         export_hf(weights, FOLDER, output)
-        for path in output.glob("*.safetensors"):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        sync(output)
 
-    found = _timed(work)
+    found = timed(work)
     shutil.rmtree(output)
     return found
 
@@ -166,20 +150,35 @@ def _export() -> dict[str, float]:
 MEASURED = {
     "raw read": _raw_read,
     "first touch": _first_touch,
+    "safetensors, load_file": _safetensors,
     "import": _import,
     "raw write": _raw_write,
     "export": _export,
 }
+
+_TRANSFORMERS = [".venv-bench-trl/bin/python", "tools/bench/peers/with_transformers_files.py"]
+PEERS = {
+    "transformers, load": [*_TRANSFORMERS, "load", str(FOLDER)],
+    "transformers, save": [*_TRANSFORMERS, "save", str(FOLDER)],
+}
+
+BESIDE = {
+    "import": "raw read",
+    "safetensors, load_file": "raw read",
+    "transformers, load": "raw read",
+    "export": "raw write",
+    "transformers, save": "raw write",
+}
+"""What shares of raw speed are of."""
 
 
 def _table(found: dict[str, list[dict[str, float]]]) -> Table:
     result = Table("what", title=f"{SHAPE.name}, bfloat16 in {FILES} files", title_justify="left")
     for heading in ("seconds", "of raw speed", "memory grown, GiB"):
         result.add_column(heading, justify="right")
-    raw = {"import": "raw read", "export": "raw write"}
     for name, runs in found.items():
         seconds, memory = (median(run[key] for run in runs) for key in ("seconds", "gib"))
-        beside = found[raw[name]] if name in raw else []
+        beside = found[BESIDE[name]] if name in BESIDE else []
         ratios = sorted(b["seconds"] / a["seconds"] for a, b in zip(runs, beside, strict=False))
         share = f"{median(ratios):.0%} [{ratios[0]:.0%}, {ratios[-1]:.0%}]" if ratios else ""
         result.add_row(name, f"{seconds:.2f}", share, f"{memory:.2f}")

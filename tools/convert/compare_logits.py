@@ -1,0 +1,94 @@
+"""How far our logits are from transformers': `compare_logits.py --checkpoint HF --config NAME`. Needs torch.
+
+The config's validation examples, each alone, at all positions: ours and transformers' in float32, and transformers' in
+float64, which tells who of both errs. Printed for each pair: the largest difference of an example in the middle (the median)
+and at worst, and how many examples have none above 1e-4.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from jaxguard.config import load
+from jaxguard.data.prepare import prepare
+from jaxguard.errors import JaxguardError
+from jaxguard.models.checkpoint_io import read_weights
+from jaxguard.models.decoder import Compute, Decoder
+from jaxguard.models.spec import read_spec
+
+PAIRS = (("ours", "float32"), ("ours", "float64"), ("float32", "float64"))
+BOUND = 1e-4
+MULTIPLE = 256
+"""Sequences are padded to multiples of it, so that few programs are compiled."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a Hugging Face folder, such as an export")
+    parser.add_argument("--config", required=True, help="whose validation examples, policy and mode are taken")
+    parser.add_argument("--limit", type=int, help="as many examples at most")
+    args = parser.parse_args()
+    console = Console(highlight=False)
+    try:
+        held = prepare(load(args.config), args.checkpoint).validation[: args.limit]
+        sequences = [branches[0].tokens for _, _, branches in held]
+        found = list(track(differences(args.checkpoint, sequences), "comparing", len(sequences), console=console))
+    except JaxguardError as error:
+        parser.exit(2, f"error: {error}\n")
+    console.print(table(np.array(found)))
+
+
+def differences(folder: Path, sequences: Sequence[np.ndarray]) -> Iterator[list[float]]:
+    """Of each sequence the largest absolute difference of two logits, for each of PAIRS."""
+    spec = read_spec(folder)
+    decoder = Decoder(spec, read_weights(folder, spec), Compute())
+    ours = jax.jit(lambda tokens_BT: decoder.logits(decoder(tokens_BT)))
+    theirs = {name: _transformers(folder, name) for name in ("float32", "float64")}
+    for tokens in sequences:
+        padded = np.pad(tokens, (0, -len(tokens) % MULTIPLE))[None]
+        logits = {name: model(tokens) for name, model in theirs.items()}
+        logits["ours"] = np.asarray(ours(jnp.asarray(padded)))[0, : len(tokens)]
+        yield [float(np.abs(logits[a] - logits[b]).max()) for a, b in PAIRS]
+
+
+def _transformers(folder: Path, dtype: str) -> Any:
+    """Tokens int[n] -> logits float[n, V]."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise JaxguardError("transformers computes with torch, which is not installed: pip install torch") from None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+    def logits(tokens: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.tensor(tokens)[None]).logits[0].numpy()
+
+    return logits
+
+
+def table(found: np.ndarray) -> Table:
+    """Of float[examples, PAIRS]."""
+    result = Table("logits", title="Largest difference of an example's logits", title_justify="left")
+    for heading in ("median", "worst", f"examples within {BOUND:.0e}"):
+        result.add_column(heading, justify="right")
+    for (a, b), values in zip(PAIRS, found.T, strict=True):
+        within = f"{(values <= BOUND).sum()} of {len(values)}"
+        result.add_row(f"{_named(a)}, {_named(b)}", f"{np.median(values):.2e}", f"{values.max():.2e}", within)
+    return result
+
+
+def _named(name: str) -> str:
+    return name if name == "ours" else f"transformers in {name}"
+
+
+if __name__ == "__main__":
+    main()
