@@ -129,7 +129,7 @@ def test_examples_are_read_only_as_they_are_worked_on(tmp_path):
 
 CLIENT = """
 import asyncio, resource, sys
-sys.path.insert(0, {tests!r})
+sys.path[:] = {paths!r}
 from pathlib import Path
 from tenacity import wait_none
 import test_generate
@@ -141,7 +141,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def client(folder, url, count):
-    return CLIENT.format(tests=str(Path(__file__).parent), folder=str(folder), url=url, count=count)
+    return CLIENT.format(paths=sys.path, folder=str(folder), url=url, count=count)
 
 
 async def killed_again_and_again(folder: Path, count: int, kills: int) -> None:
