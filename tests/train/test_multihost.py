@@ -87,14 +87,9 @@ def finish(config: Path, count: int, folder: Path) -> tuple[list[float], list[li
 
 
 def check_missed(codes: list[int], others: list[str]) -> None:
-    """These ended because one of them was gone, and say so: by themselves, or JAX was faster to end them.
-
-    Between CPUs Gloo aborts one now and then, in its own words (docs/resume.md); the others still say it plainly.
-    """
+    """These ended because one of them was gone, and say so: by themselves, or JAX was faster to end them."""
     assert set(codes) <= {1, -signal.SIGABRT}, others
-    plainly = [x for x in others if "another process of this run has died" in x or "another task died" in x]
-    assert plainly, others
-    assert all(x in plainly or "distributed collective mismatch" in x for x in others), others
+    assert all("another process of this run has died" in x or "another task died" in x for x in others), others
 
 
 def kill_one(config: Path, folder: Path, rank: int) -> None:
