@@ -14,6 +14,10 @@ from jaxguard.sections import MeshConfig
 PATIENCE = 300
 """Seconds in which all processes of a run must have started."""
 
+ONE_BY_ONE = "--xla_disable_hlo_passes=cpu-all-reduce-combiner"
+"""For XLA_FLAGS. A CPU's all-reduce of several arrays goes on to the next array when one has failed because a process
+has died: those that are still at the one before then wait for 100 seconds, or Gloo aborts them (jaxlib 0.10.2)."""
+
 
 def start_hosts(config: MeshConfig) -> None:
     """Join the other hosts of the job; must come before anything else asks JAX for its devices.
@@ -25,6 +29,7 @@ def start_hosts(config: MeshConfig) -> None:
     """
     if config.hosts == "single" or jax.distributed.is_initialized():
         return
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_BY_ONE}"
     sys.stderr.write(f"mesh.hosts={config.hosts}: waits up to {PATIENCE} s for all processes of the run to be there\n")
     try:
         if config.hosts == "explicit":
