@@ -2,7 +2,7 @@
 
 The config's validation examples, each alone, at all positions: ours and transformers' in float32, and transformers' in
 float64, which tells who of both errs. Printed for each pair: the largest difference of an example in the middle (the median)
-and at worst, and how many examples have none above 1e-4.
+and at worst, how many examples have none above 1e-4, and how many logits of all differ by more.
 """
 
 import argparse
@@ -41,13 +41,14 @@ def main() -> None:
         held = prepare(load(args.config), args.checkpoint).validation[: args.limit]
         sequences = [branches[0].tokens for _, _, branches in held]
         found = list(track(differences(args.checkpoint, sequences), "comparing", len(sequences), console=console))
+        logits = sum(map(len, sequences)) * read_spec(args.checkpoint).vocab
     except JaxguardError as error:
         parser.exit(2, f"error: {error}\n")
-    console.print(table(np.array(found)))
+    console.print(table(found, logits))
 
 
-def differences(folder: Path, sequences: Sequence[np.ndarray]) -> Iterator[list[float]]:
-    """Of each sequence the largest absolute difference of two logits, for each of PAIRS."""
+def differences(folder: Path, sequences: Sequence[np.ndarray]) -> Iterator[list[tuple[float, int]]]:
+    """Of each sequence, for each of PAIRS: the largest absolute difference of two logits, and how many are above BOUND."""
     spec = read_spec(folder)
     decoder = Decoder(spec, read_weights(folder, spec), Compute())
     ours = jax.jit(lambda tokens_BT: decoder.logits(decoder(tokens_BT)))
@@ -56,7 +57,8 @@ def differences(folder: Path, sequences: Sequence[np.ndarray]) -> Iterator[list[
         padded = np.pad(tokens, (0, -len(tokens) % MULTIPLE))[None]
         logits = {name: model(tokens) for name, model in theirs.items()}
         logits["ours"] = np.asarray(ours(jnp.asarray(padded)))[0, : len(tokens)]
-        yield [float(np.abs(logits[a] - logits[b]).max()) for a, b in PAIRS]
+        apart = [np.abs(logits[a] - logits[b]) for a, b in PAIRS]
+        yield [(float(x.max()), int((x > BOUND).sum())) for x in apart]
 
 
 def _transformers(folder: Path, dtype: str) -> Any:
@@ -75,14 +77,17 @@ def _transformers(folder: Path, dtype: str) -> Any:
     return logits
 
 
-def table(found: np.ndarray) -> Table:
-    """Of float[examples, PAIRS]."""
+def table(found: Sequence[Sequence[tuple[float, int]]], logits: int) -> Table:
+    """Of what `differences` gives, and the number of all logits."""
     result = Table("logits", title="Largest difference of an example's logits", title_justify="left")
-    for heading in ("median", "worst", f"examples within {BOUND:.0e}"):
+    beyond = f"logits beyond, of {logits / 1e6:,.0f} million"
+    for heading in ("median", "worst", f"examples within {BOUND:.0e}", beyond):
         result.add_column(heading, justify="right")
-    for (a, b), values in zip(PAIRS, found.T, strict=True):
-        within = f"{(values <= BOUND).sum()} of {len(values)}"
-        result.add_row(f"{_named(a)}, {_named(b)}", f"{np.median(values):.2e}", f"{values.max():.2e}", within)
+    for (a, b), values in zip(PAIRS, zip(*found, strict=True), strict=True):
+        largest, above = np.array(values).T
+        within = f"{(largest <= BOUND).sum()} of {len(values)}"
+        row = f"{np.median(largest):.2e}", f"{largest.max():.2e}", within, f"{above.sum():,.0f}"
+        result.add_row(f"{_named(a)}, {_named(b)}", *row)
     return result
 
 
