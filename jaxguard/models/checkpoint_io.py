@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from jaxguard.errors import JaxguardError
 from jaxguard.models.folders import whole_folder
-from jaxguard.models.safetensors_io import BLOCK, Stored, open_folder
+from jaxguard.models.safetensors_io import BLOCK, Stored, advise, open_folder
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.threads import in_turn
 from jaxguard.models.weights import EMBED, HEAD, Weight, table
@@ -47,7 +47,7 @@ WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack
 # vocabulary, and no text chat produces it.
 _IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
 
-_BAND, _TILE = 256, 32
+_BAND, _TILE = 1024, 8
 """Rows and columns of a part of a matrix whose transposition stays in a processor's cache."""
 
 Places = dict[Weight, tuple[Stored, ...]]
@@ -140,7 +140,7 @@ def _of_layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 def _placed(weight: Weight, tensor: Stored, sharding: jax.sharding.Sharding, spec: Spec) -> jax.Array:
     """A tensor in our layout on the devices, as it is stored. Devices that hold the same part copy it from each other."""
     if jax.process_count() == 1:  # one of several hosts needs parts only
-        tensor.warm()
+        tensor.read_ahead()
     shape = weight.shape(spec)
     if weight.stacked:
         shape, sharding = shape[1:], _of_layer(sharding)
@@ -366,20 +366,24 @@ def _write(copies: Sequence[Stored], values: np.ndarray, files: Mapping[str, Bin
 
 def _write_one(tensor: Stored, values: np.ndarray, files: Mapping[str, BinaryIO]) -> int:
     """A band of rows after the other, so that memory is read once."""
+    tensor.read_ahead()
     bits = np.dtype(f"u{tensor.dtype.itemsize}")
     infinite = np.array(np.inf, tensor.dtype).view(bits)  # all of the exponent's bits: NaN has them too
     values, source, changed = np.atleast_2d(values), np.atleast_2d(tensor.view().view(bits)), 0
+    columns = values.shape[1] if values.flags.c_contiguous else _TILE
     for start in range(0, len(values), _BAND):
         band = np.empty_like(values[start : start + _BAND], tensor.dtype, order="C")
         with np.errstate(over="ignore"):  # reported just below
-            for i in range(0, band.shape[1], _TILE):
-                band[:, i : i + _TILE] = values[start : start + _BAND, i : i + _TILE]
+            for i in range(0, band.shape[1], columns):
+                band[:, i : i + columns] = values[start : start + _BAND, i : i + columns]
         if np.max(band.view(bits) & infinite, initial=0) == infinite:
             raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
         if files:
             place = tensor.start + start * band.shape[1] * band.itemsize
             _write_at(files[tensor.file.name].fileno(), band.reshape(-1).view(np.uint8).data, place)
         changed += int(np.count_nonzero(band.view(bits) != source[start : start + _BAND]))
+    if files:  # else all of it would have to be waited for at the end
+        advise(files[tensor.file.name].fileno(), tensor.start, tensor.stop, "DONTNEED")
     return changed
 
 

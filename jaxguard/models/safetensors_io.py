@@ -6,9 +6,11 @@ after the header), then the bytes of all tensors.
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -66,13 +68,16 @@ class Stored:
         raw = np.memmap(self.file, mode="r", offset=self.start, shape=(self.stop - self.start,), dtype=np.uint8)
         return raw.view(np.ndarray).view(self.dtype).reshape(self.shape)
 
-    def warm(self) -> None:
-        """Read its bytes into the system's page cache, in order and in large blocks, as a view in use does not."""
-        block = bytearray(min(BLOCK, self.stop - self.start))
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            while file.tell() < self.stop and file.readinto(block):
-                pass
+    def read_ahead(self) -> None:
+        """Let the system read all of it meanwhile, in larger parts than a view in use asks for."""
+        with self.file.open("rb") as file:
+            advise(file.fileno(), self.start, self.stop, "WILLNEED")
+
+
+def advise(file: int, start: int, stop: int, what: Literal["WILLNEED", "DONTNEED"]) -> None:
+    """Let the system begin to read bytes of a file, or begin to write to the disk what is new; nobody waits for it."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(file, start, stop - start, getattr(os, f"POSIX_FADV_{what}"))
 
 
 def open_file(path: Path) -> dict[str, Stored]:
