@@ -189,9 +189,12 @@ sys.exit(end_together(run))
 
 def test_an_error_on_one_host_ends_the_others_at_once(tmp_path):
     processes = start(ADD, 4, tmp_path / "logs", "stop")
-    assert processes.pop(3).wait(BOUND) == 2
-    codes = end(processes, HEARTBEAT / 2)
+    try:
+        processes[3].wait(BOUND)
+    finally:
+        codes = end(processes, HEARTBEAT / 2)
     others = said(tmp_path / "logs")
+    assert codes.pop(3) == 2
     assert "error: a mistake of this host alone" in others.pop(3)
     check_missed(codes, others)
 
