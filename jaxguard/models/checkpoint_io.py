@@ -1,18 +1,16 @@
 """Hugging Face folder -> sharded arrays, and trained arrays -> a Hugging Face folder.
 
-Reading touches only the bytes that this host's devices need, a tensor at a time. Exporting copies the source's files but for
+Reading touches only the bytes that this host's devices need, layer by layer. Exporting copies the source's files but for
 the trained tensors' bytes, so headers, key order, element types and whatever is not trained (a vision tower) stay as
 they are; exporting unchanged weights gives the same files, bit for bit. Layouts are changed by the devices.
 """
 
 import contextlib
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +24,7 @@ from tokenizers import Tokenizer
 
 from jaxguard.errors import JaxguardError
 from jaxguard.models.folders import whole_folder
-from jaxguard.models.safetensors_io import BLOCK, Stored, advise, open_folder
+from jaxguard.models.safetensors_io import BLOCK, Stored, advise, open_folder, write_at
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.threads import in_turn
 from jaxguard.models.weights import EMBED, HEAD, Weight, table
@@ -48,7 +46,7 @@ WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack
 _IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
 
 _BAND, _TILE = 1024, 8
-"""Rows and columns of a part of a matrix whose transposition stays in a processor's cache."""
+"""Rows that are rounded, compared and written while in a processor's cache; columns that are transposed at once."""
 
 Places = dict[Weight, tuple[Stored, ...]]
 """For each row of the table, its tensors on disk: one per layer, or a single one."""
@@ -95,39 +93,37 @@ def read_weights(
     Raises:
         JaxguardError: missing, unknown, misshapen or quantised tensor, or unreadable files.
     """
+    places = locate(folder, spec)
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = {
-        weight: (stored, alone if shardings is None else shardings[weight.path])
-        for weight, stored in locate(folder, spec).items()
-    }
-    parts = [(weight, tensor, sharding) for weight, (stored, sharding) in places.items() for tensor in stored]
-    placed = in_turn(lambda part: _placed(*part, spec), parts)
-    return {
-        weight.path: _stacked(
-            weight, islice(placed, len(stored)), spec, sharding, jnp.float32 if "norm" in weight.axes else dtype
-        )
-        for weight, (stored, sharding) in places.items()
-    }
-
-
-def _stacked(
-    weight: Weight, tensors: Iterator[jax.Array], spec: Spec, sharding: jax.sharding.Sharding, dtype: Any
-) -> jax.Array:
-    """One tensor at a time, so that no more than a few are on the host; devices cast it and lay it into the stack."""
-    if not weight.stacked:
-        return next(tensors).astype(dtype)
-    whole = jnp.zeros(weight.shape(spec), dtype, device=sharding)
-    for i, tensor in enumerate(tensors):
-        whole = _writer(sharding)(whole, tensor, i)
-    return whole
+    where = {weight: alone if shardings is None else shardings[weight.path] for weight in places}
+    dtypes = {weight: jnp.float32 if "norm" in weight.axes else dtype for weight in places}
+    single, stacked = ([weight for weight in places if weight.stacked is kind] for kind in (False, True))
+    parts = [(weight, places[weight][0]) for weight in single]
+    parts += [(weight, places[weight][layer]) for layer in range(spec.layers) for weight in stacked]
+    placed = in_turn(lambda part: _placed(*part, where[part[0]], spec), parts)
+    found = {weight.path: next(placed).astype(dtypes[weight]) for weight in single}
+    begin, lay_in = _stacks(tuple((w.path, w.shape(spec), dtypes[w], where[w]) for w in stacked))
+    stacks = begin()
+    for layer in range(spec.layers):
+        stacks = lay_in(stacks, {weight.path: next(placed) for weight in stacked}, layer)
+    return {weight.path: (found | stacks)[weight.path] for weight in places}
 
 
 @lru_cache(maxsize=64)
-def _writer(sharding: jax.sharding.Sharding) -> Any:
-    def write(whole: jax.Array, layer: jax.Array, place: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(whole, layer.astype(whole.dtype), place, 0)
+def _stacks(rows: tuple[tuple[str, tuple[int, ...], Any, jax.sharding.Sharding], ...]) -> tuple[Any, Any]:
+    """Two programs of the devices: one makes the stacks of all layers, path by path; one casts a layer and lays it in."""
+    shardings = {path: sharding for path, _, _, sharding in rows}
 
-    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+    def begin() -> dict[str, jax.Array]:
+        return {path: jnp.zeros(shape, dtype) for path, shape, dtype, _ in rows}
+
+    def lay_in(stacks: dict[str, jax.Array], tensors: dict[str, jax.Array], layer: jax.Array) -> dict[str, jax.Array]:
+        return {
+            path: jax.lax.dynamic_update_index_in_dim(stack, tensors[path].astype(stack.dtype), layer, 0)
+            for path, stack in stacks.items()
+        }
+
+    return jax.jit(begin, out_shardings=shardings), jax.jit(lay_in, donate_argnums=0, out_shardings=shardings)
 
 
 def _of_layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
@@ -300,7 +296,7 @@ def _rounded_in_turn(
         for i, tensor in enumerate(stored):
             copies = [tensor, *(tied if weight == EMBED else ())]
             kept = np.result_type(*(copy.dtype for copy in copies))
-            values = _on_host(_rounded(array, i if weight.stacked else None, kept))
+            values = _on_host(array, i if weight.stacked else None, kept)
             yield copies, einops.rearrange(values, f"{ours} -> {theirs}", **_sizes(weight, spec))
 
 
@@ -316,10 +312,12 @@ def _sizes(weight: Weight, spec: Spec) -> dict[str, int]:
     return {letter: size for letter, size in spec.sizes.items() if letter in weight.rule}
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
+    """A weight, or a layer of it: rounded by its devices; as it is where it lies in this host's memory already."""
+    if array.is_fully_addressable and [device.platform for device in array.devices()] == ["cpu"]:
+        return np.asarray(array)[... if layer is None else layer]
+    rounded = _rounded(array, layer, dtype)
+    return np.asarray(rounded if array.is_fully_addressable else multihost_utils.process_allgather(rounded, tiled=True))
 
 
 @contextlib.contextmanager
@@ -365,30 +363,31 @@ def _write(copies: Sequence[Stored], values: np.ndarray, files: Mapping[str, Bin
 
 
 def _write_one(tensor: Stored, values: np.ndarray, files: Mapping[str, BinaryIO]) -> int:
-    """A band of rows after the other, so that memory is read once."""
+    """A band of rows after the other."""
     tensor.read_ahead()
     bits = np.dtype(f"u{tensor.dtype.itemsize}")
     infinite = np.array(np.inf, tensor.dtype).view(bits)  # all of the exponent's bits: NaN has them too
     values, source, changed = np.atleast_2d(values), np.atleast_2d(tensor.view().view(bits)), 0
-    columns = values.shape[1] if values.flags.c_contiguous else _TILE
     for start in range(0, len(values), _BAND):
-        band = np.empty_like(values[start : start + _BAND], tensor.dtype, order="C")
         with np.errstate(over="ignore"):  # reported just below
-            for i in range(0, band.shape[1], columns):
-                band[:, i : i + columns] = values[start : start + _BAND, i : i + columns]
+            band = _in_order(values[start : start + _BAND]).astype(tensor.dtype, copy=False)
         if np.max(band.view(bits) & infinite, initial=0) == infinite:
             raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
         if files:
             place = tensor.start + start * band.shape[1] * band.itemsize
-            _write_at(files[tensor.file.name].fileno(), band.reshape(-1).view(np.uint8).data, place)
+            write_at(files[tensor.file.name].fileno(), band.reshape(-1).view(np.uint8).data, place)
         changed += int(np.count_nonzero(band.view(bits) != source[start : start + _BAND]))
     if files:  # else all of it would have to be waited for at the end
         advise(files[tensor.file.name].fileno(), tensor.start, tensor.stop, "DONTNEED")
     return changed
 
 
-def _write_at(file: int, values: memoryview, start: int) -> None:
-    """All of it, from several threads at once: without the file's own place, and however little one call takes."""
-    while values:
-        done = os.pwrite(file, values, start)
-        values, start = values[done:], start + done
+def _in_order(values: np.ndarray) -> np.ndarray:
+    """A matrix with its rows one after the other: itself, or a copy."""
+    if values.flags.c_contiguous:
+        return values
+    bits = values.view(f"u{values.itemsize}")  # NumPy copies integers faster than bfloat16
+    copy = np.empty(bits.shape, bits.dtype)
+    for start in range(0, bits.shape[1], _TILE):
+        copy[:, start : start + _TILE] = bits[:, start : start + _TILE]
+    return copy.view(values.dtype)

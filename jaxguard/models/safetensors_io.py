@@ -80,6 +80,13 @@ def advise(file: int, start: int, stop: int, what: Literal["WILLNEED", "DONTNEED
         os.posix_fadvise(file, start, stop - start, getattr(os, f"POSIX_FADV_{what}"))
 
 
+def write_at(file: int, values: memoryview, start: int) -> None:
+    """Write all of it, from several threads at once: without the file's own place, and however little one call takes."""
+    while values:
+        done = os.pwrite(file, values, start)
+        values, start = values[done:], start + done
+
+
 def open_file(path: Path) -> dict[str, Stored]:
     """Name -> tensor of one safetensors file, in the order of its header.
 

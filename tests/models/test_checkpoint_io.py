@@ -113,17 +113,6 @@ def test_after_training_everything_trained_is_new_and_the_rest_is_not(any_kind, 
         np.testing.assert_array_equal(after["lm_head.weight"].view(), after["model.embed_tokens.weight"].view())
 
 
-def test_export_rounds_to_nearest_even(make, tmp_path):
-    source = make("llama")
-    weights = read_weights(source, read_spec(source))
-    half = 2.0**-8  # half a bf16 step above 1
-    given = jnp.asarray([1 + half, 1 + 3 * half, 1 + half + 2.0**-20, -1 - half], jnp.float32)
-    weights["final_norm"] = weights["final_norm"].at[:4].set(given)
-    export_hf(weights, source, tmp_path / "out")
-    stored = hf(tmp_path / "out")["model.norm.weight"][:4].astype(np.float32)
-    assert stored.tolist() == [1.0, 1 + 4 * half, 1 + 2 * half, -1.0]
-
-
 def shardings(spec, shape: tuple[int, int, int]) -> dict[str, NamedSharding]:
     """Width over fsdp, heads and hidden units over tensor, data replicated."""
     mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
@@ -133,6 +122,19 @@ def shardings(spec, shape: tuple[int, int, int]) -> dict[str, NamedSharding]:
         letters = (["L"] if w.stacked else []) + w.rule.split("->")[1].split()
         found[w.path] = NamedSharding(mesh, PartitionSpec(*(axes.get(x) for x in letters)))
     return found
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 8, 1)])
+def test_the_host_and_several_devices_round_to_nearest_even(make, tmp_path, mesh):
+    source = make("llama")
+    spec = read_spec(source)
+    weights = read_weights(source, spec, mesh and shardings(spec, mesh))
+    half = 2.0**-8  # half a bf16 step above 1
+    given = jnp.asarray([1 + half, 1 + 3 * half, 1 + half + 2.0**-20, -1 - half], jnp.float32)
+    weights["final_norm"] = weights["final_norm"].at[:4].set(given)
+    export_hf(weights, source, tmp_path / "out")
+    stored = hf(tmp_path / "out")["model.norm.weight"][:4].astype(np.float32)
+    assert stored.tolist() == [1.0, 1 + 4 * half, 1 + 2 * half, -1.0]
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 4, 2)])

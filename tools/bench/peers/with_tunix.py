@@ -2,9 +2,10 @@
 
 These are Tunix' own parts: its Llama 3 model, its safetensors loader, its PeftTrainer with its default loss (the mean over
 a micro-batch's target tokens, then the mean over micro-batches) and its gradient accumulation. What makes the settings its
-best for this job: rows are padded to the longest example of the job, not to row_tokens, and have one shape, so that one
-program compiles; nothing is recomputed in the backward pass; the step's graph is cached; no checkpoints, no evaluation.
-Tunix 0.1.7 packs no sequences in supervised training (PeftTrainer refuses it) and computes logits of every position.
+best for this job: rows are padded to one of three widths, so that few are much longer than their example and few programs
+compile; nothing is recomputed in the backward pass; the step's graph is cached; no checkpoints, no evaluation.
+Tunix 0.1.7 packs no sequences in supervised training (PeftTrainer refuses it), computes logits of every position, and
+multiplies in its weights' type, which is float32 here as everybody's weights are.
 """
 
 import functools
@@ -29,11 +30,12 @@ from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 from common import Messages, encode, read, tell
 
 MICRO_BATCH = 1  # chosen for memory; larger ones have not been timed
-ROUND_TO = 64  # rows are padded to a multiple of this many tokens
+ROUND_TO = 64  # widths are multiples of this many tokens
+WIDEST = (0.75, 0.95, 1.0)  # quantiles of the examples' lengths that a row may be padded to
 
 
 def load_model(folder: Path) -> llama3.Llama3:
-    """The checkpoint in fp32, which is also the type it computes in; bf16 has not been timed."""
+    """The checkpoint in fp32, which is also the type that it multiplies in."""
     config = json.loads((folder / "config.json").read_text())
     # Tunix 0.1.7 ignores its own rope_theta for Llama: Attention never hands it to apply_rope, whose default is 1,000,000.
     llama3.apply_rope = functools.partial(llama3.apply_rope, rope_theta=config["rope_theta"])
@@ -56,18 +58,24 @@ def load_model(folder: Path) -> llama3.Llama3:
 
 
 def read_batches(job: dict[str, Any], chats: list[Messages]) -> list[TrainingInput]:
-    """The micro-batches in the file's order, all of shape (MICRO_BATCH, T); the mask is true on target tokens."""
+    """The micro-batches in the file's order, each of shape (MICRO_BATCH, T); the mask is true on target tokens."""
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     rows = [encode(tokenizer, messages, job["row_tokens"]) for messages in chats]
+    lengths = [len(tokens) for tokens, _ in rows]
+    widths = [-(-int(length) // ROUND_TO) * ROUND_TO for length in np.quantile(lengths, WIDEST, method="higher")]
+    return [padded(rows[i : i + MICRO_BATCH], widths) for i in range(0, len(rows), MICRO_BATCH)]
+
+
+def padded(rows: list[tuple[list[int], int]], widths: list[int]) -> TrainingInput:
+    """A micro-batch as wide as the first of `widths` that its rows fit into."""
     longest = max(len(tokens) for tokens, _ in rows)
-    width = -(-longest // ROUND_TO) * ROUND_TO
-    tokens_ET = np.zeros((len(rows), width), np.int32)
-    targets_ET = np.zeros((len(rows), width), bool)
+    width = next(width for width in widths if width >= longest)
+    tokens_BT = np.zeros((len(rows), width), np.int32)
+    targets_BT = np.zeros((len(rows), width), bool)
     for i, (tokens, prompt) in enumerate(rows):
-        tokens_ET[i, : len(tokens)] = tokens
-        targets_ET[i, prompt : len(tokens)] = True
-    starts = range(0, len(rows), MICRO_BATCH)
-    return [TrainingInput(tokens_ET[i : i + MICRO_BATCH], targets_ET[i : i + MICRO_BATCH]) for i in starts]
+        tokens_BT[i, : len(tokens)] = tokens
+        targets_BT[i, prompt : len(tokens)] = True
+    return TrainingInput(tokens_BT, targets_BT)
 
 
 def model_input(batch: TrainingInput) -> dict[str, jax.Array]:
