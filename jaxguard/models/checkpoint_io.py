@@ -106,7 +106,7 @@ def read_weights(
     stacks = begin()
     for layer in range(spec.layers):
         stacks = lay_in(stacks, {weight.path: next(placed) for weight in stacked}, layer)
-    return {weight.path: (found | stacks)[weight.path] for weight in places}
+    return found | stacks
 
 
 @lru_cache(maxsize=64)
@@ -253,7 +253,7 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(whole_folder(output, _stored_bytes(tensors))) if writer else None
         files = {} if folder is None else stack.enter_context(_begun(source, folder, tensors, [*own, *tied]))
-        changed = sum(in_turn(lambda one: _write(*one, files), _rounded_in_turn(weights, places, tied, spec)))
+        changed = sum(in_turn(lambda one: _write(*one, files), _values_in_turn(weights, places, tied, spec)))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_hf")
     return ExportReport(
@@ -286,7 +286,7 @@ def _checked_array(weights: Mapping[str, jax.Array], weight: Weight, spec: Spec)
     return array
 
 
-def _rounded_in_turn(
+def _values_in_turn(
     weights: Mapping[str, jax.Array], places: Places, tied: Sequence[Stored], spec: Spec
 ) -> Iterator[tuple[list[Stored], np.ndarray]]:
     """Where each tensor goes, and its values: a view in Hugging Face's layout of an array in ours."""
