@@ -8,7 +8,7 @@ they are; exporting unchanged weights gives the same files, bit for bit. Layouts
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from jaxguard.errors import JaxguardError
 from jaxguard.models.folders import whole_folder
-from jaxguard.models.safetensors_io import BLOCK, Stored, advise, open_folder, write_at
+from jaxguard.models.safetensors_io import BAND, BLOCK, Stored, open_folder, write_rows
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.threads import in_turn
 from jaxguard.models.weights import EMBED, HEAD, Weight, table
@@ -44,9 +44,6 @@ WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack
 # The text-only Gemma 3 1B shares its tokenizer with the multimodal sizes: this token's id lies just past its
 # vocabulary, and no text chat produces it.
 _IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
-
-_BAND, _TILE = 1024, 8
-"""Rows that are rounded, compared and written while in a processor's cache; columns that are transposed at once."""
 
 Places = dict[Weight, tuple[Stored, ...]]
 """For each row of the table, its tensors on disk: one per layer, or a single one."""
@@ -100,12 +97,13 @@ def read_weights(
     single, stacked = ([weight for weight in places if weight.stacked is kind] for kind in (False, True))
     parts = [(weight, places[weight][0]) for weight in single]
     parts += [(weight, places[weight][layer]) for layer in range(spec.layers) for weight in stacked]
-    placed = in_turn(lambda part: _placed(*part, where[part[0]], spec), parts)
+    placed = in_turn(lambda part: _placed(*part, where[part[0]], spec), parts, ahead=len(stacked))
     found = {weight.path: next(placed).astype(dtypes[weight]) for weight in single}
     begin, lay_in = _stacks(tuple((w.path, w.shape(spec), dtypes[w], where[w]) for w in stacked))
     stacks = begin()
     for layer in range(spec.layers):
         stacks = lay_in(stacks, {weight.path: next(placed) for weight in stacked}, layer)
+        jax.block_until_ready(stacks)  # else layers that are not laid in yet would pile up
     return found | stacks
 
 
@@ -253,7 +251,7 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(whole_folder(output, _stored_bytes(tensors))) if writer else None
         files = {} if folder is None else stack.enter_context(_begun(source, folder, tensors, [*own, *tied]))
-        changed = sum(in_turn(lambda one: _write(*one, files), _values_in_turn(weights, places, tied, spec)))
+        changed = sum(in_turn(lambda one: _write(*one, files), _pieces(_values_in_turn(weights, places, tied, spec))))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_hf")
     return ExportReport(
@@ -356,38 +354,18 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copytree(templates, folder / templates.name)
 
 
-def _write(copies: Sequence[Stored], values: np.ndarray, files: Mapping[str, BinaryIO]) -> int:
-    """Write `values` wherever the tensor lies; count the stored numbers that differ from the first place's."""
-    first, *_ = [_write_one(tensor, values, files) for tensor in copies]
+def _pieces(tensors: Iterable[tuple[list[Stored], np.ndarray]]) -> Iterator[tuple[list[Stored], np.ndarray, int]]:
+    """Each tensor in parts of some rows, with the number of the first: threads share even the largest."""
+    for copies, values in tensors:
+        matrix = np.atleast_2d(values)
+        rows = BAND * max(1, BLOCK // (BAND * matrix.shape[1] * copies[0].dtype.itemsize))
+        for copy in copies:
+            copy.read_ahead()
+        for start in range(0, len(matrix), rows):
+            yield copies, matrix[start : start + rows], start
+
+
+def _write(copies: Sequence[Stored], values: np.ndarray, start: int, files: Mapping[str, BinaryIO]) -> int:
+    """Write rows wherever the tensor lies; count the stored numbers that differ from the first place's."""
+    first, *_ = [write_rows(tensor, values, start, files.get(tensor.file.name)) for tensor in copies]
     return first
-
-
-def _write_one(tensor: Stored, values: np.ndarray, files: Mapping[str, BinaryIO]) -> int:
-    """A band of rows after the other."""
-    tensor.read_ahead()
-    bits = np.dtype(f"u{tensor.dtype.itemsize}")
-    infinite = np.array(np.inf, tensor.dtype).view(bits)  # all of the exponent's bits: NaN has them too
-    values, source, changed = np.atleast_2d(values), np.atleast_2d(tensor.view().view(bits)), 0
-    for start in range(0, len(values), _BAND):
-        with np.errstate(over="ignore"):  # reported just below
-            band = _in_order(values[start : start + _BAND]).astype(tensor.dtype, copy=False)
-        if np.max(band.view(bits) & infinite, initial=0) == infinite:
-            raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
-        if files:
-            place = tensor.start + start * band.shape[1] * band.itemsize
-            write_at(files[tensor.file.name].fileno(), band.reshape(-1).view(np.uint8).data, place)
-        changed += int(np.count_nonzero(band.view(bits) != source[start : start + _BAND]))
-    if files:  # else all of it would have to be waited for at the end
-        advise(files[tensor.file.name].fileno(), tensor.start, tensor.stop, "DONTNEED")
-    return changed
-
-
-def _in_order(values: np.ndarray) -> np.ndarray:
-    """A matrix with its rows one after the other: itself, or a copy."""
-    if values.flags.c_contiguous:
-        return values
-    bits = values.view(f"u{values.itemsize}")  # NumPy copies integers faster than bfloat16
-    copy = np.empty(bits.shape, bits.dtype)
-    for start in range(0, bits.shape[1], _TILE):
-        copy[:, start : start + _TILE] = bits[:, start : start + _TILE]
-    return copy.view(values.dtype)

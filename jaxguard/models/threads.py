@@ -9,14 +9,14 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-THREADS = 2
+THREADS = 3
 
 
-def in_turn(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`work` of each item, in their order; threads do it for no more than the next two, which wait to be asked for."""
+def in_turn(work: Callable[[Item], Result], items: Iterable[Item], ahead: int = THREADS) -> Iterator[Result]:
+    """`work` of each item, in their order; threads do it for no more than the next `ahead`, which wait to be asked for."""
     following = iter(items)
     with ThreadPoolExecutor(THREADS) as threads:
-        under_way = deque(threads.submit(work, item) for item in islice(following, THREADS))
+        under_way = deque(threads.submit(work, item) for item in islice(following, ahead))
         while under_way:
             done = under_way.popleft().result()
             under_way.extend(threads.submit(work, item) for item in islice(following, 1))
