@@ -113,6 +113,15 @@ def test_after_training_everything_trained_is_new_and_the_rest_is_not(any_kind, 
         np.testing.assert_array_equal(after["lm_head.weight"].view(), after["model.embed_tokens.weight"].view())
 
 
+def test_tensors_that_threads_share_in_parts_come_out_whole(any_kind, tmp_path, monkeypatch):
+    weights = {path: w * 2 + 1 for path, w in read_weights(any_kind, read_spec(any_kind)).items()}
+    whole = export_hf(weights, any_kind, tmp_path / "whole")
+    monkeypatch.setattr(checkpoint_io, "BLOCK", 1)
+    monkeypatch.setattr(checkpoint_io, "BAND", 5)
+    assert export_hf(weights, any_kind, tmp_path / "parts") == whole
+    assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+
+
 def shardings(spec, shape: tuple[int, int, int]) -> dict[str, NamedSharding]:
     """Width over fsdp, heads and hidden units over tensor, data replicated."""
     mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
