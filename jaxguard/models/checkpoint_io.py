@@ -97,7 +97,8 @@ def read_weights(
     single, stacked = ([weight for weight in places if weight.stacked is kind] for kind in (False, True))
     parts = [(weight, places[weight][0]) for weight in single]
     parts += [(weight, places[weight][layer]) for layer in range(spec.layers) for weight in stacked]
-    placed = in_turn(lambda part: _placed(*part, where[part[0]], spec), parts, ahead=len(stacked))
+    # Three threads, since they also wait for the disk; a layer ahead of the one that is laid in.
+    placed = in_turn(lambda part: _placed(*part, where[part[0]], spec), parts, threads=3, ahead=len(stacked))
     found = {weight.path: next(placed).astype(dtypes[weight]) for weight in single}
     begin, lay_in = _stacks(tuple((w.path, w.shape(spec), dtypes[w], where[w]) for w in stacked))
     stacks = begin()
@@ -367,5 +368,5 @@ def _pieces(tensors: Iterable[tuple[list[Stored], np.ndarray]]) -> Iterator[tupl
 
 def _write(copies: Sequence[Stored], values: np.ndarray, start: int, files: Mapping[str, BinaryIO]) -> int:
     """Write rows wherever the tensor lies; count the stored numbers that differ from the first place's."""
-    first, *_ = [write_rows(tensor, values, start, files.get(tensor.file.name)) for tensor in copies]
+    first, *_ = [write_rows(tensor, values, start, files[tensor.file.name] if files else None) for tensor in copies]
     return first

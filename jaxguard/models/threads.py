@@ -9,15 +9,15 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-THREADS = 2
 
-
-def in_turn(work: Callable[[Item], Result], items: Iterable[Item], ahead: int = THREADS) -> Iterator[Result]:
+def in_turn(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int = 2, ahead: int = 2
+) -> Iterator[Result]:
     """`work` of each item, in their order; threads do it for no more than the next `ahead`, which wait to be asked for."""
     following = iter(items)
-    with ThreadPoolExecutor(THREADS) as threads:
-        under_way = deque(threads.submit(work, item) for item in islice(following, ahead))
+    with ThreadPoolExecutor(threads) as pool:
+        under_way = deque(pool.submit(work, item) for item in islice(following, ahead))
         while under_way:
             done = under_way.popleft().result()
-            under_way.extend(threads.submit(work, item) for item in islice(following, 1))
+            under_way.extend(pool.submit(work, item) for item in islice(following, 1))
             yield done
