@@ -1,4 +1,4 @@
-"""Safetensors files as they lie on disk: where each tensor's bytes are, and a view of them that reads nothing yet.
+"""Safetensors files as they lie on disk: where each tensor's bytes are, a view that reads nothing yet, and rows put there.
 
 Layout of a file: 8 bytes with the header's length (little endian), the header (JSON: name -> dtype, shape, byte range
 after the header), then the bytes of all tensors.
