@@ -10,21 +10,20 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
 from jaxguard.errors import JaxguardError
 from jaxguard.models.folders import whole_folder
-from jaxguard.models.safetensors_io import BAND, BLOCK, Stored, open_folder, write_rows
+from jaxguard.models.loading import Wanted, load
+from jaxguard.models.safetensors_io import BLOCK, Stored, open_folder, parts_of_rows, write_rows
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.threads import in_turn
 from jaxguard.models.weights import EMBED, HEAD, Weight, table
@@ -90,70 +89,17 @@ def read_weights(
     Raises:
         JaxguardError: missing, unknown, misshapen or quantised tensor, or unreadable files.
     """
-    places = locate(folder, spec)
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    where = {weight: alone if shardings is None else shardings[weight.path] for weight in places}
-    dtypes = {weight: jnp.float32 if "norm" in weight.axes else dtype for weight in places}
-    single, stacked = ([weight for weight in places if weight.stacked is kind] for kind in (False, True))
-    parts = [(weight, places[weight][0]) for weight in single]
-    parts += [(weight, places[weight][layer]) for layer in range(spec.layers) for weight in stacked]
-    # Three threads, since they also wait for the disk; a layer ahead of the one that is laid in.
-    placed = in_turn(lambda part: _placed(*part, where[part[0]], spec), parts, threads=3, ahead=len(stacked))
-    found = {weight.path: next(placed).astype(dtypes[weight]) for weight in single}
-    begin, lay_in = _stacks(tuple((w.path, w.shape(spec), dtypes[w], where[w]) for w in stacked))
-    stacks = begin()
-    for layer in range(spec.layers):
-        stacks = lay_in(stacks, {weight.path: next(placed) for weight in stacked}, layer)
-        jax.block_until_ready(stacks)  # else layers that are not laid in yet would pile up
-    return found | stacks
-
-
-@lru_cache(maxsize=64)
-def _stacks(rows: tuple[tuple[str, tuple[int, ...], Any, jax.sharding.Sharding], ...]) -> tuple[Any, Any]:
-    """Two programs of the devices: one makes the stacks of all layers, path by path; one casts a layer and lays it in."""
-    shardings = {path: sharding for path, _, _, sharding in rows}
-
-    def begin() -> dict[str, jax.Array]:
-        return {path: jnp.zeros(shape, dtype) for path, shape, dtype, _ in rows}
-
-    def lay_in(stacks: dict[str, jax.Array], tensors: dict[str, jax.Array], layer: jax.Array) -> dict[str, jax.Array]:
-        return {
-            path: jax.lax.dynamic_update_index_in_dim(stack, tensors[path].astype(stack.dtype), layer, 0)
-            for path, stack in stacks.items()
-        }
-
-    return jax.jit(begin, out_shardings=shardings), jax.jit(lay_in, donate_argnums=0, out_shardings=shardings)
-
-
-def _of_layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """How one layer of a stack is cut; the stack is never cut between layers."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return sharding
-
-
-def _placed(weight: Weight, tensor: Stored, sharding: jax.sharding.Sharding, spec: Spec) -> jax.Array:
-    """A tensor in our layout on the devices, as it is stored. Devices that hold the same part copy it from each other."""
-    if jax.process_count() == 1:  # one of several hosts needs parts only
-        tensor.read_ahead()
-    shape = weight.shape(spec)
-    if weight.stacked:
-        shape, sharding = shape[1:], _of_layer(sharding)
-    found: dict[tuple[tuple[int, int, int], ...], jax.Array] = {}
-    arrays = []
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None
-        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        part = found[key] if key in found else read_piece(weight, tensor, spec, index)
-        # No alias: the file may be changed or removed later. Strides are no hindrance: what puts it there transposes.
-        arrays.append(jax.device_put(part, device, may_alias=False))
-        found.setdefault(key, arrays[-1])
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def read_piece(weight: Weight, tensor: Stored, spec: Spec, index: tuple[slice, ...]) -> np.ndarray:
-    """One rectangular part of a tensor, in our layout: a view of the file, which is read when its values are."""
-    return einops.rearrange(tensor.view(), weight.rule, **_sizes(weight, spec))[index]
+    wanted = [
+        Wanted(
+            weight,
+            tensors,
+            alone if shardings is None else shardings[weight.path],
+            np.dtype(jnp.float32 if "norm" in weight.axes else dtype),
+        )
+        for weight, tensors in locate(folder, spec).items()
+    ]
+    return load(wanted, spec)
 
 
 def locate(folder: Path, spec: Spec) -> Places:
@@ -291,12 +237,11 @@ def _values_in_turn(
     """Where each tensor goes, and its values: a view in Hugging Face's layout of an array in ours."""
     for weight, stored in places.items():
         array = _checked_array(weights, weight, spec)
-        theirs, ours = weight.rule.split(" -> ")
         for i, tensor in enumerate(stored):
             copies = [tensor, *(tied if weight == EMBED else ())]
             kept = np.result_type(*(copy.dtype for copy in copies))
             values = _on_host(array, i if weight.stacked else None, kept)
-            yield copies, einops.rearrange(values, f"{ours} -> {theirs}", **_sizes(weight, spec))
+            yield copies, weight.to_theirs(values)
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -305,10 +250,6 @@ def _rounded(array: jax.Array, layer: jax.Array | None, dtype: np.dtype) -> jax.
     if layer is not None:
         array = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
     return array.astype(dtype)
-
-
-def _sizes(weight: Weight, spec: Spec) -> dict[str, int]:
-    return {letter: size for letter, size in spec.sizes.items() if letter in weight.rule}
 
 
 def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
@@ -359,11 +300,10 @@ def _pieces(tensors: Iterable[tuple[list[Stored], np.ndarray]]) -> Iterator[tupl
     """Each tensor in parts of some rows, with the number of the first: threads share even the largest."""
     for copies, values in tensors:
         matrix = np.atleast_2d(values)
-        rows = BAND * max(1, BLOCK // (BAND * matrix.shape[1] * copies[0].dtype.itemsize))
         for copy in copies:
             copy.read_ahead()
-        for start in range(0, len(matrix), rows):
-            yield copies, matrix[start : start + rows], start
+        for rows in parts_of_rows(matrix, copies[0].dtype):
+            yield copies, matrix[rows], rows.start
 
 
 def _write(copies: Sequence[Stored], values: np.ndarray, start: int, files: Mapping[str, BinaryIO]) -> int:

@@ -7,7 +7,7 @@ after the header), then the bytes of all tensors.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -102,9 +102,11 @@ def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | 
     infinite = np.array([np.inf, -np.inf], tensor.dtype).view(bits)  # taken as integers, NaN is beyond them
     source = np.atleast_2d(tensor.view().view(bits))[start : start + len(values)]
     place, changed = tensor.start + start * source[0].nbytes, 0
-    space = np.empty((min(BAND, len(values)), values.shape[1]), bits)
+    space = np.empty((min(BAND, len(values)), values.shape[1]), tensor.dtype)
     for row in range(0, len(values), BAND):
-        band = _stored_bits(values[row : row + BAND], tensor.dtype, space)
+        rows = values[row : row + BAND]
+        cast_rows(rows, space[: len(rows)])
+        band = space[: len(rows)].view(bits)
         if np.max(band) >= infinite[1] or np.max(band.view(f"i{bits.itemsize}")) >= infinite[0]:
             raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
         if file is not None:
@@ -115,14 +117,20 @@ def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | 
     return changed
 
 
-def _stored_bits(values: np.ndarray, dtype: np.dtype, space: np.ndarray) -> np.ndarray:
-    """Rows rounded to nearest even, one after the other: the first rows of `space`."""
-    band = space[: len(values)]
-    for column in range(0, values.shape[1], _TILE):
-        with np.errstate(over="ignore"):  # who asks looks for what is infinite
-            tile = values[:, column : column + _TILE].astype(dtype)
-        band[:, column : column + _TILE] = tile.view(band.dtype)  # NumPy copies integers faster than bfloat16
-    return band
+def parts_of_rows(values: np.ndarray, dtype: np.dtype) -> Iterator[slice]:
+    """Rows of a matrix that are about BLOCK bytes in this element type, in whole bands: what a thread does at once."""
+    rows = BAND * max(1, BLOCK // (BAND * values.shape[1] * dtype.itemsize))
+    return (slice(start, start + rows) for start in range(0, len(values), rows))
+
+
+def cast_rows(values: np.ndarray, places: np.ndarray) -> None:
+    """Put a matrix into another of its shape, rounded to nearest even; each may have any layout."""
+    bits = f"u{places.dtype.itemsize}"  # NumPy copies integers faster than bfloat16
+    for row in range(0, len(values), BAND):
+        for column in range(0, values.shape[1], _TILE):
+            tile = slice(row, row + BAND), slice(column, column + _TILE)
+            with np.errstate(over="ignore"):  # who cares looks for what is infinite
+                places.view(bits)[tile] = values[tile].astype(places.dtype).view(bits)
 
 
 def _write_at(file: int, values: memoryview, start: int) -> None:

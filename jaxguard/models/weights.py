@@ -12,8 +12,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxguard.models.spec import Spec
 
@@ -49,6 +51,16 @@ class Weight:
         """Hugging Face's shape of one layer's tensor."""
         groups = self.rule.split("->")[0].replace("(N H)", "NH").replace("(K H)", "KH").split()
         return tuple(math.prod(spec.sizes[x] for x in group) for group in groups)
+
+    def to_ours(self, tensor: np.ndarray, spec: Spec) -> np.ndarray:
+        """A view of one layer's tensor in our layout."""
+        sizes = {letter: size for letter, size in spec.sizes.items() if letter in self.rule}
+        return einops.rearrange(tensor, self.rule, **sizes)
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """A view of one layer's array, or of a part of it, in Hugging Face's layout."""
+        theirs, ours = self.rule.split(" -> ")
+        return einops.rearrange(array, f"{ours} -> {theirs}")
 
 
 def _norm(path: str, hf: str, letter: str = "D") -> Weight:

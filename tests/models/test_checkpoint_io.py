@@ -14,8 +14,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_checkpoints import BF16, VISION, hashes, hf, write_shards
 
-from jaxguard.models import checkpoint_io
-from jaxguard.models.checkpoint_io import ExportReport, export_hf, read_piece, read_weights
+from jaxguard.models import loading, safetensors_io
+from jaxguard.models.checkpoint_io import ExportReport, export_hf, read_weights
+from jaxguard.models.loading import read_piece
 from jaxguard.models.safetensors_io import open_file, open_folder
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
@@ -43,6 +44,14 @@ def any_kind(request, make) -> Path:
     return folder
 
 
+@pytest.fixture(params=["host", "accelerators"])
+def onto(request, monkeypatch):
+    """Where weights go. The devices are this host's in both cases; in one they are filled as if they were not."""
+    if request.param == "accelerators":
+        monkeypatch.setattr(loading, "on_host", lambda sharding: False)
+
+
+@pytest.mark.usefixtures("onto")
 def test_read_gives_the_layouts_of_the_table(any_kind):
     spec = read_spec(any_kind)
     weights, theirs = read_weights(any_kind, spec), hf(any_kind)
@@ -114,12 +123,16 @@ def test_after_training_everything_trained_is_new_and_the_rest_is_not(any_kind, 
 
 
 def test_tensors_that_threads_share_in_parts_come_out_whole(any_kind, tmp_path, monkeypatch):
-    weights = {path: w * 2 + 1 for path, w in read_weights(any_kind, read_spec(any_kind)).items()}
+    spec = read_spec(any_kind)
+    read = read_weights(any_kind, spec)
+    weights = {path: w * 2 + 1 for path, w in read.items()}
     whole = export_hf(weights, any_kind, tmp_path / "whole")
-    monkeypatch.setattr(checkpoint_io, "BLOCK", 1)
-    monkeypatch.setattr(checkpoint_io, "BAND", 5)
+    monkeypatch.setattr(safetensors_io, "BLOCK", 1)
+    monkeypatch.setattr(safetensors_io, "BAND", 5)
     assert export_hf(weights, any_kind, tmp_path / "parts") == whole
     assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
+    for path, w in read_weights(any_kind, spec).items():
+        np.testing.assert_array_equal(w, read[path])
 
 
 def shardings(spec, shape: tuple[int, int, int]) -> dict[str, NamedSharding]:
@@ -146,6 +159,7 @@ def test_the_host_and_several_devices_round_to_nearest_even(make, tmp_path, mesh
     assert stored.tolist() == [1.0, 1 + 4 * half, 1 + 2 * half, -1.0]
 
 
+@pytest.mark.usefixtures("onto")
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 4, 2)])
 @pytest.mark.parametrize("family", ["llama", "multimodal"])
 def test_sharded_read_and_export_equal_the_unsharded(make, tmp_path, family, mesh):
@@ -160,6 +174,7 @@ def test_sharded_read_and_export_equal_the_unsharded(make, tmp_path, family, mes
     assert all(hashes(source)[name] == digest for name, digest in hashes(tmp_path / "out").items())
 
 
+@pytest.mark.usefixtures("onto")
 def test_each_shard_is_read_once_and_alone(make, monkeypatch):
     source = make("llama")
     spec = read_spec(source)
@@ -170,7 +185,7 @@ def test_each_shard_is_read_once_and_alone(make, monkeypatch):
         read.append((weight.path, piece.size))
         return piece
 
-    monkeypatch.setattr(checkpoint_io, "read_piece", spy)
+    monkeypatch.setattr(loading, "read_piece", spy)
     weights = read_weights(source, spec, shardings(spec, (2, 2, 2)))
     stacked = {w.path: w.stacked for w in table(spec)}
     for path, w in weights.items():
@@ -181,6 +196,14 @@ def test_each_shard_is_read_once_and_alone(make, monkeypatch):
         )
 
 
+def test_what_the_host_has_filled_is_taken_over_without_a_copy(make, monkeypatch):
+    source, filled, space = make("llama"), [], loading.host_space
+    monkeypatch.setattr(loading, "host_space", lambda *args: filled.append(space(*args)) or filled[-1])
+    weights = read_weights(source, read_spec(source))
+    assert {w.unsafe_buffer_pointer() for w in weights.values()} == {space.ctypes.data for space in filled}
+
+
+@pytest.mark.usefixtures("onto")
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)])
 def test_what_was_read_is_no_part_of_the_file(make, dtype):
     source = make("llama", dtype=dtype)
@@ -193,6 +216,7 @@ def test_what_was_read_is_no_part_of_the_file(make, dtype):
         np.testing.assert_array_equal(w, before[path])
 
 
+@pytest.mark.usefixtures("onto")
 def test_subnormal_values_survive(make, tmp_path):
     source = make("llama", dtype=np.dtype(np.float32))
     tensor = open_file(source / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
@@ -203,6 +227,7 @@ def test_subnormal_values_survive(make, tmp_path):
     assert hashes(tmp_path / "out")["model.safetensors"] == hashes(source)["model.safetensors"]
 
 
+@pytest.mark.usefixtures("onto")
 def test_dtype_of_matrices_in_memory_can_be_chosen(make):
     source = make("gemma3")
     for path, weight in read_weights(source, read_spec(source), dtype=jnp.bfloat16).items():
@@ -271,11 +296,11 @@ source, output, port, process = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
-from jaxguard.models import checkpoint_io
+from jaxguard.models import checkpoint_io, loading
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
-read, sizes = checkpoint_io.read_piece, []
-checkpoint_io.read_piece = lambda *args: sizes.append((piece := read(*args)).size) or piece
+read, sizes = loading.read_piece, []
+loading.read_piece = lambda *args: sizes.append((piece := read(*args)).size) or piece
 spec, mesh = read_spec(Path(source)), jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 letters = {w.path: (["L"] if w.stacked else []) + w.rule.split("->")[1].split() for w in table(spec)}
 places = {
