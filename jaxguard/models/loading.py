@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxguard.models.safetensors_io import Stored, cast_rows, parts_of_rows
+from jaxguard.models.safetensors_io import Stored, cast_tiles, parts_of_rows
 from jaxguard.models.spec import Spec
 from jaxguard.models.threads import in_turn
 from jaxguard.models.weights import Weight
 
 Index = tuple[slice, ...]
+
+_TILE = (400, 400)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def load(wanted: Sequence[Wanted], spec: Spec) -> dict[str, jax.Array]:
 
 def on_host(sharding: Sharding) -> bool:
     """Whether the devices' memory is their host's."""
-    return all(device.platform == "cpu" for device in sharding.device_set)
+    devices: set[Any] = sharding.device_set
+    return all(device.platform == "cpu" for device in devices)
 
 
 def read_piece(weight: Weight, tensor: Stored, spec: Spec, index: Index) -> np.ndarray:
@@ -83,7 +86,8 @@ def _onto_host(wanted: Sequence[Wanted], spec: Spec) -> dict[str, jax.Array]:
                 parts.append((one.weight, tensor, part, out))
         spaces.append(shares)
     parts.sort(key=lambda part: (part[1].file, part[1].start))
-    for _ in in_turn(lambda rows: cast_rows(*rows), _rows(parts, spec), threads=4, ahead=8):
+    # More threads than cores, since they also wait for the disk.
+    for _ in in_turn(lambda rows: cast_tiles(*rows, _TILE), _rows(parts, spec), threads=6, ahead=12):
         pass
     return {
         one.weight.path: jax.make_array_from_single_device_arrays(

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -27,9 +28,9 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 BLOCK = 16 * 2**20
 """Bytes that are read or copied at once."""
 
-BAND, _TILE = 544, 128
-"""Rows that are rounded, compared and written while in a processor's cache, and columns that are transposed at once. The
-first is no power of two: numbers at such a distance push each other out of the cache."""
+BAND = 1312
+"""Rows that are rounded, compared and written while a processor has them at hand: no power of two, since numbers at such a
+distance push each other out of the cache."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | 
     space = np.empty((min(BAND, len(values)), values.shape[1]), tensor.dtype)
     for row in range(0, len(values), BAND):
         rows = values[row : row + BAND]
-        cast_rows(rows, space[: len(rows)])
+        cast_tiles(rows, space[: len(rows)], (BAND, 128))
         band = space[: len(rows)].view(bits)
         if np.max(band) >= infinite[1] or np.max(band.view(f"i{bits.itemsize}")) >= infinite[0]:
             raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
@@ -123,14 +124,17 @@ def parts_of_rows(values: np.ndarray, dtype: np.dtype) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(values), rows))
 
 
-def cast_rows(values: np.ndarray, places: np.ndarray) -> None:
-    """Put a matrix into another of its shape, rounded to nearest even; each may have any layout."""
+def cast_tiles(values: np.ndarray, places: np.ndarray, tile: tuple[int, int]) -> None:
+    """Put a matrix into another of its shape, rounded to nearest even, tile by tile; each may have any layout.
+
+    Only the tile's size decides how fast that is: what is read and what is written should fit a processor's cache, and the
+    one that is not in it yet should be contiguous over many numbers.
+    """
     bits = f"u{places.dtype.itemsize}"  # NumPy copies integers faster than bfloat16
-    for row in range(0, len(values), BAND):
-        for column in range(0, values.shape[1], _TILE):
-            tile = slice(row, row + BAND), slice(column, column + _TILE)
-            with np.errstate(over="ignore"):  # who cares looks for what is infinite
-                places.view(bits)[tile] = values[tile].astype(places.dtype).view(bits)
+    for row, column in product(*map(range, (0, 0), values.shape, tile)):
+        here = slice(row, row + tile[0]), slice(column, column + tile[1])
+        with np.errstate(over="ignore"):  # who cares looks for what is infinite
+            places.view(bits)[here] = values[here].astype(places.dtype).view(bits)
 
 
 def _write_at(file: int, values: memoryview, start: int) -> None:

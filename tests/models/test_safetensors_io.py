@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxguard.errors import JaxguardError
-from jaxguard.models.safetensors_io import BAND, DTYPES, cast_rows, open_file, write_file, write_rows
+from jaxguard.models.safetensors_io import BAND, DTYPES, cast_tiles, open_file, write_file, write_rows
 
 ROWS, COLUMNS = 2 * BAND + 3, 259
 """Neither whole bands nor whole tiles."""
@@ -54,7 +54,7 @@ def test_rows_in_parts_are_rounded_as_all_at_once(stored, tmp_path, values, kind
 def test_what_is_stored_is_cast_into_any_layout(values, kind):
     stored = np.ascontiguousarray(values, DTYPES[kind])
     places = np.zeros_like(values)  # in the layout of the values
-    cast_rows(stored, places)
+    cast_tiles(stored, places, (130, 64))
     np.testing.assert_array_equal(places, stored.astype(np.float32))
 
 
