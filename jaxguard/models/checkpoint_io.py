@@ -1,8 +1,8 @@
 """Hugging Face folder -> sharded arrays, and trained arrays -> a Hugging Face folder.
 
-Reading touches only the bytes that this host's devices need, layer by layer. Exporting copies the source's files but for
-the trained tensors' bytes, so headers, key order, element types and whatever is not trained (a vision tower) stay as
-they are; exporting unchanged weights gives the same files, bit for bit.
+Reading touches only the bytes that this host's devices need. Exporting copies the source's files but for the trained
+tensors' bytes, so headers, key order, element types and whatever is not trained (a vision tower) stay as they are;
+exporting unchanged weights gives the same files, bit for bit.
 """
 
 import contextlib

@@ -25,6 +25,7 @@ from jaxguard.models.weights import Weight
 Index = tuple[slice, ...]
 
 _TILE = (400, 400)
+"""Rows and columns that are cast and transposed at once; not powers of two, as BAND is not."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def on_host(sharding: Sharding) -> bool:
 
 
 def read_piece(weight: Weight, tensor: Stored, spec: Spec, index: Index) -> np.ndarray:
-    """One rectangular part of a tensor, in our layout: a view of the file, which is read when its values are."""
+    """One rectangular part of a tensor, in our layout: a view of the file, which the system is asked to read meanwhile."""
     if jax.process_count() == 1:  # one of several hosts needs parts only
         tensor.read_ahead()
     return weight.to_ours(tensor.view(), spec)[index]
