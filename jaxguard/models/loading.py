@@ -107,7 +107,7 @@ def _rows(
     for weight, tensor, index, out in parts:
         part = read_piece(weight, tensor, spec, index)
         values, places = (np.atleast_2d(weight.to_theirs(x)) for x in (part, out))
-        assert np.shares_memory(places, out), f"{weight.path}: {weight.rule} makes a copy"
+        assert np.may_share_memory(places, out), f"{weight.path}: {weight.rule} makes a copy"
         for rows in parts_of_rows(values, values.dtype):
             yield values[rows], places[rows]
 
