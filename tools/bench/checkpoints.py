@@ -7,6 +7,7 @@ system takes to hand out as much, to one thread.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -135,6 +136,7 @@ def _export() -> dict[str, float]:
     import jax
 
     weights = {path: jax.block_until_ready(-value) for path, value in read_weights(FOLDER, read_spec(FOLDER)).items()}
+    gc.collect()  # JAX lets go of the source's memory when asked, or at some later call
     output = FOLDER / "export"
     shutil.rmtree(output, ignore_errors=True)
 
