@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from jaxguard.errors import JaxguardError
 from jaxguard.models.folders import whole_folder
-from jaxguard.models.loading import Wanted, load
+from jaxguard.models.loading import Wanted, in_host_memory, load
 from jaxguard.models.safetensors_io import BLOCK, Stored, open_folder, parts_of_rows, write_rows
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.threads import in_turn
@@ -254,7 +254,7 @@ def _rounded(array: jax.Array, layer: jax.Array | None, dtype: np.dtype) -> jax.
 
 def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
     """A weight, or a layer of it: rounded by its devices; as it is where it lies in this host's memory already."""
-    if array.is_fully_addressable and [device.platform for device in array.devices()] == ["cpu"]:
+    if len(array.sharding.device_set) == 1 and array.is_fully_addressable and in_host_memory(array.sharding):
         return np.asarray(array)[... if layer is None else layer]
     rounded = _rounded(array, layer, dtype)
     return np.asarray(rounded if array.is_fully_addressable else multihost_utils.process_allgather(rounded, tiled=True))

@@ -47,11 +47,11 @@ class Wanted:
 
 def load(wanted: Sequence[Wanted], spec: Spec) -> dict[str, jax.Array]:
     """Path -> array. What this host's devices need is read once, and nothing else."""
-    onto = _onto_host if on_host(wanted[0].sharding) else _onto_accelerators
+    onto = _onto_host if in_host_memory(wanted[0].sharding) else _onto_accelerators
     return onto(wanted, spec)
 
 
-def on_host(sharding: Sharding) -> bool:
+def in_host_memory(sharding: Sharding) -> bool:
     """Whether the devices' memory is their host's."""
     devices: set[Any] = sharding.device_set
     return all(device.platform == "cpu" for device in devices)

@@ -48,7 +48,7 @@ def any_kind(request, make) -> Path:
 def onto(request, monkeypatch):
     """Where weights go. The devices are this host's in both cases; in one they are filled as if they were not."""
     if request.param == "accelerators":
-        monkeypatch.setattr(loading, "on_host", lambda sharding: False)
+        monkeypatch.setattr(loading, "in_host_memory", lambda sharding: False)
 
 
 @pytest.mark.usefixtures("onto")
