@@ -198,7 +198,9 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(whole_folder(output, _stored_bytes(tensors))) if writer else None
         files = {} if folder is None else stack.enter_context(_begun(source, folder, tensors, [*own, *tied]))
-        changed = sum(in_turn(lambda one: _write(*one, files), _pieces(_values_in_turn(weights, places, tied, spec))))
+        pieces = _pieces(_values_in_turn(weights, places, tied, spec))
+        # More threads than cores, since they also wait for each other at a file.
+        changed = sum(in_turn(lambda piece: _write(*piece, files), pieces, threads=3, ahead=6))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_hf")
     return ExportReport(

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from itertools import product
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -101,21 +102,37 @@ def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | 
     """
     bits = np.dtype(f"u{tensor.dtype.itemsize}")
     infinite = np.array([np.inf, -np.inf], tensor.dtype).view(bits)  # taken as integers, NaN is beyond them
-    source = np.atleast_2d(tensor.view().view(bits))[start : start + len(values)]
-    place, changed = tensor.start + start * source[0].nbytes, 0
+    width = values.shape[1] * bits.itemsize
+    begin, changed = tensor.start + start * width, 0
     space = np.empty((min(BAND, len(values)), values.shape[1]), tensor.dtype)
-    for row in range(0, len(values), BAND):
-        rows = values[row : row + BAND]
-        cast_tiles(rows, space[: len(rows)], (BAND, 128))
-        band = space[: len(rows)].view(bits)
-        if np.max(band) >= infinite[1] or np.max(band.view(f"i{bits.itemsize}")) >= infinite[0]:
-            raise JaxguardError(f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported")
-        if file is not None:
-            _write_at(file.fileno(), band.reshape(-1).view(np.uint8).data, place + row * source[0].nbytes)
-        changed += int(np.count_nonzero(band != source[row : row + BAND]))
+    with tensor.file.open("rb", buffering=0) as base:
+        base.seek(begin)
+        for row in range(0, len(values), BAND):
+            rows = values[row : row + BAND]
+            cast_tiles(rows, space[: len(rows)], (BAND, 128))
+            band = space[: len(rows)].view(bits).reshape(-1)
+            if np.max(band) >= infinite[1] or np.max(band.view(f"i{bits.itemsize}")) >= infinite[0]:
+                raise JaxguardError(
+                    f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported"
+                )
+            if file is not None:
+                _write_at(file.fileno(), band.view(np.uint8).data, begin + row * width)
+            changed += _differing(band, base)
     if file is not None:  # else all of it would have to be waited for at the end
-        advise(file.fileno(), place, place + source.nbytes, "DONTNEED")
+        advise(file.fileno(), begin, begin + len(values) * width, "DONTNEED")
     return changed
+
+
+def _differing(values: np.ndarray, file: FileIO) -> int:
+    """How many of these numbers differ from a file's next, which are read: cheaper than a mapping's pages, used once."""
+    differing, space = 0, np.empty(min(len(values), 2**19), values.dtype)
+    for start in range(0, len(values), len(space)):
+        part = values[start : start + len(space)]
+        stored = space[: len(part)]
+        if file.readinto(stored.view(np.uint8).data) != stored.nbytes:
+            raise JaxguardError(f"{file.name} has become shorter: copy it again")
+        differing += int(np.count_nonzero(part != stored))
+    return differing
 
 
 def parts_of_rows(values: np.ndarray, dtype: np.dtype) -> Iterator[slice]:
@@ -130,11 +147,12 @@ def cast_tiles(values: np.ndarray, places: np.ndarray, tile: tuple[int, int]) ->
     Only the tile's size decides how fast that is: what is read and what is written should fit a processor's cache, and the
     one that is not in it yet should be contiguous over many numbers.
     """
-    bits = f"u{places.dtype.itemsize}"  # NumPy copies integers faster than bfloat16
-    for row, column in product(*map(range, (0, 0), values.shape, tile)):
-        here = slice(row, row + tile[0]), slice(column, column + tile[1])
-        with np.errstate(over="ignore"):  # who cares looks for what is infinite
-            places.view(bits)[here] = values[here].astype(places.dtype).view(bits)
+    dtype, bits = places.dtype, f"u{places.dtype.itemsize}"  # NumPy copies integers faster than bfloat16
+    places = places.view(bits)
+    with np.errstate(over="ignore"):  # who cares looks for what is infinite
+        for row, column in product(*map(range, (0, 0), values.shape, tile)):
+            here = slice(row, row + tile[0]), slice(column, column + tile[1])
+            places[here] = values[here].astype(dtype).view(bits)
 
 
 def _write_at(file: int, values: memoryview, start: int) -> None:
