@@ -125,7 +125,7 @@ def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | 
 
 def _differing(values: np.ndarray, file: FileIO) -> int:
     """How many of these numbers differ from a file's next, which are read: cheaper than a mapping's pages, used once."""
-    differing, space = 0, np.empty(min(len(values), 2**19), values.dtype)
+    differing, space = 0, np.empty(min(len(values), 2**18), values.dtype)
     for start in range(0, len(values), len(space)):
         part = values[start : start + len(space)]
         stored = space[: len(part)]

@@ -77,3 +77,11 @@ def test_without_a_file_it_only_counts(stored, values):
     assert write_rows(stored["matrix"], values, 0, None) == values.size
     assert write_rows(stored["matrix"], np.zeros((4, COLUMNS), ml_dtypes.bfloat16), 9, None) == 0
     assert stored["matrix"].file.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["BF16"])
+def test_a_base_that_has_become_shorter_is_told(stored):
+    with stored["matrix"].file.open("r+b") as file:
+        file.truncate(stored["matrix"].stop - 1)
+    with pytest.raises(JaxguardError, match=r"zeros\.safetensors has become shorter: copy it again"):
+        write_rows(stored["matrix"], np.zeros((ROWS, COLUMNS), np.float32), 0, None)
