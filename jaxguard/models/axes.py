@@ -57,7 +57,7 @@ def parts(axis: str, size: int) -> int:
     """Into how many parts `constrain` cuts a dimension of this size."""
     mesh = jax.sharding.get_abstract_mesh()
     (names,) = (None,) if mesh.empty else partition((axis,), (size,), mesh.shape)
-    return math.prod(mesh.shape[name] for name in names or ())
+    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

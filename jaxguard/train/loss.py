@@ -22,12 +22,14 @@ def target_logprobs(
     """Log-probability of vocabulary entries `ids_BMQ` after the tokens at `index_BM`, float32.
 
     Works on a block of the vocabulary at a time, for all of a device's target positions: the block is gathered over fsdp, as a
-    layer is, and its logits, as many as `chunk` positions have in all, are computed again in the backward pass. So no more
-    of the head is ever whole than a block, and what is sent and held does not depend on how many devices there are.
+    layer is, and its logits are computed again in the backward pass. These are as many as `chunk` positions have in all, and
+    a gathered block takes no more memory than they. So what is sent and held does not depend on how many devices there are.
     """
     rows, targets = index_BM.shape
     vocabulary, width = head_VD.shape
-    blocks = min(vocabulary, math.ceil(rows // parts("batch", rows) * targets / chunk))
+    positions = rows // parts("batch", rows) * targets
+    gathered = width // 2 if parts("embed", width) > 1 else 0  # of two bytes a number; logits have four
+    blocks = min(vocabulary, math.ceil(max(positions, gathered) / chunk))
     size = math.ceil(vocabulary / blocks)
     # Block k has the entries k, k + blocks, …: so every tensor device has an equal part of each.
     head_CKD = jnp.pad(head_VD, ((0, size * blocks - vocabulary), (0, 0))).reshape(size, blocks, width)

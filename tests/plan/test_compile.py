@@ -220,6 +220,19 @@ def test_the_real_step_fits(name, target, attention, limit):
 
 
 @pytest.mark.aot
+def test_rows_that_sharing_saves_are_saved_in_products_and_memory():
+    """Sixteen rows become eight, one for each device: half the products, and all that a row's forward pass keeps."""
+    cluster = find_cluster("a100-80gb:8")
+    whole, shared = (
+        compile_step(config, find_spec(config.model), cluster, rows, targets=256)
+        for rows, config in ((16, load("gemma4b_5k", ["data.share_prefixes=false"])), (8, load("gemma4b_5k")))
+    )
+    assert shared.matmul_flops == pytest.approx(whole.matmul_flops / 2, rel=0.01)
+    spec = find_spec(load("gemma4b_5k").model)
+    assert whole.temporaries - shared.temporaries >= spec.layers * 2048 * spec.width * 2
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize("series", ["8b", "8b-host"])
 def test_a_device_of_many_needs_no_more_than_one_of_few(series):
     """Rows grow with the devices: nothing that a device holds or sends may."""

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxguard.sections import MeshConfig
 from jaxguard.train.loss import target_logprobs
+from jaxguard.train.sharding import make_mesh
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 3, 11, 16, 97
 
@@ -41,6 +43,20 @@ def test_logprobs_and_gradients_are_those_of_all_logits(batch, chunk):
     np.testing.assert_allclose(blocks(*batch), plain(*batch), atol=1e-5)
     for found, expected in zip(gradients(blocks, *batch), gradients(plain, *batch), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_few_positions_gather_no_more_of_the_head_than_their_logits_take(batch):
+    """Three positions of four: one block on a device; where fsdp cuts the head's 16 numbers, two."""
+    hidden, head, index, ids = batch
+    few = hidden, head, index[:, :1], ids[:, :1]
+
+    def blocks(*args):
+        return target_logprobs(*args, 4)
+
+    assert "length=1\n" in str(jax.make_jaxpr(blocks)(*few))
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])):
+        assert "length=2\n" in str(jax.make_jaxpr(blocks)(*few))
+        np.testing.assert_allclose(jax.jit(blocks)(*few), plain(*few), atol=1e-5)
 
 
 def test_in_bfloat16_blocks_add_up_in_float32(batch):
