@@ -98,7 +98,7 @@ def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | 
         How many of the stored numbers differ from the tensor's.
 
     Raises:
-        JaxguardError: values that are not finite in the element type.
+        JaxguardError: values that are not finite in the element type, or a tensor whose file has become shorter.
     """
     bits = np.dtype(f"u{tensor.dtype.itemsize}")
     infinite = np.array([np.inf, -np.inf], tensor.dtype).view(bits)  # taken as integers, NaN is beyond them

@@ -28,7 +28,8 @@ def target_logprobs(
     rows, targets = index_BM.shape
     vocabulary, width = head_VD.shape
     positions = rows // parts("batch", rows) * targets
-    gathered = width // 2 if parts("embed", width) > 1 else 0  # of two bytes a number; logits have four
+    # A row of the head that is gathered takes as much memory as so many logits, of four bytes each.
+    gathered = width * head_VD.dtype.itemsize // 4 if parts("embed", width) > 1 else 0
     blocks = min(vocabulary, math.ceil(max(positions, gathered) / chunk))
     size = math.ceil(vocabulary / blocks)
     # Block k has the entries k, k + blocks, …: so every tensor device has an equal part of each.
