@@ -44,7 +44,7 @@ with (
     for restored, expected in zip(jax.tree.leaves(found and found[1]), jax.tree.leaves(state(step))):
         for a, b in zip(restored.addressable_shards, expected.addressable_shards):
             assert np.array_equal(a.data, b.data)
-    print("from", step, flush=True)
+    print(f"from {step}", flush=True)
     while step < steps:
         step += 1
         time.sleep(0.05)
@@ -55,7 +55,7 @@ with (
         if flag.should_stop(step):
             checkpoints.save(step, state(step))
             break
-print("at", step, flush=True)
+print(f"at {step}", flush=True)
 """
 
 
