@@ -56,8 +56,13 @@ def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> ja
 def parts(axis: str, size: int) -> int:
     """Into how many parts `constrain` cuts a dimension of this size."""
     mesh = jax.sharding.get_abstract_mesh()
-    (names,) = (None,) if mesh.empty else partition((axis,), (size,), mesh.shape)
-    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+    (part,) = (None,) if mesh.empty else partition((axis,), (size,), mesh.shape)
+    return math.prod(mesh.shape[name] for name in mesh_axes(part))
+
+
+def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Those of a PartitionSpec's entry, which is a bare name where it is one axis."""
+    return (part,) if isinstance(part, str) else part or ()
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

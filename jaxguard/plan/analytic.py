@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxguard.data.batches import Shape
-from jaxguard.models.axes import partition
+from jaxguard.models.axes import mesh_axes, partition
 from jaxguard.models.decoder import Compute
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import table
@@ -85,7 +85,7 @@ def ideal_sent(spec: Spec, mesh: Mapping[str, int], compute: Compute) -> float:
     total = 0.0
     for weight in table(spec):
         cut = partition(weight.axes, weight.shape(spec), mesh)
-        names = {name for part in cut if part for name in ((part,) if isinstance(part, str) else part)}
+        names = {name for part in cut for name in mesh_axes(part)}
         fsdp = mesh["fsdp"] if "fsdp" in names else 1
         held = compute.dtype.itemsize * math.prod(weight.shape(spec)) / (mesh["tensor"] if "tensor" in names else 1)
         total += held * passes * (fsdp - 1) / fsdp

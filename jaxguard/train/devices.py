@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from rich.table import Table
 
+from jaxguard.models.axes import mesh_axes
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import Weight
 
@@ -110,8 +111,7 @@ def _cut(sharding: Sharding, dimensions: int) -> str:
     if not isinstance(sharding, NamedSharding):
         return "whole"
     spec = [*sharding.spec, *[None] * (dimensions - len(sharding.spec))]
-    names = ["-" if not axes else axes if isinstance(axes, str) else "+".join(axes) for axes in spec]
-    return " ".join(names)
+    return " ".join("+".join(mesh_axes(part)) or "-" for part in spec)
 
 
 def _size(held: int) -> str:
