@@ -65,7 +65,7 @@ test-aot: $(AOT)/.ready
 	$(AOT)/bin/python -m pytest -m aot tests/plan $(ARGS)
 
 test-sglang: $(VENV)/.fixtures $(SGLANG)/.ready
-	$(BIN)/python -m pytest -m sglang tests/distill tests/evaluate $(ARGS)
+	$(BIN)/python -m pytest -m sglang tests/distill tests/guards $(ARGS)
 
 sglang-cpu: $(SGLANG)/.ready
 

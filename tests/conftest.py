@@ -139,9 +139,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def encoder_of(tokenizer_folder: Callable[[str], Path]) -> Callable[[str], Any]:
     """encoder_of(name): an Encoder on that tokenizer with a short policy of its own and rows of 512 tokens."""
-    from jaxguard.data.encode import Encoder
+    from jaxguard.config.data import DataConfig, SourceConfig
+    from jaxguard.data.encoding import Encoder
     from jaxguard.data.policies import QUESTIONS, Category, Policy
-    from jaxguard.sections import DataConfig, SourceConfig
 
     @functools.cache
     def load(name: str) -> Encoder:

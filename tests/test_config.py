@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxguard.config import Config, dump, load, validate
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))

@@ -1,18 +1,19 @@
-"""The house's rules, checked on the files themselves."""
+"""The project's rules, checked on the files themselves."""
 
 import ast
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import document_config
 from generated import written
-from jaxguard.__main__ import main, stages
 from jaxguard.check.__main__ import _parser as check_parser
+from jaxguard.cli import main, stages
 from jaxguard.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,19 +21,34 @@ PACKAGE = ROOT / "jaxguard"
 PYTHON_FILES = sorted(p for folder in ("jaxguard", "tools", "tests") for p in (ROOT / folder).rglob("*.py"))
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").rglob("*.md")])
 
-# A room may import its own modules, those of the rooms named here, and the modules that belong to no room.
-ROOMS = {
-    "data": set(),
+# A package may import its own modules and those of the packages that stand here.
+BELOW = {
+    "utils": set(),
+    "config": {"utils"},
+    "report": {"utils"},
+    "data": {"utils", "config", "report"},
     "distill": {"data"},
-    "models": set(),
+    "models": {"utils", "config"},
     "train": {"data", "models"},
-    "plan": {"data", "models", "train"},
-    "evaluate": {"data", "models", "train"},
-    "mine": {"data", "evaluate"},
-    "check": {"data", "evaluate"},
-    "study": {"data", "evaluate"},
+    "plan": {"train"},
+    "guards": {"data", "models"},
+    "evaluate": {"guards"},
+    "mine": {"guards"},
+    "check": {"guards"},
+    "study": {"evaluate"},
 }
-MAX_FILE, MAX_FUNCTION = 400, 55
+
+
+class SizeWarning(UserWarning):
+    """A file or a function that may hold more than one thing."""
+
+
+def packages_below(package):
+    """Every package that `package` may import: those named, and what they may import."""
+    return {package}.union(*(packages_below(name) for name in BELOW[package]))
+
+
+LARGE_FILE, LARGE_FUNCTION, MOST_LINES = 400, 60, 450
 
 
 def imported(path):
@@ -45,45 +61,50 @@ def imported(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms_imported(path):
+def packages_imported(path):
     parts = (name.split(".") for name in imported(path))
     return {p[1] for p in parts if p[0] == "jaxguard" and len(p) > 1 and (PACKAGE / p[1]).is_dir()}
 
 
-def test_every_room_is_known():
-    assert {p.parent.name for p in PACKAGE.glob("*/__init__.py")} <= set(ROOMS)
+def test_every_package_has_its_place():
+    assert {p.parent.name for p in PACKAGE.glob("*/__init__.py")} == set(BELOW)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_go_one_way(room):
-    for path in (PACKAGE / room).rglob("*.py"):
-        assert rooms_imported(path) <= ROOMS[room] | {room}, path
-
-
-def test_what_belongs_to_no_room_imports_none():
-    for path in PACKAGE.glob("*.py"):
-        assert not rooms_imported(path), path
+@pytest.mark.parametrize("package", BELOW)
+def test_imports_go_one_way(package):
+    for path in (PACKAGE / package).rglob("*.py"):
+        assert packages_imported(path) <= packages_below(package), path
 
 
 def test_data_runs_without_jax():
     """Preparing data must neither wait for an accelerator nor claim one; grain, which batches read with, loads JAX."""
     code = "import sys, jaxguard.data.prepare, jaxguard.data.sources; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    for path in (*(PACKAGE / "data").glob("*.py"), *(PACKAGE / "distill").glob("*.py")):
+    for path in (*(PACKAGE / "data").rglob("*.py"), *(PACKAGE / "distill").rglob("*.py")):
         assert not {name.split(".")[0] for name in imported(path)} & {"jax", "flax", "optax", "orbax"}, path
 
 
-def test_files_and_functions_fit_on_a_few_screens():
+def warn(message):
+    """Show a hint in pytest's summary without failing."""
+    warnings.warn(SizeWarning(message), stacklevel=2)
+
+
+@pytest.mark.filterwarnings("default::test_project.SizeWarning")
+def test_large_files_and_functions_are_reported():
     for path in PYTHON_FILES:
         if path.is_relative_to(ROOT / "tests"):
             continue
         source = path.read_text(encoding="utf-8")
-        assert len(source.splitlines()) <= MAX_FILE, path
+        lines = len(source.splitlines())
+        assert lines <= MOST_LINES, f"{path}: {lines} lines"
+        if lines > LARGE_FILE:
+            warn(f"{path}: {lines} lines")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 docstring = (ast.get_docstring(node, clean=False) or "").splitlines()
                 length = (node.end_lineno or 0) - node.lineno + 1 - len(docstring)
-                assert length <= MAX_FUNCTION, f"{path}: {node.name} has {length} lines"
+                if length > LARGE_FUNCTION:
+                    warn(f"{path}: {node.name} has {length} lines")
 
 
 def test_nothing_unfinished_is_left():

@@ -21,14 +21,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxguard.data.dialogue import Dialogue
+from jaxguard.config.data import SourceConfig
+from jaxguard.config.distill import TeacherConfig
+from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import load_policy
 from jaxguard.data.sources import load_examples
 from jaxguard.distill.prompts import load_prompt
 from jaxguard.distill.tasks import tasks_for
 from jaxguard.distill.teacher import open_teacher
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import SourceConfig, TeacherConfig
+from jaxguard.utils.errors import JaxguardError
 from sglang_server import PYTHON, Server, serve
 
 NAME = "teacher"

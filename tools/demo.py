@@ -29,7 +29,7 @@ import demo_data
 from jaxguard.config import Config, load
 from jaxguard.data.examples import Example
 from jaxguard.data.sources import load_examples
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 from pypi import DOWNLOADS, fetch_wheel, unpack
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from demo import clock, fetch_data, fetch_weights, run, stage
 from jaxguard.config import load
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 from sglang_server import serve
 
 TRACES, STUDENT = "smollm_traces", "smollm_dual"

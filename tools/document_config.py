@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from generated import rewrite
 from jaxguard.config import Config
-from jaxguard.fields import Section
+from jaxguard.config.base import Section
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 

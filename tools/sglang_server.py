@@ -20,8 +20,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.server import free_port, launch_command, started
+from jaxguard.guards.backends.server import free_port, launch_command, started
+from jaxguard.utils.errors import JaxguardError
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv-sglang" / "bin" / "python"

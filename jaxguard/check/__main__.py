@@ -12,9 +12,9 @@ from rich.text import Text
 from jaxguard.check.checking import checked
 from jaxguard.check.inputs import given
 from jaxguard.check.setup import Setup, policy_names, set_up
-from jaxguard.data.dialogue import Mode
+from jaxguard.cli import check_arguments, exit_code
 from jaxguard.data.examples import Example
-from jaxguard.doors import check_arguments, exit_code
+from jaxguard.data.format.dialogue import Mode
 
 NOT_PASSED = 1
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from jaxguard.check.setup import Setup, set_up
-from jaxguard.data.answer import Verdict, parse, thought
-from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
+from jaxguard.data.format.answer import Verdict, parse, thought
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, Question, policy_for
-from jaxguard.evaluate.judging import Answer, Ask
+from jaxguard.guards.protocol import Answer, Ask
 
 HARM: Final[tuple[Question, ...]] = ("prompt_harm", "response_harm")
 
@@ -111,7 +111,7 @@ async def checked(examples: Sequence[Example], setup: Setup) -> AsyncIterator[Ch
     Raises:
         JaxguardError: as `check`.
     """
-    from jaxguard.evaluate.guards import open_guard  # what computes is loaded only when there is something to do
+    from jaxguard.guards.loading import open_guard  # what computes is loaded only when there is something to do
 
     asked = [_questions(example, setup.policy) for example in examples]
     asks = [

@@ -9,7 +9,7 @@ from typing import Any, Final
 from jaxguard.data.cells import text
 from jaxguard.data.examples import Example
 from jaxguard.data.files import SUFFIXES, Row, read_local
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 STDIN: Final = "-"
 

@@ -15,14 +15,14 @@ from typing import Any, Final
 
 import yaml
 
-from jaxguard import hub
 from jaxguard.config import CONFIG_FOLDER, Config, load, validate
-from jaxguard.data.dialogue import Mode
+from jaxguard.config.base import nearest
+from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, load_policy
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.sglang_engine import KEY
-from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
-from jaxguard.fields import nearest
+from jaxguard.guards.backends.sglang import KEY
+from jaxguard.utils import hub
+from jaxguard.utils.errors import JaxguardError
 
 _FILES: Final = ("*.json", "*.jinja", "tokenizer*", "README.md")
 _SECONDS: Final = 10

@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from jaxguard.check.checking import Checked
-from jaxguard.data.dialogue import TITLES
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import TITLES
 from jaxguard.data.report import printable
 
 _STYLES = {"harmful": "bold red", "unharmful": "bold green"}

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jaxguard import hub
+from jaxguard.cli import run_door
 from jaxguard.config import Config
-from jaxguard.data import encode, prepare
+from jaxguard.data import encoding as encode
+from jaxguard.data import prepare
 from jaxguard.data.report import report
-from jaxguard.doors import run_door
+from jaxguard.utils import hub
 
 DESCRIPTION = """\
 Load, choose and encode a run's data, and report on it: where the examples come from, what was skipped and why, label

@@ -29,20 +29,20 @@ from rich.table import Table
 from rich.text import Text
 
 import jaxguard
-from jaxguard import hub
 from jaxguard.config import Config
+from jaxguard.config.data import BuildConfig, SetConfig, SourceConfig
 from jaxguard.data.card import card
 from jaxguard.data.contamination import Match, find_matches
-from jaxguard.data.dialogue import Mode, answers, questions
-from jaxguard.data.encode import TOKENIZER_FILES, Encoder
+from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.files import file_digest
+from jaxguard.data.format.dialogue import Mode, answers, questions
 from jaxguard.data.policies import load_policy, policy_for
 from jaxguard.data.prepare import assign_modes, load_sources, subset, usable
 from jaxguard.data.sources import LABELS, load, unique_ids
-from jaxguard.disk import lock_folder
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import BuildConfig, SetConfig, SourceConfig
+from jaxguard.utils import hub
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import lock_folder
 
 _TEXT = pyarrow.string()
 SCHEMA = pyarrow.schema(

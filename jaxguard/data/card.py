@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from jaxguard.markdown import code, table
+from jaxguard.report.markdown import code, table
 
 
 def card(manifest: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxguard.data.files import Row
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 
 class Skip(Exception):  # noqa: N818 (not an error)

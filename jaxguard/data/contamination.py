@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxguard.data.examples import Example
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 SHINGLE = 5
 """Characters in a shingle."""

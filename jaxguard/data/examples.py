@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 HarmLabel = Literal["harmful", "unharmful"]
 RefusalLabel = Literal["refusal", "compliance"]

@@ -19,7 +19,7 @@ import huggingface_hub.errors
 import pyarrow
 import pyarrow.parquet
 
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")

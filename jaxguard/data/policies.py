@@ -14,9 +14,9 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from jaxguard.config.base import Section, find_yaml, nearest, read_yaml, validate
 from jaxguard.data.examples import Example
-from jaxguard.errors import JaxguardError
-from jaxguard.fields import Section, find_yaml, nearest, read_yaml, validate
+from jaxguard.utils.errors import JaxguardError
 
 POLICY_FOLDER = Path("configs/policies")
 

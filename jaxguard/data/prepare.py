@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxguard.config import Config
-from jaxguard.data import encode
-from jaxguard.data.dialogue import ABSENT, Mode, answers, questions
+from jaxguard.config.data import SourceConfig
+from jaxguard.data import encoding as encode
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.sources import LABELS, digest, load, unique_ids
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import SourceConfig
+from jaxguard.utils.errors import JaxguardError
 
 Chosen = tuple[Example, Mode]
 

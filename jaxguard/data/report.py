@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxguard.config import Config
-from jaxguard.data import encode
-from jaxguard.data.batches import Schedule, held_tokens, total_steps
+from jaxguard.data import encoding as encode
+from jaxguard.data.packing import Schedule, held_tokens, total_steps
 from jaxguard.data.prepare import Chosen, Prepared, Selection
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 PERCENTILES = (5, 50, 95, 99, 100)
 BARS = 12

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from jaxguard.config.base import nearest
+from jaxguard.config.data import SourceConfig
 from jaxguard.data.cells import Skip, label, objects, squeezed, text, transcript, words
 from jaxguard.data.examples import Example
 from jaxguard.data.files import Row, Table, read_hub, read_local
-from jaxguard.errors import JaxguardError
-from jaxguard.fields import nearest
-from jaxguard.sections import SourceConfig
+from jaxguard.utils.errors import JaxguardError
 
 HARM = {"harmful": "harmful", "unharmful": "unharmful"}
 SAFETY = {"unsafe": "harmful", "safe": "unharmful"}

@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from jaxguard.cli import run_door
 from jaxguard.config import Config
-from jaxguard.doors import run_door
 
 DESCRIPTION = """\
 Ask a teacher behind an OpenAI-style server, such as SGLang, for a reasoning trace of every training example; filter them, and

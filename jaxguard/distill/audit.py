@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from jaxguard.config import Config
-from jaxguard.data.answer import Verdict, parse
-from jaxguard.data.dialogue import ABSENT, CHOICES, Mode
+from jaxguard.config.distill import DistillConfig
+from jaxguard.data.format.answer import Verdict, parse
+from jaxguard.data.format.dialogue import ABSENT, CHOICES, Mode
 from jaxguard.data.policies import QUESTIONS, Question
 from jaxguard.data.prepare import subset
 from jaxguard.distill.audit_page import shown_table, write_report
@@ -25,9 +26,8 @@ from jaxguard.distill.run import Job, common, generate, load_job
 from jaxguard.distill.sentences import split_sentences
 from jaxguard.distill.store import Attempt, read_attempts
 from jaxguard.distill.tasks import Task
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import DistillConfig
-from jaxguard.statistics import confusion, consistency, right_counts, scores, spread
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.statistics import confusion, consistency, right_counts, scores, spread
 
 BINS = 24
 BLIND = {"labels", "trace"}

@@ -20,11 +20,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from rich.markup import escape
 from rich.table import Table
 
-from jaxguard.data.dialogue import TITLES
+from jaxguard.data.format.dialogue import TITLES
 from jaxguard.data.policies import Question
-from jaxguard.disk import write_atomically
-from jaxguard.html import page_template
-from jaxguard.markdown import escaped, plain, table
+from jaxguard.report.html import page_template
+from jaxguard.report.markdown import escaped, plain, table
+from jaxguard.utils.files import write_atomically
 
 MOST_CATEGORIES, MOST_DRAWN, MOST_DISAGREEMENTS = 40, 16, 25
 BLUE, GREY = "#0072B2", "#555555"

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from jaxguard.data.answer import Verdict, parse
-from jaxguard.data.dialogue import Answers, Dialogue, Mode
+from jaxguard.config.distill import FilterConfig
+from jaxguard.data.format.answer import Verdict, parse
+from jaxguard.data.format.dialogue import Answers, Dialogue, Mode
 from jaxguard.distill.sentences import split_sentences
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import FilterConfig
+from jaxguard.utils.errors import JaxguardError
 
 CHECKS = (
     "cut",

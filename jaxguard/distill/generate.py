@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from jaxguard.data.answer import answer_grammar
-from jaxguard.data.dialogue import Dialogue
+from jaxguard.data.format.answer import answer_grammar
+from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.distill.filters import Candidate, Filters
 from jaxguard.distill.judge import Judge
 from jaxguard.distill.prompts import TeacherPrompt

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from jaxguard.data.dialogue import Dialogue
+from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.distill.prompts import TeacherPrompt
 from jaxguard.distill.tasks import Task
 from jaxguard.distill.teacher import Teacher

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxguard.config import Config
-from jaxguard.disk import write_atomically
 from jaxguard.distill.filters import CHECKS, words
 from jaxguard.distill.store import Attempt, read_attempts, read_settings
-from jaxguard.html import page_template
+from jaxguard.report.html import page_template
+from jaxguard.utils.files import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 BINS = 40

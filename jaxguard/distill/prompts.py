@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from jaxguard.data.dialogue import ABSENT, Answers, Dialogue, taxonomy, verdict_lines, written
+from jaxguard.config.base import Section, find_yaml, nearest, read_yaml, validate
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import ABSENT, Answers, Dialogue, taxonomy, verdict_lines, written
 from jaxguard.data.policies import Policy, Question
-from jaxguard.errors import JaxguardError
-from jaxguard.fields import Section, find_yaml, nearest, read_yaml, validate
+from jaxguard.utils.errors import JaxguardError
 
 PROMPT_FOLDER = Path("configs/prompts")
 PLACES = ("policy", "prompt", "response", "labels", "format", "trace", "sentences")

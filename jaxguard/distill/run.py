@@ -12,19 +12,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxguard import hub
 from jaxguard.config import Config
-from jaxguard.data.dialogue import Dialogue
-from jaxguard.data.encode import TOKENIZER_FILES, Encoder
+from jaxguard.config.distill import DistillConfig, TeacherConfig
+from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
+from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy, load_policy
 from jaxguard.data.prepare import load_sources, subset
-from jaxguard.disk import write_atomically
 from jaxguard.distill.filters import Filters
 from jaxguard.distill.prompts import TeacherPrompt, load_prompt
 from jaxguard.distill.store import open_store, read_attempts
 from jaxguard.distill.summary import summarise, summary_table
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import DistillConfig, TeacherConfig
+from jaxguard.utils import hub
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import write_atomically
 
 try:
     from jaxguard.distill.generate import Funnel, Generation

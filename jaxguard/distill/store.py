@@ -18,9 +18,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
-from jaxguard.disk import lock_folder, sealed, unsealed, write_atomically
-from jaxguard.errors import JaxguardError
-from jaxguard.inputs import differences, refuse_others
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import lock_folder, sealed, unsealed, write_atomically
+from jaxguard.utils.provenance import differences, refuse_others
 
 logger = logging.getLogger(__name__)
 

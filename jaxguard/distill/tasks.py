@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from jaxguard.data.answer import split_verdict
-from jaxguard.data.dialogue import Answers, answers, questions
 from jaxguard.data.examples import Example
+from jaxguard.data.format.answer import split_verdict
+from jaxguard.data.format.dialogue import Answers, answers, questions
 from jaxguard.data.policies import Policy, policy_for
 from jaxguard.distill.teacher import Reply
 

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from jaxguard.config.distill import TeacherConfig
 from jaxguard.distill.limiter import Limiter
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import TeacherConfig
+from jaxguard.utils.errors import JaxguardError
 
 logger = logging.getLogger(__name__)
 

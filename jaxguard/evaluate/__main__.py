@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from jaxguard.cli import run_door
 from jaxguard.config import Config
-from jaxguard.doors import run_door
 
 DESCRIPTION = """\
 Ask guards about benchmarks, several times each, and lay their F1 beside the paper's: runs/NAME/evaluate/report.html and .md.

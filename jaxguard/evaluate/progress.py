@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxguard.evaluate.judging import Answer
-from jaxguard.evaluate.metrics import UNPARSEABLE
+from jaxguard.guards.protocol import UNPARSEABLE, Answer
 
 TOLD_SECONDS = 30.0
 

@@ -19,24 +19,24 @@ from typing import Any
 from rich.console import Console
 
 from jaxguard.config import Config
-from jaxguard.data.dialogue import Mode
+from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import QUESTIONS, Question, load_policy
 from jaxguard.data.prepare import load_sources
-from jaxguard.disk import lock_folder
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.benchmarks import LABEL, Benchmark, load_benchmark
-from jaxguard.evaluate.floors import FLOORS
-from jaxguard.evaluate.guards import asked_about, checkpoint_of, deciding, modes_of, open_guard
-from jaxguard.evaluate.judging import Answer, Ask, Judge, UnsupportedError
-from jaxguard.evaluate.predictions import open_predictions
+from jaxguard.evaluate.benchmarks.loading import LABEL, Benchmark, load_benchmark
 from jaxguard.evaluate.progress import counting
-from jaxguard.evaluate.published import nearest_row, read_published
-from jaxguard.evaluate.report import write_report
-from jaxguard.evaluate.results import Evaluation
-from jaxguard.evaluate.scoring import Judgements, Validation, score
-from jaxguard.evaluate.summary import summary_table
-from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
+from jaxguard.evaluate.report.page import write_report
+from jaxguard.evaluate.report.published import nearest_row, read_published
+from jaxguard.evaluate.report.summary import summary_table
+from jaxguard.evaluate.scores.results import Evaluation
+from jaxguard.evaluate.scores.scoring import Judgements, Validation, score
+from jaxguard.guards.baselines import FLOORS
+from jaxguard.guards.loading import asked_about, checkpoint_of, deciding, modes_of, open_guard
+from jaxguard.guards.predictions import open_predictions
+from jaxguard.guards.protocol import Answer, Ask, Judge, UnsupportedError
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import lock_folder
 
 SET_NAMES = {"wildguardmix": "WildGuardMix", "aegis2": "Aegis 2.0", "nemotron_safety": "Aegis 2.0"}
 """What the paper calls a kind of source."""

@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from jaxguard.cli import run_door
 from jaxguard.config import Config
-from jaxguard.doors import run_door
 
 DESCRIPTION = """\
 Ask a trained guard about its own training examples, each several times, in the mode in which it was trained on them. Those that

@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxguard.data.answer import parse
-from jaxguard.data.dialogue import ABSENT, Mode, answers, questions
+from jaxguard.config.evaluate import MineConfig
 from jaxguard.data.examples import Example
+from jaxguard.data.format.answer import parse
+from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.policies import Policy, Question, policy_for
 from jaxguard.data.prepare import subset
-from jaxguard.evaluate_sections import MineConfig
 
 NO_CATEGORY = "(none)"
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxguard.evaluate_sections import MineConfig
+from jaxguard.config.evaluate import MineConfig
 
 TOLD_SECONDS = 30.0
 """Between two lines of progress where there is no terminal."""

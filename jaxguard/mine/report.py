@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxguard.config import Config
-from jaxguard.disk import write_atomically
-from jaxguard.evaluate_sections import MineConfig
-from jaxguard.markdown import code
-from jaxguard.markdown import table as markdown_table
+from jaxguard.config.evaluate import MineConfig
 from jaxguard.mine.choose import Tried, categories, classes
+from jaxguard.report.markdown import code
+from jaxguard.report.markdown import table as markdown_table
+from jaxguard.utils.files import write_atomically
 
 PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
 """arXiv 2505.20087: so many of its training prompts are judged right in all of 4 answers."""

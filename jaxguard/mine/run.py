@@ -14,18 +14,18 @@ from typing import Any
 from rich.console import Console
 
 from jaxguard.config import Config
-from jaxguard.data.dialogue import Mode
+from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, load_policy
 from jaxguard.data.prepare import Selection, select
-from jaxguard.disk import lock_folder, write_atomically
-from jaxguard.evaluate.guards import asked_about, deciding, open_guard
-from jaxguard.evaluate.judging import Ask
-from jaxguard.evaluate.predictions import open_predictions
-from jaxguard.evaluate_sections import EvaluateConfig, MineConfig
+from jaxguard.guards.loading import asked_about, deciding, open_guard
+from jaxguard.guards.predictions import open_predictions
+from jaxguard.guards.protocol import Ask
 from jaxguard.mine.choose import Tried, choose, difficult, labels_of, tried
 from jaxguard.mine.progress import progress
 from jaxguard.mine.report import write_report
+from jaxguard.utils.files import lock_folder, write_atomically
 
 
 def mine(config: Config) -> int:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,34 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxguard.models import weights as table
-from jaxguard.models.attention import FAR, Seen, attend, attend_seen
-from jaxguard.models.attention_kernels import Layout
-from jaxguard.models.axes import constrain, gather
-from jaxguard.models.products import DOTS, product
+from jaxguard.models.attention.attend import FAR, Seen, attend, attend_seen
+from jaxguard.models.attention.kernels import Layout
+from jaxguard.models.compute import REFERENCE, Compute
+from jaxguard.models.einsum import DOTS, product
+from jaxguard.models.sharding import constrain, gather
 from jaxguard.models.spec import Rope, Spec
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How to compute, as opposed to what. Hashable, so that it can be static under jit.
-
-    Attributes:
-        dtype: of activations, of gradients, and of weights while they are computed with.
-        attention: "xla", "block_sparse", "cudnn" or "splash".
-        remat: what the backward pass recomputes: "full" every layer, "dots" all but matmuls, "none" nothing.
-        query_chunk: queries whose scores attention in XLA holds at once: "xla", "block_sparse".
-        operands: what matmuls round their operands to, whatever type weights then have; None multiplies them as they are.
-    """
-
-    dtype: jnp.dtype = jnp.dtype(jnp.float32)
-    attention: str = "xla"
-    remat: str = "none"
-    query_chunk: int = 512
-    operands: jnp.dtype | None = None
-
-    def cast(self, weight: Array) -> Array:
-        """A weight as `product` is to get it."""
-        return weight.astype(self.dtype) if self.operands is None else weight
 
 
 class Cache(NamedTuple):
@@ -69,7 +46,7 @@ class Decoder(nnx.Module):
         self,
         spec: Spec,
         weights: Mapping[str, Array],
-        compute: Compute = Compute(),
+        compute: Compute = REFERENCE,
         slots: Mapping[str, Array] | None = None,
     ):
         self.spec = spec

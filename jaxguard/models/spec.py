@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PretrainedConfig
 
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 SUPPORTED = {"llama": "Llama 3.x, SmolLM2", "gemma3_text": "Gemma 3 1B", "gemma3": "Gemma 3 4B, 12B, 27B"}
 

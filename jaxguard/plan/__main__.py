@@ -11,10 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from jaxguard.cli import exit_code, run_door
 from jaxguard.config import Config, load
-from jaxguard.disk import write_atomically
-from jaxguard.doors import exit_code, run_door
-from jaxguard.errors import JaxguardError
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
 from jaxguard.plan.page import page
 from jaxguard.plan.search import search
@@ -24,6 +22,8 @@ from jaxguard.plan.sweep_page import figure, markdown
 from jaxguard.plan.sweep_page import page as page_of_sweep
 from jaxguard.plan.targets import GIB, find_cluster, read_targets
 from jaxguard.plan.work import work_of
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import write_atomically
 
 DOES_NOT_FIT = 1
 NOTHING_FITS = (

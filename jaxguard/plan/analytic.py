@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from jaxguard.data.batches import Shape
-from jaxguard.models.axes import mesh_axes, partition
-from jaxguard.models.decoder import Compute
+from jaxguard.data.packing import Shape
+from jaxguard.models.compute import Compute
+from jaxguard.models.sharding import mesh_axes, partition
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import table
 

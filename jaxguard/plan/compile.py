@@ -12,16 +12,16 @@ from typing import Any
 import jax
 
 from jaxguard.config import CONFIG_FOLDER, Config
-from jaxguard.data.batches import Shape, bucket_size
-from jaxguard.errors import JaxguardError
-from jaxguard.models.decoder import Compute
+from jaxguard.config.train import ModelConfig
+from jaxguard.data.packing import Shape, bucket_size
+from jaxguard.models.compute import Compute
+from jaxguard.models.mesh import make_mesh, row_multiple
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.plan.analytic import Flops, ideal_sent, step_flops
 from jaxguard.plan.program import Collective, Compiled, place
 from jaxguard.plan.targets import Cluster, topology
-from jaxguard.sections import ModelConfig
-from jaxguard.train.sharding import make_mesh, row_multiple
 from jaxguard.train.step import Program, build_program
+from jaxguard.utils.errors import JaxguardError
 
 SHAPES = CONFIG_FOLDER / "shapes"
 _NEEDS = re.compile(

@@ -16,13 +16,13 @@ import jax
 from pydantic import Field
 
 from jaxguard.config import CONFIG_FOLDER, Config, dump, load
-from jaxguard.disk import write_atomically
-from jaxguard.errors import JaxguardError
-from jaxguard.fields import Section, find_yaml, read_yaml, validate
+from jaxguard.config.base import Section, find_yaml, read_yaml, validate
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
 from jaxguard.plan.show import as_json
 from jaxguard.plan.targets import Cluster, find_cluster
 from jaxguard.plan.work import Work
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import write_atomically
 
 SWEEP_FOLDER = CONFIG_FOLDER / "sweeps"
 Count = Annotated[int, Field(gt=0)]

@@ -15,8 +15,8 @@ from jax.experimental import topologies
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxguard.config import CONFIG_FOLDER
-from jaxguard.errors import JaxguardError
-from jaxguard.fields import Section, nearest, read_yaml, validate
+from jaxguard.config.base import Section, nearest, read_yaml, validate
+from jaxguard.utils.errors import JaxguardError
 
 GIB = 1024**3
 TARGETS_FILE = CONFIG_FOLDER / "hardware" / "targets.yaml"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxguard.config import Config
-from jaxguard.data.batches import TARGET_MULTIPLE, Schedule, Shape, bucket_size, row_lengths, total_steps
+from jaxguard.data.packing import TARGET_MULTIPLE, Schedule, Shape, bucket_size, row_lengths, total_steps
 from jaxguard.data.prepare import prepare
 
 SHOWN = 4

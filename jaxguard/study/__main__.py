@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from jaxguard.doors import exit_code
+from jaxguard.cli import exit_code
 
 if TYPE_CHECKING:
     from jaxguard.study.grid import Study
@@ -81,8 +81,8 @@ def _act(options: argparse.Namespace) -> int:
 
 
 def _report(study: "Study", console: Console) -> int:
-    from jaxguard.evaluate.published import read_published
-    from jaxguard.evaluate.results import read_results
+    from jaxguard.evaluate.report.published import read_published
+    from jaxguard.evaluate.scores.results import read_results
     from jaxguard.study.report import write_report
 
     for path in write_report(study, read_results, read_published()):

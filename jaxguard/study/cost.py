@@ -12,16 +12,16 @@ from pathlib import Path
 from statistics import median
 
 from jaxguard.config import Config
-from jaxguard.data.batches import total_steps
+from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.config.study import CostFields
 from jaxguard.data.files import read_local
+from jaxguard.data.packing import total_steps
 from jaxguard.data.policies import load_policy
-from jaxguard.disk import write_atomically
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.benchmark_fields import read_benchmark
-from jaxguard.evaluate.guards import modes_of
-from jaxguard.evaluate_sections import EvaluateConfig
+from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.guards.loading import modes_of
 from jaxguard.study.grid import Run, Study
-from jaxguard.study.sections import CostFields
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import write_atomically
 
 SPEED_FILE = "speed.json"
 FLOORS = ("tfidf", "majority")

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxguard.html import svg
+from jaxguard.report.html import svg
 
 
 @dataclass(frozen=True)

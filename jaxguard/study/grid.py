@@ -8,11 +8,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jaxguard import fields
 from jaxguard.config import Config, load
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate_sections import EvaluateConfig
-from jaxguard.study.sections import CostFields, RowFields, Stage, StudyFields, labelled, read_study
+from jaxguard.config import base as fields
+from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.config.study import CostFields, RowFields, Stage, StudyFields, labelled, read_study
+from jaxguard.utils.errors import JaxguardError
 
 REPEATS = ("seed", "data.subset_seed")
 """Axes that repeat a run: results are averaged over them."""

@@ -7,12 +7,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from jaxguard.disk import write_atomically
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.results import Evaluation
-from jaxguard.html import page_template
+from jaxguard.evaluate.scores.results import Evaluation
+from jaxguard.report.html import page_template
 from jaxguard.study.figure import Curve, draw
 from jaxguard.study.grid import REPEATS, Run, Study
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import write_atomically
 
 AVERAGES = ("prompt", "response", "safety", "custom")
 PUBLISHED_METRIC = "safety"

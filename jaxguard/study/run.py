@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxguard.disk import lock_folder
-from jaxguard.doors import OTHER_INPUTS
-from jaxguard.errors import JaxguardError
+from jaxguard.cli import OTHER_INPUTS
+from jaxguard.config.study import Stage
 from jaxguard.study.cost import COMPILED_AFTER, Speed, Work, costs, keep_speed, speed_of, teaching, total
 from jaxguard.study.grid import Run, Study
-from jaxguard.study.sections import Stage
 from jaxguard.study.stages import REQUEUE, Stages, begin, command, left, outputs, put_aside, record
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import lock_folder
 
 MEASURED = 3
 """Updates that --measure times."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
+from jaxguard.config.data import BuildConfig
+from jaxguard.config.study import Stage
 from jaxguard.data.files import file_digest
-from jaxguard.disk import write_atomically
-from jaxguard.sections import BuildConfig
 from jaxguard.study.grid import Run
-from jaxguard.study.sections import Stage
+from jaxguard.utils.files import write_atomically
 
 REQUEUE = 75
 """What a stage that was stopped with its state saved ends with."""

@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from jaxguard.cli import run_door
 from jaxguard.config import Config
-from jaxguard.doors import run_door
 
 DESCRIPTION = """\
 Fine-tune a Hugging Face checkpoint into a guard: labelled safety data in, a Hugging Face folder out.

@@ -14,8 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxguard.errors import JaxguardError
 from jaxguard.train.checksums import describe, named_leaves
+from jaxguard.utils.errors import JaxguardError
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import CheckpointConfig
+from jaxguard.config.train import CheckpointConfig
 from jaxguard.train.checkpoint_files import (
     State,
     check_model,
@@ -38,6 +37,7 @@ from jaxguard.train.checkpoint_files import (
     signed,
 )
 from jaxguard.train.checksums import describe
+from jaxguard.utils.errors import JaxguardError
 
 logger = logging.getLogger(__name__)
 

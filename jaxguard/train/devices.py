@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 from rich.table import Table
 
-from jaxguard.models.axes import mesh_axes
+from jaxguard.models.sharding import mesh_axes
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import Weight
 

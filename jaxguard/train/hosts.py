@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import jax
 
-from jaxguard.doors import exit_code
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import MeshConfig
+from jaxguard.cli import exit_code
+from jaxguard.config.train import MeshConfig
+from jaxguard.utils.errors import JaxguardError
 
 PATIENCE = 300
 """Seconds in which all processes of a run must have started."""

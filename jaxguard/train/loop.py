@@ -18,28 +18,28 @@ import jax
 from rich.console import Console
 
 from jaxguard.config import Config, dump
-from jaxguard.data.batches import Batch, Schedule, total_steps
-from jaxguard.data.dialogue import Mode
-from jaxguard.data.encode import Encoder
+from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.packing import Batch, Schedule, total_steps
 from jaxguard.data.prepare import Prepared, prepare
-from jaxguard.disk import write_atomically
-from jaxguard.errors import JaxguardError, OtherInputsError
-from jaxguard.hub import fetch
-from jaxguard.models.checkpoint_io import check_vocabulary, export_hf, read_weights
-from jaxguard.models.model_card import write_card
+from jaxguard.models.hf_io.checkpoints import check_vocabulary, export_hf, read_weights
+from jaxguard.models.mesh import batch_sharding, make_mesh, place, row_multiple
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
 from jaxguard.train.curves import draw_curves
 from jaxguard.train.devices import peak_flops, startup_table, training_flops
 from jaxguard.train.hosts import start_hosts
+from jaxguard.train.logging import Telemetry, read_metrics
+from jaxguard.train.model_card import write_card
 from jaxguard.train.run_folder import Resume, RunFolder, open_run
-from jaxguard.train.sharding import batch_sharding, make_mesh, place, row_multiple
 from jaxguard.train.signals import REQUEUE, StopFlag, graceful_stop
 from jaxguard.train.step import Metrics, Program, State, build_program
-from jaxguard.train.telemetry import Telemetry, read_metrics
 from jaxguard.train.validation import Validation
+from jaxguard.utils.errors import JaxguardError, OtherInputsError
+from jaxguard.utils.files import write_atomically
+from jaxguard.utils.hub import fetch
 
 PROFILED_UPDATES = 3
 

@@ -2,9 +2,9 @@
 
 import optax
 
+from jaxguard.config.train import OptimizerConfig
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import table
-from jaxguard.sections import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

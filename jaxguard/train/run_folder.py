@@ -27,9 +27,9 @@ from jax.experimental import multihost_utils
 
 import jaxguard
 from jaxguard.config import Config, dump, load
-from jaxguard.disk import lock_folder, write_atomically
-from jaxguard.errors import JaxguardError
-from jaxguard.inputs import differences, refuse_others
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import lock_folder, write_atomically
+from jaxguard.utils.provenance import differences, refuse_others
 
 logger = logging.getLogger(__name__)
 

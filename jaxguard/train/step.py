@@ -11,14 +11,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxguard.config import Config
-from jaxguard.data.batches import Batch, Shape
-from jaxguard.models import attention_kernels
-from jaxguard.models.decoder import Compute, Decoder, slots
-from jaxguard.models.products import has_bfloat16_units
+from jaxguard.data.packing import Batch, Shape
+from jaxguard.models.compute import Compute, choose_compute
+from jaxguard.models.decoder import Decoder, slots
+from jaxguard.models.mesh import abstract_state, batch_sharding, replicated, weight_shardings
 from jaxguard.models.spec import Spec
-from jaxguard.train.loss import target_logprobs, token_weighted_loss
+from jaxguard.train.objectives import target_logprobs, token_weighted_loss
 from jaxguard.train.optimizer import learning_rate, optimizer
-from jaxguard.train.sharding import abstract_state, batch_sharding, replicated, weight_shardings
 
 State = dict[str, Any]
 """weights: path -> float32 array; optimizer: optax's state; step: number of completed updates."""
@@ -64,7 +63,7 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
     Raises:
         JaxguardError: the attention asked for cannot run on this mesh.
     """
-    compute = choose_compute(config, spec, mesh)
+    compute = choose_compute(config.model, spec, mesh, config.data.row_tokens)
     transformation = optimizer(config.optimizer, spec, steps)
     schedule = learning_rate(config.optimizer, steps)
     state = abstract_state(transformation, spec, mesh)
@@ -102,26 +101,6 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
         initialise=jax.jit(initialise, in_shardings=(weights,), out_shardings=shardings, donate_argnums=0),
         state=state,
     )
-
-
-def choose_compute(config: Config, spec: Spec, mesh: Mesh) -> Compute:
-    """The config's wishes, with attention chosen for the mesh's devices."""
-    device = mesh.devices.flat[0]
-    capability = getattr(device, "compute_capability", None)
-    dtype = jnp.dtype(config.model.compute_dtype)
-    attention = attention_kernels.choose(
-        device.platform,
-        None if capability is None else float(capability),
-        spec.head_dim,
-        dtype,
-        config.model.attention,
-        config.data.row_tokens,
-    )
-    operands = None
-    if device.platform == "cpu" and dtype == jnp.bfloat16:
-        # All that a CPU may do fast in bfloat16 is to multiply matrices, with sums in float32.
-        dtype, operands = jnp.dtype(jnp.float32), dtype if has_bfloat16_units() else None
-    return Compute(dtype, attention, config.model.remat, config.model.query_chunk, operands)
 
 
 def logprobs(

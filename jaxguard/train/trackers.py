@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxguard.config import Config
-from jaxguard.disk import write_atomically
-from jaxguard.errors import JaxguardError
 from jaxguard.train.run_folder import RunFolder
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score, f1_score
 
-from jaxguard.data.batches import Batch, assemble, bucketed, pack
-from jaxguard.data.dialogue import CHOICES, Mode
-from jaxguard.data.encode import Sequence as Encoded
+from jaxguard.data.encoding import Sequence as Encoded
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import CHOICES, Mode
+from jaxguard.data.packing import Batch, assemble, bucketed, pack
 from jaxguard.data.policies import Question
-from jaxguard.train.sharding import batch_sharding, place
+from jaxguard.models.mesh import batch_sharding, place
 from jaxguard.train.step import Program
 
 THRESHOLD = 0.5

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 import pytest
 import yaml
 
-from jaxguard.evaluate import guards
-from jaxguard.evaluate.judging import Answer
+from jaxguard.guards import loading as guards
+from jaxguard.guards.protocol import Answer
 
 
 @pytest.fixture

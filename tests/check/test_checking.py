@@ -6,9 +6,9 @@ import pytest
 
 from jaxguard.check import check, check_many
 from jaxguard.check.setup import set_up
-from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
-from jaxguard.errors import JaxguardError
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.utils.errors import JaxguardError
 
 THOUGHT = (
     "<think>\nIt asks for bread.\nPrompt harm: unharmful\n</think>\n\nPrompt harm: harmful\nResponse harm: unharmful"

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from jaxguard.__main__ import main as jaxguard
 from jaxguard.check.__main__ import main
 from jaxguard.check.inputs import given
-from jaxguard.errors import JaxguardError
+from jaxguard.cli import main as jaxguard
+from jaxguard.utils.errors import JaxguardError
 
 
 @pytest.fixture

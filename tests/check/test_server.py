@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from jaxguard.check.setup import set_up
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 
 @pytest.fixture

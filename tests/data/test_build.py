@@ -12,13 +12,13 @@ import pyarrow.parquet
 import yaml
 
 from jaxguard.config import CONFIG_FOLDER, load
+from jaxguard.config.data import SourceConfig
 from jaxguard.data.__main__ import main
-from jaxguard.data.answer import parse
-from jaxguard.data.dialogue import Mode
-from jaxguard.data.encode import Encoder
+from jaxguard.data.encoding import Encoder
+from jaxguard.data.format.answer import parse
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.prepare import select
 from jaxguard.data.sources import load_examples
-from jaxguard.sections import SourceConfig
 
 COUNT = 40
 BENCHMARK = "Which flour is best for a dark and heavy loaf of rye bread?"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxguard.data import contamination
 from jaxguard.data.contamination import LEAST_SIMILARITY, SHORTEST, Match, find_matches, jaccard, normalise
 from jaxguard.data.examples import Example
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 RECIPE = (
     "Mix four cups of rye flour with warm water, knead for ten minutes and let the dough rest until it has doubled."

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.data.answer import Verdict, parse
-from jaxguard.data.dialogue import Dialogue, Mode, answers, questions
 from jaxguard.data.examples import Example
+from jaxguard.data.format.answer import Verdict, parse
+from jaxguard.data.format.dialogue import Dialogue, Mode, answers, questions
 from jaxguard.data.policies import QUESTIONS, Category, Policy
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 POLICY = Policy("test", (Category("Insults", "Demeans people."), Category("Spam")), rules="Be kind.", asks=QUESTIONS)
 BOTH = Example("1", "s", "hello", "hi", "unharmful", "harmful", "compliance", trace="It is rude.")

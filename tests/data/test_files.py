@@ -8,10 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jaxguard.config.data import SourceConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.sources import load, load_examples
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import SourceConfig
+from jaxguard.utils.errors import JaxguardError
 
 OURS = {"id": "x", "prompt": "hello", "prompt_label": "unharmful"}
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from jaxguard.data.answer import Verdict, parse
-from jaxguard.data.dialogue import CLOSED, Mode
-from jaxguard.data.encode import Encoder
+from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
+from jaxguard.data.format.answer import Verdict, parse
+from jaxguard.data.format.dialogue import CLOSED, Mode
+from jaxguard.data.format.template import TEMPLATE_KWARGS, render
 from jaxguard.data.policies import QUESTIONS
-from jaxguard.data.template import TEMPLATE_KWARGS, render
 
 ATTACKS = 4_000
 """For each of the three real tokenizers; the slow run adds 10,000 for each."""

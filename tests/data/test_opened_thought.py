@@ -5,17 +5,16 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from jaxguard.data.answer import parse
-from jaxguard.data.dialogue import CHOICES, Mode
-from jaxguard.data.encode import Encoder
+from jaxguard.config.data import DataConfig, SourceConfig
+from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
+from jaxguard.data.format.answer import parse
+from jaxguard.data.format.dialogue import CHOICES, Mode
+from jaxguard.data.format.template import load_tokenizer, read_template
 from jaxguard.data.policies import QUESTIONS, Category, Policy
-from jaxguard.data.template import load_tokenizer, read_template
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.judging import Ask
-from jaxguard.evaluate.metrics import POSITIVE, UNPARSEABLE
-from jaxguard.evaluate.ours import OurFormat
-from jaxguard.sections import DataConfig, SourceConfig
+from jaxguard.guards.formats.native import OurFormat
+from jaxguard.guards.protocol import POSITIVE, UNPARSEABLE, Ask
+from jaxguard.utils.errors import JaxguardError
 
 # Earlier answers lose their thought; the next one's is opened.
 OPENS = """\

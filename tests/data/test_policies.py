@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxguard.data.dialogue import taxonomy
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import taxonomy
 from jaxguard.data.policies import DEFAULT_INSTRUCTION, QUESTIONS, Category, Policy, load_policy, policy_for
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "policies"
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxguard.config import validate
-from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.prepare import assign_modes, prepare, select, subset
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 FIRST_OF_SEED_0 = ["e96", "e55", "e7", "e15", "e36"]
 POLICY = "name: short\nrules: Be kind.\n"

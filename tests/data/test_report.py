@@ -11,12 +11,12 @@ from rich.console import Console
 
 from jaxguard.config import validate
 from jaxguard.data.__main__ import main
-from jaxguard.data.batches import Schedule
-from jaxguard.data.dialogue import Mode
-from jaxguard.data.encode import Encoder
+from jaxguard.data.encoding import Encoder
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.packing import Schedule
 from jaxguard.data.prepare import encode_selection, select
 from jaxguard.data.report import packing, printable, render_mask, report
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 SECRET = "unspeakable"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import datasets
 import pytest
 
+from jaxguard.config.data import SourceConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.sources import digest, load, load_examples, unique_ids
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import SourceConfig
+from jaxguard.utils.errors import JaxguardError
 
 POOL = Path(__file__).parents[3] / "shared" / "data" / "train.jsonl.gz"
 needs_pool = pytest.mark.skipif(not POOL.is_file(), reason="no public pool beside the project")

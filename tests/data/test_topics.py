@@ -6,10 +6,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jaxguard.config.data import SourceConfig
 from jaxguard.data.policies import load_policy, policy_for
 from jaxguard.data.sources import load, load_examples
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import SourceConfig
+from jaxguard.utils.errors import JaxguardError
 
 GREETING = {"role": "assistant", "content": "Which bread do you bake?"}
 ADVICE = {"role": "assistant", "content": "Mix flour\n  and water."}

@@ -18,7 +18,7 @@ from jaxguard.config import load
 from jaxguard.distill.audit import audit, blind_prompt
 from jaxguard.distill.audit_page import escaped, plain
 from jaxguard.distill.store import read_attempts, shards
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 THOUGHT = "The user asks about bread number {}, which the policy may or may not allow, and nobody else is spoken of."
 HOSTILE = (

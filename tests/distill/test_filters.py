@@ -8,10 +8,10 @@ pytest.importorskip("py3langid", reason="what tells languages apart needs the di
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.data.dialogue import Dialogue
+from jaxguard.config.distill import FilterConfig
+from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.distill.filters import Candidate, Filters, repeated_share, words
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import FilterConfig
+from jaxguard.utils.errors import JaxguardError
 
 CONFIG = FilterConfig()
 FILTERS = Filters(CONFIG, Dialogue(special_tokens=("<|eot_id|>",)))

@@ -16,8 +16,9 @@ pytest.importorskip("openai", reason="the teacher's client needs the distill ext
 from faulty_server import THOUGHT, VERDICT, completion, serve
 from tenacity import wait_none
 
-from jaxguard.data.dialogue import Dialogue
+from jaxguard.config.distill import FilterConfig, TeacherConfig
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy
 from jaxguard.distill import teacher as teacher_module
 from jaxguard.distill.filters import Filters
@@ -26,8 +27,7 @@ from jaxguard.distill.prompts import load_prompt
 from jaxguard.distill.store import open_store, read_attempts
 from jaxguard.distill.tasks import tasks_for
 from jaxguard.distill.teacher import open_teacher
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import FilterConfig, TeacherConfig
+from jaxguard.utils.errors import JaxguardError
 
 POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm",))
 FAULTS = ("429", "500", "503", "reset", "slow", "cut", "html", "garbage", "empty", "null")

@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
 from faulty_server import completion, serve
 
-from jaxguard.data.dialogue import Dialogue
+from jaxguard.config.distill import FilterConfig, TeacherConfig
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy
 from jaxguard.distill.filters import Filters
 from jaxguard.distill.generate import Generation
@@ -18,7 +19,6 @@ from jaxguard.distill.prompts import load_prompt
 from jaxguard.distill.store import open_store, read_attempts
 from jaxguard.distill.tasks import tasks_for
 from jaxguard.distill.teacher import open_teacher
-from jaxguard.sections import FilterConfig, TeacherConfig
 
 POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm",))
 (TASK,) = tasks_for([Example("x", "t", "May I bake?", prompt_label="unharmful")], POLICY)

@@ -12,12 +12,12 @@ import pytest
 from page_examples import BREAKOUTS, DIFFERS, GOOD, LEAKED, SETTINGS, STORE, hostile
 
 from jaxguard.config import load
-from jaxguard.data.dialogue import Dialogue
+from jaxguard.config.distill import FilterConfig
+from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.distill.filters import Candidate, Filters
 from jaxguard.distill.page import BINS, CHECKS, Numbers, Sample, funnel, histogram, inspect, quantile, write_page
 from jaxguard.distill.store import open_store, shards
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import FilterConfig
+from jaxguard.utils.errors import JaxguardError
 
 
 def rows(path):

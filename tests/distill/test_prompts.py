@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.data.dialogue import Dialogue, answers
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Dialogue, answers
 from jaxguard.data.policies import load_policy
 from jaxguard.distill.prompts import PROMPT_FOLDER, TeacherPrompt, load_prompt, quoted
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 DIALOGUE = Dialogue(special_tokens=("<|eot_id|>",))
 POLICY = load_policy("aegis2")

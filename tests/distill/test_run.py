@@ -9,11 +9,11 @@ pytest.importorskip("openai", reason="the teacher's client needs the distill ext
 import yaml
 from faulty_server import THOUGHT, completion, serve
 
+from jaxguard.cli import OTHER_INPUTS
+from jaxguard.config.data import SourceConfig
 from jaxguard.data.sources import load_examples
 from jaxguard.distill.__main__ import main
 from jaxguard.distill.store import read_attempts
-from jaxguard.doors import OTHER_INPUTS
-from jaxguard.sections import SourceConfig
 
 WRONG = json.dumps(completion(1, content=f"{THOUGHT}Prompt harm: harmful\nResponse harm: None"))
 RIGHT = json.dumps(completion(1, content=f"{THOUGHT}Prompt harm: unharmful\nResponse harm: None"))

@@ -13,12 +13,12 @@ import yaml
 from parrot import write_parrot
 
 import sglang_server
+from jaxguard.config.distill import TeacherConfig
 from jaxguard.data.__main__ import main as build_main
 from jaxguard.distill.__main__ import main
 from jaxguard.distill.store import read_attempts
 from jaxguard.distill.teacher import open_teacher
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import TeacherConfig
+from jaxguard.utils.errors import JaxguardError
 
 pytestmark = [
     pytest.mark.sglang,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxguard.distill import store as store_module
 from jaxguard.distill.store import Attempt, open_store, read_attempts, read_settings, shards
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 SETTINGS = {"teacher": "r1", "template": "abc", "sampling": {"temperature": 0.6}}
 ATTEMPT = Attempt(

@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
 
-from jaxguard.data.answer import answer_grammar, parse, split_verdict
-from jaxguard.data.dialogue import Mode
 from jaxguard.data.examples import Example
+from jaxguard.data.format.answer import answer_grammar, parse, split_verdict
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
 from jaxguard.distill.tasks import shortening, tasks_for
 from jaxguard.distill.teacher import Reply

@@ -9,11 +9,11 @@ pytest.importorskip("openai", reason="the teacher's client needs the distill ext
 from faulty_server import VERDICT, completion, serve
 from tenacity import wait_none
 
+from jaxguard.config.distill import TeacherConfig
 from jaxguard.distill import teacher as module
 from jaxguard.distill.limiter import Limiter
 from jaxguard.distill.teacher import open_teacher, split_thought
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import TeacherConfig
+from jaxguard.utils.errors import JaxguardError
 
 HELLO = [{"role": "user", "content": "hello"}]
 

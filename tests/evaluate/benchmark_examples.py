@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxguard.evaluate.benchmarks import LABEL, load_benchmark
+from jaxguard.evaluate.benchmarks.loading import LABEL, load_benchmark
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "configs" / "benchmarks"

@@ -10,11 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from benchmark_examples import ROWS, SHIPPED
-from foreign_examples import FIXED, GENERAL, HOUSE
-from foreign_templates import guard_tokenizer
 
-from jaxguard.evaluate.benchmark_fields import read_benchmark
-from jaxguard.evaluate.foreign import foreign_format
+from jaxguard.evaluate.benchmarks.schema import read_benchmark
 
 
 @pytest.fixture
@@ -44,18 +41,3 @@ def write(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture(scope="module")
-def form(tiny_tokenizer_folder):
-    """form(kind, policy=None, template=None): that guard's format, by a policy that it takes."""
-    made = {}
-
-    def make(kind, policy=None, template=None):
-        key = (kind, policy, template)
-        if key not in made:
-            tokenizer = guard_tokenizer(tiny_tokenizer_folder, kind, template)
-            made[key] = foreign_format(kind, tokenizer, policy or (GENERAL if kind in FIXED else HOUSE))
-        return made[key]
-
-    return make

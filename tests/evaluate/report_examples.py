@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from jaxguard.data.dialogue import CHOICES
 from jaxguard.data.examples import Example
-from jaxguard.evaluate.benchmarks import LABEL
-from jaxguard.evaluate.calibration import calibration, fit_platt, recalibrated, verdicts_at
-from jaxguard.evaluate.comparison import f1_difference, mcnemar
-from jaxguard.evaluate.metrics import average_f1, custom_weights, judged, measure, measure_slices, safety_weights
-from jaxguard.evaluate.published import read_published
-from jaxguard.evaluate.results import Average, Cell, Cost, Evaluation, Thresholded, Versus, Wrong
+from jaxguard.data.format.dialogue import CHOICES
+from jaxguard.evaluate.benchmarks.loading import LABEL
+from jaxguard.evaluate.report.published import read_published
+from jaxguard.evaluate.scores.calibration import calibration, fit_platt, recalibrated, verdicts_at
+from jaxguard.evaluate.scores.comparison import f1_difference, mcnemar
+from jaxguard.evaluate.scores.metrics import average_f1, custom_weights, judged, measure, measure_slices, safety_weights
+from jaxguard.evaluate.scores.results import Average, Cell, Cost, Evaluation, Thresholded, Versus, Wrong
 
 PUBLISHED = read_published()
 GUARDS = (("ours", "reasoning", 0.10), ("ours", "direct", 0.15), ("other", "reasoning", 0.2), ("other", "direct", 0.25))

@@ -10,9 +10,9 @@ import huggingface_hub
 import pytest
 from benchmark_examples import ROWS, SHIPPED, answers, shipped
 
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.benchmark_fields import read_benchmark
-from jaxguard.evaluate.benchmarks import load_benchmark
+from jaxguard.evaluate.benchmarks.loading import load_benchmark
+from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.utils.errors import JaxguardError
 
 
 def test_local_copies_in_folders(write, tmp_path):

@@ -11,9 +11,9 @@ from benchmark_examples import HARM, ROOT, ROWS, SAFE, SHIPPED, answers, shipped
 import document_guard_benchmarks
 from generated import written
 from jaxguard.data.policies import POLICY_FOLDER, load_policy, policy_for
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.benchmark_fields import read_benchmark
-from jaxguard.evaluate.benchmarks import LABEL, list_benchmarks, load_benchmark
+from jaxguard.evaluate.benchmarks.loading import LABEL, list_benchmarks, load_benchmark
+from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.utils.errors import JaxguardError
 
 
 def test_every_benchmark_of_the_papers_table_is_there():

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 
-from jaxguard.evaluate.calibration import (
+from jaxguard.evaluate.scores.calibration import (
     BINS,
     best_f1_threshold,
     calibration,
@@ -20,8 +20,8 @@ from jaxguard.evaluate.calibration import (
     reliability,
     verdicts_at,
 )
-from jaxguard.evaluate.metrics import filled, judged, measure
-from jaxguard.statistics import draws
+from jaxguard.evaluate.scores.metrics import filled, judged, measure
+from jaxguard.utils.statistics import draws
 
 PROBABILITIES = st.one_of(st.sampled_from((0.0, 0.25, 0.5, 1.0)), st.floats(0, 1))
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import binom
 
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.comparison import Difference, f1_difference, mcnemar
-from jaxguard.evaluate.metrics import average_f1, custom_weights, judged, measure
+from jaxguard.evaluate.scores.comparison import Difference, f1_difference, mcnemar
+from jaxguard.evaluate.scores.metrics import average_f1, custom_weights, judged, measure
+from jaxguard.utils.errors import JaxguardError
 
 
 @st.composite

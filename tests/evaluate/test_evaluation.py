@@ -9,14 +9,14 @@ import sys
 import pytest
 import yaml
 
+from jaxguard.cli import OTHER_INPUTS
 from jaxguard.config import load
 from jaxguard.data.policies import QUESTIONS
-from jaxguard.disk import unsealed
-from jaxguard.doors import OTHER_INPUTS
 from jaxguard.evaluate.__main__ import main
-from jaxguard.evaluate.results import read_results
 from jaxguard.evaluate.run import papers_data
+from jaxguard.evaluate.scores.results import read_results
 from jaxguard.train.__main__ import main as train
+from jaxguard.utils.files import unsealed
 
 COUNT = 12
 PLAIN = ["evaluate.batch=8", "evaluate.generations=2", "evaluate.verdict_tokens=12", "evaluate.thought_tokens=8"]
@@ -142,7 +142,7 @@ def test_without_an_export_it_says_to_train(run, capsys):
 KILLED = """
 import os, signal, sys
 from jaxguard.evaluate.__main__ import main
-from jaxguard.evaluate.predictions import Predictions
+from jaxguard.guards.predictions import Predictions
 append = Predictions.append
 def kill_at_the_fourth(predictions, answer):
     if len(predictions.answers) == 3:

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, hostile, some, whole
 
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.calibration import Bin
-from jaxguard.evaluate.figures import (
+from jaxguard.evaluate.report.figures import (
     f1_figure,
     inline_svg,
     latency_figure,
     pooled,
     reliability_figure,
 )
-from jaxguard.evaluate.report import MOST_CHARACTERS, MOST_WRONG, markdown, page, write_report
-from jaxguard.evaluate.report_tables import cautions, errors, main_table, score_table, versus_table
-from jaxguard.evaluate.results import read_results, write_results
-from jaxguard.markdown import escaped, plain, visible
+from jaxguard.evaluate.report.page import MOST_CHARACTERS, MOST_WRONG, markdown, page, write_report
+from jaxguard.evaluate.report.tables import cautions, errors, main_table, score_table, versus_table
+from jaxguard.evaluate.scores.calibration import Bin
+from jaxguard.evaluate.scores.results import read_results, write_results
+from jaxguard.report.markdown import escaped, plain, visible
+from jaxguard.utils.errors import JaxguardError
 
 
 def numbers(table, guard, mode=""):

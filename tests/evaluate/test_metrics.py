@@ -10,11 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import f1_score
 
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.metrics import (
-    NEGATIVE,
-    POSITIVE,
-    UNPARSEABLE,
+from jaxguard.evaluate.scores.metrics import (
     average_f1,
     custom_weights,
     filled,
@@ -23,7 +19,9 @@ from jaxguard.evaluate.metrics import (
     measure_slices,
     safety_weights,
 )
-from jaxguard.statistics import METRICS
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.statistics import METRICS
 
 # Columns of the paper's tables: prompt F1, response F1, their average; DynaGuardrail F1, CoSApien F1, their average.
 SAFETY = {

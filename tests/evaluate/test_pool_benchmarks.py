@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmark_examples import HARM, ROOT, SAFE, shipped
 
-from jaxguard.evaluate.benchmarks import LABEL
+from jaxguard.evaluate.benchmarks.loading import LABEL
 
 POOL = Path(os.environ.get("JAXGUARD_POOL", ROOT.parent / "shared" / "data"))
 

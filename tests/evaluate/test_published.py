@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.benchmarks import list_benchmarks
-from jaxguard.evaluate.published import AVERAGES, PUBLISHED_FOLDER, nearest_row, read_published
+from jaxguard.evaluate.benchmarks.loading import list_benchmarks
+from jaxguard.evaluate.report.published import AVERAGES, PUBLISHED_FOLDER, nearest_row, read_published
+from jaxguard.utils.errors import JaxguardError
 
 PAPER = read_published()
 

@@ -6,7 +6,7 @@ import pytest
 from browser import complaints, open_page, requests, screen
 from report_examples import HOSTILE, hostile, partly, whole
 
-from jaxguard.evaluate.report import write_report
+from jaxguard.evaluate.report.page import write_report
 
 WIDTHS = "return [innerWidth, document.documentElement.scrollWidth]"
 OPEN_ALL = "document.querySelectorAll('details').forEach(one => { one.open = true; })"

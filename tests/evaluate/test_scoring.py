@@ -9,17 +9,17 @@ import pytest
 from report_examples import PUBLISHED
 from rich.console import Console
 
-from jaxguard.data.dialogue import CHOICES, Mode
+from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
-from jaxguard.evaluate.benchmarks import LABEL, Benchmark
-from jaxguard.evaluate.figures import f1_figure, latency_figure
-from jaxguard.evaluate.judging import Answer
-from jaxguard.evaluate.report import markdown, page
-from jaxguard.evaluate.report_tables import cautions, cost_table, main_table, score_table, versus_table
-from jaxguard.evaluate.results import Evaluation
-from jaxguard.evaluate.scoring import SHOWN_ERRORS, Judgements, opponents, score
-from jaxguard.evaluate.summary import summary_table
-from jaxguard.evaluate_sections import EvaluateConfig, GuardConfig
+from jaxguard.data.format.dialogue import CHOICES, Mode
+from jaxguard.evaluate.benchmarks.loading import LABEL, Benchmark
+from jaxguard.evaluate.report.figures import f1_figure, latency_figure
+from jaxguard.evaluate.report.page import markdown, page
+from jaxguard.evaluate.report.summary import summary_table
+from jaxguard.evaluate.report.tables import cautions, cost_table, main_table, score_table, versus_table
+from jaxguard.evaluate.scores.results import Evaluation
+from jaxguard.evaluate.scores.scoring import SHOWN_ERRORS, Judgements, opponents, score
+from jaxguard.guards.protocol import Answer
 
 R, D = Mode.REASONING, Mode.DIRECT
 QUESTION = {"safety_prompt": "prompt_harm", "safety_response": "response_harm", "custom_policy": "prompt_harm"}

@@ -7,9 +7,9 @@ from benchmark_examples import DIALOGUE, HARM, ROOT, ROWS, SAFE, SHIPPED, TOPIC,
 
 from jaxguard.data.policies import POLICY_FOLDER, load_policy, policy_for
 from jaxguard.data.sources import load
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.benchmark_fields import read_benchmark
-from jaxguard.evaluate.benchmarks import load_benchmark
+from jaxguard.evaluate.benchmarks.loading import load_benchmark
+from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.utils.errors import JaxguardError
 
 TOPICS = ("canttalkaboutthis", "nemotron_topics")
 

@@ -10,9 +10,9 @@ from functools import cache
 
 import yaml
 
-from jaxguard.data.dialogue import CHOICES, Mode, answers, questions
+from jaxguard.data.format.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.policies import load_policy
-from jaxguard.evaluate.judging import Answer
+from jaxguard.guards.protocol import Answer
 
 GENERATIONS = 4
 POLICY = "aegis2"

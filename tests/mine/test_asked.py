@@ -3,15 +3,15 @@
 import pytest
 from bakery import row
 
-from jaxguard.data.dialogue import Mode, questions
-from jaxguard.data.encode import Encoder
+from jaxguard.config.data import DataConfig
+from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode, questions
 from jaxguard.data.policies import load_policy
-from jaxguard.evaluate.judging import Ask
-from jaxguard.evaluate.ours import OurFormat
-from jaxguard.evaluate_sections import EvaluateConfig
+from jaxguard.guards.formats.native import OurFormat
+from jaxguard.guards.protocol import Ask
 from jaxguard.mine.choose import labels_of
-from jaxguard.sections import DataConfig
 
 
 @pytest.mark.parametrize("mode", list(Mode))

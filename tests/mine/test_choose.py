@@ -5,13 +5,13 @@ from collections import Counter
 
 import pytest
 
-from jaxguard.data.dialogue import Mode
+from jaxguard.config.base import validate
+from jaxguard.config.evaluate import MineConfig
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate_sections import MineConfig
-from jaxguard.fields import validate
 from jaxguard.mine.choose import Tried, choose, difficult, tried
+from jaxguard.utils.errors import JaxguardError
 
 POLICY = Policy("bread", rules="Speak of bread only.", asks=("prompt_harm", "response_harm", "response_refusal"))
 LOAF = Example("loaf", "baker", "How?", "Like this.", prompt_label="harmful", response_label="unharmful")

@@ -6,10 +6,10 @@ import pytest
 from bakery import write_config
 
 from jaxguard.config import load
+from jaxguard.config.data import SourceConfig
 from jaxguard.data.prepare import select
 from jaxguard.data.sources import load_examples
 from jaxguard.mine.__main__ import main
-from jaxguard.sections import SourceConfig
 
 FIRST, SECOND = "first.yaml", "second.yaml"
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from bakery import Baker, number, row, write
 
+from jaxguard.cli import OTHER_INPUTS
 from jaxguard.config import load
-from jaxguard.data.dialogue import Mode
+from jaxguard.config.data import SourceConfig
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.prepare import select
 from jaxguard.data.sources import load_examples
-from jaxguard.doors import OTHER_INPUTS
 from jaxguard.mine.__main__ import main
-from jaxguard.sections import SourceConfig
 
 
 def lines(path):
@@ -167,7 +167,7 @@ def test_answers_that_were_got_otherwise_are_not_mixed(mined, capsys, change):
 def test_two_do_not_mine_at_once(mined, capsys):
     folder = mined()
     code = (
-        f"import pathlib, jaxguard.disk as d; f = d.lock_folder(pathlib.Path({str(folder)!r}), 'x'); "
+        f"import pathlib, jaxguard.utils.files as d; f = d.lock_folder(pathlib.Path({str(folder)!r}), 'x'); "
         "print(1, flush=True); input()"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxguard.models.safetensors_io import open_folder
+from jaxguard.models.hf_io.safetensors import open_folder
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 VISION = {

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxguard.errors import JaxguardError
-from jaxguard.models import attention, attention_kernels
-from jaxguard.models.attention_kernels import Layout, choose
-from jaxguard.models.block_sparse import block_sparse
+from jaxguard.models.attention import attend as attention
+from jaxguard.models.attention import kernels as attention_kernels
+from jaxguard.models.attention.block_sparse import block_sparse
+from jaxguard.models.attention.kernels import Layout, choose
+from jaxguard.utils.errors import JaxguardError
 
 
 def reference(query, key, value, layout, window, scale):

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from small_checkpoints import BF16, hashes, hf, write_shards
 
-from jaxguard.errors import JaxguardError
-from jaxguard.models import checkpoint_io
-from jaxguard.models.checkpoint_io import check_vocabulary, export_hf, read_weights
+from jaxguard.models.hf_io import checkpoints as checkpoint_io
+from jaxguard.models.hf_io.checkpoints import check_vocabulary, export_hf, read_weights
 from jaxguard.models.spec import read_spec
+from jaxguard.utils.errors import JaxguardError
 
 
 def change(folder: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:

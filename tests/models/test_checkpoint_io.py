@@ -14,10 +14,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_checkpoints import BF16, VISION, hashes, hf, write_shards
 
-from jaxguard.models import loading, safetensors_io
-from jaxguard.models.checkpoint_io import ExportReport, export_hf, read_weights
-from jaxguard.models.loading import read_piece
-from jaxguard.models.safetensors_io import open_file, open_folder
+from jaxguard.models.hf_io import loading
+from jaxguard.models.hf_io import safetensors as safetensors_io
+from jaxguard.models.hf_io.checkpoints import ExportReport, export_hf, read_weights
+from jaxguard.models.hf_io.loading import read_piece
+from jaxguard.models.hf_io.safetensors import open_file, open_folder
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
 
@@ -296,7 +297,8 @@ source, output, port, process = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
-from jaxguard.models import checkpoint_io, loading
+from jaxguard.models.hf_io import checkpoints as checkpoint_io
+from jaxguard.models.hf_io import loading
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
 read, sizes = loading.read_piece, []

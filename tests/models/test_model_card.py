@@ -1,8 +1,8 @@
 import yaml
 
 from jaxguard.config import Config
-from jaxguard.models.checkpoint_io import ExportReport
-from jaxguard.models.model_card import base_licence, write_card
+from jaxguard.models.hf_io.checkpoints import ExportReport
+from jaxguard.train.model_card import base_licence, write_card
 
 CONFIG = Config.model_validate(
     {

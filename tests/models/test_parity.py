@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jaxguard.models.attention import xla
-from jaxguard.models.attention_kernels import Layout
-from jaxguard.models.checkpoint_io import read_weights
-from jaxguard.models.decoder import Compute, Decoder, rope_frequencies
+from jaxguard.models.attention.attend import xla
+from jaxguard.models.attention.kernels import Layout
+from jaxguard.models.compute import Compute
+from jaxguard.models.decoder import Decoder, rope_frequencies
+from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.spec import Rope, Spec, read_spec
 
 torch = pytest.importorskip("torch", reason="torch is the reference of the parity tests")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxguard.models.products import product
+from jaxguard.models.einsum import product
 
 SHAPES = [
     ("BTD,DNH->BTNH", (2, 5, 8), (8, 3, 4)),

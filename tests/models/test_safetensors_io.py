@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxguard.errors import JaxguardError
-from jaxguard.models.safetensors_io import BAND, DTYPES, cast_tiles, open_file, write_file, write_rows
+from jaxguard.models.hf_io.safetensors import BAND, DTYPES, cast_tiles, open_file, write_file, write_rows
+from jaxguard.utils.errors import JaxguardError
 
 ROWS, COLUMNS = 2 * BAND + 3, 259
 """Neither whole bands nor whole tiles."""

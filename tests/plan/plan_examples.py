@@ -3,8 +3,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxguard.data.batches import Shape
-from jaxguard.models.decoder import Compute
+from jaxguard.data.packing import Shape
+from jaxguard.models.compute import Compute
 from jaxguard.plan.analytic import Flops
 from jaxguard.plan.compile import Plan
 from jaxguard.plan.program import Collective

@@ -12,11 +12,12 @@ from plan_examples import plan_of
 from rich.console import Console
 
 from jaxguard.config import load
-from jaxguard.data.batches import Shape
-from jaxguard.errors import JaxguardError
-from jaxguard.models import attention_kernels
-from jaxguard.models.attention_kernels import Layout
-from jaxguard.models.decoder import Compute
+from jaxguard.config.train import MeshConfig, ModelConfig
+from jaxguard.data.packing import Shape
+from jaxguard.models.attention import kernels as attention_kernels
+from jaxguard.models.attention.kernels import Layout
+from jaxguard.models.compute import Compute
+from jaxguard.models.mesh import make_mesh
 from jaxguard.models.weights import abstract, count, table
 from jaxguard.plan.analytic import ideal_sent, step_flops
 from jaxguard.plan.compile import Plan, compile_step, find_spec
@@ -26,9 +27,8 @@ from jaxguard.plan.show import as_json, show
 from jaxguard.plan.sweep import places, read_sweep
 from jaxguard.plan.targets import GIB, find_cluster, topology
 from jaxguard.plan.work import Work
-from jaxguard.sections import MeshConfig, ModelConfig
 from jaxguard.train.devices import training_flops
-from jaxguard.train.sharding import make_mesh
+from jaxguard.utils.errors import JaxguardError
 
 LLAMA, GEMMA = "meta-llama/Llama-3.1-8B-Instruct", "google/gemma-3-4b-it"
 

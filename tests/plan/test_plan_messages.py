@@ -10,7 +10,7 @@ import jax
 import pytest
 from plan_examples import plan_of
 
-from jaxguard.models.decoder import Compute
+from jaxguard.models.compute import Compute
 from jaxguard.plan import __main__ as door
 from jaxguard.plan import compile as compiling
 from jaxguard.plan.compile import out_of_memory

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxguard.errors import JaxguardError
 from jaxguard.plan.program import Compiled
+from jaxguard.utils.errors import JaxguardError
 
 LOOP = Path(__file__).with_name("loop.hlo").read_text()
 MESH = {"data": 1, "fsdp": 8, "tensor": 1}

@@ -7,12 +7,12 @@ import pytest
 from browser import complaints, open_page, requests
 from plan_examples import plan_of
 
-from jaxguard.errors import JaxguardError
 from jaxguard.plan import __main__ as door
 from jaxguard.plan import sweep as sweeping
 from jaxguard.plan.compile import OutOfMemoryError
 from jaxguard.plan.sweep import places, read_sweep
 from jaxguard.plan.sweep_page import efficiency, pays
+from jaxguard.utils.errors import JaxguardError
 
 FILE = """
 title: Two <b>ways</b>

@@ -2,10 +2,10 @@ import math
 
 import pytest
 
-from jaxguard.errors import JaxguardError
 from jaxguard.plan import targets
 from jaxguard.plan.targets import GIB, find_cluster, read_targets
 from jaxguard.train.devices import peak_flops
+from jaxguard.utils.errors import JaxguardError
 
 
 @pytest.mark.parametrize(

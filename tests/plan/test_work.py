@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from jaxguard.config import load
-from jaxguard.data.batches import Schedule, Shape
+from jaxguard.data.packing import Schedule, Shape
 from jaxguard.data.prepare import prepare
 from jaxguard.plan.work import Work, work_of
 

@@ -7,15 +7,15 @@ import pytest
 import yaml
 
 from jaxguard.config import load
-from jaxguard.data.batches import total_steps
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.benchmark_fields import read_benchmark
-from jaxguard.evaluate.foreign import GUARDS
-from jaxguard.evaluate_sections import EvaluateConfig
+from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.config.study import label, merged, read_study
+from jaxguard.data.packing import total_steps
+from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.guards.formats.external import GUARDS
 from jaxguard.study.__main__ import main
 from jaxguard.study.grid import open_study, written
-from jaxguard.study.sections import label, merged, read_study
 from jaxguard.study.stages import command
+from jaxguard.utils.errors import JaxguardError
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = [

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jaxguard.__main__ import main as door
-from jaxguard.errors import JaxguardError
+from jaxguard.cli import main as door
 from jaxguard.study import stages
 from jaxguard.study.run import clock, run_study
 from jaxguard.study.stages import REQUEUE, Stages, left, put_aside, record
 from jaxguard.train import signals
+from jaxguard.utils.errors import JaxguardError
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from jaxguard.errors import JaxguardError
 from jaxguard.study.report import curves, gather, shown_metric, spread, write_report
+from jaxguard.utils.errors import JaxguardError
 
 
 @dataclass

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from browser import complaints, open_page, requests, screen
 
-from jaxguard.evaluate.published import read_published
+from jaxguard.evaluate.report.published import read_published
 from jaxguard.study.grid import open_study
 from jaxguard.study.report import write_report
 

@@ -12,9 +12,9 @@ import cost
 import evaluation
 import training
 import workloads
-from jaxguard.data.encode import Encoder
+from jaxguard.data.encoding import Encoder
+from jaxguard.data.format.template import TEMPLATE_KWARGS
 from jaxguard.data.prepare import prepare
-from jaxguard.data.template import TEMPLATE_KWARGS
 from jaxguard.models.spec import read_spec
 from training import Contender, Run, table
 from workloads import WORKLOADS, Job

@@ -7,7 +7,7 @@ import pytest
 
 import demo
 from jaxguard.data.examples import Example
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
 
 
 def examples(*labels, start=0, text="answer"):

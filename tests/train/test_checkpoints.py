@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import CheckpointConfig
+from jaxguard.config.train import CheckpointConfig
 from jaxguard.train import checksums
 from jaxguard.train.checkpoint_files import checkpoint_losses, disk_steps
 from jaxguard.train.checkpoints import open_checkpoints, read_checkpoint_weights, write_checkpoint_weights
+from jaxguard.utils.errors import JaxguardError
 
 # Orbax's other reads and writes of a damaged checkpoint or a full disk fail as well, unheard.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -351,7 +351,7 @@ import sys
 from pathlib import Path
 import jax
 import numpy as np
-from jaxguard.sections import CheckpointConfig
+from jaxguard.config.train import CheckpointConfig
 from jaxguard.train.checkpoints import open_checkpoints
 
 def state(step):

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
+from jaxguard.config.train import MeshConfig
+from jaxguard.models.mesh import make_mesh, weight_shardings
 from jaxguard.models.spec import LayerKind, Rope, Spec
 from jaxguard.models.weights import abstract, table
-from jaxguard.sections import MeshConfig
 from jaxguard.train.devices import attended_pairs, peak_flops, startup_table, training_flops
-from jaxguard.train.sharding import make_mesh, weight_shardings
 
 SPEC = Spec(
     family="gemma3", vocab=64, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, hidden=32, norm_epsilon=1e-6,

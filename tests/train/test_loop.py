@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxguard.data.dialogue import Mode
-from jaxguard.doors import OTHER_INPUTS
+from jaxguard.cli import OTHER_INPUTS
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.train.__main__ import main
-from jaxguard.train.telemetry import read_metrics
+from jaxguard.train.logging import read_metrics
 from jaxguard.train.validation import Judgement, summary
 
 

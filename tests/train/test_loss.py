@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxguard.sections import MeshConfig
-from jaxguard.train.loss import target_logprobs
-from jaxguard.train.sharding import make_mesh
+from jaxguard.config.train import MeshConfig
+from jaxguard.models.mesh import make_mesh
+from jaxguard.train.objectives import target_logprobs
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 3, 11, 16, 97
 

@@ -161,10 +161,10 @@ import os, signal, sys, time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxguard.errors import JaxguardError
-from jaxguard.sections import MeshConfig
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.config.train import MeshConfig
 from jaxguard.train.hosts import end_together, start_hosts
-from jaxguard.train.sharding import batch_sharding, make_mesh, place
+from jaxguard.models.mesh import batch_sharding, make_mesh, place
 
 fields = dict(x.removeprefix("mesh.").split("=") for x in sys.argv[2:])
 config = MeshConfig(data=4, fsdp=1, hosts="explicit", **fields)

@@ -5,9 +5,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxguard.config.train import OptimizerConfig
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import abstract
-from jaxguard.sections import OptimizerConfig
 from jaxguard.train.optimizer import learning_rate, optimizer
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxguard.config import validate
-from jaxguard.sections import CheckpointConfig
+from jaxguard.config.train import CheckpointConfig
 from jaxguard.train.checkpoints import open_checkpoints
 from jaxguard.train.run_folder import open_run
 from jaxguard.train.signals import graceful_stop

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from jaxguard.config import Config, load, validate
-from jaxguard.errors import JaxguardError
-from jaxguard.inputs import differences
 from jaxguard.train.run_folder import FREE, ROUNDING, open_run
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.provenance import differences
 
 
 def config_in(folder: Path, **sections: dict[str, Any]) -> Config:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxguard.models.checkpoint_io import export_hf, read_weights
-from jaxguard.models.decoder import Compute, Decoder
+from jaxguard.models.compute import Compute
+from jaxguard.models.decoder import Decoder
+from jaxguard.models.hf_io.checkpoints import export_hf, read_weights
 from jaxguard.models.spec import read_spec
 
 pytest.importorskip("torch", reason="transformers computes with torch")

@@ -9,16 +9,16 @@ import optax
 import pytest
 
 from jaxguard.config import validate
-from jaxguard.data.batches import Batch, Shape, assemble, bucketed, pack
-from jaxguard.data.dialogue import Mode
-from jaxguard.data.encode import Sequence
-from jaxguard.models.decoder import Compute
+from jaxguard.data.encoding import Sequence
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.packing import Batch, Shape, assemble, bucketed, pack
+from jaxguard.models.compute import Compute, choose_compute
+from jaxguard.models.mesh import batch_sharding, make_mesh, place, row_multiple
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialise
 from jaxguard.train import step
-from jaxguard.train.loss import token_weighted_loss
-from jaxguard.train.sharding import batch_sharding, make_mesh, place, row_multiple
-from jaxguard.train.step import build_program, choose_compute, logprobs, loss_and_gradient
+from jaxguard.train.objectives import token_weighted_loss
+from jaxguard.train.step import build_program, logprobs, loss_and_gradient
 
 ROW_TOKENS = 64
 _gradient = jax.jit(loss_and_gradient, static_argnames=("spec", "compute", "accumulation", "loss_chunk"))
@@ -132,7 +132,7 @@ def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, at
 @pytest.mark.parametrize(("units", "operands"), [(True, jnp.bfloat16), (False, None)])
 def test_a_cpu_multiplies_in_bfloat16_if_it_has_units_for_that(spec, monkeypatch, units, operands):
     monkeypatch.setattr(step, "has_bfloat16_units", lambda: units)
-    chosen = choose_compute(config(model={"compute_dtype": "bfloat16"}), spec, make_mesh(config().mesh))
+    chosen = choose_compute(config(model={"compute_dtype": "bfloat16"}).model, spec, make_mesh(config().mesh), 512)
     assert (chosen.dtype, chosen.operands, chosen.attention) == (jnp.float32, operands, "block_sparse")
 
 

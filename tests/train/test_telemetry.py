@@ -17,11 +17,11 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxguard.config import Config, validate
-from jaxguard.errors import JaxguardError
 from jaxguard.train.curves import collect, draw_curves
+from jaxguard.train.logging import Telemetry, read_metrics, rewind_metrics
 from jaxguard.train.progress import PLAIN_SECONDS, Progress
 from jaxguard.train.run_folder import RunFolder
-from jaxguard.train.telemetry import Telemetry, read_metrics, rewind_metrics
+from jaxguard.utils.errors import JaxguardError
 
 
 def config_with(**log: Any) -> Config:

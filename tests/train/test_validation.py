@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jaxguard.config import load
-from jaxguard.data.dialogue import CHOICES
+from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.data.prepare import prepare
-from jaxguard.models.checkpoint_io import read_weights
 from jaxguard.models.decoder import Decoder
+from jaxguard.models.hf_io.checkpoints import read_weights
+from jaxguard.models.mesh import make_mesh
 from jaxguard.models.spec import read_spec
-from jaxguard.train.sharding import make_mesh
 from jaxguard.train.step import build_program
 from jaxguard.train.validation import Judgement, Mode, Validation, summary
 

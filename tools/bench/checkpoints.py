@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from jaxguard.models.checkpoint_io import export_hf, read_weights
-from jaxguard.models.safetensors_io import INDEX, shard_files, write_file
+from jaxguard.models.hf_io.checkpoints import export_hf, read_weights
+from jaxguard.models.hf_io.safetensors import INDEX, shard_files, write_file
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import Weight, abstract, table
 from timed import sync, timed

@@ -24,16 +24,16 @@ from rich.table import Table
 
 from demo import fetch_weights
 from jaxguard.config import Config
-from jaxguard.data.batches import assemble, bucketed, pack
-from jaxguard.data.dialogue import Mode
-from jaxguard.data.encode import Sequence as Encoded
-from jaxguard.errors import JaxguardError
-from jaxguard.html import svg
+from jaxguard.data.encoding import Sequence as Encoded
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.packing import assemble, bucketed, pack
+from jaxguard.models.mesh import batch_sharding, make_mesh, place
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import initialise
+from jaxguard.report.html import svg
 from jaxguard.train.devices import training_flops
-from jaxguard.train.sharding import batch_sharding, make_mesh, place
 from jaxguard.train.step import Program, build_program
+from jaxguard.utils.errors import JaxguardError
 from workloads import Job, ours
 
 MODEL = Path("build/bench/base")

@@ -23,15 +23,15 @@ from scipy.special import expit
 
 from demo import fetch_weights
 from jaxguard.config import Config
-from jaxguard.data.dialogue import Mode
-from jaxguard.data.encode import Encoder
+from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
-from jaxguard.errors import JaxguardError
-from jaxguard.evaluate.jax_engine import load_engine
-from jaxguard.evaluate.judging import Ask, Engine
-from jaxguard.evaluate.ours import OurFormat
-from jaxguard.evaluate.sglang_engine import open_sglang
-from jaxguard.evaluate_sections import EvaluateConfig
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.guards.backends.jax import load_engine
+from jaxguard.guards.backends.sglang import open_sglang
+from jaxguard.guards.formats.native import OurFormat
+from jaxguard.guards.protocol import Ask, Engine
+from jaxguard.utils.errors import JaxguardError
 from sglang_server import serve
 from workloads import Job, ours, read_examples
 

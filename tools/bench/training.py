@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from demo import fetch_weights
-from jaxguard.disk import write_atomically
-from jaxguard.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import write_atomically
 from workloads import WORKLOADS, Job, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import demo_data
 from jaxguard.config import Config, load
-from jaxguard.data.batches import Schedule
+from jaxguard.config.data import SourceConfig
 from jaxguard.data.build import chat
-from jaxguard.data.dialogue import Mode
-from jaxguard.data.encode import Encoder
+from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.packing import Schedule
 from jaxguard.data.prepare import prepare
 from jaxguard.data.sources import load_examples
-from jaxguard.models.products import has_bfloat16_units
-from jaxguard.sections import SourceConfig
+from jaxguard.models.einsum import has_bfloat16_units
 from pypi import fetch_wheel
 
 EXAMPLES = 512

@@ -19,10 +19,11 @@ from rich.table import Table
 
 from jaxguard.config import load
 from jaxguard.data.prepare import prepare
-from jaxguard.errors import JaxguardError
-from jaxguard.models.checkpoint_io import read_weights
-from jaxguard.models.decoder import Compute, Decoder
+from jaxguard.models.compute import Compute
+from jaxguard.models.decoder import Decoder
+from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.spec import read_spec
+from jaxguard.utils.errors import JaxguardError
 
 PAIRS = (("ours", "float32"), ("ours", "float64"), ("float32", "float64"))
 BOUND = 1e-4

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jax
 
-from jaxguard.errors import JaxguardError
-from jaxguard.hub import fetch
-from jaxguard.models.checkpoint_io import export_hf
-from jaxguard.models.folders import check_free
+from jaxguard.models.hf_io.checkpoints import export_hf
+from jaxguard.models.hf_io.folders import check_free
 from jaxguard.train.checkpoints import read_checkpoint_weights
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.hub import fetch
 
 
 def main() -> None:

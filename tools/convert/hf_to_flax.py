@@ -6,13 +6,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxguard.errors import JaxguardError
-from jaxguard.hub import fetch
-from jaxguard.models.checkpoint_io import check_vocabulary, copy_companions, read_weights
-from jaxguard.models.folders import whole_folder
+from jaxguard.models.hf_io.checkpoints import check_vocabulary, copy_companions, read_weights
+from jaxguard.models.hf_io.folders import whole_folder
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import abstract, count
 from jaxguard.train.checkpoints import write_checkpoint_weights
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.hub import fetch
 
 
 def main() -> None:

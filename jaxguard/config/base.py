@@ -1,0 +1,145 @@
+"""Typed, frozen trees read from YAML, and errors that name the field and the nearest valid one."""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jaxguard.utils.errors import JaxguardError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Frozen, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+Tree = TypeVar("Tree", bound=Section)
+
+
+def validate(kind: type[Tree], tree: Mapping[str, Any], origin: str) -> Tree:
+    """Turn a plain tree into a section; `origin` names it in errors.
+
+    Raises:
+        JaxguardError: unknown, missing or ill-typed field, impossible combination; one line for each.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        # Pydantic also calls a list too short when its only item is ill-formed; the item's own error says it better.
+        errors = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
+        raise JaxguardError("\n".join(f"{origin}: {_explain(kind, e)}" for e in errors)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JaxguardError(f"{path}: not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise JaxguardError(f"{path}: expected fields, found {type(tree).__name__}")
+    return tree
+
+
+def scalar(text: str) -> Any:
+    """What a value means when it is written on the command line."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError:
+        return text
+
+
+def find_yaml(name: str, folder: Path, what: str) -> Path:
+    """The file that a name in `folder`, or a path, stands for.
+
+    Raises:
+        JaxguardError: there is no such file; lists those there are.
+    """
+    for candidate in (Path(name), folder / f"{name}.yaml"):
+        if candidate.suffix in {".yaml", ".yml"} and candidate.is_file():
+            return candidate
+    deep = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    known = ", ".join(one for one in deep if "/" not in one)
+    raise JaxguardError(f"no {what} {name!r}: {nearest(name, deep)}known in {folder}/: {known or 'none'}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'? `, or nothing when nothing is near."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}? " if match else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 as a string; people mean a number. A field given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"field {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+_PLAIN = {
+    "tuple_type": "expected a list",
+    "too_short": "expected at least one item",
+    "model_type": "expected fields",
+    "model_attributes_type": "expected fields",
+    "string_type": "expected text",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+}
+
+
+def _explain(root: type[BaseModel], error: Any) -> str:
+    where = [str(part) for part in error["loc"]]
+    field = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        known = list(_section_at(root, where[:-1]).model_fields)
+        return f"unknown field {field!r}; {nearest(where[-1], known)}known here: {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"field {field!r} is missing"
+    message = _PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
+    given = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {error['input']!r})"
+    hint = ""
+    if error["type"] == "literal_error":
+        hint = nearest(str(error["input"]), re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    return f"{field}: {message}{given}{'; ' + hint.rstrip(' ;') if hint else ''}" if field else message
+
+
+def _section_at(root: type[BaseModel], path: list[str]) -> type[BaseModel]:
+    """The section class that a field path leads to, through tuples of sections too."""
+    section = root
+    for part in path:
+        if not part.isdigit():
+            inner = _flatten(section.model_fields[part].annotation)
+            section = next(t for t in inner if isinstance(t, type) and issubclass(t, BaseModel))
+    return section
+
+
+def _flatten(annotation: Any) -> Iterable[Any]:
+    if typing.get_origin(annotation) in (tuple, types.UnionType, typing.Union):
+        for arg in typing.get_args(annotation):
+            yield from _flatten(arg)
+    else:
+        yield annotation

@@ -1,0 +1,126 @@
+"""Config schemas of a training run: model, optimizer, loop, mesh, checkpoints, logging.
+
+Where the paper (arXiv 2505.20087) is silent, the default here is our choice; docs/configuration.md says which.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from jaxguard.config.base import NonNegative, Positive, Section, Share
+
+
+class ModelConfig(Section):
+    """Which weights to train, and how they are computed with. Shape comes from the checkpoint's config.json."""
+
+    checkpoint: str
+    """A Hugging Face directory, or a repository id on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and matmuls; on a CPU of matmuls alone, and bfloat16 only where it has instructions for it (avx512_bf16).
+    Master weights and Adam state are always float32."""
+    attention: Literal["auto", "xla", "block_sparse", "cudnn", "splash"] = "auto"
+    """Attention kernel; auto takes the best one that the device and the head size allow."""
+    remat: Literal["full", "dots", "none"] = "full"
+    """What the backward pass recomputes: every layer, all but its matmuls, or nothing."""
+    query_chunk: Positive = 512
+    """Query tokens whose scores are held at once by attention in XLA: xla, block_sparse."""
+    loss_chunk: Positive = 256
+    """Memory of a device for logits, as the number of target tokens whose logits fill it."""
+
+
+class OptimizerConfig(Section):
+    """AdamW on a schedule."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How it decays after warmup."""
+    warmup_steps: NonNegative = 0
+    """Updates of linear warmup."""
+    final_learning_rate_share: Share = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    beta1: Share = 0.9
+    """Adam's decay of the mean gradient."""
+    beta2: Share = 0.999
+    """Adam's decay of the mean squared gradient."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's addend to the root of the mean squared gradient."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay of matrices; norm weights are never decayed."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Global gradient norm limit; None turns it off."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    batch_size: Positive = 32
+    """Examples in one optimizer step."""
+    epochs: Annotated[float, Field(gt=0)] = 5
+    """Passes over the training examples."""
+    max_steps: Positive | None = None
+    """Stop after this many updates; the schedule then ends there too."""
+    accumulation: Positive = 1
+    """Micro-batches that one step's rows are cut into; the gradient does not change."""
+    evaluate_every: NonNegative = 50
+    """Updates between validations, which also run before the first and after the last; 0 for only those two."""
+    export: bool = True
+    """Write a Hugging Face checkpoint at the end."""
+
+
+class MeshConfig(Section):
+    """How devices are arranged, and how hosts find each other."""
+
+    data: Positive = 1
+    """Copies of the weights."""
+    fsdp: int = -1
+    """Devices that one copy of the weights is cut over; -1 takes all that are left."""
+    tensor: Positive = 1
+    """Devices that heads, hidden units and vocabulary are cut over."""
+    hosts: Literal["single", "auto", "explicit"] = "single"
+    """auto: jax.distributed finds SLURM, GKE or a TPU pod by itself. explicit: the three fields below."""
+    coordinator: str | None = None
+    """host:port of process 0."""
+    processes: Positive | None = None
+    """How many processes there are."""
+    process: NonNegative | None = None
+    """Which of them this one is, from 0."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.fsdp == 0 or self.fsdp < -1:
+            raise ValueError("fsdp must be positive, or -1 for all the devices that are left")
+        explicit = (self.coordinator, self.processes, self.process)
+        if self.hosts == "explicit" and None in explicit:
+            raise ValueError("hosts: explicit needs coordinator, processes and process")
+        if self.hosts != "explicit" and any(x is not None for x in explicit):
+            raise ValueError(f"coordinator, processes and process go with hosts: explicit, not {self.hosts}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """Orbax checkpoints of weights, optimizer and step."""
+
+    every: Positive = 100
+    """Updates between checkpoints; the last update is always kept."""
+    keep_last: Positive = 2
+    """How many of the newest to keep."""
+    keep_best: NonNegative = 1
+    """How many of the best by validation loss to keep besides."""
+
+
+class LogConfig(Section):
+    """Where the curves go. metrics.jsonl is always written."""
+
+    tensorboard: bool = True
+    """Write event files to the run's folder."""
+    trackio: bool = False
+    """Log to trackio; install the extra of that name."""
+    wandb: bool = False
+    """Log to Weights & Biases; install the extra of that name."""
+    project: str = "jaxguard"
+    """Project name for trackio and wandb."""
+    profile_step: Positive | None = None
+    """Trace three updates from this one with the JAX profiler."""

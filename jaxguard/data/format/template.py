@@ -1,0 +1,164 @@
+"""What a checkpoint's chat template and tokenizer put around one exchange."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jaxguard.utils.errors import JaxguardError
+
+TEMPLATE_KWARGS: Final[dict[str, Any]] = {"date_string": "26 Jul 2024"}
+"""Passed to every chat template. Llama's writes the day's date into the prompt unless it is given one; this is the date
+that Llama 3.1's falls back to. When serving, pass the same as `chat_template_kwargs`, or the guard reads another prompt
+than it was trained on."""
+
+_PROMPT, _ANSWER = "jaxguardprompt", "jaxguardanswer"
+_OPENS = re.compile(r"<think>\s*\Z")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template seen from outside: before + user turn + after + answer + end.
+
+    Attributes:
+        before: text in front of the user turn's content.
+        after: from there to where generation starts.
+        opened: what of it opens a thought, as DeepSeek's distilled models have it; the answer then goes on within. Else "".
+        end: from the answer's end to its end-of-turn token.
+        end_id: that token.
+        reserved: the tokens that text must not spell: id -> token. All added ones, white space aside.
+    """
+
+    before: str
+    after: str
+    opened: str
+    end: str
+    end_id: int
+    reserved: dict[int, str]
+
+    def reserved_in(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """The reserved ones among ids, in order."""
+        return tuple(i for i in ids if i in self.reserved)
+
+
+def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        JaxguardError: none there, not a fast one, no chat template (where `chat` wants one), or larger than the model's vocabulary.
+    """
+    known = ("tokenizer.json", "tokenizer.model")
+    if not any((folder / name).is_file() for name in known):
+        raise JaxguardError(f"{folder} has no tokenizer ({' or '.join(known)}): copy it from the model's repository")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the Rust side raises bare Exception for a broken file
+        raise JaxguardError(f"{folder}: transformers cannot read its tokenizer: {error}") from None
+    if not tokenizer.is_fast:
+        raise JaxguardError(f"{folder}: only fast tokenizers are supported; add the model's tokenizer.json")
+    if chat and not tokenizer.chat_template:
+        raise JaxguardError(
+            f"{folder}: its tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): use an "
+            "instruction-tuned checkpoint, or copy the template of one"
+        )
+    size, vocabulary = max(tokenizer.get_vocab().values()) + 1, _vocabulary(folder)
+    if vocabulary is not None and size > vocabulary:
+        raise JaxguardError(
+            f"{folder}: the tokenizer has {size} tokens, but config.json says vocab_size={vocabulary}: they belong to "
+            "different models"
+        )
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def render(tokenizer: PreTrainedTokenizerBase, turn: str, answer: str | None = None) -> str:
+    """The chat template's text of a user turn, up to where generation starts, or with an answer and its end."""
+    messages = [{"role": "user", "content": turn}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=answer is None, **TEMPLATE_KWARGS
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text that holds its special tokens already."""
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
+    """Find out what the chat template does, by rendering it.
+
+    Raises:
+        JaxguardError: a template that changes or repeats the text, writes a thought by itself, or does not close the
+            answer with a token that generation stops at.
+    """
+    try:
+        prompt = render(tokenizer, _PROMPT)
+        full = render(tokenizer, _PROMPT, _ANSWER)
+    except Exception as error:  # jinja's errors, and what templates raise themselves
+        raise JaxguardError(f"{folder}: its chat template does not render one user turn: {error}") from None
+    opened = "".join(_OPENS.findall(prompt))
+    # An earlier answer is shown without its thought, so the tag that opens one is there for generation only.
+    head, _, tail = full.partition(_ANSWER)
+    if prompt.count(_PROMPT) != 1 or head not in (prompt, prompt.removesuffix(opened)):
+        raise JaxguardError(
+            f"{folder}: its chat template does not put the answer where generation starts; it renders {full!r}"
+        )
+    before, after = prompt.split(_PROMPT)
+    if "<think" in after.removesuffix(opened).lower():
+        raise JaxguardError(f"{folder}: its chat template writes a thought by itself; the guard writes its own")
+    reserved = {
+        i: token.content
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special or any(c.isalnum() for c in token.content)
+    }
+    end_id, end = _end_of_turn(tail, reserved, folder)
+    stops = _stop_ids(tokenizer, folder)
+    if end_id not in stops:
+        raise JaxguardError(
+            f"{folder}: its chat template ends an answer with {reserved[end_id]!r} ({end_id}), where generation does "
+            f"not stop; add it to eos_token_id in generation_config.json (now {sorted(stops)})"
+        )
+    return Template(before, after, opened, end, end_id, reserved)
+
+
+def _end_of_turn(tail: str, reserved: dict[int, str], folder: Path) -> tuple[int, str]:
+    """(id, text up to and with it) of the first special token after an answer."""
+    starts = [(tail.find(token), -len(token), i) for i, token in reserved.items() if token in tail]
+    if not starts:
+        raise JaxguardError(
+            f"{folder}: its chat template does not end an answer with a special token, but with {tail!r}"
+        )
+    start, length, i = min(starts)
+    return i, tail[: start - length]
+
+
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> set[int]:
+    """Every id that some engine stops at, by generation_config.json, config.json or the tokenizer."""
+    files = ("generation_config.json", "config.json")
+    found = [tokenizer.eos_token_id, *(_read_json(folder / name).get("eos_token_id") for name in files)]
+    flat = [i for ids in found for i in (ids if isinstance(ids, list) else [ids])]
+    return {i for i in flat if isinstance(i, int)}
+
+
+def _vocabulary(folder: Path) -> int | None:
+    config = _read_json(folder / "config.json")
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise JaxguardError(f"{path}: not JSON: {error}") from None
+    return tree if isinstance(tree, dict) else {}

@@ -1,0 +1,331 @@
+"""A benchmark as written in YAML: where its rows lie, which of them count, and which are positive.
+
+Everything is data. A condition compares the cells of one row with values that are written down; there are no expressions.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from jaxguard.config.base import Section, find_yaml, read_yaml, validate
+from jaxguard.config.data import SourceConfig
+from jaxguard.data.files import Row
+from jaxguard.data.policies import Question
+
+BENCHMARK_FOLDER = Path("configs/benchmarks")
+
+Group = Literal["safety_prompt", "safety_response", "custom_policy", "extra"]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Condition(Section):
+    """What must hold in a row.
+
+    Texts are compared without case and outer white space; true, 1 and "True" are the same. A null cell equals nothing.
+    """
+
+    column: Text | None = None
+    """The column that is looked at."""
+    columns: tuple[Text, ...] = ()
+    """Or several, of which as many must hold as `at_least` and `at_most` say; a row may lack some."""
+    equals: tuple[str, ...] = ()
+    """The value, or a list of which it must be one."""
+    not_equals: tuple[str, ...] = ()
+    """The value, or a list of which it must be none."""
+    empty: bool | None = None
+    """true: the cell is null or without text; false: it is not."""
+    at_least: Count | None = None
+    """With `columns`: how many must hold; 1 where neither limit is given."""
+    at_most: Count | None = None
+    """With `columns`: how many may hold."""
+    always: bool = False
+    """Alone: holds in every row."""
+
+    @field_validator("equals", "not_equals", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any) -> tuple[str, ...]:
+        values = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(v, str | bool | int | float) for v in values):
+            raise ValueError("expected text, a number, true or false, or a list of them; for null use empty")
+        return tuple(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        compared = bool(self.equals) + bool(self.not_equals) + (self.empty is not None)
+        looked_at = bool(self.column) + bool(self.columns)
+        limits = self.at_least is not None or self.at_most is not None
+        if self.always:
+            if compared or looked_at or limits:
+                raise ValueError("always stands alone")
+        elif looked_at != 1:
+            raise ValueError("a condition needs column, or columns, or always: true")
+        elif compared != 1:
+            raise ValueError("a condition needs one of equals, not_equals and empty")
+        elif limits and not self.columns:
+            raise ValueError("at_least and at_most go with columns")
+        return self
+
+    def holds(self, row: Row) -> bool:
+        if self.always:
+            return True
+        if self.column:
+            return self._holds_for(row.get(self.column))
+        number = sum(self._holds_for(row.get(column)) for column in self.columns)
+        least = self.at_least if self.at_least is not None or self.at_most is not None else 1
+        return number >= (least or 0) and (self.at_most is None or number <= self.at_most)
+
+    def _holds_for(self, cell: Any) -> bool:
+        value = plain(cell)
+        if self.empty is not None:
+            return (value == "") == self.empty
+        return (value in map(plain, self.equals or self.not_equals)) == bool(self.equals)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns that it looks at."""
+        return (self.column,) if self.column else self.columns
+
+    def __str__(self) -> str:
+        if self.always:
+            return "always"
+        verb, values = ("is", self.equals) if self.equals else ("is not", self.not_equals)
+        said = ("is empty" if self.empty else "is not empty") if self.empty is not None else f"{verb} {_either(values)}"
+        if self.column:
+            return f"{self.column} {said}"
+        least, most = self.at_least, self.at_most
+        if least is None and most is None:
+            how = "any"
+        elif least == most:
+            how = f"{least}"
+        else:
+            how = " and ".join(f"{word} {n}" for word, n in (("at least", least), ("at most", most)) if n is not None)
+        return f"{how} of {', '.join(self.columns)} {said}"
+
+
+def plain(cell: Any) -> str:
+    """A cell as it is compared: null is empty, true is 1, no case, no outer white space."""
+    if cell is None:
+        return ""
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    text = str(cell).strip().casefold()
+    return {"true": "1", "false": "0"}.get(text, text)
+
+
+class BenchmarkSource(Section):
+    """Where the rows lie: on the hub, at an address, in a local file, or in a set that is trained on too."""
+
+    hub: Text | None = None
+    """A data set's repository on the hub."""
+    config: str | None = None
+    """Its configuration."""
+    splits: tuple[Text, ...] = Field(("test",), min_length=1)
+    """Splits that are read one after the other; with several, the column `split` says which a row is from."""
+    file: str | None = None
+    """One file of the repository instead, by its path in it."""
+    revision: str | None = None
+    """Branch, tag or commit; goes with `file`."""
+    url: Annotated[str, StringConstraints(pattern=r"^https://[^\s]+$")] | None = None
+    """The address of a file."""
+    path: str | None = None
+    """A local file or folder."""
+    data: SourceConfig | None = None
+    """A source as in `data.train`, read as there: its examples are the rows, with the columns of our JSON lines."""
+    keys_as: Text | None = None
+    """The file is one JSON object whose values are lists of rows; its keys become this column."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if sum(place is not None for place in (self.hub, self.url, self.path, self.data)) != 1:
+            raise ValueError("a source needs exactly one of hub, url, path and data")
+        if self.data is not None and (self.keys_as or "splits" in self.model_fields_set):
+            raise ValueError("data stands for the whole source and has a split of its own: no splits, no keys_as")
+        if self.hub is None and (self.config or self.file or self.revision):
+            raise ValueError("config, file and revision go with hub")
+        if self.revision and not self.file:
+            raise ValueError("revision goes with file")
+        if self.file and (self.config or len(self.splits) > 1):
+            raise ValueError("file stands for the whole source: no config, no splits")
+        if self.keys_as and self.hub and not self.file:
+            raise ValueError("keys_as needs a file")
+        return self
+
+    @property
+    def place(self) -> str:
+        """Where the rows lie, as errors name it."""
+        if self.data is not None:
+            return self.data.path or f"data source {self.data.kind}"
+        return self.path or self.hub or self.url or ""
+
+
+class ExampleFields(Section):
+    """How a row becomes an example."""
+
+    prompt: Text
+    """Column of the user's message: text, or a list of turns with role and content that ends with it."""
+    response: str | None = None
+    """Column of the assistant's answer."""
+    positive: Condition
+    """When the example is harmful; for response_refusal, when it is a refusal."""
+    negative: Condition | None = None
+    """When it is not; a row that is neither is an error. null: whatever is not positive."""
+
+
+class BenchmarkPolicy(Section):
+    """What the examples are judged by, where it is not the run's policy."""
+
+    name: str | None = None
+    """A name in configs/policies, for all examples."""
+    column: Text | None = None
+    """A column with each example's policy, as a name or as rules in plain text."""
+    rules: dict[str, Text] = Field(default_factory=dict)
+    """With `column`: what its values stand for, as names or as rules in plain text."""
+    optional: bool = False
+    """With `column`: it may be absent or empty, and such an example is judged by the run's policy."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.name is None) == (self.column is None):
+            raise ValueError("a policy needs name or column")
+        if (self.rules or self.optional) and self.column is None:
+            raise ValueError("rules and optional go with column")
+        return self
+
+
+class Slice(Section):
+    """A division of the examples that is scored apart."""
+
+    name: Text
+    """Shown in reports."""
+    column: Text | None = None
+    """Column of its value; a list's items, or an object's true keys, are several values."""
+    columns: tuple[Text, ...] = ()
+    """Or flags: the names of those that are true are the values."""
+    when: Condition | None = None
+    """Or a condition: the values are yes and no."""
+    separator: str | None = None
+    """With `column`: what stands between several values in one text."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.column) + bool(self.columns) + (self.when is not None) != 1:
+            raise ValueError("a slice needs one of column, columns and when")
+        if self.separator is not None and not (self.column and self.separator):
+            raise ValueError("separator goes with column, and is not empty")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns that it looks at."""
+        return self.when.names if self.when else self.columns or (self.column or "",)
+
+    def values(self, row: Row) -> list[str]:
+        """Its values in a row; none where the cell is null."""
+        if self.when:
+            known = self.when.columns or self.when.always or plain(row.get(self.when.column or ""))
+            return [_yes(self.when.holds(row))] if known else []
+        if self.columns:
+            return [column for column in self.columns if plain(row.get(column)) not in _FALSE]
+        cell = row.get(self.column or "")
+        if isinstance(cell, dict):
+            return [str(key) for key, value in cell.items() if plain(value) not in _FALSE]
+        if isinstance(cell, bool):
+            return [_yes(cell)]
+        parts = (
+            cell if isinstance(cell, list | tuple) else str("" if cell is None else cell).split(self.separator or "\0")
+        )
+        return [text for text in (str(part).strip() for part in parts) if text]
+
+
+_FALSE = {"", "0"}
+
+
+class Expected(Section):
+    """What a count should come to, as published."""
+
+    positive: Count | None = None
+    negative: Count | None = None
+    total: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if None not in (self.positive, self.negative, self.total):
+            assert self.positive is not None
+            assert self.negative is not None
+            if self.positive + self.negative != self.total:
+                raise ValueError("positive and negative do not add up to total")
+        return self
+
+
+class Sample(Section):
+    """A seeded sample of the rows that `where` leaves; fewer are taken whole."""
+
+    size: Annotated[int, Field(gt=0)]
+    """Rows."""
+    seed: Count = 0
+    """Of Python's random.sample."""
+
+
+class BenchmarkFields(Section):
+    """A benchmark as written in YAML."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    """Shown in reports; examples without an id of their own are called after it."""
+    title: Text
+    """For people."""
+    group: Group = "extra"
+    """Which average it enters."""
+    question: Question
+    """What is asked about each example."""
+    source: BenchmarkSource
+    """Where the rows lie."""
+    where: tuple[Condition, ...] = ()
+    """Rows that count: all of these hold."""
+    sample: Sample | None = None
+    """How many of them are drawn."""
+    id: str | None = None
+    """Column of a row's id; null: a hash of the texts."""
+    examples: tuple[ExampleFields, ...] = Field(min_length=1)
+    """What each row gives: one example, or several."""
+    policy: BenchmarkPolicy | None = None
+    """null: the run's."""
+    slices: tuple[Slice, ...] = ()
+    """What is scored apart."""
+    expected: Expected = Expected()
+    """Published counts; others are a warning."""
+    license: Text
+    """Of the data."""
+    citation: Text
+    """Whom to cite."""
+    url: Text
+    """Where to read about it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.question != "prompt_harm" and not all(example.response for example in self.examples):
+            raise ValueError(f"question {self.question} needs a response in every one of examples")
+        names = [s.name for s in self.slices]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"slices: {twice!r} is given twice")
+        return self
+
+
+def read_benchmark(name_or_path: str, folder: Path = BENCHMARK_FOLDER) -> BenchmarkFields:
+    """What the YAML file of a benchmark says, by its name (a file in `folder`) or path.
+
+    Raises:
+        JaxguardError: no such file; unknown, missing or ill-typed field; an impossible combination.
+    """
+    path = find_yaml(name_or_path, folder, "benchmark")
+    return validate(BenchmarkFields, read_yaml(path), str(path))
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _either(values: tuple[str, ...]) -> str:
+    return " or ".join(repr(value) for value in values)

@@ -1,0 +1,71 @@
+"""Our own sampler as an Engine: it computes in this process, over the training mesh."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxguard.config import Config
+from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.guards.backends.log_odds import next_log_odds
+from jaxguard.guards.backends.sampler import Model, Sampling, generate, place_model
+from jaxguard.guards.protocol import Sampled
+from jaxguard.models.compute import choose_compute
+from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
+from jaxguard.models.mesh import make_mesh, weight_shardings
+from jaxguard.models.spec import UnsupportedModelError, read_spec
+from jaxguard.utils.errors import JaxguardError
+
+
+@dataclass(frozen=True)
+class JaxEngine:
+    """Implements judging.Engine.
+
+    Attributes:
+        model: the guard's.
+        settings: how to sample.
+        row_tokens: of the packed rows in which verdicts are scored.
+    """
+
+    model: Model
+    settings: EvaluateConfig
+    row_tokens: int
+
+    async def sample(
+        self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...]
+    ) -> list[list[Sampled]]:
+        given = self.settings
+        sampling = Sampling(given.temperature, given.top_p, max_tokens, stop_ids, given.seed, n)
+        found = generate(self.model, prompts, sampling, rows=given.batch)
+        return [[Sampled(one.tokens, one.finish_reason == "stop") for one in answers] for answers in found]
+
+    async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]]) -> list[float]:
+        return next_log_odds(self.model, prefixes, pairs, row_tokens=self.row_tokens)
+
+    @property
+    def group(self) -> int:
+        return max(1, self.settings.batch // max(1, self.settings.generations))
+
+    @property
+    def workers(self) -> int:
+        return 1
+
+
+def load_engine(folder: Path, config: Config, settings: EvaluateConfig) -> JaxEngine:
+    """Read a checkpoint onto the config's mesh.
+
+    Raises:
+        JaxguardError: the checkpoint cannot be read, our decoder lacks its architecture, or the mesh does not fit the devices.
+    """
+    try:
+        spec = read_spec(folder)
+    except UnsupportedModelError as error:
+        raise JaxguardError(
+            f"{error}. JAX cannot compute this guard, SGLang may: set evaluate.backend=sglang, or serve it and give the "
+            "guard the server's endpoint"
+        ) from None
+    check_vocabulary(folder, spec)
+    mesh = make_mesh(config.mesh)
+    compute = choose_compute(config.model, spec, mesh, config.data.row_tokens)
+    weights = read_weights(folder, spec, weight_shardings(spec, mesh), compute.operands or compute.dtype)
+    model = place_model(spec, weights, compute, mesh)
+    return JaxEngine(model, settings, config.data.row_tokens)

@@ -1,0 +1,377 @@
+"""Generation with our own decoder, over the training mesh: for measuring a guard where no server runs.
+
+The tokens that all prompts of a call begin with (policy, chat header) are computed once, for one row. Each batch of prompts then
+adds what is its own, and all samples of a prompt share that. What is generated goes into a third cache, so that nothing which
+was computed is ever copied or written to again, and the whole loop over new tokens runs on the devices.
+
+Draws depend on the seed, the prompt's tokens and the sample's number only: neither on the batch nor on the order of prompts.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, UInt32
+
+from jaxguard.data.packing import bucket_size
+from jaxguard.models.attention.attend import FAR
+from jaxguard.models.compute import Compute
+from jaxguard.models.decoder import Cache, Decoder
+from jaxguard.models.mesh import batch_sharding, place, replicated
+from jaxguard.models.sharding import constrain, partition
+from jaxguard.models.spec import Spec
+from jaxguard.models.weights import table
+from jaxguard.utils.errors import JaxguardError
+
+LENGTH_MULTIPLE = 32
+
+PREFILLS = 4
+"""A batch's prompts are computed in so many parts of like length, so that one long prompt does not pad all others."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue prompts.
+
+    Attributes:
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_p: draw from the smallest set of likeliest tokens whose probabilities, after the temperature, sum to this or more.
+        max_tokens: at most so many new tokens.
+        stop_ids: tokens that end an answer; they are no part of it.
+        seed: other draws for other seeds.
+        n: answers for each prompt.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 512
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        for name, good in (
+            ("temperature", 0 <= self.temperature < float("inf")),
+            ("top_p", 0 < self.top_p <= 1),
+            ("max_tokens", self.max_tokens >= 1),
+            ("n", self.n >= 1),
+        ):
+            if not good:
+                wanted = {"temperature": "0 or more", "top_p": "above 0 and at most 1"}.get(name, "1 or more")
+                raise JaxguardError(f"sampling: {name}={getattr(self, name)} must be {wanted}")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer: its tokens without the stop token, and whether one came or max_tokens were full."""
+
+    tokens: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder ready to generate; made by `place_model`."""
+
+    spec: Spec
+    weights: dict[str, Array]
+    compute: Compute
+    mesh: Mesh | None
+
+    def put(self, tree: Any, *, whole: bool = False) -> Any:
+        """Arrays to the devices: rows over data and fsdp, or everything on each."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return place(tree, replicated(self.mesh) if whole else batch_sharding(self.mesh))
+
+    def on_mesh(self) -> AbstractContextManager[Any]:
+        """While programs run: the mesh is then the one in context."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    @property
+    def row_multiple(self) -> int:
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+
+def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh: Mesh | None = None) -> Model:
+    """Cast to the compute type and gather over fsdp, once instead of at each token; tensor stays cut.
+
+    Args:
+        spec: the model's shape.
+        weights: as trained or read: anywhere on this mesh.
+        compute: as in training.
+        mesh: as in training; None for the default device.
+    """
+
+    def one(path: str, axes: tuple[str, ...]) -> Array:
+        weight = weights[path] if "norm" in axes else weights[path].astype(compute.operands or compute.dtype)
+        if mesh is None:
+            return weight
+        return jax.device_put(weight, NamedSharding(mesh, partition(axes, weight.shape, mesh.shape, without="fsdp")))
+
+    placed = {w.path: one(w.path, w.axes) for w in table(spec)}
+    return Model(spec, placed, replace(compute, remat="none"), mesh)
+
+
+def generate(
+    model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, *, rows: int = 32, share_prefix: bool = True
+) -> list[list[Generation]]:
+    """`sampling.n` answers for each prompt, in the prompts' order.
+
+    Args:
+        model: see `place_model`.
+        prompts: token ids.
+        sampling: how to draw.
+        rows: answers that are generated at the same time; a batch has at least one prompt for each device.
+        share_prefix: compute what all prompts begin with only once; the answers are the same without.
+
+    Raises:
+        JaxguardError: a prompt is empty, or too long for the model.
+    """
+    check_prompts(model.spec, prompts, sampling.max_tokens)
+    if not prompts:
+        return []
+    prefix = common_prefix(prompts) if share_prefix else 0
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    size = bucket_size(min(max(1, rows // sampling.n), len(prompts)), model.row_multiple)
+    found: dict[int, list[Generation]] = {}
+    with model.on_mesh():
+        shared = _shared(model, prompts[0][:prefix])
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            answers = _batch(model, shared, [prompts[i] for i in chosen], prefix, size, sampling)
+            found |= zip(chosen, answers, strict=True)
+    return [found[i] for i in range(len(prompts))]
+
+
+def check_prompts(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """Is there something to go on from, and room for so many new tokens?
+
+    Raises:
+        JaxguardError: a prompt is empty, or too long for the model.
+    """
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise JaxguardError(f"prompt {i} has no tokens")
+        if len(prompt) + max_tokens > spec.context:
+            raise JaxguardError(
+                f"prompt {i} has {len(prompt)} tokens, which with max_tokens={max_tokens} is more than the model's context of "
+                f"{spec.context}: shorten it, or lower max_tokens"
+            )
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; the last one is each prompt's own in any case."""
+    shortest = min(prompts, key=len)
+    differ = (i for i, token in enumerate(shortest) if any(prompt[i] != token for prompt in prompts))
+    return min(next(differ, len(shortest)), len(shortest) - 1)
+
+
+def _shared(model: Model, prefix: Sequence[int]) -> tuple[Cache, ...]:
+    if not prefix:
+        return ()
+    tokens, positions, _ = _rows([prefix], 0, 1)
+    _, cache = _prefill(model.weights, (), *model.put((tokens, positions), whole=True), None, **_static(model))
+    return (cache,)
+
+
+def _batch(
+    model: Model,
+    shared: tuple[Cache, ...],
+    prompts: Sequence[Sequence[int]],
+    prefix: int,
+    size: int,
+    sampling: Sampling,
+) -> list[list[Generation]]:
+    """The answers of one batch, whose prompts come longest first; rows without a prompt are done before they begin."""
+    keys = np.zeros((size * sampling.n, 2), np.uint32)
+    for row in range(len(prompts) * sampling.n):
+        keys[row] = _key(sampling.seed, prompts[row // sampling.n], row % sampling.n)
+    done = np.arange(size * sampling.n) >= len(prompts) * sampling.n
+    stop = np.asarray(sampling.stop_ids or (-1,), np.int32)
+
+    parts, ends = [], []
+    rows = model.row_multiple * math.ceil(size / model.row_multiple / PREFILLS)
+    for start in range(0, size, rows):
+        suffixes = [prompt[prefix:] for prompt in prompts[start : start + rows]]
+        tokens, positions, lengths = _rows(suffixes, prefix, min(rows, size - start))
+        placed = model.put((tokens, positions, lengths - prefix - 1))
+        parts.append(_prefill(model.weights, shared, *placed, **_static(model)))
+        ends.append(lengths)
+    hidden_BD, own = parts[0] if len(parts) == 1 else _joined(parts)
+    lengths, keys, done = model.put((np.concatenate(ends), keys, done))
+    generated_RG = _decode(
+        model.weights, (*shared, own), hidden_BD, lengths, keys, done, model.put(stop, whole=True),
+        max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, **_static(model),
+    )  # fmt: skip
+    answers = [_cut(row, sampling.stop_ids) for row in np.asarray(generated_RG)[: len(prompts) * sampling.n]]
+    return [answers[i : i + sampling.n] for i in range(0, len(answers), sampling.n)]
+
+
+def _rows(suffixes: Sequence[Sequence[int]], start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, positions and end position of each row, padded on the right to one of few lengths."""
+    width = bucket_size(max(map(len, suffixes), default=1), LENGTH_MULTIPLE)
+    tokens, positions = np.zeros((size, width), np.int32), np.full((size, width), FAR, np.int32)
+    lengths = np.full(size, start + 1, np.int32)
+    for row, suffix in enumerate(suffixes):
+        tokens[row, : len(suffix)] = suffix
+        positions[row, : len(suffix)] = np.arange(start, start + len(suffix))
+        lengths[row] = start + len(suffix)
+    return tokens, positions, lengths
+
+
+def _key(seed: int, prompt: Sequence[int], sample: int) -> np.ndarray:
+    text = f"{seed} {sample} {' '.join(str(int(token)) for token in prompt)}"
+    return np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32)
+
+
+def _cut(row: np.ndarray, stop_ids: Sequence[int]) -> Generation:
+    stops = np.flatnonzero(np.isin(row, stop_ids))
+    if len(stops):
+        return Generation(tuple(row[: stops[0]].tolist()), "stop")
+    return Generation(tuple(row.tolist()), "length")
+
+
+def _static(model: Model) -> dict[str, Any]:
+    return {"spec": model.spec, "compute": model.compute}
+
+
+@partial(jax.jit, static_argnames=("spec", "compute"))
+def _prefill(
+    weights: dict[str, Array],
+    seen: tuple[Cache, ...],
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    last_B: Int[Array, "B"] | None,
+    *,
+    spec: Spec,
+    compute: Compute,
+) -> tuple[Float[Array, "B D"] | None, Cache]:
+    """Hidden state of each row's last token, and the rows' cache."""
+    hidden_BTD, cache = Decoder(spec, weights, compute).cached(tokens_BT, positions_BT, seen)
+    return None if last_B is None else jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0], cache
+
+
+@jax.jit
+def _joined(parts: Sequence[tuple[Float[Array, "_ D"], Cache]]) -> tuple[Float[Array, "B D"], Cache]:
+    """What was computed of several rows each, of all: the first part's are the longest, and others are padded to them."""
+    longest = parts[0][1].positions_AS.shape[1]
+
+    def whole(arrays: Sequence[Array], rows: int, tokens: int, padding: int) -> Array:
+        def long(x: Array) -> Array:
+            more = [(0, longest - x.shape[tokens] if axis == tokens else 0) for axis in range(x.ndim)]
+            return jnp.pad(x, more, constant_values=padding)
+
+        return jnp.concatenate([long(x) for x in arrays], axis=rows)
+
+    hidden, caches = zip(*parts, strict=True)
+    keys, values, positions = zip(*caches, strict=True)
+    axes = "layers", "batch", "kv_heads", None, "head_dim"
+    key_LBKSH, value_LBKSH = (constrain(whole(x, 1, 3, 0), *axes) for x in (keys, values))
+    joined = Cache(key_LBKSH, value_LBKSH, constrain(whole(positions, 0, 1, FAR), "batch", None))
+    return constrain(jnp.concatenate(hidden), "batch", None), joined
+
+
+class _State(NamedTuple):
+    """Of the loop over new tokens: how many are chosen, the tokens, which rows have stopped, keys and values."""
+
+    step: Array
+    tokens_RG: Array
+    done_R: Array
+    key_LRKGH: Array
+    value_LRKGH: Array
+
+
+@partial(jax.jit, static_argnames=("spec", "compute", "max_tokens", "temperature", "top_p"))
+def _decode(
+    weights: dict[str, Array],
+    seen: tuple[Cache, ...],
+    hidden_BD: Float[Array, "B D"],
+    lengths_B: Int[Array, "B"],
+    keys_R2: UInt32[Array, "R 2"],
+    done_R: Array,
+    stop_Q: Int[Array, "Q"],
+    *,
+    spec: Spec,
+    compute: Compute,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> Int[Array, "R G"]:
+    """New tokens of R = B n rows; what follows a stop token means nothing."""
+    decoder = Decoder(spec, weights, compute)
+    rows = keys_R2.shape[0]
+    lengths_R, hidden_RD = (jnp.repeat(x, rows // x.shape[0], axis=0) for x in (lengths_B, hidden_BD))
+    places_RG = lengths_R[:, None] + jnp.arange(max_tokens)
+
+    def choose(hidden_RD: Array, step: Array | int, tokens_RG: Array, done_R: Array) -> tuple[Array, Array]:
+        logits_RV = constrain(decoder.logits(hidden_RD[:, None])[:, 0], "batch", None)
+        chosen_R = draw(logits_RV, keys_R2, step, temperature, top_p)
+        return tokens_RG.at[:, step].set(chosen_R), done_R | jnp.isin(chosen_R, stop_Q)
+
+    def more(state: _State) -> Array:
+        return (state.step < max_tokens) & ~jnp.all(state.done_R)
+
+    def one(state: _State) -> _State:
+        """Feed the last token chosen, keep its keys and values, choose the next."""
+        last = state.step - 1
+        last_R1, place_R1 = (jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1) for x in (state.tokens_RG, places_RG))
+        written_RG = jnp.where(jnp.arange(max_tokens) < last, places_RG, FAR)
+        new = Cache(state.key_LRKGH, state.value_LRKGH, written_RG)
+        hidden_R1D, cache = decoder.cached(last_R1, place_R1, (*seen, new))
+        key_LRKGH, value_LRKGH = (
+            jax.lax.dynamic_update_slice_in_dim(whole, part, last, axis=3)
+            for whole, part in zip(new[:2], cache[:2], strict=True)
+        )
+        chosen = choose(hidden_R1D[:, 0], state.step, state.tokens_RG, state.done_R)
+        return _State(state.step + 1, *chosen, key_LRKGH, value_LRKGH)
+
+    shape = (spec.layers, rows, spec.kv_heads, max_tokens, spec.head_dim)
+    empty = constrain(jnp.zeros(shape, compute.dtype), "layers", "batch", "kv_heads", None, "head_dim")
+    first = choose(hidden_RD, 0, jnp.zeros((rows, max_tokens), jnp.int32), done_R)
+    state = jax.lax.while_loop(more, one, _State(jnp.int32(1), *first, empty, empty))
+    return constrain(state.tokens_RG, None, None)
+
+
+def draw(
+    logits_RV: Float[Array, "R V"], keys_R2: UInt32[Array, "R 2"], step: Any, temperature: float, top_p: float
+) -> Int[Array, "R"]:
+    """A token for each row by its own random stream."""
+    if temperature == 0:
+        return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
+    logits_RV = logits_RV / temperature
+    if top_p < 1:
+        logits_RV = jnp.where(nucleus(jax.nn.softmax(logits_RV, axis=-1), top_p), logits_RV, -jnp.inf)
+
+    def one(key_2: Array, logits_V: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key_2), step), logits_V)
+
+    return jax.vmap(one)(keys_R2, logits_RV).astype(jnp.int32)
+
+
+def nucleus(probability_RV: Float[Array, "R V"], top_p: float) -> Array:
+    """Which tokens are among the fewest likeliest ones that together have probability `top_p`; ties are in together.
+
+    Looks for the least probability inside by halving: a float32 of 0 or more grows with its bits read as an integer, so 31
+    sums over the vocabulary find it exactly, faster than sorting does.
+    """
+    bits_RV = jax.lax.bitcast_convert_type(probability_RV, jnp.int32)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low_R1, high_R1 = bounds
+        middle_R1 = low_R1 + (high_R1 - low_R1) // 2
+        mass_R1 = jnp.sum(jnp.where(bits_RV >= middle_R1, probability_RV, 0), axis=-1, keepdims=True)
+        enough_R1 = mass_R1 >= top_p
+        return jnp.where(enough_R1, middle_R1, low_R1), jnp.where(enough_R1, high_R1, middle_R1)
+
+    top_R1 = jnp.max(bits_RV, axis=-1, keepdims=True)
+    least_R1, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top_R1), top_R1 + 1))
+    return bits_RV >= least_R1

@@ -1,0 +1,150 @@
+"""A server of our own: SGLang as another process, from its first healthy answer to the end of ours."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from jaxguard.config.evaluate import ServerConfig
+from jaxguard.utils.errors import JaxguardError
+
+_HOST = "127.0.0.1"
+_LINES = 15
+_END_SECONDS = 10
+
+# Asks the kernel for SIGKILL at the parent's death, since SGLang lets SIGTERM wait for its requests, and becomes the command.
+# A process of its own does this: code between fork and exec is unsafe beside JAX's threads.
+_DIE_WITH_PARENT = (
+    "import ctypes, os, sys; parent = int(sys.argv[1]); ctypes.CDLL(None).prctl(1, 9); "
+    "os.getppid() == parent and os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+@contextmanager
+def serve(checkpoint: Path, name: str, log: Path, settings: ServerConfig) -> Iterator[str]:
+    """Serve a checkpoint with the SGLang of `settings.python`; the value is the server's address.
+
+    Args:
+        checkpoint: a Hugging Face folder.
+        name: what it is served as.
+        log: where the server's output goes.
+        settings: the interpreter, more arguments, and how long to wait.
+
+    Raises:
+        JaxguardError: no such interpreter, no SGLang in it, or the server does not come up.
+    """
+    port = free_port()
+    command = launch_command(find_sglang(settings.python), checkpoint, name, port, settings.arguments)
+    with started(command, f"http://{_HOST}:{port}/health_generate", log, settings.ready_seconds):
+        yield f"http://{_HOST}:{port}"
+
+
+def launch_command(python: str, checkpoint: Path, name: str, port: int, arguments: Sequence[str]) -> list[str]:
+    """What starts an SGLang server on this machine."""
+    flags = {"--model-path": checkpoint, "--served-model-name": name, "--host": _HOST, "--port": port}
+    words = [str(word) for flag in flags.items() for word in flag]
+    return [python, "-m", "sglang.launch_server", *words, *arguments]
+
+
+def find_sglang(python: str) -> str:
+    """The path of an interpreter that has SGLang.
+
+    Raises:
+        JaxguardError: there is none, or it has none.
+    """
+    path = shutil.which(str(Path(python).expanduser()))
+    if path is None:
+        raise JaxguardError(f"evaluate.server.python: {python!r} is no interpreter")
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+    found = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603 (the user's own)
+    if found.returncode:
+        raise JaxguardError(
+            f"evaluate.server.python: {python!r} has no SGLang{_last(found.stderr)}. Install it into an environment of its own, "
+            "`python -m venv .venv-sglang && .venv-sglang/bin/pip install sglang`, and name that environment's python; on a "
+            "CPU run `make sglang-cpu`, and take what `python tools/sglang_server.py --overrides` prints"
+        )
+    return path
+
+
+@contextmanager
+def started(
+    command: Sequence[str], health: str, log: Path, seconds: float, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server in a process group of its own, from its first healthy answer to the end of the block.
+
+    It dies with the thread that started it, even where that is killed.
+
+    Args:
+        command: the path of a program, and its arguments.
+        health: an address that answers 200 once the server is ready.
+        log: where its output goes.
+        seconds: how long it may take to be ready.
+        environment: variables besides the inherited ones.
+
+    Raises:
+        JaxguardError: it ends early, or is not healthy in time; shows the end of the log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    no_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY"), _HOST)))  # servers also ask themselves how they are
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 (the caller's own command)
+            [sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid()), *command],
+            env={**os.environ, "NO_PROXY": no_proxy, **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait(process, health, log, seconds)
+        yield process
+    finally:
+        _end(process)
+
+
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as taken:
+        taken.bind((_HOST, 0))
+        port: int = taken.getsockname()[1]
+    return port
+
+
+def _wait(process: subprocess.Popen[bytes], health: str, log: Path, seconds: float) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise JaxguardError(f"the server ended with code {process.returncode}; the end of {log}:\n{_tail(log)}")
+        try:
+            with direct.open(health, timeout=30):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise JaxguardError(f"the server was not ready in {seconds:g} s; the end of {log}:\n{_tail(log)}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The whole group: a server that crashed may leave processes."""
+    for what in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, what)
+            process.wait(timeout=_END_SECONDS)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:])
+
+
+def _last(stderr: str) -> str:
+    lines = stderr.strip().splitlines()
+    return f" ({lines[-1]})" if lines else ""

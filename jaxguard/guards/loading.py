@@ -1,0 +1,192 @@
+"""Guards, opened: whoever a config names becomes a Judge that can be asked."""
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+from jaxguard.config import Config
+from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
+from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
+from jaxguard.data.examples import Example
+from jaxguard.data.files import file_digest
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.format.template import load_tokenizer
+from jaxguard.data.policies import Policy, load_policy, policy_for
+from jaxguard.data.prepare import load_sources
+from jaxguard.data.sources import digest
+from jaxguard.guards.baselines import FLOORS, fit_floor
+from jaxguard.guards.formats.external import BUILT_IN, foreign_format, foreign_guard, written_file
+from jaxguard.guards.formats.native import OurFormat, context_tokens
+from jaxguard.guards.protocol import Ask, Engine, Format, Judge, judge
+from jaxguard.utils import hub
+from jaxguard.utils.errors import JaxguardError
+
+_SAMPLING: Final = {"temperature", "top_p", "generations", "thought_tokens", "verdict_tokens", "ask", "seed"}
+"""Settings that change what a guard answers."""
+
+
+def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
+    """In which modes a guard is asked: its own choice, else those that data.mode trains, as far as its format has them.
+
+    Raises:
+        JaxguardError: no such format, or one that cannot be asked in that mode.
+    """
+    if guard.format == "jaxguard":
+        able = tuple(Mode)
+    else:
+        able = (Mode.DIRECT,) if guard.format in FLOORS else foreign_guard(guard.format).modes
+    if set(guard.modes) - {*map(str, able)}:
+        raise JaxguardError(
+            f"guard {guard.name!r}: format {guard.format} answers in {able[0]} mode only; leave modes out"
+        )
+    trained = tuple(mode for mode in able if config.data.mode in ("dual", mode))
+    return tuple(map(Mode, guard.modes)) or trained or able
+
+
+def checkpoint_of(guard: GuardConfig, config: Config) -> str:
+    """The folder or repository that holds a guard's weights and tokenizer.
+
+    Raises:
+        JaxguardError: this run has no export yet.
+    """
+    if guard.checkpoint is None:
+        export = config.folder / "export"
+        if not (export / "README.md").is_file():  # the trainer writes it last
+            raise JaxguardError(
+                f"guard {guard.name!r} is this run's export, but {export} is not there: train it first, "
+                f"python -m jaxguard.train with the same config, or name the guard's checkpoint"
+            )
+        return str(export)
+    inside = Path(guard.checkpoint).expanduser() / "export"
+    return str(inside) if inside.is_dir() else guard.checkpoint
+
+
+async def deciding(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
+    """What decides a guard's answers, whatever it is asked about, for the heads of files; JSON.
+
+    Raises:
+        JaxguardError: as `identity`.
+    """
+    return {
+        "guard": await identity(guard, config, settings),
+        "format": config.data.model_dump(include={"reasoning_marker", "direct_marker"}),
+        **settings.model_dump(mode="json", include=_SAMPLING),
+    }
+
+
+def asked_about(examples: Sequence[Example], policy: Policy) -> dict[str, str]:
+    """What decides them besides: the examples, and every policy that one of them is judged by; for the heads of files.
+
+    Args:
+        examples: those to judge.
+        policy: the run's.
+    """
+    read: dict[str, list[tuple[str | None, str]]] = {}
+    for written, example in {example.policy: example for example in examples}.items():
+        own = policy_for(example, policy)
+        read.setdefault(f"policy {own.name}", []).append((written, own.digest))
+    hashes = {name: hashlib.sha256(json.dumps(found).encode()).hexdigest() for name, found in read.items()}
+    return {"examples": digest(examples), **hashes}
+
+
+async def identity(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
+    """What tells a guard's answers from another's; JSON.
+
+    A server that runs already is known by what it says it serves, not by its address: one that moved goes on.
+
+    Raises:
+        JaxguardError: no such checkpoint or training data, or a server that does not answer.
+    """
+    if guard.format in FLOORS:
+        examples, _ = load_sources(config.data.train, "train")
+        return {"format": guard.format, "fitted_to": digest(examples), "seed": config.seed}
+    checkpoint = checkpoint_of(guard, config)
+    form = guard.format if guard.format in BUILT_IN else file_digest(written_file(guard.format))
+    known: dict[str, Any] = {"format": form, "checkpoint": checkpoint, "revision": guard.revision}
+    if guard.endpoint is not None and not guard.swap:
+        from jaxguard.guards.backends.sglang import served
+
+        found = await served(guard.endpoint)
+        if "model_path" in found:  # the path may be this machine's too
+            found["weights"] = weights_digest(Path(found["model_path"]))
+        return {**known, "backend": "sglang", "served_as": guard.model, **found}
+    known["weights"] = weights_digest(hub.fetch(checkpoint, guard.revision))
+    if guard.endpoint is not None:
+        return {**known, "backend": "sglang"}
+    if settings.backend == "sglang":
+        return {**known, "backend": "sglang", "arguments": list(settings.server.arguments)}
+    return {**known, "backend": "jax", "compute_dtype": config.model.compute_dtype}
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Hash of a folder's weights; None where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    stats = [(path, path.stat()) for path in files]
+    digests = [_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
+
+
+@lru_cache
+def _digest(path: Path, _size: int, _changed: int) -> str:
+    return file_digest(path)
+
+
+@asynccontextmanager
+async def open_guard(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> AsyncIterator[Judge]:
+    """Load a guard, or connect to it, or start its server; everything is closed at the end.
+
+    Raises:
+        JaxguardError: no such checkpoint, a server that does not answer or serves another model.
+    """
+    if guard.format in FLOORS:
+        examples, _ = load_sources(config.data.train, "train")
+        yield fit_floor(guard.format, examples, config.seed)
+        return
+    remote = guard.endpoint is not None and not guard.swap
+    folder = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES if remote else None)
+    form = _format(guard, folder, config, settings)
+    async with _engine(guard, folder, config, settings) as engine:
+
+        def judged(asks: Sequence[Ask]) -> AsyncIterator[Any]:
+            return judge(asks, form, engine, settings)
+
+        yield judged
+
+
+def _format(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> Format:
+    policy = load_policy(config.data.policy)
+    if guard.format == "jaxguard":
+        whole = config.data.model_copy(update={"row_tokens": context_tokens(folder)})
+        return OurFormat.of(Encoder.load(folder, whole, policy), settings)
+    return foreign_format(guard.format, load_tokenizer(folder, chat=False), policy)
+
+
+@asynccontextmanager
+async def _engine(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> AsyncIterator[Engine]:
+    if guard.endpoint is None and settings.backend == "jax":
+        from jaxguard.guards.backends.jax import load_engine  # JAX is loaded only where it computes
+
+        yield load_engine(folder, config, settings)
+        return
+    from jaxguard.guards.backends.sglang import open_sglang, served, swap_weights  # its client is an extra
+
+    with ExitStack() as stack:
+        url, model, version = guard.endpoint, guard.model, None
+        if url is None:
+            from jaxguard.guards.backends.server import serve
+
+            log = config.folder / "evaluate" / f"{guard.name}.server.log"
+            model = model or guard.name
+            url = stack.enter_context(serve(folder, model, log, settings.server))
+        elif guard.swap:
+            version = str(weights_digest(folder))[:16]
+            await swap_weights(url, folder, version)
+            model = None  # it is called by the folder from now on
+        else:  # others may swap its weights meanwhile
+            version = (await served(url)).get("weight_version")
+        async with open_sglang(url, model, settings, version) as engine:
+            yield engine

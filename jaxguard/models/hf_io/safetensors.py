@@ -1,0 +1,267 @@
+"""Safetensors files as they lie on disk: where each tensor's bytes are, a view that reads nothing yet, and rows put there.
+
+Layout of a file: 8 bytes with the header's length (little endian), the header (JSON: name -> dtype, shape, byte range
+after the header), then the bytes of all tensors.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from itertools import product
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxguard.utils.errors import JaxguardError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""The element types that can be trained, by their name in a file's header."""
+
+BLOCK = 16 * 2**20
+"""Bytes that are read or copied at once."""
+
+BAND = 1312
+"""Rows that are rounded, compared and written while a processor has them at hand: no power of two, since numbers at such a
+distance push each other out of the cache."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor on disk.
+
+    Attributes:
+        name: its name in the file.
+        file: the file.
+        kind: element type as the header names it.
+        shape: sizes.
+        start: its first byte, counted from the beginning of the file.
+        stop: the byte after its last.
+    """
+
+    name: str
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its element type.
+
+        Raises:
+            JaxguardError: quantised, integer, or otherwise not a type that can be trained.
+        """
+        if self.kind not in DTYPES:
+            raise JaxguardError(
+                f"{self.file}: tensor {self.name!r} is stored as {self.kind}; supported: {', '.join(DTYPES)}. "
+                "Quantised weights cannot be trained: use the original checkpoint"
+            )
+        return DTYPES[self.kind]
+
+    def view(self) -> np.ndarray:
+        """The tensor, memory-mapped: indexing it reads only the pages touched."""
+        raw = np.memmap(self.file, mode="r", offset=self.start, shape=(self.stop - self.start,), dtype=np.uint8)
+        return raw.view(np.ndarray).view(self.dtype).reshape(self.shape)
+
+    def read_ahead(self) -> None:
+        """Let the system read all of it meanwhile, in larger parts than a view in use asks for."""
+        with self.file.open("rb") as file:
+            advise(file.fileno(), self.start, self.stop, "WILLNEED")
+
+
+def advise(file: int, start: int, stop: int, what: Literal["WILLNEED", "DONTNEED"]) -> None:
+    """Let the system begin to read bytes of a file, or begin to write to the disk what is new; nobody waits for it."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(file, start, stop - start, getattr(os, f"POSIX_FADV_{what}"))
+
+
+def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | None) -> int:
+    """Round rows of a tensor to its element type and write them to where its file has them, band by band.
+
+    Args:
+        tensor: what they are compared with.
+        values: [rows, columns], in any layout.
+        start: number of the first row.
+        file: a file shaped like the tensor's, open for writing; several threads may use it. None only compares.
+
+    Returns:
+        How many of the stored numbers differ from the tensor's.
+
+    Raises:
+        JaxguardError: values that are not finite in the element type, or a tensor whose file has become shorter.
+    """
+    bits = np.dtype(f"u{tensor.dtype.itemsize}")
+    infinite = np.array([np.inf, -np.inf], tensor.dtype).view(bits)  # taken as integers, NaN is beyond them
+    width = values.shape[1] * bits.itemsize
+    begin, changed = tensor.start + start * width, 0
+    space = np.empty((min(BAND, len(values)), values.shape[1]), tensor.dtype)
+    with tensor.file.open("rb", buffering=0) as base:
+        base.seek(begin)
+        for row in range(0, len(values), BAND):
+            rows = values[row : row + BAND]
+            cast_tiles(rows, space[: len(rows)], (BAND, 128))
+            band = space[: len(rows)].view(bits).reshape(-1)
+            if np.max(band) >= infinite[1] or np.max(band.view(f"i{bits.itemsize}")) >= infinite[0]:
+                raise JaxguardError(
+                    f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported"
+                )
+            if file is not None:
+                _write_at(file.fileno(), band.view(np.uint8).data, begin + row * width)
+            changed += _differing(band, base)
+    if file is not None:  # else all of it would have to be waited for at the end
+        advise(file.fileno(), begin, begin + len(values) * width, "DONTNEED")
+    return changed
+
+
+def _differing(values: np.ndarray, file: FileIO) -> int:
+    """How many of these numbers differ from a file's next, which are read: cheaper than a mapping's pages, used once."""
+    differing, space = 0, np.empty(min(len(values), 2**18), values.dtype)
+    for start in range(0, len(values), len(space)):
+        part = values[start : start + len(space)]
+        stored = space[: len(part)]
+        if file.readinto(stored.view(np.uint8).data) != stored.nbytes:
+            raise JaxguardError(f"{file.name} has become shorter: copy it again")
+        differing += int(np.count_nonzero(part != stored))
+    return differing
+
+
+def parts_of_rows(values: np.ndarray, dtype: np.dtype) -> Iterator[slice]:
+    """Rows of a matrix that are about BLOCK bytes in this element type, in whole bands: what a thread does at once."""
+    rows = BAND * max(1, BLOCK // (BAND * values.shape[1] * dtype.itemsize))
+    return (slice(start, start + rows) for start in range(0, len(values), rows))
+
+
+def cast_tiles(values: np.ndarray, places: np.ndarray, tile: tuple[int, int]) -> None:
+    """Put a matrix into another of its shape, rounded to nearest even, tile by tile; each may have any layout.
+
+    Only the tile's size decides how fast that is: what is read and what is written should fit a processor's cache, and the
+    one that is not in it yet should be contiguous over many numbers.
+    """
+    dtype, bits = places.dtype, f"u{places.dtype.itemsize}"  # NumPy copies integers faster than bfloat16
+    places = places.view(bits)
+    with np.errstate(over="ignore"):  # who cares looks for what is infinite
+        for row, column in product(*map(range, (0, 0), values.shape, tile)):
+            here = slice(row, row + tile[0]), slice(column, column + tile[1])
+            places[here] = values[here].astype(dtype).view(bits)
+
+
+def _write_at(file: int, values: memoryview, start: int) -> None:
+    """Write all of it, from several threads at once: without the file's own place, and however little one call takes."""
+    while values:
+        done = os.pwrite(file, values, start)
+        values, start = values[done:], start + done
+
+
+def open_file(path: Path) -> dict[str, Stored]:
+    """Name -> tensor of one safetensors file, in the order of its header.
+
+    Raises:
+        JaxguardError: truncated, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="numpy"):  # the library checks the header against the file's length
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise JaxguardError(
+            f"{path} is truncated or not a safetensors file ({error}): download or copy it again"
+        ) from None
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    return {
+        name: Stored(name, path, t["dtype"], tuple(t["shape"]), *(begin + x for x in t["data_offsets"]))
+        for name, t in header.items()
+    }
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights.
+
+    Raises:
+        JaxguardError: no safetensors, corrupt index, or an index that names an absent file.
+    """
+    if (folder / INDEX).is_file():
+        names = sorted(set(_weight_map(folder).values()))
+        for name in names:
+            if not (folder / name).is_file():
+                raise JaxguardError(f"{folder / INDEX} names the file {name!r}, which is absent: download it again")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise JaxguardError(
+            f"{folder} holds PyTorch pickles but no safetensors: take a revision with *.safetensors, or convert it "
+            "(transformers loads it, save_pretrained writes safetensors)"
+        )
+    raise JaxguardError(f"{folder} has neither {SINGLE} nor {INDEX}: no weights to read")
+
+
+def open_folder(folder: Path) -> dict[str, Stored]:
+    """Name -> tensor of a whole checkpoint, single-file or sharded.
+
+    Raises:
+        JaxguardError: as `shard_files` and `open_file`, or an index that disagrees with its files.
+    """
+    tensors: dict[str, Stored] = {}
+    for file in shard_files(folder):
+        for name, tensor in open_file(file).items():
+            if name in tensors:
+                raise JaxguardError(f"tensor {name!r} is in both {tensors[name].file} and {file}")
+            tensors[name] = tensor
+    if (folder / INDEX).is_file():
+        for name, file_name in _weight_map(folder).items():
+            if name not in tensors or tensors[name].file.name != file_name:
+                raise JaxguardError(f"{folder / INDEX} places tensor {name!r} in {file_name!r}, which does not hold it")
+    return tensors
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("weight_map is empty or not a mapping")
+        if any(not isinstance(file, str) or Path(file).name != file for file in weight_map.values()):
+            raise ValueError("weight_map must name files of this folder")
+    except (ValueError, KeyError, TypeError) as error:
+        raise JaxguardError(f"{path} is corrupt ({error}): download it again") from None
+    return weight_map
+
+
+def write_file(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, value: Callable[[str], np.ndarray]
+) -> None:
+    """Write a safetensors file one tensor at a time, so that memory holds one of them.
+
+    Args:
+        path: the file.
+        shapes: name -> shape, in the order of the file.
+        kind: element type of all tensors, as a header names it.
+        value: called with each name in turn.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * DTYPES[kind].itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            array = np.ascontiguousarray(value(name), dtype=DTYPES[kind])
+            assert array.shape == tuple(shape), f"{name}: promised {shape}, got {array.shape}"
+            file.write(array.view(np.uint8).data)

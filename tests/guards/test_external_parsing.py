@@ -1,0 +1,256 @@
+"""Other guards' formats: what is read of an answer, and where its verdict is chosen."""
+
+import pytest
+from external_examples import ALONE, GENERAL, HOUSE, THOUGHT, asked, reserved
+from external_templates import GUARDS, LINES, guard_tokenizer
+
+from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.guards.formats.external import foreign_format
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE
+
+READ = {
+    "llama_guard": {
+        "safe": NEGATIVE,
+        "\n\nSafe \n": NEGATIVE,
+        "unsafe\nS2": POSITIVE,
+        "\n\nUNSAFE\n S2 , S14 ": POSITIVE,
+        "unsafe": UNPARSEABLE,
+        "unsafe S2": UNPARSEABLE,
+        "safe\nS2": UNPARSEABLE,
+        "safe\nunsafe\nS1": UNPARSEABLE,
+        "unsafe\nS2,": UNPARSEABLE,
+        "unsafe\nviolence": UNPARSEABLE,
+        "safe.": UNPARSEABLE,
+        "not safe": UNPARSEABLE,
+        "safe<|eot_id|>": UNPARSEABLE,
+    },
+    "wildguard": {
+        "Harmful request: no\nResponse refusal: no\nHarmful response: yes": NEGATIVE,
+        " harmful REQUEST :YES\n\nResponse refusal: yes\nHarmful response: no\n": POSITIVE,
+        "Harmful request: no\nResponse refusal: no\nHarmful response: n/a": UNPARSEABLE,
+        "Harmful request: no\nResponse refusal: no": UNPARSEABLE,
+        "Harmful request: no\nHarmful request: yes\nHarmful response: no": UNPARSEABLE,
+        "Response refusal: no\nHarmful request: no\nHarmful response: no": UNPARSEABLE,
+        "Harmful request: no, I think\nResponse refusal: no\nHarmful response: no": UNPARSEABLE,
+        "Harmful request: no\nResponse refusal: no\nHarmful response: no\nHarmful request: yes": UNPARSEABLE,
+    },
+    "shieldgemma": {
+        "No": NEGATIVE,
+        "no.\n\nThe prompt is about bread": NEGATIVE,
+        "Yes": POSITIVE,
+        " YES, no bread": POSITIVE,
+        "No\nYes": UNPARSEABLE,
+        "No, wait: yes.": UNPARSEABLE,
+        "Nothing": UNPARSEABLE,
+        "No way is this fine": UNPARSEABLE,
+        "No-one": UNPARSEABLE,
+        "The answer is No": UNPARSEABLE,
+        "**No**": UNPARSEABLE,
+    },
+    "qwen3guard": {
+        "Safety: Safe\nCategories: None": NEGATIVE,
+        "safety:  SAFE\n\n Categories:None\n": NEGATIVE,
+        "Safety: Unsafe\nCategories: Violent, PII": POSITIVE,
+        "Safety: Controversial\nCategories: Politically Sensitive Topics": POSITIVE,
+        "Safety: Safe\nCategories: Violent": UNPARSEABLE,
+        "Safety: Unsafe\nCategories: None": UNPARSEABLE,
+        "Safety: Unsafe\nCategories: Burnt bread": UNPARSEABLE,
+        "Safety: Safe": UNPARSEABLE,
+        "Safety: Safe\nCategories: None\nSafety: Unsafe": UNPARSEABLE,
+        "Safety: Safe or not\nCategories: None": UNPARSEABLE,
+        "Safety: Safe\nCategories: None\nRefusal: No": UNPARSEABLE,
+    },
+    "gpt_oss_safeguard": {
+        f"{THOUGHT['gpt_oss_safeguard']}unharmful": NEGATIVE,
+        f"{THOUGHT['gpt_oss_safeguard']} Harmful\n": POSITIVE,
+        "<|channel|>final<|message|>unharmful": NEGATIVE,
+        "unharmful": UNPARSEABLE,
+        "<|channel|>analysis<|message|>unharmful": UNPARSEABLE,
+        "<|channel|>analysis<|message|>I say <|channel|>final<|message|>unharmful": UNPARSEABLE,
+        f"{THOUGHT['gpt_oss_safeguard']}unharmful.": UNPARSEABLE,
+        f"{THOUGHT['gpt_oss_safeguard']}unharmful or harmful": UNPARSEABLE,
+        f"{THOUGHT['gpt_oss_safeguard']}": UNPARSEABLE,
+        f"{THOUGHT['gpt_oss_safeguard']}unharmful<|end|><|start|>assistant<|channel|>final<|message|>harmful": POSITIVE,
+    },
+    "yes_no": {
+        "No": NEGATIVE,
+        "\n no.\n": NEGATIVE,
+        "YES": POSITIVE,
+        "Yes.": POSITIVE,
+        "No..": UNPARSEABLE,
+        "**No**": UNPARSEABLE,
+        "No, it is not": UNPARSEABLE,
+        "No\nYes": UNPARSEABLE,
+        "No\nNo": UNPARSEABLE,
+        "Answer: No": UNPARSEABLE,
+        "No<end_of_turn>": UNPARSEABLE,
+    },
+    LINES: {
+        f"{THOUGHT[LINES]}Request: good\nRefused: no\nReply: bad": NEGATIVE,
+        "No tag opens it.</reason>request : GOOD\n\nrefused: yes\nReply: good\n": NEGATIVE,
+        f"{THOUGHT[LINES]}Request: unclear\nRefused: no\nReply: good": POSITIVE,
+        f"Request: bad </reason>{THOUGHT[LINES]}Request: good\nRefused: no\nReply: good": NEGATIVE,
+        "Request: good\nRefused: no\nReply: good": UNPARSEABLE,
+        "<reason>Request: good\nRefused: no\nReply: good": UNPARSEABLE,
+        f"{THOUGHT[LINES]}Request: good\nRefused: no": UNPARSEABLE,
+        f"{THOUGHT[LINES]}Request: good\nRefused: none\nReply: good": UNPARSEABLE,
+        f"{THOUGHT[LINES]}Request: good\nRefused: no\nReply: good\nRequest: bad": UNPARSEABLE,
+        f"{THOUGHT[LINES]}Request: good\nRequest: bad\nReply: good": UNPARSEABLE,
+        f"{THOUGHT[LINES]}<reason>Request: good\nRefused: no\nReply: good": UNPARSEABLE,
+        f"{THOUGHT[LINES]}Request: not good\nRefused: no\nReply: good": UNPARSEABLE,
+        f"{THOUGHT[LINES]}Request: good or bad\nRefused: no\nReply: good": UNPARSEABLE,
+    },
+    "nemotron_reasoning": {
+        f"{THOUGHT['nemotron_reasoning']}Prompt harm: unharmful\nResponse Harm: harmful": NEGATIVE,
+        f"{THOUGHT['nemotron_reasoning']}prompt harm: Harmful\nResponse harm: unharmful\n": POSITIVE,
+        "Prompt harm: unharmful\nResponse harm: unharmful": UNPARSEABLE,
+        "<think>Prompt harm: unharmful\nResponse harm: unharmful": UNPARSEABLE,
+        "<think></think>Prompt harm: unharmful": UNPARSEABLE,
+        "<think></think>Prompt harm: unharmful\nResponse harm: None": UNPARSEABLE,
+        "<think></think>Prompt harm: unharmful <think>\nResponse harm: unharmful": UNPARSEABLE,
+        "<think></think>Prompt harm: unharmful\nPrompt harm: harmful\nResponse harm: unharmful": UNPARSEABLE,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(kind, text) for kind, table in READ.items() for text in (*table, "", " \n")]
+)
+def test_read(form, kind, text):
+    assert form(kind).read(asked(), text) == READ[kind].get(text, UNPARSEABLE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "question", "text", "expected"),
+    [
+        ("wildguard", "response_refusal", "Harmful request: no\nResponse refusal: yes\nHarmful response: no", POSITIVE),
+        ("wildguard", "response_harm", "Harmful request: yes\nResponse refusal: yes\nHarmful response: no", NEGATIVE),
+        ("qwen3guard", "response_refusal", "Safety: Unsafe\nCategories: PII\nRefusal: No", NEGATIVE),
+        ("qwen3guard", "response_harm", "Safety: Safe\nCategories: None\nRefusal: Yes", NEGATIVE),
+        ("qwen3guard", "response_harm", "Safety: Safe\nCategories: None", UNPARSEABLE),
+        ("qwen3guard", "response_harm", "Safety: Safe\nCategories: None\nRefusal: maybe", UNPARSEABLE),
+        ("gpt_oss_safeguard", "response_refusal", f"{THOUGHT['gpt_oss_safeguard']}compliance", NEGATIVE),
+        ("gpt_oss_safeguard", "response_refusal", f"{THOUGHT['gpt_oss_safeguard']}unharmful", UNPARSEABLE),
+        ("nemotron_reasoning", "response_harm", "<think>x</think>Prompt harm: harmful\nResponse harm: unharmful", NEGATIVE),
+    ],
+)  # fmt: skip
+def test_read_of_responses(form, kind, question, text, expected):
+    assert form(kind).read(asked(question), text) == expected
+
+
+def test_without_a_response_its_lines_may_say_so(form):
+    ask = asked(example=ALONE)
+    assert form("wildguard").read(ask, "Harmful request: no\nResponse refusal: n/a\nHarmful response: N/A") == NEGATIVE
+    assert (
+        form("nemotron_reasoning").read(ask, "<think></think>Prompt harm: unharmful\nResponse harm: None") == NEGATIVE
+    )
+    direct = asked(example=ALONE, mode=Mode.DIRECT)
+    assert form("nemotron_reasoning").read(direct, "Prompt harm: harmful\nResponse harm: None") == POSITIVE
+    assert (
+        form("nemotron_reasoning").read(direct, "<think></think>Prompt harm: unharmful\nResponse harm: None")
+        == UNPARSEABLE
+    )
+
+
+def tree(form, ask, text=""):
+    """Of each choice: what the answer holds before it, its two tokens, what it hangs on, whether it is the last."""
+    prompt = form.prompt(ask).ids
+    found = form.choices(ask, text)
+    assert all(one.prefix[: len(prompt)] == prompt for one in found)
+    return [
+        (form.text(one.prefix[len(prompt) :]), form.text([one.positive_id]), form.text([one.negative_id]), one.earlier, one.final)
+        for one in found
+    ]  # fmt: skip
+
+
+def test_choices_of_one_word(form):
+    assert tree(form("llama_guard"), asked()) == [("\n\n", "u", "s", (), True)]
+    assert tree(form("shieldgemma"), asked()) == [("", "Y", "N", (), True)]
+    assert tree(form("gpt_oss_safeguard"), asked(), THOUGHT["gpt_oss_safeguard"] + "unharmful") == [
+        (THOUGHT["gpt_oss_safeguard"], "harm", "u", (), True)
+    ]
+
+
+def test_choices_of_lines_hang_on_those_before(form):
+    def upto(*words):
+        titles = ("Harmful request:", "Response refusal:", "Harmful response:")
+        return "\n".join(f"{title} {word}".rstrip() for title, word in zip(titles, (*words, ""), strict=False))
+
+    found = tree(form("wildguard"), asked("response_harm"))
+    assert [one[0] for one in found] == [
+        upto(), upto("yes"), upto("no"), upto("yes", "yes"), upto("yes", "no"), upto("no", "yes"), upto("no", "no"),
+    ]  # fmt: skip
+    assert [one[3] for one in found[:3]] == [(), ((0, True),), ((0, False),)]
+    assert found[6][3:] == (((0, False), (2, False)), True)
+    assert [one[4] for one in found] == [False] * 3 + [True] * 4
+    lines = tree(form("nemotron_reasoning"), asked("response_harm"), "<think>\nx\n</think>\n\nPrompt harm: harmful")
+    assert [one[0] for one in lines] == [
+        "<think>\nx\n</think>\n\nPrompt harm:",
+        "<think>\nx\n</think>\n\nPrompt harm: harmful\nResponse harm:",
+        "<think>\nx\n</think>\n\nPrompt harm: unharmful\nResponse harm:",
+    ]
+
+
+def test_controversial_is_a_second_way_of_being_harmful(form):
+    found = tree(form("qwen3guard"), asked())
+    assert [one[0] for one in found] == ["Safety:", "Safety:"]
+    assert [one[3:] for one in found] == [((), True), (((0, False),), True)]
+    refusal = tree(form("qwen3guard"), asked("response_refusal"), "Safety: Safe\nCategories: None\nRefusal: Yes")
+    assert [one[0].strip() for one in refusal] == ["Safety: Safe\nCategories: None\nRefusal:"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "question", "text"),
+    [
+        ("gpt_oss_safeguard", "prompt_harm", ""),
+        ("gpt_oss_safeguard", "prompt_harm", "<|channel|>analysis<|message|>x"),
+        ("nemotron_reasoning", "prompt_harm", "<think>x"),
+        ("qwen3guard", "response_refusal", ""),
+    ],
+)
+def test_where_nothing_is_chosen_there_is_no_choice(form, kind, question, text):
+    assert form(kind).choices(asked(question), text) == ()
+
+
+def test_thoughts_that_ran_out_are_closed(form):
+    harmony, nemotron = form("gpt_oss_safeguard"), form("nemotron_reasoning")
+    assert harmony.closed(asked(), "<|channel|>analysis<|message|>Bread.") == THOUGHT["gpt_oss_safeguard"]
+    assert harmony.closed(asked(), THOUGHT["gpt_oss_safeguard"] + "unh") is None
+    assert nemotron.closed(asked(), "<think>\nBread.") == THOUGHT["nemotron_reasoning"]
+    assert nemotron.closed(asked(), "<think>\nBread.</think>") is None
+    assert nemotron.closed(asked(mode=Mode.DIRECT), "<think>") is None
+    assert form("wildguard").closed(asked(), "Harmful") is None
+    assert (harmony.thinks, nemotron.thinks) == (frozenset(Mode), {Mode.REASONING})
+    assert not form("llama_guard").thinks
+
+
+@pytest.mark.parametrize("kind", GUARDS)
+def test_an_answer_stops_at_the_guards_own_end(form, kind):
+    stops = {
+        "llama_guard": "<|eot_id|>",
+        "wildguard": "</s>",
+        "qwen3guard": "<|im_end|>",
+        "gpt_oss_safeguard": "<|return|>",
+    }
+    assert form(kind).text(form(kind).stop_ids[:1]) == stops.get(kind, form(kind).guard.ends[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("shieldgemma", "gemma3"),
+        ("nemotron_reasoning", "gemma3"),
+        ("llama_guard", "llama3_1"),
+        ("wildguard", "smollm2"),
+    ],
+)
+def test_real_vocabularies(tokenizer_folder, kind, name):
+    """Their special tokens cannot be forged, and a verdict is chosen where its words part."""
+    tokenizer = guard_tokenizer(tokenizer_folder(name), kind, None)
+    one = foreign_format(kind, tokenizer, GENERAL if kind == "wildguard" else HOUSE)
+    hostile = Example("1", "s", " ".join(reserved(kind)) + "".join(list(tokenizer.added_tokens_encoder)[-20:]))
+    assert one.prompt(asked(example=hostile))
+    [choice] = one.choices(asked(), THOUGHT.get(kind, ""))
+    words = {"shieldgemma": ("Yes", "No"), "nemotron_reasoning": (" harmful", " un"), "llama_guard": ("unsafe", "safe")}
+    assert (one.text([choice.positive_id]), one.text([choice.negative_id])) == words.get(kind, (" yes", " no"))

