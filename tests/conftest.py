@@ -271,14 +271,14 @@ def tiny_checkpoint(
     from safetensors.numpy import save_file
 
     from jaxguard.models.spec import read_spec
-    from jaxguard.models.weights import initialise, table
+    from jaxguard.models.weights import initialize, table
 
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     shutil.copytree(tiny_tokenizer_folder, folder)
     write_llama_config(folder, spelling=4)  # as on the hub, so that transformers 4 reads it too
     spec = read_spec(folder)
     sizes, tensors = spec.sizes, {}
-    for weight, array in zip(table(spec), initialise(spec, jax.random.key(0)).values(), strict=True):
+    for weight, array in zip(table(spec), initialize(spec, jax.random.key(0)).values(), strict=True):
         rule = " -> ".join(reversed(weight.rule.split(" -> ")))
         known = {letter: size for letter, size in sizes.items() if letter in rule}
         prefix = "" if weight.path == "lm_head" else "model."

@@ -143,7 +143,7 @@ class Decoder(nnx.Module):
         kinds = jnp.asarray(spec.layer_kinds)
         weights = {table.LAYER + name: param[...] for name, param in self.layers.items()}
         scanned = (weights, self.slots, kinds, extra)
-        x_BTD, kept = jax.lax.scan(self._rematerialised(layer), self._embed(tokens_BT), scanned)
+        x_BTD, kept = jax.lax.scan(self._remat(layer), self._embed(tokens_BT), scanned)
         return self._norm(x_BTD, self.final_norm[...]), kept
 
     def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -179,7 +179,7 @@ class Decoder(nnx.Module):
         sin: Float[Array, "B T half"],
         attention: Callable[..., tuple[Array, Any]],
     ) -> tuple[Float[Array, "B T D"], Any]:
-        norm, sandwich = self._norm, self.spec.sandwich
+        norm, post_norm = self._norm, self.spec.post_norm
         project = partial(product, operands=self.compute.operands)
         h_BTD = norm(x_BTD, w["attention_norm"])
         query_BTNH = project("BTD,DNH->BTNH", h_BTD, w["q_proj"])
@@ -190,14 +190,14 @@ class Decoder(nnx.Module):
         query_BTNH, key_BTKH = rotate(query_BTNH, cos, sin), rotate(key_BTKH, cos, sin)
         mixed_BTNH, kept = attention(query_BTNH, key_BTKH, value_BTKH)
         h_BTD = constrain(project("BTNH,NHD->BTD", mixed_BTNH, w["o_proj"]), "batch", None, None)
-        x_BTD = x_BTD + (norm(h_BTD, w["attention_out_norm"]) if sandwich else h_BTD)
+        x_BTD = x_BTD + (norm(h_BTD, w["attention_out_norm"]) if post_norm else h_BTD)
 
         h_BTD = norm(x_BTD, w["mlp_norm"])
         gate_BTF = project("BTD,DF->BTF", h_BTD, w["gate_proj"])
         up_BTF = project("BTD,DF->BTF", h_BTD, w["up_proj"])
         act = jax.nn.silu if self.spec.activation == "silu" else partial(jax.nn.gelu, approximate=True)
         h_BTD = constrain(project("BTF,FD->BTD", act(gate_BTF) * up_BTF, w["down_proj"]), "batch", None, None)
-        return x_BTD + (norm(h_BTD, w["mlp_out_norm"]) if sandwich else h_BTD), kept
+        return x_BTD + (norm(h_BTD, w["mlp_out_norm"]) if post_norm else h_BTD), kept
 
     def _attend(self, query_BTNH: Array, key_BTKH: Array, value_BTKH: Array, kind: Array, layout: Layout) -> Array:
         """A branch for each window in use; one that the row fits into is no window at all."""
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
         For CPUs as products, whose gradients are products as well: the gradients of elementwise multiplications are sums,
         which XLA there takes up to seventy times as long for.
         """
-        weight = 1 + weight if self.spec.norm_offset else weight.astype(x.dtype)
+        weight = 1 + weight if self.spec.zero_centered_norm else weight.astype(x.dtype)
         x32 = x.astype(jnp.float32)
         if self.compute.attention == "block_sparse":
             squares = jnp.einsum("...D,...D->...", x32, x32) / x.shape[-1]
@@ -233,7 +233,7 @@ class Decoder(nnx.Module):
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.norm_epsilon)
         return (x32.astype(weight.dtype) * weight).astype(x.dtype)
 
-    def _rematerialised(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+    def _remat(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         """Under scan the compiler cannot undo the recomputation, so prevent_cse is not needed."""
         match self.compute.remat:
             case "none":

@@ -21,7 +21,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The devices as a data × fsdp × tensor grid; jax.distributed must be initialised before.
+    """The devices as a data × fsdp × tensor grid; jax.distributed must be initialized before.
 
     Raises:
         JaxguardError: the grid needs more devices than there are, leaves some idle, or cuts one copy of the weights

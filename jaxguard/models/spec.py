@@ -46,10 +46,10 @@ class Spec:
 
     Attributes:
         family: whose weight names and norms apply.
-        vocab, width, layers, heads, kv_heads, head_dim, hidden: V D L N K H F.
+        vocab, d_model, layers, heads, kv_heads, head_dim, mlp_dim: V D L N K H F.
         norm_epsilon: added to the mean square in RMSNorm.
-        norm_offset: the norm multiplies by 1 + w in fp32 (Gemma), else by w in the input's type.
-        sandwich: each half-layer's output is normalised too (Gemma).
+        zero_centered_norm: the norm multiplies by 1 + w in fp32 (Gemma), else by w in the input's type.
+        post_norm: each half-layer's output is normalised too (Gemma).
         qk_norm: queries and keys are normalised over H before rope.
         activation: the MLP gate's non-linearity.
         query_scale: multiplies the attention scores.
@@ -63,15 +63,15 @@ class Spec:
 
     family: Literal["llama", "gemma3"]
     vocab: int
-    width: int
+    d_model: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    hidden: int
+    mlp_dim: int
     norm_epsilon: float
-    norm_offset: bool
-    sandwich: bool
+    zero_centered_norm: bool
+    post_norm: bool
     qk_norm: bool
     activation: Literal["silu", "gelu_tanh"]
     query_scale: float
@@ -87,14 +87,14 @@ class Spec:
         """Two checkpoints with the same one can take each other's weights; storage type and context do not count."""
         text = repr(replace(self, dtype="", context=0))
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return f"{self.family}-{self.layers}x{self.width}-{digest}"
+        return f"{self.family}-{self.layers}x{self.d_model}-{digest}"
 
     @property
     def sizes(self) -> dict[str, int]:
         """Size of each letter of a weight's shape."""
         return {
-            "V": self.vocab, "D": self.width, "N": self.heads, "K": self.kv_heads, "H": self.head_dim,
-            "F": self.hidden, "L": self.layers,
+            "V": self.vocab, "D": self.d_model, "N": self.heads, "K": self.kv_heads, "H": self.head_dim,
+            "F": self.mlp_dim, "L": self.layers,
         }  # fmt: skip
 
 
@@ -124,8 +124,8 @@ def _llama(c: PretrainedConfig, path: Path) -> Spec:
     _require(path, "hidden_act", c.hidden_act, "silu")
     return Spec(
         family="llama",
-        norm_offset=False,
-        sandwich=False,
+        zero_centered_norm=False,
+        post_norm=False,
         qk_norm=False,
         activation="silu",
         query_scale=c.head_dim**-0.5,
@@ -146,8 +146,8 @@ def _gemma3(c: PretrainedConfig, path: Path) -> Spec:
     local, full = (_rope(c.rope_parameters[name], path) for name in names)
     return Spec(
         family="gemma3",
-        norm_offset=True,
-        sandwich=True,
+        zero_centered_norm=True,
+        post_norm=True,
         qk_norm=True,
         activation="gelu_tanh",
         query_scale=c.query_pre_attn_scalar**-0.5,
@@ -161,12 +161,12 @@ def _gemma3(c: PretrainedConfig, path: Path) -> Spec:
 def _common(c: PretrainedConfig) -> dict[str, Any]:
     return {
         "vocab": c.vocab_size,
-        "width": c.hidden_size,
+        "d_model": c.hidden_size,
         "layers": c.num_hidden_layers,
         "heads": c.num_attention_heads,
         "kv_heads": c.num_key_value_heads,
         "head_dim": c.head_dim,
-        "hidden": c.intermediate_size,
+        "mlp_dim": c.intermediate_size,
         "norm_epsilon": c.rms_norm_eps,
         "tied": c.tie_word_embeddings,
         "context": c.max_position_embeddings,

@@ -52,12 +52,12 @@ class Weight:
         groups = self.rule.split("->")[0].replace("(N H)", "NH").replace("(K H)", "KH").split()
         return tuple(math.prod(spec.sizes[x] for x in group) for group in groups)
 
-    def to_ours(self, tensor: np.ndarray, spec: Spec) -> np.ndarray:
+    def from_hf(self, tensor: np.ndarray, spec: Spec) -> np.ndarray:
         """A view of one layer's tensor in our layout."""
         sizes = {letter: size for letter, size in spec.sizes.items() if letter in self.rule}
         return einops.rearrange(tensor, self.rule, **sizes)
 
-    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
         """A view of one layer's array, or of a part of it, in Hugging Face's layout."""
         theirs, ours = self.rule.split(" -> ")
         return einops.rearrange(array, f"{ours} -> {theirs}")
@@ -112,9 +112,9 @@ def abstract(spec: Spec, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeD
     return {w.path: jax.ShapeDtypeStruct(w.shape(spec), dtype) for w in table(spec)}
 
 
-def initialise(spec: Spec, key: jax.Array) -> dict[str, jax.Array]:
+def initialize(spec: Spec, key: jax.Array) -> dict[str, jax.Array]:
     """Random float32 weights: norms at identity, the rest normal with deviation 0.02."""
-    identity = 0.0 if spec.norm_offset else 1.0
+    identity = 0.0 if spec.zero_centered_norm else 1.0
 
     def one(weight: Weight, key: jax.Array) -> jax.Array:
         shape = weight.shape(spec)

@@ -45,11 +45,11 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute) -> Flops:
     Full remat computes a layer's products once more, but for the last one where nothing needs its result (no norm follows
     it). The head's logits are always computed again (train/loss.py).
     """
-    D, F, H, N, K, L = spec.width, spec.hidden, spec.head_dim, spec.heads, spec.kv_heads, spec.layers
+    D, F, H, N, K, L = spec.d_model, spec.mlp_dim, spec.head_dim, spec.heads, spec.kv_heads, spec.layers
     tokens = shape.rows * shape.tokens
     last = D * F
     layer = D * H * (2 * N + 2 * K) + 3 * D * F
-    again = {"full": layer if spec.sandwich else layer - last, "dots": 0, "none": 0}[compute.remat]
+    again = {"full": layer if spec.post_norm else layer - last, "dots": 0, "none": 0}[compute.remat]
     layers = 2.0 * L * tokens * (3 * layer + again)
 
     # With shared prefixes a window is a mask: it leaves nothing out.

@@ -89,7 +89,7 @@ def places(sweep: SweepFields) -> Iterator[Place]:
         JaxguardError: a config, target or shape that does not exist.
     """
     for name, fields in sweep.series.items():
-        width = find_spec(_load(name, fields, fields.set).model).width
+        width = find_spec(_load(name, fields, fields.set).model).d_model
         for devices in fields.devices:
             cluster = find_cluster(f"{fields.target}:{devices}")
             shards = cluster.devices // fields.tensor

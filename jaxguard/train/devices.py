@@ -59,7 +59,7 @@ def training_flops(spec: Spec, positions: np.ndarray, targets: int) -> float:
         positions: of every token that is computed, in its sequence; a prefix that examples share is computed once.
         targets: tokens whose loss is taken.
     """
-    D, F, H, N, K = spec.width, spec.hidden, spec.head_dim, spec.heads, spec.kv_heads
+    D, F, H, N, K = spec.d_model, spec.mlp_dim, spec.head_dim, spec.heads, spec.kv_heads
     layer_weights = D * H * (2 * N + 2 * K) + 3 * D * F
     pairs = [attended_pairs(positions, kind.window) for kind in spec.kinds]
     layers = 2 * layer_weights * spec.layers * len(positions)

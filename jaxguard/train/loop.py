@@ -134,7 +134,7 @@ def resume_or_begin(run: Run) -> tuple[int, State]:
         run.telemetry.say(f"goes on from the checkpoint of update {found[0]} of {run.schedule.steps}")
         return found
     shardings = {path: x.sharding for path, x in run.program.state["weights"].items()}
-    state = run.program.initialise(read_weights(run.source, run.program.spec, shardings))
+    state = run.program.initialize(read_weights(run.source, run.program.spec, shardings))
     validate(run, 0, state)
     return 0, state
 

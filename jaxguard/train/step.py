@@ -39,7 +39,7 @@ class Program:
     Attributes:
         update: (state, batch) -> (state, metrics); the old state's memory is given to the new one.
         score: (weights, batch, ids_BMQ) -> log-probabilities of ids at the batch's targets, replicated.
-        initialise: weights -> state at step 0.
+        initialize: weights -> state at step 0.
         state: the state's shapes, types and shardings.
     """
 
@@ -48,7 +48,7 @@ class Program:
     mesh: Mesh
     update: Any
     score: Any
-    initialise: Any
+    initialize: Any
     state: State
 
     def batch(self, shape: Shape) -> Batch:
@@ -70,7 +70,7 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
     shardings = jax.tree.map(lambda x: x.sharding, state)
     rows, whole, weights = batch_sharding(mesh), replicated(mesh), weight_shardings(spec, mesh)
 
-    def initialise(weights: dict[str, Array]) -> State:
+    def initialize(weights: dict[str, Array]) -> State:
         return {"weights": weights, "optimizer": transformation.init(weights), "step": jnp.int32(0)}
 
     def update(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -98,7 +98,7 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
         mesh=mesh,
         update=jax.jit(update, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0),
         score=jax.jit(score, in_shardings=(weights, rows, rows), out_shardings=whole),
-        initialise=jax.jit(initialise, in_shardings=(weights,), out_shardings=shardings, donate_argnums=0),
+        initialize=jax.jit(initialize, in_shardings=(weights,), out_shardings=shardings, donate_argnums=0),
         state=state,
     )
 

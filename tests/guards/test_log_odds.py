@@ -13,7 +13,7 @@ from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder
 from jaxguard.models.mesh import make_mesh, weight_shardings
 from jaxguard.models.spec import read_spec
-from jaxguard.models.weights import initialise
+from jaxguard.models.weights import initialize
 from jaxguard.utils.errors import JaxguardError
 
 PAIRS = [(7, 300), (8, 9), (7, 300), (11, 12), (300, 7), (40, 41), (42, 43)]
@@ -35,7 +35,7 @@ def spec(request, write_llama_config, write_gemma3_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(spec):
-    return {path: x if "norm" in path else 6 * x for path, x in initialise(spec, jax.random.key(0)).items()}
+    return {path: x if "norm" in path else 6 * x for path, x in initialize(spec, jax.random.key(0)).items()}
 
 
 @pytest.fixture(scope="module")

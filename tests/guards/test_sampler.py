@@ -16,7 +16,7 @@ from jaxguard.models.compute import Compute
 from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.mesh import make_mesh, weight_shardings
 from jaxguard.models.spec import read_spec
-from jaxguard.models.weights import initialise
+from jaxguard.models.weights import initialize
 from jaxguard.utils.errors import JaxguardError
 
 COMPUTE = Compute(query_chunk=16)
@@ -38,7 +38,7 @@ def model(write_gemma3_config, tmp_path_factory):
 
 def random_model(spec, mesh=None):
     """Deviation 0.12 instead of 0.02: the likeliest token differs from place to place."""
-    weights = {path: x if "norm" in path else 6 * x for path, x in initialise(spec, jax.random.key(0)).items()}
+    weights = {path: x if "norm" in path else 6 * x for path, x in initialize(spec, jax.random.key(0)).items()}
     if mesh is not None:
         weights = jax.device_put(weights, weight_shardings(spec, mesh))
     return place_model(spec, weights, COMPUTE, mesh)

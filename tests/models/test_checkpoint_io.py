@@ -57,7 +57,7 @@ def test_read_gives_the_layouts_of_the_table(any_kind):
     spec = read_spec(any_kind)
     weights, theirs = read_weights(any_kind, spec), hf(any_kind)
     prefix = next(n for n in theirs if n.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
-    d, n, k, h = spec.width, spec.heads, spec.kv_heads, spec.head_dim
+    d, n, k, h = spec.d_model, spec.heads, spec.kv_heads, spec.head_dim
     assert set(weights) == {w.path for w in table(spec)}
     assert all(w.dtype == jnp.float32 for w in weights.values())
     np.testing.assert_array_equal(weights["embed"], theirs[f"{prefix}embed_tokens.weight"].astype(np.float32))

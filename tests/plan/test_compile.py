@@ -53,7 +53,7 @@ def test_public_facts_give_the_published_size(checkpoint, parameters):
 
 def test_a_folder_comes_before_public_facts(tmp_path, write_llama_config):
     write_llama_config(tmp_path)
-    assert find_spec(ModelConfig(checkpoint=str(tmp_path))).width == 32
+    assert find_spec(ModelConfig(checkpoint=str(tmp_path))).d_model == 32
 
 
 def test_an_unknown_checkpoint_names_the_known_ones():
@@ -229,7 +229,7 @@ def test_rows_that_sharing_saves_are_saved_in_products_and_memory():
     )
     assert shared.matmul_flops == pytest.approx(whole.matmul_flops / 2, rel=0.01)
     spec = find_spec(load("gemma4b_5k").model)
-    assert whole.temporaries - shared.temporaries >= spec.layers * 2048 * spec.width * 2
+    assert whole.temporaries - shared.temporaries >= spec.layers * 2048 * spec.d_model * 2
 
 
 @pytest.mark.aot

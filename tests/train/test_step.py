@@ -15,7 +15,7 @@ from jaxguard.data.packing import Batch, Shape, assemble, bucketed, pack
 from jaxguard.models.compute import Compute, choose_compute
 from jaxguard.models.mesh import batch_sharding, make_mesh, place, row_multiple
 from jaxguard.models.spec import read_spec
-from jaxguard.models.weights import initialise
+from jaxguard.models.weights import initialize
 from jaxguard.train import step
 from jaxguard.train.objectives import token_weighted_loss
 from jaxguard.train.step import build_program, logprobs, loss_and_gradient
@@ -36,7 +36,7 @@ def spec(request, write_llama_config, write_gemma3_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(spec):
-    found = initialise(spec, jax.random.key(0))
+    found = initialize(spec, jax.random.key(0))
     # Deviation 0.02 leaves the logits nearly uniform; a sharper model tells errors apart.
     return {path: x if "norm" in path else 5 * x for path, x in found.items()}
 
@@ -174,7 +174,7 @@ def test_accumulated_gradient_equals_the_big_batch(spec, weights, accumulation):
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_rematerialisation_changes_nothing(spec, weights, remat):
+def test_remat_changes_nothing(spec, weights, remat):
     batch = packed(sequences(8))
     assert_same(gradient(spec, weights, batch, remat=remat, query_chunk=16), gradient(spec, weights, batch))
 
@@ -212,7 +212,7 @@ def two_updates(spec, weights, mesh_config, examples=sequences):
     with jax.set_mesh(mesh):
         program = build_program(cfg, spec, mesh, steps=10)
         placed = jax.device_put(weights, {k: x.sharding for k, x in program.state["weights"].items()})
-        state = program.initialise(jax.tree.map(jnp.copy, placed))
+        state = program.initialize(jax.tree.map(jnp.copy, placed))
         metrics, moments = [], None
         for seed in (0, 1):
             rows = pack(examples(16, seed=seed), ROW_TOKENS, 8)

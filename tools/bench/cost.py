@@ -29,7 +29,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import assemble, bucketed, pack
 from jaxguard.models.mesh import batch_sharding, make_mesh, place
 from jaxguard.models.spec import Spec, read_spec
-from jaxguard.models.weights import initialise
+from jaxguard.models.weights import initialize
 from jaxguard.report.html import svg
 from jaxguard.train.devices import training_flops
 from jaxguard.train.step import Program, build_program
@@ -118,11 +118,11 @@ def _rate(spec: Spec) -> float:
     """FLOP/s of a product with a layer's matrix, in the type of the training step."""
     tokens, compute = 4096, _program(spec)[1].compute
     operands = compute.operands or compute.dtype
-    hidden_TD = jax.random.normal(jax.random.key(0), (tokens, spec.width), operands)
-    weight_DF = jax.random.normal(jax.random.key(1), (spec.width, spec.hidden), operands)
+    hidden_TD = jax.random.normal(jax.random.key(0), (tokens, spec.d_model), operands)
+    weight_DF = jax.random.normal(jax.random.key(1), (spec.d_model, spec.mlp_dim), operands)
     multiply = jax.jit(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32))
     seconds = _seconds(lambda: multiply(hidden_TD, weight_DF), 20)
-    return 2 * tokens * spec.width * spec.hidden / min(seconds)
+    return 2 * tokens * spec.d_model * spec.mlp_dim / min(seconds)
 
 
 def _seconds(work: Callable[[], object], times: int) -> list[float]:
@@ -141,7 +141,7 @@ def _cost(case: Case, shape: Spec, rate: float) -> Cost:
     rows = pack(_examples(case), config.data.row_tokens, 1)
     batch = assemble(rows, bucketed(rows, config.data.row_tokens, 1))
     placed = place(batch, batch_sharding(program.mesh))
-    state = program.initialise(initialise(spec, jax.random.key(0)))
+    state = program.initialize(initialize(spec, jax.random.key(0)))
 
     def update() -> object:
         nonlocal state

@@ -243,7 +243,7 @@ def _values_in_turn(
             copies = [tensor, *(tied if weight == EMBED else ())]
             kept = np.result_type(*(copy.dtype for copy in copies))
             values = _on_host(array, i if weight.stacked else None, kept)
-            yield copies, weight.to_theirs(values)
+            yield copies, weight.to_hf(values)
 
 
 @partial(jax.jit, static_argnames="dtype")

@@ -61,7 +61,7 @@ def read_piece(weight: Weight, tensor: Stored, spec: Spec, index: Index) -> np.n
     """One rectangular part of a tensor, in our layout: a view of the file, which the system is asked to read meanwhile."""
     if jax.process_count() == 1:  # one of several hosts needs parts only
         tensor.read_ahead()
-    return weight.to_ours(tensor.view(), spec)[index]
+    return weight.from_hf(tensor.view(), spec)[index]
 
 
 def _shares(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device]]]:
@@ -106,7 +106,7 @@ def _rows(
     """Some rows of a file, and where they go: threads share even the largest tensor."""
     for weight, tensor, index, out in parts:
         part = read_piece(weight, tensor, spec, index)
-        values, places = (np.atleast_2d(weight.to_theirs(x)) for x in (part, out))
+        values, places = (np.atleast_2d(weight.to_hf(x)) for x in (part, out))
         assert np.may_share_memory(places, out), f"{weight.path}: {weight.rule} makes a copy"
         for rows in parts_of_rows(values, values.dtype):
             yield values[rows], places[rows]
