@@ -21,18 +21,18 @@ class Compute:
         attention: "xla", "block_sparse", "cudnn" or "splash".
         remat: what the backward pass recomputes: "full" every layer, "dots" all but matmuls, "none" nothing.
         query_chunk: queries whose scores attention in XLA holds at once: "xla", "block_sparse".
-        operands: what matmuls round their operands to, whatever type weights then have; None multiplies them as they are.
+        matmul_dtype: what matmuls round their matmul_dtype to, whatever type weights then have; None multiplies them as they are.
     """
 
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
     attention: str = "xla"
     remat: str = "none"
     query_chunk: int = 512
-    operands: jnp.dtype | None = None
+    matmul_dtype: jnp.dtype | None = None
 
     def cast(self, weight: Array) -> Array:
-        """A weight as `product` is to get it."""
-        return weight.astype(self.dtype) if self.operands is None else weight
+        """A weight as `einsum` is to get it."""
+        return weight.astype(self.dtype) if self.matmul_dtype is None else weight
 
 
 REFERENCE = Compute()
@@ -52,8 +52,8 @@ def choose_compute(config: ModelConfig, spec: Spec, mesh: Mesh, row_tokens: int)
         config.attention,
         row_tokens,
     )
-    operands = None
+    matmul_dtype = None
     if device.platform == "cpu" and dtype == jnp.bfloat16:
         # All that a CPU may do fast in bfloat16 is to multiply matrices, with sums in float32.
-        dtype, operands = jnp.dtype(jnp.float32), dtype if has_bfloat16_units() else None
-    return Compute(dtype, attention, config.remat, config.query_chunk, operands)
+        dtype, matmul_dtype = jnp.dtype(jnp.float32), dtype if has_bfloat16_units() else None
+    return Compute(dtype, attention, config.remat, config.query_chunk, matmul_dtype)

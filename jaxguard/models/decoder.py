@@ -15,7 +15,7 @@ from jaxguard.models import weights as table
 from jaxguard.models.attention.attend import FAR, Seen, attend, attend_seen
 from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import REFERENCE, Compute
-from jaxguard.models.einsum import DOTS, product
+from jaxguard.models.einsum import DOTS, einsum
 from jaxguard.models.sharding import constrain, gather
 from jaxguard.models.spec import Rope, Spec
 
@@ -66,7 +66,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of every vocabulary entry, float32. Training never needs them all at once: see train/loss.py."""
-        return product("BTD,VD->BTV", hidden_BTD.astype(jnp.float32), self.head_VD, self.compute.operands)
+        return einsum("BTD,VD->BTV", hidden_BTD.astype(jnp.float32), self.head_VD, self.compute.matmul_dtype)
 
     def __call__(
         self,
@@ -180,7 +180,7 @@ class Decoder(nnx.Module):
         attention: Callable[..., tuple[Array, Any]],
     ) -> tuple[Float[Array, "B T D"], Any]:
         norm, post_norm = self._norm, self.spec.post_norm
-        project = partial(product, operands=self.compute.operands)
+        project = partial(einsum, matmul_dtype=self.compute.matmul_dtype)
         h_BTD = norm(x_BTD, w["attention_norm"])
         query_BTNH = project("BTD,DNH->BTNH", h_BTD, w["q_proj"])
         key_BTKH = project("BTD,DKH->BTKH", h_BTD, w["k_proj"])
@@ -211,7 +211,7 @@ class Decoder(nnx.Module):
                 scale=self.spec.query_scale,
                 implementation=self.compute.attention,
                 query_chunk=self.compute.query_chunk,
-                operands=self.compute.operands,
+                matmul_dtype=self.compute.matmul_dtype,
             )
             for window in distinct
         ]

@@ -1,4 +1,4 @@
-"""Products of activations and weights: in which type the operands are multiplied, and how their gradients are written."""
+"""Products of activations and weights: in which type the matmul_dtype are multiplied, and how their gradients are written."""
 
 import math
 from functools import cache, partial
@@ -26,19 +26,19 @@ def has_bfloat16_units() -> bool:
         return False
 
 
-def product(equation: str, hidden: Array, weight: Array, operands: DTypeLike | None = None) -> Array:
+def einsum(equation: str, hidden: Array, weight: Array, matmul_dtype: DTypeLike | None = None) -> Array:
     """Product of two arrays in the first one's type, summed over the dimensions that both have.
 
     Args:
         equation: as for einsum; an index is in two of the three arrays.
         hidden: activations.
         weight: a weight of any type, which is also its gradient's.
-        operands: the type that both are rounded to before they are multiplied, in the backward pass too; default the weight's.
+        matmul_dtype: the type that both are rounded to before they are multiplied, in the backward pass too; default the weight's.
     """
-    operands = jnp.dtype(operands or weight.dtype)
-    if not hidden.dtype == weight.dtype == operands:
-        result = _rounded(equation, operands, hidden, weight)
-    elif operands == jnp.float32:
+    matmul_dtype = jnp.dtype(matmul_dtype or weight.dtype)
+    if not hidden.dtype == weight.dtype == matmul_dtype:
+        result = _rounded(equation, matmul_dtype, hidden, weight)
+    elif matmul_dtype == jnp.float32:
         result = _in_parts(equation, hidden, weight)
     else:
         result = jnp.einsum(equation, hidden, weight)
@@ -72,29 +72,29 @@ def _in_parts_backward(equation: str, kept: tuple[Array, Array], gradient: Array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rounded(equation: str, operands: jnp.dtype, hidden: Array, weight: Array) -> Array:
-    hidden_, weight_ = hidden.astype(operands), weight.astype(operands)
+def _rounded(equation: str, matmul_dtype: jnp.dtype, hidden: Array, weight: Array) -> Array:
+    hidden_, weight_ = hidden.astype(matmul_dtype), weight.astype(matmul_dtype)
     return jnp.einsum(equation, hidden_, weight_, preferred_element_type=hidden.dtype)
 
 
 def _rounded_forward(
-    equation: str, operands: jnp.dtype, hidden: Array, weight: Array
+    equation: str, matmul_dtype: jnp.dtype, hidden: Array, weight: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _rounded(equation, operands, hidden, weight), (hidden, weight)
+    return _rounded(equation, matmul_dtype, hidden, weight), (hidden, weight)
 
 
 def _rounded_backward(
-    equation: str, operands: jnp.dtype, kept: tuple[Array, Array], gradient: Array
+    equation: str, matmul_dtype: jnp.dtype, kept: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     """As JAX would have it, the gradient stays in the wider type, and so do both products with it."""
-    return _gradients(equation, *kept, gradient, operands)
+    return _gradients(equation, *kept, gradient, matmul_dtype)
 
 
 def _gradients(
-    equation: str, hidden: Array, weight: Array, gradient: Array, operands: DTypeLike
+    equation: str, hidden: Array, weight: Array, gradient: Array, matmul_dtype: DTypeLike
 ) -> tuple[Array, Array]:
     left, right, out = equation.replace("->", ",").split(",")
-    hidden_, weight_, gradient = (x.astype(operands) for x in (hidden, weight, gradient))
+    hidden_, weight_, gradient = (x.astype(matmul_dtype) for x in (hidden, weight, gradient))
     of_hidden = jnp.einsum(f"{out},{right}->{left}", gradient, weight_, preferred_element_type=hidden.dtype)
     # In the order in which the weight's dimensions come out, so that nothing is transposed.
     factors = [(out, gradient), (left, hidden_)] if right[0] in out else [(left, hidden_), (out, gradient)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxguard.models.einsum import product
+from jaxguard.models.einsum import einsum
 from jaxguard.models.sharding import constrain, gather, parts
 
 
@@ -17,7 +17,7 @@ def target_logprobs(
     index_BM: Int[Array, "B M"],
     ids_BMQ: Int[Array, "B M Q"],
     chunk: int,
-    operands: DTypeLike | None = None,
+    matmul_dtype: DTypeLike | None = None,
 ) -> Float[Array, "B M Q"]:
     """Log-probability of vocabulary entries `ids_BMQ` after the tokens at `index_BM`, float32.
 
@@ -41,7 +41,7 @@ def target_logprobs(
     def block(_: None, scanned: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         head_CD, first = scanned
         gathered_CD = gather(head_CD, head_CD, ("vocab", "embed"))
-        logits_BMC = constrain(product("BMD,CD->BMC", hidden_BMD, gathered_CD, operands), "batch", None, "vocab")
+        logits_BMC = constrain(einsum("BMD,CD->BMC", hidden_BMD, gathered_CD, matmul_dtype), "batch", None, "vocab")
         entry_C = first + blocks * jnp.arange(size)
         logits_BMC = jnp.where(entry_C < vocabulary, logits_BMC, jnp.finfo(jnp.float32).min)
         # A masked sum instead of an index: it needs no gather across the vocabulary's devices.

@@ -116,7 +116,9 @@ def logprobs(
     """Log-probabilities of ids at the batch's target positions; to differentiate them, see Decoder's slots."""
     decoder = Decoder(spec, weights, compute, slots)
     hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.prefixes_BT)
-    return target_logprobs(hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk, compute.operands)
+    return target_logprobs(
+        hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk, compute.matmul_dtype
+    )
 
 
 def loss_and_gradient(

@@ -129,16 +129,16 @@ def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, at
     assert_same(found, gradient(spec, weights, plain))
 
 
-@pytest.mark.parametrize(("units", "operands"), [(True, jnp.bfloat16), (False, None)])
-def test_a_cpu_multiplies_in_bfloat16_if_it_has_units_for_that(spec, monkeypatch, units, operands):
+@pytest.mark.parametrize(("units", "matmul_dtype"), [(True, jnp.bfloat16), (False, None)])
+def test_a_cpu_multiplies_in_bfloat16_if_it_has_units_for_that(spec, monkeypatch, units, matmul_dtype):
     monkeypatch.setattr(step, "has_bfloat16_units", lambda: units)
     chosen = choose_compute(config(model={"compute_dtype": "bfloat16"}).model, spec, make_mesh(config().mesh), 512)
-    assert (chosen.dtype, chosen.operands, chosen.attention) == (jnp.float32, operands, "block_sparse")
+    assert (chosen.dtype, chosen.matmul_dtype, chosen.attention) == (jnp.float32, matmul_dtype, "block_sparse")
 
 
 def test_operands_are_rounded_to_bfloat16_and_nothing_else(spec, weights):
     batch = packed(alike(16))
-    loss, found = gradient(spec, weights, batch, attention="block_sparse", operands=jnp.dtype(jnp.bfloat16))
+    loss, found = gradient(spec, weights, batch, attention="block_sparse", matmul_dtype=jnp.dtype(jnp.bfloat16))
     exact_loss, exact = gradient(spec, weights, batch)
     assert abs(loss - exact_loss) < 0.01 * exact_loss
     assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.float32)}

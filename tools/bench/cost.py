@@ -117,9 +117,9 @@ def _program(spec: Spec) -> tuple[Config, Program]:
 def _rate(spec: Spec) -> float:
     """FLOP/s of a product with a layer's matrix, in the type of the training step."""
     tokens, compute = 4096, _program(spec)[1].compute
-    operands = compute.operands or compute.dtype
-    hidden_TD = jax.random.normal(jax.random.key(0), (tokens, spec.d_model), operands)
-    weight_DF = jax.random.normal(jax.random.key(1), (spec.d_model, spec.mlp_dim), operands)
+    matmul_dtype = compute.matmul_dtype or compute.dtype
+    hidden_TD = jax.random.normal(jax.random.key(0), (tokens, spec.d_model), matmul_dtype)
+    weight_DF = jax.random.normal(jax.random.key(1), (spec.d_model, spec.mlp_dim), matmul_dtype)
     multiply = jax.jit(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32))
     seconds = _seconds(lambda: multiply(hidden_TD, weight_DF), 20)
     return 2 * tokens * spec.d_model * spec.mlp_dim / min(seconds)

@@ -66,6 +66,6 @@ def load_engine(folder: Path, config: Config, settings: EvaluateConfig) -> JaxEn
     check_vocabulary(folder, spec)
     mesh = make_mesh(config.mesh)
     compute = choose_compute(config.model, spec, mesh, config.data.row_tokens)
-    weights = read_weights(folder, spec, weight_shardings(spec, mesh), compute.operands or compute.dtype)
+    weights = read_weights(folder, spec, weight_shardings(spec, mesh), compute.matmul_dtype or compute.dtype)
     model = place_model(spec, weights, compute, mesh)
     return JaxEngine(model, settings, config.data.row_tokens)

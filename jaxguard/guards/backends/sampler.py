@@ -112,7 +112,7 @@ def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh
     """
 
     def one(path: str, axes: tuple[str, ...]) -> Array:
-        weight = weights[path] if "norm" in axes else weights[path].astype(compute.operands or compute.dtype)
+        weight = weights[path] if "norm" in axes else weights[path].astype(compute.matmul_dtype or compute.dtype)
         if mesh is None:
             return weight
         return jax.device_put(weight, NamedSharding(mesh, partition(axes, weight.shape, mesh.shape, without="fsdp")))

@@ -30,11 +30,11 @@ def attend(
     scale: float,
     implementation: str,
     query_chunk: int,
-    operands: DTypeLike | None = None,
+    matmul_dtype: DTypeLike | None = None,
 ) -> Query:
     """Softmax attention by `implementation`: "xla", "block_sparse", "cudnn" or "splash"; the values agree to rounding.
 
-    `operands` is what block-sparse attention rounds to before it multiplies: see models/products.
+    `matmul_dtype` is what block-sparse attention rounds to before it multiplies: see models/products.
     """
     args = query_BTNH, key_BTKH, value_BTKH, layout
     match implementation:
@@ -43,7 +43,7 @@ def attend(
         case "splash":
             return kernels.splash(*args, window=window, scale=scale)
         case "block_sparse":
-            return block_sparse(*args, window=window, scale=scale, chunk=query_chunk, operands=operands)
+            return block_sparse(*args, window=window, scale=scale, chunk=query_chunk, matmul_dtype=matmul_dtype)
     return xla(*args, window=window, scale=scale, chunk=query_chunk)
 
 

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxguard.models.attention.kernels import Layout, per_device
-from jaxguard.models.einsum import DOTS, product
+from jaxguard.models.einsum import DOTS, einsum
 
 
 def block_sparse(
@@ -23,7 +23,7 @@ def block_sparse(
     window: int | None,
     scale: float,
     chunk: int,
-    operands: DTypeLike | None = None,
+    matmul_dtype: DTypeLike | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention in blocks of `chunk` tokens, scores of one block of queries at a time, computed again backward.
 
@@ -38,9 +38,9 @@ def block_sparse(
         window: of a local layer, in positions.
         scale: of the scores.
         chunk: tokens of a block.
-        operands: see models/products.
+        matmul_dtype: see models/products.
     """
-    compute = partial(_row, window=window, scale=scale, chunk=chunk, operands=operands)
+    compute = partial(_row, window=window, scale=scale, chunk=chunk, matmul_dtype=matmul_dtype)
 
     def rows(*args: Array | Layout) -> Array:
         return jax.lax.map(lambda row: compute(*row), args)
@@ -57,7 +57,7 @@ def _row(
     window: int | None,
     scale: float,
     chunk: int,
-    operands: DTypeLike | None,
+    matmul_dtype: DTypeLike | None,
 ) -> Float[Array, "T N H"]:
     tokens, kv_heads, width = key_TKH.shape
     blocks = -(-tokens // chunk)
@@ -70,7 +70,7 @@ def _row(
         x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 1, 3) for x in (key_TKH, value_TKH)
     )
     seen_JJ = _seen(jax.tree.map(lambda x: x.reshape(blocks, chunk), layout), window)
-    over = partial(_over, window=window, scale=scale, operands=operands)
+    over = partial(_over, window=window, scale=scale, matmul_dtype=matmul_dtype)
 
     def block(one: tuple[Array, Array, Array]) -> Float[Array, "K G C H"]:
         query_KGCH, place, seen_J = one
@@ -134,7 +134,7 @@ def _over(
     *,
     window: int | None,
     scale: float,
-    operands: DTypeLike | None,
+    matmul_dtype: DTypeLike | None,
 ) -> Float[Array, "K G C H"]:
     """The block of queries at `place` with the first `count` blocks of keys in this order."""
     chunk = query_KGCH.shape[2]
@@ -142,19 +142,19 @@ def _over(
     keys_S = (chosen[:, None] * chunk + jnp.arange(chunk)).reshape(-1)
     mask_CS = layout.visible(window, place * chunk + jnp.arange(chunk), keys_S)
     heads = [
-        _head(query_GCH, key_JCH[chosen], value_JCH[chosen], mask_CS, scale, operands)
+        _head(query_GCH, key_JCH[chosen], value_JCH[chosen], mask_CS, scale, matmul_dtype)
         for query_GCH, key_JCH, value_JCH in zip(query_KGCH, key_KJCH, value_KJCH, strict=True)
     ]
     return jnp.stack(heads)
 
 
 def _head(
-    query_GCH: Array, key_JCH: Array, value_JCH: Array, mask_CS: Array, scale: float, operands: DTypeLike | None
+    query_GCH: Array, key_JCH: Array, value_JCH: Array, mask_CS: Array, scale: float, matmul_dtype: DTypeLike | None
 ) -> Float[Array, "G C H"]:
     """One key head at a time: matrices are what a CPU multiplies fast, and stacks of them are not."""
     group, queries, width = query_GCH.shape
     key_SH, value_SH = (x.reshape(-1, width) for x in (key_JCH, value_JCH))
-    multiply = jnp.einsum if operands is None else partial(product, operands=operands)
+    multiply = jnp.einsum if matmul_dtype is None else partial(einsum, matmul_dtype=matmul_dtype)
     scores_QS = multiply("QH,SH->QS", query_GCH.reshape(-1, width), key_SH) * scale
     scores_GCS = scores_QS.reshape(group, queries, -1)
     # The finite minimum, not -inf: a query without any visible key must not become NaN.
