@@ -38,7 +38,7 @@ class Decoder(nnx.Module):
         spec: what the model is.
         weights: path -> array.
         compute: how to compute it.
-        slots: what `slots(spec, compute)` gives, to differentiate by: the layers' matrices then have their gradients there,
+        gradient_buffers: what `gradient_buffers(spec, compute)` gives, to differentiate by: the layers' matrices then have their gradients there,
             in the compute type, and none in `weights`. None differentiates as usual, which takes more memory.
     """
 
@@ -47,11 +47,11 @@ class Decoder(nnx.Module):
         spec: Spec,
         weights: Mapping[str, Array],
         compute: Compute = REFERENCE,
-        slots: Mapping[str, Array] | None = None,
+        gradient_buffers: Mapping[str, Array] | None = None,
     ):
         self.spec = spec
         self.compute = compute
-        self.slots = nnx.data(slots)
+        self.gradient_buffers = nnx.data(gradient_buffers)
         self.embed = nnx.Param(weights["embed"])
         self.final_norm = nnx.Param(weights["final_norm"])
         self.lm_head = None if spec.tied else nnx.Param(weights["lm_head"])
@@ -136,13 +136,15 @@ class Decoder(nnx.Module):
         cos_sin = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes)
 
         def layer(x_BTD: Array, scanned: tuple[Any, Any, Array, Any]) -> tuple[Array, Any]:
-            weights, slots, kind, extra = scanned
+            weights, gradient_buffers, kind, extra = scanned
             cos, sin = jax.tree.map(lambda t: t[kind], cos_sin)
-            return self._layer(x_BTD, self._gather(weights, slots), cos, sin, lambda *qkv: attention(*qkv, kind, extra))
+            return self._layer(
+                x_BTD, self._gather(weights, gradient_buffers), cos, sin, lambda *qkv: attention(*qkv, kind, extra)
+            )
 
         kinds = jnp.asarray(spec.layer_kinds)
         weights = {table.LAYER + name: param[...] for name, param in self.layers.items()}
-        scanned = (weights, self.slots, kinds, extra)
+        scanned = (weights, self.gradient_buffers, kinds, extra)
         x_BTD, kept = jax.lax.scan(self._remat(layer), self._embed(tokens_BT), scanned)
         return self._norm(x_BTD, self.final_norm[...]), kept
 
@@ -158,16 +160,16 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD * jnp.asarray(self.spec.embed_scale, dtype)
         return constrain(x_BTD, "batch", None, None)
 
-    def _gather(self, weights: dict[str, Array], slots: dict[str, Array] | None) -> dict[str, Array]:
+    def _gather(self, weights: dict[str, Array], gradient_buffers: dict[str, Array] | None) -> dict[str, Array]:
         """One layer's weights by name, the matrices cast first and then gathered over fsdp, so that half the bytes move."""
         axes = {w.path: w.axes[1:] for w in table.table(self.spec)}
 
         def one(path: str, weight: Array) -> Array:
             if "norm" in axes[path]:
                 return weight
-            if slots is None:
+            if gradient_buffers is None:
                 return constrain(self.compute.cast(weight), *axes[path], without="fsdp")
-            return gather(weight, slots[path], axes[path])
+            return gather(weight, gradient_buffers[path], axes[path])
 
         return {path.removeprefix(table.LAYER): one(path, weight) for path, weight in weights.items()}
 
@@ -245,7 +247,7 @@ class Decoder(nnx.Module):
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def slots(spec: Spec, compute: Compute) -> dict[str, Array]:
+def gradient_buffers(spec: Spec, compute: Compute) -> dict[str, Array]:
     """Path of each of the layers' matrices -> zeros in the compute type, for models/axes.gather."""
     matrices = [w for w in table.table(spec) if w.stacked and "norm" not in w.axes]
     return {w.path: constrain(jnp.zeros(w.shape(spec), compute.dtype), *w.axes) for w in matrices}

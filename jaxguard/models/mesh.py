@@ -74,7 +74,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
+def shard_batch(tree: Any, sharding: NamedSharding) -> Any:
     """Arrays that every host has whole -> arrays cut over the mesh; each host hands its devices their part."""
 
     def one(x: np.ndarray) -> jax.Array:

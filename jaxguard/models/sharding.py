@@ -53,7 +53,7 @@ def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> ja
     return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape, without))
 
 
-def parts(axis: str, size: int) -> int:
+def num_shards(axis: str, size: int) -> int:
     """Into how many parts `constrain` cuts a dimension of this size."""
     mesh = jax.sharding.get_abstract_mesh()
     (part,) = (None,) if mesh.empty else partition((axis,), (size,), mesh.shape)
@@ -66,18 +66,18 @@ def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gather(weight: jax.Array, slot: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A weight as matmuls want it: cast to the slot's type, then gathered over fsdp, so that half the bytes move.
+def gather(weight: jax.Array, gradient_buffer: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A weight as matmuls want it: cast to the gradient_buffer's type, then gathered over fsdp, so that half the bytes move.
 
-    Its gradient is `slot`'s, whose values nobody reads, and `weight` has none: a float32 weight's would have to be float32,
+    Its gradient is `gradient_buffer`'s, whose values nobody reads, and `weight` has none: a float32 weight's would have to be float32,
     although it is computed in the compute type, and twice as large. Devices add it up and cut it in one go, by a
     reduce-scatter; the gradient of a gathered array, as JAX would have it, is a gathered one.
     """
-    return constrain(weight.astype(slot.dtype), *axes, without="fsdp")
+    return constrain(weight.astype(gradient_buffer.dtype), *axes, without="fsdp")
 
 
-def _gather_forward(weight: jax.Array, slot: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
-    return gather(weight, slot, axes), None
+def _gather_forward(weight: jax.Array, gradient_buffer: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return gather(weight, gradient_buffer, axes), None
 
 
 def _gather_backward(axes: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[None, jax.Array]:

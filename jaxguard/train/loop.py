@@ -24,7 +24,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import Batch, Schedule, total_steps
 from jaxguard.data.prepare import Prepared, prepare
 from jaxguard.models.hf_io.checkpoints import check_vocabulary, export_hf, read_weights
-from jaxguard.models.mesh import batch_sharding, make_mesh, place, row_multiple
+from jaxguard.models.mesh import batch_sharding, make_mesh, row_multiple, shard_batch
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
@@ -147,7 +147,7 @@ def update_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]
     steps, sharding = run.schedule.steps, batch_sharding(run.program.mesh)
     log = UpdateLog(run)
     for batch in run.schedule.read(step, run.config.data.prefetch):
-        placed = place(batch, sharding)
+        placed = shard_batch(batch, sharding)
         with profiled(run, step), jax.transfer_guard("disallow"):
             state, metrics = run.program.update(state, placed)
         step += 1

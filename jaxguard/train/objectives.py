@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxguard.models.einsum import einsum
-from jaxguard.models.sharding import constrain, gather, parts
+from jaxguard.models.sharding import constrain, gather, num_shards
 
 
 def target_logprobs(
@@ -27,9 +27,9 @@ def target_logprobs(
     """
     rows, targets = index_BM.shape
     vocabulary, width = head_VD.shape
-    positions = rows // parts("batch", rows) * targets
+    positions = rows // num_shards("batch", rows) * targets
     # A row of the head that is gathered takes as much memory as so many logits, of four bytes each.
-    gathered = width * head_VD.dtype.itemsize // 4 if parts("embed", width) > 1 else 0
+    gathered = width * head_VD.dtype.itemsize // 4 if num_shards("embed", width) > 1 else 0
     blocks = min(vocabulary, math.ceil(max(positions, gathered) / chunk))
     size = math.ceil(vocabulary / blocks)
     # Block k has the entries k, k + blocks, …: so every tensor device has an equal part of each.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxguard.config import Config
 from jaxguard.data.packing import Batch, Shape
 from jaxguard.models.compute import Compute, choose_compute
-from jaxguard.models.decoder import Decoder, slots
+from jaxguard.models.decoder import Decoder, gradient_buffers
 from jaxguard.models.mesh import abstract_state, batch_sharding, replicated, weight_shardings
 from jaxguard.models.spec import Spec
 from jaxguard.train.objectives import target_logprobs, token_weighted_loss
@@ -111,10 +111,10 @@ def logprobs(
     spec: Spec,
     compute: Compute,
     loss_chunk: int,
-    slots: dict[str, Array] | None = None,
+    gradient_buffers: dict[str, Array] | None = None,
 ) -> Float[Array, "B M Q"]:
-    """Log-probabilities of ids at the batch's target positions; to differentiate them, see Decoder's slots."""
-    decoder = Decoder(spec, weights, compute, slots)
+    """Log-probabilities of ids at the batch's target positions; to differentiate them, see Decoder's gradient_buffers."""
+    decoder = Decoder(spec, weights, compute, gradient_buffers)
     hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.prefixes_BT)
     return target_logprobs(
         hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk, compute.matmul_dtype
@@ -127,14 +127,14 @@ def loss_and_gradient(
     """Token-weighted loss over the whole batch and its gradient, float32, `accumulation` micro-batches one after another."""
     total_weight = jnp.sum(batch.target_weights_BM)
 
-    places = slots(spec, compute)
+    places = gradient_buffers(spec, compute)
     rest = {path: weight for path, weight in weights.items() if path not in places}
 
     def loss_of(differentiated: tuple[dict[str, Array], dict[str, Array]], batch: Batch) -> Array:
         rest, places = differentiated
         found = logprobs(
             weights | rest, batch, batch.target_ids_BM[..., None],
-            spec=spec, compute=compute, loss_chunk=loss_chunk, slots=places,
+            spec=spec, compute=compute, loss_chunk=loss_chunk, gradient_buffers=places,
         )  # fmt: skip
         return token_weighted_loss(found[..., 0], batch.target_weights_BM, total_weight)
 

@@ -18,7 +18,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, Mode
 from jaxguard.data.packing import Batch, assemble, bucketed, pack
 from jaxguard.data.policies import Question
-from jaxguard.models.mesh import batch_sharding, place
+from jaxguard.models.mesh import batch_sharding, shard_batch
 from jaxguard.train.step import Program
 
 THRESHOLD = 0.5
@@ -92,7 +92,7 @@ class Validation:
             rows = pack(sequences[start : start + self.batch_size], self.row_tokens, self.row_multiple)
             batch = assemble(rows, bucketed(rows, self.row_tokens, self.row_multiple))
             ids_BMQ = np.stack([batch.target_ids_BM, *_choices(rows, batch)], axis=-1)
-            placed = place((batch, ids_BMQ), batch_sharding(program.mesh))
+            placed = shard_batch((batch, ids_BMQ), batch_sharding(program.mesh))
             yield from _unpack(rows, np.asarray(program.score(weights, *placed)))
 
 

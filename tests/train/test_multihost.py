@@ -31,7 +31,7 @@ from jaxguard.train import __main__, loop
 place = loop.place
 
 def noted(batch, sharding):
-    placed = place(batch, sharding)
+    placed = shard_batch(batch, sharding)
     shards = [(x.index[0].start or 0, np.asarray(x.data).tolist()) for x in placed.tokens_BT.addressable_shards]
     with open(sys.argv[1], "a") as file:
         print(json.dumps([[first + i, row] for first, rows in shards for i, row in enumerate(rows)]), file=file)
@@ -164,14 +164,14 @@ import numpy as np
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.config.train import MeshConfig
 from jaxguard.train.hosts import end_together, start_hosts
-from jaxguard.models.mesh import batch_sharding, make_mesh, place
+from jaxguard.models.mesh import batch_sharding, make_mesh, shard_batch
 
 fields = dict(x.removeprefix("mesh.").split("=") for x in sys.argv[2:])
 config = MeshConfig(data=4, fsdp=1, hosts="explicit", **fields)
 
 def run():
     start_hosts(config)
-    numbers = place(np.ones((4, 32), np.float32), batch_sharding(make_mesh(config)))
+    numbers = shard_batch(np.ones((4, 32), np.float32), batch_sharding(make_mesh(config)))
     add = jax.jit(lambda x: (x.sum(0), jnp.square(x).sum()))
     for step in range(10_000):
         columns, squares = add(numbers)

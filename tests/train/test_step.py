@@ -13,7 +13,7 @@ from jaxguard.data.encoding import Sequence
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import Batch, Shape, assemble, bucketed, pack
 from jaxguard.models.compute import Compute, choose_compute
-from jaxguard.models.mesh import batch_sharding, make_mesh, place, row_multiple
+from jaxguard.models.mesh import batch_sharding, make_mesh, row_multiple, shard_batch
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialize
 from jaxguard.train import step
@@ -146,7 +146,7 @@ def test_operands_are_rounded_to_bfloat16_and_nothing_else(spec, weights):
     assert optax.tree.norm(jax.tree.map(jnp.subtract, found, exact)) < 0.05 * norm
 
 
-def test_gradients_in_slots_are_those_of_the_weights(spec, weights):
+def test_gradients_in_buffers_are_those_of_the_weights(spec, weights):
     batch = jax.tree.map(jnp.asarray, packed(sequences(8)))
 
     def loss(weights):
@@ -217,7 +217,7 @@ def two_updates(spec, weights, mesh_config, examples=sequences):
         for seed in (0, 1):
             rows = pack(examples(16, seed=seed), ROW_TOKENS, 8)
             batch = assemble(rows, bucketed(rows, ROW_TOKENS, 8))
-            state, found = program.update(state, place(batch, batch_sharding(mesh)))
+            state, found = program.update(state, shard_batch(batch, batch_sharding(mesh)))
             metrics.append(jax.tree.map(np.asarray, found))
             moments = moments or jax.tree.map(np.asarray, optax.tree.get(state["optimizer"], "mu"))
         return moments, metrics

@@ -27,7 +27,7 @@ from jaxguard.config import Config
 from jaxguard.data.encoding import Sequence as Encoded
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import assemble, bucketed, pack
-from jaxguard.models.mesh import batch_sharding, make_mesh, place
+from jaxguard.models.mesh import batch_sharding, make_mesh, shard_batch
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import initialize
 from jaxguard.report.html import svg
@@ -140,7 +140,7 @@ def _cost(case: Case, shape: Spec, rate: float) -> Cost:
     config, program = _program(spec)
     rows = pack(_examples(case), config.data.row_tokens, 1)
     batch = assemble(rows, bucketed(rows, config.data.row_tokens, 1))
-    placed = place(batch, batch_sharding(program.mesh))
+    placed = shard_batch(batch, batch_sharding(program.mesh))
     state = program.initialize(initialize(spec, jax.random.key(0)))
 
     def update() -> object:

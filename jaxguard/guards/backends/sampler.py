@@ -25,7 +25,7 @@ from jaxguard.data.packing import bucket_size
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Cache, Decoder
-from jaxguard.models.mesh import batch_sharding, place, replicated
+from jaxguard.models.mesh import batch_sharding, replicated, shard_batch
 from jaxguard.models.sharding import constrain, partition
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import table
@@ -90,7 +90,7 @@ class Model:
         """Arrays to the devices: rows over data and fsdp, or everything on each."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
-        return place(tree, replicated(self.mesh) if whole else batch_sharding(self.mesh))
+        return shard_batch(tree, replicated(self.mesh) if whole else batch_sharding(self.mesh))
 
     def on_mesh(self) -> AbstractContextManager[Any]:
         """While programs run: the mesh is then the one in context."""

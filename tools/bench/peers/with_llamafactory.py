@@ -32,9 +32,11 @@ SHAREGPT = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "a
 def template(tokenizer: Any) -> Any:
     """The checkpoint's own chat template for one question and one answer, its end of turn the last target."""
     asked = [{"role": "user", "content": "{{content}}"}]
-    slot = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    answer = StringFormatter(slots=["{{content}}", {"eos_token"}])
-    register_template("checkpoint", format_user=StringFormatter(slots=[slot]), format_assistant=answer)
+    gradient_buffer = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    answer = StringFormatter(gradient_buffers=["{{content}}", {"eos_token"}])
+    register_template(
+        "checkpoint", format_user=StringFormatter(gradient_buffers=[gradient_buffer]), format_assistant=answer
+    )
     return TEMPLATES["checkpoint"]
 
 
