@@ -145,7 +145,7 @@ def encoder_of(tokenizer_folder: Callable[[str], Path]) -> Callable[[str], Any]:
 
     @functools.cache
     def load(name: str) -> Encoder:
-        data = DataConfig(train=(SourceConfig(kind="jsonl", path="absent.jsonl"),), row_tokens=512)
+        data = DataConfig(train=(SourceConfig(kind="jsonl", path="absent.jsonl"),), max_seq_len=512)
         policy = Policy("short", (Category("Insults", "Demeans people."),), asks=QUESTIONS, instruction="Judge this.")
         return Encoder.load(tokenizer_folder(name), data, policy)
 
@@ -313,7 +313,7 @@ def tiny_files(tiny_checkpoint: Path) -> Callable[..., Path]:
                 "policy": str(folder / "lamps.yaml"),
                 "mode": "dual",
                 "validation_size": 8,
-                "row_tokens": 512,
+                "max_seq_len": 512,
             },
             "optimizer": {"learning_rate": 5e-3},
             "train": {"batch_size": 8, "max_steps": 12, "epochs": 10, "evaluate_every": 6},

@@ -52,7 +52,7 @@ def test_recipes_are_what_their_names_say(name):
     assert config.data.subset == (None if name.endswith("full") else 5000)
     mode = "dual" if "dual" in name else "direct" if "direct" in name else "reasoning"
     assert config.data.mode == mode
-    recipe = (config.train.batch_size, config.train.epochs, config.optimizer.learning_rate, config.data.row_tokens)
+    recipe = (config.train.batch_size, config.train.epochs, config.optimizer.learning_rate, config.data.max_seq_len)
     assert recipe == (32, 5, 1e-6, 2048)
 
 

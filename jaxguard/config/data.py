@@ -58,7 +58,7 @@ class DataConfig(Section):
     """Train on this many examples; smaller subsets of one seed are contained in larger ones."""
     subset_seed: NonNegative = 0
     """Which random subset."""
-    row_tokens: Positive = 2048
+    max_seq_len: Positive = 2048
     """The longest packed row; an example longer than that is cut in its untrusted text."""
     share_prefixes: bool = True
     """Compute what the examples of a row begin with, the policy, once for all of them; the gradient does not change."""

@@ -119,7 +119,7 @@ class Encoder:
         template: what the chat template does.
         dialogue: the format.
         policy: for examples that bring none.
-        row_tokens: the longest sequence.
+        max_seq_len: the longest sequence.
         share_prefixes: say which of a sequence's first tokens others begin with too, so that they are computed once.
     """
 
@@ -127,7 +127,7 @@ class Encoder:
     template: Template
     dialogue: Dialogue
     policy: Policy
-    row_tokens: int
+    max_seq_len: int
     share_prefixes: bool = True
     _beginnings: dict[Any, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _heads: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -138,17 +138,17 @@ class Encoder:
 
         Raises:
             JaxguardError: no such policy; no tokenizer or chat template, or one that cannot be trained with; a policy
-                that leaves no room for text in `row_tokens`.
+                that leaves no room for text in `max_seq_len`.
         """
         tokenizer = load_tokenizer(folder)
         template = read_template(tokenizer, folder)
         dialogue = Dialogue(data.reasoning_marker, data.direct_marker, tuple(template.reserved.values()))
         policy = policy or load_policy(data.policy)
-        encoder = cls(tokenizer, template, dialogue, policy, data.row_tokens, data.share_prefixes)
+        encoder = cls(tokenizer, template, dialogue, policy, data.max_seq_len, data.share_prefixes)
         needed = encoder.least_tokens(policy)
-        if needed > data.row_tokens:
+        if needed > data.max_seq_len:
             raise JaxguardError(
-                f"data.row_tokens={data.row_tokens} is too short: policy {policy.name!r}, the frame around it "
+                f"data.max_seq_len={data.max_seq_len} is too short: policy {policy.name!r}, the frame around it "
                 f"and the verdict take {needed} tokens with the least of text; raise it to that, or shorten the policy"
             )
         return encoder
@@ -208,10 +208,10 @@ class Encoder:
             JaxguardError: the text spells a special token in a way that is not known here.
         """
         policy = self._policy(example)
-        fitted = self._fit(example, policy, asks or policy.asks, mode, self.row_tokens - answer_tokens)
+        fitted = self._fit(example, policy, asks or policy.asks, mode, self.max_seq_len - answer_tokens)
         if fitted is None:
             raise NoRoomError(
-                f"example {example.id!r}: its policy leaves no room for text in {self.row_tokens} tokens"
+                f"example {example.id!r}: its policy leaves no room for text in {self.max_seq_len} tokens"
                 + (f" less {answer_tokens} for the answer" if answer_tokens else "")
             )
         self._check_prompt(example, fitted.ids, mode)
@@ -277,14 +277,14 @@ class Encoder:
             given = tuple(zip(asks, choice, strict=True))
             completions[given] = self._completion(given, example.trace, mode)
         policy = self._policy(example)
-        room = self.row_tokens - max(map(len, completions.values()))
+        room = self.max_seq_len - max(map(len, completions.values()))
         fitted = self._fit(example, policy, asks, mode, room)
         if fitted is None:
             needed = self.least_tokens(policy)
-            if mode is Mode.DIRECT or needed > self.row_tokens:
+            if mode is Mode.DIRECT or needed > self.max_seq_len:
                 raise JaxguardError(
                     f"example {example.id!r}: policy {policy.name!r}, the frame around it and the verdict take "
-                    f"{needed} tokens with the least of text, but data.row_tokens={self.row_tokens}; raise it to that, "
+                    f"{needed} tokens with the least of text, but data.max_seq_len={self.max_seq_len}; raise it to that, "
                     "or shorten the policy"
                 )
             return None
@@ -351,7 +351,7 @@ class Encoder:
         The longer of prompt and response is cut first, then both alike; each keeps its head and its tail. All work is
         linear in the text, and what is linear in a long text is done once.
         """
-        most = self.row_tokens * LONGEST_TOKEN
+        most = self.max_seq_len * LONGEST_TOKEN
         texts = [shortened(t, most) for t in (example.prompt, example.response) if t is not None]
 
         def attempt(parts: Items[str]) -> tuple[str, list[int]]:

@@ -22,7 +22,7 @@ from jaxguard.data.encoding import Sequence as Encoded
 
 TARGET_MULTIPLE = 256
 ROW_LENGTHS = 4
-"""Lengths that rows may have, the longest `row_tokens`."""
+"""Lengths that rows may have, the longest `max_seq_len`."""
 KERNEL_MULTIPLE = 128
 """Attention kernels work on whole blocks of so many tokens."""
 
@@ -79,7 +79,7 @@ class Schedule:
         sequences: the encoded training examples.
         batch_size: examples in an update.
         steps: updates in the run.
-        row_tokens: the longest that a row gets; no sequence is longer.
+        max_seq_len: the longest that a row gets; no sequence is longer.
         row_multiple: rows of a batch are a multiple of this.
         seed: of the order.
     """
@@ -87,7 +87,7 @@ class Schedule:
     sequences: Sequence[Encoded]
     batch_size: int
     steps: int
-    row_tokens: int
+    max_seq_len: int
     row_multiple: int
     seed: int
 
@@ -99,14 +99,14 @@ class Schedule:
 
     def rows(self, step: int) -> list[list[Encoded]]:
         """The sequences of update `step`, packed."""
-        return pack([self.sequences[i] for i in self.examples(step)], self.row_tokens, self.row_multiple)
+        return pack([self.sequences[i] for i in self.examples(step)], self.max_seq_len, self.row_multiple)
 
     def shape(self, step: int) -> Shape:
-        return bucketed(self.rows(step), self.row_tokens, self.row_multiple)
+        return bucketed(self.rows(step), self.max_seq_len, self.row_multiple)
 
     def batch(self, step: int) -> Batch:
         rows = self.rows(step)
-        return assemble(rows, bucketed(rows, self.row_tokens, self.row_multiple))
+        return assemble(rows, bucketed(rows, self.max_seq_len, self.row_multiple))
 
     def read(self, start: int, prefetch: int) -> Iterator[Batch]:
         """Batches of updates start, start + 1, … prepared ahead by grain."""
@@ -144,20 +144,20 @@ class _Row:
         self.sequences.append(sequence)
 
 
-def pack(sequences: Sequence[Encoded], row_tokens: int, row_multiple: int) -> list[list[Encoded]]:
+def pack(sequences: Sequence[Encoded], max_seq_len: int, row_multiple: int) -> list[list[Encoded]]:
     """As few rows as first-fit decreasing finds, rounded up to a bucketed number, and about equally full."""
     longest_first = sorted(sequences, key=lambda s: -len(s.tokens))
-    few = _first_fit(longest_first, row_tokens)
+    few = _first_fit(longest_first, max_seq_len)
     even = _spread(longest_first, bucket_size(len(few), row_multiple))
-    rows = even if max(row.tokens for row in even) <= row_tokens else few
+    rows = even if max(row.tokens for row in even) <= max_seq_len else few
     return [row.sequences for row in rows]
 
 
-def _first_fit(sequences: Sequence[Encoded], row_tokens: int) -> list[_Row]:
+def _first_fit(sequences: Sequence[Encoded], max_seq_len: int) -> list[_Row]:
     """Each into the row that it lengthens least, the first of equals, of those that have room."""
     rows: list[_Row] = []
     for sequence in sequences:
-        fitting = [row for row in rows if row.with_(sequence) <= row_tokens]
+        fitting = [row for row in rows if row.with_(sequence) <= max_seq_len]
         if not fitting:
             fitting = [_Row()]
             rows += fitting
@@ -179,22 +179,22 @@ def held_tokens(row: Sequence[Encoded]) -> int:
     return sum(len(s.tokens) - s.prefix for s in row) + sum(heads.values())
 
 
-def bucketed(rows: Sequence[Sequence[Encoded]], row_tokens: int, row_multiple: int) -> Shape:
+def bucketed(rows: Sequence[Sequence[Encoded]], max_seq_len: int, row_multiple: int) -> Shape:
     """The smallest of the few shapes that holds these rows."""
     longest = max(map(held_tokens, rows))
     targets = max(sum(int(s.target.sum()) for s in row) for row in rows)
     return Shape(
         rows=bucket_size(len(rows), row_multiple),
-        tokens=next(length for length in row_lengths(row_tokens) if length >= longest),
+        tokens=next(length for length in row_lengths(max_seq_len) if length >= longest),
         targets=bucket_size(targets, TARGET_MULTIPLE),
         shared=any(s.prefix for row in rows for s in row),
     )
 
 
-def row_lengths(row_tokens: int) -> list[int]:
+def row_lengths(max_seq_len: int) -> list[int]:
     """The lengths that rows may have: quarters of the longest, rounded up to whole blocks if that one consists of such."""
-    unit = math.gcd(row_tokens, KERNEL_MULTIPLE)
-    return sorted({-(-row_tokens * part // (ROW_LENGTHS * unit)) * unit for part in range(1, ROW_LENGTHS + 1)})
+    unit = math.gcd(max_seq_len, KERNEL_MULTIPLE)
+    return sorted({-(-max_seq_len * part // (ROW_LENGTHS * unit)) * unit for part in range(1, ROW_LENGTHS + 1)})
 
 
 def bucket_size(count: int, unit: int) -> int:

@@ -264,14 +264,14 @@ def _progress(chosen: list[Chosen], what: str) -> Iterable[Chosen]:
 
 
 def _check_lengths(train: list[encode.Sequence], config: Config) -> None:
-    row_tokens = config.data.row_tokens
+    max_seq_len = config.data.max_seq_len
     if not train:
         raise JaxguardError(
-            f"no training example fits into data.row_tokens={row_tokens}, even with its untrusted text cut; raise it"
+            f"no training example fits into data.max_seq_len={max_seq_len}, even with its untrusted text cut; raise it"
         )
     if all(sequence.cut for sequence in train):
         raise JaxguardError(
-            f"every training example had to be cut to fit data.row_tokens={row_tokens}; raise it, or shorten the policy"
+            f"every training example had to be cut to fit data.max_seq_len={max_seq_len}; raise it, or shorten the policy"
         )
 
 

@@ -56,7 +56,7 @@ def packing(config: Config, sequences: Sequence[encode.Sequence]) -> dict[str, f
             f"train.batch_size={config.train.batch_size}; raise epochs or lower batch_size"
         )
     schedule = Schedule(
-        sequences, config.train.batch_size, steps, config.data.row_tokens, config.train.accumulation, config.seed
+        sequences, config.train.batch_size, steps, config.data.max_seq_len, config.train.accumulation, config.seed
     )
     sampled = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int)).tolist()
     shapes = [schedule.shape(step) for step in sampled]

@@ -160,7 +160,7 @@ async def open_guard(guard: GuardConfig, config: Config, settings: EvaluateConfi
 def _format(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> Format:
     policy = load_policy(config.data.policy)
     if guard.format == "jaxguard":
-        whole = config.data.model_copy(update={"row_tokens": context_tokens(folder)})
+        whole = config.data.model_copy(update={"max_seq_len": context_tokens(folder)})
         return OurFormat.of(Encoder.load(folder, whole, policy), settings)
     return foreign_format(guard.format, load_tokenizer(folder, chat=False), policy)
 

@@ -39,7 +39,7 @@ REFERENCE = Compute()
 """Float32 in plain XLA: the slow and exact way."""
 
 
-def choose_compute(config: ModelConfig, spec: Spec, mesh: Mesh, row_tokens: int) -> Compute:
+def choose_compute(config: ModelConfig, spec: Spec, mesh: Mesh, max_seq_len: int) -> Compute:
     """The config's wishes, with attention chosen for the mesh's devices."""
     device = mesh.devices.flat[0]
     capability = getattr(device, "compute_capability", None)
@@ -50,7 +50,7 @@ def choose_compute(config: ModelConfig, spec: Spec, mesh: Mesh, row_tokens: int)
         spec.head_dim,
         dtype,
         config.attention,
-        row_tokens,
+        max_seq_len,
     )
     matmul_dtype = None
     if device.platform == "cpu" and dtype == jnp.bfloat16:

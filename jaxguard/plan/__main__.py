@@ -28,7 +28,7 @@ from jaxguard.utils.files import write_atomically
 DOES_NOT_FIT = 1
 NOTHING_FITS = (
     "nothing that was tried does; take more devices or those with more memory, fewer rows (train.batch_size) or shorter "
-    "ones (data.row_tokens)"
+    "ones (data.max_seq_len)"
 )
 
 

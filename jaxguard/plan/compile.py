@@ -117,7 +117,7 @@ def compile_step(
         config: the run; its mesh must fit the cluster's devices.
         spec: shape of the model.
         cluster: what to compile for.
-        rows: of the batch, each config.data.row_tokens long; None for `largest`, or without it one of each example.
+        rows: of the batch, each config.data.max_seq_len long; None for `largest`, or without it one of each example.
         targets: target positions of a row; None for the most there can be.
         largest: the largest shape of the run's batches, where its data are at hand.
         steps: length of the schedule; it does not change the program's size.
@@ -159,7 +159,7 @@ def compile_step(
 
 
 def _shape(config: Config, multiple: int, rows: int | None, targets: int | None) -> Shape:
-    tokens = config.data.row_tokens
+    tokens = config.data.max_seq_len
     if rows is None:
         rows = bucket_size(config.train.batch_size, multiple)
     elif rows % multiple:
@@ -168,7 +168,7 @@ def _shape(config: Config, multiple: int, rows: int | None, targets: int | None)
             f"say --rows {bucket_size(rows, multiple)}, or change the mesh"
         )
     if targets is not None and targets > tokens:
-        raise JaxguardError(f"--targets {targets} is more than a row has: data.row_tokens={tokens}; say fewer")
+        raise JaxguardError(f"--targets {targets} is more than a row has: data.max_seq_len={tokens}; say fewer")
     return Shape(rows, tokens, targets or tokens, config.data.share_prefixes)
 
 

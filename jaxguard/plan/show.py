@@ -76,7 +76,7 @@ def remedies(remat: str, state: float | None = None) -> str:
     first = "" if remat == "full" else "model.remat=full, "
     return (
         f"try {first}a larger train.accumulation, fewer rows (train.batch_size, or --rows if they are packed), shorter ones "
-        "(data.row_tokens) or more devices; --search finds what fits"
+        "(data.max_seq_len) or more devices; --search finds what fits"
     )
 
 

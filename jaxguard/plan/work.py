@@ -81,14 +81,14 @@ def work_of(config: Config, devices: int, price: float | None = None) -> Work:
     if _at_hand(config):
         sequences = prepare(config, Path(config.model.checkpoint)).train
         steps = total_steps(len(sequences), train.batch_size, train.epochs, train.max_steps)
-        schedule = Schedule(sequences, train.batch_size, steps, data.row_tokens, multiple, config.seed)
+        schedule = Schedule(sequences, train.batch_size, steps, data.max_seq_len, multiple, config.seed)
         return Work(steps, price, Counter(schedule.shape(step) for step in range(steps)))
     updates = train.max_steps
     if data.subset is not None:
         updates = total_steps(data.subset, train.batch_size, train.epochs, train.max_steps)
-    rows, targets = _buckets(train.batch_size, multiple), _buckets(data.row_tokens, TARGET_MULTIPLE)
+    rows, targets = _buckets(train.batch_size, multiple), _buckets(data.max_seq_len, TARGET_MULTIPLE)
     possible = (
-        f"one for each shape: rows {_few(rows)}; tokens {_few(row_lengths(data.row_tokens))}; targets {_few(targets)}"
+        f"one for each shape: rows {_few(rows)}; tokens {_few(row_lengths(data.max_seq_len))}; targets {_few(targets)}"
     )
     return Work(updates, price, None, possible)
 

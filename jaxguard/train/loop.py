@@ -96,7 +96,11 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         multiple = row_multiple(config, mesh)
         data = prepare(config, source)
         _keep_manifest(folder, data.manifest)
-        common = {"batch_size": config.train.batch_size, "row_tokens": config.data.row_tokens, "row_multiple": multiple}
+        common = {
+            "batch_size": config.train.batch_size,
+            "max_seq_len": config.data.max_seq_len,
+            "row_multiple": multiple,
+        }
         steps = total_steps(len(data.train), config.train.batch_size, config.train.epochs, config.train.max_steps)
         stack.enter_context(jax.set_mesh(mesh))
         program = build_program(config, spec, mesh, steps)

@@ -63,7 +63,7 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
     Raises:
         JaxguardError: the attention asked for cannot run on this mesh.
     """
-    compute = choose_compute(config.model, spec, mesh, config.data.row_tokens)
+    compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
     transformation = optimizer(config.optimizer, spec, steps)
     schedule = learning_rate(config.optimizer, steps)
     state = abstract_state(transformation, spec, mesh)

@@ -60,12 +60,12 @@ class Validation:
 
     Attributes:
         held: example, mode, and its sequences: the labelled one first (see Encoder.branches).
-        batch_size, row_tokens, row_multiple: as in training.
+        batch_size, max_seq_len, row_multiple: as in training.
     """
 
     held: Sequence[Held]
     batch_size: int
-    row_tokens: int
+    max_seq_len: int
     row_multiple: int
 
     def run(self, program: Program, weights: dict[str, Any]) -> tuple[dict[str, float], list[Judgement]]:
@@ -89,8 +89,8 @@ class Validation:
         """Identity of each sequence -> what it scored."""
         sequences = [branch for _, _, branches in self.held for branch in branches]
         for start in range(0, len(sequences), self.batch_size):
-            rows = pack(sequences[start : start + self.batch_size], self.row_tokens, self.row_multiple)
-            batch = assemble(rows, bucketed(rows, self.row_tokens, self.row_multiple))
+            rows = pack(sequences[start : start + self.batch_size], self.max_seq_len, self.row_multiple)
+            batch = assemble(rows, bucketed(rows, self.max_seq_len, self.row_multiple))
             ids_BMQ = np.stack([batch.target_ids_BM, *_choices(rows, batch)], axis=-1)
             placed = shard_batch((batch, ids_BMQ), batch_sharding(program.mesh))
             yield from _unpack(rows, np.asarray(program.score(weights, *placed)))

@@ -25,7 +25,7 @@ def run(tmp_path):
             "policy": str(tmp_path / "short.yaml"),
             "mode": "direct",
             "direct_marker": "/verdict",
-            "row_tokens": 512,
+            "max_seq_len": 512,
             "subset": 8,
         },
         "train": {"batch_size": 4},

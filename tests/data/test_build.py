@@ -57,7 +57,7 @@ def config(tmp_path, tiny_tokenizer_folder, monkeypatch):
     (tmp_path / "traces.summary.json").write_text(json.dumps({"attempts": 77, "never_passed": {"x": {}}}))
     tree = {
         "model": {"checkpoint": str(tiny_tokenizer_folder)},
-        "data": {"train": [{"kind": "jsonl", "path": "traces.jsonl"}], "policy": "aegis2", "row_tokens": 4096},
+        "data": {"train": [{"kind": "jsonl", "path": "traces.jsonl"}], "policy": "aegis2", "max_seq_len": 4096},
         "build": {
             "sets": SETS,
             "subsets": [8, 16, 1000],

@@ -34,8 +34,8 @@ def encoder(request, encoder_of) -> Encoder:
     return encoder_of(request.param)
 
 
-def data_config(row_tokens: int = 512) -> DataConfig:
-    return DataConfig(train=(SourceConfig(kind="jsonl", path="absent.jsonl"),), row_tokens=row_tokens)
+def data_config(max_seq_len: int = 512) -> DataConfig:
+    return DataConfig(train=(SourceConfig(kind="jsonl", path="absent.jsonl"),), max_seq_len=max_seq_len)
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -195,7 +195,7 @@ def test_every_length_fits(encoder_of, mode: Mode):
         sequence = encoder.encode(example, mode)
         assert len(sequence.tokens) <= 512
         assert sequence.cut == (
-            len(sequence.tokens) < len(replace(encoder, row_tokens=9999).encode(example, mode).tokens)
+            len(sequence.tokens) < len(replace(encoder, max_seq_len=9999).encode(example, mode).tokens)
         )
 
 
@@ -272,10 +272,10 @@ def test_policy_too_long_for_the_row(encoder_of, tiny_tokenizer_folder: Path):
     policy = Policy("wordy", rules=rules, asks=("prompt_harm",))
     needed = encoder.least_tokens(policy)
     with pytest.raises(
-        JaxguardError, match=rf"data.row_tokens=512 is too short: policy 'wordy'.* take {needed} tokens"
+        JaxguardError, match=rf"data.max_seq_len=512 is too short: policy 'wordy'.* take {needed} tokens"
     ):
         Encoder.load(tiny_tokenizer_folder, data_config(), policy)
-    fitting = replace(encoder, policy=policy, row_tokens=needed)
+    fitting = replace(encoder, policy=policy, max_seq_len=needed)
     sequence = fitting.encode(replace(BOTH, prompt=LONG * 99, response=LONG * 99), Mode.DIRECT)
     assert sequence.cut
     assert needed - 2 * MIN_KEPT < len(sequence.tokens) <= needed

@@ -82,7 +82,7 @@ def structure(text: str) -> Counter[str]:
     ],
 )
 def test_rendered_prompts_hold_only_the_templates_special_tokens(encoder_of, name: str, attacks: int):
-    encoder: Encoder = replace(encoder_of(name), row_tokens=4096)
+    encoder: Encoder = replace(encoder_of(name), max_seq_len=4096)
     added = encoder.tokenizer.added_tokens_decoder
     special = {i for i, token in added.items() if token.special or not token.content.isspace()}
     special -= {i for i in special if not added[i].content.strip("\u2581\n\t ")}
@@ -148,6 +148,6 @@ def test_hostile_training_examples(encoder_of, name: str):
         sequence = encoder.encode(hostile, Mode.REASONING)
         reserved = encoder.template.reserved_in(sequence.tokens.tolist())
         assert reserved == (*frame, encoder.end_id)
-        assert len(sequence.tokens) <= encoder.row_tokens
+        assert len(sequence.tokens) <= encoder.max_seq_len
         answer = encoder.tokenizer.decode(sequence.tokens[sequence.target][:-1])
         assert parse(answer, QUESTIONS, Mode.REASONING, has_response=True) == Verdict("harmful", "unharmful", "refusal")

@@ -54,7 +54,7 @@ def folder(tiny_tokenizer_folder, tmp_path):
 
 @pytest.fixture
 def encoder(folder):
-    data = DataConfig(train=(SourceConfig(kind="jsonl", path="absent.jsonl"),), row_tokens=512)
+    data = DataConfig(train=(SourceConfig(kind="jsonl", path="absent.jsonl"),), max_seq_len=512)
     return Encoder.load(folder(OPENS), data, POLICY)
 
 

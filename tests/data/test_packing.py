@@ -114,13 +114,13 @@ def test_a_prefix_is_held_once_a_row_and_rows_are_as_short_as_they_can_be():
 
 
 @given(st.integers(1, 5000))
-def test_a_kernel_that_can_work_on_the_longest_row_can_on_every_row(row_tokens):
-    lengths = row_lengths(row_tokens)
+def test_a_kernel_that_can_work_on_the_longest_row_can_on_every_row(max_seq_len):
+    lengths = row_lengths(max_seq_len)
     assert lengths == sorted(set(lengths))
-    assert lengths[-1] == row_tokens
+    assert lengths[-1] == max_seq_len
     assert len(lengths) <= 4
     for multiple in (2, 8, 128):  # cuDNN takes an even number of tokens, splash attention whole blocks of 128
-        assert row_tokens % multiple or all(length % multiple == 0 for length in lengths)
+        assert max_seq_len % multiple or all(length % multiple == 0 for length in lengths)
 
 
 @given(st.integers(1, 5000), st.integers(1, 64))

@@ -46,7 +46,7 @@ def configure(tmp_path):
         return {"kind": "jsonl", "path": str(path)}
 
     def configure(train, validation=(), seed=0, batch_size=2, **data):
-        data = {"policy": str(policy), "validation_size": 0, "row_tokens": 512, **data}
+        data = {"policy": str(policy), "validation_size": 0, "max_seq_len": 512, **data}
         data["train"] = [write(train, "train.jsonl")]
         data["validation"] = [write(validation, "held.jsonl")] if validation else []
         model = {"checkpoint": "unused"}
@@ -279,13 +279,13 @@ def test_a_trace_that_does_not_fit_drops_its_example(configure, tiny_tokenizer_f
     assert "long" not in {s.example_id for s in prepared.train}
     assert prepared.manifest["dropped"] == {"train: trace too long for a row": 1}
     assert prepared.manifest["train"]["examples"] == 4
-    with pytest.raises(JaxguardError, match=r"no training example fits into data.row_tokens=512"):
+    with pytest.raises(JaxguardError, match=r"no training example fits into data.max_seq_len=512"):
         prepare(configure([long, replace(long, id="other", prompt="again")]), tiny_tokenizer_folder)
 
 
 def test_all_cut_is_an_error(configure, tiny_tokenizer_folder):
     examples = [replace(e, prompt=f"{e.prompt} " * 400) for e in make(4)]
-    with pytest.raises(JaxguardError, match=r"every training example had to be cut to fit data.row_tokens=512"):
+    with pytest.raises(JaxguardError, match=r"every training example had to be cut to fit data.max_seq_len=512"):
         prepare(configure(examples, mode="direct"), tiny_tokenizer_folder)
 
 

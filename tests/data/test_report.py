@@ -46,7 +46,7 @@ def tree(tmp_path, tiny_tokenizer_folder):
             "train": [{"kind": "jsonl", "path": str(tmp_path / "train.jsonl")}],
             "policy": str(tmp_path / "short.yaml"),
             "validation_size": 3,
-            "row_tokens": 512,
+            "max_seq_len": 512,
         },
         "train": {"batch_size": 4, "epochs": 2},
     }

@@ -185,5 +185,5 @@ def test_sampling_decides_and_room_in_training_does_not(config, tiny_checkpoint)
 
     assert head(seed=1) != head()
     assert head(unparseable="wrong") == head()
-    shorter = config.model_copy(update={"data": config.data.model_copy(update={"row_tokens": 300})})
+    shorter = config.model_copy(update={"data": config.data.model_copy(update={"max_seq_len": 300})})
     assert head(shorter) == head()

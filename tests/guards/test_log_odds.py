@@ -54,11 +54,11 @@ def alone(spec, weights):
 
 
 @pytest.mark.parametrize("attention", ["xla", "block_sparse"])
-@pytest.mark.parametrize("row_tokens", [64, 256])
-def test_packed_prompts_have_the_odds_of_each_alone(spec, weights, alone, attention, row_tokens):
+@pytest.mark.parametrize("max_seq_len", [64, 256])
+def test_packed_prompts_have_the_odds_of_each_alone(spec, weights, alone, attention, max_seq_len):
     """Gemma's window of 16 ends inside the prompts; the shorter rows hold one sequence, the longer ones all."""
     model = place_model(spec, weights, Compute(attention=attention, query_chunk=32))
-    found = next_log_odds(model, tree(), PAIRS, row_tokens=row_tokens)
+    found = next_log_odds(model, tree(), PAIRS, max_seq_len=max_seq_len)
     assert found == pytest.approx(alone, abs=2e-5)
     assert np.ptp(found) > 1
 
@@ -68,7 +68,7 @@ def test_on_a_mesh_too(spec, weights, alone, shape):
     mesh = make_mesh(shape, jax.devices()[:8])
     placed = jax.device_put(weights, weight_shardings(spec, mesh))
     model = place_model(spec, placed, Compute(attention="block_sparse", query_chunk=32), mesh)
-    found = next_log_odds(model, tree(), PAIRS, row_tokens=128)
+    found = next_log_odds(model, tree(), PAIRS, max_seq_len=128)
     assert found == pytest.approx(alone, abs=2e-5)
 
 
@@ -85,7 +85,7 @@ def test_what_prompts_share_is_computed_once():
 
 def test_no_prompts_an_empty_one_and_one_too_long(spec, weights):
     model = place_model(spec, weights, Compute())
-    assert next_log_odds(model, [], [], row_tokens=64) == []
+    assert next_log_odds(model, [], [], max_seq_len=64) == []
     for prompt, message in (([], "prompt 1 has no tokens"), ([5] * spec.context, "shorten it")):
         with pytest.raises(JaxguardError, match=message):
-            next_log_odds(model, [[5], prompt], PAIRS[:2], row_tokens=64)
+            next_log_odds(model, [[5], prompt], PAIRS[:2], max_seq_len=64)

@@ -100,10 +100,10 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
     weights = {k: x if "norm" in k else 8 * x for k, x in read_weights(tiny_checkpoint, spec).items()}
     held = prepare(config, tiny_checkpoint).validation
     program = build_program(config, spec, make_mesh(config.mesh, jax.devices()[:1]), steps=1)
-    _, judgements = Validation(held, batch_size=4, row_tokens=512, row_multiple=1).run(program, weights)
+    _, judgements = Validation(held, batch_size=4, max_seq_len=512, row_multiple=1).run(program, weights)
     encoder = Encoder.load(tiny_checkpoint, config.data)
     settings = EvaluateConfig(generations=0, ask="benchmark", batch=8)
-    engine = JaxEngine(place_model(spec, weights, Compute()), settings, row_tokens=256)
+    engine = JaxEngine(place_model(spec, weights, Compute()), settings, max_seq_len=256)
     form = OurFormat.of(encoder, settings)
     known = {example.id: example for example, _, _ in held}
 
@@ -128,7 +128,7 @@ def test_a_long_text_is_judged_whole_where_the_context_allows(tiny_checkpoint, t
     assert context_tokens(tiny_checkpoint) == context
     assert context_tokens(tmp_path) == MOST_TOKENS
     for room, cut in ((context, False), (320, True)):
-        data = DataConfig(train=[{"kind": "jsonl", "path": "x"}], policy="demo", row_tokens=room)
+        data = DataConfig(train=[{"kind": "jsonl", "path": "x"}], policy="demo", max_seq_len=room)
         own = OurFormat.of(Encoder.load(tiny_checkpoint, data), settings)
         assert own.prompt(Ask(long, "prompt_harm", Mode.DIRECT)).cut is cut
     wordy = replace(long, policy="No bread. " * 300)

@@ -25,7 +25,7 @@ from jaxguard.mine.choose import labels_of
     ],
 )
 def test_a_prompt_of_mining_is_the_one_of_training(tiny_tokenizer_folder, mode, more):
-    data = DataConfig(train=[{"kind": "jsonl", "path": "x"}], policy="wildguard", row_tokens=4096)
+    data = DataConfig(train=[{"kind": "jsonl", "path": "x"}], policy="wildguard", max_seq_len=4096)
     encoder, policy = Encoder.load(tiny_tokenizer_folder, data), load_policy("wildguard")
     example = Example(**{**row(4), "categories": (), **more})
     question = next(iter(labels_of(example, policy)))

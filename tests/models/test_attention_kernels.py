@@ -191,12 +191,12 @@ def test_splash_gradient(shared):
     ],
 )
 def test_auto_takes_the_best_that_works(platform, capability, head_dim, dtype, expected):
-    assert choose(platform, capability, head_dim, dtype, row_tokens=2048) == expected
-    assert choose(platform, capability, head_dim, dtype, "xla", row_tokens=2048) == "xla"
+    assert choose(platform, capability, head_dim, dtype, max_seq_len=2048) == expected
+    assert choose(platform, capability, head_dim, dtype, "xla", max_seq_len=2048) == "xla"
 
 
 @pytest.mark.parametrize(
-    ("platform", "capability", "head_dim", "row_tokens", "requested", "message"),
+    ("platform", "capability", "head_dim", "max_seq_len", "requested", "message"),
     [
         ("cpu", None, 128, 128, "cudnn", "needs an NVIDIA GPU, and this is cpu"),
         ("gpu", 8.0, 256, 128, "cudnn", "up to 128 dimensions"),
@@ -207,6 +207,6 @@ def test_auto_takes_the_best_that_works(platform, capability, head_dim, dtype, e
         ("tpu", None, 128, 128, "flash", "known: auto, cudnn, splash, block_sparse, xla"),
     ],
 )
-def test_a_forced_kernel_that_cannot_work_says_why(platform, capability, head_dim, row_tokens, requested, message):
+def test_a_forced_kernel_that_cannot_work_says_why(platform, capability, head_dim, max_seq_len, requested, message):
     with pytest.raises(JaxguardError, match=message):
-        choose(platform, capability, head_dim, jnp.bfloat16, requested, row_tokens)
+        choose(platform, capability, head_dim, jnp.bfloat16, requested, max_seq_len)

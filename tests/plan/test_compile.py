@@ -151,7 +151,7 @@ def test_slices_lie_along_data():
 def test_only_gradients_go_from_slice_to_slice(tmp_path, write_llama_config):
     """Each device's part of them, at the network's rate; the compiler sends some of such small ones in float32."""
     write_llama_config(tmp_path, hidden_size=256, intermediate_size=512)
-    overrides = [f"model.checkpoint={tmp_path}", "data.row_tokens=128", "train.batch_size=8", "mesh.data=2"]
+    overrides = [f"model.checkpoint={tmp_path}", "data.max_seq_len=128", "train.batch_size=8", "mesh.data=2"]
     config = load("llama8b_5k", overrides)
     spec, cluster = find_spec(config.model), find_cluster("v5e:2*2x2")
     found = compile_step(config, spec, cluster, rows=8)
@@ -202,7 +202,7 @@ def test_kernels_are_cut_by_rows_and_heads_without_communication(kernel, target,
     ],
 )
 def test_the_real_step_fits(name, target, attention, limit):
-    config, cluster = load(name, ["data.row_tokens=2048"]), find_cluster(target)
+    config, cluster = load(name, ["data.max_seq_len=2048"]), find_cluster(target)
     result = compile_step(config, find_spec(config.model), cluster, rows=32)
     assert result.compute.attention == attention
     assert any("cudnn$fmha" in kernel for kernel in result.kernels) == (attention == "cudnn")

@@ -77,7 +77,7 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
         (["mesh.fsdp=3"], "mesh.fsdp=3 × mesh.tensor=1 is 3 devices, but there are 8 (cpu); set mesh.fsdp=-1"),
         (["train.batch_size=4"], "train.batch_size=4 cannot be divided over mesh.data × mesh.fsdp = 8 devices"),
         (["--rows", "12"], "needs multiples of 8; say --rows 16, or change the mesh"),
-        (["--targets", "9999"], "--targets 9999 is more than a row has: data.row_tokens=2048"),
+        (["--targets", "9999"], "--targets 9999 is more than a row has: data.max_seq_len=2048"),
         (["model.attention=cudnn"], "it needs an NVIDIA GPU, and this is cpu; set model.attention=auto"),
     ],
 )
@@ -126,7 +126,7 @@ def test_a_gpus_plan_that_does_not_fit_says_what_is_large_and_what_to_try(monkey
     assert "llama8b_5k on a100-80gb:8 does not fit: it needs 61.00 GiB of 60.0 usable; try a larger" in said
     assert said.index("bf16[3,1024,1024,512]") < said.index("does not fit: it needs")
     assert "model.remat=full" not in said, "it has that already"
-    for remedy in ("train.accumulation", "train.batch_size", "data.row_tokens", "more devices", "--search"):
+    for remedy in ("train.accumulation", "train.batch_size", "data.max_seq_len", "more devices", "--search"):
         assert remedy in said
     dots = plan_of(61, compute=Compute(plan.compute.dtype, "xla", "dots"))
     assert "try model.remat=full, " in planned(monkeypatch, capsys, lambda *_: dots, "--target", "a100-80gb:8")[1]

@@ -18,7 +18,7 @@ FILE = """
 title: Two <b>ways</b>
 series:
   weak: {config: llama8b_full, target: h100, devices: [8, 64, 128], scaling: weak, rows: 4, cut: linked, tensor: 2}
-  strong: {config: llama8b_full, set: {data.row_tokens: 1024}, target: h100, devices: [8, 16], scaling: strong, rows: 64}
+  strong: {config: llama8b_full, set: {data.max_seq_len: 1024}, target: h100, devices: [8, 16], scaling: strong, rows: 64}
 """
 compiled = []
 
@@ -84,7 +84,7 @@ def test_what_is_compiled_is_not_compiled_again_unless_it_changed(sweep_file, tm
     run(sweep_file, tmp_path)
     assert len(compiled) == 5
     (tmp_path / "out" / "weak-64.json").write_text('{"key": "torn')
-    sweep_file.write_text(FILE.replace("data.row_tokens: 1024", "data.row_tokens: 512"))
+    sweep_file.write_text(FILE.replace("data.max_seq_len: 1024", "data.max_seq_len: 512"))
     compiled.clear()
     run(sweep_file, tmp_path)
     assert compiled == [(64, 128), (8, 64), (16, 64)]
@@ -111,8 +111,8 @@ def test_a_sharding_pays_while_products_take_longer_than_the_network(sweep_file,
 
 
 def test_a_mistake_names_its_series(sweep_file):
-    sweep_file.write_text(FILE.replace("data.row_tokens", "data.row_tokenz"))
-    with pytest.raises(JaxguardError, match=r"series strong: .*did you mean 'row_tokens'"):
+    sweep_file.write_text(FILE.replace("data.max_seq_len", "data.row_tokenz"))
+    with pytest.raises(JaxguardError, match=r"series strong: .*did you mean 'max_seq_len'"):
         list(places(read_sweep(str(sweep_file))))
 
 

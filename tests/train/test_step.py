@@ -64,7 +64,7 @@ def config(**overrides):
             "query_chunk": 32,
             "loss_chunk": 64,
         },
-        "data": {"train": [{"kind": "jsonl", "path": "none"}], "row_tokens": ROW_TOKENS},
+        "data": {"train": [{"kind": "jsonl", "path": "none"}], "max_seq_len": ROW_TOKENS},
         "optimizer": {"learning_rate": 1e-2},
         "train": {"batch_size": 16},
     }

@@ -28,7 +28,7 @@ def run(tiny_checkpoint, tmp_path_factory, tiny_files):
     data = prepare(config, tiny_checkpoint)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     program = build_program(config, spec, mesh, steps=1)
-    validation = Validation(data.validation, batch_size=4, row_tokens=config.data.row_tokens, row_multiple=1)
+    validation = Validation(data.validation, batch_size=4, max_seq_len=config.data.max_seq_len, row_multiple=1)
     return spec, weights, data.validation, *validation.run(program, weights)
 
 

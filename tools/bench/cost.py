@@ -138,8 +138,8 @@ def _seconds(work: Callable[[], object], times: int) -> list[float]:
 def _cost(case: Case, shape: Spec, rate: float) -> Cost:
     spec = replace(shape, vocab=case.vocabulary, layers=case.layers, layer_kinds=shape.layer_kinds[: case.layers])
     config, program = _program(spec)
-    rows = pack(_examples(case), config.data.row_tokens, 1)
-    batch = assemble(rows, bucketed(rows, config.data.row_tokens, 1))
+    rows = pack(_examples(case), config.data.max_seq_len, 1)
+    batch = assemble(rows, bucketed(rows, config.data.max_seq_len, 1))
     placed = shard_batch(batch, batch_sharding(program.mesh))
     state = program.initialize(initialize(spec, jax.random.key(0)))
 

@@ -32,20 +32,20 @@ class Workload:
         name: what the results call it.
         mode: the verdict alone, or after a thought.
         thought_words: length of the thought; speed depends on no more of it than that.
-        row_tokens, accumulation: ours cuts an update into so many micro-batches of one row each, no longer than this.
+        max_seq_len, accumulation: ours cuts an update into so many micro-batches of one row each, no longer than this.
     """
 
     name: str
     mode: Mode
-    row_tokens: int
+    max_seq_len: int
     accumulation: int = 1
     thought_words: int = 0
 
 
 WORKLOADS = (
-    Workload("direct", Mode.DIRECT, row_tokens=4096),
-    Workload("sentence", Mode.REASONING, row_tokens=6400, thought_words=40),
-    Workload("reasoning", Mode.REASONING, row_tokens=6400, accumulation=3, thought_words=260),
+    Workload("direct", Mode.DIRECT, max_seq_len=4096),
+    Workload("sentence", Mode.REASONING, max_seq_len=6400, thought_words=40),
+    Workload("reasoning", Mode.REASONING, max_seq_len=6400, accumulation=3, thought_words=260),
 )
 
 
@@ -60,7 +60,7 @@ class Job:
         data: chat messages as JSON lines: the examples of `updates` updates in the order in which ours trains them.
         setting: one of the contender's own.
         output: a folder to write in.
-        row_tokens: the longest sequence.
+        max_seq_len: the longest sequence.
         compute_dtype: of matmuls: what this CPU multiplies fastest, for all.
     """
 
@@ -72,7 +72,7 @@ class Job:
     output: str
     batch_size: int = 32
     updates: int = 2
-    row_tokens: int = 2048
+    max_seq_len: int = 2048
     learning_rate: float = 1e-5
     compute_dtype: str = "bfloat16" if has_bfloat16_units() else "float32"
 
@@ -98,7 +98,7 @@ def write(workload: Workload, source: Path | None, model: Path, updates: int, fo
     by_id = {example.id: example for example in examples}
     encoder = Encoder.load(model, config.data)
     _write_lines(messages, [chat(by_id[name], encoder) for name in _order(config, model, updates)])
-    settings = config.train.batch_size, updates, config.data.row_tokens, config.optimizer.learning_rate
+    settings = config.train.batch_size, updates, config.data.max_seq_len, config.optimizer.learning_rate
     return Job(workload.name, str(model), str(path), str(messages), "", str(folder), *settings)
 
 
@@ -106,12 +106,12 @@ def ours(job: Job, *overrides: str) -> Config:
     """Our config for a job."""
     workload, plain = next(w for w in WORKLOADS if w.name == job.workload), job.setting == "plain"
     source = json.dumps([{"kind": "jsonl", "path": job.examples}])
-    row_tokens, accumulation = (2304, 8) if plain else (workload.row_tokens, workload.accumulation)
+    max_seq_len, accumulation = (2304, 8) if plain else (workload.max_seq_len, workload.accumulation)
     fixed = (
         f"model.checkpoint={job.model}",
         f"data.train={source}",
         f"data.mode={workload.mode.value}",
-        f"data.row_tokens={row_tokens}",
+        f"data.max_seq_len={max_seq_len}",
         f"data.share_prefixes={'false' if plain else 'true'}",
         f"train.accumulation={accumulation}",
         f"run_folder={job.output}",
@@ -123,7 +123,7 @@ def _order(config: Config, model: Path, updates: int) -> list[str]:
     """Ids of the examples of the first updates, as our loop takes them."""
     train = prepare(config, model).train
     schedule = Schedule(
-        train, config.train.batch_size, updates, row_tokens=config.data.row_tokens, row_multiple=1, seed=config.seed
+        train, config.train.batch_size, updates, max_seq_len=config.data.max_seq_len, row_multiple=1, seed=config.seed
     )
     return [train[i].example_id for step in range(updates) for i in schedule.examples(step)]
 

@@ -23,12 +23,12 @@ class JaxEngine:
     Attributes:
         model: the guard's.
         settings: how to sample.
-        row_tokens: of the packed rows in which verdicts are scored.
+        max_seq_len: of the packed rows in which verdicts are scored.
     """
 
     model: Model
     settings: EvaluateConfig
-    row_tokens: int
+    max_seq_len: int
 
     async def sample(
         self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...]
@@ -39,7 +39,7 @@ class JaxEngine:
         return [[Sampled(one.tokens, one.finish_reason == "stop") for one in answers] for answers in found]
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]]) -> list[float]:
-        return next_log_odds(self.model, prefixes, pairs, row_tokens=self.row_tokens)
+        return next_log_odds(self.model, prefixes, pairs, max_seq_len=self.max_seq_len)
 
     @property
     def group(self) -> int:
@@ -65,7 +65,7 @@ def load_engine(folder: Path, config: Config, settings: EvaluateConfig) -> JaxEn
         ) from None
     check_vocabulary(folder, spec)
     mesh = make_mesh(config.mesh)
-    compute = choose_compute(config.model, spec, mesh, config.data.row_tokens)
+    compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
     weights = read_weights(folder, spec, weight_shardings(spec, mesh), compute.matmul_dtype or compute.dtype)
     model = place_model(spec, weights, compute, mesh)
-    return JaxEngine(model, settings, config.data.row_tokens)
+    return JaxEngine(model, settings, config.data.max_seq_len)

@@ -23,7 +23,7 @@ from jaxguard.models.spec import Spec
 
 
 def next_log_odds(
-    model: Model, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], *, row_tokens: int
+    model: Model, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], *, max_seq_len: int
 ) -> list[float]:
     """After each prompt, the log-probability of the first token of its pair less that of the second.
 
@@ -31,7 +31,7 @@ def next_log_odds(
         model: see `place_model`.
         prompts: token ids.
         pairs: two tokens for each prompt.
-        row_tokens: how many a packed row has, or more where a prompt is longer; each device computes one row at a time.
+        max_seq_len: how many a packed row has, or more where a prompt is longer; each device computes one row at a time.
 
     Raises:
         JaxguardError: a prompt is empty, or too long for the model.
@@ -42,13 +42,13 @@ def next_log_odds(
     found = np.zeros(len(prompts))
     packed = _sequences(prompts)
     longest = max(len(one.sequence.tokens) for one in packed)
-    row_tokens = max(row_tokens, bucket_size(longest, KERNEL_MULTIPLE))
+    max_seq_len = max(max_seq_len, bucket_size(longest, KERNEL_MULTIPLE))
     asked = {id(one.sequence): one.prompts for one in packed}
-    rows = pack([one.sequence for one in packed], row_tokens, model.row_multiple)
+    rows = pack([one.sequence for one in packed], max_seq_len, model.row_multiple)
     with model.on_mesh():
         for start in range(0, len(rows), model.row_multiple):
             part = rows[start : start + model.row_multiple]
-            batch = assemble(part, bucketed(part, row_tokens, model.row_multiple))
+            batch = assemble(part, bucketed(part, max_seq_len, model.row_multiple))
             pairs_BM2 = np.zeros((*batch.target_ids_BM.shape, 2), np.int32)
             chosen = [(r, [i for sequence in row for i in asked[id(sequence)]]) for r, row in enumerate(part) if row]
             for r, places in chosen:

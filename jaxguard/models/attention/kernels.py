@@ -64,7 +64,7 @@ def choose(
     head_dim: int,
     dtype: jax.typing.DTypeLike,
     requested: str = "auto",
-    row_tokens: int = LANES,
+    max_seq_len: int = LANES,
 ) -> Kernel:
     """The kernel to use on a device: the best one that can work, or the requested one.
 
@@ -74,15 +74,15 @@ def choose(
         head_dim: H.
         dtype: type of queries, keys and values.
         requested: the config's model.attention.
-        row_tokens: T.
+        max_seq_len: T.
 
     Raises:
         JaxguardError: the requested kernel cannot work there.
     """
     # Best first.
     obstacles: dict[Kernel, str | None] = {
-        "cudnn": _cudnn_obstacle(platform, compute_capability, head_dim, dtype, row_tokens),
-        "splash": _splash_obstacle(platform, head_dim, row_tokens),
+        "cudnn": _cudnn_obstacle(platform, compute_capability, head_dim, dtype, max_seq_len),
+        "splash": _splash_obstacle(platform, head_dim, max_seq_len),
         "block_sparse": None if platform == "cpu" else f"it is for CPUs, and this is {platform}",
         "xla": None,
     }
@@ -95,7 +95,7 @@ def choose(
 
 
 def _cudnn_obstacle(
-    platform: str, capability: float | None, head_dim: int, dtype: jax.typing.DTypeLike, row_tokens: int
+    platform: str, capability: float | None, head_dim: int, dtype: jax.typing.DTypeLike, max_seq_len: int
 ) -> str | None:
     if platform not in ("gpu", "cuda") or capability is None:
         return f"it needs an NVIDIA GPU, and this is {platform}"
@@ -107,15 +107,15 @@ def _cudnn_obstacle(
     limit = 256 if 9.0 <= capability < 10.0 else 128
     if head_dim > limit or head_dim % 8:
         return f"on compute capability {capability} heads may have up to {limit} dimensions, in eights, not {head_dim}"
-    if row_tokens % 2:
-        return f"a row needs an even number of tokens, not {row_tokens}"
+    if max_seq_len % 2:
+        return f"a row needs an even number of tokens, not {max_seq_len}"
     return None
 
 
-def _splash_obstacle(platform: str, head_dim: int, row_tokens: int) -> str | None:
+def _splash_obstacle(platform: str, head_dim: int, max_seq_len: int) -> str | None:
     if platform != "tpu":
         return f"it needs a TPU, and this is {platform}"
-    for what, value in (("dimensions of a head", head_dim), ("tokens of a row", row_tokens)):
+    for what, value in (("dimensions of a head", head_dim), ("tokens of a row", max_seq_len)):
         if value % LANES:
             return f"the {what} must be a multiple of {LANES}, not {value}"
     return None

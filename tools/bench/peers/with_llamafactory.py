@@ -4,7 +4,7 @@ Its best on a CPU: float32 weights, under bfloat16 autocast where the job says s
 fused kernel and no gradient checkpointing. It loads a bfloat16 copy of the weights and casts that to float32.
 
 Settings: "padded" pads micro-batches of examples of like length, each to its longest. "packed" is `neat_packing`: rows of
-`row_tokens` hold several examples, which a mask keeps apart; packing works through an update's examples at a time. An update then
+`max_seq_len` hold several examples, which a mask keeps apart; packing works through an update's examples at a time. An update then
 trains as many rows as the first update's examples fill, so `examples` counts those that these rows hold.
 """
 
@@ -58,7 +58,7 @@ def main(path: str) -> None:
     examples, steps = [batch] * job["updates"], batch // micro
     if packed:  # LlamaFactory leaves one token of a row free
         packs = [
-            greedy_knapsack(sizes[first : first + batch], job["row_tokens"] - 1)
+            greedy_knapsack(sizes[first : first + batch], job["max_seq_len"] - 1)
             for first in range(0, len(sizes), batch)
         ]
         steps, held = len(packs[0]), [len(pack) for update in packs for pack in update]
@@ -71,7 +71,7 @@ def main(path: str) -> None:
         "finetuning_type": "full",
         "dataset_dir": str(folder),
         "dataset": "bench",
-        "cutoff_len": job["row_tokens"],
+        "cutoff_len": job["max_seq_len"],
         "neat_packing": packed,
         "preprocessing_batch_size": batch,
         "overwrite_cache": True,

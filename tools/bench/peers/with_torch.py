@@ -40,7 +40,7 @@ def main(path: str) -> None:
         raise SystemExit(f"setting {job['setting']!r}: there is only 'padded'")
     batch, micro = job["batch_size"], MICRO_BATCH
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    rows = [encode(tokenizer, messages, job["row_tokens"]) for messages in chats]
+    rows = [encode(tokenizer, messages, job["max_seq_len"]) for messages in chats]
     rows = [rows[i] for i in longest_first([len(ids) for ids, _ in rows], batch)]
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["learning_rate"], weight_decay=0.0, fused=True)
