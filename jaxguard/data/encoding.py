@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,7 +52,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class EncodedExample:
     """One example as tokens.
 
     Attributes:
@@ -158,7 +158,7 @@ class Encoder:
         """The end-of-turn token that every sequence ends with, and generation stops at."""
         return self.template.end_id
 
-    def encode(self, example: Example, mode: Mode) -> Sequence | None:
+    def encode(self, example: Example, mode: Mode) -> EncodedExample | None:
         """The example with its labels, for training.
 
         Returns:
@@ -171,7 +171,7 @@ class Encoder:
         rendered = self._render(example, mode, gold)
         return None if rendered is None else self._sequence(example, mode, rendered, gold)
 
-    def branches(self, example: Example, mode: Mode) -> tuple[Sequence, ...]:
+    def branches(self, example: Example, mode: Mode) -> tuple[EncodedExample, ...]:
         """The example once for each answer to all labelled questions but the last, for validation without sampling.
 
         The model answers one question after another, so P(question positive) is the sum over earlier answers of
@@ -290,7 +290,7 @@ class Encoder:
             return None
         return _Rendered(fitted.ids, completions, fitted.cut, self._head(policy, asks, mode, fitted.ids))
 
-    def _sequence(self, example: Example, mode: Mode, rendered: _Rendered, given: Answers) -> Sequence:
+    def _sequence(self, example: Example, mode: Mode, rendered: _Rendered, given: Answers) -> EncodedExample:
         prompt, completion = rendered.prompt, rendered.completions[given]
         self._check_prompt(example, prompt, mode)
         self._check_completion(example, completion)
@@ -303,7 +303,7 @@ class Encoder:
             )
             at = _first_difference(positive, negative)
             probes.append(Probe(question, len(prompt) + at, positive[at], negative[at]))
-        return Sequence(
+        return EncodedExample(
             example_id=example.id,
             mode=mode,
             tokens=np.asarray(prompt + completion, np.int32),
@@ -354,7 +354,7 @@ class Encoder:
         most = self.max_seq_len * LONGEST_TOKEN
         texts = [shortened(t, most) for t in (example.prompt, example.response) if t is not None]
 
-        def attempt(parts: Items[str]) -> tuple[str, list[int]]:
+        def attempt(parts: Sequence[str]) -> tuple[str, list[int]]:
             turn = self.dialogue.user_turn(parts[0], parts[1] if len(parts) > 1 else None, policy, asks, mode)
             return turn, self.ids(self._prompt_text(turn, mode))
 
@@ -395,7 +395,7 @@ class Encoder:
         return text + self._closing(mode)
 
 
-def encode_many(encoder: Encoder, examples: Items[Example], modes: Items[Mode]) -> list[Sequence | None]:
+def encode_many(encoder: Encoder, examples: Sequence[Example], modes: Sequence[Mode]) -> list[EncodedExample | None]:
     """`encode` of each example, in order, on all cores: the tokenizer works outside the interpreter's lock.
 
     Raises:

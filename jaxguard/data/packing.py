@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 import grain
 import numpy as np
 
-from jaxguard.data.encoding import Sequence as Encoded
+from jaxguard.data.encoding import EncodedExample
 
 TARGET_MULTIPLE = 256
 ROW_LENGTHS = 4
@@ -84,7 +84,7 @@ class Schedule:
         seed: of the order.
     """
 
-    sequences: Sequence[Encoded]
+    sequences: Sequence[EncodedExample]
     batch_size: int
     steps: int
     max_seq_len: int
@@ -97,7 +97,7 @@ class Schedule:
         places = (divmod(place, count) for place in range(step * self.batch_size, (step + 1) * self.batch_size))
         return [int(_permutation(self.seed, epoch, count)[place]) for epoch, place in places]
 
-    def rows(self, step: int) -> list[list[Encoded]]:
+    def rows(self, step: int) -> list[list[EncodedExample]]:
         """The sequences of update `step`, packed."""
         return pack([self.sequences[i] for i in self.examples(step)], self.max_seq_len, self.row_multiple)
 
@@ -130,21 +130,21 @@ def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | 
 class _Row:
     """A row while it is filled; every prefix is in it once."""
 
-    sequences: list[Encoded] = field(default_factory=list)
+    sequences: list[EncodedExample] = field(default_factory=list)
     heads: set[bytes] = field(default_factory=set)
     tokens: int = 0
 
-    def with_(self, sequence: Encoded) -> int:
+    def with_(self, sequence: EncodedExample) -> int:
         """Its tokens if the sequence is added."""
         return self.tokens + len(sequence.tokens) - (sequence.prefix if sequence.head in self.heads else 0)
 
-    def add(self, sequence: Encoded) -> None:
+    def add(self, sequence: EncodedExample) -> None:
         self.tokens = self.with_(sequence)
         self.heads.add(sequence.head)
         self.sequences.append(sequence)
 
 
-def pack(sequences: Sequence[Encoded], max_seq_len: int, row_multiple: int) -> list[list[Encoded]]:
+def pack(sequences: Sequence[EncodedExample], max_seq_len: int, row_multiple: int) -> list[list[EncodedExample]]:
     """As few rows as first-fit decreasing finds, rounded up to a bucketed number, and about equally full."""
     longest_first = sorted(sequences, key=lambda s: -len(s.tokens))
     few = _first_fit(longest_first, max_seq_len)
@@ -153,7 +153,7 @@ def pack(sequences: Sequence[Encoded], max_seq_len: int, row_multiple: int) -> l
     return [row.sequences for row in rows]
 
 
-def _first_fit(sequences: Sequence[Encoded], max_seq_len: int) -> list[_Row]:
+def _first_fit(sequences: Sequence[EncodedExample], max_seq_len: int) -> list[_Row]:
     """Each into the row that it lengthens least, the first of equals, of those that have room."""
     rows: list[_Row] = []
     for sequence in sequences:
@@ -165,7 +165,7 @@ def _first_fit(sequences: Sequence[Encoded], max_seq_len: int) -> list[_Row]:
     return rows
 
 
-def _spread(sequences: Sequence[Encoded], count: int) -> list[_Row]:
+def _spread(sequences: Sequence[EncodedExample], count: int) -> list[_Row]:
     """Each into the row that is then the shortest."""
     rows = [_Row() for _ in range(count)]
     for sequence in sequences:
@@ -173,13 +173,13 @@ def _spread(sequences: Sequence[Encoded], count: int) -> list[_Row]:
     return rows
 
 
-def held_tokens(row: Sequence[Encoded]) -> int:
+def held_tokens(row: Sequence[EncodedExample]) -> int:
     """Tokens of a row without padding: every prefix once."""
     heads = {sequence.head: sequence.prefix for sequence in row}
     return sum(len(s.tokens) - s.prefix for s in row) + sum(heads.values())
 
 
-def bucketed(rows: Sequence[Sequence[Encoded]], max_seq_len: int, row_multiple: int) -> Shape:
+def bucketed(rows: Sequence[Sequence[EncodedExample]], max_seq_len: int, row_multiple: int) -> Shape:
     """The smallest of the few shapes that holds these rows."""
     longest = max(map(held_tokens, rows))
     targets = max(sum(int(s.target.sum()) for s in row) for row in rows)
@@ -204,7 +204,7 @@ def bucket_size(count: int, unit: int) -> int:
     return unit * -(-units // step) * step
 
 
-def assemble(rows: Sequence[Sequence[Encoded]], shape: Shape) -> Batch:
+def assemble(rows: Sequence[Sequence[EncodedExample]], shape: Shape) -> Batch:
     """Lay packed sequences out as arrays."""
     batch = Batch.build(shape, np.zeros)
     for r, row in enumerate(rows):

@@ -56,8 +56,8 @@ class Prepared:
         manifest: plain tree, ready for JSON: sources with hashes, counts, seeds, policy.
     """
 
-    train: list[encode.Sequence]
-    validation: list[tuple[Example, Mode, tuple[encode.Sequence, ...]]]
+    train: list[encode.EncodedExample]
+    validation: list[tuple[Example, Mode, tuple[encode.EncodedExample, ...]]]
     manifest: dict[str, Any]
 
 
@@ -263,7 +263,7 @@ def _progress(chosen: list[Chosen], what: str) -> Iterable[Chosen]:
     return track(chosen, what, console=console, transient=True, disable=not console.is_terminal or len(chosen) < 1000)
 
 
-def _check_lengths(train: list[encode.Sequence], config: Config) -> None:
+def _check_lengths(train: list[encode.EncodedExample], config: Config) -> None:
     max_seq_len = config.data.max_seq_len
     if not train:
         raise JaxguardError(
@@ -275,7 +275,7 @@ def _check_lengths(train: list[encode.Sequence], config: Config) -> None:
         )
 
 
-def _counts(chosen: list[Chosen], sequences: list[encode.Sequence]) -> dict[str, Any]:
+def _counts(chosen: list[Chosen], sequences: list[encode.EncodedExample]) -> dict[str, Any]:
     """What a set consists of. `sha256` covers the tokens, so it changes with the tokenizer and the format too."""
     # In dual mode a held-out example stands there once for each mode.
     examples = list({example.id: example for example, _ in chosen}.values())

@@ -42,7 +42,7 @@ def report(
     return Group(*parts)
 
 
-def packing(config: Config, sequences: Sequence[encode.Sequence]) -> dict[str, float]:
+def packing(config: Config, sequences: Sequence[encode.EncodedExample]) -> dict[str, float]:
     """How evenly spaced updates of the run are packed, on one device; more devices may add rows, since each gets as many.
 
     `rows` and `tokens`: of a batch, and of a row. `padding`: share of them that belongs to no example, rows added to reach
@@ -203,7 +203,7 @@ def _example(chosen: Chosen, encoder: encode.Encoder, show_text: bool) -> Panel:
     return Panel(Group(body, Text(), legend), title=title, title_align="left")
 
 
-def render_mask(sequence: encode.Sequence, tokenizer: Any) -> Text:
+def render_mask(sequence: encode.EncodedExample, tokenizer: Any) -> Text:
     """The sequence's text, control characters made visible, with the trained tokens highlighted and in ⟦ ⟧."""
     text = Text()
     edges = np.flatnonzero(np.diff(sequence.target.astype(np.int8))) + 1

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score, f1_score
 
-from jaxguard.data.encoding import Sequence as Encoded
+from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, Mode
 from jaxguard.data.packing import Batch, assemble, bucketed, pack
@@ -51,7 +51,7 @@ class Scored:
     probabilities: tuple[float, ...]
 
 
-Held = tuple[Example, Mode, tuple[Encoded, ...]]
+Held = tuple[Example, Mode, tuple[EncodedExample, ...]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Validation:
             yield from _unpack(rows, np.asarray(program.score(weights, *placed)))
 
 
-def _choices(rows: Sequence[Sequence[Encoded]], batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+def _choices(rows: Sequence[Sequence[EncodedExample]], batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Positive and negative token at each probe's target, 0 elsewhere."""
     positive, negative = np.zeros_like(batch.target_ids_BM), np.zeros_like(batch.target_ids_BM)
     for r, sequence, first in _targets(rows):
@@ -105,7 +105,7 @@ def _choices(rows: Sequence[Sequence[Encoded]], batch: Batch) -> tuple[np.ndarra
     return positive, negative
 
 
-def _targets(rows: Sequence[Sequence[Encoded]]) -> Iterator[tuple[int, Encoded, int]]:
+def _targets(rows: Sequence[Sequence[EncodedExample]]) -> Iterator[tuple[int, EncodedExample, int]]:
     """Row, sequence, and place of its first target among the row's."""
     for r, row in enumerate(rows):
         first = 0
@@ -114,12 +114,12 @@ def _targets(rows: Sequence[Sequence[Encoded]]) -> Iterator[tuple[int, Encoded, 
             first += int(sequence.target.sum())
 
 
-def _probe_targets(sequence: Encoded) -> list[int]:
+def _probe_targets(sequence: EncodedExample) -> list[int]:
     """Place of each probe among the sequence's targets."""
     return [int(sequence.target[: probe.position].sum()) for probe in sequence.probes]
 
 
-def _unpack(rows: Sequence[Sequence[Encoded]], logprobs_BMQ: np.ndarray) -> Iterator[tuple[int, Scored]]:
+def _unpack(rows: Sequence[Sequence[EncodedExample]], logprobs_BMQ: np.ndarray) -> Iterator[tuple[int, Scored]]:
     for r, sequence, first in _targets(rows):
         count = int(sequence.target.sum())
         target, positive, negative = logprobs_BMQ[r, first : first + count].astype(np.float64).T
@@ -127,7 +127,9 @@ def _unpack(rows: Sequence[Sequence[Encoded]], logprobs_BMQ: np.ndarray) -> Iter
         yield id(sequence), Scored(float(-target.sum()), count, tuple(float(p) for p in probabilities))
 
 
-def _judge(example: Example, mode: Mode, branches: Sequence[Encoded], scored: Sequence[Scored]) -> Iterator[Judgement]:
+def _judge(
+    example: Example, mode: Mode, branches: Sequence[EncodedExample], scored: Sequence[Scored]
+) -> Iterator[Judgement]:
     """P(question positive) = sum over the earlier answers of P(earlier answers) P(positive | earlier answers)."""
     marginal: dict[Question, float] = defaultdict(float)
     seen = set()

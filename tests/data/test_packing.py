@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.data.encoding import Sequence
+from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import (
     Batch,
@@ -30,18 +30,18 @@ ORDER = {0: [0, 2, 9, 1, 8], 3: [4, 1, 0, 6, 9]}
 HEADS = (b"", np.arange(7, dtype=np.int32).tobytes(), np.arange(9, dtype=np.int32).tobytes())
 
 
-def sequence(name: str, length: int, targets: int, head: int = 0) -> Sequence:
+def sequence(name: str, length: int, targets: int, head: int = 0) -> EncodedExample:
     """So many tokens, `head` of them those that others begin with too."""
     tokens = np.arange(1, length + 1, dtype=np.int32) + 100 * int(name)
     shared = np.frombuffer(HEADS[head], np.int32)
     tokens[: len(shared)] = shared
-    return Sequence(name, Mode.DIRECT, tokens, np.arange(length) >= length - targets, (), (), False, HEADS[head])
+    return EncodedExample(name, Mode.DIRECT, tokens, np.arange(length) >= length - targets, (), (), False, HEADS[head])
 
 
 lengths = st.lists(st.tuples(st.integers(11, ROW), st.integers(1, 8), st.integers(0, 2)), min_size=1, max_size=20)
 
 
-def build(shapes, shared: bool = True) -> list[Sequence]:
+def build(shapes, shared: bool = True) -> list[EncodedExample]:
     """At least one token between head and targets, as a prompt has."""
     return [sequence(str(i), n, min(t, n - 10), head * shared) for i, (n, t, head) in enumerate(shapes)]
 
@@ -100,7 +100,7 @@ def test_a_prefix_is_held_once_a_row_and_rows_are_as_short_as_they_can_be():
     """Sixteen examples of 140 tokens, 100 of them shared: 100 + 16 x 40 on one device, 100 + 2 x 40 on each of eight."""
     head = np.arange(100, dtype=np.int32)
     tokens = np.concatenate([head, np.arange(40, dtype=np.int32)])
-    whole = [Sequence(str(i), Mode.DIRECT, tokens, np.arange(140) >= 130, (), (), False) for i in range(16)]
+    whole = [EncodedExample(str(i), Mode.DIRECT, tokens, np.arange(140) >= 130, (), (), False) for i in range(16)]
     shared = [replace(s, head=head.tobytes()) for s in whole]
 
     def shape(examples, row_multiple):

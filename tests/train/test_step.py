@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxguard.config import validate
-from jaxguard.data.encoding import Sequence
+from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import Batch, Shape, assemble, bucketed, pack
 from jaxguard.models.compute import Compute, choose_compute
@@ -41,7 +41,7 @@ def weights(spec):
     return {path: x if "norm" in path else 5 * x for path, x in found.items()}
 
 
-def sequences(count: int, vocab: int = 512, seed: int = 0) -> list[Sequence]:
+def sequences(count: int, vocab: int = 512, seed: int = 0) -> list[EncodedExample]:
     """Random examples of 6 to 40 tokens, the last few of which are trained on."""
     random = np.random.default_rng(seed)
     out = []
@@ -49,7 +49,9 @@ def sequences(count: int, vocab: int = 512, seed: int = 0) -> list[Sequence]:
         length = int(random.integers(6, 40))
         target = np.arange(length) >= length - int(random.integers(1, 6))
         out.append(
-            Sequence(str(i), Mode.DIRECT, random.integers(0, vocab, length).astype(np.int32), target, (), (), False)
+            EncodedExample(
+                str(i), Mode.DIRECT, random.integers(0, vocab, length).astype(np.int32), target, (), (), False
+            )
         )
     return out
 
@@ -102,7 +104,7 @@ def test_packed_gradient_equals_the_unpacked_one(spec, weights):
     assert_same(gradient(spec, weights, packed(examples)), gradient(spec, weights, unpacked(examples)))
 
 
-def alike(count: int, seed: int = 0) -> list[Sequence]:
+def alike(count: int, seed: int = 0) -> list[EncodedExample]:
     """Examples of which every third begins with nothing known, and the others with one of two policies."""
     random = np.random.default_rng(seed)
     heads = [b"", *(random.integers(0, 512, n).astype(np.int32).tobytes() for n in (9, 17))]

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from demo import fetch_weights
 from jaxguard.config import Config
-from jaxguard.data.encoding import Sequence as Encoded
+from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import assemble, bucketed, pack
 from jaxguard.models.mesh import batch_sharding, make_mesh, shard_batch
@@ -154,13 +154,13 @@ def _cost(case: Case, shape: Spec, rate: float) -> Cost:
     return Cost(case, median(_seconds(update, UPDATES)), *(each / rate for each in flops))
 
 
-def _examples(case: Case) -> list[Encoded]:
+def _examples(case: Case) -> list[EncodedExample]:
     random = np.random.default_rng(0)
     policy = random.integers(0, case.vocabulary, case.policy).astype(np.int32)
     own = random.integers(0, case.vocabulary, (case.examples, case.own)).astype(np.int32)
     target = np.arange(case.policy + case.own) >= case.policy + case.own - TARGETS
     return [
-        Encoded(str(i), Mode.DIRECT, np.concatenate([policy, own[i]]), target, (), (), False, policy.tobytes())
+        EncodedExample(str(i), Mode.DIRECT, np.concatenate([policy, own[i]]), target, (), (), False, policy.tobytes())
         for i in range(case.examples)
     ]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxguard.data.encoding import Sequence as Encoded
+from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import KERNEL_MULTIPLE, Batch, assemble, bucket_size, bucketed, pack
 from jaxguard.guards.backends.sampler import Model, check_prompts, common_prefix
@@ -64,7 +64,7 @@ def next_log_odds(
 class _Packed(NamedTuple):
     """A sequence, and the prompts that end in it, in order."""
 
-    sequence: Encoded
+    sequence: EncodedExample
     prompts: list[int]
 
 
@@ -83,11 +83,11 @@ def _sequences(prompts: Sequence[Sequence[int]]) -> list[_Packed]:
     return [_Packed(_sequence(prompts, group, head), group) for group in groups]
 
 
-def _sequence(prompts: Sequence[Sequence[int]], group: Sequence[int], head: bytes) -> Encoded:
+def _sequence(prompts: Sequence[Sequence[int]], group: Sequence[int], head: bytes) -> EncodedExample:
     """The longest prompt and a token after it, whichever; targets are the tokens after each."""
     tokens = np.asarray([*prompts[group[-1]], 0], np.int32)
     target = np.isin(np.arange(len(tokens)), [len(prompts[i]) for i in group])
-    return Encoded("", Mode.DIRECT, tokens, target, probes=(), answers=(), cut=False, head=head)
+    return EncodedExample("", Mode.DIRECT, tokens, target, probes=(), answers=(), cut=False, head=head)
 
 
 @partial(jax.jit, static_argnames=("spec", "compute"))
