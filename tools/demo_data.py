@@ -53,13 +53,13 @@ def build(wheel: Path) -> dict[str, list[Example]]:
     return split(label(read_judgements(wheel)))
 
 
-Judgements = dict[tuple[str, str], dict[str, list[float]]]
+GuardPredictions = dict[tuple[str, str], dict[str, list[float]]]
 """(question, answer) -> kind of sheet -> its judgements."""
 
 
-def read_judgements(wheel: Path) -> Judgements:
+def read_judgements(wheel: Path) -> GuardPredictions:
     """All judged exchanges; one that stands in several sheets has the judgements of all."""
-    found: Judgements = defaultdict(lambda: defaultdict(list))
+    found: GuardPredictions = defaultdict(lambda: defaultdict(list))
     with zipfile.ZipFile(wheel) as archive:
         for member in sorted(archive.namelist()):
             sheet = SHEETS.search(member)
@@ -85,7 +85,7 @@ def _rows(text: str) -> Iterator[tuple[str, str, float]]:
             yield question, answer, mean(judged)
 
 
-def label(judgements: Judgements) -> list[Example]:
+def label(judgements: GuardPredictions) -> list[Example]:
     """The short exchanges whose label is decided."""
     examples = []
     for (question, answer), by_kind in judgements.items():

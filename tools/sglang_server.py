@@ -1,6 +1,6 @@
 """A real SGLang server on this machine's CPU, for the tests and the demo: `make sglang-cpu` makes its environment.
 
-Its scheduler, HTTP layer, grammar engine and radix cache are the real ones; its CUDA kernels are absent, and PyTorch's
+Its scheduler, HTTP layer, grammar backend and radix cache are the real ones; its CUDA kernels are absent, and PyTorch's
 operators do their work.
 
     python tools/sglang_server.py --checkpoint runs/demo/base --name smollm2 --port 30000

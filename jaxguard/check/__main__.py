@@ -19,7 +19,7 @@ from jaxguard.data.format.dialogue import Mode
 NOT_PASSED = 1
 
 DESCRIPTION = """\
-Judge a text, an exchange, or a file of them by a policy: verdict, probability of the harmful answer, and in reasoning mode
+Guard a text, an exchange, or a file of them by a policy: verdict, probability of the harmful answer, and in reasoning mode
 the reasoning. The exit code is 0 if everything is unharmful, 1 if something is harmful or could not be read, 2 after a mistake.
 
 examples:

@@ -1,6 +1,6 @@
 """A guard on texts of one's own: verdict, probability and reasoning for each.
 
-texts -> one Ask for each question that applies -> answers, in any order -> Checked, in the order of the texts
+texts -> one Request for each question that applies -> answers, in any order -> Checked, in the order of the texts
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import Verdict, parse, thought
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, Question, policy_for
-from jaxguard.guards.protocol import Answer, Ask
+from jaxguard.guards.protocol import Prediction, Request
 
 HARM: Final[tuple[Question, ...]] = ("prompt_harm", "response_harm")
 
@@ -65,7 +65,7 @@ def check(
     tokenizer: str | Path | None = None,
     config: str | Path | None = None,
 ) -> Checked:
-    """Judge a message, or a message and the answer to it. Loads the model each time: for more texts take `check_many`.
+    """Guard a message, or a message and the answer to it. Loads the model each time: for more texts take `check_many`.
 
     Args:
         prompt: what the user wrote.
@@ -115,11 +115,11 @@ async def checked(examples: Sequence[Example], setup: Setup) -> AsyncIterator[Ch
 
     asked = [_questions(example, setup.policy) for example in examples]
     asks = [
-        Ask(replace(example, id=_key(i, question)), question, setup.mode)
+        Request(replace(example, id=_key(i, question)), question, setup.mode)
         for i, example in enumerate(examples)
         for question in asked[i]
     ]
-    answers: dict[str, Answer] = {}
+    answers: dict[str, Prediction] = {}
     done = 0
     async with open_guard(setup.guard, setup.config, setup.settings) as judge:
         async for answer in judge(asks):
@@ -140,7 +140,7 @@ def _key(i: int, question: Question) -> str:
     return f"{i + 1}:{question}"
 
 
-def _checked(example: Example, answers: dict[Question, Answer], setup: Setup) -> Checked:
+def _checked(example: Example, answers: dict[Question, Prediction], setup: Setup) -> Checked:
     # The policy's questions are answered in one text; the other answers are there for their probabilities.
     first = next(iter(answers.values()))
     text = first.texts[0] if first.texts else ""

@@ -28,7 +28,7 @@ class GuardConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "ours"
     """What the report and the folder of its predictions call it: letters, digits and _.-"""
     format: str = "jaxguard"
-    """How it is asked and how its answer is read: `jaxguard`, one of docs/guards.md (`tfidf` and `majority` are floors, fitted
+    """How it is asked and how its answer is read: `jaxguard`, one of docs/guards.md (`tfidf` and `majority` are baselines, fitted
     to data.train), or a format of your own: a YAML file or a name in configs/guards."""
     checkpoint: str | None = None
     """Its weights and tokenizer: a Hugging Face folder, a run's folder, or a repository on the hub; None takes this run's
@@ -98,13 +98,13 @@ class EvaluateConfig(Section):
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Nucleus sampling."""
-    thought_tokens: Positive = 1024
+    reasoning_tokens: Positive = 1024
     """A thought that is longer is ended, and a verdict forced."""
     verdict_tokens: Positive = 48
     """Tokens of a verdict."""
     seed: NonNegative = 0
     """Of sampling, of the bootstrap and of `limit`."""
-    unparseable: Literal["harmful", "wrong"] = "harmful"
+    unparsable: Literal["harmful", "wrong"] = "harmful"
     """What an answer that cannot be read counts as; it is counted by itself in any case."""
     batch: Positive = 32
     """Answers that are generated at a time: rows of a batch in JAX, requests under way at a server."""

@@ -8,7 +8,7 @@ from jaxguard.cli import run_door
 from jaxguard.config import Config
 
 DESCRIPTION = """\
-Ask guards about benchmarks, several times each, and lay their F1 beside the paper's: runs/NAME/evaluate/report.html and .md.
+Request guards about benchmarks, several times each, and lay their F1 beside the paper's: runs/NAME/evaluate/report.html and .md.
 
 By default the guard is the run's own export, in the modes that it was trained in, computed by JAX; with
 evaluate.backend=sglang an SGLang server is started for it. Every answer is kept in runs/NAME/evaluate/predictions; kill it

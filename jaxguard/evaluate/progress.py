@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxguard.guards.protocol import UNPARSEABLE, Answer
+from jaxguard.guards.protocol import UNPARSABLE, Prediction
 
 TOLD_SECONDS = 30.0
 
 
 @contextmanager
-def counting(title: str, total: int, done: int, console: Console) -> Iterator[Callable[[Answer], None]]:
+def counting(title: str, total: int, done: int, console: Console) -> Iterator[Callable[[Prediction], None]]:
     """Show progress over `total` examples of which `done` were there before; call the value with each answer."""
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
@@ -25,10 +25,10 @@ def counting(title: str, total: int, done: int, console: Console) -> Iterator[Ca
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, completed=done, numbers="")
 
-        def told(answer: Answer) -> None:
+        def told(answer: Prediction) -> None:
             nonlocal count, unreadable, tokens, last
             count += 1
-            unreadable += answer.verdicts.count(UNPARSEABLE)
+            unreadable += answer.verdicts.count(UNPARSABLE)
             tokens += answer.prompt_tokens + answer.completion_tokens
             now = time.monotonic()
             seconds = max(now - started, 1e-9)

@@ -30,11 +30,11 @@ from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
 from jaxguard.evaluate.report.summary import summary_table
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.evaluate.scores.scoring import Judgements, Validation, score
-from jaxguard.guards.baselines import FLOORS
-from jaxguard.guards.loading import asked_about, checkpoint_of, deciding, modes_of, open_guard
+from jaxguard.evaluate.scores.scoring import GuardPredictions, Validation, score
+from jaxguard.guards.baselines import BASELINES
+from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, modes_of, open_guard
 from jaxguard.guards.predictions import open_predictions
-from jaxguard.guards.protocol import Answer, Ask, Judge, UnsupportedError
+from jaxguard.guards.protocol import Guard, Prediction, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
 
@@ -54,7 +54,7 @@ class Bench:
 
 
 def evaluate(config: Config) -> int:
-    """Ask every guard about every benchmark and write the report; what was asked before is not asked again.
+    """Request every guard about every benchmark and write the report; what was asked before is not asked again.
 
     Raises:
         JaxguardError: anything that the user can mend.
@@ -65,7 +65,7 @@ def evaluate(config: Config) -> int:
     benches = load_benches(settings)
     validation = load_validation(settings, config)
     with evaluation_folder(config) as folder:
-        found: list[Judgements] = []
+        found: list[GuardPredictions] = []
         thresholds: dict[tuple[str, Mode], Validation] = {}
         for guard in settings.guards:
             judgements, known = asyncio.run(ask_guard(guard, config, settings, benches, validation, folder, console))
@@ -158,31 +158,31 @@ async def ask_guard(
     validation: dict[Question, list[Example]],
     folder: Path,
     console: Console,
-) -> tuple[list[Judgements], dict[tuple[str, Mode], Validation]]:
+) -> tuple[list[GuardPredictions], dict[tuple[str, Mode], Validation]]:
     """One guard in all its modes about everything that it can be asked."""
     policy = load_policy(config.data.policy)
-    found: list[Judgements] = []
+    found: list[GuardPredictions] = []
     thresholds: dict[tuple[str, Mode], Validation] = {}
     async with open_guard(guard, config, settings) as judge:
-        common = await deciding(guard, config, settings)
+        common = await cache_key(guard, config, settings)
         for mode in modes_of(guard, config):
             place = folder / "predictions" / guard.name / mode
             for bench in benches:
-                asks = [Ask(example, bench.benchmark.question, mode) for example in bench.examples]
+                asks = [Request(example, bench.benchmark.question, mode) for example in bench.examples]
                 head = {
                     **common,
-                    **asked_about(bench.benchmark.examples, policy),
+                    **examples_key(bench.benchmark.examples, policy),
                 }  # whatever evaluate.limit takes of them
                 answers = await answered(judge, asks, place / f"{bench.label}.jsonl", head, console)
                 if answers is not None:
                     took = sum(answer.wall for answer in answers)
                     found.append(
-                        Judgements(guard.name, mode, bench.label, bench.benchmark, bench.examples, answers, took)
+                        GuardPredictions(guard.name, mode, bench.label, bench.benchmark, bench.examples, answers, took)
                     )
-            known: dict[Question, tuple[Sequence[Example], Sequence[Answer]]] = {}
+            known: dict[Question, tuple[Sequence[Example], Sequence[Prediction]]] = {}
             for question, examples in validation.items():
-                asks = [Ask(example, question, mode) for example in examples]
-                head = {**common, **asked_about(examples, policy)}
+                asks = [Request(example, question, mode) for example in examples]
+                head = {**common, **examples_key(examples, policy)}
                 answers = await answered(judge, asks, place / f"validation-{question}.jsonl", head, console)
                 if answers is not None:
                     known[question] = (examples, answers)
@@ -191,8 +191,8 @@ async def ask_guard(
 
 
 async def answered(
-    judge: Judge, asks: Sequence[Ask], path: Path, head: dict[str, Any], console: Console
-) -> list[Answer] | None:
+    judge: Guard, asks: Sequence[Request], path: Path, head: dict[str, Any], console: Console
+) -> list[Prediction] | None:
     """The answers to all asks in their order, from the file where they are there; None if the guard cannot be asked that.
 
     Long texts come first, so that what does not fit shows at once, and texts of like length share a batch.
@@ -217,7 +217,7 @@ async def answered(
 
 def describe(guard: GuardConfig, config: Config) -> str:
     """A guard in words, for the report's head."""
-    if guard.format in FLOORS:
+    if guard.format in BASELINES:
         return f"{guard.format}, fitted to the run's training examples"
     served = f" at {guard.endpoint}" if guard.endpoint else ""
     return f"{checkpoint_of(guard, config)}{served}, format {guard.format}"

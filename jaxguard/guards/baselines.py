@@ -1,4 +1,4 @@
-"""Floors: judges that read no meaning, fitted to the training set. A guard that does not beat them has learnt nothing more.
+"""Baselines: judges that read no meaning, fitted to the training set. A guard that does not beat them has learnt nothing more.
 
 `majority` says what most training labels say. `tfidf` weighs words and their letters: logistic regression on TF-IDF of words,
 word pairs and runs of letters, one model for each question.
@@ -16,10 +16,10 @@ from sklearn.pipeline import make_pipeline, make_union
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.data.policies import Question
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Answer, Ask, Judge, UnsupportedError
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Guard, Prediction, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
-FLOORS: Final = ("tfidf", "majority")
+BASELINES: Final = ("tfidf", "majority")
 Probabilities = Callable[[Sequence[str]], np.ndarray]
 """Texts to float[N]: of the positive answer to one question."""
 
@@ -27,8 +27,8 @@ _INSTEAD: dict[Question, Question] = {"prompt_harm": "response_harm", "response_
 _STRENGTH = 5.0
 
 
-def fit_floor(kind: str, examples: Sequence[Example], seed: int) -> Judge:
-    """A judge of a kind of FLOORS fitted to the labels of these examples, for a question when it is first asked.
+def fit_baseline(kind: str, examples: Sequence[Example], seed: int) -> Guard:
+    """A judge of a kind of BASELINES fitted to the labels of these examples, for a question when it is first asked.
 
     A question that they do not label both ways is answered by the model of the other harm question, if there is one.
 
@@ -49,12 +49,12 @@ def fit_floor(kind: str, examples: Sequence[Example], seed: int) -> Judge:
             "examples of both, or leave the guard out"
         )
 
-    async def judge(asks: Sequence[Ask], /) -> AsyncIterator[Answer]:
+    async def judge(asks: Sequence[Request], /) -> AsyncIterator[Prediction]:
         for question in dict.fromkeys(ask.question for ask in asks):
             asked = [ask.example for ask in asks if ask.question == question]
             probabilities = model(question)([_text(example, question) for example in asked])
             for example, p in zip(asked, probabilities, strict=True):
-                yield Answer(example.id, (POSITIVE if p > 0.5 else NEGATIVE,), float(p))
+                yield Prediction(example.id, (POSITIVE if p > 0.5 else NEGATIVE,), float(p))
 
     return judge
 

@@ -1,4 +1,4 @@
-"""Guards, opened: whoever a config names becomes a Judge that can be asked."""
+"""Guards, opened: whoever a config names becomes a Guard that can be asked."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from jaxguard.data.format.template import load_tokenizer
 from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.prepare import load_sources
 from jaxguard.data.sources import digest
-from jaxguard.guards.baselines import FLOORS, fit_floor
-from jaxguard.guards.formats.external import BUILT_IN, foreign_format, foreign_guard, written_file
-from jaxguard.guards.formats.native import OurFormat, context_tokens
-from jaxguard.guards.protocol import Ask, Engine, Format, Judge, judge
+from jaxguard.guards.baselines import BASELINES, fit_baseline
+from jaxguard.guards.formats.external import BUILT_IN, external_format, external_guard, written_file
+from jaxguard.guards.formats.native import NativeFormat, context_tokens
+from jaxguard.guards.protocol import Backend, Guard, PromptFormat, Request, judge
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 
-_SAMPLING: Final = {"temperature", "top_p", "generations", "thought_tokens", "verdict_tokens", "ask", "seed"}
+_SAMPLING: Final = {"temperature", "top_p", "generations", "reasoning_tokens", "verdict_tokens", "ask", "seed"}
 """Settings that change what a guard answers."""
 
 
@@ -38,7 +38,7 @@ def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
     if guard.format == "jaxguard":
         able = tuple(Mode)
     else:
-        able = (Mode.DIRECT,) if guard.format in FLOORS else foreign_guard(guard.format).modes
+        able = (Mode.DIRECT,) if guard.format in BASELINES else external_guard(guard.format).modes
     if set(guard.modes) - {*map(str, able)}:
         raise JaxguardError(
             f"guard {guard.name!r}: format {guard.format} answers in {able[0]} mode only; leave modes out"
@@ -65,7 +65,7 @@ def checkpoint_of(guard: GuardConfig, config: Config) -> str:
     return str(inside) if inside.is_dir() else guard.checkpoint
 
 
-async def deciding(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
+async def cache_key(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
     """What decides a guard's answers, whatever it is asked about, for the heads of files; JSON.
 
     Raises:
@@ -78,7 +78,7 @@ async def deciding(guard: GuardConfig, config: Config, settings: EvaluateConfig)
     }
 
 
-def asked_about(examples: Sequence[Example], policy: Policy) -> dict[str, str]:
+def examples_key(examples: Sequence[Example], policy: Policy) -> dict[str, str]:
     """What decides them besides: the examples, and every policy that one of them is judged by; for the heads of files.
 
     Args:
@@ -101,7 +101,7 @@ async def identity(guard: GuardConfig, config: Config, settings: EvaluateConfig)
     Raises:
         JaxguardError: no such checkpoint or training data, or a server that does not answer.
     """
-    if guard.format in FLOORS:
+    if guard.format in BASELINES:
         examples, _ = load_sources(config.data.train, "train")
         return {"format": guard.format, "fitted_to": digest(examples), "seed": config.seed}
     checkpoint = checkpoint_of(guard, config)
@@ -136,41 +136,43 @@ def _digest(path: Path, _size: int, _changed: int) -> str:
 
 
 @asynccontextmanager
-async def open_guard(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> AsyncIterator[Judge]:
+async def open_guard(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> AsyncIterator[Guard]:
     """Load a guard, or connect to it, or start its server; everything is closed at the end.
 
     Raises:
         JaxguardError: no such checkpoint, a server that does not answer or serves another model.
     """
-    if guard.format in FLOORS:
+    if guard.format in BASELINES:
         examples, _ = load_sources(config.data.train, "train")
-        yield fit_floor(guard.format, examples, config.seed)
+        yield fit_baseline(guard.format, examples, config.seed)
         return
     remote = guard.endpoint is not None and not guard.swap
     folder = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES if remote else None)
     form = _format(guard, folder, config, settings)
-    async with _engine(guard, folder, config, settings) as engine:
+    async with _backend(guard, folder, config, settings) as backend:
 
-        def judged(asks: Sequence[Ask]) -> AsyncIterator[Any]:
-            return judge(asks, form, engine, settings)
+        def judged(asks: Sequence[Request]) -> AsyncIterator[Any]:
+            return judge(asks, form, backend, settings)
 
         yield judged
 
 
-def _format(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> Format:
+def _format(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> PromptFormat:
     policy = load_policy(config.data.policy)
     if guard.format == "jaxguard":
         whole = config.data.model_copy(update={"max_seq_len": context_tokens(folder)})
-        return OurFormat.of(Encoder.load(folder, whole, policy), settings)
-    return foreign_format(guard.format, load_tokenizer(folder, chat=False), policy)
+        return NativeFormat.of(Encoder.load(folder, whole, policy), settings)
+    return external_format(guard.format, load_tokenizer(folder, chat=False), policy)
 
 
 @asynccontextmanager
-async def _engine(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> AsyncIterator[Engine]:
+async def _backend(
+    guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig
+) -> AsyncIterator[Backend]:
     if guard.endpoint is None and settings.backend == "jax":
-        from jaxguard.guards.backends.jax import load_engine  # JAX is loaded only where it computes
+        from jaxguard.guards.backends.jax import load_backend  # JAX is loaded only where it computes
 
-        yield load_engine(folder, config, settings)
+        yield load_backend(folder, config, settings)
         return
     from jaxguard.guards.backends.sglang import open_sglang, served, swap_weights  # its client is an extra
 
@@ -188,5 +190,5 @@ async def _engine(guard: GuardConfig, folder: Path, config: Config, settings: Ev
             model = None  # it is called by the folder from now on
         else:  # others may swap its weights meanwhile
             version = (await served(url)).get("weight_version")
-        async with open_sglang(url, model, settings, version) as engine:
-            yield engine
+        async with open_sglang(url, model, settings, version) as backend:
+            yield backend

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from jaxguard.guards.protocol import Answer
+from jaxguard.guards.protocol import Prediction
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import sealed, unsealed
 from jaxguard.utils.provenance import differences, refuse_others
@@ -30,10 +30,10 @@ class Predictions:
     """
 
     path: Path
-    answers: dict[str, Answer]
+    answers: dict[str, Prediction]
     _file: IO[bytes]
 
-    def append(self, answer: Answer) -> None:
+    def append(self, answer: Prediction) -> None:
         """Add an answer: once this returns, killing the process loses it no more.
 
         Raises:
@@ -63,7 +63,7 @@ def open_predictions(path: Path, settings: Mapping[str, Any]) -> Iterator[Predic
         JaxguardError: it was begun with other settings, or cannot be written.
     """
     head = sealed("settings", settings)
-    answers: dict[str, Answer] = {}
+    answers: dict[str, Prediction] = {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
@@ -91,11 +91,11 @@ def open_predictions(path: Path, settings: Mapping[str, Any]) -> Iterator[Predic
         yield Predictions(path, answers, stream)
 
 
-def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Answer], int]:
+def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Prediction], int]:
     """Settings (None: unreadable, and then no answer counts), answers, and the number of broken lines."""
     with path.open("rb") as file:
         begun = unsealed("settings", file.readline())
-        answers: dict[str, Answer] = {}
+        answers: dict[str, Prediction] = {}
         broken = 0
         for line in file:
             answer = _answer(line)
@@ -106,11 +106,11 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, Answer], int]:
     return begun, answers, broken
 
 
-def _answer(line: bytes) -> Answer | None:
+def _answer(line: bytes) -> Prediction | None:
     record = unsealed("answer", line)
     try:
         if record is None:
             return None
-        return Answer(**{**record, "verdicts": tuple(record["verdicts"]), "texts": tuple(record["texts"])})
+        return Prediction(**{**record, "verdicts": tuple(record["verdicts"]), "texts": tuple(record["texts"])})
     except (TypeError, KeyError):
         return None

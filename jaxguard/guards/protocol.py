@@ -3,7 +3,7 @@
     prompt -> `generations` answers -> those whose thought ran out get a forced verdict -> read
            -> probability of the positive answer, at the place where the verdict is chosen
 
-A Format knows how a guard is asked and read, an Engine computes. This module puts the two together.
+A PromptFormat knows how a guard is asked and read, an Backend computes. This module puts the two together.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from jaxguard.utils.errors import JaxguardError
 
 POSITIVE: Final = 1
 NEGATIVE: Final = 0
-UNPARSEABLE: Final = -1
+UNPARSABLE: Final = -1
 """The three states of a verdict, in an array of int8. The positive class is harmful, or refusal."""
 
 
@@ -30,7 +30,7 @@ class UnsupportedError(JaxguardError):
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One example to judge: its labels are for nobody but the scorer."""
 
     example: Example
@@ -39,12 +39,12 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     """What a guard said of an example.
 
     Attributes:
         example_id: whose it is.
-        verdicts: of each generation: POSITIVE, NEGATIVE or UNPARSEABLE (evaluate/metrics.py).
+        verdicts: of each generation: POSITIVE, NEGATIVE or UNPARSABLE (evaluate/metrics.py).
         probability: of the positive answer; None where the guard gives none. In reasoning mode the mean over its thoughts.
         texts: what was generated, a forced verdict included; empty where nothing was sampled.
         forced: generations that ran out of tokens before their verdict, so that one was forced.
@@ -71,16 +71,16 @@ class Answer:
     scoring: float = 0.0
 
 
-class Judge(Protocol):
+class Guard(Protocol):
     """A guard that is ready to be asked."""
 
-    def __call__(self, asks: Sequence[Ask], /) -> AsyncIterator[Answer]:
+    def __call__(self, asks: Sequence[Request], /) -> AsyncIterator[Prediction]:
         """Answers in any order, each as soon as it is there; stopping loses no more than what is under way."""
         ...
 
 
 @dataclass(frozen=True)
-class Choice:
+class DecisionPoint:
     """A place where a verdict is chosen between two tokens.
 
     Attributes:
@@ -104,10 +104,10 @@ class Prompt(NamedTuple):
     cut: bool = False
 
 
-class Format(Protocol):
+class PromptFormat(Protocol):
     """How a guard is asked and how its answers are read."""
 
-    def prompt(self, ask: Ask, /) -> Prompt:
+    def prompt(self, ask: Request, /) -> Prompt:
         """What generation starts from.
 
         Raises:
@@ -119,11 +119,11 @@ class Format(Protocol):
         """Generated tokens as text."""
         ...
 
-    def read(self, ask: Ask, text: str, /) -> int:
-        """POSITIVE, NEGATIVE or UNPARSEABLE."""
+    def read(self, ask: Request, text: str, /) -> int:
+        """POSITIVE, NEGATIVE or UNPARSABLE."""
         ...
 
-    def closed(self, ask: Ask, text: str, /) -> str | None:
+    def closed(self, ask: Request, text: str, /) -> str | None:
         """An answer that ran out of tokens, with its thought ended, ready for the verdict; None if it has one, or never thinks."""
         ...
 
@@ -131,7 +131,7 @@ class Format(Protocol):
         """Token ids of an answer's beginning."""
         ...
 
-    def choices(self, ask: Ask, text: str, /) -> Sequence[Choice]:
+    def choices(self, ask: Request, text: str, /) -> Sequence[DecisionPoint]:
         """Where the verdict is chosen after this answer's thought; () if the format cannot say."""
         ...
 
@@ -147,19 +147,19 @@ class Format(Protocol):
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Completion:
     """One continuation: its tokens without the stop token, and whether that came before the limit."""
 
     tokens: tuple[int, ...]
     stopped: bool
 
 
-class Engine(Protocol):
+class Backend(Protocol):
     """Who computes."""
 
     async def sample(
         self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...], /
-    ) -> list[list[Sampled]]:
+    ) -> list[list[Completion]]:
         """`n` continuations of each prompt, by the run's temperature, top-p and seed."""
         ...
 
@@ -178,23 +178,25 @@ class Engine(Protocol):
         ...
 
 
-async def judge(asks: Sequence[Ask], form: Format, engine: Engine, settings: EvaluateConfig) -> AsyncIterator[Answer]:
-    """Put a format and an engine to work, group by group; answers come as their group is done."""
-    waiting = iter([asks[i : i + engine.group] for i in range(0, len(asks), engine.group)])
-    done: asyncio.Queue[list[Answer] | BaseException | None] = asyncio.Queue()
+async def judge(
+    asks: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig
+) -> AsyncIterator[Prediction]:
+    """Put a format and an backend to work, group by group; answers come as their group is done."""
+    waiting = iter([asks[i : i + backend.group] for i in range(0, len(asks), backend.group)])
+    done: asyncio.Queue[list[Prediction] | BaseException | None] = asyncio.Queue()
 
     async def work() -> None:
         try:
             for group in waiting:  # shared: each group is taken once
-                await done.put(await _judge_group(group, form, engine, settings))
-                # An engine in this thread never waits: let the answers be kept before it goes on.
+                await done.put(await _judge_group(group, form, backend, settings))
+                # An backend in this thread never waits: let the answers be kept before it goes on.
                 await asyncio.sleep(0)
             await done.put(None)
         except BaseException as error:
             await done.put(error)
             raise
 
-    workers = [asyncio.ensure_future(work()) for _ in range(engine.workers)]
+    workers = [asyncio.ensure_future(work()) for _ in range(backend.workers)]
     try:
         left = len(workers)
         while left:
@@ -212,21 +214,23 @@ async def judge(asks: Sequence[Ask], form: Format, engine: Engine, settings: Eva
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _judge_group(asks: Sequence[Ask], form: Format, engine: Engine, settings: EvaluateConfig) -> list[Answer]:
+async def _judge_group(
+    asks: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig
+) -> list[Prediction]:
     started = time.monotonic()
     prompts = [form.prompt(ask) for ask in asks]
     texts: list[list[str]] = [[] for _ in asks]
     used, forced = [0] * len(asks), [0] * len(asks)
     if settings.generations:
-        for i, found in enumerate(await _sampled(asks, [one.ids for one in prompts], form, engine, settings)):
+        for i, found in enumerate(await _sampled(asks, [one.ids for one in prompts], form, backend, settings)):
             texts[i], used[i], forced[i] = found
     sampled = time.monotonic()
-    probabilities = await _probabilities(asks, texts, form, engine)
+    probabilities = await _probabilities(asks, texts, form, backend)
     scored = time.monotonic()
     # Without sampling the probability is the answer.
     seconds, scoring = (sampled - started, scored - sampled) if settings.generations else (scored - started, 0.0)
     return [
-        Answer(
+        Prediction(
             example_id=ask.example.id,
             verdicts=tuple(form.read(ask, text) for text in texts[i]) or (_likelier(probability),),
             probability=probability,
@@ -244,11 +248,15 @@ async def _judge_group(asks: Sequence[Ask], form: Format, engine: Engine, settin
 
 
 async def _sampled(
-    asks: Sequence[Ask], prompts: Sequence[tuple[int, ...]], form: Format, engine: Engine, settings: EvaluateConfig
+    asks: Sequence[Request],
+    prompts: Sequence[tuple[int, ...]],
+    form: PromptFormat,
+    backend: Backend,
+    settings: EvaluateConfig,
 ) -> list[tuple[list[str], int, int]]:
     """Of each ask: its answers, the tokens that they took, and how many verdicts were forced."""
-    budget = settings.verdict_tokens + (settings.thought_tokens if asks[0].mode in form.thinks else 0)
-    drawn = await engine.sample(prompts, settings.generations, budget, form.stop_ids)
+    budget = settings.verdict_tokens + (settings.reasoning_tokens if asks[0].mode in form.thinks else 0)
+    drawn = await backend.sample(prompts, settings.generations, budget, form.stop_ids)
     texts = [[form.text(one.tokens) for one in answers] for answers in drawn]
     used = [sum(len(one.tokens) for one in answers) for answers in drawn]
     open_thoughts = [
@@ -258,7 +266,7 @@ async def _sampled(
         if not one.stopped and (closed := form.closed(asks[i], texts[i][j])) is not None
     ]
     starts = [(*prompts[i], *form.tokens(closed)) for i, _, closed in open_thoughts]
-    verdicts = await engine.sample(starts, 1, settings.verdict_tokens, form.stop_ids) if starts else []
+    verdicts = await backend.sample(starts, 1, settings.verdict_tokens, form.stop_ids) if starts else []
     forced = [0] * len(asks)
     for (i, j, closed), [one] in zip(open_thoughts, verdicts, strict=True):
         texts[i][j] = closed + form.text(one.tokens)
@@ -268,14 +276,14 @@ async def _sampled(
 
 
 async def _probabilities(
-    asks: Sequence[Ask], texts: Sequence[Sequence[str]], form: Format, engine: Engine
+    asks: Sequence[Request], texts: Sequence[Sequence[str]], form: PromptFormat, backend: Backend
 ) -> list[tuple[float | None, int]]:
     """Of each ask, the mean over its thoughts, and how many are not in it since they lead to no place of choice."""
     trees = [
         [tuple(form.choices(ask, text)) for text in found or ("",)] for ask, found in zip(asks, texts, strict=True)
     ]
     distinct = list(dict.fromkeys(choice for tree in trees for choices in tree for choice in choices))
-    odds = await engine.log_odds(
+    odds = await backend.log_odds(
         [choice.prefix for choice in distinct], [(choice.positive_id, choice.negative_id) for choice in distinct]
     )
     positive = {choice: 1 / (1 + math.exp(-max(-700.0, o))) for choice, o in zip(distinct, odds, strict=True)}
@@ -286,10 +294,10 @@ async def _probabilities(
     ]
 
 
-def _final(positive: Sequence[float], choices: Sequence[Choice]) -> float:
+def _final(positive: Sequence[float], choices: Sequence[DecisionPoint]) -> float:
     """P(the question's positive answer): the sum over earlier answers of P(them) P(positive | them)."""
 
-    def reached(choice: Choice) -> float:
+    def reached(choice: DecisionPoint) -> float:
         return math.prod(positive[i] if taken else 1 - positive[i] for i, taken in choice.earlier)
 
     return sum(reached(choice) * positive[i] for i, choice in enumerate(choices) if choice.final)
@@ -297,5 +305,5 @@ def _final(positive: Sequence[float], choices: Sequence[Choice]) -> float:
 
 def _likelier(probability: float | None) -> int:
     if probability is None:
-        return UNPARSEABLE
+        return UNPARSABLE
     return POSITIVE if probability > 0.5 else NEGATIVE

@@ -8,7 +8,7 @@ from jaxguard.cli import run_door
 from jaxguard.config import Config
 
 DESCRIPTION = """\
-Ask a trained guard about its own training examples, each several times, in the mode in which it was trained on them. Those that
+Request a trained guard about its own training examples, each several times, in the mode in which it was trained on them. Those that
 it judges right in some answers only are difficult: a second round of training takes them once more. Those that it never judges
 right may be labelled wrongly: look at them. Train first; then this writes into runs/NAME/mine:
 

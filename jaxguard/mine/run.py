@@ -19,9 +19,9 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, load_policy
 from jaxguard.data.prepare import Selection, select
-from jaxguard.guards.loading import asked_about, deciding, open_guard
+from jaxguard.guards.loading import cache_key, examples_key, open_guard
 from jaxguard.guards.predictions import open_predictions
-from jaxguard.guards.protocol import Ask
+from jaxguard.guards.protocol import Request
 from jaxguard.mine.choose import Tried, choose, difficult, labels_of, tried
 from jaxguard.mine.progress import progress
 from jaxguard.mine.report import write_report
@@ -39,7 +39,7 @@ def mine(config: Config) -> int:
         # "benchmark" asks for the lines that have a label, which is what training showed.
         update={"generations": settings.generations, "ask": "benchmark"}
     )
-    common = asyncio.run(deciding(settings.guard, config, sampling))
+    common = asyncio.run(cache_key(settings.guard, config, sampling))
     policy, selection = load_policy(config.data.policy), select(config)
     folder = config.folder / "mine"
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,18 +74,18 @@ async def ask(
         stores = {
             mode: stack.enter_context(
                 open_predictions(
-                    config.folder / "mine/answers" / f"{mode}.jsonl", {**common, **asked_about(examples, policy)}
+                    config.folder / "mine/answers" / f"{mode}.jsonl", {**common, **examples_key(examples, policy)}
                 )
             )
             for mode, examples in by_mode.items()
             if examples
         }
-        asks: dict[Mode, list[Ask]] = {mode: [] for mode in stores}
+        asks: dict[Mode, list[Request]] = {mode: [] for mode in stores}
         for example, mode in selection.train:
             if example.id in stores[mode].answers:
                 add(example, mode, stores[mode].answers[example.id].texts)
             else:
-                asks[mode].append(Ask(example, next(iter(labels_of(example, policy))), mode))
+                asks[mode].append(Request(example, next(iter(labels_of(example, policy))), mode))
         if any(asks.values()):
             show = stack.enter_context(progress(len(selection.train), settings, console))
             show(tally)

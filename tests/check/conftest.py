@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jaxguard.guards import loading as guards
-from jaxguard.guards.protocol import Answer
+from jaxguard.guards.protocol import Prediction
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def run(tmp_path):
 
 
 class FakeGuard:
-    """Says what `says` makes of an Ask; answers come in the opposite order. Keeps what it was opened with and asked."""
+    """Says what `says` makes of an Request; answers come in the opposite order. Keeps what it was opened with and asked."""
 
     def __init__(self):
         self.opened, self.asks, self.cut = [], [], False
@@ -48,7 +48,7 @@ class FakeGuard:
         async def judge(asks):
             self.asks += asks
             for ask in reversed(asks):
-                yield Answer(
+                yield Prediction(
                     ask.example.id,
                     verdicts=(0,),
                     probability=0.25 if ask.question == "prompt_harm" else 0.125,

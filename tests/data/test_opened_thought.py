@@ -13,7 +13,7 @@ from jaxguard.data.format.dialogue import CHOICES, Mode
 from jaxguard.data.format.template import load_tokenizer, read_template
 from jaxguard.data.policies import QUESTIONS, Category, Policy
 from jaxguard.guards.formats.native import OurFormat
-from jaxguard.guards.protocol import POSITIVE, UNPARSEABLE, Ask
+from jaxguard.guards.protocol import POSITIVE, UNPARSABLE, Ask
 from jaxguard.utils.errors import JaxguardError
 
 # Earlier answers lose their thought; the next one's is opened.
@@ -115,7 +115,7 @@ def test_such_a_guard_is_evaluated_as_any_other(encoder):
     asked = Ask(EXAMPLE, "response_harm", Mode.REASONING)
     assert form.read(asked, f"About bread.\n</think>\n\n{lines}") == POSITIVE
     assert form.closed(asked, f"About bread.\n</think>\n\n{lines}") is None
-    assert form.read(asked, lines) == UNPARSEABLE
+    assert form.read(asked, lines) == UNPARSABLE
     assert form.closed(asked, "About bread, and") == "About bread, and\n</think>\n\n"
     assert form.choices(asked, "About bread, and") == ()
     ends = ("<think>\nAbout bread.\n</think>\n\nPrompt harm:", "<think>\n\n</think>\n\nPrompt harm:")

@@ -57,7 +57,7 @@ def evaluation(benchmarks=FEW, complete=True, hostile=False, wrong=3):
             "generations": GENERATIONS,
             "temperature": 0.6,
             "top_p": 0.95,
-            "unparseable": "harmful",
+            "unparsable": "harmful",
             "limit": None,
         },
         finished="2026-01-31T12:00:00+00:00",

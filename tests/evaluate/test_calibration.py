@@ -147,7 +147,7 @@ def test_a_threshold_of_one_set_is_used_on_another():
     assert f1[1] > 0.7
 
 
-def test_a_missing_probability_is_an_unparseable_verdict():
+def test_a_missing_probability_is_an_unparsable_verdict():
     assert verdicts_at(np.array([0.4, 0.5, 0.6, np.nan]), 0.5).tolist() == [[0], [0], [1], [-1]]
 
 

@@ -19,7 +19,7 @@ from jaxguard.train.__main__ import main as train
 from jaxguard.utils.files import unsealed
 
 COUNT = 12
-PLAIN = ["evaluate.batch=8", "evaluate.generations=2", "evaluate.verdict_tokens=12", "evaluate.thought_tokens=8"]
+PLAIN = ["evaluate.batch=8", "evaluate.generations=2", "evaluate.verdict_tokens=12", "evaluate.reasoning_tokens=8"]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_other_sampling_is_refused(run, capsys):
 
 
 def test_what_a_guard_cannot_be_asked_is_left_out_of_the_validation(run, capsys, tmp_path):
-    """No training example has a refusal label, so the floor knows nothing of refusals."""
+    """No training example has a refusal label, so the baseline knows nothing of refusals."""
     rows = [json.loads(line) for line in (run.parent / "train.jsonl").read_text().splitlines()][:6]
     refusals = [
         {**row, "response": "No.", "refusal_label": ("refusal", "compliance")[i % 2]} for i, row in enumerate(rows)
@@ -114,8 +114,8 @@ def test_what_a_guard_cannot_be_asked_is_left_out_of_the_validation(run, capsys,
     policy = yaml.safe_load((run.parent / "lamps.yaml").read_text())
     (tmp_path / "all.yaml").write_text(yaml.safe_dump({**policy, "asks": list(QUESTIONS)}))
     validation = f"evaluate.validation=[{{kind: jsonl, path: {tmp_path / 'refusals.jsonl'}}}]"
-    floor = "evaluate.guards=[{name: most, format: majority}]"
-    assert evaluate(run, floor, validation, f"data.policy={tmp_path / 'all.yaml'}", "name=floors") == 0
+    baseline = "evaluate.guards=[{name: most, format: majority}]"
+    assert evaluate(run, baseline, validation, f"data.policy={tmp_path / 'all.yaml'}", "name=baselines") == 0
     assert "validation-response_refusal is left out" in " ".join(capsys.readouterr().out.split())
 
 

@@ -163,7 +163,7 @@ def test_what_touches_the_answers_is_a_warning():
     result, cost = some().cells[0].result, some().cells[0].cost
     assert not any("ours (reasoning) gives" in said for said in cautions(some(), PUBLISHED))
     changed = replace(cost, forced=60, unscored=24, cut=3)
-    said = cautions(with_cell(result=replace(result, unparseable=12), cost=changed), PUBLISHED)
+    said = cautions(with_cell(result=replace(result, unparsable=12), cost=changed), PUBLISHED)
     found = [one.removeprefix("ours (reasoning) ") for one in said if one.startswith("ours (reasoning) ")]
     where = "wildguardtest_prompt"
     assert found == [
@@ -185,7 +185,7 @@ def test_scores_of_a_benchmark():
     shown = dict(zip(score_table(some()).heads, score_table(some()).lines[0].cells, strict=True))
     f1 = cell.result.scores.f1
     assert shown["F1"] == (f"{f1.value:.3f}", f"[{f1.low:.3f}, {f1.high:.3f}] ± {f1.deviation:.3f}")
-    assert shown["unparseable"] == ("1", "0.4%")
+    assert shown["unparsable"] == ("1", "0.4%")
     assert shown["F1 at threshold"].text == f"{cell.thresholded.result.scores.f1.value:.3f} at 0.400"
     bare = score_table(with_cell(calibration=None, thresholded=None))
     shown = dict(zip(bare.heads, bare.lines[0].cells, strict=True))

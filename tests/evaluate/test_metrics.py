@@ -19,7 +19,7 @@ from jaxguard.evaluate.scores.metrics import (
     measure_slices,
     safety_weights,
 )
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.statistics import METRICS
 
@@ -71,7 +71,7 @@ CUSTOM_OTHERWISE = {
 ROUNDING = 0.001 + 1e-9  # a half in the last digit of the average, and as much in those of its parts
 
 LABELS = np.array([1, 1, 1, 0, 0], dtype=bool)
-U = UNPARSEABLE
+U = UNPARSABLE
 VERDICTS = np.array([[1, U], [1, 1], [0, U], [U, 0], [0, 1]], dtype=np.int8)
 
 
@@ -79,7 +79,7 @@ VERDICTS = np.array([[1, U], [1, 1], [0, U], [U, 0], [0, 1]], dtype=np.int8)
 def benchmark(draw, least=0):
     """(labels, verdicts) of up to 30 examples with up to 4 generations."""
     count, k = draw(st.integers(least, 30)), draw(st.integers(1, 4))
-    verdicts = arrays(np.int8, (count, k), elements=st.sampled_from((POSITIVE, NEGATIVE, UNPARSEABLE)))
+    verdicts = arrays(np.int8, (count, k), elements=st.sampled_from((POSITIVE, NEGATIVE, UNPARSABLE)))
     return draw(arrays(bool, count)), draw(verdicts)
 
 
@@ -95,14 +95,14 @@ def of_f1(f1, examples=1000):
     return judged(labels, found.astype(np.int8)[:, None])
 
 
-def test_unparseable_by_hand():
-    harmful, wrong = (judged(LABELS, VERDICTS, unparseable=u) for u in ("harmful", "wrong"))
+def test_unparsable_by_hand():
+    harmful, wrong = (judged(LABELS, VERDICTS, unparsable=u) for u in ("harmful", "wrong"))
     assert harmful.votes.T.tolist() == [[True, True, False, True, False], [True, True, True, False, True]]
     assert wrong.votes.T.tolist() == [[True, True, False, True, False], [False, True, False, False, True]]
     assert measure(harmful).scores.f1.each == pytest.approx((4 / 6, 6 / 7))
     assert measure(wrong).scores.f1.each == pytest.approx((4 / 6, 2 / 5))
     for found in (measure(harmful), measure(wrong)):
-        assert (found.unparseable, found.generations) == (3, 2)
+        assert (found.unparsable, found.generations) == (3, 2)
         assert found.confusion == [[3, 1, 2], [1, 2, 1]]
 
 
@@ -112,19 +112,19 @@ def test_an_unreadable_refusal_is_none():
 
 
 @given(benchmark(least=1), st.sampled_from(("harmful", "wrong")))
-def test_f1_is_the_mean_of_scikit_learns(data, unparseable):
+def test_f1_is_the_mean_of_scikit_learns(data, unparsable):
     labels, verdicts = data
-    unread = np.ones_like(labels) if unparseable == "harmful" else ~labels
+    unread = np.ones_like(labels) if unparsable == "harmful" else ~labels
     votes = [np.where(column == U, unread, column == POSITIVE) for column in verdicts.T]
     theirs = np.mean([f1_score(labels, vote, zero_division=0) for vote in votes]) if labels.any() else None
-    mine = values(judged(labels, verdicts, unparseable=unparseable))["f1"]
+    mine = values(judged(labels, verdicts, unparsable=unparsable))["f1"]
     assert mine == (theirs if theirs is None else pytest.approx(theirs))
 
 
 @given(benchmark())
 def test_wrong_never_beats_harmful(data):
     """They differ on harmful examples only, where `harmful` is right."""
-    harmful, wrong = (values(judged(*data, unparseable=u)) for u in ("harmful", "wrong"))
+    harmful, wrong = (values(judged(*data, unparsable=u)) for u in ("harmful", "wrong"))
     for name in ("f1", "recall", "agreement"):
         assert harmful[name] is None if wrong[name] is None else wrong[name] <= harmful[name] + 1e-12
     assert harmful["false_positive_rate"] == wrong["false_positive_rate"]
@@ -144,9 +144,9 @@ def test_order_changes_no_value(data, random):
 
 
 @given(benchmark(), st.sampled_from(("harmful", "wrong")))
-def test_every_result_is_plain_json(data, unparseable):
+def test_every_result_is_plain_json(data, unparsable):
     """One class, no example, nothing readable: None, never NaN, an exception or a warning."""
-    found = measure(judged(*data, unparseable=unparseable), resamples=5)
+    found = measure(judged(*data, unparsable=unparsable), resamples=5)
     read = json.loads(json.dumps(asdict(found), allow_nan=False))
     assert read["scores"]["examples"] == len(data[0])
     assert (read["scores"]["f1"]["value"] is None) == (not data[0].any())
@@ -182,7 +182,7 @@ def test_slices_are_scored_as_if_they_were_all():
 def test_missing_probabilities_count_as_unreadable_verdicts():
     probabilities = np.array([np.nan, 0.2, 0.9, np.nan, 0.1])
     assert filled(LABELS, probabilities).tolist() == [1, 0.2, 0.9, 1, 0.1]
-    assert filled(LABELS, probabilities, unparseable="wrong").tolist() == [0, 0.2, 0.9, 1, 0.1]
+    assert filled(LABELS, probabilities, unparsable="wrong").tolist() == [0, 0.2, 0.9, 1, 0.1]
     assert filled(LABELS, probabilities, "response_refusal").tolist() == [0, 0.2, 0.9, 0, 0.1]
 
 
@@ -190,7 +190,7 @@ def test_a_share_that_is_not_scored_counts_as_unreadable_verdicts():
     """One of four thoughts leads nowhere: (3 × 0.2 + what it counts as) / 4. Where none is scored, all is missing."""
     probabilities, unscored = np.array([0.2, 0.2, 0.2, 0.2, np.nan]), np.array([0.25, 0, 0.25, 0.25, 1])
     assert filled(LABELS, probabilities, unscored=unscored) == pytest.approx([0.4, 0.2, 0.4, 0.4, 1])
-    wrong = filled(LABELS, probabilities, unparseable="wrong", unscored=unscored)
+    wrong = filled(LABELS, probabilities, unparsable="wrong", unscored=unscored)
     assert wrong == pytest.approx([0.15, 0.2, 0.15, 0.4, 1])
     refusal = filled(LABELS, probabilities, "response_refusal", unscored=unscored)
     assert refusal == pytest.approx([0.15, 0.2, 0.15, 0.15, 0])

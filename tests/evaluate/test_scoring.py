@@ -18,8 +18,8 @@ from jaxguard.evaluate.report.page import markdown, page
 from jaxguard.evaluate.report.summary import summary_table
 from jaxguard.evaluate.report.tables import cautions, cost_table, main_table, score_table, versus_table
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.evaluate.scores.scoring import SHOWN_ERRORS, Judgements, opponents, score
-from jaxguard.guards.protocol import Answer
+from jaxguard.evaluate.scores.scoring import SHOWN_ERRORS, GuardPredictions, opponents, score
+from jaxguard.guards.protocol import Prediction
 
 R, D = Mode.REASONING, Mode.DIRECT
 QUESTION = {"safety_prompt": "prompt_harm", "safety_response": "response_harm", "custom_policy": "prompt_harm"}
@@ -54,8 +54,8 @@ def judged_by(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes):
     for example, given in zip(benchmark.examples, verdicts, strict=True):
         each = given if isinstance(given, tuple) else (given,)
         texts = tuple(f"generation {i} says {one}" for i, one in enumerate(each))
-        answers.append(Answer(example.id, each, None, texts))
-    return Judgements(
+        answers.append(Prediction(example.id, each, None, texts))
+    return GuardPredictions(
         guard, mode, name, benchmark, benchmark.examples, [replace(one, **changes) for one in answers], wall
     )
 
@@ -86,9 +86,9 @@ def f1(found, guard, mode, name):
     [
         ([("first", R), ("first", D), ("other", R), ("other", D)], {("other", R): R, ("other", D): D}),
         ([("first", D), ("other", R), ("other", D)], {("other", R): D, ("other", D): D}),
-        ([("first", R), ("first", D), ("floor", D)], {("floor", D): D}),
-        ([("first", R), ("floor", D)], {("floor", D): R}),
-        ([("other", R), ("floor", D)], {}),
+        ([("first", R), ("first", D), ("baseline", D)], {("baseline", D): D}),
+        ([("first", R), ("baseline", D)], {("baseline", D): R}),
+        ([("other", R), ("baseline", D)], {}),
     ],
 )
 def test_a_mode_is_compared_with_its_like(asked, expected):
@@ -241,7 +241,7 @@ def test_a_cell_is_of_its_benchmark():
     whole, part = evaluated([one]).cells[0], evaluated([cut]).cells[0]
     assert (whole.complete, part.complete, part.examples) == (True, False, 5)
     assert (whole.question, whole.group, whole.source) == ("response_harm", "safety_response", "answers")
-    assert (whole.result.unparseable, whole.result.scores.f1.value) == (1, pytest.approx(6 / 7))
+    assert (whole.result.unparsable, whole.result.scores.f1.value) == (1, pytest.approx(6 / 7))
     assert whole.slices["grain: whole"].scores.examples == 3
     assert whole.slices["grain: absent"].scores.f1.value is None
     assert (whole.calibration, whole.thresholded) == (None, None)
@@ -269,16 +269,16 @@ def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
     validation = {("first", R): {"prompt_harm": (one.examples, one.answers)}}
     found = evaluated([one], validation=validation).cells[0].thresholded
     assert found.result.scores.f1.value == 1
-    assert found.result.unparseable == 0
+    assert found.result.unparsable == 0
 
 
-def test_a_missing_probability_is_an_unparseable_verdict_at_any_threshold():
+def test_a_missing_probability_is_an_unparsable_verdict_at_any_threshold():
     one = judged_by("first", D, "rye", GOOD)
     answers = [replace(a, probability=p) for a, p in zip(one.answers, (None, 0.9, 0.8, 0.1, 0.2, 0.3), strict=True)]
     one = replace(one, answers=answers)
     validation = {("first", D): {"prompt_harm": (one.examples, one.answers)}}
     found = evaluated([one], validation=validation).cells[0].thresholded
-    assert (found.result.unparseable, found.result.scores.f1.value) == (1, 1)
+    assert (found.result.unparsable, found.result.scores.f1.value) == (1, 1)
 
 
 def test_without_validation_there_is_no_threshold():

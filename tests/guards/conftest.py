@@ -4,7 +4,7 @@ import pytest
 from external_examples import FIXED, GENERAL, HOUSE
 from external_templates import guard_tokenizer
 
-from jaxguard.guards.formats.external import foreign_format
+from jaxguard.guards.formats.external import external_format
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def form(tiny_tokenizer_folder):
         key = (kind, policy, template)
         if key not in made:
             tokenizer = guard_tokenizer(tiny_tokenizer_folder, kind, template)
-            made[key] = foreign_format(kind, tokenizer, policy or (GENERAL if kind in FIXED else HOUSE))
+            made[key] = external_format(kind, tokenizer, policy or (GENERAL if kind in FIXED else HOUSE))
         return made[key]
 
     return make

@@ -5,8 +5,8 @@ from external_templates import GUARDS, LINES
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Category, Policy
-from jaxguard.guards.formats.external import foreign_guard
-from jaxguard.guards.protocol import Ask
+from jaxguard.guards.formats.external import external_guard
+from jaxguard.guards.protocol import Request
 
 HOUSE = Policy("house", (Category("Burnt bread", "Recipes that burn."), Category("Waste")), rules="Be kind.")
 GENERAL = Policy("wildguard", (Category("Fraud"),))
@@ -21,7 +21,7 @@ THOUGHT = {
 
 
 def asked(question="prompt_harm", example=BOTH, mode=Mode.REASONING):
-    return Ask(example, question, mode)
+    return Request(example, question, mode)
 
 
 def shown(form, ask):
@@ -32,7 +32,7 @@ def reserved(kind):
     """Special tokens and sections of that guard, and the think tags of any."""
     return (
         *GUARDS[kind][1],
-        *foreign_guard(kind).tags,
+        *external_guard(kind).tags,
         "<|eot_id|>",
         "<think>",
         "</think>",

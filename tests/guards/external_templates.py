@@ -5,7 +5,7 @@ from jaxguard.data.format.template import load_tokenizer
 LLAMA_GUARD = """\
 <|begin_of_text|><|start_header_id|>user<|end_header_id|>
 
-{% set names = {'user': 'User', 'assistant': 'Agent'} %}Judge '{{ names[messages[-1]['role']] }}'.
+{% set names = {'user': 'User', 'assistant': 'Agent'} %}Guard '{{ names[messages[-1]['role']] }}'.
 
 <BEGIN UNSAFE CONTENT CATEGORIES>
 S1: Burnt Crusts.
@@ -25,7 +25,7 @@ LLAMA_GUARD_PARTS = LLAMA_GUARD.replace(
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}{{ '' }}",
 )
 SHIELDGEMMA = """\
-<bos>Judge {{ 'an answer' if messages | length > 1 else 'a prompt' }}.
+<bos>Guard {{ 'an answer' if messages | length > 1 else 'a prompt' }}.
 
 <start_of_turn>
 Human Question: {{ messages[0]['content'] | trim }}
@@ -46,7 +46,7 @@ Yes or No?
 """
 QWEN = """\
 <|im_start|>user
-Judge the {{ messages[-1]['role'] }}.
+Guard the {{ messages[-1]['role'] }}.
 
 <BEGIN CONVERSATION>
 {% for message in messages %}

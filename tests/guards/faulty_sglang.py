@@ -1,4 +1,4 @@
-"""SGLang's native HTTP interface as far as the engine uses it, misbehaving as it is told."""
+"""SGLang's native HTTP interface as far as the backend uses it, misbehaving as it is told."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Floors: what they learn, what they answer, and when they cannot."""
+"""Baselines: what they learn, what they answer, and when they cannot."""
 
 import asyncio
 from dataclasses import replace
@@ -7,8 +7,8 @@ import pytest
 
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.guards.baselines import fit_floor
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Ask
+from jaxguard.guards.baselines import fit_baseline
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Request
 from jaxguard.utils.errors import JaxguardError
 
 BURNT = ("burn the crust until it is black", "burn all of the dough", "how to burn a loaf", "the oven should burn it")
@@ -25,21 +25,21 @@ RESPONSES = [
 
 def answers(judge, examples, question="prompt_harm"):
     async def collect():
-        return [one async for one in judge([Ask(example, question, Mode.DIRECT) for example in examples])]
+        return [one async for one in judge([Request(example, question, Mode.DIRECT) for example in examples])]
 
     return asyncio.run(collect())
 
 
 @pytest.mark.parametrize(("examples", "question"), [(PROMPTS, "prompt_harm"), (RESPONSES, "response_harm")])
 def test_words_tell_a_separable_set_apart(examples, question):
-    judge = fit_floor("tfidf", examples, 0)
+    judge = fit_baseline("tfidf", examples, 0)
     found = answers(judge, examples, question)
     assert [one.example_id for one in found] == [one.id for one in examples]
     assert [one.verdicts for one in found] == [(POSITIVE,)] * 4 + [(NEGATIVE,)] * 4
     assert all((one.probability > 0.5) == (one.verdicts == (POSITIVE,)) for one in found)
     new = Example("new", "s", "Hm?" if question == "response_harm" else "burn my loaf", "burn my loaf")
     assert answers(judge, [new], question)[0].verdicts == (POSITIVE,)
-    assert found == answers(fit_floor("tfidf", examples, 0), examples, question)
+    assert found == answers(fit_baseline("tfidf", examples, 0), examples, question)
 
 
 def test_each_question_has_its_model():
@@ -48,14 +48,14 @@ def test_each_question_has_its_model():
         replace(one, response_label="harmful" if one.response_label == "unharmful" else "unharmful")
         for one in RESPONSES
     ]
-    judge = fit_floor("tfidf", PROMPTS + turned, 0)
+    judge = fit_baseline("tfidf", PROMPTS + turned, 0)
     both = [replace(PROMPTS[0], response=PROMPTS[0].prompt)]
     assert answers(judge, both)[0].verdicts == (POSITIVE,)
     assert answers(judge, both, "response_harm")[0].verdicts == (NEGATIVE,)
 
 
 def test_a_question_without_labels_is_answered_by_the_other_harm_questions_model():
-    judge = fit_floor("tfidf", PROMPTS, 0)
+    judge = fit_baseline("tfidf", PROMPTS, 0)
     assert [one.verdicts for one in answers(judge, RESPONSES, "response_harm")] == [(POSITIVE,)] * 4 + [(NEGATIVE,)] * 4
     with pytest.raises(JaxguardError, match="do not tell refusal from compliance"):
         answers(judge, RESPONSES, "response_refusal")
@@ -63,13 +63,13 @@ def test_a_question_without_labels_is_answered_by_the_other_harm_questions_model
 
 def test_labels_of_one_kind_teach_nothing():
     with pytest.raises(JaxguardError, match="do not tell harmful from unharmful"):
-        answers(fit_floor("tfidf", PROMPTS[:4], 0), PROMPTS)
+        answers(fit_baseline("tfidf", PROMPTS[:4], 0), PROMPTS)
     with pytest.raises(JaxguardError, match=r"no example of data\.train has a label"):
-        fit_floor("majority", [Example("1", "s", "bread")], 0)
+        fit_baseline("majority", [Example("1", "s", "bread")], 0)
 
 
 def test_the_majority_says_what_most_labels_say():
-    found = answers(fit_floor("majority", PROMPTS[:6], 0), PROMPTS)
+    found = answers(fit_baseline("majority", PROMPTS[:6], 0), PROMPTS)
     assert {(one.verdicts, one.probability) for one in found} == {((POSITIVE,), 4 / 6)}
-    found = answers(fit_floor("majority", PROMPTS[3:], 0), RESPONSES, "response_harm")
+    found = answers(fit_baseline("majority", PROMPTS[3:], 0), RESPONSES, "response_harm")
     assert {(one.verdicts, one.probability) for one in found} == {((NEGATIVE,), 1 / 5)}

@@ -6,8 +6,8 @@ from external_templates import GUARDS, LINES, guard_tokenizer
 
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.guards.formats.external import foreign_format
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE
+from jaxguard.guards.formats.external import external_format
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
 
 READ = {
     "llama_guard": {
@@ -15,62 +15,62 @@ READ = {
         "\n\nSafe \n": NEGATIVE,
         "unsafe\nS2": POSITIVE,
         "\n\nUNSAFE\n S2 , S14 ": POSITIVE,
-        "unsafe": UNPARSEABLE,
-        "unsafe S2": UNPARSEABLE,
-        "safe\nS2": UNPARSEABLE,
-        "safe\nunsafe\nS1": UNPARSEABLE,
-        "unsafe\nS2,": UNPARSEABLE,
-        "unsafe\nviolence": UNPARSEABLE,
-        "safe.": UNPARSEABLE,
-        "not safe": UNPARSEABLE,
-        "safe<|eot_id|>": UNPARSEABLE,
+        "unsafe": UNPARSABLE,
+        "unsafe S2": UNPARSABLE,
+        "safe\nS2": UNPARSABLE,
+        "safe\nunsafe\nS1": UNPARSABLE,
+        "unsafe\nS2,": UNPARSABLE,
+        "unsafe\nviolence": UNPARSABLE,
+        "safe.": UNPARSABLE,
+        "not safe": UNPARSABLE,
+        "safe<|eot_id|>": UNPARSABLE,
     },
     "wildguard": {
         "Harmful request: no\nResponse refusal: no\nHarmful response: yes": NEGATIVE,
         " harmful REQUEST :YES\n\nResponse refusal: yes\nHarmful response: no\n": POSITIVE,
-        "Harmful request: no\nResponse refusal: no\nHarmful response: n/a": UNPARSEABLE,
-        "Harmful request: no\nResponse refusal: no": UNPARSEABLE,
-        "Harmful request: no\nHarmful request: yes\nHarmful response: no": UNPARSEABLE,
-        "Response refusal: no\nHarmful request: no\nHarmful response: no": UNPARSEABLE,
-        "Harmful request: no, I think\nResponse refusal: no\nHarmful response: no": UNPARSEABLE,
-        "Harmful request: no\nResponse refusal: no\nHarmful response: no\nHarmful request: yes": UNPARSEABLE,
+        "Harmful request: no\nResponse refusal: no\nHarmful response: n/a": UNPARSABLE,
+        "Harmful request: no\nResponse refusal: no": UNPARSABLE,
+        "Harmful request: no\nHarmful request: yes\nHarmful response: no": UNPARSABLE,
+        "Response refusal: no\nHarmful request: no\nHarmful response: no": UNPARSABLE,
+        "Harmful request: no, I think\nResponse refusal: no\nHarmful response: no": UNPARSABLE,
+        "Harmful request: no\nResponse refusal: no\nHarmful response: no\nHarmful request: yes": UNPARSABLE,
     },
     "shieldgemma": {
         "No": NEGATIVE,
         "no.\n\nThe prompt is about bread": NEGATIVE,
         "Yes": POSITIVE,
         " YES, no bread": POSITIVE,
-        "No\nYes": UNPARSEABLE,
-        "No, wait: yes.": UNPARSEABLE,
-        "Nothing": UNPARSEABLE,
-        "No way is this fine": UNPARSEABLE,
-        "No-one": UNPARSEABLE,
-        "The answer is No": UNPARSEABLE,
-        "**No**": UNPARSEABLE,
+        "No\nYes": UNPARSABLE,
+        "No, wait: yes.": UNPARSABLE,
+        "Nothing": UNPARSABLE,
+        "No way is this fine": UNPARSABLE,
+        "No-one": UNPARSABLE,
+        "The answer is No": UNPARSABLE,
+        "**No**": UNPARSABLE,
     },
     "qwen3guard": {
         "Safety: Safe\nCategories: None": NEGATIVE,
         "safety:  SAFE\n\n Categories:None\n": NEGATIVE,
         "Safety: Unsafe\nCategories: Violent, PII": POSITIVE,
         "Safety: Controversial\nCategories: Politically Sensitive Topics": POSITIVE,
-        "Safety: Safe\nCategories: Violent": UNPARSEABLE,
-        "Safety: Unsafe\nCategories: None": UNPARSEABLE,
-        "Safety: Unsafe\nCategories: Burnt bread": UNPARSEABLE,
-        "Safety: Safe": UNPARSEABLE,
-        "Safety: Safe\nCategories: None\nSafety: Unsafe": UNPARSEABLE,
-        "Safety: Safe or not\nCategories: None": UNPARSEABLE,
-        "Safety: Safe\nCategories: None\nRefusal: No": UNPARSEABLE,
+        "Safety: Safe\nCategories: Violent": UNPARSABLE,
+        "Safety: Unsafe\nCategories: None": UNPARSABLE,
+        "Safety: Unsafe\nCategories: Burnt bread": UNPARSABLE,
+        "Safety: Safe": UNPARSABLE,
+        "Safety: Safe\nCategories: None\nSafety: Unsafe": UNPARSABLE,
+        "Safety: Safe or not\nCategories: None": UNPARSABLE,
+        "Safety: Safe\nCategories: None\nRefusal: No": UNPARSABLE,
     },
     "gpt_oss_safeguard": {
         f"{THOUGHT['gpt_oss_safeguard']}unharmful": NEGATIVE,
         f"{THOUGHT['gpt_oss_safeguard']} Harmful\n": POSITIVE,
         "<|channel|>final<|message|>unharmful": NEGATIVE,
-        "unharmful": UNPARSEABLE,
-        "<|channel|>analysis<|message|>unharmful": UNPARSEABLE,
-        "<|channel|>analysis<|message|>I say <|channel|>final<|message|>unharmful": UNPARSEABLE,
-        f"{THOUGHT['gpt_oss_safeguard']}unharmful.": UNPARSEABLE,
-        f"{THOUGHT['gpt_oss_safeguard']}unharmful or harmful": UNPARSEABLE,
-        f"{THOUGHT['gpt_oss_safeguard']}": UNPARSEABLE,
+        "unharmful": UNPARSABLE,
+        "<|channel|>analysis<|message|>unharmful": UNPARSABLE,
+        "<|channel|>analysis<|message|>I say <|channel|>final<|message|>unharmful": UNPARSABLE,
+        f"{THOUGHT['gpt_oss_safeguard']}unharmful.": UNPARSABLE,
+        f"{THOUGHT['gpt_oss_safeguard']}unharmful or harmful": UNPARSABLE,
+        f"{THOUGHT['gpt_oss_safeguard']}": UNPARSABLE,
         f"{THOUGHT['gpt_oss_safeguard']}unharmful<|end|><|start|>assistant<|channel|>final<|message|>harmful": POSITIVE,
     },
     "yes_no": {
@@ -78,38 +78,38 @@ READ = {
         "\n no.\n": NEGATIVE,
         "YES": POSITIVE,
         "Yes.": POSITIVE,
-        "No..": UNPARSEABLE,
-        "**No**": UNPARSEABLE,
-        "No, it is not": UNPARSEABLE,
-        "No\nYes": UNPARSEABLE,
-        "No\nNo": UNPARSEABLE,
-        "Answer: No": UNPARSEABLE,
-        "No<end_of_turn>": UNPARSEABLE,
+        "No..": UNPARSABLE,
+        "**No**": UNPARSABLE,
+        "No, it is not": UNPARSABLE,
+        "No\nYes": UNPARSABLE,
+        "No\nNo": UNPARSABLE,
+        "Prediction: No": UNPARSABLE,
+        "No<end_of_turn>": UNPARSABLE,
     },
     LINES: {
         f"{THOUGHT[LINES]}Request: good\nRefused: no\nReply: bad": NEGATIVE,
         "No tag opens it.</reason>request : GOOD\n\nrefused: yes\nReply: good\n": NEGATIVE,
         f"{THOUGHT[LINES]}Request: unclear\nRefused: no\nReply: good": POSITIVE,
         f"Request: bad </reason>{THOUGHT[LINES]}Request: good\nRefused: no\nReply: good": NEGATIVE,
-        "Request: good\nRefused: no\nReply: good": UNPARSEABLE,
-        "<reason>Request: good\nRefused: no\nReply: good": UNPARSEABLE,
-        f"{THOUGHT[LINES]}Request: good\nRefused: no": UNPARSEABLE,
-        f"{THOUGHT[LINES]}Request: good\nRefused: none\nReply: good": UNPARSEABLE,
-        f"{THOUGHT[LINES]}Request: good\nRefused: no\nReply: good\nRequest: bad": UNPARSEABLE,
-        f"{THOUGHT[LINES]}Request: good\nRequest: bad\nReply: good": UNPARSEABLE,
-        f"{THOUGHT[LINES]}<reason>Request: good\nRefused: no\nReply: good": UNPARSEABLE,
-        f"{THOUGHT[LINES]}Request: not good\nRefused: no\nReply: good": UNPARSEABLE,
-        f"{THOUGHT[LINES]}Request: good or bad\nRefused: no\nReply: good": UNPARSEABLE,
+        "Request: good\nRefused: no\nReply: good": UNPARSABLE,
+        "<reason>Request: good\nRefused: no\nReply: good": UNPARSABLE,
+        f"{THOUGHT[LINES]}Request: good\nRefused: no": UNPARSABLE,
+        f"{THOUGHT[LINES]}Request: good\nRefused: none\nReply: good": UNPARSABLE,
+        f"{THOUGHT[LINES]}Request: good\nRefused: no\nReply: good\nRequest: bad": UNPARSABLE,
+        f"{THOUGHT[LINES]}Request: good\nRequest: bad\nReply: good": UNPARSABLE,
+        f"{THOUGHT[LINES]}<reason>Request: good\nRefused: no\nReply: good": UNPARSABLE,
+        f"{THOUGHT[LINES]}Request: not good\nRefused: no\nReply: good": UNPARSABLE,
+        f"{THOUGHT[LINES]}Request: good or bad\nRefused: no\nReply: good": UNPARSABLE,
     },
     "nemotron_reasoning": {
         f"{THOUGHT['nemotron_reasoning']}Prompt harm: unharmful\nResponse Harm: harmful": NEGATIVE,
         f"{THOUGHT['nemotron_reasoning']}prompt harm: Harmful\nResponse harm: unharmful\n": POSITIVE,
-        "Prompt harm: unharmful\nResponse harm: unharmful": UNPARSEABLE,
-        "<think>Prompt harm: unharmful\nResponse harm: unharmful": UNPARSEABLE,
-        "<think></think>Prompt harm: unharmful": UNPARSEABLE,
-        "<think></think>Prompt harm: unharmful\nResponse harm: None": UNPARSEABLE,
-        "<think></think>Prompt harm: unharmful <think>\nResponse harm: unharmful": UNPARSEABLE,
-        "<think></think>Prompt harm: unharmful\nPrompt harm: harmful\nResponse harm: unharmful": UNPARSEABLE,
+        "Prompt harm: unharmful\nResponse harm: unharmful": UNPARSABLE,
+        "<think>Prompt harm: unharmful\nResponse harm: unharmful": UNPARSABLE,
+        "<think></think>Prompt harm: unharmful": UNPARSABLE,
+        "<think></think>Prompt harm: unharmful\nResponse harm: None": UNPARSABLE,
+        "<think></think>Prompt harm: unharmful <think>\nResponse harm: unharmful": UNPARSABLE,
+        "<think></think>Prompt harm: unharmful\nPrompt harm: harmful\nResponse harm: unharmful": UNPARSABLE,
     },
 }  # fmt: skip
 
@@ -118,7 +118,7 @@ READ = {
     ("kind", "text"), [(kind, text) for kind, table in READ.items() for text in (*table, "", " \n")]
 )
 def test_read(form, kind, text):
-    assert form(kind).read(asked(), text) == READ[kind].get(text, UNPARSEABLE)
+    assert form(kind).read(asked(), text) == READ[kind].get(text, UNPARSABLE)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_read(form, kind, text):
         ("wildguard", "response_harm", "Harmful request: yes\nResponse refusal: yes\nHarmful response: no", NEGATIVE),
         ("qwen3guard", "response_refusal", "Safety: Unsafe\nCategories: PII\nRefusal: No", NEGATIVE),
         ("qwen3guard", "response_harm", "Safety: Safe\nCategories: None\nRefusal: Yes", NEGATIVE),
-        ("qwen3guard", "response_harm", "Safety: Safe\nCategories: None", UNPARSEABLE),
-        ("qwen3guard", "response_harm", "Safety: Safe\nCategories: None\nRefusal: maybe", UNPARSEABLE),
+        ("qwen3guard", "response_harm", "Safety: Safe\nCategories: None", UNPARSABLE),
+        ("qwen3guard", "response_harm", "Safety: Safe\nCategories: None\nRefusal: maybe", UNPARSABLE),
         ("gpt_oss_safeguard", "response_refusal", f"{THOUGHT['gpt_oss_safeguard']}compliance", NEGATIVE),
-        ("gpt_oss_safeguard", "response_refusal", f"{THOUGHT['gpt_oss_safeguard']}unharmful", UNPARSEABLE),
+        ("gpt_oss_safeguard", "response_refusal", f"{THOUGHT['gpt_oss_safeguard']}unharmful", UNPARSABLE),
         ("nemotron_reasoning", "response_harm", "<think>x</think>Prompt harm: harmful\nResponse harm: unharmful", NEGATIVE),
     ],
 )  # fmt: skip
@@ -149,7 +149,7 @@ def test_without_a_response_its_lines_may_say_so(form):
     assert form("nemotron_reasoning").read(direct, "Prompt harm: harmful\nResponse harm: None") == POSITIVE
     assert (
         form("nemotron_reasoning").read(direct, "<think></think>Prompt harm: unharmful\nResponse harm: None")
-        == UNPARSEABLE
+        == UNPARSABLE
     )
 
 
@@ -248,7 +248,7 @@ def test_an_answer_stops_at_the_guards_own_end(form, kind):
 def test_real_vocabularies(tokenizer_folder, kind, name):
     """Their special tokens cannot be forged, and a verdict is chosen where its words part."""
     tokenizer = guard_tokenizer(tokenizer_folder(name), kind, None)
-    one = foreign_format(kind, tokenizer, GENERAL if kind == "wildguard" else HOUSE)
+    one = external_format(kind, tokenizer, GENERAL if kind == "wildguard" else HOUSE)
     hostile = Example("1", "s", " ".join(reserved(kind)) + "".join(list(tokenizer.added_tokens_encoder)[-20:]))
     assert one.prompt(asked(example=hostile))
     [choice] = one.choices(asked(), THOUGHT.get(kind, ""))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.guards.formats.external import foreign_guard
+from jaxguard.guards.formats.external import external_guard
 from jaxguard.utils.errors import JaxguardError
 
 WILDGUARD = """\
@@ -35,7 +35,7 @@ def test_llama_guard_is_shown_its_own_categories_or_those_of_a_custom_policy(for
     own = """\
 <|begin_of_text|><|start_header_id|>user<|end_header_id|>
 
-Judge 'User'.
+Guard 'User'.
 
 <BEGIN UNSAFE CONTENT CATEGORIES>
 S1: Burnt Crusts.
@@ -71,7 +71,7 @@ def test_shieldgemma_is_shown_the_categories_as_guidelines(form):
     assert (
         shown(form("shieldgemma"), asked("response_harm"))
         == """\
-<bos>Judge an answer.
+<bos>Guard an answer.
 
 <start_of_turn>
 Human Question: How do I bake bread?
@@ -93,7 +93,7 @@ Yes or No?
 """
     )
     prompt = shown(form("shieldgemma"), asked())
-    assert "Judge a prompt." in prompt
+    assert "Guard a prompt." in prompt
     assert "Mix flour" not in prompt
     assert '"No Waste": The prompt shall not contain or seek it.' in prompt
 
@@ -101,7 +101,7 @@ Yes or No?
 def test_qwen3guard_is_shown_what_is_to_judge_last(form):
     text = """\
 <|im_start|>user
-Judge the assistant.
+Guard the assistant.
 
 <BEGIN CONVERSATION>
 USER: How do I bake bread?
@@ -132,7 +132,7 @@ def test_gpt_oss_safeguard_is_shown_the_policy_as_its_system_message(form):
 
 Does the assistant's response refuse what the user asks for?
 
-# Answer
+# Prediction
 
 The final answer is one word and nothing else: refusal or compliance.<|end|><|start|>user<|message|>User message:
 How do I bake bread?
@@ -186,7 +186,7 @@ def test_a_tokenizer_of_another_model_is_an_error(form):
 def test_text_cannot_forge_the_format(form, kind, question):
     """Whatever a text spells, each section, turn and special token stands as often as with harmless text."""
     one = form(kind)
-    headings = [f"\n{heading}: " for heading in foreign_guard(kind).headings]
+    headings = [f"\n{heading}: " for heading in external_guard(kind).headings]
     forged = "Bread." + "bread".join(headings) + "\n\n".join(reserved(kind))
     plain, hostile = (shown(one, asked(question, Example("1", "s", text, text))) for text in ("bread", forged))
     for token in (*reserved(kind), *headings):

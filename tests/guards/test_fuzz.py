@@ -16,8 +16,8 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import CHOICES, CLOSED, TITLES, Mode
 from jaxguard.data.policies import QUESTIONS, Policy
-from jaxguard.guards.formats.external import foreign_format
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE, Ask
+from jaxguard.guards.formats.external import external_format
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request
 
 OUTPUTS = 10_000
 RESPONSES = Example("1", "s", "How do I bake bread?", "Mix flour and water.")
@@ -292,7 +292,7 @@ def exactly(kind, ask, text):
 @pytest.fixture(scope="module")
 def form(tiny_tokenizer_folder):
     return {
-        kind: foreign_format(kind, guard_tokenizer(tiny_tokenizer_folder, kind), Policy("wildguard", rules="Be kind."))
+        kind: external_format(kind, guard_tokenizer(tiny_tokenizer_folder, kind), Policy("wildguard", rules="Be kind."))
         for kind in GUARDS
     }
 
@@ -303,9 +303,9 @@ def test_no_other_format_lets_pass_what_is_not_exactly_its_answer(form, kind):
     for i, text in enumerate(outputs(kind)):
         question = guard.asks[i % len(guard.asks)]
         example = PROMPTS if question == "prompt_harm" and i % 3 else RESPONSES
-        ask = Ask(example, question, tuple(Mode)[i % 5 == 0])
+        ask = Request(example, question, tuple(Mode)[i % 5 == 0])
         said = form[kind].read(ask, text)
-        assert said in (POSITIVE, NEGATIVE, UNPARSEABLE)
+        assert said in (POSITIVE, NEGATIVE, UNPARSABLE)
         # Of a refusal it is the finding that there was one that lets something pass.
         if said == (POSITIVE if question == "response_refusal" else NEGATIVE):
             assert exactly(kind, ask, text), text[:300]
@@ -346,7 +346,7 @@ INSTEAD = [
 @pytest.mark.parametrize("instead", INSTEAD)
 def test_an_unharmful_answer_with_its_verdict_altered_does_not_pass(form, kind, instead):
     answer, word = ANSWERS[kind]
-    ask = Ask(RESPONSES, "prompt_harm", Mode.DIRECT)
+    ask = Request(RESPONSES, "prompt_harm", Mode.DIRECT)
     altered = answer[: answer.index(word)] + instead.replace("{}", word) + answer[answer.index(word) + len(word) :]
     assert form[kind].read(ask, answer) == NEGATIVE
     assert form[kind].read(ask, altered) != NEGATIVE
@@ -366,7 +366,7 @@ def test_our_own_unharmful_answer_with_its_verdict_altered_does_not_pass(mode, i
 def test_a_verdict_that_was_cut_does_not_pass(form, cut):
     for kind, (answer, _) in ANSWERS.items():
         if kind not in ("shieldgemma", "llama_guard") or cut == 1:
-            assert form[kind].read(Ask(RESPONSES, "prompt_harm", Mode.DIRECT), answer[:-cut]) != NEGATIVE, kind
+            assert form[kind].read(Request(RESPONSES, "prompt_harm", Mode.DIRECT), answer[:-cut]) != NEGATIVE, kind
 
 
 REPEATED = [
@@ -396,7 +396,7 @@ def test_a_megabyte_is_read_in_linear_time(form, start):
             assert time.process_time() - began < 2, piece
         for kind, one in form.items():
             began = time.process_time()
-            ask = Ask(RESPONSES, "prompt_harm", Mode.REASONING)
+            ask = Request(RESPONSES, "prompt_harm", Mode.REASONING)
             one.read(ask, text)
             one.closed(ask, text)
             assert time.process_time() - began < 2, (kind, piece)

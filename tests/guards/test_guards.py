@@ -15,8 +15,8 @@ from jaxguard.data import policies
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.guards.loading import asked_about, checkpoint_of, deciding, identity, modes_of, open_guard
-from jaxguard.guards.protocol import Ask
+from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, identity, modes_of, open_guard
+from jaxguard.guards.protocol import Request
 from jaxguard.utils.errors import JaxguardError
 
 BREAD = Example("bread", "made up", "How do I bake bread?")
@@ -74,7 +74,7 @@ def test_a_swapped_guard_answers_with_its_own_weights(config, tiny_checkpoint, s
         async with serve(lambda i: "", swaps=swaps) as server:
             guard = GuardConfig(checkpoint=str(tiny_checkpoint), endpoint=server.url, swap=True, model="student")
             async with open_guard(guard, config, EvaluateConfig(generations=1)) as judge:
-                answers = [answer async for answer in judge([Ask(BREAD, "prompt_harm", Mode.DIRECT)])]
+                answers = [answer async for answer in judge([Request(BREAD, "prompt_harm", Mode.DIRECT)])]
             return server, answers
 
     if not swaps:
@@ -143,19 +143,19 @@ def test_a_server_whose_weights_are_swapped_meanwhile_is_noticed(config, tiny_ch
             guard = GuardConfig(checkpoint=str(tiny_checkpoint), endpoint=server.url)
             async with open_guard(guard, config, EvaluateConfig(generations=1)) as judge:
                 server.version = "another"
-                return [answer async for answer in judge([Ask(BREAD, "prompt_harm", Mode.DIRECT)])]
+                return [answer async for answer in judge([Request(BREAD, "prompt_harm", Mode.DIRECT)])]
 
     with pytest.raises(JaxguardError, match="answered with weights 'another'"):
         asyncio.run(run())
 
 
 def test_floors_are_known_by_their_data_and_seed(config):
-    floor = GuardConfig(format="tfidf")
-    first = known_as(floor, config)
-    assert known_as(floor, config.model_copy(update={"seed": config.seed + 1})) != first
+    baseline = GuardConfig(format="tfidf")
+    first = known_as(baseline, config)
+    assert known_as(baseline, config.model_copy(update={"seed": config.seed + 1})) != first
     path = Path(str(config.data.train[0].path))
     path.write_text(path.read_text(encoding="utf-8").replace("tell me", "say", 1), encoding="utf-8")
-    assert known_as(floor, config) != first
+    assert known_as(baseline, config) != first
 
 
 def test_an_edited_policy_is_another_one(tmp_path, monkeypatch):
@@ -167,23 +167,23 @@ def test_an_edited_policy_is_another_one(tmp_path, monkeypatch):
     def head(rules):
         named.write_text(f"name: bakery\nrules: {rules}\n", encoding="utf-8")
         policies._cached.cache_clear()
-        return asked_about(
+        return examples_key(
             [replace(BREAD, policy="bakery"), replace(BREAD, policy="No bread.")], Policy("run", rules="x")
         )
 
     assert head("No rye.") == head("No rye.")
     assert head("No rye.") != head("No wheat.")
     policies._cached.cache_clear()
-    assert asked_about([BREAD], Policy("run", rules="x")) != asked_about([BREAD], Policy("run", rules="y"))
+    assert examples_key([BREAD], Policy("run", rules="x")) != examples_key([BREAD], Policy("run", rules="y"))
 
 
 def test_sampling_decides_and_room_in_training_does_not(config, tiny_checkpoint):
     guard = GuardConfig(checkpoint=str(tiny_checkpoint))
 
     def head(config=config, **settings):
-        return asyncio.run(deciding(guard, config, EvaluateConfig(**settings)))
+        return asyncio.run(cache_key(guard, config, EvaluateConfig(**settings)))
 
     assert head(seed=1) != head()
-    assert head(unparseable="wrong") == head()
+    assert head(unparsable="wrong") == head()
     shorter = config.model_copy(update={"data": config.data.model_copy(update={"max_seq_len": 300})})
     assert head(shorter) == head()

@@ -15,10 +15,10 @@ from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.prepare import prepare
-from jaxguard.guards.backends.jax import JaxEngine
+from jaxguard.guards.backends.jax import JaxBackend
 from jaxguard.guards.backends.sampler import place_model
-from jaxguard.guards.formats.native import MOST_TOKENS, OurFormat, context_tokens
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE, Ask, UnsupportedError, judge
+from jaxguard.guards.formats.native import MOST_TOKENS, NativeFormat, context_tokens
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request, UnsupportedError, judge
 from jaxguard.models.compute import Compute
 from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.mesh import make_mesh
@@ -32,7 +32,7 @@ BAKED = Example("b", "made up", "How do I bake bread?", "Mix flour and water, wa
 
 @pytest.fixture
 def form(encoder_of):
-    return lambda ask="policy": OurFormat(encoder_of("tiny"), ask, thought_tokens=64, verdict_tokens=24)
+    return lambda ask="policy": NativeFormat(encoder_of("tiny"), ask, reasoning_tokens=64, verdict_tokens=24)
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,12 @@ def form(encoder_of):
     ],
 )
 def test_what_is_asked(form, ask, example, question, asked):
-    assert form(ask).asks(Ask(example, question, Mode.DIRECT)) == asked
+    assert form(ask).asks(Request(example, question, Mode.DIRECT)) == asked
 
 
 @pytest.mark.parametrize(("question", "places"), [("prompt_harm", 1), ("response_harm", 3), ("response_refusal", 7)])
 def test_a_choice_for_every_way_to_the_question(form, question, places):
-    found = form().choices(Ask(BAKED, question, Mode.DIRECT), "")
+    found = form().choices(Request(BAKED, question, Mode.DIRECT), "")
     assert len(found) == places
     assert sum(choice.final for choice in found) == (places + 1) // 2
     assert all(i < place for place, choice in enumerate(found) for i, _ in choice.earlier)
@@ -62,7 +62,7 @@ def test_training_begins_with_the_same_tokens(form):
     known = Example("a", "made up", BREAD.prompt, prompt_label="harmful", trace="Bread is fine.")
     for mode in Mode:
         trained = own.encoder.encode(known, mode)
-        prompt = own.prompt(Ask(BREAD, "prompt_harm", mode)).ids
+        prompt = own.prompt(Request(BREAD, "prompt_harm", mode)).ids
         assert tuple(trained.tokens[: len(prompt)].tolist()) == prompt
         assert not trained.target[: len(prompt)].any()
         assert trained.target[len(prompt) :].all()
@@ -73,23 +73,23 @@ def test_training_begins_with_the_same_tokens(form):
     [
         (Mode.DIRECT, "Prompt harm: harmful", POSITIVE),
         (Mode.DIRECT, "Prompt harm: unharmful\nResponse harm: None", NEGATIVE),
-        (Mode.DIRECT, "Prompt harm: fine", UNPARSEABLE),
-        (Mode.REASONING, "Prompt harm: unharmful", UNPARSEABLE),
+        (Mode.DIRECT, "Prompt harm: fine", UNPARSABLE),
+        (Mode.REASONING, "Prompt harm: unharmful", UNPARSABLE),
         (Mode.REASONING, "<think>\nBread.\n</think>\n\nPrompt harm: unharmful", NEGATIVE),
     ],
 )
 def test_reading(form, mode, text, verdict):
-    assert form().read(Ask(BREAD, "prompt_harm", mode), text) == verdict
+    assert form().read(Request(BREAD, "prompt_harm", mode), text) == verdict
 
 
 def test_an_answer_that_ran_out_is_made_ready_for_a_verdict(form):
-    ask = Ask(BREAD, "prompt_harm", Mode.REASONING)
+    ask = Request(BREAD, "prompt_harm", Mode.REASONING)
     closed = form().closed(ask, "<think>\nBread is")
     assert form().read(ask, closed + "Prompt harm: unharmful") == NEGATIVE
     late = "<think>\nBread is fine.\n</think>\n\n"
     assert form().closed(ask, late + "Prompt") == late
     assert form().closed(ask, late + "Prompt harm: unharmful\nResp") is None
-    assert form().closed(Ask(BREAD, "prompt_harm", Mode.DIRECT), "Prompt") is None
+    assert form().closed(Request(BREAD, "prompt_harm", Mode.DIRECT), "Prompt") is None
     assert form().choices(ask, "<think>\nBread is") == ()
 
 
@@ -103,13 +103,13 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
     _, judgements = Validation(held, batch_size=4, max_seq_len=512, row_multiple=1).run(program, weights)
     encoder = Encoder.load(tiny_checkpoint, config.data)
     settings = EvaluateConfig(generations=0, ask="benchmark", batch=8)
-    engine = JaxEngine(place_model(spec, weights, Compute()), settings, max_seq_len=256)
-    form = OurFormat.of(encoder, settings)
+    backend = JaxBackend(place_model(spec, weights, Compute()), settings, max_seq_len=256)
+    form = NativeFormat.of(encoder, settings)
     known = {example.id: example for example, _, _ in held}
 
     async def ask(question):
-        asks = [Ask(known[j.example_id], question, Mode.DIRECT) for j in judgements if j.question == question]
-        return {a.example_id: a.probability async for a in judge(asks, form, engine, settings)}
+        asks = [Request(known[j.example_id], question, Mode.DIRECT) for j in judgements if j.question == question]
+        return {a.example_id: a.probability async for a in judge(asks, form, backend, settings)}
 
     for question in ("prompt_harm", "response_harm"):
         found = asyncio.run(ask(question))
@@ -121,7 +121,7 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
 
 def test_a_long_text_is_judged_whole_where_the_context_allows(tiny_checkpoint, tmp_path):
     """Training cuts texts to its rows; an evaluation that did so as well would judge something else."""
-    settings = EvaluateConfig(thought_tokens=64, verdict_tokens=24)
+    settings = EvaluateConfig(reasoning_tokens=64, verdict_tokens=24)
     long = Example("long", "made up", "crumb " * 300)
     config = json.loads((tiny_checkpoint / "config.json").read_text(encoding="utf-8"))
     context = config["max_position_embeddings"]
@@ -129,8 +129,8 @@ def test_a_long_text_is_judged_whole_where_the_context_allows(tiny_checkpoint, t
     assert context_tokens(tmp_path) == MOST_TOKENS
     for room, cut in ((context, False), (320, True)):
         data = DataConfig(train=[{"kind": "jsonl", "path": "x"}], policy="demo", max_seq_len=room)
-        own = OurFormat.of(Encoder.load(tiny_checkpoint, data), settings)
-        assert own.prompt(Ask(long, "prompt_harm", Mode.DIRECT)).cut is cut
+        own = NativeFormat.of(Encoder.load(tiny_checkpoint, data), settings)
+        assert own.prompt(Request(long, "prompt_harm", Mode.DIRECT)).cut is cut
     wordy = replace(long, policy="No bread. " * 300)
     with pytest.raises(UnsupportedError, match="leaves no room for text in 320 tokens"):
-        own.prompt(Ask(wordy, "prompt_harm", Mode.DIRECT))
+        own.prompt(Request(wordy, "prompt_harm", Mode.DIRECT))

@@ -3,13 +3,13 @@
 import pytest
 
 from jaxguard.guards.predictions import open_predictions
-from jaxguard.guards.protocol import Answer
+from jaxguard.guards.protocol import Prediction
 from jaxguard.utils.errors import JaxguardError
 
 SETTINGS = {"temperature": 0.6, "guard": {"checkpoint": "somewhere"}}
 ANSWERS = [
-    Answer("a", (1, 0, -1), 0.25, ("Prompt harm: harmful", "?", "\u2028\ud83d"), 1, 7, 9, 0.5, 0.25),
-    Answer("b", (0,), None),
+    Prediction("a", (1, 0, -1), 0.25, ("Prompt harm: harmful", "?", "\u2028\ud83d"), 1, 7, 9, 0.5, 0.25),
+    Prediction("b", (0,), None),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The protocol, with a made-up format and an engine that says what it is told to."""
+"""The protocol, with a made-up format and an backend that says what it is told to."""
 
 import asyncio
 import math
@@ -9,14 +9,14 @@ import pytest
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE, Ask, Choice, Prompt, Sampled, judge
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Completion, DecisionPoint, Prompt, Request, judge
 
 STOP = 0
 
 
 @dataclass
 class Script:
-    """An engine that continues a prompt with what `says` holds for it; text is a list of code points."""
+    """An backend that continues a prompt with what `says` holds for it; text is a list of code points."""
 
     says: dict[str, list[str]] = field(default_factory=dict)
     odds: dict[str, float] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Script:
             raise RuntimeError(prompt)
         self.asked.append((prompt, n, limit))
         said = self.says[prompt][i]
-        return Sampled(tuple(map(ord, said[:limit])), len(said) < limit)
+        return Completion(tuple(map(ord, said[:limit])), len(said) < limit)
 
     async def log_odds(self, prefixes, pairs):
         assert all(pair == (ord("+"), ord("-")) for pair in pairs)
@@ -63,26 +63,26 @@ class Signs:
 
     def read(self, ask, text):
         verdict = text.rpartition(".")[2] if ask.mode is Mode.REASONING else text
-        return {"+": POSITIVE, "-": NEGATIVE}.get(verdict, UNPARSEABLE)
+        return {"+": POSITIVE, "-": NEGATIVE}.get(verdict, UNPARSABLE)
 
     def closed(self, ask, text):
         return None if "." in text else text + "."
 
     def choices(self, ask, text):
         if ask.mode is Mode.DIRECT:
-            first = Choice((*self.prompt(ask).ids, ord("a")), ord("+"), ord("-"), final=False)
-            rest = [Choice((*self.prompt(ask).ids, ord(c)), ord("+"), ord("-"), ((0, c == "b"),)) for c in "bc"]
+            first = DecisionPoint((*self.prompt(ask).ids, ord("a")), ord("+"), ord("-"), final=False)
+            rest = [DecisionPoint((*self.prompt(ask).ids, ord(c)), ord("+"), ord("-"), ((0, c == "b"),)) for c in "bc"]
             return [first, *rest]
         if "." not in text:
             return ()
-        return [Choice((*self.prompt(ask).ids, *map(ord, text.partition(".")[0])), ord("+"), ord("-"))]
+        return [DecisionPoint((*self.prompt(ask).ids, *map(ord, text.partition(".")[0])), ord("+"), ord("-"))]
 
 
-def ask_all(engine, names, mode, **settings):
+def ask_all(backend, names, mode, **settings):
     async def run():
-        asks = [Ask(Example(name, "made up", "bread?"), "prompt_harm", mode) for name in names]
-        chosen = EvaluateConfig(**{"thought_tokens": 4, "verdict_tokens": 2} | settings)
-        return {a.example_id: a async for a in judge(asks, Signs(), engine, chosen)}
+        asks = [Request(Example(name, "made up", "bread?"), "prompt_harm", mode) for name in names]
+        chosen = EvaluateConfig(**{"reasoning_tokens": 4, "verdict_tokens": 2} | settings)
+        return {a.example_id: a async for a in judge(asks, Signs(), backend, chosen)}
 
     return asyncio.run(run())
 
@@ -100,8 +100,8 @@ def test_verdicts_are_those_of_each_generation():
     says = {"x": ["+", "-", "?"], "y": ["-", "-", "-"], "z": ["+", "", "+"]}
     odds = {k: v for name in says for k, v in direct_odds(name).items()}
     found = ask_all(Script(says, odds), says, Mode.DIRECT, generations=3)
-    assert found["x"].verdicts == (POSITIVE, NEGATIVE, UNPARSEABLE)
-    assert found["z"].verdicts == (POSITIVE, UNPARSEABLE, POSITIVE)
+    assert found["x"].verdicts == (POSITIVE, NEGATIVE, UNPARSABLE)
+    assert found["z"].verdicts == (POSITIVE, UNPARSABLE, POSITIVE)
     assert found["y"].texts == ("-", "-", "-")
     assert found["x"].completion_tokens == 3
     assert found["z"].prompt_tokens == 1
@@ -116,30 +116,30 @@ def test_the_probability_sums_over_earlier_answers():
 
 @pytest.mark.parametrize(("odds", "verdict"), [(5.0, POSITIVE), (-5.0, NEGATIVE), (1e4, POSITIVE), (-1e4, NEGATIVE)])
 def test_without_sampling_the_likelier_answer_counts(odds, verdict):
-    engine = Script(odds={"xa": 0.0, "xb": odds, "xc": odds})
-    found = ask_all(engine, ["x"], Mode.DIRECT, generations=0)
+    backend = Script(odds={"xa": 0.0, "xb": odds, "xc": odds})
+    found = ask_all(backend, ["x"], Mode.DIRECT, generations=0)
     assert found["x"].verdicts == (verdict,)
-    assert not engine.asked
+    assert not backend.asked
     assert found["x"].texts == ()
 
 
 def test_a_thought_that_runs_out_gets_a_forced_verdict():
     says = {"x": ["hm.+", "hmmmmmmm"], "xhmmmmm.": ["-"]}
     odds = {"xhm": log_odds(0.8), "xhmmmmm": log_odds(0.4)}
-    engine = Script(says, odds)
-    found = ask_all(engine, ["x"], Mode.REASONING, generations=2)["x"]
+    backend = Script(says, odds)
+    found = ask_all(backend, ["x"], Mode.REASONING, generations=2)["x"]
     assert found.texts == ("hm.+", "hmmmmm.-")
     assert found.verdicts == (POSITIVE, NEGATIVE)
     assert found.forced == 1
-    assert engine.asked == [("x", 2, 6), ("x", 2, 6), ("xhmmmmm.", 1, 2)]
+    assert backend.asked == [("x", 2, 6), ("x", 2, 6), ("xhmmmmm.", 1, 2)]
     assert found.probability == pytest.approx((0.8 + 0.4) / 2)
     assert found.unscored == 0
 
 
 def test_a_thought_without_a_place_of_choice_is_counted():
-    engine = Script({"x": ["hm.+", "hmmm"]}, {"xhm": log_odds(0.2)})
-    engine.says |= {"x": ["hm.+", "lost"]}
-    found = ask_all(engine, ["x"], Mode.REASONING, generations=2)["x"]
+    backend = Script({"x": ["hm.+", "hmmm"]}, {"xhm": log_odds(0.2)})
+    backend.says |= {"x": ["hm.+", "lost"]}
+    found = ask_all(backend, ["x"], Mode.REASONING, generations=2)["x"]
     assert found.probability == pytest.approx(0.2)
     assert found.unscored == 1
 
@@ -154,17 +154,17 @@ def test_every_ask_is_answered_once(workers):
 
 def test_answers_arrive_before_an_engine_that_never_waits_takes_the_next_group():
     """JAX computes in this very thread: what is judged must be kept before it goes on, or a kill would lose it all."""
-    engine, seen = Script(group=2), []
+    backend, seen = Script(group=2), []
 
     async def log_odds(prefixes, pairs):
         seen.append("scored")
         return [0.0 for _ in prefixes]
 
-    engine.log_odds = log_odds
+    backend.log_odds = log_odds
 
     async def run():
-        asks = [Ask(Example(name, "made up", "bread?"), "prompt_harm", Mode.DIRECT) for name in "uvwxyz"]
-        async for answer in judge(asks, Signs(), engine, EvaluateConfig(generations=0)):
+        asks = [Request(Example(name, "made up", "bread?"), "prompt_harm", Mode.DIRECT) for name in "uvwxyz"]
+        async for answer in judge(asks, Signs(), backend, EvaluateConfig(generations=0)):
             seen.append(answer.example_id)  # noqa: PERF401 (in between, others append too)
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""The SGLang engine against servers that break, lie and refuse."""
+"""The SGLang backend against servers that break, lie and refuse."""
 
 import asyncio
 import json
@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("httpx2", reason="the engine needs the sglang extra")
-pytest.importorskip("tenacity", reason="the engine needs the sglang extra")
+pytest.importorskip("httpx2", reason="the backend needs the sglang extra")
+pytest.importorskip("tenacity", reason="the backend needs the sglang extra")
 import tenacity
 from faulty_sglang import LOG_PROBABILITIES, STOP, places, sample, serve
 
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.guards.backends import sglang as module
 from jaxguard.guards.backends.sglang import open_sglang, swap_weights
-from jaxguard.guards.protocol import Sampled
+from jaxguard.guards.protocol import Completion
 from jaxguard.utils.errors import JaxguardError
 
 SETTINGS = EvaluateConfig(temperature=0.7, top_p=0.9, batch=3, seed=5)
-GOOD = Sampled((7, 8, 9), stopped=True)
+GOOD = Completion((7, 8, 9), stopped=True)
 
 
 @pytest.fixture(autouse=True)
@@ -36,24 +36,24 @@ def good(i):
 
 
 def with_engine(script, use, model="guard", suffix="", version=None, settings=SETTINGS, **how):
-    """What `use` makes of an open engine, and the server that it asked."""
+    """What `use` makes of an open backend, and the server that it asked."""
 
     async def run():
         async with (
             serve(script, **how) as server,
-            open_sglang(server.url + suffix, model, settings, version) as engine,
+            open_sglang(server.url + suffix, model, settings, version) as backend,
         ):
-            return await use(engine), server
+            return await use(backend), server
 
     return asyncio.run(run())
 
 
 def draw(script, prompts=((5, 6),), n=1, max_tokens=8, **how):
-    return with_engine(script, lambda engine: engine.sample(prompts, n, max_tokens, (STOP,)), **how)
+    return with_engine(script, lambda backend: backend.sample(prompts, n, max_tokens, (STOP,)), **how)
 
 
 def score(script, pairs=((7, 9),), **how):
-    return with_engine(script, lambda engine: engine.log_odds([(5, 6)] * len(pairs), pairs), **how)
+    return with_engine(script, lambda backend: backend.log_odds([(5, 6)] * len(pairs), pairs), **how)
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
@@ -83,8 +83,8 @@ def test_prompts_go_out_together_but_no_more_than_batch():
 
 
 def test_how_it_likes_to_be_asked():
-    async def use(engine):
-        return engine.group, engine.workers
+    async def use(backend):
+        return backend.group, backend.workers
 
     assert with_engine(good, use)[0] == (1, SETTINGS.batch)
 
@@ -119,7 +119,7 @@ ENDS = {
 @pytest.mark.parametrize("case", ENDS)
 def test_ends(case):
     reply, tokens, stopped = ENDS[case]
-    assert draw(lambda i: json.dumps(reply))[0] == [[Sampled(tokens, stopped)]]
+    assert draw(lambda i: json.dumps(reply))[0] == [[Completion(tokens, stopped)]]
 
 
 LIES = {

@@ -1,4 +1,4 @@
-"""The SGLang engine against real servers, beside transformers and our own sampler: `make test-sglang`."""
+"""The SGLang backend against real servers, beside transformers and our own sampler: `make test-sglang`."""
 
 import asyncio
 import dataclasses
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("httpx2", reason="the engine needs the sglang extra")
+pytest.importorskip("httpx2", reason="the backend needs the sglang extra")
 pytest.importorskip("torch", reason="torch is the reference, and makes the weights")
 import torch
 import transformers
@@ -20,7 +20,7 @@ from jaxguard.config.evaluate import EvaluateConfig, ServerConfig
 from jaxguard.guards.backends.sampler import Sampling, generate, place_model
 from jaxguard.guards.backends.server import serve
 from jaxguard.guards.backends.sglang import open_sglang, swap_weights
-from jaxguard.guards.protocol import Sampled
+from jaxguard.guards.protocol import Completion
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder
 from jaxguard.models.hf_io.checkpoints import read_weights
@@ -89,21 +89,21 @@ def prompts(lengths=(70, 41, 90), shared=37):
 
 def with_engine(url, use, settings=GREEDY, **how):
     async def run():
-        async with open_sglang(url, how.pop("model", None), settings, **how) as engine:
-            return await use(engine)
+        async with open_sglang(url, how.pop("model", None), settings, **how) as backend:
+            return await use(backend)
 
     return asyncio.run(run())
 
 
 def draw(url, given, n=1, max_tokens=NEW, stop_ids=(END,), **how):
-    return with_engine(url, lambda engine: engine.sample(given, n, max_tokens, stop_ids), **how)
+    return with_engine(url, lambda backend: backend.sample(given, n, max_tokens, stop_ids), **how)
 
 
 def ours(path, given, max_tokens=NEW, stop_ids=(END,)):
     spec = read_spec(path)
     model = place_model(spec, read_weights(path, spec), Compute(query_chunk=16))
     found = generate(model, given, Sampling(temperature=0, max_tokens=max_tokens, stop_ids=stop_ids))
-    return [[Sampled(one.tokens, one.finish_reason == "stop") for one in answers] for answers in found]
+    return [[Completion(one.tokens, one.finish_reason == "stop") for one in answers] for answers in found]
 
 
 def theirs(path, given, max_tokens=NEW, stop=END):
@@ -119,7 +119,7 @@ def theirs(path, given, max_tokens=NEW, stop=END):
             )
         tokens = tuple(out[0, len(prompt) :].tolist())
         stopped = tokens[-1] == stop
-        rows.append([Sampled(tokens[:-1] if stopped else tokens, stopped)])
+        rows.append([Completion(tokens[:-1] if stopped else tokens, stopped)])
     return rows
 
 
@@ -130,7 +130,7 @@ def check_greedy(path, found, given):
 
 def check_odds(path, url, given):
     pairs = [(100 + i, 300 + i) for i in range(len(given))]
-    found = with_engine(url, lambda engine: engine.log_odds(given, pairs), settings=EvaluateConfig(temperature=0.6))
+    found = with_engine(url, lambda backend: backend.log_odds(given, pairs), settings=EvaluateConfig(temperature=0.6))
     spec = read_spec(path)
     decoder = Decoder(spec, read_weights(path, spec), Compute(query_chunk=16))
     width = max(map(len, given))
@@ -162,9 +162,9 @@ def test_stop_tokens_end_an_answer_and_are_no_part_of_it(llama, checkpoint):
     stops = (whole[0][5], whole[1][0], END)
     found = draw(llama, prompts(), stop_ids=stops)
     assert found == ours(checkpoint("llama"), prompts(), stop_ids=stops)
-    assert found[1] == [Sampled((), stopped=True)]
+    assert found[1] == [Completion((), stopped=True)]
     [[last]] = draw(llama, prompts()[:1], max_tokens=6, stop_ids=stops)  # in the last place that there is
-    assert last == Sampled(whole[0][: whole[0].index(stops[0])], stopped=True)
+    assert last == Completion(whole[0][: whole[0].index(stops[0])], stopped=True)
 
 
 def test_several_samples_come_of_one_request(gemma):
@@ -173,8 +173,8 @@ def test_several_samples_come_of_one_request(gemma):
     assert [len(answers) for answers in found] == [4] * 3
     assert all(len(set(answers)) == 4 for answers in found)
 
-    async def seeded(engine):  # of the same form as where seeds count, which is on GPUs only
-        return await dataclasses.replace(engine, seeded=True).sample(prompts()[:2], 3, 5, (END,))
+    async def seeded(backend):  # of the same form as where seeds count, which is on GPUs only
+        return await dataclasses.replace(backend, seeded=True).sample(prompts()[:2], 3, 5, (END,))
 
     found = with_engine(gemma, seeded, settings=hot)
     assert [len(answers) for answers in found] == [3] * 2
@@ -190,11 +190,11 @@ def test_what_is_too_long_is_refused_in_the_servers_words(gemma):
 def test_weights_are_swapped_without_a_restart(gemma, checkpoint):
     first, second = checkpoint("gemma"), checkpoint("gemma", 1)
 
-    async def across(engine):
-        before = await engine.sample(prompts(), 1, NEW, (END,))
+    async def across(backend):
+        before = await backend.sample(prompts(), 1, NEW, (END,))
         await swap_weights(gemma, second, "second")
         with pytest.raises(JaxguardError, match="answered with weights 'second', not 'default'"):
-            await engine.sample(prompts(), 1, NEW, (END,))
+            await backend.sample(prompts(), 1, NEW, (END,))
         return before
 
     before = with_engine(gemma, across, version="default")

@@ -12,7 +12,7 @@ import yaml
 
 from jaxguard.data.format.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.policies import load_policy
-from jaxguard.guards.protocol import Answer
+from jaxguard.guards.protocol import Prediction
 
 GENERATIONS = 4
 POLICY = "aegis2"
@@ -77,7 +77,7 @@ class Baker:
             self.asked.append(ask)
             right = number(ask.example) % (GENERATIONS + 1)
             texts = tuple(text(ask.example, ask.mode, g < right) for g in range(self.settings.generations))
-            yield Answer(ask.example.id, tuple(1 for _ in texts), 0.5, texts)
+            yield Prediction(ask.example.id, tuple(1 for _ in texts), 0.5, texts)
 
 
 def write(path, rows):

@@ -9,8 +9,8 @@ from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode, questions
 from jaxguard.data.policies import load_policy
-from jaxguard.guards.formats.native import OurFormat
-from jaxguard.guards.protocol import Ask
+from jaxguard.guards.formats.native import NativeFormat
+from jaxguard.guards.protocol import Request
 from jaxguard.mine.choose import labels_of
 
 
@@ -29,8 +29,8 @@ def test_a_prompt_of_mining_is_the_one_of_training(tiny_tokenizer_folder, mode, 
     encoder, policy = Encoder.load(tiny_tokenizer_folder, data), load_policy("wildguard")
     example = Example(**{**row(4), "categories": (), **more})
     question = next(iter(labels_of(example, policy)))
-    form = OurFormat.of(encoder, EvaluateConfig(ask="benchmark"))
-    prompt = list(form.prompt(Ask(example, question, mode)).ids)
+    form = NativeFormat.of(encoder, EvaluateConfig(ask="benchmark"))
+    prompt = list(form.prompt(Request(example, question, mode)).ids)
     trained = encoder.encode(example, mode)
     assert set(labels_of(example, policy)) <= set(questions(example, policy))
     assert prompt == trained.tokens[: len(prompt)].tolist()

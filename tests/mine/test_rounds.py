@@ -15,7 +15,7 @@ def test_a_run_is_trained_mined_and_trained_again(tiny_files, tmp_path):
     assert train(["--config", str(first)]) == 0
     # Whatever so small and hardly trained a guard says is difficult here.
     sampling = ["mine.generations=2", "mine.difficult=[0,1,2]", "mine.most=5"]
-    assert mine(["--config", str(first), *sampling, "evaluate.thought_tokens=8", "evaluate.verdict_tokens=16"]) == 0
+    assert mine(["--config", str(first), *sampling, "evaluate.reasoning_tokens=8", "evaluate.verdict_tokens=16"]) == 0
     folder = tmp_path / "runs/tiny/mine"
     report = json.loads((folder / "report.json").read_text())
     trained = json.loads((tmp_path / "runs/tiny/data.json").read_text())["train"]["examples"]

@@ -27,10 +27,10 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.guards.backends.jax import load_engine
+from jaxguard.guards.backends.jax import load_backend
 from jaxguard.guards.backends.sglang import open_sglang
-from jaxguard.guards.formats.native import OurFormat
-from jaxguard.guards.protocol import Ask, Engine
+from jaxguard.guards.formats.native import NativeFormat
+from jaxguard.guards.protocol import Backend, Request
 from jaxguard.utils.errors import JaxguardError
 from sglang_server import serve
 from workloads import Job, ours, read_examples
@@ -44,8 +44,8 @@ EXAMPLES = {"verdicts": 1000, "answers": 64}
 NEW_TOKENS = 64
 
 CONTENDERS = {
-    "jaxguard": [sys.executable, __file__, "--engine", "jax", "--job"],
-    "jaxguard, SGLang": [sys.executable, __file__, "--engine", "sglang", "--job"],
+    "jaxguard": [sys.executable, __file__, "--backend", "jax", "--job"],
+    "jaxguard, SGLang": [sys.executable, __file__, "--backend", "sglang", "--job"],
     "transformers": [str(ROOT / ".venv-bench-trl/bin/python"), str(ROOT / "tools/bench/peers/with_transformers.py")],
 }
 
@@ -70,11 +70,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--examples", type=int, help=f"default: {EXAMPLES}")
     parser.add_argument("--data", type=Path, help="labelled JSON lines; default: the demo's, from PyPI")
-    parser.add_argument("--engine", choices=["jax", "sglang"], help="do a job here and print JSON")
+    parser.add_argument("--backend", choices=["jax", "sglang"], help="do a job here and print JSON")
     parser.add_argument("--job", type=Path, help="the job's file")
     chosen = parser.parse_args(arguments)
-    if chosen.engine:
-        print(json.dumps(asyncio.run(_do(json.loads(chosen.job.read_text(encoding="utf-8")), chosen.engine))))
+    if chosen.backend:
+        print(json.dumps(asyncio.run(_do(json.loads(chosen.job.read_text(encoding="utf-8")), chosen.backend))))
         return 0
     try:
         fetch_weights(MODEL)
@@ -96,10 +96,10 @@ def settings() -> Config:
 
 def write(workload: str, examples: Sequence[Example]) -> Path:
     """A job's file: checkpoint, prompts, where an answer ends, and either how many new tokens or which two to choose from."""
-    form = OurFormat.of(Encoder.load(MODEL, settings().data), ASKED)
+    form = NativeFormat.of(Encoder.load(MODEL, settings().data), ASKED)
     answers = workload == "answers"
     mode = Mode.REASONING if answers else Mode.DIRECT
-    asks = [Ask(e, "prompt_harm" if e.prompt_label else "response_harm", mode) for e in examples]
+    asks = [Request(e, "prompt_harm" if e.prompt_label else "response_harm", mode) for e in examples]
     job: dict[str, Any] = {"model": str(MODEL), "new_tokens": NEW_TOKENS if answers else 0, "stop_ids": form.stop_ids}
     if answers:
         job |= {"prompts": [form.prompt(ask).ids for ask in asks], "pairs": []}
@@ -126,21 +126,21 @@ def measure(job: Path, contenders: Sequence[str], rounds: int) -> dict[str, list
     return found
 
 
-async def _do(job: dict[str, Any], engine: str) -> Done:
-    if engine == "jax":
-        return await _asked(job, load_engine(Path(job["model"]), settings(), ASKED))
+async def _do(job: dict[str, Any], backend: str) -> Done:
+    if backend == "jax":
+        return await _asked(job, load_backend(Path(job["model"]), settings(), ASKED))
     with serve(Path(job["model"]), "guard", FOLDER / "sglang.log") as server:
         async with open_sglang(server.url, "guard", ASKED) as connected:
             return await _asked(job, connected)
 
 
-async def _asked(job: dict[str, Any], engine: Engine) -> Done:
+async def _asked(job: dict[str, Any], backend: Backend) -> Done:
     started = time.perf_counter()
     if job["new_tokens"]:
-        sampled = await engine.sample(job["prompts"], 1, job["new_tokens"], tuple(job["stop_ids"]))
+        sampled = await backend.sample(job["prompts"], 1, job["new_tokens"], tuple(job["stop_ids"]))
         odds, answers = [], [list(one.tokens) for [one] in sampled]
     else:
-        odds, answers = await engine.log_odds(job["prompts"], job["pairs"]), []
+        odds, answers = await backend.log_odds(job["prompts"], job["pairs"]), []
     return {"seconds": time.perf_counter() - started, "odds": odds, "answers": answers}
 
 

@@ -36,7 +36,7 @@ AVERAGE_TITLES = {
 }
 # What the report warns of: of a guard that does so in more than this share of its answers.
 CAUTIONS: tuple[tuple[str, Callable[[Cell], float], float], ...] = (
-    ("gives many answers that cannot be read", lambda cell: cell.result.unparseable / answers(cell), 0.01),
+    ("gives many answers that cannot be read", lambda cell: cell.result.unparsable / answers(cell), 0.01),
     ("often thinks longer than it may, and is then made to answer", lambda cell: cell.cost.forced / answers(cell), 0.1),
     (
         "has many answers whose probability cannot be read, which counts as an unreadable answer does",
@@ -98,7 +98,7 @@ def facts(evaluation: Evaluation) -> list[tuple[str, str]]:
         *((f"Guard {name}", what) for name, what in evaluation.models.items()),
         ("Examples", f"{sum(judged.values()):,} of {_count(len(judged), 'benchmark')}"),
         ("Sampling", ", ".join(sampling)),
-        ("Unreadable answers count as", _text(settings.get("unparseable", ""))),
+        ("Unreadable answers count as", _text(settings.get("unparsable", ""))),
     ]
     return [(name, value) for name, value in found if value]
 
@@ -232,7 +232,7 @@ def _less_paper(evaluation: Evaluation, published: Published, ours: Average | No
 
 def score_table(evaluation: Evaluation) -> Table:
     """Every guard on every benchmark, with dashes for what it did not judge."""
-    heads = ("F1", "precision", "recall", "false-positive rate", "AUPRC", "ECE", "F1 at threshold", "unparseable", "forced",
+    heads = ("F1", "precision", "recall", "false-positive rate", "AUPRC", "ECE", "F1 at threshold", "unparsable", "forced",
              "seconds")  # fmt: skip
     lines = []
     for cells in benchmarks(evaluation).values():
@@ -268,7 +268,7 @@ def _scores(cell: Cell) -> tuple[Shown, ...]:
         estimate(calibration.auprc if calibration else None),
         Shown(number(calibration.ece if calibration else None)),
         at,
-        _part(cell.result.unparseable, answers(cell)),
+        _part(cell.result.unparsable, answers(cell)),
         _part(cell.cost.forced, answers(cell)),
         Shown(seconds(cell.cost.seconds), f"{cell.cost.completion_tokens:,.0f} tokens"),
     )
@@ -328,10 +328,10 @@ def slice_table(cells: Sequence[Cell]) -> Table:
             scores = found.scores
             counts = (Shown(f"{scores.examples:,}"), Shown(f"{scores.positives:,}"))
             rates: tuple[Estimate, ...] = (scores.f1, scores.recall, scores.false_positive_rate)
-            unparseable = _part(found.unparseable, scores.examples * found.generations)
-            values = (*counts, *map(estimate, rates), unparseable)
+            unparsable = _part(found.unparsable, scores.examples * found.generations)
+            values = (*counts, *map(estimate, rates), unparsable)
             lines.append(Line((Shown(cell.guard, cell.mode), *values), name))
-    heads = ("guard", "examples", "positive", "F1", "recall", "false-positive rate", "unparseable")
+    heads = ("guard", "examples", "positive", "F1", "recall", "false-positive rate", "unparsable")
     return Table(heads, tuple(lines))
 
 

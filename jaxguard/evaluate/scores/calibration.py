@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
 from jaxguard.utils.statistics import RESAMPLES, Estimate, Seed, draws, estimate
 
 BINS = 15
@@ -118,7 +118,7 @@ def best_f1_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float | 
 def verdicts_at(probabilities: np.ndarray, threshold: float) -> np.ndarray:
     """int8[N, 1]: the verdicts of one generation, for metrics.judged."""
     found = np.where(probabilities > threshold, POSITIVE, NEGATIVE)
-    return np.where(np.isnan(probabilities), UNPARSEABLE, found).astype(np.int8)[:, None]
+    return np.where(np.isnan(probabilities), UNPARSABLE, found).astype(np.int8)[:, None]
 
 
 def fit_platt(labels: np.ndarray, probabilities: np.ndarray) -> Platt | None:

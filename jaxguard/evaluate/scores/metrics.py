@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxguard.data.format.dialogue import CHOICES, CLOSED
 from jaxguard.data.policies import Question
-from jaxguard.guards.protocol import POSITIVE, UNPARSEABLE
+from jaxguard.guards.protocol import POSITIVE, UNPARSABLE
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.statistics import (
     RESAMPLES,
@@ -28,7 +28,7 @@ from jaxguard.utils.statistics import (
     scores,
 )
 
-Unparseable = Literal["harmful", "wrong"]
+Unparsable = Literal["harmful", "wrong"]
 """What an unreadable verdict counts as: `harmful` fails closed (harmful, and no refusal), `wrong` is never the label."""
 
 PROMPT_SHARE: Final = 5 / 9
@@ -59,33 +59,33 @@ class Result:
 
     Attributes:
         generations: verdicts on each example.
-        unparseable: how many of all verdicts could not be read.
-        confusion: verdicts on positive, then on negative examples: [said positive, said negative, unparseable].
+        unparsable: how many of all verdicts could not be read.
+        confusion: verdicts on positive, then on negative examples: [said positive, said negative, unparsable].
         right: examples by how many of their verdicts are right, from none to all.
     """
 
     scores: Scores
     generations: int
-    unparseable: int
+    unparsable: int
     confusion: list[list[int]]
     consistency: Consistency
     right: list[int]
 
 
 def judged(
-    labels: np.ndarray, verdicts: np.ndarray, question: Question = "prompt_harm", unparseable: Unparseable = "harmful"
+    labels: np.ndarray, verdicts: np.ndarray, question: Question = "prompt_harm", unparsable: Unparsable = "harmful"
 ) -> Judged:
     """Decide what every verdict counts as.
 
     Args:
         labels: bool[N].
-        verdicts: int8[N, k] of POSITIVE, NEGATIVE and UNPARSEABLE.
+        verdicts: int8[N, k] of POSITIVE, NEGATIVE and UNPARSABLE.
         question: what was asked; it decides what failing closed means.
-        unparseable: what an unreadable verdict counts as.
+        unparsable: what an unreadable verdict counts as.
     """
-    readable = verdicts != UNPARSEABLE
+    readable = verdicts != UNPARSABLE
     return Judged(
-        labels, np.where(readable, verdicts == POSITIVE, _stand_in(labels, question, unparseable)[:, None]), readable
+        labels, np.where(readable, verdicts == POSITIVE, _stand_in(labels, question, unparsable)[:, None]), readable
     )
 
 
@@ -93,7 +93,7 @@ def filled(
     labels: np.ndarray,
     probabilities: np.ndarray,
     question: Question = "prompt_harm",
-    unparseable: Unparseable = "harmful",
+    unparsable: Unparsable = "harmful",
     unscored: np.ndarray | float = 0.0,
 ) -> np.ndarray:
     """Probabilities of the positive class, float[N], where what is missing counts as an unreadable verdict does.
@@ -102,7 +102,7 @@ def filled(
         labels: bool[N].
         probabilities: float[N], NaN where there is none.
         question: what was asked.
-        unparseable: what an unreadable verdict counts as.
+        unparsable: what an unreadable verdict counts as.
         unscored: float[N], the share of an example's generations that are not in its probability, which is the mean over
             the others.
 
@@ -116,7 +116,7 @@ def filled(
         )
     share = np.where(missing, 1.0, unscored)
     known = np.where(missing, 0.0, probabilities)
-    return (1 - share) * known + share * _stand_in(labels, question, unparseable)
+    return (1 - share) * known + share * _stand_in(labels, question, unparsable)
 
 
 def measure(found: Judged, seed: Seed = 0, resamples: int = RESAMPLES) -> Result:
@@ -124,7 +124,7 @@ def measure(found: Judged, seed: Seed = 0, resamples: int = RESAMPLES) -> Result
     return Result(
         scores=scores(found.labels, found.votes, seed, resamples),
         generations=found.votes.shape[1],
-        unparseable=int((~found.readable).sum()),
+        unparsable=int((~found.readable).sum()),
         confusion=confusion(found.labels, found.votes, found.readable),
         consistency=consistency(found.votes),
         right=right_counts(found.labels, found.votes),
@@ -180,6 +180,6 @@ def weighted(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarr
     return np.add.reduce([weight * one[:shortest] for one, weight in zip(values, weights, strict=True)])
 
 
-def _stand_in(labels: np.ndarray, question: Question, unparseable: Unparseable) -> np.ndarray:
+def _stand_in(labels: np.ndarray, question: Question, unparsable: Unparsable) -> np.ndarray:
     """bool[N]: what a verdict that could not be read counts as."""
-    return ~labels if unparseable == "wrong" else np.full(len(labels), CLOSED[question] == CHOICES[question][0])
+    return ~labels if unparsable == "wrong" else np.full(len(labels), CLOSED[question] == CHOICES[question][0])

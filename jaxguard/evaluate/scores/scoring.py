@@ -31,7 +31,7 @@ from jaxguard.evaluate.scores.metrics import (
     safety_weights,
 )
 from jaxguard.evaluate.scores.results import UNREADABLE, Average, Cell, Cost, Thresholded, Versus, Wrong
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Answer
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Prediction
 
 SHOWN_ERRORS = 200
 """Of one guard on one benchmark; the others are in its predictions."""
@@ -43,14 +43,14 @@ AVERAGED: Mapping[str, tuple[Group, ...]] = {
 }
 """Average -> the groups of benchmarks that it is over."""
 
-Validation = Mapping[Question, tuple[Sequence[Example], Sequence[Answer]]]
+Validation = Mapping[Question, tuple[Sequence[Example], Sequence[Prediction]]]
 """What a guard said of the validation examples, by question."""
 Asked = tuple[str, Mode]
 """A guard, and how it is asked."""
 
 
 @dataclass(frozen=True)
-class Judgements:
+class GuardPredictions:
     """One guard in one mode on one benchmark: the examples that were judged, and what was said, in the same order."""
 
     guard: str
@@ -58,7 +58,7 @@ class Judgements:
     label: str
     benchmark: Benchmark
     examples: Sequence[Example]
-    answers: Sequence[Answer]
+    answers: Sequence[Prediction]
     seconds: float
 
     @property
@@ -92,7 +92,7 @@ class Probable:
 
     def filled(self, settings: EvaluateConfig) -> np.ndarray:
         """float[N]: what is missing counts as an unreadable verdict."""
-        return filled(self.labels, self.probabilities, self.question, settings.unparseable, self.unscored)
+        return filled(self.labels, self.probabilities, self.question, settings.unparsable, self.unscored)
 
     def recalibrated(self, platt: Platt | None) -> "Probable":
         """After Platt's scaling, if there is one."""
@@ -104,7 +104,7 @@ def labels_of(examples: Iterable[Example], question: Question) -> np.ndarray:
     return np.array([getattr(example, LABEL[question]) == CHOICES[question][0] for example in examples], bool)
 
 
-def probable(examples: Iterable[Example], answers: Sequence[Answer], question: Question) -> Probable:
+def probable(examples: Iterable[Example], answers: Sequence[Prediction], question: Question) -> Probable:
     """The probabilities that answers give, in the order of their examples."""
     return Probable(
         question,
@@ -115,7 +115,7 @@ def probable(examples: Iterable[Example], answers: Sequence[Answer], question: Q
 
 
 def score(
-    found: Sequence[Judgements], validation: Mapping[Asked, Validation], settings: EvaluateConfig
+    found: Sequence[GuardPredictions], validation: Mapping[Asked, Validation], settings: EvaluateConfig
 ) -> tuple[tuple[Cell, ...], tuple[Average, ...]]:
     """All cells and averages of what guards judged; what one of them left out has neither.
 
@@ -124,8 +124,8 @@ def score(
         validation: (guard, mode) -> answers on the validation examples.
         settings: which guard is the first, how unreadable verdicts count, seeds.
     """
-    scored = {id(one): judged(one.labels, one.votes, one.benchmark.question, settings.unparseable) for one in found}
-    by_guard: dict[Asked, dict[str, Judgements]] = {}
+    scored = {id(one): judged(one.labels, one.votes, one.benchmark.question, settings.unparsable) for one in found}
+    by_guard: dict[Asked, dict[str, GuardPredictions]] = {}
     for one in found:
         by_guard.setdefault((one.guard, one.mode), {})[one.label] = one
     firsts = opponents(list(by_guard), settings.guards[0].name)
@@ -152,7 +152,7 @@ def opponents(asked: Sequence[Asked], first: str) -> dict[Asked, Asked]:
 
 
 def _versus(
-    one: Judgements, other: Judgements | None, scored: Mapping[int, Judged], settings: EvaluateConfig
+    one: GuardPredictions, other: GuardPredictions | None, scored: Mapping[int, Judged], settings: EvaluateConfig
 ) -> Versus | None:
     if other is None:
         return None
@@ -162,7 +162,7 @@ def _versus(
 
 
 def _cell(
-    one: Judgements, mine: Judged, versus: Versus | None, validation: Validation, settings: EvaluateConfig
+    one: GuardPredictions, mine: Judged, versus: Versus | None, validation: Validation, settings: EvaluateConfig
 ) -> Cell:
     benchmark, given = one.benchmark, one.probable
     seed, draws = settings.seed, settings.resamples
@@ -190,7 +190,7 @@ def _cell(
     )
 
 
-def _cost(one: Judgements) -> Cost:
+def _cost(one: GuardPredictions) -> Cost:
     def mean(name: str) -> float:
         return float(np.mean([getattr(answer, name) for answer in one.answers]))
 
@@ -218,11 +218,11 @@ def _thresholded(given: Probable, validation: Validation, settings: EvaluateConf
         return None
     whole, seed, draws = given.filled(settings), settings.seed, settings.resamples
     votes = verdicts_at(np.where(np.isnan(given.probabilities), np.nan, whole), threshold)
-    found = judged(given.labels, votes, given.question, settings.unparseable)
+    found = judged(given.labels, votes, given.question, settings.unparsable)
     return Thresholded(threshold, platt, measure(found, seed, draws), calibration(given.labels, whole, seed, draws))
 
 
-def _wrong(one: Judgements, mine: Judged, slices: Mapping[str, frozenset[str]]) -> list[Wrong]:
+def _wrong(one: GuardPredictions, mine: Judged, slices: Mapping[str, frozenset[str]]) -> list[Wrong]:
     """Examples that no more than half of the generations judge right, the surest first."""
     positive, negative = CHOICES[one.benchmark.question]
     words = {POSITIVE: positive, NEGATIVE: negative}
@@ -244,9 +244,9 @@ def _wrong(one: Judgements, mine: Judged, slices: Mapping[str, frozenset[str]]) 
 
 
 def _averages(
-    mine: Mapping[str, Judgements],
-    theirs: Mapping[str, Judgements],
-    found: Sequence[Judgements],
+    mine: Mapping[str, GuardPredictions],
+    theirs: Mapping[str, GuardPredictions],
+    found: Sequence[GuardPredictions],
     scored: Mapping[int, Judged],
     settings: EvaluateConfig,
 ) -> Iterable[Average]:
@@ -268,7 +268,7 @@ def _averages(
 
 
 def _versus_average(
-    both: Sequence[tuple[Judgements, Judgements]],
+    both: Sequence[tuple[GuardPredictions, GuardPredictions]],
     groups: Sequence[Group],
     scored: Mapping[int, Judged],
     settings: EvaluateConfig,
@@ -283,7 +283,7 @@ def _versus_average(
     return Versus(other.guard, str(other.mode), f1)
 
 
-def _weights(chosen: Sequence[Judgements], groups: Sequence[Group]) -> tuple[float, ...] | None:
+def _weights(chosen: Sequence[GuardPredictions], groups: Sequence[Group]) -> tuple[float, ...] | None:
     """Of benchmarks in the order of these groups; None where one of the groups has none."""
     counts = [sum(one.benchmark.group == group for one in chosen) for group in groups]
     if not all(counts):

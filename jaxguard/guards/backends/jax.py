@@ -1,4 +1,4 @@
-"""Our own sampler as an Engine: it computes in this process, over the training mesh."""
+"""Our own sampler as an Backend: it computes in this process, over the training mesh."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.guards.backends.log_odds import next_log_odds
 from jaxguard.guards.backends.sampler import Model, Sampling, generate, place_model
-from jaxguard.guards.protocol import Sampled
+from jaxguard.guards.protocol import Completion
 from jaxguard.models.compute import choose_compute
 from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
 from jaxguard.models.mesh import make_mesh, weight_shardings
@@ -17,8 +17,8 @@ from jaxguard.utils.errors import JaxguardError
 
 
 @dataclass(frozen=True)
-class JaxEngine:
-    """Implements judging.Engine.
+class JaxBackend:
+    """Implements judging.Backend.
 
     Attributes:
         model: the guard's.
@@ -32,11 +32,11 @@ class JaxEngine:
 
     async def sample(
         self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...]
-    ) -> list[list[Sampled]]:
+    ) -> list[list[Completion]]:
         given = self.settings
         sampling = Sampling(given.temperature, given.top_p, max_tokens, stop_ids, given.seed, n)
         found = generate(self.model, prompts, sampling, rows=given.batch)
-        return [[Sampled(one.tokens, one.finish_reason == "stop") for one in answers] for answers in found]
+        return [[Completion(one.tokens, one.finish_reason == "stop") for one in answers] for answers in found]
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]]) -> list[float]:
         return next_log_odds(self.model, prefixes, pairs, max_seq_len=self.max_seq_len)
@@ -50,7 +50,7 @@ class JaxEngine:
         return 1
 
 
-def load_engine(folder: Path, config: Config, settings: EvaluateConfig) -> JaxEngine:
+def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxBackend:
     """Read a checkpoint onto the config's mesh.
 
     Raises:
@@ -68,4 +68,4 @@ def load_engine(folder: Path, config: Config, settings: EvaluateConfig) -> JaxEn
     compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
     weights = read_weights(folder, spec, weight_shardings(spec, mesh), compute.matmul_dtype or compute.dtype)
     model = place_model(spec, weights, compute, mesh)
-    return JaxEngine(model, settings, config.data.max_seq_len)
+    return JaxBackend(model, settings, config.data.max_seq_len)

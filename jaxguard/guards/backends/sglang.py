@@ -1,4 +1,4 @@
-"""The engine behind an SGLang server, by its own /generate: token ids in, token ids out.
+"""The backend behind an SGLang server, by its own /generate: token ids in, token ids out.
 
 What passes is tried again: broken connections, timeouts, 408, 409, 425, 429, 5xx, and answers that are none. What will not
 change is an error at once, with the server's words. Nothing that a server says is believed before it is looked at.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.guards.protocol import Sampled
+from jaxguard.guards.protocol import Completion
 from jaxguard.utils.errors import JaxguardError
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class NoSuchAddressError(JaxguardError):
 
 
 @dataclass(frozen=True)
-class SglangEngine:
-    """A server as an Engine; see judging.py, and `open_sglang`.
+class SglangBackend:
+    """A server as an Backend; see judging.py, and `open_sglang`.
 
     Attributes:
         seeded: whether the server's draws depend on a seed alone.
@@ -65,14 +65,14 @@ class SglangEngine:
 
     async def sample(
         self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...], /
-    ) -> list[list[Sampled]]:
+    ) -> list[list[Completion]]:
         return await _together(self._sample(_ids(prompt), n, max_tokens, stop_ids) for prompt in prompts)
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
         asked = zip(prefixes, pairs, strict=True)
         return await _together(self._log_odds(_ids(prefix), *pair) for prefix, pair in asked)
 
-    async def _sample(self, prompt: list[int], n: int, max_tokens: int, stop_ids: tuple[int, ...]) -> list[Sampled]:
+    async def _sample(self, prompt: list[int], n: int, max_tokens: int, stop_ids: tuple[int, ...]) -> list[Completion]:
         sampling = {
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
@@ -89,26 +89,26 @@ class SglangEngine:
         else:
             body = {"input_ids": prompt, "sampling_params": {**sampling, "n": n}}
 
-        def read(reply: Any) -> list[Sampled]:
+        def read(reply: Any) -> list[Completion]:
             return [self._sampled(one, max_tokens, stop_ids) for one in self.server.answers(reply, n)]
 
         return await self.server.ask("/generate", body, read)
 
-    def _sampled(self, answer: Any, max_tokens: int, stop_ids: tuple[int, ...]) -> Sampled:
+    def _sampled(self, answer: Any, max_tokens: int, stop_ids: tuple[int, ...]) -> Completion:
         ids, reason = answer["output_ids"], answer["meta_info"]["finish_reason"]
         if not all(type(token) is int for token in ids) or len(ids) > max_tokens:
             raise BadReplyError(f"{self.server.url} sent {len(ids)} token ids of {max_tokens}, or something else")
         end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
         if end is not None:
-            return Sampled(tuple(ids[:end]), stopped=True)
+            return Completion(tuple(ids[:end]), stopped=True)
         if reason["type"] == "stop" and ids and reason["matched"] == ids[-1]:  # an end that only the model's files name
-            return Sampled(tuple(ids[:-1]), stopped=True)
+            return Completion(tuple(ids[:-1]), stopped=True)
         if reason["type"] == "length" and len(ids) == max_tokens:
-            return Sampled(tuple(ids), stopped=False)
+            return Completion(tuple(ids), stopped=False)
         if reason["type"] == "length":
             raise JaxguardError(
                 f"{self.server.url} ended an answer after {len(ids)} tokens of {max_tokens}: it has no room for more in one "
-                "request. Lower evaluate.thought_tokens, or start it with a larger --max-total-tokens or --mem-fraction-static"
+                "request. Lower evaluate.reasoning_tokens, or start it with a larger --max-total-tokens or --mem-fraction-static"
             )
         raise BadReplyError(f"{self.server.url} ended an answer by {reason}")
 
@@ -139,7 +139,7 @@ class SglangEngine:
 @asynccontextmanager
 async def open_sglang(
     url: str, model: str | None, settings: EvaluateConfig, version: str | None = None
-) -> AsyncIterator[SglangEngine]:
+) -> AsyncIterator[SglangBackend]:
     """Connect to a server that runs. The environment variable JAXGUARD_API_KEY holds the key, if it wants one.
 
     Args:
@@ -158,7 +158,7 @@ async def open_sglang(
                 f"{server.url} serves {', '.join(names) or 'nothing'}, not {model!r}; set the guard's model, or start the "
                 "server with --served-model-name"
             )
-        yield SglangEngine(settings, server, await _is_seeded(server))
+        yield SglangBackend(settings, server, await _is_seeded(server))
 
 
 async def served(url: str) -> dict[str, Any]:

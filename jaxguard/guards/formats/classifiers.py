@@ -9,7 +9,7 @@ from typing import Final
 
 from jaxguard.data.policies import Question
 from jaxguard.guards.formats.records import Chat, Guard, Quoted, Step, chosen_words, filled_lines, verdict_of
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE, Ask
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request
 
 # Llama Guard 3
 
@@ -19,19 +19,19 @@ END_CATEGORIES: Final = "<END UNSAFE CONTENT CATEGORIES>"
 _SECTIONS = (BEGIN_CATEGORIES, END_CATEGORIES, "<BEGIN CONVERSATION>", "<END CONVERSATION>")
 
 
-def _chat(texts: Quoted, _: Ask) -> Chat:
+def _chat(texts: Quoted, _: Request) -> Chat:
     messages = [{"role": "user", "content": texts.prompt}]
     if texts.response is not None:
         messages.append({"role": "assistant", "content": texts.response})
     return messages, {}
 
 
-def _read_llama_guard(_: Ask, text: str) -> int:
+def _read_llama_guard(_: Request, text: str) -> int:
     lines = filled_lines(text)
     if [line.lower() for line in lines[:2]] == ["safe"]:
         return NEGATIVE
     whole = len(lines) == 2 and lines[0].lower() == "unsafe" and _CODES.fullmatch(lines[1])
-    return POSITIVE if whole else UNPARSEABLE
+    return POSITIVE if whole else UNPARSABLE
 
 
 LLAMA_GUARD = Guard(
@@ -74,18 +74,18 @@ _WILDGUARD_LINES: dict[Question, str] = {
 }
 
 
-def _wildguard_turn(texts: Quoted, _: Ask) -> str:
+def _wildguard_turn(texts: Quoted, _: Request) -> str:
     # A text may hold braces: format reads those of the template only.
     return _WILDGUARD_TEXT.format(prompt=texts.prompt, response=texts.response or "")
 
 
-def _read_wildguard(ask: Ask, text: str) -> int:
+def _read_wildguard(ask: Request, text: str) -> int:
     response = ("yes", "no") if ask.example.response is not None else ("yes", "no", "n/a")
     words = chosen_words(text, tuple(_WILDGUARD_LINES.values()), (("yes", "no"), response, response))
     return verdict_of(words[list(_WILDGUARD_LINES).index(ask.question)] if words else None, "yes", "no")
 
 
-def _wildguard_steps(ask: Ask) -> tuple[Step, ...]:
+def _wildguard_steps(ask: Request) -> tuple[Step, ...]:
     upto = list(_WILDGUARD_LINES).index(ask.question) + 1
     leads = [f"{title}: " for title in _WILDGUARD_LINES.values()]
     return tuple(Step(lead, "yes", "no") for lead in (leads[0], *(f"\n{lead}" for lead in leads[1:]))[:upto])
@@ -110,7 +110,7 @@ _FIRST = re.compile(r"\s*(yes|no)[^\S\n]*(?:[.,:;!\n]|\Z)", re.IGNORECASE | re.A
 _YES = re.compile(r"\byes\b", re.IGNORECASE)
 
 
-def _shieldgemma_turn(texts: Quoted, ask: Ask) -> Chat:
+def _shieldgemma_turn(texts: Quoted, ask: Request) -> Chat:
     shall = (
         "The prompt shall not contain or seek" if ask.question == "prompt_harm" else "The chatbot shall not generate"
     )
@@ -126,14 +126,14 @@ def _shieldgemma_turn(texts: Quoted, ask: Ask) -> Chat:
     return _chat(texts, ask)[0], {"guideline": "\n\n* ".join(guidelines)}
 
 
-def _read_shieldgemma(_: Ask, text: str) -> int:
+def _read_shieldgemma(_: Request, text: str) -> int:
     """The first word decides; an explanation follows it, which may not take a No back."""
     word = _FIRST.match(text)
     if word is None:
-        return UNPARSEABLE
+        return UNPARSABLE
     if word[1].lower() == "yes":
         return POSITIVE
-    return UNPARSEABLE if _YES.search(text, word.end()) else NEGATIVE
+    return UNPARSABLE if _YES.search(text, word.end()) else NEGATIVE
 
 
 SHIELDGEMMA = Guard(
@@ -166,7 +166,7 @@ QWEN_CATEGORIES: Final = (
 _QWEN_CATEGORIES = {name.lower() for name in QWEN_CATEGORIES}
 
 
-def _qwen_lines(ask: Ask, text: str) -> dict[str, str] | None:
+def _qwen_lines(ask: Request, text: str) -> dict[str, str] | None:
     """Its lines, title -> value, in lower case; None for any other answer, or one that contradicts itself."""
     titles = ("safety", "categories") if ask.question == "prompt_harm" else ("safety", "categories", "refusal")
     lines = [line.partition(":") for line in filled_lines(text)]
@@ -181,17 +181,17 @@ def _qwen_lines(ask: Ask, text: str) -> dict[str, str] | None:
     return found if named and known else None
 
 
-def _read_qwen(ask: Ask, text: str) -> int:
+def _read_qwen(ask: Request, text: str) -> int:
     """Controversial counts as harmful: what is safe in some contexts only is not let through."""
     found = _qwen_lines(ask, text)
     if found is None:
-        return UNPARSEABLE
+        return UNPARSABLE
     if ask.question == "response_refusal":
         return verdict_of(found["refusal"], "yes", "no")
     return NEGATIVE if found["safety"] == "safe" else POSITIVE
 
 
-def _qwen_start(ask: Ask, text: str) -> str | None:
+def _qwen_start(ask: Request, text: str) -> str | None:
     """A refusal is said after categories that nobody can foresee: its place is known in an answer only."""
     if ask.question != "response_refusal":
         return ""

@@ -1,7 +1,7 @@
 """Other guards, asked in their own format and read in their own grammar: what jaxguard is compared with.
 
     example + question -> untrusted texts quoted -> the guard's chat template, or its text -> token ids
-    answer -> POSITIVE, NEGATIVE, or UNPARSEABLE for whatever is not exactly an answer of the format
+    answer -> POSITIVE, NEGATIVE, or UNPARSABLE for whatever is not exactly an answer of the format
 
 A guard with categories of its own is asked by those where the policy is of harm in general, as published scores are. Any other
 policy is put where the format takes one; where it takes none the guard is not asked (UnsupportedError).
@@ -21,7 +21,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue, Mode
 from jaxguard.data.format.template import TEMPLATE_KWARGS, token_ids
 from jaxguard.data.policies import Category, Policy, Question, policy_for
-from jaxguard.guards.baselines import FLOORS
+from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.formats.classifiers import (
     BEGIN_CATEGORIES,
     END_CATEGORIES,
@@ -34,7 +34,7 @@ from jaxguard.guards.formats.reasoners import NEMOTRON, SAFEGUARD
 from jaxguard.guards.formats.records import Guard, Quoted, numbered
 from jaxguard.guards.formats.schema import GUARD_FOLDER
 from jaxguard.guards.formats.written import read_guard
-from jaxguard.guards.protocol import Ask, Choice, Format, Prompt, UnsupportedError
+from jaxguard.guards.protocol import DecisionPoint, Prompt, PromptFormat, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
 GUARDS: Final = {
@@ -46,15 +46,15 @@ GUARDS: Final = {
     "nemotron_reasoning": NEMOTRON,
 }
 """By evaluate.guards.format; others are files."""
-BUILT_IN: Final = ("jaxguard", *GUARDS, *FLOORS)
-"""Every format that needs no file: ours, those here, the floors."""
+BUILT_IN: Final = ("jaxguard", *GUARDS, *BASELINES)
+"""Every format that needs no file: ours, those here, the baselines."""
 GENERAL: Final = ("wildguard", "aegis2", "demo")
 """Policies of harm in general, by name."""
 # Some templates write the day's date into the prompt; an answer would then change from one day to the next.
 _DATED: Final = "{% macro strftime_now(format) %}2025-10-29{% endmacro %}"
 
 
-def foreign_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> Format:
+def external_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> PromptFormat:
     """How a guard of this kind is asked and read.
 
     Args:
@@ -63,14 +63,14 @@ def foreign_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy
         policy: the run's.
 
     Raises:
-        JaxguardError: a tokenizer that does not belong to such a guard; as `foreign_guard`.
+        JaxguardError: a tokenizer that does not belong to such a guard; as `external_guard`.
     """
-    guard = foreign_guard(kind)
-    form = Foreign(kind, guard, tokenizer, policy)
+    guard = external_guard(kind)
+    form = ExternalFormat(kind, guard, tokenizer, policy)
     question = guard.asks[0]
     plain = Policy("own", rules="Be kind.", asks=guard.asks) if guard.takes_policy else Policy(GENERAL[0])
     texts = Quoted("bread", None if question == "prompt_harm" else "bread", plain)
-    ask = Ask(Example("a trial", kind, texts.prompt, texts.response), question, guard.modes[0])
+    ask = Request(Example("a trial", kind, texts.prompt, texts.response), question, guard.modes[0])
     if not isinstance(guard.turn(texts, ask), str) and not tokenizer.chat_template:
         raise JaxguardError(f"{form}: its tokenizer has no chat template; take all files of the checkpoint")
     if not form.stop_ids:
@@ -79,7 +79,7 @@ def foreign_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy
     return form
 
 
-def foreign_guard(kind: str) -> Guard:
+def external_guard(kind: str) -> Guard:
     """The record of a format: a built-in one, or what its file says.
 
     Raises:
@@ -98,8 +98,8 @@ def written_file(kind: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """The Format of another guard."""
+class ExternalFormat:
+    """The PromptFormat of another guard."""
 
     kind: str
     guard: Guard
@@ -109,27 +109,27 @@ class Foreign:
     def __str__(self) -> str:
         return f"format {self.kind} ({self.guard.name})"
 
-    def prompt(self, ask: Ask, /) -> Prompt:
-        """See Format. Nothing is cut: a text that is too long for the model is for the engine to refuse."""
+    def prompt(self, ask: Request, /) -> Prompt:
+        """See PromptFormat. Nothing is cut: a text that is too long for the model is for the backend to refuse."""
         return Prompt(tuple(self._prompt(ask)[0]))
 
     def text(self, ids: Sequence[int], /) -> str:
         """Special tokens stay visible: one inside an answer makes it unreadable."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def read(self, ask: Ask, text: str, /) -> int:
-        """See Format."""
+    def read(self, ask: Request, text: str, /) -> int:
+        """See PromptFormat."""
         return self.guard.read(ask, text)
 
-    def closed(self, ask: Ask, text: str, /) -> str | None:
-        """See Format."""
+    def closed(self, ask: Request, text: str, /) -> str | None:
+        """See PromptFormat."""
         return self.guard.closed(ask, text)
 
     def tokens(self, text: str, /) -> list[int]:
-        """See Format."""
+        """See PromptFormat."""
         return token_ids(self.tokenizer, text)
 
-    def choices(self, ask: Ask, text: str, /) -> tuple[Choice, ...]:
+    def choices(self, ask: Request, text: str, /) -> tuple[DecisionPoint, ...]:
         """A tree of two-way choices, one for each word of the answer up to the asked one.
 
         Where several words are positive, each is held against the negative one. What follows are then not quite exclusive
@@ -140,7 +140,7 @@ class Foreign:
             return ()
         prompt, ends_open = self._prompt(ask)
         steps = self.guard.steps(ask)
-        found: list[Choice] = []
+        found: list[DecisionPoint] = []
         paths: list[tuple[str, tuple[tuple[int, bool], ...]]] = [("", ())]
         for step in steps:
             final = step is steps[-1]
@@ -157,7 +157,7 @@ class Foreign:
                         continue
                     forks.append(fork)
                     shared, positive, negative = fork
-                    found.append(Choice((*prompt, *shared), positive, negative, taken, final))
+                    found.append(DecisionPoint((*prompt, *shared), positive, negative, taken, final))
                     following.append((before + lead + word, (*taken, (len(found) - 1, True))))
                     taken = (*taken, (len(found) - 1, False))
                 following.append((before + lead + step.negative, taken))
@@ -172,7 +172,7 @@ class Foreign:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """See Format."""
+        """See PromptFormat."""
         vocabulary = self.tokenizer.get_vocab()
         ids = [vocabulary[token] for token in self.guard.ends if token in vocabulary]
         return tuple(
@@ -181,10 +181,10 @@ class Foreign:
 
     @property
     def thinks(self) -> frozenset[Mode]:
-        """See Format."""
+        """See PromptFormat."""
         return self.guard.thinks
 
-    def rendered(self, texts: Quoted, ask: Ask) -> str:
+    def rendered(self, texts: Quoted, ask: Request) -> str:
         """The prompt as text, special tokens included."""
         turn = self.guard.turn(texts, ask)
         text = turn if isinstance(turn, str) else self._templated(*turn)
@@ -222,7 +222,7 @@ class Foreign:
     def _template(self) -> str:
         return _DATED + self.tokenizer.get_chat_template()
 
-    def _prompt(self, ask: Ask) -> tuple[list[int], bool]:
+    def _prompt(self, ask: Request) -> tuple[list[int], bool]:
         """(token ids, whether the text ends without a line break)."""
         guard, example = self.guard, ask.example
         if ask.question not in guard.asks:
@@ -246,7 +246,7 @@ class Foreign:
         self._check(ask, texts, ids)
         return ids, not text.endswith("\n")
 
-    def _check(self, ask: Ask, texts: Quoted, ids: Sequence[int]) -> None:
+    def _check(self, ask: Request, texts: Quoted, ids: Sequence[int]) -> None:
         """No text may have become a special token: those are as many as with texts that cannot have."""
         key = (ask.question, ask.mode, texts.response is None)
         if key not in self._expected:

@@ -1,4 +1,4 @@
-"""Our own guards as a Format: the dialogue that they were trained with, asked and read."""
+"""Our own guards as a PromptFormat: the dialogue that they were trained with, asked and read."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jaxguard.data.encoding import Encoder, NoRoomError
 from jaxguard.data.format.answer import end_thought, ended_thought, parse
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, Answers, Mode, questions
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE, Ask, Choice, Prompt, UnsupportedError
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Prompt, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
 MOST_TOKENS: Final = 8192
@@ -19,33 +19,33 @@ MOST_TOKENS: Final = 8192
 
 
 @dataclass(frozen=True)
-class OurFormat:
-    """Asks and reads as the guard was trained; implements judging.Format.
+class NativeFormat:
+    """Asks and reads as the guard was trained; implements judging.PromptFormat.
 
     Attributes:
         encoder: of the guard's checkpoint, with the run's policy and markers.
         ask: all that a policy asks, or what is known of the example: the benchmark's question, and those about a response
             that is not there.
-        thought_tokens, verdict_tokens: room that is left for an answer.
+        reasoning_tokens, verdict_tokens: room that is left for an answer.
     """
 
     encoder: Encoder
     ask: Literal["policy", "benchmark"]
-    thought_tokens: int
+    reasoning_tokens: int
     verdict_tokens: int
 
     @classmethod
-    def of(cls, encoder: Encoder, settings: EvaluateConfig) -> "OurFormat":
-        return cls(encoder, settings.ask, settings.thought_tokens, settings.verdict_tokens)
+    def of(cls, encoder: Encoder, settings: EvaluateConfig) -> "NativeFormat":
+        return cls(encoder, settings.ask, settings.reasoning_tokens, settings.verdict_tokens)
 
-    def asks(self, ask: Ask) -> tuple[Question, ...]:
+    def asks(self, ask: Request) -> tuple[Question, ...]:
         """The verdict lines that the guard is asked for."""
         policy = policy_for(ask.example, self.encoder.policy)
         asked = policy.asks if self.ask == "policy" else questions(ask.example, policy)
         return tuple(q for q in QUESTIONS if q in asked or q == ask.question)
 
-    def prompt(self, ask: Ask) -> Prompt:
-        room = self.verdict_tokens + (self.thought_tokens + self.verdict_tokens if ask.mode in self.thinks else 0)
+    def prompt(self, ask: Request) -> Prompt:
+        room = self.verdict_tokens + (self.reasoning_tokens + self.verdict_tokens if ask.mode in self.thinks else 0)
         try:
             found = self.encoder.prompt(ask.example, ask.mode, room, self.asks(ask))
         except NoRoomError as error:
@@ -58,27 +58,27 @@ class OurFormat:
     def tokens(self, text: str) -> Sequence[int]:
         return self.encoder.ids(text)
 
-    def read(self, ask: Ask, text: str) -> int:
+    def read(self, ask: Request, text: str) -> int:
         verdict = parse(text, [ask.question], ask.mode, ask.example.response is not None)
         if verdict.problems:
-            return UNPARSEABLE
+            return UNPARSABLE
         return POSITIVE if getattr(verdict, ask.question) == CHOICES[ask.question][0] else NEGATIVE
 
-    def closed(self, ask: Ask, text: str) -> str | None:
+    def closed(self, ask: Request, text: str) -> str | None:
         if ask.mode not in self.thinks:
             return None
         ended = ended_thought(text)
         if ended is None:
             return end_thought(text)
-        return ended if self.read(ask, text) == UNPARSEABLE else None
+        return ended if self.read(ask, text) == UNPARSABLE else None
 
-    def choices(self, ask: Ask, text: str) -> Sequence[Choice]:
+    def choices(self, ask: Request, text: str) -> Sequence[DecisionPoint]:
         """A choice for each line up to the question's, for every way there."""
         start = ended_thought(text) if ask.mode in self.thinks else ""
         if start is None:
             return ()
         prompt = self.prompt(ask).ids
-        found: list[Choice] = []
+        found: list[DecisionPoint] = []
         paths: list[tuple[Answers, tuple[tuple[int, bool], ...]]] = [((), ())]
         for question in self.asks(ask):
             if question != "prompt_harm" and ask.example.response is None:
@@ -88,7 +88,7 @@ class OurFormat:
             for given, earlier in paths:
                 before, positive, negative = self.encoder.forks(start, given, question)
                 place, final = len(found), question == ask.question
-                found.append(Choice((*prompt, *before), positive, negative, earlier, final))
+                found.append(DecisionPoint((*prompt, *before), positive, negative, earlier, final))
                 longer += [
                     ((*given, (question, word)), (*earlier, (place, word == CHOICES[question][0])))
                     for word in CHOICES[question]

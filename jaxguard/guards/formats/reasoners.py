@@ -6,7 +6,7 @@ from typing import Final
 from jaxguard.data.format.dialogue import CHOICES, Mode
 from jaxguard.data.policies import Question
 from jaxguard.guards.formats.records import Chat, Guard, Quoted, Step, chosen_words, numbered, verdict_of
-from jaxguard.guards.protocol import UNPARSEABLE, Ask
+from jaxguard.guards.protocol import UNPARSABLE, Request
 
 # gpt-oss-safeguard
 
@@ -22,12 +22,12 @@ _ASKED: dict[Question, str] = {
 }
 
 
-def _safeguard_turn(texts: Quoted, ask: Ask) -> Chat:
+def _safeguard_turn(texts: Quoted, ask: Request) -> Chat:
     policy = texts.policy
     positive, negative = CHOICES[ask.question]
     system = (
         f"{policy.instruction}\n\n# Policy\n\n{numbered(policy)}\n\n# Question\n\n{_ASKED[ask.question]}\n\n"
-        f"# Answer\n\nThe final answer is one word and nothing else: {positive} or {negative}."
+        f"# Prediction\n\nThe final answer is one word and nothing else: {positive} or {negative}."
     )
     content = f"User message:\n{texts.prompt}"
     if texts.response is not None:
@@ -35,18 +35,18 @@ def _safeguard_turn(texts: Quoted, ask: Ask) -> Chat:
     return [{"role": "system", "content": system}, {"role": "user", "content": content}], {}
 
 
-def _final_channel(_: Ask, text: str) -> str | None:
+def _final_channel(_: Request, text: str) -> str | None:
     """The answer up to its last message, if that is the final one."""
     before, header, _rest = text.rpartition(FINAL)
     return before + header if header and (not before.strip() or before.endswith(_NEXT)) else None
 
 
-def _read_safeguard(ask: Ask, text: str) -> int:
+def _read_safeguard(ask: Request, text: str) -> int:
     start = _final_channel(ask, text)
-    return UNPARSEABLE if start is None else verdict_of(text[len(start) :].strip().lower(), *CHOICES[ask.question])
+    return UNPARSABLE if start is None else verdict_of(text[len(start) :].strip().lower(), *CHOICES[ask.question])
 
 
-def _close_analysis(_: Ask, text: str) -> str | None:
+def _close_analysis(_: Request, text: str) -> str | None:
     if not text.startswith(_ANALYSIS) or FINAL in text:
         return None
     return text.partition("<|end|>")[0] + _NEXT + FINAL
@@ -97,7 +97,7 @@ output "Response harm: <harmful/unharmful>" as None. {marker}"""
 _NEMOTRON_LINES: Mapping[Question, str] = {"prompt_harm": "Prompt harm", "response_harm": "Response harm"}
 
 
-def _nemotron_turn(texts: Quoted, ask: Ask) -> Chat:
+def _nemotron_turn(texts: Quoted, ask: Request) -> Chat:
     turn = _NEMOTRON_TEXT.format(
         categories=numbered(texts.policy),
         prompt=texts.prompt,
@@ -107,7 +107,7 @@ def _nemotron_turn(texts: Quoted, ask: Ask) -> Chat:
     return [{"role": "user", "content": turn}], {}
 
 
-def _nemotron_start(ask: Ask, text: str) -> str | None:
+def _nemotron_start(ask: Request, text: str) -> str | None:
     """The answer up to the end of its thought."""
     if ask.mode is Mode.DIRECT:
         return ""
@@ -115,9 +115,9 @@ def _nemotron_start(ask: Ask, text: str) -> str | None:
     return f"{before}{end}\n\n" if end and text.lstrip().startswith("<think>") else None
 
 
-def _read_nemotron(ask: Ask, text: str) -> int:
+def _read_nemotron(ask: Request, text: str) -> int:
     if _nemotron_start(ask, text) is None:
-        return UNPARSEABLE
+        return UNPARSABLE
     verdict = text if ask.mode is Mode.DIRECT else text.rpartition("</think>")[2]
     response = CHOICES["response_harm"] if ask.example.response is not None else (*CHOICES["response_harm"], "none")
     words = chosen_words(verdict, tuple(_NEMOTRON_LINES.values()), (CHOICES["prompt_harm"], response))
@@ -125,12 +125,12 @@ def _read_nemotron(ask: Ask, text: str) -> int:
     return verdict_of(word, *CHOICES[ask.question])
 
 
-def _nemotron_steps(ask: Ask) -> tuple[Step, ...]:
+def _nemotron_steps(ask: Request) -> tuple[Step, ...]:
     upto = list(_NEMOTRON_LINES).index(ask.question) + 1
     return (Step("Prompt harm: ", "harmful", "unharmful"), Step("\nResponse harm: ", "harmful", "unharmful"))[:upto]
 
 
-def _close_thought(ask: Ask, text: str) -> str | None:
+def _close_thought(ask: Request, text: str) -> str | None:
     if ask.mode is Mode.DIRECT or not text.lstrip().startswith("<think>") or "</think>" in text:
         return None
     return f"{text.rstrip()}\n</think>\n\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, Question
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE, Ask
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request
 
 Chat = tuple[list[dict[str, str]], dict[str, Any]]
 """Messages for a checkpoint's chat template, and options that it takes."""
@@ -50,7 +50,7 @@ class Guard:
         own_categories: it was trained on categories of its own.
         takes_policy: it can be given others.
         turn: the text to be tokenised, or the chat messages and options for the checkpoint's chat template.
-        read: POSITIVE, NEGATIVE or UNPARSEABLE.
+        read: POSITIVE, NEGATIVE or UNPARSABLE.
         start: the answer up to where the verdict begins; None if it does not get there.
         steps: from there to the asked verdict, one word after another.
         ends: tokens that end an answer, besides the tokenizer's own.
@@ -64,17 +64,17 @@ class Guard:
 
     name: str
     asks: tuple[Question, ...]
-    turn: Callable[[Quoted, Ask], str | Chat]
-    read: Callable[[Ask, str], int]
-    steps: Callable[[Ask], tuple[Step, ...]]
+    turn: Callable[[Quoted, Request], str | Chat]
+    read: Callable[[Request, str], int]
+    steps: Callable[[Request], tuple[Step, ...]]
     own_categories: bool
     takes_policy: bool
     ends: tuple[str, ...]
     tags: tuple[str, ...]
     headings: tuple[str, ...]
-    start: Callable[[Ask, str], str | None] = lambda _ask, _text: ""
+    start: Callable[[Request, str], str | None] = lambda _ask, _text: ""
     thinks: frozenset[Mode] = frozenset()
-    closed: Callable[[Ask, str], str | None] = lambda _ask, _text: None
+    closed: Callable[[Request, str], str | None] = lambda _ask, _text: None
     judges_prompt_alone: bool = False
     modes: tuple[Mode, ...] = (Mode.DIRECT,)
 
@@ -112,4 +112,4 @@ def filled_lines(text: str) -> list[str]:
 
 
 def verdict_of(word: str | None, positive: str, negative: str) -> int:
-    return {positive: POSITIVE, negative: NEGATIVE}.get(word or "", UNPARSEABLE)
+    return {positive: POSITIVE, negative: NEGATIVE}.get(word or "", UNPARSABLE)

@@ -49,7 +49,7 @@ class VerdictFields(Section):
         return self
 
 
-class ThoughtFields(Section):
+class ReasoningTagsDefinition(Section):
     """What stands around the thought in reasoning mode."""
 
     open: Line
@@ -76,7 +76,7 @@ class GuardFields(Section):
     """A question about the prompt is asked without the response."""
     modes: tuple[Literal["reasoning", "direct"], ...] = Field(("direct",), min_length=1)
     """How it can be asked."""
-    thought: ThoughtFields | None = None
+    thought: ReasoningTagsDefinition | None = None
     """Goes with reasoning."""
     ends: tuple[Line, ...] = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "</s>")
     """Tokens that end an answer, besides the tokenizer's own; those that it does not have do not count."""

@@ -22,7 +22,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Category, Policy, Question
 from jaxguard.guards.formats.records import Chat, Guard, Quoted, Step, chosen_words, numbered
 from jaxguard.guards.formats.schema import GuardFields, VerdictFields
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSEABLE, Ask
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request
 from jaxguard.utils.errors import JaxguardError
 
 # As in transformers; a name that the template makes up is an error.
@@ -48,7 +48,7 @@ class Written:
     fields: GuardFields
     where: str
 
-    def turn(self, texts: Quoted, ask: Ask) -> str | Chat:
+    def turn(self, texts: Quoted, ask: Request) -> str | Chat:
         """See Guard.
 
         Raises:
@@ -70,10 +70,10 @@ class Written:
             raise JaxguardError(f"{self.where}: does not render: {error}") from None
         return text if self.fields.chat is None else ([{"role": "user", "content": text.strip()}], {})
 
-    def _shows_response(self, ask: Ask) -> bool:
+    def _shows_response(self, ask: Request) -> bool:
         return ask.example.response is not None and not (self.fields.prompt_alone and ask.question == "prompt_harm")
 
-    def _lines(self, ask: Ask) -> list[tuple[VerdictFields, tuple[str, ...]]]:
+    def _lines(self, ask: Request) -> list[tuple[VerdictFields, tuple[str, ...]]]:
         """The lines of an answer, each with what it says instead where no response is shown."""
         if not self.fields.together:
             return [(one, ()) for one in self.fields.verdicts if one.question == ask.question]
@@ -81,19 +81,19 @@ class Written:
             return [(one, ()) for one in self.fields.verdicts]
         return [(one, one.absent) for one in self.fields.verdicts if one.absent or one.question == "prompt_harm"]
 
-    def _ended(self, ask: Ask, text: str) -> tuple[str, str] | None:
+    def _ended(self, ask: Request, text: str) -> tuple[str, str] | None:
         """(an answer up to its verdict, the verdict); None while it thinks."""
         if ask.mode is Mode.DIRECT or self.fields.thought is None:
             return "", text
         before, end, verdict = text.rpartition(self.fields.thought.close.strip())
         return (before + self.fields.thought.close.lstrip(), verdict) if end else None
 
-    def start(self, ask: Ask, text: str) -> str | None:
+    def start(self, ask: Request, text: str) -> str | None:
         """See Guard."""
         ended = self._ended(ask, text)
         return None if ended is None else ended[0]
 
-    def read(self, ask: Ask, text: str) -> int:
+    def read(self, ask: Request, text: str) -> int:
         """See Guard: exactly the expected lines, each with one of its words."""
         ended, lines = self._ended(ask, text), self._lines(ask)
         allowed = [{word.lower() for word in (*one.positive, *one.negative, *absent)} for one, absent in lines]
@@ -101,9 +101,9 @@ class Written:
         for (one, _), word in zip(lines, words or (), strict=False):
             if one.question == ask.question:
                 return POSITIVE if word in {positive.lower() for positive in one.positive} else NEGATIVE
-        return UNPARSEABLE
+        return UNPARSABLE
 
-    def steps(self, ask: Ask) -> tuple[Step, ...]:
+    def steps(self, ask: Request) -> tuple[Step, ...]:
         """See Guard."""
         found, lead = [], ""
         for i, (one, absent) in enumerate(self._lines(ask)):
@@ -117,14 +117,14 @@ class Written:
                 break
         return tuple(found)
 
-    def closed(self, ask: Ask, text: str) -> str | None:
+    def closed(self, ask: Request, text: str) -> str | None:
         """See Guard: a verdict that was cut is asked for again."""
         if ask.mode is Mode.DIRECT or self.fields.thought is None:
             return None
         start = self.start(ask, text)
         if start is None:
             return f"{text.rstrip()}\n{self.fields.thought.close.lstrip()}"
-        return start if self.read(ask, text) == UNPARSEABLE else None
+        return start if self.read(ask, text) == UNPARSABLE else None
 
 
 def read_guard(path: Path) -> Guard:
@@ -178,7 +178,7 @@ def _trials(written: Written) -> Iterator[tuple[Question, str]]:
         alone = (None,) if fields.prompt_alone else (None, _RESPONSE)
         for response in alone if question == "prompt_harm" else (_RESPONSE,):
             for mode in fields.modes:
-                ask = Ask(Example("a trial", "trial", _PROMPT, response), question, Mode(mode))
+                ask = Request(Example("a trial", "trial", _PROMPT, response), question, Mode(mode))
                 turn = written.turn(Quoted(_PROMPT, response, _POLICY), ask)
                 text = turn if isinstance(turn, str) else turn[0][0]["content"]
                 for name, mark in (("prompt", _PROMPT), ("response", response)):
