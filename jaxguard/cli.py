@@ -20,10 +20,10 @@ from rich.text import Text
 
 import jaxguard
 from jaxguard.config import CONFIG_FOLDER, Config, dump, load
-from jaxguard.utils.errors import JaxguardError, OtherInputsError
+from jaxguard.utils.errors import JaxguardError, ProvenanceError
 
 USER_ERROR = 2
-OTHER_INPUTS = 3
+PROVENANCE_CHANGED = 3
 INTERRUPTED = 130
 
 EPILOG = """\
@@ -84,7 +84,7 @@ def _first_line(file: Path) -> str:
     return what if separator and command.startswith("`") else line
 
 
-def run_door(
+def run_stage(
     stage: str,
     description: str,
     main: Callable[[argparse.Namespace, Config], int | None],
@@ -103,13 +103,13 @@ def run_door(
         commands: doors behind this one: `python -m jaxguard.STAGE COMMAND ...` opens commands[COMMAND].
 
     Returns:
-        main's code; 2 after a JaxguardError or a full disk, whose message went to stderr, 3 after an OtherInputsError;
+        main's code; 2 after a JaxguardError or a full disk, whose message went to stderr, 3 after an ProvenanceError;
         130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if commands and arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
-    parser = door_parser(stage, description)
+    parser = stage_parser(stage, description)
     if extend is not None:
         extend(parser)
 
@@ -126,11 +126,11 @@ def run_door(
 
 
 def exit_code(run: Callable[[], int | None]) -> int:
-    """What `run` returns, None meaning 0; else the code of what it raised, said on stderr: see `run_door`."""
+    """What `run` returns, None meaning 0; else the code of what it raised, said on stderr: see `run_stage`."""
     try:
         return run() or 0
-    except OtherInputsError as error:
-        return _complain(str(error), OTHER_INPUTS)
+    except ProvenanceError as error:
+        return _complain(str(error), PROVENANCE_CHANGED)
     except JaxguardError as error:
         return _complain(str(error))
     except OSError as error:
@@ -144,7 +144,7 @@ def exit_code(run: Callable[[], int | None]) -> int:
         return INTERRUPTED
 
 
-def door_parser(stage: str, description: str) -> argparse.ArgumentParser:
+def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
     """The options that every stage has."""
     known = ", ".join(sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))) or "none; run from the project's root"
     parser = argparse.ArgumentParser(

@@ -5,7 +5,7 @@ import errno
 import pytest
 import yaml
 
-from jaxguard.cli import run_door
+from jaxguard.cli import run_stage
 from jaxguard.config import dump, load
 from jaxguard.utils.errors import JaxguardError
 
@@ -20,7 +20,7 @@ def config(tmp_path):
 
 
 def door(argv, main=lambda options, config: None, extend=None):
-    return run_door("stage", "Does things.", main, extend, argv)
+    return run_stage("stage", "Does things.", main, extend, argv)
 
 
 def test_main_gets_options_and_config(config):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jaxguard.cli import run_door
+from jaxguard.cli import run_stage
 from jaxguard.config import Config
 from jaxguard.data import encoding as encode
 from jaxguard.data import prepare
@@ -39,11 +39,11 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_door("data", DESCRIPTION, _main, _extend, argv, {"build": _build_door})
+    return run_stage("data", DESCRIPTION, _main, _extend, argv, {"build": _build_command})
 
 
-def _build_door(argv: Sequence[str]) -> int:
-    return run_door("data build", BUILD, _build, argv=argv)
+def _build_command(argv: Sequence[str]) -> int:
+    return run_stage("data build", BUILD, _build, argv=argv)
 
 
 def _build(_: argparse.Namespace, config: Config) -> int:

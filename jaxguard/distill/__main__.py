@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxguard.cli import run_door
+from jaxguard.cli import run_stage
 from jaxguard.config import Config
 
 DESCRIPTION = """\
@@ -35,17 +35,17 @@ hidden until it is clicked. One file that loads nothing; also while a distillati
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_door(
-        "distill", DESCRIPTION, _distill, argv=argv, commands={"audit": _audit_door, "inspect": _inspect_door}
+    return run_stage(
+        "distill", DESCRIPTION, _distill, argv=argv, commands={"audit": _audit_command, "inspect": _inspect_command}
     )
 
 
-def _audit_door(argv: Sequence[str]) -> int:
-    return run_door("distill audit", AUDIT, _audit, argv=argv)
+def _audit_command(argv: Sequence[str]) -> int:
+    return run_stage("distill audit", AUDIT, _audit, argv=argv)
 
 
-def _inspect_door(argv: Sequence[str]) -> int:
-    return run_door("distill inspect", INSPECT, _inspect, _extend_inspect, argv)
+def _inspect_command(argv: Sequence[str]) -> int:
+    return run_stage("distill inspect", INSPECT, _inspect, _extend_inspect, argv)
 
 
 def _extend_inspect(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxguard.cli import run_door
+from jaxguard.cli import run_stage
 from jaxguard.config import Config
 
 DESCRIPTION = """\
@@ -24,7 +24,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_door("evaluate", DESCRIPTION, _evaluate, argv=argv)
+    return run_stage("evaluate", DESCRIPTION, _evaluate, argv=argv)
 
 
 def _evaluate(_: argparse.Namespace, config: Config) -> int:

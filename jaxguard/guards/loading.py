@@ -69,10 +69,10 @@ async def cache_key(guard: GuardConfig, config: Config, settings: EvaluateConfig
     """What decides a guard's answers, whatever it is asked about, for the heads of files; JSON.
 
     Raises:
-        JaxguardError: as `identity`.
+        JaxguardError: as `fingerprint`.
     """
     return {
-        "guard": await identity(guard, config, settings),
+        "guard": await fingerprint(guard, config, settings),
         "format": config.data.model_dump(include={"reasoning_marker", "direct_marker"}),
         **settings.model_dump(mode="json", include=_SAMPLING),
     }
@@ -93,7 +93,7 @@ def examples_key(examples: Sequence[Example], policy: Policy) -> dict[str, str]:
     return {"examples": digest(examples), **hashes}
 
 
-async def identity(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
+async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
     """What tells a guard's answers from another's; JSON.
 
     A server that runs already is known by what it says it serves, not by its address: one that moved goes on.

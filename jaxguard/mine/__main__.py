@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxguard.cli import run_door
+from jaxguard.cli import run_stage
 from jaxguard.config import Config
 
 DESCRIPTION = """\
@@ -29,7 +29,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_door("mine", DESCRIPTION, _mine, argv=argv)
+    return run_stage("mine", DESCRIPTION, _mine, argv=argv)
 
 
 def _mine(_: argparse.Namespace, config: Config) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from jaxguard.cli import exit_code, run_door
+from jaxguard.cli import exit_code, run_stage
 from jaxguard.config import Config, load
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
 from jaxguard.plan.page import page
@@ -168,7 +168,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     description = "Compile the training step for hardware that is not here. `sweep NAME` does so for growing clusters."
-    return run_door("plan", description, plan, _options, argv, commands={"sweep": sweep})
+    return run_stage("plan", description, plan, _options, argv, commands={"sweep": sweep})
 
 
 if __name__ == "__main__":

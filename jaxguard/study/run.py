@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxguard.cli import OTHER_INPUTS
+from jaxguard.cli import PROVENANCE_CHANGED
 from jaxguard.config.study import Stage
 from jaxguard.study.cost import COMPILED_AFTER, Speed, Work, costs, keep_speed, speed_of, teaching, total
 from jaxguard.study.grid import Run, Study
@@ -139,7 +139,7 @@ def _do(run: Run, stage: Stage, stages: Stages, console: Console) -> int:
     words = command(run, stage)
     console.print(Text(f"$ python {shlex.join(words)}", style="dim"), soft_wrap=True)
     code = stages.run(words)
-    if code != OTHER_INPUTS:
+    if code != PROVENANCE_CHANGED:
         return code
     aside = put_aside(run, stage)
     console.print(

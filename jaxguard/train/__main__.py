@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxguard.cli import run_door
+from jaxguard.cli import run_stage
 from jaxguard.config import Config
 
 DESCRIPTION = """\
@@ -17,7 +17,7 @@ exit codes: 0 finished, 2 a mistake to mend, 3 the folder holds another run, 75 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_door("train", DESCRIPTION, _train, _options, argv)
+    return run_stage("train", DESCRIPTION, _train, _options, argv)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

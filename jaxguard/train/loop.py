@@ -37,7 +37,7 @@ from jaxguard.train.run_folder import Resume, RunFolder, open_run
 from jaxguard.train.signals import REQUEUE, StopFlag, graceful_stop
 from jaxguard.train.step import Metrics, Program, State, build_program
 from jaxguard.train.validation import Validation
-from jaxguard.utils.errors import JaxguardError, OtherInputsError
+from jaxguard.utils.errors import JaxguardError, ProvenanceError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.hub import fetch
 
@@ -323,7 +323,7 @@ def _keep_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
     if folder.resumed and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["train"]["tokens_sha256"] != manifest["train"]["tokens_sha256"]:
-            raise OtherInputsError(
+            raise ProvenanceError(
                 f"{folder.path} was trained on other data: {path} does not match what the config's sources give now. Bring "
                 "the data back, or start a new run under another name"
             )

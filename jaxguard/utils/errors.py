@@ -8,7 +8,7 @@ class JaxguardError(Exception):
     """
 
 
-class OtherInputsError(JaxguardError):
+class ProvenanceError(JaxguardError):
     """A folder holds what was made of other inputs, and nothing may be mixed with it.
 
     Doors exit with code 3, so that a study can put the old output aside.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxguard.utils.errors import OtherInputsError
+from jaxguard.utils.errors import ProvenanceError
 
 
 def differences(old: Any, new: Any, field: str = "") -> dict[str, tuple[Any, Any]]:
@@ -29,8 +29,8 @@ def refuse_others(changes: Mapping[str, tuple[Any, Any]], holds: str, remedy: st
         remedy: what to do, for its last.
 
     Raises:
-        OtherInputsError: something changed.
+        ProvenanceError: something changed.
     """
     if changes:
         lines = (f"  {field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items())
-        raise OtherInputsError("\n".join([holds, *lines, remedy]))
+        raise ProvenanceError("\n".join([holds, *lines, remedy]))

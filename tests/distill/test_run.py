@@ -9,7 +9,7 @@ pytest.importorskip("openai", reason="the teacher's client needs the distill ext
 import yaml
 from faulty_server import THOUGHT, completion, serve
 
-from jaxguard.cli import OTHER_INPUTS
+from jaxguard.cli import PROVENANCE_CHANGED
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.sources import load_examples
 from jaxguard.distill.__main__ import main
@@ -104,7 +104,7 @@ def test_accepted_traces_are_shortened_to_each_budget(config):
     assert "at most 2 sentences." in asked[-1]
     # A budget's store belongs to the traces that it shortens.
     code, _ = distilled(config, lambda i: SHORT, "distill.budgets=[1]", "distill.filter.max_words=700", "name=traces")
-    assert code == OTHER_INPUTS
+    assert code == PROVENANCE_CHANGED
 
 
 def test_the_summary_says_why_the_last_attempt_failed(config):
@@ -139,5 +139,5 @@ def test_mistakes_are_named(config, override, words, capsys):
 def test_another_teacher_is_not_mixed_in(config, capsys):
     distilled(config, lambda i: RIGHT)
     code, _ = distilled(config, lambda i: RIGHT, "distill.teacher.temperature=0")
-    assert code == OTHER_INPUTS
+    assert code == PROVENANCE_CHANGED
     assert "made otherwise" in capsys.readouterr().err

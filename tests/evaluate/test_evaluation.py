@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from jaxguard.cli import OTHER_INPUTS
+from jaxguard.cli import PROVENANCE_CHANGED
 from jaxguard.config import load
 from jaxguard.data.policies import QUESTIONS
 from jaxguard.evaluate.__main__ import main
@@ -100,7 +100,7 @@ def test_a_thought_cannot_be_left_out(run, capsys):
 def test_other_sampling_is_refused(run, capsys):
     name = "evaluate.guards=[{name: scored, modes: [direct]}]"
     assert evaluate(run, name, "evaluate.generations=0") == 0
-    assert evaluate(run, name, "evaluate.generations=1") == OTHER_INPUTS
+    assert evaluate(run, name, "evaluate.generations=1") == PROVENANCE_CHANGED
     assert "generations: 0 there, 1 now" in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ from jaxguard.data import policies
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, identity, modes_of, open_guard
+from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, fingerprint, modes_of, open_guard
 from jaxguard.guards.protocol import Request
 from jaxguard.utils.errors import JaxguardError
 
@@ -28,7 +28,7 @@ def config(tiny_config):
 
 
 def known_as(guard, config, **settings):
-    return asyncio.run(identity(guard, config, EvaluateConfig(**settings)))
+    return asyncio.run(fingerprint(guard, config, EvaluateConfig(**settings)))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_server_is_known_by_what_it_serves(config, tiny_checkpoint):
             for name, value in says.items():
                 setattr(server, name, value)
             guard = GuardConfig(checkpoint=str(tiny_checkpoint), endpoint=server.url)
-            return await identity(guard, config, EvaluateConfig())
+            return await fingerprint(guard, config, EvaluateConfig())
 
     first, moved = (asyncio.run(run(model_path=str(tiny_checkpoint))) for _ in range(2))
     assert first == moved

@@ -19,7 +19,7 @@ from jaxguard.evaluate.run import check_settings
 from jaxguard.guards.backends import jax as jax_backend
 from jaxguard.guards.backends.jax import load_backend
 from jaxguard.guards.formats.external import external_format, external_guard
-from jaxguard.guards.loading import identity, modes_of, open_guard
+from jaxguard.guards.loading import fingerprint, modes_of, open_guard
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
@@ -232,7 +232,7 @@ def test_a_guard_is_known_by_what_its_file_says(write, tiny_config, tiny_checkpo
         modes_of(GuardConfig(format=write(), modes=("reasoning",)), config)
 
     def known(path):
-        return asyncio.run(identity(guard.model_copy(update={"format": path}), config, EvaluateConfig()))
+        return asyncio.run(fingerprint(guard.model_copy(update={"format": path}), config, EvaluateConfig()))
 
     first = known(write())
     moved = f"{write()}.moved.yaml"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from bakery import Baker, number, row, write
 
-from jaxguard.cli import OTHER_INPUTS
+from jaxguard.cli import PROVENANCE_CHANGED
 from jaxguard.config import load
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.format.dialogue import Mode
@@ -150,7 +150,7 @@ def test_a_guard_by_path_is_the_same_guard(run, mined, baker, checkpoint):
 def test_answers_of_other_weights_are_not_mixed(run, mined, baker, capsys):
     mined()
     (run / "runs/first/export/model.safetensors").write_bytes(b"other weights")
-    assert main(["--config", "first.yaml"]) == OTHER_INPUTS
+    assert main(["--config", "first.yaml"]) == PROVENANCE_CHANGED
     assert "direct.jsonl" in capsys.readouterr().err
     assert len(baker.asked) == 55
 
@@ -160,7 +160,7 @@ def test_answers_of_other_weights_are_not_mixed(run, mined, baker, capsys):
 )
 def test_answers_that_were_got_otherwise_are_not_mixed(mined, capsys, change):
     mined()
-    assert main(["--config", "first.yaml", change]) == OTHER_INPUTS
+    assert main(["--config", "first.yaml", change]) == PROVENANCE_CHANGED
     assert "direct.jsonl" in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxguard.cli import OTHER_INPUTS
+from jaxguard.cli import PROVENANCE_CHANGED
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.train.__main__ import main
 from jaxguard.train.logging import read_metrics
@@ -86,6 +86,6 @@ def test_other_data_under_the_same_config_is_refused(tiny_config, capsys):
     data.write_text(data.read_text().replace("lamp", "tree"))
     assert (
         main(["--config", str(tiny_config), "mesh.fsdp=-1", "train.max_steps=2", "train.evaluate_every=0"])
-        == OTHER_INPUTS
+        == PROVENANCE_CHANGED
     )
     assert "was trained on other data" in capsys.readouterr().err

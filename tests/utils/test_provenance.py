@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.utils.errors import OtherInputsError
+from jaxguard.utils.errors import ProvenanceError
 from jaxguard.utils.provenance import differences, refuse_others
 
 trees = st.recursive(
@@ -33,5 +33,5 @@ def test_differences_name_leaves() -> None:
 
 def test_others_are_refused_by_name() -> None:
     refuse_others({}, "a folder", "leave")
-    with pytest.raises(OtherInputsError, match=r"^a folder\n  a\.b: 1 there, None now\nleave$"):
+    with pytest.raises(ProvenanceError, match=r"^a folder\n  a\.b: 1 there, None now\nleave$"):
         refuse_others(differences({"a": {"b": 1, "c": 2}}, {"a": {"c": 2}}), "a folder", "leave")

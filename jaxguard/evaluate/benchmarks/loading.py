@@ -202,11 +202,11 @@ def _example(fields: BenchmarkFields, part: ExampleFields, row: Row, place: str)
     label = CHOICES[fields.question][0 if _is_positive(part, row, place) else 1]
     policy = _policy(fields.policy, row, place) if fields.policy else None
     known: dict[str, Any] = {LABEL[fields.question]: label}
-    identity = row.get(fields.id) if fields.id else None
-    if identity in (None, ""):
+    fingerprint = row.get(fields.id) if fields.id else None
+    if fingerprint in (None, ""):
         parts = json.dumps([prompt, response, policy])
-        identity = f"{fields.name}:{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
-    return Example(id=str(identity), source=fields.name, prompt=prompt, response=response, policy=policy, **known)
+        fingerprint = f"{fields.name}:{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+    return Example(id=str(fingerprint), source=fields.name, prompt=prompt, response=response, policy=policy, **known)
 
 
 def _prompt(row: Row, column: str, place: str) -> str | None:
