@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from generated import rewrite
 from jaxguard.config import Config
-from jaxguard.config.base import Section
+from jaxguard.config.base import Schema
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -30,7 +30,7 @@ def tables() -> str:
 
 
 def walk(
-    section: type[Section], prefix: str, told: dict[type[Section], str], title: str = "The run"
+    section: type[Schema], prefix: str, told: dict[type[Schema], str], title: str = "The run"
 ) -> Iterator[tuple[str, str, str, FieldInfo, str]]:
     """(section's dotted name, its title, field, what is known of it, what may be written there).
 
@@ -50,9 +50,9 @@ def walk(
         yield from walk(found, f"{name}.", told, (found.__doc__ or name).partition("\n")[0].removesuffix("."))
 
 
-def section_of(annotation: object) -> type[Section] | None:
+def section_of(annotation: object) -> type[Schema] | None:
     candidates = (annotation, *typing.get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Schema)), None)
 
 
 def values(annotation: object) -> str:

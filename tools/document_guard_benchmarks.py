@@ -5,7 +5,7 @@ from pathlib import Path
 from generated import rewrite
 from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.evaluate.benchmarks.loading import list_benchmarks
-from jaxguard.evaluate.benchmarks.schema import BenchmarkFields, Condition, Expected, read_benchmark
+from jaxguard.evaluate.benchmarks.schema import BenchmarkDefinition, Condition, Expected, read_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "guard_benchmarks.md"
@@ -34,7 +34,7 @@ def table() -> str:
     return "\n".join(parts)
 
 
-def row(fields: BenchmarkFields) -> str:
+def row(fields: BenchmarkDefinition) -> str:
     drawn = [f"{fields.sample.size:,} drawn, seed {fields.sample.seed}"] if fields.sample else []
     cells = (
         f"`{fields.name}`",
@@ -48,7 +48,7 @@ def row(fields: BenchmarkFields) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") or "all" for cell in cells) + " |"
 
 
-def source(fields: BenchmarkFields) -> str:
+def source(fields: BenchmarkDefinition) -> str:
     at = fields.source
     if at.path:
         return f"`{at.path}`" if at.path.startswith("configs/") else f"[your own file]({fields.url})"

@@ -12,7 +12,7 @@ import yaml
 from pydantic import model_validator
 
 from jaxguard.config import base as fields
-from jaxguard.config.base import NonNegative, Section, find_yaml, read_yaml
+from jaxguard.config.base import NonNegative, Schema, find_yaml, read_yaml
 from jaxguard.config.data import BuildConfig, DataConfig
 from jaxguard.config.distill import DistillConfig
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
@@ -22,7 +22,7 @@ from jaxguard.utils.errors import JaxguardError
 CONFIG_FOLDER = Path("configs")
 
 
-class Config(Section):
+class Config(Schema):
     """A whole run."""
 
     name: str

@@ -18,13 +18,13 @@ NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Section(BaseModel):
+class Schema(BaseModel):
     """Frozen, and strict about names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-Tree = TypeVar("Tree", bound=Section)
+Tree = TypeVar("Tree", bound=Schema)
 
 
 def validate(kind: type[Tree], tree: Mapping[str, Any], origin: str) -> Tree:

@@ -7,10 +7,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Section, Share
+from jaxguard.config.base import NonNegative, Positive, Schema, Share
 
 
-class SourceConfig(Section):
+class SourceConfig(Schema):
     """One labelled data set."""
 
     kind: Literal["wildguardmix", "aegis2", "nemotron_safety", "nemotron_topics", "canttalkaboutthis", "jsonl"]
@@ -35,7 +35,7 @@ class SourceConfig(Section):
         return self
 
 
-class DataConfig(Section):
+class DataConfig(Schema):
     """What is trained on and how it is rendered."""
 
     train: tuple[SourceConfig, ...] = Field(min_length=1)
@@ -66,7 +66,7 @@ class DataConfig(Section):
     """Batches that grain prepares ahead."""
 
 
-class SetConfig(Section):
+class SetConfig(Schema):
     """One training set: examples in a mode."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
@@ -79,7 +79,7 @@ class SetConfig(Section):
     """What each of its subsets gets besides, whole: difficult samples, topic-following dialogues."""
 
 
-class BuildConfig(Section):
+class BuildConfig(Schema):
     """Training sets in files, made of examples and their traces."""
 
     sets: tuple[SetConfig, ...] = Field(

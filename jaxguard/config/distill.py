@@ -7,10 +7,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from jaxguard.config.base import NonNegative, Positive, Section, Share
+from jaxguard.config.base import NonNegative, Positive, Schema, Share
 
 
-class TeacherConfig(Section):
+class TeacherConfig(Schema):
     """Who answers, and how."""
 
     endpoints: tuple[str, ...] = Field(("http://127.0.0.1:30000/v1",), min_length=1)
@@ -37,7 +37,7 @@ class TeacherConfig(Section):
     """Let SGLang's grammar hold the answer to its format; for teachers that are loose with it."""
 
 
-class FilterConfig(Section):
+class FilterConfig(Schema):
     """Which traces of the teacher are fit to learn from."""
 
     min_words: NonNegative = 8
@@ -58,7 +58,7 @@ class FilterConfig(Section):
     """Share of a trace's letters that must be of that script; quotations may be of another."""
 
 
-class AuditConfig(Section):
+class AuditConfig(Schema):
     """How far the teacher agrees with people when it is not told their labels."""
 
     examples: Positive = 1000
@@ -71,7 +71,7 @@ class AuditConfig(Section):
     """A name in configs/prompts or a YAML file."""
 
 
-class DistillConfig(Section):
+class DistillConfig(Schema):
     """Reasoning traces from a teacher, for the examples of data.train."""
 
     teacher: TeacherConfig

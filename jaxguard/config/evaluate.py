@@ -7,11 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Section
+from jaxguard.config.base import NonNegative, Positive, Schema
 from jaxguard.config.data import SourceConfig
 
 
-class BenchmarkConfig(Section):
+class BenchmarkConfig(Schema):
     """One benchmark to be evaluated on."""
 
     name: str
@@ -22,7 +22,7 @@ class BenchmarkConfig(Section):
     """What the report calls it, and tells it from others of the same name; None takes `name`."""
 
 
-class GuardConfig(Section):
+class GuardConfig(Schema):
     """One guard to be evaluated."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "ours"
@@ -55,7 +55,7 @@ class GuardConfig(Section):
         return self
 
 
-class ServerConfig(Section):
+class ServerConfig(Schema):
     """An SGLang server that the evaluation starts and stops itself."""
 
     python: str = "python3"
@@ -66,7 +66,7 @@ class ServerConfig(Section):
     """How long it may take to load the weights."""
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(Schema):
     """Guards on benchmarks. Sampling is the paper's."""
 
     guards: tuple[GuardConfig, ...] = Field(default=(GuardConfig(),), min_length=1)
@@ -121,7 +121,7 @@ class EvaluateConfig(Section):
         return self
 
 
-class MineConfig(Section):
+class MineConfig(Schema):
     """Difficult samples: training examples that the guard judges right in some of its answers only."""
 
     guard: GuardConfig = GuardConfig()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Section, Share, nearest, read_yaml, validate
+from jaxguard.config.base import NonNegative, Positive, Schema, Share, nearest, read_yaml, validate
 from jaxguard.utils.errors import JaxguardError
 
 STUDY_FOLDER = Path("configs")
@@ -21,7 +21,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
 
-class CostFields(Section):
+class CostConfig(Schema):
     """What a study's cost is reckoned from. These are assumptions, and said to be where they are used."""
 
     device: str = "A100-80GB"
@@ -52,7 +52,7 @@ class CostFields(Section):
     """In a benchmark of which nobody says how many there are."""
 
 
-class RowFields(Section):
+class RowConfig(Schema):
     """One row: a config, what is different, and what is done."""
 
     config: str | None = None
@@ -82,7 +82,7 @@ class RowFields(Section):
         return {field: labelled(values) for field, values in value.items()}
 
 
-class CurveFields(Section):
+class CurveConfig(Schema):
     """A figure of F1 along an axis."""
 
     axis: str
@@ -95,7 +95,7 @@ class CurveFields(Section):
     """The series that it is about; null: all of them."""
 
 
-class StudyFields(Section):
+class StudyConfig(Schema):
     """A study."""
 
     title: str
@@ -106,18 +106,18 @@ class StudyFields(Section):
     """The training config of rows that name none."""
     set: dict[str, Any] = Field({})
     """Changes for every row."""
-    prepare: dict[Name, RowFields] = Field({})
+    prepare: dict[Name, RowConfig] = Field({})
     """What is needed first, in runs/NAME whatever run_folder says; its output is taken as it is when it is there."""
-    rows: dict[Name, RowFields] = Field(min_length=1)
+    rows: dict[Name, RowConfig] = Field(min_length=1)
     """The rows, in order."""
     metric: str = "safety"
     """What the curve shows: an average, or a benchmark's label; where no run was asked for it, the first that there is."""
-    curve: CurveFields | None = None
+    curve: CurveConfig | None = None
     """The figure; null draws none."""
-    cost: CostFields = CostFields()
+    cost: CostConfig = CostConfig()
 
     @model_validator(mode="after")
-    def _check(self) -> "StudyFields":
+    def _check(self) -> "StudyConfig":
         names = list(self.rows)
         for i, (name, row) in enumerate(self.rows.items()):
             for other in row.after:
@@ -129,7 +129,7 @@ class StudyFields(Section):
         return self
 
 
-def read_study(name: str, scale: str | None = None, folder: Path = STUDY_FOLDER) -> tuple[StudyFields, str]:
+def read_study(name: str, scale: str | None = None, folder: Path = STUDY_FOLDER) -> tuple[StudyConfig, str]:
     """What the YAML file of a study says at a scale, and the study's name.
 
     Raises:
@@ -147,8 +147,8 @@ def read_study(name: str, scale: str | None = None, folder: Path = STUDY_FOLDER)
     origin = f"{path}, scale {scale}" if scale else str(path)
     for part in ("prepare", "rows"):  # one by one, so that an error names the row
         for key, row in tree.get(part, {}).items():
-            validate(RowFields, row or {}, f"{origin}: {part}.{key}")
-    return validate(StudyFields, tree, origin), f"{path.stem}-{scale}" if scale else path.stem
+            validate(RowConfig, row or {}, f"{origin}: {part}.{key}")
+    return validate(StudyConfig, tree, origin), f"{path.stem}-{scale}" if scale else path.stem
 
 
 def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Section, Share
+from jaxguard.config.base import NonNegative, Positive, Schema, Share
 
 
-class ModelConfig(Section):
+class ModelConfig(Schema):
     """Which weights to train, and how they are computed with. Shape comes from the checkpoint's config.json."""
 
     checkpoint: str
@@ -30,7 +30,7 @@ class ModelConfig(Section):
     """Memory of a device for logits, as the number of target tokens whose logits fill it."""
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(Schema):
     """AdamW on a schedule."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
@@ -53,7 +53,7 @@ class OptimizerConfig(Section):
     """Global gradient norm limit; None turns it off."""
 
 
-class TrainConfig(Section):
+class TrainConfig(Schema):
     """The loop."""
 
     batch_size: Positive = 32
@@ -70,7 +70,7 @@ class TrainConfig(Section):
     """Write a Hugging Face checkpoint at the end."""
 
 
-class MeshConfig(Section):
+class MeshConfig(Schema):
     """How devices are arranged, and how hosts find each other."""
 
     data: Positive = 1
@@ -100,7 +100,7 @@ class MeshConfig(Section):
         return self
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Schema):
     """Orbax checkpoints of weights, optimizer and step."""
 
     every: Positive = 100
@@ -111,7 +111,7 @@ class CheckpointConfig(Section):
     """How many of the best by validation loss to keep besides."""
 
 
-class LogConfig(Section):
+class LogConfig(Schema):
     """Where the curves go. metrics.jsonl is always written."""
 
     tensorboard: bool = True

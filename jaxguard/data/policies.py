@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from jaxguard.config.base import Section, find_yaml, nearest, read_yaml, validate
+from jaxguard.config.base import Schema, find_yaml, nearest, read_yaml, validate
 from jaxguard.data.examples import Example
 from jaxguard.utils.errors import JaxguardError
 
@@ -70,7 +70,7 @@ class Policy:
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-class CategoryFields(Section):
+class CategoryDefinition(Schema):
     """A category as written in YAML."""
 
     name: Text
@@ -83,13 +83,13 @@ class CategoryFields(Section):
         return " ".join(text.split())
 
 
-class PolicyFields(Section):
+class PolicyDefinition(Schema):
     """A policy as written in YAML."""
 
     name: Text
     description: str = ""
     """For people; the guard does not read it."""
-    categories: tuple[CategoryFields, ...] = ()
+    categories: tuple[CategoryDefinition, ...] = ()
     rules: str = ""
     allowed: tuple[Text, ...] = ()
     """What is fine although a category or rule may seem to forbid it."""
@@ -119,7 +119,7 @@ def load_policy(name_or_path: str, folder: Path = POLICY_FOLDER) -> Policy:
         JaxguardError: no such file, unknown, missing or ill-typed field, a policy that says nothing.
     """
     path = find_yaml(name_or_path, folder, "policy")
-    written = validate(PolicyFields, read_yaml(path), str(path))
+    written = validate(PolicyDefinition, read_yaml(path), str(path))
     return Policy(
         name=written.name,
         categories=tuple(Category(c.name, c.description) for c in written.categories),

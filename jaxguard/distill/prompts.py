@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from jaxguard.config.base import Section, find_yaml, nearest, read_yaml, validate
+from jaxguard.config.base import Schema, find_yaml, nearest, read_yaml, validate
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import ABSENT, Answers, Dialogue, taxonomy, verdict_lines, written
 from jaxguard.data.policies import Policy, Question
@@ -36,7 +36,7 @@ _SPECIAL = re.compile(
 _MARK = re.compile(r"\[\s*(?:end\s+of\b|human\s+user\b|ai\s+assistant\b|reasoning\b)[^\]\n]{0,40}\]", re.IGNORECASE)
 
 
-class PromptFields(Section):
+class PromptDefinition(Schema):
     """A prompt as written in YAML."""
 
     name: str
@@ -106,7 +106,7 @@ def load_prompt(name_or_path: str, folder: Path = PROMPT_FOLDER) -> TeacherPromp
         JaxguardError: no such file, an unknown or missing field, or a `$` that stands for no value.
     """
     path = find_yaml(name_or_path, folder, "prompt")
-    fields = validate(PromptFields, read_yaml(path), str(path))
+    fields = validate(PromptDefinition, read_yaml(path), str(path))
     template = Template(fields.user)
     if not template.is_valid():
         raise JaxguardError(f"{path}: user: a $ must be followed by the name of a value; write $$ for a dollar sign")

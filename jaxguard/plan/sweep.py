@@ -16,7 +16,7 @@ import jax
 from pydantic import Field
 
 from jaxguard.config import CONFIG_FOLDER, Config, dump, load
-from jaxguard.config.base import Section, find_yaml, read_yaml, validate
+from jaxguard.config.base import Schema, find_yaml, read_yaml, validate
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
 from jaxguard.plan.show import as_json
 from jaxguard.plan.targets import Cluster, find_cluster
@@ -31,7 +31,7 @@ Point = dict[str, Any]
 """A plan as data, with `series`, `devices` and `scaling`; one that the compiler refused has `error` in place of figures."""
 
 
-class SeriesFields(Section):
+class SeriesConfig(Schema):
     """One curve."""
 
     config: str
@@ -53,11 +53,11 @@ class SeriesFields(Section):
     """Devices that share the heads and hidden units of a layer."""
 
 
-class SweepFields(Section):
+class SweepConfig(Schema):
     """A sweep's file."""
 
     title: str
-    series: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], SeriesFields] = Field(min_length=1)
+    series: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], SeriesConfig] = Field(min_length=1)
     """Name, also that of its points' files -> curve."""
 
 
@@ -66,23 +66,23 @@ class Place:
     """One point before it is compiled."""
 
     series: str
-    fields: SeriesFields
+    fields: SeriesConfig
     cluster: Cluster
     config: Config
     rows: int
 
 
-def read_sweep(name: str) -> SweepFields:
+def read_sweep(name: str) -> SweepConfig:
     """A file of configs/sweeps by name, or any by path.
 
     Raises:
         JaxguardError: no such file, or a field that is unknown, missing or ill-typed.
     """
     path = find_yaml(name, SWEEP_FOLDER, "sweep")
-    return validate(SweepFields, read_yaml(path), str(path))
+    return validate(SweepConfig, read_yaml(path), str(path))
 
 
-def places(sweep: SweepFields) -> Iterator[Place]:
+def places(sweep: SweepConfig) -> Iterator[Place]:
     """All points.
 
     Raises:
@@ -108,14 +108,14 @@ def places(sweep: SweepFields) -> Iterator[Place]:
             yield Place(name, fields, cluster, _load(name, fields, settings), rows)
 
 
-def _load(name: str, fields: SeriesFields, settings: Mapping[str, Any]) -> Config:
+def _load(name: str, fields: SeriesConfig, settings: Mapping[str, Any]) -> Config:
     try:
         return load(fields.config, [f"{field}={json.dumps(value)}" for field, value in settings.items()])
     except JaxguardError as error:
         raise JaxguardError(f"series {name}: {error}") from None
 
 
-def run_sweep(sweep: SweepFields, folder: Path, tell: Callable[[Place, Point], None]) -> list[Point]:
+def run_sweep(sweep: SweepConfig, folder: Path, tell: Callable[[Place, Point], None]) -> list[Point]:
     """Compile what is not compiled yet, one file for each point in `folder`; `tell` hears of every point."""
     found = []
     for place in places(sweep):

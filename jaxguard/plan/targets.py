@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxguard.config import CONFIG_FOLDER
-from jaxguard.config.base import Section, nearest, read_yaml, validate
+from jaxguard.config.base import Schema, nearest, read_yaml, validate
 from jaxguard.utils.errors import JaxguardError
 
 GIB = 1024**3
@@ -41,7 +41,7 @@ Bytes = Annotated[int, BeforeValidator(_bytes)]
 Rate = Annotated[float, Field(gt=0)]
 
 
-class Gpu(Section):
+class Gpu(Schema):
     """What XLA has to know of a GPU to compile for it. Sizes in bytes or elements."""
 
     compute_capability: tuple[int, int]
@@ -53,7 +53,7 @@ class Gpu(Section):
     shared_memory_per_block: Bytes
 
 
-class Tpu(Section):
+class Tpu(Schema):
     """How a TPU's slices are built."""
 
     generation: str
@@ -70,7 +70,7 @@ class Tpu(Section):
     """The largest slice, in chips along each dimension."""
 
 
-class Target(Section):
+class Target(Schema):
     """One kind of accelerator; rates are those of one device, links in one direction."""
 
     title: str

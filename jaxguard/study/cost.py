@@ -13,7 +13,7 @@ from statistics import median
 
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.config.study import CostFields
+from jaxguard.config.study import CostConfig
 from jaxguard.data.files import read_local
 from jaxguard.data.packing import total_steps
 from jaxguard.data.policies import load_policy
@@ -84,7 +84,7 @@ def work(run: Run) -> Work:
     return found
 
 
-def seconds(found: Work, speed: Speed, cost: CostFields) -> float:
+def seconds(found: Work, speed: Speed, cost: CostConfig) -> float:
     """How long that takes."""
     return (
         found.trained / speed.trained
@@ -132,7 +132,7 @@ def _training(run: Run) -> Work:
     return Work(updates=updates, trained=round(updates * train.batch_size * tokens), guessed=guessed)
 
 
-def _judging(config: Config, cost: CostFields) -> Work:
+def _judging(config: Config, cost: CostConfig) -> Work:
     settings, found = config.evaluate or EvaluateConfig(), Work()
     asked = load_policy(config.data.policy).asks if settings.ask == "policy" else ()
     for benchmark in settings.benchmarks:
@@ -147,7 +147,7 @@ def _judging(config: Config, cost: CostFields) -> Work:
     return found
 
 
-def _answering(count: int, generations: int, traced: float, places: int, cost: CostFields, guessed: bool) -> Work:
+def _answering(count: int, generations: int, traced: float, places: int, cost: CostConfig, guessed: bool) -> Work:
     """Asking about `count` examples.
 
     A verdict's probability is read at each of `places`, every way through the lines before it counted; after each thought, or,
@@ -181,7 +181,7 @@ def teaching(run: Run) -> Work:
 
 
 @cache
-def _benchmark_examples(name: str, path: str | None, cost: CostFields) -> tuple[int, bool]:
+def _benchmark_examples(name: str, path: str | None, cost: CostConfig) -> tuple[int, bool]:
     local = Path(path) if path else None
     if local and local.is_file():
         return _rows(local), False
@@ -215,7 +215,7 @@ def speed_of(study: Study) -> Speed:
     return Speed(peak * cost.mfu / forward / 3, peak * cost.mfu / forward, peak * cost.generate_mfu / forward, said)
 
 
-def _from_training(tokens_per_second: float, cost: CostFields, how: str) -> Speed:
+def _from_training(tokens_per_second: float, cost: CostConfig, how: str) -> Speed:
     """Reading costs a third of training; generating is another matter, of which training says nothing."""
     generated = cost.generated_per_second or tokens_per_second
     said = f"{tokens_per_second:,.0f} trained tokens/s ({how}), {generated:,.0f} generated tokens/s (assumed)"

@@ -11,7 +11,7 @@ from typing import Any
 from jaxguard.config import Config, load
 from jaxguard.config import base as fields
 from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.config.study import CostFields, RowFields, Stage, StudyFields, labelled, read_study
+from jaxguard.config.study import CostConfig, RowConfig, Stage, StudyConfig, labelled, read_study
 from jaxguard.utils.errors import JaxguardError
 
 REPEATS = ("seed", "data.subset_seed")
@@ -43,8 +43,8 @@ class Run:
     config: Config
     stages: tuple[Stage, ...]
     after: tuple[str, ...]
-    fields: RowFields
-    cost: CostFields
+    fields: RowConfig
+    cost: CostConfig
 
     @property
     def folder(self) -> Path:
@@ -66,7 +66,7 @@ class Study:
     name: str
     folder: Path
     scale: str | None
-    fields: StudyFields
+    fields: StudyConfig
     prepared: tuple[Run, ...]
     runs: tuple[Run, ...]
 
@@ -91,7 +91,7 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
     cost = {key.removeprefix("cost."): value for key, value in own.items() if key.startswith("cost.")}
     tree = found.model_dump()
     changed = {"metric": own.get("metric", found.metric), "cost": {**tree["cost"], **cost}}
-    found = fields.validate(StudyFields, {**tree, **changed}, name)
+    found = fields.validate(StudyConfig, {**tree, **changed}, name)
     prepared = [
         _resolve(key, key, {}, row, found, folder, {"name": key}, _of_sections(rest, ("model", *row.stages)))
         for key, row in found.prepare.items()
@@ -133,7 +133,7 @@ def _study_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str
 
 
 def _grid(
-    key: str, row: RowFields, all_axes: set[str], overrides: list[str], study: StudyFields, folder: Path
+    key: str, row: RowConfig, all_axes: set[str], overrides: list[str], study: StudyConfig, folder: Path
 ) -> list[Run]:
     """Every combination of a row's axes."""
     axes, changes = dict(row.axes), []
@@ -170,8 +170,8 @@ def _resolve(
     name: str,
     key: str,
     labels: dict[str, str],
-    row: RowFields,
-    study: StudyFields,
+    row: RowConfig,
+    study: StudyConfig,
     folder: Path,
     values: Mapping[str, Any],
     changes: Iterable[str],
@@ -184,7 +184,7 @@ def _resolve(
         if "train" not in row.stages and "evaluate" in row.stages:
             overrides += _untrained(config)
             config = load(base, overrides)
-        cost = fields.validate(CostFields, {**study.cost.model_dump(), **row.cost}, "cost")
+        cost = fields.validate(CostConfig, {**study.cost.model_dump(), **row.cost}, "cost")
     except JaxguardError as error:
         raise JaxguardError(f"row {key}, run {name}: {error}") from None
     after = tuple(dict.fromkeys(row.after))

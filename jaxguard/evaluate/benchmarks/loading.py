@@ -23,9 +23,9 @@ from jaxguard.data.sources import digest, unique_ids
 from jaxguard.evaluate.benchmarks.rows import read_rows
 from jaxguard.evaluate.benchmarks.schema import (
     BENCHMARK_FOLDER,
-    BenchmarkFields,
+    BenchmarkDefinition,
     BenchmarkPolicy,
-    ExampleFields,
+    ExampleColumns,
     Group,
     plain,
     read_benchmark,
@@ -124,7 +124,7 @@ def list_benchmarks(folder: Path = BENCHMARK_FOLDER) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
 
 
-def _check_columns(fields: BenchmarkFields, table: Table, where: str) -> None:
+def _check_columns(fields: BenchmarkDefinition, table: Table, where: str) -> None:
     if not table.rows:
         raise JaxguardError(f"{where}: benchmark {fields.name!r} finds no row there")
     for field, column in _columns(fields):
@@ -138,7 +138,7 @@ def _check_columns(fields: BenchmarkFields, table: Table, where: str) -> None:
             )
 
 
-def _columns(fields: BenchmarkFields) -> Iterator[tuple[str, str]]:
+def _columns(fields: BenchmarkDefinition) -> Iterator[tuple[str, str]]:
     """(field, column that it names), for every column that is named."""
     if fields.id:
         yield "id", fields.id
@@ -155,7 +155,7 @@ def _columns(fields: BenchmarkFields) -> Iterator[tuple[str, str]]:
         yield from ((f"slices.{i}", column) for column in part_of.names)
 
 
-def _check_policy(fields: BenchmarkFields) -> None:
+def _check_policy(fields: BenchmarkDefinition) -> None:
     """A policy that is named for all examples must exist, and ask the benchmark's question."""
     if fields.policy is None or fields.policy.name is None:
         return
@@ -167,7 +167,7 @@ def _check_policy(fields: BenchmarkFields) -> None:
         )
 
 
-def _chosen(fields: BenchmarkFields, table: Table, skipped: Counter[str]) -> list[tuple[str, Row]]:
+def _chosen(fields: BenchmarkDefinition, table: Table, skipped: Counter[str]) -> list[tuple[str, Row]]:
     """The rows that count. Of one that fails several conditions the first is the reason."""
     rows = []
     for place, row in table.rows:
@@ -183,7 +183,7 @@ def _chosen(fields: BenchmarkFields, table: Table, skipped: Counter[str]) -> lis
     return [rows[i] for i in chosen]
 
 
-def _examples(fields: BenchmarkFields, row: Row, place: str, skipped: Counter[str]) -> Iterator[Example]:
+def _examples(fields: BenchmarkDefinition, row: Row, place: str, skipped: Counter[str]) -> Iterator[Example]:
     for part in fields.examples:
         try:
             yield _example(fields, part, row, place)
@@ -191,7 +191,7 @@ def _examples(fields: BenchmarkFields, row: Row, place: str, skipped: Counter[st
             skipped[str(reason)] += 1
 
 
-def _example(fields: BenchmarkFields, part: ExampleFields, row: Row, place: str) -> Example:
+def _example(fields: BenchmarkDefinition, part: ExampleColumns, row: Row, place: str) -> Example:
     prompt = _prompt(row, part.prompt, place)
     if not (prompt or "").strip():
         raise Skip("empty prompt")
@@ -220,7 +220,7 @@ def _prompt(row: Row, column: str, place: str) -> str | None:
     return transcript(history, turns[-1][1], place)
 
 
-def _is_positive(part: ExampleFields, row: Row, place: str) -> bool:
+def _is_positive(part: ExampleColumns, row: Row, place: str) -> bool:
     """What the label says.
 
     Raises:
@@ -258,7 +258,7 @@ def _policy(policy: BenchmarkPolicy, row: Row, place: str) -> str | None:
     return policy.rules[value]
 
 
-def _slices(fields: BenchmarkFields, pairs: Iterable[tuple[Example, Row]]) -> dict[str, dict[str, frozenset[str]]]:
+def _slices(fields: BenchmarkDefinition, pairs: Iterable[tuple[Example, Row]]) -> dict[str, dict[str, frozenset[str]]]:
     found: dict[str, dict[str, set[str]]] = {part.name: {} for part in fields.slices}
     for example, row in pairs:
         for part in fields.slices:

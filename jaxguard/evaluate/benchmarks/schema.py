@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from jaxguard.config.base import Section, find_yaml, read_yaml, validate
+from jaxguard.config.base import Schema, find_yaml, read_yaml, validate
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.files import Row
 from jaxguard.data.policies import Question
@@ -20,7 +20,7 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
-class Condition(Section):
+class Condition(Schema):
     """What must hold in a row.
 
     Texts are compared without case and outer white space; true, 1 and "True" are the same. A null cell equals nothing.
@@ -114,7 +114,7 @@ def plain(cell: Any) -> str:
     return {"true": "1", "false": "0"}.get(text, text)
 
 
-class BenchmarkSource(Section):
+class BenchmarkSource(Schema):
     """Where the rows lie: on the hub, at an address, in a local file, or in a set that is trained on too."""
 
     hub: Text | None = None
@@ -160,7 +160,7 @@ class BenchmarkSource(Section):
         return self.path or self.hub or self.url or ""
 
 
-class ExampleFields(Section):
+class ExampleColumns(Schema):
     """How a row becomes an example."""
 
     prompt: Text
@@ -173,7 +173,7 @@ class ExampleFields(Section):
     """When it is not; a row that is neither is an error. null: whatever is not positive."""
 
 
-class BenchmarkPolicy(Section):
+class BenchmarkPolicy(Schema):
     """What the examples are judged by, where it is not the run's policy."""
 
     name: str | None = None
@@ -194,7 +194,7 @@ class BenchmarkPolicy(Section):
         return self
 
 
-class Slice(Section):
+class Slice(Schema):
     """A division of the examples that is scored apart."""
 
     name: Text
@@ -242,7 +242,7 @@ class Slice(Section):
 _FALSE = {"", "0"}
 
 
-class Expected(Section):
+class Expected(Schema):
     """What a count should come to, as published."""
 
     positive: Count | None = None
@@ -259,7 +259,7 @@ class Expected(Section):
         return self
 
 
-class Sample(Section):
+class Sample(Schema):
     """A seeded sample of the rows that `where` leaves; fewer are taken whole."""
 
     size: Annotated[int, Field(gt=0)]
@@ -268,7 +268,7 @@ class Sample(Section):
     """Of Python's random.sample."""
 
 
-class BenchmarkFields(Section):
+class BenchmarkDefinition(Schema):
     """A benchmark as written in YAML."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -287,7 +287,7 @@ class BenchmarkFields(Section):
     """How many of them are drawn."""
     id: str | None = None
     """Column of a row's id; null: a hash of the texts."""
-    examples: tuple[ExampleFields, ...] = Field(min_length=1)
+    examples: tuple[ExampleColumns, ...] = Field(min_length=1)
     """What each row gives: one example, or several."""
     policy: BenchmarkPolicy | None = None
     """null: the run's."""
@@ -313,14 +313,14 @@ class BenchmarkFields(Section):
         return self
 
 
-def read_benchmark(name_or_path: str, folder: Path = BENCHMARK_FOLDER) -> BenchmarkFields:
+def read_benchmark(name_or_path: str, folder: Path = BENCHMARK_FOLDER) -> BenchmarkDefinition:
     """What the YAML file of a benchmark says, by its name (a file in `folder`) or path.
 
     Raises:
         JaxguardError: no such file; unknown, missing or ill-typed field; an impossible combination.
     """
     path = find_yaml(name_or_path, folder, "benchmark")
-    return validate(BenchmarkFields, read_yaml(path), str(path))
+    return validate(BenchmarkDefinition, read_yaml(path), str(path))
 
 
 def _yes(value: bool) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxguard.config.base import Section, find_yaml, read_yaml, validate
+from jaxguard.config.base import Schema, find_yaml, read_yaml, validate
 from jaxguard.evaluate.scores.metrics import PROMPT_SHARE
 
 PUBLISHED_FOLDER = Path("configs/published")
@@ -20,7 +20,7 @@ Positive = Annotated[float, Field(gt=0)]
 Trained = Literal["none", "direct", "reasoning", "dual"]
 
 
-class Protocol(Section):
+class Protocol(Schema):
     """How answers are sampled."""
 
     generations: int
@@ -28,7 +28,7 @@ class Protocol(Section):
     top_p: float
 
 
-class Averages(Section):
+class Averages(Schema):
     """Which benchmarks the averages are over, by their names in configs/benchmarks."""
 
     prompt: tuple[str, ...]
@@ -42,7 +42,7 @@ class Averages(Section):
         return {"prompt": self.prompt, "response": self.response, "custom": self.custom}.get(average, ())
 
 
-class PublishedRow(Section):
+class PublishedRow(Schema):
     """A model of the paper; a score is None where it gives none."""
 
     id: str
@@ -80,7 +80,7 @@ class PublishedRow(Section):
         return {"prompt": self.prompt, "response": self.response, "safety": self.safety, "custom": self.custom}[name]
 
 
-class PublishedPoint(Section):
+class PublishedPoint(Schema):
     """A point of a curve: F1 at `x` training examples, or sentences of a trace."""
 
     x: Positive
@@ -91,7 +91,7 @@ class PublishedPoint(Section):
     """Of a trace, mean."""
 
 
-class LatencyPoint(Section):
+class LatencyPoint(Schema):
     """What an answer takes."""
 
     name: str
@@ -101,14 +101,14 @@ class LatencyPoint(Section):
     """The model's."""
 
 
-class Latency(Section):
+class Latency(Schema):
     """Seconds an example, and on what."""
 
     hardware: str
     points: tuple[LatencyPoint, ...]
 
 
-class Published(Section):
+class Published(Schema):
     """A paper's results."""
 
     title: str

@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from jaxguard.config.base import Section
+from jaxguard.config.base import Schema
 from jaxguard.data.policies import Question
 
 GUARD_FOLDER: Final = Path("configs/guards")
@@ -21,7 +21,7 @@ Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, pat
 Word = Annotated[Line, BeforeValidator(_no_boolean)]
 
 
-class VerdictFields(Section):
+class VerdictDefinition(Schema):
     """The answer to one question."""
 
     question: Question
@@ -49,7 +49,7 @@ class VerdictFields(Section):
         return self
 
 
-class ReasoningTagsDefinition(Section):
+class ReasoningTagsDefinition(Schema):
     """What stands around the thought in reasoning mode."""
 
     open: Line
@@ -58,7 +58,7 @@ class ReasoningTagsDefinition(Section):
     """After it, with the white space up to the verdict. What follows its last occurrence is read."""
 
 
-class GuardFields(Section):
+class GuardFormatDefinition(Schema):
     """A guard's format as written in YAML."""
 
     name: Line
@@ -69,7 +69,7 @@ class GuardFields(Section):
     """Jinja template of the user message, which the checkpoint's chat template then renders; or"""
     text: str | None = None
     """of the whole text that the answer follows, special tokens included."""
-    verdicts: tuple[VerdictFields, ...] = Field(min_length=1)
+    verdicts: tuple[VerdictDefinition, ...] = Field(min_length=1)
     """What it answers. Where labels differ, an answer has all these lines in this order; where they are the same or left out, it
     has that of the asked question alone."""
     prompt_alone: bool = True

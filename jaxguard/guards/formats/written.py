@@ -21,7 +21,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Category, Policy, Question
 from jaxguard.guards.formats.records import Chat, Guard, Quoted, Step, chosen_words, numbered
-from jaxguard.guards.formats.schema import GuardFields, VerdictFields
+from jaxguard.guards.formats.schema import GuardFormatDefinition, VerdictDefinition
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request
 from jaxguard.utils.errors import JaxguardError
 
@@ -45,7 +45,7 @@ class Written:
         where: names file and template in errors.
     """
 
-    fields: GuardFields
+    fields: GuardFormatDefinition
     where: str
 
     def turn(self, texts: Quoted, ask: Request) -> str | Chat:
@@ -73,7 +73,7 @@ class Written:
     def _shows_response(self, ask: Request) -> bool:
         return ask.example.response is not None and not (self.fields.prompt_alone and ask.question == "prompt_harm")
 
-    def _lines(self, ask: Request) -> list[tuple[VerdictFields, tuple[str, ...]]]:
+    def _lines(self, ask: Request) -> list[tuple[VerdictDefinition, tuple[str, ...]]]:
         """The lines of an answer, each with what it says instead where no response is shown."""
         if not self.fields.together:
             return [(one, ()) for one in self.fields.verdicts if one.question == ask.question]
@@ -133,7 +133,7 @@ def read_guard(path: Path) -> Guard:
     Raises:
         JaxguardError: unknown, missing or ill-typed field; a template that does not render, or leaves a text out.
     """
-    fields = validate(GuardFields, read_yaml(path), str(path))
+    fields = validate(GuardFormatDefinition, read_yaml(path), str(path))
     written = Written(fields, f"{path}: {'chat' if fields.text is None else 'text'}")
     trials = list(_trials(written))
     shown = {tuple(mark in text for mark in _PARTS) for question, text in trials if question != "response_refusal"}
