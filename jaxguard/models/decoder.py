@@ -38,8 +38,8 @@ class Decoder(nnx.Module):
         spec: what the model is.
         weights: path -> array.
         compute: how to compute it.
-        gradient_buffers: what `gradient_buffers(spec, compute)` gives, to differentiate by: the layers' matrices then have their gradients there,
-            in the compute type, and none in `weights`. None differentiates as usual, which takes more memory.
+        gradient_buffers: what `gradient_buffers(spec, compute)` gives, to differentiate by: the layers' matrices then have their
+            gradients there, in the compute type, and none in `weights`. None differentiates as usual, which takes more memory.
     """
 
     def __init__(

@@ -67,10 +67,10 @@ def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gather(weight: jax.Array, gradient_buffer: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A weight as matmuls want it: cast to the gradient_buffer's type, then gathered over fsdp, so that half the bytes move.
+    """A weight as matmuls want it: cast to the gradient buffer's type, then gathered over fsdp, so that half the bytes move.
 
-    Its gradient is `gradient_buffer`'s, whose values nobody reads, and `weight` has none: a float32 weight's would have to be float32,
-    although it is computed in the compute type, and twice as large. Devices add it up and cut it in one go, by a
+    Its gradient is that of `gradient_buffer`, whose values nobody reads, and `weight` has none: a float32 weight's would have to
+    be float32, although it is computed in the compute type, and twice as large. Devices add it up and cut it in one go, by a
     reduce-scatter; the gradient of a gathered array, as JAX would have it, is a gathered one.
     """
     return constrain(weight.astype(gradient_buffer.dtype), *axes, without="fsdp")

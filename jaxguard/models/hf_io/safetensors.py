@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
+from itertools import product
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -149,7 +150,7 @@ def cast_tiles(values: np.ndarray, places: np.ndarray, tile: tuple[int, int]) ->
     dtype, bits = places.dtype, f"u{places.dtype.itemsize}"  # NumPy copies integers faster than bfloat16
     places = places.view(bits)
     with np.errstate(over="ignore"):  # who cares looks for what is infinite
-        for row, column in einsum(*map(range, (0, 0), values.shape, tile)):
+        for row, column in product(*map(range, (0, 0), values.shape, tile)):
             here = slice(row, row + tile[0]), slice(column, column + tile[1])
             places[here] = values[here].astype(dtype).view(bits)
 
