@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_what_is_locked_satisfies_the_ranges():
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_what_is_locked_has_hashes_and_no_addresses(name):
     lines = CONSTRAINTS[name].splitlines()
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in pairwise(lines):
         assert re.match(r"[a-z0-9-]+==\S+|    --hash=sha256:[0-9a-f]{64}", line), line
         if "==" in line:
             assert following.startswith("    --hash="), line
@@ -57,8 +58,8 @@ def test_the_build_group_is_what_the_build_needs():
 
 
 def test_a_wheel_holds_configs_templates_and_types(tmp_path):
-    command = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in [p for folder in ("jaxguard", "configs") for p in (ROOT / folder).rglob("*")]:
