@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-
 from jaxguard.config import Config
 from jaxguard.config.data import SourceConfig
 from jaxguard.data import encoding as encode
@@ -24,6 +21,7 @@ from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.sources import LABELS, digest, load, unique_ids
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.progress import track
 
 Chosen = tuple[Example, Mode]
 
@@ -140,14 +138,14 @@ def encode_selection(config: Config, selection: Selection, encoder: encode.Encod
         JaxguardError: no example fits, or every one had to be cut.
     """
     train, validation, kept, dropped = [], [], [], Counter(selection.dropped)
-    for example, mode in _progress(selection.train, "encoding"):
+    for example, mode in track(selection.train, "encoding"):
         sequence = encoder.encode(example, mode)
         if sequence is None:
             dropped["train: trace too long for a row"] += 1
         else:
             train.append(sequence)
             kept.append((example, mode))
-    for example, mode in _progress(selection.validation, "encoding held-out examples"):
+    for example, mode in track(selection.validation, "encoding held-out examples"):
         branches = encoder.branches(example, mode)
         if branches:
             validation.append((example, mode, branches))
@@ -256,11 +254,6 @@ def _validation_modes(held: list[Example], mode: str) -> list[Chosen]:
 
 def _hash(purpose: str, seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{purpose}\0{seed}\0{name}".encode()).digest()
-
-
-def _progress(chosen: list[Chosen], what: str) -> Iterable[Chosen]:
-    console = Console(stderr=True)
-    return track(chosen, what, console=console, transient=True, disable=not console.is_terminal or len(chosen) < 1000)
 
 
 def _check_lengths(train: list[encode.EncodedExample], config: Config) -> None:

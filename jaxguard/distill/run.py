@@ -1,16 +1,12 @@
 """A distillation from start to end: examples in, traces filtered and stored, training files out."""
 
 import asyncio
-import datetime
 import json
-import time
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxguard.config import Config
 from jaxguard.config.distill import DistillConfig, TeacherConfig
@@ -25,6 +21,7 @@ from jaxguard.distill.summary import summarise, summary_table
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
+from jaxguard.utils.progress import Progress
 
 try:
     from jaxguard.distill.generate import Funnel, Generation
@@ -33,10 +30,6 @@ try:
     from jaxguard.distill.teacher import open_teacher
 except ImportError as error:
     raise JaxguardError(f"the teacher's client is not installed ({error}): pip install -e '.[distill]'") from None
-
-
-TOLD_SECONDS = 30.0
-"""Between two lines of progress where there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +154,16 @@ def generate(
                 judge=judge,
                 exhaustive=exhaustive,
             )
-            await generation.run(tasks, stack.enter_context(bar(len(tasks), folder.name, job.console)))
+            progress = stack.enter_context(Progress(folder.name, len(tasks), console=job.console))
+
+            def show(funnel: Funnel) -> None:
+                failed = "  ".join(f"{name} {count}" for name, count in funnel.failed.most_common(3))
+                done = funnel.accepted + len(funnel.unfinished)
+                progress.update(
+                    done, f"failed: {failed or 'none'}", attempts=funnel.attempts, tokens=funnel.completion_tokens
+                )
+
+            await generation.run(tasks, show)
 
     asyncio.run(run())
 
@@ -186,40 +188,3 @@ def finish(job: Job, tasks: list[Task], store: Path, traces: dict[str, str]) -> 
     write_atomically(store.with_suffix(".summary.json"), json.dumps(asdict(summary), indent=2) + "\n")
     job.console.print(summary_table(summary, store.name))
     job.console.print(f"{len(lines)} examples with traces: {output}", highlight=False)
-
-
-@contextmanager
-def bar(total: int, title: str, console: Console) -> Iterator["Shown"]:
-    """A progress bar over the examples; on no terminal, a line every half minute."""
-    columns = (
-        TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield Shown(progress, total, title)
-
-
-class Shown:
-    """Shows a funnel as it fills."""
-
-    def __init__(self, progress: Progress, total: int, title: str) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=total, numbers="")
-        self._title, self._total = title, total
-        self._started = self._told = time.monotonic()
-
-    def __call__(self, funnel: Funnel) -> None:
-        """Show the newest numbers."""
-        now = time.monotonic()
-        seconds = max(now - self._started, 1e-9)
-        failed = "  ".join(f"{name} {count}" for name, count in funnel.failed.most_common(3))
-        speed = f"{funnel.attempts / seconds:,.1f} traces/s  {funnel.completion_tokens / seconds:,.0f} tokens/s"
-        numbers = f"{speed}  failed: {failed or 'none'}"
-        done = funnel.accepted + len(funnel.unfinished)
-        self._progress.update(self._task, completed=done, numbers=numbers)
-        if self._progress.disable and now - self._told >= TOLD_SECONDS:
-            self._told = now
-            left = datetime.timedelta(seconds=round(seconds / done * (self._total - done))) if done else "?"
-            self._progress.console.print(
-                f"{self._title} {done}/{self._total}  {numbers}  ETA {left}", highlight=False, soft_wrap=True
-            )

@@ -25,7 +25,6 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import QUESTIONS, Question, load_policy
 from jaxguard.data.prepare import load_sources
 from jaxguard.evaluate.benchmarks.loading import LABEL, Benchmark, load_benchmark
-from jaxguard.evaluate.progress import counting
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
 from jaxguard.evaluate.report.summary import summary_table
@@ -34,9 +33,10 @@ from jaxguard.evaluate.scores.scoring import GuardPredictions, Validation, score
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, modes_of, open_guard
 from jaxguard.guards.predictions import open_predictions
-from jaxguard.guards.protocol import Guard, Prediction, Request, UnsupportedError
+from jaxguard.guards.protocol import UNPARSABLE, Guard, Prediction, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
+from jaxguard.utils.progress import Progress
 
 SET_NAMES = {"wildguardmix": "WildGuardMix", "aegis2": "Aegis 2.0", "nemotron_safety": "Aegis 2.0"}
 """What the paper calls a kind of source."""
@@ -202,13 +202,16 @@ async def answered(
         waiting = [ask for ask in asks if ask.example.id not in predictions.answers]
         waiting.sort(key=lambda ask: -_length(ask.example))
         try:
-            with counting(title, len(asks), len(asks) - len(waiting), console) as told:
+            done, tokens, unparsable = len(asks) - len(waiting), 0, 0
+            with Progress(title, len(asks), done, console) as progress:
                 last = time.monotonic()
                 async for answer in judge(waiting):
                     now = time.monotonic()
                     answer, last = replace(answer, wall=now - last), now
                     predictions.append(answer)
-                    told(answer)
+                    done, tokens = done + 1, tokens + answer.prompt_tokens + answer.completion_tokens
+                    unparsable += answer.verdicts.count(UNPARSABLE)
+                    progress.update(done, f"unparsable: {unparsable}", tokens=tokens)
         except UnsupportedError as error:
             console.print(f"{title} is left out: {error}", markup=False, highlight=False)
             return None

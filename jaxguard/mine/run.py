@@ -23,9 +23,9 @@ from jaxguard.guards.loading import cache_key, examples_key, open_guard
 from jaxguard.guards.predictions import open_predictions
 from jaxguard.guards.protocol import Request
 from jaxguard.mine.choose import Tried, choose, difficult, labels_of, tried
-from jaxguard.mine.progress import progress
 from jaxguard.mine.report import write_report
 from jaxguard.utils.files import lock_folder, write_atomically
+from jaxguard.utils.progress import Progress
 
 
 def mine(config: Config) -> int:
@@ -87,8 +87,7 @@ async def ask(
             else:
                 asks[mode].append(Request(example, next(iter(labels_of(example, policy))), mode))
         if any(asks.values()):
-            show = stack.enter_context(progress(len(selection.train), settings, console))
-            show(tally)
+            progress = stack.enter_context(Progress("mining", len(selection.train), tally.total(), console))
             examples = {example.id: example for example, _ in selection.train}
             async with open_guard(settings.guard, config, sampling) as judge:
                 for mode, left in asks.items():
@@ -97,7 +96,7 @@ async def ask(
                     async for answer in judge(left):
                         stores[mode].append(answer)
                         add(examples[answer.example_id], mode, answer.texts)
-                        show(tally)
+                        progress.update(tally.total(), _counts(tally, settings))
     return [found[example.id] for example, _ in selection.train]
 
 
@@ -116,6 +115,12 @@ def write_examples(folder: Path, selection: Selection, found: list[Tried], taken
     }
     for name, rows in files.items():
         write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _counts(tally: Counter[int], config: MineConfig) -> str:
+    k = config.generations
+    hard = sum(tally[right] for right in set(config.difficult))
+    return f"right {k}/{k} {tally[k] / tally.total():.0%}  hard {hard:,}  never {tally[0]:,}"
 
 
 def _row(one: Tried) -> dict[str, object]:

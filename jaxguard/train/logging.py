@@ -20,13 +20,14 @@ from types import TracebackType
 from typing import IO, Any
 
 import jax
+from rich.console import Console
 
 from jaxguard.config import Config
-from jaxguard.train.progress import Progress
 from jaxguard.train.run_folder import RunFolder
 from jaxguard.train.trackers import Tracker, open_trackers
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
+from jaxguard.utils.progress import Progress
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -37,10 +38,11 @@ class Telemetry:
     Use it as a context manager, call `rewind` once, then `log`.
     """
 
-    def __init__(self, run: RunFolder, config: Config, total_steps: int, progress: Progress | None = None) -> None:
+    def __init__(self, run: RunFolder, config: Config, total_steps: int, console: Console | None = None) -> None:
         self._writes = jax.process_index() == 0
         self._run, self._config = run, config
-        self._progress = progress or Progress(config.name, total_steps)
+        self._total_steps, self._console = total_steps, console or Console()
+        self._progress: Progress | None = None
         self._file: IO[str] | None = None
         self._trackers: list[Tracker] = []
 
@@ -58,7 +60,8 @@ class Telemetry:
         rewind_metrics(self._run.metrics, step)
         self._trackers = open_trackers(self._run, self._config, step)
         self._file = self._run.metrics.open("a", encoding="utf-8")
-        self._progress.start(step or 0)
+        self._progress = Progress(self._config.name, self._total_steps, step or 0, self._console, unit=None)
+        self._progress.__enter__()
 
     def log(self, step: int, values: Mapping[str, Any], speed: Mapping[str, Any] | None = None) -> None:
         """Record `values` after `step` updates.
@@ -73,7 +76,7 @@ class Telemetry:
         """
         if not self._writes:
             return
-        if self._file is None:
+        if self._file is None or self._progress is None:
             raise RuntimeError("call rewind before log")
         numbers = {name: float(value) for name, value in values.items()}
         speeds = {name: float(value) for name, value in (speed or {}).items()}
@@ -94,16 +97,23 @@ class Telemetry:
         }
         for tracker in self._trackers:
             tracker.log(step, finite)
-        self._progress.show(step, numbers, speeds)
+        validation = {name: value for name, value in numbers.items() if name.startswith("validation")}
+        if validation:
+            text = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in validation.items())
+            self.say(f"step {step}/{self._total_steps}  validation: {text}")
+        if len(validation) < len(numbers):
+            self._progress.update(step, _shown(numbers, speeds))
 
     def say(self, text: str) -> None:
         """Print a line without breaking the progress bar."""
         if self._writes:
-            self._progress.say(text)
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Flush everything and end the progress bar."""
-        self._progress.stop()
+        if self._progress is not None:
+            self._progress.__exit__()
+            self._progress = None
         for tracker in self._trackers:
             tracker.close()
         self._trackers = []
@@ -118,6 +128,18 @@ class Telemetry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _shown(values: Mapping[str, float], speed: Mapping[str, float]) -> str:
+    """The numbers of a step that the progress display shows."""
+    formats = (
+        (values, "loss", "loss {:.4f}"),
+        (values, "learning_rate", "lr {:.2e}"),
+        (speed, "tokens_per_second", "{:,.0f} tokens/s"),
+        (speed, "examples_per_second", "{:.3g} examples/s"),
+        (speed, "mfu", "MFU {:.1%}"),
+    )
+    return "  ".join(text.format(source[name]) for source, name, text in formats if name in source)
 
 
 def rewind_metrics(path: Path, step: int | None) -> None:

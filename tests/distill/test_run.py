@@ -116,7 +116,7 @@ def test_the_summary_says_why_the_last_attempt_failed(config):
 
 
 def test_without_a_terminal_progress_is_told_in_lines(config, capsys, monkeypatch):
-    monkeypatch.setattr("jaxguard.distill.run.TOLD_SECONDS", 0.0)
+    monkeypatch.setattr("jaxguard.utils.progress.PLAIN_SECONDS", 0.0)
     distilled(config, lambda i: RIGHT)
     assert "traces 6/6" in capsys.readouterr().out
 

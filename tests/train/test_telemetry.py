@@ -19,7 +19,6 @@ from tensorboardX.proto.event_pb2 import Event
 from jaxguard.config import Config, validate
 from jaxguard.train.curves import collect, draw_curves
 from jaxguard.train.logging import Telemetry, read_metrics, rewind_metrics
-from jaxguard.train.progress import PLAIN_SECONDS, Progress
 from jaxguard.train.run_folder import RunFolder
 from jaxguard.utils.errors import JaxguardError
 
@@ -34,15 +33,6 @@ def config_with(**log: Any) -> Config:
     return validate(tree, "test")
 
 
-class Clock:
-    """A clock that is set by hand."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def plain_console() -> Console:
     return Console(file=io.StringIO(), width=80)
 
@@ -54,7 +44,7 @@ def shown(console: Console) -> str:
 
 def open_telemetry(folder: Path, total: int = 10, **log: Any) -> Telemetry:
     run = RunFolder(folder, resumed=False)
-    return Telemetry(run, config_with(**log), total, Progress("tiny", total, plain_console()))
+    return Telemetry(run, config_with(**log), total, plain_console())
 
 
 def train(folder: Path, start: int | None, until: int, total: int = 10) -> None:
@@ -199,46 +189,16 @@ def test_missing_tracker_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
         open_telemetry(tmp_path, **{name: True}).rewind(None)
 
 
-def test_plain_lines_have_no_control_codes_and_come_seldom() -> None:
-    clock, console = Clock(), plain_console()
-    progress = Progress("tiny", 100, console, clock)
-    progress.start(0)
-    for step in range(1, 101):
-        clock.now += 1.0
+def test_a_step_and_a_validation_are_shown(tmp_path: Path) -> None:
+    console = plain_console()
+    with Telemetry(RunFolder(tmp_path, resumed=False), config_with(), 2, console) as telemetry:
+        telemetry.rewind(None)
         speed = {"seconds": 1.0, "tokens_per_second": 12345.6, "examples_per_second": 32.1, "mfu": 0.4123}
-        progress.show(step, {"loss": 0.5, "learning_rate": 1e-6}, speed)
-    progress.show(100, {"validation/direct/loss": 0.25}, {})
-    progress.stop()
-    lines = shown(console).splitlines()
-    assert len(lines) == 1 + 100 // PLAIN_SECONDS + 1
-    assert lines[0].startswith("step 1/100  loss 0.5000  lr 1.00e-06  12,346 tokens/s  32.1 examples/s  MFU 41.2%")
-    assert lines[1].endswith("ETA 0:01:29")
-    assert lines[-1] == "step 100/100  validation: direct/loss 0.2500"
-    assert "\x1b" not in shown(console)
-
-
-def test_time_left_does_not_count_compiling() -> None:
-    clock, console = Clock(), plain_console()
-    progress = Progress("tiny", 1000, console, clock)
-    progress.start(990)
-    progress.show(991, {"loss": 0.5}, {})
-    assert shown(console).rstrip().endswith("ETA -:--:--")
-    for step, seconds in ((991, 60.0), (992, 2.0), (993, 2.0)):
-        clock.now += 100
-        progress.show(step, {"loss": 0.5}, {"seconds": seconds})
-    assert shown(console).rstrip().endswith("ETA 0:00:14")
-
-
-def test_bar_on_a_terminal() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    progress = Progress("tiny", 4, console)
-    progress.start(1)
-    progress.show(4, {"loss": 0.125}, {})
-    progress.say("kept [not markup]")
-    progress.stop()
-    assert "4/4" in shown(console)
-    assert "loss 0.1250" in shown(console)
-    assert "kept [not markup]" in shown(console)
+        telemetry.log(2, {"loss": 0.5, "learning_rate": 1e-6}, speed)
+        telemetry.log(2, {"validation/direct/loss": 0.25})
+    step, validation = shown(console).splitlines()
+    assert step.startswith("tiny 2/2  loss 0.5000  lr 1.00e-06  12,346 tokens/s  32.1 examples/s  MFU 41.2%")
+    assert validation == "step 2/2  validation: direct/loss 0.2500"
 
 
 def test_curves_are_drawn_from_the_record(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""How far work is: a bar on a terminal, a plain line every half minute elsewhere."""
+
+import datetime
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Self, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+PLAIN_SECONDS = 30.0
+"""Least time between two plain lines."""
+
+_SPEED_SECONDS = 600.0
+"""Speed and time left are those of the last ten minutes, without what came before the first result: compiling and loading."""
+
+Item = TypeVar("Item")
+
+
+class Progress:
+    """A context manager that shows the newest numbers of a loop.
+
+    Args:
+        title: what is worked on.
+        total: how many items there are.
+        done: how many of them were done before.
+        console: where to show it; default: standard output.
+        unit: what an item is, for the speed; None shows no speed.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        done: int = 0,
+        console: Console | None = None,
+        unit: str | None = "examples",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._title, self._total, self._unit, self._clock = title, total, unit, clock
+        self._console = console or Console()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}", markup=False),
+        )
+        self._bar = RichProgress(
+            *columns,
+            console=self._console,
+            disable=not self._console.is_terminal,
+            get_time=clock,
+            speed_estimate_period=_SPEED_SECONDS,
+        )
+        self._bar.add_task(title, total=total, completed=done, numbers="")
+        (self._task,) = self._bar.tasks
+        self._started = clock()
+        self._printed = self._started
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, numbers: str = "", **counts: float) -> None:
+        """Show that `done` items are done.
+
+        Args:
+            done: since the beginning, those that were done before included.
+            numbers: what else to show.
+            counts: totals since the start of this process, shown per second: `tokens=...` as tokens/s.
+        """
+        self._bar.update(self._task.id, completed=done)
+        now = self._clock()
+        seconds, left = max(now - self._started, 1e-9), self._task.time_remaining
+        speeds = [f"{self._task.speed or 0:,.1f} {self._unit}/s"] if self._unit else []
+        speeds += [f"{count / seconds:,.0f} {name}/s" for name, count in counts.items()]
+        eta = "-:--:--" if left is None else datetime.timedelta(seconds=int(left))
+        text = "  ".join(filter(None, (numbers, *speeds, f"ETA {eta}")))
+        self._bar.update(self._task.id, numbers=text)
+        if self._bar.disable and (now - self._printed >= PLAIN_SECONDS or done == self._total):
+            self._printed = now
+            self.say(f"{self._title} {done:,}/{self._total:,}  {text}")
+
+    def advance(self, numbers: str = "") -> None:
+        """Show that one more item is done."""
+        self.update(int(self._task.completed) + 1, numbers)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, on a terminal above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def track(items: Sequence[Item], title: str, least: int = 1000) -> Iterable[Item]:
+    """The items, with a progress display on standard error while they are worked on; none for fewer than `least`."""
+    if len(items) < least:
+        return items
+
+    def tracked() -> Iterator[Item]:
+        with Progress(title, len(items), console=Console(stderr=True)) as progress:
+            for item in items:
+                yield item
+                progress.advance()
+
+    return tracked()
