@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.text import Text
 
 import jaxguard
-from jaxguard.config import CONFIG_FOLDER, Config, dump, load
+from jaxguard.config import Config, dump, load
+from jaxguard.config.lookup import CONFIG_FOLDER, names
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
 
 USER_ERROR = 2
@@ -146,7 +147,7 @@ def exit_code(run: Callable[[], int | None]) -> int:
 
 def stage_parser(stage: str, description: str) -> argparse.ArgumentParser:
     """The options that every stage has."""
-    known = ", ".join(sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))) or "none; run from the project's root"
+    known = ", ".join(name for name in names(CONFIG_FOLDER) if "/" not in name)
     parser = argparse.ArgumentParser(
         prog=f"python -m jaxguard.{stage}",
         description=description,

@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import yaml
 
-from jaxguard.config import CONFIG_FOLDER, Config, load, validate
-from jaxguard.config.base import nearest
+from jaxguard.config import Config, load, validate
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
+from jaxguard.config.lookup import CONFIG_FOLDER, names, nearest
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, load_policy
 from jaxguard.guards.backends.sglang import KEY
@@ -145,6 +145,4 @@ def _served_path(endpoint: str) -> str:
 
 def policy_names() -> str:
     """The shipped policies, for --help."""
-    folder = CONFIG_FOLDER / "policies"
-    names = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-    return ", ".join(names) or "none; run from the project's root"
+    return ", ".join(names(CONFIG_FOLDER / "policies"))

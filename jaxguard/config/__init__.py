@@ -12,14 +12,13 @@ import yaml
 from pydantic import model_validator
 
 from jaxguard.config import base as fields
-from jaxguard.config.base import NonNegative, Schema, find_yaml, read_yaml
+from jaxguard.config.base import NonNegative, Schema, read_yaml
 from jaxguard.config.data import BuildConfig, DataConfig
 from jaxguard.config.distill import DistillConfig
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
+from jaxguard.config.lookup import CONFIG_FOLDER, find_yaml
 from jaxguard.config.train import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxguard.utils.errors import JaxguardError
-
-CONFIG_FOLDER = Path("configs")
 
 
 class Config(Schema):
@@ -69,13 +68,17 @@ class Config(Schema):
 def load(name: str, overrides: Iterable[str] = (), folder: Path = CONFIG_FOLDER) -> Config:
     """Read a config by name (a file in `folder`) or by path, and apply overrides such as `train.epochs=3`.
 
+    What it `extends` lies beside it or in configs/.
+
     Raises:
         JaxguardError: no such file, unknown or ill-typed field, impossible combination.
     """
-    path = find_config(name, folder)
+    path = find_yaml(name, folder, "config")
     tree = read_yaml(path)
     if "extends" in tree:
-        base_path = find_config(str(tree.pop("extends")), path.parent)
+        base_name = str(tree.pop("extends"))
+        beside = (path.parent / f"{base_name}.yaml").is_file()
+        base_path = find_yaml(base_name, path.parent if beside else CONFIG_FOLDER, "config")
         base = read_yaml(base_path)
         if "extends" in base:
             raise JaxguardError(
@@ -101,11 +104,6 @@ def validate(tree: Mapping[str, Any], origin: str) -> Config:
 def dump(config: Config) -> str:
     """The resolved config as YAML; loading it gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def find_config(name: str, folder: Path) -> Path:
-    """The file that a config's name or path stands for."""
-    return find_yaml(name, folder, "config")
 
 
 def _put(tree: Any, keys: list[str], value: Any, override: str) -> Any:

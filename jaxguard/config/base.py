@@ -1,6 +1,5 @@
 """Typed, frozen trees read from YAML, and errors that name the field and the nearest valid one."""
 
-import difflib
 import re
 import types
 import typing
@@ -11,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from jaxguard.config.lookup import nearest
 from jaxguard.utils.errors import JaxguardError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -58,26 +58,6 @@ def scalar(text: str) -> Any:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError:
         return text
-
-
-def find_yaml(name: str, folder: Path, what: str) -> Path:
-    """The file that a name in `folder`, or a path, stands for.
-
-    Raises:
-        JaxguardError: there is no such file; lists those there are.
-    """
-    for candidate in (Path(name), folder / f"{name}.yaml"):
-        if candidate.suffix in {".yaml", ".yml"} and candidate.is_file():
-            return candidate
-    deep = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
-    known = ", ".join(one for one in deep if "/" not in one)
-    raise JaxguardError(f"no {what} {name!r}: {nearest(name, deep)}known in {folder}/: {known or 'none'}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'? `, or nothing when nothing is near."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}? " if match else ""
 
 
 class _Loader(yaml.SafeLoader):

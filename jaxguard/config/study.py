@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Schema, Share, nearest, read_yaml, validate
+from jaxguard.config.base import NonNegative, Positive, Schema, Share, read_yaml, validate
+from jaxguard.config.lookup import folders, names, nearest
 from jaxguard.utils.errors import JaxguardError
 
 STUDY_FOLDER = Path("configs")
@@ -193,8 +194,8 @@ def label(value: Any) -> str:
 
 
 def _find(name: str, folder: Path) -> Path:
-    for candidate in (Path(name), folder / f"{name}.yaml"):
+    for candidate in (Path(name), *(source / f"{name}.yaml" for source in folders(folder))):
         if candidate.suffix in {".yaml", ".yml"} and candidate.is_file():
             return candidate
-    known = sorted(str(path.relative_to(folder).with_suffix("")) for path in (folder / STUDIES).glob("*.yaml"))
+    known = [f"{STUDIES}/{study}" for study in names(folder / STUDIES)]
     raise JaxguardError(f"no study {name!r}: {nearest(name, known)}known in {folder}/: {', '.join(known) or 'none'}")

@@ -14,7 +14,8 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from jaxguard.config.base import Schema, find_yaml, nearest, read_yaml, validate
+from jaxguard.config.base import Schema, read_yaml, validate
+from jaxguard.config.lookup import find_yaml, locate, names, nearest
 from jaxguard.data.examples import Example
 from jaxguard.utils.errors import JaxguardError
 
@@ -145,12 +146,11 @@ def policy_for(example: Example, default: Policy, folder: Path = POLICY_FOLDER) 
     if re.fullmatch(r"([A-Za-z0-9_-]{1,64}/)?[A-Za-z0-9_-]{1,64}", example.policy):
         if example.policy == default.name:
             return default
-        if (folder / f"{example.policy}.yaml").is_file():
+        if locate(folder / f"{example.policy}.yaml").is_file():
             return _cached(example.policy, folder)
         if "_" in example.policy or "/" in example.policy:
-            known = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
             raise JaxguardError(
-                f"example {example.id!r} names the policy {example.policy!r}: {nearest(example.policy, known)}there is no "
+                f"example {example.id!r} names the policy {example.policy!r}: {nearest(example.policy, names(folder))}there is no "
                 f"{folder / example.policy}.yaml; put it there, or give the example its rules in words"
             )
     return Policy(name="own", rules=example.policy.strip(), asks=default.asks)

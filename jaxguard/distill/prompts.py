@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from jaxguard.config.base import Schema, find_yaml, nearest, read_yaml, validate
+from jaxguard.config.base import Schema, read_yaml, validate
+from jaxguard.config.lookup import find_yaml, nearest
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import ABSENT, Answers, Dialogue, taxonomy, verdict_lines, written
 from jaxguard.data.policies import Policy, Question

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from jaxguard.config import CONFIG_FOLDER, Config
+from jaxguard.config import Config
+from jaxguard.config.lookup import CONFIG_FOLDER, folders, locate
 from jaxguard.config.train import ModelConfig
 from jaxguard.data.packing import Shape, bucket_size
 from jaxguard.models.compute import Compute
@@ -199,12 +200,12 @@ def find_spec(model: ModelConfig, shapes: Path = SHAPES) -> Spec:
     """
     if Path(model.checkpoint).is_dir():
         return read_spec(Path(model.checkpoint))
-    folder = shapes / model.checkpoint.replace("/", "--")
+    folder = locate(shapes / model.checkpoint.replace("/", "--"))
     if not folder.is_dir():
-        known = ", ".join(sorted(path.name.replace("--", "/") for path in shapes.glob("*--*"))) or "none"
+        known = sorted({path.name.replace("--", "/") for source in folders(shapes) for path in source.glob("*--*")})
         raise JaxguardError(
             f"the shape of model.checkpoint={model.checkpoint} is not known here: give a folder, "
-            f"or put its config.json into {folder}/; known: {known}"
+            f"or put its config.json into {shapes / folder.name}/; known: {', '.join(known) or 'none'}"
         )
     return read_spec(folder)
 

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal
 import jax
 from pydantic import Field
 
-from jaxguard.config import CONFIG_FOLDER, Config, dump, load
-from jaxguard.config.base import Schema, find_yaml, read_yaml, validate
+from jaxguard.config import Config, dump, load
+from jaxguard.config.base import Schema, read_yaml, validate
+from jaxguard.config.lookup import CONFIG_FOLDER, find_yaml
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
 from jaxguard.plan.show import as_json
 from jaxguard.plan.targets import Cluster, find_cluster

@@ -14,8 +14,8 @@ import jax
 from jax.experimental import topologies
 from pydantic import BeforeValidator, Field, model_validator
 
-from jaxguard.config import CONFIG_FOLDER
-from jaxguard.config.base import Schema, nearest, read_yaml, validate
+from jaxguard.config.base import Schema, read_yaml, validate
+from jaxguard.config.lookup import CONFIG_FOLDER, locate, nearest
 from jaxguard.utils.errors import JaxguardError
 
 GIB = 1024**3
@@ -132,7 +132,7 @@ def read_targets(path: Path = TARGETS_FILE) -> Mapping[str, Target]:
     Raises:
         JaxguardError: a field of the file is unknown, missing or ill-typed.
     """
-    return {name: validate(Target, tree, f"{path}: {name}") for name, tree in read_yaml(path).items()}
+    return {name: validate(Target, tree, f"{path}: {name}") for name, tree in read_yaml(locate(path)).items()}
 
 
 def find_cluster(text: str) -> Cluster:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from jaxguard.config.base import nearest
+from jaxguard.config.lookup import names, nearest
 from jaxguard.data.cells import Skip, objects, text, transcript
 from jaxguard.data.examples import Example
 from jaxguard.data.files import Row, Table
@@ -121,7 +121,7 @@ def load_benchmark(name_or_path: str, local: Path | None = None, folder: Path = 
 
 def list_benchmarks(folder: Path = BENCHMARK_FOLDER) -> tuple[str, ...]:
     """The names that `load_benchmark` knows in a folder."""
-    return tuple(sorted(path.stem for path in folder.glob("*.yaml")))
+    return tuple(name for name in names(folder) if "/" not in name)
 
 
 def _check_columns(fields: BenchmarkDefinition, table: Table, where: str) -> None:

@@ -15,6 +15,7 @@ import huggingface_hub
 import huggingface_hub.errors
 
 from jaxguard.config.data import SourceConfig
+from jaxguard.config.lookup import locate
 from jaxguard.data.examples import Example
 from jaxguard.data.files import SUFFIXES, Row, Table, file_digest, read_hub, read_local
 from jaxguard.data.sources import load
@@ -48,7 +49,7 @@ def _read_data(source: SourceConfig, local: Path | None) -> tuple[Table, Counter
 
 
 def _read_table(source: BenchmarkSource, name: str, local: Path | None) -> Table:
-    path = local or (Path(source.path) if source.path else None)
+    path = local or (locate(Path(source.path)) if source.path else None)
     if path is not None:
         return _read_copy(path.expanduser(), source, name)
     if source.url:

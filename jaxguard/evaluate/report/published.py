@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from jaxguard.config.base import Schema, find_yaml, read_yaml, validate
+from jaxguard.config.base import Schema, read_yaml, validate
+from jaxguard.config.lookup import find_yaml
 from jaxguard.evaluate.scores.metrics import PROMPT_SHARE
 
 PUBLISHED_FOLDER = Path("configs/published")
