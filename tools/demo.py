@@ -109,7 +109,7 @@ def show(console: Console, config: Config) -> None:
     """Held-out scores beside two that cost nothing, and where things lie."""
     training = load_examples(config.data.train[0])
     held = load_examples(config.data.validation[0])
-    before, after = judgements(config.folder)
+    before, after = validation_predictions(config.folder)
     rows = [
         always_harmful(held),
         score("TF-IDF + logistic regression", word_counts(training, held), held),
@@ -169,11 +169,13 @@ def calibrated(probabilities: np.ndarray, held: Sequence[Example]) -> np.ndarray
     )
 
 
-def judgements(run: Path) -> list[Probabilities]:
+def validation_predictions(run: Path) -> list[Probabilities]:
     """What the guard said before the first and after the last update."""
-    files = sorted((run / "judgements").glob("*.jsonl"), key=lambda path: int(path.stem))
+    files = sorted((run / "validation_predictions").glob("*.jsonl"), key=lambda path: int(path.stem))
     if len(files) < 2:
-        raise JaxguardError(f"{run} has no judgements from before and after training; delete it and run this again")
+        raise JaxguardError(
+            f"{run} holds fewer than two files in validation_predictions: delete the folder and run the demo again"
+        )
     read = (
         [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (files[0], files[-1])
     )

@@ -230,9 +230,9 @@ class Decoder(nnx.Module):
         x32 = x.astype(jnp.float32)
         if self.compute.attention == "block_sparse":
             squares = jnp.einsum("...D,...D->...", x32, x32) / x.shape[-1]
-            x32 = jnp.einsum("...D,...->...D", x32, jax.lax.rsqrt(squares + self.spec.norm_epsilon))
+            x32 = jnp.einsum("...D,...->...D", x32, jax.lax.rsqrt(squares + self.spec.norm_eps))
             return jnp.einsum("...D,D->...D", x32.astype(weight.dtype), weight).astype(x.dtype)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.norm_epsilon)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.norm_eps)
         return (x32.astype(weight.dtype) * weight).astype(x.dtype)
 
     def _remat(self, layer: Callable[..., Any]) -> Callable[..., Any]:

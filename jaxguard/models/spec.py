@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,8 +46,8 @@ class Spec:
 
     Attributes:
         family: whose weight names and norms apply.
-        vocab, d_model, layers, heads, kv_heads, head_dim, mlp_dim: V D L N K H F.
-        norm_epsilon: added to the mean square in RMSNorm.
+        vocab_size, d_model, num_layers, num_heads, num_kv_heads, head_dim, mlp_dim: V D L N K H F.
+        norm_eps: added to the mean square in RMSNorm.
         zero_centered_norm: the norm multiplies by 1 + w in fp32 (Gemma), else by w in the input's type.
         post_norm: each half-layer's output is normalised too (Gemma).
         qk_norm: queries and keys are normalised over H before rope.
@@ -57,19 +57,19 @@ class Spec:
         kinds: the distinct kinds of layer.
         layer_kinds: for each layer, an index into kinds.
         tied: the LM head is the embedding table.
-        context: longest sequence the checkpoint was made for, tokens.
+        max_position_embeddings: longest sequence that the checkpoint was made for, in tokens.
         dtype: type of the checkpoint's tensors, as config.json says.
     """
 
     family: Literal["llama", "gemma3"]
-    vocab: int
+    vocab_size: int
     d_model: int
-    layers: int
-    heads: int
-    kv_heads: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
     mlp_dim: int
-    norm_epsilon: float
+    norm_eps: float
     zero_centered_norm: bool
     post_norm: bool
     qk_norm: bool
@@ -79,22 +79,22 @@ class Spec:
     kinds: tuple[LayerKind, ...]
     layer_kinds: tuple[int, ...]
     tied: bool
-    context: int
+    max_position_embeddings: int
     dtype: str
 
     @property
     def fingerprint(self) -> str:
-        """Two checkpoints with the same one can take each other's weights; storage type and context do not count."""
-        text = repr(replace(self, dtype="", context=0))
+        """Identify models that can load each other's weights; the storage type and the maximum length do not count."""
+        text = repr(astuple(replace(self, dtype="", max_position_embeddings=0)))
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        return f"{self.family}-{self.layers}x{self.d_model}-{digest}"
+        return f"{self.family}-{self.num_layers}x{self.d_model}-{digest}"
 
     @property
     def sizes(self) -> dict[str, int]:
         """Size of each letter of a weight's shape."""
         return {
-            "V": self.vocab, "D": self.d_model, "N": self.heads, "K": self.kv_heads, "H": self.head_dim,
-            "F": self.mlp_dim, "L": self.layers,
+            "V": self.vocab_size, "D": self.d_model, "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_dim,
+            "F": self.mlp_dim, "L": self.num_layers,
         }  # fmt: skip
 
 
@@ -160,16 +160,16 @@ def _gemma3(c: PretrainedConfig, path: Path) -> Spec:
 
 def _common(c: PretrainedConfig) -> dict[str, Any]:
     return {
-        "vocab": c.vocab_size,
+        "vocab_size": c.vocab_size,
         "d_model": c.hidden_size,
-        "layers": c.num_hidden_layers,
-        "heads": c.num_attention_heads,
-        "kv_heads": c.num_key_value_heads,
+        "num_layers": c.num_hidden_layers,
+        "num_heads": c.num_attention_heads,
+        "num_kv_heads": c.num_key_value_heads,
         "head_dim": c.head_dim,
         "mlp_dim": c.intermediate_size,
-        "norm_epsilon": c.rms_norm_eps,
+        "norm_eps": c.rms_norm_eps,
         "tied": c.tie_word_embeddings,
-        "context": c.max_position_embeddings,
+        "max_position_embeddings": c.max_position_embeddings,
         "dtype": str(c.dtype or "float32").removeprefix("torch."),
     }
 

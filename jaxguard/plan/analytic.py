@@ -45,7 +45,7 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute) -> Flops:
     Full remat computes a layer's products once more, but for the last one where nothing needs its result (no norm follows
     it). The head's logits are always computed again (train/loss.py).
     """
-    D, F, H, N, K, L = spec.d_model, spec.mlp_dim, spec.head_dim, spec.heads, spec.kv_heads, spec.layers
+    D, F, H, N, K, L = spec.d_model, spec.mlp_dim, spec.head_dim, spec.num_heads, spec.num_kv_heads, spec.num_layers
     tokens = shape.rows * shape.tokens
     last = D * F
     layer = D * H * (2 * N + 2 * K) + 3 * D * F
@@ -58,7 +58,7 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute) -> Flops:
     forward = 4.0 * N * H * pairs
     repeats = 1 + (compute.remat != "none") + ATTENTION_BACKWARD
 
-    head = 2.0 * spec.vocab * D * shape.rows * shape.targets
+    head = 2.0 * spec.vocab_size * D * shape.rows * shape.targets
     model = 3 * (2.0 * L * tokens * layer + forward + head)
     return Flops(layers, forward * repeats, 4 * head, model)
 

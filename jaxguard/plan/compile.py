@@ -175,7 +175,7 @@ def _shape(config: Config, multiple: int, rows: int | None, targets: int | None)
 
 def _compile(program: Program, shape: Shape) -> Any:
     with jax.set_mesh(program.mesh), _any_gpu():
-        lowered = program.update.lower(program.state, program.batch(shape))
+        lowered = program.train_step.lower(program.state, program.batch(shape))
         try:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -189,7 +189,7 @@ def _branches(spec: Spec, tokens: int) -> list[float]:
     windows = [None if k.window is None or k.window >= tokens else k.window for k in spec.kinds]
     distinct = list(dict.fromkeys(windows))
     counts = Counter(distinct.index(windows[kind]) for kind in spec.layer_kinds)
-    return [counts[branch] / spec.layers for branch in range(len(distinct))]
+    return [counts[branch] / spec.num_layers for branch in range(len(distinct))]
 
 
 def find_spec(model: ModelConfig, shapes: Path = SHAPES) -> Spec:

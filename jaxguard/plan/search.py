@@ -93,7 +93,7 @@ def meshes(spec: Spec, cluster: Cluster, batch_size: int) -> Iterator[dict[str, 
     """
     devices, linked = cluster.devices, cluster.linked
     for tensor in (1, 2, 4, 8):
-        if linked % tensor or spec.kv_heads % tensor or devices // tensor > batch_size:
+        if linked % tensor or spec.num_kv_heads % tensor or devices // tensor > batch_size:
             continue
         copies = {devices // linked} if cluster.slices > 1 else {1, devices // linked}
         for data in sorted(copies):

@@ -1,6 +1,6 @@
 """Checkpoints of the training state: written by Orbax in the background, verified when read.
 
-A checkpoint is the folder checkpoints/STEP, where STEP is the number of completed updates:
+A checkpoint is the folder checkpoints/STEP, where STEP is the number of completed steps:
 
     weights/   the weights alone, which is all that export and evaluation read
     rest/      the optimizer's state and the step
@@ -67,7 +67,7 @@ class Checkpoints:
         Does nothing when this step is saved already.
 
         Args:
-            step: number of completed updates.
+            step: number of completed steps.
             state: the training state.
             validation_loss: ranks the checkpoint among the best; None or a non-finite number leaves it out.
 

@@ -71,7 +71,7 @@ def draw_curves(metrics: Path, picture: Path, title: str = "") -> bool:
         _draw(axes, panel, picked)
         axes.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
         if number > len(panels) - columns:
-            axes.set_xlabel("updates", fontsize=9)
+            axes.set_xlabel("steps", fontsize=9)
     draft = picture.with_name(f".{picture.name}.tmp")
     figure.savefig(draft, format="png")
     draft.replace(picture)

@@ -48,7 +48,7 @@ def attended_pairs(positions: np.ndarray, window: int | None = None) -> int:
 
 
 def training_flops(spec: Spec, positions: np.ndarray, targets: int) -> float:
-    """FLOPs of the matrix products that one update needs, for MFU. Padding and recomputation do not count.
+    """FLOPs of the matrix products that one step needs, for MFU. Padding and recomputation do not count.
 
     Forward: 2 per weight and token in the layers; 4 N H per pair of tokens that attend (scores and weighted sum);
     2 V D per target token in the head. The backward pass takes twice that (Chowdhery et al., PaLM, 2022, appendix B,
@@ -59,12 +59,12 @@ def training_flops(spec: Spec, positions: np.ndarray, targets: int) -> float:
         positions: of every token that is computed, in its sequence; a prefix that examples share is computed once.
         targets: tokens whose loss is taken.
     """
-    D, F, H, N, K = spec.d_model, spec.mlp_dim, spec.head_dim, spec.heads, spec.kv_heads
+    D, F, H, N, K = spec.d_model, spec.mlp_dim, spec.head_dim, spec.num_heads, spec.num_kv_heads
     layer_weights = D * H * (2 * N + 2 * K) + 3 * D * F
     pairs = [attended_pairs(positions, kind.window) for kind in spec.kinds]
-    layers = 2 * layer_weights * spec.layers * len(positions)
+    layers = 2 * layer_weights * spec.num_layers * len(positions)
     attention = 4 * N * H * sum(pairs[kind] for kind in spec.layer_kinds)
-    head = 2 * spec.vocab * D * targets
+    head = 2 * spec.vocab_size * D * targets
     return 3.0 * (layers + attention + head)
 
 

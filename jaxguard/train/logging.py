@@ -64,10 +64,10 @@ class Telemetry:
         self._progress.__enter__()
 
     def log(self, step: int, values: Mapping[str, Any], speed: Mapping[str, Any] | None = None) -> None:
-        """Record `values` after `step` updates.
+        """Record `values` after `step` completed steps.
 
         Args:
-            step: number of completed updates.
+            step: number of completed steps.
             values: what the config and the data determine: loss, learning_rate, gradient_norm, validation/...
             speed: what the machine and its mood determine: seconds, tokens_per_second, examples_per_second, mfu.
 

@@ -1,7 +1,7 @@
-"""A run from start to end: prepare, resume or begin, update, validate, save, export.
+"""A run from start to end: prepare, start or resume, train, validate, save, export.
 
-An update is a pure function of (state, step), and the batch of a step is arithmetic. So a run that is stopped at any moment
-and started again ends with the same bits as one that never stopped.
+A step is a pure function of the state and its batch, and which examples are in the batch is a pure function of the seed and
+the step. So a run that is interrupted at any moment and resumed ends with the same bits as one that was not.
 """
 
 import json
@@ -41,7 +41,7 @@ from jaxguard.utils.errors import JaxguardError, ProvenanceError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.hub import fetch
 
-PROFILED_UPDATES = 3
+PROFILED_STEPS = 3
 
 
 @dataclass
@@ -72,10 +72,10 @@ def train(config: Config, resume: Resume = "auto") -> int:
     start_hosts(config.mesh)
     with open_everything(config, resume) as run:
         step, state = resume_or_begin(run)
-        step, state = update_until_stopped(run, step, state)
+        step, state = train_until_stopped(run, step, state)
         if step < run.schedule.steps:
             run.telemetry.say(
-                f"stopped by {run.stop.signal_name or 'signal'} after update {step}; start again to go on"
+                f"stopped by {run.stop.signal_name or 'signal'} after step {step}; run the same command again to resume"
             )
             return REQUEUE
         if config.train.export:
@@ -131,11 +131,11 @@ def introduce(config: Config, program: Program) -> None:
 
 
 def resume_or_begin(run: Run) -> tuple[int, State]:
-    """Completed updates and state: from the newest readable checkpoint, or from the base weights."""
+    """Completed steps and state: from the newest readable checkpoint, or from the base weights."""
     found = run.checkpoints.restore(run.program.state)
     run.telemetry.rewind(None if found is None else found[0])
     if found is not None:
-        run.telemetry.say(f"goes on from the checkpoint of update {found[0]} of {run.schedule.steps}")
+        run.telemetry.say(f"resumes from the checkpoint of step {found[0]} of {run.schedule.steps}")
         return found
     shardings = {path: x.sharding for path, x in run.program.state["weights"].items()}
     state = run.program.initialize(read_weights(run.source, run.program.spec, shardings))
@@ -143,17 +143,17 @@ def resume_or_begin(run: Run) -> tuple[int, State]:
     return 0, state
 
 
-def update_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
-    """Update to the end of the schedule, or to the update during which the run was asked to stop.
+def train_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
+    """Train to the end of the schedule, or to the end of the step during which the run was asked to stop.
 
-    The metrics of an update are fetched while the next one runs, except where validation or a checkpoint needs them first.
+    The metrics of a step are fetched while the next one runs, except where validation or a checkpoint needs them first.
     """
     steps, sharding = run.schedule.steps, batch_sharding(run.program.mesh)
-    log = UpdateLog(run)
+    log = StepLog(run)
     for batch in run.schedule.read(step, run.config.data.prefetch):
-        placed = shard_batch(batch, sharding)
+        sharded = shard_batch(batch, sharding)
         with profiled(run, step), jax.transfer_guard("disallow"):
-            state, metrics = run.program.update(state, placed)
+            state, metrics = run.program.train_step(state, sharded)
         step += 1
         log.add(step, batch, metrics)
         stopped = run.stop.should_stop(step)
@@ -172,8 +172,8 @@ def update_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]
 
 
 @dataclass
-class UpdateLog:
-    """Logs updates one behind, so that the device never waits for the log."""
+class StepLog:
+    """Logs each step after the next one was dispatched, so that the device never waits for the log."""
 
     run: Run
     pending: tuple[int, Batch, Metrics] | None = None
@@ -183,16 +183,16 @@ class UpdateLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """The time until now does not count as the next update's."""
+        """Exclude the time until now from the next step's."""
         self.clock = time.perf_counter()
 
     def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
-        """Take in an update that has just been dispatched, and log the one before."""
+        """Add a step that has just been dispatched, and log the one before."""
         self.flush()
         self.pending = (step, batch, metrics)
 
     def flush(self) -> None:
-        """Wait for the last update and log it.
+        """Wait for the last step and log it.
 
         Raises:
             JaxguardError: its loss or gradient is not finite.
@@ -212,7 +212,7 @@ class UpdateLog:
 def _not_finite(run: Run, step: int, values: dict[str, float]) -> str:
     ids = [run.data.train[i].example_id for i in run.schedule.examples(step - 1)]
     return (
-        f"update {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; the run stops before it saves them. "
+        f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; the run stops before it saves them. "
         f"Its examples: {', '.join(ids)}. Lower optimizer.learning_rate or look at these examples; the last checkpoint "
         "is good"
     )
@@ -233,12 +233,12 @@ def _speed(program: Program, examples: int, batch: Batch, seconds: float) -> dic
 
 def validate(run: Run, step: int, state: State) -> float | None:
     """Score the held-out examples, keep and log it, and return the loss; None when nothing is held out."""
-    if not run.validation.held:
+    if not run.validation.held_out:
         return None
-    metrics, judgements = run.validation.run(run.program, state["weights"])
+    metrics, predictions = run.validation.run(run.program, state["weights"])
     if jax.process_index() == 0:
-        lines = [json.dumps(asdict(judgement)) + "\n" for judgement in judgements]
-        write_atomically(run.folder.judgements / f"{step}.jsonl", "".join(lines))
+        lines = [json.dumps(asdict(prediction)) + "\n" for prediction in predictions]
+        write_atomically(run.folder.validation_predictions / f"{step}.jsonl", "".join(lines))
     run.telemetry.log(step, metrics)
     return metrics["validation/loss"]
 
@@ -304,12 +304,12 @@ def report(run: Run) -> None:
 
 @contextmanager
 def profiled(run: Run, step: int) -> Iterator[None]:
-    """Trace a few updates from log.profile_step on."""
+    """Trace a few steps from log.profile_step on."""
     first = run.config.log.profile_step
     if first is not None and step == first:
         jax.profiler.start_trace(str(run.folder.profile))
     yield
-    if first is not None and step == min(first + PROFILED_UPDATES, run.schedule.steps) - 1:
+    if first is not None and step == min(first + PROFILED_STEPS, run.schedule.steps) - 1:
         jax.profiler.stop_trace()
 
 

@@ -4,7 +4,7 @@
       config.yaml     the resolved config
       versions.json   what the run was computed with
       metrics.jsonl   one record a line (telemetry.py)
-      judgements/     STEP.jsonl: every held-out verdict of the validation after that update
+      validation_predictions/  STEP.jsonl: the probability of every held-out verdict after that step
       checkpoints/  export/  tensorboard/  profile/  evaluate/  mine/
 
 Only process 0 writes here, except for the checkpoints, which all processes write together.
@@ -81,8 +81,8 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
-    def judgements(self) -> Path:
-        return self.path / "judgements"
+    def validation_predictions(self) -> Path:
+        return self.path / "validation_predictions"
 
     @property
     def curves(self) -> Path:
@@ -151,7 +151,7 @@ def _open_locked(config: Config, resume: Resume) -> RunFolder:
         _check_resume(folder, resumed, resume)
         if resumed:
             _check_same_run(folder, config)
-        for name in ("judgements", "checkpoints", "export", "tensorboard", "profile"):
+        for name in ("validation_predictions", "checkpoints", "export", "tensorboard", "profile"):
             (folder / name).mkdir(exist_ok=True)
         _write_versions(folder / "versions.json")
         write_atomically(folder / "config.yaml", dump(config))

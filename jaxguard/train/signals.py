@@ -1,4 +1,4 @@
-"""Stopping when asked: SIGTERM and Ctrl-C end the run after the update that is under way."""
+"""Stopping when asked: SIGTERM and Ctrl-C end the run after the current step."""
 
 import signal
 from collections.abc import Iterator

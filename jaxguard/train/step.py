@@ -20,11 +20,11 @@ from jaxguard.train.objectives import target_logprobs, token_weighted_loss
 from jaxguard.train.optimizer import learning_rate, optimizer
 
 State = dict[str, Any]
-"""weights: path -> float32 array; optimizer: optax's state; step: number of completed updates."""
+"""weights: path -> float32 array; optimizer: optax's state; step: number of completed steps."""
 
 
 class Metrics(NamedTuple):
-    """What an update tells; scalars on device."""
+    """Scalars of one step, on the devices."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
@@ -37,7 +37,7 @@ class Program:
     """Everything that a run compiles, for one model on one mesh.
 
     Attributes:
-        update: (state, batch) -> (state, metrics); the old state's memory is given to the new one.
+        train_step: (state, batch) -> (state, metrics); donates the old state.
         score: (weights, batch, ids_BMQ) -> log-probabilities of ids at the batch's targets, replicated.
         initialize: weights -> state at step 0.
         state: the state's shapes, types and shardings.
@@ -46,7 +46,7 @@ class Program:
     spec: Spec
     compute: Compute
     mesh: Mesh
-    update: Any
+    train_step: Any
     score: Any
     initialize: Any
     state: State
@@ -73,7 +73,7 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
     def initialize(weights: dict[str, Array]) -> State:
         return {"weights": weights, "optimizer": transformation.init(weights), "step": jnp.int32(0)}
 
-    def update(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         loss, gradient = loss_and_gradient(
             state["weights"], batch, spec=spec, compute=compute, accumulation=config.train.accumulation,
             loss_chunk=config.model.loss_chunk,
@@ -96,7 +96,9 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
         spec=spec,
         compute=compute,
         mesh=mesh,
-        update=jax.jit(update, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0),
+        train_step=jax.jit(
+            train_step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0
+        ),
         score=jax.jit(score, in_shardings=(weights, rows, rows), out_shardings=whole),
         initialize=jax.jit(initialize, in_shardings=(weights,), out_shardings=shardings, donate_argnums=0),
         state=state,

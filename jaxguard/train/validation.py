@@ -1,16 +1,16 @@
-"""Held-out loss, and verdict F1 and AUPRC from the probabilities of the verdict words: no sampling needed.
+"""Held-out loss, F1 and AUPRC, from the probabilities of the verdict tokens: nothing is sampled.
 
-For each question the model's odds are those of the first token in which its two answers differ. Earlier lines of the
-verdict are summed over all their answers, so no label leaks into a later line. In reasoning mode the reference trace is
-given: that measures how the model concludes from a good trace, and is an upper bound of what it will do with its own.
+For each question, the two answers are compared at the first token in which they differ. Earlier answers are summed over all
+their values, so that no label leaks into a later answer. In reasoning mode the reference trace is part of the input: the
+result measures how the model concludes from a good trace, an upper bound for its own traces.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from jaxtyping import Array
 from sklearn.metrics import average_precision_score, f1_score
 
 from jaxguard.data.encoding import EncodedExample
@@ -26,11 +26,11 @@ HARM = ("prompt_harm", "response_harm")
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """One question about one held-out example.
+class ValidationPrediction:
+    """The model's answer to one question about one held-out example.
 
     Attributes:
-        example_id, mode, question: what was asked.
+        example_id, mode, question: the input.
         positive: the label: harmful, or refusal.
         probability: of the positive answer, by the model.
     """
@@ -43,130 +43,130 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What one sequence tells: its loss, and the probability of the positive answer at each of its probes."""
+class Score:
+    """Sum of the negative log-likelihoods of an example's targets, and P(positive answer) at each of its probes."""
 
     loss: float
     targets: int
     probabilities: tuple[float, ...]
 
 
-Held = tuple[Example, Mode, tuple[EncodedExample, ...]]
+HeldOut = tuple[Example, Mode, tuple[EncodedExample, ...]]
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out examples, packed for a program.
+    """The held-out examples and how they are batched.
 
     Attributes:
-        held: example, mode, and its sequences: the labelled one first (see Encoder.branches).
+        held_out: example, mode, and its encoded branches, the labelled one first (see Encoder.branches).
         batch_size, max_seq_len, row_multiple: as in training.
     """
 
-    held: Sequence[Held]
+    held_out: Sequence[HeldOut]
     batch_size: int
     max_seq_len: int
     row_multiple: int
 
-    def run(self, program: Program, weights: dict[str, Any]) -> tuple[dict[str, float], list[Judgement]]:
-        """Metrics by name, and every single judgement."""
-        scored = dict(self._score(program, weights))
-        losses: dict[Mode, list[Scored]] = defaultdict(list)
-        judgements: list[Judgement] = []
-        for example, mode, branches in self.held:
-            found = [scored[id(branch)] for branch in branches]
-            losses[mode].append(found[0])
-            judgements += _judge(example, mode, branches, found)
-        metrics = {"validation/loss": _mean_loss([s for group in losses.values() for s in group])}
+    def run(self, program: Program, weights: dict[str, Array]) -> tuple[dict[str, float], list[ValidationPrediction]]:
+        """Compute the metrics by name, and the prediction for every question of every example."""
+        scores = dict(self._score(program, weights))
+        losses: dict[Mode, list[Score]] = defaultdict(list)
+        predictions: list[ValidationPrediction] = []
+        for example, mode, branches in self.held_out:
+            of_branches = [scores[id(branch)] for branch in branches]
+            losses[mode].append(of_branches[0])
+            predictions += _predict(example, mode, branches, of_branches)
+        metrics = {"validation/loss": _mean_loss([score for group in losses.values() for score in group])}
         for mode, group in losses.items():
             metrics[f"validation/{mode}/loss"] = _mean_loss(group)
-            metrics |= {
-                f"validation/{mode}/{name}": x for name, x in summary([j for j in judgements if j.mode == mode]).items()
-            }
-        return metrics, judgements
+            of_mode = summary([prediction for prediction in predictions if prediction.mode == mode])
+            metrics |= {f"validation/{mode}/{name}": value for name, value in of_mode.items()}
+        return metrics, predictions
 
-    def _score(self, program: Program, weights: dict[str, Any]) -> Iterator[tuple[int, Scored]]:
-        """Identity of each sequence -> what it scored."""
-        sequences = [branch for _, _, branches in self.held for branch in branches]
-        for start in range(0, len(sequences), self.batch_size):
-            rows = pack(sequences[start : start + self.batch_size], self.max_seq_len, self.row_multiple)
+    def _score(self, program: Program, weights: dict[str, Array]) -> Iterator[tuple[int, Score]]:
+        """Yield (id of the branch, its score)."""
+        branches = [branch for _, _, branches in self.held_out for branch in branches]
+        for start in range(0, len(branches), self.batch_size):
+            rows = pack(branches[start : start + self.batch_size], self.max_seq_len, self.row_multiple)
             batch = assemble(rows, bucketed(rows, self.max_seq_len, self.row_multiple))
-            ids_BMQ = np.stack([batch.target_ids_BM, *_choices(rows, batch)], axis=-1)
-            placed = shard_batch((batch, ids_BMQ), batch_sharding(program.mesh))
-            yield from _unpack(rows, np.asarray(program.score(weights, *placed)))
+            ids_BMQ = np.stack([batch.target_ids_BM, *_answer_ids(rows, batch)], axis=-1)
+            sharded = shard_batch((batch, ids_BMQ), batch_sharding(program.mesh))
+            yield from _unpack(rows, np.asarray(program.score(weights, *sharded)))
 
 
-def _choices(rows: Sequence[Sequence[EncodedExample]], batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Positive and negative token at each probe's target, 0 elsewhere."""
+def _answer_ids(rows: Sequence[Sequence[EncodedExample]], batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [B, M] of the positive and of the negative answer at each probe's target, 0 elsewhere."""
     positive, negative = np.zeros_like(batch.target_ids_BM), np.zeros_like(batch.target_ids_BM)
-    for r, sequence, first in _targets(rows):
-        for probe, m in zip(sequence.probes, _probe_targets(sequence), strict=True):
-            positive[r, first + m], negative[r, first + m] = probe.positive_id, probe.negative_id
+    for row, example, first in _targets(rows):
+        for probe, target in zip(example.probes, _probe_targets(example), strict=True):
+            positive[row, first + target], negative[row, first + target] = probe.positive_id, probe.negative_id
     return positive, negative
 
 
 def _targets(rows: Sequence[Sequence[EncodedExample]]) -> Iterator[tuple[int, EncodedExample, int]]:
-    """Row, sequence, and place of its first target among the row's."""
-    for r, row in enumerate(rows):
+    """Yield (row, example, index of its first target among the row's targets)."""
+    for row, examples in enumerate(rows):
         first = 0
-        for sequence in row:
-            yield r, sequence, first
-            first += int(sequence.target.sum())
+        for example in examples:
+            yield row, example, first
+            first += int(example.target.sum())
 
 
-def _probe_targets(sequence: EncodedExample) -> list[int]:
-    """Place of each probe among the sequence's targets."""
-    return [int(sequence.target[: probe.position].sum()) for probe in sequence.probes]
+def _probe_targets(example: EncodedExample) -> list[int]:
+    """Index of each probe among the example's targets."""
+    return [int(example.target[: probe.position].sum()) for probe in example.probes]
 
 
-def _unpack(rows: Sequence[Sequence[EncodedExample]], logprobs_BMQ: np.ndarray) -> Iterator[tuple[int, Scored]]:
-    for r, sequence, first in _targets(rows):
-        count = int(sequence.target.sum())
-        target, positive, negative = logprobs_BMQ[r, first : first + count].astype(np.float64).T
-        probabilities = [1 / (1 + np.exp(negative[m] - positive[m])) for m in _probe_targets(sequence)]
-        yield id(sequence), Scored(float(-target.sum()), count, tuple(float(p) for p in probabilities))
+def _unpack(rows: Sequence[Sequence[EncodedExample]], logprobs_BMQ: np.ndarray) -> Iterator[tuple[int, Score]]:
+    for row, example, first in _targets(rows):
+        count = int(example.target.sum())
+        target, positive, negative = logprobs_BMQ[row, first : first + count].astype(np.float64).T
+        probabilities = [float(1 / (1 + np.exp(negative[m] - positive[m]))) for m in _probe_targets(example)]
+        yield id(example), Score(float(-target.sum()), count, tuple(probabilities))
 
 
-def _judge(
-    example: Example, mode: Mode, branches: Sequence[EncodedExample], scored: Sequence[Scored]
-) -> Iterator[Judgement]:
+def _predict(
+    example: Example, mode: Mode, branches: Sequence[EncodedExample], scores: Sequence[Score]
+) -> Iterator[ValidationPrediction]:
     """P(question positive) = sum over the earlier answers of P(earlier answers) P(positive | earlier answers)."""
     marginal: dict[Question, float] = defaultdict(float)
-    seen = set()
-    for branch, found in zip(branches, scored, strict=True):
-        given = dict(branch.answers)
+    counted = set()
+    for branch, score in zip(branches, scores, strict=True):
+        answers = dict(branch.answers)
         path: tuple[str, ...] = ()
         weight = 1.0
-        for probe, probability in zip(branch.probes, found.probabilities, strict=True):
-            if (path, probe.question) not in seen:
-                seen.add((path, probe.question))
+        for probe, probability in zip(branch.probes, score.probabilities, strict=True):
+            if (path, probe.question) not in counted:
+                counted.add((path, probe.question))
                 marginal[probe.question] += weight * probability
-            answer = given[probe.question]
+            answer = answers[probe.question]
             weight *= probability if answer == CHOICES[probe.question][0] else 1 - probability
             path = (*path, answer)
-    gold = dict(branches[0].answers)
+    labels = dict(branches[0].answers)
     for question, probability in marginal.items():
-        yield Judgement(example.id, mode, question, gold[question] == CHOICES[question][0], probability)
+        yield ValidationPrediction(example.id, mode, question, labels[question] == CHOICES[question][0], probability)
 
 
-def _mean_loss(scored: Sequence[Scored]) -> float:
-    return sum(s.loss for s in scored) / sum(s.targets for s in scored)
+def _mean_loss(scores: Sequence[Score]) -> float:
+    return sum(score.loss for score in scores) / sum(score.targets for score in scores)
 
 
-def summary(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """F1 of the positive class at 0.5, and AUPRC, for each question and for both harm questions together.
+def summary(predictions: Sequence[ValidationPrediction]) -> dict[str, float]:
+    """F1 of the positive class at THRESHOLD, and AUPRC, of each question and of both harm questions together.
 
-    A question whose held-out labels are all alike has no AUPRC.
+    AUPRC is left out where all labels are equal.
     """
     metrics: dict[str, float] = {}
-    groups: dict[str, list[Judgement]] = defaultdict(list)
-    for judgement in judgements:
-        groups[judgement.question].append(judgement)
-        if judgement.question in HARM:
-            groups["harm"].append(judgement)
+    groups: dict[str, list[ValidationPrediction]] = defaultdict(list)
+    for prediction in predictions:
+        groups[prediction.question].append(prediction)
+        if prediction.question in HARM:
+            groups["harm"].append(prediction)
     for name, group in groups.items():
-        labels, found = np.array([j.positive for j in group]), np.array([j.probability for j in group])
-        metrics[f"{name}_f1"] = float(f1_score(labels, found > THRESHOLD, zero_division=0.0))
+        labels = np.array([prediction.positive for prediction in group])
+        probabilities = np.array([prediction.probability for prediction in group])
+        metrics[f"{name}_f1"] = float(f1_score(labels, probabilities > THRESHOLD, zero_division=0.0))
         if labels.any() and not labels.all():
-            metrics[f"{name}_auprc"] = float(average_precision_score(labels, found))
+            metrics[f"{name}_auprc"] = float(average_precision_score(labels, probabilities))
     return metrics

@@ -86,6 +86,6 @@ def test_what_prompts_share_is_computed_once():
 def test_no_prompts_an_empty_one_and_one_too_long(spec, weights):
     model = place_model(spec, weights, Compute())
     assert next_log_odds(model, [], [], max_seq_len=64) == []
-    for prompt, message in (([], "prompt 1 has no tokens"), ([5] * spec.context, "shorten it")):
+    for prompt, message in (([], "prompt 1 has no tokens"), ([5] * spec.max_position_embeddings, "shorten it")):
         with pytest.raises(JaxguardError, match=message):
             next_log_odds(model, [[5], prompt], PAIRS[:2], max_seq_len=64)

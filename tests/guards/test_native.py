@@ -100,7 +100,7 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
     weights = {k: x if "norm" in k else 8 * x for k, x in read_weights(tiny_checkpoint, spec).items()}
     held = prepare(config, tiny_checkpoint).validation
     program = build_program(config, spec, make_mesh(config.mesh, jax.devices()[:1]), steps=1)
-    _, judgements = Validation(held, batch_size=4, max_seq_len=512, row_multiple=1).run(program, weights)
+    _, predictions = Validation(held, batch_size=4, max_seq_len=512, row_multiple=1).run(program, weights)
     encoder = Encoder.load(tiny_checkpoint, config.data)
     settings = EvaluateConfig(generations=0, ask="benchmark", batch=8)
     backend = JaxBackend(place_model(spec, weights, Compute()), settings, max_seq_len=256)
@@ -108,12 +108,12 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
     known = {example.id: example for example, _, _ in held}
 
     async def ask(question):
-        asks = [Request(known[j.example_id], question, Mode.DIRECT) for j in judgements if j.question == question]
+        asks = [Request(known[j.example_id], question, Mode.DIRECT) for j in predictions if j.question == question]
         return {a.example_id: a.probability async for a in judge(asks, form, backend, settings)}
 
     for question in ("prompt_harm", "response_harm"):
         found = asyncio.run(ask(question))
-        expected = {j.example_id: j.probability for j in judgements if j.question == question}
+        expected = {j.example_id: j.probability for j in predictions if j.question == question}
         assert len(expected) > 2
         assert np.ptp(list(expected.values())) > 0.01
         assert found == pytest.approx(expected, abs=1e-5)

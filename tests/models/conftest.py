@@ -33,7 +33,7 @@ def make(tmp_path, tiny_tokenizer_folder, write_llama_config, write_gemma3_confi
         spec = read_spec(folder)
         shapes = dict(extra)
         for weight in table(spec):
-            for i in range(spec.layers if weight.stacked else 1):
+            for i in range(spec.num_layers if weight.stacked else 1):
                 outside = "language_model." if family == "multimodal" else ""
                 start = outside if weight.path == "lm_head" else prefix or "model."
                 shapes[start + weight.hf.format(i=i)] = weight.hf_shape(spec)

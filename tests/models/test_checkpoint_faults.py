@@ -105,7 +105,7 @@ def test_tokenizer_larger_than_the_vocabulary(make):
     spec = read_spec(source)
     check_vocabulary(source, spec)
     with pytest.raises(JaxguardError, match=r"2 tokens have ids beyond the model's vocabulary of 510"):
-        check_vocabulary(source, replace(spec, vocab=510))
+        check_vocabulary(source, replace(spec, vocab_size=510))
     (source / "tokenizer.json").write_text("{}")
     with pytest.raises(JaxguardError, match=r"tokenizer\.json cannot be read"):
         check_vocabulary(source, spec)

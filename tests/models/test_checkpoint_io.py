@@ -57,11 +57,11 @@ def test_read_gives_the_layouts_of_the_table(any_kind):
     spec = read_spec(any_kind)
     weights, theirs = read_weights(any_kind, spec), hf(any_kind)
     prefix = next(n for n in theirs if n.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
-    d, n, k, h = spec.d_model, spec.heads, spec.kv_heads, spec.head_dim
+    d, n, k, h = spec.d_model, spec.num_heads, spec.num_kv_heads, spec.head_dim
     assert set(weights) == {w.path for w in table(spec)}
     assert all(w.dtype == jnp.float32 for w in weights.values())
     np.testing.assert_array_equal(weights["embed"], theirs[f"{prefix}embed_tokens.weight"].astype(np.float32))
-    for i in range(spec.layers):
+    for i in range(spec.num_layers):
         layer = {name.removeprefix(f"{prefix}layers.{i}."): w.astype(np.float32) for name, w in theirs.items()}
         q, k_, o = (layer[f"self_attn.{x}_proj.weight"] for x in "qko")
         np.testing.assert_array_equal(weights["layers.q_proj"][i], q.T.reshape(d, n, h))
@@ -190,7 +190,7 @@ def test_each_shard_is_read_once_and_alone(make, monkeypatch):
     weights = read_weights(source, spec, shardings(spec, (2, 2, 2)))
     stacked = {w.path: w.stacked for w in table(spec)}
     for path, w in weights.items():
-        layers = spec.layers if stacked[path] else 1
+        layers = spec.num_layers if stacked[path] else 1
         distinct = {str(shard.index) for shard in w.addressable_shards}
         assert [size for p, size in read if p == path] == [w.addressable_shards[0].data.size // layers] * (
             len(distinct) * layers

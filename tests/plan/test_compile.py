@@ -229,7 +229,7 @@ def test_rows_that_sharing_saves_are_saved_in_products_and_memory():
     )
     assert shared.matmul_flops == pytest.approx(whole.matmul_flops / 2, rel=0.01)
     spec = find_spec(load("gemma4b_5k").model)
-    assert whole.temporaries - shared.temporaries >= spec.layers * 2048 * spec.d_model * 2
+    assert whole.temporaries - shared.temporaries >= spec.num_layers * 2048 * spec.d_model * 2
 
 
 @pytest.mark.aot

@@ -43,7 +43,7 @@ def source(tmp_path, tiny_tokenizer_folder, write_llama_config) -> Path:
     random = np.random.default_rng(0)
     tensors = {}
     for weight in table(spec):
-        for i in range(spec.layers if weight.stacked else 1):
+        for i in range(spec.num_layers if weight.stacked else 1):
             name = ("" if weight.path == "lm_head" else "model.") + weight.hf.format(i=i)
             tensors[name] = random.standard_normal(weight.hf_shape(spec)).astype(np.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -40,11 +40,11 @@ def test_word_counts_learn_the_words():
     assert found["0"] > 0.5 > found["1"]
 
 
-def test_judgements_are_the_first_and_the_last(tmp_path):
-    with pytest.raises(JaxguardError, match="no judgements"):
-        demo.judgements(tmp_path)
-    (tmp_path / "judgements").mkdir()
+def test_validation_predictions_first_and_last(tmp_path):
+    with pytest.raises(JaxguardError, match="validation_predictions"):
+        demo.validation_predictions(tmp_path)
+    (tmp_path / "validation_predictions").mkdir()
     for step in (0, 9, 10):
         line = json.dumps({"example_id": "a", "probability": step / 10})
-        (tmp_path / f"judgements/{step}.jsonl").write_text(f"{line}\n")
-    assert demo.judgements(tmp_path) == [{"a": 0.0}, {"a": 1.0}]
+        (tmp_path / f"validation_predictions/{step}.jsonl").write_text(f"{line}\n")
+    assert demo.validation_predictions(tmp_path) == [{"a": 0.0}, {"a": 1.0}]

@@ -97,10 +97,10 @@ def write(tmp_path, tiny_tokenizer_folder, hf_weights) -> Write:
 def test_float32_weights_come_back_exactly(write, hf_weights, tmp_path):
     out = gguf_to_hf(write(kind=gguf.GGMLQuantizationType.F32), tmp_path / "hf")
     spec, tensors = read_spec(out), open_folder(out)
-    assert (spec.vocab, spec.d_model, spec.heads, spec.kv_heads, spec.head_dim) == (V, D, N, K, H)
-    assert (spec.mlp_dim, spec.layers, spec.context, spec.tied) == (F, L, 256, False)
+    assert (spec.vocab_size, spec.d_model, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (V, D, N, K, H)
+    assert (spec.mlp_dim, spec.num_layers, spec.max_position_embeddings, spec.tied) == (F, L, 256, False)
     assert spec.kinds[0].rope.theta == 5000.0
-    assert spec.norm_epsilon == 1e-5
+    assert spec.norm_eps == 1e-5
     for theirs, ours in {
         "attn_q": "self_attn.q_proj",
         "attn_k": "self_attn.k_proj",

@@ -17,10 +17,10 @@ from jaxguard.models.weights import abstract, table
 from jaxguard.train.devices import attended_pairs, peak_flops, startup_table, training_flops
 
 SPEC = Spec(
-    family="gemma3", vocab=64, d_model=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_dim=32, norm_epsilon=1e-6,
+    family="gemma3", vocab_size=64, d_model=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, norm_eps=1e-6,
     zero_centered_norm=True, post_norm=True, qk_norm=True, activation="gelu_tanh", query_scale=0.35, embed_scale=4.0,
     kinds=(LayerKind(Rope(1e4), 5), LayerKind(Rope(1e6))), layer_kinds=(0, 0, 1), tied=True,
-    context=64, dtype="float32",
+    max_position_embeddings=64, dtype="float32",
 )  # fmt: skip
 
 
@@ -64,16 +64,18 @@ def test_attended_pairs_are_the_masks_sum(lengths: list[int], window: int | None
 
 
 def test_layer_and_head_flops_are_six_per_weight_and_token() -> None:
-    without_pairs = training_flops(SPEC, np.zeros(10, int), 4) - 3 * 4 * SPEC.heads * SPEC.head_dim * 10 * SPEC.layers
+    without_pairs = (
+        training_flops(SPEC, np.zeros(10, int), 4) - 3 * 4 * SPEC.num_heads * SPEC.head_dim * 10 * SPEC.num_layers
+    )
     weights = {path: w for path, w in abstract(SPEC).items() if "norm" not in path}
     layers = sum(np.prod(w.shape) for path, w in weights.items() if path.startswith("layers."))
-    assert without_pairs == 6 * (layers * 10 + SPEC.vocab * SPEC.d_model * 4)
+    assert without_pairs == 6 * (layers * 10 + SPEC.vocab_size * SPEC.d_model * 4)
 
 
 def test_local_layers_attend_to_their_window_only() -> None:
     with_attention = training_flops(SPEC, np.arange(20), 0) - training_flops(SPEC, np.zeros(20, int), 0)
     pairs = 2 * (attended_pairs(np.arange(20), 5) - 20) + (attended_pairs(np.arange(20)) - 20)
-    assert with_attention == 3 * 4 * SPEC.heads * SPEC.head_dim * pairs
+    assert with_attention == 3 * 4 * SPEC.num_heads * SPEC.head_dim * pairs
 
 
 def test_startup_table_counts_what_a_device_really_holds() -> None:

@@ -11,7 +11,7 @@ from jaxguard.cli import PROVENANCE_CHANGED
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.train.__main__ import main
 from jaxguard.train.logging import read_metrics
-from jaxguard.train.validation import Judgement, summary
+from jaxguard.train.validation import ValidationPrediction, summary
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def test_the_model_learns(finished):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_every_judgement_is_kept(finished):
+def test_predictions_are_saved(finished):
     records = [r for r in read_metrics(finished / "metrics.jsonl") if "validation/loss" in r]
     for record in records:
-        lines = (finished / f"judgements/{record['step']}.jsonl").read_text().splitlines()
-        judgements = [Judgement(**{**found, "mode": Mode(found["mode"])}) for found in map(json.loads, lines)]
-        direct = [judgement for judgement in judgements if judgement.mode is Mode.DIRECT]
+        lines = (finished / f"validation_predictions/{record['step']}.jsonl").read_text().splitlines()
+        predictions = [ValidationPrediction(**x | {"mode": Mode(x["mode"])}) for x in map(json.loads, lines)]
+        direct = [p for p in predictions if p.mode is Mode.DIRECT]
         assert summary(direct)["harm_f1"] == record["validation/direct/harm_f1"]
-    assert len(list((finished / "judgements").iterdir())) == len(records)
+    assert len(list((finished / "validation_predictions").iterdir())) == len(records)
 
 
 def test_the_export_is_the_base_but_for_what_was_trained(finished, tiny_checkpoint):
@@ -74,7 +74,7 @@ def test_a_run_that_diverges_stops_with_its_step_and_examples(tiny_config, capsy
     )
     message = capsys.readouterr().err
     assert "not finite" in message or "nan" in message
-    assert "update 2" in message
+    assert "step 2" in message
     assert "example-" in message
     saved = [p.name for p in (tiny_config.parent / "runs/tiny/checkpoints").iterdir() if p.name.isdigit()]
     assert saved == []

@@ -219,7 +219,7 @@ def two_updates(spec, weights, mesh_config, examples=sequences):
         for seed in (0, 1):
             rows = pack(examples(16, seed=seed), ROW_TOKENS, 8)
             batch = assemble(rows, bucketed(rows, ROW_TOKENS, 8))
-            state, found = program.update(state, shard_batch(batch, batch_sharding(mesh)))
+            state, found = program.train_step(state, shard_batch(batch, batch_sharding(mesh)))
             metrics.append(jax.tree.map(np.asarray, found))
             moments = moments or jax.tree.map(np.asarray, optax.tree.get(state["optimizer"], "mu"))
         return moments, metrics

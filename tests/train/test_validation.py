@@ -15,7 +15,7 @@ from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.mesh import make_mesh
 from jaxguard.models.spec import read_spec
 from jaxguard.train.step import build_program
-from jaxguard.train.validation import Judgement, Mode, Validation, summary
+from jaxguard.train.validation import Mode, Validation, ValidationPrediction, summary
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def branch_probability(spec, weights, branch) -> tuple[float, float]:
 
 
 def test_probabilities_are_marginals_over_the_earlier_answers(run):
-    spec, weights, held, _, judgements = run
-    found = {(j.example_id, j.mode, j.question): j for j in judgements}
+    spec, weights, held, _, predictions = run
+    found = {(p.example_id, p.mode, p.question): p for p in predictions}
     example, mode, branches = next(h for h in held if len(h[2]) == 2)
     (_, first), (_, second) = (branch_probability(spec, weights, b) for b in branches)
     # The two branches differ in the first answer and share the last one.
@@ -73,25 +73,25 @@ def test_loss_is_the_mean_over_the_targets_of_the_labelled_answers(run):
 
 
 def test_both_modes_are_reported(run):
-    _, _, held, metrics, judgements = run
+    _, _, held, metrics, predictions = run
     assert {mode for _, mode, _ in held} == set(Mode)
     for mode in Mode:
         assert 0 <= metrics[f"validation/{mode}/harm_f1"] <= 1
-    asked = {(j.example_id, j.mode, j.question) for j in judgements}
-    assert len(asked) == len(judgements) == sum(len(branches[0].probes) for _, _, branches in held)
+    asked = {(p.example_id, p.mode, p.question) for p in predictions}
+    assert len(asked) == len(predictions) == sum(len(branches[0].probes) for _, _, branches in held)
 
 
-def test_f1_and_auprc_of_known_judgements():
-    def judged(*pairs):
-        return [Judgement(str(i), Mode.DIRECT, "prompt_harm", y, p) for i, (y, p) in enumerate(pairs)]
+def test_f1_and_auprc():
+    def predictions(*pairs):
+        return [ValidationPrediction(str(i), Mode.DIRECT, "prompt_harm", y, p) for i, (y, p) in enumerate(pairs)]
 
-    found = summary(judged((True, 0.9), (True, 0.2), (False, 0.6), (False, 0.1)))
+    found = summary(predictions((True, 0.9), (True, 0.2), (False, 0.6), (False, 0.1)))
     assert found["prompt_harm_f1"] == found["harm_f1"] == pytest.approx(0.5)
     assert found["prompt_harm_auprc"] == pytest.approx((1 + 2 / 3) / 2)
-    one_class = summary(judged((True, 0.9), (True, 0.2)))
+    one_class = summary(predictions((True, 0.9), (True, 0.2)))
     assert "prompt_harm_auprc" not in one_class
     assert one_class["harm_f1"] == pytest.approx(2 / 3)
     assert not summary([])
     for labels in itertools.product((True, False), repeat=3):
-        perfect = summary(judged(*((y, float(y)) for y in labels)))
+        perfect = summary(predictions(*((y, float(y)) for y in labels)))
         assert perfect["harm_f1"] == float(any(labels))

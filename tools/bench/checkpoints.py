@@ -75,7 +75,7 @@ def make(folder: Path) -> None:
 
 def _tensors(spec: Spec) -> list[tuple[str, tuple[int, ...]]]:
     def one(weight: Weight) -> list[tuple[str, tuple[int, ...]]]:
-        layers = range(spec.layers if weight.stacked else 1)
+        layers = range(spec.num_layers if weight.stacked else 1)
         return [("model." + weight.hf.format(i=i), weight.hf_shape(spec)) for i in layers]
 
     return [pair for weight in table(spec) for pair in one(weight)]

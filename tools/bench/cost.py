@@ -136,7 +136,9 @@ def _seconds(work: Callable[[], object], times: int) -> list[float]:
 
 
 def _cost(case: Case, shape: Spec, rate: float) -> Cost:
-    spec = replace(shape, vocab=case.vocabulary, layers=case.layers, layer_kinds=shape.layer_kinds[: case.layers])
+    spec = replace(
+        shape, vocab_size=case.vocabulary, num_layers=case.layers, layer_kinds=shape.layer_kinds[: case.layers]
+    )
     config, program = _program(spec)
     rows = pack(_examples(case), config.data.max_seq_len, 1)
     batch = assemble(rows, bucketed(rows, config.data.max_seq_len, 1))
@@ -146,7 +148,7 @@ def _cost(case: Case, shape: Spec, rate: float) -> Cost:
     def update() -> object:
         nonlocal state
         with jax.set_mesh(program.mesh):
-            state, metrics = program.update(state, placed)
+            state, metrics = program.train_step(state, placed)
         return metrics
 
     positions = np.tile(np.arange(case.policy + case.own), case.examples)

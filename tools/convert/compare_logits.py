@@ -42,7 +42,7 @@ def main() -> None:
         held = prepare(load(args.config), args.checkpoint).validation[: args.limit]
         sequences = [branches[0].tokens for _, _, branches in held]
         found = list(track(differences(args.checkpoint, sequences), "comparing", len(sequences), console=console))
-        logits = sum(map(len, sequences)) * read_spec(args.checkpoint).vocab
+        logits = sum(map(len, sequences)) * read_spec(args.checkpoint).vocab_size
     except JaxguardError as error:
         parser.exit(2, f"error: {error}\n")
     console.print(table(found, logits))

@@ -189,11 +189,11 @@ def _tokenizer_config(fields: _Fields) -> dict[str, Any]:
 
 def _write_weights(path: Path, source: Path, spec: Spec, tensors: dict[str, Any], kind: str) -> None:
     """Every tensor of the table, dequantised one at a time."""
-    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, spec.layers)
+    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, spec.num_layers)
     rows: dict[str, Weight] = {}
     for weight in table(spec):
         prefix = "" if weight.path == "lm_head" else "model."
-        for i in range(spec.layers if weight.stacked else 1):
+        for i in range(spec.num_layers if weight.stacked else 1):
             rows[prefix + weight.hf.format(i=i)] = weight
     names = {name: f"{theirs.get_name(name.removesuffix('.weight'))}.weight" for name in rows}
     unknown = set(tensors) - set(names.values())
@@ -208,7 +208,7 @@ def _write_weights(path: Path, source: Path, spec: Spec, tensors: dict[str, Any]
 
     def value(name: str) -> np.ndarray:
         array = _dequantised(source, tensors[names[name]])
-        heads = {"layers.q_proj": spec.heads, "layers.k_proj": spec.kv_heads}.get(rows[name].path)
+        heads = {"layers.q_proj": spec.num_heads, "layers.k_proj": spec.num_kv_heads}.get(rows[name].path)
         return array if heads is None else einops.rearrange(array, UNPERMUTE, heads=heads, pair=2)
 
     safetensors_io.write_file(path, {name: w.hf_shape(spec) for name, w in sorted(rows.items())}, kind, value)

@@ -161,10 +161,10 @@ def check_prompts(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise JaxguardError(f"prompt {i} has no tokens")
-        if len(prompt) + max_tokens > spec.context:
+        if len(prompt) + max_tokens > spec.max_position_embeddings:
             raise JaxguardError(
                 f"prompt {i} has {len(prompt)} tokens, which with max_tokens={max_tokens} is more than the model's context of "
-                f"{spec.context}: shorten it, or lower max_tokens"
+                f"{spec.max_position_embeddings}: shorten it, or lower max_tokens"
             )
 
 
@@ -334,7 +334,7 @@ def _decode(
         chosen = choose(hidden_R1D[:, 0], state.step, state.tokens_RG, state.done_R)
         return _State(state.step + 1, *chosen, key_LRKGH, value_LRKGH)
 
-    shape = (spec.layers, rows, spec.kv_heads, max_tokens, spec.head_dim)
+    shape = (spec.num_layers, rows, spec.num_kv_heads, max_tokens, spec.head_dim)
     empty = constrain(jnp.zeros(shape, compute.dtype), "layers", "batch", "kv_heads", None, "head_dim")
     first = choose(hidden_RD, 0, jnp.zeros((rows, max_tokens), jnp.int32), done_R)
     state = jax.lax.while_loop(more, one, _State(jnp.int32(1), *first, empty, empty))

@@ -125,7 +125,7 @@ def _locate(folder: Path, spec: Spec, tensors: Mapping[str, Stored]) -> Places:
     extra = [name for name in extra if not name.startswith(CARRIED) and not name.endswith(".rotary_emb.inv_freq")]
     if extra:
         raise JaxguardError(
-            f"{folder} holds {len(extra)} tensors that a {spec.family} model of {spec.layers} layers does not have, "
+            f"{folder} holds {len(extra)} tensors that a {spec.family} model of {spec.num_layers} layers does not have, "
             f"such as {extra[0]!r}: check config.json, or use the original (not quantised, not adapted) checkpoint"
         )
     return places
@@ -134,7 +134,7 @@ def _locate(folder: Path, spec: Spec, tensors: Mapping[str, Stored]) -> Places:
 def _names(weight: Weight, prefix: str, spec: Spec, tensors: Mapping[str, Stored]) -> list[str]:
     if weight == HEAD:
         return [next((p + HEAD.hf for p in HEAD_PREFIXES if p + HEAD.hf in tensors), HEAD.hf)]
-    return [prefix + weight.hf.format(i=i) for i in range(spec.layers if weight.stacked else 1)]
+    return [prefix + weight.hf.format(i=i) for i in range(spec.num_layers if weight.stacked else 1)]
 
 
 def _checked(folder: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, Stored]) -> Stored:
@@ -165,11 +165,11 @@ def check_vocabulary(folder: Path, spec: Spec) -> None:
         ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises bare Exception
         raise JaxguardError(f"{path} cannot be read: {error}") from None
-    beyond = {token: i for token, i in ids.items() if i >= spec.vocab and token != _IMAGE_TOKEN}
+    beyond = {token: i for token, i in ids.items() if i >= spec.vocab_size and token != _IMAGE_TOKEN}
     if beyond:
         token = min(beyond, key=beyond.__getitem__)
         raise JaxguardError(
-            f"{path}: {len(beyond)} tokens have ids beyond the model's vocabulary of {spec.vocab}, first {token!r} = "
+            f"{path}: {len(beyond)} tokens have ids beyond the model's vocabulary of {spec.vocab_size}, first {token!r} = "
             f"{beyond[token]}: resize the model's embeddings, or use the tokenizer that belongs to it"
         )
 

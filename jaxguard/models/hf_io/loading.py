@@ -123,13 +123,13 @@ def host_space(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _onto_accelerators(wanted: Sequence[Wanted], spec: Spec) -> dict[str, jax.Array]:
     single, stacked = ([one for one in wanted if one.weight.stacked is kind] for kind in (False, True))
     parts = [(one, one.tensors[0]) for one in single]
-    parts += [(one, one.tensors[layer]) for layer in range(spec.layers) for one in stacked]
+    parts += [(one, one.tensors[layer]) for layer in range(spec.num_layers) for one in stacked]
     # Three threads, since they also wait for the disk; a layer ahead of the one that is laid in.
     placed = in_turn(lambda part: _placed(*part, spec), parts, threads=3, ahead=len(stacked))
     found = {one.weight.path: next(placed).astype(one.dtype) for one in single}
     begin, lay_in = _stacks(tuple((x.weight.path, x.weight.shape(spec), x.dtype, x.sharding) for x in stacked))
     stacks = begin()
-    for layer in range(spec.layers):
+    for layer in range(spec.num_layers):
         stacks = lay_in(stacks, {one.weight.path: next(placed) for one in stacked}, layer)
         jax.block_until_ready(stacks)  # else layers that are not laid in yet would pile up
     return found | stacks
