@@ -13,6 +13,7 @@ from rich.progress import Progress
 
 from jaxguard.cli import exit_code, run_stage
 from jaxguard.config import Config, load
+from jaxguard.config.hardware import GIB
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
 from jaxguard.plan.page import page
 from jaxguard.plan.search import search
@@ -20,7 +21,7 @@ from jaxguard.plan.show import Planned, Refused, as_json, line, ranking, remedie
 from jaxguard.plan.sweep import Place, Point, places, read_sweep, run_sweep
 from jaxguard.plan.sweep_page import figure, markdown
 from jaxguard.plan.sweep_page import page as page_of_sweep
-from jaxguard.plan.targets import GIB, find_cluster, read_targets
+from jaxguard.plan.targets import find_cluster, read_targets
 from jaxguard.plan.work import work_of
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically

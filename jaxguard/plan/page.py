@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.text import Text
 
+from jaxguard.config.hardware import GIB
 from jaxguard.plan.estimate import ASSUMPTIONS, estimate
 from jaxguard.plan.show import Planned, Refused, facts
-from jaxguard.plan.targets import GIB
 from jaxguard.report.html import page_template, svg
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")

@@ -8,10 +8,11 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from jaxguard.config.hardware import GIB
 from jaxguard.plan.compile import Plan
 from jaxguard.plan.estimate import ASSUMPTIONS, estimate, rate
 from jaxguard.plan.search import Choice
-from jaxguard.plan.targets import GIB, Cluster
+from jaxguard.plan.targets import Cluster
 from jaxguard.plan.work import Work
 
 SMALL = 0.005

@@ -6,9 +6,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxguard.config.hardware import GIB
 from jaxguard.plan.estimate import ASSUMPTIONS
 from jaxguard.plan.sweep import Point
-from jaxguard.plan.targets import GIB
 from jaxguard.report.html import page_template, svg
 
 TEMPLATE = Path(__file__).with_name("sweep.html.j2")

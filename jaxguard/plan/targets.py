@@ -4,22 +4,17 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any
 
 import jax
 from jax.experimental import topologies
-from pydantic import BeforeValidator, Field, model_validator
 
-from jaxguard.config.base import Schema, read_yaml, validate
-from jaxguard.config.lookup import CONFIG_FOLDER, locate, nearest
+from jaxguard.config.hardware import Gpu, Target, Tpu, read_targets
+from jaxguard.config.lookup import nearest
 from jaxguard.utils.errors import JaxguardError
 
-GIB = 1024**3
-TARGETS_FILE = CONFIG_FOLDER / "hardware" / "targets.yaml"
 GPUS_PER_HOST = 8
 """Where a target's shape is only a number."""
 LIBTPU = {
@@ -29,74 +24,6 @@ LIBTPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 """What libtpu's environment must say on a host that has no TPU; the type does not change what it compiles for."""
-
-
-def _bytes(text: Any) -> Any:
-    """`40 GiB` -> bytes."""
-    match = re.fullmatch(r"(\d+) (KiB|MiB|GiB)", str(text))
-    return int(match[1]) * 1024 ** ("KiB", "MiB", "GiB").index(match[2]) * 1024 if match else text
-
-
-Bytes = Annotated[int, BeforeValidator(_bytes)]
-Rate = Annotated[float, Field(gt=0)]
-
-
-class Gpu(Schema):
-    """What XLA has to know of a GPU to compile for it. Sizes in bytes or elements."""
-
-    compute_capability: tuple[int, int]
-    cores: int
-    lanes_per_core: int
-    clock_ghz: float
-    l2_cache: Bytes
-    shared_memory_per_core: Bytes
-    shared_memory_per_block: Bytes
-
-
-class Tpu(Schema):
-    """How a TPU's slices are built."""
-
-    generation: str
-    """libtpu's name of it."""
-    chip_config: str = "default"
-    """libtpu's name of how its cores make devices."""
-    dimensions: int
-    """Of the torus."""
-    chips_per_host: tuple[int, ...]
-    """The smallest slice, and what a larger one is a multiple of."""
-    devices_per_chip: int = 1
-    """As JAX counts devices."""
-    largest: tuple[int, ...]
-    """The largest slice, in chips along each dimension."""
-
-
-class Target(Schema):
-    """One kind of accelerator; rates are those of one device, links in one direction."""
-
-    title: str
-    """Its product name."""
-    source: tuple[str, ...]
-    """Where the figures are from."""
-    flops: dict[str, Rate]
-    """Peak dense FLOP/s by type."""
-    memory: Bytes
-    """Bytes of one device."""
-    usable: Annotated[float, Field(gt=0, le=1)]
-    """The share of it that a program may fill."""
-    bandwidth: Rate
-    """Bytes/s to and from that memory."""
-    link: Rate
-    """Bytes/s to other devices of the host or slice."""
-    network: Rate
-    """Bytes/s beyond them."""
-    gpu: Gpu | None = None
-    tpu: Tpu | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.gpu is None) == (self.tpu is None):
-            raise ValueError("a target is either a gpu or a tpu")
-        return self
 
 
 @dataclass(frozen=True)
@@ -123,16 +50,6 @@ class Cluster:
     def linked(self) -> int:
         """Devices that reach one another by `link`: the GPUs of a host, all of a TPU slice."""
         return self.shape[-1] if self.target.gpu else self.devices // self.slices
-
-
-@cache
-def read_targets(path: Path = TARGETS_FILE) -> Mapping[str, Target]:
-    """Name -> target.
-
-    Raises:
-        JaxguardError: a field of the file is unknown, missing or ill-typed.
-    """
-    return {name: validate(Target, tree, f"{path}: {name}") for name, tree in read_yaml(locate(path)).items()}
 
 
 def find_cluster(text: str) -> Cluster:

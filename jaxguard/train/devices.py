@@ -1,7 +1,6 @@
-"""What the devices can do and what a run puts on them: peak FLOP/s, the FLOPs of a step, the table of parameters."""
+"""What a run puts on the devices: the FLOPs of a step, the table of parameters."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -12,33 +11,6 @@ from rich.table import Table
 from jaxguard.models.sharding import mesh_axes
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import Weight
-
-# (pattern of jax's device_kind, dense bf16 FLOP/s of one jax device), the first match counts. Sources: NVIDIA's
-# datasheets of each card, halved where they state the figure with sparsity; Google Cloud's TPU system architecture
-# pages, per chip, halved for v2, v3 and TPU7x, where a jax device is one of the chip's two cores.
-PEAKS = (
-    (r"A100|A800", 312e12),
-    (r"H100 PCIe", 756e12),
-    (r"H100 NVL|H200 NVL", 835e12),
-    (r"H100|H200|H800|GH200", 989e12),
-    (r"GB200", 2500e12),
-    (r"B200", 2250e12),
-    (r"L40S", 362e12),
-    (r"L4\b", 121e12),
-    (r"A10\b", 125e12),
-    (r"TPU v2", 22.5e12),
-    (r"TPU v3", 61.5e12),
-    (r"TPU v4", 275e12),
-    (r"TPU v5 ?lite|TPU v5e", 197e12),
-    (r"TPU v5", 459e12),
-    (r"TPU v6 ?lite|TPU v6e", 918e12),
-    (r"TPU ?v?7x", 1153.5e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of one jax device of this kind, None where it is not known."""
-    return next((flops for pattern, flops in PEAKS if re.search(pattern, device_kind)), None)
 
 
 def attended_pairs(positions: np.ndarray, window: int | None = None) -> int:

@@ -18,6 +18,7 @@ import jax
 from rich.console import Console
 
 from jaxguard.config import Config, dump
+from jaxguard.config.hardware import peak_flops
 from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
@@ -29,7 +30,7 @@ from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
 from jaxguard.train.curves import draw_curves
-from jaxguard.train.devices import peak_flops, startup_table, training_flops
+from jaxguard.train.devices import startup_table, training_flops
 from jaxguard.train.hosts import start_hosts
 from jaxguard.train.logging import Telemetry, read_metrics
 from jaxguard.train.model_card import write_card

@@ -3,12 +3,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxguard.config.hardware import GIB
 from jaxguard.data.packing import Shape
 from jaxguard.models.compute import Compute
 from jaxguard.plan.analytic import Flops
 from jaxguard.plan.compile import Plan
 from jaxguard.plan.program import Collective
-from jaxguard.plan.targets import GIB, find_cluster
+from jaxguard.plan.targets import find_cluster
 
 
 def plan_of(peak: int, **changes: Any) -> Plan:

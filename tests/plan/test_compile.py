@@ -12,6 +12,7 @@ from plan_examples import plan_of
 from rich.console import Console
 
 from jaxguard.config import load
+from jaxguard.config.hardware import GIB
 from jaxguard.config.train import MeshConfig, ModelConfig
 from jaxguard.data.packing import Shape
 from jaxguard.models.attention import kernels as attention_kernels
@@ -25,7 +26,7 @@ from jaxguard.plan.estimate import estimate, rate
 from jaxguard.plan.program import Collective
 from jaxguard.plan.show import as_json, show
 from jaxguard.plan.sweep import places, read_sweep
-from jaxguard.plan.targets import GIB, find_cluster, topology
+from jaxguard.plan.targets import find_cluster, topology
 from jaxguard.plan.work import Work
 from jaxguard.train.devices import training_flops
 from jaxguard.utils.errors import JaxguardError

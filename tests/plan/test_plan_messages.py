@@ -10,11 +10,11 @@ import jax
 import pytest
 from plan_examples import plan_of
 
+from jaxguard.config.hardware import GIB
 from jaxguard.models.compute import Compute
 from jaxguard.plan import __main__ as door
 from jaxguard.plan import compile as compiling
 from jaxguard.plan.compile import out_of_memory
-from jaxguard.plan.targets import GIB
 
 RUN = ("--config", "llama8b_5k")
 REFUSAL = """\
