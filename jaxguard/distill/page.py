@@ -20,7 +20,7 @@ from rich.text import Text
 
 from jaxguard.config import Config
 from jaxguard.distill.filters import CHECKS, words
-from jaxguard.distill.store import Attempt, read_attempts, read_settings
+from jaxguard.distill.store import Attempt, read_attempts, store_settings
 from jaxguard.report.html import page_template
 from jaxguard.utils.files import write_atomically
 
@@ -148,7 +148,7 @@ def write_page(store: Path, output: Path, most: int = 2000) -> int:
     Raises:
         JaxguardError: there is no store, or the page cannot be written.
     """
-    settings = read_settings(store)
+    settings = store_settings(store)
     numbers, sample = Numbers(), Sample(most)
     for attempt in read_attempts(store):
         numbers.add(attempt)

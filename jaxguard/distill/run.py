@@ -16,7 +16,7 @@ from jaxguard.data.policies import Policy, load_policy
 from jaxguard.data.prepare import load_sources, subset
 from jaxguard.distill.filters import Filters
 from jaxguard.distill.prompts import TeacherPrompt, load_prompt
-from jaxguard.distill.store import open_store, read_attempts
+from jaxguard.distill.store import open_traces, read_attempts
 from jaxguard.distill.summary import summarise, summary_table
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
@@ -148,7 +148,7 @@ def generate(
                 prompt=prompt,
                 dialogue=job.dialogue,
                 filters=Filters(job.settings.filter, job.dialogue),
-                store=stack.enter_context(open_store(folder, settings)),
+                store=stack.enter_context(open_traces(folder, settings)),
                 rounds=job.settings.rounds,
                 candidates=job.settings.candidates,
                 judge=judge,

@@ -1,13 +1,10 @@
 """Files that survive a kill at any moment, and folders that have one writer."""
 
 import fcntl
-import json
 import os
 import socket
-import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from jaxguard.utils.errors import JaxguardError
 
@@ -61,18 +58,3 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def sealed(name: str, record: Mapping[str, Any]) -> bytes:
-    """A record as one JSON line with a checksum."""
-    body = json.dumps(record, ensure_ascii=True, sort_keys=True)
-    return f'{{"crc32": {zlib.crc32(body.encode())}, "{name}": {body}}}\n'.encode()
-
-
-def unsealed(name: str, line: bytes) -> dict[str, Any] | None:
-    """The record of such a line; None if the line is not as it was written."""
-    try:
-        record = json.loads(line)[name]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return record if isinstance(record, dict) and sealed(name, record) == line else None

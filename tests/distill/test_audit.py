@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from jaxguard.config import load
 from jaxguard.distill.audit import audit, blind_prompt
 from jaxguard.distill.audit_page import escaped, plain
-from jaxguard.distill.store import read_attempts, shards
+from jaxguard.distill.store import attempts_file, read_attempts
 from jaxguard.utils.errors import JaxguardError
 
 THOUGHT = "The user asks about bread number {}, which the policy may or may not allow, and nobody else is spoken of."
@@ -196,10 +196,10 @@ def test_a_kill_between_the_samples_of_an_example_loses_none(write):
     """Although one that is there was good enough to train on."""
     path = write(prompts(4), samples=4)
     whole, _ = audited(path, three_of_four)
-    (shard,) = shards(path.parent / "runs/audited/audit/attempts")
-    written = shard.read_bytes().splitlines(keepends=True)
-    assert [attempt.accepted for attempt in read_attempts(shard.parent)][-4:] == [True, True, True, False]
-    shard.write_bytes(b"".join(written[:-3]) + written[-3][:40])
+    file = attempts_file(path.parent / "runs/audited/audit/attempts")
+    written = file.read_bytes().splitlines(keepends=True)
+    assert [attempt.accepted for attempt in read_attempts(file.parent)][-4:] == [True, True, True, False]
+    file.write_bytes(b"".join(written[:-3]) + written[-3][:40])
     again, requests = audited(path, lambda i, s: three_of_four(i, s + 1))
     assert [request["n"] for request in requests] == [3]
     assert again == whole | {"answers": again["answers"]}  # a second request reads the prompt again

@@ -24,7 +24,7 @@ from jaxguard.distill import teacher as teacher_module
 from jaxguard.distill.filters import Filters
 from jaxguard.distill.generate import Generation
 from jaxguard.distill.prompts import load_prompt
-from jaxguard.distill.store import open_store, read_attempts
+from jaxguard.distill.store import open_traces, read_attempts
 from jaxguard.distill.tasks import tasks_for
 from jaxguard.distill.teacher import open_teacher
 from jaxguard.utils.errors import JaxguardError
@@ -43,7 +43,7 @@ async def generate(folder, urls, count, rounds=3, candidates=1, told=lambda _: N
     dialogue = Dialogue()
     config = TeacherConfig(endpoints=urls, model="teacher", **config)
     async with open_teacher(config) as teacher:
-        with open_store(folder, {"teacher": "teacher"}) as store:
+        with open_traces(folder, {"teacher": "teacher"}) as store:
             filters = Filters(FilterConfig(), dialogue)
             generation = Generation(teacher, load_prompt("trace"), dialogue, filters, store, rounds, candidates)
             return await generation.run(tasks_for(read(count), POLICY), told)

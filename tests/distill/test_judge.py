@@ -16,7 +16,7 @@ from jaxguard.distill.filters import Filters
 from jaxguard.distill.generate import Generation
 from jaxguard.distill.judge import Judge
 from jaxguard.distill.prompts import load_prompt
-from jaxguard.distill.store import open_store, read_attempts
+from jaxguard.distill.store import open_traces, read_attempts
 from jaxguard.distill.tasks import tasks_for
 from jaxguard.distill.teacher import open_teacher
 
@@ -75,7 +75,7 @@ def test_what_the_judge_turns_down_is_asked_for_again(tmp_path):
         async with serve(lambda i: "") as teacher, serve(lambda i: said((NO, YES)[i])) as other:
             configs = (TeacherConfig(endpoints=(server.url,), model="teacher") for server in (teacher, other))
             async with open_teacher(next(configs)) as model, open_teacher(next(configs)) as reader:
-                with open_store(tmp_path, {}) as store:
+                with open_traces(tmp_path, {}) as store:
                     generation = Generation(
                         teacher=model,
                         prompt=load_prompt("trace"),

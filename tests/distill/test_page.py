@@ -16,7 +16,7 @@ from jaxguard.config.distill import FilterConfig
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.distill.filters import Candidate, Filters
 from jaxguard.distill.page import BINS, CHECKS, Numbers, Sample, funnel, histogram, inspect, quantile, write_page
-from jaxguard.distill.store import open_store, shards
+from jaxguard.distill.store import attempts_file, open_traces
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -172,12 +172,12 @@ def test_an_empty_store_has_a_page(page):
 
 
 def test_a_store_that_is_being_written(tmp_path, caplog):
-    with open_store(tmp_path / "store", SETTINGS) as store:
+    with open_traces(tmp_path / "store", SETTINGS) as store:
         store.append(GOOD)
-        with shards(tmp_path / "store")[0].open("ab") as file:
+        with attempts_file(tmp_path / "store").open("ab") as file:
             file.write(b'{"crc32": 1, "attempt": {"answ')
         assert write_page(tmp_path / "store", tmp_path / "page.html") == 1
-    assert "1 unreadable line" in caplog.text
+    assert "1 damaged line" in caplog.text
     assert [row["trace"] for row in rows(tmp_path / "page.html")] == [GOOD.trace]
 
 
@@ -189,7 +189,7 @@ def test_what_is_no_store_is_refused(tmp_path):
 
 def test_the_door_writes_the_page_beside_the_store(tmp_path, capsys):
     config = load("wildguard_traces", [f"run_folder={tmp_path}"])
-    with open_store(config.folder / "traces", SETTINGS) as store:
+    with open_traces(config.folder / "traces", SETTINGS) as store:
         store.append(GOOD)
     assert inspect(config) == 0
     output = config.folder / "traces.html"
@@ -200,7 +200,7 @@ def test_the_door_writes_the_page_beside_the_store(tmp_path, capsys):
 def test_memory_does_not_grow_with_the_store(tmp_path):
     peaks = []
     for count in (50, 500):
-        with open_store(tmp_path / str(count), SETTINGS) as store:
+        with open_traces(tmp_path / str(count), SETTINGS) as store:
             for i in range(count):
                 store.append(replace(GOOD, example_id=f"x{i}", trace="salt " * 1000, failures=LEAKED if i % 2 else {}))
         tracemalloc.start()

@@ -16,7 +16,7 @@ from jaxguard.evaluate.__main__ import main
 from jaxguard.evaluate.run import papers_data
 from jaxguard.evaluate.scores.results import read_results
 from jaxguard.train.__main__ import main as train
-from jaxguard.utils.files import unsealed
+from jaxguard.utils.store import read_records
 
 COUNT = 12
 PLAIN = ["evaluate.batch=8", "evaluate.generations=2", "evaluate.verdict_tokens=12", "evaluate.reasoning_tokens=8"]
@@ -57,7 +57,7 @@ def evaluate(config, *overrides):
 
 def predictions(config, guard="ours", mode="direct", label="lamps"):
     path = config.parent / f"runs/tiny/evaluate/predictions/{guard}/{mode}/{label}.jsonl"
-    return [a for line in path.read_bytes().splitlines(keepends=True)[1:] if (a := unsealed("answer", line))]
+    return list(read_records(path, dict))
 
 
 def test_both_modes_and_the_floors_are_scored(run):
