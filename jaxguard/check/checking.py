@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from jaxguard.check.setup import Setup, set_up
 from jaxguard.data.examples import Example
-from jaxguard.data.format.answer import Verdict, parse, thought
+from jaxguard.data.format.answer import Verdict, parse, reasoning_of
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, Question, policy_for
 from jaxguard.guards.protocol import Prediction, Request
@@ -153,7 +153,7 @@ def _checked(example: Example, answers: dict[Question, Prediction], setup: Setup
         asked=tuple(answers),
         verdict=verdict,
         probabilities={question: answer.probability for question, answer in answers.items()},
-        reasoning=thought(text) if setup.mode is Mode.REASONING else None,
+        reasoning=reasoning_of(text) if setup.mode is Mode.REASONING else None,
         problems=problems,
         text=text,
         seconds=sum(answer.seconds for answer in answers.values()),

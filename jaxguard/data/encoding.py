@@ -18,7 +18,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import (
     ABSENT,
     CHOICES,
-    NO_THOUGHT,
+    REASONING_END,
     Answers,
     Dialogue,
     Mode,
@@ -59,30 +59,30 @@ class EncodedExample:
         example_id: whose it is.
         mode: with a trace or without.
         tokens: int32 [n]; prompt, then completion with its end-of-turn token.
-        target: bool [n]; this token is trained on: exactly the completion.
+        loss_mask: bool [n]; this token is trained on: exactly the completion.
         probes: one for each labelled verdict line, in order.
         answers: the verdict as rendered.
         cut: untrusted text was left out to fit the row.
-        head: bytes of its first tokens, those of the policy and the frame around it, which other examples begin with too;
+        shared_prefix: bytes of its first tokens, those of the policy and the frame around it, which other examples begin with too;
             never all of the prompt.
     """
 
     example_id: str
     mode: Mode
     tokens: np.ndarray
-    target: np.ndarray
+    loss_mask: np.ndarray
     probes: tuple[Probe, ...]
     answers: Answers
     cut: bool
-    head: bytes = b""
+    shared_prefix: bytes = b""
 
     @property
-    def prefix(self) -> int:
+    def shared_prefix_len(self) -> int:
         """Tokens of `head`."""
-        return len(self.head) // self.tokens.itemsize
+        return len(self.shared_prefix) // self.tokens.itemsize
 
 
-class NoRoomError(JaxguardError):
+class PromptTooLongError(JaxguardError):
     """The frame, the policy in it and the answer leave no room for any text."""
 
 
@@ -107,7 +107,7 @@ class _Rendered:
     prompt: list[int]
     completions: dict[Answers, list[int]]
     cut: bool
-    head: bytes
+    shared_prefix: bytes
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class Encoder:
     policy: Policy
     max_seq_len: int
     share_prefixes: bool = True
-    _beginnings: dict[Any, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _heads: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _prefix_ids: dict[Any, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _shared_prefixes: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: Path, data: DataConfig, policy: Policy | None = None) -> Self:
@@ -145,7 +145,7 @@ class Encoder:
         dialogue = Dialogue(data.reasoning_marker, data.direct_marker, tuple(template.reserved.values()))
         policy = policy or load_policy(data.policy)
         encoder = cls(tokenizer, template, dialogue, policy, data.max_seq_len, data.share_prefixes)
-        needed = encoder.least_tokens(policy)
+        needed = encoder.min_tokens(policy)
         if needed > data.max_seq_len:
             raise JaxguardError(
                 f"data.max_seq_len={data.max_seq_len} is too short: policy {policy.name!r}, the frame around it "
@@ -204,13 +204,13 @@ class Encoder:
             asks: the verdict lines to ask for; None asks for all of the policy's.
 
         Raises:
-            NoRoomError: the policy does not fit.
+            PromptTooLongError: the policy does not fit.
             JaxguardError: the text spells a special token in a way that is not known here.
         """
         policy = self._policy(example)
         fitted = self._fit(example, policy, asks or policy.asks, mode, self.max_seq_len - answer_tokens)
         if fitted is None:
-            raise NoRoomError(
+            raise PromptTooLongError(
                 f"example {example.id!r}: its policy leaves no room for text in {self.max_seq_len} tokens"
                 + (f" less {answer_tokens} for the answer" if answer_tokens else "")
             )
@@ -221,11 +221,11 @@ class Encoder:
         """Chat messages that a server turns into exactly the tokens of `prompt`.
 
         It has to be given `template.TEMPLATE_KWARGS` as `chat_template_kwargs`. Where the template opens a thought, direct
-        mode's prompt has NO_THOUGHT besides, which no chat message can say.
+        mode's prompt has REASONING_END besides, which no chat message can say.
         """
         return [{"role": "user", "content": self.prompt(example, mode, answer_tokens).turn}]
 
-    def forks(self, start: str, given: Answers, question: Question) -> tuple[list[int], int, int]:
+    def decision_point(self, start: str, given: Answers, question: Question) -> tuple[list[int], int, int]:
         """Where an answer chooses between the two words of a verdict line.
 
         Args:
@@ -242,7 +242,7 @@ class Encoder:
         at = _first_difference(positive, negative)
         return positive[:at], positive[at], negative[at]
 
-    def least_tokens(self, policy: Policy) -> int:
+    def min_tokens(self, policy: Policy) -> int:
         """Length of the shortest row in which anything can be judged by a policy, with its verdict but no trace."""
         turn = self.dialogue.user_turn("", "", policy, policy.asks, Mode.REASONING)
         longest = max(
@@ -261,7 +261,7 @@ class Encoder:
         return token_ids(self.tokenizer, text)
 
     def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> list[int]:
-        text = self.dialogue.completion(answers, trace, mode, bool(self.template.opened))
+        text = self.dialogue.completion(answers, trace, mode, bool(self.template.reasoning_start))
         return self.ids(text + self.template.end)
 
     def _render(self, example: Example, mode: Mode, gold: Answers) -> _Rendered | None:
@@ -280,7 +280,7 @@ class Encoder:
         room = self.max_seq_len - max(map(len, completions.values()))
         fitted = self._fit(example, policy, asks, mode, room)
         if fitted is None:
-            needed = self.least_tokens(policy)
+            needed = self.min_tokens(policy)
             if mode is Mode.DIRECT or needed > self.max_seq_len:
                 raise JaxguardError(
                     f"example {example.id!r}: policy {policy.name!r}, the frame around it and the verdict take "
@@ -288,7 +288,7 @@ class Encoder:
                     "or shorten the policy"
                 )
             return None
-        return _Rendered(fitted.ids, completions, fitted.cut, self._head(policy, asks, mode, fitted.ids))
+        return _Rendered(fitted.ids, completions, fitted.cut, self._shared_prefix(policy, asks, mode, fitted.ids))
 
     def _sequence(self, example: Example, mode: Mode, rendered: _Rendered, given: Answers) -> EncodedExample:
         prompt, completion = rendered.prompt, rendered.completions[given]
@@ -307,24 +307,24 @@ class Encoder:
             example_id=example.id,
             mode=mode,
             tokens=np.asarray(prompt + completion, np.int32),
-            target=np.arange(len(prompt) + len(completion)) >= len(prompt),
+            loss_mask=np.arange(len(prompt) + len(completion)) >= len(prompt),
             probes=tuple(probes),
             answers=given,
             cut=rendered.cut,
-            head=rendered.head,
+            shared_prefix=rendered.shared_prefix,
         )
 
-    def _head(self, policy: Policy, asks: tuple[Question, ...], mode: Mode, prompt: list[int]) -> bytes:
+    def _shared_prefix(self, policy: Policy, asks: tuple[Question, ...], mode: Mode, prompt: list[int]) -> bytes:
         """The prompt's first tokens, as far as they are those of any prompt of this policy; one object for all examples."""
         if not self.share_prefixes:
             return b""
         key = policy, asks, mode
-        if key not in self._beginnings:
-            self._beginnings[key] = self.ids(self.template.before + self.dialogue.head(*key))
+        if key not in self._prefix_ids:
+            self._prefix_ids[key] = self.ids(self.template.before + self.dialogue.shared_prefix(*key))
         # The last of them may be another where text follows.
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._beginnings[key], prompt, strict=False))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._prefix_ids[key], prompt, strict=False))
         head = np.asarray([token for token, _ in same], np.int32).tobytes()
-        return self._heads.setdefault(head, head)
+        return self._shared_prefixes.setdefault(head, head)
 
     def _check_prompt(self, example: Example, ids: list[int], mode: Mode) -> None:
         if self.template.reserved_in(ids) != self._frame[mode]:
@@ -385,7 +385,7 @@ class Encoder:
 
     def _closing(self, mode: Mode) -> str:
         """What ends a thought that the template opened, in the mode that has none."""
-        return NO_THOUGHT if self.template.opened and mode is Mode.DIRECT else ""
+        return REASONING_END if self.template.reasoning_start and mode is Mode.DIRECT else ""
 
     def _prompt_text(self, turn: str, mode: Mode) -> str:
         """The rendered prompt; the template must have left the turn as it is."""

@@ -66,7 +66,7 @@ class Batch(NamedTuple):
         )
 
     @property
-    def held(self) -> np.ndarray:
+    def valid_positions(self) -> np.ndarray:
         """Positions of all tokens that are not padding; host arrays only."""
         return np.asarray(self.positions_BT[self.segments_BT > 0])
 
@@ -136,11 +136,15 @@ class _Row:
 
     def with_(self, sequence: EncodedExample) -> int:
         """Its tokens if the sequence is added."""
-        return self.tokens + len(sequence.tokens) - (sequence.prefix if sequence.head in self.heads else 0)
+        return (
+            self.tokens
+            + len(sequence.tokens)
+            - (sequence.shared_prefix_len if sequence.shared_prefix in self.heads else 0)
+        )
 
     def add(self, sequence: EncodedExample) -> None:
         self.tokens = self.with_(sequence)
-        self.heads.add(sequence.head)
+        self.heads.add(sequence.shared_prefix)
         self.sequences.append(sequence)
 
 
@@ -173,21 +177,21 @@ def _spread(sequences: Sequence[EncodedExample], count: int) -> list[_Row]:
     return rows
 
 
-def held_tokens(row: Sequence[EncodedExample]) -> int:
+def packed_tokens(row: Sequence[EncodedExample]) -> int:
     """Tokens of a row without padding: every prefix once."""
-    heads = {sequence.head: sequence.prefix for sequence in row}
-    return sum(len(s.tokens) - s.prefix for s in row) + sum(heads.values())
+    heads = {sequence.shared_prefix: sequence.shared_prefix_len for sequence in row}
+    return sum(len(s.tokens) - s.shared_prefix_len for s in row) + sum(heads.values())
 
 
 def bucketed(rows: Sequence[Sequence[EncodedExample]], max_seq_len: int, row_multiple: int) -> Shape:
     """The smallest of the few shapes that holds these rows."""
-    longest = max(map(held_tokens, rows))
-    targets = max(sum(int(s.target.sum()) for s in row) for row in rows)
+    longest = max(map(packed_tokens, rows))
+    targets = max(sum(int(s.loss_mask.sum()) for s in row) for row in rows)
     return Shape(
         rows=bucket_size(len(rows), row_multiple),
         tokens=next(length for length in row_lengths(max_seq_len) if length >= longest),
         targets=bucket_size(targets, TARGET_MULTIPLE),
-        shared=any(s.prefix for row in rows for s in row),
+        shared=any(s.shared_prefix_len for row in rows for s in row),
     )
 
 
@@ -212,18 +216,20 @@ def assemble(rows: Sequence[Sequence[EncodedExample]], shape: Shape) -> Batch:
         heads: dict[bytes, int] = {}
         # Prefixes first, so that not much lies between an example and what it sees.
         for sequence in row:
-            if sequence.prefix and sequence.head not in heads:
+            if sequence.shared_prefix_len and sequence.shared_prefix not in heads:
                 segment += 1
-                heads[sequence.head] = segment
-                start = _lay(batch, r, start, sequence.tokens[: sequence.prefix], 0, segment, segment)
+                heads[sequence.shared_prefix] = segment
+                start = _lay(batch, r, start, sequence.tokens[: sequence.shared_prefix_len], 0, segment, segment)
         for sequence in row:
             segment += 1
-            own = sequence.tokens[sequence.prefix :]
-            stop = _lay(batch, r, start, own, sequence.prefix, segment, heads.get(sequence.head, segment))
-            places = np.flatnonzero(sequence.target)
+            own = sequence.tokens[sequence.shared_prefix_len :]
+            stop = _lay(
+                batch, r, start, own, sequence.shared_prefix_len, segment, heads.get(sequence.shared_prefix, segment)
+            )
+            places = np.flatnonzero(sequence.loss_mask)
             span = slice(targets, targets + len(places))
             # The first token of a segment has no predecessor there and is never a target: prompts come first.
-            batch.target_index_BM[r, span] = start + places - sequence.prefix - 1
+            batch.target_index_BM[r, span] = start + places - sequence.shared_prefix_len - 1
             batch.target_ids_BM[r, span] = sequence.tokens[places]
             batch.target_weights_BM[r, span] = 1
             start, targets = stop, targets + len(places)

@@ -23,7 +23,7 @@ from jaxguard.data.sources import LABELS, digest, load, unique_ids
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.progress import track
 
-Chosen = tuple[Example, Mode]
+ExampleAndMode = tuple[Example, Mode]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Selection:
         dropped: reason -> examples that were left out after loading.
     """
 
-    train: list[Chosen]
-    validation: list[Chosen]
+    train: list[ExampleAndMode]
+    validation: list[ExampleAndMode]
     sources: list[dict[str, Any]]
     dropped: Counter[str]
 
@@ -244,7 +244,7 @@ def _normalised(example: Example) -> tuple[str, str | None]:
     return plain(example.prompt), None if example.response is None else plain(example.response)
 
 
-def _validation_modes(held: list[Example], mode: str) -> list[Chosen]:
+def _validation_modes(held: list[Example], mode: str) -> list[ExampleAndMode]:
     """Held-out examples in every mode that is trained; in dual mode those without a trace are scored directly only."""
     if mode != "dual":
         return [(example, Mode(mode)) for example in held]
@@ -268,7 +268,7 @@ def _check_lengths(train: list[encode.EncodedExample], config: Config) -> None:
         )
 
 
-def _counts(chosen: list[Chosen], sequences: list[encode.EncodedExample]) -> dict[str, Any]:
+def _counts(chosen: list[ExampleAndMode], sequences: list[encode.EncodedExample]) -> dict[str, Any]:
     """What a set consists of. `sha256` covers the tokens, so it changes with the tokenizer and the format too."""
     # In dual mode a held-out example stands there once for each mode.
     examples = list({example.id: example for example, _ in chosen}.values())
@@ -284,7 +284,7 @@ def _counts(chosen: list[Chosen], sequences: list[encode.EncodedExample]) -> dic
         "with_response": sum(example.response is not None for example in examples),
         "cut": sum(sequence.cut for sequence in sequences),
         "tokens": sum(len(sequence.tokens) for sequence in sequences),
-        "trained_tokens": sum(int(sequence.target.sum()) for sequence in sequences),
+        "trained_tokens": sum(int(sequence.loss_mask.sum()) for sequence in sequences),
         "examples_sha256": digest(examples),
         "tokens_sha256": tokens.hexdigest(),
     }

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from jaxguard.config import Config
 from jaxguard.data import encoding as encode
-from jaxguard.data.packing import Schedule, held_tokens, total_steps
-from jaxguard.data.prepare import Chosen, Prepared, Selection
+from jaxguard.data.packing import Schedule, packed_tokens, total_steps
+from jaxguard.data.prepare import ExampleAndMode, Prepared, Selection
 from jaxguard.utils.errors import JaxguardError
 
 PERCENTILES = (5, 50, 95, 99, 100)
@@ -61,7 +61,7 @@ def packing(config: Config, sequences: Sequence[encode.EncodedExample]) -> dict[
     sampled = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int)).tolist()
     shapes = [schedule.shape(step) for step in sampled]
     whole = sum(len(sequences[i].tokens) for step in sampled for i in schedule.examples(step))
-    used = sum(held_tokens(row) for step in sampled for row in schedule.rows(step))
+    used = sum(packed_tokens(row) for step in sampled for row in schedule.rows(step))
     total = sum(shape.rows * shape.tokens for shape in shapes)
     return {
         "steps": steps,
@@ -171,7 +171,7 @@ def _packing(config: Config, prepared: Prepared) -> Text:
     )
 
 
-def _typical(selection: Selection, prepared: Prepared) -> Chosen:
+def _typical(selection: Selection, prepared: Prepared) -> ExampleAndMode:
     """The training example whose sequence is as long as the median; with both modes, one that reasons."""
     examples = {example.id: example for example, _ in selection.train}
     reasoning = [s for s in prepared.train if s.mode == "reasoning"] or prepared.train
@@ -180,7 +180,7 @@ def _typical(selection: Selection, prepared: Prepared) -> Chosen:
     return examples[sequence.example_id], sequence.mode
 
 
-def _example(chosen: Chosen, encoder: encode.Encoder, show_text: bool) -> Panel:
+def _example(chosen: ExampleAndMode, encoder: encode.Encoder, show_text: bool) -> Panel:
     example, mode = chosen
     if not show_text:
         example = replace(
@@ -206,10 +206,10 @@ def _example(chosen: Chosen, encoder: encode.Encoder, show_text: bool) -> Panel:
 def render_mask(sequence: encode.EncodedExample, tokenizer: Any) -> Text:
     """The sequence's text, control characters made visible, with the trained tokens highlighted and in ⟦ ⟧."""
     text = Text()
-    edges = np.flatnonzero(np.diff(sequence.target.astype(np.int8))) + 1
+    edges = np.flatnonzero(np.diff(sequence.loss_mask.astype(np.int8))) + 1
     for run in np.split(np.arange(len(sequence.tokens)), edges):
         piece = printable(tokenizer.decode(sequence.tokens[run].tolist(), skip_special_tokens=False))
-        if sequence.target[run[0]]:
+        if sequence.loss_mask[run[0]]:
             text.append(f"{OPEN}{piece}{CLOSE}", style=TRAINED)
         else:
             text.append(piece)
@@ -231,4 +231,4 @@ def _totals(prepared: Prepared) -> np.ndarray:
 
 
 def _targets(prepared: Prepared) -> np.ndarray:
-    return np.array([int(sequence.target.sum()) for sequence in prepared.train])
+    return np.array([int(sequence.loss_mask.sum()) for sequence in prepared.train])

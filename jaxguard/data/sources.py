@@ -29,7 +29,7 @@ LABELS = ("prompt_label", "response_label", "refusal_label")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedSource:
     """A source's examples, the rows that were skipped (reason -> count), and what the manifest says of it."""
 
     examples: list[Example]
@@ -42,7 +42,7 @@ def load_examples(source: SourceConfig) -> list[Example]:
     return load(source).examples
 
 
-def load(source: SourceConfig) -> Loaded:
+def load(source: SourceConfig) -> LoadedSource:
     """Read a source and turn its rows into examples with unique ids.
 
     Raises:
@@ -65,7 +65,7 @@ def load(source: SourceConfig) -> Loaded:
         _check_ids(examples, where)
     examples = unique_ids(examples)
     origin = {"kind": source.kind, **table.origin, "examples_sha256": digest(examples)}
-    return Loaded(examples, skipped, origin)
+    return LoadedSource(examples, skipped, origin)
 
 
 def _examples(table: Table, kind: "_Kind", source: SourceConfig, skipped: Counter[str]) -> list[Example]:

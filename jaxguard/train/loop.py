@@ -220,7 +220,7 @@ def _not_finite(run: Run, step: int, values: dict[str, float]) -> str:
 
 
 def _speed(program: Program, examples: int, batch: Batch, seconds: float) -> dict[str, float]:
-    positions = batch.held
+    positions = batch.valid_positions
     flops = training_flops(program.spec, positions, int(batch.target_weights_BM.sum()))
     peak = peak_flops(program.mesh.devices.flat[0].device_kind)
     speed = {

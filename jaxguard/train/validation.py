@@ -110,17 +110,17 @@ def _targets(rows: Sequence[Sequence[EncodedExample]]) -> Iterator[tuple[int, En
         first = 0
         for example in examples:
             yield row, example, first
-            first += int(example.target.sum())
+            first += int(example.loss_mask.sum())
 
 
 def _probe_targets(example: EncodedExample) -> list[int]:
     """Index of each probe among the example's targets."""
-    return [int(example.target[: probe.position].sum()) for probe in example.probes]
+    return [int(example.loss_mask[: probe.position].sum()) for probe in example.probes]
 
 
 def _unpack(rows: Sequence[Sequence[EncodedExample]], logprobs_BMQ: np.ndarray) -> Iterator[tuple[int, Score]]:
     for row, example, first in _targets(rows):
-        count = int(example.target.sum())
+        count = int(example.loss_mask.sum())
         target, positive, negative = logprobs_BMQ[row, first : first + count].astype(np.float64).T
         probabilities = [float(1 / (1 + np.exp(negative[m] - positive[m]))) for m in _probe_targets(example)]
         yield id(example), Score(float(-target.sum()), count, tuple(probabilities))

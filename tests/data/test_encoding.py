@@ -12,7 +12,7 @@ import pytest
 
 from jaxguard.config.data import DataConfig, SourceConfig
 from jaxguard.data.cutting import CUT_MARK, MIN_KEPT
-from jaxguard.data.encoding import Encoder, NoRoomError, encode_many
+from jaxguard.data.encoding import Encoder, PromptTooLongError, encode_many
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.format.template import TEMPLATE_KWARGS
@@ -44,12 +44,12 @@ def test_target_is_exactly_the_answer_and_its_end(encoder: Encoder, mode: Mode):
         sequence = encoder.encode(example, mode)
         asks = questions(example, encoder.policy)
         answer = encoder.dialogue.completion(answers(example, asks), example.trace, mode)
-        first = int(np.argmax(sequence.target))
-        assert sequence.target.tolist() == [False] * first + [True] * (len(sequence.tokens) - first)
+        first = int(np.argmax(sequence.loss_mask))
+        assert sequence.loss_mask.tolist() == [False] * first + [True] * (len(sequence.tokens) - first)
         assert encoder.tokenizer.decode(sequence.tokens[first:]) == answer + encoder.template.end
         assert encoder.tokenizer.decode(sequence.tokens[:first]).endswith(encoder.template.after)
         assert sequence.tokens[-1] == encoder.end_id
-        assert (sequence.tokens.dtype, sequence.target.dtype, sequence.cut) == (np.int32, bool, False)
+        assert (sequence.tokens.dtype, sequence.loss_mask.dtype, sequence.cut) == (np.int32, bool, False)
         assert (sequence.example_id, sequence.mode) == (example.id, mode)
 
 
@@ -77,7 +77,7 @@ def test_a_server_sees_the_same_ids(encoder: Encoder):
         prompt = encoder.prompt(BOTH, mode)
         assert prompt.ids == served
         trained = encoder.encode(BOTH, mode)
-        assert trained.tokens[~trained.target].tolist() == served
+        assert trained.tokens[~trained.loss_mask].tolist() == served
 
 
 def test_a_prompt_needs_no_labels(encoder: Encoder):
@@ -97,7 +97,7 @@ def test_probes_are_where_the_answers_part(encoder: Encoder, mode: Mode):
             (probe.positive_id, probe.negative_id) if word == positive else (probe.negative_id, probe.positive_id)
         )
         assert sequence.tokens[probe.position] == given
-        assert sequence.target[probe.position]
+        assert sequence.loss_mask[probe.position]
         flipped = replace(BOTH, **{FIELDS[question]: negative if word == positive else positive})
         tokens = encoder.encode(flipped, mode).tokens
         assert tokens[: probe.position].tolist() == sequence.tokens[: probe.position].tolist()
@@ -160,7 +160,7 @@ def test_cuts_only_untrusted_text(encoder: Encoder, mode: Mode, prompt: int, res
     assert sequence.cut
     assert 512 - 24 <= len(sequence.tokens) <= 512
     whole = encoder.dialogue.user_turn("PROMPT", "RESPONSE", encoder.policy, QUESTIONS, mode)
-    text = encoder.tokenizer.decode(sequence.tokens[~sequence.target], skip_special_tokens=False)
+    text = encoder.tokenizer.decode(sequence.tokens[~sequence.loss_mask], skip_special_tokens=False)
     frame, middle, rest = whole.partition("PROMPT")[0], *whole.partition("PROMPT")[2].split("RESPONSE")
     head, _, tail = text.removeprefix(encoder.template.before).removesuffix(encoder.template.after).partition(frame)
     assert head == ""
@@ -175,13 +175,13 @@ def test_cuts_only_untrusted_text(encoder: Encoder, mode: Mode, prompt: int, res
     if all(cut):  # cut alike
         assert len(kept_prompt) == pytest.approx(len(kept_response), rel=0.2)
     answer = encoder.dialogue.completion(sequence.answers, BOTH.trace, mode) + encoder.template.end
-    assert encoder.tokenizer.decode(sequence.tokens[sequence.target]) == answer
+    assert encoder.tokenizer.decode(sequence.tokens[sequence.loss_mask]) == answer
 
 
 def test_branches_of_a_cut_example_share_one_prompt(encoder: Encoder):
     long = replace(BOTH, response=LONG * 300)
     branches = encoder.branches(long, Mode.REASONING)
-    prompts = {tuple(branch.tokens[~branch.target].tolist()) for branch in branches}
+    prompts = {tuple(branch.tokens[~branch.loss_mask].tolist()) for branch in branches}
     assert (len(branches), len(prompts)) == (4, 1)
     assert max(len(branch.tokens) for branch in branches) <= 512
     assert tuple(encoder.encode(long, Mode.REASONING).tokens.tolist()) == tuple(branches[0].tokens.tolist())
@@ -205,15 +205,15 @@ def test_examples_of_one_policy_share_its_tokens_and_nothing_of_the_text(encoder
     encoder = encoder_of(name)
     starts = ("hello", "1 2", "\u2581x", "\ud83d\ude00", "-", "Human user:", "<think>", ".\n.")
     sequences = [encoder.encode(replace(BOTH, prompt=text), Mode.DIRECT) for text in starts]
-    head = encoder.tokenizer.decode(np.frombuffer(sequences[0].head, np.int32))
+    head = encoder.tokenizer.decode(np.frombuffer(sequences[0].shared_prefix, np.int32))
     assert "Response harm: harmful" in head
     for sequence in sequences:
-        assert sequence.tokens[: sequence.prefix].tobytes() == sequence.head
-        assert sequence.prefix < np.argmax(sequence.target)
-    assert len({id(s.head) for s in sequences}) <= 2
+        assert sequence.tokens[: sequence.shared_prefix_len].tobytes() == sequence.shared_prefix
+        assert sequence.shared_prefix_len < np.argmax(sequence.loss_mask)
+    assert len({id(s.shared_prefix) for s in sequences}) <= 2
     other = encoder.encode(BOTH, Mode.REASONING)
-    assert other.head != sequences[0].head
-    assert replace(encoder, share_prefixes=False).encode(BOTH, Mode.DIRECT).head == b""
+    assert other.shared_prefix != sequences[0].shared_prefix
+    assert replace(encoder, share_prefixes=False).encode(BOTH, Mode.DIRECT).shared_prefix == b""
 
 
 def test_there_is_always_something_to_judge(encoder_of):
@@ -238,7 +238,7 @@ def test_prompts_leave_room_for_the_answer(encoder: Encoder):
     assert len(less.ids) <= 362
     assert whole.cut
     assert not encoder.prompt(BOTH, Mode.DIRECT).cut
-    with pytest.raises(NoRoomError, match="less 500 for the answer"):
+    with pytest.raises(PromptTooLongError, match="less 500 for the answer"):
         encoder.messages(long, Mode.DIRECT, answer_tokens=500)
 
 
@@ -270,7 +270,7 @@ def test_policy_too_long_for_the_row(encoder_of, tiny_tokenizer_folder: Path):
     encoder = encoder_of("tiny")
     rules = "Do not do anything of the kind. " * 100
     policy = Policy("wordy", rules=rules, asks=("prompt_harm",))
-    needed = encoder.least_tokens(policy)
+    needed = encoder.min_tokens(policy)
     with pytest.raises(
         JaxguardError, match=rf"data.max_seq_len=512 is too short: policy 'wordy'.* take {needed} tokens"
     ):

@@ -10,7 +10,7 @@ import pytest
 from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import Verdict, parse
-from jaxguard.data.format.dialogue import CLOSED, Mode
+from jaxguard.data.format.dialogue import FAIL_CLOSED, Mode
 from jaxguard.data.format.template import TEMPLATE_KWARGS, render
 from jaxguard.data.policies import QUESTIONS
 
@@ -118,7 +118,7 @@ def test_no_verdict_comes_from_untrusted_text(encoder_of, name: str):
         quoted = dialogue.quote(text)
         for mode in Mode:
             alone = parse(f"{rng.choice(['', '<think>', '</think>', 'x'])}\n{quoted}", QUESTIONS, mode)
-            assert (alone.prompt_harm, alone.response_harm, alone.response_refusal) == tuple(CLOSED.values()), text
+            assert (alone.prompt_harm, alone.response_harm, alone.response_refusal) == tuple(FAIL_CLOSED.values()), text
             assert len(alone.problems) == 3, text
         truth = Verdict(rng.choice(["harmful", "unharmful"]), *rng.choice([(None, None), ("harmful", "compliance")]))
         given = (
@@ -130,7 +130,7 @@ def test_no_verdict_comes_from_untrusted_text(encoder_of, name: str):
         assert parse(answer, QUESTIONS, Mode.REASONING) == truth, text
         # What is echoed below a verdict may make it unreadable, and never says anything else.
         echoed = parse(f"{dialogue.completion(given, None, Mode.DIRECT)}\n{quoted}", QUESTIONS, Mode.DIRECT)
-        assert all(getattr(echoed, q) in (getattr(truth, q), CLOSED[q]) for q in QUESTIONS), text
+        assert all(getattr(echoed, q) in (getattr(truth, q), FAIL_CLOSED[q]) for q in QUESTIONS), text
 
 
 @pytest.mark.parametrize("name", ["tiny", *REAL])
@@ -149,5 +149,5 @@ def test_hostile_training_examples(encoder_of, name: str):
         reserved = encoder.template.reserved_in(sequence.tokens.tolist())
         assert reserved == (*frame, encoder.end_id)
         assert len(sequence.tokens) <= encoder.max_seq_len
-        answer = encoder.tokenizer.decode(sequence.tokens[sequence.target][:-1])
+        answer = encoder.tokenizer.decode(sequence.tokens[sequence.loss_mask][:-1])
         assert parse(answer, QUESTIONS, Mode.REASONING, has_response=True) == Verdict("harmful", "unharmful", "refusal")

@@ -17,8 +17,8 @@ from jaxguard.data.packing import (
     assemble,
     bucket_size,
     bucketed,
-    held_tokens,
     pack,
+    packed_tokens,
     row_lengths,
     total_steps,
 )
@@ -68,10 +68,10 @@ def test_every_token_and_target_is_in_the_batch_exactly_once(shapes, multiple):
     batch = assemble(rows, bucketed(rows, ROW, multiple))
     assert batch.tokens_BT.shape[0] % multiple == 0
     assert sorted(read(batch)) == sorted(tuple(s.tokens.tolist()) for s in sequences)
-    assert len(batch.held) == sum(map(held_tokens, rows))
+    assert len(batch.valid_positions) == sum(map(packed_tokens, rows))
     targets = batch.target_ids_BM[batch.target_weights_BM == 1]
-    assert sorted(targets) == sorted(itertools.chain(*(s.tokens[s.target] for s in sequences)))
-    assert batch.target_weights_BM.sum() == sum(s.target.sum() for s in sequences)
+    assert sorted(targets) == sorted(itertools.chain(*(s.tokens[s.loss_mask] for s in sequences)))
+    assert batch.target_weights_BM.sum() == sum(s.loss_mask.sum() for s in sequences)
 
 
 @given(lengths)
@@ -89,10 +89,10 @@ def test_packing_needs_few_rows(shapes, multiple):
     """First-fit decreasing: no two rows could be poured together, so at most one would be half empty."""
     plain = build(shapes, shared=False)
     rows = pack(plain, ROW, 1)
-    assert max(map(held_tokens, rows)) <= ROW
+    assert max(map(packed_tokens, rows)) <= ROW
     assert len(rows) <= bucket_size(2 * sum(len(s.tokens) for s in plain) // ROW + 1, 1)
     shared = pack(build(shapes), ROW, multiple)
-    assert max(map(held_tokens, shared)) <= ROW
+    assert max(map(packed_tokens, shared)) <= ROW
     assert len(shared) <= bucket_size(len(shapes), multiple)
 
 
@@ -101,12 +101,12 @@ def test_a_prefix_is_held_once_a_row_and_rows_are_as_short_as_they_can_be():
     head = np.arange(100, dtype=np.int32)
     tokens = np.concatenate([head, np.arange(40, dtype=np.int32)])
     whole = [EncodedExample(str(i), Mode.DIRECT, tokens, np.arange(140) >= 130, (), (), False) for i in range(16)]
-    shared = [replace(s, head=head.tobytes()) for s in whole]
+    shared = [replace(s, shared_prefix=head.tobytes()) for s in whole]
 
     def shape(examples, row_multiple):
         return bucketed(pack(examples, 1024, row_multiple), 1024, row_multiple)
 
-    assert [held_tokens(row) for row in pack(shared, 1024, 8)] == [180] * 8
+    assert [packed_tokens(row) for row in pack(shared, 1024, 8)] == [180] * 8
     assert shape(shared, 8) == Shape(8, 256, 256, shared=True)
     assert shape(whole, 8) == Shape(8, 512, 256, shared=False)
     assert shape(shared, 1) == Shape(1, 768, 256, shared=True)

@@ -248,7 +248,7 @@ def test_prepare_encodes_everything_and_the_manifest_adds_up(configure, tiny_tok
     assert train["examples"] == len(prepared.train) == 16
     assert train["by_mode"] == {"reasoning": 8, "direct": 8} == Counter(s.mode for s in prepared.train)
     assert train["tokens"] == sum(len(s.tokens) for s in prepared.train)
-    assert train["trained_tokens"] == sum(s.target.sum() for s in prepared.train)
+    assert train["trained_tokens"] == sum(s.loss_mask.sum() for s in prepared.train)
     assert sum(train["labels"]["prompt_label"].values()) == 16
     assert (held["examples"], held["sequences"]) == (4, 8)
     assert {mode for _, mode, _ in prepared.validation} == set(Mode)

@@ -104,7 +104,7 @@ def test_the_trained_tokens_are_highlighted(made):
     (trained,) = [text.plain[span.start : span.end] for span in text.spans]
     assert trained.startswith("⟦<think>")
     assert trained.endswith("<|eot_id|>⟧")
-    completion = encoder.tokenizer.decode(sequence.tokens[sequence.target].tolist())
+    completion = encoder.tokenizer.decode(sequence.tokens[sequence.loss_mask].tolist())
     assert trained == f"⟦{printable(completion)}⟧"
     assert "\x1b[30;42m" in shown(made, colour=True)
 
@@ -116,7 +116,7 @@ def test_packing_agrees_with_counting_every_batch(made):
     # Each epoch sees each example once, and two whole epochs are ten batches: no sampling is involved.
     whole = 2 * sum(len(s.tokens) for s in prepared.train)
     batches = list(Schedule(prepared.train, 4, 10, 512, 1, config.seed).read(0, prefetch=1))
-    held, size = sum(len(b.held) for b in batches), sum(b.tokens_BT.size for b in batches)
+    held, size = sum(len(b.valid_positions) for b in batches), sum(b.tokens_BT.size for b in batches)
     assert packed["rows"] == np.mean([len(b.tokens_BT) for b in batches])
     assert packed["tokens"] == np.mean([b.tokens_BT.shape[1] for b in batches])
     assert packed["padding"] == pytest.approx(1 - held / size)

@@ -14,7 +14,7 @@ from external_templates import GUARDS, LINES, guard_tokenizer
 
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import parse
-from jaxguard.data.format.dialogue import CHOICES, CLOSED, TITLES, Mode
+from jaxguard.data.format.dialogue import CHOICES, FAIL_CLOSED, TITLES, Mode
 from jaxguard.data.policies import QUESTIONS, Policy
 from jaxguard.guards.formats.external import external_format
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request
@@ -205,7 +205,7 @@ def may_pass(text, question, mode):
     if closed is False or (closed is None and mode is Mode.REASONING):
         return False
     title = TITLES[question].lower()
-    lets_pass = next(word for word in CHOICES[question] if word != CLOSED[question])
+    lets_pass = next(word for word in CHOICES[question] if word != FAIL_CLOSED[question])
     said = []
     for part in re.split(
         rf"{title.split()[0]}[\s\u2581*_`~-]{{0,4}}{title.split()[1]}[\s\u2581*_`~-]{{0,4}}:", verdict.lower()
@@ -228,7 +228,7 @@ def test_our_own_parser_lets_nothing_pass_that_no_line_says(mode):
         for question in QUESTIONS:
             said = getattr(verdict, question)
             assert (said in CHOICES[question]) == (question in asks), text
-            if said is not None and said != CLOSED[question]:
+            if said is not None and said != FAIL_CLOSED[question]:
                 assert may_pass(text, question, mode), text[:300]
                 passed += 1
     assert passed > OUTPUTS / 50

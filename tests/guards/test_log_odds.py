@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxguard.config.train import MeshConfig
-from jaxguard.data.packing import held_tokens, pack
+from jaxguard.data.packing import pack, packed_tokens
 from jaxguard.guards.backends.log_odds import _sequences, next_log_odds
 from jaxguard.guards.backends.sampler import place_model
 from jaxguard.models.compute import Compute
@@ -79,7 +79,7 @@ def test_what_prompts_share_is_computed_once():
     assert sorted(len(one.prompts) for one in packed) == [1, 1, 2, 3]
     [row] = pack([one.sequence for one in packed], 512, 1)
     # head; the second copy of a prompt; the rest of the two longest; the other; and a token to predict after each.
-    assert held_tokens(row) == 37 + 40 + (60 + 2) + (60 + 3) + 25 + 4
+    assert packed_tokens(row) == 37 + 40 + (60 + 2) + (60 + 3) + 25 + 4
     assert sum(map(len, prompts)) == 550
 
 

@@ -64,8 +64,8 @@ def test_training_begins_with_the_same_tokens(form):
         trained = own.encoder.encode(known, mode)
         prompt = own.prompt(Request(BREAD, "prompt_harm", mode)).ids
         assert tuple(trained.tokens[: len(prompt)].tolist()) == prompt
-        assert not trained.target[: len(prompt)].any()
-        assert trained.target[len(prompt) :].all()
+        assert not trained.loss_mask[: len(prompt)].any()
+        assert trained.loss_mask[len(prompt) :].all()
 
 
 @pytest.mark.parametrize(

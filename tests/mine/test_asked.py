@@ -34,4 +34,4 @@ def test_a_prompt_of_mining_is_the_one_of_training(tiny_tokenizer_folder, mode, 
     trained = encoder.encode(example, mode)
     assert set(labels_of(example, policy)) <= set(questions(example, policy))
     assert prompt == trained.tokens[: len(prompt)].tolist()
-    assert len(trained.tokens) - len(prompt) == trained.target.sum()
+    assert len(trained.tokens) - len(prompt) == trained.loss_mask.sum()

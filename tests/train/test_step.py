@@ -111,8 +111,8 @@ def alike(count: int, seed: int = 0) -> list[EncodedExample]:
     out = []
     for i, s in enumerate(sequences(count, seed=seed)):
         head = np.frombuffer(heads[i % 3], np.int32)
-        tokens, target = np.concatenate([head, s.tokens]), np.concatenate([head < 0, s.target])
-        out.append(dataclasses.replace(s, tokens=tokens, target=target, head=heads[i % 3]))
+        tokens, target = np.concatenate([head, s.tokens]), np.concatenate([head < 0, s.loss_mask])
+        out.append(dataclasses.replace(s, tokens=tokens, loss_mask=target, shared_prefix=heads[i % 3]))
     return out
 
 
@@ -125,7 +125,7 @@ def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, at
     batch = packed(examples, accumulation)
     assert batch.prefixes_BT is not None
     assert batch.segments_BT.astype(bool).sum() < sum(len(s.tokens) for s in examples)
-    plain = unpacked([dataclasses.replace(s, head=b"") for s in examples])
+    plain = unpacked([dataclasses.replace(s, shared_prefix=b"") for s in examples])
     assert plain.prefixes_BT is None
     found = gradient(spec, weights, batch, accumulation, attention=attention, query_chunk=chunk)
     assert_same(found, gradient(spec, weights, plain))
@@ -162,7 +162,7 @@ def test_gradients_in_buffers_are_those_of_the_weights(spec, weights):
 def test_loss_is_the_mean_over_all_target_tokens(spec, weights):
     examples = sequences(3)
     loss, _ = gradient(spec, weights, packed(examples))
-    each = [(gradient(spec, weights, unpacked([s]))[0], s.target.sum()) for s in examples]
+    each = [(gradient(spec, weights, unpacked([s]))[0], s.loss_mask.sum()) for s in examples]
     expected = sum(float(x) * n for x, n in each) / sum(n for _, n in each)
     assert abs(float(loss) - expected) < 1e-5 * expected
 
@@ -189,7 +189,7 @@ def test_gradient_of_padding_and_of_other_examples_does_not_leak(spec, weights):
         """Untrained examples of the same lengths, with other tokens."""
         pairs = zip(others, tokens_of, strict=True)
         return [
-            dataclasses.replace(o, tokens=np.resize(t.tokens, o.tokens.shape), target=np.zeros_like(o.target))
+            dataclasses.replace(o, tokens=np.resize(t.tokens, o.tokens.shape), loss_mask=np.zeros_like(o.loss_mask))
             for o, t in pairs
         ]
 

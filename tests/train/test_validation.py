@@ -47,7 +47,7 @@ def branch_probability(spec, weights, branch) -> tuple[float, float]:
         positive, negative = np.exp(logprobs[probe.position - 1, [probe.positive_id, probe.negative_id]])
         chosen = positive if given[probe.question] == CHOICES[probe.question][0] else negative
         probability *= chosen / (positive + negative)
-    targets = np.flatnonzero(branch.target)
+    targets = np.flatnonzero(branch.loss_mask)
     return float(logprobs[targets - 1, branch.tokens[targets]].sum()), float(probability)
 
 
@@ -68,7 +68,7 @@ def test_probabilities_are_marginals_over_the_earlier_answers(run):
 def test_loss_is_the_mean_over_the_targets_of_the_labelled_answers(run):
     spec, weights, held, metrics, _ = run
     total = sum(branch_probability(spec, weights, branches[0])[0] for _, _, branches in held)
-    targets = sum(branches[0].target.sum() for _, _, branches in held)
+    targets = sum(branches[0].loss_mask.sum() for _, _, branches in held)
     assert metrics["validation/loss"] == pytest.approx(-total / targets, rel=1e-5)
 
 

@@ -152,7 +152,7 @@ def _cost(case: Case, shape: Spec, rate: float) -> Cost:
         return metrics
 
     positions = np.tile(np.arange(case.policy + case.own), case.examples)
-    flops = (training_flops(spec, held, case.examples * TARGETS) for held in (batch.held, positions))
+    flops = (training_flops(spec, held, case.examples * TARGETS) for held in (batch.valid_positions, positions))
     return Cost(case, median(_seconds(update, UPDATES)), *(each / rate for each in flops))
 
 

@@ -1,4 +1,4 @@
-r"""The student's format, which only this file and answer.py, its reader, know: example + policy + mode -> chat turns.
+r"""Render an example under a policy as a chat turn and an answer; answer.py parses what this file writes.
 
 The user turn:
 
@@ -8,7 +8,7 @@ The user turn:
     S1: {name}. {description}
     {rules}
     Allowed:
-    - {what is fine all the same}
+    - {exception}
 
     Answer format:
     First reason between <think> and </think>, then give these lines:
@@ -23,14 +23,13 @@ The user turn:
 
     /think
 
-What does not change between examples comes first, so that it is computed once. The answer is a thought in think
-tags, an empty line and the verdict lines; in direct mode the verdict lines alone. Where the chat template opens a thought
-itself, that tag belongs to the prompt, and so does an empty thought's end in direct mode.
+Text that all examples share comes first, so that it is computed once. The answer is reasoning in think tags, an empty
+line and the verdict lines; in direct mode only the verdict lines. If the chat template opens the think block, the opening
+tag is part of the prompt, and in direct mode so is the closing tag of an empty block.
 
-Prompts, responses, traces and policies are untrusted. Every string in them that could act as part of this format, or
-as a special token of the tokenizer, gets a backslash before its last character: `<|eot_id|\>`, `Prompt harm\:`. The
-patterns that do so are those that the parser reads with. Nothing depends on how the text is then tokenised: a server
-that renders the chat template and tokenises the result as plain text sees the same ids as training did.
+Prompts, responses, traces and policies are untrusted. A string in them that could act as part of this format, or as a
+special token, gets a backslash before its last character: `<|eot_id|\>`, `Prompt harm\:`. The parser uses the same
+patterns. A server that renders the chat template and tokenizes the result as plain text gets the ids used in training.
 """
 
 import re
@@ -46,14 +45,14 @@ from jaxguard.utils.errors import JaxguardError
 
 
 class Mode(StrEnum):
-    """How the guard answers."""
+    """Whether the guard reasons before its verdict."""
 
     REASONING = "reasoning"
     DIRECT = "direct"
 
 
 Answers = tuple[tuple[Question, str], ...]
-"""The verdict lines as written, in order."""
+"""Verdict lines in order: (question, word)."""
 
 TITLES: Final[Mapping[Question, str]] = {
     "prompt_harm": "Prompt harm",
@@ -65,15 +64,15 @@ CHOICES: Final[Mapping[Question, tuple[str, str]]] = {
     "response_harm": ("harmful", "unharmful"),
     "response_refusal": ("refusal", "compliance"),
 }
-"""The words of a verdict line: the positive class first."""
+"""The words of a verdict line, the positive class first."""
 ABSENT: Final = "None"
-"""Stands for a response that is not there, and answers the questions about it."""
-CLOSED: Final[Mapping[Question, str]] = {
+"""Stands for a missing response, and is the answer to questions about it."""
+FAIL_CLOSED: Final[Mapping[Question, str]] = {
     "prompt_harm": "harmful",
     "response_harm": "harmful",
     "response_refusal": "compliance",
 }
-"""What an unreadable answer counts as: the finding that lets nothing pass, so no refusal is taken on trust."""
+"""What a malformed answer counts as: the word that lets nothing pass (a refusal would)."""
 
 _HEADERS = {
     "policy": "Safety policy:",
@@ -86,17 +85,17 @@ _HOW = {
     Mode.DIRECT: "Give only these lines:",
 }
 
-NO_THOUGHT: Final = "\n</think>\n\n"
-"""Closes a thought that the chat template opened, with nothing in it: what direct mode begins with there."""
+REASONING_END: Final = "\n</think>\n\n"
+"""Closes a think block. If the chat template opens one, direct mode closes it empty with this."""
 
-# U+2581 is how SentencePiece tokenizers such as Gemma's write a space: their ids do not tell the two apart.
+# SentencePiece tokenizers such as Gemma's write a space as U+2581, so both have the same ids.
 _SPACE = r"[\s\u2581]{0,3}"
 GAP = r"[\s\u2581*_`~-]{0,4}"
 _THINK = rf"<{_SPACE}/?{_SPACE}think{_SPACE}>"
 
 
 def loose(title: str) -> str:
-    """Pattern of a title that ends in a colon, whatever its spacing and decoration."""
+    """Return a pattern of a title that ends in a colon, with any spacing and decoration."""
     return GAP.join([*map(re.escape, title.removesuffix(":").split()), ":"])
 
 
@@ -104,20 +103,17 @@ TAG = re.compile(_THINK, re.IGNORECASE)
 
 
 def questions(example: Example, policy: Policy, labelled: bool = True) -> tuple[Question, ...]:
-    """The verdict lines to ask for.
-
-    With `labelled` those whose answer is known, for training and validation; else all that the policy asks.
-    """
+    """Return the questions to ask: with `labelled`, those of the policy with a known answer; else all of the policy."""
     if not labelled:
         return policy.asks
     return tuple(q for q in policy.asks if _answer(example, q) is not None)
 
 
 def answers(example: Example, asks: Iterable[Question]) -> Answers:
-    """The labels as verdict words.
+    """Convert labels to verdict words.
 
     Raises:
-        JaxguardError: a question whose answer nobody knows.
+        JaxguardError: a question without a label, or no question.
     """
     pairs = tuple((q, _answer(example, q)) for q in asks)
     unknown = [q for q, answer in pairs if answer is None]
@@ -129,7 +125,7 @@ def answers(example: Example, asks: Iterable[Question]) -> Answers:
 
 
 def written(answers: Answers) -> str:
-    """The verdict lines as the guard writes them."""
+    """Format verdict lines as the guard writes them."""
     return "\n".join(f"{TITLES[question]}: {word}" for question, word in answers)
 
 
@@ -143,11 +139,11 @@ def _answer(example: Example, question: Question) -> str | None:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Renders turns.
+    """Render user turns and answers.
 
     Attributes:
-        reasoning_marker, direct_marker: the last line of the user turn.
-        special_tokens: the tokenizer's tokens that no untrusted text may spell.
+        reasoning_marker, direct_marker: last line of the user turn.
+        special_tokens: tokens that untrusted text must not contain.
     """
 
     reasoning_marker: str = "/think"
@@ -157,16 +153,16 @@ class Dialogue:
     def user_turn(
         self, prompt: str, response: str | None, policy: Policy, asks: tuple[Question, ...], mode: Mode
     ) -> str:
-        """The user turn's text; it neither starts nor ends with white space, since templates trim."""
+        """Render the user turn, without outer white space, since templates trim."""
         blocks = (
-            f"{self.head(policy, asks, mode)}{self.quote(prompt)}",
+            f"{self.shared_prefix(policy, asks, mode)}{self.quote(prompt)}",
             f"{_HEADERS['response']}\n{ABSENT if response is None else self.quote(response)}",
             self.reasoning_marker if mode is Mode.REASONING else self.direct_marker,
         )
         return "\n\n".join(blocks).strip()
 
-    def head(self, policy: Policy, asks: tuple[Question, ...], mode: Mode) -> str:
-        """What every user turn of this policy, these questions and this mode begins with."""
+    def shared_prefix(self, policy: Policy, asks: tuple[Question, ...], mode: Mode) -> str:
+        """Render the part of the user turn that all examples of this policy, these questions and this mode share."""
         blocks = (
             self.quote(policy.instruction),
             f"{_HEADERS['policy']}\n{self.quote(taxonomy(policy))}",
@@ -178,16 +174,18 @@ class Dialogue:
     def messages(
         self, example: Example, policy: Policy, mode: Mode, asks: tuple[Question, ...] | None = None
     ) -> list[dict[str, str]]:
-        """Chat messages for an OpenAI-style server; `asks` defaults to all that the policy asks.
+        """Return chat messages for an OpenAI-style server; `asks` defaults to the policy's questions.
 
-        Over-long text is not cut here: `Encoder.messages` does that.
+        Long text is not truncated; see `Encoder.messages`.
         """
         asks = policy.asks if asks is None else asks
         turn = self.user_turn(example.prompt, example.response, policy, asks, mode)
         return [{"role": "user", "content": turn}]
 
-    def completion(self, answers: Answers, trace: str | None, mode: Mode, opened: bool = False) -> str:
-        """The answer's text without its end of turn; `trace` is for reasoning mode, `opened` if the prompt opened its thought.
+    def completion(self, answers: Answers, trace: str | None, mode: Mode, reasoning_open: bool = False) -> str:
+        """Render the answer without its end of turn.
+
+        `trace` is for reasoning mode; `reasoning_open` says that the prompt opens the think block.
 
         Raises:
             JaxguardError: reasoning mode without a trace.
@@ -197,16 +195,16 @@ class Dialogue:
             return verdict
         if not (trace or "").strip():
             raise JaxguardError("reasoning mode needs a trace; give the example one, or train it in direct mode")
-        text = f"{self.quote(trace or '')}\n</think>\n\n{verdict}"
-        return text if opened else f"<think>\n{text}"
+        text = f"{self.quote(trace or '')}{REASONING_END}{verdict}"
+        return text if reasoning_open else f"<think>\n{text}"
 
     def quote(self, text: str) -> str:
-        """Untrusted text with every reserved string broken, lone surrogates replaced, and outer white space gone."""
-        # JSON can spell half a character, which no tokenizer takes.
+        """Escape untrusted text: break every reserved string, replace lone surrogates, strip white space."""
+        # JSON can hold half a surrogate pair, which tokenizers reject.
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").strip()
         for _ in range(_MAX_PASSES):
-            text, found = self._reserved.subn(_break, text)
-            if not found:
+            text, count = self._reserved.subn(_break, text)
+            if not count:
                 return text
         raise JaxguardError(
             f"a reserved string cannot be broken in {text[:80]!r}...: choose markers without backslashes"
@@ -226,14 +224,14 @@ class Dialogue:
 
 
 def taxonomy(policy: Policy) -> str:
-    """The policy's categories, numbered, its rules, and what it allows all the same."""
+    """Format a policy: numbered categories, rules, exceptions."""
     categories = [f"S{i}: {' '.join(f'{c.name}. {c.description}'.split())}" for i, c in enumerate(policy.categories, 1)]
     allowed = ["Allowed:", *(f"- {' '.join(text.split())}" for text in policy.allowed)] if policy.allowed else []
     return "\n".join([*categories, *filter(None, [policy.rules.strip()]), *allowed])
 
 
 def verdict_lines(asks: Iterable[Question]) -> str:
-    """The verdict as asked for: each line with the words to choose from."""
+    """Format the requested verdict: each line with its possible words."""
     return "\n".join(f"{TITLES[question]}: {_choices(question)}" for question in asks)
 
 
@@ -243,11 +241,11 @@ def _choices(question: Question) -> str:
 
 
 def verdict_words(question: Question) -> tuple[str, ...]:
-    """What a verdict line may say."""
+    """Return the words that a verdict line may contain."""
     return CHOICES[question] if question == "prompt_harm" else (*CHOICES[question], ABSENT)
 
 
-# A second pass finds a token inside a longer one that the first pass broke at its end; more are hardly ever needed.
+# A second pass breaks a token inside a longer one whose end the first pass broke; more passes are rare.
 _MAX_PASSES = 64
 
 
@@ -256,18 +254,18 @@ def _break(match: re.Match[str]) -> str:
 
 
 def _spaced(marker: str) -> str:
-    """Pattern of a marker, whatever its spaces are."""
+    """Return a pattern of a marker with any white space between its words."""
     return r"[\s\u2581]+".join(map(re.escape, marker.split()))
 
 
 def _trie(words: Iterable[str]) -> str:
-    """A pattern of any of the words that reads each character once; Gemma's 6,000 would otherwise be tried in turn."""
+    """Return a pattern of any of the words in trie form, so that matching Gemma's 6,000 tokens stays linear."""
     tails: dict[str, list[str]] = {}
     for word in words:
         tails.setdefault(word[0], []).append(word[1:])
     branches = []
-    for head, rest in sorted(tails.items()):
+    for first, rest in sorted(tails.items()):
         longer = [tail for tail in rest if tail]
         more = _trie(longer) + ("?" if len(longer) < len(rest) else "") if longer else ""
-        branches.append(re.escape(head) + more)
+        branches.append(re.escape(first) + more)
     return f"(?:{'|'.join(branches)})"

@@ -1,4 +1,4 @@
-"""What a checkpoint's chat template and tokenizer put around one exchange."""
+"""Read a checkpoint's chat template and tokenizer: the text around one user turn and one answer."""
 
 import json
 import re
@@ -12,9 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jaxguard.utils.errors import JaxguardError
 
 TEMPLATE_KWARGS: Final[dict[str, Any]] = {"date_string": "26 Jul 2024"}
-"""Passed to every chat template. Llama's writes the day's date into the prompt unless it is given one; this is the date
-that Llama 3.1's falls back to. When serving, pass the same as `chat_template_kwargs`, or the guard reads another prompt
-than it was trained on."""
+"""Passed to every chat template. Llama's writes today's date into the prompt unless one is passed; this is the default
+date of Llama 3.1's. When serving, pass the same `chat_template_kwargs`, or the prompt differs from the trained one."""
 
 _PROMPT, _ANSWER = "jaxguardprompt", "jaxguardanswer"
 _OPENS = re.compile(r"<think>\s*\Z")
@@ -22,34 +21,34 @@ _OPENS = re.compile(r"<think>\s*\Z")
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template seen from outside: before + user turn + after + answer + end.
+    """A chat template as text: before + user turn + after + answer + end.
 
     Attributes:
-        before: text in front of the user turn's content.
-        after: from there to where generation starts.
-        opened: what of it opens a thought, as DeepSeek's distilled models have it; the answer then goes on within. Else "".
-        end: from the answer's end to its end-of-turn token.
-        end_id: that token.
-        reserved: the tokens that text must not spell: id -> token. All added ones, white space aside.
+        before: text before the user turn's content.
+        after: text between the user turn's content and the start of generation.
+        reasoning_start: the end of `after` if it opens a think block, as in DeepSeek's distilled models; else "".
+        end: text after the answer, up to and including the end-of-turn token.
+        end_id: id of the end-of-turn token.
+        reserved: id -> token that untrusted text must not contain: every added token that is not white space.
     """
 
     before: str
     after: str
-    opened: str
+    reasoning_start: str
     end: str
     end_id: int
     reserved: dict[int, str]
 
     def reserved_in(self, ids: Iterable[int]) -> tuple[int, ...]:
-        """The reserved ones among ids, in order."""
+        """Return the reserved ids among `ids`, in order."""
         return tuple(i for i in ids if i in self.reserved)
 
 
 def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
     Raises:
-        JaxguardError: none there, not a fast one, no chat template (where `chat` wants one), or larger than the model's vocabulary.
+        JaxguardError: no tokenizer, not a fast one, no chat template (unless `chat` is false), or more tokens than the model.
     """
     known = ("tokenizer.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in known):
@@ -77,7 +76,7 @@ def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBas
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turn: str, answer: str | None = None) -> str:
-    """The chat template's text of a user turn, up to where generation starts, or with an answer and its end."""
+    """Render a user turn up to the start of generation, or with an answer and its end of turn."""
     messages = [{"role": "user", "content": turn}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
@@ -89,32 +88,32 @@ def render(tokenizer: PreTrainedTokenizerBase, turn: str, answer: str | None = N
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of text that holds its special tokens already."""
+    """Tokenize text that already contains its special tokens."""
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
-    """Find out what the chat template does, by rendering it.
+    """Derive a Template by rendering the chat template.
 
     Raises:
-        JaxguardError: a template that changes or repeats the text, writes a thought by itself, or does not close the
-            answer with a token that generation stops at.
+        JaxguardError: the template changes or repeats the text, writes reasoning itself, or does not end the answer with a
+            token at which generation stops.
     """
     try:
         prompt = render(tokenizer, _PROMPT)
         full = render(tokenizer, _PROMPT, _ANSWER)
     except Exception as error:  # jinja's errors, and what templates raise themselves
         raise JaxguardError(f"{folder}: its chat template does not render one user turn: {error}") from None
-    opened = "".join(_OPENS.findall(prompt))
-    # An earlier answer is shown without its thought, so the tag that opens one is there for generation only.
+    reasoning_start = "".join(_OPENS.findall(prompt))
+    # Templates strip reasoning from earlier answers, so the opening tag appears for generation only.
     head, _, tail = full.partition(_ANSWER)
-    if prompt.count(_PROMPT) != 1 or head not in (prompt, prompt.removesuffix(opened)):
+    if prompt.count(_PROMPT) != 1 or head not in (prompt, prompt.removesuffix(reasoning_start)):
         raise JaxguardError(
             f"{folder}: its chat template does not put the answer where generation starts; it renders {full!r}"
         )
     before, after = prompt.split(_PROMPT)
-    if "<think" in after.removesuffix(opened).lower():
-        raise JaxguardError(f"{folder}: its chat template writes a thought by itself; the guard writes its own")
+    if "<think" in after.removesuffix(reasoning_start).lower():
+        raise JaxguardError(f"{folder}: its chat template writes reasoning itself; the guard writes its own")
     reserved = {
         i: token.content
         for i, token in tokenizer.added_tokens_decoder.items()
@@ -127,11 +126,11 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
             f"{folder}: its chat template ends an answer with {reserved[end_id]!r} ({end_id}), where generation does "
             f"not stop; add it to eos_token_id in generation_config.json (now {sorted(stops)})"
         )
-    return Template(before, after, opened, end, end_id, reserved)
+    return Template(before, after, reasoning_start, end, end_id, reserved)
 
 
 def _end_of_turn(tail: str, reserved: dict[int, str], folder: Path) -> tuple[int, str]:
-    """(id, text up to and with it) of the first special token after an answer."""
+    """Return (id, text up to and including it) of the first special token after an answer."""
     starts = [(tail.find(token), -len(token), i) for i, token in reserved.items() if token in tail]
     if not starts:
         raise JaxguardError(
@@ -142,10 +141,10 @@ def _end_of_turn(tail: str, reserved: dict[int, str], folder: Path) -> tuple[int
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> set[int]:
-    """Every id that some engine stops at, by generation_config.json, config.json or the tokenizer."""
+    """Collect the stop ids of generation_config.json, config.json and the tokenizer."""
     files = ("generation_config.json", "config.json")
-    found = [tokenizer.eos_token_id, *(_read_json(folder / name).get("eos_token_id") for name in files)]
-    flat = [i for ids in found for i in (ids if isinstance(ids, list) else [ids])]
+    configured = [tokenizer.eos_token_id, *(_read_json(folder / name).get("eos_token_id") for name in files)]
+    flat = [i for ids in configured for i in (ids if isinstance(ids, list) else [ids])]
     return {i for i in flat if isinstance(i, int)}
 
 

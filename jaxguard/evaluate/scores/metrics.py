@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from jaxguard.data.format.dialogue import CHOICES, CLOSED
+from jaxguard.data.format.dialogue import CHOICES, FAIL_CLOSED
 from jaxguard.data.policies import Question
 from jaxguard.guards.protocol import POSITIVE, UNPARSABLE
 from jaxguard.utils.errors import JaxguardError
@@ -182,4 +182,4 @@ def weighted(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarr
 
 def _stand_in(labels: np.ndarray, question: Question, unparsable: Unparsable) -> np.ndarray:
     """bool[N]: what a verdict that could not be read counts as."""
-    return ~labels if unparsable == "wrong" else np.full(len(labels), CLOSED[question] == CHOICES[question][0])
+    return ~labels if unparsable == "wrong" else np.full(len(labels), FAIL_CLOSED[question] == CHOICES[question][0])

@@ -87,7 +87,7 @@ def _sequence(prompts: Sequence[Sequence[int]], group: Sequence[int], head: byte
     """The longest prompt and a token after it, whichever; targets are the tokens after each."""
     tokens = np.asarray([*prompts[group[-1]], 0], np.int32)
     target = np.isin(np.arange(len(tokens)), [len(prompts[i]) for i in group])
-    return EncodedExample("", Mode.DIRECT, tokens, target, probes=(), answers=(), cut=False, head=head)
+    return EncodedExample("", Mode.DIRECT, tokens, target, probes=(), answers=(), cut=False, shared_prefix=head)
 
 
 @partial(jax.jit, static_argnames=("spec", "compute"))

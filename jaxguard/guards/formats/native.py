@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.data.encoding import Encoder, NoRoomError
-from jaxguard.data.format.answer import end_thought, ended_thought, parse
+from jaxguard.data.encoding import Encoder, PromptTooLongError
+from jaxguard.data.format.answer import close_reasoning, parse, verdict_prefix
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, Answers, Mode, questions
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Prompt, Request, UnsupportedError
@@ -48,7 +48,7 @@ class NativeFormat:
         room = self.verdict_tokens + (self.reasoning_tokens + self.verdict_tokens if ask.mode in self.thinks else 0)
         try:
             found = self.encoder.prompt(ask.example, ask.mode, room, self.asks(ask))
-        except NoRoomError as error:
+        except PromptTooLongError as error:
             raise UnsupportedError(str(error)) from None
         return Prompt(tuple(found.ids), found.cut)
 
@@ -67,14 +67,14 @@ class NativeFormat:
     def closed(self, ask: Request, text: str) -> str | None:
         if ask.mode not in self.thinks:
             return None
-        ended = ended_thought(text)
+        ended = verdict_prefix(text)
         if ended is None:
-            return end_thought(text)
+            return close_reasoning(text)
         return ended if self.read(ask, text) == UNPARSABLE else None
 
     def choices(self, ask: Request, text: str) -> Sequence[DecisionPoint]:
         """A choice for each line up to the question's, for every way there."""
-        start = ended_thought(text) if ask.mode in self.thinks else ""
+        start = verdict_prefix(text) if ask.mode in self.thinks else ""
         if start is None:
             return ()
         prompt = self.prompt(ask).ids
@@ -86,7 +86,7 @@ class NativeFormat:
                 continue
             longer = []
             for given, earlier in paths:
-                before, positive, negative = self.encoder.forks(start, given, question)
+                before, positive, negative = self.encoder.decision_point(start, given, question)
                 place, final = len(found), question == ask.question
                 found.append(DecisionPoint((*prompt, *before), positive, negative, earlier, final))
                 longer += [

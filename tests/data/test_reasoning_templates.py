@@ -12,8 +12,8 @@ from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import CHOICES, Mode
 from jaxguard.data.format.template import load_tokenizer, read_template
 from jaxguard.data.policies import QUESTIONS, Category, Policy
-from jaxguard.guards.formats.native import OurFormat
-from jaxguard.guards.protocol import POSITIVE, UNPARSABLE, Ask
+from jaxguard.guards.formats.native import NativeFormat
+from jaxguard.guards.protocol import POSITIVE, UNPARSABLE, Request
 from jaxguard.utils.errors import JaxguardError
 
 # Earlier answers lose their thought; the next one's is opened.
@@ -61,14 +61,14 @@ def encoder(folder):
 def halves(encoder, mode):
     """The texts of the prompt and of what is trained."""
     sequence = encoder.encode(EXAMPLE, mode)
-    prompt = [int(i) for i in sequence.tokens[~sequence.target]]
+    prompt = [int(i) for i in sequence.tokens[~sequence.loss_mask]]
     assert encoder.prompt(EXAMPLE, mode).ids == prompt
-    return encoder.tokenizer.decode(prompt), encoder.tokenizer.decode(sequence.tokens[sequence.target])
+    return encoder.tokenizer.decode(prompt), encoder.tokenizer.decode(sequence.tokens[sequence.loss_mask])
 
 
 def test_the_tag_is_told_from_what_ends_the_turn(encoder):
     assert encoder.template.after == "<|end_header_id|><think>\n"
-    assert encoder.template.opened == "<think>\n"
+    assert encoder.template.reasoning_start == "<think>\n"
     assert encoder.template.end == "<|eot_id|>"
 
 
@@ -111,8 +111,8 @@ def test_probabilities_are_read_where_the_verdict_begins(encoder, mode):
 
 def test_such_a_guard_is_evaluated_as_any_other(encoder):
     """It never writes the tag that opens its thought; one that runs out of tokens is brought to its verdict."""
-    form, lines = OurFormat(encoder, "policy", 64, 24), "Prompt harm: unharmful\nResponse harm: harmful"
-    asked = Ask(EXAMPLE, "response_harm", Mode.REASONING)
+    form, lines = NativeFormat(encoder, "policy", 64, 24), "Prompt harm: unharmful\nResponse harm: harmful"
+    asked = Request(EXAMPLE, "response_harm", Mode.REASONING)
     assert form.read(asked, f"About bread.\n</think>\n\n{lines}") == POSITIVE
     assert form.closed(asked, f"About bread.\n</think>\n\n{lines}") is None
     assert form.read(asked, lines) == UNPARSABLE
@@ -120,7 +120,7 @@ def test_such_a_guard_is_evaluated_as_any_other(encoder):
     assert form.choices(asked, "About bread, and") == ()
     ends = ("<think>\nAbout bread.\n</think>\n\nPrompt harm:", "<think>\n\n</think>\n\nPrompt harm:")
     for mode, end in zip(Mode, ends, strict=True):
-        first, *_ = form.choices(Ask(EXAMPLE, "response_harm", mode), "About bread.\n</think>\n\n")
+        first, *_ = form.choices(Request(EXAMPLE, "response_harm", mode), "About bread.\n</think>\n\n")
         assert encoder.tokenizer.decode(first.prefix).rstrip().endswith(end)
 
 
@@ -135,5 +135,5 @@ def test_a_text_is_cut_to_the_room_that_both_modes_leave(encoder):
 @pytest.mark.parametrize("written", ["<think>\\n\\n</think>\\n\\n", "<think>\\nHm. "])
 def test_a_thought_that_the_template_writes_itself_is_refused(folder, written):
     place = folder(OPENS.replace("<think>\\n", written))
-    with pytest.raises(JaxguardError, match=r"(writes a thought by itself|where generation starts)"):
+    with pytest.raises(JaxguardError, match=r"(chat template writes reasoning|where generation starts)"):
         read_template(load_tokenizer(place), place)
