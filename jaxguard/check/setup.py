@@ -1,7 +1,6 @@
 """Which guard is asked and how: a Config put together from a model, a policy and a mode.
 
-How a model wants to be asked (its markers, its modes) is in the config of the run that trained it. That lies beside the
-export, and its model card holds a copy.
+How a model wants to be asked (its markers, its modes) is in the config of the run that trained it, a file of the export.
 """
 
 import json
@@ -13,18 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from jaxguard.config import Config, load, validate
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.config.lookup import CONFIG_FOLDER, names, nearest
 from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.guard_files import read_guard_files
 from jaxguard.data.policies import Policy, load_policy
 from jaxguard.guards.backends.sglang import KEY
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 
-_FILES: Final = ("*.json", "*.jinja", "tokenizer*", "README.md")
+_FILES: Final = ("*.json", "*.jinja", "tokenizer*", "*.yaml")
 _SECONDS: Final = 10
 
 
@@ -64,10 +62,13 @@ def set_up(
         load_policy(str(policy))  # before anything is downloaded
     checkpoint = _checkpoint(str(tokenizer or _served_path(endpoint)) if endpoint else str(model))
     folder = hub.fetch(checkpoint, only=_FILES)
-    run = load(str(config)) if config is not None else trained_by(folder)
+    export = read_guard_files(folder)
+    run = load(str(config)) if config is not None else export.config if export is not None else None
     if policy is None and run is None:
         raise JaxguardError("which policy? What this model was trained on is not known: name one, such as aegis2")
-    named = str(policy) if policy is not None or run is None else run.data.policy
+    if policy is None and run is not None:
+        policy = export.policy if export is not None and config is None else run.data.policy
+    named = str(policy)
     trained = run.data.mode if run is not None else "dual"
     asked = Mode(mode) if mode is not None else Mode.DIRECT if trained == "direct" else Mode.REASONING
     guard = GuardConfig(checkpoint=checkpoint, endpoint=endpoint, modes=(asked.value,))
@@ -80,27 +81,6 @@ def set_up(
         mode=asked,
         note="" if trained in ("dual", asked) else f"this model was trained to answer in {trained} mode only",
     )
-
-
-def trained_by(folder: Path) -> Config | None:
-    """The config of the run that an export is from: beside it, or in its model card; None where neither is.
-
-    Raises:
-        JaxguardError: a config that does not load, of another version or edited by hand.
-    """
-    beside = folder.parent / "config.yaml"
-    if folder.name == "export" and beside.is_file():
-        return load(str(beside))
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    recipe = re.search(r"^## Recipe\n\n(`{3,})yaml\n(.*?)\n\1$", text, re.MULTILINE | re.DOTALL)
-    if recipe is None or "jaxguard" not in text:
-        return None
-    try:
-        tree = yaml.safe_load(recipe[2])
-    except yaml.YAMLError as error:
-        raise JaxguardError(f"{card}: its recipe is not YAML ({error}); give the run's config with --config") from None
-    return validate(tree if isinstance(tree, dict) else {}, f"{card}, recipe")
 
 
 def _config(checkpoint: str, policy: str, run: Config | None, settings: EvaluateConfig) -> Config:

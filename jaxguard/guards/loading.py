@@ -15,6 +15,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.files import file_digest
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.format.template import load_tokenizer
+from jaxguard.data.guard_files import is_complete
 from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.prepare import load_sources
 from jaxguard.data.sources import digest
@@ -55,7 +56,7 @@ def checkpoint_of(guard: GuardConfig, config: Config) -> str:
     """
     if guard.checkpoint is None:
         export = config.folder / "export"
-        if not (export / "README.md").is_file():  # the trainer writes it last
+        if not is_complete(export):
             raise JaxguardError(
                 f"guard {guard.name!r} is this run's export, but {export} is not there: train it first, "
                 f"python -m jaxguard.train with the same config, or name the guard's checkpoint"

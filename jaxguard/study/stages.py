@@ -60,7 +60,7 @@ def outputs(run: Run, stage: Stage) -> list[Path]:
     if stage == "build":
         sets = (run.config.build or BuildConfig()).sets
         return [folder / "dataset" / one.name / "all.parquet" for one in sets]
-    last = {"train": "export/README.md", "evaluate": "evaluate/results.json"}
+    last = {"train": "export/jaxguard.json", "evaluate": "evaluate/results.json"}
     return [folder / last.get(stage, "mine/difficult.jsonl")]
 
 

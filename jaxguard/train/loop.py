@@ -6,7 +6,6 @@ the step. So a run that is interrupted at any moment and resumed ends with the s
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,21 +18,18 @@ from rich.console import Console
 
 from jaxguard.config import Config, dump
 from jaxguard.config.hardware import peak_flops
-from jaxguard.data.encoding import Encoder
-from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import Batch, Schedule, total_steps
 from jaxguard.data.prepare import Prepared, prepare
-from jaxguard.models.hf_io.checkpoints import check_vocabulary, export_hf, read_weights
+from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
 from jaxguard.models.mesh import batch_sharding, make_mesh, row_multiple, shard_batch
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
 from jaxguard.train.curves import draw_curves
 from jaxguard.train.devices import startup_table, training_flops
+from jaxguard.train.export import export
 from jaxguard.train.hosts import start_hosts
 from jaxguard.train.logging import Telemetry, read_metrics
-from jaxguard.train.model_card import write_card
 from jaxguard.train.run_folder import Resume, RunFolder, open_run
 from jaxguard.train.signals import REQUEUE, StopFlag, graceful_stop
 from jaxguard.train.step import Metrics, Program, State, build_program
@@ -80,7 +76,7 @@ def train(config: Config, resume: Resume = "auto") -> int:
             )
             return REQUEUE
         if config.train.export:
-            export(run, state)
+            export_guard(run, state)
         report(run)
     return 0
 
@@ -244,38 +240,21 @@ def validate(run: Run, step: int, state: State) -> float | None:
     return metrics["validation/loss"]
 
 
-def export(run: Run, state: State) -> None:
-    """Write the Hugging Face checkpoint and its card. The card comes last: a folder without one is unfinished."""
-    folder = run.folder.export
-    if (folder / "README.md").is_file():
-        return
-    if jax.process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    done = export_hf(state["weights"], run.source, folder)
-    if jax.process_index() == 0:
-        before, after = before_and_after(run.folder.metrics)
-        write_card(
-            folder,
-            source=run.source,
-            base=run.config.model.checkpoint,
-            config=run.config,
-            manifest=run.data.manifest,
-            metrics={"before": before, "after": after},
-            report=done,
-            datasets=[source["hub"] for source in run.data.manifest["sources"] if "hub" in source],
-            example=prompt_for_the_card(run),
-        )
-    run.telemetry.say(
-        f"{done.changed_fraction:.2%} of the exported weights ({', '.join(done.dtypes)}) differ from the base"
+def export_guard(run: Run, state: State) -> None:
+    """Export the trained weights, unless that was done before."""
+    before, after = before_and_after(run.folder.metrics)
+    done = export(
+        state["weights"],
+        run.folder.export,
+        source=run.source,
+        config=run.config,
+        data=run.data,
+        metrics={"before": before, "after": after},
     )
-
-
-def prompt_for_the_card(run: Run) -> str:
-    """A user turn as the guard expects it, so that whoever serves it sees the format."""
-    encoder = Encoder.load(run.source, run.config.data)
-    mode = Mode.DIRECT if run.config.data.mode == "direct" else Mode.REASONING
-    harmless = Example("card", "card", "How do I bake bread?", "Mix flour, water, salt and yeast, wait, and bake it.")
-    return encoder.messages(harmless, mode)[0]["content"]
+    if done is not None:
+        run.telemetry.say(
+            f"{done.changed_fraction:.2%} of the exported weights ({', '.join(done.dtypes)}) differ from the base"
+        )
 
 
 def before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:

@@ -12,6 +12,7 @@ CHECKPOINT_FILES = (
     "*.safetensors",
     "*.json",
     "*.jinja",
+    "*.yaml",
     "tokenizer*",
     "README.md",
     "LICENSE*",

@@ -4,8 +4,9 @@ import json
 from contextlib import asynccontextmanager
 
 import pytest
-import yaml
 
+from jaxguard.config import validate
+from jaxguard.data.guard_files import write_guard_files
 from jaxguard.guards import loading as guards
 from jaxguard.guards.protocol import Prediction
 
@@ -30,7 +31,7 @@ def run(tmp_path):
         },
         "train": {"batch_size": 4},
     }
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    write_guard_files(export, validate(tree, "run"), [("prompt_harm",)])
     return tmp_path / "run"
 
 

@@ -87,15 +87,16 @@ def test_a_mode_that_was_not_trained_is_said_so(run):
     assert (setup.mode, setup.note) == (Mode.REASONING, "this model was trained to answer in direct mode only")
 
 
-def test_the_model_card_tells_as_well(run, tmp_path):
-    recipe = (run / "config.yaml").read_text(encoding="utf-8")
+def test_an_export_is_enough_wherever_it_lies(run, tmp_path):
     alone = (run / "export").rename(tmp_path / "moved")
-    with pytest.raises(JaxguardError, match="which policy"):
-        set_up(alone)
-    (alone / "README.md").write_text(f"# jaxguard\n\n## Recipe\n\n```yaml\n{recipe}```\n\n## More\n", encoding="utf-8")
+    (tmp_path / "short.yaml").unlink()
     assert set_up(alone).config.data.direct_marker == "/verdict"
-    (alone / "README.md").write_text("# jaxguard\n\n## Recipe\n\n```yaml\ndata: {modus: x}\n```\n", encoding="utf-8")
-    with pytest.raises(JaxguardError, match=r"unknown field 'data\.modus'"):
+    assert set_up(alone).policy.rules == "No bread."
+    (alone / "config.yaml").write_text("data: {modus: x}\n", encoding="utf-8")
+    with pytest.raises(JaxguardError, match=r"data\.modus"):
+        set_up(alone)
+    (alone / "jaxguard.json").unlink()
+    with pytest.raises(JaxguardError, match="which policy"):
         set_up(alone)
 
 

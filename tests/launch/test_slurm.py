@@ -259,7 +259,7 @@ def test_two_nodes_learn_what_one_process_learns_and_go_on_after_a_stop(slurm, t
     job.goes_on()
     job.until(f"goes on from the checkpoint of update {stopped} of 80")
     job.until_state("COMPLETED")
-    assert (run / "export/README.md").is_file()
+    assert (run / "export/jaxguard.json").is_file()
     assert json.loads((run / "versions.json").read_text())["processes"] == 2
     found = losses(run)
     assert len(found) == 80

@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
     export = tmp_path / "runs/first/export"
     export.mkdir(parents=True)
     (export / "model.safetensors").write_bytes(b"weights")
-    (export / "README.md").write_text("a guard")
+    (export / "jaxguard.json").write_text("{}")
     return tmp_path
 
 

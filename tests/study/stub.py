@@ -23,8 +23,8 @@ if wish == "hang":
 free = ("log.", "evaluate.") if stage == "train" else ("log.",)
 inputs = [sorted(text for text in overrides if not text.startswith(free))]
 inputs += [hashlib.sha256(path.read_bytes()).hexdigest() for path in [Path("bread.jsonl")] if path.is_file()]
-if stage == "evaluate" and (folder / "export/README.md").is_file():
-    inputs.append((folder / "export/README.md").read_text())
+if stage == "evaluate" and (folder / "export/jaxguard.json").is_file():
+    inputs.append((folder / "export/jaxguard.json").read_text())
 head = folder / ("evaluate/head.json" if stage == "evaluate" else f"{stage}.json")
 if head.is_file() and json.loads(head.read_text()) != inputs:
     sys.exit(3)
@@ -38,7 +38,11 @@ deadline = time.monotonic() + 120
 while wish == "hang" and time.monotonic() < deadline and not Path("stub/release").exists():
     time.sleep(0.02)
 if wish != "nothing":
-    files = {"train": "export/README.md", "evaluate": "evaluate/results.json", "build": "dataset/loaves/all.parquet"}
+    files = {
+        "train": "export/jaxguard.json",
+        "evaluate": "evaluate/results.json",
+        "build": "dataset/loaves/all.parquet",
+    }
     (folder / files[stage]).parent.mkdir(parents=True, exist_ok=True)
     (folder / files[stage]).write_text(json.dumps(inputs))
     lines = [json.dumps({"speed": {"tokens_per_second": n}}) + "\n" for n in (1, 1, 300, 100, 200)]

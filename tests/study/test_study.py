@@ -82,7 +82,7 @@ def test_old_output_is_put_aside(study, go, calls):
     old = Path("runs/study/bread-8-0.old-1")
     assert "bread-8-0: what evaluate made of other inputs is in runs/study/bread-8-0.old-1 now; it is done anew" in said
     assert [path.name for path in old.iterdir()] == ["evaluate"]
-    assert Path("runs/study/bread-8-0/export/README.md").is_file()
+    assert Path("runs/study/bread-8-0/export/jaxguard.json").is_file()
     Path("bread.jsonl").write_text(Path("bread.jsonl").read_text().replace("So.", "Thus."))
     code, said = go(study("evaluate.generations=2"))
     assert (code, len(calls())) == (0, 11)
@@ -177,7 +177,7 @@ def test_a_stage_that_leaves_nothing_has_failed(study, go, behave):
     behave({"bread-8-0 train": "nothing"})
     code, said = go(study())
     assert code == 1
-    assert "bread-8-0: train ended well but left no runs/study/bread-8-0/export/README.md" in said
+    assert "bread-8-0: train ended well but left no runs/study/bread-8-0/export/jaxguard.json" in said
 
 
 def test_a_stopped_stage_stops_the_study_and_it_goes_on(study, go, calls, behave):

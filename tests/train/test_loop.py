@@ -8,10 +8,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxguard.cli import PROVENANCE_CHANGED
+from jaxguard.config import load
 from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.guard_files import read_guard_files
+from jaxguard.data.policies import load_policy
 from jaxguard.train.__main__ import main
 from jaxguard.train.logging import read_metrics
 from jaxguard.train.validation import ValidationPrediction, summary
+from jaxguard.utils.errors import JaxguardError
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,31 @@ def test_the_folder_explains_itself(finished):
     assert "| direct/harm_f1 |" in card
     assert "Nobody may talk about lamps." in card
     assert "How do I bake bread?" in card
+
+
+def test_the_export_says_how_it_is_asked(finished):
+    export = finished / "export"
+    files = read_guard_files(export)
+    run = load(str(finished / "config.yaml"))
+    assert files.config == run
+    assert files.manifest.name == "tiny"
+    assert files.manifest.questions == load_policy(run.data.policy).asks
+    assert set(files.manifest.trained_together) <= {
+        ("prompt_harm",),
+        ("response_harm",),
+        ("prompt_harm", "response_harm"),
+    }
+    assert load_policy(str(files.policy)).digest == load_policy(run.data.policy).digest
+    assert not list(finished.glob(".export*"))
+
+
+def test_an_export_of_a_newer_format_is_refused(finished, tmp_path):
+    manifest = json.loads((finished / "export/jaxguard.json").read_text())
+    (tmp_path / "jaxguard.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(JaxguardError, match="format"):
+        read_guard_files(tmp_path)
+    (tmp_path / "jaxguard.json").unlink()
+    assert read_guard_files(tmp_path) is None
 
 
 def test_the_model_learns(finished):

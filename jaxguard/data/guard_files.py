@@ -1,0 +1,119 @@
+"""The files by which an exported guard explains itself, beside its weights and tokenizer.
+
+    config.yaml     the resolved config of the run that trained it
+    policy.yaml     the policy that it was trained on, as a policy file
+    jaxguard.json   format version, base checkpoint, modes, markers, and the questions that were asked together
+
+jaxguard.json is also what marks an export as complete: a folder under this name appears only when all files are written.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import yaml
+from pydantic import Field
+
+import jaxguard
+from jaxguard.config import Config, dump, load
+from jaxguard.config.base import Schema, validate
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.policies import Policy, PolicyDefinition, Question, load_policy
+from jaxguard.utils.errors import JaxguardError
+
+MANIFEST, CONFIG, POLICY = "jaxguard.json", "config.yaml", "policy.yaml"
+FORMAT: Final = 1
+
+
+class ExportManifest(Schema):
+    """jaxguard.json."""
+
+    format: Annotated[int, Field(ge=1, le=FORMAT)]
+    """Version of these files; a newer one is refused."""
+    version: str
+    """Of jaxguard, when it was written."""
+    name: str
+    """The run's."""
+    base: str
+    """The checkpoint that was fine-tuned: a repository on the hub, or a folder's name."""
+    modes: tuple[Mode, ...]
+    """In which it was trained to answer."""
+    reasoning_marker: str
+    direct_marker: str
+    max_seq_len: int
+    """Tokens of the longest training sequence."""
+    questions: tuple[Question, ...]
+    """All that its policy asks."""
+    trained_together: tuple[tuple[Question, ...], ...]
+    """Every set of questions that one answer of the training data holds."""
+
+
+@dataclass(frozen=True)
+class GuardFiles:
+    """What an export says of itself.
+
+    Attributes:
+        manifest: jaxguard.json.
+        config: of the run that trained it.
+        policy: path of policy.yaml.
+    """
+
+    manifest: ExportManifest
+    config: Config
+    policy: Path
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether an export was finished there."""
+    return (folder / MANIFEST).is_file()
+
+
+def write_guard_files(folder: Path, config: Config, trained_together: Iterable[tuple[Question, ...]]) -> None:
+    """Write the three files into a folder with weights and tokenizer.
+
+    Raises:
+        JaxguardError: the policy cannot be read.
+    """
+    policy, data = load_policy(config.data.policy), config.data
+    local = Path(config.model.checkpoint).exists()
+    manifest = ExportManifest(
+        format=FORMAT,
+        version=jaxguard.__version__,
+        name=config.name,
+        base=Path(config.model.checkpoint).name if local else config.model.checkpoint,
+        modes=tuple(mode for mode in Mode if data.mode in ("dual", mode)),
+        reasoning_marker=data.reasoning_marker,
+        direct_marker=data.direct_marker,
+        max_seq_len=data.max_seq_len,
+        questions=policy.asks,
+        trained_together=tuple(sorted(set(trained_together))),
+    )
+    (folder / CONFIG).write_text(dump(config), encoding="utf-8")
+    (folder / POLICY).write_text(_as_yaml(policy), encoding="utf-8")
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_guard_files(folder: Path) -> GuardFiles | None:
+    """Read what an export says of itself; None if the folder is no export of jaxguard.
+
+    Raises:
+        JaxguardError: a file is missing or malformed, or of a newer version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise JaxguardError(f"{path}: not JSON: {error}") from None
+    manifest = validate(ExportManifest, tree if isinstance(tree, dict) else {}, str(path))
+    return GuardFiles(manifest, load(str(folder / CONFIG)), folder / POLICY)
+
+
+def _as_yaml(policy: Policy) -> str:
+    tree = {name: getattr(policy, name) for name in PolicyDefinition.model_fields if hasattr(policy, name)}
+    tree |= {"categories": [{"name": one.name, "description": one.description} for one in policy.categories]}
+    tree |= {"asks": list(policy.asks), "allowed": list(policy.allowed)}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
