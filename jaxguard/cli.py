@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 import jaxguard
-from jaxguard.config import Config, dump, load
+from jaxguard.config import READS, Config, dump, load
 from jaxguard.config.lookup import CONFIG_FOLDER, names
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
 
@@ -117,9 +117,10 @@ def run_stage(
     def run() -> int | None:
         options, unknown = parser.parse_known_intermixed_args(arguments)
         check_arguments(parser, unknown)
-        config = load(options.config, options.overrides)
+        reader = stage if stage in READS else stage.partition(" ")[0]  # `distill audit` reads what `distill` does
+        config = load(options.config, options.overrides, stage=reader)
         if options.dry_run:
-            sys.stdout.write(dump(config))
+            sys.stdout.write(dump(config, reader))
             return 0
         return main(options, config)
 

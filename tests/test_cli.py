@@ -20,7 +20,7 @@ def config(tmp_path):
 
 
 def door(argv, main=lambda options, config: None, extend=None):
-    return run_stage("stage", "Does things.", main, extend, argv)
+    return run_stage("train", "Does things.", main, extend, argv)
 
 
 def test_main_gets_options_and_config(config):
@@ -49,7 +49,7 @@ def test_dry_run_prints_a_config_that_loads_and_does_nothing_else(config, capsys
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out, encoding="utf-8")
     assert load(str(printed)) == load(config, ["seed=3"])
-    assert printed.read_text(encoding="utf-8") == dump(load(config, ["seed=3"]))
+    assert printed.read_text(encoding="utf-8") == dump(load(config, ["seed=3"]), "train")
 
 
 def test_a_users_mistake_is_one_line_on_stderr_and_code_2(config, capsys):

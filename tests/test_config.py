@@ -1,5 +1,6 @@
 """The config tree: what it accepts, what it refuses, and with which words."""
 
+import typing
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.config import Config, dump, load, validate
+from jaxguard.config import READS, Config, dump, load, read_by, validate
+from jaxguard.config.base import Schema
 from jaxguard.utils.errors import JaxguardError
 
 ROOT = Path(__file__).parents[1]
@@ -232,9 +234,93 @@ def test_dump_and_load_give_the_same_config(tmp_path_factory, seed, rate, name, 
     assert load(str(file)) == config
 
 
-def test_the_tree_stays_small():
-    def count(section):
-        inner = [f.annotation for f in section.model_fields.values()]
-        return sum(count(a) if hasattr(a, "model_fields") else 1 for a in inner)
+def test_a_run_has_few_fields():
+    def schema_in(annotation):
+        candidates = (annotation, *typing.get_args(annotation))
+        return next((c for c in candidates if isinstance(c, type) and issubclass(c, Schema)), None)
 
-    assert 40 <= count(Config) <= 60
+    counted = set()
+
+    def count(annotation):
+        schema = schema_in(annotation)
+        if schema is None or schema in counted:
+            return 1
+        counted.add(schema)
+        return sum(count(field.annotation) for field in schema.model_fields.values())
+
+    assert sum(count(Config.model_fields[name].annotation) for name in READS["train"]) <= 60
+
+
+FULL = {
+    **SMALL,
+    "optimizer": {"learning_rate": 1e-5},
+    "distill": {"teacher": {"model": "teacher"}},
+    "build": {"seeds": [1]},
+    "evaluate": {"generations": 2},
+    "mine": {"most": 9},
+}
+
+
+@pytest.mark.parametrize("stage", READS)
+def test_a_stage_shows_only_what_it_reads(configs, tmp_path, stage):
+    config = load("run", (), configs("run", FULL), stage)
+    text = dump(config, stage)
+    assert list(yaml.safe_load(text)) == [name for name in Config.model_fields if name in READS[stage]]
+    (tmp_path / "again.yaml").write_text(text, encoding="utf-8")
+    assert dump(load("again", (), tmp_path, stage), stage) == text
+
+
+def test_every_field_is_read_by_a_stage():
+    assert {name for names in READS.values() for name in names} == set(Config.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "reader"),
+    [
+        ("train", "mine.most=5", "mine"),
+        ("distill", "optimizer.beta1=0.5", "train"),
+        ("data", "build.seeds=[1]", "data build"),
+    ],
+)
+def test_an_override_of_what_a_stage_does_not_read(configs, stage, override, reader):
+    folder = configs("run", FULL)
+    with pytest.raises(JaxguardError) as error:
+        load("run", [override], folder, stage)
+    assert all(word in str(error.value) for word in (override, stage, reader))
+    assert load("run", [override], folder, reader)
+    assert read_by(stage, ["seed=1", override, "data.mode=direct"]) == ["seed=1", "data.mode=direct"]
+
+
+@pytest.mark.parametrize(("stage", "field"), [("evaluate", "evaluate"), ("mine", "mine"), ("data build", "build")])
+def test_a_stage_fills_in_its_schema(configs, stage, field):
+    folder = configs("run", SMALL)
+    assert getattr(load("run", (), folder), field) is None
+    assert getattr(load("run", (), folder, stage), field) is not None
+
+
+def test_a_small_subset_is_a_mistake_for_training_only(configs):
+    folder = configs("run", {**FULL, "data": {**SMALL["data"], "subset": 8}})
+    assert load("run", (), folder, "distill").data.subset == 8
+    for stage in ("train", None):
+        with pytest.raises(JaxguardError):
+            load("run", (), folder, stage)
+
+
+def test_a_config_comes_from_a_name_a_path_a_tree_or_a_config(configs):
+    folder = configs("run", SMALL)
+    by_name = load("run", ["seed=2"], folder)
+    assert load(folder / "run.yaml", {"seed": 2}) == by_name
+    assert load({**SMALL, "name": "run"}, {"seed": 2}) == by_name
+    assert load(by_name) == by_name
+    assert load(load("run", (), folder), {"seed": 2}) == by_name
+    assert load({"extends": "gemma4b_5k", "name": "own"}).data.subset == 5000
+
+
+def test_overrides_as_a_mapping(configs):
+    folder = configs("run", SMALL)
+    overrides = {"train.epochs": 3, "data.train.0.path": Path("b.jsonl"), "optimizer": {"beta1": 0.5}}
+    config = load("run", overrides, folder)
+    assert (config.train.epochs, config.data.train[0].path, config.optimizer.beta1) == (3, "b.jsonl", 0.5)
+    with pytest.raises(JaxguardError) as error:
+        load("run", {"train.epoch": 3}, folder)
+    assert "'train.epoch'" in str(error.value)

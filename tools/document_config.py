@@ -1,4 +1,4 @@
-"""Rewrites the tables of docs/configuration.md from the config's classes: `python tools/document_config.py`."""
+"""Rewrites the tables of docs/configuration.md from the config's schemas: `python tools/document_config.py`."""
 
 import typing
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from pydantic.fields import FieldInfo
 
 from generated import rewrite
-from jaxguard.config import Config
+from jaxguard.config import READS, Config
 from jaxguard.config.base import Schema
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -19,44 +19,50 @@ def main() -> None:
 
 
 def tables() -> str:
-    """One table for each section, the run's own fields first."""
+    """One table for each schema, the run's own fields first."""
     rows: dict[str, list[str]] = {}
-    titles = {"": "The run"}
-    for section, title, name, field, allowed in walk(Config, "", {}):
-        titles[section] = f"`{section[:-1]}`: {title}" if section else title
-        rows.setdefault(section, ["| field | values | default | meaning |", "|---|---|---|---|"])
-        rows[section].append(f"| `{section}{name}` | {allowed} | {default(field)} | {meaning(field)} |")
-    return "\n".join(f"### {titles[section]}\n\n" + "\n".join(lines) + "\n" for section, lines in rows.items())
+    headings: dict[str, str] = {}
+    for prefix, title, name, field, allowed in walk(Config, "", {}):
+        headings[prefix] = f"### `{prefix[:-1]}`: {title}{readers(prefix)}" if prefix else f"### {title}"
+        rows.setdefault(prefix, ["| field | values | default | meaning |", "|---|---|---|---|"])
+        rows[prefix].append(f"| `{prefix}{name}` | {allowed} | {default(field)} | {meaning(field)} |")
+    return "\n".join(f"{headings[prefix]}\n\n" + "\n".join(lines) + "\n" for prefix, lines in rows.items())
+
+
+def readers(prefix: str) -> str:
+    """Which stages read a field of Config, unless all do."""
+    stages = [stage for stage, names in READS.items() if prefix[:-1] in names]
+    return "" if len(stages) in (0, len(READS)) else f"\n\nRead by {', '.join(f'`{stage}`' for stage in stages)}."
 
 
 def walk(
-    section: type[Schema], prefix: str, told: dict[type[Schema], str], title: str = "The run"
+    schema: type[Schema], prefix: str, documented: dict[type[Schema], str], title: str = "The run"
 ) -> Iterator[tuple[str, str, str, FieldInfo, str]]:
-    """(section's dotted name, its title, field, what is known of it, what may be written there).
+    """Yield (schema's dotted prefix, its title, field, what is known of it, its values in words).
 
-    A section's own fields come before inner sections; one that was `told` of elsewhere is only referred to.
+    A schema's own fields come before inner schemas; one that is `documented` elsewhere is only referred to.
     """
     inner = {}
-    for name, field in section.model_fields.items():
-        found = section_of(field.annotation)
-        if found is None:
+    for name, field in schema.model_fields.items():
+        nested = schema_in(field.annotation)
+        if nested is None:
             yield prefix, title, name, field, values(field.annotation)
-        elif found in told:
-            yield prefix, title, name, field, f"as `{told[found]}`"
+        elif nested in documented:
+            yield prefix, title, name, field, f"as `{documented[nested]}`"
         else:
             many = "[]" if typing.get_origin(field.annotation) is tuple else ""
-            inner[found] = told[found] = f"{prefix}{name}{many}"
-    for found, name in inner.items():
-        yield from walk(found, f"{name}.", told, (found.__doc__ or name).partition("\n")[0].removesuffix("."))
+            inner[nested] = documented[nested] = f"{prefix}{name}{many}"
+    for nested, name in inner.items():
+        yield from walk(nested, f"{name}.", documented, (nested.__doc__ or name).partition("\n")[0].removesuffix("."))
 
 
-def section_of(annotation: object) -> type[Schema] | None:
+def schema_in(annotation: object) -> type[Schema] | None:
     candidates = (annotation, *typing.get_args(annotation))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Schema)), None)
 
 
 def values(annotation: object) -> str:
-    """What may be written there, in words."""
+    """Which values are allowed, in words."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return ", ".join(f"`{arg}`" for arg in args)

@@ -1,24 +1,40 @@
 """The run's configuration: one frozen, typed tree, read from YAML.
 
-A config file holds only what differs from the defaults below, or from the one file that it `extends`. Dotted
-overrides (`optimizer.learning_rate=2e-6`) come last. Every mistake is a JaxguardError that names the field.
+A config file holds only what differs from the defaults, or from the one file that it `extends`. Dotted overrides
+(`optimizer.learning_rate=2e-6`) come last. Every mistake is a JaxguardError that names the field.
+
+A file may hold the schemas of several stages. A stage shows, and lets the command line change, only those that it reads.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import model_validator
+from pydantic import ValidationInfo, model_validator
 
-from jaxguard.config import base as fields
+from jaxguard.config import base
 from jaxguard.config.base import NonNegative, Schema, read_yaml
 from jaxguard.config.data import BuildConfig, DataConfig
 from jaxguard.config.distill import DistillConfig
-from jaxguard.config.evaluate import EvaluateConfig, MineConfig
+from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.lookup import CONFIG_FOLDER, find_yaml
+from jaxguard.config.mine import MineConfig
 from jaxguard.config.train import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxguard.utils.errors import JaxguardError
+
+RUN = ("name", "run_folder", "seed", "model", "data")
+"""Fields of Config that every stage reads."""
+READS: Mapping[str, tuple[str, ...]] = {
+    "data": (*RUN, "train"),
+    "data build": (*RUN, "build"),
+    "distill": (*RUN, "distill"),
+    "train": (*RUN, "optimizer", "train", "mesh", "checkpoint", "log"),
+    "evaluate": (*RUN, "train", "mesh", "evaluate"),
+    "mine": (*RUN, "train", "mesh", "evaluate", "mine"),
+    "plan": (*RUN, "optimizer", "train", "mesh"),
+}
+"""Stage -> the fields of Config that it reads."""
 
 
 class Config(Schema):
@@ -47,7 +63,7 @@ class Config(Schema):
         return Path(self.run_folder) / self.name
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self, info: ValidationInfo) -> Self:
         data, train = self.data, self.train
         if self.name in {"", ".", ".."} or "/" in self.name:
             raise ValueError(f"name={self.name!r} is also the run's folder: it must not be empty or hold a slash")
@@ -58,72 +74,118 @@ class Config(Schema):
             raise ValueError(
                 f"data.dual_reasoning_share={data.dual_reasoning_share:g} trains one mode: set data.mode={only}"
             )
-        if data.subset is not None and data.subset < train.batch_size:
+        if "train" in (info.context or READS["train"]) and data.subset is not None and data.subset < train.batch_size:
             raise ValueError(f"data.subset={data.subset} is smaller than train.batch_size={train.batch_size}")
         if self.model.attention == "cudnn" and self.model.compute_dtype == "float32":
             raise ValueError("model.attention=cudnn computes in bfloat16 only; set model.compute_dtype=bfloat16")
         return self
 
 
-def load(name: str, overrides: Iterable[str] = (), folder: Path = CONFIG_FOLDER) -> Config:
-    """Read a config by name (a file in `folder`) or by path, and apply overrides such as `train.epochs=3`.
+def load(
+    source: str | Path | Mapping[str, Any] | Config,
+    overrides: Iterable[str] | Mapping[str, Any] = (),
+    folder: Path = CONFIG_FOLDER,
+    stage: str | None = None,
+) -> Config:
+    """Read a config and apply overrides.
 
-    What it `extends` lies beside it or in configs/.
+    Args:
+        source: a name in `folder`, the path of a YAML file, the tree that such a file holds, or a Config.
+        overrides: texts such as `train.epochs=3`, or dotted field -> value; the last one given to a field wins.
+        folder: where names are looked up. What a file `extends` lies beside it or in configs/.
+        stage: a key of READS; takes overrides of what this stage reads only, and fills in its schemas that are absent.
 
     Raises:
-        JaxguardError: no such file, unknown or ill-typed field, impossible combination.
+        JaxguardError: no such file, unknown or ill-typed field, impossible combination, override of what is not read.
     """
-    path = find_yaml(name, folder, "config")
-    tree = read_yaml(path)
-    if "extends" in tree:
-        base_name = str(tree.pop("extends"))
-        beside = (path.parent / f"{base_name}.yaml").is_file()
-        base_path = find_yaml(base_name, path.parent if beside else CONFIG_FOLDER, "config")
-        base = read_yaml(base_path)
-        if "extends" in base:
-            raise JaxguardError(
-                f"{base_path}: extends {base['extends']!r}, and {path} extends it; inheritance has one level only"
-            )
-        # A name belongs to one file: two runs that share a folder would overwrite each other.
-        base.pop("name", None)
-        tree = _merge(base, tree)
-    tree.setdefault("name", path.stem)
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise JaxguardError(f"override {override!r}: write it as field=value, for example train.epochs=3")
-        tree = _put(tree, key.strip().split("."), fields.scalar(text), override)
-    return validate(tree, str(path))
+    if isinstance(source, Config):
+        tree, origin = source.model_dump(mode="json"), source.name
+    elif isinstance(source, Mapping):
+        tree, origin = _extended(source, CONFIG_FOLDER, "config"), "config"
+    else:
+        path = find_yaml(str(source), folder, "config")
+        tree, origin = {"name": path.stem, **_extended(read_yaml(path), path.parent, str(path))}, str(path)
+    for key, value, text in _parse(overrides):
+        if stage is not None:
+            _check_read(key.partition(".")[0], stage, text)
+        tree = _put(tree, key.split("."), value, text)
+    if stage is not None:
+        absent = [name for name in READS[stage] if name in ("build", "evaluate", "mine") and tree.get(name) is None]
+        tree |= {name: {} for name in absent}
+    return base.validate(Config, tree, origin, context=READS[stage] if stage else None)
 
 
 def validate(tree: Mapping[str, Any], origin: str) -> Config:
     """Turn a plain tree into a Config; `origin` names it in errors."""
-    return fields.validate(Config, tree, origin)
+    return base.validate(Config, tree, origin)
 
 
-def dump(config: Config) -> str:
-    """The resolved config as YAML; loading it gives the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump(config: Config, stage: str | None = None) -> str:
+    """Return the resolved config, or what a stage reads of it, as YAML; loading it gives the same config."""
+    include = set(READS[stage]) if stage else None
+    return yaml.safe_dump(config.model_dump(mode="json", include=include), sort_keys=False, allow_unicode=True)
+
+
+def _extended(tree: Mapping[str, Any], folder: Path, origin: str) -> dict[str, Any]:
+    """Return a tree over the one that it extends: a file of `folder`, or else of configs/."""
+    tree = dict(tree)
+    if "extends" not in tree:
+        return tree
+    name = str(tree.pop("extends"))
+    path = find_yaml(name, folder if (folder / f"{name}.yaml").is_file() else CONFIG_FOLDER, "config")
+    extended = read_yaml(path)
+    if "extends" in extended:
+        raise JaxguardError(
+            f"{path}: extends {extended['extends']!r}, and {origin} extends it; inheritance has one level only"
+        )
+    # A name belongs to one file: two runs that share a folder would overwrite each other.
+    extended.pop("name", None)
+    return _merge(extended, tree)
+
+
+def _parse(overrides: Iterable[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Yield each override's dotted field, its value, and how it is quoted in errors."""
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            yield key, str(value) if isinstance(value, Path) else value, f"{key}={value}"
+        return
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise JaxguardError(f"override {text!r}: write it as field=value, for example train.epochs=3")
+        yield key.strip(), base.scalar(value), text
+
+
+def read_by(stage: str, overrides: Iterable[str]) -> list[str]:
+    """Return those of the overrides that a stage takes."""
+    return [text for text in overrides if text.partition("=")[0].partition(".")[0] in READS[stage]]
+
+
+def _check_read(field: str, stage: str, override: str) -> None:
+    """Refuse an override of a field of Config that the stage does not read."""
+    if field in Config.model_fields and field not in READS[stage]:
+        readers = " and ".join(reader for reader, fields in READS.items() if field in fields)
+        raise JaxguardError(f"override {override!r}: {stage} does not read {field!r}; it is read by {readers}")
 
 
 def _put(tree: Any, keys: list[str], value: Any, override: str) -> Any:
-    """A copy of the tree with the value at dotted `keys`; a number counts into a list, from 0."""
+    """Return a copy of the tree with the value at dotted `keys`; a number is an index into a list, from 0."""
     if not keys:
         return _merge(tree, value) if isinstance(tree, Mapping) and isinstance(value, Mapping) else value
     key, *rest = keys
     if isinstance(tree, list):
         if not key.isdigit() or int(key) >= len(tree):
-            raise JaxguardError(f"override {override!r}: {key!r} is not a place in a list of {len(tree)}; count from 0")
+            raise JaxguardError(f"override {override!r}: {key!r} is no index into a list of {len(tree)}; count from 0")
         return [_put(item, rest, value, override) if i == int(key) else item for i, item in enumerate(tree)]
-    section = tree if isinstance(tree, Mapping) else {}
-    return {**section, key: _put(section.get(key), rest, value, override)}
+    inner = tree if isinstance(tree, Mapping) else {}
+    return {**inner, key: _put(inner.get(key), rest, value, override)}
 
 
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` over `base`, section by section; a list replaces a list."""
+def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `upper` over `lower`, mapping by mapping; a list replaces a list."""
     both = {
-        key: _merge(base[key], value)
-        for key, value in top.items()
-        if isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        key: _merge(lower[key], value)
+        for key, value in upper.items()
+        if isinstance(value, Mapping) and isinstance(lower.get(key), Mapping)
     }
-    return {**base, **top, **both}
+    return {**lower, **upper, **both}

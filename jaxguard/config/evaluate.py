@@ -119,28 +119,3 @@ class EvaluateConfig(Schema):
             if twice is not None:
                 raise ValueError(f"{what}: {twice!r} is given twice; give one of them another name")
         return self
-
-
-class MineConfig(Schema):
-    """Difficult samples: training examples that the guard judges right in some of its answers only."""
-
-    guard: GuardConfig = GuardConfig()
-    """Who is asked: a guard in our format, by default this run's; how, say evaluate.temperature and its neighbours."""
-    generations: Annotated[int, Field(ge=2)] = 4
-    """Answers to each example."""
-    difficult: tuple[NonNegative, ...] = Field(default=(2, 3), min_length=1)
-    """Numbers of right answers that make an example difficult. The paper's; 0 right of 4 is label noise there."""
-    balance: Literal["none", "class", "category"] = "none"
-    """Of the difficult ones take equally many of each combination of labels, or of each category; none takes all."""
-    most: Positive | None = None
-    """Take at most so many, a seeded choice."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if max(self.difficult) > self.generations:
-            raise ValueError(f"difficult={self.difficult}: of {self.generations} answers no more can be right")
-        if self.guard.format != "jaxguard" or self.guard.modes:
-            raise ValueError(
-                "guard: examples are mined in the format and the mode that they are trained in; leave both out"
-            )
-        return self

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxguard.config import Config
-from jaxguard.config.evaluate import MineConfig
+from jaxguard.config.mine import MineConfig
 from jaxguard.mine.choose import Tried, categories, classes
 from jaxguard.report.markdown import code
 from jaxguard.report.markdown import table as markdown_table

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any
 
+from jaxguard.config import read_by
 from jaxguard.config.data import BuildConfig
 from jaxguard.config.study import Stage
 from jaxguard.data.files import file_digest
@@ -46,7 +47,8 @@ _OWN: Mapping[Stage, str] = {"distill": "traces*", "build": "dataset", "mine": "
 
 def command(run: Run, stage: Stage) -> list[str]:
     """A stage as a command line, without the interpreter."""
-    return [*DOORS[stage], "--config", run.base, *run.overrides]
+    overrides = read_by("data build" if stage == "build" else stage, run.overrides)
+    return [*DOORS[stage], "--config", run.base, *overrides]
 
 
 def outputs(run: Run, stage: Stage) -> list[Path]:
