@@ -27,7 +27,7 @@ from jaxguard.data.prepare import load_sources
 from jaxguard.evaluate.benchmarks.loading import LABEL, Benchmark, load_benchmark
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
-from jaxguard.evaluate.report.summary import summary_table
+from jaxguard.evaluate.report.tables import summary_table
 from jaxguard.evaluate.scores.results import Evaluation
 from jaxguard.evaluate.scores.scoring import GuardPredictions, Validation, score
 from jaxguard.guards.baselines import BASELINES
@@ -84,7 +84,7 @@ def evaluate(config: Config) -> int:
             paper_rows=paper_rows(settings, config),
         )
         write_report(evaluation, folder)
-    console.print(summary_table(evaluation))
+    console.print(summary_table(evaluation).rich())
     console.print(f"report: {folder / 'report.html'}, {folder / 'report.md'}", highlight=False)
     return 0
 

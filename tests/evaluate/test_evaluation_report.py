@@ -6,32 +6,25 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, hostile, some, whole
 
-from jaxguard.evaluate.report.figures import (
-    f1_figure,
-    inline_svg,
-    latency_figure,
-    pooled,
-    reliability_figure,
-)
-from jaxguard.evaluate.report.page import MOST_CHARACTERS, MOST_WRONG, markdown, page, write_report
-from jaxguard.evaluate.report.tables import cautions, errors, main_table, score_table, versus_table
+from jaxguard.evaluate.report.cautions import cautions
+from jaxguard.evaluate.report.figures import latency_figure, pooled, reliability_figure
+from jaxguard.evaluate.report.page import MOST_CHARACTERS, MOST_WRONG, report, write_report
+from jaxguard.evaluate.report.tables import errors, main_table, score_table, versus_table
 from jaxguard.evaluate.scores.calibration import Bin
 from jaxguard.evaluate.scores.results import read_results, write_results
-from jaxguard.report.markdown import escaped, plain, visible
+from jaxguard.report import Cell, page_html, page_markdown
 from jaxguard.utils.errors import JaxguardError
 
 
 def numbers(table, guard, mode=""):
-    """The texts of the table's first line of a guard."""
+    """The texts of the table's first row of a guard."""
     return next(
-        [cell.text for cell in line.cells[1:]]
-        for line in table.lines
-        if line.cells[0][: 2 if mode else 1] == ((guard, mode) if mode else (guard,))
+        [cell.text for cell in row.cells[1:]]
+        for row in table.rows
+        if row.cells[0].text == guard and (not mode or row.cells[0].more == mode)
     )
 
 
@@ -129,14 +122,14 @@ def test_averages_and_differences():
     assert numbers(table, "less ours")[0] == f"{versus.value:+.3f}"
     assert numbers(table, "Llama, WildGuardMix, reasoning") == ["0.846", "0.836", "0.841", "0.878"]
     assert numbers(table, "Llama 5k, reasoning, topic following") == ["", "", "", "0.893"]
-    assert sum(line.kind == "paper" for line in table.lines) == len(PUBLISHED.rows)
+    assert sum(row.kind == "faint" for row in table.rows) == len(PUBLISHED.rows)
     assert cautions(whole(), PUBLISHED) == []
 
 
 def test_without_a_chosen_row_they_only_stand_beside_each_other():
     table = main_table(replace(whole(), paper_rows={}), PUBLISHED)
-    assert not [line for line in table.lines if line.cells[0].text == "less the paper's"]
-    assert sum(line.kind == "paper" for line in table.lines) == len(PUBLISHED.rows)
+    assert not [row for row in table.rows if row.cells[0].text == "less the paper's"]
+    assert sum(row.kind == "faint" for row in table.rows) == len(PUBLISHED.rows)
 
 
 def partly():
@@ -154,7 +147,7 @@ def test_no_difference_is_claimed_over_other_benchmarks(example):
 def test_one_incomplete_guard_is_named_by_itself():
     cells = tuple(replace(c, complete=not (c.guard == "other" and c.source == "cosapien")) for c in whole().cells)
     said = cautions(replace(whole(), cells=cells, settings={"limit": 7}), PUBLISHED)
-    assert said[0] == "evaluate.limit is 7: only some of the examples were judged of cosapien."
+    assert said[0] == "evaluate.limit is 7: only some of the examples were evaluated of cosapien."
     assert said[1].startswith("Custom policies of other (reasoning), other (direct) is over other benchmarks")
     assert numbers(main_table(replace(whole(), cells=cells), PUBLISHED), "less the paper's")[3] != "n/a"
 
@@ -167,40 +160,40 @@ def test_what_touches_the_answers_is_a_warning():
     found = [one.removeprefix("ours (reasoning) ") for one in said if one.startswith("ours (reasoning) ")]
     where = "wildguardtest_prompt"
     assert found == [
-        f"gives many answers that cannot be read: {where} (5.0%).",
-        f"often thinks longer than it may, and is then made to answer: {where} (25.0%).",
-        f"has many answers whose probability cannot be read, which counts as an unreadable answer does: {where} (10.0%).",
-        f"has no room for some examples, and judged them without the middle of their text: {where} (5.0%).",
+        f"gives many unparsable answers: {where} (5.0%).",
+        f"often reasons longer than it may, and is forced to a verdict: {where} (25.0%).",
+        f"has many answers without a probability, which count as unparsable ones do: {where} (10.0%).",
+        f"cannot hold some examples, whose text lacks its middle: {where} (5.0%).",
     ]
 
 
 def test_an_absent_cell_and_another_protocol_are_a_warning():
     said = cautions(replace(some(), cells=some().cells[1:], settings={"temperature": 0.0, "generations": 4}), PUBLISHED)
-    assert "wildguardtest_prompt was not judged by ours (reasoning)." in said
+    assert "wildguardtest_prompt has no results of ours (reasoning)." in said
     assert "Answers are not sampled as in the paper: temperature 0.0 (there 0.6)." in said
 
 
 def test_scores_of_a_benchmark():
     cell = some().cells[0]
-    shown = dict(zip(score_table(some()).heads, score_table(some()).lines[0].cells, strict=True))
+    shown = dict(zip(score_table(some()).columns, score_table(some()).rows[0].cells, strict=True))
     f1 = cell.result.scores.f1
-    assert shown["F1"] == (f"{f1.value:.3f}", f"[{f1.low:.3f}, {f1.high:.3f}] ± {f1.deviation:.3f}")
-    assert shown["unparsable"] == ("1", "0.4%")
+    assert shown["F1"] == Cell(f"{f1.value:.3f}", f"[{f1.low:.3f}, {f1.high:.3f}] ± {f1.deviation:.3f}")
+    assert shown["unparsable"] == Cell("1", "0.4%")
     assert shown["F1 at threshold"].text == f"{cell.thresholded.result.scores.f1.value:.3f} at 0.400"
     bare = score_table(with_cell(calibration=None, thresholded=None))
-    shown = dict(zip(bare.heads, bare.lines[0].cells, strict=True))
+    shown = dict(zip(bare.columns, bare.rows[0].cells, strict=True))
     assert [shown[head].text for head in ("AUPRC", "ECE", "F1 at threshold")] == ["n/a"] * 3
 
 
 def test_a_comparison_needs_two_guards():
     found = next(cell.versus for cell in some().cells if cell.versus)
-    line = versus_table(some()).lines[0]
-    assert line.cells[0] == ("other", "reasoning, less ours (reasoning)")
-    assert line.cells[1].text == f"{found.f1.value:+.3f}"
-    assert line.cells[-1].text == f"{found.mcnemar.only_first} : {found.mcnemar.only_second}"
+    row = versus_table(some()).rows[0]
+    assert row.cells[0] == Cell("other", "reasoning, less ours (reasoning)")
+    assert row.cells[1].text == f"{found.f1.value:+.3f}"
+    assert row.cells[-1].text == f"{found.mcnemar.only_first} : {found.mcnemar.only_second}"
     alone = replace(some(), cells=tuple(cell for cell in some().cells if cell.guard == "ours"))
-    assert versus_table(alone).lines == ()
-    for text in (markdown(alone, PUBLISHED), page(alone, PUBLISHED)):
+    assert versus_table(alone).rows == []
+    for text in (page_markdown(report(alone, PUBLISHED)), page_html(report(alone, PUBLISHED))):
         assert "Compared with the first guard" not in text
 
 
@@ -209,22 +202,22 @@ def test_a_tie_of_generations_is_an_error():
     assert errors(replace(some().cells[0], result=result)) == 12
     said = ("harmful", "unharmful", "nothing readable", "unharmful")
     wrong = replace(some().cells[0].wrong[0], label="harmful", said=said)
-    text = page(with_cell(wrong=(wrong,)), PUBLISHED)
+    text = page_html(report(with_cell(wrong=(wrong,)), PUBLISHED))
     assert "labelled harmful, it says unharmful (2 of 4), harmful (1 of 4), nothing readable (1 of 4)" in text
     assert "a tie is one" in text
-    assert "a tie is one" in markdown(some(), PUBLISHED)
+    assert "a tie is one" in page_markdown(report(some(), PUBLISHED))
 
 
 def test_an_evaluation_of_nothing_still_has_a_report():
     nothing = replace(some(), cells=(), averages=())
-    assert "Nothing was judged." in markdown(nothing, PUBLISHED)
-    assert "Nothing was judged." in page(nothing, PUBLISHED)
+    assert "Nothing was evaluated." in page_markdown(report(nothing, PUBLISHED))
+    assert "Nothing was evaluated." in page_html(report(nothing, PUBLISHED))
 
 
 def test_many_errors_and_long_texts_are_cut():
     wrong = some().cells[0].wrong[0]
     long = replace(wrong, text="z" * (MOST_CHARACTERS + 1234))
-    text = page(with_cell(wrong=(long,) * (MOST_WRONG + 9)), PUBLISHED)
+    text = page_html(report(with_cell(wrong=(long,) * (MOST_WRONG + 9)), PUBLISHED))
     assert f"{MOST_WRONG} of {MOST_WRONG + 9} errors" in text
     assert text.count("1,234 more characters are in results.json.") == MOST_WRONG
     assert "z" * (MOST_CHARACTERS + 1) not in text
@@ -234,34 +227,25 @@ def test_many_errors_and_long_texts_are_cut():
 
 
 def test_markdown_shows_no_text_that_was_judged():
-    assert "sourdough" in page(some(), PUBLISHED)
-    assert "sourdough" not in markdown(some(), PUBLISHED)
+    assert "sourdough" in page_html(report(some(), PUBLISHED))
+    assert "sourdough" not in page_markdown(report(some(), PUBLISHED))
 
 
 def test_hostile_names_are_text_in_markdown():
-    text = markdown(hostile(), PUBLISHED)
+    text = page_markdown(report(hostile(), PUBLISHED))
     tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(text)
     kinds = {child.type for token in tokens for child in token.children or ()} | {token.type for token in tokens}
-    assert not kinds & {"link_open", "image", "html_inline", "html_block", "code_inline", "fence", "code_block"}
+    links = [
+        dict(child.attrs)["href"] for token in tokens for child in token.children or () if child.type == "link_open"
+    ]
+    assert links == [PUBLISHED.url]
+    assert not kinds & {"image", "html_inline", "html_block", "code_inline", "fence", "code_block"}
     assert "table_open" in kinds
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(tables) == 5 + len(FEW)  # averages, scores, costs, comparison, errors, and slices
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
-
-
-@given(st.text())
-def test_escaped_text_is_itself_and_one_cell(text):
-    rendered = MarkdownIt("gfm-like", {"linkify": False}).render(f"| a |\n| --- |\n| x{escaped(text)}x |")
-    assert rendered.count("<td>") == 1
-    assert not re.search(r"<(?!/?(table|thead|tbody|tr|th|td)\b)", rendered)
-    assert "\n" not in escaped(text)
-
-
-def test_plain_text_keeps_joined_emoji_and_loses_what_steers():
-    assert plain("a\u202eb\x1b[1m\nc") == "a\ufffdb\ufffd[1m c"
-    assert visible("a\n\tb\r\nc \U0001f469\u200d\U0001f373") == "a\n\tb\nc \U0001f469\u200d\U0001f373"
 
 
 class Elements(HTMLParser):
@@ -278,7 +262,7 @@ def test_hostile_texts_add_no_element_or_attribute():
     found = []
     for one in (evaluation(wrong=len(HOSTILE)), hostile()):
         elements = Elements()
-        elements.feed(page(one, PUBLISHED))
+        elements.feed(page_html(report(one, PUBLISHED)))
         found.append((elements.names, elements.attributes))
     assert found[0][0] == found[1][0]
     assert not {"script", "img", "iframe", "object"} & found[1][0]
@@ -296,15 +280,6 @@ def test_pooled_bins_keep_all_examples():
     assert found[1].probability == pytest.approx((30 * 0.95 + 5) / 35)
 
 
-def test_a_diagram_takes_the_pages_colours_and_a_text_for_those_who_do_not_see_it():
-    svg = inline_svg(f1_figure(some()), "curve", 'a "quoted" <text>')
-    assert svg.startswith('<svg role="img" aria-label="a &#34;quoted&#34; &lt;text&gt;"')
-    assert "var(--c0)" in svg
-    assert not re.search(r"#0072b2|#1b1b1d", svg, re.IGNORECASE)
-    assert set(re.findall(r'(?:\bid="|url\(#|href="#)(.{6})', svg)) == {"curve-"}
-    assert svg == inline_svg(f1_figure(some()), "curve", 'a "quoted" <text>')
-
-
 def test_seconds_against_f1():
     (axes,) = latency_figure(some(), PUBLISHED).axes
     lines = {line.get_label(): line for line in axes.lines}
@@ -313,7 +288,7 @@ def test_seconds_against_f1():
     assert list(lines["the paper (8 × A100, vLLM)"].get_xdata()) == [0.019, 0.026, 0.051]
     assert (axes.get_xscale(), axes.get_ylabel()) == ("log", "safety average, F1")
     (axes,) = latency_figure(replace(some(), averages=some().averages[:-1]), PUBLISHED).axes
-    assert axes.get_ylabel() == "mean F1 of the benchmarks that all judged"
+    assert axes.get_ylabel() == "mean F1 of the common benchmarks"
     assert len(axes.lines) == 4
     free = tuple(replace(cell, cost=replace(cell.cost, seconds=0.0)) for cell in some().cells)
     assert latency_figure(replace(some(), cells=free), PUBLISHED) is None
@@ -327,6 +302,6 @@ def test_a_guard_without_probabilities_has_no_reliability_diagram():
 
 def test_the_page_has_each_diagram_with_a_text():
     for found, count in ((whole(), 2 + 4), (some(), 2 + 4)):
-        assert len(re.findall(r'<svg role="img" aria-label="[^"]{20,}"', page(found, PUBLISHED))) == count
+        assert len(re.findall(r'<svg role="img" aria-label="[^"]{20,}"', page_html(report(found, PUBLISHED)))) == count
     assert len(some().cells) == 4 * len(FEW)
     assert some().cells[0].examples == SIZE

@@ -1,65 +1,27 @@
-"""The evaluation's diagrams. Colours are told apart by colour-blind readers, and guards by their marks as well.
+"""The evaluation's figures; guards are told apart by their marks as well as by their colours."""
 
-A figure is drawn in the colours of PALETTE, which are fit for paper. On a page, `inline_svg` puts the page's own variables in
-their place, so that it can be dark.
-"""
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
-from typing import Any, ParamSpec
-
-import matplotlib
 import numpy as np
-from markupsafe import Markup, escape
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jaxguard.evaluate.report.published import Published
 from jaxguard.evaluate.report.tables import benchmarks, cells_by, guards
-from jaxguard.evaluate.report.text import DASH, seconds, short
 from jaxguard.evaluate.scores.calibration import Bin
 from jaxguard.evaluate.scores.results import Cell, Evaluation
+from jaxguard.report.figures import BACK, COLOURS, FAINT, INK, LINE, style
+from jaxguard.report.text import DASH, seconds, short
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's; the page has lighter ones where it is dark."""
-MARKS = ("o", "s", "D", "^", "v", "P", "X")  # one more than colours, so that pairs are many
-INK, FAINT, LINE, BACK = "#1B1B1D", "#6A6A6C", "#D9D9DB", "#FEFEFE"
-PALETTE = {colour: f"--c{i}" for i, colour in enumerate(COLOURS)} | {
-    INK: "--ink",
-    FAINT: "--faint",
-    LINE: "--line",
-    BACK: "--back",
-}
-"""Colour in the figure -> variable of the page."""
+MARKS = ("o", "s", "D", "^", "v", "P", "X")  # one less than colours, so that pairs are many
 POOLED = 10
 """Bins of the reliability curve of all benchmarks together."""
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "text.parse_math": False,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT,
-    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.facecolor": "none", "figure.facecolor": "none",
-    "grid.color": LINE, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8.5, "figure.constrained_layout.use": True,
-}  # fmt: skip
 
 
-Arguments = ParamSpec("Arguments")
-
-
-def _styled(draw: Callable[Arguments, Figure | None]) -> Callable[Arguments, Figure | None]:
-    @wraps(draw)
-    def styled(*args: Arguments.args, **options: Arguments.kwargs) -> Figure | None:
-        with matplotlib.rc_context(_STYLE):
-            return draw(*args, **options)
-
-    return styled
-
-
-@_styled
+@style()
 def f1_figure(evaluation: Evaluation) -> Figure | None:
     """F1 with its interval on every benchmark, a dash where a guard has none; None where there is none at all."""
     cells_of, all_guards = benchmarks(evaluation), guards(evaluation)
@@ -70,22 +32,15 @@ def f1_figure(evaluation: Evaluation) -> Figure | None:
     axes = figure.add_subplot()
     for y, cells in enumerate(cells_of.values()):
         scores = {(cell.guard, cell.mode): cell.result.scores.f1 for cell in cells}
-        for i, one in enumerate(all_guards):
-            place, style, f1 = y + step * (i - (len(all_guards) - 1) / 2), _style(evaluation, *one), scores.get(one)
+        for i, guard in enumerate(all_guards):
+            line, mark, f1 = y + step * (i - (len(all_guards) - 1) / 2), _mark(evaluation, *guard), scores.get(guard)
             if f1 is None or f1.value is None:
-                axes.text(
-                    0.01,
-                    place,
-                    DASH,
-                    color=style["color"],
-                    fontsize=14,
-                    va="center",
-                    transform=axes.get_yaxis_transform(),
-                )
+                transform = axes.get_yaxis_transform()
+                axes.text(0.01, line, DASH, color=mark["color"], fontsize=14, va="center", transform=transform)
                 continue
             if f1.low is not None and f1.high is not None:
-                axes.plot((f1.low, f1.high), (place, place), color=style["color"], linewidth=1.5)
-            axes.plot(f1.value, place, **style, linestyle="none")
+                axes.plot((f1.low, f1.high), (line, line), color=mark["color"], linewidth=1.5)
+            axes.plot(f1.value, line, **mark, linestyle="none")
     axes.set_yticks(range(len(cells_of)), [short(name) for name in cells_of])
     axes.set_ylim(len(cells_of) - 0.5, -0.5)
     axes.set_xlabel("F1, and its 95 % interval")
@@ -97,18 +52,17 @@ def f1_figure(evaluation: Evaluation) -> Figure | None:
     return figure
 
 
-@_styled
+@style()
 def latency_figure(evaluation: Evaluation, published: Published) -> Figure | None:
     """F1 against the seconds that an example takes; None where nothing took time.
 
-    F1 is the safety average. Where a guard has none, or not over all benchmarks, it is the mean over the benchmarks that all
-    have judged, and the paper is left out.
+    F1 is the safety average. Where a guard has none, or not over all benchmarks, it is the mean over the benchmarks for which
+    all have results, and the paper is left out.
     """
-    safety = {
-        (one.guard, one.mode): one.f1.value for one in evaluation.averages if one.name == "safety" and not one.missing
-    }
+    averages = [each for each in evaluation.averages if each.name == "safety" and not each.missing]
+    safety = {(each.guard, each.mode): each.f1.value for each in averages}
     all_guards, cells_of = guards(evaluation), benchmarks(evaluation)
-    whole = all(safety.get(one) is not None for one in all_guards)
+    whole = all(safety.get(guard) is not None for guard in all_guards)
     common = {name for name, cells in cells_of.items() if len(cells) == len(all_guards)}
     figure = Figure(figsize=(4.9, 3.7))
     axes = figure.add_subplot()
@@ -116,12 +70,13 @@ def latency_figure(evaluation: Evaluation, published: Published) -> Figure | Non
     for guard, mode in all_guards:
         cells = [cell for cell in cells_by(evaluation, guard, mode) if cell.benchmark in common]
         mean = [cell.result.scores.f1.value for cell in cells if cell.result.scores.f1.value is not None]
-        took = sum(cell.cost.seconds * cell.examples for cell in cells) / max(1, sum(cell.examples for cell in cells))
+        total = sum(cell.cost.seconds * cell.examples for cell in cells)
+        latency = total / max(1, sum(cell.examples for cell in cells))
         f1 = safety[guard, mode] if whole else float(np.mean(mean)) if mean else None
-        if f1 is None or took <= 0:
+        if f1 is None or latency <= 0:
             continue
-        axes.plot(took, f1, **_style(evaluation, guard, mode), linestyle="none", label=short(f"{guard} ({mode})"))
-        drawn.append(took)
+        axes.plot(latency, f1, **_mark(evaluation, guard, mode), linestyle="none", label=short(f"{guard} ({mode})"))
+        drawn.append(latency)
     if not drawn:
         return None
     if whole:
@@ -132,7 +87,7 @@ def latency_figure(evaluation: Evaluation, published: Published) -> Figure | Non
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("seconds an example (logarithmic)")
-    axes.set_ylabel("safety average, F1" if whole else "mean F1 of the benchmarks that all judged")
+    axes.set_ylabel("safety average, F1" if whole else "mean F1 of the common benchmarks")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -150,7 +105,7 @@ def _draw_paper_latency(axes: Axes, published: Published) -> None:
                       fontsize=7.5, color=FAINT)  # fmt: skip
 
 
-@_styled
+@style()
 def reliability_figure(cells: Sequence[Cell], colour: str = COLOURS[0]) -> Figure | None:
     """How often examples are positive that a guard gives some probability; None where it gives none.
 
@@ -181,41 +136,18 @@ def reliability_figure(cells: Sequence[Cell], colour: str = COLOURS[0]) -> Figur
 def pooled(curves: Iterable[Sequence[Bin]]) -> list[Bin]:
     """One reliability curve of several, in bins of equal width; its bins' means are weighted by their examples."""
     groups: dict[int, list[Bin]] = {}
-    for one in (one for curve in curves for one in curve):
-        groups.setdefault(min(int(one.probability * POOLED), POOLED - 1), []).append(one)
-    found = []
-    for i in sorted(groups):
-        count = sum(one.examples for one in groups[i])
-        probability = sum(one.examples * one.probability for one in groups[i]) / count
-        positive = sum(one.examples * one.positive for one in groups[i]) / count
-        found.append(Bin(count, probability, positive))
-    return found
+    for each in (each for curve in curves for each in curve):
+        groups.setdefault(min(int(each.probability * POOLED), POOLED - 1), []).append(each)
+    merged = []
+    for _, bins in sorted(groups.items()):
+        examples = sum(each.examples for each in bins)
+        probability = sum(each.examples * each.probability for each in bins) / examples
+        merged.append(Bin(examples, probability, sum(each.examples * each.positive for each in bins) / examples))
+    return merged
 
 
-def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
-    """A figure as an SVG element, the same for the same figure, in the page's colours and fonts.
-
-    Args:
-        figure: drawn in the colours of PALETTE.
-        name: of letters and digits, and of no other figure of the page.
-        alt: what it shows, in words.
-    """
-    FigureCanvasSVG(figure)
-    file = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the browser has more fonts
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = file.getvalue()
-    text = re.sub(r"\s*<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    for colour, variable in PALETTE.items():
-        text = re.sub(re.escape(colour), f"var({variable})", text, flags=re.IGNORECASE)
-    label = f'<svg role="img" aria-label="{escape(alt)}"'
-    return Markup(text.replace("<svg", label, 1))  # noqa: S704 (matplotlib escapes its texts; a test shows it)
-
-
-def _style(evaluation: Evaluation, guard: str, mode: str) -> dict[str, Any]:
-    """Colour and mark by guard; hollow without a thought."""
+def _mark(evaluation: Evaluation, guard: str, mode: str) -> dict[str, Any]:
+    """Colour and mark by guard; hollow in direct mode."""
     i = list(dict.fromkeys(name for name, _ in guards(evaluation))).index(guard)
     colour = COLOURS[i % len(COLOURS)]
     return {"color": colour, "marker": MARKS[i % len(MARKS)], "markersize": 6, "markeredgecolor": colour,
@@ -224,16 +156,15 @@ def _style(evaluation: Evaluation, guard: str, mode: str) -> dict[str, Any]:
 
 def colour_of(evaluation: Evaluation, guard: str) -> str:
     """A guard's colour in all figures."""
-    return _style(evaluation, guard, "")["color"]
+    return _mark(evaluation, guard, "")["color"]
 
 
 def _guard_legend(figure: Figure, evaluation: Evaluation, all_guards: Sequence[tuple[str, str]]) -> None:
-    styles = [_style(evaluation, *one) | {"linestyle": "none"} for one in all_guards]
-    handles = [matplotlib.lines.Line2D([], [], **style) for style in styles]
+    handles = [Line2D([], [], **_mark(evaluation, *guard), linestyle="none") for guard in all_guards]
     labels = [short(f"{guard} ({mode})") for guard, mode in all_guards]
     figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
 
 
 def _coordinates(curve: Iterable[Bin]) -> tuple[list[float], list[float]]:
-    pairs = [(one.probability, one.positive) for one in curve]
-    return [x for x, _ in pairs], [y for _, y in pairs]
+    bins = list(curve)
+    return [each.probability for each in bins], [each.positive for each in bins]
