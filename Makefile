@@ -110,12 +110,12 @@ lock:
 clean:
 	rm -rf .venv .venv-* build dist .*_cache
 
-# What a run needs: training, the clients of a teacher and of SGLang, GGUF files. Not torch.
+# What a run needs: training, traces from a teacher, GGUF files. Not torch.
 $(VENV)/.base: pyproject.toml constraints/base.txt
 	$(PYTHON) -c 'import sys; sys.exit("jaxguard needs Python 3.11 or newer: make PYTHON=python3.x ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(LOCKED) constraints/base.txt
-	$(BIN)/python $(EDITABLE) '.[distill,sglang,gguf]'
+	$(BIN)/python $(EDITABLE) '.[distill,gguf]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base constraints/test.txt
