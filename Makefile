@@ -97,7 +97,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(VENV)/.base
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
@@ -142,7 +142,7 @@ $(VENV)/.fixtures: $(VENV)/.test tools/fetch_tokenizers.py
 # The compilers for hardware that is not here, without which `make test` is lighter.
 $(AOT)/.ready: pyproject.toml constraints/base.txt constraints/test.txt constraints/aot.txt
 	test -x $(AOT)/bin/python || $(PYTHON) -m venv $(AOT)
-	$(AOT)/bin/python $(LOCKED) constraints/base.txt --requirement constraints/test.txt --requirement constraints/aot.txt
+	for layer in base test aot; do $(AOT)/bin/python $(LOCKED) constraints/$$layer.txt || exit; done
 	$(AOT)/bin/python $(EDITABLE) '.[test,aot]'
 	touch $@
 
