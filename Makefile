@@ -34,7 +34,7 @@ help:
 	@echo "make test-sglang   those that start real SGLang servers"
 	@echo "make test-latest   the default tests with the newest releases that pyproject.toml allows"
 	@echo "make sglang-cpu    the environment in which SGLang serves on this CPU"
-	@echo "make lint          ruff, mypy, shellcheck and hadolint"
+	@echo "make lint          ruff, mypy, shellcheck, hadolint, and the schemas of CITATION.cff and the workflow"
 	@echo "make format        let ruff rewrite what it can"
 	@echo "make docs          the documentation site, in build/site; a warning is an error"
 	@echo "make wheel         the package, in dist/"
@@ -91,6 +91,8 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SCRIPTS)
 	$(BIN)/hadolint launch/docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -28,7 +28,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in PAGES_OUTSIDE:
         if (ROOT / name).exists():
             files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
-    files.append(File.generated(config, "api/index.md", content="::: jaxguard\n    options: {show_submodules: false}\n"))
+    files.append(
+        File.generated(config, "api/index.md", content="::: jaxguard\n    options: {show_submodules: false}\n")
+    )
     for package in PACKAGES:
         files.append(File.generated(config, f"api/{package}.md", content=f"::: jaxguard.{package}\n"))
     return files
