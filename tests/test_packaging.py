@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONSTRAINTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "constraints").glob("*.txt"))}
-LOCKED_EXTRAS = ("distill", "sglang", "gguf", "test", "lint", "docs", "aot")
+LOCKED_EXTRAS = ("distill", "gguf", "test", "lint", "docs", "aot")
 
 
 def pins(text):
