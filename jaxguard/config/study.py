@@ -1,7 +1,6 @@
-"""A study as written in YAML: rows, each a training config with changes, and the grids that they span.
+"""The config schema of a study: rows, each a training config with changes, and the grids that they span.
 
-A scale is what of a study is different on a smaller machine: it is merged over the study, row by row. A row, a stage or a list
-that is null or empty there is left out.
+A scale holds what differs on a smaller machine. It is merged over the study, row by row; a row that is null there is left out.
 """
 
 from collections.abc import Mapping
@@ -23,57 +22,57 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class CostConfig(Schema):
-    """What a study's cost is reckoned from. These are assumptions, and said to be where they are used."""
+    """Assumptions behind a study's cost; printed with it."""
 
     device: str = "A100-80GB"
-    """What it is called."""
+    """Name of the device."""
     devices: Positive = 8
-    """How many."""
+    """Number of devices."""
     peak_flops: PositiveFloat = 312e12
-    """Dense bfloat16 FLOP/s of one, from its data sheet."""
+    """Dense bfloat16 FLOP/s of one device, from its data sheet."""
     parameters: PositiveFloat = 8.03e9
-    """Of the model: a token costs 6 FLOPs for each in training, 2 in judging."""
+    """Of the model: a token costs 6 FLOPs for each in training, 2 in evaluation."""
     mfu: Share = 0.4
     """Share of the peak that training and reading prompts reach."""
     generate_mfu: Share = 0.04
-    """Share of it that generating reaches. The paper's 0.051 s a sample of about 316 tokens on 8 A100s are this much."""
+    """Share of the peak that generation reaches: the paper's 0.051 s a sample of about 316 tokens on 8 A100s."""
     tokens_per_second: PositiveFloat | None = None
-    """Trained tokens a second of all devices together; null reckons with FLOPs."""
+    """Trained tokens per second of all devices together; null uses FLOPs."""
     generated_per_second: PositiveFloat | None = None
-    """Generated tokens a second; goes with tokens_per_second."""
+    """Generated tokens per second; used with tokens_per_second."""
     start_seconds: NonNegative = 120
-    """From the start of a stage to its first update or verdict: loading, compiling, and saving at the end."""
+    """Seconds to start a stage and to save at its end: loading, compiling."""
     prompt_tokens: Positive = 600
-    """Of an example without its answer: instruction, policy, prompt and response."""
+    """Tokens of an example without its answer: instruction, policy, prompt and response."""
     trace_tokens: Positive = 300
-    """Of a trace; the paper's are about this long."""
+    """Tokens of a trace; the paper's are about this long."""
     answer_tokens: Positive = 16
-    """Of the verdict lines."""
+    """Tokens of the verdict lines."""
     benchmark_examples: Positive = 1000
-    """In a benchmark of which nobody says how many there are."""
+    """Examples of a benchmark that does not state its size."""
 
 
 class RowConfig(Schema):
-    """One row: a config, what is different, and what is done."""
+    """One row: a config, what differs, and its stages."""
 
     config: str | None = None
     """A training config by name or path; null takes the study's."""
     set: dict[str, Any] = Field({})
-    """Dotted field -> value. "{study}" in a text is the study's folder."""
+    """Dotted field -> value. "{study}" in a string is the study's folder."""
     axes: dict[str, dict[str, Any]] = Field({})
-    """Dotted field -> its values, each with a label; a plain list labels itself. Every combination is a run."""
+    """Dotted field -> label -> value; values of a plain list are their own labels. Every combination is a run."""
     stages: tuple[Stage, ...] = Field(("train", "evaluate"), min_length=1)
-    """What is done, in order."""
+    """Stages, in order."""
     after: tuple[str, ...] = ()
-    """Earlier rows whose output this one reads; it is left out when one of them failed."""
+    """Earlier rows whose output this one reads; it is skipped if one of them failed."""
     examples: Positive | None = None
-    """How many examples data.train has, where no subset is taken and the files are not here; for the cost alone."""
+    """Number of examples in data.train if there is no subset and the files are not local; for the cost only."""
     cost: dict[str, Any] = Field({})
-    """Of the study's cost section, what is different."""
+    """Changes to the study's cost."""
     series: str | None = None
-    """What the report calls it; rows of one name are one curve. null takes the row's name."""
+    """Name in the report; rows of one name are one curve. null takes the row's name."""
     published: dict[Literal["reasoning", "direct"], str] = Field({})
-    """The mode in which it is asked -> the row of configs/published that it reproduces. Scales show none."""
+    """Mode -> the row of configs/published that it reproduces. Scales show none."""
 
     @field_validator("axes", mode="before")
     @classmethod
@@ -87,32 +86,32 @@ class CurveConfig(Schema):
     """A figure of F1 along an axis."""
 
     axis: str
-    """The field, such as data.subset; runs that lack the axis are not in the figure."""
+    """The field, such as data.subset; runs without this axis are not in the figure."""
     label: str
-    """What it is called in the figure."""
+    """Label of the axis in the figure."""
     published: Literal["sample_efficiency", "sentence_budget"] | None = None
-    """The published curve that is drawn beside, that of the reasoning mode. Scales show none."""
+    """The published curve to draw, of the reasoning mode. Scales show none."""
     series: str | None = None
-    """The series that it is about; null: all of them."""
+    """The series that the published curve belongs to; null: all of them."""
 
 
 class StudyConfig(Schema):
     """A study."""
 
     title: str
-    """For people."""
+    """Heading of the report."""
     about: str = ""
-    """What it shows, and what it does not; printed, and in the report."""
+    """What the study shows, and what it does not; printed, and in the report."""
     config: str
-    """The training config of rows that name none."""
+    """Training config of rows that name none."""
     set: dict[str, Any] = Field({})
     """Changes for every row."""
     prepare: dict[Name, RowConfig] = Field({})
-    """What is needed first, in runs/NAME whatever run_folder says; its output is taken as it is when it is there."""
+    """Data that rows read, in runs/NAME whatever run_folder is; existing output is used as it is."""
     rows: dict[Name, RowConfig] = Field(min_length=1)
     """The rows, in order."""
     metric: str = "safety"
-    """What the curve shows: an average, or a benchmark's label; where no run was asked for it, the first that there is."""
+    """Metric of the curve: an average, or a benchmark's label; if no run has it, the table's first column."""
     curve: CurveConfig | None = None
     """The figure; null draws none."""
     cost: CostConfig = CostConfig()
@@ -123,15 +122,15 @@ class StudyConfig(Schema):
         for i, (name, row) in enumerate(self.rows.items()):
             for other in row.after:
                 if other not in names[:i]:
-                    raise ValueError(f"rows.{name}.after: {other!r} is no earlier row")
+                    raise ValueError(f"rows.{name}.after: {other!r} is not an earlier row")
         for name, row in self.prepare.items():
             if row.axes or set(row.stages) - {"distill", "build"}:
-                raise ValueError(f"prepare.{name}: it has no axes, and its stages are distill and build")
+                raise ValueError(f"prepare.{name}: only stages distill and build, and no axes, are possible")
         return self
 
 
 def read_study(name: str, scale: str | None = None, folder: Path = STUDY_FOLDER) -> tuple[StudyConfig, str]:
-    """What the YAML file of a study says at a scale, and the study's name.
+    """Read the YAML file of a study at a scale; return it and the study's name.
 
     Raises:
         JaxguardError: no such study or scale; unknown, missing or ill-typed field.
@@ -153,40 +152,38 @@ def read_study(name: str, scale: str | None = None, folder: Path = STUDY_FOLDER)
 
 
 def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` over `base`: sections, rows, and in them set, axes and cost by field; whatever is null in `top` is gone."""
+    """Merge `top` over `base`, recursively; null in `top` deletes, except inside set, axes and cost, which hold fields."""
     result = dict(base)
     for key, value in top.items():
         old = result.get(key)
         if value is None:
             result.pop(key, None)
         elif isinstance(value, Mapping) and isinstance(old, Mapping):
-            # In these, keys are fields, and null is a value of theirs.
-            fields = key in ("set", "axes", "cost")
-            result[key] = {**old, **value} if fields else merged(old, value)
+            result[key] = {**old, **value} if key in ("set", "axes", "cost") else merged(old, value)
         else:
             result[key] = value
     return result
 
 
 def labelled(values: Any) -> dict[str, Any]:
-    """The values of an axis, each under its label.
+    """Return label -> value of an axis.
 
     Raises:
-        ValueError: a list or a mapping stands for itself, or two values have one label.
+        ValueError: a list or mapping without a label, or two values with one label.
     """
     if isinstance(values, dict):
         return {label(name): value for name, value in values.items()}
     values = values if isinstance(values, list) else [values]
     if any(isinstance(value, dict | list) for value in values):
-        raise ValueError("an axis of lists or sections needs labels: write it as label: value")
-    found = {label(value): value for value in values}
-    if len(found) < len(values) or not values:
+        raise ValueError("an axis of lists or mappings needs labels: write it as label: value")
+    by_label = {label(value): value for value in values}
+    if len(by_label) < len(values) or not values:
         raise ValueError("an axis needs at least one value, and each only once")
-    return found
+    return by_label
 
 
 def label(value: Any) -> str:
-    """What a value is called in the name of a run's folder."""
+    """Return a value's label in the name of a run's folder."""
     if value is None:
         return "all"
     text = str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""`python -m jaxguard.study run NAME`: a paper's rows, trained and evaluated one after the other, and what came of them."""
+"""`jaxguard study run NAME`: train and evaluate the rows of a study, and report on them."""
 
 import argparse
 import sys
@@ -6,27 +6,29 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from jaxguard.cli import exit_code
 
 if TYPE_CHECKING:
+    from jaxguard.study.cost import Work
     from jaxguard.study.grid import Study
 
 DESCRIPTION = """\
 A study is a list of rows, each a training config with changes, and the grids that they span (configs/paper).
 
-  cost     what it takes: updates, tokens, device-hours, and what these are reckoned from
-  run      prints that, then prepares data, trains and evaluates run after run, into runs/STUDY/RUN; what is done is
-           skipped, what was killed goes on, and a run that fails does not keep the others from running
-  report   writes runs/STUDY/report.md and report.html of the results that are there
+  cost     print steps, tokens, device-hours, and the assumptions behind them
+  run      print the cost, then prepare data, train and evaluate run after run, into runs/STUDY/RUN; finished stages are
+           skipped, stopped ones resume, and a run that fails does not keep others from running
+  report   write runs/STUDY/report.md and report.html of the results so far
 
-exit codes: 0 all done, 1 some runs failed, 2 a mistake to mend, 75 stopped by SIGTERM or Ctrl-C (start it again).
+exit codes: 0 all done, 1 some runs failed, 2 a mistake to fix, 75 stopped by SIGTERM or Ctrl-C (run it again).
 """
 EPILOG = """\
 overrides:
   Any field of the rows' configs, for all of them; the field of an axis takes a list, which replaces its values; name=,
-  run_folder= and metric= are the study's own, cost.… is what its cost is reckoned from:
+  run_folder=, metric= and cost.… belong to the study:
       'data.subset=[500,1000]' 'data.subset_seed=[0,1]' evaluate.limit=200 cost.devices=4
   report takes the same ones as run.
 
@@ -38,12 +40,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
-    return exit_code(lambda: _act(options))
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxguard.study",
         description=DESCRIPTION,
@@ -54,40 +50,89 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=("run", "report", "cost"))
     parser.add_argument("study", metavar="NAME|PATH", help="a file of configs/, such as paper/main, or any YAML file")
     parser.add_argument("--scale", metavar="NAME", help="a smaller version that the study's file describes")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print every command that the study consists of, and stop"
-    )
-    parser.add_argument("--measure", action="store_true", help="run: first time a few updates on this machine")
+    parser.add_argument("--dry-run", action="store_true", help="print every command of the study, and stop")
+    parser.add_argument("--measure", action="store_true", help="run: first time a few steps on this machine")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="change a field of every run")
-    return parser
+    options = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
+    return exit_code(lambda: _main(options, Console(highlight=False)))
 
 
-def _act(options: argparse.Namespace) -> int:
-    # Imported late: reckoning with batches loads JAX.
-    from jaxguard.study.grid import open_study
-    from jaxguard.study.run import run_study, show_commands, show_cost
-
-    console = Console(highlight=False)
-    study = open_study(options.study, options.scale, options.overrides)
-    if options.dry_run:
-        show_commands(study, print)
-        return 0
-    if options.command == "run":
-        return run_study(study, console, options.measure)
-    if options.command == "cost":
-        show_cost(study, console)
-        return 0
-    return _report(study, console)
-
-
-def _report(study: "Study", console: Console) -> int:
+def _main(options: argparse.Namespace, console: Console) -> int:
+    # Imported late: this loads JAX.
     from jaxguard.evaluate.report.published import read_published
     from jaxguard.evaluate.scores.results import read_results
+    from jaxguard.study.grid import open_study
     from jaxguard.study.report import write_report
+    from jaxguard.study.run import commands, measure_speed, run_study
+    from jaxguard.study.stages import REQUEUE
 
-    for path in write_report(study, read_results, read_published()):
-        console.print(Text(str(path)))
-    return 0
+    def log(text: str) -> None:
+        console.print(Text(text), soft_wrap=True)
+
+    study = open_study(options.study, options.scale, options.overrides)
+    if options.dry_run:
+        print(*commands(study), sep="\n")
+        return 0
+    if options.command == "report":
+        for path in write_report(study, read_results, read_published()):
+            log(str(path))
+        return 0
+    if options.command == "run" and options.measure and not measure_speed(study, log):
+        return REQUEUE
+    print_cost(study, console)
+    if options.command == "cost":
+        return 0
+    result = run_study(study, log)
+    done = len(study.runs) - len(result.failed)
+    for name, reason in result.failed.items():
+        log(f"error: {name}: {reason}")
+    if result.stopped:
+        log("stopped; run the same command again to resume")
+        return REQUEUE
+    log(f"{done} of {len(study.runs)} runs are done: {study.folder}")
+    return 1 if result.failed else 0
+
+
+def print_cost(study: "Study", console: Console) -> None:
+    """Print the work of every run and of all, and the assumptions behind it."""
+    from jaxguard.study.cost import Work, clock, estimate, speed_of, teacher_work
+
+    costs, cost = estimate(study), study.definition.cost
+    total, duration = sum((amount for _, amount, _ in costs), Work()), sum(seconds for *_, seconds in costs)
+    table = Table(title=study.definition.title, title_justify="left", show_footer=True)
+    table.add_column("run", f"{len(costs)} runs", overflow="fold")
+    columns = ("steps", "trained", "predictions", "read", "generated", "device-h")
+    for column, footer in zip(columns, _cells(total, duration * cost.devices), strict=True):
+        table.add_column(column, footer, justify="right", no_wrap=True)
+    for run, amount, seconds in costs:
+        table.add_row(Text(run.name + (" *" if amount.assumed else "")), *_cells(amount, seconds * cost.devices))
+    console.print(table)
+    lines = ["trained, read and generated are tokens; read: prompts, and what the probabilities of verdicts need"]
+    for run in (*study.prepared, *study.runs):
+        if "distill" in run.stages:
+            amount = teacher_work(run)
+            lines.append(
+                f"{run.name} needs a teacher, which is not in the table: {amount.predictions:,} examples, "
+                f"{_tokens(amount.read)} tokens read and {_tokens(amount.generated)} generated, without retries"
+            )
+    if total.assumed:
+        lines.append("* the number of examples is an assumption of the study's file, or a default")
+    lines.append(
+        f"{clock(duration)} on {cost.devices} {cost.device}, from the start. Assumed: {cost.prompt_tokens} tokens a prompt, "
+        f"{cost.trace_tokens} a trace, {cost.answer_tokens} a verdict, and {cost.start_seconds} s to start a stage, unless a row "
+        f"says otherwise. Speed: {speed_of(study).source}."
+    )
+    for line in (*lines, study.definition.about.strip()):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _cells(amount: "Work", device_seconds: float) -> tuple[str, ...]:
+    trained, read, generated = map(_tokens, (amount.trained, amount.read, amount.generated))
+    return (f"{amount.steps:,}", trained, f"{amount.predictions:,}", read, generated, f"{device_seconds / 3600:,.2f}")
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count / 1e3:,.0f} k"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""What a study takes, before it starts: updates, tokens, device-hours. What a teacher takes is reckoned apart.
+"""Estimate the cost of a study: steps, tokens, device-hours. The teacher's work is counted separately.
 
-Updates are exact. Tokens an example and the speed are assumptions of the study's file, or measured: by `--measure`, or in runs of
-the same study that have trained already.
+Steps are exact. Tokens of an example and the speed are assumptions of the study's file, or measured: by `--measure`, or in runs
+of the study that have trained.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import operator
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
 
-from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.study import CostConfig
 from jaxguard.data.files import read_local
@@ -24,93 +23,96 @@ from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 
 SPEED_FILE = "speed.json"
-FLOORS = ("tfidf", "majority")
+BASELINES = ("tfidf", "majority")
 """Guards without a model."""
-COMPILED_AFTER = 2
-"""The first updates of a run compile; their speed says nothing."""
+WARMUP_STEPS = 2
+"""The first steps of a run compile and are not timed."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has to do.
+    """The work of a run.
 
     Attributes:
-        updates, trained: updates, and tokens that they see.
-        judged, read, generated: examples judged, counted once for each mode; tokens of their prompts, and of all that is read
-            again for the probabilities of verdicts; tokens generated.
-        stages: that have to start.
-        guessed: something that nobody could count was assumed.
+        steps: of training.
+        trained: tokens trained on.
+        predictions: examples to predict, once for each mode.
+        read: tokens of prompts, and of all that is read again for the probabilities of verdicts.
+        generated: tokens to generate.
+        stages: to start.
+        assumed: a number of examples is assumed, not counted.
     """
 
-    updates: int = 0
+    steps: int = 0
     trained: int = 0
-    judged: int = 0
+    predictions: int = 0
     read: int = 0
     generated: int = 0
     stages: int = 0
-    guessed: bool = False
+    assumed: bool = False
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.updates + other.updates,
-            self.trained + other.trained,
-            self.judged + other.judged,
-            self.read + other.read,
-            self.generated + other.generated,
-            self.stages + other.stages,
-            self.guessed or other.guessed,
-        )
+        return Work(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of all devices together, and where the numbers come from."""
+    """Tokens per second of all devices together, and where the numbers come from."""
 
     trained: float
     read: float
     generated: float
-    said: str
+    source: str
 
 
 def work(run: Run) -> Work:
-    """What a run has to do if none of it is done."""
-    found = Work(stages=len(run.stages))
+    """Return the work of a run from the start."""
+    total = Work(stages=len(run.stages))
     if "train" in run.stages:
-        found += _training(run)
+        total += _training(run)
     if "evaluate" in run.stages:
-        found += _judging(run.config, run.cost)
+        total += _evaluation(run)
     if "mine" in run.stages:
-        found += _mining(run)
-    return found
+        count, assumed = training_examples(run)
+        generations = run.config.mine.generations if run.config.mine else 4
+        total += _predictions(count, generations, _traced_share(run), 1, run.cost, assumed)
+    return total
 
 
-def seconds(found: Work, speed: Speed, cost: CostConfig) -> float:
-    """How long that takes."""
+def seconds(amount: Work, speed: Speed, cost: CostConfig) -> float:
+    """Return how long some work takes."""
     return (
-        found.trained / speed.trained
-        + found.read / speed.read
-        + found.generated / speed.generated
-        + found.stages * cost.start_seconds
+        amount.trained / speed.trained
+        + amount.read / speed.read
+        + amount.generated / speed.generated
+        + amount.stages * cost.start_seconds
     )
 
 
-def examples_of(run: Run) -> tuple[int, bool]:
-    """Training examples, and whether that is a guess: the subset, what the files hold, or what the study's file says."""
+def estimate(study: Study) -> list[tuple[Run, Work, float]]:
+    """Return (run, its work, its seconds) of every run."""
+    speed = speed_of(study)
+    works = [(run, work(run)) for run in study.runs]
+    return [(run, amount, seconds(amount, speed, run.cost)) for run, amount in works]
+
+
+def training_examples(run: Run) -> tuple[int, bool]:
+    """Return the number of training examples, and whether it is assumed."""
     data = run.config.data
-    given, guessed = _given(run)
-    held = 0 if data.validation or data.subset is not None else data.validation_size
-    return max(0, given - held), guessed
+    count, assumed = _available(run)
+    held_out = 0 if data.validation or data.subset is not None else data.validation_size
+    return max(0, count - held_out), assumed
 
 
-def _given(run: Run) -> tuple[int, bool]:
-    """The same with those that are held out."""
+def _available(run: Run) -> tuple[int, bool]:
+    """Count a run's examples: its subset, the rows of its files, or what the row says."""
     data = run.config.data
     if data.subset is not None:
         return data.subset, False
     paths = [Path(source.path or "") for source in data.train]
     if all(path.is_file() for path in paths):
         return sum(map(_rows, paths)), False
-    return run.fields.examples or 0, True
+    return run.row.examples or 0, True
 
 
 @cache
@@ -118,73 +120,64 @@ def _rows(path: Path) -> int:
     return len(read_local(path, ()).rows)
 
 
-def traced_share(mode: str, share: float) -> float:
-    """How many of the answers have a thought in a mode of data.mode; `share` is that of dual mode."""
-    return {"direct": 0.0, "reasoning": 1.0, "dual": share}[mode]
+def _traced_share(run: Run) -> float:
+    """Return the share of a run's answers with reasoning."""
+    data = run.config.data
+    return {"direct": 0.0, "reasoning": 1.0, "dual": data.dual_reasoning_share}[data.mode]
 
 
 def _training(run: Run) -> Work:
-    train, data = run.config.train, run.config.data
-    examples, guessed = examples_of(run)
-    updates = total_steps(examples, train.batch_size, train.epochs, train.max_steps)
-    traced = traced_share(data.mode, data.dual_reasoning_share)
-    tokens = run.cost.prompt_tokens + traced * run.cost.trace_tokens + run.cost.answer_tokens
-    return Work(updates=updates, trained=round(updates * train.batch_size * tokens), guessed=guessed)
+    train, cost = run.config.train, run.cost
+    count, assumed = training_examples(run)
+    steps = total_steps(count, train.batch_size, train.epochs, train.max_steps)
+    tokens = cost.prompt_tokens + _traced_share(run) * cost.trace_tokens + cost.answer_tokens
+    return Work(steps=steps, trained=round(steps * train.batch_size * tokens), assumed=assumed)
 
 
-def _judging(config: Config, cost: CostConfig) -> Work:
-    settings, found = config.evaluate or EvaluateConfig(), Work()
-    asked = load_policy(config.data.policy).asks if settings.ask == "policy" else ()
+def _evaluation(run: Run) -> Work:
+    settings, total = run.config.evaluate or EvaluateConfig(), Work()
+    asked = load_policy(run.config.data.policy).asks if settings.ask == "policy" else ()
     for benchmark in settings.benchmarks:
         question = read_benchmark(benchmark.name).question
-        count, guessed = _benchmark_examples(benchmark.name, benchmark.path, cost)
+        count, assumed = _benchmark_examples(benchmark.name, benchmark.path, run.cost)
         count = min(count, settings.limit or count)
         for guard in settings.guards:
             earlier = asked.index(question) if guard.format == "jaxguard" and question in asked else 0
-            for mode in modes_of(guard, config) if guard.format not in FLOORS else ():
-                traced = float(mode == "reasoning")
-                found += _answering(count, settings.generations, traced, 2 ** (earlier + 1) - 1, cost, guessed)
-    return found
+            for mode in modes_of(guard, run.config) if guard.format not in BASELINES else ():
+                traced, points = float(mode == "reasoning"), 2 ** (earlier + 1) - 1
+                total += _predictions(count, settings.generations, traced, points, run.cost, assumed)
+    return total
 
 
-def _answering(count: int, generations: int, traced: float, places: int, cost: CostConfig, guessed: bool) -> Work:
-    """Asking about `count` examples.
+def _predictions(count: int, generations: int, traced: float, points: int, cost: CostConfig, assumed: bool) -> Work:
+    """Return the work of predicting `count` examples, without any reuse of a cache.
 
-    A verdict's probability is read at each of `places`, every way through the lines before it counted; after each thought, or,
-    of the share of examples that is not `traced`, once. Nothing of it is taken to be reused.
+    A verdict's probability is read at `points` decision points, one for each combination of earlier verdict lines: after each
+    generation's reasoning, or once for the share of examples that is not `traced`.
     """
-    once = cost.prompt_tokens
-    scored = places * (traced * max(generations, 1) * (once + cost.trace_tokens) + (1 - traced) * once)
-    read = scored + (once if generations else 0)
+    prompt = cost.prompt_tokens
+    scored = points * (traced * max(generations, 1) * (prompt + cost.trace_tokens) + (1 - traced) * prompt)
+    read = scored + (prompt if generations else 0)
     generated = generations * (traced * cost.trace_tokens + cost.answer_tokens)
-    return Work(judged=count, read=round(count * read), generated=round(count * generated), guessed=guessed)
+    return Work(predictions=count, read=round(count * read), generated=round(count * generated), assumed=assumed)
 
 
-def _mining(run: Run) -> Work:
-    examples, guessed = examples_of(run)
-    data, generations = run.config.data, run.config.mine.generations if run.config.mine else 4
-    traced = traced_share(data.mode, data.dual_reasoning_share)
-    return _answering(examples, generations, traced, 1, run.cost, guessed)
-
-
-def teaching(run: Run) -> Work:
-    """What a distillation has a teacher do, once for each example and each budget; the thought is the trace."""
-    examples, guessed = _given(run)
+def teacher_work(run: Run) -> Work:
+    """Return the teacher's work in a distillation: each example once, and once for each budget."""
+    count, assumed = _available(run)
     budgets, cost = len(run.config.distill.budgets) if run.config.distill else 0, run.cost
-    passes = 1 + budgets
     return Work(
-        judged=examples,
-        read=examples * (passes * cost.prompt_tokens + budgets * cost.trace_tokens),
-        generated=examples * passes * (cost.trace_tokens + cost.answer_tokens),
-        guessed=guessed,
+        predictions=count,
+        read=count * ((1 + budgets) * cost.prompt_tokens + budgets * cost.trace_tokens),
+        generated=count * (1 + budgets) * (cost.trace_tokens + cost.answer_tokens),
+        assumed=assumed,
     )
 
 
 @cache
 def _benchmark_examples(name: str, path: str | None, cost: CostConfig) -> tuple[int, bool]:
-    local = Path(path) if path else None
-    if local and local.is_file():
-        return _rows(local), False
+    if path and Path(path).is_file():
+        return _rows(Path(path)), False
     expected = read_benchmark(name).expected
     if expected.total is not None:
         return expected.total, False
@@ -194,66 +187,57 @@ def _benchmark_examples(name: str, path: str | None, cost: CostConfig) -> tuple[
 
 
 def speed_of(study: Study) -> Speed:
-    """The best that is known of this machine's speed."""
-    cost = study.fields.cost
-    measured = study.folder / SPEED_FILE
+    """Return the speed from the best source: --measure, runs that have trained, or the study's assumptions."""
+    cost, measured = study.definition.cost, study.folder / SPEED_FILE
+    trained = [speed for run in study.runs for speed in speeds(run.folder / "metrics.jsonl")]
     if measured.is_file():
-        return _from_training(
-            float(json.loads(measured.read_text())["tokens_per_second"]), cost, "measured by --measure"
+        rate, source = float(json.loads(measured.read_text())["tokens_per_second"]), "measured by --measure"
+    elif trained:
+        rate, source = median(trained), f"median of {len(trained)} steps of this study"
+    elif cost.tokens_per_second is not None:
+        rate, source = cost.tokens_per_second, "an assumption of the study's file"
+    else:
+        peak, forward = cost.devices * cost.peak_flops, 2 * cost.parameters
+        source = (
+            f"{cost.devices} × {cost.device}, assumed to train at {cost.mfu:.0%} and to generate at {cost.generate_mfu:.0%} of "
+            f"{cost.peak_flops / 1e12:g} TFLOP/s, 6 and 2 FLOPs for each of {cost.parameters:.3g} parameters and token"
         )
-    trained = [s for run in study.runs for s in speeds(run.folder / "metrics.jsonl")]
-    if trained:
-        return _from_training(median(trained), cost, f"median of {len(trained)} updates of this study")
-    if cost.tokens_per_second is not None:
-        return _from_training(cost.tokens_per_second, cost, "an assumption of the study's file")
-    peak = cost.devices * cost.peak_flops
-    said = (
-        f"{cost.devices} × {cost.device}, assumed to train at {cost.mfu:.0%} and to generate at {cost.generate_mfu:.0%} of "
-        f"{cost.peak_flops / 1e12:g} TFLOP/s, 6 and 2 FLOPs for each of {cost.parameters:.3g} parameters and token"
-    )
-    forward = 2 * cost.parameters
-    return Speed(peak * cost.mfu / forward / 3, peak * cost.mfu / forward, peak * cost.generate_mfu / forward, said)
-
-
-def _from_training(tokens_per_second: float, cost: CostConfig, how: str) -> Speed:
-    """Reading costs a third of training; generating is another matter, of which training says nothing."""
-    generated = cost.generated_per_second or tokens_per_second
-    said = f"{tokens_per_second:,.0f} trained tokens/s ({how}), {generated:,.0f} generated tokens/s (assumed)"
-    return Speed(tokens_per_second, 3 * tokens_per_second, generated, said)
+        return Speed(
+            peak * cost.mfu / forward / 3, peak * cost.mfu / forward, peak * cost.generate_mfu / forward, source
+        )
+    # A forward pass costs a third of a training step; training says nothing of the speed of generation.
+    generated = cost.generated_per_second or rate
+    source = f"{rate:,.0f} trained tokens/s ({source}), {generated:,.0f} generated tokens/s (assumed)"
+    return Speed(rate, 3 * rate, generated, source)
 
 
 def speeds(metrics: Path) -> list[float]:
-    """Trained tokens a second of each update of a run, without the first ones; none where there is no such file."""
+    """Read trained tokens per second of a run's steps after its first ones."""
     if not metrics.is_file():
         return []
-    found = []
+    values = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # a line that was being written when the run was killed
             continue
         if "speed" in record:
-            found.append(float(record["speed"]["tokens_per_second"]))
-    return found[COMPILED_AFTER:]
+            values.append(float(record["speed"]["tokens_per_second"]))
+    return values[WARMUP_STEPS:]
 
 
-def keep_speed(folder: Path, metrics: Path) -> float:
-    """Keep the speed of a short run for `speed_of`.
+def save_speed(folder: Path, metrics: Path) -> None:
+    """Save the speed of a short run for `speed_of`.
 
     Raises:
-        JaxguardError: it made too few updates.
+        JaxguardError: it made too few steps.
     """
-    found = speeds(metrics)
-    if not found:
-        raise JaxguardError(f"{metrics} has no update after the first {COMPILED_AFTER}: nothing can be measured")
-    write_atomically(folder / SPEED_FILE, json.dumps({"tokens_per_second": median(found)}) + "\n")
-    return median(found)
+    values = speeds(metrics)
+    if not values:
+        raise JaxguardError(f"{metrics} has no step after the first {WARMUP_STEPS}: nothing can be measured")
+    write_atomically(folder / SPEED_FILE, json.dumps({"tokens_per_second": median(values)}) + "\n")
 
 
-def costs(runs: Iterable[Run], speed: Speed) -> list[tuple[Run, Work, float]]:
-    """(run, what it has to do, its seconds)."""
-    return [(run, found := work(run), seconds(found, speed, run.cost)) for run in runs]
-
-
-def total(found: Sequence[tuple[Run, Work, float]]) -> tuple[Work, float]:
-    return sum((w for _, w, _ in found), Work()), sum(s for _, _, s in found)
+def clock(duration: float) -> str:
+    """Format seconds as minutes or hours."""
+    return f"{duration / 60:.0f} min" if duration < 3600 else f"{duration / 3600:.1f} h"

@@ -1,15 +1,15 @@
-"""From a study to its runs: every combination of every row's axes, each with a resolved config and a folder of its own."""
+"""Expand a study into runs: every combination of each row's axes, with a resolved config and a folder of its own."""
 
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from jaxguard.config import Config, load
-from jaxguard.config import base as fields
+from jaxguard.config.base import scalar, validate
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.study import CostConfig, RowConfig, Stage, StudyConfig, labelled, read_study
 from jaxguard.utils.errors import JaxguardError
@@ -17,7 +17,7 @@ from jaxguard.utils.errors import JaxguardError
 REPEATS = ("seed", "data.subset_seed")
 """Axes that repeat a run: results are averaged over them."""
 PREPARING = ("distill", "build")
-"""Sections that an override on the command line changes where such a stage prepares, and nowhere else."""
+"""Config sections that overrides change in prepared runs only."""
 
 
 @dataclass(frozen=True)
@@ -26,47 +26,63 @@ class Run:
 
     Attributes:
         name: of the run and its folder.
-        row: the row that it belongs to.
-        labels: field of an axis -> the label of its value.
-        base, overrides: the config by name and what is different; `config` is what that comes to.
-        stages: what is done, in order.
-        after: the runs whose output it reads.
-        fields: its row.
-        cost: what its cost is reckoned from.
+        key: the row's name.
+        row: the row as written.
+        labels: axis -> label of its value.
+        base, overrides: the config's name and what differs; `config` is the result.
+        parents: earlier runs whose output this one reads.
+        cost: assumptions for its cost.
     """
 
     name: str
-    row: str
+    key: str
+    row: RowConfig
     labels: dict[str, str]
     base: str
     overrides: tuple[str, ...]
     config: Config
-    stages: tuple[Stage, ...]
-    after: tuple[str, ...]
-    fields: RowConfig
+    parents: tuple["Run", ...]
     cost: CostConfig
 
     @property
     def folder(self) -> Path:
         return self.config.folder
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.row.stages
+
+    def inputs(self, stage: Stage) -> set[Path]:
+        """Return the local paths that a stage reads, from the config fields that name them."""
+        config = self.config
+        sources = [*config.data.train, *config.data.validation]
+        paths = [config.model.checkpoint]
+        if stage == "build" and config.build is not None:
+            sources += [source for each in config.build.sets for source in (*each.sources, *each.append)]
+            sources += config.build.benchmarks
+        if stage == "evaluate" and config.evaluate is not None:
+            sources += config.evaluate.validation
+            paths += [benchmark.path or "" for benchmark in config.evaluate.benchmarks]
+            paths += [guard.checkpoint or "" for guard in config.evaluate.guards]
+        return {Path(path) for path in (*paths, *(source.path for source in sources)) if path}
+
 
 @dataclass(frozen=True)
 class Study:
-    """A study, resolved.
+    """A resolved study.
 
     Attributes:
-        name, folder: what it is called and where it lies.
+        name, folder: its name and folder.
         scale: None is the paper's own.
-        fields: what its file says.
-        prepared: what is needed first.
+        definition: the study as written.
+        prepared: runs that make what the others read.
         runs: in order.
     """
 
     name: str
     folder: Path
     scale: str | None
-    fields: StudyConfig
+    definition: StudyConfig
     prepared: tuple[Run, ...]
     runs: tuple[Run, ...]
 
@@ -74,34 +90,34 @@ class Study:
 def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = ()) -> Study:
     """Read a study and resolve all of its runs.
 
-    An override changes every run. One of a field that is an axis replaces the axis' values in the rows that have it and does
-    nothing to the others; `name`, `run_folder` and `metric` are the study's own, and `cost.` changes the reckoning. What is
-    prepared but read by no run is left out.
+    An override changes every run. One of an axis replaces its values in the rows that have it and leaves other rows alone.
+    `name`, `run_folder`, `metric` and `cost.` belong to the study. Prepared runs that no run reads are left out.
 
     Raises:
         JaxguardError: no such study, or a run whose config is not valid; it names the row.
     """
-    found, study_name = read_study(name, scale)
-    own, rest = _study_overrides(overrides)
-    root = Path(str(own.get("run_folder", "runs")))
-    study_name = str(own.get("name", study_name))
-    folder = root / study_name
+    definition, study_name = read_study(name, scale)
+    own, changes = _split_overrides(overrides)
+    study_name = str(own.pop("name", study_name))
     if not study_name or "/" in study_name or study_name in (".", ".."):
         raise JaxguardError(f"name={study_name!r} is the study's folder: it must not be empty or hold a slash")
-    cost = {key.removeprefix("cost."): value for key, value in own.items() if key.startswith("cost.")}
-    tree = found.model_dump()
-    changed = {"metric": own.get("metric", found.metric), "cost": {**tree["cost"], **cost}}
-    found = fields.validate(StudyConfig, {**tree, **changed}, name)
+    folder = Path(str(own.pop("run_folder", "runs"))) / study_name
+    tree = definition.model_dump()
+    cost = {key.removeprefix("cost."): value for key, value in own.items() if key != "metric"}
+    tree |= {"metric": own.get("metric", definition.metric), "cost": {**tree["cost"], **cost}}
+    definition = validate(StudyConfig, tree, name)
     prepared = [
-        _resolve(key, key, {}, row, found, folder, {"name": key}, _of_sections(rest, ("model", *row.stages)))
-        for key, row in found.prepare.items()
+        _resolve(key, key, row, {}, definition, folder, {"name": key}, _of_sections(changes, ("model", *row.stages)))
+        for key, row in definition.prepare.items()
     ]
-    preparing = _of_sections(rest, PREPARING)
-    rest = [text for text in rest if text not in preparing]
-    axes = {field for row in found.rows.values() for field in row.axes}
-    grids = {key: _grid(key, row, axes, rest, found, folder) for key, row in found.rows.items()}
-    runs = tuple(run for grid in grids.values() for run in grid)
-    return Study(study_name, folder, scale, found, _needed(prepared, runs), runs)
+    preparing = _of_sections(changes, PREPARING)
+    changes = [text for text in changes if text not in preparing]
+    axes = {axis for row in definition.rows.values() for axis in row.axes}
+    runs: list[Run] = []
+    for key, row in definition.rows.items():
+        parents = tuple(run for run in runs if run.key in row.after)
+        runs += [replace(run, parents=parents) for run in _grid(key, row, axes, changes, definition, folder)]
+    return Study(study_name, folder, scale, definition, _needed(prepared, runs), tuple(runs))
 
 
 def _of_sections(overrides: Iterable[str], sections: Iterable[str]) -> list[str]:
@@ -109,16 +125,18 @@ def _of_sections(overrides: Iterable[str], sections: Iterable[str]) -> list[str]
 
 
 def _needed(prepared: list[Run], runs: Iterable[Run]) -> tuple[Run, ...]:
-    """What of it a run reads, or something that is needed reads, in order."""
+    """Return the prepared runs whose output another run reads, in order."""
     readers, needed = list(runs), []
-    for one in reversed(prepared):
-        if any(f'"{one.folder}/' in json.dumps(run.config.model_dump(mode="json")) for run in readers):
-            readers.append(one)
-            needed.append(one)
+    for run in reversed(prepared):
+        paths = (path for reader in readers for stage in reader.stages for path in reader.inputs(stage))
+        if any(path.is_relative_to(run.folder) for path in paths):
+            readers.append(run)
+            needed.append(run)
     return tuple(reversed(needed))
 
 
-def _study_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+def _split_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Split overrides into the study's own fields and those of its runs."""
     own: dict[str, Any] = {}
     rest = []
     for text in overrides:
@@ -126,7 +144,7 @@ def _study_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str
         if not separator:
             raise JaxguardError(f"override {text!r}: write it as field=value, for example data.subset_seed=[0,1]")
         if key in ("name", "run_folder", "metric") or key.startswith("cost."):
-            own[key] = fields.scalar(value)
+            own[key] = scalar(value)
         else:
             rest.append(text)
     return own, rest
@@ -135,87 +153,65 @@ def _study_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str
 def _grid(
     key: str, row: RowConfig, all_axes: set[str], overrides: list[str], study: StudyConfig, folder: Path
 ) -> list[Run]:
-    """Every combination of a row's axes."""
+    """Resolve every combination of a row's axes."""
     axes, changes = dict(row.axes), []
     for text in overrides:
         field, _, value = text.partition("=")
         if field in axes:
-            axes[field] = _new_values(text, fields.scalar(value))
-        elif field not in all_axes and not _inner(row.set.get(field)):
+            try:
+                axes[field] = labelled(scalar(value))
+            except ValueError as error:
+                raise JaxguardError(f"override {text!r}: {error}") from None
+        elif field not in all_axes and "{study}" not in str(row.set.get(field)):  # another row's output stays
             changes.append(text)
     row = row.model_copy(update={"set": {**study.set, **row.set}})
     runs = []
     for labels in product(*axes.values()):
         name = "-".join([key, *labels])
-        chosen = dict(zip(axes, labels, strict=True))
-        values = {field: axes[field][one] for field, one in chosen.items()}
+        by_axis = dict(zip(axes, labels, strict=True))
+        values = {field: axes[field][label] for field, label in by_axis.items()}
         values |= {"name": name, "run_folder": str(folder)}
-        runs.append(_resolve(name, key, chosen, row, study, folder, values, changes))
+        runs.append(_resolve(name, key, row, by_axis, study, folder, values, changes))
     return runs
-
-
-def _new_values(text: str, value: Any) -> dict[str, Any]:
-    try:
-        return labelled(value)
-    except ValueError as error:
-        raise JaxguardError(f"override {text!r}: {error}") from None
-
-
-def _inner(value: Any) -> bool:
-    """Whether a value is the output of another row, which nothing on the command line may replace."""
-    return "{study}" in json.dumps(value)
 
 
 def _resolve(
     name: str,
     key: str,
-    labels: dict[str, str],
     row: RowConfig,
+    labels: dict[str, str],
     study: StudyConfig,
     folder: Path,
     values: Mapping[str, Any],
     changes: Iterable[str],
 ) -> Run:
-    settings = {field: _placed(value, folder) for field, value in row.set.items()} | dict(values)
-    overrides = [f"{field}={written(value)}" for field, value in settings.items()] + list(changes)
+    overrides = [f"{field}={written(value)}" for field, value in {**row.set, **values}.items()]
+    overrides = [text.replace("{study}", str(folder)) for text in overrides] + list(changes)
     base = row.config or study.config
     try:
         config = load(base, overrides)
         if "train" not in row.stages and "evaluate" in row.stages:
-            overrides += _untrained(config)
+            overrides.append(f"evaluate.guards={written(_untrained_guards(config))}")
             config = load(base, overrides)
-        cost = fields.validate(CostConfig, {**study.cost.model_dump(), **row.cost}, "cost")
+        cost = validate(CostConfig, {**study.cost.model_dump(), **row.cost}, "cost")
     except JaxguardError as error:
         raise JaxguardError(f"row {key}, run {name}: {error}") from None
-    after = tuple(dict.fromkeys(row.after))
-    return Run(name, key, labels, base, tuple(overrides), config, row.stages, after, row, cost)
+    return Run(name, key, row, labels, base, tuple(overrides), config, (), cost)
 
 
-def _untrained(config: Config) -> list[str]:
-    """A row that trains nothing judges with the model itself."""
-    settings = config.evaluate or EvaluateConfig()
-    guards = [
-        guard.model_dump(mode="json", exclude_defaults=True)
-        | ({} if guard.checkpoint else {"checkpoint": config.model.checkpoint, "revision": config.model.revision})
-        for guard in settings.guards
+def _untrained_guards(config: Config) -> list[dict[str, Any]]:
+    """Return the guards of a row that trains nothing: by default, the model itself."""
+    model = {"checkpoint": config.model.checkpoint, "revision": config.model.revision}
+    return [
+        guard.model_dump(mode="json", exclude_defaults=True) | ({} if guard.checkpoint else model)
+        for guard in (config.evaluate or EvaluateConfig()).guards
     ]
-    return [f"evaluate.guards={written(guards)}"]
-
-
-def _placed(value: Any, folder: Path) -> Any:
-    if isinstance(value, str):
-        return value.replace("{study}", str(folder))
-    if isinstance(value, list):
-        return [_placed(item, folder) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _placed(item, folder) for key, item in value.items()}
-    return value
 
 
 def written(value: Any) -> str:
-    """A value as the command line reads it."""
-    if isinstance(value, str) and fields.scalar(value) == value:
+    """Format a value as the command line parses it."""
+    if isinstance(value, str) and scalar(value) == value:
         return value
     if isinstance(value, float) and not math.isfinite(value):
-        raise JaxguardError(f"{value} is no finite number")
+        raise JaxguardError(f"{value} is not a finite number")
     return json.dumps(value, ensure_ascii=False)

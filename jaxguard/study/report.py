@@ -1,134 +1,123 @@
-"""What a study found: scores by row, axis and mode, mean and spread over seeds and subsets, beside the published ones."""
+"""Report on a study: F1 by row, axis and mode, mean and deviation over repeats, beside the published values."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from jaxguard.evaluate.report.published import AVERAGES, Published
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.report.html import page_template
-from jaxguard.study.figure import Curve, draw
+from jaxguard.report import Drawing, Page, Paragraph, Table, write_markdown, write_page
+from jaxguard.report.figures import COLOURS, INK, inline_svg, style
+from jaxguard.report.text import number
 from jaxguard.study.grid import REPEATS, Run, Study
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.files import write_atomically
 
-AVERAGES = ("prompt", "response", "safety", "custom")
+CUSTOM = ("dynaguardrail", "cosapien")
 PUBLISHED_METRIC = "safety"
-"""What the published curves are of."""
-SPARE = ("data.mode",)
-"""Axes that the column of modes already tells."""
-
+"""The metric of the published curves."""
+LEGEND = (
+    "F1 of the harmful class; mean ± standard deviation (divisor n - 1) over the runs that differ in seed or subset, with the "
+    "published value behind a slash. The last column counts runs with results, of all; `part` means that only a part of a "
+    "benchmark was evaluated."
+)
 Scores = dict[str, float]
-"""F1 by average or benchmark; what is not defined is not in it."""
+"""Average or benchmark -> F1; undefined ones are left out."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """Runs that differ in nothing but what repeats them, in one mode.
+    """Runs that differ only in what repeats them, in one mode.
 
     Attributes:
-        series, labels, mode: which.
+        series, labels, mode: what they have in common.
         scores: of each run.
-        wanted: how many runs there are to be.
-        limited: some of them judged only a part of a benchmark.
-        published: what the paper reports.
-        x: where it stands on the curve; None is nowhere.
+        runs: how many there are to be.
+        partial: some evaluated only a part of a benchmark.
+        published: the paper's scores.
+        x: position on the curve's axis, if it is on it.
     """
 
     series: str
     labels: dict[str, str]
     mode: str
     scores: tuple[Scores, ...]
-    wanted: int
-    limited: bool
+    runs: int
+    partial: bool
     published: Scores
     x: float | None
 
     @property
     def name(self) -> str:
-        labels = [f"{field.split('.')[-1]} {label}" for field, label in self.labels.items() if field not in SPARE]
+        # The column of modes shows data.mode.
+        labels = [f"{axis.split('.')[-1]} {label}" for axis, label in self.labels.items() if axis != "data.mode"]
         return ", ".join([self.series, *labels])
 
     def values(self, metric: str) -> list[float]:
-        """The metric of each run that has it."""
         return [scores[metric] for scores in self.scores if metric in scores]
 
+    def cell(self, metric: str) -> str:
+        published = f" / {self.published[metric]:.3f}" if metric in self.published else ""
+        return spread(self.values(metric)) + published
 
-def write_report(study: Study, read: Callable[[Path], Evaluation], published: Any) -> tuple[Path, Path]:
-    """Write report.md, and report.html with the figure in it, into the study's folder; their paths.
+
+def write_report(study: Study, read: Callable[[Path], Evaluation], published: Published | None) -> tuple[Path, Path]:
+    """Write report.md and report.html into the study's folder; return their paths.
 
     Args:
-        study: whose runs are looked at; those without results are counted as missing.
+        study: runs without results are listed as missing.
         read: reads a results.json.
-        published: the published results (evaluate/published.py), or None.
+        published: the published results, or None.
 
     Raises:
         JaxguardError: no run has results yet.
     """
     published = None if study.scale else published
-    lines, missing = gather(study, read, published)
+    lines, absent = gather(study, read, published)
     if not lines:
         raise JaxguardError(f"{study.folder} has no results yet; run the study first")
     metrics = columns(lines)
-    curve = study.fields.curve
-    figure, caption = None, ""
-    if curve is not None:
-        metric = shown_metric(study, lines)
-        beside = _published_curve(study, published) if metric == PUBLISHED_METRIC else []
-        figure = draw(curves(lines, metric), beside, curve.label, metric)
-        caption = _caption(study, metric, bool(beside))
-    rows = [cells(line, metrics) for line in lines]
-    head = ("", "mode", *metrics, "runs")
-    markdown = study.folder / "report.md"
-    about = " ".join(study.fields.about.split())
-    text = f"# {plain(study.fields.title)}\n\n" + (f"{plain(about)}\n\n" if about else "") + _table(head, rows) + "\n"
-    text += f"{LEGEND}\n" + (f"\nWithout results: {', '.join(missing)}.\n" if missing else "")
-    write_atomically(markdown, text)
-    page = study.folder / "report.html"
-    template = page_template(Path(__file__).with_name("report.html.j2"))
-    html = template.render(
-        title=study.fields.title,
-        about=about,
-        head=head,
-        rows=rows,
-        legend=LEGEND,
-        missing=missing,
-        figure=figure,
-        caption=caption,
-    )
-    write_atomically(page, html)
-    return markdown, page
+    table = Table(("", "mode", *metrics, "runs"), left=2)
+    for line in lines:
+        runs = f"{len(line.scores)} of {line.runs}" + (" part" if line.partial else "")
+        table.add(line.name, line.mode, *map(line.cell, metrics), runs)
+    figure = _figure(study, lines, published) if study.definition.curve else None
+    missing = f"Without results: {', '.join(absent)}." if absent else None
+    legend = Paragraph([LEGEND], faint=True)
+    page = Page(study.definition.title, [study.definition.about, figure, table, legend, missing])
+    paths = study.folder / "report.md", study.folder / "report.html"
+    write_markdown(paths[0], page)
+    write_page(paths[1], page)
+    return paths
 
 
-LEGEND = (
-    "F1 of the harmful class; mean ± standard deviation (divisor n - 1) over the runs that differ in seed or subset, with the "
-    "published value behind a slash. The last column counts runs with results, of those there are to be; `part` means that a "
-    "benchmark was judged in part only."
-)
-
-
-def gather(study: Study, read: Callable[[Path], Evaluation], published: Any) -> tuple[list[Line], list[str]]:
-    """The lines of the table, in the study's order, and the runs without results."""
+def gather(
+    study: Study, read: Callable[[Path], Evaluation], published: Published | None
+) -> tuple[list[Line], list[str]]:
+    """Return the table's lines, in the study's order, and the names of runs without results."""
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Run]] = {}
     for run in study.runs:
         if "evaluate" in run.stages:
-            labels = tuple((field, label) for field, label in run.labels.items() if field not in REPEATS)
-            groups.setdefault((run.row, labels), []).append(run)
-    lines, missing = [], []
+            labels = tuple((axis, label) for axis, label in run.labels.items() if axis not in REPEATS)
+            groups.setdefault((run.key, labels), []).append(run)
+    lines, absent = [], []
     for (_, labels), runs in groups.items():
-        found: dict[str, list[tuple[Scores, bool]]] = {}
+        by_mode: dict[str, list[tuple[Scores, bool]]] = {}
         for run in runs:
             path = run.folder / "evaluate" / "results.json"
-            if not path.is_file():
-                missing.append(run.name)
-                continue
-            for mode, scores, complete in scores_of(read(path)):
-                found.setdefault(mode, []).append((scores, complete))
-        for mode, each in found.items():
+            if path.is_file():
+                for mode, scores, complete in scores_of(read(path)):
+                    by_mode.setdefault(mode, []).append((scores, complete))
+            else:
+                absent.append(run.name)
+        for mode, each in by_mode.items():
             lines.append(_line(study, runs, dict(labels), mode, each, published))
-    return lines, missing
+    return lines, absent
 
 
 def _line(
@@ -137,135 +126,127 @@ def _line(
     labels: dict[str, str],
     mode: str,
     each: list[tuple[Scores, bool]],
-    published: Any,
+    published: Published | None,
 ) -> Line:
-    row, curve = runs[0].fields, study.fields.curve
-    series = row.series or runs[0].row
+    row, curve = runs[0].row, study.definition.curve
+    series = row.series or runs[0].key
     expected: Scores = {}
-    reference = row.published.get(mode)  # type: ignore[call-overload]
+    reference = next((name for published_mode, name in row.published.items() if published_mode == mode), None)
     if published is not None and reference is not None:
         expected = _published_scores(published, reference)
-    x = None
-    if curve is not None and curve.axis in labels:
-        x = _number(labels[curve.axis], row.examples)
-        if mode == "reasoning" and not expected and curve.series in (None, series):
-            at_x = [f1 for at, f1, _ in _published_curve(study, published) if at == x]
-            expected = {PUBLISHED_METRIC: at_x[0]} if at_x else {}
-    return Line(
-        series=series,
-        labels=labels,
-        mode=mode,
-        scores=tuple(scores for scores, _ in each),
-        wanted=len(runs),
-        limited=not all(complete for _, complete in each),
-        published=expected,
-        x=x,
-    )
+    x = _number(labels[curve.axis], row.examples) if curve is not None and curve.axis in labels else None
+    if curve is not None and mode == "reasoning" and not expected and curve.series in (None, series):
+        at_x = [f1 for at, f1, _ in _published_curve(study, published) if at == x]
+        expected = {PUBLISHED_METRIC: at_x[0]} if at_x else {}
+    complete = all(complete for _, complete in each)
+    return Line(series, labels, mode, tuple(scores for scores, _ in each), len(runs), not complete, expected, x)
 
 
-def scores_of(found: Evaluation) -> list[tuple[str, Scores, bool]]:
-    """(mode, its scores, whether all benchmarks were judged whole) of the first guard."""
-    guard = found.cells[0].guard if found.cells else ""
-    result = []
-    for mode in dict.fromkeys(cell.mode for cell in found.cells if cell.guard == guard):
-        cells = [cell for cell in found.cells if (cell.guard, cell.mode) == (guard, mode)]
-        named = {cell.benchmark: cell.result.scores.f1.value for cell in cells}
-        averages = [a for a in found.averages if (a.guard, a.mode) == (guard, mode)]
-        named |= {average.name: average.f1.value for average in averages}
-        defined = {name: value for name, value in named.items() if value is not None}
-        whole = all(cell.complete for cell in cells) and not any(average.missing for average in averages)
-        result.append((mode, defined, whole))
+def scores_of(evaluation: Evaluation) -> list[tuple[str, Scores, bool]]:
+    """Return (mode, its scores, whether all benchmarks are complete) of the first guard."""
+    guard, result = evaluation.cells[0].guard if evaluation.cells else "", []
+    for mode in dict.fromkeys(cell.mode for cell in evaluation.cells if cell.guard == guard):
+        cells = [cell for cell in evaluation.cells if (cell.guard, cell.mode) == (guard, mode)]
+        averages = [average for average in evaluation.averages if (average.guard, average.mode) == (guard, mode)]
+        scores = {cell.benchmark: cell.result.scores.f1.value for cell in cells}
+        scores |= {average.name: average.f1.value for average in averages}
+        complete = all(cell.complete for cell in cells) and not any(average.missing for average in averages)
+        result.append((mode, {name: value for name, value in scores.items() if value is not None}, complete))
     return result
 
 
 def columns(lines: Sequence[Line]) -> list[str]:
-    """The paper's columns as far as there are any, else the benchmarks."""
-    there = dict.fromkeys(name for line in lines for scores in line.scores for name in scores)
-    averages = [name for name in AVERAGES if name in there]
-    custom = [name for name in ("dynaguardrail", "cosapien") if name in there]
-    return [*averages, *custom] if averages else list(there)
-
-
-def cells(line: Line, metrics: Sequence[str]) -> list[str]:
-    """A row of the table."""
-    shown = []
-    for metric in metrics:
-        text = spread(line.values(metric))
-        if metric in line.published:
-            text += f" / {line.published[metric]:.3f}"
-        shown.append(text)
-    runs = f"{len(line.scores)} of {line.wanted}" + (" part" if line.limited else "")
-    return [line.name, line.mode, *shown, runs]
+    """Return the paper's columns as far as there are any, else the benchmarks."""
+    names = dict.fromkeys(name for line in lines for scores in line.scores for name in scores)
+    averages = [name for name in AVERAGES if name in names]
+    return [*averages, *(name for name in CUSTOM if name in names)] if averages else list(names)
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation; n/a of nothing."""
-    if not values:
-        return "n/a"
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    """Format mean ± standard deviation."""
+    return number(mean(values) if values else None) + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def shown_metric(study: Study, lines: Sequence[Line]) -> str:
-    """What the figure shows: the study's metric, or, where no run was asked for that, the first column of the table."""
-    wanted = study.fields.metric
-    return wanted if any(line.values(wanted) for line in lines) else next(iter(columns(lines)), wanted)
+    """Return the figure's metric: the study's, or the table's first column if no run has that."""
+    metric = study.definition.metric
+    return metric if any(line.values(metric) for line in lines) else next(iter(columns(lines)), metric)
 
 
-def _caption(study: Study, metric: str, beside: bool) -> str:
-    said = ["A line is the mean over seeds and subsets, its bars one standard deviation; each dot is a run."]
-    if beside:
-        said.append("Dotted and black: what the paper reports, in reasoning mode.")
-    if study.scale:
-        said.append("What the paper reports is not comparable at this scale, and not shown.")
-    if metric != study.fields.metric:
-        said.append(f"The figure shows {metric}: no run has a result for {study.fields.metric}.")
-    return " ".join(said)
-
-
-def curves(lines: Sequence[Line], metric: str) -> list[Curve]:
-    """The lines that stand on the curve's axis, as one curve for each series and mode."""
-    found: dict[str, list[tuple[float, tuple[float, ...]]]] = {}
+def curves(lines: Sequence[Line], metric: str) -> dict[str, list[tuple[float, list[float]]]]:
+    """Return series and mode -> (x, the scores of the runs there), in the order of x."""
+    points: dict[str, list[tuple[float, list[float]]]] = {}
     for line in lines:
-        values = line.values(metric)
-        if line.x is not None and values:
-            found.setdefault(f"{line.series}, {line.mode}", []).append((line.x, tuple(values)))
-    return [Curve(name, tuple(sorted(points))) for name, points in found.items()]
+        if line.x is not None and (values := line.values(metric)):
+            points.setdefault(f"{line.series}, {line.mode}", []).append((line.x, values))
+    return {name: sorted(each) for name, each in points.items()}
+
+
+def _figure(study: Study, lines: Sequence[Line], published: Published | None) -> Drawing:
+    metric = shown_metric(study, lines)
+    paper = _published_curve(study, published) if metric == PUBLISHED_METRIC else []
+    caption = ["A line is the mean over seeds and subsets, its bars one standard deviation; each dot is a run."]
+    if paper:
+        caption.append("Dotted and black: what the paper reports, in reasoning mode.")
+    if study.scale:
+        caption.append("The paper's values are not comparable at this scale and not shown.")
+    if metric != study.definition.metric:
+        caption.append(f"The figure shows {metric}: no run has a result for {study.definition.metric}.")
+    assert study.definition.curve is not None
+    return Drawing(" ".join(caption), draw(curves(lines, metric), paper, study.definition.curve.label, metric))
+
+
+@style()
+def draw(
+    lines: dict[str, list[tuple[float, list[float]]]],
+    published: Sequence[tuple[float, float, float]],
+    label: str,
+    metric: str,
+) -> Markup:
+    """Draw F1 over the curve's axis; `published` is (x, F1, deviation)."""
+    figure = Figure(figsize=(8, 4.8))
+    axes = figure.add_subplot()
+    for (name, points), color in zip(lines.items(), COLOURS * len(lines), strict=False):
+        xs = [x for x, _ in points]
+        deviations = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+        means = [mean(values) for _, values in points]
+        axes.errorbar(xs, means, yerr=deviations, color=color, marker="o", markersize=4, capsize=3, label=name)
+        dots = np.array([(x, value) for x, values in points for value in values])
+        axes.scatter(dots[:, 0], dots[:, 1], color=color, s=10, alpha=0.5)
+    if published:
+        xs, f1, paper = map(list, zip(*published, strict=True))
+        axes.errorbar(xs, f1, yerr=paper, color=INK, linestyle=":", capsize=3, label="paper, reasoning")
+    ticks = sorted({x for points in lines.values() for x, _ in points} | {x for x, _, _ in published})
+    if ticks and ticks[0] > 0 and ticks[-1] >= 5 * ticks[0]:
+        axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{x:,g}" if x < 1e5 else f"{x:,.0f}" for x in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel=label, ylabel=f"F1, {metric}")
+    if ticks:
+        axes.legend()
+    return inline_svg(figure, "curve", f"F1 by {label}")
 
 
 def _number(label: str, whole: int | None) -> float | None:
-    """A label of the curve's axis as a number; `all` stands for the whole data set."""
-    if label == "all":
-        return whole
+    """Parse a label of the curve's axis; `all` is the whole data set."""
     try:
-        value = float(label)
+        value = float(label) if label != "all" else whole
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
-def _published_curve(study: Study, published: Any) -> list[tuple[float, float, float]]:
-    """(x, F1, deviation) of the published curve; empty where none is wanted."""
-    curve = study.fields.curve
+def _published_curve(study: Study, published: Published | None) -> list[tuple[float, float, float]]:
+    """Return (x, F1, deviation) of the published curve, if there is one."""
+    curve = study.definition.curve
     if published is None or curve is None or curve.published is None:
         return []
     return [(point.x, point.f1, point.deviation or 0.0) for point in getattr(published, curve.published)]
 
 
-def _published_scores(published: Any, name: str) -> Scores:
+def _published_scores(published: Published, name: str) -> Scores:
     row = published.row(name)
     if row is None:
         raise JaxguardError(f"configs/published has no row {name!r}, which a row of this study names")
-    found: Mapping[str, float | None] = {
-        metric: getattr(row, metric) for metric in (*AVERAGES, "dynaguardrail", "cosapien")
-    }
-    return {metric: value for metric, value in found.items() if value is not None}
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(plain(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
-def plain(text: str) -> str:
-    """Text that Markdown takes for nothing else."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in text)
+    scores = {metric: getattr(row, metric) for metric in (*AVERAGES, *CUSTOM)}
+    return {metric: value for metric, value in scores.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The stages of a run as commands, what of them is done, and how one is run so that a kill at any moment harms nothing."""
+"""The stages of a run: their commands, their outputs, which of them are done, and how to run one."""
 
 import fcntl
 import hashlib
@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import count
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import IO, Any
+from types import FrameType
+from typing import IO, Any, Self
 
-from jaxguard.config import read_by
+from jaxguard.config import READS, read_by
 from jaxguard.config.data import BuildConfig
 from jaxguard.config.study import Stage
 from jaxguard.data.files import file_digest
@@ -22,8 +22,8 @@ from jaxguard.study.grid import Run
 from jaxguard.utils.files import write_atomically
 
 REQUEUE = 75
-"""What a stage that was stopped with its state saved ends with."""
-DOORS: Mapping[Stage, tuple[str, ...]] = {
+"""Exit code of a stage that was stopped with its state saved."""
+COMMANDS: Mapping[Stage, tuple[str, ...]] = {
     "distill": ("-m", "jaxguard.distill"),
     "build": ("-m", "jaxguard.data", "build"),
     "mine": ("-m", "jaxguard.mine"),
@@ -31,204 +31,169 @@ DOORS: Mapping[Stage, tuple[str, ...]] = {
     "evaluate": ("-m", "jaxguard.evaluate"),
 }
 RECORD = "stages.json"
-READ = "read"
-"""In it: a hash of the earlier runs' work that a run was begun with."""
-_FOREIGN: Mapping[Stage, set[str]] = {
-    "distill": {"build", "evaluate", "mine", "train", "optimizer", "mesh", "checkpoint", "log"},
-    "build": {"distill", "evaluate", "mine", "train", "optimizer", "mesh", "checkpoint", "log"},
-    "train": {"distill", "build", "evaluate", "mine", "log"},
-    "mine": {"distill", "build", "log"},
-    "evaluate": {"distill", "build", "mine", "log"},
-}
-"""Sections of the config that a stage does not look at."""
-_OWN: Mapping[Stage, str] = {"distill": "traces*", "build": "dataset", "mine": "mine", "evaluate": "evaluate"}
-"""What a stage writes in a run's folder; all else is the training's."""
+"""In a run's folder: stage -> the fingerprint that it was begun with, and whether it is done."""
+_FOLDERS: Mapping[Stage, str] = {"distill": "traces*", "build": "dataset", "mine": "mine", "evaluate": "evaluate"}
+"""What a stage writes in a run's folder; everything else belongs to training."""
 
 
 def command(run: Run, stage: Stage) -> list[str]:
-    """A stage as a command line, without the interpreter."""
-    overrides = read_by("data build" if stage == "build" else stage, run.overrides)
-    return [*DOORS[stage], "--config", run.base, *overrides]
+    """Return a stage's command line, without the interpreter."""
+    return [*COMMANDS[stage], "--config", run.base, *read_by(_reader(stage), run.overrides)]
+
+
+def _reader(stage: Stage) -> str:
+    """Return the key of READS."""
+    return "data build" if stage == "build" else stage
 
 
 def outputs(run: Run, stage: Stage) -> list[Path]:
-    """Files that are there when a stage is done."""
-    folder = run.folder
-    if stage == "distill":
-        budgets = run.config.distill.budgets if run.config.distill else ()
-        return [folder / "traces.jsonl", *(folder / f"traces_{budget}.jsonl" for budget in budgets)]
-    if stage == "train" and not run.config.train.export:
-        return []
-    if stage == "build":
-        sets = (run.config.build or BuildConfig()).sets
-        return [folder / "dataset" / one.name / "all.parquet" for one in sets]
-    last = {"train": "export/jaxguard.json", "evaluate": "evaluate/results.json"}
-    return [folder / last.get(stage, "mine/difficult.jsonl")]
+    """Return the files that exist when a stage is done."""
+    config, folder = run.config, run.folder
+    match stage:
+        case "distill":
+            budgets = config.distill.budgets if config.distill else ()
+            return [folder / "traces.jsonl", *(folder / f"traces_{budget}.jsonl" for budget in budgets)]
+        case "build":
+            return [folder / "dataset" / each.name / "all.parquet" for each in (config.build or BuildConfig()).sets]
+        case "mine":
+            return [folder / "mine/difficult.jsonl"]
+        case "train":
+            return [folder / "export/jaxguard.json"] if config.train.export else []
+        case "evaluate":
+            return [folder / "evaluate/results.json"]
+
+
+def missing(run: Run, stage: Stage) -> list[Path]:
+    return [path for path in outputs(run, stage) if not path.is_file()]
 
 
 def fingerprint(run: Run, stage: Stage) -> str:
-    """A hash of all that a stage's result depends on: its part of the config, and the local files that this names."""
-    tree = run.config.model_dump(mode="json", exclude=_FOREIGN[stage])
-    found = json.dumps([stage, tree, _files(tree)], sort_keys=True)
-    return hashlib.sha256(found.encode()).hexdigest()
+    """Hash what a stage's result depends on: its config, its input files, and the stages whose output it reads."""
+    own = run.config.model_dump(mode="json", include=set(READS[_reader(stage)]) - {"log"})
+    return _sha256([stage, own, _files(run, stage), upstream(run, stage)])
 
 
-def _files(tree: Any) -> dict[str, str]:
-    """The files that the paths in a config lead to, with their hashes."""
-    if isinstance(tree, list):
-        return {path: digest for item in tree for path, digest in _files(item).items()}
-    if not isinstance(tree, Mapping):
-        return {}
-    path = tree.get("path")
-    own = {path: _digest(Path(path), Path(path).stat().st_mtime_ns)} if path and Path(path).is_file() else {}
-    return own | {name: digest for item in tree.values() for name, digest in _files(item).items()}
+def upstream(run: Run, stage: Stage) -> str:
+    """Hash the stages whose output a stage reads: earlier ones of its run, and all of its parents, but evaluations."""
+    before = [(run, each) for each in run.stages[: run.stages.index(stage)]]
+    before += [(parent, each) for parent in run.parents for each in parent.stages]
+    return _sha256([fingerprint(other, each) for other, each in before if each != "evaluate"])
+
+
+def _files(run: Run, stage: Stage) -> dict[str, str]:
+    """Hash the files that a stage reads, except those that its parents write."""
+    written = [parent.folder for parent in run.parents]
+    files = [path for path in run.inputs(stage) if path.is_file() and not any(map(path.is_relative_to, written))]
+    return {str(path): _file_digest(path, path.stat().st_mtime_ns) for path in sorted(files)}
 
 
 @cache
-def _digest(path: Path, _changed: int) -> str:
+def _file_digest(path: Path, _changed: int) -> str:
     return file_digest(path)
 
 
-def read_record(run: Run) -> dict[str, str]:
-    """Stage -> the fingerprint that it was done with."""
+def _sha256(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(run: Run) -> dict[str, Any]:
     try:
-        found = json.loads((run.folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((run.folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
-def left(run: Run, others: Mapping[str, Run]) -> list[Stage]:
-    """The stages that are not done: from the first on whose output is missing or was made of something else.
+def note(run: Run, stage: Stage, done: bool) -> None:
+    """Record that a stage begins or is done."""
+    entry = {"fingerprint": fingerprint(run, stage), "upstream": upstream(run, stage), "done": done}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.folder / RECORD, json.dumps(read_record(run) | {stage: entry}, indent=2) + "\n")
 
-    Args:
-        run: the run.
-        others: the study's runs by name, for those that this one reads from.
-    """
+
+def pending(run: Run) -> list[Stage]:
+    """Return the stages from the first on that is not done with this config and these files."""
     record = read_record(run)
     for i, stage in enumerate(run.stages):
-        there = all(path.is_file() for path in outputs(run, stage))
-        if not there or record.get(stage) != _key(run, stage, others):
+        entry = record.get(stage)
+        done = isinstance(entry, dict) and entry.get("done") and entry.get("fingerprint") == fingerprint(run, stage)
+        if missing(run, stage) or not done:
             return list(run.stages[i:])
     return []
 
 
-def record(run: Run, stage: Stage, others: Mapping[str, Run]) -> None:
-    """Note that a stage is done; what was noted of later ones no longer counts."""
-    before = (READ, *run.stages[: run.stages.index(stage)])
-    kept = {name: found for name, found in read_record(run).items() if name in before}
-    _write_record(run, {**kept, stage: _key(run, stage, others)})
+def begun_with_other_inputs(run: Run, stage: Stage) -> bool:
+    """Whether a stage's output was begun from other output of the stages before it.
 
-
-def begin(run: Run, others: Mapping[str, Run]) -> Path | None:
-    """Note what a run reads of others. If it was begun with something else, all its output is put aside: where that is now.
-
-    A training that goes on in its folder knows a change of its own config and data, but not that of the weights it began with.
+    Stages compare their own config and data themselves, but a training cannot tell that its base was trained again.
     """
-    noted, read = read_record(run), _read(run, others)
-    if noted.get(READ, read) == read:
-        aside = None
-    else:
-        aside, noted = put_aside(run, run.stages[0]), {}
-    if read:
-        _write_record(run, {**noted, READ: read})
-    return aside
+    entry = read_record(run).get(stage)
+    return isinstance(entry, dict) and entry.get("upstream") != upstream(run, stage)
 
 
 def put_aside(run: Run, stage: Stage) -> Path:
-    """Move what a stage has written to RUN.old-1, or the next number that is free; with a training all that came of it.
-
-    Whatever happens meanwhile, nothing of the old output can be taken for new.
-    """
+    """Move a stage's output, for a training everything that depends on it, to RUN.old-1 or the next free number."""
     folder = run.folder
     aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.old-{n}")).exists())
-    if stage in _OWN:
-        _move(folder, aside, [_OWN[stage]])
-    else:
-        folder.rename(aside)
-        _move(aside, folder, [RECORD, *(_OWN[one] for one in run.stages[: run.stages.index(stage)] if one in _OWN)])
+    before = run.stages[: run.stages.index(stage)]
+    stay = {path for each in before if each in _FOLDERS for path in folder.glob(_FOLDERS[each])}
+    moved = set(folder.glob(_FOLDERS.get(stage, "*"))) - stay - {folder / RECORD}
+    aside.mkdir()
+    for path in moved:
+        path.rename(aside / path.name)
     return aside
 
 
-def _move(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    target.mkdir()
-    for path in [path for pattern in patterns for path in source.glob(pattern)]:
-        path.rename(target / path.name)
+class StageRunner:
+    """Run one stage at a time as a process, and pass SIGTERM and Ctrl-C on to it.
 
-
-def _write_record(run: Run, noted: Mapping[str, str]) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.folder / RECORD, json.dumps(noted, indent=2) + "\n")
-
-
-def _key(run: Run, stage: Stage, others: Mapping[str, Run]) -> str:
-    """The fingerprint, and those of the runs that are read from."""
-    return hashlib.sha256((fingerprint(run, stage) + _read(run, others)).encode()).hexdigest()
-
-
-def _read(run: Run, others: Mapping[str, Run]) -> str:
-    """A hash of what the runs that are read from have done, their scores aside, which nobody reads; "" if there are none."""
-    read = [
-        {name: found for name, found in read_record(other).items() if name != "evaluate"}
-        for other in others.values()
-        if other.row in run.after
-    ]
-    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest() if read else ""
-
-
-class Stages:
-    """Runs one stage at a time, and hands SIGTERM and Ctrl-C on to it.
-
-    A stage outlives a kill -9 of the study. It holds the lock of a file that it inherits, so that the study, when it is started
-    again, waits for it instead of working beside it.
+    A stage survives a kill -9 of the study. It inherits the lock of a file, so that a new study waits for it.
 
     Attributes:
-        stopped: someone asked the study to stop.
+        stopped: the study was asked to stop.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
         self.stopped = False
-        self._path, self._say = folder / ".stage", say
-        self._file: IO[str] | None = None
-        self._child: subprocess.Popen[bytes] | None = None
-        self._before: dict[int, Any] = {}
+        self._path, self._log = folder / ".stage", log
+        self._lock: IO[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> "Stages":
-        self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
-        self._file = self._path.open("a+")
-        told = False
+    def __enter__(self) -> Self:
+        self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._lock = self._path.open("a+")
+        waiting = False
         while not self.stopped:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not told:
-                    self._say("a stage of a study that was killed is still at work; waiting for it")
-                told = True
+                if not waiting:
+                    self._log("a stage of a study that was killed is still running; waiting for it")
+                waiting = True
                 time.sleep(0.2)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self._file is not None:
-            self._file.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.stopped = True
-        if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(signal.SIGTERM)
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
 
     def run(self, words: list[str]) -> int:
-        """Run a command of this interpreter to its end; its exit code, or that of REQUEUE if it was stopped."""
-        assert self._file is not None
+        """Run a command of this interpreter; return its exit code, or REQUEUE if it was stopped."""
+        assert self._lock is not None
         if self.stopped:
             return REQUEUE
-        self._child = subprocess.Popen([sys.executable, *words], pass_fds=(self._file.fileno(),))  # noqa: S603 (our doors)
-        if self.stopped:  # between the question above and the start
-            self._child.send_signal(signal.SIGTERM)
-        code = self._child.wait()
-        self._child = None
+        self._process = subprocess.Popen([sys.executable, *words], pass_fds=(self._lock.fileno(),))  # noqa: S603 (our commands)
+        if self.stopped:  # between the check above and the start
+            self._process.send_signal(signal.SIGTERM)
+        code = self._process.wait()
+        self._process = None
         return REQUEUE if code and self.stopped else code

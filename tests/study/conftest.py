@@ -36,7 +36,7 @@ CONFIG = {
 def study(tmp_path, monkeypatch):
     """study(*overrides, scale=None, **changes): the study, in a new working directory; changes are fields of it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stages, "DOORS", {stage: (str(STUB), stage) for stage in stages.DOORS})
+    monkeypatch.setattr(stages, "COMMANDS", {stage: (str(STUB), stage) for stage in stages.COMMANDS})
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "stub").mkdir()
     (tmp_path / "configs").symlink_to(ROOT / "configs")

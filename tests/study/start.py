@@ -5,5 +5,5 @@ import sys
 from jaxguard.study import stages
 from jaxguard.study.__main__ import main
 
-stages.DOORS = {stage: (sys.argv[1], stage) for stage in stages.DOORS}
+stages.COMMANDS = {stage: (sys.argv[1], stage) for stage in stages.COMMANDS}
 sys.exit(main(["run", "study.yaml"]))

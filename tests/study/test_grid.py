@@ -93,15 +93,15 @@ def test_the_published_rows_exist(monkeypatch):
 def test_the_shipped_guards_of_others_can_be_asked(monkeypatch):
     """Not by JAX, which computes Llama and Gemma only, and not by policies, where their format takes none."""
     monkeypatch.chdir(ROOT)
-    foreign = [
+    external = [
         (run.config, guard)
         for name, scale in SHIPPED
         for run in open_study(f"paper/{name}", scale).runs
         for guard in (run.config.evaluate or EvaluateConfig()).guards
         if guard.format != "jaxguard"
     ]
-    assert [guard.name for _, guard in foreign] == ["wildguard"]
-    for config, guard in foreign:
+    assert [guard.name for _, guard in external] == ["wildguard"]
+    for config, guard in external:
         assert config.evaluate.backend == "sglang"
         benchmarks = [read_benchmark(one.name) for one in config.evaluate.benchmarks]
         assert {one.group for one in benchmarks} == {"safety_prompt", "safety_response"}
@@ -127,7 +127,7 @@ def test_a_scale_replaces_what_it_names(study):
     small = study(scale="tiny")
     assert [run.name for run in small.runs] == ["base", "bread-4-0", "bread-4-1"]
     assert small.folder == Path("runs/study-tiny")
-    assert small.fields.about == "Less bread."
+    assert small.definition.about == "Less bread."
 
 
 def test_null_in_a_scale_leaves_out_rows_but_is_a_value_of_a_field():
@@ -205,7 +205,7 @@ def test_the_documented_studies_without_a_teacher_ask_for_none(monkeypatch):
 
 def test_the_metric_is_the_studys(study):
     found = study("metric=safety")
-    assert found.fields.metric == "safety"
+    assert found.definition.metric == "safety"
     assert found.runs[1].config == study().runs[1].config
 
 
@@ -213,7 +213,7 @@ def test_the_metric_is_the_studys(study):
     ("changes", "overrides", "words"),
     [
         ({"rows": {"x": {"set": {"data.mod": 1}}}}, (), ["row x", "data.mod", "did you mean 'mode'"]),
-        ({"rows": {"x": {"after": ["y"]}}}, (), ["rows.x.after", "'y' is no earlier row"]),
+        ({"rows": {"x": {"after": ["y"]}}}, (), ["rows.x.after", "'y' is not an earlier row"]),
         ({"rows": {"x": {"axes": {"seed": [1, 1]}}}}, (), ["rows.x: axes", "only once"]),
         ({"rows": {"x": {"axes": {"data.train": [[]]}}}}, (), ["needs labels"]),
         ({"rows": {"x": {"stage": ["train"]}}}, (), ["unknown field", "did you mean 'stages'"]),
