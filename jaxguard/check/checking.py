@@ -113,20 +113,17 @@ async def checked(examples: Sequence[Example], setup: Setup) -> AsyncIterator[Ch
     """
     from jaxguard.guards.loading import open_guard  # what computes is loaded only when there is something to do
 
-    asked = [_questions(example, setup.policy) for example in examples]
-    asks = [
-        Request(replace(example, id=_key(i, question)), question, setup.mode)
+    requests = [
+        Request(replace(example, id=str(i)), _questions(example, setup.policy), setup.mode)
         for i, example in enumerate(examples)
-        for question in asked[i]
     ]
-    answers: dict[str, Prediction] = {}
+    predictions: dict[str, Prediction] = {}
     done = 0
-    async with open_guard(setup.guard, setup.config, setup.settings) as judge:
-        async for answer in judge(asks):
-            answers[answer.example_id] = answer
-            while done < len(examples) and all(_key(done, question) in answers for question in asked[done]):
-                found = {question: answers.pop(_key(done, question)) for question in asked[done]}
-                yield _checked(examples[done], found, setup)
+    async with open_guard(setup.guard, setup.config, setup.settings) as predict:
+        async for prediction in predict(requests):
+            predictions[prediction.example_id] = prediction
+            while str(done) in predictions:
+                yield _checked(examples[done], predictions.pop(str(done)), setup)
                 done += 1
 
 
@@ -136,27 +133,22 @@ def _questions(example: Example, policy: Policy) -> tuple[Question, ...]:
     return tuple(q for q in asks if q == "prompt_harm" or example.response is not None) or ("prompt_harm",)
 
 
-def _key(i: int, question: Question) -> str:
-    return f"{i + 1}:{question}"
-
-
-def _checked(example: Example, answers: dict[Question, Prediction], setup: Setup) -> Checked:
-    # The policy's questions are answered in one text; the other answers are there for their probabilities.
-    first = next(iter(answers.values()))
-    text = first.texts[0] if first.texts else ""
-    verdict = parse(text, answers, setup.mode, example.response is not None)
+def _checked(example: Example, prediction: Prediction, setup: Setup) -> Checked:
+    text = prediction.texts[0] if prediction.texts else ""
+    asked = tuple(prediction.verdicts)
+    verdict = parse(text, asked, setup.mode, example.response is not None)
     problems = verdict.problems
-    if first.cut:
+    if prediction.cut:
         problems = (*problems, "too long for the guard: the middle of the text was not read")
     return Checked(
         id=example.id,
-        asked=tuple(answers),
+        asked=asked,
         verdict=verdict,
-        probabilities={question: answer.probability for question, answer in answers.items()},
+        probabilities=dict(prediction.probabilities),
         reasoning=reasoning_of(text) if setup.mode is Mode.REASONING else None,
         problems=problems,
         text=text,
-        seconds=sum(answer.seconds for answer in answers.values()),
+        seconds=prediction.seconds,
     )
 
 

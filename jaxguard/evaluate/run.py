@@ -33,7 +33,7 @@ from jaxguard.evaluate.scores.scoring import GuardPredictions, Validation, score
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, modes_of, open_guard
 from jaxguard.guards.predictions import open_predictions
-from jaxguard.guards.protocol import UNPARSABLE, Guard, Prediction, Request, UnsupportedError
+from jaxguard.guards.protocol import UNPARSABLE, Prediction, Predictor, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
 from jaxguard.utils.progress import Progress
@@ -168,7 +168,7 @@ async def ask_guard(
         for mode in modes_of(guard, config):
             place = folder / "predictions" / guard.name / mode
             for bench in benches:
-                asks = [Request(example, bench.benchmark.question, mode) for example in bench.examples]
+                asks = [Request(example, (bench.benchmark.question,), mode) for example in bench.examples]
                 head = {
                     **common,
                     **examples_key(bench.benchmark.examples, policy),
@@ -181,7 +181,7 @@ async def ask_guard(
                     )
             known: dict[Question, tuple[Sequence[Example], Sequence[Prediction]]] = {}
             for question, examples in validation.items():
-                asks = [Request(example, question, mode) for example in examples]
+                asks = [Request(example, (question,), mode) for example in examples]
                 head = {**common, **examples_key(examples, policy)}
                 answers = await answered(judge, asks, place / f"validation-{question}.jsonl", head, console)
                 if answers is not None:
@@ -191,7 +191,7 @@ async def ask_guard(
 
 
 async def answered(
-    judge: Guard, asks: Sequence[Request], path: Path, head: dict[str, Any], console: Console
+    judge: Predictor, asks: Sequence[Request], path: Path, head: dict[str, Any], console: Console
 ) -> list[Prediction] | None:
     """The answers to all asks in their order, from the file where they are there; None if the guard cannot be asked that.
 
@@ -210,7 +210,7 @@ async def answered(
                     answer, last = replace(answer, wall=now - last), now
                     predictions.append(answer)
                     done, tokens = done + 1, tokens + answer.prompt_tokens + answer.completion_tokens
-                    unparsable += answer.verdicts.count(UNPARSABLE)
+                    unparsable += sum(each.count(UNPARSABLE) for each in answer.verdicts.values())
                     progress.update(done, f"unparsable: {unparsable}", tokens=tokens)
         except UnsupportedError as error:
             console.print(f"{title} is left out: {error}", markup=False, highlight=False)

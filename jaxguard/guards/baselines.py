@@ -1,7 +1,7 @@
-"""Baselines: judges that read no meaning, fitted to the training set. A guard that does not beat them has learnt nothing more.
+"""Baselines that read no meaning, fitted to the training set. A guard that does not beat them has learnt nothing more.
 
-`majority` says what most training labels say. `tfidf` weighs words and their letters: logistic regression on TF-IDF of words,
-word pairs and runs of letters, one model for each question.
+`majority` predicts the most frequent training label. `tfidf` is logistic regression on TF-IDF of words, word pairs and
+character n-grams, one model for each question.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,58 +16,61 @@ from sklearn.pipeline import make_pipeline, make_union
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.data.policies import Question
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Guard, Prediction, Request, UnsupportedError
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Prediction, Predictor, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
 BASELINES: Final = ("tfidf", "majority")
 Probabilities = Callable[[Sequence[str]], np.ndarray]
 """Texts to float[N]: of the positive answer to one question."""
 
-_INSTEAD: dict[Question, Question] = {"prompt_harm": "response_harm", "response_harm": "prompt_harm"}
+_FALLBACK: dict[Question, Question] = {"prompt_harm": "response_harm", "response_harm": "prompt_harm"}
 _STRENGTH = 5.0
 
 
-def fit_baseline(kind: str, examples: Sequence[Example], seed: int) -> Guard:
-    """A judge of a kind of BASELINES fitted to the labels of these examples, for a question when it is first asked.
+def fit_baseline(kind: str, examples: Sequence[Example], seed: int) -> Predictor:
+    """A predictor of a kind of BASELINES, fitted to the labels of these examples, for a question when it is first requested.
 
     A question that they do not label both ways is answered by the model of the other harm question, if there is one.
 
     Raises:
         JaxguardError: no example is labelled.
-        UnsupportedError: when asked, a question that cannot be answered.
+        UnsupportedError: on a request, a question that cannot be answered.
     """
-    if not any(_label(one, question) for one in examples for question in CHOICES):
+    if not any(_label(example, question) for example in examples for question in CHOICES):
         raise JaxguardError(f"format {kind}: no example of data.train has a label to fit it to")
 
     @lru_cache
     def model(question: Question) -> Probabilities:
-        for fitted_to in (question, _INSTEAD.get(question)):
-            if fitted_to is not None and (found := _fit(kind, examples, fitted_to, seed)) is not None:
-                return found
+        for fitted_to in (question, _FALLBACK.get(question)):
+            if fitted_to is not None and (fitted := _fit(kind, examples, fitted_to, seed)) is not None:
+                return fitted
         raise UnsupportedError(
             f"format {kind}: the labels of data.train do not tell {' from '.join(CHOICES[question])} ({question}): add "
             "examples of both, or leave the guard out"
         )
 
-    async def judge(asks: Sequence[Request], /) -> AsyncIterator[Prediction]:
-        for question in dict.fromkeys(ask.question for ask in asks):
-            asked = [ask.example for ask in asks if ask.question == question]
-            probabilities = model(question)([_text(example, question) for example in asked])
-            for example, p in zip(asked, probabilities, strict=True):
-                yield Prediction(example.id, (POSITIVE if p > 0.5 else NEGATIVE,), float(p))
+    async def predict(requests: Sequence[Request], /) -> AsyncIterator[Prediction]:
+        # Requests with the same questions are one batch.
+        for questions in dict.fromkeys(request.questions for request in requests):
+            batch = [request.example for request in requests if request.questions == questions]
+            columns = [model(q)([_text(example, q) for example in batch]).tolist() for q in questions]
+            for example, row in zip(batch, zip(*columns, strict=True), strict=True):
+                probabilities = dict(zip(questions, row, strict=True))
+                verdicts = {q: (POSITIVE if p > 0.5 else NEGATIVE,) for q, p in probabilities.items()}
+                yield Prediction(example.id, verdicts, probabilities)
 
-    return judge
+    return predict
 
 
 def _fit(kind: str, examples: Sequence[Example], question: Question, seed: int) -> Probabilities | None:
     """None where the examples do not answer the question both ways; the majority does with one."""
-    labelled = [one for one in examples if _label(one, question)]
-    positive = np.array([_label(one, question) == CHOICES[question][0] for one in labelled])
+    labelled = [example for example in examples if _label(example, question)]
+    positive = np.array([_label(example, question) == CHOICES[question][0] for example in labelled])
     if kind == "majority":
         return (lambda texts: np.full(len(texts), positive.mean())) if labelled else None
     if len(set(positive.tolist())) < 2:
         return None
-    pipeline = _pipeline(seed).fit([_text(one, question) for one in labelled], positive)
+    pipeline = _pipeline(seed).fit([_text(example, question) for example in labelled], positive)
     return lambda texts: np.asarray(pipeline.predict_proba(texts)[:, 1])
 
 

@@ -20,9 +20,9 @@ from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.prepare import load_sources
 from jaxguard.data.sources import digest
 from jaxguard.guards.baselines import BASELINES, fit_baseline
-from jaxguard.guards.formats.external import BUILT_IN, external_format, external_guard, written_file
+from jaxguard.guards.formats.external import BUILT_IN, external_format, external_guard, format_file
 from jaxguard.guards.formats.native import NativeFormat, context_tokens
-from jaxguard.guards.protocol import Backend, Guard, PromptFormat, Request, judge
+from jaxguard.guards.protocol import Backend, Prediction, Predictor, PromptFormat, Request, predict
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 
@@ -106,7 +106,7 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
         examples, _ = load_sources(config.data.train, "train")
         return {"format": guard.format, "fitted_to": digest(examples), "seed": config.seed}
     checkpoint = checkpoint_of(guard, config)
-    form = guard.format if guard.format in BUILT_IN else file_digest(written_file(guard.format))
+    form = guard.format if guard.format in BUILT_IN else file_digest(format_file(guard.format))
     known: dict[str, Any] = {"format": form, "checkpoint": checkpoint, "revision": guard.revision}
     if guard.endpoint is not None and not guard.swap:
         from jaxguard.guards.backends.sglang import served
@@ -137,8 +137,16 @@ def _digest(path: Path, _size: int, _changed: int) -> str:
 
 
 @asynccontextmanager
-async def open_guard(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> AsyncIterator[Guard]:
+async def open_guard(
+    guard: GuardConfig, config: Config, settings: EvaluateConfig, probabilities: bool = True
+) -> AsyncIterator[Predictor]:
     """Load a guard, or connect to it, or start its server; everything is closed at the end.
+
+    Args:
+        guard: which one.
+        config: its run's, or that of the run that evaluates it.
+        settings: backend and sampling.
+        probabilities: see protocol.predict.
 
     Raises:
         JaxguardError: no such checkpoint, a server that does not answer or serves another model.
@@ -152,10 +160,10 @@ async def open_guard(guard: GuardConfig, config: Config, settings: EvaluateConfi
     form = _format(guard, folder, config, settings)
     async with _backend(guard, folder, config, settings) as backend:
 
-        def judged(asks: Sequence[Request]) -> AsyncIterator[Any]:
-            return judge(asks, form, backend, settings)
+        def predictor(requests: Sequence[Request]) -> AsyncIterator[Prediction]:
+            return predict(requests, form, backend, settings, probabilities)
 
-        yield judged
+        yield predictor
 
 
 def _format(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> PromptFormat:

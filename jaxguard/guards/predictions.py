@@ -54,4 +54,5 @@ def open_predictions(path: Path, settings: Mapping[str, Any]) -> Iterator[Predic
 
 
 def _prediction(record: dict[str, Any]) -> Prediction:
-    return Prediction(**{**record, "verdicts": tuple(record["verdicts"]), "texts": tuple(record["texts"])})
+    verdicts = {question: tuple(each) for question, each in record["verdicts"].items()}
+    return Prediction(**{**record, "verdicts": verdicts, "texts": tuple(record["texts"])})

@@ -1,16 +1,17 @@
-"""From examples to answers: the protocol that every generating guard is measured by.
+"""From examples to predictions: the protocol by which every generating guard is measured.
 
-    prompt -> `generations` answers -> those whose thought ran out get a forced verdict -> read
-           -> probability of the positive answer, at the place where the verdict is chosen
+    prompt -> `generations` completions -> those whose reasoning ran out get a forced verdict -> parsed
+           -> probability of each positive verdict, at the tokens where it is decided
 
-A PromptFormat knows how a guard is asked and read, an Backend computes. This module puts the two together.
+A PromptFormat renders and parses, a Backend computes. One generation answers all questions of a request that the format puts
+into one prompt; a format with one prompt for each question generates for each of them.
 """
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol
 
 from jaxguard.config.evaluate import EvaluateConfig
@@ -26,75 +27,86 @@ UNPARSABLE: Final = -1
 
 
 class UnsupportedError(JaxguardError):
-    """A guard cannot be asked that at all: no such question or policy in its format."""
+    """A guard's format has no such question, or cannot show such a policy."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One example to judge: its labels are for nobody but the scorer."""
+    """One example, and the questions about it; the example's labels are for the scorer only."""
 
     example: Example
-    question: Question
+    questions: tuple[Question, ...]
     mode: Mode
+
+    def only(self, question: Question) -> "Request":
+        """The same request with a single question."""
+        return replace(self, questions=(question,))
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a guard said of an example.
+    """What a guard answers to a request.
 
     Attributes:
-        example_id: whose it is.
-        verdicts: of each generation: POSITIVE, NEGATIVE or UNPARSABLE (evaluate/metrics.py).
-        probability: of the positive answer; None where the guard gives none. In reasoning mode the mean over its thoughts.
-        texts: what was generated, a forced verdict included; empty where nothing was sampled.
+        example_id: the example's.
+        verdicts: question -> of each generation POSITIVE, NEGATIVE or UNPARSABLE.
+        probabilities: question -> probability of the positive verdict, in reasoning mode the mean over the generations; None
+            where the guard gives none.
+        texts: each generation, a forced verdict included; empty where nothing was sampled. A format with a prompt for each
+            question joins its answers by an empty line.
         forced: generations that ran out of tokens before their verdict, so that one was forced.
-        prompt_tokens: of the prompt.
-        completion_tokens: of all generations together.
-        seconds: from asking to the answer; of a batch, its share.
-        wall: since the answer before it, which summed over a benchmark is the time that it took.
-        unscored: thoughts that are not in the probability, since they lead to no place where the verdict is chosen.
+        prompt_tokens: of all prompts.
+        completion_tokens: of all generations.
+        seconds: from the request to the verdicts; of a batch, its share.
+        wall: seconds since the prediction before it; their sum is the time that a benchmark took.
+        unscored: question -> generations that are not in its probability, since their verdict cannot be located.
         cut: the text was too long for the model and was judged without its middle.
-        scoring: seconds for the probability, of a batch its share; not part of `seconds`.
+        scoring: seconds for the probabilities, of a batch its share; not part of `seconds`.
     """
 
     example_id: str
-    verdicts: tuple[int, ...]
-    probability: float | None
+    verdicts: Mapping[Question, tuple[int, ...]]
+    probabilities: Mapping[Question, float | None]
     texts: tuple[str, ...] = ()
     forced: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
     wall: float = 0.0
-    unscored: int = 0
+    unscored: Mapping[Question, int] = field(default_factory=dict)
     cut: bool = False
     scoring: float = 0.0
 
 
-class Guard(Protocol):
-    """A guard that is ready to be asked."""
+class Predictor(Protocol):
+    """An open guard."""
 
-    def __call__(self, asks: Sequence[Request], /) -> AsyncIterator[Prediction]:
-        """Answers in any order, each as soon as it is there; stopping loses no more than what is under way."""
+    def __call__(self, requests: Sequence[Request], /) -> AsyncIterator[Prediction]:
+        """Predictions in any order, each as soon as it is there; requests have one mode and distinct example ids."""
         ...
 
 
 @dataclass(frozen=True)
 class DecisionPoint:
-    """A place where a verdict is chosen between two tokens.
+    """Where an answer goes on with one of two tokens.
 
     Attributes:
         prefix: token ids of everything before it, prompt included.
         positive_id, negative_id: the two tokens.
-        earlier: the choices that lead here, as (index into the list of choices, whether its positive token was taken).
-        final: this one answers the question; others are about lines before it.
+        question: the one that it answers; None if it only leads to a later one.
+        earlier: the decisions that lead here, as (index into the list of points, whether its positive token was taken).
     """
 
     prefix: tuple[int, ...]
     positive_id: int
     negative_id: int
+    question: Question | None
     earlier: tuple[tuple[int, bool], ...] = ()
-    final: bool = True
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], int, int]:
+        """What its probability depends on: points of several questions may share one."""
+        return self.prefix, self.positive_id, self.negative_id
 
 
 class Prompt(NamedTuple):
@@ -105,13 +117,17 @@ class Prompt(NamedTuple):
 
 
 class PromptFormat(Protocol):
-    """How a guard is asked and how its answers are read."""
+    """How a guard is prompted and how its answers are parsed."""
 
-    def prompt(self, ask: Request, /) -> Prompt:
+    def split(self, request: Request, /) -> Sequence[Request]:
+        """The request as parts whose questions one prompt answers."""
+        ...
+
+    def prompt(self, request: Request, /) -> Prompt:
         """What generation starts from.
 
         Raises:
-            UnsupportedError: no such question or policy in this format, or no room for the policy.
+            UnsupportedError: no such question or policy in this format, or the policy is too long.
         """
         ...
 
@@ -119,20 +135,20 @@ class PromptFormat(Protocol):
         """Generated tokens as text."""
         ...
 
-    def read(self, ask: Request, text: str, /) -> int:
-        """POSITIVE, NEGATIVE or UNPARSABLE."""
+    def parse(self, request: Request, text: str, /) -> dict[Question, int]:
+        """Of each question POSITIVE, NEGATIVE or UNPARSABLE."""
         ...
 
-    def closed(self, ask: Request, text: str, /) -> str | None:
-        """An answer that ran out of tokens, with its thought ended, ready for the verdict; None if it has one, or never thinks."""
+    def close_reasoning(self, request: Request, text: str, /) -> str | None:
+        """An answer that ran out of tokens, ready for the verdict; None if it has one, or never reasons."""
         ...
 
     def tokens(self, text: str, /) -> Sequence[int]:
         """Token ids of an answer's beginning."""
         ...
 
-    def choices(self, ask: Request, text: str, /) -> Sequence[DecisionPoint]:
-        """Where the verdict is chosen after this answer's thought; () if the format cannot say."""
+    def decision_points(self, request: Request, text: str, /) -> Sequence[DecisionPoint]:
+        """Where the verdicts are decided after this answer's reasoning; () if that cannot be said."""
         ...
 
     @property
@@ -141,8 +157,8 @@ class PromptFormat(Protocol):
         ...
 
     @property
-    def thinks(self) -> frozenset[Mode]:
-        """Modes in which an answer opens with a thought."""
+    def reasoning_modes(self) -> frozenset[Mode]:
+        """Modes in which an answer begins with reasoning."""
         ...
 
 
@@ -155,7 +171,7 @@ class Completion:
 
 
 class Backend(Protocol):
-    """Who computes."""
+    """Computes completions and log-odds."""
 
     async def sample(
         self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...], /
@@ -169,27 +185,39 @@ class Backend(Protocol):
 
     @property
     def group(self) -> int:
-        """How many examples it likes to be given at a time."""
+        """Requests in a batch."""
         ...
 
     @property
     def workers(self) -> int:
-        """How many such groups it likes to have under way at once."""
+        """Batches under way at once."""
         ...
 
 
-async def judge(
-    asks: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig
+async def predict(
+    requests: Sequence[Request],
+    form: PromptFormat,
+    backend: Backend,
+    settings: EvaluateConfig,
+    probabilities: bool = True,
 ) -> AsyncIterator[Prediction]:
-    """Put a format and an backend to work, group by group; answers come as their group is done."""
-    waiting = iter([asks[i : i + backend.group] for i in range(0, len(asks), backend.group)])
+    """Predict batch by batch; predictions come as their batch is done.
+
+    Args:
+        requests: of one mode, with distinct example ids.
+        form: renders and parses.
+        backend: computes.
+        settings: how to sample.
+        probabilities: also score the verdicts; without, all probabilities are None unless verdicts come from them.
+    """
+    batches = iter([requests[i : i + backend.group] for i in range(0, len(requests), backend.group)])
     done: asyncio.Queue[list[Prediction] | BaseException | None] = asyncio.Queue()
 
     async def work() -> None:
         try:
-            for group in waiting:  # shared: each group is taken once
-                await done.put(await _judge_group(group, form, backend, settings))
-                # An backend in this thread never waits: let the answers be kept before it goes on.
+            for batch in batches:  # shared: each batch is taken once
+                await done.put(await _predict_batch(batch, form, backend, settings, probabilities))
+                # A backend in this thread never waits: let the predictions be stored before it goes on.
                 await asyncio.sleep(0)
             await done.put(None)
         except BaseException as error:
@@ -198,109 +226,145 @@ async def judge(
 
     workers = [asyncio.ensure_future(work()) for _ in range(backend.workers)]
     try:
-        left = len(workers)
-        while left:
-            found = await done.get()
-            if isinstance(found, BaseException):
-                raise found
-            if found is None:
-                left -= 1
+        working = len(workers)
+        while working:
+            result = await done.get()
+            if isinstance(result, BaseException):
+                raise result
+            if result is None:
+                working -= 1
                 continue
-            for answer in found:
-                yield answer
+            for prediction in result:
+                yield prediction
     finally:
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _judge_group(
-    asks: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig
-) -> list[Prediction]:
-    started = time.monotonic()
-    prompts = [form.prompt(ask) for ask in asks]
-    texts: list[list[str]] = [[] for _ in asks]
-    used, forced = [0] * len(asks), [0] * len(asks)
-    if settings.generations:
-        for i, found in enumerate(await _sampled(asks, [one.ids for one in prompts], form, backend, settings)):
-            texts[i], used[i], forced[i] = found
-    sampled = time.monotonic()
-    probabilities = await _probabilities(asks, texts, form, backend)
-    scored = time.monotonic()
-    # Without sampling the probability is the answer.
-    seconds, scoring = (sampled - started, scored - sampled) if settings.generations else (scored - started, 0.0)
-    return [
-        Prediction(
-            example_id=ask.example.id,
-            verdicts=tuple(form.read(ask, text) for text in texts[i]) or (_likelier(probability),),
-            probability=probability,
-            unscored=unscored,
-            texts=tuple(texts[i]),
-            forced=forced[i],
-            cut=prompts[i].cut,
-            prompt_tokens=len(prompts[i].ids),
-            completion_tokens=used[i],
-            seconds=seconds / len(asks),
-            scoring=scoring / len(asks),
-        )
-        for i, (ask, (probability, unscored)) in enumerate(zip(asks, probabilities, strict=True))
-    ]
+@dataclass
+class _Part:
+    """The questions of a request that one prompt answers, and what was generated."""
+
+    request: Request
+    prompt: Prompt
+    texts: list[str] = field(default_factory=list)
+    tokens: int = 0
+    forced: int = 0
 
 
-async def _sampled(
-    asks: Sequence[Request],
-    prompts: Sequence[tuple[int, ...]],
+Scores = dict[Question, tuple[float | None, int]]
+"""Question -> its probability, and the number of unscored generations."""
+
+
+async def _predict_batch(
+    requests: Sequence[Request],
     form: PromptFormat,
     backend: Backend,
     settings: EvaluateConfig,
-) -> list[tuple[list[str], int, int]]:
-    """Of each ask: its answers, the tokens that they took, and how many verdicts were forced."""
-    budget = settings.verdict_tokens + (settings.reasoning_tokens if asks[0].mode in form.thinks else 0)
-    drawn = await backend.sample(prompts, settings.generations, budget, form.stop_ids)
-    texts = [[form.text(one.tokens) for one in answers] for answers in drawn]
-    used = [sum(len(one.tokens) for one in answers) for answers in drawn]
-    open_thoughts = [
-        (i, j, closed)
-        for i, answers in enumerate(drawn)
-        for j, one in enumerate(answers)
-        if not one.stopped and (closed := form.closed(asks[i], texts[i][j])) is not None
-    ]
-    starts = [(*prompts[i], *form.tokens(closed)) for i, _, closed in open_thoughts]
-    verdicts = await backend.sample(starts, 1, settings.verdict_tokens, form.stop_ids) if starts else []
-    forced = [0] * len(asks)
-    for (i, j, closed), [one] in zip(open_thoughts, verdicts, strict=True):
-        texts[i][j] = closed + form.text(one.tokens)
-        used[i] += len(one.tokens)
-        forced[i] += 1
-    return list(zip(texts, used, forced, strict=True))
-
-
-async def _probabilities(
-    asks: Sequence[Request], texts: Sequence[Sequence[str]], form: PromptFormat, backend: Backend
-) -> list[tuple[float | None, int]]:
-    """Of each ask, the mean over its thoughts, and how many are not in it since they lead to no place of choice."""
-    trees = [
-        [tuple(form.choices(ask, text)) for text in found or ("",)] for ask, found in zip(asks, texts, strict=True)
-    ]
-    distinct = list(dict.fromkeys(choice for tree in trees for choices in tree for choice in choices))
-    odds = await backend.log_odds(
-        [choice.prefix for choice in distinct], [(choice.positive_id, choice.negative_id) for choice in distinct]
-    )
-    positive = {choice: 1 / (1 + math.exp(-max(-700.0, o))) for choice, o in zip(distinct, odds, strict=True)}
-    found = [[_final([positive[c] for c in choices], choices) for choices in tree if choices] for tree in trees]
+    probabilities: bool,
+) -> list[Prediction]:
+    started = time.monotonic()
+    parts = [[_Part(part, form.prompt(part)) for part in form.split(request)] for request in requests]
+    everything = [part for group in parts for part in group]
+    if settings.generations:
+        await _generate(everything, form, backend, settings)
+    sampled = time.monotonic()
+    if probabilities or not settings.generations:
+        scores = await _score(everything, form, backend)
+    else:
+        scores = [dict.fromkeys(part.request.questions, (None, 0)) for part in everything]
+    scored = time.monotonic()
+    # Without sampling the probability is the answer.
+    seconds, scoring = (sampled - started, scored - sampled) if settings.generations else (scored - started, 0.0)
+    waiting = iter(scores)
     return [
-        (sum(each) / len(each) if each else None, len(choices) - len(each))
-        for each, choices in zip(found, trees, strict=True)
+        _prediction(
+            request, group, [next(waiting) for _ in group], form, seconds / len(requests), scoring / len(requests)
+        )
+        for request, group in zip(requests, parts, strict=True)
     ]
 
 
-def _final(positive: Sequence[float], choices: Sequence[DecisionPoint]) -> float:
-    """P(the question's positive answer): the sum over earlier answers of P(them) P(positive | them)."""
+def _prediction(
+    request: Request,
+    parts: Sequence[_Part],
+    scores: Sequence[Scores],
+    form: PromptFormat,
+    seconds: float,
+    scoring: float,
+) -> Prediction:
+    """Merge what was generated for the parts of a request."""
+    score = {question: result for part in scores for question, result in part.items()}
+    verdicts: dict[Question, tuple[int, ...]] = {q: (_likelier(score[q][0]),) for q in request.questions}
+    for part in parts:
+        parsed = [form.parse(part.request, text) for text in part.texts]
+        verdicts |= {q: tuple(verdict[q] for verdict in parsed) for q in part.request.questions if parsed}
+    return Prediction(
+        example_id=request.example.id,
+        verdicts=verdicts,
+        probabilities={q: score[q][0] for q in request.questions},
+        unscored={q: score[q][1] for q in request.questions},
+        texts=tuple("\n\n".join(texts) for texts in zip(*(part.texts for part in parts), strict=True)),
+        forced=sum(part.forced for part in parts),
+        cut=any(part.prompt.cut for part in parts),
+        prompt_tokens=sum(len(part.prompt.ids) for part in parts),
+        completion_tokens=sum(part.tokens for part in parts),
+        seconds=seconds,
+        scoring=scoring,
+    )
 
-    def reached(choice: DecisionPoint) -> float:
-        return math.prod(positive[i] if taken else 1 - positive[i] for i, taken in choice.earlier)
 
-    return sum(reached(choice) * positive[i] for i, choice in enumerate(choices) if choice.final)
+async def _generate(parts: Sequence[_Part], form: PromptFormat, backend: Backend, settings: EvaluateConfig) -> None:
+    """Sample the answers to each part's prompt, and force a verdict where the reasoning ran out of tokens."""
+    reasons = parts[0].request.mode in form.reasoning_modes
+    budget = settings.verdict_tokens + (settings.reasoning_tokens if reasons else 0)
+    sampled = await backend.sample([part.prompt.ids for part in parts], settings.generations, budget, form.stop_ids)
+    unfinished: list[tuple[_Part, int, str]] = []
+    for part, completions in zip(parts, sampled, strict=True):
+        for i, completion in enumerate(completions):
+            text = form.text(completion.tokens)
+            part.texts.append(text)
+            part.tokens += len(completion.tokens)
+            closed = None if completion.stopped else form.close_reasoning(part.request, text)
+            if closed is not None:
+                unfinished.append((part, i, closed))
+    if not unfinished:
+        return
+    prefixes = [(*part.prompt.ids, *form.tokens(closed)) for part, _, closed in unfinished]
+    verdicts = await backend.sample(prefixes, 1, settings.verdict_tokens, form.stop_ids)
+    for (part, i, closed), [completion] in zip(unfinished, verdicts, strict=True):
+        part.texts[i] = closed + form.text(completion.tokens)
+        part.tokens += len(completion.tokens)
+        part.forced += 1
+
+
+async def _score(parts: Sequence[_Part], form: PromptFormat, backend: Backend) -> list[Scores]:
+    """Score the verdicts of each part: the mean over its generations, each point computed once."""
+    trees = [[tuple(form.decision_points(part.request, text)) for text in part.texts or ("",)] for part in parts]
+    keys = list(dict.fromkeys(point.key for texts in trees for tree in texts for point in tree))
+    odds = await backend.log_odds([prefix for prefix, _, _ in keys], [(positive, other) for _, positive, other in keys])
+    positive = {key: 1 / (1 + math.exp(-max(-700.0, o))) for key, o in zip(keys, odds, strict=True)}
+    scores: list[Scores] = []
+    for part, texts in zip(parts, trees, strict=True):
+        scores.append({})
+        for question in part.request.questions:
+            each = [
+                _probability([positive[point.key] for point in tree], tree, question)
+                for tree in texts
+                if any(point.question == question for point in tree)
+            ]
+            scores[-1][question] = (sum(each) / len(each) if each else None, len(texts) - len(each))
+    return scores
+
+
+def _probability(positive: Sequence[float], tree: Sequence[DecisionPoint], question: Question) -> float:
+    """P(the question's positive verdict): the sum over earlier answers of P(them) P(positive | them)."""
+
+    def reached(point: DecisionPoint) -> float:
+        return math.prod(positive[i] if taken else 1 - positive[i] for i, taken in point.earlier)
+
+    return sum(reached(point) * positive[i] for i, point in enumerate(tree) if point.question == question)
 
 
 def _likelier(probability: float | None) -> int:

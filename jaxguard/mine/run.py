@@ -86,11 +86,11 @@ async def ask(
             if example.id in stores[mode].answers:
                 add(example, mode, stores[mode].answers[example.id].texts)
             else:
-                asks[mode].append(Request(example, next(iter(labels_of(example, policy))), mode))
+                asks[mode].append(Request(example, tuple(labels_of(example, policy)), mode))
         if any(asks.values()):
             progress = stack.enter_context(Progress("mining", len(selection.train), tally.total(), console))
             examples = {example.id: example for example, _ in selection.train}
-            async with open_guard(settings.guard, config, sampling) as judge:
+            async with open_guard(settings.guard, config, sampling, probabilities=False) as judge:
                 for mode, left in asks.items():
                     # What does not fit shows at once, and texts of like length share a batch.
                     left.sort(key=lambda ask: -len(ask.example.prompt) - len(ask.example.response or ""))

@@ -51,8 +51,8 @@ class FakeGuard:
             for ask in reversed(asks):
                 yield Prediction(
                     ask.example.id,
-                    verdicts=(0,),
-                    probability=0.25 if ask.question == "prompt_harm" else 0.125,
+                    verdicts=dict.fromkeys(ask.questions, (0,)),
+                    probabilities={q: 0.25 if q == "prompt_harm" else 0.125 for q in ask.questions},
                     texts=(self.says(ask),),
                     cut=self.cut,
                     seconds=0.5,

@@ -17,7 +17,7 @@ THOUGHT = (
 
 def test_a_prompt_alone_is_one_question(run, guard):
     found = check("bread?", model=run)
-    assert [(ask.question, ask.mode) for ask in guard.asks] == [("prompt_harm", Mode.DIRECT)]
+    assert [(ask.questions, ask.mode) for ask in guard.asks] == [(("prompt_harm",), Mode.DIRECT)]
     assert (found.verdict.prompt_harm, found.verdict.response_harm) == ("unharmful", None)
     assert found.probabilities == {"prompt_harm": 0.25}
     assert (found.passes, found.harmful, found.reasoning, found.problems) == (True, False, None, ())
@@ -26,11 +26,11 @@ def test_a_prompt_alone_is_one_question(run, guard):
 def test_an_exchange_is_asked_all_and_read_from_one_answer(run, guard):
     guard.says = lambda ask: THOUGHT
     found = check("bread?", "No.", model=run, mode="reasoning")
-    assert [ask.question for ask in guard.asks] == ["prompt_harm", "response_harm"]
+    assert [ask.questions for ask in guard.asks] == [("prompt_harm", "response_harm")]
     assert (found.verdict.prompt_harm, found.verdict.response_harm) == ("harmful", "unharmful")
     assert found.probabilities == {"prompt_harm": 0.25, "response_harm": 0.125}
     assert found.reasoning == "It asks for bread.\nPrompt harm: unharmful"
-    assert (found.harmful, found.passes, found.seconds) == (True, False, 1.0)
+    assert (found.harmful, found.passes, found.seconds) == (True, False, 0.5)
 
 
 @pytest.mark.parametrize("text", ["", "bread", "Prompt harm: maybe", "<think>Prompt harm: unharmful"])

@@ -86,7 +86,9 @@ def test_probabilities_alone_need_no_sampling(run):
     validation = f"evaluate.validation=[{{kind: jsonl, path: {run.parent / 'train.jsonl'}}}]"
     assert evaluate(run, name, validation, "evaluate.generations=0") == 0
     found = predictions(run, "scored")
-    assert all(a["verdicts"] == [1 if a["probability"] > 0.5 else 0] and not a["texts"] for a in found)
+    for one in found:
+        assert one["verdicts"] == {"prompt_harm": [1 if one["probabilities"]["prompt_harm"] > 0.5 else 0]}
+        assert not one["texts"]
     (cell,) = read_results(run.parent / "runs/tiny/evaluate/results.json").cells
     assert cell.thresholded is not None
     assert len(predictions(run, "scored", label="validation-prompt_harm")) == 48

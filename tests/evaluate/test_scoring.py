@@ -48,6 +48,12 @@ def benchmark_of(name, truth=TRUTH):
     )
 
 
+def scored(prediction, probability=None, unscored=0, **changes):
+    """The prediction of one question with another probability."""
+    [question] = prediction.verdicts
+    return replace(prediction, probabilities={question: probability}, unscored={question: unscored}, **changes)
+
+
 def judged_by(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes):
     """`verdicts`: of each example one, or a tuple of each generation's."""
     benchmark = benchmark_of(name, truth)
@@ -55,9 +61,9 @@ def judged_by(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes):
     for example, given in zip(benchmark.examples, verdicts, strict=True):
         each = given if isinstance(given, tuple) else (given,)
         texts = tuple(f"generation {i} says {one}" for i, one in enumerate(each))
-        answers.append(Prediction(example.id, each, None, texts))
+        answers.append(Prediction(example.id, {benchmark.question: each}, {benchmark.question: None}, texts))
     return GuardPredictions(
-        guard, mode, name, benchmark, benchmark.examples, [replace(one, **changes) for one in answers], wall
+        guard, mode, name, benchmark, benchmark.examples, [scored(one, **changes) for one in answers], wall
     )
 
 
@@ -253,9 +259,9 @@ def test_probabilities_lack_what_is_not_scored():
     one = judged_by("first", R, "rye", [(0, 0, 0, -1)] * 6, probability=0.2, unscored=1)
     brier = {p: np.mean([(p - label) ** 2 for label in TRUTH]) for p in (0.4, 0.2)}
     assert evaluated([one]).cells[0].calibration.brier.value == pytest.approx(brier[0.4])
-    whole = replace(one, answers=[replace(answer, unscored=0) for answer in one.answers])
+    whole = replace(one, answers=[scored(answer, 0.2) for answer in one.answers])
     assert evaluated([whole]).cells[0].calibration.brier.value == pytest.approx(brier[0.2])
-    none = replace(one, answers=[replace(one.answers[0], probability=None, unscored=4), *one.answers[1:]])
+    none = replace(one, answers=[scored(one.answers[0], None, 4), *one.answers[1:]])
     expected = np.mean([(1.0 - 1) ** 2, *((0.4 - label) ** 2 for label in TRUTH[1:])])
     assert evaluated([none]).cells[0].calibration.brier.value == pytest.approx(expected)
 
@@ -263,9 +269,7 @@ def test_probabilities_lack_what_is_not_scored():
 def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
     """At face value all are alike; only what is not scored tells the classes apart."""
     one = judged_by("first", R, "rye", [(1, 0)] * 6)
-    answers = [
-        replace(answer, probability=0.3, unscored=label) for answer, label in zip(one.answers, TRUTH, strict=True)
-    ]
+    answers = [scored(answer, 0.3, label) for answer, label in zip(one.answers, TRUTH, strict=True)]
     one = replace(one, answers=answers)
     validation = {("first", R): {"prompt_harm": (one.examples, one.answers)}}
     found = evaluated([one], validation=validation).cells[0].thresholded
@@ -275,7 +279,7 @@ def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
 
 def test_a_missing_probability_is_an_unparsable_verdict_at_any_threshold():
     one = judged_by("first", D, "rye", GOOD)
-    answers = [replace(a, probability=p) for a, p in zip(one.answers, (None, 0.9, 0.8, 0.1, 0.2, 0.3), strict=True)]
+    answers = [scored(a, p) for a, p in zip(one.answers, (None, 0.9, 0.8, 0.1, 0.2, 0.3), strict=True)]
     one = replace(one, answers=answers)
     validation = {("first", D): {"prompt_harm": (one.examples, one.answers)}}
     found = evaluated([one], validation=validation).cells[0].thresholded
@@ -352,7 +356,7 @@ def test_the_surest_errors_come_first_and_not_all_are_kept():
     count = SHOWN_ERRORS + 5
     one = judged_by("first", D, "rye", (0,) * count, truth=(1,) * count)
     sure = [0.5 - 0.4 * i / count for i in range(count - 1)]
-    answers = [replace(a, probability=p) for a, p in zip(one.answers, [*sure, None], strict=True)]
+    answers = [scored(a, p) for a, p in zip(one.answers, [*sure, None], strict=True)]
     found = evaluated([replace(one, answers=answers)]).cells[0].wrong
     assert [wrong.example.id for wrong in found] == [f"rye {count - 2 - i}" for i in range(SHOWN_ERRORS)]
 

@@ -21,7 +21,7 @@ THOUGHT = {
 
 
 def asked(question="prompt_harm", example=BOTH, mode=Mode.REASONING):
-    return Request(example, question, mode)
+    return Request(example, (question,), mode)
 
 
 def shown(form, ask):

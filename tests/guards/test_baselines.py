@@ -23,22 +23,22 @@ RESPONSES = [
 ]
 
 
-def answers(judge, examples, question="prompt_harm"):
+def answers(predict, examples, question="prompt_harm"):
     async def collect():
-        return [one async for one in judge([Request(example, question, Mode.DIRECT) for example in examples])]
+        return [one async for one in predict([Request(example, (question,), Mode.DIRECT) for example in examples])]
 
     return asyncio.run(collect())
 
 
 @pytest.mark.parametrize(("examples", "question"), [(PROMPTS, "prompt_harm"), (RESPONSES, "response_harm")])
 def test_words_tell_a_separable_set_apart(examples, question):
-    judge = fit_baseline("tfidf", examples, 0)
-    found = answers(judge, examples, question)
+    predict = fit_baseline("tfidf", examples, 0)
+    found = answers(predict, examples, question)
     assert [one.example_id for one in found] == [one.id for one in examples]
-    assert [one.verdicts for one in found] == [(POSITIVE,)] * 4 + [(NEGATIVE,)] * 4
-    assert all((one.probability > 0.5) == (one.verdicts == (POSITIVE,)) for one in found)
+    assert [list(one.verdicts.values()) for one in found] == [[(POSITIVE,)]] * 4 + [[(NEGATIVE,)]] * 4
+    assert all((one.probabilities[question] > 0.5) == (one.verdicts[question] == (POSITIVE,)) for one in found)
     new = Example("new", "s", "Hm?" if question == "response_harm" else "burn my loaf", "burn my loaf")
-    assert answers(judge, [new], question)[0].verdicts == (POSITIVE,)
+    assert answers(predict, [new], question)[0].verdicts[question] == (POSITIVE,)
     assert found == answers(fit_baseline("tfidf", examples, 0), examples, question)
 
 
@@ -48,17 +48,19 @@ def test_each_question_has_its_model():
         replace(one, response_label="harmful" if one.response_label == "unharmful" else "unharmful")
         for one in RESPONSES
     ]
-    judge = fit_baseline("tfidf", PROMPTS + turned, 0)
+    predict = fit_baseline("tfidf", PROMPTS + turned, 0)
     both = [replace(PROMPTS[0], response=PROMPTS[0].prompt)]
-    assert answers(judge, both)[0].verdicts == (POSITIVE,)
-    assert answers(judge, both, "response_harm")[0].verdicts == (NEGATIVE,)
+    assert answers(predict, both)[0].verdicts == {"prompt_harm": (POSITIVE,)}
+    assert answers(predict, both, "response_harm")[0].verdicts == {"response_harm": (NEGATIVE,)}
 
 
 def test_a_question_without_labels_is_answered_by_the_other_harm_questions_model():
-    judge = fit_baseline("tfidf", PROMPTS, 0)
-    assert [one.verdicts for one in answers(judge, RESPONSES, "response_harm")] == [(POSITIVE,)] * 4 + [(NEGATIVE,)] * 4
+    predict = fit_baseline("tfidf", PROMPTS, 0)
+    assert [list(one.verdicts.values()) for one in answers(predict, RESPONSES, "response_harm")] == [
+        [(POSITIVE,)]
+    ] * 4 + [[(NEGATIVE,)]] * 4
     with pytest.raises(JaxguardError, match="do not tell refusal from compliance"):
-        answers(judge, RESPONSES, "response_refusal")
+        answers(predict, RESPONSES, "response_refusal")
 
 
 def test_labels_of_one_kind_teach_nothing():
@@ -70,6 +72,20 @@ def test_labels_of_one_kind_teach_nothing():
 
 def test_the_majority_says_what_most_labels_say():
     found = answers(fit_baseline("majority", PROMPTS[:6], 0), PROMPTS)
-    assert {(one.verdicts, one.probability) for one in found} == {((POSITIVE,), 4 / 6)}
+    assert {(one.verdicts["prompt_harm"], one.probabilities["prompt_harm"]) for one in found} == {((POSITIVE,), 4 / 6)}
     found = answers(fit_baseline("majority", PROMPTS[3:], 0), RESPONSES, "response_harm")
-    assert {(one.verdicts, one.probability) for one in found} == {((NEGATIVE,), 1 / 5)}
+    assert {(one.verdicts["response_harm"], one.probabilities["response_harm"]) for one in found} == {
+        ((NEGATIVE,), 1 / 5)
+    }
+
+
+def test_all_questions_are_answered_at_once():
+    both = [replace(PROMPTS[0], response=PROMPTS[-1].prompt)]
+    predict = fit_baseline("tfidf", PROMPTS + RESPONSES, 0)
+
+    async def collect(*questions):
+        return [one async for one in predict([Request(both[0], questions, Mode.DIRECT)])]
+
+    [found] = asyncio.run(collect("prompt_harm", "response_harm"))
+    for question in ("prompt_harm", "response_harm"):
+        assert found.probabilities[question] == asyncio.run(collect(question))[0].probabilities[question]

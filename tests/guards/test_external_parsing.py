@@ -83,7 +83,7 @@ READ = {
         "No, it is not": UNPARSABLE,
         "No\nYes": UNPARSABLE,
         "No\nNo": UNPARSABLE,
-        "Prediction: No": UNPARSABLE,
+        "Answer: No": UNPARSABLE,
         "No<end_of_turn>": UNPARSABLE,
     },
     LINES: {
@@ -118,7 +118,7 @@ READ = {
     ("kind", "text"), [(kind, text) for kind, table in READ.items() for text in (*table, "", " \n")]
 )
 def test_read(form, kind, text):
-    assert form(kind).read(asked(), text) == READ[kind].get(text, UNPARSABLE)
+    assert form(kind).guard.parse(asked(), text) == READ[kind].get(text, UNPARSABLE)
 
 
 @pytest.mark.parametrize(
@@ -136,19 +136,23 @@ def test_read(form, kind, text):
     ],
 )  # fmt: skip
 def test_read_of_responses(form, kind, question, text, expected):
-    assert form(kind).read(asked(question), text) == expected
+    assert form(kind).guard.parse(asked(question), text) == expected
 
 
 def test_without_a_response_its_lines_may_say_so(form):
     ask = asked(example=ALONE)
-    assert form("wildguard").read(ask, "Harmful request: no\nResponse refusal: n/a\nHarmful response: N/A") == NEGATIVE
     assert (
-        form("nemotron_reasoning").read(ask, "<think></think>Prompt harm: unharmful\nResponse harm: None") == NEGATIVE
+        form("wildguard").guard.parse(ask, "Harmful request: no\nResponse refusal: n/a\nHarmful response: N/A")
+        == NEGATIVE
+    )
+    assert (
+        form("nemotron_reasoning").guard.parse(ask, "<think></think>Prompt harm: unharmful\nResponse harm: None")
+        == NEGATIVE
     )
     direct = asked(example=ALONE, mode=Mode.DIRECT)
-    assert form("nemotron_reasoning").read(direct, "Prompt harm: harmful\nResponse harm: None") == POSITIVE
+    assert form("nemotron_reasoning").guard.parse(direct, "Prompt harm: harmful\nResponse harm: None") == POSITIVE
     assert (
-        form("nemotron_reasoning").read(direct, "<think></think>Prompt harm: unharmful\nResponse harm: None")
+        form("nemotron_reasoning").guard.parse(direct, "<think></think>Prompt harm: unharmful\nResponse harm: None")
         == UNPARSABLE
     )
 
@@ -156,12 +160,18 @@ def test_without_a_response_its_lines_may_say_so(form):
 def tree(form, ask, text=""):
     """Of each choice: what the answer holds before it, its two tokens, what it hangs on, whether it is the last."""
     prompt = form.prompt(ask).ids
-    found = form.choices(ask, text)
+    found = form.decision_points(ask, text)
     assert all(one.prefix[: len(prompt)] == prompt for one in found)
     return [
-        (form.text(one.prefix[len(prompt) :]), form.text([one.positive_id]), form.text([one.negative_id]), one.earlier, one.final)
+        (
+            form.text(one.prefix[len(prompt) :]),
+            form.text([one.positive_id]),
+            form.text([one.negative_id]),
+            one.earlier,
+            one.question is not None,
+        )
         for one in found
-    ]  # fmt: skip
+    ]
 
 
 def test_choices_of_one_word(form):
@@ -210,19 +220,19 @@ def test_controversial_is_a_second_way_of_being_harmful(form):
     ],
 )
 def test_where_nothing_is_chosen_there_is_no_choice(form, kind, question, text):
-    assert form(kind).choices(asked(question), text) == ()
+    assert form(kind).decision_points(asked(question), text) == []
 
 
 def test_thoughts_that_ran_out_are_closed(form):
     harmony, nemotron = form("gpt_oss_safeguard"), form("nemotron_reasoning")
-    assert harmony.closed(asked(), "<|channel|>analysis<|message|>Bread.") == THOUGHT["gpt_oss_safeguard"]
-    assert harmony.closed(asked(), THOUGHT["gpt_oss_safeguard"] + "unh") is None
-    assert nemotron.closed(asked(), "<think>\nBread.") == THOUGHT["nemotron_reasoning"]
-    assert nemotron.closed(asked(), "<think>\nBread.</think>") is None
-    assert nemotron.closed(asked(mode=Mode.DIRECT), "<think>") is None
-    assert form("wildguard").closed(asked(), "Harmful") is None
-    assert (harmony.thinks, nemotron.thinks) == (frozenset(Mode), {Mode.REASONING})
-    assert not form("llama_guard").thinks
+    assert harmony.close_reasoning(asked(), "<|channel|>analysis<|message|>Bread.") == THOUGHT["gpt_oss_safeguard"]
+    assert harmony.close_reasoning(asked(), THOUGHT["gpt_oss_safeguard"] + "unh") is None
+    assert nemotron.close_reasoning(asked(), "<think>\nBread.") == THOUGHT["nemotron_reasoning"]
+    assert nemotron.close_reasoning(asked(), "<think>\nBread.</think>") is None
+    assert nemotron.close_reasoning(asked(mode=Mode.DIRECT), "<think>") is None
+    assert form("wildguard").close_reasoning(asked(), "Harmful") is None
+    assert (harmony.reasoning_modes, nemotron.reasoning_modes) == (frozenset(Mode), {Mode.REASONING})
+    assert not form("llama_guard").reasoning_modes
 
 
 @pytest.mark.parametrize("kind", GUARDS)
@@ -251,6 +261,6 @@ def test_real_vocabularies(tokenizer_folder, kind, name):
     one = external_format(kind, tokenizer, GENERAL if kind == "wildguard" else HOUSE)
     hostile = Example("1", "s", " ".join(reserved(kind)) + "".join(list(tokenizer.added_tokens_encoder)[-20:]))
     assert one.prompt(asked(example=hostile))
-    [choice] = one.choices(asked(), THOUGHT.get(kind, ""))
+    [choice] = one.decision_points(asked(), THOUGHT.get(kind, ""))
     words = {"shieldgemma": ("Yes", "No"), "nemotron_reasoning": (" harmful", " un"), "llama_guard": ("unsafe", "safe")}
     assert (one.text([choice.positive_id]), one.text([choice.negative_id])) == words.get(kind, (" yes", " no"))

@@ -236,7 +236,7 @@ def test_our_own_parser_lets_nothing_pass_that_no_line_says(mode):
 
 def exactly(kind, ask, text):
     """Whether this is, to the letter, an answer of the format that lets the example pass."""
-    response, question = ask.example.response is not None, ask.question
+    response, question = ask.example.response is not None, ask.questions[0]
     if kind == "gpt_oss_safeguard":
         start = "<|channel|>final<|message|>"
         at = text.rfind(start)
@@ -301,10 +301,10 @@ def form(tiny_tokenizer_folder):
 def test_no_other_format_lets_pass_what_is_not_exactly_its_answer(form, kind):
     passed, guard = 0, form[kind].guard
     for i, text in enumerate(outputs(kind)):
-        question = guard.asks[i % len(guard.asks)]
+        question = guard.questions[i % len(guard.questions)]
         example = PROMPTS if question == "prompt_harm" and i % 3 else RESPONSES
-        ask = Request(example, question, tuple(Mode)[i % 5 == 0])
-        said = form[kind].read(ask, text)
+        ask = Request(example, (question,), tuple(Mode)[i % 5 == 0])
+        said = form[kind].guard.parse(ask, text)
         assert said in (POSITIVE, NEGATIVE, UNPARSABLE)
         # Of a refusal it is the finding that there was one that lets something pass.
         if said == (POSITIVE if question == "response_refusal" else NEGATIVE):
@@ -346,10 +346,10 @@ INSTEAD = [
 @pytest.mark.parametrize("instead", INSTEAD)
 def test_an_unharmful_answer_with_its_verdict_altered_does_not_pass(form, kind, instead):
     answer, word = ANSWERS[kind]
-    ask = Request(RESPONSES, "prompt_harm", Mode.DIRECT)
+    ask = Request(RESPONSES, ("prompt_harm",), Mode.DIRECT)
     altered = answer[: answer.index(word)] + instead.replace("{}", word) + answer[answer.index(word) + len(word) :]
-    assert form[kind].read(ask, answer) == NEGATIVE
-    assert form[kind].read(ask, altered) != NEGATIVE
+    assert form[kind].guard.parse(ask, answer) == NEGATIVE
+    assert form[kind].guard.parse(ask, altered) != NEGATIVE
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -366,7 +366,9 @@ def test_our_own_unharmful_answer_with_its_verdict_altered_does_not_pass(mode, i
 def test_a_verdict_that_was_cut_does_not_pass(form, cut):
     for kind, (answer, _) in ANSWERS.items():
         if kind not in ("shieldgemma", "llama_guard") or cut == 1:
-            assert form[kind].read(Request(RESPONSES, "prompt_harm", Mode.DIRECT), answer[:-cut]) != NEGATIVE, kind
+            assert (
+                form[kind].guard.parse(Request(RESPONSES, ("prompt_harm",), Mode.DIRECT), answer[:-cut]) != NEGATIVE
+            ), kind
 
 
 REPEATED = [
@@ -396,7 +398,7 @@ def test_a_megabyte_is_read_in_linear_time(form, start):
             assert time.process_time() - began < 2, piece
         for kind, one in form.items():
             began = time.process_time()
-            ask = Request(RESPONSES, "prompt_harm", Mode.REASONING)
-            one.read(ask, text)
-            one.closed(ask, text)
+            ask = Request(RESPONSES, ("prompt_harm",), Mode.REASONING)
+            one.parse(ask, text)
+            one.close_reasoning(ask, text)
             assert time.process_time() - began < 2, (kind, piece)

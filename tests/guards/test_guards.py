@@ -73,8 +73,8 @@ def test_a_swapped_guard_answers_with_its_own_weights(config, tiny_checkpoint, s
     async def run():
         async with serve(lambda i: "", swaps=swaps) as server:
             guard = GuardConfig(checkpoint=str(tiny_checkpoint), endpoint=server.url, swap=True, model="student")
-            async with open_guard(guard, config, EvaluateConfig(generations=1)) as judge:
-                answers = [answer async for answer in judge([Request(BREAD, "prompt_harm", Mode.DIRECT)])]
+            async with open_guard(guard, config, EvaluateConfig(generations=1)) as predict:
+                answers = [answer async for answer in predict([Request(BREAD, ("prompt_harm",), Mode.DIRECT)])]
             return server, answers
 
     if not swaps:
@@ -84,7 +84,7 @@ def test_a_swapped_guard_answers_with_its_own_weights(config, tiny_checkpoint, s
     server, (answer,) = asyncio.run(run())
     assert "/update_weights_from_disk" in server.paths
     assert known_as(GuardConfig(checkpoint=str(tiny_checkpoint)), config)["weights"].startswith(server.version)
-    assert answer.probability == pytest.approx(1 / (1 + 2.718281828 ** (-1.5)))
+    assert answer.probabilities["prompt_harm"] == pytest.approx(1 / (1 + 2.718281828 ** (-1.5)))
 
 
 def test_a_model_that_jax_does_not_have_is_to_be_served(config, tiny_checkpoint, tmp_path):
@@ -141,9 +141,9 @@ def test_a_server_whose_weights_are_swapped_meanwhile_is_noticed(config, tiny_ch
         async with serve(lambda i: "") as server:
             server.model_path = str(tiny_checkpoint)
             guard = GuardConfig(checkpoint=str(tiny_checkpoint), endpoint=server.url)
-            async with open_guard(guard, config, EvaluateConfig(generations=1)) as judge:
+            async with open_guard(guard, config, EvaluateConfig(generations=1)) as predict:
                 server.version = "another"
-                return [answer async for answer in judge([Request(BREAD, "prompt_harm", Mode.DIRECT)])]
+                return [answer async for answer in predict([Request(BREAD, ("prompt_harm",), Mode.DIRECT)])]
 
     with pytest.raises(JaxguardError, match="answered with weights 'another'"):
         asyncio.run(run())

@@ -18,7 +18,7 @@ from jaxguard.data.prepare import prepare
 from jaxguard.guards.backends.jax import JaxBackend
 from jaxguard.guards.backends.sampler import place_model
 from jaxguard.guards.formats.native import MOST_TOKENS, NativeFormat, context_tokens
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request, UnsupportedError, judge
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request, UnsupportedError, predict
 from jaxguard.models.compute import Compute
 from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.mesh import make_mesh
@@ -46,15 +46,15 @@ def form(encoder_of):
     ],
 )
 def test_what_is_asked(form, ask, example, question, asked):
-    assert form(ask).asks(Request(example, question, Mode.DIRECT)) == asked
+    assert form(ask).lines(Request(example, (question,), Mode.DIRECT)) == asked
 
 
 @pytest.mark.parametrize(("question", "places"), [("prompt_harm", 1), ("response_harm", 3), ("response_refusal", 7)])
 def test_a_choice_for_every_way_to_the_question(form, question, places):
-    found = form().choices(Request(BAKED, question, Mode.DIRECT), "")
+    found = form().decision_points(Request(BAKED, (question,), Mode.DIRECT), "")
     assert len(found) == places
-    assert sum(choice.final for choice in found) == (places + 1) // 2
-    assert all(i < place for place, choice in enumerate(found) for i, _ in choice.earlier)
+    assert sum(point.question == question for point in found) == (places + 1) // 2
+    assert all(i < place for place, point in enumerate(found) for i, _ in point.earlier)
 
 
 def test_training_begins_with_the_same_tokens(form):
@@ -62,7 +62,7 @@ def test_training_begins_with_the_same_tokens(form):
     known = Example("a", "made up", BREAD.prompt, prompt_label="harmful", trace="Bread is fine.")
     for mode in Mode:
         trained = own.encoder.encode(known, mode)
-        prompt = own.prompt(Request(BREAD, "prompt_harm", mode)).ids
+        prompt = own.prompt(Request(BREAD, ("prompt_harm",), mode)).ids
         assert tuple(trained.tokens[: len(prompt)].tolist()) == prompt
         assert not trained.loss_mask[: len(prompt)].any()
         assert trained.loss_mask[len(prompt) :].all()
@@ -79,18 +79,18 @@ def test_training_begins_with_the_same_tokens(form):
     ],
 )
 def test_reading(form, mode, text, verdict):
-    assert form().read(Request(BREAD, "prompt_harm", mode), text) == verdict
+    assert form().parse(Request(BREAD, ("prompt_harm",), mode), text) == {"prompt_harm": verdict}
 
 
 def test_an_answer_that_ran_out_is_made_ready_for_a_verdict(form):
-    ask = Request(BREAD, "prompt_harm", Mode.REASONING)
-    closed = form().closed(ask, "<think>\nBread is")
-    assert form().read(ask, closed + "Prompt harm: unharmful") == NEGATIVE
+    ask = Request(BREAD, ("prompt_harm",), Mode.REASONING)
+    closed = form().close_reasoning(ask, "<think>\nBread is")
+    assert form().parse(ask, closed + "Prompt harm: unharmful") == {"prompt_harm": NEGATIVE}
     late = "<think>\nBread is fine.\n</think>\n\n"
-    assert form().closed(ask, late + "Prompt") == late
-    assert form().closed(ask, late + "Prompt harm: unharmful\nResp") is None
-    assert form().closed(Request(BREAD, "prompt_harm", Mode.DIRECT), "Prompt") is None
-    assert form().choices(ask, "<think>\nBread is") == ()
+    assert form().close_reasoning(ask, late + "Prompt") == late
+    assert form().close_reasoning(ask, late + "Prompt harm: unharmful\nResp") is None
+    assert form().close_reasoning(Request(BREAD, ("prompt_harm",), Mode.DIRECT), "Prompt") is None
+    assert form().decision_points(ask, "<think>\nBread is") == ()
 
 
 def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_path):
@@ -108,8 +108,8 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
     known = {example.id: example for example, _, _ in held}
 
     async def ask(question):
-        asks = [Request(known[j.example_id], question, Mode.DIRECT) for j in predictions if j.question == question]
-        return {a.example_id: a.probability async for a in judge(asks, form, backend, settings)}
+        asks = [Request(known[j.example_id], (question,), Mode.DIRECT) for j in predictions if j.question == question]
+        return {a.example_id: a.probabilities[question] async for a in predict(asks, form, backend, settings)}
 
     for question in ("prompt_harm", "response_harm"):
         found = asyncio.run(ask(question))
@@ -130,7 +130,7 @@ def test_a_long_text_is_judged_whole_where_the_context_allows(tiny_checkpoint, t
     for room, cut in ((context, False), (320, True)):
         data = DataConfig(train=[{"kind": "jsonl", "path": "x"}], policy="demo", max_seq_len=room)
         own = NativeFormat.of(Encoder.load(tiny_checkpoint, data), settings)
-        assert own.prompt(Request(long, "prompt_harm", Mode.DIRECT)).cut is cut
+        assert own.prompt(Request(long, ("prompt_harm",), Mode.DIRECT)).cut is cut
     wordy = replace(long, policy="No bread. " * 300)
     with pytest.raises(UnsupportedError, match="leaves no room for text in 320 tokens"):
-        own.prompt(Request(wordy, "prompt_harm", Mode.DIRECT))
+        own.prompt(Request(wordy, ("prompt_harm",), Mode.DIRECT))

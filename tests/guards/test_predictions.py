@@ -9,8 +9,19 @@ from jaxguard.utils.store import open_store
 
 SETTINGS = {"temperature": 0.6, "guard": {"checkpoint": "somewhere"}}
 ANSWERS = [
-    Prediction("a", (1, 0, -1), 0.25, ("Prompt harm: harmful", "?", "\u2028\ud83d"), 1, 7, 9, 0.5, 0.25),
-    Prediction("b", (0,), None),
+    Prediction(
+        "a",
+        {"prompt_harm": (1, 0, -1), "response_harm": (0, 0, 0)},
+        {"prompt_harm": 0.25, "response_harm": None},
+        ("Prompt harm: harmful", "?", "\u2028\ud83d"),
+        1,
+        7,
+        9,
+        0.5,
+        0.25,
+        {"prompt_harm": 0, "response_harm": 1},
+    ),
+    Prediction("b", {"prompt_harm": (0,)}, {"prompt_harm": None}),
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Completion, DecisionPoint, Prompt, Request, judge
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Completion, DecisionPoint, Prompt, Request, predict
 
 STOP = 0
 
@@ -50,10 +50,13 @@ class Signs:
     """Prompts are ids; an answer's last character is the verdict, thoughts end with a full stop."""
 
     stop_ids = (STOP,)
-    thinks = frozenset({Mode.REASONING})
+    reasoning_modes = frozenset({Mode.REASONING})
 
-    def prompt(self, ask):
-        return Prompt(tuple(map(ord, ask.example.id)), cut=ask.example.id == "y")
+    def split(self, request):
+        return (request,)
+
+    def prompt(self, request):
+        return Prompt(tuple(map(ord, request.example.id)), cut=request.example.id == "y")
 
     def text(self, ids):
         return text(ids)
@@ -61,28 +64,48 @@ class Signs:
     def tokens(self, text):
         return list(map(ord, text))
 
-    def read(self, ask, text):
-        verdict = text.rpartition(".")[2] if ask.mode is Mode.REASONING else text
-        return {"+": POSITIVE, "-": NEGATIVE}.get(verdict, UNPARSABLE)
+    def parse(self, request, text):
+        verdict = text.rpartition(".")[2] if request.mode is Mode.REASONING else text
+        said = verdict.split(" ")[-len(request.questions) :]
+        said += [""] * (len(request.questions) - len(said))
+        states = {"+": POSITIVE, "-": NEGATIVE}
+        return {q: states.get(sign, UNPARSABLE) for q, sign in zip(request.questions, said, strict=True)}
 
-    def closed(self, ask, text):
+    def close_reasoning(self, request, text):
         return None if "." in text else text + "."
 
-    def choices(self, ask, text):
-        if ask.mode is Mode.DIRECT:
-            first = DecisionPoint((*self.prompt(ask).ids, ord("a")), ord("+"), ord("-"), final=False)
-            rest = [DecisionPoint((*self.prompt(ask).ids, ord(c)), ord("+"), ord("-"), ((0, c == "b"),)) for c in "bc"]
-            return [first, *rest]
+    def decision_points(self, request, text):
+        ids = self.prompt(request).ids
+        if request.mode is Mode.DIRECT:
+            first, last = request.questions[0], request.questions[-1]
+            leads = first if first != last else None
+            root = DecisionPoint((*ids, ord("a")), ord("+"), ord("-"), leads)
+            return [
+                root,
+                *(DecisionPoint((*ids, ord(c)), ord("+"), ord("-"), last, ((0, c == "b"),)) for c in "bc"),
+            ]
         if "." not in text:
             return ()
-        return [DecisionPoint((*self.prompt(ask).ids, *map(ord, text.partition(".")[0])), ord("+"), ord("-"))]
+        prefix = (*ids, *map(ord, text.partition(".")[0]))
+        return [DecisionPoint(prefix, ord("+"), ord("-"), question) for question in request.questions]
 
 
-def ask_all(backend, names, mode, **settings):
+class OneByOne(Signs):
+    """A prompt for each question: the example's id and the question's first letter."""
+
+    def split(self, request):
+        return [request.only(question) for question in request.questions]
+
+    def prompt(self, request):
+        return Prompt(tuple(map(ord, request.example.id + request.questions[0])))
+
+
+def ask_all(backend, names, mode, questions=("prompt_harm",), form=None, probabilities=True, **settings):
     async def run():
-        asks = [Request(Example(name, "made up", "bread?"), "prompt_harm", mode) for name in names]
+        requests = [Request(Example(name, "made up", "bread?"), questions, mode) for name in names]
         chosen = EvaluateConfig(**{"reasoning_tokens": 4, "verdict_tokens": 2} | settings)
-        return {a.example_id: a async for a in judge(asks, Signs(), backend, chosen)}
+        predictions = predict(requests, form or Signs(), backend, chosen, probabilities)
+        return {prediction.example_id: prediction async for prediction in predictions}
 
     return asyncio.run(run())
 
@@ -100,8 +123,8 @@ def test_verdicts_are_those_of_each_generation():
     says = {"x": ["+", "-", "?"], "y": ["-", "-", "-"], "z": ["+", "", "+"]}
     odds = {k: v for name in says for k, v in direct_odds(name).items()}
     found = ask_all(Script(says, odds), says, Mode.DIRECT, generations=3)
-    assert found["x"].verdicts == (POSITIVE, NEGATIVE, UNPARSABLE)
-    assert found["z"].verdicts == (POSITIVE, UNPARSABLE, POSITIVE)
+    assert found["x"].verdicts["prompt_harm"] == (POSITIVE, NEGATIVE, UNPARSABLE)
+    assert found["z"].verdicts["prompt_harm"] == (POSITIVE, UNPARSABLE, POSITIVE)
     assert found["y"].texts == ("-", "-", "-")
     assert found["x"].completion_tokens == 3
     assert found["z"].prompt_tokens == 1
@@ -111,14 +134,14 @@ def test_verdicts_are_those_of_each_generation():
 def test_the_probability_sums_over_earlier_answers():
     odds = direct_odds("x", first=0.2, if_positive=0.9, if_negative=0.3)
     found = ask_all(Script({"x": ["+"]}, odds), ["x"], Mode.DIRECT, generations=1)
-    assert found["x"].probability == pytest.approx(0.2 * 0.9 + 0.8 * 0.3)
+    assert found["x"].probabilities["prompt_harm"] == pytest.approx(0.2 * 0.9 + 0.8 * 0.3)
 
 
 @pytest.mark.parametrize(("odds", "verdict"), [(5.0, POSITIVE), (-5.0, NEGATIVE), (1e4, POSITIVE), (-1e4, NEGATIVE)])
 def test_without_sampling_the_likelier_answer_counts(odds, verdict):
     backend = Script(odds={"xa": 0.0, "xb": odds, "xc": odds})
     found = ask_all(backend, ["x"], Mode.DIRECT, generations=0)
-    assert found["x"].verdicts == (verdict,)
+    assert found["x"].verdicts["prompt_harm"] == (verdict,)
     assert not backend.asked
     assert found["x"].texts == ()
 
@@ -129,19 +152,19 @@ def test_a_thought_that_runs_out_gets_a_forced_verdict():
     backend = Script(says, odds)
     found = ask_all(backend, ["x"], Mode.REASONING, generations=2)["x"]
     assert found.texts == ("hm.+", "hmmmmm.-")
-    assert found.verdicts == (POSITIVE, NEGATIVE)
+    assert found.verdicts["prompt_harm"] == (POSITIVE, NEGATIVE)
     assert found.forced == 1
     assert backend.asked == [("x", 2, 6), ("x", 2, 6), ("xhmmmmm.", 1, 2)]
-    assert found.probability == pytest.approx((0.8 + 0.4) / 2)
-    assert found.unscored == 0
+    assert found.probabilities["prompt_harm"] == pytest.approx((0.8 + 0.4) / 2)
+    assert found.unscored["prompt_harm"] == 0
 
 
 def test_a_thought_without_a_place_of_choice_is_counted():
     backend = Script({"x": ["hm.+", "hmmm"]}, {"xhm": log_odds(0.2)})
     backend.says |= {"x": ["hm.+", "lost"]}
     found = ask_all(backend, ["x"], Mode.REASONING, generations=2)["x"]
-    assert found.probability == pytest.approx(0.2)
-    assert found.unscored == 1
+    assert found.probabilities["prompt_harm"] == pytest.approx(0.2)
+    assert found.unscored["prompt_harm"] == 1
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -163,8 +186,8 @@ def test_answers_arrive_before_an_engine_that_never_waits_takes_the_next_group()
     backend.log_odds = log_odds
 
     async def run():
-        asks = [Request(Example(name, "made up", "bread?"), "prompt_harm", Mode.DIRECT) for name in "uvwxyz"]
-        async for answer in judge(asks, Signs(), backend, EvaluateConfig(generations=0)):
+        asks = [Request(Example(name, "made up", "bread?"), ("prompt_harm",), Mode.DIRECT) for name in "uvwxyz"]
+        async for answer in predict(asks, Signs(), backend, EvaluateConfig(generations=0)):
             seen.append(answer.example_id)  # noqa: PERF401 (in between, others append too)
 
     asyncio.run(run())
@@ -176,3 +199,45 @@ def test_an_error_ends_the_run():
     odds = {k: v for name in says for k, v in direct_odds(name).items()}
     with pytest.raises(RuntimeError, match="d"):
         ask_all(Script(says, odds, broken="d", group=1, workers=2), says, Mode.DIRECT, generations=1)
+
+
+BOTH = ("prompt_harm", "response_harm")
+
+
+def test_one_generation_answers_all_questions():
+    backend = Script({"x": ["+ -", "- ?", "+ +"]}, direct_odds("x", first=0.2, if_positive=0.9, if_negative=0.3))
+    counted = []
+    log_odds = backend.log_odds
+
+    async def count(prefixes, pairs):
+        counted.append(len(prefixes))
+        return await log_odds(prefixes, pairs)
+
+    backend.log_odds = count
+    found = ask_all(backend, ["x"], Mode.DIRECT, BOTH, generations=3, verdict_tokens=4)["x"]
+    assert [n for _, n, _ in backend.asked] == [3, 3, 3]
+    assert found.verdicts == {
+        "prompt_harm": (POSITIVE, NEGATIVE, POSITIVE),
+        "response_harm": (NEGATIVE, UNPARSABLE, POSITIVE),
+    }
+    assert found.probabilities["prompt_harm"] == pytest.approx(0.2)
+    assert found.probabilities["response_harm"] == pytest.approx(0.2 * 0.9 + 0.8 * 0.3)
+    assert counted == [3]  # what the questions share is computed once
+
+
+def test_a_format_with_a_prompt_for_each_question_generates_for_each():
+    says = {"xprompt_harm": ["+", "-"], "xresponse_harm": ["-", "?"]}
+    odds = {f"x{question}{letter}": 0.0 for question in BOTH for letter in "abc"}
+    backend = Script(says, odds)
+    found = ask_all(backend, ["x"], Mode.DIRECT, BOTH, OneByOne(), generations=2)["x"]
+    assert found.verdicts == {"prompt_harm": (POSITIVE, NEGATIVE), "response_harm": (NEGATIVE, UNPARSABLE)}
+    assert found.texts == ("+\n\n-", "-\n\n?")
+    assert found.prompt_tokens == sum(map(len, says))
+    assert found.completion_tokens == 4
+    assert found.probabilities == {question: pytest.approx(0.5) for question in BOTH}
+
+
+def test_probabilities_may_be_left_out():
+    backend = Script({"x": ["+"]})
+    found = ask_all(backend, ["x"], Mode.DIRECT, probabilities=False, generations=1)["x"]
+    assert (found.verdicts["prompt_harm"], found.probabilities["prompt_harm"]) == ((POSITIVE,), None)

@@ -64,7 +64,7 @@ class Baker:
     seconds: float = 0.0
 
     @asynccontextmanager
-    async def open(self, guard, config, settings):
+    async def open(self, guard, config, settings, probabilities):
         self.opened += 1
         self.settings = settings
         yield self.judge
@@ -77,7 +77,9 @@ class Baker:
             self.asked.append(ask)
             right = number(ask.example) % (GENERATIONS + 1)
             texts = tuple(text(ask.example, ask.mode, g < right) for g in range(self.settings.generations))
-            yield Prediction(ask.example.id, tuple(1 for _ in texts), 0.5, texts)
+            yield Prediction(
+                ask.example.id, {q: tuple(1 for _ in texts) for q in ask.questions}, dict.fromkeys(ask.questions), texts
+            )
 
 
 def write(path, rows):

@@ -99,12 +99,12 @@ def write(workload: str, examples: Sequence[Example]) -> Path:
     form = NativeFormat.of(Encoder.load(MODEL, settings().data), ASKED)
     answers = workload == "answers"
     mode = Mode.REASONING if answers else Mode.DIRECT
-    asks = [Request(e, "prompt_harm" if e.prompt_label else "response_harm", mode) for e in examples]
+    asks = [Request(e, ("prompt_harm" if e.prompt_label else "response_harm",), mode) for e in examples]
     job: dict[str, Any] = {"model": str(MODEL), "new_tokens": NEW_TOKENS if answers else 0, "stop_ids": form.stop_ids}
     if answers:
         job |= {"prompts": [form.prompt(ask).ids for ask in asks], "pairs": []}
     else:
-        choices = [form.choices(ask, "")[-1] for ask in asks]
+        choices = [form.decision_points(ask, "")[-1] for ask in asks]
         job |= {
             "prompts": [choice.prefix for choice in choices],
             "pairs": [[choice.positive_id, choice.negative_id] for choice in choices],

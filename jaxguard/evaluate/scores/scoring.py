@@ -64,7 +64,7 @@ class GuardPredictions:
     @property
     def votes(self) -> np.ndarray:
         """int8[N, k]."""
-        return np.array([answer.verdicts for answer in self.answers], np.int8)
+        return np.array([answer.verdicts[self.benchmark.question] for answer in self.answers], np.int8)
 
     @property
     def labels(self) -> np.ndarray:
@@ -109,8 +109,8 @@ def probable(examples: Iterable[Example], answers: Sequence[Prediction], questio
     return Probable(
         question,
         labels_of(examples, question),
-        np.array([np.nan if a.probability is None else a.probability for a in answers], float),
-        np.array([a.unscored / len(a.verdicts) for a in answers], float),
+        np.array([a.probabilities[question] for a in answers], float),
+        np.array([a.unscored.get(question, 0) / len(a.verdicts[question]) for a in answers], float),
     )
 
 
@@ -201,7 +201,7 @@ def _cost(one: GuardPredictions) -> Cost:
         prompt_tokens=mean("prompt_tokens"),
         completion_tokens=mean("completion_tokens"),
         forced=sum(answer.forced for answer in one.answers),
-        unscored=sum(answer.unscored for answer in one.answers),
+        unscored=sum(sum(answer.unscored.values()) for answer in one.answers),
         cut=sum(answer.cut for answer in one.answers),
     )
 
@@ -231,8 +231,8 @@ def _wrong(one: GuardPredictions, mine: Judged, slices: Mapping[str, frozenset[s
         Wrong(
             example=one.examples[i],
             label=positive if mine.labels[i] else negative,
-            said=tuple(words.get(verdict, UNREADABLE) for verdict in answer.verdicts),
-            probability=answer.probability,
+            said=tuple(words.get(verdict, UNREADABLE) for verdict in answer.verdicts[one.benchmark.question]),
+            probability=answer.probabilities[one.benchmark.question],
             text=answer.texts[int(right[i].argmin())] if answer.texts else "",
             slices=tuple(name for name, ids in slices.items() if one.examples[i].id in ids),
         )

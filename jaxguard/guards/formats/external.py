@@ -1,10 +1,10 @@
-"""Other guards, asked in their own format and read in their own grammar: what jaxguard is compared with.
+"""External guards, in their own prompt format and grammar: what jaxguard is compared with.
 
     example + question -> untrusted texts quoted -> the guard's chat template, or its text -> token ids
     answer -> POSITIVE, NEGATIVE, or UNPARSABLE for whatever is not exactly an answer of the format
 
-A guard with categories of its own is asked by those where the policy is of harm in general, as published scores are. Any other
-policy is put where the format takes one; where it takes none the guard is not asked (UnsupportedError).
+A guard with categories of its own is prompted with those where the policy is of harm in general, as for its published scores.
+Any other policy is put where the format takes one; where it takes none the request is refused (UnsupportedError).
 """
 
 import re
@@ -22,32 +22,15 @@ from jaxguard.data.format.dialogue import Dialogue, Mode
 from jaxguard.data.format.template import TEMPLATE_KWARGS, token_ids
 from jaxguard.data.policies import Category, Policy, Question, policy_for
 from jaxguard.guards.baselines import BASELINES
-from jaxguard.guards.formats.classifiers import (
-    BEGIN_CATEGORIES,
-    END_CATEGORIES,
-    LLAMA_GUARD,
-    QWEN,
-    SHIELDGEMMA,
-    WILDGUARD,
-)
-from jaxguard.guards.formats.reasoners import NEMOTRON, SAFEGUARD
-from jaxguard.guards.formats.records import Guard, Quoted, numbered
+from jaxguard.guards.formats.builtin import BEGIN_CATEGORIES, BUILT_IN_GUARDS, END_CATEGORIES
+from jaxguard.guards.formats.custom import read_guard
+from jaxguard.guards.formats.definition import ExternalGuard, Quoted, numbered
 from jaxguard.guards.formats.schema import GUARD_FOLDER
-from jaxguard.guards.formats.written import read_guard
 from jaxguard.guards.protocol import DecisionPoint, Prompt, PromptFormat, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
-GUARDS: Final = {
-    "llama_guard": LLAMA_GUARD,
-    "wildguard": WILDGUARD,
-    "shieldgemma": SHIELDGEMMA,
-    "qwen3guard": QWEN,
-    "gpt_oss_safeguard": SAFEGUARD,
-    "nemotron_reasoning": NEMOTRON,
-}
-"""By evaluate.guards.format; others are files."""
-BUILT_IN: Final = ("jaxguard", *GUARDS, *BASELINES)
-"""Every format that needs no file: ours, those here, the baselines."""
+BUILT_IN: Final = ("jaxguard", *BUILT_IN_GUARDS, *BASELINES)
+"""Every format that needs no file: the native one, the external guards of builtin.py, the baselines."""
 GENERAL: Final = ("wildguard", "aegis2", "demo")
 """Policies of harm in general, by name."""
 # Some templates write the day's date into the prompt; an answer would then change from one day to the next.
@@ -55,10 +38,10 @@ _DATED: Final = "{% macro strftime_now(format) %}2025-10-29{% endmacro %}"
 
 
 def external_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> PromptFormat:
-    """How a guard of this kind is asked and read.
+    """The PromptFormat of an external guard, tried once.
 
     Args:
-        kind: a key of GUARDS, or a written format's file or its name in GUARD_FOLDER.
+        kind: a key of BUILT_IN_GUARDS, or a YAML file or its name in GUARD_FOLDER.
         tokenizer: of the guard's checkpoint, a fast one, with its chat template.
         policy: the run's.
 
@@ -67,28 +50,28 @@ def external_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Polic
     """
     guard = external_guard(kind)
     form = ExternalFormat(kind, guard, tokenizer, policy)
-    question = guard.asks[0]
-    plain = Policy("own", rules="Be kind.", asks=guard.asks) if guard.takes_policy else Policy(GENERAL[0])
+    question = guard.questions[0]
+    plain = Policy("own", rules="Be kind.", asks=guard.questions) if guard.takes_policy else Policy(GENERAL[0])
     texts = Quoted("bread", None if question == "prompt_harm" else "bread", plain)
-    ask = Request(Example("a trial", kind, texts.prompt, texts.response), question, guard.modes[0])
-    if not isinstance(guard.turn(texts, ask), str) and not tokenizer.chat_template:
+    request = Request(Example("a trial", kind, texts.prompt, texts.response), (question,), guard.modes[0])
+    if not isinstance(guard.turn(texts, request), str) and not tokenizer.chat_template:
         raise JaxguardError(f"{form}: its tokenizer has no chat template; take all files of the checkpoint")
     if not form.stop_ids:
         raise JaxguardError(f"{form}: its tokenizer has no token that ends an answer ({', '.join(guard.ends)})")
-    form.rendered(texts, ask)
+    form.rendered(texts, request)
     return form
 
 
-def external_guard(kind: str) -> Guard:
-    """The record of a format: a built-in one, or what its file says.
+def external_guard(kind: str) -> ExternalGuard:
+    """The definition of a format: a built-in one, or what its file says.
 
     Raises:
         JaxguardError: there is neither; a file that is no format.
     """
-    return GUARDS[kind] if kind in GUARDS else read_guard(written_file(kind))
+    return BUILT_IN_GUARDS[kind] if kind in BUILT_IN_GUARDS else read_guard(format_file(kind))
 
 
-def written_file(kind: str) -> Path:
+def format_file(kind: str) -> Path:
     """The file of a format that is not built in.
 
     Raises:
@@ -99,70 +82,88 @@ def written_file(kind: str) -> Path:
 
 @dataclass(frozen=True)
 class ExternalFormat:
-    """The PromptFormat of another guard."""
+    """The PromptFormat of an external guard; every prompt answers one question, or all of a guard that answers together."""
 
     kind: str
-    guard: Guard
+    guard: ExternalGuard
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
 
     def __str__(self) -> str:
         return f"format {self.kind} ({self.guard.name})"
 
-    def prompt(self, ask: Request, /) -> Prompt:
+    def split(self, request: Request, /) -> Sequence[Request]:
+        """See PromptFormat: questions with the same prompt share it."""
+        if len(request.questions) == 1:
+            return (request,)
+        groups: dict[tuple[int, ...], tuple[Question, ...]] = {}
+        for question in request.questions:
+            ids = self.prompt(request.only(question)).ids
+            groups[ids] = (*groups.get(ids, ()), question)
+        return [replace(request, questions=questions) for questions in groups.values()]
+
+    def prompt(self, request: Request, /) -> Prompt:
         """See PromptFormat. Nothing is cut: a text that is too long for the model is for the backend to refuse."""
-        return Prompt(tuple(self._prompt(ask)[0]))
+        return Prompt(tuple(self._prompt(request.only(request.questions[0]))[0]))
 
     def text(self, ids: Sequence[int], /) -> str:
-        """Special tokens stay visible: one inside an answer makes it unreadable."""
+        """Special tokens stay visible: one inside an answer makes it unparsable."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def read(self, ask: Request, text: str, /) -> int:
+    def parse(self, request: Request, text: str, /) -> dict[Question, int]:
         """See PromptFormat."""
-        return self.guard.read(ask, text)
+        return {question: self.guard.parse(request.only(question), text) for question in request.questions}
 
-    def closed(self, ask: Request, text: str, /) -> str | None:
+    def close_reasoning(self, request: Request, text: str, /) -> str | None:
         """See PromptFormat."""
-        return self.guard.closed(ask, text)
+        closed = (self.guard.close_reasoning(request.only(question), text) for question in request.questions)
+        return next((text for text in closed if text is not None), None)
 
     def tokens(self, text: str, /) -> list[int]:
         """See PromptFormat."""
         return token_ids(self.tokenizer, text)
 
-    def choices(self, ask: Request, text: str, /) -> tuple[DecisionPoint, ...]:
-        """A tree of two-way choices, one for each word of the answer up to the asked one.
+    def decision_points(self, request: Request, text: str, /) -> list[DecisionPoint]:
+        """See PromptFormat: a tree for each question, of the words of an answer up to its verdict.
 
-        Where several words are positive, each is held against the negative one. What follows are then not quite exclusive
-        choices, so the probability is a little above that of the words together.
+        Where several words are positive, each is compared with the negative one. What follows are then not quite exclusive
+        decisions, so the probability is a little above that of the words together.
         """
-        start = self.guard.start(ask, text)
+        points: list[DecisionPoint] = []
+        for question in request.questions:
+            points += self._tree(request.only(question), text, len(points))
+        return points
+
+    def _tree(self, request: Request, text: str, offset: int) -> list[DecisionPoint]:
+        """The decision points of one question; `offset` is the index of the first."""
+        start = self.guard.start(request, text)
         if start is None:
-            return ()
-        prompt, ends_open = self._prompt(ask)
-        steps = self.guard.steps(ask)
-        found: list[DecisionPoint] = []
+            return []
+        prompt, ends_open = self._prompt(request)
+        start += self.guard.opening if ends_open else ""
+        [question] = request.questions
+        points: list[DecisionPoint] = []
         paths: list[tuple[str, tuple[tuple[int, bool], ...]]] = [("", ())]
-        for step in steps:
-            final = step is steps[-1]
-            # Llama Guard's answer opens with an empty line, where the template has not written it yet.
-            lead = step.lead if step.lead.strip() or ends_open else ""
+        for step in self.guard.steps(request):
+            decides = question if step.question == question else None
             following = []
             for before, earlier in paths:
                 taken, forks = earlier, list[tuple[list[int], int, int]]()
                 for word in (step.positive, *step.also):
-                    fork = self._fork(start + before + lead, word, step.negative)
+                    fork = self._fork(start + before + step.lead, word, step.negative)
                     if fork is None:
-                        return ()
+                        return []
                     if fork in forks:  # "Yes" and "Yes."
                         continue
                     forks.append(fork)
                     shared, positive, negative = fork
-                    found.append(DecisionPoint((*prompt, *shared), positive, negative, taken, final))
-                    following.append((before + lead + word, (*taken, (len(found) - 1, True))))
-                    taken = (*taken, (len(found) - 1, False))
-                following.append((before + lead + step.negative, taken))
+                    points.append(DecisionPoint((*prompt, *shared), positive, negative, decides, taken))
+                    index = offset + len(points) - 1
+                    following.append((before + step.lead + word, (*taken, (index, True))))
+                    taken = (*taken, (index, False))
+                following.append((before + step.lead + step.negative, taken))
             paths = following
-        return tuple(found)
+        return points
 
     def _fork(self, before: str, positive: str, negative: str) -> tuple[list[int], int, int] | None:
         """(tokens that both answers share, the first that differs in each); None if one begins with the other."""
@@ -180,13 +181,13 @@ class ExternalFormat:
         )
 
     @property
-    def thinks(self) -> frozenset[Mode]:
+    def reasoning_modes(self) -> frozenset[Mode]:
         """See PromptFormat."""
-        return self.guard.thinks
+        return frozenset() if self.guard.reasoning is None else self.guard.reasoning.modes
 
-    def rendered(self, texts: Quoted, ask: Request) -> str:
+    def rendered(self, texts: Quoted, request: Request) -> str:
         """The prompt as text, special tokens included."""
-        turn = self.guard.turn(texts, ask)
+        turn = self.guard.turn(texts, request)
         text = turn if isinstance(turn, str) else self._templated(*turn)
         if self.guard.takes_policy and self.guard.own_categories and texts.policy.name not in GENERAL:
             before, begin, rest = text.partition(BEGIN_CATEGORIES)
@@ -197,9 +198,11 @@ class ExternalFormat:
         return text
 
     def _templated(self, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
-        """What the checkpoint's chat template makes of the messages: contents are text, or parts where images are known."""
-        shown = [message["content"] for message in messages] + list(options.values())
-        parts: list[Any] = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
+        """What the checkpoint's chat template makes of the messages: contents are text, or parts where it knows images."""
+        contents = [message["content"] for message in messages] + list(options.values())
+        parts: list[Any] = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages
+        ]
         problem = "it does not show all of the request; another model's?"
         for chat in (list[Any](messages), parts):
             try:
@@ -214,7 +217,7 @@ class ExternalFormat:
             except Exception as error:  # jinja's errors, and what templates raise themselves
                 problem = str(error)
                 continue
-            if all(one in str(text) for one in shown):
+            if all(content in str(text) for content in contents):
                 return str(text)
         raise JaxguardError(f"{self}: its chat template does not render the request: {problem}")
 
@@ -222,48 +225,46 @@ class ExternalFormat:
     def _template(self) -> str:
         return _DATED + self.tokenizer.get_chat_template()
 
-    def _prompt(self, ask: Request) -> tuple[list[int], bool]:
-        """(token ids, whether the text ends without a line break)."""
-        guard, example = self.guard, ask.example
-        if ask.question not in guard.asks:
+    def _prompt(self, request: Request) -> tuple[list[int], bool]:
+        """(token ids, whether the text ends without a line break) for a request with one question."""
+        guard, example, [question] = self.guard, request.example, request.questions
+        if question not in guard.questions:
             raise UnsupportedError(
-                f"example {example.id!r}: {self} does not answer {ask.question}, but only {', '.join(guard.asks)}; "
+                f"example {example.id!r}: {self} does not answer {question}, but only {', '.join(guard.questions)}; "
                 "leave the benchmark out for it"
             )
-        if ask.question != "prompt_harm" and example.response is None:
-            raise JaxguardError(f"example {example.id!r}: {ask.question} is asked, but there is no response")
+        if question != "prompt_harm" and example.response is None:
+            raise JaxguardError(f"example {example.id!r}: {question} is asked, but there is no response")
         policy = policy_for(example, self.policy)
         if not guard.takes_policy and policy.name not in GENERAL:
             raise UnsupportedError(
                 f"example {example.id!r}: {self} judges by its own categories only and cannot take policy "
                 f"{policy.name!r}; leave benchmarks with such policies out for it"
             )
-        alone = guard.judges_prompt_alone and ask.question == "prompt_harm"
-        response = None if alone or example.response is None else self.quote(example.response)
+        response = self.quote(example.response or "") if guard.shows_response(request) else None
         texts = Quoted(self.quote(example.prompt), response, self._quoted(policy))
-        text = self.rendered(texts, ask)
+        text = self.rendered(texts, request)
         ids = self.tokens(text)
-        self._check(ask, texts, ids)
+        self._check(request, texts, ids)
         return ids, not text.endswith("\n")
 
-    def _check(self, ask: Request, texts: Quoted, ids: Sequence[int]) -> None:
-        """No text may have become a special token: those are as many as with texts that cannot have."""
-        key = (ask.question, ask.mode, texts.response is None)
+    def _check(self, request: Request, texts: Quoted, ids: Sequence[int]) -> None:
+        """Refuse a text that became a special token: those must be as many as with harmless texts."""
+        key = (request.questions, request.mode, texts.response is None)
         if key not in self._expected:
             plain = replace(texts, prompt="bread", response=None if texts.response is None else "bread")
-            self._expected[key] = self._reserved_in(self.tokens(self.rendered(plain, ask)))
-        expected = self._expected[key]
-        if self._reserved_in(ids) != expected:
+            self._expected[key] = self._reserved_in(self.tokens(self.rendered(plain, request)))
+        if self._reserved_in(ids) != self._expected[key]:
             raise JaxguardError(
-                f"example {ask.example.id!r}: its text spells a special token of {self} in a way that jaxguard does not "
+                f"example {request.example.id!r}: its text spells a special token of {self} in a way that jaxguard does not "
                 "know. Leave the example out and report it"
             )
 
     def quote(self, text: str) -> str:
         """Untrusted text with every string broken that could act as part of the format or as a special token."""
-        text, found = self._dialogue.quote(text), 1
-        while found:  # a mark may overlap itself
-            text, found = self._loose.subn(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)
+        text, broken = self._dialogue.quote(text), 1
+        while broken:  # a mark may overlap itself
+            text, broken = self._loose.subn(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)
         return text
 
     def _quoted(self, policy: Policy) -> Policy:
@@ -277,7 +278,7 @@ class ExternalFormat:
         )
 
     @cached_property
-    def _expected(self) -> dict[tuple[Question, Mode, bool], list[int]]:
+    def _expected(self) -> dict[tuple[tuple[Question, ...], Mode, bool], list[int]]:
         return {}
 
     def _reserved_in(self, ids: Sequence[int]) -> list[int]:
@@ -301,6 +302,6 @@ class ExternalFormat:
         def spaced(text: str) -> str:
             return r"[\s\u2581]{1,4}".join(map(re.escape, text.split()))
 
-        headings = (rf"^[\s\u2581>*_#-]{{0,8}}{spaced(one)}[\s\u2581*_]{{0,4}}:" for one in self.guard.headings)
+        headings = (rf"^[\s\u2581>*_#-]{{0,8}}{spaced(heading)}[\s\u2581*_]{{0,4}}:" for heading in self.guard.headings)
         marks = [*map(spaced, self.guard.tags), *headings]
         return re.compile("|".join(marks) if marks else "(?!)", re.IGNORECASE | re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Our own guards as a PromptFormat: the dialogue that they were trained with, asked and read."""
+"""The format of our own guards: prompted and parsed as they were trained."""
 
 import json
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ MOST_TOKENS: Final = 8192
 
 @dataclass(frozen=True)
 class NativeFormat:
-    """Asks and reads as the guard was trained; implements judging.PromptFormat.
+    """Renders and parses as the guard was trained; one prompt answers all questions. Implements protocol.PromptFormat.
 
     Attributes:
         encoder: of the guard's checkpoint, with the run's policy and markers.
-        ask: all that a policy asks, or what is known of the example: the benchmark's question, and those about a response
-            that is not there.
+        ask: which verdict lines a prompt asks for besides the request's: all of the policy, or those that are known of the
+            example (its labels, and those about a response that is not there), as in training.
         reasoning_tokens, verdict_tokens: room that is left for an answer.
     """
 
@@ -38,19 +38,23 @@ class NativeFormat:
     def of(cls, encoder: Encoder, settings: EvaluateConfig) -> "NativeFormat":
         return cls(encoder, settings.ask, settings.reasoning_tokens, settings.verdict_tokens)
 
-    def asks(self, ask: Request) -> tuple[Question, ...]:
-        """The verdict lines that the guard is asked for."""
-        policy = policy_for(ask.example, self.encoder.policy)
-        asked = policy.asks if self.ask == "policy" else questions(ask.example, policy)
-        return tuple(q for q in QUESTIONS if q in asked or q == ask.question)
+    def lines(self, request: Request) -> tuple[Question, ...]:
+        """The verdict lines that the prompt asks for."""
+        policy = policy_for(request.example, self.encoder.policy)
+        others = policy.asks if self.ask == "policy" else questions(request.example, policy)
+        return tuple(q for q in QUESTIONS if q in others or q in request.questions)
 
-    def prompt(self, ask: Request) -> Prompt:
-        room = self.verdict_tokens + (self.reasoning_tokens + self.verdict_tokens if ask.mode in self.thinks else 0)
+    def split(self, request: Request) -> Sequence[Request]:
+        return (request,)
+
+    def prompt(self, request: Request) -> Prompt:
+        reasons = request.mode in self.reasoning_modes
+        room = self.verdict_tokens + (self.reasoning_tokens + self.verdict_tokens if reasons else 0)
         try:
-            found = self.encoder.prompt(ask.example, ask.mode, room, self.asks(ask))
+            prompt = self.encoder.prompt(request.example, request.mode, room, self.lines(request))
         except PromptTooLongError as error:
             raise UnsupportedError(str(error)) from None
-        return Prompt(tuple(found.ids), found.cut)
+        return Prompt(tuple(prompt.ids), prompt.cut)
 
     def text(self, ids: Sequence[int]) -> str:
         return str(self.encoder.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
@@ -58,52 +62,54 @@ class NativeFormat:
     def tokens(self, text: str) -> Sequence[int]:
         return self.encoder.ids(text)
 
-    def read(self, ask: Request, text: str) -> int:
-        verdict = parse(text, [ask.question], ask.mode, ask.example.response is not None)
-        if verdict.problems:
-            return UNPARSABLE
-        return POSITIVE if getattr(verdict, ask.question) == CHOICES[ask.question][0] else NEGATIVE
+    def parse(self, request: Request, text: str) -> dict[Question, int]:
+        has_response = request.example.response is not None
+        verdicts: dict[Question, int] = {}
+        for question in request.questions:
+            verdict = parse(text, [question], request.mode, has_response)
+            positive = getattr(verdict, question) == CHOICES[question][0]
+            verdicts[question] = UNPARSABLE if verdict.problems else POSITIVE if positive else NEGATIVE
+        return verdicts
 
-    def closed(self, ask: Request, text: str) -> str | None:
-        if ask.mode not in self.thinks:
+    def close_reasoning(self, request: Request, text: str) -> str | None:
+        if request.mode not in self.reasoning_modes:
             return None
-        ended = verdict_prefix(text)
-        if ended is None:
+        prefix = verdict_prefix(text)
+        if prefix is None:
             return close_reasoning(text)
-        return ended if self.read(ask, text) == UNPARSABLE else None
+        return prefix if UNPARSABLE in self.parse(request, text).values() else None
 
-    def choices(self, ask: Request, text: str) -> Sequence[DecisionPoint]:
-        """A choice for each line up to the question's, for every way there."""
-        start = verdict_prefix(text) if ask.mode in self.thinks else ""
+    def decision_points(self, request: Request, text: str) -> Sequence[DecisionPoint]:
+        """A point for each line up to the last requested one, on every path through the lines before it."""
+        start = verdict_prefix(text) if request.mode in self.reasoning_modes else ""
         if start is None:
             return ()
-        prompt = self.prompt(ask).ids
-        found: list[DecisionPoint] = []
+        prompt, lines = self.prompt(request).ids, self.lines(request)
+        last = max(lines.index(question) for question in request.questions)
+        points: list[DecisionPoint] = []
         paths: list[tuple[Answers, tuple[tuple[int, bool], ...]]] = [((), ())]
-        for question in self.asks(ask):
-            if question != "prompt_harm" and ask.example.response is None:
-                paths = [((*given, (question, ABSENT)), earlier) for given, earlier in paths]
+        for question in lines[: last + 1]:
+            if question != "prompt_harm" and request.example.response is None:
+                paths = [((*before, (question, ABSENT)), earlier) for before, earlier in paths]
                 continue
             longer = []
-            for given, earlier in paths:
-                before, positive, negative = self.encoder.decision_point(start, given, question)
-                place, final = len(found), question == ask.question
-                found.append(DecisionPoint((*prompt, *before), positive, negative, earlier, final))
+            for before, earlier in paths:
+                prefix, positive, negative = self.encoder.decision_point(start, before, question)
+                index = len(points)
+                points.append(DecisionPoint((*prompt, *prefix), positive, negative, question, earlier))
                 longer += [
-                    ((*given, (question, word)), (*earlier, (place, word == CHOICES[question][0])))
+                    ((*before, (question, word)), (*earlier, (index, word == CHOICES[question][0])))
                     for word in CHOICES[question]
                 ]
-            if question == ask.question:
-                break
             paths = longer
-        return found
+        return points
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return (self.encoder.end_id,)
 
     @property
-    def thinks(self) -> frozenset[Mode]:
+    def reasoning_modes(self) -> frozenset[Mode]:
         return frozenset({Mode.REASONING})
 
 
