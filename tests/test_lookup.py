@@ -11,7 +11,7 @@ from jaxguard.data.policies import load_policy, policy_for
 from jaxguard.distill.prompts import load_prompt
 from jaxguard.evaluate.benchmarks.loading import list_benchmarks, load_benchmark
 from jaxguard.evaluate.report.published import read_published
-from jaxguard.plan.sweep import read_sweep
+from jaxguard.plan.sweeps import read_sweep
 from jaxguard.plan.targets import read_targets
 from jaxguard.utils.errors import JaxguardError
 

@@ -58,10 +58,8 @@ class Tpu(Schema):
     """libtpu's name of it."""
     chip_config: str = "default"
     """libtpu's name of how its cores make devices."""
-    dimensions: int
-    """Of the torus."""
     chips_per_host: tuple[int, ...]
-    """The smallest slice, and what a larger one is a multiple of."""
+    """The smallest slice, along each dimension of the torus; those of larger ones are multiples."""
     devices_per_chip: int = 1
     """As JAX counts devices."""
     largest: tuple[int, ...]

@@ -5,85 +5,71 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import Progress
+from rich.text import Text
 
 from jaxguard.cli import exit_code, run_stage
-from jaxguard.config import Config, load
-from jaxguard.config.hardware import GIB
-from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
-from jaxguard.plan.page import page
-from jaxguard.plan.search import search
-from jaxguard.plan.show import Planned, Refused, as_json, line, ranking, remedies, show
-from jaxguard.plan.sweep import Place, Point, places, read_sweep, run_sweep
-from jaxguard.plan.sweep_page import figure, markdown
-from jaxguard.plan.sweep_page import page as page_of_sweep
-from jaxguard.plan.targets import find_cluster, read_targets
-from jaxguard.plan.work import work_of
+from jaxguard.config import Config
+from jaxguard.config.hardware import GIB, read_targets
+from jaxguard.plan import PlanReport, plan, search, sweep
+from jaxguard.plan.estimate import ASSUMPTIONS
+from jaxguard.plan.report import collectives_table, largest_table
+from jaxguard.plan.sweeps import SWEEP_OUTPUT, Point, Result, points, read_sweep
+from jaxguard.report import write_markdown, write_page
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 
 DOES_NOT_FIT = 1
-NOTHING_FITS = (
-    "nothing that was tried does; take more devices or those with more memory, fewer rows (train.batch_size) or shorter "
-    "ones (data.max_seq_len)"
-)
 
 
-def plan(options: argparse.Namespace, config: Config) -> int:
-    """Compile, print, write, and say by the exit code whether all fit."""
+def run(options: argparse.Namespace, config: Config) -> int:
+    """Compile, print and write the plans; the exit code says whether all fit."""
     console = Console()
-    clusters = [find_cluster(text) for text in options.target]
-    variants = [[], *(_changes(text) for text in options.compare)]
-    spec = find_spec(config.model)
-
-    def vary(overrides: Sequence[str]) -> Config:
-        return load(options.config, [*options.overrides, *overrides])
-
-    planned: list[Planned] = []
-    refused: list[Refused] = []
-    for cluster in clusters:
-        if options.search:
-            with console.status(f"looking for the best way to train {config.name} on {cluster.name} …"):
-                best = search(
-                    vary, spec, cluster, options.rows, options.targets, lambda choice: console.print(line(choice))
-                )
-            if best:
-                console.print(ranking(config.name, cluster, best))
-            else:
-                refused.append(Refused(config.name, cluster.name, NOTHING_FITS))
-            planned += [
-                (choice.plan, work_of(vary(choice.overrides), cluster.devices, options.price))
-                for choice in best[:1]
-                if choice.plan
-            ]
-            continue
-        for changes in variants:
-            other, name = vary(changes), " ".join([config.name, *changes])
-            work = work_of(other, cluster.devices, options.price)
-            try:
-                with console.status(f"compiling {name} for {cluster.name} …"):
-                    found = compile_step(other, spec, cluster, options.rows, options.targets, work.largest)
-                planned.append((replace(found, name=name), work))
-            except OutOfMemoryError as error:
-                why = f"{error}; {remedies(other.model.remat)}"
-                refused.append(Refused(name, cluster.name, why, error.largest))
-    console.print(show(planned, refused))
+    settings = {"rows": options.rows, "target_tokens": options.targets, "price": options.price}
+    if options.search:
+        report = PlanReport()
+        for target in options.target:
+            with console.status(f"searching for the fastest way to train {config.name} on {target} …"):
+                found = search(config, target, **settings, on_candidate=lambda c: console.print(str(c), soft_wrap=True))
+            if found.ranking:
+                console.print(f"{config.name} on {target}", found.table().rich())
+            report += found.best
+    else:
+        compare = [_changes(text) for text in options.compare]
+        with console.status("") as status:
+            report = plan(config, options.target, compare=compare, **settings, on_start=status.update)
+    console.print(render(report))
     if options.json:
-        write_atomically(options.json, json.dumps(as_json(planned, refused), indent=1) + "\n")
+        write_atomically(options.json, json.dumps(report.to_json(), indent=1) + "\n")
     if options.html:
-        write_atomically(options.html, page(planned, refused))
-    return DOES_NOT_FIT if refused or not all(found.fits for found, _ in planned) else 0
+        write_page(options.html, report.page())
+    return 0 if report.fits else DOES_NOT_FIT
+
+
+def render(report: PlanReport) -> RenderableType:
+    """All of a single plan, several side by side, and last what does not fit, and why."""
+    parts: list[RenderableType] = []
+    if report.plans:
+        parts.append(report.facts().rich())
+        if len(report.plans) == 1:
+            parts.append(collectives_table(report.plans[0][0]).rich())
+        parts.append(Text(f"Estimate: {ASSUMPTIONS}.", "dim"))
+    for problem in report.problems:
+        if problem.largest:
+            title = f"Largest arrays of {problem.name} on {problem.target}"
+            parts.append(largest_table(problem.largest, title).rich())
+        parts.append(Text(str(problem), "bold red"))
+    return Group(*parts)
 
 
 def _changes(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise JaxguardError(f"--compare {text!r} cannot be read: {error}") from None
+        raise JaxguardError(f"--compare {text!r} is malformed: {error}") from None
 
 
 def _count(text: str) -> int:
@@ -98,14 +84,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="NAME:SHAPE",
-        help="what to compile for, may be given again: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16, "
-        "v5e:2*16x16 (slices * chips of each); "
-        f"known: {', '.join(read_targets())}",
+        help="devices to compile for, may be repeated: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16, "
+        f"v5e:2*16x16 (slices * chips of each); known: {', '.join(read_targets())}",
     )
     parser.add_argument(
         "--rows",
         type=_count,
-        help="rows of the batch; default: of the largest batch if the data are here, else one for each example",
+        help="rows of the batch; default: of the largest batch if the data are local, else one for each example",
     )
     parser.add_argument("--targets", type=_count, help="target tokens of a row; default: all of them")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a device for an hour")
@@ -114,23 +99,22 @@ def _options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="'FIELD=VALUE ...'",
-        help="plan the run with these changes too, beside it; may be given again",
+        help="plan the run with these changes too, beside it; may be repeated",
     )
     parser.add_argument(
         "--search",
         action="store_true",
         help="compile meshes, remat policies and accumulations, and rank those that fit",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plans there too, as data")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write them there too, as a page with figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plans as data")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write them as a page with figures")
 
 
-def sweep(argv: Sequence[str]) -> int:
-    """The door of `python -m jaxguard.plan sweep`."""
+def sweep_command(argv: Sequence[str]) -> int:
+    """Parse and run `python -m jaxguard.plan sweep`."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxguard.plan sweep",
-        description="Compile a run's step for growing clusters. What is compiled already is not compiled again: stop it whenever "
-        "you like.",
+        description="Compile a run's step for growing clusters. Points are compiled once, so it may be stopped at any time.",
         allow_abbrev=False,
     )
     parser.add_argument("sweep", metavar="NAME|PATH", help="a file of configs/sweeps, or any YAML file")
@@ -141,35 +125,35 @@ def sweep(argv: Sequence[str]) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    console = Console()
-    fields = read_sweep(options.sweep)
-    todo = list(places(fields))
+    console = Console(soft_wrap=True)
+    todo = list(points(read_sweep(options.sweep)))
     if options.dry_run:
-        for one in todo:
-            mesh = " × ".join(map(str, (one.config.mesh.data, one.config.mesh.fsdp, one.config.mesh.tensor)))
-            console.print(f"{one.series}: {one.cluster.name}, mesh {mesh}, {one.rows:,} rows", soft_wrap=True)
+        for point in todo:
+            mesh = " × ".join(map(str, (point.config.mesh.data, point.config.mesh.fsdp, point.config.mesh.tensor)))
+            console.print(f"{point.series}: {point.cluster.name}, mesh {mesh}, {point.rows:,} rows")
         return 0
-    folder = options.output or Path("runs/sweeps") / Path(options.sweep).stem
-
-    def tell(place: Place, point: Point) -> None:
-        said = point.get("error") or f"{point['peak'] / GIB:.1f} GiB, {point['estimate']['step']:.3g} s an update"
-        progress.console.print(f"{place.series}, {place.cluster.devices:,} devices: {said}", soft_wrap=True)
-        progress.advance(task)
-
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = options.output or SWEEP_OUTPUT / Path(options.sweep).stem
     with Progress(console=console) as progress:
-        task = progress.add_task(fields.title, total=len(todo))
-        points = run_sweep(fields, folder, tell)
-    write_atomically(folder / "sweep.md", markdown(fields.title, points))
-    write_atomically(folder / "sweep.svg", figure(points))
-    write_atomically(folder / "sweep.html", page_of_sweep(fields.title, points))
-    console.print("\n".join(f"{folder}/sweep.{kind}" for kind in ("md", "svg", "html")), soft_wrap=True)
+        task = progress.add_task(options.sweep, total=len(todo))
+
+        def on_point(point: Point, result: Result) -> None:
+            text = result.get("error") or f"{result['peak'] / GIB:.1f} GiB, {result['estimate']['step']:.3g} s a step"
+            console.print(f"{point.series}, {point.cluster.devices:,} devices: {text}")
+            progress.advance(task)
+
+        report = sweep(options.sweep, folder, on_point)
+    write_markdown(folder / "sweep.md", report.page())
+    write_page(folder / "sweep.html", report.page())
+    report.figure().savefig(folder / "sweep.svg", metadata={"Date": None})
+    console.print("\n".join(f"{folder}/sweep.{kind}" for kind in ("md", "svg", "html")))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = "Compile the training step for hardware that is not here. `sweep NAME` does so for growing clusters."
-    return run_stage("plan", description, plan, _options, argv, commands={"sweep": sweep})
+    description = (
+        "Compile the training step for hardware that is not attached. `sweep NAME` does so for growing clusters."
+    )
+    return run_stage("plan", description, run, _options, argv, commands={"sweep": sweep_command})
 
 
 if __name__ == "__main__":

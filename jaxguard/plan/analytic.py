@@ -1,4 +1,4 @@
-"""What one update must compute and communicate, counted by hand: the bounds that a compiled program is held against.
+"""Count what one step must compute and communicate: the bounds that a compiled program is compared with.
 
 Letters as in models/: T tokens of a row, V D L N K H F of the model's spec.
 """
@@ -15,12 +15,12 @@ from jaxguard.models.weights import table
 
 ATTENTION_BACKWARD = 2.5
 """Products of attention's backward pass over those of its forward pass: the scores again, and four of their size (Dao,
-FlashAttention-2, 2023, section 4.1). Ours in plain XLA does the same."""
+FlashAttention-2, 2023, section 4.1). Attention in plain XLA does the same."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of the matrix products of one update, all devices together, padding included.
+    """FLOPs of the matrix products of one step, all devices together, padding included.
 
     Attributes:
         layers: projections and MLPs.
@@ -40,7 +40,7 @@ class Flops:
 
 
 def step_flops(spec: Spec, shape: Shape, compute: Compute) -> Flops:
-    """FLOPs of one update: a forward pass, a backward pass of twice that, and what is computed again in between.
+    """FLOPs of one step: a forward pass, a backward pass of twice that, and what is computed again in between.
 
     Full remat computes a layer's products once more, but for the last one where nothing needs its result (no norm follows
     it). The head's logits are always computed again (train/loss.py).
@@ -75,19 +75,19 @@ def _pairs(tokens: int, window: int | None, compute: Compute) -> int:
 
 
 def ideal_sent(spec: Spec, mesh: Mapping[str, int], compute: Compute) -> float:
-    """Bytes that a device must send in one update under this sharding, in the compute type.
+    """Bytes that a device must send in one step under this sharding, in the compute type.
 
     fsdp: every weight is gathered for the forward pass and, where layers are recomputed, once more; its gradient is summed
-    by a reduce-scatter (Rajbhandari et al., ZeRO, 2020, section 7). data: the gradient, cut by then, is all-reduced.
-    Activations that `tensor` exchanges are not in it.
+    by a reduce-scatter (Rajbhandari et al., ZeRO, 2020, section 7). data: the gradient, sharded by then, is all-reduced.
+    Activations that `tensor` exchanges are not included.
     """
     passes = 2 + (compute.remat == "full")
     total = 0.0
     for weight in table(spec):
-        cut = partition(weight.axes, weight.shape(spec), mesh)
-        names = {name for part in cut for name in mesh_axes(part)}
+        sharding = partition(weight.axes, weight.shape(spec), mesh)
+        names = {name for entry in sharding for name in mesh_axes(entry)}
         fsdp = mesh["fsdp"] if "fsdp" in names else 1
-        held = compute.dtype.itemsize * math.prod(weight.shape(spec)) / (mesh["tensor"] if "tensor" in names else 1)
-        total += held * passes * (fsdp - 1) / fsdp
-        total += held / fsdp * 2 * (mesh["data"] - 1) / mesh["data"]
+        size = compute.dtype.itemsize * math.prod(weight.shape(spec)) / (mesh["tensor"] if "tensor" in names else 1)
+        total += size * passes * (fsdp - 1) / fsdp
+        total += size / fsdp * 2 * (mesh["data"] - 1) / mesh["data"]
     return total

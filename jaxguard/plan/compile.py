@@ -1,4 +1,4 @@
-"""The run's own training step, compiled for a target that is not here."""
+"""Compile the run's own training step for hardware that is not attached."""
 
 import re
 import time
@@ -19,7 +19,7 @@ from jaxguard.models.compute import Compute
 from jaxguard.models.mesh import make_mesh, row_multiple
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.plan.analytic import Flops, ideal_sent, step_flops
-from jaxguard.plan.program import Collective, Compiled, place
+from jaxguard.plan.hlo import Collective, CompiledProgram, describe
 from jaxguard.plan.targets import Cluster, topology
 from jaxguard.train.step import Program, build_program
 from jaxguard.utils.errors import JaxguardError
@@ -31,39 +31,43 @@ _NEEDS = re.compile(
 _ALLOCATION = re.compile(r'Size: ([\d.]+)([BKMG])\n(?:\s*Operator: .*?op_name="([^"[]*).*\n)?\s*Shape: (\w+\[[\d,]*\])')
 
 
+Buffer = tuple[int, str, str]
+"""Bytes of an array, its type and shape, and the operation that makes it."""
+
+
 class OutOfMemoryError(JaxguardError):
     """The compiler found no schedule that fits.
 
     Attributes:
-        largest: the largest arrays of the schedule that it gave up, as Plan has them; none where it does not tell.
+        largest: the largest arrays of the schedule that it gave up, where it lists them.
     """
 
-    def __init__(self, message: str, largest: Sequence[tuple[int, str, str]] = ()) -> None:
+    def __init__(self, message: str, largest: Sequence[Buffer] = ()) -> None:
         super().__init__(message)
         self.largest = largest
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one device needs for one update.
+    """What one device needs for one step.
 
     Attributes:
         name: of the run.
-        cluster: what it was compiled for.
+        cluster: what the step was compiled for.
         shape: rows, tokens and targets of the batch.
         mesh: axis -> devices.
         compute: attention kernel chosen for the target, remat policy and types.
-        arguments: bytes of training state and batch; the new state takes their place.
-        temporaries: bytes that the compiler's schedule holds at once besides, at its peak.
-        peak: bytes of both, and of outputs that take no argument's place.
-        largest: the largest arrays that it makes, (bytes, type and sides, where they come from).
-        flops: FLOPs of the update by count, all devices together.
-        matmul_flops: FLOPs of one device's matrix products as compiled; a vendor's attention kernel is not in it.
+        arguments: bytes of training state and batch; the new state reuses their memory.
+        temporaries: bytes of the other arrays that the compiler's schedule holds at once, at its peak.
+        peak: bytes of both, and of outputs that reuse no argument's memory.
+        largest: the largest arrays that the step makes.
+        flops: analytic FLOPs of the step, all devices together.
+        matmul_flops: FLOPs of one device's matrix products as compiled, without a vendor's attention kernel.
         traffic: bytes that one device reads from and writes to its memory.
         collectives: what the devices exchange, the largest first.
         ideal_sent: bytes that a device must send under this sharding.
         kernels: names of the vendor's kernels -> how often they run.
-        seconds: that compiling took.
+        seconds: time that compiling took.
     """
 
     name: str
@@ -74,7 +78,7 @@ class Plan:
     arguments: int
     temporaries: int
     peak: int
-    largest: list[tuple[int, str, str]]
+    largest: Sequence[Buffer]
     flops: Flops
     matmul_flops: float
     traffic: float
@@ -86,7 +90,7 @@ class Plan:
     @property
     def usable(self) -> int:
         """Bytes that a program may fill."""
-        return int(self.cluster.target.memory * self.cluster.target.usable)
+        return self.cluster.usable
 
     @property
     def fits(self) -> bool:
@@ -95,11 +99,11 @@ class Plan:
     @property
     def sent(self) -> float:
         """Bytes that a device sends."""
-        return sum(one.sent for one in self.collectives)
+        return sum(collective.sent for collective in self.collectives)
 
     @property
     def kernel_flops(self) -> float:
-        """FLOPs of one device's attention kernels, by count, where the program does not show them."""
+        """Analytic FLOPs of one device's attention kernels, where the program does not show them."""
         return 0.0 if self.compute.attention == "xla" else self.flops.attention / self.cluster.devices
 
 
@@ -112,21 +116,21 @@ def compile_step(
     largest: Shape | None = None,
     steps: int = 1000,
 ) -> Plan:
-    """Compile one update of `config` for `cluster`.
+    """Compile one training step of `config` for `cluster`.
 
     Args:
         config: the run; its mesh must fit the cluster's devices.
         spec: shape of the model.
         cluster: what to compile for.
-        rows: of the batch, each config.data.max_seq_len long; None for `largest`, or without it one of each example.
-        targets: target positions of a row; None for the most there can be.
-        largest: the largest shape of the run's batches, where its data are at hand.
-        steps: length of the schedule; it does not change the program's size.
+        rows: of the batch, each config.data.max_seq_len long; None for `largest`, or without it one row for each example.
+        targets: target positions of a row; None for all of them.
+        largest: the largest shape of the run's batches, where its data are available.
+        steps: length of the learning rate's schedule; it does not change the program's size.
 
     Raises:
-        JaxguardError: no compiler for it, a mesh that does not fit it, rows that its devices cannot share, more targets
-            than a row has tokens, an attention kernel that cannot work there.
-        OutOfMemoryError: the compiler finds no schedule that fits, which only a TPU's says.
+        JaxguardError: no compiler for the cluster, a mesh that does not fit it, rows that its devices cannot share, more
+            targets than a row has tokens, an attention kernel that cannot run there.
+        OutOfMemoryError: the compiler finds no schedule that fits, which only a TPU's reports.
     """
     mesh = make_mesh(config.mesh, topology(cluster))
     shape = _shape(config, row_multiple(config, mesh), rows, targets)
@@ -136,7 +140,8 @@ def compile_step(
     start = time.perf_counter()
     compiled = _compile(program, shape)
     seconds = time.perf_counter() - start
-    memory, found = compiled.memory_analysis(), Compiled(compiled.as_text(), _branches(spec, shape.tokens))
+    memory = compiled.memory_analysis()
+    hlo = CompiledProgram(compiled.as_text(), _branches(spec, shape.tokens))
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     axes = dict(mesh.shape)
     return Plan(
@@ -148,13 +153,13 @@ def compile_step(
         arguments=arguments,
         temporaries=temporaries,
         peak=arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        largest=[(one.bytes, one.shown, place(one.source)) for one in found.largest()],
+        largest=[(buffer.bytes, buffer.result, buffer.source) for buffer in hlo.largest()],
         flops=step_flops(spec, shape, program.compute),
-        matmul_flops=found.matmul_flops,
-        traffic=found.traffic,
-        collectives=found.collectives(axes, cluster.linked),
+        matmul_flops=hlo.matmul_flops,
+        traffic=hlo.traffic,
+        collectives=hlo.collectives(axes, cluster.linked),
         ideal_sent=ideal_sent(spec, axes, program.compute),
-        kernels=dict(found.kernels),
+        kernels=hlo.kernels,
         seconds=seconds,
     )
 
@@ -165,11 +170,11 @@ def _shape(config: Config, multiple: int, rows: int | None, targets: int | None)
         rows = bucket_size(config.train.batch_size, multiple)
     elif rows % multiple:
         raise JaxguardError(
-            f"--rows {rows} cannot be shared out: mesh.data × mesh.fsdp × train.accumulation needs multiples of {multiple}; "
-            f"say --rows {bucket_size(rows, multiple)}, or change the mesh"
+            f"--rows {rows} cannot be divided evenly: mesh.data × mesh.fsdp × train.accumulation needs multiples of {multiple}; "
+            f"use --rows {bucket_size(rows, multiple)}, or change the mesh"
         )
     if targets is not None and targets > tokens:
-        raise JaxguardError(f"--targets {targets} is more than a row has: data.max_seq_len={tokens}; say fewer")
+        raise JaxguardError(f"--targets {targets} is more than a row has: data.max_seq_len={tokens}; use fewer")
     return Shape(rows, tokens, targets or tokens, config.data.share_prefixes)
 
 
@@ -185,7 +190,7 @@ def _compile(program: Program, shape: Shape) -> Any:
 
 
 def _branches(spec: Spec, tokens: int) -> list[float]:
-    """How often each branch of the layers' attention runs, of one layer's run: see Decoder._attend."""
+    """Share of the layers that take each branch of the attention: see Decoder._attend."""
     windows = [None if k.window is None or k.window >= tokens else k.window for k in spec.kinds]
     distinct = list(dict.fromkeys(windows))
     counts = Counter(distinct.index(windows[kind]) for kind in spec.layer_kinds)
@@ -193,10 +198,10 @@ def _branches(spec: Spec, tokens: int) -> list[float]:
 
 
 def find_spec(model: ModelConfig, shapes: Path = SHAPES) -> Spec:
-    """The model's shape, from the checkpoint if it is a folder here, else from the public facts in configs/shapes.
+    """Read the model's shape from the checkpoint if it is a local folder, else from the public facts in configs/shapes.
 
     Raises:
-        JaxguardError: neither is there.
+        JaxguardError: neither exists.
     """
     if Path(model.checkpoint).is_dir():
         return read_spec(Path(model.checkpoint))
@@ -204,7 +209,7 @@ def find_spec(model: ModelConfig, shapes: Path = SHAPES) -> Spec:
     if not folder.is_dir():
         known = sorted({path.name.replace("--", "/") for source in folders(shapes) for path in source.glob("*--*")})
         raise JaxguardError(
-            f"the shape of model.checkpoint={model.checkpoint} is not known here: give a folder, "
+            f"the shape of model.checkpoint={model.checkpoint} is unknown: use a local folder, "
             f"or put its config.json into {shapes / folder.name}/; known: {', '.join(known) or 'none'}"
         )
     return read_spec(folder)
@@ -212,28 +217,28 @@ def find_spec(model: ModelConfig, shapes: Path = SHAPES) -> Spec:
 
 @contextmanager
 def _any_gpu() -> Iterator[None]:
-    """Lower cuDNN attention although the GPU of this host is another one, or there is none.
+    """Lower cuDNN attention although this host has another GPU, or none.
 
-    JAX asks the local GPU's compute capability before it lowers the kernel, and there is no public way to make it ask
-    the target. Whether the target can run the kernel was decided by models/attention_kernels.choose.
+    JAX checks the local GPU's compute capability before it lowers the kernel, and has no public way to check the target's.
+    Whether the target can run the kernel was decided by models/attention/kernels.py.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    asks_local_gpu = cudnn.check_compute_capability
+    check_local_gpu = cudnn.check_compute_capability
     cudnn.check_compute_capability = lambda _: True
     try:
         yield
     finally:
-        cudnn.check_compute_capability = asks_local_gpu
+        cudnn.check_compute_capability = check_local_gpu
 
 
-def out_of_memory(said: str) -> OutOfMemoryError:
-    """What a TPU's compiler says when it refuses, in few words: it names arrays only where it had made a schedule."""
-    numbers = _NEEDS.search(said)
+def out_of_memory(error: str) -> OutOfMemoryError:
+    """Shorten the error of a TPU's compiler, which lists arrays only where it had made a schedule."""
+    numbers = _NEEDS.search(error)
     needs, has = (part for part in numbers.groups() if part) if numbers else (None, None)
-    message = f"it needs {needs}iB of a device's {has}iB" if numbers else said.partition("\n")[0]
+    message = f"it needs {needs}iB of a device's {has}iB" if numbers else error.partition("\n")[0]
     largest = [
-        (int(float(size) * 1024 ** "BKMG".index(unit)), array, place(source or "?"))
-        for size, unit, source, array in _ALLOCATION.findall(said)
+        (int(float(size) * 1024 ** "BKMG".index(unit)), array, describe(source or "?"))
+        for size, unit, source, array in _ALLOCATION.findall(error)
     ]
     return OutOfMemoryError(message, largest[:5])

@@ -1,6 +1,7 @@
-"""Accelerators to compile for, as configs/hardware/targets.yaml describes them, and their devices without the hardware."""
+"""Find clusters by name, and make their devices to compile for, without the hardware."""
 
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -23,7 +24,7 @@ LIBTPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""What libtpu's environment must say on a host that has no TPU; the type does not change what it compiles for."""
+"""Environment of libtpu on a host that has no TPU; the type does not change what it compiles for."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Cluster:
     """Devices of one target.
 
     Attributes:
-        name: as asked for, such as a100-80gb:2x8.
-        target: what they are.
+        name: as on the command line, such as a100-80gb:2x8.
+        target: facts of one device.
         shape: hosts × GPUs of a host, or the chips of a slice along each dimension.
-        slices: of TPUs, each of that shape, with only the network between them.
+        slices: number of TPU slices, each of that shape, with only the network between them.
     """
 
     name: str
@@ -51,12 +52,18 @@ class Cluster:
         """Devices that reach one another by `link`: the GPUs of a host, all of a TPU slice."""
         return self.shape[-1] if self.target.gpu else self.devices // self.slices
 
+    @property
+    def usable(self) -> int:
+        """Bytes of a device that a program may fill; XLA_CLIENT_MEM_FRACTION sets a GPU's share, as it does for training."""
+        share = os.environ.get("XLA_CLIENT_MEM_FRACTION") if self.target.gpu else None
+        return int(self.target.memory * float(share or self.target.usable))
+
 
 def find_cluster(text: str) -> Cluster:
-    """Read `NAME:SHAPE`.
+    """Parse `NAME:SHAPE`.
 
     For GPUs SHAPE is hosts × GPUs of each, as in a100-80gb:2x8, or a number of GPUs, eight to a host. For a TPU it is a
-    slice's topology, as in v5p:8x8x16, or a number of chips, whose topology is the squarest; several slices are written
+    slice's topology, as in v5p:8x8x16, or a number of chips, whose topology is the squarest; the number of slices comes
     before either, as in v5p:2*8x8x16. Without SHAPE it is 8.
 
     Raises:
@@ -78,41 +85,38 @@ def find_cluster(text: str) -> Cluster:
 
 
 def topology(cluster: Cluster) -> Sequence[Any]:
-    """The devices, to build a mesh of and compile for; nothing can run on them.
+    """Make the devices, to build a mesh of and compile for; nothing can run on them.
 
     Raises:
         JaxguardError: their compiler is not installed, or does not know them.
     """
     # Nothing runs, so no device of this host is claimed; without one, JAX's CUDA plugin would not load.
     jax.config.update("jax_platforms", "cpu")
-    _require("jax_cuda12_plugin" if cluster.target.gpu else "libtpu", cluster)
+    target, shape = cluster.target, "x".join(map(str, cluster.shape))
+    if importlib.util.find_spec("jax_cuda12_plugin" if target.gpu else "libtpu") is None:
+        raise JaxguardError(f"target {cluster.name!r}: its compiler is not installed: pip install 'jaxguard[aot]'")
     try:
-        return (_gpus if cluster.target.gpu else _tpus)(cluster)
+        if target.gpu:
+            devices = topologies.get_topology_desc(
+                "gpu", "cuda", target_config=_gpu_config(target, target.gpu), topology=f"1x{shape}"
+            )
+        elif target.tpu:
+            # libtpu must neither ask a metadata server where it runs nor claim a chip; without these it complains.
+            os.environ.update(LIBTPU | os.environ)
+            devices = topologies.get_topology_desc(
+                platform="tpu",
+                topology_name=f"{target.tpu.generation}:{shape}",
+                chip_config_name=target.tpu.chip_config,
+                num_slices=cluster.slices,
+            )
     except (RuntimeError, ValueError) as error:
-        said = str(error).partition("\n")[0]
-        raise JaxguardError(f"target {cluster.name!r}: the installed compiler does not take it: {said}") from None
-
-
-def _gpus(cluster: Cluster) -> Sequence[Any]:
-    assert cluster.target.gpu is not None
-    shape = "x".join(map(str, (1, *cluster.shape)))  # slices x hosts x devices of a host
-    config = _gpu_config(cluster.target, cluster.target.gpu)
-    return topologies.get_topology_desc("gpu", "cuda", target_config=config, topology=shape).devices
-
-
-def _tpus(cluster: Cluster) -> Sequence[Any]:
-    # libtpu must neither ask a metadata server where it runs nor claim a chip; it complains where it is told nothing.
-    for name, value in LIBTPU.items():
-        os.environ.setdefault(name, value)
-    tpu = cluster.target.tpu
-    assert tpu is not None
-    name = f"{tpu.generation}:{'x'.join(map(str, cluster.shape))}"
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=name, chip_config_name=tpu.chip_config, num_slices=cluster.slices
-    ).devices
+        reason = str(error).partition("\n")[0]
+        raise JaxguardError(f"target {cluster.name!r}: the installed compiler rejects it: {reason}") from None
+    return devices.devices
 
 
 def _hosts(text: str, sides: tuple[int, ...]) -> tuple[int, ...]:
+    """Hosts × GPUs of each."""
     if len(sides) == 2:
         return sides
     if len(sides) > 2:
@@ -120,47 +124,37 @@ def _hosts(text: str, sides: tuple[int, ...]) -> tuple[int, ...]:
     hosts, rest = divmod(sides[0], GPUS_PER_HOST)
     if hosts and rest:
         raise JaxguardError(
-            f"target {text!r}: {sides[0]} GPUs are not whole hosts of {GPUS_PER_HOST}; say hosts x GPUs of each, as in 3x4"
+            f"target {text!r}: {sides[0]} GPUs are not whole hosts of {GPUS_PER_HOST}; write hosts x GPUs of each, as in 3x4"
         )
     return (hosts, GPUS_PER_HOST) if hosts else (1, rest)
 
 
-def _slice(text: str, sides: tuple[int, ...], tpu: Tpu | None) -> tuple[int, ...]:
-    assert tpu is not None
-    built = _slices(tpu)
+def _slice(text: str, sides: tuple[int, ...], tpu: Tpu) -> tuple[int, ...]:
+    """The topology of a slice: a common one, whose sides are those of a host doubled, in ascending order, nearly equal."""
+    doubled = (
+        [side * 2**n for n in range(10) if side * 2**n <= most]
+        for side, most in zip(tpu.chips_per_host, tpu.largest, strict=True)
+    )
+    even = {
+        shape for shape in itertools.product(*doubled) if list(shape) == sorted(shape) and max(shape) <= 2 * min(shape)
+    }
+    built = sorted({tpu.chips_per_host, *even}, key=lambda shape: (math.prod(shape), shape))
     if len(sides) == 1:
-        fitting = [slice_ for slice_ in built if math.prod(slice_) == sides[0]]
+        fitting = [shape for shape in built if math.prod(shape) == sides[0]]
         if not fitting:
-            counts = sorted({math.prod(slice_) for slice_ in built})
+            counts = sorted(set(map(math.prod, built)))
             raise JaxguardError(
-                f"target {text!r}: it comes as {', '.join(map(str, counts))} chips; several slices are written as 2*{counts[-1]}"
+                f"target {text!r}: it comes as {', '.join(map(str, counts))} chips; write several slices as 2*{counts[-1]}"
             )
-        return min(fitting, key=lambda slice_: max(slice_) / min(slice_))
+        return min(fitting, key=lambda shape: max(shape) / min(shape))
     if sides not in built:
-        raise JaxguardError(
-            f"target {text!r}: not one of its topologies, such as {', '.join('x'.join(map(str, s)) for s in built[:8])}"
-        )
+        examples = ", ".join("x".join(map(str, shape)) for shape in built[:8])
+        raise JaxguardError(f"target {text!r}: not one of its topologies, such as {examples}")
     return sides
 
 
-def _slices(tpu: Tpu) -> list[tuple[int, ...]]:
-    """The common topologies: a host, and sides twice, four times … as long as its, in ascending order and nearly equal."""
-    found = {tpu.chips_per_host}
-    grown = found
-    while grown:
-        grown = {
-            (*sides[:i], sides[i] * 2, *sides[i + 1 :])
-            for sides in grown
-            for i in range(tpu.dimensions)
-            if sides[i] * 2 <= tpu.largest[i]
-        } - found
-        found |= grown
-    even = [sides for sides in found if list(sides) == sorted(sides) and max(sides) <= 2 * min(sides)]
-    return sorted({tpu.chips_per_host, *even}, key=lambda sides: (math.prod(sides), sides))
-
-
 def _gpu_config(target: Target, gpu: Gpu) -> str:
-    """The text of XLA's GpuTargetConfigProto. Limits that all of them share are written out here."""
+    """The text of XLA's GpuTargetConfigProto. The limits that are written out are the same for all."""
     major, minor = gpu.compute_capability
     return f"""\
 gpu_device_info {{
@@ -187,8 +181,3 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
 device_description_str: "{target.title}"
 """
-
-
-def _require(module: str, cluster: Cluster) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise JaxguardError(f"target {cluster.name!r}: its compiler is not installed: pip install 'jaxguard[aot]'")

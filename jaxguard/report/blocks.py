@@ -163,12 +163,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with its caption: of figures.inline_svg in HTML, where a wide one scrolls; a file beside it in Markdown."""
+    """A figure of figures.inline_svg with its caption, for HTML only; a wide one scrolls."""
 
     caption: str
-    svg: Markup | None = None
+    svg: Markup
     wide: bool = False
-    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,9 +240,7 @@ def blocks_of(contents: Iterable[Content], form: Format) -> list[Any]:
         match content:
             case None | "" | Table(rows=[]) | Bullets(items=[] | ()) | Paragraph(pieces=[] | ()):
                 continue
-            case Drawing():
-                blocks += [content] if (content.svg if form == "html" else content.file) else []
-            case Markup() | Quote():
+            case Markup() | Drawing() | Quote():
                 blocks += [content] if form == "html" else []
             case str():
                 blocks.append(Paragraph([content]))

@@ -8,13 +8,13 @@ from jaxguard.data.packing import Shape
 from jaxguard.models.compute import Compute
 from jaxguard.plan.analytic import Flops
 from jaxguard.plan.compile import Plan
-from jaxguard.plan.program import Collective
+from jaxguard.plan.hlo import Collective
 from jaxguard.plan.targets import find_cluster
 
 
 def plan_of(peak: int, **changes: Any) -> Plan:
-    """A plan for eight A100-80GB whose figures are easy to reckon with."""
-    made = Plan(
+    """A plan for eight A100-80GB with round figures."""
+    plan = Plan(
         name="tiny",
         cluster=find_cluster("a100-80gb:8"),
         shape=Shape(32, 2048, 512),
@@ -32,4 +32,4 @@ def plan_of(peak: int, **changes: Any) -> Plan:
         kernels={},
         seconds=12.0,
     )
-    return replace(made, **changes)
+    return replace(plan, **changes)

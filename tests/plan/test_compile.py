@@ -20,14 +20,15 @@ from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import Compute
 from jaxguard.models.mesh import make_mesh
 from jaxguard.models.weights import abstract, count, table
+from jaxguard.plan.__main__ import render
 from jaxguard.plan.analytic import ideal_sent, step_flops
 from jaxguard.plan.compile import Plan, compile_step, find_spec
+from jaxguard.plan.cost import RunCost
 from jaxguard.plan.estimate import estimate, rate
-from jaxguard.plan.program import Collective
-from jaxguard.plan.show import as_json, show
-from jaxguard.plan.sweep import places, read_sweep
+from jaxguard.plan.hlo import Collective
+from jaxguard.plan.report import PlanReport
+from jaxguard.plan.sweeps import points, read_sweep
 from jaxguard.plan.targets import find_cluster, topology
-from jaxguard.plan.work import Work
 from jaxguard.train.devices import training_flops
 from jaxguard.utils.errors import JaxguardError
 
@@ -62,31 +63,31 @@ def test_an_unknown_checkpoint_names_the_known_ones():
         find_spec(ModelConfig(checkpoint="someone/something"))
 
 
-def shown(plan: Plan) -> str:
+def printed(plan: Plan) -> str:
     console = Console(width=150, record=True)
-    console.print(show([(plan, Work(None))]))
+    console.print(render(PlanReport([(plan, RunCost(None))])))
     return console.export_text()
 
 
 @pytest.mark.parametrize(("peak", "verdict"), [(59, "fits"), (61, "does not fit")])
 def test_the_table_says_whether_it_fits(peak, verdict):
-    text = shown(plan_of(peak))
+    text = printed(plan_of(peak))
     assert f"{peak}.00 GiB of 60.0 usable: {verdict}" in text
     assert "32 rows of 2,048 tokens, 512 targets each" in text
     assert ("bf16[3,1024,1024,512]" in text) == (verdict == "does not fit"), "what to look at where it does not"
 
 
-def test_an_update_takes_products_memory_and_network_one_after_another():
-    found = estimate(plan_of(50))
-    assert (found.compute, found.memory) == (1, 1)
-    assert found.network == pytest.approx(1, rel=1e-6)  # 300 GB at 300 GB/s
-    assert (found.step, found.bound) == (pytest.approx(3), 1)
-    assert found.mfu == pytest.approx(0.5 / 3)
+def test_a_step_takes_products_memory_and_network_one_after_another():
+    result = estimate(plan_of(50))
+    assert (result.compute, result.memory) == (1, 1)
+    assert result.network == pytest.approx(1, rel=1e-6)  # 300 GB at 300 GB/s
+    assert (result.step, result.bound) == (pytest.approx(3), 1)
+    assert result.mfu == pytest.approx(0.5 / 3)
 
 
-def test_a_vendors_kernel_is_counted_by_hand():
-    found = estimate(plan_of(50, compute=Compute(jnp.dtype(jnp.bfloat16), "cudnn", "full")))
-    assert found.compute == pytest.approx((312e12 + 8e12) / 312e12)
+def test_a_vendors_kernel_is_counted_analytically():
+    result = estimate(plan_of(50, compute=Compute(jnp.dtype(jnp.bfloat16), "cudnn", "full")))
+    assert result.compute == pytest.approx((312e12 + 8e12) / 312e12)
 
 
 def test_devices_that_are_not_linked_share_their_hosts_cards():
@@ -98,12 +99,15 @@ def test_devices_that_are_not_linked_share_their_hosts_cards():
 
 
 def test_a_plan_as_data_has_every_figure_of_the_table():
-    (found,) = json.loads(json.dumps(as_json([(plan_of(61), Work(781))])))
-    assert not found["fits"]
-    assert found["collectives"][0]["sent"] == pytest.approx(300e9)
-    assert found["estimate"]["step"] == pytest.approx(3)
-    assert found["hours"] == pytest.approx(781 * 3 / 3600)
-    assert found["dollars"] is None
+    report = PlanReport([(plan_of(61), RunCost(781))])
+    (figures,) = json.loads(json.dumps(report.to_json()))
+    assert not figures["fits"]
+    assert figures["collectives"][0]["sent"] == pytest.approx(300e9)
+    assert figures["estimate"]["step"] == pytest.approx(3)
+    assert figures["hours"] == pytest.approx(781 * 3 / 3600)
+    assert figures["dollars"] is None
+    (row,) = report.table()
+    assert (row["run"], row["fits"], row["mfu"]) == ("tiny", False, figures["estimate"]["mfu"])
 
 
 @pytest.mark.parametrize(("name", "targets"), [("llama8b_5k", 64), ("gemma4b_5k", 512)])
@@ -111,8 +115,8 @@ def test_counted_flops_without_recomputation_are_those_of_training(name, targets
     """Two ways of counting: the planner's, by blocks of a row, and the loop's, by tokens that see each other."""
     spec = find_spec(load(name).model)
     compute = Compute(jnp.dtype(jnp.bfloat16), "xla", "none", query_chunk=1)
-    found = step_flops(spec, Shape(8, 1024, targets), compute)
-    assert found.model == pytest.approx(training_flops(spec, np.tile(np.arange(1024), 8), 8 * targets), rel=1e-9)
+    result = step_flops(spec, Shape(8, 1024, targets), compute)
+    assert result.model == pytest.approx(training_flops(spec, np.tile(np.arange(1024), 8), 8 * targets), rel=1e-9)
 
 
 def test_the_ideal_is_three_times_the_weights_but_for_a_devices_own_part():
@@ -130,7 +134,7 @@ def test_a_mesh_follows_the_torus_however_its_chips_are_listed():
     mesh = make_mesh(MeshConfig(data=2, fsdp=8), chips)
     assert make_mesh(MeshConfig(data=2, fsdp=8), sorted(chips, key=lambda chip: chip.id)) == mesh
     for copy in mesh.devices:
-        ranges = [len(set(places)) for places in zip(*(chip.coords for chip in copy.flat), strict=True)]
+        ranges = [len(set(coordinates)) for coordinates in zip(*(chip.coords for chip in copy.flat), strict=True)]
         assert math.prod(ranges) == 8  # a rectangle of chips
 
 
@@ -155,12 +159,12 @@ def test_only_gradients_go_from_slice_to_slice(tmp_path, write_llama_config):
     overrides = [f"model.checkpoint={tmp_path}", "data.max_seq_len=128", "train.batch_size=8", "mesh.data=2"]
     config = load("llama8b_5k", overrides)
     spec, cluster = find_spec(config.model), find_cluster("v5e:2*2x2")
-    found = compile_step(config, spec, cluster, rows=8)
-    between = [one for one in found.collectives if one.group != one.near]
-    assert {(one.kind, one.axes, one.group) for one in between} == {("all-reduce", "data", 2)}
-    alone = ideal_sent(spec, {**found.mesh, "data": 1}, found.compute)
-    assert 1 <= sum(one.sent for one in between) / (found.ideal_sent - alone) < 1.5
-    assert all(rate(cluster.target, one) == cluster.target.network for one in between)
+    result = compile_step(config, spec, cluster, rows=8)
+    between = [collective for collective in result.collectives if collective.group != collective.near]
+    assert {(c.kind, c.axes, c.group) for c in between} == {("all-reduce", "data", 2)}
+    alone = ideal_sent(spec, {**result.mesh, "data": 1}, result.compute)
+    assert 1 <= sum(c.sent for c in between) / (result.ideal_sent - alone) < 1.5
+    assert all(rate(cluster.target, c) == cluster.target.network for c in between)
 
 
 @pytest.mark.aot
@@ -179,8 +183,8 @@ def test_kernels_are_cut_by_rows_and_heads_without_communication(kernel, target,
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     query = jax.ShapeDtypeStruct((4, 512, 8, 128), jnp.bfloat16, sharding=cut)
     key = jax.ShapeDtypeStruct((4, 512, 2, 128), jnp.bfloat16, sharding=cut)
-    places = jax.ShapeDtypeStruct((4, 512), jnp.int32, sharding=rows)
-    layout = Layout(places, places, places if shared else None)
+    positions = jax.ShapeDtypeStruct((4, 512), jnp.int32, sharding=rows)
+    layout = Layout(positions, positions, positions if shared else None)
 
     def loss(query, key, value, layout):
         return kernel(query, key, value, layout, 100, 0.1).astype(jnp.float32).sum()
@@ -212,9 +216,9 @@ def test_the_real_step_fits(name, target, attention, limit):
     assert result.arguments * cluster.devices >= 12 * parameters  # master weights and both moments
     # Rows, heads and weights are cut so that nothing but fsdp's own gathers and reductions is needed: a TPU's compiler makes
     # reductions of permutations. Of the embedding, every device's part is exchanged for its rows, and back.
-    kinds = {one.kind for one in result.collectives if one.sent > 0.01 * result.sent}
+    kinds = {c.kind for c in result.collectives if c.sent > 0.01 * result.sent}
     assert kinds == {"all-gather", "reduce-scatter" if cluster.target.gpu else "collective-permute"}
-    assert {one.axes for one in result.collectives} == {"fsdp"}
+    assert {c.axes for c in result.collectives} == {"fsdp"}
     assert result.sent <= 1.1 * result.ideal_sent
     counted = result.flops.total / cluster.devices
     assert result.matmul_flops + result.kernel_flops == pytest.approx(counted, rel=0.05)
@@ -237,10 +241,10 @@ def test_rows_that_sharing_saves_are_saved_in_products_and_memory():
 @pytest.mark.parametrize("series", ["8b", "8b-host"])
 def test_a_device_of_many_needs_no_more_than_one_of_few(series):
     """Rows grow with the devices: nothing that a device holds or sends may."""
-    points = [place for place in places(read_sweep("guards")) if place.series == series]
+    series_points = [point for point in points(read_sweep("guards")) if point.series == series]
     few, many = (
-        compile_step(place.config, find_spec(place.config.model), place.cluster, place.rows)
-        for place in (points[0], points[-1])
+        compile_step(point.config, find_spec(point.config.model), point.cluster, point.rows)
+        for point in (series_points[0], series_points[-1])
     )
     assert (few.cluster.devices, many.cluster.devices) == (8, 4096)
     assert many.peak <= 1.05 * few.peak

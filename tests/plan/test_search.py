@@ -1,4 +1,4 @@
-"""The search, and what the door makes of it, with a compiler of arithmetic in place of XLA."""
+"""The search and its command, with arithmetic instead of XLA."""
 
 import json
 from dataclasses import replace
@@ -7,11 +7,11 @@ import pytest
 from plan_examples import plan_of
 
 from jaxguard.config import load
-from jaxguard.plan import __main__ as door
-from jaxguard.plan import search as searching
+from jaxguard.plan import __main__ as command
+from jaxguard.plan import run as run_module
 from jaxguard.plan.compile import OutOfMemoryError, find_spec
 from jaxguard.plan.estimate import estimate
-from jaxguard.plan.search import meshes, search
+from jaxguard.plan.run import meshes, search
 from jaxguard.plan.targets import find_cluster
 
 LLAMA = find_spec(load("llama8b_5k").model)
@@ -20,43 +20,40 @@ SLOWER = {"none": 1.0, "dots": 1.1, "full": 1.3}
 
 
 def compile_step(config, spec, cluster, rows, targets=None, largest=None):
-    """Micro-batches halve what exceeds 30 GiB and gather the weights anew; cut heads cost time."""
-    parts = config.train.accumulation
-    peak = 30 + (PEAK[config.model.remat] - 30) // parts
+    """Micro-batches halve what exceeds 30 GiB and gather the weights anew; tensor parallelism costs time."""
+    accumulation = config.train.accumulation
+    peak = 30 + (PEAK[config.model.remat] - 30) // accumulation
     if peak > 79:
         raise OutOfMemoryError("too small")
     mesh = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
-    flops = 312e12 * SLOWER[config.model.remat] * (1 + 0.2 * parts) * (1 + 0.5 * (config.mesh.tensor - 1))
+    flops = 312e12 * SLOWER[config.model.remat] * (1 + 0.2 * accumulation) * (1 + 0.5 * (config.mesh.tensor - 1))
     compute = replace(plan_of(1).compute, remat=config.model.remat)
     return plan_of(peak, cluster=cluster, mesh=mesh, compute=compute, matmul_flops=flops)
 
 
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
-    monkeypatch.setattr(searching, "compile_step", compile_step)
-    monkeypatch.setattr(door, "compile_step", compile_step)
-
-
-def vary(overrides):
-    return load("llama8b_5k", overrides)
+    monkeypatch.setattr(run_module, "compile_step", compile_step)
 
 
 def test_the_fastest_that_fits_comes_first():
-    told = []
-    best = search(vary, LLAMA, find_cluster("a100-80gb:8"), 32, None, told.append)
-    assert all(choice.fits for choice in best)
-    steps = [estimate(choice.plan).step for choice in best]
+    reported = []
+    report = search("llama8b_5k", "a100-80gb:8", rows=32, on_candidate=reported.append)
+    best = report.ranking
+    assert all(candidate.fits for candidate in best)
+    assert report.best.plans[0][0] == best[0].plan
+    steps = [estimate(candidate.plan).step for candidate in best]
     assert steps == sorted(steps)
-    # None in halves is 1.4, full at once 1.56; cut heads cost more than either.
+    # None in halves is 1.4, full at once 1.56; tensor parallelism costs more than either.
     assert best[0].overrides[2:] == ("mesh.tensor=1", "model.remat=none", "train.accumulation=2")
-    assert len(told) > len(best)
-    assert told[0].plan is None, "what the compiler refuses is told too"
+    assert reported == report.candidates
+    assert len(reported) > len(best)
+    assert reported[0].plan is None, "what the compiler refuses is reported too"
 
 
 def test_nothing_more_is_tried_once_nothing_has_to_be_computed_twice():
-    told = []
-    search(vary, LLAMA, find_cluster("a100-80gb:8"), 32, None, told.append)
-    alone = [choice.overrides[3:] for choice in told if "mesh.tensor=1" in choice.overrides]
+    report = search("llama8b_5k", "a100-80gb:8", rows=32)
+    alone = [candidate.overrides[3:] for candidate in report.candidates if "mesh.tensor=1" in candidate.overrides]
     # none peaks at 90, then 60 in halves: that fits.
     assert alone == [
         ("model.remat=none", "train.accumulation=1"),
@@ -67,7 +64,7 @@ def test_nothing_more_is_tried_once_nothing_has_to_be_computed_twice():
 
 
 @pytest.mark.parametrize(
-    ("target", "found"),
+    ("target", "expected"),
     [
         ("a100-80gb:8", {(1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)}),
         ("a100-80gb:2x8", {(1, 16, 1), (2, 8, 1), (1, 8, 2), (2, 4, 2), (1, 4, 4), (2, 2, 4), (1, 2, 8), (2, 1, 8)}),
@@ -75,46 +72,46 @@ def test_nothing_more_is_tried_once_nothing_has_to_be_computed_twice():
         ("v5e:2*8", {(2, 8, 1), (2, 4, 2), (2, 2, 4), (2, 1, 8)}),
     ],
 )
-def test_meshes_have_no_more_parts_than_the_batch_has_examples(target, found):
+def test_meshes_share_no_more_rows_than_the_batch_has_examples(target, expected):
     made = {(m["data"], m["fsdp"], m["tensor"]) for m in meshes(LLAMA, find_cluster(target), 32)}
-    assert made == found
+    assert made == expected
 
 
-def test_the_door_plans_the_best_it_found(capsys, tmp_path):
+def test_the_command_plans_the_best_candidate(capsys, tmp_path):
     path = tmp_path / "plan.json"
-    assert door.main(["--config", "llama8b_5k", "--target", "a100-80gb:8", "--search", "--json", str(path)]) == 0
-    said = capsys.readouterr().out
-    assert "does not fit" in said
-    assert "train.accumulation" in said
+    assert command.main(["--config", "llama8b_5k", "--target", "a100-80gb:8", "--search", "--json", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "does not fit" in text
+    assert "train.accumulation" in text
     (plan,) = json.loads(path.read_text())
     assert plan["fits"]
 
 
-def test_plans_lie_side_by_side(capsys, tmp_path):
+def test_plans_are_side_by_side(capsys, tmp_path):
     path = tmp_path / "plan.html"
     arguments = ["--config", "llama8b_5k", "--target", "a100-80gb:8", "--compare", "model.remat=dots mesh.tensor=2"]
-    assert door.main([*arguments, "--html", str(path)]) == door.DOES_NOT_FIT
-    said = " ".join(capsys.readouterr().out.split())
-    assert "model.remat=dots" in said
-    assert "64.00 GiB" in said
-    assert "40.00 GiB" in said
+    assert command.main([*arguments, "--html", str(path)]) == command.DOES_NOT_FIT
+    text = " ".join(capsys.readouterr().out.split())
+    assert "model.remat=dots" in text
+    assert "64.00 GiB" in text
+    assert "40.00 GiB" in text
     assert "model.remat=dots mesh.tensor=2" in path.read_text()
 
 
 def test_a_change_that_is_no_field_is_named(capsys):
-    assert door.main(["--config", "llama8b_5k", "--target", "h100", "--compare", "model.rematt=dots"]) == 2
+    assert command.main(["--config", "llama8b_5k", "--target", "h100", "--compare", "model.rematt=dots"]) == 2
     assert "did you mean 'remat'" in capsys.readouterr().err
 
 
-def test_where_nothing_fits_that_is_what_is_said(capsys, monkeypatch):
+def test_a_search_without_a_fit_is_a_refusal(capsys, monkeypatch):
     def refuse(config, spec, cluster, *rest):
         if cluster.name == "h100":
             raise OutOfMemoryError("too small")
         return compile_step(config, spec, cluster, *rest)
 
-    monkeypatch.setattr(searching, "compile_step", refuse)
+    monkeypatch.setattr(run_module, "compile_step", refuse)
     targets = ["--target", "h100", "--target", "a100-80gb:8"]
-    assert door.main(["--config", "llama8b_5k", *targets, "--search"]) == door.DOES_NOT_FIT
-    said = " ".join(capsys.readouterr().out.split())
-    assert "llama8b_5k on h100 does not fit: nothing that was tried does; take more devices" in said
-    assert "llama8b_5k on a100-80gb:8" in said, "the other target is ranked all the same"
+    assert command.main(["--config", "llama8b_5k", *targets, "--search"]) == command.DOES_NOT_FIT
+    text = " ".join(capsys.readouterr().out.split())
+    assert "llama8b_5k on h100 does not fit: " in text
+    assert "llama8b_5k on a100-80gb:8" in text, "the other target is ranked all the same"

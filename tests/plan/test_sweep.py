@@ -1,4 +1,4 @@
-"""Sweeps with a compiler of arithmetic in place of XLA."""
+"""Sweeps, with arithmetic instead of XLA."""
 
 import json
 from dataclasses import replace
@@ -7,17 +7,16 @@ import pytest
 from browser import complaints, open_page, requests
 from plan_examples import plan_of
 
-from jaxguard.plan import __main__ as door
-from jaxguard.plan import sweep as sweeping
+from jaxguard.plan import __main__ as command
+from jaxguard.plan import sweeps
 from jaxguard.plan.compile import OutOfMemoryError
-from jaxguard.plan.sweep import places, read_sweep
-from jaxguard.plan.sweep_page import efficiency, pays
+from jaxguard.plan.sweeps import SweepReport, points, read_sweep
 from jaxguard.utils.errors import JaxguardError
 
 FILE = """
 title: Two <b>ways</b>
 series:
-  weak: {config: llama8b_full, target: h100, devices: [8, 64, 128], scaling: weak, rows: 4, cut: linked, tensor: 2}
+  weak: {config: llama8b_full, target: h100, devices: [8, 64, 128], scaling: weak, rows: 4, shard: linked, tensor: 2}
   strong: {config: llama8b_full, set: {data.max_seq_len: 1024}, target: h100, devices: [8, 16], scaling: strong, rows: 64}
 """
 compiled = []
@@ -41,7 +40,7 @@ def compile_step(config, spec, cluster, rows, targets=None):
 
 @pytest.fixture
 def sweep_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "compile_step", compile_step)
+    monkeypatch.setattr(sweeps, "compile_step", compile_step)
     compiled.clear()
     path = tmp_path / "two.yaml"
     path.write_text(FILE)
@@ -49,16 +48,16 @@ def sweep_file(tmp_path, monkeypatch):
 
 
 def run(path, tmp_path):
-    assert door.main(["sweep", str(path), "--output", str(tmp_path / "out")]) == 0
-    return [json.loads(one.read_text()) for one in sorted((tmp_path / "out").glob("*.json"))]
+    assert command.main(["sweep", str(path), "--output", str(tmp_path / "out")]) == 0
+    return [json.loads(file.read_text()) for file in sorted((tmp_path / "out").glob("*.json"))]
 
 
 def test_weak_scaling_grows_the_batch_and_strong_scaling_shares_it(sweep_file):
-    found = [
+    actual = [
         (p.series, p.cluster.devices, p.rows, p.config.mesh.data, p.config.mesh.fsdp)
-        for p in places(read_sweep(str(sweep_file)))
+        for p in points(read_sweep(str(sweep_file)))
     ]
-    assert found == [
+    assert actual == [
         ("weak", 8, 16, 1, 4),
         ("weak", 64, 128, 8, 4),
         ("weak", 128, 256, 16, 4),
@@ -67,17 +66,17 @@ def test_weak_scaling_grows_the_batch_and_strong_scaling_shares_it(sweep_file):
     ]
 
 
-def test_weights_are_cut_over_as_many_devices_as_divide_the_models_width(sweep_file):
+def test_weights_are_sharded_over_as_many_devices_as_divide_the_models_width(sweep_file):
     sweep_file.write_text(
         "title: Gemma\nseries:\n  4b: {config: gemma4b_full, target: v5p, devices: [8, 4096], scaling: weak, rows: 4}\n"
     )
-    found = [(p.config.mesh.data, p.config.mesh.fsdp, p.rows) for p in places(read_sweep(str(sweep_file)))]
-    assert found == [(1, 8, 32), (8, 512, 16384)]  # 2,560 is 512 × 5
+    actual = [(p.config.mesh.data, p.config.mesh.fsdp, p.rows) for p in points(read_sweep(str(sweep_file)))]
+    assert actual == [(1, 8, 32), (8, 512, 16384)]  # 2,560 is 512 × 5
 
 
-def test_every_shipped_sweep_describes_points_that_there_can_be():
-    for path in sweeping.SWEEP_FOLDER.glob("*.yaml"):
-        assert list(places(read_sweep(path.stem)))
+def test_every_shipped_sweep_describes_possible_points():
+    for path in sweeps.SWEEP_FOLDER.glob("*.yaml"):
+        assert list(points(read_sweep(path.stem)))
 
 
 def test_what_is_compiled_is_not_compiled_again_unless_it_changed(sweep_file, tmp_path):
@@ -90,33 +89,33 @@ def test_what_is_compiled_is_not_compiled_again_unless_it_changed(sweep_file, tm
     assert compiled == [(64, 128), (8, 64), (16, 64)]
 
 
-def test_efficiency_is_held_against_the_smallest_cluster(sweep_file, tmp_path):
-    points = [point for point in run(sweep_file, tmp_path) if point["series"] == "strong"]
-    assert [point["devices"] for point in points] == [16, 8]
-    large, small = points
-    ordered = [small, large]
-    assert efficiency(small, ordered) == 1
+def test_efficiency_is_relative_to_the_smallest_cluster(sweep_file, tmp_path):
+    results = [result for result in run(sweep_file, tmp_path) if result["series"] == "strong"]
+    assert [result["devices"] for result in results] == [16, 8]
+    large, small = results
+    report = SweepReport("strong", [small, large])
+    assert report.efficiency(small) == 1
     # 8 s of products and 0.25 of network, against 4 and 0.5, on twice the devices.
-    assert efficiency(large, ordered) == pytest.approx(64 / 4.5 / 16 / (64 / 8.25 / 8), rel=1e-3)
+    assert report.efficiency(large) == pytest.approx(64 / 4.5 / 16 / (64 / 8.25 / 8), rel=1e-3)
 
 
 def test_a_sharding_pays_while_products_take_longer_than_the_network(sweep_file, tmp_path):
-    points = sorted(run(sweep_file, tmp_path), key=lambda point: (point["series"], point["devices"]))
+    results = sorted(run(sweep_file, tmp_path), key=lambda result: (result["series"], result["devices"]))
     # Weak: 2 s of products, and 64 devices are 2 s of network.
-    assert pays(points) == ["strong: up to 16 devices", "weak: up to 64 devices"]
-    assert (tmp_path / "out" / "sweep.svg").read_text().startswith("<svg")
-    said = (tmp_path / "out" / "sweep.md").read_text()
-    assert "too small" in said
-    assert "| strong | 16 | 1×16×1 | 64 | 40.0 | yes |" in said
+    assert SweepReport("two", results).limits() == ["strong: up to 16 devices", "weak: up to 64 devices"]
+    assert "<svg" in (tmp_path / "out" / "sweep.svg").read_text()
+    text = (tmp_path / "out" / "sweep.md").read_text()
+    assert "too small" in text
+    assert "| strong | 16 | 1×16×1 | 64 | 40.0 | yes |" in text
 
 
 def test_a_mistake_names_its_series(sweep_file):
-    sweep_file.write_text(FILE.replace("data.max_seq_len", "data.row_tokenz"))
+    sweep_file.write_text(FILE.replace("data.max_seq_len", "data.max_seq_lenn"))
     with pytest.raises(JaxguardError, match=r"series strong: .*did you mean 'max_seq_len'"):
-        list(places(read_sweep(str(sweep_file))))
+        list(points(read_sweep(str(sweep_file))))
 
 
-def test_the_page_shows_its_curves_and_asks_for_nothing(browser, sweep_file, tmp_path):
+def test_the_page_shows_its_curves_and_loads_nothing(browser, sweep_file, tmp_path):
     run(sweep_file, tmp_path)
     open_page(browser, tmp_path / "out" / "sweep.html")
     text = browser.execute_script("return document.body.innerText")

@@ -1,4 +1,4 @@
-"""The paper's results, from configs/published, for comparison."""
+"""What the paper reports, from configs/published: the numbers that ours are shown beside."""
 
 import math
 from pathlib import Path
@@ -38,27 +38,29 @@ class Averages(Schema):
 
     def benchmarks(self, average: str) -> tuple[str, ...]:
         """Those of one of AVERAGES."""
-        return {"safety": (*self.prompt, *self.response), **dict(self)}.get(average, ())
+        if average == "safety":
+            return (*self.prompt, *self.response)
+        return {"prompt": self.prompt, "response": self.response, "custom": self.custom}.get(average, ())
 
 
 class PublishedRow(Schema):
     """A model of the paper; a score is None where it gives none."""
 
     id: str
-    """The name that configs refer to."""
+    """What an evaluation chooses it by."""
     name: str
     base: str | None = None
-    """The base model."""
+    """What was trained."""
     data: str | None = None
-    """The training set."""
+    """On what."""
     examples: int | None = None
-    """Its size."""
+    """On how many examples."""
     trained: Trained | None = None
-    """The mode of the training examples; None: another project's model."""
+    """To answer how; None: another project's model."""
     variant: str | None = None
     """What else was different."""
     mode: Literal["reasoning", "direct"]
-    """The mode of the evaluation."""
+    """How it was asked."""
     prompt: F1 | None = None
     response: F1 | None = None
     safety: F1 | None = None
@@ -76,8 +78,7 @@ class PublishedRow(Schema):
 
     def average(self, name: str) -> float | None:
         """One of AVERAGES."""
-        value: float | None = dict(self)[name]
-        return value
+        return {"prompt": self.prompt, "response": self.response, "safety": self.safety, "custom": self.custom}[name]
 
 
 class PublishedPoint(Schema):
@@ -92,17 +93,17 @@ class PublishedPoint(Schema):
 
 
 class LatencyPoint(Schema):
-    """The latency of a model."""
+    """What an answer takes."""
 
     name: str
     seconds: Positive
     """For one example."""
     row: str
-    """The id of the model's row."""
+    """The model's."""
 
 
 class Latency(Schema):
-    """Seconds an example, and the hardware."""
+    """Seconds an example, and on what."""
 
     hardware: str
     points: tuple[LatencyPoint, ...]
@@ -142,7 +143,7 @@ class Published(Schema):
 
 
 def read_published(name_or_path: str = "paper", folder: Path = PUBLISHED_FOLDER) -> Published:
-    """Read published results by the name of a YAML file in `folder`, or by its path.
+    """What a YAML file reports, by its name (a file in `folder`) or path.
 
     Raises:
         JaxguardError: no such file; unknown, missing or ill-typed field; numbers that contradict each other.
@@ -156,26 +157,29 @@ def nearest_row(
 ) -> PublishedRow | None:
     """The row to compare a guard with, or None: same base, training, mode and data, then the nearest size.
 
-    Rows of unknown data are taken where no other is there. Rows with a variant must be named in the config.
+    Rows of unknown data are taken where no other is there. Rows with a variant are left to those who ask for them by name.
 
     Args:
         published: where to look.
-        base: the base model, such as Gemma-3-4B; case, organisation, "-Instruct" and "-it" do not matter.
-        data: the training set, such as WildGuardMix.
-        trained: the mode of the training examples.
-        mode: the mode of the evaluation.
-        examples: the size of the training set.
+        base: what was trained, such as Gemma-3-4B; case, "-Instruct" and "-it" do not matter, nor does the organisation.
+        data: on what, such as WildGuardMix.
+        trained: to answer how.
+        mode: how it is asked.
+        examples: on how many it was trained.
     """
-
-    def matches(row: PublishedRow) -> bool:
-        same_training = (row.trained, row.mode, row.variant) == (trained, mode, None)
-        return same_training and _plain(row.base) == _plain(base) and row.data in (data, None)
+    found = [
+        row
+        for row in published.rows
+        if (row.trained, row.mode, row.variant) == (trained, mode, None)
+        and _plain(row.base) == _plain(base)
+        and row.data in (data, None)
+    ]
 
     def distance(row: PublishedRow) -> tuple[bool, float]:
-        ratio = abs(math.log(row.examples / examples)) if row.examples and examples else math.inf
-        return row.data != data, ratio
+        apart = abs(math.log(row.examples / examples)) if row.examples and examples else math.inf
+        return row.data != data, apart
 
-    return min(filter(matches, published.rows), key=distance, default=None)
+    return min(found, key=distance, default=None)
 
 
 def _plain(model: str | None) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxguard.plan.program import Compiled
+from jaxguard.plan.hlo import CompiledProgram, describe
 from jaxguard.utils.errors import JaxguardError
 
 LOOP = Path(__file__).with_name("loop.hlo").read_text()
@@ -16,27 +16,27 @@ MESH = {"data": 1, "fsdp": 8, "tensor": 1}
 
 def test_a_loops_body_counts_as_often_as_it_runs_and_a_branch_by_its_share():
     product, local, full = 2 * 16 * 8 * 32, 2 * 4 * 4 * 8, 2 * 8 * 8 * 4
-    assert Compiled(LOOP, [5 / 6, 1 / 6]).matmul_flops == pytest.approx(6 * product + 5 * local + 1 * full)
+    assert CompiledProgram(LOOP, [5 / 6, 1 / 6]).matmul_flops == pytest.approx(6 * product + 5 * local + 1 * full)
 
 
-def test_a_loop_that_says_no_number_turns_until_its_counter_has_reached_one():
+def test_a_loop_without_a_trip_count_runs_until_its_counter_reaches_its_limit():
     """A TPU's program."""
     text = LOOP.replace(', backend_config={"known_trip_count":{"n":"6"}}', "")
     counter = (
         "  %limit = s32[]{:T(128)} constant(6)\n  %count = s32[] get-tuple-element(%state.1), index=0\n"
         "  ROOT %go = pred[] compare(%count, %limit), direction=LT\n"
     )
-    told = text.replace("  ROOT %go = pred[] constant(true)\n", counter)
-    assert Compiled(told).matmul_flops == Compiled(LOOP).matmul_flops
+    stated = text.replace("  ROOT %go = pred[] constant(true)\n", counter)
+    assert CompiledProgram(stated).matmul_flops == CompiledProgram(LOOP).matmul_flops
     twice = "  %two = s32[] constant(2)\n  %more = s32[] add(%branch, %two)\n  ROOT %next ="
-    unrolled = told.replace("  ROOT %next =", twice).replace("tuple(%branch,", "tuple(%more,").replace("(6)", "(12)")
-    assert Compiled(unrolled).matmul_flops == Compiled(LOOP).matmul_flops
-    with pytest.raises(JaxguardError, match=r"how often its loop loop turns"):
-        Compiled(text)
+    unrolled = stated.replace("  ROOT %next =", twice).replace("tuple(%branch,", "tuple(%more,").replace("(6)", "(12)")
+    assert CompiledProgram(unrolled).matmul_flops == CompiledProgram(LOOP).matmul_flops
+    with pytest.raises(JaxguardError, match=r"loop loop"):
+        CompiledProgram(text)
 
 
 def test_a_gather_is_counted_where_it_starts_and_sends_all_but_its_own_part():
-    (gather,) = Compiled(LOOP).collectives(MESH, linked=8)
+    (gather,) = CompiledProgram(LOOP).collectives(MESH, linked=8)
     assert (gather.kind, gather.axes, gather.group, gather.near, gather.count) == ("all-gather", "fsdp", 8, 8, 6)
     assert gather.size == 32 * 8 * 2
     assert gather.sent == 6 * 32 * 8 * 2 * 7 / 8
@@ -45,27 +45,30 @@ def test_a_gather_is_counted_where_it_starts_and_sends_all_but_its_own_part():
 
 def test_a_collective_that_runs_beside_several_fusions_is_one():
     again = "  %again = bf16[32,8]{1,0} all-gather(%w), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}\n"
-    (gather,) = Compiled(LOOP.replace("  %product =", f"{again}  %product =")).collectives(MESH, linked=8)
+    (gather,) = CompiledProgram(LOOP.replace("  %product =", f"{again}  %product =")).collectives(MESH, linked=8)
     assert gather.count == 6
 
 
 def test_devices_of_several_hosts_are_fewer_near_ones():
-    (gather,) = Compiled(LOOP).collectives(MESH, linked=4)
+    (gather,) = CompiledProgram(LOOP).collectives(MESH, linked=4)
     assert (gather.group, gather.near) == (8, 4)
 
 
 @pytest.mark.parametrize(
-    ("kind", "told", "whole", "sent"), [("all-reduce", "ALL_REDUCE", 1, 2 * 3 / 4), ("all-gather", "ALL_GATHER", 4, 3)]
+    ("kind", "transfer", "whole", "sent"),
+    [("all-reduce", "ALL_REDUCE", 1, 2 * 3 / 4), ("all-gather", "ALL_GATHER", 4, 3)],
 )
-def test_slices_exchange_what_their_devices_send_to_their_hosts(kind, told, whole, sent):
+def test_slices_exchange_what_their_devices_send_to_their_hosts(kind, transfer, whole, sent):
     """A TPU's program; every device sends its part of the array to its own host, and hosts do the rest."""
     send = (
         "  %send = (bf16[32,8]{1,0}, u32[], token[]) send(%gathered, %token), channel_id=9, is_host_transfer=true, "
-        f'frontend_attributes={{_xla_megascale_transfer_type="{told}"}}\n'
+        f'frontend_attributes={{_xla_megascale_transfer_type="{transfer}"}}\n'
         "  %done = token[] send-done(%send), channel_id=9, is_host_transfer=true\n"
     )
-    found = Compiled(LOOP.replace("  %product =", f"{send}  %product =")).collectives({**MESH, "data": 4}, linked=8)
-    (between,) = [one for one in found if one.source == "between slices"]
+    collectives = CompiledProgram(LOOP.replace("  %product =", f"{send}  %product =")).collectives(
+        {**MESH, "data": 4}, linked=8
+    )
+    (between,) = [c for c in collectives if c.source == "between slices"]
     assert (between.kind, between.axes, between.group, between.near, between.count) == (kind, "data", 4, 1, 6)
     assert between.size == whole * 32 * 8 * 2
     assert between.sent == pytest.approx(6 * sent * 32 * 8 * 2)
@@ -81,9 +84,9 @@ def test_slices_exchange_what_their_devices_send_to_their_hosts(kind, told, whol
         ("{{0,5},{1,4},{2,7},{3,6}}", "data+tensor"),
     ],
 )
-def test_groups_are_told_by_their_axis(groups, axes):
+def test_groups_are_named_by_their_axis(groups, axes):
     text = LOOP.replace("mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", groups)
-    (gather,) = Compiled(text).collectives({"data": 2, "fsdp": 1, "tensor": 4}, linked=8)
+    (gather,) = CompiledProgram(text).collectives({"data": 2, "fsdp": 1, "tensor": 4}, linked=8)
     assert gather.axes == axes
 
 
@@ -95,7 +98,7 @@ ENTRY %main (a: bf16[8,16,32], b: bf16[8,32,64]) -> bf16[8,16,64] {
   ROOT %c = bf16[8,16,64]{2,1,0} convolution(%a, %b), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf
 }
 """
-    assert Compiled(text).matmul_flops == 2 * 8 * 16 * 32 * 64
+    assert CompiledProgram(text).matmul_flops == 2 * 8 * 16 * 32 * 64
 
 
 def test_a_scan_on_this_machine_is_counted_as_its_equation_says():
@@ -105,14 +108,30 @@ def test_a_scan_on_this_machine_is_counted_as_its_equation_says():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
     x, weights = jnp.ones((16, 32)), jnp.ones((5, 32, 32))
-    found = Compiled(jax.jit(run).lower(x, weights).compile().as_text())
-    assert found.matmul_flops == 5 * 2 * 16 * 32 * 32
-    assert found.collectives(MESH, 8) == []
+    program = CompiledProgram(jax.jit(run).lower(x, weights).compile().as_text())
+    assert program.matmul_flops == 5 * 2 * 16 * 32 * 32
+    assert program.collectives(MESH, 8) == []
     once = weights.nbytes + 5 * x.nbytes
-    assert once <= found.traffic <= 6 * once, "slices are read, not all weights in every turn"
+    assert once <= program.traffic <= 6 * once, "slices are read, not all weights in every turn"
 
 
 def test_the_largest_arrays_are_named():
-    largest = Compiled(LOOP).largest(1)[0]
-    assert largest.shown == "bf16[32,8]"
-    assert np.prod(largest.arrays[0].sides) * 2 == largest.bytes
+    largest = CompiledProgram(LOOP).largest(1)[0]
+    assert largest.result == "bf16[32,8]"
+    assert np.prod(largest.arrays[0].shape) * 2 == largest.bytes
+
+
+@pytest.mark.parametrize(
+    ("op_name", "source"),
+    [
+        ("jit(step)/jvp(while)/body/attention/dot_general", "forward attention: dot_general"),
+        ("jit(step)/jvp(embed)/gather", "forward embed: gather"),
+        ("jit(step)/transpose(jvp(while))/body/checkpoint/rematted_computation/mlp/tanh", "recomputed mlp: tanh"),
+        ("jit(step)/transpose(jvp(loss))/head/dot_general", "backward head: dot_general"),
+        ("jit(step)/transpose(jvp())/while/body/dot_general", "backward: dot_general"),
+        ("jit(step)/optimizer/mul", "optimizer: mul"),
+        ("jit(step)/convert_element_type", "step: convert_element_type"),
+    ],
+)
+def test_an_operation_is_named_by_its_pass_and_scope(op_name, source):
+    assert describe(op_name) == source

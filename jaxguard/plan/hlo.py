@@ -1,0 +1,441 @@
+"""Read a compiled program: matrix products, collectives, memory traffic, vendor kernels, large buffers.
+
+XLA's own cost analysis is empty for an absent GPU and counts a loop's body once for a TPU, so we parse the text of the
+optimized program. An instruction counts as often as it runs: a loop's body times the loop's trip count.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+
+from jaxguard.utils.errors import JaxguardError
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
+"""Instructions that move no bytes."""
+SLICES = {"dynamic-slice", "gather", "slice"}
+"""Instructions that read only a part of their first operand."""
+
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
+_ARRAY = re.compile(r"\b(?P<dtype>[a-z]+\d*(?:e\d+m\d+\w*)?)\[(?P<shape>[\d,]*)\]")
+_SCOPE = re.compile(r"\b(embed|attention|mlp|head|loss|optimizer)\b")
+
+
+@dataclass(frozen=True)
+class Array:
+    """Type and shape of an array in the program."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (max(1, int(bits[0]) // 8) if bits else self.dtype == "pred")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of the program; `attributes` is what follows the operands, or a constant's value."""
+
+    name: str
+    arrays: tuple[Array, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @classmethod
+    def parse(cls, name: str, rest: str) -> "Instruction":
+        """`f32[8]{0} add(%a, %b), metadata={…}` -> an instruction."""
+        stop = _closing_bracket(rest) if rest.startswith("(") else rest.index(" ")
+        result, rest = rest[:stop], rest[stop:].lstrip()
+        opcode, _, rest = rest.partition("(")
+        stop = _closing_bracket("(" + rest) - 1
+        arrays = tuple(
+            Array(match["dtype"], tuple(int(size) for size in match["shape"].split(",") if size))
+            for match in _ARRAY.finditer(result)
+        )
+        operands = tuple(re.findall(r"%([\w.\-]+)", rest[: stop - 1]))
+        return cls(name, arrays, opcode, operands, rest[: stop - 1] if opcode == "constant" else rest[stop:])
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def result(self) -> str:
+        """Types and shapes of its arrays, as the program writes them."""
+        return " ".join(f"{array.dtype}[{','.join(map(str, array.shape))}]" for array in self.arrays)
+
+    @property
+    def source(self) -> str:
+        """The JAX operation that it comes from; see `describe`."""
+        op_name = self.search(r'op_name="([^"]*)"')
+        return describe(op_name[1] if op_name else self.name)
+
+    @property
+    def runs_others(self) -> bool:
+        """Whether it moves no bytes itself, but starts computations or waits for them."""
+        return self.opcode in {"while", "call", "conditional"} or self.opcode.endswith(("-start", "-done"))
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it runs."""
+        if self.opcode == "while":
+            return re.findall(r"\bbody=%?([\w.\-]+)", self.attributes)
+        if self.opcode == "conditional":
+            branches = self.search(r"branch_computations=\{([^}]*)\}")
+            pair = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", self.attributes)[::-1]
+            return re.findall(r"[\w.\-]+", branches[1]) if branches else pair
+        if self.opcode in {"fusion", "call", "async-start"}:
+            return re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", self.attributes)
+        return []
+
+    def search(self, pattern: str) -> re.Match[str] | None:
+        """Search the attributes."""
+        return re.search(pattern, self.attributes)
+
+
+def describe(op_name: str) -> str:
+    """`jit(step)/transpose(jvp(mlp))/dot_general` -> `backward mlp: dot_general`: pass, named scope, operation."""
+    phase = (
+        "recomputed" if "rematted_computation" in op_name
+        else "backward" if "transpose(" in op_name
+        else "forward" if "jvp(" in op_name
+        else "step"
+    )  # fmt: skip
+    scopes, operation = _SCOPE.findall(op_name.rpartition("/")[0]), op_name.rpartition("/")[2]
+    where = [phase, *scopes[-1:]] if phase != "step" or not scopes else scopes[-1:]
+    return f"{' '.join(where)}: {operation}"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind, axis and size.
+
+    Attributes:
+        kind: such as all-gather.
+        axes: mesh axes that it runs over, joined by +; `?` where its groups are those of no axis.
+        group: devices that take part.
+        near: how many of them are linked, on one host of GPUs or in one TPU slice.
+        size: bytes of the whole array that one device holds before or after it, whichever is larger.
+        count: how often it runs in one step.
+        source: the JAX operation that it comes from.
+    """
+
+    kind: str
+    axes: str
+    group: int
+    near: int
+    size: int
+    count: float
+    source: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends in one step, by a ring or an equally good algorithm."""
+        passes = 2 if self.kind == "all-reduce" else 1
+        share = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
+        return self.count * passes * share * self.size
+
+
+@dataclass
+class Computation:
+    """Instructions by name, in the program's order; the last one is the root."""
+
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Instruction:
+        return next(reversed(self.instructions.values()))
+
+    @cached_property
+    def users(self) -> Mapping[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = defaultdict(list)
+        for instruction in self.instructions.values():
+            for operand in instruction.operands:
+                users[operand].append(instruction)
+        return users
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        return [self.instructions[name] for name in instruction.operands if name in self.instructions]
+
+    def flops(self, instruction: Instruction) -> int:
+        """FLOPs of one matrix product; 0 for any other instruction."""
+        contracted = None
+        if instruction.opcode == "dot":
+            contracted = instruction.search(r"lhs_contracting_dims=\{([\d,]*)\}")
+        elif instruction.opcode == "custom-call" and "__cublas$" in instruction.attributes:
+            contracted = instruction.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+        if contracted is None and instruction.opcode != "convolution":
+            return 0
+        shapes = [operand.arrays[0].shape for operand in self.operands(instruction)]
+        if contracted is None:
+            return 2 * _convolution_products(instruction, shapes)
+        sizes = (shapes[0][int(axis)] for axis in re.findall(r"\d+", contracted[1]))
+        return 2 * math.prod(instruction.arrays[0].shape) * math.prod(sizes)
+
+    def bytes_read(self, parameter: Instruction) -> int:
+        """Bytes that a fusion with this body reads of one parameter: only slices where it takes no more than these."""
+        users = self.users[parameter.name]
+        opcodes = {user.opcode if user.operands[0] == parameter.name else "" for user in users}
+        if users and opcodes <= SLICES:
+            return sum(user.bytes for user in users)
+        return 0 if opcodes == {"dynamic-update-slice"} else parameter.bytes
+
+
+class CompiledProgram:
+    """The program of one device.
+
+    Args:
+        text: `compiled.as_text()`.
+        branches: how often each branch of a conditional runs, as a share of the conditional's runs.
+    """
+
+    def __init__(self, text: str, branches: Sequence[float] = ()) -> None:
+        self.branches = branches
+        self.computations: dict[str, Computation] = {}
+        self.entry = ""
+        current: Computation | None = None
+        for line in text.splitlines():
+            if match := _COMPUTATION.match(line):
+                current = Computation(match["name"])
+                self.computations[current.name] = current
+                self.entry = current.name if match["entry"] else self.entry
+            elif current is not None and (match := _INSTRUCTION.match(line)):
+                current.instructions[match["name"]] = Instruction.parse(match["name"], match["rest"])
+        self.runs = self._runs()
+
+    def _runs(self) -> Mapping[str, float]:
+        """Computation -> how often it runs in one step."""
+        runs: dict[str, float] = defaultdict(float)
+        waiting = [(self.entry, 1.0)]
+        while waiting:
+            name, times = waiting.pop()
+            runs[name] += times
+            for instruction in self.computations[name].instructions.values():
+                called = instruction.called
+                shares: Sequence[float] = [1.0] * len(called)
+                if instruction.opcode == "while":
+                    shares = [self._trip_count(instruction)]
+                elif instruction.opcode == "conditional" and len(called) == len(self.branches):
+                    shares = self.branches
+                waiting.extend((callee, times * share) for callee, share in zip(called, shares, strict=True))
+        return runs
+
+    def _trip_count(self, loop: Instruction) -> float:
+        """How often a loop's body runs: as a GPU's program states it, or until its counter reaches its limit.
+
+        Raises:
+            JaxguardError: the program has neither.
+        """
+        if known := loop.search(r'known_trip_count":\{"n":"(\d+)"'):
+            return float(known[1])
+        condition = loop.search(r"\bcondition=%?([\w.\-]+)")
+        tested = list(self.computations[condition[1]].instructions.values()) if condition else []
+        limits = [i.attributes for i in tested if i.opcode == "constant" and i.attributes.isdecimal()]
+        counters = [i.search(r"\bindex=(\d+)") for i in tested if i.opcode == "get-tuple-element"]
+        if len(limits) != 1 or len(counters) != 1 or counters[0] is None:
+            raise JaxguardError(f"the trip count of loop {loop.name} is not in the compiled program; this is a bug")
+        # The counter rises by more than 1 where the compiler merged several iterations.
+        body = self.computations[loop.called[0]]
+        added = body.instructions[body.root.operands[int(counters[0][1])]]
+        constants = [operand.attributes for operand in body.operands(added) if operand.opcode == "constant"]
+        increment = int(constants[0]) if added.opcode == "add" and constants else 1
+        return math.ceil(int(limits[0]) / increment)
+
+    def walk(self) -> Iterator[tuple[Computation, Instruction, float]]:
+        """Every instruction with its computation and how often it runs."""
+        for name, times in self.runs.items():
+            for instruction in self.computations[name].instructions.values():
+                yield self.computations[name], instruction, times
+
+    def buffers(self) -> Iterator[tuple[Computation, Instruction, float]]:
+        """Those of `walk` whose results are in memory: not inside a fused kernel, and no mere names."""
+        fused = {callee for _, i, _ in self.walk() if i.opcode == "fusion" for callee in i.called}
+        return (entry for entry in self.walk() if entry[0].name not in fused and entry[1].opcode not in FREE)
+
+    @cached_property
+    def matmul_flops(self) -> float:
+        """FLOPs of matrix products; those inside a vendor's attention kernel are not visible."""
+        return float(sum(times * computation.flops(instruction) for computation, instruction, times in self.walk()))
+
+    @cached_property
+    def kernels(self) -> dict[str, float]:
+        """Names of the vendor's kernels -> how often they run; other custom calls of a TPU's program are left out."""
+        counts: dict[str, float] = defaultdict(float)
+        for _, instruction, times in self.walk():
+            target = instruction.search(r'target="([^"]*\$[^"]*|tpu_custom_call)"')
+            if instruction.opcode == "custom-call" and target:
+                counts[target[1]] += times
+        return dict(counts)
+
+    def collectives(self, mesh: Mapping[str, int], linked: int) -> list[Collective]:
+        """All collectives, the largest traffic first; equal ones are one entry.
+
+        Args:
+            mesh: axis -> devices.
+            linked: how many devices that follow one another in the mesh are linked.
+        """
+        counts: dict[Collective, float] = defaultdict(float)
+        channels: set[str] = set()
+        devices = math.prod(mesh.values())
+        for computation, instruction, times in self.walk():
+            kind = instruction.opcode.removesuffix("-start")
+            if between := _between_slices(instruction, computation, devices // linked):
+                counts[between] += times
+            if kind not in COLLECTIVES:
+                continue
+            # A TPU's program repeats a collective in every fusion that runs between its start and its end.
+            if channel := instruction.search(r"channel_id=(\d+)"):
+                if channel[1] in channels:
+                    continue
+                channels.add(channel[1])
+            groups = _device_groups(instruction.attributes, devices)
+            inputs = sum(computation.instructions[name].bytes for name in instruction.operands)
+            # The start of a collective returns its operands beside its results.
+            size = max(inputs, instruction.bytes - inputs if instruction.opcode != kind else instruction.bytes)
+            near = min(max(Counter(position // linked for position in group).values()) for group in groups)
+            counts[Collective(kind, _mesh_axes(groups, mesh), len(groups[0]), near, size, 1, instruction.source)] += (
+                times
+            )
+        collectives = (replace(collective, count=times) for collective, times in counts.items())
+        return sorted(collectives, key=lambda collective: -collective.sent)
+
+    @cached_property
+    def traffic(self) -> float:
+        """Bytes that instructions read from and write to the device's memory, each operand and result once.
+
+        An upper bound where a cache or on-chip memory keeps them.
+        """
+        return sum(
+            (
+                times * self._bytes_moved(i, computation)
+                for computation, i, times in self.buffers()
+                if not i.runs_others
+            ),
+            0.0,
+        )
+
+    def _bytes_moved(self, instruction: Instruction, computation: Computation) -> int:
+        operands = computation.operands(instruction)
+        if instruction.opcode in SLICES:
+            return 2 * instruction.bytes
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * operands[1].bytes
+        if instruction.opcode != "fusion":
+            return instruction.bytes + sum(operand.bytes for operand in operands)
+        body = self.computations[instruction.called[0]]
+        read = sum(body.bytes_read(i) for i in body.instructions.values() if i.opcode == "parameter")
+        in_place = body.root.opcode == "dynamic-update-slice"
+        return read + (body.instructions[body.root.operands[1]].bytes if in_place else instruction.bytes)
+
+    def largest(self, count: int = 5) -> list[Instruction]:
+        """The largest arrays that the program makes, without its arguments."""
+        made: dict[str, Instruction] = {}
+        for _, instruction, _ in self.buffers():
+            # An array that is updated in place counts once, however often it is written.
+            if len(instruction.arrays) == 1:
+                made.setdefault(instruction.result, instruction)
+        return sorted(made.values(), key=lambda instruction: -instruction.bytes)[:count]
+
+
+def _closing_bracket(text: str) -> int:
+    """One past the bracket that closes the first one of `text`."""
+    depth = 0
+    for position, character in enumerate(text, 1):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return position
+    return len(text)
+
+
+def _between_slices(instruction: Instruction, computation: Computation, slices: int) -> Collective | None:
+    """A collective between TPU slices, which hosts do over the network: every device sends its part to its own host.
+
+    All slices take part, since they are laid out along `data` (models/mesh.py).
+    """
+    transfer = instruction.search(r'_xla_megascale_transfer_type="(\w+)"')
+    if instruction.opcode != "send" or transfer is None:
+        return None
+    kind = transfer[1].lower().replace("_", "-")
+    part = computation.instructions[instruction.operands[0]].bytes
+    size = part * slices if kind == "all-gather" else part
+    return Collective(kind, "data", slices, 1, size, 1, "between slices")
+
+
+def _convolution_products(instruction: Instruction, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Multiplications of a convolution, as a TPU's program writes matrix products.
+
+    A product over a batch is one whose window slides over a dilated input: most of its positions meet a hole, and
+    only those that meet an element are multiplied.
+    """
+    labels = instruction.search(r"dim_labels=(\w+)_(\w+)->(\w+)")
+    window = instruction.search(r"window=\{([^}]*)\}")
+    if labels is None:
+        return 0
+    settings = dict(re.findall(r"(\w+)=([\dx_\-]+)", window[1])) if window else {}
+    left, right, out = labels[1], labels[2], labels[3]
+    result = instruction.arrays[0].shape
+    total = result[out.index("b")] * result[out.index("f")] * shapes[1][right.index("i")]
+    spatial = sorted(label for label in out if label.isdigit())
+
+    def read(name: str, default: int) -> list[int]:
+        text = settings.get(name)
+        return [int(value.split("_")[0]) for value in text.split("x")] if text else [default] * len(spatial)
+
+    paddings, strides = read("pad", 0), read("stride", 1)
+    dilations = zip(read("lhs_dilate", 1), read("rhs_dilate", 1), strict=True)
+    for axis, padding, stride, (left_dilation, right_dilation) in zip(
+        spatial, paddings, strides, dilations, strict=True
+    ):
+        size, kernel = shapes[0][left.index(axis)], shapes[1][right.index(axis)]
+        met = 0
+        for position in range(result[out.index(axis)]):
+            for tap in range(kernel):
+                element, hole = divmod(position * stride + tap * right_dilation - padding, left_dilation)
+                met += hole == 0 and 0 <= element < size
+        total *= met
+    return total
+
+
+def _device_groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
+    """Positions in the mesh of the devices of each group of a collective."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        return _groups_along(sizes, re.findall(r"'(\w+)'", named[2]))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        sides = [int(size) for size in iota[3].split(",")]
+        order = np.arange(math.prod(sides)).reshape(sides)
+        order = order.transpose([int(axis) for axis in iota[4].split(",")]) if iota[4] else order
+        return [tuple(map(int, group)) for group in order.reshape(int(iota[1]), int(iota[2]))]
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)+)\}", attributes)
+    groups = re.findall(r"\{([\d,]+)\}", listed[1]) if listed else []
+    return [tuple(map(int, group.split(","))) for group in groups] or [tuple(range(devices))]
+
+
+def _groups_along(mesh: Mapping[str, int], axes: Sequence[str]) -> list[tuple[int, ...]]:
+    """Groups of devices that differ in these axes only."""
+    grid = np.arange(math.prod(mesh.values())).reshape(list(mesh.values()))
+    grid = np.moveaxis(grid, [list(mesh).index(axis) for axis in axes], range(-len(axes), 0))
+    return [tuple(map(int, group)) for group in grid.reshape(-1, math.prod(mesh[axis] for axis in axes))]
+
+
+def _mesh_axes(groups: Sequence[tuple[int, ...]], mesh: Mapping[str, int]) -> str:
+    """The mesh axes along which the groups lie, `?` if there are none such."""
+    wanted = {frozenset(group) for group in groups}
+    axes = [axis for axis, size in mesh.items() if size > 1]
+    for count in range(1, len(axes) + 1):
+        for chosen in combinations(axes, count):
+            along = {frozenset(group) for group in _groups_along(mesh, chosen)}
+            if all(any(group <= line for line in along) for group in wanted):
+                return "+".join(chosen)
+    return "?"

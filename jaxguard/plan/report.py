@@ -1,0 +1,247 @@
+"""Present the plans of a run: as rows, as JSON, as tables of a terminal and as a page with figures."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from jaxguard.config.hardware import GIB
+from jaxguard.plan.compile import Buffer, Plan
+from jaxguard.plan.cost import RunCost
+from jaxguard.plan.estimate import ASSUMPTIONS, estimate, rate
+from jaxguard.report import Bullets, Cell, Content, Drawing, Page, Paragraph, Section, Table
+from jaxguard.report.figures import COLOURS, inline_svg, style
+
+SMALL = 0.005
+"""Collectives that send a smaller share of all bytes share a line in a terminal."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A run that does not fit.
+
+    Attributes:
+        name: of the run.
+        target: name of the cluster.
+        reason: why it does not fit, and what to do.
+        largest: the largest arrays of the step, where they are known.
+    """
+
+    name: str
+    target: str
+    reason: str
+    largest: Sequence[Buffer] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.target} does not fit: {self.reason}"
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Plans of a run for several targets or with several settings.
+
+    Attributes:
+        plans: compiled steps, each with the cost of a run that takes it at every step; `Plan.fits` says whether it fits.
+        refusals: what the compiler did not compile because it does not fit.
+    """
+
+    plans: Sequence[tuple[Plan, RunCost]] = ()
+    refusals: Sequence[Refusal] = ()
+
+    def __add__(self, other: "PlanReport") -> "PlanReport":
+        return PlanReport([*self.plans, *other.plans], [*self.refusals, *other.refusals])
+
+    @property
+    def fits(self) -> bool:
+        """Whether all fit."""
+        return not self.problems
+
+    @property
+    def problems(self) -> list[Refusal]:
+        """Everything that does not fit, with the reason."""
+        return [*(_too_large(plan) for plan, _ in self.plans if not plan.fits), *self.refusals]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plans as data: bytes, FLOPs and seconds are those of one device and one step unless their name says otherwise.
+
+        A refused run has `error` instead of figures.
+        """
+        refusals = [{"run": r.name, "target": r.target, "fits": False, "error": r.reason} for r in self.refusals]
+        return [*(plan_json(plan, cost) for plan, cost in self.plans), *refusals]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row of scalars for each plan and refusal, which `pandas.DataFrame` takes."""
+        rows = self.to_json()
+        return [
+            {key: value for key, value in row.items() if not isinstance(value, dict | list)} | row.get("estimate", {})
+            for row in rows
+        ]
+
+    def facts(self) -> Table:
+        """What a reader wants to know first, a column for each plan."""
+        columns = [facts(plan, cost) for plan, cost in self.plans]
+        table = Table(("", *(plan.name for plan, _ in self.plans)), left=1 + len(columns))
+        for name in columns[0]:
+            table.add(name, *(column[name] for column in columns))
+        return table
+
+    def page(self) -> Page:
+        """One page with all of it."""
+        names = dict.fromkeys([*(plan.name for plan, _ in self.plans), *(r.name for r in self.refusals)])
+        sections = [
+            Section(f"{plan.name} on {plan.cluster.name}", [collectives_table(plan, 0), largest_table(plan.largest)])
+            for plan, _ in self.plans
+        ]
+        blocks: list[Content] = [self.facts(), self._figure(), *sections, estimate_note()] if self.plans else []
+        return Page(f"Plan of {' / '.join(names)}", [Bullets([str(r) for r in self.problems], warning=True), *blocks])
+
+    @style()
+    def _figure(self) -> Drawing:
+        """Memory of a device beside what is usable, and where a step's time goes."""
+        plans = [plan for plan, _ in self.plans]
+        names = [f"{plan.name}\n{plan.cluster.name}" for plan in plans]
+        guesses = [estimate(plan) for plan in plans]
+        panels = {
+            "GiB of a device": {
+                "state and batch": [plan.arguments / GIB for plan in plans],
+                "temporaries": [(plan.peak - plan.arguments) / GIB for plan in plans],
+            },
+            "seconds of a step": {
+                "products": [guess.compute for guess in guesses],
+                "memory": [guess.memory for guess in guesses],
+                "network": [guess.network for guess in guesses],
+            },
+        }
+        figure = Figure(figsize=(10, 1.6 + 0.6 * len(plans)))
+        both = figure.subplots(1, 2, sharey=True)
+        both[0].scatter([p.usable / GIB for p in plans], names, marker="|", s=400, color=COLOURS[1], label="usable")
+        for axes, (label, parts) in zip(both, panels.items(), strict=True):
+            left = [0.0] * len(plans)
+            for colour, (part, widths) in zip((COLOURS[0], COLOURS[5], COLOURS[4]), parts.items(), strict=False):
+                axes.barh(names, widths, left=left, color=colour, label=part, height=0.6)
+                left = [start + width for start, width in zip(left, widths, strict=True)]
+            axes.set(xlabel=label, xlim=(0, None))
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=3)
+        both[0].invert_yaxis()
+        title = "Memory of a device, and the time of a step"
+        return Drawing(title, inline_svg(figure, "plan", title))
+
+
+def facts(plan: Plan, cost: RunCost) -> dict[str, str | Cell]:
+    """The most important figures of a plan, in words."""
+    guess, target, slices = estimate(plan), plan.cluster.target, plan.cluster.slices
+    compiled, counted = plan.matmul_flops + plan.kernel_flops, plan.flops.total / plan.cluster.devices
+    peak = f"{plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable: {'fits' if plan.fits else 'does not fit'}"
+    return {
+        "target": f"{plan.cluster.devices} × {target.title}" + (f", {slices} slices" if slices > 1 else ""),
+        "mesh": " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items()),
+        "batch": f"{plan.shape.rows} rows of {plan.shape.tokens:,} tokens, {plan.shape.targets:,} targets each",
+        "computes": f"{plan.compute.attention} attention, remat {plan.compute.remat}, {plan.compute.dtype.name}",
+        "state and batch": f"{plan.arguments / GIB:.2f} GiB a device",
+        "temporaries": f"{plan.temporaries / GIB:.2f} GiB",
+        "peak": Cell(peak, tone="" if plan.fits else "bad"),
+        "FLOPs": f"{compiled / 1e12:,.1f} T a device, {_share(compiled, counted)} of the count",
+        "memory traffic": f"{plan.traffic / GIB:,.0f} GiB a device",
+        "sent": f"{plan.sent / GIB:,.2f} GiB a device, {_share(plan.sent, plan.ideal_sent)} of the ideal",
+        "vendor kernels": ", ".join(f"{count:g} {name}" for name, count in sorted(plan.kernels.items())) or "none",
+        "step": f"{guess.step:.3g} s, no less than {guess.bound:.3g}",
+        "… products": f"{guess.compute:.3g} s",
+        "… memory": f"{guess.memory:.3g} s",
+        "… network": f"{guess.network:.3g} s",
+        "MFU": f"{guess.mfu:.0%}",
+        "whole run": cost.describe(guess.step, plan.cluster.devices),
+        "programs": cost.programs,
+        "compiled in": f"{plan.seconds:.0f} s",
+    }
+
+
+def collectives_table(plan: Plan, small: float = SMALL) -> Table:
+    """What the devices exchange; collectives below a share of `small` are one line."""
+    columns = ("collective", "axis", "for", "devices", "MiB", "times", "sent, GiB", "s")
+    table = Table(columns, title="What devices exchange", left=3)
+    rest = [collective for collective in plan.collectives if collective.sent < small * plan.sent]
+    for c in plan.collectives[: len(plan.collectives) - len(rest)]:
+        seconds = f"{c.sent / rate(plan.cluster.target, c):.3f}"
+        table.add(
+            c.kind, c.axes, c.source, c.group, f"{c.size / 2**20:,.1f}", f"{c.count:g}", f"{c.sent / GIB:.2f}", seconds
+        )
+    if rest:
+        table.add(f"{len(rest)} smaller", "", "", "", "", "", f"{sum(c.sent for c in rest) / GIB:.2f}", "")
+    return table
+
+
+def largest_table(largest: Sequence[Buffer], title: str = "Largest arrays that a step makes") -> Table:
+    """Size, shape and source of arrays."""
+    rows = [(f"{size / GIB:.2f}", array, source) for size, array, source in largest]
+    return Table.of(("GiB", "array", "for"), rows, title=title, left=3)
+
+
+def estimate_note() -> Paragraph:
+    """How the time is estimated."""
+    return Paragraph([f"Estimate: {ASSUMPTIONS}."], faint=True)
+
+
+def plan_json(plan: Plan, cost: RunCost) -> dict[str, Any]:
+    """A plan as data; see PlanReport.to_json."""
+    guess = estimate(plan)
+    return {
+        "run": plan.name,
+        "target": plan.cluster.name,
+        "devices": plan.cluster.devices,
+        "shape": plan.shape._asdict(),
+        "mesh": plan.mesh,
+        "attention": plan.compute.attention,
+        "remat": plan.compute.remat,
+        "compute_dtype": plan.compute.dtype.name,
+        "arguments": plan.arguments,
+        "temporaries": plan.temporaries,
+        "peak": plan.peak,
+        "usable": plan.usable,
+        "fits": plan.fits,
+        "largest": [{"bytes": size, "array": array, "for": source} for size, array, source in plan.largest],
+        "analytic_flops_of_all": asdict(plan.flops),
+        "compiled_flops": plan.matmul_flops + plan.kernel_flops,
+        "traffic": plan.traffic,
+        "collectives": [asdict(collective) | {"sent": collective.sent} for collective in plan.collectives],
+        "sent": plan.sent,
+        "ideal_sent": plan.ideal_sent,
+        "kernels": plan.kernels,
+        "estimate": asdict(guess) | {"step": guess.step, "bound": guess.bound},
+        "steps": cost.steps,
+        "shapes": None if cost.shapes is None else [s._asdict() | {"steps": n} for s, n in cost.shapes.items()],
+        "hours": cost.hours(guess.step),
+        "dollars": cost.dollars(guess.step, plan.cluster.devices),
+        "compile_seconds": plan.seconds,
+    }
+
+
+def remedies(remat: str, state: float | None = None) -> str:
+    """What to try where a run does not fit.
+
+    Args:
+        remat: its remat policy.
+        state: GiB of its state and batch, if these alone are too large.
+    """
+    if state is not None:
+        return (
+            f"its state and batch alone are {state:.2f} GiB: take more devices or those with more memory, "
+            "and shard the weights over all of them (mesh.fsdp=-1)"
+        )
+    first = "" if remat == "full" else "model.remat=full, "
+    return (
+        f"try {first}a larger train.accumulation, fewer rows (train.batch_size, or --rows if they are packed), shorter ones "
+        "(data.max_seq_len) or more devices; --search finds what fits"
+    )
+
+
+def _too_large(plan: Plan) -> Refusal:
+    """A plan whose peak is above the usable memory."""
+    excess = f"it needs {plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable; "
+    state = plan.arguments / GIB if plan.arguments > plan.usable else None
+    return Refusal(plan.name, plan.cluster.name, excess + remedies(plan.compute.remat, state), plan.largest)
+
+
+def _share(part: float, whole: float) -> str:
+    """`0.98`, or a dash where there is nothing to compare with."""
+    return f"{part / whole:.2f}" if whole else "-"

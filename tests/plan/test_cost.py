@@ -1,0 +1,54 @@
+"""A whole run, counted from its config, or from local data."""
+
+from collections import Counter
+
+import pytest
+
+from jaxguard.config import load
+from jaxguard.data.packing import Schedule, Shape
+from jaxguard.data.prepare import prepare
+from jaxguard.plan.cost import RunCost, run_cost
+
+
+def test_a_whole_run_is_counted_from_its_config():
+    cost = run_cost(load("gemma4b_5k"), 8, price=2.5)
+    assert cost.steps == 781
+    assert cost.describe(36.0, 8) == "781 steps, 7.81 h, 62.5 device-hours, $156.20"
+    assert "data.subset" in run_cost(load("gemma4b_full"), 8).describe(1.0, 8)
+    assert run_cost(load("gemma4b_full", ["train.max_steps=5"]), 8).steps == 5
+
+
+@pytest.mark.parametrize(
+    ("devices", "overrides", "rows"),
+    [
+        (8, [], "8, 16, 24, 32"),
+        (8, ["train.accumulation=2"], "16, 32"),
+        (16, ["mesh.tensor=4"], "4, 8 … 32"),
+        (2, ["train.batch_size=33"], "2, 4 … 40"),
+    ],
+)
+def test_before_the_data_are_there_the_shapes_are_those_that_a_batch_is_rounded_up_to(devices, overrides, rows):
+    cost = run_cost(load("gemma4b_5k", overrides), devices)
+    assert cost.shapes is None
+    assert (
+        cost.programs == f"one for each shape: rows {rows}; tokens 512, 1,024, 1,536, 2,048; targets 256, 512 … 2,048"
+    )
+
+
+def test_local_data_give_every_shape(tiny_files, tmp_path, tiny_checkpoint):
+    config = load(str(tiny_files(tmp_path)))
+    cost = run_cost(config, devices=2)
+    assert cost.steps == 12
+    schedule = Schedule(prepare(config, tiny_checkpoint).train, 8, 12, 512, 2, config.seed)
+    assert cost.shapes == Counter(schedule.shape(step) for step in range(12))
+    assert all(shape.rows % 2 == 0 for shape in cost.shapes)
+    assert cost.programs.startswith(f"{len(cost.shapes)}: ")
+
+
+def test_the_commonest_shapes_are_named():
+    shapes = {Shape(8 * n, 2048, 64 * n): n for n in range(1, 7)}
+    text = RunCost(21, None, shapes).programs
+    assert text.startswith("6: 48 rows of 2,048 tokens, 384 targets (6 steps); 40 rows of 2,048 tokens, 320 targets")
+    assert text.endswith("(3 steps); 2 more")
+    assert RunCost(21, None, shapes).largest == Shape(48, 2048, 384)
+    assert RunCost(21).largest is None
