@@ -1,14 +1,19 @@
 """The command line that all stages share."""
 
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from jaxguard.cli import run_stage
-from jaxguard.config import dump, load
-from jaxguard.utils.errors import JaxguardError
+from jaxguard.cli import main, run_stage, stages
+from jaxguard.config import READS, dump, load
+from jaxguard.utils.errors import JaxguardError, ProvenanceError
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"model": {"checkpoint": "some/model"}, "data": {"train": [{"kind": "jsonl", "path": "a.jsonl"}]}}
 
 
@@ -19,97 +24,144 @@ def config(tmp_path):
     return str(path)
 
 
-def door(argv, main=lambda options, config: None, extend=None):
-    return run_stage("train", "Does things.", main, extend, argv)
+def command(argv, stage_main=lambda options, config: None, extend=None):
+    return run_stage("train", "Does things.", stage_main, extend, argv)
+
+
+def failing(error):
+    def stage_main(options, config):
+        raise error
+
+    return stage_main
+
+
+def test_usage_lists_the_stages(capsys):
+    assert main([]) == main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert set(stages()) >= {name for name in READS if " " not in name} | {"check", "study"}
+    for stage, summary in stages().items():
+        assert lines.count(next(line for line in lines if line.split() == [stage, *summary.split()])) == 2
+        assert summary
+        assert "`" not in summary
+
+
+def test_a_stage_is_run(capsys):
+    assert main(["data", "--config", "gemma4b_5k", "--dry-run"]) == 0
+    assert "checkpoint: google/gemma-3-4b-it" in capsys.readouterr().out
+
+
+def test_an_unknown_stage(capsys):
+    assert main(["trian", "--config", "gemma4b_5k"]) == 2
+    assert "'train'" in capsys.readouterr().err
 
 
 def test_main_gets_options_and_config(config):
-    seen = []
+    calls = []
 
-    def main(options, run):
-        seen.append((options.fast, run.train.epochs, run.seed))
+    def stage_main(options, run):
+        calls.append((options.fast, run.train.epochs, run.seed))
         return 7
 
     def extend(parser):
         parser.add_argument("--fast", action="store_true")
 
-    assert door(["train.epochs=2", "--config", config, "--fast", "seed=4"], main, extend) == 7
-    assert seen == [(True, 2.0, 4)]
+    assert command(["train.epochs=2", "--config", config, "--fast", "seed=4"], stage_main, extend) == 7
+    assert calls == [(True, 2.0, 4)]
 
 
 def test_none_is_success(config):
-    assert door(["--config", config]) == 0
+    assert command(["--config", config]) == 0
 
 
-def test_dry_run_prints_a_config_that_loads_and_does_nothing_else(config, capsys, tmp_path):
-    def main(options, run):
-        raise AssertionError("must not run")
-
-    assert door(["--config", config, "seed=3", "--dry-run"], main) == 0
+def test_dry_run(config, capsys, tmp_path):
+    assert command(["--config", config, "seed=3", "--dry-run"], failing(AssertionError("must not run"))) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out, encoding="utf-8")
     assert load(str(printed)) == load(config, ["seed=3"])
     assert printed.read_text(encoding="utf-8") == dump(load(config, ["seed=3"]), "train")
 
 
-def test_a_users_mistake_is_one_line_on_stderr_and_code_2(config, capsys):
-    def main(options, run):
-        raise JaxguardError("field [red]x[/red] is wrong")
+def test_a_command_reads_what_its_stage_reads(config, capsys):
+    assert (
+        run_stage("distill audit", "Audits.", failing(AssertionError()), None, ["--config", config, "--dry-run"]) == 0
+    )
+    assert "distill" in yaml.safe_load(capsys.readouterr().out)
 
-    assert door(["--config", config], main) == 2
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (JaxguardError("field [red]x[/red] is wrong"), 2),
+        (ProvenanceError("another run"), 3),
+        (KeyboardInterrupt(), 130),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl"), 2),
+    ],
+)
+def test_errors_are_messages_and_codes(config, capsys, error, code):
+    assert command(["--config", config], failing(error)) == code
     captured = capsys.readouterr()
-    assert captured.err == "error: field [red]x[/red] is wrong\n"
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) == 1
     assert captured.out == ""
+    if code < 130:
+        assert str(getattr(error, "filename", None) or error) in captured.err
+
+
+def test_other_errors_keep_their_traceback(config):
+    with pytest.raises(PermissionError):
+        command(["--config", config], failing(PermissionError("no")))
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["sed=3"], "did you mean 'seed'?"),
-        (["--seed.x=3"], "written without dashes, as seed.x=3"),
-        (["--dryrun"], "unknown option '--dryrun'; known: --config, --dry-run, --help"),
+        (["sed=3"], ["'seed'"]),
+        (["--seed.x=3"], ["'--seed.x=3'", " seed.x=3"]),
+        (["--dryrun"], ["'--dryrun'", "--config", "--dry-run", "--help"]),
+        (["mine.most=3"], ["mine.most=3", "train"]),
     ],
 )
 def test_bad_arguments(config, capsys, argv, words):
-    assert door(["--config", config, *argv]) == 2
-    assert words in capsys.readouterr().err
+    assert command(["--config", config, *argv]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words)
 
 
-def test_no_config_is_argparses_error(capsys):
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_argparse_ends_the_process(capsys, argv):
     with pytest.raises(SystemExit) as stop:
-        door([])
-    assert stop.value.code == 2
-    assert "--config" in capsys.readouterr().err
+        command(argv)
+    assert stop.value.code == (0 if argv else 2)
+    captured = capsys.readouterr()
+    assert "--config" in captured.out + captured.err
+    if argv:
+        assert all(word in captured.out for word in ("train.epochs=3", "Does things.", "gemma4b_5k"))
 
 
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit) as stop:
-        door(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert "train.epochs=3" in text
-    assert "Does things." in text
-
-
-def test_a_full_disk_is_said_so(config, capsys):
-    def main(options, run):
-        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
-
-    assert door(["--config", config], main) == 2
-    assert "disk is full" in capsys.readouterr().err
-
-
-def test_other_errors_are_bugs_and_keep_their_traceback(config):
-    def main(options, run):
-        raise PermissionError("no")
-
-    with pytest.raises(PermissionError):
-        door(["--config", config], main)
-
-
-def test_ctrl_c(config, capsys):
-    def main(options, run):
-        raise KeyboardInterrupt
-
-    assert door(["--config", config], main) == 130
-    assert "interrupted" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("jaxguard ev", ["evaluate"]),
+        ("jaxguard data bu", ["build"]),
+        ("jaxguard data build --c", ["--config"]),
+        ("jaxguard data build --config ti", ["tiny"]),
+        ("jaxguard train --config tiny mesh.d", ["mesh.data="]),
+        ("jaxguard train --config tiny model.remat=d", ["model.remat=dots"]),
+        ("jaxguard train --resume ", ["auto", "always", "never"]),
+        ("jaxguard train mine", []),
+        ("jaxguard check --policy novel/hom", ["novel/homework_answers"]),
+    ],
+)
+def test_completion(tmp_path, line, words):
+    pytest.importorskip("argcomplete")
+    answer = tmp_path / "answer"
+    request = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    subprocess.run([sys.executable, "-m", "jaxguard"], env={**os.environ, **request}, cwd=ROOT, check=True)
+    assert answer.read_text().split() == words

@@ -1,6 +1,5 @@
 """The config tree: what it accepts, what it refuses, and with which words."""
 
-import typing
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxguard.config import READS, Config, dump, load, read_by, validate
-from jaxguard.config.base import Schema
+from jaxguard.config.base import inner_schema
 from jaxguard.utils.errors import JaxguardError
 
 ROOT = Path(__file__).parents[1]
@@ -235,14 +234,10 @@ def test_dump_and_load_give_the_same_config(tmp_path_factory, seed, rate, name, 
 
 
 def test_a_run_has_few_fields():
-    def schema_in(annotation):
-        candidates = (annotation, *typing.get_args(annotation))
-        return next((c for c in candidates if isinstance(c, type) and issubclass(c, Schema)), None)
-
     counted = set()
 
     def count(annotation):
-        schema = schema_in(annotation)
+        schema = inner_schema(annotation)
         if schema is None or schema in counted:
             return 1
         counted.add(schema)

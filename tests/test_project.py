@@ -14,7 +14,6 @@ import document_config
 from generated import written
 from jaxguard.check.__main__ import _parser as check_parser
 from jaxguard.cli import main, stages
-from jaxguard.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jaxguard"
@@ -66,7 +65,7 @@ def packages_imported(path):
     return {p[1] for p in parts if p[0] == "jaxguard" and len(p) > 1 and (PACKAGE / p[1]).is_dir()}
 
 
-def test_every_package_has_its_place():
+def test_every_package_is_listed():
     assert {p.parent.name for p in PACKAGE.glob("*/__init__.py")} == set(BELOW)
 
 
@@ -90,7 +89,7 @@ def warn(message):
 
 
 @pytest.mark.filterwarnings("default::test_project.SizeWarning")
-def test_large_files_and_functions_are_reported():
+def test_sizes():
     for path in PYTHON_FILES:
         if path.is_relative_to(ROOT / "tests"):
             continue
@@ -107,39 +106,13 @@ def test_large_files_and_functions_are_reported():
                     warn(f"{path}: {node.name} has {length} lines")
 
 
-def test_nothing_unfinished_is_left():
+def test_nothing_is_unfinished():
     words = re.compile("|".join(["TO" + "DO", "FIX" + "ME", "X" * 3 + r"\b", "raise NotImplemented" + "Error"]))
     for path in PYTHON_FILES:
         assert not words.search(path.read_text(encoding="utf-8")), path
 
 
-def test_the_console_script_lists_its_stages(capsys):
-    assert main([]) == 0
-    shown = capsys.readouterr().out
-    assert {"data", "train", "plan"} <= set(stages())
-    for stage, what in stages().items():
-        assert re.search(rf"^  {stage} +{re.escape(what)}$", shown, re.MULTILINE)
-        assert what.strip()
-        assert "`" not in what
-
-
-def test_the_console_script_runs_a_stage(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert main(["data", "--config", "gemma4b_5k", "--dry-run"]) == 0
-    assert "checkpoint: google/gemma-3-4b-it" in capsys.readouterr().out
-
-
-def test_a_misspelt_stage_is_an_error_with_a_suggestion(capsys):
-    assert main(["trian", "--config", "gemma4b_5k"]) == 2
-    assert "did you mean 'train'?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_config_loads(path):
-    assert load(str(path)).name == path.stem
-
-
-def test_the_documented_fields_are_those_of_the_config():
+def test_documented_fields_are_the_configs():
     tables = written(document_config.DOCUMENT)
     assert tables == document_config.tables(), "run python tools/document_config.py"
     assert not re.findall(r"\|  \|$", tables, re.MULTILINE), "a field has no docstring"
@@ -150,9 +123,10 @@ def shell_lines():
     for document in DOCUMENTS:
         for block in re.findall(r"```sh\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
             yield from ((document.relative_to(ROOT), line) for line in block.replace("\\\n", " ").splitlines())
-    for door in sorted(PACKAGE.glob("*/__main__.py")):
-        for line in re.findall(r"^  (?:.*\| )?(python -m .*)$", door.read_text(encoding="utf-8"), re.MULTILINE):
-            yield door.relative_to(ROOT), line
+    for file in sorted(PACKAGE.glob("*/__main__.py")):
+        examples = r"^  (?:.*\| )?((?:python -m |jaxguard [a-z]+ (?!   )).*)$"
+        for line in re.findall(examples, file.read_text(encoding="utf-8"), re.MULTILINE):
+            yield file.relative_to(ROOT), line
 
 
 def commands():
@@ -163,65 +137,65 @@ def commands():
             yield document, words
 
 
-def opened():
-    """(what is written, stage, its arguments) of every command that opens a stage's door."""
+def stage_calls():
+    """(what is written, stage, its arguments) of every command that runs a stage."""
     launchers = {"launch/slurm/train.sbatch": ("train", 1), "launch/sglang/serve.sbatch": ("distill", 2)}
     for document, words in commands():
-        said = f"{document}: {' '.join(words)}"
+        text = f"{document}: {' '.join(words)}"
         if words[:2] == ["python", "-m"] and words[2].startswith("jaxguard."):
-            yield said, words[2].removeprefix("jaxguard."), words[3:]
-        for script, (stage, place) in launchers.items():
-            given = words[words.index(script) + place :] if script in words else []
-            if given:
-                yield said, stage, ["--config", *given]
+            yield text, words[2].removeprefix("jaxguard."), words[3:]
+        for script, (stage, index) in launchers.items():
+            arguments = words[words.index(script) + index :] if script in words else []
+            if arguments:
+                yield text, stage, ["--config", *arguments]
         if words[0] == "jaxguard":
-            yield said, words[1], words[2:]
+            yield text, words[1], words[2:]
 
 
-def test_a_shell_leaves_the_documented_commands_as_they_are():
+def test_documented_commands_are_quoted():
     """No unquoted bracket, brace or the like: a shell may expand them, or takes what follows a space for another word."""
     for document, line in shell_lines():
         bare = re.sub(r"""\$\([^)]*\)|'[^']*'|"[^"]*"|#.*""", "", line)
         assert not re.search(r"[][{}()*?<>;&|~]", bare), f"{document}: {line}"
 
 
-def test_the_documented_commands_are_read_by_their_doors(capsys, monkeypatch):
+def test_documented_commands_parse(capsys, monkeypatch):
     """Their own parsers take them, and what they change is a config, or a study's configs."""
     monkeypatch.chdir(ROOT)
     checked = set()
-    for said, stage, words in opened():
+    for text, stage, words in stage_calls():
         if stage == "check":  # asks at once
-            assert check_parser().parse_known_intermixed_args(words)[1] == [], said
+            assert check_parser().parse_known_intermixed_args(words)[1] == [], text
         else:
             # A file of the reader's own stands for any that extends a shipped one.
             arguments = ["gemma4b_5k" if word.startswith("my/") else word for word in words]
-            assert main([stage, *arguments, "--dry-run"]) == 0, f"{said}\n{capsys.readouterr().err}"
+            assert main([stage, *arguments, "--dry-run"]) == 0, f"{text}\n{capsys.readouterr().err}"
         checked.add(stage)
     assert checked >= {"data", "distill", "train", "evaluate", "mine", "plan", "study", "check"}
 
 
-def test_the_documented_commands_exist():
+def test_documented_commands_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     checked = 0
     for document, words in commands():
-        said = f"{document}: {' '.join(words)}"
+        text = f"{document}: {' '.join(words)}"
         checked += words[0] in ("make", "python", "jaxguard", "sbatch", "bash")
         if words[0] == "make":
-            assert [w for w in words[1:] if "=" not in w and w not in targets] == [], said
+            assert [w for w in words[1:] if "=" not in w and w not in targets] == [], text
         if "--config" in words:
             name = words[words.index("--config") + 1]
-            assert name.isupper() or "/" in name or (ROOT / "configs" / f"{name}.yaml").is_file(), said
+            assert name.isupper() or "/" in name or (ROOT / "configs" / f"{name}.yaml").is_file(), text
         for word in words:
             if word.startswith("jaxguard."):
-                assert word.removeprefix("jaxguard.") in stages(), said
+                assert word.removeprefix("jaxguard.") in stages(), text
             if re.match(r"(tools|launch|configs|docs)/", word):
-                assert (ROOT / word).exists(), said
+                assert (ROOT / word).exists(), text
         if words[0] == "jaxguard":
-            assert words[1] in stages(), said
+            assert words[1] in stages(), text
     assert checked >= 5
 
 
-def test_the_documents_link_to_files_that_exist():
+def test_links_in_documents():
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document}: {target}"

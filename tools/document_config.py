@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from generated import rewrite
 from jaxguard.config import READS, Config
-from jaxguard.config.base import Schema
+from jaxguard.config.base import Schema, inner_schema
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -44,7 +44,7 @@ def walk(
     """
     inner = {}
     for name, field in schema.model_fields.items():
-        nested = schema_in(field.annotation)
+        nested = inner_schema(field.annotation)
         if nested is None:
             yield prefix, title, name, field, values(field.annotation)
         elif nested in documented:
@@ -54,11 +54,6 @@ def walk(
             inner[nested] = documented[nested] = f"{prefix}{name}{many}"
     for nested, name in inner.items():
         yield from walk(nested, f"{name}.", documented, (nested.__doc__ or name).partition("\n")[0].removesuffix("."))
-
-
-def schema_in(annotation: object) -> type[Schema] | None:
-    candidates = (annotation, *typing.get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Schema)), None)
 
 
 def values(annotation: object) -> str:

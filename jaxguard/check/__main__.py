@@ -1,4 +1,4 @@
-"""`jaxguard check --model EXPORT --policy NAME "text"`: the verdict on a text, with probability and reasoning."""
+"""`jaxguard check --model EXPORT --policy NAME "text"`: check a text, an exchange or a file of them by a policy."""
 
 import argparse
 import asyncio
@@ -11,8 +11,9 @@ from rich.text import Text
 
 from jaxguard.check.checking import checked
 from jaxguard.check.inputs import given
-from jaxguard.check.setup import Setup, policy_names, set_up
-from jaxguard.cli import check_arguments, exit_code
+from jaxguard.check.setup import Setup, set_up
+from jaxguard.cli import command_parser, run_command, suggest
+from jaxguard.config.lookup import CONFIG_FOLDER, names
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 
@@ -23,10 +24,10 @@ Guard a text, an exchange, or a file of them by a policy: verdict, probability o
 the reasoning. The exit code is 0 if everything is unharmful, 1 if something is harmful or could not be read, 2 after a mistake.
 
 examples:
-  python -m jaxguard.check --model runs/gemma4b_5k/export --policy aegis2 "How do I bake bread?"
-  python -m jaxguard.check --model runs/gemma4b_5k --policy my/policy.yaml --response "In an oven." "How do I bake bread?"
-  python -m jaxguard.check --model http://127.0.0.1:30000 --policy bank_support --file items.jsonl --json
-  cat lines.txt | python -m jaxguard.check --model runs/gemma4b_5k --mode direct -
+  jaxguard check --model runs/gemma4b_5k/export --policy aegis2 "How do I bake bread?"
+  jaxguard check --model runs/gemma4b_5k --policy my/policy.yaml --response "In an oven." "How do I bake bread?"
+  jaxguard check --model http://127.0.0.1:30000 --policy bank_support --file items.jsonl --json
+  cat lines.txt | jaxguard check --model runs/gemma4b_5k --mode direct -
 """
 EPILOG = """\
 A file holds JSON lines with prompt, response and id (only prompt is needed), a table with these columns (.csv, .parquet), or
@@ -37,13 +38,10 @@ policies in configs/policies/: {policies}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return exit_code(lambda: _main(sys.argv[1:] if argv is None else argv))
+    return run_command(_parser(), _main, argv)
 
 
-def _main(arguments: Sequence[str]) -> int:
-    parser = _parser()
-    options, unknown = parser.parse_known_intermixed_args(arguments)
-    check_arguments(parser, unknown)
+def _main(options: argparse.Namespace) -> int:
     examples = given(options.text, options.response, options.file)
     setup = set_up(options.model, options.policy, options.mode, options.tokenizer, options.config)
     if setup.note:
@@ -70,17 +68,15 @@ async def _print_all(examples: Sequence[Example], setup: Setup, as_json: bool, s
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxguard.check",
-        description=DESCRIPTION,
-        epilog=EPILOG.format(policies=policy_names()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    policies = names(CONFIG_FOLDER / "policies")
+    parser = command_parser("check", DESCRIPTION, EPILOG.format(policies=", ".join(policies)))
     add = parser.add_argument
     add("text", nargs="?", help="what the user wrote; - reads standard input")
     add("--model", required=True, help="an export, a run's folder, a repository on the hub, or a server's address")
-    add("--policy", metavar="NAME|PATH", help="what is harmful; without, the policy that the model was trained on")
+    policy = add(
+        "--policy", metavar="NAME|PATH", help="what is harmful; without, the policy that the model was trained on"
+    )
+    suggest(policy, lambda _: policies)
     add(
         "--mode", choices=[str(mode) for mode in Mode], help="without, as it was trained; if both or unknown, reasoning"
     )

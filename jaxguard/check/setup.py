@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from jaxguard.config import Config, load, validate
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
-from jaxguard.config.lookup import CONFIG_FOLDER, names, nearest
+from jaxguard.config.lookup import nearest
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import read_guard_files
 from jaxguard.data.policies import Policy, load_policy
@@ -121,8 +121,3 @@ def _served_path(endpoint: str) -> str:
             "model's tokenizer with --tokenizer"
         )
     return path
-
-
-def policy_names() -> str:
-    """The shipped policies, for --help."""
-    return ", ".join(names(CONFIG_FOLDER / "policies"))

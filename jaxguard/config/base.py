@@ -1,9 +1,8 @@
 """Typed, frozen trees read from YAML, and errors that name the field and the nearest valid one."""
 
 import re
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -42,7 +41,7 @@ def validate(kind: type[Tree], tree: Mapping[str, Any], origin: str, context: An
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The fields of a YAML file."""
+    """Read the fields of a YAML file."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -53,7 +52,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def scalar(text: str) -> Any:
-    """What a value means when it is written on the command line."""
+    """Parse a value as written on the command line."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError:
@@ -91,35 +90,32 @@ _PLAIN = {
 }
 
 
-def _explain(root: type[BaseModel], error: Any) -> str:
+def _explain(root: type[Schema], error: Any) -> str:
     where = [str(part) for part in error["loc"]]
     field = ".".join(where)
     if error["type"] == "extra_forbidden":
-        known = list(_section_at(root, where[:-1]).model_fields)
+        known = list(_schema_at(root, where[:-1]).model_fields)
         return f"unknown field {field!r}; {nearest(where[-1], known)}known here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"field {field!r} is missing"
     message = _PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
-    given = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {error['input']!r})"
+    value = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {error['input']!r})"
     hint = ""
     if error["type"] == "literal_error":
         hint = nearest(str(error["input"]), re.findall(r"'([^']*)'", error["ctx"]["expected"]))
-    return f"{field}: {message}{given}{'; ' + hint.rstrip(' ;') if hint else ''}" if field else message
+    return f"{field}: {message}{value}{'; ' + hint.rstrip(' ;') if hint else ''}" if field else message
 
 
-def _section_at(root: type[BaseModel], path: list[str]) -> type[BaseModel]:
-    """The section class that a field path leads to, through tuples of sections too."""
-    section = root
+def inner_schema(annotation: Any) -> type[Schema] | None:
+    """Return the schema that a field's annotation holds, also in a union or a tuple; None if it holds none."""
+    if isinstance(annotation, type) and issubclass(annotation, Schema):
+        return annotation
+    return next(filter(None, map(inner_schema, typing.get_args(annotation))), None)
+
+
+def _schema_at(root: type[Schema], path: list[str]) -> type[Schema]:
+    """Return the schema that the parts of a dotted field lead to; numbers among them are indices of a tuple."""
     for part in path:
         if not part.isdigit():
-            inner = _flatten(section.model_fields[part].annotation)
-            section = next(t for t in inner if isinstance(t, type) and issubclass(t, BaseModel))
-    return section
-
-
-def _flatten(annotation: Any) -> Iterable[Any]:
-    if typing.get_origin(annotation) in (tuple, types.UnionType, typing.Union):
-        for arg in typing.get_args(annotation):
-            yield from _flatten(arg)
-    else:
-        yield annotation
+            root = inner_schema(root.model_fields[part].annotation) or root
+    return root

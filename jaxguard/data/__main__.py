@@ -1,4 +1,4 @@
-"""`python -m jaxguard.data --config NAME`: what a run would train on, and training sets built into files."""
+"""`jaxguard data --config NAME`: show what a run would train on, or build training sets."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ from jaxguard.data.report import report
 from jaxguard.utils import hub
 
 DESCRIPTION = """\
-Load, choose and encode a run's data, and report on it: where the examples come from, what was skipped and why, label
+Load, select and encode a run's data, and report on it: where the examples come from, what was skipped and why, label
 balance, lengths, packing, and one example as the model sees it, the trained tokens highlighted. Nothing is written and
 no model is loaded; of the checkpoint only the tokenizer is needed.
 
@@ -22,19 +22,19 @@ commands:
   build    write the training sets of a config into files, with a manifest and a card
 
 examples:
-  python -m jaxguard.data --config gemma4b_5k
-  python -m jaxguard.data --config gemma4b_5k data.subset=500 --show-text
-  python -m jaxguard.data --config gemma4b_5k model.checkpoint=path/to/checkpoint data.train.0.path=traces.jsonl
-  python -m jaxguard.data build --config wildguard_sets
+  jaxguard data --config gemma4b_5k
+  jaxguard data --config gemma4b_5k data.subset=500 --show-text
+  jaxguard data --config gemma4b_5k model.checkpoint=path/to/checkpoint data.train.0.path=traces.jsonl
+  jaxguard data build --config wildguard_sets
 """
 BUILD = """\
-Make training sets out of the examples and traces of data.train, as the config's build section says: reasoning, direct and dual,
+Make training sets out of the examples and traces of data.train, as the config's `build` says: reasoning, direct and dual,
 each whole and as random subsets, without what a benchmark also holds. runs/NAME/dataset is read by `datasets`, TRL, LlamaFactory
 and data.train: {kind: jsonl, path: runs/NAME/dataset/dual/5000_0.parquet}. The same input gives the same bytes.
 
 examples:
-  python -m jaxguard.data build --config wildguard_sets
-  python -m jaxguard.data build --config wildguard_sets 'build.subsets=[500]' 'build.seeds=[0,1]'
+  jaxguard data build --config wildguard_sets
+  jaxguard data build --config wildguard_sets 'build.subsets=[500]' 'build.seeds=[0,1]'
 """
 
 

@@ -1,4 +1,4 @@
-"""`python -m jaxguard.distill --config NAME`: get reasoning traces from a teacher, shorten, audit and show them."""
+"""`jaxguard distill --config NAME`: get reasoning traces from a teacher; shorten, audit and inspect them."""
 
 import argparse
 import sys
@@ -18,11 +18,11 @@ commands:
   inspect  the trace store as one HTML page
 
 examples:
-  python -m jaxguard.distill --config wildguard_traces
-  python -m jaxguard.distill --config wildguard_traces 'distill.teacher.endpoints=[http://node1:30000/v1]'
-  python -m jaxguard.distill --config wildguard_traces name=aegis_traces data.train.0.kind=aegis2 data.policy=aegis2
-  python -m jaxguard.distill audit --config wildguard_traces distill.audit.examples=500
-  python -m jaxguard.distill inspect --config wildguard_traces
+  jaxguard distill --config wildguard_traces
+  jaxguard distill --config wildguard_traces 'distill.teacher.endpoints=[http://node1:30000/v1]'
+  jaxguard distill --config wildguard_traces name=aegis_traces data.train.0.kind=aegis2 data.policy=aegis2
+  jaxguard distill audit --config wildguard_traces distill.audit.examples=500
+  jaxguard distill inspect --config wildguard_traces
 """
 AUDIT = """\
 Let the teacher judge a seeded sample of data.train without the labels, several times each, and report how far it agrees with

@@ -1,4 +1,4 @@
-"""`python -m jaxguard.evaluate --config NAME`: score guards on benchmarks beside the published results."""
+"""`jaxguard evaluate --config NAME`: score guards on benchmarks, beside the published results."""
 
 import argparse
 import sys
@@ -15,11 +15,11 @@ evaluate.backend=sglang an SGLang server is started for it. Every answer is kept
 whenever you like: started again, it goes on. --config takes the config that the guard was trained with.
 
 examples:
-  python -m jaxguard.evaluate --config gemma4b_5k evaluate.limit=50
-  python -m jaxguard.evaluate --config gemma4b_dual_5k evaluate.backend=sglang evaluate.server.python=sglang/bin/python
-  python -m jaxguard.evaluate --config gemma4b_5k 'evaluate.guards=[{endpoint: http://node1:30000}]'
-  python -m jaxguard.evaluate --config gemma4b_5k 'evaluate.guards=[{name: ours}, {name: words, format: tfidf}]'
-  python -m jaxguard.evaluate --config smollm_demo 'evaluate.benchmarks=[{name: xstest_prompt, path: my/xstest.csv}]'
+  jaxguard evaluate --config gemma4b_5k evaluate.limit=50
+  jaxguard evaluate --config gemma4b_dual_5k evaluate.backend=sglang evaluate.server.python=sglang/bin/python
+  jaxguard evaluate --config gemma4b_5k 'evaluate.guards=[{endpoint: http://node1:30000}]'
+  jaxguard evaluate --config gemma4b_5k 'evaluate.guards=[{name: ours}, {name: words, format: tfidf}]'
+  jaxguard evaluate --config smollm_demo 'evaluate.benchmarks=[{name: xstest_prompt, path: my/xstest.csv}]'
 """
 
 

@@ -1,4 +1,4 @@
-"""`python -m jaxguard.mine --config NAME`: find the training examples that a guard judges right only sometimes."""
+"""`jaxguard mine --config NAME`: find the training examples that a guard gets right only sometimes."""
 
 import argparse
 import sys
@@ -21,10 +21,10 @@ right may be labelled wrongly: look at them. Train first; then this writes into 
 The second round is a config that extends the first, starts from its export and trains on train.jsonl and difficult.jsonl.
 
 examples:
-  python -m jaxguard.mine --config smollm_demo
-  python -m jaxguard.train --config smollm_continual
-  python -m jaxguard.mine --config gemma4b_5k mine.balance=class mine.most=500
-  python -m jaxguard.mine --config gemma4b_5k evaluate.backend=sglang evaluate.server.python=.venv-sglang/bin/python
+  jaxguard mine --config smollm_demo
+  jaxguard train --config smollm_continual
+  jaxguard mine --config gemma4b_5k mine.balance=class mine.most=500
+  jaxguard mine --config gemma4b_5k evaluate.backend=sglang evaluate.server.python=.venv-sglang/bin/python
 """
 
 

@@ -1,4 +1,4 @@
-"""`python -m jaxguard.train --config NAME`: fine-tune a guard and export it."""
+"""`jaxguard train --config NAME`: fine-tune a guard and export it."""
 
 import argparse
 import sys

@@ -2,14 +2,14 @@
 
 
 class JaxguardError(Exception):
-    """A mistake the user can mend. The message names the field, file or example and says what to do.
+    """A mistake that the user can fix. The message names the field, file or example and says what to do.
 
-    Every door prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2.
     """
 
 
 class ProvenanceError(JaxguardError):
-    """A folder holds what was made of other inputs, and nothing may be mixed with it.
+    """A folder holds output of other provenance, which must not be mixed with new output.
 
-    Doors exit with code 3, so that a study can put the old output aside.
+    The command line exits with code 3, so that a study can move the old output away.
     """

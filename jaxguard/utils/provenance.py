@@ -1,4 +1,4 @@
-"""What something was made of, compared with what it would be made of now."""
+"""Compare the provenance of existing output with that of new output."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,26 +7,26 @@ from jaxguard.utils.errors import ProvenanceError
 
 
 def differences(old: Any, new: Any, field: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (old, new) for every leaf that differs between two plain trees; None where it is absent."""
+    """Return dotted field -> (old, new) for every leaf that differs between two plain trees; None where it is absent."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         pairs = {str(k): (old.get(k), new.get(k)) for k in [*old, *(k for k in new if k not in old)]}
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = {str(i): pair for i, pair in enumerate(zip(old, new, strict=True))}
     else:
         return {} if old == new else {field: (old, new)}
-    found: dict[str, tuple[Any, Any]] = {}
+    changes: dict[str, tuple[Any, Any]] = {}
     for key, (a, b) in pairs.items():
-        found |= differences(a, b, f"{field}.{key}" if field else key)
-    return found
+        changes |= differences(a, b, f"{field}.{key}" if field else key)
+    return changes
 
 
 def refuse_others(changes: Mapping[str, tuple[Any, Any]], holds: str, remedy: str) -> None:
-    """Nothing may be mixed with what was made of other inputs.
+    """Refuse to mix new output with output of other provenance.
 
     Args:
         changes: as from `differences`.
-        holds: what is there, for the message's first line.
-        remedy: what to do, for its last.
+        holds: the message's first line: what exists already.
+        remedy: its last line: what to do.
 
     Raises:
         ProvenanceError: something changed.
