@@ -39,6 +39,11 @@ class Weight:
     axes: tuple[str, ...]
 
     @property
+    def name(self) -> str:
+        """The path without `layers.`."""
+        return self.path.removeprefix(LAYER)
+
+    @property
     def stacked(self) -> bool:
         return self.path.startswith(LAYER)
 

@@ -1,8 +1,9 @@
 """The one training step: the loop, the tests, the planner and the benchmarks all call it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jaxtyping import Array, Float, Int
 from jaxguard.config import Config
 from jaxguard.data.packing import Batch, Shape
 from jaxguard.models.compute import Compute, choose_compute
-from jaxguard.models.decoder import Decoder, gradient_buffers
+from jaxguard.models.decoder import Decoder
+from jaxguard.models.linear import Buffered, Weights, gradient_buffers
 from jaxguard.models.mesh import abstract_state, batch_sharding, replicated, weight_shardings
 from jaxguard.models.spec import Spec
 from jaxguard.train.objectives import target_logprobs, token_weighted_loss
@@ -32,23 +34,37 @@ class Metrics(NamedTuple):
     target_tokens: Float[Array, ""]
 
 
+class TrainStep(Protocol):
+    """Compute one step under jit; donates the old state."""
+
+    def __call__(self, state: State, batch: Batch, /) -> tuple[State, Metrics]: ...
+
+    def lower(self, state: State, batch: Batch, /) -> jax.stages.Lowered: ...
+
+
+class ScoreIds(Protocol):
+    """Compute the log-probabilities of ids at the batch's targets under jit, replicated."""
+
+    def __call__(self, weights: dict[str, Array], batch: Batch, ids_BMQ: Array, /) -> Array: ...
+
+
 @dataclass(frozen=True)
 class Program:
     """Everything that a run compiles, for one model on one mesh.
 
     Attributes:
-        train_step: (state, batch) -> (state, metrics); donates the old state.
-        score: (weights, batch, ids_BMQ) -> log-probabilities of ids at the batch's targets, replicated.
-        initialize: weights -> state at step 0.
+        train_step: (state, batch) -> (state, metrics).
+        score: (weights, batch, ids_BMQ) -> log-probabilities [B, M, Q].
+        initialize: weights -> state at step 0; donates the weights.
         state: the state's shapes, types and shardings.
     """
 
     spec: Spec
     compute: Compute
     mesh: Mesh
-    train_step: Any
-    score: Any
-    initialize: Any
+    train_step: TrainStep
+    score: ScoreIds
+    initialize: Callable[[dict[str, Array]], State]
     state: State
 
     def batch(self, shape: Shape) -> Batch:
@@ -58,10 +74,10 @@ class Program:
 
 
 def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program:
-    """Nothing is compiled yet: jit does that for each batch shape on first use.
+    """Define the jitted functions of a run of `steps` steps; each is compiled on its first use with a batch shape.
 
     Raises:
-        JaxguardError: the attention asked for cannot run on this mesh.
+        JaxguardError: the requested attention kernel cannot run on this mesh.
     """
     compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
     transformation = optimizer(config.optimizer, spec, steps)
@@ -78,16 +94,12 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
             state["weights"], batch, spec=spec, compute=compute, accumulation=config.train.accumulation,
             loss_chunk=config.model.loss_chunk,
         )  # fmt: skip
-        changes, moments = transformation.update(gradient, state["optimizer"], state["weights"])
-        new = {
-            "weights": optax.apply_updates(state["weights"], changes),
-            "optimizer": moments,
-            "step": state["step"] + 1,
-        }
-        metrics = Metrics(
-            loss, optax.tree.norm(gradient), jnp.float32(schedule(state["step"])), jnp.sum(batch.target_weights_BM)
-        )
-        return new, metrics
+        with jax.named_scope("optimizer"):
+            changes, moments = transformation.update(gradient, state["optimizer"], state["weights"])
+            weights = optax.apply_updates(state["weights"], changes)
+            norm, rate = optax.tree.norm(gradient), jnp.float32(schedule(state["step"]))
+        metrics = Metrics(loss, norm, rate, jnp.sum(batch.target_weights_BM))
+        return {"weights": weights, "optimizer": moments, "step": state["step"] + 1}, metrics
 
     def score(weights: dict[str, Array], batch: Batch, ids_BMQ: Int[Array, "B M Q"]) -> Float[Array, "B M Q"]:
         return logprobs(weights, batch, ids_BMQ, spec=spec, compute=compute, loss_chunk=config.model.loss_chunk)
@@ -106,17 +118,10 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
 
 
 def logprobs(
-    weights: dict[str, Array],
-    batch: Batch,
-    ids_BMQ: Int[Array, "B M Q"],
-    *,
-    spec: Spec,
-    compute: Compute,
-    loss_chunk: int,
-    gradient_buffers: dict[str, Array] | None = None,
+    weights: Weights, batch: Batch, ids_BMQ: Int[Array, "B M Q"], *, spec: Spec, compute: Compute, loss_chunk: int
 ) -> Float[Array, "B M Q"]:
-    """Log-probabilities of ids at the batch's target positions; to differentiate them, see Decoder's gradient_buffers."""
-    decoder = Decoder(spec, weights, compute, gradient_buffers)
+    """Compute the log-probabilities of ids at the batch's target positions."""
+    decoder = Decoder(spec, weights, compute)
     hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.prefixes_BT)
     return target_logprobs(
         hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk, compute.matmul_dtype
@@ -126,29 +131,26 @@ def logprobs(
 def loss_and_gradient(
     weights: dict[str, Array], batch: Batch, *, spec: Spec, compute: Compute, accumulation: int, loss_chunk: int
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Token-weighted loss over the whole batch and its gradient, float32, `accumulation` micro-batches one after another."""
+    """Compute the token-weighted loss over the whole batch and its gradient, float32, in `accumulation` micro-batches."""
     total_weight = jnp.sum(batch.target_weights_BM)
+    buffers = gradient_buffers(spec, compute)
 
-    places = gradient_buffers(spec, compute)
-    rest = {path: weight for path, weight in weights.items() if path not in places}
-
-    def loss_of(differentiated: tuple[dict[str, Array], dict[str, Array]], batch: Batch) -> Array:
-        rest, places = differentiated
-        found = logprobs(
-            weights | rest, batch, batch.target_ids_BM[..., None],
-            spec=spec, compute=compute, loss_chunk=loss_chunk, gradient_buffers=places,
+    def loss_of(variables: dict[str, Array], batch: Batch) -> Array:
+        buffered = {path: Buffered(weights[path], variables[path]) for path in buffers}
+        logprobs_BM1 = logprobs(
+            variables | buffered, batch, batch.target_ids_BM[..., None],
+            spec=spec, compute=compute, loss_chunk=loss_chunk,
         )  # fmt: skip
-        return token_weighted_loss(found[..., 0], batch.target_weights_BM, total_weight)
+        return token_weighted_loss(logprobs_BM1[..., 0], batch.target_weights_BM, total_weight)
 
     def gradient_of(batch: Batch) -> tuple[Array, dict[str, Array]]:
-        loss, (of_rest, of_matrices) = jax.value_and_grad(loss_of)((rest, places), batch)
-        found = of_rest | of_matrices
-        return loss, {path: found[path].astype(jnp.float32) for path in weights}
+        loss, gradient = jax.value_and_grad(loss_of)(weights | buffers, batch)
+        return loss, {path: gradient[path].astype(jnp.float32) for path in weights}
 
     if accumulation == 1:
         return gradient_of(batch)
 
-    def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
+    def add(total: tuple[Array, dict[str, Array]], micro_batch: Batch) -> tuple[tuple[Array, dict[str, Array]], None]:
         return jax.tree.map(jnp.add, total, gradient_of(micro_batch)), None
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, weights))
@@ -156,5 +158,5 @@ def loss_and_gradient(
 
 
 def _micro_batches(x_B: Array, count: int) -> Array:
-    """[B, …] -> [count, B / count, …], every device's rows shared out evenly, so that none move between devices."""
+    """Reshape [B, …] to [count, B / count, …], so that every micro-batch has rows of every device and none move."""
     return x_B.reshape(-1, count, *x_B.shape[1:]).swapaxes(0, 1)

@@ -15,8 +15,9 @@ from jax.extend.core import jaxprs_in_params
 from jaxguard.models.attention.attend import xla
 from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import Compute
-from jaxguard.models.decoder import Decoder, rope_frequencies
+from jaxguard.models.decoder import Decoder
 from jaxguard.models.hf_io.checkpoints import read_weights
+from jaxguard.models.rope import rope_frequencies
 from jaxguard.models.spec import Rope, Spec, read_spec
 
 torch = pytest.importorskip("torch", reason="torch is the reference of the parity tests")

@@ -12,11 +12,11 @@ from jaxguard.config import validate
 from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import Batch, Shape, assemble, bucketed, pack
+from jaxguard.models import compute as compute_module
 from jaxguard.models.compute import Compute, choose_compute
 from jaxguard.models.mesh import batch_sharding, make_mesh, row_multiple, shard_batch
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialize
-from jaxguard.train import step
 from jaxguard.train.objectives import token_weighted_loss
 from jaxguard.train.step import build_program, logprobs, loss_and_gradient
 
@@ -133,7 +133,7 @@ def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, at
 
 @pytest.mark.parametrize(("units", "matmul_dtype"), [(True, jnp.bfloat16), (False, None)])
 def test_a_cpu_multiplies_in_bfloat16_if_it_has_units_for_that(spec, monkeypatch, units, matmul_dtype):
-    monkeypatch.setattr(step, "has_bfloat16_units", lambda: units)
+    monkeypatch.setattr(compute_module, "has_bfloat16_units", lambda: units)
     chosen = choose_compute(config(model={"compute_dtype": "bfloat16"}).model, spec, make_mesh(config().mesh), 512)
     assert (chosen.dtype, chosen.matmul_dtype, chosen.attention) == (jnp.float32, matmul_dtype, "block_sparse")
 

@@ -17,7 +17,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import Schedule
 from jaxguard.data.prepare import prepare
 from jaxguard.data.sources import load_examples
-from jaxguard.models.einsum import has_bfloat16_units
+from jaxguard.models.compute import has_bfloat16_units
 from pypi import fetch_wheel
 
 EXAMPLES = 512

@@ -1,4 +1,4 @@
-"""Causal attention over packed rows, one function for every target. What padding computes is finite and used by nobody."""
+"""Causal attention over packed rows, one function for every target. Results at padding are finite and unused."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +17,7 @@ Query = Float[Array, "B T N H"]
 KeyValue = Float[Array, "B T K H"]
 
 FAR = 2**30
-"""Position of padding where positions alone say who sees whom: after every token, so that none sees it."""
+"""Position of padding where positions alone decide what a query sees: after every token, so that none sees it."""
 
 
 def attend(
@@ -28,13 +28,13 @@ def attend(
     *,
     window: int | None,
     scale: float,
-    implementation: str,
+    implementation: kernels.Kernel,
     query_chunk: int,
     matmul_dtype: DTypeLike | None = None,
 ) -> Query:
-    """Softmax attention by `implementation`: "xla", "block_sparse", "cudnn" or "splash"; the values agree to rounding.
+    """Compute softmax attention with `implementation`; all agree up to rounding.
 
-    `matmul_dtype` is what block-sparse attention rounds to before it multiplies: see models/products.
+    `matmul_dtype` is what block-sparse attention rounds its operands to: see `linear.project`.
     """
     args = query_BTNH, key_BTKH, value_BTKH, layout
     match implementation:
@@ -57,15 +57,15 @@ def xla(
     scale: float,
     chunk: int,
 ) -> Query:
-    """Plain matmuls, a chunk of queries at a time, over only the keys that the chunk can see.
+    """Compute attention with plain matmuls, one chunk of queries at a time, over only the keys that the chunk can see.
 
-    Scores are recomputed in the backward pass, so that no more than one chunk of them is ever held.
+    Scores are recomputed in the backward pass, so that at most one chunk of them is held.
     """
     tokens = query_BTNH.shape[1]
     out = []
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
-        # A prefix may stand anywhere before those who continue it.
+        # A prefix may be anywhere before the segments that continue it.
         first = 0 if window is None or layout.prefixes_BT is not None else max(0, start - window + 1)
         block = partial(
             _block, layout=layout, queries=slice(start, stop), keys=slice(first, stop), window=window, scale=scale
@@ -106,42 +106,44 @@ def _softmax_attention(
     return jnp.einsum("BKGCS,BSKH->BCKGH", weights_BKGCS, value_BSKH).reshape(query_BCNH.shape)
 
 
-class Seen(NamedTuple):
-    """Keys and values that A rows of queries, or A equal groups of rows, attend to, and their positions."""
+class KeyValues(NamedTuple):
+    """Keys and values that A rows of queries, or A groups of as many rows each, attend to, and their positions."""
 
     key_AKSH: Float[Array, "A K S H"]
     value_AKSH: Float[Array, "A K S H"]
     positions_AS: Int[Array, "A S"]
 
 
-def attend_seen(
+def attend_cached(
     query_BTNH: Query,
     positions_BT: Int[Array, "B T"],
-    seen: Sequence[Seen],
+    parts: Sequence[KeyValues],
     *,
     window: Int[Array, ""],
     scale: float,
     chunk: int,
 ) -> Query:
-    """Softmax attention over all of `seen` at once, a chunk of queries at a time; for decoding, without a backward pass.
+    """Compute softmax attention over all `parts` together, one chunk of queries at a time; for decoding, not differentiated.
 
     A query sees the keys at or before its position, at most `window` of them. Keys that several rows share are stored once
-    and multiplied with all those rows' queries in one product.
+    and multiplied with all those rows' queries in one matmul.
     """
     tokens = query_BTNH.shape[1]
     out = []
     for start in range(0, tokens, chunk):
-        part = slice(start, min(start + chunk, tokens))
-        out.append(_seen_block(query_BTNH[:, part], positions_BT[:, part], seen, window, scale))
+        block = slice(start, min(start + chunk, tokens))
+        out.append(_cached_block(query_BTNH[:, block], positions_BT[:, block], parts, window, scale))
     return jnp.concatenate(out, axis=1)
 
 
-def _seen_block(query_BCNH: Array, positions_BC: Array, seen: Sequence[Seen], window: Array, scale: float) -> Array:
+def _cached_block(
+    query_BCNH: Array, positions_BC: Array, parts: Sequence[KeyValues], window: Array, scale: float
+) -> Float[Array, "B C N H"]:
     rows, queries, heads, width = query_BCNH.shape
-    kv_heads = seen[0].key_AKSH.shape[1]
+    kv_heads = parts[0].key_AKSH.shape[1]
     grouped = (kv_heads, heads // kv_heads)
     scores = []
-    for part in seen:
+    for part in parts:
         groups, size = part.positions_AS.shape
         query_ARCKGH = query_BCNH.reshape(groups, -1, queries, *grouped, width)
         scores_ARCKGS = jnp.einsum(
@@ -154,7 +156,7 @@ def _seen_block(query_BCNH: Array, positions_BC: Array, seen: Sequence[Seen], wi
     weights_BCKGS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query_BCNH.dtype)
     mixed_BCKGH = jnp.zeros((rows, queries, *grouped, width), jnp.float32)
     start = 0
-    for part in seen:
+    for part in parts:
         groups, size = part.positions_AS.shape
         weights_ARCKGS = weights_BCKGS[..., start : start + size].reshape(groups, -1, queries, *grouped, size)
         # In the compute type: XLA on a CPU has no such product from bfloat16 to float32.

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxguard.models.attention.kernels import Layout, per_device
-from jaxguard.models.einsum import DOTS, einsum
+from jaxguard.models.linear import DOTS, project
 
 
 def block_sparse(
@@ -154,7 +154,7 @@ def _head(
     """One key head at a time: matrices are what a CPU multiplies fast, and stacks of them are not."""
     group, queries, width = query_GCH.shape
     key_SH, value_SH = (x.reshape(-1, width) for x in (key_JCH, value_JCH))
-    multiply = jnp.einsum if matmul_dtype is None else partial(einsum, matmul_dtype=matmul_dtype)
+    multiply = jnp.einsum if matmul_dtype is None else partial(project, matmul_dtype=matmul_dtype)
     scores_QS = multiply("QH,SH->QS", query_GCH.reshape(-1, width), key_SH) * scale
     scores_GCS = scores_QS.reshape(group, queries, -1)
     # The finite minimum, not -inf: a query without any visible key must not become NaN.

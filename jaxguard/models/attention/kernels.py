@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxguard.compat import mark_mask_as_dynamic
 from jaxguard.models.sharding import partition
 from jaxguard.utils.errors import JaxguardError
 
@@ -194,8 +195,7 @@ def _branching_rows(
     def row(row: tuple[Array, Array, Array, Array]) -> Array:
         q_NTH, k_KTH, v_KTH, seen_TT = row
         kernel = _splash_kernel(jnp.broadcast_to(seen_TT, (heads, tokens, tokens)), tokens, interpret)
-        # Under a trace JAX 0.10.2 asks a traced value whether the mask is an array; it is.
-        kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+        mark_mask_as_dynamic(kernel)
         return kernel(q_NTH, k_KTH, v_KTH)
 
     return jax.lax.map(row, (q_BNTH, k_BKTH, v_BKTH, layout.visible(window, slice(None), slice(None))))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxguard.models.einsum import einsum
+from jaxguard.models.linear import project
 
 SHAPES = [
     ("BTD,DNH->BTNH", (2, 5, 8), (8, 3, 4)),
@@ -20,7 +20,7 @@ LONG = [
 ]
 
 
-def matmul_dtype(hidden, weight):
+def operands(hidden, weight):
     random = np.random.default_rng(0)
     return [jnp.asarray(random.standard_normal(shape, dtype=np.float32)) for shape in (hidden, weight)]
 
@@ -30,50 +30,48 @@ def gradients(multiply, *given):
 
 
 @pytest.mark.parametrize(("equation", "hidden", "weight"), SHAPES)
-def test_a_product_and_its_gradient_are_those_of_einsum(equation, hidden, weight):
-    check_same(equation, *matmul_dtype(hidden, weight))
+def test_project_equals_einsum(equation, hidden, weight):
+    check_same(equation, *operands(hidden, weight))
 
 
 @pytest.mark.parametrize(("equation", "hidden", "weight"), LONG)
-def test_a_product_in_parts_is_that_of_einsum_too(equation, hidden, weight):
-    check_same(
-        equation, *(x / 10 for x in matmul_dtype(hidden, weight))
-    )  # so that long sums are no larger than short ones
+def test_pairwise_sums_equal_einsum(equation, hidden, weight):
+    check_same(equation, *(x / 10 for x in operands(hidden, weight)))  # so that long sums are no larger than short ones
 
 
 def check_same(equation, *given):
     def plain(h, w):
         return jnp.einsum(equation, h, w)
 
-    got, expected = ([f(*given), *gradients(f, *given)] for f in (partial(einsum, equation), plain))
+    got, expected = ([f(*given), *gradients(f, *given)] for f in (partial(project, equation), plain))
     for found, wanted in zip(got, expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("weight_type", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("equation", "hidden", "weight"), SHAPES)
-def test_rounded_operands_are_multiplied_exactly_and_summed_in_float32(equation, hidden, weight, weight_type):
-    """Of matmul_dtype that bfloat16 holds nothing is lost, forward; backward the gradient is rounded before it is multiplied."""
-    h, w = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in matmul_dtype(hidden, weight))
-    rounded = einsum(equation, h, w.astype(weight_type), jnp.bfloat16)
+def test_bfloat16_operands_are_summed_in_float32(equation, hidden, weight, weight_type):
+    """Forward, operands that bfloat16 can represent lose nothing; backward, the gradient is rounded before it is multiplied."""
+    h, w = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in operands(hidden, weight))
+    rounded = project(equation, h, w.astype(weight_type), jnp.bfloat16)
     assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(rounded, jnp.einsum(equation, h, w), rtol=1e-6, atol=1e-6)
-    got = gradients(lambda h, w: einsum(equation, h, w, jnp.bfloat16), h, w.astype(weight_type))
+    got = gradients(lambda h, w: project(equation, h, w, jnp.bfloat16), h, w.astype(weight_type))
     assert [x.dtype for x in got] == [jnp.float32, weight_type]
     for found, wanted in zip(got, gradients(lambda h, w: jnp.einsum(equation, h, w), h, w), strict=True):
         np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=2e-2, atol=2e-2 * np.abs(wanted).max())
 
 
-def test_what_is_rounded_is_the_operands():
+def test_operands_are_rounded():
     one = jnp.full((2, 2), 1 + 2**-12, jnp.float32)
-    assert (einsum("TD,DF->TF", one, one) > 2).all()
-    assert (einsum("TD,DF->TF", one, one, jnp.bfloat16) == 2).all()
+    assert (project("TD,DF->TF", one, one) > 2).all()
+    assert (project("TD,DF->TF", one, one, jnp.bfloat16) == 2).all()
 
 
-def test_a_long_sum_errs_less_in_parts():
-    hidden, weight = matmul_dtype((200, 1536), (1536, 300))
+def test_pairwise_sums_are_more_accurate():
+    hidden, weight = operands((200, 1536), (1536, 300))
     exact = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64)
     ours, plain = (
-        np.square(np.asarray(x) - exact).mean() for x in (einsum("TF,FD->TD", hidden, weight), hidden @ weight)
+        np.square(np.asarray(x) - exact).mean() for x in (project("TF,FD->TD", hidden, weight), hidden @ weight)
     )
     assert ours < plain / 2

@@ -1,0 +1,161 @@
+"""Products of activations and weights. To read the decoder, it is enough to know that `project` is an einsum.
+
+What is hidden here: in which type a product is computed, how its gradients are written, how a weight that is cut over `fsdp` is
+gathered, and in which type its gradient is accumulated.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from jaxguard.models.compute import Compute
+from jaxguard.models.sharding import constrain
+from jaxguard.models.spec import Spec
+from jaxguard.models.weights import table
+
+DOTS = "dots"
+"""The name of the results that `model.remat=dots` keeps."""
+
+MAX_TERMS = 192
+"""Most terms that a float32 product adds up in one sum, approximately."""
+
+
+class Buffered(NamedTuple):
+    """A float32 weight, and the array of zeros by which to differentiate instead: its gradient buffer.
+
+    The gradient of a float32 weight would be float32, although it is computed in the compute type: twice the memory. The buffer
+    has the compute type, and nobody reads its values.
+    """
+
+    weight: Array
+    buffer: Array
+
+
+Weights = Mapping[str, Array | Buffered]
+"""Path, or name within a layer, of a row of the weight table -> weight."""
+
+
+def gradient_buffers(spec: Spec, compute: Compute) -> dict[str, Array]:
+    """Path of each of the layers' matrices -> zeros in the compute type, for `Buffered`."""
+    matrices = [w for w in table(spec) if w.stacked and "norm" not in w.axes]
+    return {w.path: constrain(jnp.zeros(w.shape(spec), compute.dtype), *w.axes) for w in matrices}
+
+
+def gather_layer(weights: Weights, spec: Spec, compute: Compute) -> dict[str, Array]:
+    """Prepare one layer's weights for products: cast the matrices, then gather them over fsdp, so that half the bytes move."""
+    axes = {w.name: w.axes[1:] for w in table(spec) if w.stacked}
+
+    def prepare(name: str, weight: Array | Buffered) -> Array:
+        if isinstance(weight, Buffered):
+            return gather(*weight, axes[name])
+        if "norm" in axes[name]:
+            return weight
+        return constrain(compute.cast(weight), *axes[name], without="fsdp")
+
+    return {name: prepare(name, weight) for name, weight in weights.items()}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gather(weight: Array, buffer: Array, axes: tuple[str, ...]) -> Array:
+    """Cast a weight to its gradient buffer's type and gather it over fsdp.
+
+    The gradient goes to the buffer, and none to the weight. Devices add it up and cut it in one go, by a reduce-scatter; JAX's own
+    gradient of a gathered array would be a gathered one.
+    """
+    return constrain(weight.astype(buffer.dtype), *axes, without="fsdp")
+
+
+def _gather_forward(weight: Array, buffer: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
+    return gather(weight, buffer, axes), None
+
+
+def _gather_backward(axes: tuple[str, ...], _: None, gradient: Array) -> tuple[None, Array]:
+    return None, constrain(gradient, *axes)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
+def project(equation: str, x: Array, weight: Array, matmul_dtype: DTypeLike | None = None) -> Array:
+    """Multiply activations by a weight, as jnp.einsum does; the result has the activations' type.
+
+    Args:
+        equation: each letter is in exactly two of the three arrays.
+        x: activations.
+        weight: of any type, which is also its gradient's.
+        matmul_dtype: what both are rounded to before they are multiplied, in the backward pass too; default the weight's type.
+    """
+    matmul_dtype = jnp.dtype(matmul_dtype or weight.dtype)
+    if not x.dtype == weight.dtype == matmul_dtype:
+        result = _rounded(equation, matmul_dtype, x, weight)
+    elif matmul_dtype == jnp.float32:
+        result = _pairwise(equation, x, weight)
+    else:
+        result = jnp.einsum(equation, x, weight)
+    return checkpoint_name(result, DOTS)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pairwise(equation: str, x: Array, weight: Array) -> Array:
+    """Sum in float32, pairwise where nothing is differentiated: XLA on a CPU adds up to 512 terms in a row, and errs more."""
+    left, right, _ = equation.replace("->", ",").split(",")
+    axes = next((left.index(letter), right.index(letter)) for letter in left if letter in right)
+    terms = math.prod(x.shape[left.index(letter)] for letter in left if letter in right)
+
+    def add(x: Array, weight: Array, terms: int) -> Array:
+        if terms <= MAX_TERMS:
+            return jnp.einsum(equation, x, weight)
+        halves = (jnp.array_split(array, 2, axis) for array, axis in zip((x, weight), axes, strict=True))
+        first, second = (add(*half, terms // 2) for half in zip(*halves, strict=True))
+        return first + second
+
+    return add(x, weight, terms)
+
+
+def _pairwise_forward(equation: str, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return jnp.einsum(equation, x, weight), (x, weight)
+
+
+def _pairwise_backward(equation: str, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """One product each. JAX's own rule would have a CPU copy the gradient of every product transposed."""
+    return _gradients(equation, *saved, gradient, jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rounded(equation: str, matmul_dtype: jnp.dtype, x: Array, weight: Array) -> Array:
+    return jnp.einsum(equation, x.astype(matmul_dtype), weight.astype(matmul_dtype), preferred_element_type=x.dtype)
+
+
+def _rounded_forward(
+    equation: str, matmul_dtype: jnp.dtype, x: Array, weight: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _rounded(equation, matmul_dtype, x, weight), (x, weight)
+
+
+def _rounded_backward(
+    equation: str, matmul_dtype: jnp.dtype, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    """Round the gradient too. JAX's own rule would compute both products in the wider type."""
+    return _gradients(equation, *saved, gradient, matmul_dtype)
+
+
+def _gradients(equation: str, x: Array, weight: Array, gradient: Array, matmul_dtype: DTypeLike) -> tuple[Array, Array]:
+    left, right, out = equation.replace("->", ",").split(",")
+    rounded_x, rounded_weight, gradient = (array.astype(matmul_dtype) for array in (x, weight, gradient))
+    of_x = jnp.einsum(f"{out},{right}->{left}", gradient, rounded_weight, preferred_element_type=x.dtype)
+    # In the order in which the weight's dimensions come out, so that nothing is transposed.
+    factors = [(out, gradient), (left, rounded_x)] if right[0] in out else [(left, rounded_x), (out, gradient)]
+    (first, one), (second, other) = factors
+    of_weight = jnp.einsum(f"{first},{second}->{right}", one, other, preferred_element_type=weight.dtype)
+    return of_x, of_weight
+
+
+_pairwise.defvjp(_pairwise_forward, _pairwise_backward)
+_rounded.defvjp(_rounded_forward, _rounded_backward)
