@@ -3,14 +3,14 @@
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxguard.compat import cudnn_attention_on_any_gpu
 from jaxguard.config import Config
 from jaxguard.config.lookup import CONFIG_FOLDER, folders, locate
 from jaxguard.config.train import ModelConfig
@@ -179,7 +179,7 @@ def _shape(config: Config, multiple: int, rows: int | None, targets: int | None)
 
 
 def _compile(program: Program, shape: Shape) -> Any:
-    with jax.set_mesh(program.mesh), _any_gpu():
+    with jax.set_mesh(program.mesh), cudnn_attention_on_any_gpu():
         lowered = program.train_step.lower(program.state, program.batch(shape))
         try:
             return lowered.compile()
@@ -213,23 +213,6 @@ def find_spec(model: ModelConfig, shapes: Path = SHAPES) -> Spec:
             f"or put its config.json into {shapes / folder.name}/; known: {', '.join(known) or 'none'}"
         )
     return read_spec(folder)
-
-
-@contextmanager
-def _any_gpu() -> Iterator[None]:
-    """Lower cuDNN attention although this host has another GPU, or none.
-
-    JAX checks the local GPU's compute capability before it lowers the kernel, and has no public way to check the target's.
-    Whether the target can run the kernel was decided by models/attention/kernels.py.
-    """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    check_local_gpu = cudnn.check_compute_capability
-    cudnn.check_compute_capability = lambda _: True
-    try:
-        yield
-    finally:
-        cudnn.check_compute_capability = check_local_gpu
 
 
 def out_of_memory(error: str) -> OutOfMemoryError:

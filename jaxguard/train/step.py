@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +34,13 @@ class Metrics(NamedTuple):
     target_tokens: Float[Array, ""]
 
 
+@runtime_checkable
 class TrainStep(Protocol):
-    """Compute one step under jit; donates the old state."""
+    """A jitted function that computes one step and donates the old state."""
 
     def __call__(self, state: State, batch: Batch, /) -> tuple[State, Metrics]: ...
 
     def lower(self, state: State, batch: Batch, /) -> jax.stages.Lowered: ...
-
-
-class ScoreIds(Protocol):
-    """Compute the log-probabilities of ids at the batch's targets under jit, replicated."""
-
-    def __call__(self, weights: dict[str, Array], batch: Batch, ids_BMQ: Array, /) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class Program:
 
     Attributes:
         train_step: (state, batch) -> (state, metrics).
-        score: (weights, batch, ids_BMQ) -> log-probabilities [B, M, Q].
+        score: (weights, batch, ids_BMQ) -> log-probabilities [B, M, Q] of ids at the targets, replicated.
         initialize: weights -> state at step 0; donates the weights.
         state: the state's shapes, types and shardings.
     """
@@ -63,7 +58,7 @@ class Program:
     compute: Compute
     mesh: Mesh
     train_step: TrainStep
-    score: ScoreIds
+    score: Callable[[dict[str, Array], Batch, Array], Array]
     initialize: Callable[[dict[str, Array]], State]
     state: State
 

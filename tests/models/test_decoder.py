@@ -30,7 +30,7 @@ def weights(spec):
 
 def test_nnx_split_names_the_table(spec, weights):
     graph, state = nnx.split(Decoder(spec, weights), nnx.Param)
-    assert {".".join(path) for path, _ in state.flat_state()} == {row.path for row in table(spec)}
+    assert {".".join(path) for path, _ in nnx.to_flat_state(state)} == {row.path for row in table(spec)}
     tokens = jnp.arange(8)[None]
     np.testing.assert_array_equal(nnx.merge(graph, state)(tokens), Decoder(spec, weights)(tokens))
 
