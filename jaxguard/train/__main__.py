@@ -3,16 +3,22 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from jaxguard.cli import run_stage
 from jaxguard.config import Config
 
+if TYPE_CHECKING:
+    from jaxguard.train.loop import TrainedRun
+
 DESCRIPTION = """\
 Fine-tune a Hugging Face checkpoint into a guard: labelled safety data in, a Hugging Face folder out.
 
-The run lives in runs/NAME. Kill it whenever you like: started again, it goes on from its last checkpoint.
-exit codes: 0 finished, 2 a mistake to mend, 3 the folder holds another run, 75 stopped by SIGTERM or Ctrl-C with its state saved
-(start it again).
+The run folder is runs/NAME. A run may be interrupted at any moment: the same command resumes it from its last checkpoint.
+exit codes: 0 finished, 2 a mistake to correct, 3 the folder holds another run, 75 stopped by SIGTERM or Ctrl-C with the state
+saved (run the command again).
 """
 
 
@@ -25,15 +31,38 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--resume",
         choices=("auto", "always", "never"),
         default="auto",
-        help="auto: go on if the folder holds this run; always: insist on it; never: insist on a new folder",
+        help="auto: resume if the folder holds this run; always: require a checkpoint; never: require a new folder",
     )
 
 
 def _train(options: argparse.Namespace, config: Config) -> int:
-    from jaxguard.train.hosts import end_together  # JAX is loaded only when there is something to do
-    from jaxguard.train.loop import train
+    import jax  # only when there is something to do
 
-    return end_together(lambda: train(config, options.resume))
+    from jaxguard.train.hosts import end_together
+    from jaxguard.train.loop import train
+    from jaxguard.train.signals import REQUEUE
+
+    run = end_together(lambda: train(config, options.resume))
+    if jax.process_index() == 0:
+        _print(run)
+    return 0 if run.finished else REQUEUE
+
+
+def _print(run: "TrainedRun") -> None:
+    """Print the validation metrics before and after, and where everything is."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not run.finished:
+        console.print(
+            f"stopped by {run.stopped_by} after step {run.step} of {run.steps}; run the same command to resume"
+        )
+        return
+    for name, value in run.after.items():
+        console.print(f"{name:32} {run.before[name]:8.4f} -> {value:8.4f}")
+    if run.changed_fraction is not None:
+        console.print(f"{run.changed_fraction:.2%} of the exported weights differ from the base")
+    for name, path in (("log", run.folder / "metrics.jsonl"), ("curves", run.curves), ("export", run.export)):
+        if path is not None:
+            console.print(f"{name}: {path}", markup=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from jaxguard.train.export import export
 from jaxguard.train.hosts import start_hosts
 from jaxguard.train.logging import Telemetry, read_metrics
 from jaxguard.train.run_folder import Resume, RunFolder, open_run
-from jaxguard.train.signals import REQUEUE, StopFlag, graceful_stop
+from jaxguard.train.signals import StopFlag, graceful_stop
 from jaxguard.train.step import Metrics, Program, State, build_program
 from jaxguard.train.validation import Validation
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
@@ -39,6 +39,43 @@ from jaxguard.utils.files import write_atomically
 from jaxguard.utils.hub import fetch
 
 PROFILED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The result of a call of `train`: a run that is finished, or was stopped with its state saved.
+
+    Attributes:
+        config: the resolved config.
+        step: completed steps, of `steps`.
+        stopped_by: the signal that stopped the run, None where it is finished.
+        folder: the run folder.
+        before, after: validation metrics by name, of the base model and of the newest validation; empty on other processes than
+            the first, and where nothing is held out.
+        export: the Hugging Face checkpoint, None before the end and where train.export is false.
+        curves: the picture of the curves, None before the end.
+        changed_fraction: share of the exported numbers that differ from the base; None where this call exported nothing.
+    """
+
+    config: Config
+    step: int
+    steps: int
+    stopped_by: str | None
+    folder: Path
+    before: dict[str, float]
+    after: dict[str, float]
+    export: Path | None = None
+    curves: Path | None = None
+    changed_fraction: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.stopped_by is None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, one per step and one per validation."""
+        return read_metrics(self.folder / "metrics.jsonl")
 
 
 @dataclass
@@ -57,33 +94,38 @@ class Run:
     stop: StopFlag
 
 
-def train(config: Config, resume: Resume = "auto") -> int:
-    """Train as `config` says, and export.
-
-    Returns:
-        0 when the run is finished; signals.REQUEUE when it was asked to stop, with its state saved.
+def train(config: Config, resume: Resume = "auto") -> TrainedRun:
+    """Train as `config` says, and export. Returns early, with the state saved, when a signal asks for it.
 
     Raises:
-        JaxguardError: anything that the user can mend.
+        JaxguardError: anything that the user can correct.
     """
     start_hosts(config.mesh)
     with open_everything(config, resume) as run:
-        step, state = resume_or_begin(run)
-        step, state = train_until_stopped(run, step, state)
+        step, state = train_until_stopped(run, *resume_or_start(run))
+        before, after = before_and_after(run.folder.metrics) if jax.process_index() == 0 else ({}, {})
+        result = TrainedRun(config, step, run.schedule.steps, None, config.folder, before, after)
         if step < run.schedule.steps:
-            run.telemetry.say(
-                f"stopped by {run.stop.signal_name or 'signal'} after step {step}; run the same command again to resume"
-            )
-            return REQUEUE
+            return replace(result, stopped_by=run.stop.signal_name or "signal")
         if config.train.export:
-            export_guard(run, state)
-        report(run)
-    return 0
+            done = export(
+                state["weights"],
+                run.folder.export,
+                source=run.source,
+                config=config,
+                data=run.data,
+                metrics={"before": before, "after": after},
+            )
+            changed = None if done is None else done.changed_fraction
+            result = replace(result, export=run.folder.export, changed_fraction=changed)
+        if jax.process_index() == 0 and draw_curves(run.folder.metrics, run.folder.curves, config.name):
+            result = replace(result, curves=run.folder.curves)
+        return result
 
 
 @contextmanager
 def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
-    """Open the run folder, read the data, build the programs; close all of it at the end, whatever happens."""
+    """Open the run folder, read the data, define the jitted functions; close everything at the end."""
     with ExitStack() as stack:
         folder = stack.enter_context(open_run(config, resume))
         source = fetch(config.model.checkpoint, config.model.revision)
@@ -92,7 +134,7 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         mesh = make_mesh(config.mesh)
         multiple = row_multiple(config, mesh)
         data = prepare(config, source)
-        _keep_manifest(folder, data.manifest)
+        _check_manifest(folder, data.manifest)
         common = {
             "batch_size": config.train.batch_size,
             "max_seq_len": config.data.max_seq_len,
@@ -127,13 +169,13 @@ def introduce(config: Config, program: Program) -> None:
     console.print(f"mesh: {mesh} of {jax.devices()[0].device_kind}; attention: {program.compute.attention}")
 
 
-def resume_or_begin(run: Run) -> tuple[int, State]:
-    """Completed steps and state: from the newest readable checkpoint, or from the base weights."""
-    found = run.checkpoints.restore(run.program.state)
-    run.telemetry.rewind(None if found is None else found[0])
-    if found is not None:
-        run.telemetry.say(f"resumes from the checkpoint of step {found[0]} of {run.schedule.steps}")
-        return found
+def resume_or_start(run: Run) -> tuple[int, State]:
+    """Return completed steps and state, from the newest valid checkpoint or from the base weights."""
+    restored = run.checkpoints.restore(run.program.state)
+    run.telemetry.rewind(None if restored is None else restored[0])
+    if restored is not None:
+        run.telemetry.say(f"resuming from the checkpoint of step {restored[0]} of {run.schedule.steps}")
+        return restored
     shardings = {path: x.sharding for path, x in run.program.state["weights"].items()}
     state = run.program.initialize(read_weights(run.source, run.program.spec, shardings))
     validate(run, 0, state)
@@ -229,7 +271,7 @@ def _speed(program: Program, examples: int, batch: Batch, seconds: float) -> dic
 
 
 def validate(run: Run, step: int, state: State) -> float | None:
-    """Score the held-out examples, keep and log it, and return the loss; None when nothing is held out."""
+    """Score the held-out examples, save and log the result, and return the loss; None when nothing is held out."""
     if not run.validation.held_out:
         return None
     metrics, predictions = run.validation.run(run.program, state["weights"])
@@ -240,46 +282,14 @@ def validate(run: Run, step: int, state: State) -> float | None:
     return metrics["validation/loss"]
 
 
-def export_guard(run: Run, state: State) -> None:
-    """Export the trained weights, unless that was done before."""
-    before, after = before_and_after(run.folder.metrics)
-    done = export(
-        state["weights"],
-        run.folder.export,
-        source=run.source,
-        config=run.config,
-        data=run.data,
-        metrics={"before": before, "after": after},
-    )
-    if done is not None:
-        run.telemetry.say(
-            f"{done.changed_fraction:.2%} of the exported weights ({', '.join(done.dtypes)}) differ from the base"
-        )
-
-
 def before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The first and the last validation of a run, by name."""
-    found = [
-        {k.removeprefix("validation/"): v for k, v in record.items() if k.startswith("validation/")}
+    """Return the metrics of the first and of the last validation, by name."""
+    validations = [
+        {name.removeprefix("validation/"): x for name, x in record.items() if name.startswith("validation/")}
         for record in read_metrics(metrics)
     ]
-    found = [x for x in found if x] or [{}]
-    return found[0], found[-1]
-
-
-def report(run: Run) -> None:
-    """Draw the curves and say where everything lies."""
-    if jax.process_index() != 0:
-        return
-    drawn = draw_curves(run.folder.metrics, run.folder.curves, run.config.name)
-    before, after = before_and_after(run.folder.metrics)
-    for name in after:
-        run.telemetry.say(f"{name:32} {before[name]:8.4f} -> {after[name]:8.4f}")
-    run.telemetry.say(f"log: {run.folder.metrics}")
-    if drawn:
-        run.telemetry.say(f"curves: {run.folder.curves}")
-    if run.config.train.export:
-        run.telemetry.say(f"export: {run.folder.export}")
+    validations = [validation for validation in validations if validation] or [{}]
+    return validations[0], validations[-1]
 
 
 @contextmanager
@@ -297,8 +307,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _keep_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
-    """Write the data manifest into a new run; refuse to go on with other data than an old one was trained on."""
+def _check_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
+    """Write the data manifest of a new run; refuse to resume one with other data."""
     path = folder.path / "data.json"
     if folder.resumed and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))

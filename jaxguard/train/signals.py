@@ -1,6 +1,7 @@
-"""Stopping when asked: SIGTERM and Ctrl-C end the run after the current step."""
+"""Stop on request: SIGTERM and Ctrl-C end the run after the current step."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ REQUEUE = 75
 
 @dataclass
 class StopFlag:
-    """Whether the run was asked to stop.
+    """Whether a signal asked the run to stop.
 
     Attributes:
         signal_name: the signal that this process received, or None.
@@ -24,10 +25,10 @@ class StopFlag:
     signal_name: str | None = None
 
     def should_stop(self, step: int) -> bool:
-        """True when every process is to stop after this step; call it once a step, on every process.
+        """Whether to stop after this step; call it once a step, on every process.
 
-        Schedulers signal the processes of a job at different moments, or only one of them. With several processes
-        they therefore agree on a step through the coordinator, which watches SIGTERM by itself.
+        Schedulers signal the processes of a job at different moments, or only one of them. So several processes agree
+        on a step through the coordinator, which watches SIGTERM by itself.
         """
         if jax.process_count() == 1:
             return self.signal_name is not None
@@ -38,11 +39,14 @@ class StopFlag:
 def graceful_stop() -> Iterator[StopFlag]:
     """Turn SIGTERM and the first SIGINT into a flag; the second SIGINT raises KeyboardInterrupt at once.
 
-    With several processes, enter it after jax.distributed is up: SIGTERM then stays with jax's own watcher, and a
-    Ctrl-C (which only some launchers hand on to every process) is passed to that watcher as a SIGTERM.
-    The handlers of before are put back at the end.
+    With several processes, enter it after jax.distributed is initialized: SIGTERM then stays with JAX's own watcher, and a
+    Ctrl-C (which only some launchers pass to every process) goes to that watcher as a SIGTERM. Python allows signal handlers
+    in the main thread only; in another one this does nothing. The previous handlers are restored at the end.
     """
     flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
     alone = jax.process_count() == 1
 
     def on_signal(number: int, _frame: FrameType | None) -> None:

@@ -254,10 +254,10 @@ def test_two_nodes_learn_what_one_process_learns_and_go_on_after_a_stop(slurm, t
     job = Job(slurm, tmp_path, "--gpus-per-node=0", "--cpus-per-task=1", SCRIPT, str(config))
     wait_for(lambda: (run / "metrics.jsonl").exists() and losses(run), 180, job.said)
     slurm("scancel", "--signal=TERM", f"{job.id}.0")  # as at the time limit: the tasks, not the script
-    job.until("stopped by signal after update")
+    job.until("stopped by signal after step")
     (stopped,) = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
     job.goes_on()
-    job.until(f"goes on from the checkpoint of update {stopped} of 80")
+    job.until(f"resuming from the checkpoint of step {stopped} of 80")
     job.until_state("COMPLETED")
     assert (run / "export/jaxguard.json").is_file()
     assert json.loads((run / "versions.json").read_text())["processes"] == 2

@@ -14,6 +14,7 @@ from jaxguard.data.guard_files import read_guard_files
 from jaxguard.data.policies import load_policy
 from jaxguard.train.__main__ import main
 from jaxguard.train.logging import read_metrics
+from jaxguard.train.loop import train
 from jaxguard.train.validation import ValidationPrediction, summary
 from jaxguard.utils.errors import JaxguardError
 
@@ -118,3 +119,17 @@ def test_other_data_under_the_same_config_is_refused(tiny_config, capsys):
         == PROVENANCE_CHANGED
     )
     assert "was trained on other data" in capsys.readouterr().err
+
+
+def test_train_returns_the_run(tiny_config):
+    config = load(str(tiny_config), ["mesh.fsdp=-1", "train.max_steps=2"], stage="train")
+    run = train(config)
+    assert run.finished
+    assert (run.step, run.folder, run.config) == (2, config.folder, config)
+    assert run.before["loss"] > run.after["loss"]
+    assert [record["step"] for record in run.history if "loss" in record] == [1, 2]
+    assert (run.export / "model.safetensors").is_file()
+    assert run.curves.is_file()
+    assert 0 < run.changed_fraction <= 1
+    again = train(config)
+    assert (again.after, again.changed_fraction) == (run.after, None)

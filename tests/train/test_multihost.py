@@ -155,7 +155,7 @@ def test_four_go_on_after_the_first_of_them_was_killed(config, alone, tmp_path):
 
 
 # Four processes that add numbers up, until one of them has a mistake to report, or stands still. They add up two arrays of
-# unlike sizes, which XLA would combine: see hosts.ONE_BY_ONE.
+# unlike sizes, which XLA would combine: see hosts.NO_ALL_REDUCE_COMBINER.
 ADD = """
 import os, signal, sys, time
 import jax

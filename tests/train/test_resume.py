@@ -109,7 +109,7 @@ def test_sigterm_saves_and_asks_to_be_started_again(tiny_config: Path, uninterru
     output = finish(process, REQUEUE)
     assert "stopped by SIGTERM" in output
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
-    assert "goes on from" in finish(start(tiny_config, *rare))
+    assert "resuming from" in finish(start(tiny_config, *rare))
     assert_same_run(run, uninterrupted)
 
 
@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_fewer_devices(tiny_config: Path, uninterrupted: Path
             finish(process, REQUEUE)
         else:
             output = finish(process)
-    assert "goes on from" in output
+    assert "resuming from" in output
     ours, theirs = deterministic(run), deterministic(uninterrupted)
     assert [r["step"] for r in ours] == [r["step"] for r in theirs]
     np.testing.assert_allclose([r.get("loss", 0) for r in ours], [r.get("loss", 0) for r in theirs], rtol=1e-4)

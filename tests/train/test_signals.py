@@ -1,7 +1,8 @@
-"""A stop that was asked for is noticed, and the terminal stays in charge."""
+"""Stopping on SIGTERM and Ctrl-C."""
 
 import os
 import signal
+import threading
 
 import jax
 import pytest
@@ -10,12 +11,12 @@ from jax.experimental import multihost_utils
 from jaxguard.train.signals import REQUEUE, graceful_stop
 
 
-def test_requeue_is_the_temporary_failure_of_sysexits() -> None:
+def test_requeue_is_ex_tempfail() -> None:
     assert REQUEUE == os.EX_TEMPFAIL
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_sets_the_flag_and_handlers_are_put_back(number: signal.Signals) -> None:
+def test_signal_sets_the_flag_and_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with graceful_stop() as flag:
         assert not flag.should_stop(1)
@@ -45,7 +46,7 @@ def test_repeated_sigterm_stays_graceful() -> None:
 
 
 def test_processes_agree_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several processes the answer is the coordinator's, and SIGTERM is left to jax's watcher."""
+    """Several processes stop at the coordinator's step, and SIGTERM is left to jax's watcher."""
     got: list[int] = []
     terms: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _frame: terms.append(number))
@@ -59,3 +60,17 @@ def test_processes_agree_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.signal(signal.SIGTERM, before)
     assert got == [1, 2, 3]
     assert terms == [signal.SIGTERM]
+
+
+def test_other_threads_set_no_handlers() -> None:
+    """As in a notebook that trains in a thread of its own: Python refuses handlers there."""
+    flags = []
+
+    def run() -> None:
+        with graceful_stop() as flag:
+            flags.append(flag.should_stop(1))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert flags == [False]
