@@ -34,7 +34,7 @@ help:
 	@echo "make test-sglang   those that start real SGLang servers"
 	@echo "make test-latest   the default tests with the newest releases that pyproject.toml allows"
 	@echo "make sglang-cpu    the environment in which SGLang serves on this CPU"
-	@echo "make lint          ruff, mypy, shellcheck and hadolint"
+	@echo "make lint          ruff, mypy, shellcheck, hadolint, and the schemas of CITATION.cff and the workflow"
 	@echo "make format        let ruff rewrite what it can"
 	@echo "make docs          the documentation site, in build/site; a warning is an error"
 	@echo "make wheel         the package, in dist/"
@@ -91,13 +91,15 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SCRIPTS)
 	$(BIN)/hadolint launch/docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(VENV)/.base
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
@@ -110,12 +112,12 @@ lock:
 clean:
 	rm -rf .venv .venv-* build dist .*_cache
 
-# What a run needs: training, the clients of a teacher and of SGLang, GGUF files. Not torch.
+# What a run needs: training, traces from a teacher, GGUF files. Not torch.
 $(VENV)/.base: pyproject.toml constraints/base.txt
 	$(PYTHON) -c 'import sys; sys.exit("jaxguard needs Python 3.11 or newer: make PYTHON=python3.x ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(LOCKED) constraints/base.txt
-	$(BIN)/python $(EDITABLE) '.[distill,sglang,gguf]'
+	$(BIN)/python $(EDITABLE) '.[distill,gguf]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base constraints/test.txt
@@ -142,7 +144,7 @@ $(VENV)/.fixtures: $(VENV)/.test tools/fetch_tokenizers.py
 # The compilers for hardware that is not here, without which `make test` is lighter.
 $(AOT)/.ready: pyproject.toml constraints/base.txt constraints/test.txt constraints/aot.txt
 	test -x $(AOT)/bin/python || $(PYTHON) -m venv $(AOT)
-	$(AOT)/bin/python $(LOCKED) constraints/base.txt --requirement constraints/test.txt --requirement constraints/aot.txt
+	for layer in base test aot; do $(AOT)/bin/python $(LOCKED) constraints/$$layer.txt || exit; done
 	$(AOT)/bin/python $(EDITABLE) '.[test,aot]'
 	touch $@
 

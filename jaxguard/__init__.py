@@ -1,3 +1,67 @@
-"""jaxguard trains safety guard models in JAX."""
+"""Train, evaluate and use safety guard models in JAX.
+
+Names are imported when they are first used: `import jaxguard` is quick, and loads neither JAX nor transformers.
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxguard.api import build_data, distill, evaluate, mine, train
+    from jaxguard.config import Config
+    from jaxguard.config import load as load_config
+    from jaxguard.data.examples import Example
+    from jaxguard.data.policies import Policy, load_policy
 
 __version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "Example",
+    "Policy",
+    "build_data",
+    "distill",
+    "evaluate",
+    "load_config",
+    "load_policy",
+    "mine",
+    "train",
+]
+
+_STAGES = ("distill", "evaluate", "mine", "train")
+_SOURCES = {
+    "Config": "jaxguard.config.Config",
+    "Example": "jaxguard.data.examples.Example",
+    "Policy": "jaxguard.data.policies.Policy",
+    "build_data": "jaxguard.api.build_data",
+    "load_config": "jaxguard.config.load",
+    "load_policy": "jaxguard.data.policies.load_policy",
+}
+
+
+class _Stage(ModuleType):
+    """A stage's package, which can also be called as its function in jaxguard.api.
+
+    `import jaxguard.train.loop` sets the attribute `jaxguard.train` to the package. So the package itself is callable, and
+    `jaxguard.train(...)` works whatever else was imported.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from jaxguard import api
+
+        return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+for _stage in _STAGES:
+    importlib.import_module(f"jaxguard.{_stage}").__class__ = _Stage
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SOURCES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _SOURCES[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -36,7 +36,8 @@ async def listen(answer: Answer) -> AsyncIterator[str]:
         server.close()
 
 
-def http(status: int, body: Any, kind: str = "application/json") -> bytes:
+def http(status: int, body: Any, kind: str = "application/json", retry_after: str = "0") -> bytes:
     """An answer: bytes as they are, all else as JSON."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(raw)}\r\n\r\n".encode() + raw
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(raw)}\r\nretry-after: {retry_after}"
+    return f"{head}\r\n\r\n".encode() + raw

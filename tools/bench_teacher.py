@@ -102,7 +102,7 @@ def ours(server: Server, bodies: list[dict[str, Any]], concurrency: int) -> floa
         async with open_teacher(config) as teacher:
             started = time.monotonic()
             extra = {"ignore_eos": True}
-            answers = await asyncio.gather(*(teacher.ask(body["messages"], extra=extra) for body in bodies))
+            answers = await asyncio.gather(*(teacher.complete(body["messages"], extra=extra) for body in bodies))
             seconds = time.monotonic() - started
         return sum(reply.completion_tokens for replies in answers for reply in replies) / seconds
 

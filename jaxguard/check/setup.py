@@ -18,8 +18,8 @@ from jaxguard.config.lookup import nearest
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import read_guard_files
 from jaxguard.data.policies import Policy, load_policy
-from jaxguard.guards.backends.sglang import KEY
 from jaxguard.utils import hub
+from jaxguard.utils.client import API_KEY as KEY
 from jaxguard.utils.errors import JaxguardError
 
 _FILES: Final = ("*.json", "*.jinja", "tokenizer*", "*.yaml")

@@ -131,7 +131,7 @@ class Generation:
         asks = [question for question, _ in task.labels]
         extra = {"regex": answer_grammar(asks)} if self.teacher.config.grammar else {}
         started = time.monotonic()
-        replies = await self.teacher.ask(messages, len(candidates), extra)
+        replies = await self.teacher.complete(messages, len(candidates), extra)
         seconds = time.monotonic() - started
         judged = (self._judged(task, number, *pair, seconds) for pair in zip(candidates, replies, strict=True))
         return list(await asyncio.gather(*judged))

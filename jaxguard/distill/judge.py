@@ -35,7 +35,7 @@ class Judge:
         """
         messages = self.prompt.messages(task.example, task.policy, task.labels, self.dialogue, trace=trace)
         extra = {"regex": _GRAMMAR} if self.model.config.grammar else {}
-        (reply,) = await self.model.ask(messages, extra=extra)
+        (reply,) = await self.model.complete(messages, extra=extra)
         said = {match[1].lower() for match in _FIT.finditer(reply.answer)}
         reason = _REASON.search(reply.answer)
         if reply.finish_reason == "stop" and said == {"yes"}:

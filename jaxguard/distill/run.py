@@ -15,21 +15,17 @@ from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy, load_policy
 from jaxguard.data.prepare import load_sources, subset
 from jaxguard.distill.filters import Filters
+from jaxguard.distill.generate import Funnel, Generation
+from jaxguard.distill.judge import Judge
 from jaxguard.distill.prompts import TeacherPrompt, load_prompt
 from jaxguard.distill.store import open_traces, read_attempts
 from jaxguard.distill.summary import summarise, summary_table
+from jaxguard.distill.tasks import Task, shortening, tasks_for
+from jaxguard.distill.teacher import open_teacher
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.progress import Progress
-
-try:
-    from jaxguard.distill.generate import Funnel, Generation
-    from jaxguard.distill.judge import Judge
-    from jaxguard.distill.tasks import Task, shortening, tasks_for
-    from jaxguard.distill.teacher import open_teacher
-except ImportError as error:
-    raise JaxguardError(f"the teacher's client is not installed ({error}): pip install -e '.[distill]'") from None
 
 
 @dataclass(frozen=True)

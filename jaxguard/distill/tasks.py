@@ -32,8 +32,8 @@ class Task:
         The thought is the trace. A teacher that does not think apart writes it before the verdict; so does one that was
         asked to shorten a trace, whose own thought is about the shortening.
         """
-        if self.budget is None and reply.trace:
-            return reply.trace, reply.answer
+        if self.budget is None and reply.reasoning:
+            return reply.reasoning, reply.answer
         return split_verdict(reply.answer)
 
 

@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from jaxguard.config import Config
 from jaxguard.config.mine import MineConfig
 from jaxguard.mine.choose import Tried, categories, classes
-from jaxguard.report.markdown import code
-from jaxguard.report.markdown import table as markdown_table
+from jaxguard.report import Cell, Drawing, Page, Section, Table, write_markdown
+from jaxguard.report.figures import COLOURS, INK, save_png, style
 from jaxguard.utils.files import write_atomically
 
 PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
@@ -67,9 +65,9 @@ def write_report(
     """Write report.json, report.md and right.png into the folder, and show the counts."""
     told = summarise(config, found, candidates, taken)
     write_atomically(folder / "report.json", json.dumps(asdict(told), indent=2) + "\n")
-    write_atomically(folder / "report.md", markdown(told))
+    write_markdown(folder / "report.md", page(told))
     draw(told, folder / "right.png")
-    console.print(_shown(told))
+    console.print(right_table(told).rich())
     number = len(told.difficult_ids)
     console.print(Text(f"{number:,} difficult examples: {folder / 'difficult.jsonl'}"))
     console.print(Text(f"{len(told.never_right_ids):,} never right: {folder / 'never_right.jsonl'}"))
@@ -120,71 +118,74 @@ def _table(found: Sequence[Tried], view: Callable[[Tried], Iterable[str]], k: in
     return {value: _by_right(groups[value], k) for value in largest_first}
 
 
-def markdown(told: Report) -> str:
+def page(told: Report) -> Page:
     """The report as a page."""
     k = told.generations
     paper = f" In the paper it is {told.paper:.0%}, of its own data." if k == PAPER_GENERATIONS else ""
-    heads = ["examples", *(f"{right} of {k}" for right in range(k + 1)), "difficult"]
+    columns = ("examples", *(f"{right} of {k}" for right in range(k + 1)), "difficult")
     numbers = " or ".join(str(right) for right in told.difficult)
-    parts = [
-        f"# Difficult samples of {code(told.name)}",
-        f"The guard answered each of its {told.examples:,} training examples {k} times. An answer is right if every label of "
-        "the example is; one that cannot be read is not.",
-        "![Examples by number of right answers](right.png)",
-        markdown_table(["right answers", "examples", "share"], [
-            [f"{right} of {k}", f"{count:,}", f"{count / told.examples:.1%}"] for right, count in enumerate(told.right)
-        ]),
-        f"Always right: {told.right[k] / told.examples:.1%}.{paper} Unreadable answers: {told.unreadable:,} of "
-        f"{told.examples * k:,}.",
-        "## What was taken",
-        f"Difficult is what was right {numbers} times: {told.found:,} examples. Taken: {len(told.difficult_ids):,} "
-        f"(balance {told.balance}, most {told.most or 'all'}), in `difficult.jsonl`.",
-        markdown_table(["class", "taken"], [[code(name), f"{count:,}"] for name, count in told.taken.items()]),
-        f"Never right: {told.right[0]:,}, in `never_right.jsonl`. Their labels may be wrong; look at them. They are still in "
-        "`train.jsonl`.",
-    ]  # fmt: skip
-    for name, table in told.by.items():
-        rows = [[code(value), *_counted(right, told)] for value, right in table.items()]
-        told_twice = "An example counts for each of its categories." if name == "category" else ""
-        parts += [f"## By {name}", told_twice, markdown_table([name, *heads], rows)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    views = []
+    for name, groups in told.by.items():
+        rows = [[Cell(value, code=True), *_counted(right, told)] for value, right in groups.items()]
+        about = "An example counts for each of its categories." if name == "category" else None
+        views.append(Section(f"By {name}", [about, Table.of((name, *columns), rows)]))
+    taken = [[Cell(name, code=True), count] for name, count in told.taken.items()]
+    return Page(
+        f"Difficult samples of {told.name}",
+        [
+            f"The guard answered each of its {told.examples:,} training examples {k} times. An answer is right if every label "
+            "of the example is; an unparsable one is not.",
+            Drawing("Examples by number of right answers", file="right.png"),
+            right_table(told),
+            f"Always right: {told.right[k] / told.examples:.1%}.{paper} Unparsable answers: {told.unreadable:,} of "
+            f"{told.examples * k:,}.",
+            Section(
+                "What was taken",
+                [
+                    f"Difficult is what was right {numbers} times: {told.found:,} examples. Taken: "
+                    f"{len(told.difficult_ids):,} (balance {told.balance}, most {told.most or 'all'}), in difficult.jsonl.",
+                    Table.of(("class", "taken"), taken),
+                    f"Never right: {told.right[0]:,}, in never_right.jsonl. Their labels may be wrong; look at them. They are "
+                    "still in train.jsonl.",
+                ],
+            ),
+            *views,
+        ],
+    )
 
 
-def _counted(right: Sequence[int], told: Report) -> list[str]:
+def right_table(told: Report) -> Table:
+    """Examples by number of right answers."""
+    rows = [
+        (f"{right} of {told.generations}", count, f"{count / told.examples:.1%}")
+        for right, count in enumerate(told.right)
+    ]
+    return Table.of(("right answers", "examples", "share"), rows, f"{told.examples:,} training examples")
+
+
+def _counted(right: Sequence[int], told: Report) -> list[int | str]:
     difficult = sum(right[number] for number in set(told.difficult))
-    return [f"{sum(right):,}", *(f"{count:,}" for count in right), f"{difficult / sum(right):.1%}"]
+    return [sum(right), *right, f"{difficult / sum(right):.1%}"]
 
 
+@style()
 def draw(told: Report, picture: Path) -> None:
     """A bar for each number of right answers, the difficult ones in another colour."""
     shares = [count / told.examples for count in told.right]
-    figure = Figure(figsize=(5.6, 3.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(5.6, 3.4), dpi=120)
     axes = figure.add_subplot()
-    for difficult, colour, label in ((False, "#0072B2", None), (True, "#D55E00", "difficult")):
-        places = [right for right in range(len(shares)) if (right in told.difficult) is difficult]
-        bars = axes.bar(places, [shares[right] for right in places], color=colour, label=label)
-        axes.bar_label(bars, [f"{told.right[right]:,}" for right in places], fontsize=8)
+    for difficult, colour, label in ((False, COLOURS[0], None), (True, COLOURS[1], "difficult")):
+        numbers = [right for right in range(len(shares)) if (right in told.difficult) is difficult]
+        bars = axes.bar(numbers, [shares[right] for right in numbers], color=colour, label=label)
+        axes.bar_label(bars, [f"{told.right[right]:,}" for right in numbers], fontsize=8)
     if told.generations == PAPER_GENERATIONS:
         k = told.generations
-        axes.hlines(told.paper, k - 0.45, k + 0.45, colors="black", linestyles="dashed", label="paper, always right")
-    axes.set_xlabel(f"right answers of {told.generations}", fontsize=9)
-    axes.set_ylabel("training examples", fontsize=9)
+        axes.hlines(told.paper, k - 0.45, k + 0.45, colors=INK, linestyles="dashed", label="paper, always right")
+    axes.set_xlabel(f"right answers of {told.generations}")
+    axes.set_ylabel("training examples")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xticks(range(len(shares)))
     axes.set_ylim(0, 1)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
-    draft = picture.with_name(f".{picture.name}.tmp")
-    figure.savefig(draft, format="png")
-    draft.replace(picture)
-
-
-def _shown(told: Report) -> Table:
-    table = Table("right answers", title=f"{told.examples:,} training examples", title_justify="left")
-    for heading in ("examples", "share"):
-        table.add_column(heading, justify="right")
-    for right, count in enumerate(told.right):
-        table.add_row(f"{right} of {told.generations}", f"{count:,}", f"{count / told.examples:.1%}")
-    return table
+    axes.grid(visible=False, axis="x")
+    axes.legend(loc="upper left")
+    save_png(figure, picture)

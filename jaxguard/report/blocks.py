@@ -163,11 +163,12 @@ class Code:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of figures.inline_svg with its caption, for HTML only; a wide one scrolls."""
+    """A figure with its caption: of figures.inline_svg in HTML, where a wide one scrolls; a file beside it in Markdown."""
 
     caption: str
-    svg: Markup
+    svg: Markup | None = None
     wide: bool = False
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,9 @@ def blocks_of(contents: Iterable[Content], form: Format) -> list[Any]:
         match content:
             case None | "" | Table(rows=[]) | Bullets(items=[] | ()) | Paragraph(pieces=[] | ()):
                 continue
-            case Markup() | Drawing() | Quote():
+            case Drawing():
+                blocks += [content] if (content.svg if form == "html" else content.file) else []
+            case Markup() | Quote():
                 blocks += [content] if form == "html" else []
             case str():
                 blocks.append(Paragraph([content]))

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined, Template
@@ -17,6 +18,7 @@ from jaxguard.report.blocks import (
     Code,
     Content,
     Details,
+    Drawing,
     Facts,
     Page,
     Paragraph,
@@ -110,6 +112,8 @@ def _markdown(block: Content, level: int) -> str:
             return "\n".join(f"- {escaped(name)}: {escaped(value)}" for name, value in block.pairs)
         case Tiles():
             return "\n".join(f"- {escaped(name)}: {escaped('; '.join(more))}" for name, *more in block.tiles)
+        case Drawing():
+            return f"![{escaped(block.caption)}]({quote(block.file)})"
         case Code():
             fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", block.text))])
             return f"{fence}{block.language}\n{visible(block.text).rstrip()}\n{fence}"

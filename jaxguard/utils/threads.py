@@ -1,5 +1,6 @@
 """Work that threads do ahead of who uses it."""
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,3 +22,13 @@ def in_turn(
             done = under_way.popleft().result()
             under_way.extend(pool.submit(work, item) for item in islice(following, 1))
             yield done
+
+
+def outside_event_loop(work: Callable[[], Result]) -> Result:
+    """Call `work`, which starts an event loop: in a thread of its own if one is running here, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return work()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()

@@ -61,6 +61,8 @@ class FaultyServer:
         body = completion(request.get("n") or 1, self.model)
         if fault.isdigit():
             writer.write(http(int(fault), {"error": {"message": f"status {fault}"}}))
+        elif fault.startswith("wait "):
+            writer.write(http(429, {"error": "busy"}, retry_after=fault.removeprefix("wait ")))
         elif fault == "cut":
             writer.write(http(200, body)[:-40])
         elif fault == "html":

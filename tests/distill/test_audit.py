@@ -6,8 +6,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-
-pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
 import yaml
 from faulty_server import completion, serve
 from hypothesis import given
@@ -177,7 +175,7 @@ def test_the_sample_is_seeded_and_leaves_out_what_nobody_labelled(write):
 
 def test_an_audit_that_was_stopped_asks_only_for_what_is_missing(write):
     path = write(prompts(12), samples=2)
-    with pytest.raises(JaxguardError, match="refuses the request"):
+    with pytest.raises(JaxguardError, match="status 400"):
         audited(path, lambda i, s: "400" if i == 5 else three_of_four(i, s), "distill.teacher.concurrency=1")
     folder = path.parent / "runs/audited/audit/attempts"
     there = {attempt.example_id for attempt in read_attempts(folder)}

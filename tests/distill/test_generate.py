@@ -11,8 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
 from faulty_server import THOUGHT, VERDICT, completion, serve
 from tenacity import wait_none
 
@@ -20,13 +18,13 @@ from jaxguard.config.distill import FilterConfig, TeacherConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy
-from jaxguard.distill import teacher as teacher_module
 from jaxguard.distill.filters import Filters
 from jaxguard.distill.generate import Generation
 from jaxguard.distill.prompts import load_prompt
 from jaxguard.distill.store import open_traces, read_attempts
 from jaxguard.distill.tasks import tasks_for
 from jaxguard.distill.teacher import open_teacher
+from jaxguard.utils import client as client_module
 from jaxguard.utils.errors import JaxguardError
 
 POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm",))
@@ -59,7 +57,7 @@ def run(folder, script, count, **options):
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr(teacher_module, "wait_random_exponential", lambda **_: wait_none())
+    monkeypatch.setattr(client_module, "BACKOFF", wait_none())
 
 
 def test_each_example_gets_its_trace(tmp_path):
@@ -95,7 +93,7 @@ def test_a_second_run_asks_for_nothing_and_more_rounds_go_on(tmp_path):
 
 
 def test_a_refusal_stops_the_run_and_keeps_what_is_there(tmp_path):
-    with pytest.raises(JaxguardError, match="refuses the request"):
+    with pytest.raises(JaxguardError, match="status 400"):
         run(tmp_path, lambda i: "400" if i >= 5 else "", 50, concurrency=2)
     kept = [a.example_id for a in read_attempts(tmp_path)]
     assert len(kept) == len(set(kept)) >= 4
@@ -133,7 +131,7 @@ sys.path[:] = {paths!r}
 from pathlib import Path
 from tenacity import wait_none
 import test_generate
-test_generate.teacher_module.wait_random_exponential = lambda **_: wait_none()
+test_generate.client_module.BACKOFF = wait_none()
 options = dict(rounds=20, tries=40, concurrency=8, timeout=0.5)
 asyncio.run(test_generate.generate(Path({folder!r}), ({url!r},), {count}, **options))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

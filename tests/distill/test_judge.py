@@ -4,8 +4,6 @@ import asyncio
 import json
 
 import pytest
-
-pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
 from faulty_server import completion, serve
 
 from jaxguard.config.distill import FilterConfig, TeacherConfig

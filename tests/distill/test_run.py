@@ -4,8 +4,6 @@ import asyncio
 import json
 
 import pytest
-
-pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
 import yaml
 from faulty_server import THOUGHT, completion, serve
 

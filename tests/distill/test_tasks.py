@@ -2,8 +2,6 @@
 
 import pytest
 
-pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
-
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import answer_grammar, parse, split_verdict
 from jaxguard.data.format.dialogue import Mode

@@ -2,18 +2,17 @@
 
 import asyncio
 import json
+import time
 
 import pytest
-
-pytest.importorskip("openai", reason="the teacher's client needs the distill extra")
 from faulty_server import VERDICT, completion, serve
 from tenacity import wait_none
 
 from jaxguard.config.distill import TeacherConfig
-from jaxguard.distill import teacher as module
-from jaxguard.distill.limiter import Limiter
-from jaxguard.distill.teacher import open_teacher, split_thought
+from jaxguard.distill.teacher import open_teacher, split_reasoning
+from jaxguard.utils import client
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.limiter import Limiter
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -21,7 +20,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
     """Nobody waits between tries."""
-    monkeypatch.setattr(module, "wait_random_exponential", lambda **_: wait_none())
+    monkeypatch.setattr(client, "BACKOFF", wait_none())
 
 
 def configured(*servers, **config):
@@ -33,7 +32,7 @@ def ask(script, times=1, n=1, model="teacher", extra=(), **config):
 
     async def run():
         async with serve(script, model) as server, open_teacher(configured(server, **config)) as teacher:
-            asked = [teacher.ask(HELLO, n, dict(extra)) for _ in range(times)]
+            asked = [teacher.complete(HELLO, n, dict(extra)) for _ in range(times)]
             return await asyncio.gather(*asked, return_exceptions=True), server, teacher
 
     return asyncio.run(run())
@@ -50,8 +49,8 @@ def test_a_good_answer():
         (VERDICT, "stop", 0, 20),
         (VERDICT, "stop", 0, 20),
     ]
-    assert replies[0].trace.startswith("The user asks")
-    assert teacher.retries == 0
+    assert replies[0].reasoning.startswith("The user asks")
+    assert teacher.client.retries == 0
     (request,) = server.requests
     assert {k: request[k] for k in ("model", "n", "temperature", "top_p", "max_tokens", "regex")} == {
         "model": "teacher", "n": 3, "temperature": 0.6, "top_p": 0.95, "max_tokens": 4096, "regex": "a+",
@@ -65,7 +64,7 @@ def test_what_passes_is_tried_again(fault):
     ((replies,), server, teacher) = ask(lambda i: fault if i < 2 else "")
     assert replies[0].answer == VERDICT
     assert len(server.requests) == 3
-    assert teacher.retries == 2
+    assert teacher.client.retries == 2
 
 
 def test_a_timeout_is_tried_again():
@@ -76,7 +75,7 @@ def test_a_timeout_is_tried_again():
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("400", "refuses the request"), ("404", "refuses"), ("422", "refuses"), ("401", "MY_KEY"), ("403", "MY_KEY")],
+    [("400", "status 400"), ("404", "/v1"), ("422", "status 422"), ("401", "MY_KEY"), ("403", "MY_KEY")],
 )
 def test_what_will_not_change_is_an_error_at_once(fault, words):
     ((error,), server, _) = ask(lambda i: fault, api_key_env="MY_KEY")
@@ -122,14 +121,14 @@ def test_the_key_comes_from_the_environment(monkeypatch):
 )
 def test_the_thought_is_found_wherever_the_server_puts_it(message, trace, answer):
     ((replies,), _, _) = ask(lambda i: json.dumps(completion(1, **message)))
-    assert (replies[0].trace, replies[0].answer) == (trace, answer)
+    assert (replies[0].reasoning, replies[0].answer) == (trace, answer)
 
 
-def test_split_thought():
-    assert split_thought("<think>a</think>b") == ("a", "b")
-    assert split_thought("< THINK >a< / Think >\n b ") == ("a", "b")
-    assert split_thought("a </think> b </think> c") == ("a </think> b", "c")
-    assert split_thought("<think>never ends") == ("", "<think>never ends")
+def test_split_reasoning():
+    assert split_reasoning("<think>a</think>b") == ("a", "b")
+    assert split_reasoning("< THINK >a< / Think >\n b ") == ("a", "b")
+    assert split_reasoning("a </think> b </think> c") == ("a </think> b", "c")
+    assert split_reasoning("<think>never ends") == ("", "<think>never ends")
 
 
 def test_check_names_what_is_served():
@@ -148,7 +147,7 @@ def test_check_waits_for_a_server_that_is_starting():
             server.starting = 2
             async with open_teacher(configured(server)) as teacher:
                 await teacher.check()
-            return server.starting, teacher.retries
+            return server.starting, teacher.client.retries
 
     assert asyncio.run(run()) == (-1, 2)
 
@@ -167,7 +166,7 @@ def test_a_dead_endpoint_costs_one_try_not_the_run():
         async with serve(good) as alive, serve(lambda i: "reset") as dead:
             async with open_teacher(configured(dead, alive, tries=3)) as teacher:
                 for _ in range(10):
-                    await teacher.ask(HELLO)
+                    await teacher.complete(HELLO)
             return len(dead.requests), len(alive.requests)
 
     assert asyncio.run(run()) == (1, 10)
@@ -179,8 +178,8 @@ def test_concurrency_adapts_to_the_server():
     assert 8 < server.busiest <= 32
     found, server, teacher = ask(lambda i: "429" if i % 3 else "", times=60, concurrency=32, tries=60)
     assert all(isinstance(replies, list) for replies in found)
-    assert teacher.limiter.limit < 8
-    assert teacher.limiter.active == 0
+    assert teacher.client.limiter.limit < 8
+    assert teacher.client.limiter.active == 0
 
 
 def test_one_burst_of_refusals_is_one_sign():
@@ -212,3 +211,10 @@ def test_the_limit_never_falls_below_one_and_grows_by_one_a_round():
         return lowest, limiter.limit
 
     assert asyncio.run(run()) == (1, 3)
+
+
+def test_a_pause_is_no_shorter_than_the_server_asks():
+    started = time.monotonic()
+    ((replies,), server, _) = ask(lambda i: "wait 0.3" if i < 1 else "")
+    assert time.monotonic() - started >= 0.3
+    assert (replies[0].answer, len(server.requests)) == (VERDICT, 2)

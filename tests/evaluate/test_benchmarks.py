@@ -239,7 +239,7 @@ def positive(**condition):
         ({"id": "ident"}, ["id: ", "no column 'ident'"]),
         ({"where": [{"column": "kinds", "equals": "x"}]}, ["where.0", "did you mean 'kind'?"]),
         ({"slices": [{"name": "a", "column": "kin"}]}, ["slices.0", "did you mean 'kind'?"]),
-        ({"where": [{"column": "kind", "equals": "z"}]}, ["no example there (not where kind is 'z': 3)"]),
+        ({"where": [{"column": "kind", "equals": "z"}]}, ["no example for", "(not where kind is 'z': 3)"]),
         ({"policy": {"column": "kind", "rules": {"xx": "r"}}}, ["rows.jsonl:1", "'x'", "did you mean 'xx'?"]),
     ],
 )

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("httpx2", reason="the backend needs the sglang extra")
 pytest.importorskip("torch", reason="torch is the reference, and makes the weights")
 import torch
 import transformers

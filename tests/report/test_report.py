@@ -234,3 +234,9 @@ def test_a_picture_is_replaced_at_once(tmp_path):
     save_png(drawn(), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_markdown_shows_a_picture_beside_it():
+    page = Page("t", [Drawing("a ]( b", file="right answers.png")])
+    assert "![a &#93;( b](right%20answers.png)" in page_markdown(page)
+    assert "<figure" not in page_html(page)

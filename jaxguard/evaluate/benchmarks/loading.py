@@ -44,14 +44,14 @@ LABEL: Final[Mapping[Question, str]] = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Labelled examples and what is known of them.
+    """Labelled examples and their description.
 
     Attributes:
         name, title, group, question: as in the YAML file.
         examples: with the label of `question` and no other; ids are unique, and the same at every loading.
         slices: slice -> value -> ids of the examples that have it.
-        counts, expected: "positive", "negative" and "total", as found and as published (None: nobody says).
-        skipped: reason -> rows, or parts of rows, that became no example.
+        counts, expected: "positive", "negative" and "total", as read and as published (None: unknown).
+        skipped: reason -> how many rows, or parts of rows, became no example.
         origin: where the rows were read, with hashes; for manifests.
         license, citation, url: of the data.
     """
@@ -82,40 +82,40 @@ def load_benchmark(name_or_path: str, local: Path | None = None, folder: Path = 
         folder: where names are looked up.
 
     Raises:
-        JaxguardError: the YAML is mistaken, the rows cannot be read, a column is absent, a row is neither positive nor
-            negative, or nothing is left.
+        JaxguardError: the YAML or the rows are malformed, a column is absent, a row is neither positive nor negative, or
+            no example is left.
     """
-    fields = read_benchmark(name_or_path, folder)
-    table, skipped = read_rows(fields.source, fields.name, local)
-    where = str(local or fields.source.place)
-    _check_columns(fields, table, where)
-    _check_policy(fields)
-    found = [
+    definition = read_benchmark(name_or_path, folder)
+    table, skipped = read_rows(definition.source, definition.name, local)
+    source = str(local or definition.source.name)
+    _check_columns(definition, table, source)
+    _check_policy(definition)
+    pairs = [
         (example, row)
-        for place, row in _chosen(fields, table, skipped)
-        for example in _examples(fields, row, place, skipped)
+        for location, row in _select(definition, table, skipped)
+        for example in _examples(definition, row, location, skipped)
     ]
-    if not found:
+    if not pairs:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items()) or "it is empty"
-        raise JaxguardError(f"{where}: benchmark {fields.name!r} finds no example there ({reasons})")
-    examples = unique_ids([example for example, _ in found])
-    counts = _counts(fields.question, examples)
-    expected = fields.expected.model_dump()
-    _compare(fields.name, CHOICES[fields.question], counts, expected)
+        raise JaxguardError(f"{source}: no example for benchmark {definition.name!r} ({reasons})")
+    examples = unique_ids([example for example, _ in pairs])
+    counts = _counts(definition.question, examples)
+    expected = definition.expected.model_dump()
+    _compare(definition.name, CHOICES[definition.question], counts, expected)
     return Benchmark(
-        name=fields.name,
-        title=fields.title,
-        group=fields.group,
-        question=fields.question,
+        name=definition.name,
+        title=definition.title,
+        group=definition.group,
+        question=definition.question,
         examples=tuple(examples),
-        slices=_slices(fields, zip(examples, (row for _, row in found), strict=True)),
+        slices=_slices(definition, zip(examples, (row for _, row in pairs), strict=True)),
         counts=counts,
         expected=expected,
         skipped=skipped,
         origin={**table.origin, "examples_sha256": digest(examples)},
-        license=fields.license,
-        citation=fields.citation,
-        url=fields.url,
+        license=definition.license,
+        citation=definition.citation,
+        url=definition.url,
     )
 
 
@@ -124,147 +124,147 @@ def list_benchmarks(folder: Path = BENCHMARK_FOLDER) -> tuple[str, ...]:
     return tuple(name for name in names(folder) if "/" not in name)
 
 
-def _check_columns(fields: BenchmarkDefinition, table: Table, where: str) -> None:
+def _check_columns(definition: BenchmarkDefinition, table: Table, source: str) -> None:
     if not table.rows:
-        raise JaxguardError(f"{where}: benchmark {fields.name!r} finds no row there")
-    for field, column in _columns(fields):
+        raise JaxguardError(f"{source}: no row for benchmark {definition.name!r}")
+    for field, column in _columns(definition):
         if column not in table.columns:
             hint = nearest(column, table.columns)
-            if column == "split" and len(fields.source.splits) > 1:
-                hint = f"give a folder with a file for each of {', '.join(fields.source.splits)}; "
+            if column == "split" and len(definition.source.splits) > 1:
+                hint = f"give a folder with a file for each of {', '.join(definition.source.splits)}; "
             raise JaxguardError(
-                f"benchmark {fields.name!r}: {field}: {where} has no column {column!r}; {hint}"
-                f"found: {', '.join(table.columns)}"
+                f"benchmark {definition.name!r}: {field}: {source} has no column {column!r}; {hint}"
+                f"it has: {', '.join(table.columns)}"
             )
 
 
-def _columns(fields: BenchmarkDefinition) -> Iterator[tuple[str, str]]:
+def _columns(definition: BenchmarkDefinition) -> Iterator[tuple[str, str]]:
     """(field, column that it names), for every column that is named."""
-    if fields.id:
-        yield "id", fields.id
-    for i, condition in enumerate(fields.where):
+    if definition.id:
+        yield "id", definition.id
+    for i, condition in enumerate(definition.where):
         yield from ((f"where.{i}", column) for column in condition.names)
-    for i, part in enumerate(fields.examples):
-        texts = [("prompt", part.prompt), *([("response", part.response)] if part.response else [])]
-        labels = [("positive", part.positive), *([("negative", part.negative)] if part.negative else [])]
-        texts += [(field, column) for field, condition in labels for column in condition.names]
-        yield from ((f"examples.{i}.{field}", column) for field, column in texts)
-    if fields.policy and fields.policy.column and not fields.policy.optional:
-        yield "policy.column", fields.policy.column
-    for i, part_of in enumerate(fields.slices):
+    for i, part in enumerate(definition.examples):
+        yield f"examples.{i}.prompt", part.prompt
+        if part.response:
+            yield f"examples.{i}.response", part.response
+        yield from ((f"examples.{i}.positive", column) for column in part.positive.names)
+        yield from ((f"examples.{i}.negative", column) for column in (part.negative.names if part.negative else ()))
+    if definition.policy and definition.policy.column and not definition.policy.optional:
+        yield "policy.column", definition.policy.column
+    for i, part_of in enumerate(definition.slices):
         yield from ((f"slices.{i}", column) for column in part_of.names)
 
 
-def _check_policy(fields: BenchmarkDefinition) -> None:
+def _check_policy(definition: BenchmarkDefinition) -> None:
     """A policy that is named for all examples must exist, and ask the benchmark's question."""
-    if fields.policy is None or fields.policy.name is None:
+    if definition.policy is None or definition.policy.name is None:
         return
-    policy = load_policy(fields.policy.name)
-    if fields.question not in policy.asks:
+    policy = load_policy(definition.policy.name)
+    if definition.question not in policy.asks:
         raise JaxguardError(
-            f"benchmark {fields.name!r} asks {fields.question}, but its policy {policy.name!r} asks only "
+            f"benchmark {definition.name!r} asks {definition.question}, but its policy {policy.name!r} asks only "
             f"{', '.join(policy.asks)}"
         )
 
 
-def _chosen(fields: BenchmarkDefinition, table: Table, skipped: Counter[str]) -> list[tuple[str, Row]]:
+def _select(definition: BenchmarkDefinition, table: Table, skipped: Counter[str]) -> list[tuple[str, Row]]:
     """The rows that count. Of one that fails several conditions the first is the reason."""
     rows = []
-    for place, row in table.rows:
-        failed = next((condition for condition in fields.where if not condition.holds(row)), None)
+    for location, row in table.rows:
+        failed = next((condition for condition in definition.where if not condition.holds(row)), None)
         if failed is None:
-            rows.append((place, row))
+            rows.append((location, row))
         else:
             skipped[f"not where {failed}"] += 1
-    if fields.sample is None or len(rows) <= fields.sample.size:
+    if definition.sample is None or len(rows) <= definition.sample.size:
         return rows
-    skipped["not in the sample"] += len(rows) - fields.sample.size
-    chosen = random.Random(fields.sample.seed).sample(range(len(rows)), fields.sample.size)  # noqa: S311
+    skipped["not in the sample"] += len(rows) - definition.sample.size
+    chosen = random.Random(definition.sample.seed).sample(range(len(rows)), definition.sample.size)  # noqa: S311
     return [rows[i] for i in chosen]
 
 
-def _examples(fields: BenchmarkDefinition, row: Row, place: str, skipped: Counter[str]) -> Iterator[Example]:
-    for part in fields.examples:
+def _examples(definition: BenchmarkDefinition, row: Row, location: str, skipped: Counter[str]) -> Iterator[Example]:
+    for part in definition.examples:
         try:
-            yield _example(fields, part, row, place)
+            yield _example(definition, part, row, location)
         except Skip as reason:
             skipped[str(reason)] += 1
 
 
-def _example(fields: BenchmarkDefinition, part: ExampleColumns, row: Row, place: str) -> Example:
-    prompt = _prompt(row, part.prompt, place)
-    if not (prompt or "").strip():
+def _example(definition: BenchmarkDefinition, part: ExampleColumns, row: Row, location: str) -> Example:
+    question = definition.question
+    prompt = _prompt(row, part.prompt, location)
+    if prompt is None or not prompt.strip():
         raise Skip("empty prompt")
-    assert prompt is not None
-    response = text(row, part.response, place) if part.response else None
-    if fields.question != "prompt_harm" and response is None:
+    response = text(row, part.response, location) if part.response else None
+    if question != "prompt_harm" and response is None:
         raise Skip("no response")
-    label = CHOICES[fields.question][0 if _is_positive(part, row, place) else 1]
-    policy = _policy(fields.policy, row, place) if fields.policy else None
-    known: dict[str, Any] = {LABEL[fields.question]: label}
-    fingerprint = row.get(fields.id) if fields.id else None
-    if fingerprint in (None, ""):
-        parts = json.dumps([prompt, response, policy])
-        fingerprint = f"{fields.name}:{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
-    return Example(id=str(fingerprint), source=fields.name, prompt=prompt, response=response, policy=policy, **known)
+    labels: dict[str, Any] = {LABEL[question]: CHOICES[question][0 if _is_positive(part, row, location) else 1]}
+    policy = _policy(definition.policy, row, location) if definition.policy else None
+    id_ = row.get(definition.id) if definition.id else None
+    if id_ in (None, ""):
+        texts = json.dumps([prompt, response, policy])
+        id_ = f"{definition.name}:{hashlib.sha256(texts.encode()).hexdigest()[:16]}"
+    return Example(id=str(id_), source=definition.name, prompt=prompt, response=response, policy=policy, **labels)
 
 
-def _prompt(row: Row, column: str, place: str) -> str | None:
-    """A cell with a text, or with a conversation that ends with the message under judgement."""
+def _prompt(row: Row, column: str, location: str) -> str | None:
+    """A cell with a text, or with a conversation whose last message is classified."""
     if not isinstance(row.get(column), list):
-        return text(row, column, place)
-    turns = objects(row, column, ("role", "content"), place)
+        return text(row, column, location)
+    turns = objects(row, column, ("role", "content"), location)
     if not turns or turns[-1][0] != "user":
-        raise JaxguardError(f"{place}: {column} is a list of turns that does not end with the user's")
+        raise JaxguardError(f"{location}: {column} is a list of turns that does not end with the user's")
     history = [{"role": role, "content": content} for role, content in turns[:-1]]
-    return transcript(history, turns[-1][1], place)
+    return transcript(history, turns[-1][1], location)
 
 
-def _is_positive(part: ExampleColumns, row: Row, place: str) -> bool:
+def _is_positive(part: ExampleColumns, row: Row, location: str) -> bool:
     """What the label says.
 
     Raises:
-        Skip: the column that says it is null.
-        JaxguardError: it says neither, or both.
+        Skip: its column is null.
+        JaxguardError: the row is neither positive nor negative, or both.
     """
     if part.positive.column and not plain(row.get(part.positive.column)):
         raise Skip("no label")
     positive = part.positive.holds(row)
     if part.negative is not None and positive == part.negative.holds(row):
-        names = dict.fromkeys((*part.positive.names, *part.negative.names))
-        found = ", ".join(f"{name}={row.get(name)!r}" for name in names)
+        columns = dict.fromkeys((*part.positive.names, *part.negative.names))
+        values = ", ".join(f"{name}={row.get(name)!r}" for name in columns)
         raise JaxguardError(
-            f"{place}: {found}; expected either {part.positive} or {part.negative} "
+            f"{location}: {values}; expected either {part.positive} or {part.negative} "
             f"({'both hold' if positive else 'neither holds'})"
         )
     return positive
 
 
-def _policy(policy: BenchmarkPolicy, row: Row, place: str) -> str | None:
+def _policy(policy: BenchmarkPolicy, row: Row, location: str) -> str | None:
     if policy.column is None:
         return policy.name
-    value = (text(row, policy.column, place) or "").strip() if policy.column in row else ""
+    value = (text(row, policy.column, location) or "").strip() if policy.column in row else ""
     if not value and policy.optional:
         return None
-    if not policy.rules:
-        if not value:
-            raise Skip("no policy")
-        return value
-    if value not in policy.rules:
+    if not value and not policy.rules:
+        raise Skip("no policy")
+    if policy.rules and value not in policy.rules:
         raise JaxguardError(
-            f"{place}: {policy.column} is {value!r}, for which policy.rules has nothing; "
-            f"{nearest(value, policy.rules)}there: {', '.join(policy.rules)}"
+            f"{location}: {policy.column} is {value!r}, which is not in policy.rules; "
+            f"{nearest(value, policy.rules)}known: {', '.join(policy.rules)}"
         )
-    return policy.rules[value]
+    return policy.rules.get(value, value)
 
 
-def _slices(fields: BenchmarkDefinition, pairs: Iterable[tuple[Example, Row]]) -> dict[str, dict[str, frozenset[str]]]:
-    found: dict[str, dict[str, set[str]]] = {part.name: {} for part in fields.slices}
+def _slices(
+    definition: BenchmarkDefinition, pairs: Iterable[tuple[Example, Row]]
+) -> dict[str, dict[str, frozenset[str]]]:
+    slices: dict[str, dict[str, set[str]]] = {part.name: {} for part in definition.slices}
     for example, row in pairs:
-        for part in fields.slices:
+        for part in definition.slices:
             for value in part.values(row):
-                found[part.name].setdefault(value, set()).add(example.id)
-    return {name: {v: frozenset(ids) for v, ids in sorted(values.items())} for name, values in found.items()}
+                slices[part.name].setdefault(value, set()).add(example.id)
+    return {name: {v: frozenset(ids) for v, ids in sorted(values.items())} for name, values in slices.items()}
 
 
 def _counts(question: Question, examples: list[Example]) -> dict[str, int]:
@@ -273,9 +273,10 @@ def _counts(question: Question, examples: list[Example]) -> dict[str, int]:
 
 
 def _compare(name: str, words: tuple[str, str], counts: dict[str, int], expected: dict[str, int | None]) -> None:
-    if all(number is None or number == counts[what] for what, number in expected.items()):
-        return
-    called = {"positive": words[0], "negative": words[1], "total": "in all"}
-    wanted = ", ".join(f"{number:,} {called[what]}" for what, number in expected.items() if number is not None)
-    got = ", ".join(f"{counts[what]:,} {called[what]}" for what in expected if expected[what] is not None)
-    logger.warning("benchmark %s: expected %s; found %s", name, wanted, got)
+    known = {what: number for what, number in expected.items() if number is not None}
+    if any(number != counts[what] for what, number in known.items()):
+        nouns = {"positive": words[0], "negative": words[1], "total": "in all"}
+        published, actual = (
+            ", ".join(f"{numbers[what]:,} {nouns[what]}" for what in known) for numbers in (known, counts)
+        )
+        logger.warning("benchmark %s: expected %s; found %s", name, published, actual)

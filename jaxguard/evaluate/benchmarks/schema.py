@@ -1,6 +1,6 @@
-"""A benchmark as written in YAML: where its rows lie, which of them count, and which are positive.
+"""A benchmark as written in YAML: where its rows are, which of them count, and which are positive.
 
-Everything is data. A condition compares the cells of one row with values that are written down; there are no expressions.
+A condition compares cells of a row with constants; there are no expressions.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ class Condition(Schema):
     """
 
     column: Text | None = None
-    """The column that is looked at."""
+    """The column to compare."""
     columns: tuple[Text, ...] = ()
     """Or several, of which as many must hold as `at_least` and `at_most` say; a row may lack some."""
     equals: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Condition(Schema):
     not_equals: tuple[str, ...] = ()
     """The value, or a list of which it must be none."""
     empty: bool | None = None
-    """true: the cell is null or without text; false: it is not."""
+    """true: the cell is null or blank; false: it is not."""
     at_least: Count | None = None
     """With `columns`: how many must hold; 1 where neither limit is given."""
     at_most: Count | None = None
@@ -55,12 +55,12 @@ class Condition(Schema):
     @model_validator(mode="after")
     def _check(self) -> Self:
         compared = bool(self.equals) + bool(self.not_equals) + (self.empty is not None)
-        looked_at = bool(self.column) + bool(self.columns)
+        names = bool(self.column) + bool(self.columns)
         limits = self.at_least is not None or self.at_most is not None
         if self.always:
-            if compared or looked_at or limits:
+            if compared or names or limits:
                 raise ValueError("always stands alone")
-        elif looked_at != 1:
+        elif names != 1:
             raise ValueError("a condition needs column, or columns, or always: true")
         elif compared != 1:
             raise ValueError("a condition needs one of equals, not_equals and empty")
@@ -85,24 +85,22 @@ class Condition(Schema):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns that it looks at."""
+        """The columns that it reads."""
         return (self.column,) if self.column else self.columns
 
     def __str__(self) -> str:
         if self.always:
             return "always"
-        verb, values = ("is", self.equals) if self.equals else ("is not", self.not_equals)
-        said = ("is empty" if self.empty else "is not empty") if self.empty is not None else f"{verb} {_either(values)}"
+        negated = bool(self.not_equals) or self.empty is False
+        values = "empty" if self.empty is not None else " or ".join(map(repr, self.equals or self.not_equals))
+        condition = f"{'is not' if negated else 'is'} {values}"
         if self.column:
-            return f"{self.column} {said}"
-        least, most = self.at_least, self.at_most
-        if least is None and most is None:
-            how = "any"
-        elif least == most:
-            how = f"{least}"
-        else:
-            how = " and ".join(f"{word} {n}" for word, n in (("at least", least), ("at most", most)) if n is not None)
-        return f"{how} of {', '.join(self.columns)} {said}"
+            return f"{self.column} {condition}"
+        limits = {"at least": self.at_least, "at most": self.at_most}
+        number = " and ".join(f"{word} {n}" for word, n in limits.items() if n is not None) or "any"
+        if self.at_least == self.at_most is not None:
+            number = str(self.at_least)
+        return f"{number} of {', '.join(self.columns)} {condition}"
 
 
 def plain(cell: Any) -> str:
@@ -116,10 +114,10 @@ def plain(cell: Any) -> str:
 
 
 class BenchmarkSource(Schema):
-    """Where the rows lie: on the hub, at an address, in a local file, or in a set that is trained on too."""
+    """Where the rows are: on the hub, at a URL, in a local file, or in a source that is trained on too."""
 
     hub: Text | None = None
-    """A data set's repository on the hub."""
+    """A data set on the hub."""
     config: str | None = None
     """Its configuration."""
     splits: tuple[Text, ...] = Field(("test",), min_length=1)
@@ -129,7 +127,7 @@ class BenchmarkSource(Schema):
     revision: str | None = None
     """Branch, tag or commit; goes with `file`."""
     url: Annotated[str, StringConstraints(pattern=r"^https://[^\s]+$")] | None = None
-    """The address of a file."""
+    """The URL of a file."""
     path: str | None = None
     """A local file or folder."""
     data: SourceConfig | None = None
@@ -139,7 +137,7 @@ class BenchmarkSource(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if sum(place is not None for place in (self.hub, self.url, self.path, self.data)) != 1:
+        if sum(source is not None for source in (self.hub, self.url, self.path, self.data)) != 1:
             raise ValueError("a source needs exactly one of hub, url, path and data")
         if self.data is not None and (self.keys_as or "splits" in self.model_fields_set):
             raise ValueError("data stands for the whole source and has a split of its own: no splits, no keys_as")
@@ -154,8 +152,8 @@ class BenchmarkSource(Schema):
         return self
 
     @property
-    def place(self) -> str:
-        """Where the rows lie, as errors name it."""
+    def name(self) -> str:
+        """Where the rows are, as errors name it."""
         if self.data is not None:
             return self.data.path or f"data source {self.data.kind}"
         return self.path or self.hub or self.url or ""
@@ -171,11 +169,11 @@ class ExampleColumns(Schema):
     positive: Condition
     """When the example is harmful; for response_refusal, when it is a refusal."""
     negative: Condition | None = None
-    """When it is not; a row that is neither is an error. null: whatever is not positive."""
+    """When it is not; a row that is neither is an error. null: all that are not positive."""
 
 
 class BenchmarkPolicy(Schema):
-    """What the examples are judged by, where it is not the run's policy."""
+    """The policy of the examples, where it is not the run's."""
 
     name: str | None = None
     """A name in configs/policies, for all examples."""
@@ -184,7 +182,7 @@ class BenchmarkPolicy(Schema):
     rules: dict[str, Text] = Field(default_factory=dict)
     """With `column`: what its values stand for, as names or as rules in plain text."""
     optional: bool = False
-    """With `column`: it may be absent or empty, and such an example is judged by the run's policy."""
+    """With `column`: it may be absent or empty; such an example has the run's policy."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -219,7 +217,7 @@ class Slice(Schema):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns that it looks at."""
+        """The columns that it reads."""
         return self.when.names if self.when else self.columns or (self.column or "",)
 
     def values(self, row: Row) -> list[str]:
@@ -279,9 +277,9 @@ class BenchmarkDefinition(Schema):
     group: Group = "extra"
     """Which average it enters."""
     question: Question
-    """What is asked about each example."""
+    """The question about each example."""
     source: BenchmarkSource
-    """Where the rows lie."""
+    """Where the rows are."""
     where: tuple[Condition, ...] = ()
     """Rows that count: all of these hold."""
     sample: Sample | None = None
@@ -326,7 +324,3 @@ def read_benchmark(name_or_path: str, folder: Path = BENCHMARK_FOLDER) -> Benchm
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
-
-
-def _either(values: tuple[str, ...]) -> str:
-    return " or ".join(repr(value) for value in values)

@@ -1,4 +1,4 @@
-"""What the paper reports, from configs/published: the numbers that ours are shown beside."""
+"""The paper's results, from configs/published, for comparison."""
 
 import math
 from pathlib import Path
@@ -38,29 +38,27 @@ class Averages(Schema):
 
     def benchmarks(self, average: str) -> tuple[str, ...]:
         """Those of one of AVERAGES."""
-        if average == "safety":
-            return (*self.prompt, *self.response)
-        return {"prompt": self.prompt, "response": self.response, "custom": self.custom}.get(average, ())
+        return {"safety": (*self.prompt, *self.response), **dict(self)}.get(average, ())
 
 
 class PublishedRow(Schema):
     """A model of the paper; a score is None where it gives none."""
 
     id: str
-    """What an evaluation chooses it by."""
+    """The name that configs refer to."""
     name: str
     base: str | None = None
-    """What was trained."""
+    """The base model."""
     data: str | None = None
-    """On what."""
+    """The training set."""
     examples: int | None = None
-    """On how many examples."""
+    """Its size."""
     trained: Trained | None = None
-    """To answer how; None: another project's model."""
+    """The mode of the training examples; None: another project's model."""
     variant: str | None = None
     """What else was different."""
     mode: Literal["reasoning", "direct"]
-    """How it was asked."""
+    """The mode of the evaluation."""
     prompt: F1 | None = None
     response: F1 | None = None
     safety: F1 | None = None
@@ -78,7 +76,8 @@ class PublishedRow(Schema):
 
     def average(self, name: str) -> float | None:
         """One of AVERAGES."""
-        return {"prompt": self.prompt, "response": self.response, "safety": self.safety, "custom": self.custom}[name]
+        value: float | None = dict(self)[name]
+        return value
 
 
 class PublishedPoint(Schema):
@@ -93,17 +92,17 @@ class PublishedPoint(Schema):
 
 
 class LatencyPoint(Schema):
-    """What an answer takes."""
+    """The latency of a model."""
 
     name: str
     seconds: Positive
     """For one example."""
     row: str
-    """The model's."""
+    """The id of the model's row."""
 
 
 class Latency(Schema):
-    """Seconds an example, and on what."""
+    """Seconds an example, and the hardware."""
 
     hardware: str
     points: tuple[LatencyPoint, ...]
@@ -143,7 +142,7 @@ class Published(Schema):
 
 
 def read_published(name_or_path: str = "paper", folder: Path = PUBLISHED_FOLDER) -> Published:
-    """What a YAML file reports, by its name (a file in `folder`) or path.
+    """Read published results by the name of a YAML file in `folder`, or by its path.
 
     Raises:
         JaxguardError: no such file; unknown, missing or ill-typed field; numbers that contradict each other.
@@ -157,29 +156,26 @@ def nearest_row(
 ) -> PublishedRow | None:
     """The row to compare a guard with, or None: same base, training, mode and data, then the nearest size.
 
-    Rows of unknown data are taken where no other is there. Rows with a variant are left to those who ask for them by name.
+    Rows of unknown data are taken where no other is there. Rows with a variant must be named in the config.
 
     Args:
         published: where to look.
-        base: what was trained, such as Gemma-3-4B; case, "-Instruct" and "-it" do not matter, nor does the organisation.
-        data: on what, such as WildGuardMix.
-        trained: to answer how.
-        mode: how it is asked.
-        examples: on how many it was trained.
+        base: the base model, such as Gemma-3-4B; case, organisation, "-Instruct" and "-it" do not matter.
+        data: the training set, such as WildGuardMix.
+        trained: the mode of the training examples.
+        mode: the mode of the evaluation.
+        examples: the size of the training set.
     """
-    found = [
-        row
-        for row in published.rows
-        if (row.trained, row.mode, row.variant) == (trained, mode, None)
-        and _plain(row.base) == _plain(base)
-        and row.data in (data, None)
-    ]
+
+    def matches(row: PublishedRow) -> bool:
+        same_training = (row.trained, row.mode, row.variant) == (trained, mode, None)
+        return same_training and _plain(row.base) == _plain(base) and row.data in (data, None)
 
     def distance(row: PublishedRow) -> tuple[bool, float]:
-        apart = abs(math.log(row.examples / examples)) if row.examples and examples else math.inf
-        return row.data != data, apart
+        ratio = abs(math.log(row.examples / examples)) if row.examples and examples else math.inf
+        return row.data != data, ratio
 
-    return min(found, key=distance, default=None)
+    return min(filter(matches, published.rows), key=distance, default=None)
 
 
 def _plain(model: str | None) -> str:

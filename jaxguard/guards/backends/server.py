@@ -7,11 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import httpx2
 
 from jaxguard.config.evaluate import ServerConfig
 from jaxguard.utils.errors import JaxguardError
@@ -118,16 +118,16 @@ def free_port() -> int:
 
 
 def _wait(process: subprocess.Popen[bytes], health: str, log: Path, seconds: float) -> None:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
             raise JaxguardError(f"the server ended with code {process.returncode}; the end of {log}:\n{_tail(log)}")
         try:
-            with direct.open(health, timeout=30):
+            if httpx2.get(health, timeout=30, trust_env=False).is_success:  # whatever proxy there is
                 return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
+        except httpx2.RequestError:
+            pass
+        time.sleep(0.5)
     raise JaxguardError(f"the server was not ready in {seconds:g} s; the end of {log}:\n{_tail(log)}")
 
 

@@ -1,0 +1,58 @@
+"""The stages as functions: what `jaxguard STAGE` runs, called from Python.
+
+`config` is a name, a path, the tree that a file holds, or a Config; `overrides` are texts such as "train.epochs=1", or dotted
+field -> value. A mistake raises JaxguardError.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from jaxguard.config import Config, load
+from jaxguard.utils.threads import outside_event_loop
+
+if TYPE_CHECKING:
+    from jaxguard.train.run_folder import Resume
+
+Source: TypeAlias = str | Path | Mapping[str, Any] | Config
+Overrides: TypeAlias = Iterable[str] | Mapping[str, Any]
+
+# What a stage needs is imported in its function: JAX takes seconds, and clients of servers are extras.
+
+
+def build_data(config: Source, overrides: Overrides = ()) -> int:
+    """Write the training sets of a config into files, with a manifest and a card."""
+    from jaxguard.data.build import build
+
+    return build(load(config, overrides, stage="data build"))
+
+
+def distill(config: Source, overrides: Overrides = ()) -> int:
+    """Get a reasoning trace from a teacher for every training example."""
+    from jaxguard.distill.run import distill as run
+
+    resolved = load(config, overrides, stage="distill")
+    return outside_event_loop(lambda: run(resolved))
+
+
+def train(config: Source, overrides: Overrides = (), resume: "Resume" = "auto") -> int:
+    """Fine-tune a guard and export it; `resume` is as on the command line."""
+    from jaxguard.train.loop import train as run
+
+    return run(load(config, overrides, stage="train"), resume)
+
+
+def evaluate(config: Source, overrides: Overrides = ()) -> int:
+    """Score guards on benchmarks, by default the run's own export."""
+    from jaxguard.evaluate.run import evaluate as run
+
+    resolved = load(config, overrides, stage="evaluate")
+    return outside_event_loop(lambda: run(resolved))
+
+
+def mine(config: Source, overrides: Overrides = ()) -> int:
+    """Find the training examples that a trained guard judges right only sometimes."""
+    from jaxguard.mine.run import mine as run
+
+    resolved = load(config, overrides, stage="mine")
+    return outside_event_loop(lambda: run(resolved))

@@ -1,0 +1,232 @@
+"""An asynchronous client of model servers, with one retry policy.
+
+Tried again, on another endpoint where there is one: broken connections, timeouts, the statuses 408, 409, 425, 429 and 5xx, and
+responses that are malformed. Pauses grow at random, and are no shorter than a Retry-After. An error at once: every other status,
+and an endpoint that was asked by itself and cannot be reached. The number of requests under way adapts to the server.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+import httpx2
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.limiter import Limiter
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+API_KEY: Final = "JAXGUARD_API_KEY"
+"""The environment variable that holds the bearer key, unless a config names another one."""
+TRIES = 8
+SECONDS = 900.0
+"""For one response."""
+BACKOFF = wait_random_exponential(multiplier=0.5, max=60)
+
+_CONNECT_SECONDS = 30.0
+_REST_SECONDS = 5.0
+_MOST_RETRY_AFTER = 60.0
+_TRANSIENT_STATUS = {408, 409, 425, 429}
+_OVERLOAD_STATUS = {429, 503, 529}
+
+
+class RetryableError(Exception):
+    """A failure that another try may mend.
+
+    Attributes:
+        retry_after: seconds that the server asks to wait.
+    """
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotFoundError(JaxguardError):
+    """The server has no such path."""
+
+
+@dataclass
+class Endpoint:
+    """A server's base address.
+
+    Attributes:
+        url: without a slash at its end.
+        active: requests under way.
+        resting_until: when it may be preferred again after its connection broke, by time.monotonic.
+    """
+
+    url: str
+    active: int = 0
+    resting_until: float = 0.0
+
+
+@dataclass
+class Client:
+    """Open connections to one or several servers of the same model; see `connect`.
+
+    Attributes:
+        retries: requests that were sent again, so far.
+    """
+
+    endpoints: tuple[Endpoint, ...]
+    limiter: Limiter
+    tries: int
+    api_key_env: str
+    retries: int = 0
+    _http: httpx2.AsyncClient = field(kw_only=True, repr=False)
+
+    async def request(
+        self, path: str, body: Any, parse: Callable[[Any, str], T], endpoint: Endpoint | None = None
+    ) -> T:
+        """Send a request until it is answered.
+
+        Args:
+            path: behind an endpoint's address.
+            body: JSON to POST; None sends a GET.
+            parse: makes the result of a response's JSON and the address that sent it. Its RetryableError, AttributeError,
+                LookupError, TypeError and ValueError mean a malformed response.
+            endpoint: the only one to ask, which must be up; default: the least busy one.
+
+        Raises:
+            JaxguardError: the server refuses the request, or all tries failed.
+        """
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(RetryableError),
+            stop=stop_after_attempt(self.tries),
+            wait=_pause,
+            before_sleep=self._count,
+            reraise=True,
+        )
+        try:
+            return await retrying(self._try, path, body, parse, endpoint)
+        except RetryableError as error:
+            raise JaxguardError(f"no answer in {self.tries} tries, the last time: {error}") from error
+
+    async def _try(self, path: str, body: Any, parse: Callable[[Any, str], T], only: Endpoint | None) -> T:
+        async with self.limiter.slot() as overload:
+            now = time.monotonic()
+            endpoint = only or min(self.endpoints, key=lambda e: (e.resting_until > now, e.active))
+            endpoint.active += 1
+            try:
+                method = "GET" if body is None else "POST"
+                response = await self._http.request(method, endpoint.url + path, json=body)
+            except (httpx2.RequestError, httpx2.InvalidURL) as error:
+                text = f"{type(error).__name__}: {error}"
+                if only is not None and isinstance(error, _UNREACHABLE):
+                    raise JaxguardError(
+                        f"{endpoint.url} does not answer: {text}; is the server up, and the address right?"
+                    ) from None
+                if isinstance(error, httpx2.TimeoutException):
+                    overload()
+                endpoint.resting_until = time.monotonic() + _REST_SECONDS
+                raise RetryableError(f"{endpoint.url}: {text}") from error
+            finally:
+                endpoint.active -= 1
+            if response.status_code in _OVERLOAD_STATUS:
+                overload()
+            self._check(response, endpoint.url, path)
+            try:
+                return parse(response.json(), endpoint.url)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                text = f"{type(error).__name__}: {error}; it says: {_words(response)}"
+                raise RetryableError(f"{endpoint.url} sent a malformed response: {text}") from None
+
+    def _check(self, response: httpx2.Response, url: str, path: str) -> None:
+        """Raise what a status that is no success means."""
+        status, words = response.status_code, _words(response)
+        if status in _TRANSIENT_STATUS or status >= 500:
+            raise RetryableError(f"{url}: status {status}: {words}", _retry_after(response))
+        if status in (401, 403):
+            raise JaxguardError(f"{url} refuses the key: set {self.api_key_env}; it says: {words}")
+        if status == 404:
+            raise NotFoundError(
+                f"{url} has no {path}: is it the right kind of server, and the address right? That of an OpenAI-style "
+                f"server ends in /v1. It says: {words}"
+            )
+        if not response.is_success:
+            raise JaxguardError(f"{url} refuses {path}, and would again: status {status}: {words}")
+
+    def _count(self, state: RetryCallState) -> None:
+        self.retries += 1
+        error = state.outcome.exception() if state.outcome else None
+        logger.debug("try %d of %d failed: %s", state.attempt_number, self.tries, error)
+
+
+@asynccontextmanager
+async def connect(
+    urls: Sequence[str],
+    limiter: Limiter,
+    tries: int | None = None,
+    seconds: float | None = None,
+    api_key_env: str = API_KEY,
+) -> AsyncIterator[Client]:
+    """Open a client; nothing is sent yet.
+
+    Args:
+        urls: base addresses of servers of the same model.
+        limiter: how many requests may be under way.
+        tries: how often a request is sent before it fails; default: TRIES.
+        seconds: for one response; default: SECONDS.
+        api_key_env: the environment variable that holds the bearer key; unset sends none.
+    """
+    key, timeout = os.environ.get(api_key_env), SECONDS if seconds is None else seconds
+    async with httpx2.AsyncClient(
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS)),
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+        mounts={"all://127.0.0.1": None, "all://localhost": None},  # whatever proxy there is
+    ) as http:
+        endpoints = tuple(Endpoint(url.rstrip("/")) for url in urls)
+        yield Client(endpoints, limiter, TRIES if tries is None else tries, api_key_env, _http=http)
+
+
+def model_names(body: Any, _: str) -> list[str]:
+    """The models in the response to GET /v1/models."""
+    return [str(model["id"]) for model in body["data"]]
+
+
+async def gather(requests: Iterable[Awaitable[T]]) -> list[T]:
+    """All results; the first error ends the rest."""
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+_UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol, httpx2.InvalidURL)
+
+
+def _pause(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after if isinstance(error, RetryableError) else 0.0
+    return max(BACKOFF(state), min(asked, _MOST_RETRY_AFTER))
+
+
+def _retry_after(response: httpx2.Response) -> float:
+    try:
+        return float(response.headers.get("retry-after", 0))
+    except ValueError:  # a date
+        return 0.0
+
+
+def _words(response: httpx2.Response) -> str:
+    """A server's error message, or the beginning of its response."""
+    try:
+        body = response.json()
+        error = body.get("error", body)
+        text = error.get("message", error) if isinstance(error, dict) else error
+    except (AttributeError, ValueError):
+        text = response.text
+    return str(text)[:500]

@@ -1,0 +1,69 @@
+"""The package's own names: what `import jaxguard` offers, and what it costs."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxguard
+from jaxguard.config import Config
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.threads import outside_event_loop
+
+CONFIG = {"name": "own", "model": {"checkpoint": "x"}, "data": {"train": [{"kind": "jsonl", "path": "a.jsonl"}]}}
+STAGES = {
+    "build_data": "jaxguard.data.build.build",
+    "distill": "jaxguard.distill.run.distill",
+    "evaluate": "jaxguard.evaluate.run.evaluate",
+    "mine": "jaxguard.mine.run.mine",
+    "train": "jaxguard.train.loop.train",
+}
+
+
+def python(code):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=Path(jaxguard.__file__).parents[1], check=True, capture_output=True, text=True)
+
+
+def test_importing_loads_nothing_heavy():
+    heavy = ("jax", "transformers", "pydantic", "numpy", "rich")
+    python(f"import sys, jaxguard; sys.exit(any(name in sys.modules for name in {heavy}))")
+
+
+def test_every_name_exists():
+    assert set(dir(jaxguard)) == {*jaxguard.__all__, "__version__"}
+    for name in jaxguard.__all__:
+        assert callable(getattr(jaxguard, name))
+    with pytest.raises(AttributeError):
+        _ = jaxguard.absent
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_is_called_with_its_config(name, monkeypatch):
+    calls = []
+    monkeypatch.setattr(STAGES[name], lambda config, *rest: calls.append(config) or "result")
+    assert getattr(jaxguard, name)(CONFIG, {"seed": 2}) == "result"
+    assert getattr(jaxguard, name)("tiny", ["model.checkpoint=y"]) == "result"
+    assert getattr(jaxguard, name)(Config.model_validate(CONFIG)) == "result"
+    assert [config.seed for config in calls] == [2, 0, 0]
+    assert calls[1].model.checkpoint == "y"
+
+
+def test_a_stage_is_callable_after_its_modules_were_imported():
+    python("import jaxguard.train.signals, jaxguard; assert callable(jaxguard.train)")
+    python("from jaxguard.train import signals; import jaxguard; assert jaxguard.train.signals is signals")
+
+
+def test_a_stage_refuses_what_it_does_not_read():
+    with pytest.raises(JaxguardError):
+        jaxguard.train(CONFIG, {"mine.most": 1})
+
+
+def test_a_stage_runs_inside_an_event_loop():
+    async def notebook():
+        return outside_event_loop(lambda: asyncio.run(asyncio.sleep(0, "done")))
+
+    assert asyncio.run(notebook()) == "done"
+    assert outside_event_loop(lambda: "done") == "done"
