@@ -12,6 +12,7 @@ from jaxguard.config import Config, load
 from jaxguard.utils.threads import outside_event_loop
 
 if TYPE_CHECKING:
+    from jaxguard.data.build import BuildResult
     from jaxguard.train.run_folder import Resume
 
 Source: TypeAlias = str | Path | Mapping[str, Any] | Config
@@ -20,7 +21,7 @@ Overrides: TypeAlias = Iterable[str] | Mapping[str, Any]
 # What a stage needs is imported in its function: JAX takes seconds, and clients of servers are extras.
 
 
-def build_data(config: Source, overrides: Overrides = ()) -> int:
+def build_data(config: Source, overrides: Overrides = ()) -> "BuildResult":
     """Write the training sets of a config into files, with a manifest and a card."""
     from jaxguard.data.build import build
 

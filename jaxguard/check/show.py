@@ -9,7 +9,7 @@ from rich.text import Text
 from jaxguard.check.checking import Checked
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import TITLES
-from jaxguard.data.report import printable
+from jaxguard.report.text import visible
 
 _STYLES = {"harmful": "bold red", "unharmful": "bold green"}
 _BEGINNING = 72
@@ -20,7 +20,7 @@ def shown(found: Checked, example: Example | None = None) -> RenderableType:
     width = max(len(TITLES[question]) for question in found.asked)
     parts: list[RenderableType] = []
     if example is not None:
-        line = " ".join(printable(f"{found.id}: {example.prompt}").split())
+        line = " ".join(visible(f"{found.id}: {example.prompt}").split())
         cut = line if len(line) <= _BEGINNING else f"{line[:_BEGINNING]}…"
         parts.append(Text(cut, style="bold"))
     for question in found.asked:
@@ -29,9 +29,9 @@ def shown(found: Checked, example: Example | None = None) -> RenderableType:
         verdict.append(f"{word:<10}", style=_STYLES.get(word, "bold"))
         probability = found.probabilities[question]
         parts.append(verdict.append("" if probability is None else f"  {probability:.3f}"))
-    parts += [Text(printable(problem), style="yellow") for problem in found.problems]
+    parts += [Text(visible(problem), style="yellow") for problem in found.problems]
     if found.reasoning:
-        parts.append(Text("\n".join(f"  {line}" for line in printable(found.reasoning).splitlines()), style="dim"))
+        parts.append(Text("\n".join(f"  {line}" for line in visible(found.reasoning).splitlines()), style="dim"))
     return Group(*parts)
 
 

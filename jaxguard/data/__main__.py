@@ -1,22 +1,24 @@
-"""`jaxguard data --config NAME`: show what a run would train on, or build training sets."""
+"""`jaxguard data --config NAME`: report on a run's training data, and build training sets into files."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.text import Text
 
 from jaxguard.cli import run_stage
 from jaxguard.config import Config
-from jaxguard.data import encoding as encode
-from jaxguard.data import prepare
+from jaxguard.data.card import sets_table
+from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
+from jaxguard.data.prepare import encode_selection, select
 from jaxguard.data.report import report
 from jaxguard.utils import hub
 
 DESCRIPTION = """\
-Load, select and encode a run's data, and report on it: where the examples come from, what was skipped and why, label
-balance, lengths, packing, and one example as the model sees it, the trained tokens highlighted. Nothing is written and
-no model is loaded; of the checkpoint only the tokenizer is needed.
+Load, select and encode a run's data, and report on it: sources, what was skipped and why, label balance, lengths, packing,
+and one example as the model sees it, with the trained tokens highlighted. Nothing is written and no model is loaded; only
+the checkpoint's tokenizer is needed.
 
 commands:
   build    write the training sets of a config into files, with a manifest and a card
@@ -28,9 +30,9 @@ examples:
   jaxguard data build --config wildguard_sets
 """
 BUILD = """\
-Make training sets out of the examples and traces of data.train, as the config's `build` says: reasoning, direct and dual,
-each whole and as random subsets, without what a benchmark also holds. runs/NAME/dataset is read by `datasets`, TRL, LlamaFactory
-and data.train: {kind: jsonl, path: runs/NAME/dataset/dual/5000_0.parquet}. The same input gives the same bytes.
+Build training sets from the examples and traces of data.train, as the config's `build` says: reasoning, direct and dual, each in
+full and as random subsets, without examples that a benchmark holds. `datasets`, TRL, LlamaFactory and data.train can read
+runs/NAME/dataset: {kind: jsonl, path: runs/NAME/dataset/dual/5000_0.parquet}. The same input gives the same bytes.
 
 examples:
   jaxguard data build --config wildguard_sets
@@ -46,10 +48,12 @@ def _build_command(argv: Sequence[str]) -> int:
     return run_stage("data build", BUILD, _build, argv=argv)
 
 
-def _build(_: argparse.Namespace, config: Config) -> int:
+def _build(_: argparse.Namespace, config: Config) -> None:
     from jaxguard.data.build import build
 
-    return build(config)
+    result, console = build(config), Console(soft_wrap=True)
+    console.print(sets_table(result.manifest).rich())
+    console.print(Text(f"version {result.manifest['version']}: {result.folder}"))
 
 
 def _extend(parser: argparse.ArgumentParser) -> None:
@@ -61,10 +65,9 @@ def _extend(parser: argparse.ArgumentParser) -> None:
 
 
 def _main(options: argparse.Namespace, config: Config) -> None:
-    folder = hub.fetch(config.model.checkpoint, config.model.revision, encode.TOKENIZER_FILES)
-    encoder = encode.Encoder.load(folder, config.data)
-    selection = prepare.select(config)
-    prepared = prepare.encode_selection(config, selection, encoder)
+    folder = hub.fetch(config.model.checkpoint, config.model.revision, TOKENIZER_FILES)
+    encoder, selection = Encoder.load(folder, config.data), select(config)
+    prepared = encode_selection(config, selection, encoder)
     Console().print(report(config, selection, prepared, encoder, options.show_text))
 
 

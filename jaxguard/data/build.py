@@ -1,10 +1,10 @@
-"""Training sets in files: examples and traces in, one folder out that explains itself.
+"""Write training sets into a folder that describes itself.
 
     runs/NAME/dataset/
-      README.md            a card; `datasets.load_dataset(folder, "dual_500_0")` reads a set by its name
-      manifest.json        where everything comes from, with hashes, counts and seeds
+      README.md            card; `datasets.load_dataset(folder, "dual_500_0")` loads a set by its name
+      manifest.json        sources with hashes, counts and seeds
       contaminated.jsonl   training examples that were dropped because a benchmark holds their prompt
-      dataset_info.json    the chat files as LlamaFactory wants them
+      dataset_info.json    the chat files, as LlamaFactory expects them
       dual/all.parquet     the set: our columns, which data.train reads with kind: jsonl
       dual/500_0.parquet   its random subset of 500, seed 0
       dual/chat/           the same as chat messages, for TRL and LlamaFactory
@@ -24,9 +24,6 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import jaxguard
 from jaxguard.config import Config
@@ -34,12 +31,12 @@ from jaxguard.config.data import BuildConfig, SetConfig, SourceConfig
 from jaxguard.data.card import card
 from jaxguard.data.contamination import Match, find_matches
 from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
-from jaxguard.data.examples import Example
+from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.files import file_digest
 from jaxguard.data.format.dialogue import Mode, answers, questions
 from jaxguard.data.policies import load_policy, policy_for
 from jaxguard.data.prepare import assign_modes, load_sources, subset, usable
-from jaxguard.data.sources import LABELS, load, unique_ids
+from jaxguard.data.sources import load, unique_ids
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
@@ -49,26 +46,31 @@ SCHEMA = pyarrow.schema(
     [(name, _TEXT) for name in ("id", "source", "prompt", "response", *LABELS)]
     + [("categories", pyarrow.list_(_TEXT)), ("policy", _TEXT), ("trace", _TEXT), ("mode", _TEXT)]
 )
-"""Of Example, as Parquet."""
 CHAT_SCHEMA = pyarrow.schema(
     [("id", _TEXT), ("messages", pyarrow.list_(pyarrow.struct([("role", _TEXT), ("content", _TEXT)])))]
 )
 
-_DATA_FIELDS = {"policy", "reasoning_marker", "direct_marker", "dual_reasoning_share"}
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A built data set: its folder, and its manifest as in manifest.json."""
+
+    folder: Path
+    manifest: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Built:
-    """One training set, ready to be written.
+class Pool:
+    """The examples of some sources, the sources' manifest entries, and the examples that a benchmark holds too."""
 
-    Attributes:
-        config: what was asked for.
-        base: its examples, but for the appended.
-        appended: what each of its subsets gets besides.
-        origins: where they come from.
-        dropped: reason -> examples that were left out.
-        matches: contaminated examples; they are not in it.
-    """
+    examples: list[Example]
+    origins: list[dict[str, Any]]
+    matches: list[Match]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A set to be written: `base` without contaminated examples, and `appended`, which every subset gets in full."""
 
     config: SetConfig
     base: list[Example]
@@ -78,121 +80,101 @@ class Built:
     matches: list[Match]
 
 
-def build(config: Config) -> int:
+def build(config: Config) -> BuildResult:
     """Build all sets of a config into run_folder/name/dataset.
 
-    A folder that is there with other contents is moved aside, as dataset-VERSION.
+    An existing folder with other contents is renamed to dataset-VERSION.
 
     Raises:
-        JaxguardError: a source cannot be read, a set comes out empty, or the folder is in use or cannot be written.
+        JaxguardError: a source cannot be loaded, a set is empty, or the folder is in use or cannot be written.
     """
-    settings, folder, console = config.build or BuildConfig(), config.folder, Console(soft_wrap=True)
+    settings, folder = config.build or BuildConfig(), config.folder
     tokenizer = hub.fetch(config.model.checkpoint, config.model.revision, TOKENIZER_FILES)
     encoder = Encoder.load(tokenizer, config.data)
     benchmarks = {
         " ".join(filter(None, (source.kind, source.path, source.split))): load(source).examples
         for source in settings.benchmarks
     }
-    pools = cache(lambda sources: read_pool(sources, benchmarks, settings.similarity))
+    pools = cache(lambda sources: load_pool(sources, benchmarks, settings.similarity))
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "run"):
         draft = folder / "dataset.partial"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        sets = [_choose(config, wanted, pools) for wanted in settings.sets]
-        files = {built.config.name: dict(_write_set(draft, built, settings, config, encoder)) for built in sets}
-        manifest = _manifest(config, settings, sets, files)
-        _write_rest(draft, manifest, sets)
-        output = _put_in_place(draft, manifest["version"])
-    console.print(_table(manifest))
-    console.print(Text(f"version {manifest['version']}: {output}"))
-    return 0
+        sets = [_select(config, each, pools) for each in settings.sets]
+        subsets = {each.config.name: dict(_write_set(draft, each, settings, config, encoder)) for each in sets}
+        manifest = _manifest(config, settings, sets, subsets)
+        _write_metadata(draft, manifest, sets)
+        return BuildResult(_publish(draft, manifest["version"]), manifest)
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Sources as examples.
-
-    Attributes:
-        examples: all of them.
-        origins: where they come from, for the manifest.
-        matches: those that a benchmark also holds.
-    """
-
-    examples: list[Example]
-    origins: list[dict[str, Any]]
-    matches: list[Match]
-
-
-def read_pool(sources: Sequence[SourceConfig], benchmarks: Mapping[str, list[Example]], similarity: float) -> Pool:
-    """Read sources and hold them against the benchmarks.
+def load_pool(sources: Sequence[SourceConfig], benchmarks: Mapping[str, list[Example]], similarity: float) -> Pool:
+    """Load sources and find the examples that a benchmark holds too.
 
     Raises:
-        JaxguardError: one cannot be read.
+        JaxguardError: one cannot be loaded.
     """
     examples, origins = load_sources(sources, "sources")
-    origins = [origin | _filter_statistics(source) for origin, source in zip(origins, sources, strict=True)]
+    origins = [origin | _distillation(source) for origin, source in zip(origins, sources, strict=True)]
     return Pool(examples, origins, find_matches(examples, benchmarks, similarity) if benchmarks else [])
 
 
-def _choose(config: Config, wanted: SetConfig, pools: Callable[[tuple[SourceConfig, ...]], Pool]) -> Built:
-    """A set's examples: those that its mode can use and no benchmark holds.
+def _select(config: Config, settings: SetConfig, pools: Callable[[tuple[SourceConfig, ...]], Pool]) -> TrainingSet:
+    """Select a set's examples: those that its mode can use and no benchmark holds.
 
     Raises:
-        JaxguardError: a source cannot be read, or none is left.
+        JaxguardError: a source cannot be loaded, or none is left.
     """
     policy, dropped = load_policy(config.data.policy), Counter[str]()
     origins: list[dict[str, Any]] = []
-    matched: list[Match] = []
+    matches: list[Match] = []
 
-    def chosen(sources: tuple[SourceConfig, ...], role: str) -> list[Example]:
+    def select(sources: tuple[SourceConfig, ...], role: str) -> list[Example]:
         pool = pools(sources)
         origins.extend({**origin, "role": role} for origin in pool.origins)
-        matched.extend(pool.matches)
-        names = {match.example_id for match in pool.matches}
-        examples = usable(pool.examples, f"build.sets.{wanted.name}.{role}", policy, wanted.mode, dropped)
-        return [example for example in examples if example.id not in names]
+        matches.extend(pool.matches)
+        contaminated = {match.example_id for match in pool.matches}
+        examples = usable(pool.examples, f"build.sets.{settings.name}.{role}", policy, settings.mode, dropped)
+        return [example for example in examples if example.id not in contaminated]
 
-    base = chosen(wanted.sources or config.data.train, "sources")
-    appended = chosen(wanted.append, "append") if wanted.append else []
+    base = select(settings.sources or config.data.train, "sources")
+    appended = select(settings.append, "append") if settings.append else []
     if not base:
-        raise JaxguardError(f"build.sets: {wanted.name!r} is empty: a benchmark holds all of its prompts")
-    return Built(wanted, base, appended, origins, dropped, matched)
+        raise JaxguardError(f"build.sets: {settings.name!r} is empty: a benchmark holds all of its prompts")
+    return TrainingSet(settings, base, appended, origins, dropped, matches)
 
 
-def _filter_statistics(source: SourceConfig) -> dict[str, Any]:
-    """What the distillation that wrote a source says of it, where there is one."""
-    summary = Path(source.path or "").with_suffix(".summary.json")
-    if source.path is None or not summary.is_file():
+def _distillation(source: SourceConfig) -> dict[str, Any]:
+    """Return the summary of the distillation that wrote a source, if there is one."""
+    path = Path(source.path or "").with_suffix(".summary.json")
+    if source.path is None or not path.is_file():
         return {}
-    told = json.loads(summary.read_text(encoding="utf-8"))
-    return {"distilled": {name: value for name, value in told.items() if name != "never_passed"}}
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return {"distilled": {name: value for name, value in summary.items() if name != "never_passed"}}
 
 
 def _write_set(
-    draft: Path, built: Built, settings: BuildConfig, config: Config, encoder: Encoder
+    draft: Path, training_set: TrainingSet, settings: BuildConfig, config: Config, encoder: Encoder
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Write a set and its subsets; (subset's name, what the manifest says of it)."""
-    folder = draft / built.config.name
+    """Write a set and its subsets; yield (subset's name, its manifest entry)."""
+    folder, base = draft / training_set.config.name, training_set.base
     (folder / "chat").mkdir(parents=True)
-    sizes = [size for size in settings.subsets if size < len(built.base)]
-    chosen = {"all": built.base}
-    chosen |= {f"{size}_{s}": subset(built.base, size, s) for size in sorted(sizes) for s in settings.seeds}
-    for name, base in chosen.items():
-        examples = _with_modes(unique_ids([*base, *built.appended]), built.config.mode, config)
-        rows, messages = folder / f"{name}.parquet", folder / "chat" / f"{name}.parquet"
-        _write_parquet(rows, [example.to_json() for example in examples], SCHEMA)
-        _write_parquet(messages, [chat(example, encoder) for example in examples], CHAT_SCHEMA)
-        yield (
-            name,
-            {
-                "examples": len(examples),
-                "appended": len(built.appended),
-                "by_mode": dict(sorted(Counter(str(example.mode) for example in examples).items())),
-                "labels": {x: dict(sorted(Counter(str(getattr(e, x)) for e in examples).items())) for x in LABELS},
-                "files": {str(path.relative_to(draft)): file_digest(path) for path in (rows, messages)},
-            },
-        )
+    sizes = sorted(size for size in settings.subsets if size < len(base))
+    subsets = {"all": base} | {f"{n}_{seed}": subset(base, n, seed) for n in sizes for seed in settings.seeds}
+    for name, selected in subsets.items():
+        examples = unique_ids([*selected, *training_set.appended])
+        examples = _with_modes(examples, training_set.config.mode, config)
+        paths = folder / f"{name}.parquet", folder / "chat" / f"{name}.parquet"
+        _write_parquet(paths[0], [example.to_json() for example in examples], SCHEMA)
+        _write_parquet(paths[1], [chat(example, encoder) for example in examples], CHAT_SCHEMA)
+        entry = {
+            "examples": len(examples),
+            "appended": len(training_set.appended),
+            "by_mode": dict(sorted(Counter(str(example.mode) for example in examples).items())),
+            "labels": {x: dict(sorted(Counter(str(getattr(e, x)) for e in examples).items())) for x in LABELS},
+            "files": {str(path.relative_to(draft)): file_digest(path) for path in paths},
+        }
+        yield name, entry
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: pyarrow.Schema) -> None:
@@ -200,10 +182,9 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: pyarrow.Schem
 
 
 def _with_modes(examples: list[Example], mode: str, config: Config) -> list[Example]:
-    """Each example with its mode, and with a trace only if it is to give it."""
-    modes = assign_modes(
-        [replace(example, mode=None) for example in examples], mode, config.data.dual_reasoning_share, config.seed
-    )
+    """Assign modes, and remove the traces of direct examples."""
+    examples = [replace(example, mode=None) for example in examples]
+    modes = assign_modes(examples, mode, config.data.dual_reasoning_share, config.seed)
     return [
         replace(example, mode=own.value, trace=example.trace if own is Mode.REASONING else None)
         for example, own in zip(examples, modes, strict=True)
@@ -211,7 +192,7 @@ def _with_modes(examples: list[Example], mode: str, config: Config) -> list[Exam
 
 
 def chat(example: Example, encoder: Encoder) -> dict[str, Any]:
-    """What training renders, as messages; over-long text is not cut."""
+    """Render an example as training does, as chat messages; long text is not truncated."""
     policy, mode = policy_for(example, encoder.policy), Mode(example.mode or "direct")
     asks = questions(example, policy)
     answer = encoder.dialogue.completion(answers(example, asks), example.trace, mode)
@@ -220,85 +201,63 @@ def chat(example: Example, encoder: Encoder) -> dict[str, Any]:
 
 
 def _manifest(
-    config: Config,
-    settings: BuildConfig,
-    sets: list[Built],
-    files: dict[str, dict[str, Any]],
+    config: Config, settings: BuildConfig, sets: list[TrainingSet], subsets: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    policy = load_policy(config.data.policy)
+    fields = {"policy", "reasoning_marker", "direct_marker", "dual_reasoning_share"}
     manifest = {
         "jaxguard": jaxguard.__version__,
         "checkpoint": config.model.checkpoint,
-        "data": config.data.model_dump(
-            mode="json", include={"policy", "reasoning_marker", "direct_marker", "dual_reasoning_share"}
-        ),
-        "policy_sha256": policy.digest,
+        "data": config.data.model_dump(mode="json", include=fields),
+        "policy_sha256": load_policy(config.data.policy).digest,
         "build": settings.model_dump(mode="json"),
         "seed": config.seed,
         "sets": {
-            built.config.name: {
-                "mode": built.config.mode,
-                "sources": built.origins,
-                "dropped": dict(sorted(built.dropped.items())),
-                "contaminated": len({match.example_id for match in built.matches}),
-                "subsets": files[built.config.name],
+            each.config.name: {
+                "mode": each.config.mode,
+                "sources": each.origins,
+                "dropped": dict(sorted(each.dropped.items())),
+                "contaminated": len({match.example_id for match in each.matches}),
+                "subsets": subsets[each.config.name],
             }
-            for built in sets
+            for each in sets
         },
     }
     version = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
     return {"version": version, **manifest}
 
 
-def _write_rest(draft: Path, manifest: dict[str, Any], sets: list[Built]) -> None:
-    matches = {
-        json.dumps({"set": built.config.name, **asdict(match)}) + "\n" for built in sets for match in built.matches
-    }
-    (draft / "contaminated.jsonl").write_text("".join(sorted(matches)), encoding="utf-8")
-    roles = {f"{role}_tag": role for role in ("user", "assistant", "system")}
-    tags = {"role_tag": "role", "content_tag": "content", **roles}
-    chats = {
+def _write_metadata(draft: Path, manifest: dict[str, Any], sets: list[TrainingSet]) -> None:
+    matches = {json.dumps({"set": each.config.name, **asdict(match)}) + "\n" for each in sets for match in each.matches}
+    tags = {"role_tag": "role", "content_tag": "content"} | {f"{x}_tag": x for x in ("user", "assistant", "system")}
+    info = {
         f"{name}_{part}": {
             "file_name": f"{name}/chat/{part}.parquet",
             "formatting": "sharegpt",
             "columns": {"messages": "messages"},
             "tags": tags,
         }
-        for name, one in manifest["sets"].items()
-        for part in one["subsets"]
+        for name, entry in manifest["sets"].items()
+        for part in entry["subsets"]
     }
-    for name, tree in (("dataset_info.json", chats), ("manifest.json", manifest)):
-        (draft / name).write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (draft / "README.md").write_text(card(manifest), encoding="utf-8")
+    texts = {"contaminated.jsonl": "".join(sorted(matches)), "README.md": card(manifest)}
+    for name, tree in (("dataset_info.json", info), ("manifest.json", manifest)):
+        texts[name] = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+    for name, text in texts.items():
+        (draft / name).write_text(text, encoding="utf-8")
 
 
-def _put_in_place(draft: Path, version: str) -> Path:
-    """Give the finished folder its name; one with other contents is kept under its version."""
+def _publish(draft: Path, version: str) -> Path:
+    """Rename the finished folder to dataset; an existing one with other contents gets its version as a suffix."""
     output = draft.with_name("dataset")
     if output.is_dir():
-        before = _version(output)
-        if before == version:
+        try:
+            existing = str(json.loads((output / "manifest.json").read_text(encoding="utf-8"))["version"])
+        except (OSError, ValueError, KeyError, TypeError):
+            existing = "unreadable"
+        if existing == version:
             shutil.rmtree(draft)
             return output
-        aside = draft.with_name(f"dataset-{before}")
+        aside = draft.with_name(f"dataset-{existing}")
         shutil.rmtree(aside, ignore_errors=True)
         output.rename(aside)
     return draft.rename(output)
-
-
-def _version(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["version"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "unreadable"
-
-
-def _table(manifest: dict[str, Any]) -> Table:
-    table = Table("set", title="Training sets", title_justify="left")
-    for heading in ("examples", "reasoning", "direct", "subsets", "contaminated", "dropped"):
-        table.add_column(heading, justify="right")
-    for name, one in manifest["sets"].items():
-        whole, modes = one["subsets"]["all"], one["subsets"]["all"]["by_mode"]
-        counts = (whole["examples"], modes.get("reasoning", 0), modes.get("direct", 0), len(one["subsets"]) - 1)
-        table.add_row(name, *(f"{n:,}" for n in (*counts, one["contaminated"], sum(one["dropped"].values()))))
-    return table

@@ -1,4 +1,4 @@
-"""The one record type: a labelled conversation."""
+"""The record type of all data: a labelled exchange."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -8,25 +8,25 @@ from jaxguard.utils.errors import JaxguardError
 HarmLabel = Literal["harmful", "unharmful"]
 RefusalLabel = Literal["refusal", "compliance"]
 AnswerMode = Literal["reasoning", "direct"]
+LABELS = ("prompt_label", "response_label", "refusal_label")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One conversation under judgement, with what humans said of it.
+    """A labelled exchange between a user and an assistant.
 
     Attributes:
         id: unique within its source.
-        source: where it comes from, as shown in reports.
-        prompt: what the user wrote. Untrusted.
-        response: what the assistant answered, or None when only the prompt is judged. Untrusted.
-        prompt_label: is the prompt harmful; None when nobody said.
-        response_label: is the response harmful; None when there is no response or nobody said.
-        refusal_label: did the response refuse; None as above.
-        categories: violated categories, in the source's own words.
-        policy: the policy that this example is judged by, as a policy's name or as its rules in plain text;
-            None means the run's policy.
-        trace: a teacher's reasoning that leads to the labels, without its verdict lines.
-        mode: in a dual-mode set, whether the answer carries the trace; None leaves it to the run's seed.
+        source: name of the source in reports.
+        prompt: the user's text. Untrusted.
+        response: the assistant's text, or None if there is only a prompt. Untrusted.
+        prompt_label: whether the prompt is harmful; None if not labelled.
+        response_label: whether the response is harmful; None if there is none or it is not labelled.
+        refusal_label: whether the response is a refusal; None likewise.
+        categories: violated categories, as the source names them.
+        policy: name of the policy to apply, or its rules as text; None for the run's policy.
+        trace: a teacher's reasoning towards the labels, without verdict lines.
+        mode: in a dual-mode set, whether the answer includes the trace; None leaves it to the run's seed.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Example:
             raise JaxguardError(f"example {self.id!r}: a response is labelled, but there is no response")
 
     def to_json(self) -> dict[str, Any]:
-        """The example as one JSON object, our JSON-lines format."""
+        """Return the example as an object of our JSON-lines format."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 

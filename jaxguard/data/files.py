@@ -1,7 +1,7 @@
-"""Rows of a data set: from the hub by `datasets`, from local files directly.
+"""Read the rows of a data set: from the hub with `datasets`, from local files directly.
 
-Local files are not given to `datasets`: it guesses a type for each column, so that prompts that look like dates come
-back as timestamps and the prompt `NA` as null, and it does not say in which line of a file a mistake is.
+`datasets` guesses column types, which turns prompts that look like dates into timestamps and the prompt `NA` into null, and its
+errors do not name the line; hence local files are read here.
 """
 
 import csv
@@ -28,12 +28,12 @@ _LONGEST_CELL = 2**31 - 1
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and where they stand.
+    """Rows and their locations.
 
     Attributes:
-        rows: (place, row), the place as shown in errors: `file:line`, or `name, row number`.
-        columns: every column that some row has.
-        origin: what the manifest says of it: files with their hashes, or the hub's repository and revision.
+        rows: (location, row); the location is shown in errors: `file:line`, or `name, row number`.
+        columns: every column of any row.
+        origin: manifest entry: files with their hashes, or the hub's repository and revision.
     """
 
     rows: list[tuple[str, Row]]
@@ -42,14 +42,14 @@ class Table:
 
 
 def read_local(path: Path, stems: Iterable[str]) -> Table:
-    """Read a file, or the files of a folder that are called one of `stems` (or `STEM-00000-of-00003`, or lie in STEM/).
+    """Read a file, or the files of a folder named after one of `stems` (STEM.*, STEM-00000-of-00003.*, STEM/*).
 
     Raises:
-        JaxguardError: no such file, another format, a malformed line, a truncated file.
+        JaxguardError: no such file, unknown format, malformed line, truncated file.
     """
     files = _find_files(path, tuple(stems))
     rows = [row for file in files for row in _read_file(file)]
-    # One pass over all rows, since in JSON lines any row may bring a column of its own.
+    # In JSON lines any row may add a column.
     columns = tuple(dict.fromkeys(name for _, row in rows for name in row))
     return Table(rows, columns, {"files": {str(file): file_digest(file) for file in files}})
 
@@ -58,7 +58,7 @@ def read_hub(repository: str, config: str | None, split: str, file: str | None) 
     """Read one split, or one file, of a data set on the hub.
 
     Raises:
-        JaxguardError: no such data set or split, terms not accepted yet, hub out of reach.
+        JaxguardError: no such data set or split, terms not accepted, hub unreachable.
     """
     try:
         data = datasets.load_dataset(repository, name=config, split="train" if file else split, data_files=file)
@@ -75,11 +75,12 @@ def read_hub(repository: str, config: str | None, split: str, file: str | None) 
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise JaxguardError(f"data set {repository}, split {split!r}: {error}") from None
     rows = [(f"{repository} {split}, row {i}", dict(row)) for i, row in enumerate(data)]
-    return Table(rows, tuple(data.column_names), {"hub": repository, "split": split, "urls": _urls(data)})
+    urls = sorted(data.info.download_checksums or {})  # they contain the revision
+    return Table(rows, tuple(data.column_names), {"hub": repository, "split": split, "urls": urls})
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file."""
+    """Return the sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -89,14 +90,7 @@ def _missing(repository: str, message: str) -> str:
     login = "run `hf auth login` or set HF_TOKEN"
     if "gated" in message.casefold():
         return f"data set {repository} is gated: accept its terms at {page} with your account, then {login}"
-    return (
-        f"data set {repository} is not to be found at {page}; if it is private or gated, get access there and {login}"
-    )
-
-
-def _urls(data: datasets.Dataset) -> list[str]:
-    """The files that were read; their addresses hold the revision."""
-    return sorted(data.info.download_checksums or {})
+    return f"data set {repository} does not exist at {page}; if it is private or gated, get access there and {login}"
 
 
 def _find_files(path: Path, stems: tuple[str, ...]) -> list[Path]:
@@ -113,7 +107,7 @@ def _find_files(path: Path, stems: tuple[str, ...]) -> list[Path]:
     wanted = " or ".join(repr(stem) for stem in stems)
     names = ", ".join(str(p.relative_to(path)) for p in usable[:10]) or "no data files"
     raise JaxguardError(
-        f"{path} has no file called {wanted} ({', '.join(SUFFIXES)}); found: {names}; set the source's split"
+        f"{path} has no file named {wanted} ({', '.join(SUFFIXES)}); found: {names}; set the source's split"
     )
 
 
@@ -124,7 +118,7 @@ def _stem(path: Path) -> str:
 def _suffix(path: Path) -> str:
     suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
     if suffix is None:
-        raise JaxguardError(f"{path}: not a format that can be read; expected {', '.join(SUFFIXES)}")
+        raise JaxguardError(f"{path}: unknown format; expected {', '.join(SUFFIXES)}")
     return suffix
 
 
@@ -154,18 +148,22 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
                 yield f"{path}:{number}", _object(line, f"{path}:{number}")
 
 
-def _object(line: str, place: str) -> Row:
+def _object(line: str, location: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise JaxguardError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+        raise JaxguardError(f"{location}: not JSON: {error.msg} at column {error.colno}") from None
+    return _checked(row, location)
+
+
+def _checked(row: Any, location: str) -> Row:
     if not isinstance(row, dict):
-        raise JaxguardError(f"{place}: expected a JSON object, found {type(row).__name__}")
+        raise JaxguardError(f"{location}: expected a JSON object, found {type(row).__name__}")
     return row
 
 
 def _json_document(path: Path) -> Iterator[tuple[str, Row]]:
-    """One array of objects; or JSON lines under the name .json, as some hubs have it."""
+    """Read an array of objects, or JSON lines in a file named .json."""
     with _text(path) as stream:
         text = stream.read()
     if not text.lstrip().startswith("["):
@@ -176,9 +174,7 @@ def _json_document(path: Path) -> Iterator[tuple[str, Row]]:
     except json.JSONDecodeError as error:
         raise JaxguardError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
     for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise JaxguardError(f"{path}, row {i}: expected a JSON object, found {type(row).__name__}")
-        yield f"{path}, row {i}", row
+        yield f"{path}, row {i}", _checked(row, f"{path}, row {i}")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -191,19 +187,19 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    """Every cell is text, and an empty one is null."""
+    """Read cells as text, empty ones as null."""
     csv.field_size_limit(_LONGEST_CELL)
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
             for cells in reader:
-                place = f"{path}:{reader.line_num}"
+                location = f"{path}:{reader.line_num}"
                 if cells and len(cells) != len(header):
                     raise JaxguardError(
-                        f"{place}: {len(cells)} cells under {len(header)} column names; is a quote missing?"
+                        f"{location}: {len(cells)} cells under {len(header)} column names; is a quote missing?"
                     )
                 if cells:
-                    yield place, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+                    yield location, {name: cell or None for name, cell in zip(header, cells, strict=True)}
         except csv.Error as error:
             raise JaxguardError(f"{path}:{reader.line_num}: not CSV: {error}") from None

@@ -1,12 +1,11 @@
-"""Batches: which examples an update sees, and how they are packed into rows.
+"""Batches: which examples a step sees, and how they are packed into rows.
 
-Everything here is arithmetic on (seed, step): resuming needs the step alone, on any number of hosts. A batch is exactly
-`batch_size` examples packed into as few rows as fit; row counts, row lengths and target counts are rounded up to few
-distinct shapes, since every shape is a program to compile.
+Everything is a function of (seed, step), so resuming needs only the step, on any number of hosts. A batch is exactly
+`batch_size` examples packed into as few rows as fit. Row counts, row lengths and target counts are rounded up to a few
+distinct shapes, since each shape is compiled.
 
-Examples that begin alike, with the policy, share that beginning: a row holds it once, as a segment of its own, and each
-example goes on from it. Attention sees both (models/attention_kernels.Layout), so loss and gradient are those of whole
-examples.
+Examples that start with the same tokens, those of the policy, share this prefix: a row holds it once, as a segment that the
+examples' segments continue. Attention sees both (models/attention/kernels.py), so loss and gradient are those of whole examples.
 """
 
 import math
@@ -22,13 +21,13 @@ from jaxguard.data.encoding import EncodedExample
 
 TARGET_MULTIPLE = 256
 ROW_LENGTHS = 4
-"""Lengths that rows may have, the longest `max_seq_len`."""
+"""Number of row lengths, the longest of which is `max_seq_len`."""
 KERNEL_MULTIPLE = 128
-"""Attention kernels work on whole blocks of so many tokens."""
+"""Block size of attention kernels, in tokens."""
 
 
 class Shape(NamedTuple):
-    """Static sizes of a batch: B rows of T tokens with M targets each; `shared` where examples share prefixes."""
+    """Static sizes of a batch: B rows of T tokens with M targets each; `shared` if examples share prefixes."""
 
     rows: int
     tokens: int
@@ -37,10 +36,10 @@ class Shape(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Packed rows. Segment 0 is padding; positions start anew in every sequence, and go on from the prefix it continues.
+    """Packed rows. Segment 0 is padding; positions restart in each segment, or continue those of its prefix.
 
-    `prefixes_BT` is the segment that a token's segment continues, its own where it continues none; None where no segment of
-    the batch does. The token at `target_index` predicts `target_ids`; `target_weights` is 1, or 0 for padding.
+    `prefixes_BT` is the segment that a token's segment continues, or its own; None if no segment of the batch continues
+    another. The token at `target_index` predicts `target_ids`; `target_weights` is 1, or 0 for padding.
     """
 
     tokens_BT: Any
@@ -53,7 +52,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def build(cls, shape: Shape, make: Callable[[tuple[int, int], type], Any]) -> Self:
-        """A batch whose fields are each `make(its sides, its type)`."""
+        """Build a batch whose arrays are `make(shape, dtype)`."""
         tokens, targets = (shape.rows, shape.tokens), (shape.rows, shape.targets)
         return cls(
             tokens_BT=make(tokens, np.int32),
@@ -67,20 +66,20 @@ class Batch(NamedTuple):
 
     @property
     def valid_positions(self) -> np.ndarray:
-        """Positions of all tokens that are not padding; host arrays only."""
+        """Positions of all tokens that are not padding; for arrays on the host."""
         return np.asarray(self.positions_BT[self.segments_BT > 0])
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The whole run's batches, as arithmetic.
+    """The batches of a run.
 
     Attributes:
         sequences: the encoded training examples.
-        batch_size: examples in an update.
-        steps: updates in the run.
-        max_seq_len: the longest that a row gets; no sequence is longer.
-        row_multiple: rows of a batch are a multiple of this.
+        batch_size: examples per step.
+        steps: steps in the run.
+        max_seq_len: maximum row length; no sequence is longer.
+        row_multiple: the number of rows is a multiple of this.
         seed: of the order.
     """
 
@@ -92,13 +91,13 @@ class Schedule:
     seed: int
 
     def examples(self, step: int) -> list[int]:
-        """Indices of the examples of update `step`: the next `batch_size` of the epochs' permutations laid end to end."""
+        """Return the indices of a step's examples: the next `batch_size` of the concatenated permutations of all epochs."""
         count = len(self.sequences)
-        places = (divmod(place, count) for place in range(step * self.batch_size, (step + 1) * self.batch_size))
-        return [int(_permutation(self.seed, epoch, count)[place]) for epoch, place in places]
+        indices = (divmod(i, count) for i in range(step * self.batch_size, (step + 1) * self.batch_size))
+        return [int(_permutation(self.seed, epoch, count)[i]) for epoch, i in indices]
 
     def rows(self, step: int) -> list[list[EncodedExample]]:
-        """The sequences of update `step`, packed."""
+        """Pack the sequences of a step."""
         return pack([self.sequences[i] for i in self.examples(step)], self.max_seq_len, self.row_multiple)
 
     def shape(self, step: int) -> Shape:
@@ -109,47 +108,44 @@ class Schedule:
         return assemble(rows, bucketed(rows, self.max_seq_len, self.row_multiple))
 
     def read(self, start: int, prefetch: int) -> Iterator[Batch]:
-        """Batches of updates start, start + 1, … prepared ahead by grain."""
+        """Iterate over the batches of steps start, start + 1, …, which grain prepares ahead."""
         dataset = grain.MapDataset.range(start, self.steps).map(self.batch)
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
 
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A random order. Raw generator output is the one stream that numpy promises never to change."""
+    """Return a random order. numpy guarantees only the raw generator output to stay the same across versions."""
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
 
 
 def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Updates in a run: 5,000 examples × 5 epochs / 32 = 781."""
+    """Return the number of steps in a run: 5,000 examples × 5 epochs / 32 = 781."""
     steps = int(examples * epochs / batch_size)
     return steps if max_steps is None else min(steps, max_steps)
 
 
 @dataclass
 class _Row:
-    """A row while it is filled; every prefix is in it once."""
+    """A row being filled, with each shared prefix once."""
 
     sequences: list[EncodedExample] = field(default_factory=list)
-    heads: set[bytes] = field(default_factory=set)
+    prefixes: set[bytes] = field(default_factory=set)
     tokens: int = 0
 
-    def with_(self, sequence: EncodedExample) -> int:
-        """Its tokens if the sequence is added."""
-        return (
-            self.tokens
-            + len(sequence.tokens)
-            - (sequence.shared_prefix_len if sequence.shared_prefix in self.heads else 0)
-        )
+    def tokens_with(self, sequence: EncodedExample) -> int:
+        """Return the row's length if the sequence is added."""
+        shared = sequence.shared_prefix_len if sequence.shared_prefix in self.prefixes else 0
+        return self.tokens + len(sequence.tokens) - shared
 
     def add(self, sequence: EncodedExample) -> None:
-        self.tokens = self.with_(sequence)
-        self.heads.add(sequence.shared_prefix)
+        self.tokens = self.tokens_with(sequence)
+        self.prefixes.add(sequence.shared_prefix)
         self.sequences.append(sequence)
 
 
 def pack(sequences: Sequence[EncodedExample], max_seq_len: int, row_multiple: int) -> list[list[EncodedExample]]:
-    """As few rows as first-fit decreasing finds, rounded up to a bucketed number, and about equally full."""
+    """Pack into the rows of first-fit decreasing, rounded up to a bucketed number, and about equally long."""
     longest_first = sorted(sequences, key=lambda s: -len(s.tokens))
     few = _first_fit(longest_first, max_seq_len)
     even = _spread(longest_first, bucket_size(len(few), row_multiple))
@@ -158,33 +154,33 @@ def pack(sequences: Sequence[EncodedExample], max_seq_len: int, row_multiple: in
 
 
 def _first_fit(sequences: Sequence[EncodedExample], max_seq_len: int) -> list[_Row]:
-    """Each into the row that it lengthens least, the first of equals, of those that have room."""
+    """Add each sequence to the first of the rows with space that it lengthens least."""
     rows: list[_Row] = []
     for sequence in sequences:
-        fitting = [row for row in rows if row.with_(sequence) <= max_seq_len]
+        fitting = [row for row in rows if row.tokens_with(sequence) <= max_seq_len]
         if not fitting:
             fitting = [_Row()]
             rows += fitting
-        min(fitting, key=lambda row: row.with_(sequence) - row.tokens).add(sequence)
+        min(fitting, key=lambda row: row.tokens_with(sequence) - row.tokens).add(sequence)
     return rows
 
 
 def _spread(sequences: Sequence[EncodedExample], count: int) -> list[_Row]:
-    """Each into the row that is then the shortest."""
+    """Add each sequence to the row that is then the shortest."""
     rows = [_Row() for _ in range(count)]
     for sequence in sequences:
-        min(rows, key=lambda row: row.with_(sequence)).add(sequence)
+        min(rows, key=lambda row: row.tokens_with(sequence)).add(sequence)
     return rows
 
 
 def packed_tokens(row: Sequence[EncodedExample]) -> int:
-    """Tokens of a row without padding: every prefix once."""
-    heads = {sequence.shared_prefix: sequence.shared_prefix_len for sequence in row}
-    return sum(len(s.tokens) - s.shared_prefix_len for s in row) + sum(heads.values())
+    """Return the length of a row without padding, each prefix counted once."""
+    prefixes = {sequence.shared_prefix: sequence.shared_prefix_len for sequence in row}
+    return sum(len(s.tokens) - s.shared_prefix_len for s in row) + sum(prefixes.values())
 
 
 def bucketed(rows: Sequence[Sequence[EncodedExample]], max_seq_len: int, row_multiple: int) -> Shape:
-    """The smallest of the few shapes that holds these rows."""
+    """Return the smallest bucketed shape that holds these rows."""
     longest = max(map(packed_tokens, rows))
     targets = max(sum(int(s.loss_mask.sum()) for s in row) for row in rows)
     return Shape(
@@ -196,48 +192,50 @@ def bucketed(rows: Sequence[Sequence[EncodedExample]], max_seq_len: int, row_mul
 
 
 def row_lengths(max_seq_len: int) -> list[int]:
-    """The lengths that rows may have: quarters of the longest, rounded up to whole blocks if that one consists of such."""
+    """Return the possible row lengths: quarters of the longest, in whole kernel blocks if it consists of them."""
     unit = math.gcd(max_seq_len, KERNEL_MULTIPLE)
     return sorted({-(-max_seq_len * part // (ROW_LENGTHS * unit)) * unit for part in range(1, ROW_LENGTHS + 1)})
 
 
 def bucket_size(count: int, unit: int) -> int:
-    """The smallest of unit × 1 … 8, 10, 12, 14, 16, 20, … that is at least count: four sizes for each doubling."""
+    """Return the smallest of unit × 1 … 8, 10, 12, 14, 16, 20, … that is at least count: four sizes per doubling."""
     units = -(-count // unit)
     step = max(1, (1 << max(0, units - 1).bit_length()) // 8)
     return unit * -(-units // step) * step
 
 
 def assemble(rows: Sequence[Sequence[EncodedExample]], shape: Shape) -> Batch:
-    """Lay packed sequences out as arrays."""
+    """Write packed sequences into the arrays of a batch."""
     batch = Batch.build(shape, np.zeros)
     for r, row in enumerate(rows):
         segment = start = targets = 0
-        heads: dict[bytes, int] = {}
-        # Prefixes first, so that not much lies between an example and what it sees.
+        prefixes: dict[bytes, int] = {}
+        # Prefixes come first, so that an example is near to what it attends to.
         for sequence in row:
-            if sequence.shared_prefix_len and sequence.shared_prefix not in heads:
+            length = sequence.shared_prefix_len
+            if length and sequence.shared_prefix not in prefixes:
                 segment += 1
-                heads[sequence.shared_prefix] = segment
-                start = _lay(batch, r, start, sequence.tokens[: sequence.shared_prefix_len], 0, segment, segment)
+                prefixes[sequence.shared_prefix] = segment
+                start = _write_segment(batch, r, start, sequence.tokens[:length], 0, segment, segment)
         for sequence in row:
             segment += 1
-            own = sequence.tokens[sequence.shared_prefix_len :]
-            stop = _lay(
-                batch, r, start, own, sequence.shared_prefix_len, segment, heads.get(sequence.shared_prefix, segment)
-            )
-            places = np.flatnonzero(sequence.loss_mask)
-            span = slice(targets, targets + len(places))
-            # The first token of a segment has no predecessor there and is never a target: prompts come first.
-            batch.target_index_BM[r, span] = start + places - sequence.shared_prefix_len - 1
-            batch.target_ids_BM[r, span] = sequence.tokens[places]
+            length = sequence.shared_prefix_len
+            prefix = prefixes.get(sequence.shared_prefix, segment)
+            stop = _write_segment(batch, r, start, sequence.tokens[length:], length, segment, prefix)
+            indices = np.flatnonzero(sequence.loss_mask)
+            span = slice(targets, targets + len(indices))
+            # The first token of a segment is never a target, since prompts come first: its predecessor is not in the segment.
+            batch.target_index_BM[r, span] = start + indices - length - 1
+            batch.target_ids_BM[r, span] = sequence.tokens[indices]
             batch.target_weights_BM[r, span] = 1
-            start, targets = stop, targets + len(places)
+            start, targets = stop, targets + len(indices)
     return batch
 
 
-def _lay(batch: Batch, row: int, start: int, tokens: np.ndarray, position: int, segment: int, prefix: int) -> int:
-    """Write one segment; where it ends."""
+def _write_segment(
+    batch: Batch, row: int, start: int, tokens: np.ndarray, position: int, segment: int, prefix: int
+) -> int:
+    """Write one segment; return its end."""
     stop = start + len(tokens)
     batch.tokens_BT[row, start:stop] = tokens
     batch.positions_BT[row, start:stop] = np.arange(position, position + len(tokens))

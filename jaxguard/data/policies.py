@@ -1,7 +1,7 @@
-"""Policies: what counts as harmful, and which questions a guard answers about it.
+"""Policies: what counts as harmful, and which questions a guard answers.
 
-A policy is a YAML file: named categories, plain rules, or both. Shipped ones live in configs/policies; a user writes
-more, and an example may bring its own rules as text.
+A policy is a YAML file with named categories, plain rules, or both, in configs/policies or anywhere. An example may also have
+rules of its own, as text.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ DEFAULT_INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Category:
-    """One kind of harm: a short name, and a sentence that says what belongs to it."""
+    """A category of harm: a short name, and a sentence that defines it."""
 
     name: str
     description: str = ""
@@ -41,15 +41,15 @@ class Category:
 
 @dataclass(frozen=True)
 class Policy:
-    """What an exchange is judged by.
+    """A policy.
 
     Attributes:
         name: shown in reports.
-        categories: the taxonomy, in the order in which it is numbered.
-        rules: rules in plain text, besides or instead of categories.
-        asks: the verdict lines that the guard has to give, in the order of QUESTIONS.
-        instruction: opens the user turn.
-        allowed: what is fine although a category or rule may seem to forbid it.
+        categories: in the order of their numbers.
+        rules: plain text, with or instead of categories.
+        asks: the questions that the guard answers, in the order of QUESTIONS.
+        instruction: start of the user turn.
+        allowed: exceptions to categories and rules.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Policy:
 
     @property
     def digest(self) -> str:
-        """Hash of everything that the guard reads of it, for manifests."""
+        """Hash everything that the guard reads of the policy, for manifests."""
         tree = asdict(self)
-        if not self.allowed:  # as in manifests from before there was such a list
+        if not self.allowed:  # as in manifests from before this field existed
             del tree["allowed"]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -72,7 +72,7 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class CategoryDefinition(Schema):
-    """A category as written in YAML."""
+    """The schema of a category."""
 
     name: Text
     description: str = ""
@@ -80,20 +80,20 @@ class CategoryDefinition(Schema):
     @field_validator("name", "description")
     @classmethod
     def _one_line(cls, text: str) -> str:
-        # A line break would let one category look like two in the numbered list.
+        # With a line break, one category could look like two in the numbered list.
         return " ".join(text.split())
 
 
 class PolicyDefinition(Schema):
-    """A policy as written in YAML."""
+    """The schema of a policy file."""
 
     name: Text
     description: str = ""
-    """For people; the guard does not read it."""
+    """Documentation; the guard does not read it."""
     categories: tuple[CategoryDefinition, ...] = ()
     rules: str = ""
     allowed: tuple[Text, ...] = ()
-    """What is fine although a category or rule may seem to forbid it."""
+    """Exceptions to categories and rules."""
     asks: tuple[Question, ...] = Field(("prompt_harm", "response_harm"), min_length=1)
     instruction: Text = DEFAULT_INSTRUCTION
 
@@ -106,40 +106,39 @@ class PolicyDefinition(Schema):
     def _check(self) -> Self:
         if not self.categories and not self.rules.strip():
             raise ValueError("a policy needs categories, or rules, or both")
-        for what, values in (("asks", self.asks), ("categories", [c.name.casefold() for c in self.categories])):
-            twice = next((value for value in values if list(values).count(value) > 1), None)
-            if twice is not None:
-                raise ValueError(f"{what}: {twice!r} is given twice")
+        for name, values in (("asks", self.asks), ("categories", [c.name.casefold() for c in self.categories])):
+            repeated = next((value for value in values if list(values).count(value) > 1), None)
+            if repeated is not None:
+                raise ValueError(f"{name}: {repeated!r} is given twice")
         return self
 
 
 def load_policy(name_or_path: str, folder: Path = POLICY_FOLDER) -> Policy:
-    """Read a policy by name (a file in `folder`) or by path.
+    """Load a policy by name (a file in `folder`) or by path.
 
     Raises:
-        JaxguardError: no such file, unknown, missing or ill-typed field, a policy that says nothing.
+        JaxguardError: no such file, unknown, missing or ill-typed field, empty policy.
     """
     path = find_yaml(name_or_path, folder, "policy")
-    written = validate(PolicyDefinition, read_yaml(path), str(path))
+    definition = validate(PolicyDefinition, read_yaml(path), str(path))
     return Policy(
-        name=written.name,
-        categories=tuple(Category(c.name, c.description) for c in written.categories),
-        rules=written.rules.strip(),
-        asks=tuple(q for q in QUESTIONS if q in written.asks),
-        instruction=written.instruction,
-        allowed=written.allowed,
+        name=definition.name,
+        categories=tuple(Category(c.name, c.description) for c in definition.categories),
+        rules=definition.rules.strip(),
+        asks=tuple(q for q in QUESTIONS if q in definition.asks),
+        instruction=definition.instruction,
+        allowed=definition.allowed,
     )
 
 
 def policy_for(example: Example, default: Policy, folder: Path = POLICY_FOLDER) -> Policy:
-    """The policy that an example is judged by: its own, or the run's `default`.
+    """Return an example's own policy, or the run's `default`.
 
-    An example names a policy of `folder`, or of a folder in it (`novel/homework_answers`), or brings rules in plain
-    text; those are asked the same questions as the run's policy, under the default instruction, since the run's may
-    speak of a taxonomy that is not shown then.
+    An example names a policy in `folder` (`novel/homework_answers`) or has rules in plain text. Such rules get the questions of
+    the run's policy and the default instruction, since the run's may refer to its own taxonomy.
 
     Raises:
-        JaxguardError: what nobody would write but as a name is none.
+        JaxguardError: the example names a policy that does not exist.
     """
     if example.policy is None:
         return default

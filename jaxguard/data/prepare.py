@@ -1,8 +1,8 @@
-"""From a config to encoded training and validation examples, and a manifest that says what became of every row.
+"""Select and encode a run's training and validation examples, and describe them in a manifest.
 
     load sources -> drop what the mode cannot use -> hold out -> subset -> assign modes -> encode
 
-Every choice is made by a hash of an example's id, so it depends neither on the platform nor on the order of files.
+Selections are by a hash of an example's id, so they depend neither on the platform nor on the order of files.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ from typing import Any
 
 from jaxguard.config import Config
 from jaxguard.config.data import SourceConfig
-from jaxguard.data import encoding as encode
-from jaxguard.data.examples import Example
+from jaxguard.data.encoding import EncodedExample, Encoder
+from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.policies import Policy, load_policy, policy_for
-from jaxguard.data.sources import LABELS, digest, load, unique_ids
+from jaxguard.data.sources import digest, load, unique_ids
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.progress import track
 
@@ -28,13 +28,13 @@ ExampleAndMode = tuple[Example, Mode]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which examples are trained and validated on, in which mode, before encoding.
+    """The selected examples with their modes, before encoding.
 
     Attributes:
-        train: the training examples, in the order of the subset's hash.
-        validation: held-out examples; one that is scored in both modes stands here twice.
-        sources: one entry for each source, for the manifest.
-        dropped: reason -> examples that were left out after loading.
+        train: training examples, in the order of the subset's hash.
+        validation: held-out examples; once for each mode.
+        sources: the manifest entries of the sources.
+        dropped: reason -> number of examples dropped after loading.
     """
 
     train: list[ExampleAndMode]
@@ -45,106 +45,106 @@ class Selection:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Encoded data of a run.
+    """The encoded data of a run.
 
     Attributes:
-        train: one sequence for each training example.
-        validation: held-out example, mode, and the sequences that its probabilities are computed from (the first
-            carries the labels; see Encoder.branches).
-        manifest: plain tree, ready for JSON: sources with hashes, counts, seeds, policy.
+        train: the training examples.
+        validation: (held-out example, mode, branches): see Encoder.branches; the first branch has the labels.
+        manifest: JSON: sources with hashes, counts, seeds, policy.
     """
 
-    train: list[encode.EncodedExample]
-    validation: list[tuple[Example, Mode, tuple[encode.EncodedExample, ...]]]
+    train: list[EncodedExample]
+    validation: list[tuple[Example, Mode, tuple[EncodedExample, ...]]]
     manifest: dict[str, Any]
 
 
 def prepare(config: Config, folder: Path) -> Prepared:
-    """Load, choose and encode a run's data with the tokenizer of the checkpoint in `folder`.
+    """Load, select and encode a run's data with the tokenizer of the checkpoint in `folder`.
 
     Raises:
-        JaxguardError: a source cannot be used, nothing is left to train on, or everything had to be cut.
+        JaxguardError: a source cannot be loaded, no example is left, or every one was truncated.
     """
-    encoder = encode.Encoder.load(folder, config.data)
+    encoder = Encoder.load(folder, config.data)
     return encode_selection(config, select(config), encoder)
 
 
 def select(config: Config) -> Selection:
-    """Load the sources and choose the training and validation examples.
+    """Load the sources and select the training and validation examples.
 
     Raises:
-        JaxguardError: a source cannot be read, no example has the trace that the mode needs, too few examples.
+        JaxguardError: a source cannot be loaded, no example has the trace that the mode needs, too few examples.
     """
     data, dropped = config.data, Counter[str]()
     policy = load_policy(data.policy)
     pool, sources = load_sources(data.train, "train")
     pool = usable(pool, "data.train", policy, data.mode, dropped)
-    held: list[Example] = []
+    held_out: list[Example] = []
     if data.validation and data.validation_size:
-        held, more = load_sources(data.validation, "validation")
-        held = _sample(usable(held, "data.validation", policy, data.mode, dropped), data.validation_size)
-        sources += more
+        held_out, origins = load_sources(data.validation, "validation")
+        held_out = _sample(usable(held_out, "data.validation", policy, data.mode, dropped), data.validation_size)
+        sources += origins
     elif data.validation_size:
-        held = _hold_out(pool, data.validation_size)
-    train = _disjoint(pool, held, dropped)
+        held_out = _hold_out(pool, data.validation_size)
+    train = _disjoint(pool, held_out, dropped)
     if data.subset is not None:
         train = subset(train, data.subset, data.subset_seed)
     if len(train) < config.train.batch_size:
         raise JaxguardError(
-            f"{len(train)} training examples are left after {len(held)} were held out, fewer than "
+            f"{len(train)} training examples are left after {len(held_out)} were held out, fewer than "
             f"train.batch_size={config.train.batch_size}; add data, or lower data.validation_size or train.batch_size"
         )
     modes = assign_modes(train, data.mode, data.dual_reasoning_share, config.seed)
-    return Selection(list(zip(train, modes, strict=True)), _validation_modes(held, data.mode), sources, dropped)
+    return Selection(list(zip(train, modes, strict=True)), _validation_modes(held_out, data.mode), sources, dropped)
 
 
 def subset(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
-    """The first `size` examples in the order of a hash of (seed, id): smaller subsets lie inside larger ones.
+    """Select the first `size` examples in the order of a hash of (seed, id): smaller subsets are inside larger ones.
 
     Raises:
         JaxguardError: there are fewer than `size`.
     """
     if size > len(examples):
-        raise JaxguardError(f"a subset of {size} was asked for, but there are only {len(examples)} examples")
+        raise JaxguardError(f"a subset of {size} needs more than the {len(examples)} examples there are")
     return sorted(examples, key=lambda example: _hash("subset", seed, example.id))[:size]
 
 
 def assign_modes(examples: Sequence[Example], mode: str, share: float, seed: int) -> list[Mode]:
-    """Each example's mode. In dual mode it is what the example says.
+    """Assign each example's mode.
 
-    Of those that say nothing, exactly round(share × number) reason, chosen by a hash of (seed, id) among those with a trace.
+    In dual mode an example may have a mode of its own. Of the others, exactly round(share × number) get reasoning mode, selected
+    by a hash of (seed, id) from those with a trace.
 
     Raises:
-        JaxguardError: dual mode, and fewer examples than that have a trace.
+        JaxguardError: dual mode, and too few examples have a trace.
     """
     if mode != "dual":
         return [Mode(mode)] * len(examples)
     free = [example for example in examples if example.mode is None]
-    wanted = round(share * len(free))
+    count = round(share * len(free))
     traced = [example for example in free if example.trace]
-    if len(traced) < wanted:
+    if len(traced) < count:
         raise JaxguardError(
-            f"data.mode=dual with data.dual_reasoning_share={share:g} needs a trace for {wanted} of {len(free)} "
+            f"data.mode=dual with data.dual_reasoning_share={share:g} needs a trace for {count} of {len(free)} "
             f"examples, but {len(traced)} have one; lower the share, use data.mode=direct, or take a source with traces"
         )
-    reasoning = {e.id for e in sorted(traced, key=lambda example: _hash("mode", seed, example.id))[:wanted]}
+    reasoning = {e.id for e in sorted(traced, key=lambda example: _hash("mode", seed, example.id))[:count]}
     return [Mode(example.mode or ("reasoning" if example.id in reasoning else "direct")) for example in examples]
 
 
-def encode_selection(config: Config, selection: Selection, encoder: encode.Encoder) -> Prepared:
-    """Encode what was chosen, and write the manifest.
+def encode_selection(config: Config, selection: Selection, encoder: Encoder) -> Prepared:
+    """Encode the selected examples, and make the manifest.
 
     Raises:
-        JaxguardError: no example fits, or every one had to be cut.
+        JaxguardError: no example fits, or every one was truncated.
     """
-    train, validation, kept, dropped = [], [], [], Counter(selection.dropped)
+    train, validation, encoded, dropped = [], [], [], Counter(selection.dropped)
     for example, mode in track(selection.train, "encoding"):
         sequence = encoder.encode(example, mode)
         if sequence is None:
             dropped["train: trace too long for a row"] += 1
         else:
             train.append(sequence)
-            kept.append((example, mode))
+            encoded.append((example, mode))
     for example, mode in track(selection.validation, "encoding held-out examples"):
         branches = encoder.branches(example, mode)
         if branches:
@@ -157,7 +157,7 @@ def encode_selection(config: Config, selection: Selection, encoder: encode.Encod
         "sources": selection.sources,
         "policy": {"name": encoder.policy.name, "sha256": encoder.policy.digest},
         "seeds": {"subset": config.data.subset_seed, "modes": config.seed},
-        "train": _counts(kept, train),
+        "train": _counts(encoded, train),
         "validation": _counts(scored, [branches[0] for _, _, branches in validation]),
         "dropped": dict(sorted(dropped.items())),
     }
@@ -165,10 +165,10 @@ def encode_selection(config: Config, selection: Selection, encoder: encode.Encod
 
 
 def load_sources(sources: Iterable[SourceConfig], role: str) -> tuple[list[Example], list[dict[str, Any]]]:
-    """The examples of several sources, with ids that are unique, and where each came from, for manifests.
+    """Load the examples of several sources, with unique ids, and the sources' manifest entries.
 
     Raises:
-        JaxguardError: a source cannot be read.
+        JaxguardError: a source cannot be loaded.
     """
     examples: list[Example] = []
     origins = []
@@ -182,7 +182,7 @@ def load_sources(sources: Iterable[SourceConfig], role: str) -> tuple[list[Examp
 
 
 def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropped: Counter[str]) -> list[Example]:
-    """The examples that have an answer to one of their policy's questions, and a trace where the mode needs one."""
+    """Select examples with a label for a question of their policy, and with a trace if the mode needs one."""
     role = field.removeprefix("data.")
     answered = [example for example in examples if _answers_something(example, policy_for(example, policy))]
     if not answered:
@@ -223,14 +223,14 @@ def _hold_out(pool: list[Example], size: int) -> list[Example]:
 
 
 def _sample(examples: list[Example], size: int) -> list[Example]:
-    """A choice that depends on no seed, so that all runs on the same data are scored alike."""
+    """Sample independently of seeds, so that all runs on the same data have the same held-out examples."""
     return sorted(examples, key=lambda example: _hash("held out", 0, example.id))[:size]
 
 
-def _disjoint(pool: list[Example], held: list[Example], dropped: Counter[str]) -> list[Example]:
-    """The pool without the held-out examples and without others of the same text."""
-    texts = {_normalised(example) for example in held}
-    members = {id(example) for example in held}
+def _disjoint(pool: list[Example], held_out: list[Example], dropped: Counter[str]) -> list[Example]:
+    """Remove the held-out examples, and others with the same text, from the pool."""
+    texts = {_normalised(example) for example in held_out}
+    members = {id(example) for example in held_out}
     rest = [example for example in pool if id(example) not in members]
     train = [example for example in rest if _normalised(example) not in texts]
     _count(dropped, "train: same text as a held-out example", len(rest) - len(train))
@@ -244,34 +244,34 @@ def _normalised(example: Example) -> tuple[str, str | None]:
     return plain(example.prompt), None if example.response is None else plain(example.response)
 
 
-def _validation_modes(held: list[Example], mode: str) -> list[ExampleAndMode]:
-    """Held-out examples in every mode that is trained; in dual mode those without a trace are scored directly only."""
+def _validation_modes(held_out: list[Example], mode: str) -> list[ExampleAndMode]:
+    """Return held-out examples in every mode that is trained; in dual mode, those without a trace in direct mode only."""
     if mode != "dual":
-        return [(example, Mode(mode)) for example in held]
-    reasoning = [(example, Mode.REASONING) for example in held if example.trace]
-    return reasoning + [(example, Mode.DIRECT) for example in held]
+        return [(example, Mode(mode)) for example in held_out]
+    reasoning = [(example, Mode.REASONING) for example in held_out if example.trace]
+    return reasoning + [(example, Mode.DIRECT) for example in held_out]
 
 
 def _hash(purpose: str, seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{purpose}\0{seed}\0{name}".encode()).digest()
 
 
-def _check_lengths(train: list[encode.EncodedExample], config: Config) -> None:
+def _check_lengths(train: list[EncodedExample], config: Config) -> None:
     max_seq_len = config.data.max_seq_len
     if not train:
         raise JaxguardError(
-            f"no training example fits into data.max_seq_len={max_seq_len}, even with its untrusted text cut; raise it"
+            f"no training example fits into data.max_seq_len={max_seq_len}, even with truncated text; raise it"
         )
     if all(sequence.cut for sequence in train):
         raise JaxguardError(
-            f"every training example had to be cut to fit data.max_seq_len={max_seq_len}; raise it, or shorten the policy"
+            f"every training example was truncated to fit data.max_seq_len={max_seq_len}; raise it, or shorten the policy"
         )
 
 
-def _counts(chosen: list[ExampleAndMode], sequences: list[encode.EncodedExample]) -> dict[str, Any]:
-    """What a set consists of. `sha256` covers the tokens, so it changes with the tokenizer and the format too."""
-    # In dual mode a held-out example stands there once for each mode.
-    examples = list({example.id: example for example, _ in chosen}.values())
+def _counts(selected: list[ExampleAndMode], sequences: list[EncodedExample]) -> dict[str, Any]:
+    """Describe a set. `tokens_sha256` also changes with the tokenizer and the format."""
+    # In dual mode a held-out example is listed once for each mode.
+    examples = list({example.id: example for example, _ in selected}.values())
     tokens = hashlib.sha256()
     for sequence in sequences:
         tokens.update(sequence.tokens.astype("<i4").tobytes())
@@ -279,7 +279,7 @@ def _counts(chosen: list[ExampleAndMode], sequences: list[encode.EncodedExample]
         "examples": len(examples),
         "sequences": len(sequences),
         "by_source": dict(Counter(example.source for example in examples).most_common()),
-        "by_mode": dict(Counter(str(mode) for _, mode in chosen)),
+        "by_mode": dict(Counter(str(mode) for _, mode in selected)),
         "labels": {label: dict(Counter(str(getattr(e, label)) for e in examples).most_common()) for label in LABELS},
         "with_response": sum(example.response is not None for example in examples),
         "cut": sum(sequence.cut for sequence in sequences),

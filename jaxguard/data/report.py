@@ -1,21 +1,23 @@
-"""What a run's data looks like: counts, balance, lengths, packing, and one example with its loss mask in colour."""
+"""Report on a run's data: counts, label balance, lengths, packing, and one example with its loss mask in colour."""
 
 import re
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from jaxguard.config import Config
-from jaxguard.data import encoding as encode
+from jaxguard.data.encoding import EncodedExample, Encoder
+from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.data.packing import Schedule, packed_tokens, total_steps
 from jaxguard.data.prepare import ExampleAndMode, Prepared, Selection
+from jaxguard.report import Table
+from jaxguard.report.text import share, visible
 from jaxguard.utils.errors import JaxguardError
 
 PERCENTILES = (5, 50, 95, 99, 100)
@@ -25,29 +27,25 @@ SAMPLED_STEPS = 200
 TRAINED = "black on green"
 OPEN, CLOSE = "⟦", "⟧"
 
-LABEL_NAMES = {"prompt_label": "prompt", "response_label": "response", "refusal_label": "refusal"}
-LABEL_VALUES = (("harmful", "unharmful"), ("harmful", "unharmful"), ("refusal", "compliance"))
-
 
 def report(
-    config: Config, selection: Selection, prepared: Prepared, encoder: encode.Encoder, show_text: bool = False
+    config: Config, selection: Selection, prepared: Prepared, encoder: Encoder, show_text: bool = False
 ) -> Group:
-    """The whole report, ready for a rich console; `show_text` also shows the example's untrusted text."""
+    """Return the report for a rich console; `show_text` also shows the example's untrusted text."""
     manifest = prepared.manifest
-    parts: list[RenderableType] = [_sources(manifest), _sets(manifest), _labels(manifest)]
-    if manifest["dropped"]:
-        parts.append(_dropped(manifest))
-    parts += [_lengths(prepared), _histogram(prepared), _packing(config, prepared)]
+    dropped = Table.of(("dropped", "examples"), manifest["dropped"].items())
+    tables = [_sources(manifest), _sets(manifest), _labels(manifest), dropped, _lengths(prepared)]
+    parts: list[RenderableType] = [table.rich() for table in tables if table.rows]
+    parts += [_histogram(prepared), _packing(config, prepared)]
     parts.append(_example(_typical(selection, prepared), encoder, show_text))
     return Group(*parts)
 
 
-def packing(config: Config, sequences: Sequence[encode.EncodedExample]) -> dict[str, float]:
-    """How evenly spaced updates of the run are packed, on one device; more devices may add rows, since each gets as many.
+def packing(config: Config, sequences: Sequence[EncodedExample]) -> dict[str, float]:
+    """Measure the packing of evenly spaced steps on one device; more devices may add rows, since each gets equally many.
 
-    `rows` and `tokens`: of a batch, and of a row. `padding`: share of them that belongs to no example, rows added to reach
-    a bucketed shape included. `shared`: share of the examples' tokens that are not computed, since another example of the
-    row begins with them.
+    `rows` and `tokens`: of a batch, and of a row. `padding`: share of tokens that belong to no example, including rows added
+    for a bucketed shape. `shared`: share of the examples' tokens that are computed once for several examples.
     """
     steps = total_steps(len(sequences), config.train.batch_size, config.train.epochs, config.train.max_steps)
     if steps == 0:
@@ -60,7 +58,7 @@ def packing(config: Config, sequences: Sequence[encode.EncodedExample]) -> dict[
     )
     sampled = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int)).tolist()
     shapes = [schedule.shape(step) for step in sampled]
-    whole = sum(len(sequences[i].tokens) for step in sampled for i in schedule.examples(step))
+    unshared = sum(len(sequences[i].tokens) for step in sampled for i in schedule.examples(step))
     used = sum(packed_tokens(row) for step in sampled for row in schedule.rows(step))
     total = sum(shape.rows * shape.tokens for shape in shapes)
     return {
@@ -68,81 +66,69 @@ def packing(config: Config, sequences: Sequence[encode.EncodedExample]) -> dict[
         "rows": float(np.mean([shape.rows for shape in shapes])),
         "tokens": float(np.mean([shape.tokens for shape in shapes])),
         "padding": 1 - used / total,
-        "shared": 1 - used / whole,
+        "shared": 1 - used / unshared,
         "shapes": len(set(shapes)),
     }
 
 
 def _sources(manifest: dict[str, Any]) -> Table:
-    table = Table("", "source", "examples", "skipped", title="Sources", title_justify="left")
+    table = Table(("", "source", "examples", "skipped", "why"), "Sources", left=2)
     for source in manifest["sources"]:
-        name = source.get("hub") or "\n".join(source["files"])
-        skipped = "\n".join(f"{count:,} {reason}" for reason, count in source["skipped"].items()) or "-"
-        table.add_row(source["role"], Text(f"{source['kind']}: {name}"), f"{source['examples']:,}", Text(skipped))
+        name = source.get("hub") or ", ".join(source["files"])
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in source["skipped"].items())
+        table.add(
+            source["role"], f"{source['kind']}: {name}", source["examples"], sum(source["skipped"].values()), reasons
+        )
     return table
 
 
 def _sets(manifest: dict[str, Any]) -> Table:
-    table = Table("", title="After selection and encoding", title_justify="left")
     roles = [role for role in ("train", "validation") if manifest[role]["sequences"]]
-    for role in roles:
-        table.add_column(role, justify="right")
-
-    def row(name: str, values: Iterable[str]) -> None:
-        table.add_row(Text(name), *values)
-
     sets = [manifest[role] for role in roles]
-    row("examples", (f"{s['examples']:,}" for s in sets))
+    table = Table(("", *roles), "After selection and encoding")
+    table.add("examples", *(s["examples"] for s in sets))
     for mode in ("reasoning", "direct"):
         if any(mode in s["by_mode"] for s in sets):
-            row(f"  in {mode} mode", (f"{s['by_mode'].get(mode, 0):,}" for s in sets))
-    row("with a response", (f"{s['with_response']:,}" for s in sets))
-    row("cut to fit a row", (f"{s['cut']:,}" for s in sets))
-    row("tokens", (f"{s['tokens']:,}" for s in sets))
-    row("  trained on", (f"{s['trained_tokens']:,} ({s['trained_tokens'] / s['tokens']:.1%})" for s in sets))
-    # Source names come from the data, so they are text and not markup.
+            table.add(f"in {mode} mode", *(s["by_mode"].get(mode, 0) for s in sets))
+    table.add("with a response", *(s["with_response"] for s in sets))
+    table.add("truncated", *(s["cut"] for s in sets))
+    table.add("tokens", *(s["tokens"] for s in sets))
+    table.add("trained on", *(f"{s['trained_tokens']:,} ({share(s['trained_tokens'], s['tokens'])})" for s in sets))
     for source in list(sets[0]["by_source"])[:20]:
-        row(f"from {printable(source)}", (f"{s['by_source'].get(source, 0):,}" for s in sets))
+        table.add(f"from {source}", *(s["by_source"].get(source, 0) for s in sets))
     return table
 
 
 def _labels(manifest: dict[str, Any]) -> Table:
-    table = Table("", "label", "positive", "negative", "not labelled", title="Label balance", title_justify="left")
+    table = Table(("", "label", "positive", "negative", "not labelled"), "Label balance", left=2)
+    names = ("prompt_label", "response_label", "refusal_label")
     for role in ("train", "validation"):
-        counts = manifest[role]
-        if not counts["sequences"]:
-            continue
-        for (label, name), (positive, negative) in zip(LABEL_NAMES.items(), LABEL_VALUES, strict=True):
-            values = counts["labels"][label]
-            yes, no, unknown = values.get(positive, 0), values.get(negative, 0), values.get("None", 0)
-            share = f" ({yes / (yes + no):.0%})" if yes + no else ""
-            table.add_row(role, name, f"{yes:,} {positive}{share}", f"{no:,} {negative}", f"{unknown:,}")
-    return table
-
-
-def _dropped(manifest: dict[str, Any]) -> Table:
-    table = Table("dropped", "examples", title_justify="left")
-    for reason, count in manifest["dropped"].items():
-        table.add_row(reason, f"{count:,}")
+        for name, (positive, negative) in zip(names, CHOICES.values(), strict=True):
+            values = manifest[role]["labels"].get(name, {})
+            yes, no = values.get(positive, 0), values.get(negative, 0)
+            balance = f" ({yes / (yes + no):.0%})" if yes + no else ""
+            if manifest[role]["sequences"]:
+                counts = (f"{yes:,} {positive}{balance}", f"{no:,} {negative}", values.get("None", 0))
+                table.add(role, name.removesuffix("_label"), *counts)
     return table
 
 
 def _lengths(prepared: Prepared) -> Table:
-    table = Table("tokens", title="Lengths of the training sequences", title_justify="left")
-    for p in PERCENTILES:
-        table.add_column("longest" if p == 100 else f"{p}%", justify="right")
-    for name, values in (("whole", _totals(prepared)), ("trained on", _targets(prepared))):
-        table.add_row(name, *(f"{np.percentile(values, p, method='nearest'):,.0f}" for p in PERCENTILES))
+    columns = ("longest" if p == 100 else f"{p}%" for p in PERCENTILES)
+    table = Table(("tokens", *columns), "Lengths of the training sequences")
+    trained = np.array([int(sequence.loss_mask.sum()) for sequence in prepared.train])
+    for name, values in (("all", _totals(prepared)), ("trained on", trained)):
+        table.add(name, *(int(np.percentile(values, p, method="nearest")) for p in PERCENTILES))
     return table
 
 
-def _histogram(prepared: Prepared) -> Table:
-    """Lengths in about a dozen bins of a round width."""
+def _histogram(prepared: Prepared) -> RichTable:
+    """Plot lengths in about a dozen bins of a round width."""
     totals = _totals(prepared)
     width = _round_up(max(1, (int(totals.max()) - int(totals.min())) // BARS + 1))
     first = int(totals.min()) // width
     counts = np.bincount(totals // width - first)
-    table = Table.grid(padding=(0, 1))
+    table = RichTable.grid(padding=(0, 1))
     for i, count in enumerate(counts):
         low = (first + i) * width
         bar = "█" * round(BAR_WIDTH * count / counts.max()) or ("▏" if count else "")
@@ -151,28 +137,23 @@ def _histogram(prepared: Prepared) -> Table:
 
 
 def _round_up(width: int) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, … that is at least width."""
-    size = 1
-    while True:
-        for step in (1, 2, 5):
-            if step * size >= width:
-                return step * size
-        size *= 10
+    """Return the next of 1, 2, 5, 10, 20, 50, … that is at least width."""
+    return next(step * 10**power for power in range(20) for step in (1, 2, 5) if step * 10**power >= width)
 
 
 def _packing(config: Config, prepared: Prepared) -> Text:
     packed = packing(config, prepared.train)
     return Text(
-        f"\nPacking: {packed['steps']:,} updates of {config.train.batch_size} examples, "
+        f"\nPacking: {packed['steps']:,} steps of {config.train.batch_size} examples, "
         f"{packed['rows']:.1f} rows of {packed['tokens']:,.0f} tokens a batch, {packed['padding']:.1%} padding, "
         f"{packed['shared']:.1%} of the tokens shared and computed once, "
-        f"{packed['shapes']:.0f} shape(s) in {min(SAMPLED_STEPS, int(packed['steps']))} sampled updates, "
+        f"{packed['shapes']:.0f} shape(s) in {min(SAMPLED_STEPS, int(packed['steps']))} sampled steps, "
         "before rounding up to the number of devices.\n"
     )
 
 
 def _typical(selection: Selection, prepared: Prepared) -> ExampleAndMode:
-    """The training example whose sequence is as long as the median; with both modes, one that reasons."""
+    """Return the training example of median length; in dual mode, one with reasoning."""
     examples = {example.id: example for example, _ in selection.train}
     reasoning = [s for s in prepared.train if s.mode == "reasoning"] or prepared.train
     median = np.percentile([len(s.tokens) for s in reasoning], 50, method="nearest")
@@ -180,8 +161,8 @@ def _typical(selection: Selection, prepared: Prepared) -> ExampleAndMode:
     return examples[sequence.example_id], sequence.mode
 
 
-def _example(chosen: ExampleAndMode, encoder: encode.Encoder, show_text: bool) -> Panel:
-    example, mode = chosen
+def _example(selected: ExampleAndMode, encoder: Encoder, show_text: bool) -> Panel:
+    example, mode = selected
     if not show_text:
         example = replace(
             example,
@@ -191,7 +172,7 @@ def _example(chosen: ExampleAndMode, encoder: encode.Encoder, show_text: bool) -
         )
     sequence = encoder.encode(example, mode)
     if sequence is None:
-        raise JaxguardError(f"example {example.id!r}: the trace does not fit into a row")
+        raise JaxguardError(f"example {example.id!r}: the trace does not fit into data.max_seq_len")
     hidden = "" if show_text else "; its texts are hidden, --show-text shows them"
     legend = Text.assemble(
         "trained on: ",
@@ -199,16 +180,16 @@ def _example(chosen: ExampleAndMode, encoder: encode.Encoder, show_text: bool) -
         f"; {mode} mode, {len(sequence.tokens):,} tokens{hidden}",
     )
     body = render_mask(sequence, encoder.tokenizer)
-    title = Text(f"Example {printable(example.id)} from {printable(example.source)}")
+    title = Text(f"Example {visible(example.id)} from {visible(example.source)}")
     return Panel(Group(body, Text(), legend), title=title, title_align="left")
 
 
-def render_mask(sequence: encode.EncodedExample, tokenizer: Any) -> Text:
-    """The sequence's text, control characters made visible, with the trained tokens highlighted and in ⟦ ⟧."""
+def render_mask(sequence: EncodedExample, tokenizer: Any) -> Text:
+    """Decode a sequence, control characters replaced, with the trained tokens highlighted and in ⟦ ⟧."""
     text = Text()
     edges = np.flatnonzero(np.diff(sequence.loss_mask.astype(np.int8))) + 1
     for run in np.split(np.arange(len(sequence.tokens)), edges):
-        piece = printable(tokenizer.decode(sequence.tokens[run].tolist(), skip_special_tokens=False))
+        piece = visible(tokenizer.decode(sequence.tokens[run].tolist(), skip_special_tokens=False))
         if sequence.loss_mask[run[0]]:
             text.append(f"{OPEN}{piece}{CLOSE}", style=TRAINED)
         else:
@@ -216,19 +197,10 @@ def render_mask(sequence: encode.EncodedExample, tokenizer: Any) -> Text:
     return text
 
 
-def printable(text: str) -> str:
-    """Text that cannot steer a terminal: control and format characters other than line breaks become �."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cf"} else "\ufffd" for c in text)
-
-
-def _placeholder(what: str, text: str) -> str:
+def _placeholder(name: str, text: str) -> str:
     words = len(re.findall(r"\w+", text))
-    return f"({what}: {len(text):,} characters, {words:,} words, hidden)"
+    return f"({name}: {len(text):,} characters, {words:,} words, hidden)"
 
 
 def _totals(prepared: Prepared) -> np.ndarray:
     return np.array([len(sequence.tokens) for sequence in prepared.train])
-
-
-def _targets(prepared: Prepared) -> np.ndarray:
-    return np.array([int(sequence.loss_mask.sum()) for sequence in prepared.train])

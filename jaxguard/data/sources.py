@@ -1,23 +1,22 @@
-"""Public data sets and our JSON lines, each turned into examples.
+"""Convert public data sets and our JSON lines into examples.
 
-A source is described by one row of `_KINDS`: where it lies on the hub, which columns it must have, and the function
-that turns one of its rows into an Example or says why the row is skipped; where a row is a whole dialogue, another one
-first takes it apart. Column facts: the data sets' own cards.
+Each kind of source is one row of `_KINDS`: its repository, the columns that it needs, and the function that converts a row into
+an Example or says why the row is skipped. A row that holds a whole dialogue is first split into its messages. Facts about
+columns: the data sets' own cards.
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from jaxguard.config.base import nearest
 from jaxguard.config.data import SourceConfig
-from jaxguard.config.lookup import nearest
 from jaxguard.data.cells import Skip, label, objects, squeezed, text, transcript, words
-from jaxguard.data.examples import Example
+from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.files import Row, Table, read_hub, read_local
 from jaxguard.utils.errors import JaxguardError
 
@@ -25,12 +24,11 @@ HARM = {"harmful": "harmful", "unharmful": "unharmful"}
 SAFETY = {"unsafe": "harmful", "safe": "unharmful"}
 REFUSAL = {"refusal": "refusal", "compliance": "compliance"}
 TOPIC = {"off-topic": "harmful", "on-topic": "unharmful"}
-LABELS = ("prompt_label", "response_label", "refusal_label")
 
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A source's examples, the rows that were skipped (reason -> count), and what the manifest says of it."""
+    """A source's examples, its skipped rows (reason -> count), and its manifest entry."""
 
     examples: list[Example]
     skipped: Counter[str]
@@ -38,58 +36,55 @@ class LoadedSource:
 
 
 def load_examples(source: SourceConfig) -> list[Example]:
-    """The examples of a source, in its own order; see `load` for the errors."""
+    """Return the examples of a source in its own order; errors as in `load`."""
     return load(source).examples
 
 
 def load(source: SourceConfig) -> LoadedSource:
-    """Read a source and turn its rows into examples with unique ids.
+    """Convert the rows of a source into examples with unique ids.
 
     Raises:
-        JaxguardError: it cannot be read, lacks a column, has a label outside its set, or holds no usable row.
+        JaxguardError: it cannot be loaded, lacks a column, has an unknown label, or no usable row.
     """
     kind = _KINDS[source.kind]
     table = _read(source, kind)
-    where = source.path or kind.repository
+    name = source.path or kind.repository
     if not table.rows:
-        raise JaxguardError(f"{where}: split {source.split!r} is empty")
-    _check_columns(table, kind.columns(source), where)
+        raise JaxguardError(f"{name}: split {source.split!r} is empty")
+    for column in kind.columns(source):
+        if column not in table.columns:
+            hint = nearest(column, table.columns)
+            raise JaxguardError(f"{name}: no column {column!r}; {hint}found: {', '.join(table.columns)}")
     if source.kind == "jsonl":
-        _check_jsonl_columns(table, where)
+        _check_jsonl_columns(table, name)
     skipped = Counter[str]()
-    examples = _examples(table, kind, source, skipped)
+    examples = list(_examples(table, kind, source, skipped))
     if not examples:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
-        raise JaxguardError(f"{where}: split {source.split!r} has no row to train on ({reasons})")
+        raise JaxguardError(f"{name}: split {source.split!r} has no row to train on ({reasons})")
     if source.kind == "jsonl":
-        _check_ids(examples, where)
+        _check_ids(examples, name)
     examples = unique_ids(examples)
     origin = {"kind": source.kind, **table.origin, "examples_sha256": digest(examples)}
     return LoadedSource(examples, skipped, origin)
 
 
-def _examples(table: Table, kind: "_Kind", source: SourceConfig, skipped: Counter[str]) -> list[Example]:
-    examples = []
-    for place, row in table.rows:
-        parts: Iterable[Row] = ()
-        with _counted(skipped):
-            parts = kind.parts(row, place)
-        for part in parts:
-            with _counted(skipped):
-                examples.append(kind.example(part, source, place))
-    return examples
-
-
-@contextmanager
-def _counted(skipped: Counter[str]) -> Iterator[None]:
-    try:
-        yield
-    except Skip as reason:
-        skipped[str(reason)] += 1
+def _examples(table: Table, kind: "_Kind", source: SourceConfig, skipped: Counter[str]) -> Iterator[Example]:
+    for location, row in table.rows:
+        try:
+            messages = kind.split(row, location)
+        except Skip as reason:
+            skipped[str(reason)] += 1
+            continue
+        for message in messages:
+            try:
+                yield kind.example(message, source, location)
+            except Skip as reason:
+                skipped[str(reason)] += 1
 
 
 def digest(examples: Iterable[Example]) -> str:
-    """Hash of the examples' contents, in order."""
+    """Hash the contents of examples, in order."""
     total = hashlib.sha256()
     for example in examples:
         total.update(json.dumps(example.to_json(), sort_keys=True).encode())
@@ -97,7 +92,7 @@ def digest(examples: Iterable[Example]) -> str:
 
 
 def unique_ids(examples: list[Example]) -> list[Example]:
-    """Ids made unique: the second example with an id X is called X#2, and so on."""
+    """Make ids unique: the second example with id X becomes X#2, and so on."""
     taken = {example.id for example in examples}
     seen, result = set[str](), []
     for example in examples:
@@ -110,150 +105,144 @@ def unique_ids(examples: list[Example]) -> list[Example]:
     return result
 
 
-def _wildguardmix(row: Row, source: SourceConfig, place: str) -> Example:
-    category = text(row, "subcategory", place)
-    return _build(
+def _wildguardmix(row: Row, source: SourceConfig, location: str) -> Example:
+    category = text(row, "subcategory", location)
+    return _example(
         source,
-        place,
-        prompt=text(row, "prompt", place),
-        response=text(row, "response", place),
-        prompt_label=label(row, "prompt_harm_label", HARM, place),
-        response_label=label(row, "response_harm_label", HARM, place),
-        refusal_label=label(row, "response_refusal_label", REFUSAL, place),
+        location,
+        prompt=text(row, "prompt", location),
+        response=text(row, "response", location),
+        prompt_label=label(row, "prompt_harm_label", HARM, location),
+        response_label=label(row, "response_harm_label", HARM, location),
+        refusal_label=label(row, "response_refusal_label", REFUSAL, location),
         categories=() if category in {None, "", "benign"} else (category,),
     )
 
 
-def _aegis2(row: Row, source: SourceConfig, place: str) -> Example:
-    return _aegis_row(row, source, place, ("prompt_label", "response_label"), SAFETY)
+def _aegis2(row: Row, source: SourceConfig, location: str) -> Example:
+    return _aegis_row(row, source, location, ("prompt_label", "response_label"), SAFETY)
 
 
-def _nemotron_safety(row: Row, source: SourceConfig, place: str) -> Example:
-    example = _aegis_row(row, source, place, ("prompt_harm_label", "response_harm_label"), HARM)
-    return replace(example, trace=_trace(row, source, place))
+def _nemotron_safety(row: Row, source: SourceConfig, location: str) -> Example:
+    example = _aegis_row(row, source, location, ("prompt_harm_label", "response_harm_label"), HARM)
+    return replace(example, trace=_trace(row, source, location))
 
 
 def _aegis_row(
-    row: Row, source: SourceConfig, place: str, labels: tuple[str, str], meaning: Mapping[str, str]
+    row: Row, source: SourceConfig, location: str, labels: tuple[str, str], meaning: Mapping[str, str]
 ) -> Example:
-    prompt = text(row, "prompt", place)
+    prompt = text(row, "prompt", location)
     if prompt is not None and prompt.strip() == "REDACTED":
         raise Skip("redacted prompt")
-    return _build(
+    return _example(
         source,
-        place,
+        location,
         id=row.get("id"),
         prompt=prompt,
-        response=text(row, "response", place),
-        prompt_label=label(row, labels[0], meaning, place),
-        response_label=label(row, labels[1], meaning, place),
-        categories=words(row.get("violated_categories"), place),
+        response=text(row, "response", location),
+        prompt_label=label(row, labels[0], meaning, location),
+        response_label=label(row, labels[1], meaning, location),
+        categories=words(row.get("violated_categories"), location),
     )
 
 
-def _nemotron_topics(row: Row, source: SourceConfig, place: str) -> Example:
-    return _build(
+def _nemotron_topics(row: Row, source: SourceConfig, location: str) -> Example:
+    return _example(
         source,
-        place,
-        prompt=transcript(row.get("conversation_history"), text(row, "last_user_message", place), place),
-        prompt_label=label(row, "gt_topic_classification", TOPIC, place),
-        policy=_instruction(row, place),
-        trace=_trace(row, source, place),
+        location,
+        prompt=transcript(row.get("conversation_history"), text(row, "last_user_message", location), location),
+        prompt_label=label(row, "gt_topic_classification", TOPIC, location),
+        policy=_instruction(row, location),
+        trace=_trace(row, source, location),
     )
 
 
-def _dialogue_parts(row: Row, place: str) -> list[Row]:
-    """The messages of a CantTalkAboutThis dialogue, each as a row with what was said before it.
+def _dialogue_messages(row: Row, location: str) -> list[Row]:
+    """Split a CantTalkAboutThis dialogue into messages, each with the turns before it.
 
-    A user turn is on-topic. A distractor is an off-topic message that could have followed a turn of the bot; it is no
-    part of the conversation, so that the turns after it know nothing of it.
+    User turns are on-topic. A distractor is an off-topic message that could follow a turn of the bot; later turns do not
+    contain it.
     """
-    turns = objects(row, "conversation", ("role", "content"), place)
+    turns = objects(row, "conversation", ("role", "content"), location)
     if not all(role and content for role, content in turns):
         raise Skip("a turn without role or text")
     history = [{"role": role, "content": content} for role, content in turns]
-    parts: list[Row] = []
+    messages: list[Row] = []
     bot_turns: dict[str, int] = {}
     for i, (role, content) in enumerate(turns):
         if squeezed(role) == "user":
-            parts.append({**row, "history": history[:i], "message": content, "topic": "on-topic"})
+            messages.append({**row, "history": history[:i], "message": content, "topic": "on-topic"})
         else:
-            # A bot that says the same twice could have been interrupted at either place; the first is taken.
-            bot_turns.setdefault(squeezed(content), i)
-    for bot_turn, distractor in objects(row, "distractors", ("bot turn", "distractor"), place):
+            bot_turns.setdefault(squeezed(content), i)  # of equal bot turns, a distractor follows the first
+    for bot_turn, distractor in objects(row, "distractors", ("bot turn", "distractor"), location):
         i = bot_turns.get(squeezed(bot_turn), -1)
         past = history[: i + 1] if i >= 0 else None
-        parts.append({**row, "history": past, "message": distractor, "topic": "off-topic"})
-    if not parts:
+        messages.append({**row, "history": past, "message": distractor, "topic": "off-topic"})
+    if not messages:
         raise Skip("no user turn")
-    return parts
+    return messages
 
 
-def _canttalkaboutthis(row: Row, source: SourceConfig, place: str) -> Example:
+def _canttalkaboutthis(row: Row, source: SourceConfig, location: str) -> Example:
     if row["history"] is None:
         raise Skip("bot turn not in the conversation")
-    domain = text(row, "domain", place)
-    return _build(
+    domain = text(row, "domain", location)
+    return _example(
         source,
-        place,
-        prompt=transcript(row["history"], row["message"], place),
+        location,
+        prompt=transcript(row["history"], row["message"], location),
         prompt_label=TOPIC[row["topic"]],
-        policy=_instruction(row, place),
+        policy=_instruction(row, location),
         categories=(domain,) if domain else (),
     )
 
 
-def _instruction(row: Row, place: str) -> str:
-    """A dialogue's own policy; without one its labels would be read under the run's."""
-    instruction = (text(row, "system_instruction", place) or "").strip()
+def _instruction(row: Row, location: str) -> str:
+    """Return a dialogue's own policy; its labels mean nothing under another one."""
+    instruction = (text(row, "system_instruction", location) or "").strip()
     if not instruction:
         raise Skip("no system instruction")
     return instruction
 
 
-def _jsonl(row: Row, source: SourceConfig, place: str) -> Example:
-    known = {f.name: row[f.name] for f in fields(Example) if row.get(f.name) is not None}
+def _jsonl(row: Row, source: SourceConfig, location: str) -> Example:
+    values = {f.name: row[f.name] for f in fields(Example) if row.get(f.name) is not None}
     for name, meaning in zip(LABELS, (HARM, HARM, REFUSAL), strict=True):
-        known[name] = label(row, name, meaning, place)
+        values[name] = label(row, name, meaning, location)
     for name in ("prompt", "response", "policy", "trace", "source"):
-        known[name] = text(row, name, place)
-    known["categories"] = words(row.get("categories"), place)
-    known["mode"] = row.get("mode")
-    return _build(source, place, **known)
+        values[name] = text(row, name, location)
+    values |= {"categories": words(row.get("categories"), location), "mode": row.get("mode")}
+    return _example(source, location, **values)
 
 
-def _build(source: SourceConfig, place: str, /, **known: Any) -> Example:
-    """An example from what a row says; rows that cannot be trained on are skipped."""
-    name = known.pop("source", None) or (Path(source.path or "").name.split(".")[0] if source.kind == "jsonl" else "")
-    if not (known["prompt"] or "").strip():
+def _example(source: SourceConfig, location: str, /, **values: Any) -> Example:
+    """Make an example from the values of a row; rows that cannot be trained on are skipped."""
+    name = values.pop("source", None) or (Path(source.path or "").name.split(".")[0] if source.kind == "jsonl" else "")
+    if not (values["prompt"] or "").strip():
         raise Skip("empty prompt")
-    if not any(known.get(label) for label in LABELS):
+    if not any(values.get(label) for label in LABELS):
         raise Skip("no label")
-    # Aegis has empty responses with a label: the assistant said nothing. Without a label there is no response.
-    if not (known.get("response") or "").strip() and not (known.get("response_label") or known.get("refusal_label")):
-        known["response"] = None
-    known["trace"] = (known.get("trace") or "").strip() or None
-    known["policy"] = (known.get("policy") or "").strip() or None
-    identity = known.pop("id", None)
-    if identity is None or str(identity) == "":
-        identity = f"{source.kind}:{_content_hash(known)}"
+    # Aegis has labels for empty responses: the assistant said nothing. Without a label there is no response.
+    if not (values.get("response") or "").strip() and not (values.get("response_label") or values.get("refusal_label")):
+        values["response"] = None
+    for optional in ("trace", "policy"):
+        values[optional] = (values.get(optional) or "").strip() or None
+    given_id = values.pop("id", None)
+    if given_id is None or str(given_id) == "":
+        contents = json.dumps([values["prompt"], values.get("response"), values["policy"]])
+        given_id = f"{source.kind}:{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
     try:
-        return Example(id=str(identity), source=name or source.kind, **known)
+        return Example(id=str(given_id), source=name or source.kind, **values)
     except JaxguardError as error:
-        raise JaxguardError(f"{place}: {error}") from None
+        raise JaxguardError(f"{location}: {error}") from None
 
 
-def _content_hash(known: Mapping[str, Any]) -> str:
-    parts = [known["prompt"], known.get("response"), known.get("policy")]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _trace(row: Row, source: SourceConfig, place: str) -> str | None:
+def _trace(row: Row, source: SourceConfig, location: str) -> str | None:
     if source.trace == "none":
         return None
     if str(row.get(f"prediction_gt_mismatch_{source.teacher}")).casefold() in {"true", "1"}:
         raise Skip("teacher disagrees with the label")
-    trace = (text(row, _trace_column(source), place) or "").strip()
+    trace = (text(row, _trace_column(source), location) or "").strip()
     if not trace:
         raise Skip("no trace of this teacher")
     return trace
@@ -271,15 +260,15 @@ def _trace_column(source: SourceConfig) -> str:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is particular to a kind of source.
+    """A kind of source.
 
     Attributes:
-        repository: where it lies on the hub.
-        columns: those it must have.
-        example: makes one of a row, or of a part of one.
-        file: the only file of the repository that belongs to it.
-        clone: split -> how a clone of the repository calls its file.
-        parts: takes a row apart.
+        repository: on the hub.
+        columns: required columns.
+        example: converts a row, or a message of one.
+        file: the repository's file, if only one belongs to this kind.
+        clone: split -> file name in a clone of the repository.
+        split: splits a row into messages.
     """
 
     repository: str
@@ -287,15 +276,15 @@ class _Kind:
     example: Callable[[Row, SourceConfig, str], Example]
     file: str | None = None
     clone: Mapping[str, str] = field(default_factory=dict)
-    parts: Callable[[Row, str], Iterable[Row]] = lambda row, _: (row,)
+    split: Callable[[Row, str], Iterable[Row]] = lambda row, _: (row,)
 
 
 def _nemotron_columns(*columns: str) -> Callable[[SourceConfig], tuple[str, ...]]:
-    def needed(source: SourceConfig) -> tuple[str, ...]:
+    def required(source: SourceConfig) -> tuple[str, ...]:
         mismatch = f"prediction_gt_mismatch_{source.teacher}"
         return columns if source.trace == "none" else (*columns, _trace_column(source), mismatch)
 
-    return needed
+    return required
 
 
 _NEMOTRON = "nvidia/Nemotron-Content-Safety-Reasoning-Dataset"
@@ -333,7 +322,7 @@ _KINDS = {
             "train": "canttalkaboutthis_topic_control_mixtral",
             "test": "canttalkaboutthis_topic_control_human_test_set",
         },
-        parts=_dialogue_parts,
+        split=_dialogue_messages,
     ),
     "jsonl": _Kind("", lambda _: ("prompt",), _jsonl),
 }
@@ -350,26 +339,19 @@ def _read(source: SourceConfig, kind: _Kind) -> Table:
     return read_hub(kind.repository, config, source.split, kind.file)
 
 
-def _check_columns(table: Table, columns: tuple[str, ...], where: str) -> None:
-    for column in columns:
-        if column not in table.columns:
-            hint = nearest(column, table.columns)
-            raise JaxguardError(f"{where}: no column {column!r}; {hint}found: {', '.join(table.columns)}")
-
-
-def _check_jsonl_columns(table: Table, where: str) -> None:
+def _check_jsonl_columns(table: Table, name: str) -> None:
     if not any(label in table.columns for label in LABELS):
         hint = " Rename `label`, or write its meaning into one of them." if "label" in table.columns else ""
         raise JaxguardError(
-            f"{where}: no label column; expected one of {', '.join(LABELS)}, found: {', '.join(table.columns)}.{hint}"
+            f"{name}: no label column; expected one of {', '.join(LABELS)}, found: {', '.join(table.columns)}.{hint}"
         )
-    place = next((place for place, row in table.rows if "prompt" not in row), None)
-    if place is not None:
-        raise JaxguardError(f"{place}: no field 'prompt'")
+    location = next((location for location, row in table.rows if "prompt" not in row), None)
+    if location is not None:
+        raise JaxguardError(f"{location}: no field 'prompt'")
 
 
-def _check_ids(examples: list[Example], where: str) -> None:
+def _check_ids(examples: list[Example], name: str) -> None:
     counts = Counter(example.id for example in examples)
-    name, count = counts.most_common(1)[0]
-    if count > 1 and not name.startswith("jsonl:"):
-        raise JaxguardError(f"{where}: id {name!r} is given to {count} examples; make ids unique, or leave them out")
+    repeated, count = counts.most_common(1)[0]
+    if count > 1 and not repeated.startswith("jsonl:"):
+        raise JaxguardError(f"{name}: {count} examples have the id {repeated!r}; make ids unique, or leave them out")

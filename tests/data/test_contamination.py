@@ -195,7 +195,7 @@ def test_a_pair_at_the_threshold_is_hardly_ever_missed(similarity):
 def test_long_texts_are_taken_in_pieces(monkeypatch):
     held, prompts = mutated(8, 50)
     whole = matches(prompts, held)
-    monkeypatch.setattr(contamination, "_AT_ONCE", 7)
+    monkeypatch.setattr(contamination, "_CHUNK", 7)
     assert matches(prompts, held) == whole
     assert whole
 

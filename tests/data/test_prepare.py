@@ -88,7 +88,7 @@ def test_a_subset_samples_evenly():
 
 
 def test_a_subset_larger_than_the_data():
-    with pytest.raises(JaxguardError, match="a subset of 9 was asked for, but there are only 8 examples"):
+    with pytest.raises(JaxguardError, match=r"a subset of 9 .* 8 examples"):
         subset(make(8), 9, 0)
 
 
@@ -285,7 +285,7 @@ def test_a_trace_that_does_not_fit_drops_its_example(configure, tiny_tokenizer_f
 
 def test_all_cut_is_an_error(configure, tiny_tokenizer_folder):
     examples = [replace(e, prompt=f"{e.prompt} " * 400) for e in make(4)]
-    with pytest.raises(JaxguardError, match=r"every training example had to be cut to fit data.max_seq_len=512"):
+    with pytest.raises(JaxguardError, match=r"every training example .* data.max_seq_len=512"):
         prepare(configure(examples, mode="direct"), tiny_tokenizer_folder)
 
 

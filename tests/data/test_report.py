@@ -15,7 +15,8 @@ from jaxguard.data.encoding import Encoder
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import Schedule
 from jaxguard.data.prepare import encode_selection, select
-from jaxguard.data.report import packing, printable, render_mask, report
+from jaxguard.data.report import packing, render_mask, report
+from jaxguard.report.text import visible
 from jaxguard.utils.errors import JaxguardError
 
 SECRET = "unspeakable"
@@ -94,7 +95,7 @@ def test_untrusted_text_is_hidden_unless_asked_for(made):
 
 def test_text_cannot_steer_the_terminal(made):
     assert "\x1b" not in shown(made, show_text=True)
-    assert printable("a\x1b[31m\u202eb\n\tc\x00") == "a\ufffd[31m\ufffdb\n\tc\ufffd"
+    assert visible("a\x1b[31m\u202eb\n\tc\x00") == "a\ufffd[31m\ufffdb\n\tc\ufffd"
 
 
 def test_the_trained_tokens_are_highlighted(made):
@@ -105,7 +106,7 @@ def test_the_trained_tokens_are_highlighted(made):
     assert trained.startswith("⟦<think>")
     assert trained.endswith("<|eot_id|>⟧")
     completion = encoder.tokenizer.decode(sequence.tokens[sequence.loss_mask].tolist())
-    assert trained == f"⟦{printable(completion)}⟧"
+    assert trained == f"⟦{visible(completion)}⟧"
     assert "\x1b[30;42m" in shown(made, colour=True)
 
 

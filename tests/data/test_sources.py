@@ -255,7 +255,7 @@ def test_a_line_without_a_prompt_is_named(lines):
 
 
 def test_ids_given_twice_are_an_error(lines):
-    assert "id 'x' is given to 2 examples" in message(lines([OURS, OURS]))
+    assert "2 examples have the id 'x'" in message(lines([OURS, OURS]))
 
 
 def test_equal_rows_without_ids_are_kept_apart(lines):
@@ -340,7 +340,7 @@ def test_the_hub_and_a_file_give_the_same_examples(hub, lines):
         (datasets.exceptions.DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub."),
          ["gated", "terms at https://huggingface.co/datasets/allenai/wildguardmix", "HF_TOKEN", "hf auth login"]),
         (datasets.exceptions.DatasetNotFoundError("Dataset 'x' doesn't exist on the Hub or cannot be accessed."),
-         ["not to be found at https://huggingface.co/datasets/allenai/wildguardmix", "HF_TOKEN"]),
+         ["does not exist at https://huggingface.co/datasets/allenai/wildguardmix", "HF_TOKEN"]),
         (ConnectionError("Couldn't reach 'allenai/wildguardmix' on the Hub (OfflineModeIsEnabled)"),
          ["cannot reach data set allenai/wildguardmix", "path"]),
         (ValueError('Unknown split "dev". Should be one of [\'train\'].'), ["wildguardmix", 'Unknown split "dev"']),

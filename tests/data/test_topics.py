@@ -151,7 +151,7 @@ def test_a_dialogue_that_cannot_be_judged_is_skipped_and_counted(lines, changes,
     ],
 )
 def test_a_column_of_another_shape_names_the_row(lines, column, value):
-    assert f"some.jsonl:2: {column} is no list of objects with" in message(lines, **{column: value})
+    assert f"some.jsonl:2: {column} is not a list of objects with" in message(lines, **{column: value})
 
 
 def test_a_turn_that_is_no_text_names_the_row(lines):
