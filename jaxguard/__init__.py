@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxguard.api import build_data, distill, evaluate, mine, train
+    from jaxguard.api import build_data, distill, evaluate, mine, plan, train
     from jaxguard.config import Config
     from jaxguard.config import load as load_config
     from jaxguard.data.examples import Example
@@ -25,10 +25,11 @@ __all__ = [
     "load_config",
     "load_policy",
     "mine",
+    "plan",
     "train",
 ]
 
-_STAGES = ("distill", "evaluate", "mine", "train")
+_STAGES = ("distill", "evaluate", "mine", "plan", "train")
 _SOURCES = {
     "Config": "jaxguard.config.Config",
     "Example": "jaxguard.data.examples.Example",

@@ -4,19 +4,17 @@
 field -> value. A mistake raises JaxguardError.
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from jaxguard.config import Config, load
+from jaxguard.config import Overrides, Source, load
 from jaxguard.utils.threads import outside_event_loop
 
 if TYPE_CHECKING:
     from jaxguard.data.build import BuildResult
+    from jaxguard.plan.report import PlanReport
+    from jaxguard.train.loop import TrainedRun
     from jaxguard.train.run_folder import Resume
-
-Source: TypeAlias = str | Path | Mapping[str, Any] | Config
-Overrides: TypeAlias = Iterable[str] | Mapping[str, Any]
 
 # What a stage needs is imported in its function: JAX takes seconds, and clients of servers are extras.
 
@@ -36,7 +34,7 @@ def distill(config: Source, overrides: Overrides = ()) -> int:
     return outside_event_loop(lambda: run(resolved))
 
 
-def train(config: Source, overrides: Overrides = (), resume: "Resume" = "auto") -> int:
+def train(config: Source, overrides: Overrides = (), resume: "Resume" = "auto") -> "TrainedRun":
     """Fine-tune a guard and export it; `resume` is as on the command line."""
     from jaxguard.train.loop import train as run
 
@@ -57,3 +55,20 @@ def mine(config: Source, overrides: Overrides = ()) -> int:
 
     resolved = load(config, overrides, stage="mine")
     return outside_event_loop(lambda: run(resolved))
+
+
+def plan(
+    config: Source,
+    targets: Sequence[str],
+    overrides: Overrides = (),
+    *,
+    compare: Sequence[Sequence[str]] = (),
+    rows: int | None = None,
+    target_tokens: int | None = None,
+    price: float | None = None,
+) -> "PlanReport":
+    """Compile a run's step for each target, such as a100-80gb:8; further arguments as in jaxguard.plan.run.plan."""
+    from jaxguard.plan.run import plan as run
+
+    resolved = load(config, overrides, stage="plan")
+    return run(resolved, targets, compare=compare, rows=rows, target_tokens=target_tokens, price=price)

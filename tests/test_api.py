@@ -18,6 +18,7 @@ STAGES = {
     "distill": "jaxguard.distill.run.distill",
     "evaluate": "jaxguard.evaluate.run.evaluate",
     "mine": "jaxguard.mine.run.mine",
+    "plan": "jaxguard.plan.run.plan",
     "train": "jaxguard.train.loop.train",
 }
 
@@ -43,10 +44,12 @@ def test_every_name_exists():
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_is_called_with_its_config(name, monkeypatch):
     calls = []
-    monkeypatch.setattr(STAGES[name], lambda config, *rest: calls.append(config) or "result")
-    assert getattr(jaxguard, name)(CONFIG, {"seed": 2}) == "result"
-    assert getattr(jaxguard, name)("tiny", ["model.checkpoint=y"]) == "result"
-    assert getattr(jaxguard, name)(Config.model_validate(CONFIG)) == "result"
+    monkeypatch.setattr(STAGES[name], lambda config, *rest, **options: calls.append(config) or "result")
+    targets = (["a100-80gb:8"],) if name == "plan" else ()
+    stage = getattr(jaxguard, name)
+    assert stage(CONFIG, *targets, {"seed": 2}) == "result"
+    assert stage("tiny", *targets, ["model.checkpoint=y"]) == "result"
+    assert stage(Config.model_validate(CONFIG), *targets) == "result"
     assert [config.seed for config in calls] == [2, 0, 0]
     assert calls[1].model.checkpoint == "y"
 

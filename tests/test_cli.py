@@ -150,6 +150,8 @@ def test_argparse_ends_the_process(capsys, argv):
         ("jaxguard train --resume ", ["auto", "always", "never"]),
         ("jaxguard train mine", []),
         ("jaxguard check --policy novel/hom", ["novel/homework_answers"]),
+        ("jaxguard plan --target a100-8", ["a100-80gb:"]),
+        ("jaxguard study run paper/ma", ["paper/main"]),
     ],
 )
 def test_completion(tmp_path, line, words):

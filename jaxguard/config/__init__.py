@@ -8,7 +8,7 @@ A file may hold the schemas of several stages. A stage shows, and lets the comma
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import yaml
 from pydantic import ValidationInfo, model_validator
@@ -22,6 +22,11 @@ from jaxguard.config.lookup import CONFIG_FOLDER, find_yaml
 from jaxguard.config.mine import MineConfig
 from jaxguard.config.train import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxguard.utils.errors import JaxguardError
+
+Source: TypeAlias = "str | Path | Mapping[str, Any] | Config"
+"""A config's name, its path, the tree that a file holds, or the config itself."""
+Overrides: TypeAlias = Iterable[str] | Mapping[str, Any]
+"""Texts such as train.epochs=3, or dotted field -> value."""
 
 RUN = ("name", "run_folder", "seed", "model", "data")
 """Fields of Config that every stage reads."""
@@ -82,16 +87,16 @@ class Config(Schema):
 
 
 def load(
-    source: str | Path | Mapping[str, Any] | Config,
-    overrides: Iterable[str] | Mapping[str, Any] = (),
+    source: Source,
+    overrides: Overrides = (),
     folder: Path = CONFIG_FOLDER,
     stage: str | None = None,
 ) -> Config:
     """Read a config and apply overrides.
 
     Args:
-        source: a name in `folder`, the path of a YAML file, the tree that such a file holds, or a Config.
-        overrides: texts such as `train.epochs=3`, or dotted field -> value; the last one given to a field wins.
+        source: what to read.
+        overrides: what to change; the last one given to a field wins.
         folder: where names are looked up. What a file `extends` lies beside it or in configs/.
         stage: a key of READS; takes overrides of what this stage reads only, and fills in its schemas that are absent.
 
@@ -143,7 +148,7 @@ def _extended(tree: Mapping[str, Any], folder: Path, origin: str) -> dict[str, A
     return _merge(extended, tree)
 
 
-def _parse(overrides: Iterable[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+def _parse(overrides: Overrides) -> Iterator[tuple[str, Any, str]]:
     """Yield each override's dotted field, its value, and how it is quoted in errors."""
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():

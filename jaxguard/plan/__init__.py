@@ -1,13 +1,8 @@
 """Plan a run without its hardware: compile the training step for a target, and report memory, time and cost.
 
-    report = plan("gemma4b_5k", ["a100-80gb:8"])
+    report = jaxguard.plan("gemma4b_5k", ["a100-80gb:8"])
     report.fits, report.table()
 
-`search` looks for the fastest settings that fit, `sweep` plans several runs over growing clusters.
+In jaxguard.plan.run, `search` looks for the fastest settings that fit; in jaxguard.plan.sweeps, `sweep` plans several runs over
+growing clusters.
 """
-
-from jaxguard.plan.report import PlanReport
-from jaxguard.plan.run import SearchReport, plan, search
-from jaxguard.plan.sweeps import SweepReport, sweep
-
-__all__ = ["PlanReport", "SearchReport", "SweepReport", "plan", "search", "sweep"]

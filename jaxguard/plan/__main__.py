@@ -1,4 +1,4 @@
-"""`python -m jaxguard.plan --config NAME --target a100-80gb:8`: will the run's step fit there, and what does it cost?"""
+"""`jaxguard plan --config NAME --target a100-80gb:8`: estimate whether a run fits, how fast it is and what it costs."""
 
 import argparse
 import json
@@ -6,27 +6,31 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import Progress
 from rich.text import Text
 
-from jaxguard.cli import exit_code, run_stage
+from jaxguard.cli import command_parser, run_command, run_stage, suggest
 from jaxguard.config import Config
 from jaxguard.config.hardware import GIB, read_targets
-from jaxguard.plan import PlanReport, plan, search, sweep
-from jaxguard.plan.estimate import ASSUMPTIONS
-from jaxguard.plan.report import collectives_table, largest_table
-from jaxguard.plan.sweeps import SWEEP_OUTPUT, Point, Result, points, read_sweep
+from jaxguard.config.lookup import CONFIG_FOLDER, names
 from jaxguard.report import write_markdown, write_page
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from jaxguard.plan.report import PlanReport
 
 DOES_NOT_FIT = 1
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
     """Compile, print and write the plans; the exit code says whether all fit."""
+    from jaxguard.plan.report import PlanReport  # JAX is loaded only when there is something to do
+    from jaxguard.plan.run import plan, search
+
     console = Console()
     settings = {"rows": options.rows, "target_tokens": options.targets, "price": options.price}
     if options.search:
@@ -49,8 +53,11 @@ def run(options: argparse.Namespace, config: Config) -> int:
     return 0 if report.fits else DOES_NOT_FIT
 
 
-def render(report: PlanReport) -> RenderableType:
+def render(report: "PlanReport") -> RenderableType:
     """All of a single plan, several side by side, and last what does not fit, and why."""
+    from jaxguard.plan.estimate import ASSUMPTIONS
+    from jaxguard.plan.report import collectives_table, largest_table
+
     parts: list[RenderableType] = []
     if report.plans:
         parts.append(report.facts().rich())
@@ -79,7 +86,7 @@ def _count(text: str) -> int:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    target = parser.add_argument(
         "--target",
         required=True,
         action="append",
@@ -87,6 +94,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="devices to compile for, may be repeated: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16, "
         f"v5e:2*16x16 (slices * chips of each); known: {', '.join(read_targets())}",
     )
+    suggest(target, lambda _: [f"{name}:" for name in read_targets()])
     parser.add_argument(
         "--rows",
         type=_count,
@@ -111,20 +119,21 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def sweep_command(argv: Sequence[str]) -> int:
-    """Parse and run `python -m jaxguard.plan sweep`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxguard.plan sweep",
-        description="Compile a run's step for growing clusters. Points are compiled once, so it may be stopped at any time.",
-        allow_abbrev=False,
+    """Parse and run `jaxguard plan sweep`."""
+    description = (
+        "Compile a run's step for growing clusters. Points are compiled once, so it may be stopped at any time."
     )
-    parser.add_argument("sweep", metavar="NAME|PATH", help="a file of configs/sweeps, or any YAML file")
+    parser = command_parser("plan sweep", description)
+    name = parser.add_argument("sweep", metavar="NAME|PATH", help="a file of configs/sweeps, or any YAML file")
+    suggest(name, lambda _: names(CONFIG_FOLDER / "sweeps"))
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/sweeps/NAME")
     parser.add_argument("--dry-run", action="store_true", help="print the points and stop")
-    options = parser.parse_args(argv)
-    return exit_code(lambda: _sweep(options))
+    return run_command(parser, _sweep, argv)
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from jaxguard.plan.sweeps import SWEEP_OUTPUT, Point, Result, points, read_sweep, sweep
+
     console = Console(soft_wrap=True)
     todo = list(points(read_sweep(options.sweep)))
     if options.dry_run:

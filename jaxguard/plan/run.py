@@ -1,11 +1,9 @@
 """Plan a run: compile its step for targets, compare settings, and search for the fastest that fit."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-from jaxguard.config import Config, load
+from jaxguard.config import Source, load
 from jaxguard.config.hardware import GIB
 from jaxguard.models.spec import Spec
 from jaxguard.plan.compile import OutOfMemoryError, Plan, compile_step, find_spec
@@ -21,8 +19,6 @@ NOTHING_FITS = (
     "no setting that was tried does; take more devices or those with more memory, fewer rows (train.batch_size) or shorter "
     "ones (data.max_seq_len)"
 )
-Source = str | Path | Mapping[str, Any] | Config
-"""A config's name, path, tree, or the config itself."""
 
 
 def plan(

@@ -9,7 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxguard.cli import exit_code
+from jaxguard.cli import command_parser, run_command, suggest
+from jaxguard.config.lookup import names
+from jaxguard.config.study import STUDIES, STUDY_FOLDER
 
 if TYPE_CHECKING:
     from jaxguard.study.cost import Work
@@ -33,31 +35,27 @@ overrides:
   report takes the same ones as run.
 
 examples:
-  python -m jaxguard.study cost paper/main
-  python -m jaxguard.study run paper/sample_efficiency --scale smollm
-  python -m jaxguard.study report paper/sample_efficiency --scale smollm
+  jaxguard study cost paper/main
+  jaxguard study run paper/sample_efficiency --scale smollm
+  jaxguard study report paper/sample_efficiency --scale smollm
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxguard.study",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("study", DESCRIPTION, EPILOG)
     parser.add_argument("command", choices=("run", "report", "cost"))
-    parser.add_argument("study", metavar="NAME|PATH", help="a file of configs/, such as paper/main, or any YAML file")
+    name = parser.add_argument(
+        "study", metavar="NAME|PATH", help="a file of configs/, such as paper/main, or any YAML file"
+    )
+    suggest(name, lambda _: [f"{STUDIES}/{study}" for study in names(STUDY_FOLDER / STUDIES)])
     parser.add_argument("--scale", metavar="NAME", help="a smaller version that the study's file describes")
     parser.add_argument("--dry-run", action="store_true", help="print every command of the study, and stop")
     parser.add_argument("--measure", action="store_true", help="run: first time a few steps on this machine")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="change a field of every run")
-    options = parser.parse_intermixed_args(sys.argv[1:] if argv is None else argv)
-    return exit_code(lambda: _main(options, Console(highlight=False)))
+    return run_command(parser, _main, argv)
 
 
-def _main(options: argparse.Namespace, console: Console) -> int:
+def _main(options: argparse.Namespace) -> int:
     # Imported late: this loads JAX.
     from jaxguard.evaluate.report.published import read_published
     from jaxguard.evaluate.scores.results import read_results
@@ -65,6 +63,8 @@ def _main(options: argparse.Namespace, console: Console) -> int:
     from jaxguard.study.report import write_report
     from jaxguard.study.run import commands, measure_speed, run_study
     from jaxguard.study.stages import REQUEUE
+
+    console = Console(highlight=False)
 
     def log(text: str) -> None:
         console.print(Text(text), soft_wrap=True)
