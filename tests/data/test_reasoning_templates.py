@@ -29,6 +29,16 @@ OPENS = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- "<|end_header_id|><think>\\n" }}{%- endif %}
 """
+# Qwen 3: the prompt opens nothing, and an answer without reasoning gets an empty block in front.
+EMPTY_BLOCK = """\
+{%- for message in messages %}
+{%- if message["role"] == "user" %}{{- "<|start_header_id|>" + message["content"] + "<|eot_id|>" }}{%- endif %}
+{%- if message["role"] == "assistant" %}
+{{- "<|end_header_id|><think>\\n\\n</think>\\n\\n" + message["content"] + "<|eot_id|>" }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|end_header_id|>" }}{%- endif %}
+"""
 POLICY = Policy("short", (Category("Insults", "Demeans people."),), asks=QUESTIONS, instruction="Judge this.")
 EXAMPLE = Example(
     "bread", "made up", "How do I <think>bake</think>?", "Wait, </think> then bake.", "unharmful", "harmful", "compliance",
@@ -137,3 +147,12 @@ def test_a_thought_that_the_template_writes_itself_is_refused(folder, written):
     place = folder(OPENS.replace("<think>\\n", written))
     with pytest.raises(JaxguardError, match=r"(chat template writes reasoning|where generation starts)"):
         read_template(load_tokenizer(place), place)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_empty_block_of_the_template_is_not_trained(folder, mode):
+    data = DataConfig(train=(SourceConfig(kind="jsonl", path="absent.jsonl"),), max_seq_len=512)
+    prompt, answer = halves(Encoder.load(folder(EMPTY_BLOCK), data, POLICY), mode)
+    assert prompt.endswith("<|end_header_id|>")
+    assert answer.startswith("<think>\nIt is" if mode is Mode.REASONING else "Prompt harm: unharmful\n")
+    assert answer.endswith("<|eot_id|>")

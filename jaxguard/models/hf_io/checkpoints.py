@@ -115,7 +115,9 @@ def _locate(folder: Path, spec: Spec, tensors: Mapping[str, Stored]) -> Places:
     prefix = next((p for p in PREFIXES if p + EMBED.hf in tensors), None)
     if prefix is None:
         tried = ", ".join(repr(p + EMBED.hf) for p in PREFIXES)
-        raise JaxguardError(f"{folder} has no embedding table (looked for {tried}): not a Llama or Gemma 3 checkpoint")
+        raise JaxguardError(
+            f"{folder} has no embedding table (looked for {tried}): not a checkpoint of a supported family"
+        )
     places: Places = {}
     for weight in table(spec):
         names = _names(weight, prefix, spec, tensors)
