@@ -10,7 +10,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from jaxguard.utils.errors import JaxguardError
 
-SUPPORTED = {"llama": "Llama 3.x, SmolLM2", "gemma3_text": "Gemma 3 1B", "gemma3": "Gemma 3 4B, 12B, 27B"}
+SUPPORTED = {
+    "llama": "Llama 3.x, SmolLM2",
+    "gemma3_text": "Gemma 3 1B",
+    "gemma3": "Gemma 3 4B, 12B, 27B",
+    "qwen3": "Qwen3 0.6B to 32B, dense",
+}
 
 
 class UnsupportedModelError(JaxguardError):
@@ -61,7 +66,7 @@ class Spec:
         dtype: type of the checkpoint's tensors, as config.json says.
     """
 
-    family: Literal["llama", "gemma3"]
+    family: Literal["llama", "gemma3", "qwen3"]
     vocab_size: int
     d_model: int
     num_layers: int
@@ -115,7 +120,8 @@ def read_spec(folder: Path) -> Spec:
     if config.model_type not in SUPPORTED:
         known = ", ".join(f"{k} ({v})" for k, v in SUPPORTED.items())
         raise UnsupportedModelError(f"{path}: model_type {config.model_type!r} is not supported; supported: {known}")
-    return _llama(config, path) if config.model_type == "llama" else _gemma3(config.get_text_config(), path)
+    read = {"llama": _llama, "qwen3": _qwen3}.get(config.model_type, _gemma3)
+    return read(config.get_text_config(), path)
 
 
 def _llama(c: PretrainedConfig, path: Path) -> Spec:
@@ -134,6 +140,12 @@ def _llama(c: PretrainedConfig, path: Path) -> Spec:
         layer_kinds=(0,) * c.num_hidden_layers,
         **_common(c),
     )
+
+
+def _qwen3(c: PretrainedConfig, path: Path) -> Spec:
+    """Llama with norms of queries and keys."""
+    _require(path, "use_sliding_window", bool(c.use_sliding_window), False)
+    return replace(_llama(c, path), family="qwen3", qk_norm=True)
 
 
 def _gemma3(c: PretrainedConfig, path: Path) -> Spec:

@@ -91,18 +91,23 @@ _FINAL_NORM = _norm("final_norm", "norm")
 
 # The same Hugging Face name, post_attention_layernorm, is the norm before the MLP in Llama and the norm after
 # attention in Gemma 3; our names say where a norm stands.
+_LLAMA_NORMS = (
+    _norm("layers.attention_norm", "layers.{i}.input_layernorm"),
+    _norm("layers.mlp_norm", "layers.{i}.post_attention_layernorm"),
+)
+_QK_NORMS = (
+    _norm("layers.q_norm", "layers.{i}.self_attn.q_norm", "H"),
+    _norm("layers.k_norm", "layers.{i}.self_attn.k_norm", "H"),
+)
 _NORMS = {
-    "llama": (
-        _norm("layers.attention_norm", "layers.{i}.input_layernorm"),
-        _norm("layers.mlp_norm", "layers.{i}.post_attention_layernorm"),
-    ),
+    "llama": _LLAMA_NORMS,
+    "qwen3": (*_LLAMA_NORMS, *_QK_NORMS),
     "gemma3": (
         _norm("layers.attention_norm", "layers.{i}.input_layernorm"),
         _norm("layers.attention_out_norm", "layers.{i}.post_attention_layernorm"),
         _norm("layers.mlp_norm", "layers.{i}.pre_feedforward_layernorm"),
         _norm("layers.mlp_out_norm", "layers.{i}.post_feedforward_layernorm"),
-        _norm("layers.q_norm", "layers.{i}.self_attn.q_norm", "H"),
-        _norm("layers.k_norm", "layers.{i}.self_attn.k_norm", "H"),
+        *_QK_NORMS,
     ),
 }
 

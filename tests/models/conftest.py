@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_checkpoints import BF16, VISION, VISION_CONFIG, Make, write_shards
+from small_checkpoints import BF16, QWEN3, VISION, VISION_CONFIG, Make, write_shards
 
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
@@ -14,12 +14,14 @@ from jaxguard.models.weights import table
 
 @pytest.fixture
 def make(tmp_path, tiny_tokenizer_folder, write_llama_config, write_gemma3_config) -> Make:
-    """make("llama" | "gemma3" | "multimodal", shards=1, dtype=BF16, prefix=None, extra={}, drop=(), **config)."""
+    """make("llama" | "gemma3" | "multimodal" | "qwen3", shards=1, dtype=BF16, prefix=None, extra={}, drop=(), **config)."""
 
     def make(family, shards=1, dtype=BF16, prefix=None, extra=(), drop=(), **config) -> Path:
         folder = tmp_path / "source"
         shutil.copytree(tiny_tokenizer_folder, folder)
-        (write_llama_config if family == "llama" else write_gemma3_config)(folder, **config)
+        if family == "qwen3":
+            config = QWEN3 | config
+        (write_llama_config if family in ("llama", "qwen3") else write_gemma3_config)(folder, **config)
         if family == "multimodal":
             text = json.loads((folder / "config.json").read_text())
             whole = {

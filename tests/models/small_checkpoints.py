@@ -27,6 +27,15 @@ VISION_CONFIG = {
     "patch_size": 4,
 }
 
+QWEN3 = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "rms_norm_eps": 1e-6,
+    "head_dim": 16,  # N H is not D, as in Qwen3-4B
+    "llama3_rope": False,
+}
+"""What differs from the tiny Llama's config.json."""
+
 Make = Callable[..., Path]
 
 

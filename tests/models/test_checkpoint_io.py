@@ -30,6 +30,8 @@ KINDS = {
     "fp32": {"family": "llama", "dtype": np.dtype(np.float32)},
     "fp16": {"family": "llama", "dtype": np.dtype(np.float16)},
     "gemma3 text": {"family": "gemma3"},
+    "qwen3": {"family": "qwen3", "shards": 2},
+    "qwen3 tied": {"family": "qwen3", "tie_word_embeddings": True},
     "multimodal": {"family": "multimodal", "shards": 2},
     "multimodal, prefix of memory": {"family": "multimodal", "prefix": "model.language_model."},
     "multimodal, untied": {"family": "multimodal", "tie_word_embeddings": False},

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from small_checkpoints import QWEN3
 
 from jaxguard.models.attention.attend import xla
 from jaxguard.models.attention.kernels import Layout
@@ -29,7 +30,16 @@ VISION = {
     "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
     "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
 }  # fmt: skip
-CASES = ("llama", "llama tied", "llama without scaling", "gemma3", "gemma3 of 8 layers, odd scale", "gemma3 multimodal")
+CASES = (
+    "llama",
+    "llama tied",
+    "llama without scaling",
+    "gemma3",
+    "gemma3 of 8 layers, odd scale",
+    "gemma3 multimodal",
+    "qwen3",
+    "qwen3 tied",
+)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -47,6 +57,10 @@ def models(request, write_llama_config, write_gemma3_config, tmp_path_factory):
             write_gemma3_config(folder, spelling=4)
         case "gemma3 of 8 layers, odd scale":
             write_gemma3_config(folder, spelling=4, num_hidden_layers=8, query_pre_attn_scalar=20, head_dim=8)
+        case "qwen3":
+            write_llama_config(folder, **QWEN3, spelling=4)
+        case "qwen3 tied":
+            write_llama_config(folder, **QWEN3, tie_word_embeddings=True)
         case "gemma3 multimodal":
             text = json.loads((write_gemma3_config(folder) / "config.json").read_text())
             config = {"model_type": "gemma3", "text_config": text, "vision_config": VISION, "mm_tokens_per_image": 1}
