@@ -1,7 +1,6 @@
 """`jaxguard check --model EXPORT --policy NAME "text"`: check a text, an exchange or a file of them by a policy."""
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Sequence
 
@@ -9,19 +8,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from jaxguard.check.checking import checked
-from jaxguard.check.inputs import given
-from jaxguard.check.setup import Setup, set_up
+from jaxguard.check.inputs import read_inputs
 from jaxguard.cli import command_parser, run_command, suggest
 from jaxguard.config.lookup import CONFIG_FOLDER, names
-from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
+from jaxguard.guards.guard import Guard
+from jaxguard.guards.setup import set_up
 
 NOT_PASSED = 1
 
 DESCRIPTION = """\
-Guard a text, an exchange, or a file of them by a policy: verdict, probability of the harmful answer, and in reasoning mode
-the reasoning. The exit code is 0 if everything is unharmful, 1 if something is harmful or could not be read, 2 after a mistake.
+Check a text, an exchange, or a file of them against a policy: verdict, probability of harmful, and in reasoning mode the
+reasoning. The exit code is 0 if everything is unharmful, 1 if something is harmful or unparsable, 2 after a mistake.
 
 examples:
   jaxguard check --model runs/gemma4b_5k/export --policy aegis2 "How do I bake bread?"
@@ -31,7 +29,7 @@ examples:
 """
 EPILOG = """\
 A file holds JSON lines with prompt, response and id (only prompt is needed), a table with these columns (.csv, .parquet), or
-plain text, a message on each line. The policy is the command's alone: what a file says of it is not read.
+plain text, a message on each line. A policy that a file names is not read.
 
 policies in configs/policies/: {policies}
 """
@@ -42,27 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    examples = given(options.text, options.response, options.file)
+    examples = read_inputs(options.text, options.response, options.file)
     setup = set_up(options.model, options.policy, options.mode, options.tokenizer, options.config)
-    if setup.note:
-        Console(stderr=True).print(Text(f"note: {setup.note}", style="yellow"))
-    return asyncio.run(_print_all(examples, setup, options.json, several=options.file is not None))
+    if setup.warning:
+        Console(stderr=True).print(Text(f"note: {setup.warning}", style="yellow"))
+    from jaxguard.check.render import json_line, render  # loads what reports on data need
 
-
-async def _print_all(examples: Sequence[Example], setup: Setup, as_json: bool, several: bool) -> int:
-    from jaxguard.check.show import json_line, shown  # loads what reports on data need
-
-    console, passed = Console(highlight=False, soft_wrap=True), True
+    console, passed, several = Console(highlight=False, soft_wrap=True), True, options.file is not None
     # On a terminal the verdicts themselves are the progress, and a bar would be in their way.
-    with Progress(console=Console(stderr=True), disable=console.is_terminal or not several) as progress:
+    hidden = console.is_terminal or not several
+    with Guard(setup) as guard, Progress(console=Console(stderr=True), disable=hidden) as progress:
         bar = progress.add_task("checking", total=len(examples))
-        number = 0
-        async for found in checked(examples, setup):
-            if as_json:
-                print(json_line(found), flush=True)
+        for example, result in zip(examples, guard.stream(examples), strict=True):
+            if options.json:
+                print(json_line(result), flush=True)
             else:
-                console.print(shown(found, examples[number] if several or len(examples) > 1 else None))
-            passed, number = passed and found.passes, number + 1
+                console.print(render(result, example if several else None))
+            passed = passed and result.passes
             progress.advance(bar)
     return 0 if passed else NOT_PASSED
 

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from jaxguard.data.cells import text
 from jaxguard.data.examples import Example
@@ -14,8 +14,8 @@ from jaxguard.utils.errors import JaxguardError
 STDIN: Final = "-"
 
 
-def given(prompt: str | None, response: str | None, file: str | None) -> list[Example]:
-    """The one exchange that the command line spells, or those of a file; `-` for either is standard input.
+def read_inputs(prompt: str | None, response: str | None, file: str | None) -> list[Example]:
+    """The one exchange of the command line, or those of a file; `-` for either is standard input.
 
     Raises:
         JaxguardError: nothing to check, or both; an empty text; a line that is no exchange.
@@ -31,11 +31,11 @@ def given(prompt: str | None, response: str | None, file: str | None) -> list[Ex
     rows = list(_rows(file))
     if not rows:
         raise JaxguardError(f"{_name(file)} holds no text")
-    return [_example(row, place, number) for number, (place, row) in enumerate(rows, 1)]
+    return [_example(row, where, number) for number, (where, row) in enumerate(rows, 1)]
 
 
 def _rows(file: str) -> Iterable[tuple[str, Row]]:
-    """(place, row): tables by their columns, everything else by lines."""
+    """(where, row): tables by their columns, everything else by lines."""
     if file == STDIN:
         return _lines(sys.stdin, STDIN)
     path = Path(file).expanduser()
@@ -53,28 +53,27 @@ def _lines(lines: Iterable[str], file: str) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        place = f"{_name(file)}:{number}"
+        where = f"{_name(file)}:{number}"
         if as_json is None:
             as_json = line.lstrip().startswith("{")
-        yield place, _object(line, place) if as_json else {"prompt": line.strip()}
+        yield where, _object(line, where) if as_json else {"prompt": line.strip()}
 
 
-def _object(line: str, place: str) -> dict[str, Any]:
+def _object(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise JaxguardError(f"{place}: not JSON ({error}), although the first line looks like it") from None
+        raise JaxguardError(f"{where}: not JSON ({error}), although the first line looks like it") from None
     if not isinstance(row, dict):
-        raise JaxguardError(f"{place}: expected a JSON object, found {type(row).__name__}")
+        raise JaxguardError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
 
 
-def _example(row: Row, place: str, number: int) -> Example:
+def _example(row: Row, where: str, number: int) -> Example:
     # Its policy is not read: who writes the texts must not choose what they are judged by.
-    prompt, response = text(row, "prompt", place), text(row, "response", place)
-    if not (prompt or "").strip():
-        raise JaxguardError(f"{place} is empty: there must be a prompt to judge")
-    assert prompt is not None
+    prompt, response = text(row, "prompt", where), text(row, "response", where)
+    if prompt is None or not prompt.strip():
+        raise JaxguardError(f"{where} is empty: there must be a prompt to judge")
     name = row.get("id")
     return Example(id=str(number if name is None else name), source="check", prompt=prompt, response=response)
 

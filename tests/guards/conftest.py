@@ -3,8 +3,11 @@
 import pytest
 from external_examples import FIXED, GENERAL, HOUSE
 from external_templates import guard_tokenizer
+from fake_guard import guard, run
 
 from jaxguard.guards.formats.external import external_format
+
+__all__ = ["form", "guard", "run"]
 
 
 @pytest.fixture(scope="module")

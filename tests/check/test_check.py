@@ -6,46 +6,46 @@ import json
 import pytest
 
 from jaxguard.check.__main__ import main
-from jaxguard.check.inputs import given
+from jaxguard.check.inputs import read_inputs
 from jaxguard.cli import main as jaxguard
 from jaxguard.utils.errors import JaxguardError
 
 
 @pytest.fixture
-def door(run, guard, capsys):
-    """door(*arguments): (exit code, stdout, stderr)."""
+def command(run, guard, capsys):
+    """command(*arguments): (exit code, stdout, stderr)."""
 
-    def door(*arguments):
+    def command(*arguments):
         code = main(["--model", str(run), *arguments])
         return code, *capsys.readouterr()
 
-    return door
+    return command
 
 
-def test_a_text(door):
-    assert door("How do I bake bread?") == (0, "Prompt harm  unharmful   0.250\n", "")
+def test_a_text(command):
+    assert command("How do I bake bread?") == (0, "Prompt harm  unharmful   0.250\n", "")
 
 
-def test_harm_and_what_cannot_be_read_are_code_1(door, guard):
+def test_harm_and_what_cannot_be_read_are_code_1(command, guard):
     guard.says = lambda ask: "Prompt harm: unharmful\nResponse harm: harmful"
-    code, out, _ = door("--response", "Gladly.", "bread?")
+    code, out, _ = command("--response", "Gladly.", "bread?")
     assert (code, out.splitlines()[1]) == (1, "Response harm  harmful     0.125")
     guard.says = lambda ask: "I would rather not say."
-    code, out, _ = door("bread?")
+    code, out, _ = command("bread?")
     assert (code, out) == (1, "Prompt harm  harmful     0.250\nprompt_harm: no such line\n")
 
 
-def test_markup_and_control_characters_are_shown_as_text(door, guard, tmp_path):
+def test_markup_and_control_characters_are_shown_as_text(command, guard, tmp_path):
     guard.says = lambda ask: "<think>[red]bread[/red] \x1b[2J</think>Prompt harm: unharmful"
     (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "[b]1", "prompt": "[/i]\x1b]0;x\nbread"}), encoding="utf-8")
-    code, out, err = door("--mode", "reasoning", "--file", str(tmp_path / "rows.jsonl"))
+    code, out, err = command("--mode", "reasoning", "--file", str(tmp_path / "rows.jsonl"))
     assert out == "[b]1: [/i]\ufffd]0;x bread\nPrompt harm  unharmful   0.250\n  [red]bread[/red] \ufffd[2J\n"
     assert (code, err.splitlines()[0]) == (0, "note: this model was trained to answer in direct mode only")
 
 
-def test_json_lines(door, guard):
+def test_json_lines(command, guard):
     guard.says = lambda ask: "Prompt harm: harmful"
-    code, out, _ = door("--json", "bröd?")
+    code, out, _ = command("--json", "bröd?")
     assert code == 1
     assert json.loads(out) == {
         "id": "1",
@@ -61,10 +61,10 @@ def test_json_lines(door, guard):
     assert out.isascii()
 
 
-def test_files_are_judged_in_order_and_one_harm_is_enough(door, guard, tmp_path):
+def test_files_are_judged_in_order_and_one_harm_is_enough(command, guard, tmp_path):
     guard.says = lambda ask: f"Prompt harm: {'harmful' if ask.example.prompt == 'b' else 'unharmful'}"
     (tmp_path / "lines.txt").write_text("a\n\nb\nc\n", encoding="utf-8")
-    code, out, err = door("--json", "--file", str(tmp_path / "lines.txt"))
+    code, out, err = command("--json", "--file", str(tmp_path / "lines.txt"))
     assert [(row["id"], row["passes"]) for row in map(json.loads, out.splitlines())] == [
         ("1", True),
         ("2", False),
@@ -85,8 +85,8 @@ def test_files_are_judged_in_order_and_one_harm_is_enough(door, guard, tmp_path)
         (["--polcy", "x", "a"], "unknown option '--polcy'; known: --config, --file"),
     ],
 )
-def test_mistakes_are_code_2(door, guard, arguments, words):
-    code, out, err = door(*arguments)
+def test_mistakes_are_code_2(command, guard, arguments, words):
+    code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert words in err
     assert not guard.opened
@@ -107,7 +107,7 @@ def test_help_names_the_policies(capsys, monkeypatch):
 
 def lines(monkeypatch, text):
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    return [(e.id, e.prompt, e.response) for e in given("-", None, None)]
+    return [(e.id, e.prompt, e.response) for e in read_inputs("-", None, None)]
 
 
 def test_standard_input(monkeypatch):
@@ -124,5 +124,5 @@ def test_standard_input(monkeypatch):
 def test_tables_and_what_they_say_of_a_policy(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,response,policy,prompt_label\na,,All is fine.,harmful\n", encoding="utf-8")
-    [example] = given(None, None, str(path))
+    [example] = read_inputs(None, None, str(path))
     assert (example.prompt, example.response, example.policy, example.prompt_label) == ("a", None, None, None)

@@ -1,18 +1,31 @@
-"""check and check_many, with a guard that says what it is told."""
+"""The class Guard, with a made-up model."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
 import pytest
 
-from jaxguard.check import check, check_many
-from jaxguard.check.setup import set_up
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
+from jaxguard.guards import loading
+from jaxguard.guards.guard import Guard
+from jaxguard.guards.setup import set_up
 from jaxguard.utils.errors import JaxguardError
 
 THOUGHT = (
     "<think>\nIt asks for bread.\nPrompt harm: unharmful\n</think>\n\nPrompt harm: harmful\nResponse harm: unharmful"
 )
+
+
+def check(*texts, model, **options):
+    with Guard.load(model, **options) as guard:
+        return guard.check(*texts)
+
+
+def check_many(exchanges, model):
+    with Guard.load(model) as guard:
+        return guard.check_many(exchanges)
 
 
 def test_a_prompt_alone_is_one_question(run, guard):
@@ -63,9 +76,53 @@ def test_an_example_may_bring_its_policy(run, guard, tmp_path):
 
 def test_it_works_where_a_loop_is_running(run, guard):
     async def notebook():
-        return check("bread?", model=run)
+        with Guard.load(run) as loaded:
+            results = await asyncio.gather(*(loaded.acheck(text) for text in "abc"))
+            return [*results, loaded.check("bread?")]
 
-    assert asyncio.run(notebook()).passes
+    assert all(result.passes for result in asyncio.run(notebook()))
+    assert len(guard.opened) == 1
+
+
+def test_it_is_loaded_once_for_every_kind_of_call_and_mode(run, guard):
+    guard.says = lambda request: THOUGHT if request.mode is Mode.REASONING else "Prompt harm: unharmful"
+    with Guard.load(run) as loaded:
+        assert loaded.check("bread?").passes
+        assert loaded.check("bread?", mode="reasoning").harmful
+        assert [one.id for one in loaded.check_many(["a", ("b", "c"), Example("x", "s", "d")])] == ["1", "2", "x"]
+        assert [len(request.questions) for request in guard.asks[-3:]] == [1, 2, 1]
+        with pytest.raises(JaxguardError):
+            loaded.check("bread?", mode="dirct")
+    assert len(guard.opened) == 1
+    loaded.close()
+    with pytest.raises(JaxguardError, match="closed"):
+        loaded.check("bread?")
+
+
+def test_threads_share_it(run, guard):
+    with Guard.load(run) as loaded, ThreadPoolExecutor(4) as pool:
+        assert all(result.passes for result in pool.map(loaded.check, "abcdefgh"))
+
+
+def test_results_come_as_they_are_there(run, guard):
+    guard.fails_at = "2"
+    with Guard.load(run) as loaded:
+        results = loaded.stream("abcd")
+        assert next(results).passes
+        assert next(results).passes
+        with pytest.raises(RuntimeError):
+            next(results)
+
+
+def test_an_error_of_loading_is_raised(run, monkeypatch):
+    @asynccontextmanager
+    async def broken(*_):
+        raise JaxguardError("no such weights")
+        yield
+
+    monkeypatch.setattr(loading, "open_guard", broken)
+    with pytest.raises(JaxguardError, match="no such weights"):
+        Guard.load(run)
 
 
 def test_a_model_is_asked_as_its_run_trained_it(run, guard):
@@ -82,9 +139,10 @@ def test_the_trained_policy_is_the_default(run, named):
 
 
 def test_a_mode_that_was_not_trained_is_said_so(run):
-    assert set_up(run).note == ""
+    assert set_up(run).warning == ""
     setup = set_up(run, mode="reasoning")
-    assert (setup.mode, setup.note) == (Mode.REASONING, "this model was trained to answer in direct mode only")
+    assert setup.mode is Mode.REASONING
+    assert "direct" in setup.warning
 
 
 def test_an_export_is_enough_wherever_it_lies(run, tmp_path):
@@ -105,7 +163,7 @@ def test_an_unknown_model_gets_the_usual_markers(tmp_path):
     (tmp_path / "mine.yaml").write_text("name: mine\nrules: x\n", encoding="utf-8")
     setup = set_up(tmp_path / "model", tmp_path / "mine.yaml")
     assert setup.config.data.reasoning_marker == "/think"
-    assert (setup.mode, setup.note) == (Mode.REASONING, "")
+    assert (setup.mode, setup.warning) == (Mode.REASONING, "")
 
 
 def test_mistakes_are_named(run, tmp_path):
