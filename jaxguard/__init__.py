@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from jaxguard.config import load as load_config
     from jaxguard.data.examples import Example
     from jaxguard.data.policies import Policy, load_policy
+    from jaxguard.guards.guard import Guard
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
     "Example",
+    "Guard",
     "Policy",
     "build_data",
     "distill",
@@ -33,6 +35,7 @@ _STAGES = ("distill", "evaluate", "mine", "plan", "train")
 _SOURCES = {
     "Config": "jaxguard.config.Config",
     "Example": "jaxguard.data.examples.Example",
+    "Guard": "jaxguard.guards.guard.Guard",
     "Policy": "jaxguard.data.policies.Policy",
     "build_data": "jaxguard.api.build_data",
     "load_config": "jaxguard.config.load",
