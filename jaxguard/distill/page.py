@@ -1,43 +1,58 @@
-"""A trace store as one HTML page: what was asked, what failed, how long the traces are, and the traces themselves.
+"""A trace store as one HTML page: what failed, how long the traces are, and the traces themselves.
 
-The page is a file that asks no network for anything. Everything that a model wrote is data on it, never markup, and stays
-hidden until it is clicked: much of it is offensive.
+The page is a file that loads nothing. What a model wrote is data on it, never markup, and stays hidden until it is clicked:
+much of it is offensive.
 """
 
-import base64
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.text import Text
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from jaxguard.config import Config
 from jaxguard.distill.filters import CHECKS, words
 from jaxguard.distill.store import Attempt, read_attempts, store_settings
-from jaxguard.report.html import page_template
-from jaxguard.utils.files import write_atomically
+from jaxguard.report import (
+    Beside,
+    Cell,
+    Content,
+    Details,
+    Drawing,
+    Facts,
+    Page,
+    Paragraph,
+    Section,
+    Table,
+    Tiles,
+    write_page,
+)
+from jaxguard.report.figures import COLOURS, inline_svg, style
+from jaxguard.report.text import DASH, count, share
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 BINS = 40
+MOST_ATTEMPTS = 2000
+"""Attempts whose text is on the page."""
 
 
 @dataclass
 class Numbers:
-    """What a page says of all attempts. Grows by 8 bytes an attempt, for counting distinct examples.
+    """Counts over all attempts. Grows by 8 bytes an attempt, for counting distinct examples.
 
     Attributes:
         attempts, accepted: round -> how many.
         failed: (check, round) -> attempts that failed it; one attempt may fail several.
         first: check -> attempts that failed it and none before it.
-        words, tokens: accepted or not -> length of the trace in words, of the answer in tokens -> attempts.
-        seconds: from request to answer, to a tenth -> attempts.
+        words, tokens: accepted or not -> length of the trace in words, of the completion in tokens -> attempts.
+        seconds: from request to response, to a tenth -> attempts.
         prompt_tokens, completion_tokens: of all attempts.
         start, end: when the first and the last was answered.
     """
@@ -83,7 +98,7 @@ class Numbers:
 
     @property
     def examples(self) -> int:
-        """Examples that were asked about."""
+        """Examples with an attempt."""
         return len(np.unique(np.concatenate([np.asarray(ids, np.uint64) for ids in self._examples.values()])))
 
 
@@ -96,20 +111,24 @@ class Sample:
     """
 
     most: int
-    _kept: dict[bool, list[Any]] = field(default_factory=lambda: {True: [], False: []})
+    _attempts: dict[bool, list[Any]] = field(default_factory=lambda: {True: [], False: []})
     _seen: int = 0
 
     def add(self, attempt: Attempt) -> None:
         """Take an attempt, and let another one go where there are too many."""
         self._seen += 1
         rank = (-_hash(attempt.example_id), -attempt.round, -attempt.candidate, self._seen)
-        heappush(self._kept[attempt.accepted], (rank, attempt))
-        if sum(map(len, self._kept.values())) > self.most:
-            heappop(max(self._kept.values(), key=len))  # the larger half never grows again, so nothing lost is missed
+        heappush(self._attempts[attempt.accepted], (rank, attempt))
+        if sum(map(len, self._attempts.values())) > self.most:
+            heappop(
+                max(self._attempts.values(), key=len)
+            )  # the larger half never grows again, so nothing lost is missed
 
     def attempts(self) -> list[Attempt]:
         """By example, round and candidate."""
-        return sorted((attempt for kept in self._kept.values() for _, attempt in kept), key=lambda attempt: attempt.key)
+        return sorted(
+            (attempt for half in self._attempts.values() for _, attempt in half), key=lambda attempt: attempt.key
+        )
 
 
 @dataclass(frozen=True)
@@ -122,51 +141,152 @@ class Bin:
     failed: int
 
 
-def inspect(config: Config, store: str = "traces") -> int:
+def inspect(config: Config, store: str = "traces") -> Path:
     """Write the page of one of a run's trace stores beside it.
 
     Raises:
         JaxguardError: there is no store, or the page cannot be written.
     """
-    output = config.folder / f"{store}.html"
-    shown = write_page(config.folder / store, output)
-    Console(soft_wrap=True).print(Text(f"{shown:,} attempts to read: {output}"))
-    return 0
+    path = config.folder / f"{store}.html"
+    write_store_page(config.folder / store, path)
+    return path
 
 
-def write_page(store: Path, output: Path, most: int = 2000) -> int:
-    """Write what a store holds as a page; it may be empty, and another process may be writing to it.
+def write_store_page(store: Path, path: Path, most: int = MOST_ATTEMPTS) -> None:
+    """Write what a store holds as a page; it may be empty, and another process may be appending to it.
 
     Args:
         store: the trace store's folder.
-        output: the page.
-        most: attempts to show; the numbers are of all.
-
-    Returns:
-        how many attempts are shown.
+        path: the page.
+        most: attempts whose text is on the page; the numbers are of all.
 
     Raises:
         JaxguardError: there is no store, or the page cannot be written.
     """
-    settings = store_settings(store)
+    settings = flattened(store_settings(store))
     numbers, sample = Numbers(), Sample(most)
     for attempt in read_attempts(store):
         numbers.add(attempt)
         sample.add(attempt)
-    shown = sample.attempts()
-    template = page_template(TEMPLATE, number="{:,}".format, percent="{:.1%}".format, csp=_csp)
-    page = template.render(
-        settings=settings,
-        flat=flattened(settings),
-        numbers=numbers,
-        funnel=funnel(numbers),
-        histograms={"Words of the trace": histogram(numbers.words), "Tokens of the answer": histogram(numbers.tokens)},
-        quantile=quantile,
-        shown=shown,
-        rows=[_row(attempt) for attempt in shown],
+    attempts = sample.attempts()
+    page = Page(f"Traces of {settings.get('teacher', 'a teacher')}", [
+        Facts([(name, _short(value)) for name, value in settings.items() if name in _SHOWN]),
+        Details("All settings", [Facts([(name, "none" if value is None else value) for name, value in settings.items()])]),
+        *(_blocks(numbers, attempts) if numbers.attempts else ["The store holds no attempts yet."]),
+    ])  # fmt: skip
+    rows = [_row(attempt) for attempt in attempts]
+    failed = [check for check in numbers.checks if any(numbers.failed[check, n] for n in numbers.attempts)]
+    write_page(path, page, TEMPLATE, rows=rows, checks=failed, rounds=sorted(numbers.attempts))
+
+
+_SHOWN = (
+    "version",
+    "prompt",
+    "policy",
+    "sampling.temperature",
+    "sampling.top_p",
+    "sampling.max_tokens",
+    "sampling.grammar",
+)
+"""Settings at the head of the page."""
+
+
+def _blocks(numbers: Numbers, attempts: Sequence[Attempt]) -> list[Content]:
+    total, accepted, examples = numbers.attempts.total(), numbers.accepted.total(), numbers.examples
+    slowest = quantile(numbers.seconds, 0.95)
+    good = sum(attempt.accepted for attempt in attempts)
+    chosen = f"All {count(total, 'attempt')}."
+    if len(attempts) < total:
+        chosen = (
+            f"{len(attempts):,} of {total:,} attempts, chosen by a hash of the example: {good:,} of {accepted:,} accepted and "
+            f"{len(attempts) - good:,} of {total - accepted:,} failed."
+        )
+    return [
+        Tiles([
+            ("Examples with a trace", f"{numbers.traced:,}", f"{share(numbers.traced, examples)} of {examples:,}"),
+            ("Accepted attempts", f"{accepted:,}", f"{share(accepted, total)} of {total:,}"),
+            ("Completion tokens", f"{numbers.completion_tokens:,}", f"and {numbers.prompt_tokens:,} of prompts"),
+            ("Seconds to a response", f"{quantile(numbers.seconds, 0.5):,.1f}", f"median; 95 % within {slowest:,.1f}"),
+        ]),
+        _faint(f"Requested from {_moment(numbers.start)} to {_moment(numbers.end)} UTC."),
+        Section("From examples to traces", [
+            _faint("An attempt stops at the first check that it fails; the last column counts it for every check that it fails."),
+            _funnel_table(numbers),
+        ]),
+        Section("Lengths", [Beside([
+            _lengths("Words of the trace", "words", numbers.words),
+            _lengths("Tokens of the completion", "tokens", numbers.tokens),
+        ])]),
+        Section("Failed checks by round", [_faint("Attempts; bars are shares of the round."), _rounds_table(numbers)]),
+        Section("Attempts", [
+            chosen,
+            "Much of what the teacher read and wrote is offensive; it is shown one attempt at a time, when you open it.",
+        ]),
+    ]  # fmt: skip
+
+
+def _funnel_table(numbers: Numbers) -> Table:
+    total, accepted = numbers.attempts.total(), numbers.accepted.total()
+    table = Table(("", "left", "stop here", "fail it"), "From examples to traces")
+    table.add("examples", numbers.examples, "", "", kind="strong")
+    table.add("attempts", Cell(f"{total:,}", bar=1.0), "", "", kind="strong")
+    for check, left, first, failed in funnel(numbers):
+        counts = (f"{first:,}" if first else DASH, f"{failed:,}" if failed else DASH)
+        table.add(check, Cell(f"{left:,}", bar=left / total), *counts, kind="" if failed else "faint")
+    table.add("accepted attempts", accepted, total - accepted, "", kind="strong")
+    table.add("examples with a trace", numbers.traced, "", "", kind="strong")
+    return table
+
+
+def _rounds_table(numbers: Numbers) -> Table:
+    rounds = sorted(numbers.attempts)
+    table = Table(("", *(f"round {i}" for i in rounds)), "Failed checks by round")
+
+    def cells(counts: Mapping[int, int]) -> list[Cell]:
+        return [Cell(f"{counts[i]:,}", bar=counts[i] / numbers.attempts[i]) for i in rounds]
+
+    table.add("attempts", *(numbers.attempts[i] for i in rounds), kind="strong")
+    table.add("accepted", *cells(numbers.accepted), kind="strong")
+    for check in numbers.checks:
+        failed = {i: numbers.failed[check, i] for i in rounds}
+        if any(failed.values()):
+            table.add(check, *cells(failed))
+    return table
+
+
+def _lengths(title: str, unit: str, counts: Mapping[bool, Counter[int]]) -> Section:
+    """Histograms of the accepted and of the failed attempts, and their numbers."""
+    bins = histogram(counts)
+    table = Table((unit, "accepted", "failed"), title)
+    for each in bins:
+        high = each.high - 1 if each.high is not None else None
+        values = (
+            f"{each.low:,} and more" if high is None else f"{each.low:,}–{high:,}" if high > each.low else f"{high:,}"
+        )
+        table.add(values, each.accepted, each.failed)
+    medians = [
+        f"{kind}: median {quantile(counts[good], 0.5):,}, 95 % up to {quantile(counts[good], 0.95):,}"
+        for kind, good in (("accepted", True), ("failed", False))
+        if counts[good]
+    ]
+    svg = inline_svg(
+        _histogram_figure(bins, unit), unit, f"Histogram: {title.lower()}; the table below has the numbers"
     )
-    write_atomically(output, page.encode("utf-8", "replace").decode())  # lone surrogates are no text
-    return len(shown)
+    return Section(title, [Drawing("", svg), _faint("; ".join(medians)), Details("As a table", [table])])
+
+
+@style()
+def _histogram_figure(bins: Sequence[Bin], unit: str) -> Figure:
+    figure = Figure(figsize=(4.9, 2.8))
+    edges = [each.low for each in bins] + [bins[-1].low + bins[0].high if bins[0].high else bins[-1].low + 1]
+    for i, kind in enumerate(("accepted", "failed")):
+        axes = figure.add_subplot(2, 1, i + 1)
+        axes.stairs([getattr(each, kind) for each in bins], edges, fill=True, color=COLOURS[i])
+        axes.set_ylabel(kind)
+        axes.grid(visible=False, axis="x")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.set_xlabel(unit)
+    return figure
 
 
 def funnel(numbers: Numbers) -> list[tuple[str, int, int, int]]:
@@ -174,7 +294,7 @@ def funnel(numbers: Numbers) -> list[tuple[str, int, int, int]]:
     rows, left = [], numbers.attempts.total()
     for check in numbers.checks:
         left -= numbers.first[check]
-        failed = sum(numbers.failed[check, number] for number in numbers.attempts)
+        failed = sum(numbers.failed[check, i] for i in numbers.attempts)
         rows.append((check, left, numbers.first[check], failed))
     return rows
 
@@ -188,8 +308,8 @@ def histogram(counts: Mapping[bool, Counter[int]]) -> list[Bin]:
     last = int(quantile(both, 0.99) // step)
     binned = {kind: Counter[int]() for kind in counts}
     for kind, values in counts.items():
-        for value, count in values.items():
-            binned[kind][min(value // step, last)] += count
+        for value, attempts in values.items():
+            binned[kind][min(value // step, last)] += attempts
     return [
         Bin(
             i * step,
@@ -229,6 +349,21 @@ def _step(least: float) -> int:
         scale *= 10
 
 
+def _faint(text: str) -> Paragraph:
+    return Paragraph([text], faint=True)
+
+
+def _short(value: object) -> object:
+    """A hash by its first digits."""
+    if value is None:
+        return "any"
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 12 and value.isalnum() else value
+
+
+def _moment(time: str) -> str:
+    return time[:16].replace("T", " ")
+
+
 def _position(check: str) -> tuple[int, str]:
     return CHECKS.index(check) if check in CHECKS else len(CHECKS), check
 
@@ -252,8 +387,3 @@ def _row(attempt: Attempt) -> dict[str, Any]:
         "seconds": round(attempt.seconds, 1),
         "time": attempt.time,
     }
-
-
-def _csp(text: str) -> str:
-    """What lets exactly this script or style pass a content security policy."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

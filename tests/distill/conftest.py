@@ -3,7 +3,7 @@
 import pytest
 from page_examples import SETTINGS
 
-from jaxguard.distill.page import write_page
+from jaxguard.distill.page import write_store_page
 from jaxguard.distill.store import open_traces
 
 
@@ -15,7 +15,7 @@ def page(tmp_path):
         with open_traces(tmp_path / "store", settings) as store:
             for attempt in attempts:
                 store.append(attempt)
-        write_page(tmp_path / "store", tmp_path / "page.html", **options)
+        write_store_page(tmp_path / "store", tmp_path / "page.html", **options)
         return tmp_path / "page.html"
 
     return write

@@ -1,5 +1,6 @@
 """The page of a trace store: its numbers, its sample, and what hostile text becomes in it."""
 
+import gc
 import json
 import random
 import re
@@ -15,7 +16,7 @@ from jaxguard.config import load
 from jaxguard.config.distill import FilterConfig
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.distill.filters import Candidate, Filters
-from jaxguard.distill.page import BINS, CHECKS, Numbers, Sample, funnel, histogram, inspect, quantile, write_page
+from jaxguard.distill.page import BINS, CHECKS, Numbers, Sample, funnel, histogram, inspect, quantile, write_store_page
 from jaxguard.distill.store import attempts_file, open_traces
 from jaxguard.utils.errors import JaxguardError
 
@@ -176,38 +177,38 @@ def test_a_store_that_is_being_written(tmp_path, caplog):
         store.append(GOOD)
         with attempts_file(tmp_path / "store").open("ab") as file:
             file.write(b'{"crc32": 1, "attempt": {"answ')
-        assert write_page(tmp_path / "store", tmp_path / "page.html") == 1
+        write_store_page(tmp_path / "store", tmp_path / "page.html")
     assert "1 damaged line" in caplog.text
     assert [row["trace"] for row in rows(tmp_path / "page.html")] == [GOOD.trace]
 
 
 def test_what_is_no_store_is_refused(tmp_path):
     with pytest.raises(JaxguardError, match="is not a trace store"):
-        write_page(tmp_path, tmp_path / "page.html")
+        write_store_page(tmp_path, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 
-def test_the_door_writes_the_page_beside_the_store(tmp_path, capsys):
+def test_the_page_lies_beside_the_store(tmp_path):
     config = load("wildguard_traces", [f"run_folder={tmp_path}"])
     with open_traces(config.folder / "traces", SETTINGS) as store:
         store.append(GOOD)
-    assert inspect(config) == 0
-    output = config.folder / "traces.html"
-    assert capsys.readouterr().out == f"1 attempts to read: {output}\n"
-    assert len(rows(output)) == 1
+    path = inspect(config)
+    assert path == config.folder / "traces.html"
+    assert len(rows(path)) == 1
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path):
     peaks = []
-    for count in (50, 500):
+    for count in (10, 50, 500):  # the first loads matplotlib
         with open_traces(tmp_path / str(count), SETTINGS) as store:
             for i in range(count):
                 store.append(replace(GOOD, example_id=f"x{i}", trace="salt " * 1000, failures=LEAKED if i % 2 else {}))
+        gc.collect()
         tracemalloc.start()
-        write_page(tmp_path / str(count), tmp_path / "page.html", most=20)
+        write_store_page(tmp_path / str(count), tmp_path / "page.html", most=20)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 500_000, peaks
+    assert peaks[2] < peaks[1] + 500_000, peaks
 
 
 def test_hostile_text_is_no_markup(page):
