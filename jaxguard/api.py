@@ -12,6 +12,7 @@ from jaxguard.utils.threads import outside_event_loop
 
 if TYPE_CHECKING:
     from jaxguard.data.build import BuildResult
+    from jaxguard.distill.run import Distillation
     from jaxguard.plan.report import PlanReport
     from jaxguard.train.loop import TrainedRun
     from jaxguard.train.run_folder import Resume
@@ -26,7 +27,7 @@ def build_data(config: Source, overrides: Overrides = ()) -> "BuildResult":
     return build(load(config, overrides, stage="data build"))
 
 
-def distill(config: Source, overrides: Overrides = ()) -> int:
+def distill(config: Source, overrides: Overrides = ()) -> "Distillation":
     """Get a reasoning trace from a teacher for every training example."""
     from jaxguard.distill.run import distill as run
 

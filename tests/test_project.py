@@ -31,7 +31,7 @@ BELOW = {
     "train": {"data", "models"},
     "plan": {"train"},
     "guards": {"data", "models"},
-    "evaluate": {"guards"},
+    "evaluate": {"guards", "distill"},
     "mine": {"guards"},
     "check": {"guards"},
     "study": {"evaluate"},
@@ -71,7 +71,10 @@ def test_every_package_is_listed():
 
 @pytest.mark.parametrize("package", BELOW)
 def test_imports_go_one_way(package):
+    """But for a stage's command, which may begin a stage above it: `distill audit` is an evaluation."""
     for path in (PACKAGE / package).rglob("*.py"):
+        if path.name == "__main__.py":
+            continue
         assert packages_imported(path) <= packages_below(package), path
 
 

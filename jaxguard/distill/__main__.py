@@ -4,17 +4,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rich.console import Console
+from rich.text import Text
+
 from jaxguard.cli import run_stage
 from jaxguard.config import Config
 
 DESCRIPTION = """\
-Ask a teacher behind an OpenAI-style server, such as SGLang, for a reasoning trace of every training example; filter them, and
-ask again for what fails. Everything is kept in runs/NAME/traces; kill it whenever you like: started again, it goes on.
+Request a reasoning trace of every training example from a teacher behind an OpenAI-style server, such as SGLang; filter the
+traces, and request again what fails. Every attempt is stored in runs/NAME/traces; started again, a run that was killed goes on.
 At the end runs/NAME/traces.jsonl holds the examples with their traces, ready for data.train: {kind: jsonl, path: ...}, and
 with distill.budgets=[1,3] runs/NAME/traces_1.jsonl and traces_3.jsonl hold them with traces of that many sentences.
 
 commands:
-  audit    how far the teacher agrees with people, and with itself, when it is not told their labels
+  audit    evaluate the teacher without telling it the labels: how far it agrees with people, and with itself
   inspect  the trace store as one HTML page
 
 examples:
@@ -25,12 +28,12 @@ examples:
   jaxguard distill inspect --config wildguard_traces
 """
 AUDIT = """\
-Let the teacher judge a seeded sample of data.train without the labels, several times each, and report how far it agrees with
-people and with itself: runs/NAME/audit/audit.html, audit.md and audit.json. Goes on where it was stopped.
+Evaluate the teacher on a seeded sample of data.train without telling it the labels, several times each, and report how far it
+agrees with people and with itself: runs/NAME/audit/audit.html, audit.md and audit.json. Goes on where it was stopped.
 """
 INSPECT = """\
-Write runs/NAME/traces.html: what was asked, what failed and why, lengths, and a searchable table of attempts whose text stays
-hidden until it is clicked. One file that loads nothing; also while a distillation runs.
+Write runs/NAME/traces.html: what failed and why, lengths, and a searchable table of attempts whose text stays hidden until it
+is clicked. One file that loads nothing; also while a distillation runs.
 """
 
 
@@ -54,25 +57,36 @@ def _extend_inspect(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# The teacher's client is an extra, so what needs it is imported only then.
+# Loaded only when they are needed, so that --help is quick.
 
 
 def _distill(_: argparse.Namespace, config: Config) -> int:
     from jaxguard.distill.run import distill
+    from jaxguard.distill.summary import summary_table
 
-    return distill(config)
+    result, console = distill(config), Console(highlight=False, soft_wrap=True)
+    for traces in (result.traces, *result.shortened.values()):
+        console.print(summary_table(traces.summary, traces.path.stem).rich())
+        console.print(Text(f"{traces.examples} examples with traces: {traces.path}"))
+    return 0
 
 
 def _audit(_: argparse.Namespace, config: Config) -> int:
-    from jaxguard.distill.audit import audit
+    from jaxguard.evaluate.audit import audit
+    from jaxguard.evaluate.report.audit import audit_table
 
-    return audit(config)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(audit_table(audit(config)).rich())
+    for name in ("audit.html", "audit.md", "audit.json"):
+        console.print(Text(str(config.folder / "audit" / name)))
+    return 0
 
 
 def _inspect(options: argparse.Namespace, config: Config) -> int:
     from jaxguard.distill.page import inspect
 
-    return inspect(config, options.store)
+    Console(highlight=False, soft_wrap=True).print(Text(str(inspect(config, options.store))))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Traces for many examples: ask, filter, store, and ask again for what failed.
+"""Traces for many examples: request, filter, store, and request again what failed.
 
-A round asks for a number of candidates and keeps every attempt, good or bad. An example is done when a round brought an
-accepted trace, or when its rounds are used up. What is in the store is not asked for again, so a run that was killed goes on
-where it was, in the middle of a round too.
+A round requests a number of candidates and stores every attempt, accepted or not. An example is done when a round brought an
+accepted trace, or when its rounds are used up. Attempts that are in the store are not made again, so a run that was killed goes
+on where it was, in the middle of a round too.
 """
 
 import asyncio
@@ -24,15 +24,15 @@ from jaxguard.distill.teacher import Reply, Teacher
 
 @dataclass
 class Funnel:
-    """What became of the attempts.
+    """What became of the attempts of this process.
 
     Attributes:
         attempts: how many there are.
-        accepted: examples that have a trace.
+        accepted: examples that have a trace, those of earlier processes included.
         failed: failed check -> attempts that failed it; one attempt may fail several.
         unfinished: examples whose rounds are used up without a trace.
         prompt_tokens, completion_tokens: of all attempts.
-        judge_tokens: what the judge wrote about them.
+        judge_tokens: completion tokens of the judge.
     """
 
     attempts: int = 0
@@ -44,7 +44,7 @@ class Funnel:
     judge_tokens: int = 0
 
     def add(self, attempt: Attempt) -> None:
-        """Count an attempt; examples are counted by whoever knows when they are done."""
+        """Count an attempt, but not its example."""
         self.attempts += 1
         self.failed.update(attempt.failures.keys())
         self.prompt_tokens += attempt.prompt_tokens
@@ -57,15 +57,15 @@ class Generation:
     """What all tasks of a run share.
 
     Attributes:
-        teacher: who answers.
-        prompt: what it is asked with.
+        teacher: an open teacher.
+        prompt: the template of the requests.
         dialogue: the student's format.
         filters: what makes a trace unfit.
         store: where attempts go.
         rounds: how often an example is tried.
-        candidates: answers a round.
-        judge: who reads what passed the filters; None for nobody.
-        exhaustive: an accepted trace makes no further candidate needless.
+        candidates: completions in a round.
+        judge: reads what passed the filters; None for no judge.
+        exhaustive: request every candidate of every round, whatever was accepted.
     """
 
     teacher: Teacher
@@ -78,15 +78,12 @@ class Generation:
     judge: Judge | None = None
     exhaustive: bool = False
 
-    async def run(self, tasks: Iterable[Task], told: Callable[[Funnel], None]) -> Funnel:
+    async def run(self, tasks: Iterable[Task], show: Callable[[Funnel], None]) -> Funnel:
         """Work on the tasks until each is done. Holds as many of them at a time as requests may be under way.
 
         Args:
             tasks: read lazily.
-            told: called after every attempt and every example.
-
-        Returns:
-            what this run did; what the store held before is not in it, but for the accepted examples.
+            show: called after every attempt and every example.
 
         Raises:
             JaxguardError: the teacher refuses or is gone, or the store cannot be written. What is stored is kept.
@@ -96,11 +93,11 @@ class Generation:
 
         async def work() -> None:
             for task in waiting:  # shared: each task is taken once
-                if await self._finish(task, funnel, told):
+                if await self._finish(task, funnel, show):
                     funnel.accepted += 1
                 else:
                     funnel.unfinished.append(task.example.id)
-                told(funnel)
+                show(funnel)
 
         workers = [asyncio.ensure_future(work()) for _ in range(self.teacher.config.concurrency)]
         try:
@@ -111,7 +108,7 @@ class Generation:
             await asyncio.gather(*workers, return_exceptions=True)
         return funnel
 
-    async def _finish(self, task: Task, funnel: Funnel, told: Callable[[Funnel], None]) -> bool:
+    async def _finish(self, task: Task, funnel: Funnel, show: Callable[[Funnel], None]) -> bool:
         """Try until there is a trace; False if the rounds do not suffice."""
         name = task.example.id
         for number in range(self.rounds):
@@ -121,23 +118,22 @@ class Generation:
             for attempt in await self._attempt(task, number, missing) if missing else ():
                 self.store.append(attempt)
                 funnel.add(attempt)
-                told(funnel)
+                show(funnel)
         return name in self.store.accepted
 
     async def _attempt(self, task: Task, number: int, candidates: Sequence[int]) -> list[Attempt]:
         messages = self.prompt.messages(
             task.example, task.policy, task.labels, self.dialogue, task.example.trace or "", task.budget
         )
-        asks = [question for question, _ in task.labels]
-        extra = {"regex": answer_grammar(asks)} if self.teacher.config.grammar else {}
+        extra = {"regex": answer_grammar(task.questions)} if self.teacher.config.grammar else {}
         started = time.monotonic()
         replies = await self.teacher.complete(messages, len(candidates), extra)
         seconds = time.monotonic() - started
-        judged = (self._judged(task, number, *pair, seconds) for pair in zip(candidates, replies, strict=True))
-        return list(await asyncio.gather(*judged))
+        checked = (self._checked(task, number, *pair, seconds) for pair in zip(candidates, replies, strict=True))
+        return list(await asyncio.gather(*checked))
 
-    async def _judged(self, task: Task, number: int, candidate: int, reply: Reply, seconds: float) -> Attempt:
-        trace, answer = task.read(reply)
+    async def _checked(self, task: Task, number: int, candidate: int, reply: Reply, seconds: float) -> Attempt:
+        trace, answer = task.split(reply)
         failures = self.filters.failures(Candidate(trace, answer, reply.finish_reason, task.labels, task.budget))
         judge_tokens = 0
         if self.judge is not None and not failures:

@@ -2,11 +2,10 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from rich.console import Console
 
 from jaxguard.config import Config
 from jaxguard.config.distill import DistillConfig, TeacherConfig
@@ -19,7 +18,7 @@ from jaxguard.distill.generate import Funnel, Generation
 from jaxguard.distill.judge import Judge
 from jaxguard.distill.prompts import TeacherPrompt, load_prompt
 from jaxguard.distill.store import open_traces, read_attempts
-from jaxguard.distill.summary import summarise, summary_table
+from jaxguard.distill.summary import Summary, summarize
 from jaxguard.distill.tasks import Task, shortening, tasks_for
 from jaxguard.distill.teacher import open_teacher
 from jaxguard.utils import hub
@@ -29,49 +28,75 @@ from jaxguard.utils.progress import Progress
 
 
 @dataclass(frozen=True)
+class TraceSet:
+    """Examples with their traces.
+
+    Attributes:
+        path: the training file, JSON lines.
+        examples: how many it holds.
+        summary: what became of the attempts.
+    """
+
+    path: Path
+    examples: int
+    summary: Summary
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a distillation made.
+
+    Attributes:
+        traces: the traces as the teacher wrote them.
+        shortened: sentence budget -> the traces that were shortened to it.
+    """
+
+    traces: TraceSet
+    shortened: dict[int, TraceSet]
+
+
+@dataclass(frozen=True)
 class Job:
-    """What a run's stages share.
+    """What the teacher works on.
 
     Attributes:
         settings: the config's distill section.
         dialogue: the student's format.
         policy: the run's policy.
         tasks: a trace to get for each example that has a label.
-        console: where progress is shown.
     """
 
     settings: DistillConfig
     dialogue: Dialogue
     policy: Policy
     tasks: list[Task]
-    console: Console
 
 
-def distill(config: Config) -> int:
+def distill(config: Config) -> Distillation:
     """Get a trace for each training example that has a label, and shorten it to each sentence budget.
 
-    Returns:
-        0; examples that never got one are counted and named.
+    Examples that never got a trace are counted and named in the summary.
 
     Raises:
-        JaxguardError: anything that the user can mend.
+        JaxguardError: no distill section, no example with a label, a server that does not answer or serves another model,
+            or a store that was begun with other settings.
     """
     job = load_job(config)
-    settings, folder = job.settings, config.folder
+    settings, store = job.settings, config.folder / "traces"
     prompt, shorten = load_prompt(settings.prompt), load_prompt(settings.shorten_prompt)
-    store = folder / "traces"
-    generate(job, prompt, job.tasks, store, common(job, prompt))
+    generate(job, prompt, job.tasks, store, provenance(job, prompt))
     traces = best_traces(store)
-    finish(job, job.tasks, store, traces)
+    result = Distillation(write_traces(job.tasks, store, traces), {})
     for budget in settings.budgets:
-        tasks, short = list(shortening(job.tasks, traces, budget)), folder / f"traces_{budget}"
-        generate(job, shorten, tasks, short, common(job, shorten, budget=budget, shortens=common(job, prompt)))
-        finish(job, tasks, short, best_traces(short))
-    return 0
+        tasks, short = list(shortening(job.tasks, traces, budget)), config.folder / f"traces_{budget}"
+        shared = {**provenance(job, shorten), "budget": budget, "shortens": provenance(job, prompt)}
+        generate(job, shorten, tasks, short, shared)
+        result.shortened[budget] = write_traces(tasks, short, best_traces(short))
+    return result
 
 
 def load_job(config: Config) -> Job:
-    """Everything that a teacher is to be asked about.
+    """Load everything that requests to the teacher are made of.
 
     Raises:
         JaxguardError: no distill section, a source that cannot be read, no example with a label.
@@ -87,44 +112,43 @@ def load_job(config: Config) -> Job:
     tasks = list(tasks_for(examples, policy))
     if not tasks:
         raise JaxguardError(f"none of the {len(examples)} examples has a label for what policy {policy.name!r} asks")
-    return Job(config.distill, dialogue, policy, tasks, Console())
+    return Job(config.distill, dialogue, policy, tasks)
 
 
-def common(job: Job, prompt: TeacherPrompt, **more: object) -> dict[str, object]:
-    """What all attempts of one store must have in common: whatever decides their text, and whether it is accepted."""
+def provenance(job: Job, prompt: TeacherPrompt) -> dict[str, object]:
+    """The settings that decide the text of an attempt and whether it is accepted; a store holds attempts of one kind."""
 
-    def who(model: TeacherConfig) -> dict[str, object]:
-        sampling = model.model_dump(include={"temperature", "top_p", "max_tokens", "grammar"})
-        return {"teacher": model.model, "version": model.version, "sampling": sampling}
+    def model(config: TeacherConfig) -> dict[str, object]:
+        sampling = config.model_dump(include={"temperature", "top_p", "max_tokens", "grammar"})
+        return {"teacher": config.model, "version": config.version, "sampling": sampling}
 
     judge, settings = job.settings.judge, job.settings
     return {
-        **who(settings.teacher),
+        **model(settings.teacher),
         "prompt": prompt.digest,
         "policy": job.policy.digest,
         "filter": settings.filter.model_dump(mode="json"),
-        "judge": judge and {**who(judge), "prompt": load_prompt(settings.judge_prompt).digest},
-        **more,
+        "judge": judge and {**model(judge), "prompt": load_prompt(settings.judge_prompt).digest},
     }
 
 
 def generate(
     job: Job,
     prompt: TeacherPrompt,
-    tasks: list[Task],
+    tasks: Sequence[Task],
     folder: Path,
     settings: dict[str, object],
     exhaustive: bool = False,
 ) -> None:
-    """Work on the tasks until each is done, with a progress bar; what the store holds is not asked for again.
+    """Work on the tasks until each is done, and show how far it is; attempts that are in the store are not made again.
 
     Args:
-        job: who is asked, and what is accepted.
-        prompt: what the teacher is asked with.
-        tasks: about what.
+        job: the teacher, and what is accepted.
+        prompt: the template of the requests.
+        tasks: one for each example.
         folder: the store.
         settings: what the store's attempts have in common.
-        exhaustive: ask for every candidate of every round, whatever was accepted.
+        exhaustive: request every candidate of every round, whatever was accepted.
 
     Raises:
         JaxguardError: a server does not answer or serves another model, or the store was begun with other settings.
@@ -150,7 +174,7 @@ def generate(
                 judge=judge,
                 exhaustive=exhaustive,
             )
-            progress = stack.enter_context(Progress(folder.name, len(tasks), console=job.console))
+            progress = stack.enter_context(Progress(folder.name, len(tasks)))
 
             def show(funnel: Funnel) -> None:
                 failed = "  ".join(f"{name} {count}" for name, count in funnel.failed.most_common(3))
@@ -166,21 +190,18 @@ def generate(
 
 def best_traces(store: Path) -> dict[str, str]:
     """Example id -> its first accepted trace."""
-    found: dict[str, tuple[int, int, str]] = {}
+    best: dict[str, tuple[int, int, str]] = {}
     for attempt in read_attempts(store):
         if attempt.accepted:
-            mine = (attempt.round, attempt.candidate, attempt.trace)
-            found[attempt.example_id] = min(found.get(attempt.example_id, mine), mine)
-    return {name: trace for name, (_, _, trace) in found.items()}
+            candidate = (attempt.round, attempt.candidate, attempt.trace)
+            best[attempt.example_id] = min(best.get(attempt.example_id, candidate), candidate)
+    return {name: trace for name, (_, _, trace) in best.items()}
 
 
-def finish(job: Job, tasks: list[Task], store: Path, traces: dict[str, str]) -> None:
-    """Write the training file and the summary beside the store, and show what became of the tasks."""
-    traced = (replace(t.example, trace=traces[t.example.id]) for t in tasks if t.example.id in traces)
-    lines = [json.dumps(example.to_json(), ensure_ascii=False) + "\n" for example in traced]
-    output = store.with_suffix(".jsonl")
-    write_atomically(output, "".join(lines))
-    summary = summarise(store, [task.example.id for task in tasks])
+def write_traces(tasks: Sequence[Task], store: Path, traces: dict[str, str]) -> TraceSet:
+    """Write the training file and the summary beside the store."""
+    traced = [replace(t.example, trace=traces[t.example.id]) for t in tasks if t.example.id in traces]
+    path, summary = store.with_suffix(".jsonl"), summarize(store, [task.example.id for task in tasks])
+    write_atomically(path, "".join(json.dumps(each.to_json(), ensure_ascii=False) + "\n" for each in traced))
     write_atomically(store.with_suffix(".summary.json"), json.dumps(asdict(summary), indent=2) + "\n")
-    job.console.print(summary_table(summary, store.name))
-    job.console.print(f"{len(lines)} examples with traces: {output}", highlight=False)
+    return TraceSet(path, len(traced), summary)

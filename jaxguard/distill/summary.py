@@ -5,10 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-from rich.text import Text
-
 from jaxguard.distill.store import read_attempts
+from jaxguard.report import Table
 
 
 @dataclass(frozen=True)
@@ -16,14 +14,14 @@ class Summary:
     """The way from examples to traces.
 
     Attributes:
-        examples: how many were asked about.
-        attempts: answers of the teacher.
+        examples: those with a task.
+        attempts: completions of the teacher.
         failed: failed check -> attempts that failed it; one attempt may fail several.
         traced: examples with an accepted trace.
         never_passed: example without one -> why its last attempt failed, check -> reason.
         prompt_tokens, completion_tokens: of all attempts.
-        judge_tokens: what the judge wrote.
-        seconds: from request to answer, summed over all attempts.
+        judge_tokens: completion tokens of the judge.
+        seconds: from request to response, summed over all attempts.
     """
 
     examples: int
@@ -37,8 +35,8 @@ class Summary:
     seconds: float
 
 
-def summarise(store: Path, examples: Iterable[str]) -> Summary:
-    """Read a store through once; `examples` are the ids that were asked about."""
+def summarize(store: Path, examples: Iterable[str]) -> Summary:
+    """Read a store through once; `examples` are the ids of those with a task."""
     names = set(examples)
     failed, totals, attempts = Counter[str](), Counter[str](), 0
     traced, last = set[str](), dict[str, dict[str, str]]()
@@ -65,20 +63,19 @@ def summarise(store: Path, examples: Iterable[str]) -> Summary:
     )
 
 
-def summary_table(summary: Summary, title: str) -> Table:
+def summary_table(summary: Summary, name: str) -> Table:
     """The summary for people; of what never passed, five examples with their reasons."""
-    table = Table("", "", title=f"{title}: from examples to traces", title_justify="left", show_header=False)
-    table.columns[1].justify = "right"
-    table.add_row("examples", f"{summary.examples:,}")
-    table.add_row("attempts", f"{summary.attempts:,}")
-    for name, count in summary.failed.items():
-        table.add_row(f"  failed {name}", f"{count:,}")
-    table.add_row("examples with a trace", f"{summary.traced:,}", style="bold")
-    table.add_row("never passed", f"{len(summary.never_passed):,}")
-    for name, reasons in list(summary.never_passed.items())[:5]:
-        table.add_row(Text(f"  {name}"), Text("\n".join(f"{check}: {why}" for check, why in reasons.items())))
-    table.add_row("prompt tokens", f"{summary.prompt_tokens:,}")
-    table.add_row("completion tokens", f"{summary.completion_tokens:,}")
+    table = Table(("", "count"), title=f"{name}: from examples to traces")
+    table.add("examples", summary.examples)
+    table.add("attempts", summary.attempts)
+    for check, count in summary.failed.items():
+        table.add(f"  failed {check}", count)
+    table.add("examples with a trace", summary.traced)
+    table.add("never passed", len(summary.never_passed))
+    for example, reasons in list(summary.never_passed.items())[:5]:
+        table.add(f"  {example}", "; ".join(f"{check}: {why}" for check, why in reasons.items()))
+    table.add("prompt tokens", summary.prompt_tokens)
+    table.add("completion tokens", summary.completion_tokens)
     if summary.judge_tokens:
-        table.add_row("judge's tokens", f"{summary.judge_tokens:,}")
+        table.add("judge's tokens", summary.judge_tokens)
     return table

@@ -1,4 +1,4 @@
-"""What the teacher is asked to do: lead to a verdict, or make a trace shorter."""
+"""What the teacher has to do: reason towards a verdict, or make a trace shorter."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import split_verdict
 from jaxguard.data.format.dialogue import Answers, answers, questions
-from jaxguard.data.policies import Policy, policy_for
+from jaxguard.data.policies import Policy, Question, policy_for
 from jaxguard.distill.teacher import Reply
 
 
@@ -15,10 +15,10 @@ class Task:
     """One example to get a trace for.
 
     Attributes:
-        example: what is judged; one whose trace is to be shortened brings it.
-        policy: what it is judged by.
-        labels: where the trace has to lead.
-        budget: most sentences that its trace is shortened to; None asks for a trace of its own.
+        example: brings its trace where that is to be shortened.
+        policy: of the example.
+        labels: the verdict that the trace has to lead to.
+        budget: most sentences that its trace is shortened to; None requests a trace of its own.
     """
 
     example: Example
@@ -26,11 +26,15 @@ class Task:
     labels: Answers
     budget: int | None = None
 
-    def read(self, reply: Reply) -> tuple[str, str]:
+    @property
+    def questions(self) -> list[Question]:
+        return [question for question, _ in self.labels]
+
+    def split(self, reply: Reply) -> tuple[str, str]:
         """(trace, answer) of a reply.
 
-        The thought is the trace. A teacher that does not think apart writes it before the verdict; so does one that was
-        asked to shorten a trace, whose own thought is about the shortening.
+        The reasoning is the trace. A teacher that does not separate its reasoning writes it before the verdict; so does one
+        that shortens a trace, whose own reasoning is about the shortening.
         """
         if self.budget is None and reply.reasoning:
             return reply.reasoning, reply.answer

@@ -37,14 +37,14 @@ def examples(count):
     return (Example(f"x{i}", "t", f"May I bake bread number {i}?", prompt_label="unharmful") for i in range(count))
 
 
-async def generate(folder, urls, count, rounds=3, candidates=1, told=lambda _: None, read=examples, **config):
+async def generate(folder, urls, count, rounds=3, candidates=1, show=lambda _: None, read=examples, **config):
     dialogue = Dialogue()
     config = TeacherConfig(endpoints=urls, model="teacher", **config)
     async with open_teacher(config) as teacher:
         with open_traces(folder, {"teacher": "teacher"}) as store:
             filters = Filters(FilterConfig(), dialogue)
             generation = Generation(teacher, load_prompt("trace"), dialogue, filters, store, rounds, candidates)
-            return await generation.run(tasks_for(read(count), POLICY), told)
+            return await generation.run(tasks_for(read(count), POLICY), show)
 
 
 def run(folder, script, count, **options):
@@ -116,11 +116,11 @@ def test_examples_are_read_only_as_they_are_worked_on(tmp_path):
             read += 1
             yield example
 
-    def told(funnel):
+    def show(funnel):
         nonlocal most
         most = max(most, read - funnel.accepted)
 
-    run(tmp_path, lambda i: "", 200, told=told, read=lazily, concurrency=8)
+    run(tmp_path, lambda i: "", 200, show=show, read=lazily, concurrency=8)
     assert read == 200
     assert most <= 8
 

@@ -153,8 +153,8 @@ def test_from_examples_to_traces_an_audit_and_a_page(server, config, tmp_path):
     assert main(["audit", "--config", str(path)]) == 0
     audit = json.loads((run / "audit/audit.json").read_text())
     # 160 answers, each right with probability 0.7: outside these bounds once in 1e9 runs
-    assert 0.45 < audit["questions"]["prompt_harm"]["scores"]["agreement"]["value"] < 0.92
-    assert audit["answers"]["unreadable"] == 0
+    assert 0.45 < audit["questions"]["prompt_harm"]["result"]["scores"]["agreement"]["value"] < 0.92
+    assert audit["completions"]["unparsable"] == 0
     assert main(["inspect", "--config", str(path)]) == 0
     assert (run / "traces.html").stat().st_size > 10_000
 

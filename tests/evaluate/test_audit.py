@@ -1,4 +1,4 @@
-"""An audit from a config to its report, against a teacher whose every answer is known."""
+"""An audit of the teacher from a config to its report, against a teacher whose every answer is known."""
 
 import asyncio
 import json
@@ -8,14 +8,13 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 from faulty_server import completion, serve
-from hypothesis import given
-from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from jaxguard.config import load
-from jaxguard.distill.audit import audit, blind_prompt
-from jaxguard.distill.audit_page import escaped, plain
+from jaxguard.distill.__main__ import main
 from jaxguard.distill.store import attempts_file, read_attempts
+from jaxguard.evaluate.audit import audit, blind_prompt
+from jaxguard.report.text import plain
 from jaxguard.utils.errors import JaxguardError
 
 THOUGHT = "The user asks about bread number {}, which the policy may or may not allow, and nobody else is spoken of."
@@ -51,7 +50,7 @@ def write(tmp_path, tiny_tokenizer_folder):
     return write
 
 
-def audited(path, verdicts, *overrides, reason="stop"):
+def audited(path, verdicts, *overrides, reason="stop", command=False):
     """Run it against a teacher that answers verdicts(example number, sample number); (report, requests)."""
     servers = []
 
@@ -69,8 +68,11 @@ def audited(path, verdicts, *overrides, reason="stop"):
     async def run():
         async with serve(script) as server:
             servers.append(server)
-            config = load(str(path), [f"distill.teacher.endpoints=[{server.url}]", *overrides])
-            await asyncio.to_thread(audit, config)
+            changes = [f"distill.teacher.endpoints=[{server.url}]", *overrides]
+            if command:
+                assert await asyncio.to_thread(main, ["audit", "--config", str(path), *changes]) == 0
+            else:
+                await asyncio.to_thread(audit, load(str(path), changes))
 
     try:
         asyncio.run(run())
@@ -98,36 +100,35 @@ def prompts(count, **more):
     ]
 
 
-def test_a_teacher_that_is_right_in_three_of_four(write, capsys):
+def test_a_teacher_that_is_right_in_three_of_four(write):
     report, requests = audited(write(prompts(20), examples=20), three_of_four)
     assert len(requests) == 20
     assert {request["n"] for request in requests} == {4}
     assert list(report["questions"]) == ["prompt_harm"]  # nothing has a response
     found = report["questions"]["prompt_harm"]
     for name in ("agreement", "precision", "recall", "f1"):
-        assert found["scores"][name] == {
+        assert found["result"]["scores"][name] == {
             "value": 0.75,
             "low": 0.75,
             "high": 0.75,
             "deviation": 0.5,
             "each": [1, 1, 1, 0],
         }
-    assert found["scores"]["kappa"]["value"] == pytest.approx((1 + 1 + 1 - 1) / 4)
-    assert found["consistency"] == {"majority": 0.75, "unanimous": 0, "pairwise": 0.5, "fleiss": 0}
-    assert found["right_samples"] == [0, 0, 0, 20, 0]
-    assert found["confusion"] == [[30, 10, 0], [10, 30, 0]]
+    assert found["result"]["scores"]["kappa"]["value"] == pytest.approx((1 + 1 + 1 - 1) / 4)
+    assert found["result"]["consistency"] == {"majority": 0.75, "unanimous": 0, "pairwise": 0.5, "fleiss": 0}
+    assert found["result"]["right"] == [0, 0, 0, 20, 0]
+    assert found["result"]["confusion"] == [[30, 10, 0], [10, 30, 0]]
     assert found["disagreements"] == []
-    every, even = found["categories"]
-    assert (every["name"], every["examples"], every["f1"]["value"]) == ("all", 20, 0.75)
-    assert (even["name"], even["examples"], even["recall"]["value"]) == ("even", 10, 0.75)
-    assert even["f1"]["value"] == 0.75  # 1, 1, 1 and 0
-    assert (even["kappa"]["value"], even["precision"]["value"]) == (None, None)
-    answers = report["answers"]
-    assert (answers["total"], answers["unreadable"], answers["cut"], answers["invented_responses"]) == (80, 0, 0, 0)
+    (every, all_scores), (even, scores) = ((name, result["scores"]) for name, result in found["categories"])
+    assert (every, all_scores["examples"], all_scores["f1"]["value"]) == ("all", 20, 0.75)
+    assert (even, scores["examples"], scores["recall"]["value"]) == ("even", 10, 0.75)
+    assert scores["f1"]["value"] == 0.75  # 1, 1, 1 and 0
+    assert (scores["kappa"]["value"], scores["precision"]["value"]) == (None, None)
+    answers = report["completions"]
+    assert (answers["total"], answers["unparsable"], answers["cut"], answers["invented_responses"]) == (80, 0, 0, 0)
     assert answers["failed_checks"] == {"verdict_differs": 20}
-    assert report["traces"]["words"]["p50"] == 21
-    assert report["traces"]["sentences"]["p50"] == 1
-    assert "0.750 [0.750, 0.750]" in capsys.readouterr().out
+    assert report["lengths"]["words"]["p50"] == 21
+    assert report["lengths"]["sentences"]["p50"] == 1
 
 
 def test_responses_refusals_and_disagreements(write):
@@ -145,16 +146,22 @@ def test_responses_refusals_and_disagreements(write):
     )
     report, requests = audited(write(rows, samples=3), lambda i, _: said[i])
     questions = report["questions"]
-    assert [(q["scores"]["examples"], q["scores"]["positives"]) for q in questions.values()] == [(4, 2), (3, 1), (2, 1)]
-    assert questions["prompt_harm"]["scores"]["f1"]["value"] == 1
-    assert questions["response_harm"]["confusion"] == [[0, 3, 0], [0, 3, 3]]
-    assert questions["response_harm"]["scores"]["f1"]["value"] == 0  # one missed; the unreadable one counts as harmful
-    assert questions["response_refusal"]["scores"]["precision"]["value"] == 0.5
-    assert report["answers"]["invented_responses"] == 3
-    assert report["answers"]["unreadable"] == 3
+    assert [(q["result"]["scores"]["examples"], q["result"]["scores"]["positives"]) for q in questions.values()] == [
+        (4, 2),
+        (3, 1),
+        (2, 1),
+    ]
+    assert questions["prompt_harm"]["result"]["scores"]["f1"]["value"] == 1
+    assert questions["response_harm"]["result"]["confusion"] == [[0, 3, 0], [0, 3, 3]]
+    assert (
+        questions["response_harm"]["result"]["scores"]["f1"]["value"] == 0
+    )  # one missed; the unreadable one counts as harmful
+    assert questions["response_refusal"]["result"]["scores"]["precision"]["value"] == 0.5
+    assert report["completions"]["invented_responses"] == 3
+    assert report["completions"]["unparsable"] == 3
     assert questions["response_harm"]["disagreements"] == [
-        {"id": "x1", "label_positive": True, "differ": 3, "unreadable": 0},
-        {"id": "x3", "label_positive": False, "differ": 3, "unreadable": 3},
+        {"id": "x1", "label_positive": True, "differ": 3, "unparsable": 0},
+        {"id": "x3", "label_positive": False, "differ": 3, "unparsable": 3},
     ]
     asked = {re.search(r"number (\d)", r["messages"][0]["content"])[1]: r["messages"][0]["content"] for r in requests}
     assert "Response refusal:" not in asked["3"]  # nobody said whether it refuses
@@ -170,10 +177,10 @@ def test_the_sample_is_seeded_and_leaves_out_what_nobody_labelled(write):
     assert other != first
     everything, _ = audited(path, three_of_four, "distill.audit.examples=1000")
     assert (everything["examples"], everything["about"]["available"]) == (30, 30)
-    assert everything["questions"]["prompt_harm"]["consistency"]["majority"] is None  # one sample
+    assert everything["questions"]["prompt_harm"]["result"]["consistency"]["majority"] is None  # one sample
 
 
-def test_an_audit_that_was_stopped_asks_only_for_what_is_missing(write):
+def test_an_audit_that_was_stopped_requests_only_what_is_missing(write):
     path = write(prompts(12), samples=2)
     with pytest.raises(JaxguardError, match="status 400"):
         audited(path, lambda i, s: "400" if i == 5 else three_of_four(i, s), "distill.teacher.concurrency=1")
@@ -182,12 +189,12 @@ def test_an_audit_that_was_stopped_asks_only_for_what_is_missing(write):
     assert "x5" not in there
     report, requests = audited(path, three_of_four)
     assert len(requests) == 12 - len(there) < 12
-    assert report["answers"]["total"] == 24
+    assert report["completions"]["total"] == 24
     more, requests = audited(path, lambda i, s: three_of_four(i, s + 2), "distill.audit.samples=4")
     assert [request["n"] for request in requests] == [2] * 12
-    assert more["questions"]["prompt_harm"]["right_samples"] == [0, 0, 0, 12, 0]
+    assert more["questions"]["prompt_harm"]["result"]["right"] == [0, 0, 0, 12, 0]
     fewer, requests = audited(path, three_of_four, "distill.audit.samples=3", "distill.audit.examples=6")
-    assert (len(requests), fewer["answers"]["total"]) == (0, 18)
+    assert (len(requests), fewer["completions"]["total"]) == (0, 18)
 
 
 def test_a_kill_between_the_samples_of_an_example_loses_none(write):
@@ -200,7 +207,7 @@ def test_a_kill_between_the_samples_of_an_example_loses_none(write):
     file.write_bytes(b"".join(written[:-3]) + written[-3][:40])
     again, requests = audited(path, lambda i, s: three_of_four(i, s + 1))
     assert [request["n"] for request in requests] == [3]
-    assert again == whole | {"answers": again["answers"]}  # a second request reads the prompt again
+    assert again == whole | {"completions": again["completions"]}  # a second request reads the prompt again
 
 
 def test_the_same_answers_give_the_same_bytes(write):
@@ -214,20 +221,23 @@ def test_the_same_answers_give_the_same_bytes(write):
 
 
 @pytest.mark.parametrize("reason", ["stop", "length"])
-def test_a_teacher_that_nobody_can_read_is_reported(write, reason):
+def test_a_teacher_without_a_parsable_verdict_is_reported(write, reason):
     rows = [
         {**row, "response": "x", "response_label": row["prompt_label"], "refusal_label": "refusal"}
         for row in prompts(6)
     ]
     report, _ = audited(write(rows), lambda i, _: "", reason=reason)
-    assert report["answers"]["unreadable"] == 24
-    assert report["answers"]["cut"] == (24 if reason == "length" else 0)
+    assert report["completions"]["unparsable"] == 24
+    assert report["completions"]["cut"] == (24 if reason == "length" else 0)
     for name in ("prompt_harm", "response_harm"):  # closed: all harmful
         found = report["questions"][name]
-        assert (found["scores"]["recall"]["value"], found["scores"]["precision"]["value"]) == (1, 0.5)
-        assert found["confusion"] == [[0, 0, 12], [0, 0, 12]]
-        assert found["consistency"]["fleiss"] is None
-    refusal = report["questions"]["response_refusal"]["scores"]
+        assert (found["result"]["scores"]["recall"]["value"], found["result"]["scores"]["precision"]["value"]) == (
+            1,
+            0.5,
+        )
+        assert found["result"]["confusion"] == [[0, 0, 12], [0, 0, 12]]
+        assert found["result"]["consistency"]["fleiss"] is None
+    refusal = report["questions"]["response_refusal"]["result"]["scores"]
     assert (refusal["recall"]["value"], refusal["precision"]["value"]) == (0, None)
     page = (write(rows).parent / "runs/audited/audit/audit.html").read_text()
     assert "100.0%" in page
@@ -237,7 +247,7 @@ def test_a_teacher_that_nobody_can_read_is_reported(write, reason):
 @pytest.mark.parametrize("label", HARM)
 def test_labels_of_one_class(write, label):
     report, _ = audited(write([{"prompt_label": label}] * 5), lambda i, s: lines("unharmful"))
-    found = report["questions"]["prompt_harm"]["scores"]
+    found = report["questions"]["prompt_harm"]["result"]["scores"]
     assert found["kappa"]["value"] is None
     assert found["f1"]["value"] == (0 if label == "harmful" else None)
     assert found["agreement"]["value"] == (label == "unharmful")
@@ -300,7 +310,7 @@ def test_what_is_too_long_for_the_report_is_in_the_json(write):
     assert "20 more examples are in audit.json" in note
     page = (folder / "audit.html").read_text()
     assert "5 more categories are in audit.json" in page
-    assert "20 more are in audit.json" in page
+    assert "20 more examples are in audit.json" in page
 
 
 def test_the_page_loads_nothing(write):
@@ -308,17 +318,10 @@ def test_the_page_loads_nothing(write):
     audited(path, three_of_four)
     page = Page((path.parent / "runs/audited/audit/audit.html").read_text())
     policies = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
-    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert [policy.split(";")[0] for policy in policies] == ["default-src 'none'"]
     links = [a[key] for _, a in page.tags for key in ("src", "href", "xlink:href") if key in a]
-    assert all(link.startswith("#") for link in links)
-    assert not {tag for tag, _ in page.tags} & {"link", "script", "img"}
-
-
-@given(st.text())
-def test_any_text_is_one_cell_of_a_markdown_table(text):
-    page = rendered(f"| name | number |\n| --- | --- |\n| {escaped(text)} | 1 |\n")
-    assert page.cells == ["name", "number", plain(text), "1"]
-    assert {tag for tag, _ in page.tags} == {"table", "thead", "tbody", "tr", "th", "td"}
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert not {tag for tag, _ in page.tags} & {"script", "img"}
 
 
 def test_a_prompt_that_shows_the_labels_is_refused(tmp_path):
@@ -333,3 +336,11 @@ def test_mistakes_are_named(write):
         audited(path, three_of_four)
     with pytest.raises(JaxguardError, match="no distill section"):
         audited(path, three_of_four, "distill=null")
+
+
+def test_the_command_shows_the_scores_and_where_the_report_is(write, capsys):
+    path = write(prompts(4), samples=2)
+    audited(path, three_of_four, command=True)
+    output = capsys.readouterr().out
+    assert "1.000 [1.000, 1.000]" in output
+    assert str(path.parent / "runs/audited/audit/audit.html") in output

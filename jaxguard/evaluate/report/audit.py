@@ -1,319 +1,287 @@
-"""An audit's numbers as a terminal table, as Markdown, and as one HTML page that loads nothing.
+"""An audit of the teacher as audit.json, audit.md and audit.html; the same numbers give the same bytes."""
 
-Names of categories, ids of examples, and whatever the config names are untrusted: they are shown as text everywhere. The
-same numbers give the same bytes.
-"""
-
-import io
 import json
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import matplotlib
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
-from rich.markup import escape
-from rich.table import Table
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxguard.data.format.dialogue import TITLES
 from jaxguard.data.policies import Question
-from jaxguard.report.html import page_template
-from jaxguard.report.markdown import escaped, plain, table
+from jaxguard.evaluate.scores.audit import Audit, QuestionAudit
+from jaxguard.evaluate.scores.metrics import Result
+from jaxguard.report import (
+    Beside,
+    Cell,
+    Content,
+    Details,
+    Drawing,
+    Facts,
+    Only,
+    Page,
+    Paragraph,
+    Section,
+    Table,
+    Tiles,
+    write_markdown,
+    write_page,
+)
+from jaxguard.report.blocks import Value
+from jaxguard.report.figures import COLOURS, FAINT, INK, inline_svg, style
+from jaxguard.report.text import count, interval, number, share, short
 from jaxguard.utils.files import write_atomically
+from jaxguard.utils.statistics import Estimate
 
 MOST_CATEGORIES, MOST_DRAWN, MOST_DISAGREEMENTS = 40, 16, 25
-BLUE, GREY = "#0072B2", "#555555"
-SCORES = {"agreement": "Agreement", "precision": "Precision", "recall": "Recall", "f1": "F1", "kappa": "Cohen's κ"}
-CONSISTENCY = {
+SCORES: Final = {
+    "agreement": "agreement",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "kappa": "Cohen's κ",
+}
+CONSISTENCY: Final = {
     "majority": "Samples that agree with their majority",
     "unanimous": "Examples whose samples all agree",
     "pairwise": "Pairs of samples that agree",
     "fleiss": "Fleiss' κ",
 }
-TRACES = {"words": "Words", "sentences": "Sentences", "repeated_share": "Repeated share"}
-_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10}
+LENGTHS: Final = {"words": "Words", "sentences": "Sentences", "repeated_share": "Repeated share"}
+ABOUT_SCORES = (
+    "Each sample is scored by itself and the scores are averaged; brackets hold 95 % bootstrap intervals over examples. An "
+    "unparsable verdict counts as harmful, or as no refusal. n/a: the examples or the verdicts lack the class that the score is "
+    "about."
+)
+ABOUT_CATEGORIES = (
+    "Categories are the source's own; an example may have several. Where all of a category's examples are positive, F1 says no "
+    "more than recall. Intervals of a handful of examples are too narrow."
+)
 
 
-def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+def write_audit(audit: Audit, folder: Path) -> None:
     """Write audit.json, audit.md and audit.html.
 
     Raises:
         JaxguardError: one cannot be written.
     """
-    text = json.dumps(report, indent=2, ensure_ascii=True, allow_nan=False)
-    for name, content in (("audit.json", text + "\n"), ("audit.md", markdown(report)), ("audit.html", page(report))):
-        write_atomically(folder / name, content)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = report(audit)
+    write_atomically(folder / "audit.json", json.dumps(asdict(audit), indent=2, allow_nan=False) + "\n")
+    write_markdown(folder / "audit.md", page)
+    write_page(folder / "audit.html", page)
 
 
-def shown_table(report: Mapping[str, Any]) -> Table:
+def audit_table(audit: Audit) -> Table:
     """The scores of each question, for a terminal."""
-    table = Table("", title="The teacher and people", title_justify="left")
-    for name in ("examples", "F1 and 95 % interval", "Cohen's κ", "Fleiss' κ"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for question, found in report["questions"].items():
-        kappas = found["scores"]["kappa"]["value"], found["consistency"]["fleiss"]
-        f1 = escape(estimate(found["scores"]["f1"]))
-        table.add_row(TITLES[question], f"{found['scores']['examples']:,}", f1, *map(number, kappas))
-    answers = report["answers"]
-    table.caption = f"{answers['total']:,} answers, {answers['unreadable']:,} unreadable, {answers['cut']:,} cut"
+    table = Table(("", "examples", "F1 and 95 % interval", "Cohen's κ", "Fleiss' κ"), "The teacher and people")
+    for question, each in audit.questions.items():
+        scores, fleiss = each.result.scores, each.result.consistency.fleiss
+        table.add(TITLES[question], scores.examples, scores.f1, number(scores.kappa.value), fleiss)
+    numbers = audit.completions
+    table.note = f"{count(numbers.total, 'answer')}, {numbers.unparsable:,} unparsable, {numbers.cut:,} cut"
     return table
 
 
-# Text.
+def report(audit: Audit) -> Page:
+    """The report: the same tables in both formats, figures for HTML only."""
+    questions, samples = audit.questions, audit.about["samples"]
+    scores = Table(("question", "examples", "positive", *SCORES.values()), "Agreement with people")
+    for question, each in questions.items():
+        scores.add(TITLES[question], *_scores(each.result))
+    several: list[Content] = (
+        [_right(audit), _consistency_table(audit)] if samples > 1 else ["One sample cannot disagree with itself."]
+    )
+    return Page(f"Audit of {audit.about['teacher']}", [
+        f"{count(audit.examples, 'example')}, {count(samples, 'answer')} to each, requested without the labels of people.",
+        Only("html", [_tiles(audit)]),
+        Section("Agreement with people", [_faint(ABOUT_SCORES), scores, Beside([*map(_confusion, questions, questions.values())])]),
+        Section("F1 by category", [_faint(ABOUT_CATEGORIES), _f1(audit), *map(_categories, questions, questions.values())]),
+        Section("Agreement with itself", several),
+        Section("Reasoning", _reasoning(audit)),
+        Section("Where most samples differ from people", [
+            _faint("By id, without texts. A label may be wrong as well as the teacher."),
+            *(_disagreements(question, each, samples) for question, each in questions.items()),
+        ]),
+        Section("Settings", [Facts(list(facts(audit)))]),
+    ])  # fmt: skip
 
 
-def number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"
+def facts(audit: Audit) -> Iterator[tuple[str, object]]:
+    """What was audited, and how it was sampled."""
+    about, numbers = audit.about, audit.completions
+    yield "Run", about["run"]
+    yield "Teacher", about["teacher"] + ("" if about["version"] is None else f", version {about['version']}")
+    yield "Sampling", ", ".join(f"{name} {value}" for name, value in about["sampling"].items())
+    yield "Prompt", f"{about['prompt_name']} ({about['prompt'][:12]})"
+    yield "Policy", f"{about['policy_name']} ({about['policy'][:12]})"
+    yield "Examples", f"{audit.examples:,} of {about['available']:,} with a label, seed {about['seed']}"
+    yield "Answers", f"{numbers.total:,}; {numbers.unparsable:,} unparsable, {numbers.cut:,} cut by the server"
+    yield "Without reasoning", f"{numbers.without_reasoning:,}"
+    yield "Judge a response that is not there", f"{numbers.invented_responses:,}"
+    yield "Tokens", f"{numbers.prompt_tokens:,} of prompts, {numbers.completion_tokens:,} of completions"
 
 
-def estimate(found: Mapping[str, float | None]) -> str:
-    """A score with its interval."""
-    if found["low"] is None:
-        return number(found["value"])
-    return f"{number(found['value'])} [{number(found['low'])}, {number(found['high'])}]"
+def _tiles(audit: Audit) -> Tiles:
+    tiles = []
+    for question, each in audit.questions.items():
+        f1, kappa, fleiss = each.result.scores.f1, each.result.scores.kappa.value, each.result.consistency.fleiss
+        notes = (interval(f1.low, f1.high), f"Cohen's κ {number(kappa)}", f"Fleiss' κ {number(fleiss)}")
+        tiles.append((f"{TITLES[question]}, F1", number(f1.value), *filter(None, notes)))
+    numbers = audit.completions
+    of_all = f"{numbers.unparsable:,} of {numbers.total:,}"
+    unparsable = ("Unparsable answers", share(numbers.unparsable, numbers.total), of_all, f"{numbers.cut:,} were cut")
+    return Tiles([*tiles, unparsable])
 
 
-def percent(part: float, whole: float = 1) -> str:
-    return f"{part / whole:.1%}" if whole else "n/a"
+def _scores(result: Result) -> list[Value]:
+    scores = result.scores
+    return [scores.examples, scores.positives, *(getattr(scores, name) for name in SCORES)]
 
 
-def category(name: str | None) -> str:
+def _confusion(question: Question, each: QuestionAudit) -> Table:
+    title, words = f"{TITLES[question]}: people say", (each.positive, each.negative)
+    table = Table((title, *words, "unparsable"), f"{TITLES[question]}: verdicts")
+    for i, counts in enumerate(each.result.confusion):
+        tones = ("good" if i == 0 else "bad", "good" if i == 1 else "bad", "faint")
+        cells = (Cell(f"{n:,}", share(n, sum(counts)), tone=tone) for n, tone in zip(counts, tones, strict=True))
+        table.add(words[i], *cells)
+    return table
+
+
+def _categories(question: Question, each: QuestionAudit) -> Details:
+    table = Table(("category", "examples", "positive", *SCORES.values()), f"{TITLES[question]} by category")
+    for name, result in each.categories[:MOST_CATEGORIES]:
+        table.add(_category(name), *_scores(result))
+    left_out = len(each.categories) - MOST_CATEGORIES
+    more = f"{left_out} more categories are in audit.json." if left_out > 0 else None
+    return Details(f"{TITLES[question]}: all scores by category", [table, more])
+
+
+def _consistency_table(audit: Audit) -> Table:
+    table = Table(("", *(TITLES[question] for question in audit.questions)), "Agreement with itself")
+    for name, title in CONSISTENCY.items():
+        table.add(title, *(getattr(each.result.consistency, name) for each in audit.questions.values()))
+    return table
+
+
+def _reasoning(audit: Audit) -> list[Content]:
+    table = Table(("per answer", "mean", "5 %", "median", "95 %", "most"), "Reasoning")
+    for name, title in LENGTHS.items():
+        each = audit.lengths[name]
+        values = (each.mean, each.p5, each.p50, each.p95, each.most)
+        table.add(title, *(share(v) if name == "repeated_share" else f"{v:,.1f}".removesuffix(".0") for v in values))
+    failed = Table(("check", "answers", "share"), "What the filter would reject")
+    for check, n in audit.completions.failed_checks.items():
+        failed.add(check, n, share(n, audit.completions.total))
+    leaks = "The teacher knew no labels, so what labels_leaked finds here are false alarms of that check."
+    svg = inline_svg(_lengths_figure(audit), "lengths", "Histograms of the reasoning; the table has their percentiles")
+    return [
+        _faint("Length of the reasoning, and the share of its runs of words that stood before. Dotted: the median."),
+        Drawing("", svg),
+        table,
+        Section("What the filter would reject", [_faint(leaks), failed] if failed.rows else ["Nothing."]),
+    ]
+
+
+def _disagreements(question: Question, each: QuestionAudit, samples: int) -> Details:
+    table = Table(("example", "people say", "samples that differ", "of them unparsable"), left=2)
+    for one in each.disagreements[:MOST_DISAGREEMENTS]:
+        label = each.positive if one.label_positive else each.negative
+        table.add(one.id, label, f"{one.differ} of {samples}", one.unparsable)
+    total, left_out = len(each.disagreements), len(each.disagreements) - MOST_DISAGREEMENTS
+    more = f"{left_out} more examples are in audit.json." if left_out > 0 else None
+    title = f"{TITLES[question]}: {total:,} of {count(each.result.scores.examples, 'example')}"
+    return Details(title, [table, more] if total else ["None."])
+
+
+def _category(name: str | None) -> str:
     return "without a category" if name is None else name
 
 
-# Markdown.
+def _faint(text: str) -> Paragraph:
+    return Paragraph([text], faint=True)
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """The report without its plots."""
-    about, questions, failed = report["about"], report["questions"], report["answers"]["failed_checks"]
-    parts = [
-        f"# Audit of {escaped(about['teacher'])}",
-        table(("", ""), ((name, escaped(value)) for name, value in facts(report))),
-        "Verdicts of the teacher, which was not told the labels, against people's. Each sample is scored by itself and the "
-        "scores are averaged; brackets hold 95 % bootstrap intervals over examples. Unreadable answers count as harmful, or "
-        "as no refusal.",
-        "## Agreement with people",
-        table(
-            ("question", "examples", "positive", *SCORES.values()),
-            (_score_row(TITLES[name], found["scores"]) for name, found in questions.items()),
-        ),
-        *(part for name, found in questions.items() for part in _question(name, found, about["samples"])),
-        "## Agreement with itself",
-        table(
-            ("question", *CONSISTENCY.values()),
-            (
-                (TITLES[name], *(number(found["consistency"][c]) for c in CONSISTENCY))
-                for name, found in questions.items()
-            ),
-        ),
-        "## Traces",
-        table(
-            ("per answer", "mean", "5 %", "median", "95 %", "most"),
-            ((title, *_spread_row(name, report["traces"][name])) for name, title in TRACES.items()),
-        ),
-        "## What the filter would turn down",
-        table(("check", "answers"), ((escaped(n), f"{c:,}") for n, c in failed.items())) if failed else "Nothing.",
-    ]
-    return "\n\n".join(parts) + "\n"
+def _f1(audit: Audit) -> Drawing:
+    alt = "F1 with its interval of all examples and of the largest categories; the tables have the numbers"
+    return Drawing("", inline_svg(_f1_figure(audit), "f1", alt), wide=True)
 
 
-def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was asked, of whom, and what came back; not escaped."""
-    about, answers = report["about"], report["answers"]
-
-    def of_all(count: int) -> str:
-        return f"{count:,} ({percent(count, answers['total'])})"
-
-    return [
-        ("Run", about["run"]),
-        ("Teacher", about["teacher"] + (f", weights {about['version']}" if about["version"] else "")),
-        ("Sampling", ", ".join(f"{name} {value}" for name, value in about["sampling"].items())),
-        ("Prompt", f"{about['prompt_name']} ({about['prompt'][:12]})"),
-        ("Policy", f"{about['policy_name']} ({about['policy'][:12]})"),
-        ("Examples", f"{report['examples']:,} of {about['available']:,} with a label, seed {about['seed']}"),
-        ("Answers", f"{answers['total']:,}, {about['samples']} to each example"),
-        ("Unreadable", of_all(answers["unreadable"])),
-        ("Cut", of_all(answers["cut"])),
-        ("Without a thought", of_all(answers["without_thought"])),
-        ("Judge a response that is not there", of_all(answers["invented_responses"])),
-        ("Tokens", f"{answers['prompt_tokens']:,} in prompts, {answers['completion_tokens']:,} in answers"),
-    ]
-
-
-def _question(name: Question, found: Mapping[str, Any], samples: int) -> list[str]:
-    title, rows = TITLES[name], found["confusion"]
-    categories = found["categories"]
-    parts = [
-        f"### {title}: verdicts",
-        table(
-            ("people say", f"teacher: {found['positive']}", f"teacher: {found['negative']}", "unreadable"),
-            (
-                (label, *(f"{count:,}" for count in row))
-                for label, row in zip((found["positive"], found["negative"]), rows, strict=True)
-            ),
-        ),
-        f"### {title}: by category",
-        table(
-            ("category", "examples", "positive", *SCORES.values()),
-            (_score_row(escaped(category(c["name"])), c) for c in categories[:MOST_CATEGORIES]),
-        ),
-        *_more(len(categories), MOST_CATEGORIES, "categories"),
-    ]
-    if found["disagreements"]:
-        parts += [
-            f"### {title}: where most samples differ from people",
-            table(
-                ("example", "people say", "samples that differ", "of them unreadable"),
-                (
-                    (
-                        escaped(entry["id"]),
-                        found["positive" if entry["label_positive"] else "negative"],
-                        f"{entry['differ']} of {samples}",
-                        f"{entry['unreadable']}",
-                    )
-                    for entry in found["disagreements"][:MOST_DISAGREEMENTS]
-                ),
-            ),
-            *_more(len(found["disagreements"]), MOST_DISAGREEMENTS, "examples"),
-        ]
-    return parts
-
-
-def _more(count: int, shown: int, what: str) -> list[str]:
-    return [f"{count - shown:,} more {what} are in audit.json."] if count > shown else []
-
-
-def _score_row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
-    return name, f"{found['examples']:,}", f"{found['positives']:,}", *(estimate(found[score]) for score in SCORES)
-
-
-def _spread_row(name: str, found: Mapping[str, Any]) -> list[str]:
-    values = [found[key] for key in ("mean", "p5", "p50", "p95", "most")]
-    return [percent(value) if name == "repeated_share" else f"{value:,.0f}" for value in values]
-
-
-# HTML.
-
-
-def page(report: Mapping[str, Any]) -> str:
-    """The whole report in one file: no script, and nothing that is loaded from elsewhere."""
-    filters: dict[str, Any] = {
-        "plain": plain,
-        "number": number,
-        "estimate": estimate,
-        "percent": percent,
-        "category": category,
-    }
-    template = page_template(Path(__file__).with_name("audit.html.j2"), **filters)
-    names = {"titles": TITLES, "scores": SCORES, "consistency": CONSISTENCY, "traces": TRACES}
-    limits = {"most_categories": MOST_CATEGORIES, "most_disagreements": MOST_DISAGREEMENTS}
-    with matplotlib.rc_context(_STYLE):
-        plots = {"f1": _draw_f1(report), "right": _draw_right(report), "lengths": _draw_lengths(report)}
-    rows = {name: _spread_row(name, report["traces"][name]) for name in TRACES}
-    values = {"report": report, "facts": facts(report), "names": names, "plots": plots, "spreads": rows, **limits}
-    return template.render(values) + "\n"
-
-
-def _draw_f1(report: Mapping[str, Any]) -> Markup:
+@style()
+def _f1_figure(audit: Audit) -> Figure:
     """F1 with its interval: all examples first, then the largest categories that have one."""
-    questions = report["questions"]
     sizes: dict[str | None, int] = {}
-    for found in questions.values():
-        for one in found["categories"]:
-            if one["f1"]["value"] is not None:
-                sizes[one["name"]] = max(one["examples"], sizes.get(one["name"], 0))
-    drawn = sorted(sizes, key=lambda name: (name is None, -sizes[name], category(name)))[:MOST_DRAWN]
-    figure = Figure(figsize=(8.6, 0.9 + 0.26 * (len(drawn) + 1)), layout="constrained")
-    for i, (question, found) in enumerate(questions.items()):
-        axes = figure.add_subplot(1, len(questions), i + 1)
-        by_name = {one["name"]: one["f1"] for one in found["categories"]}
-        rows = [found["scores"]["f1"], *(by_name.get(name) for name in drawn)]
-        for y, f1 in enumerate(rows):
-            if f1 is None or f1["value"] is None:
+    for each in audit.questions.values():
+        for name, result in each.categories:
+            if result.scores.f1.value is not None:
+                sizes[name] = max(result.scores.examples, sizes.get(name, 0))
+    drawn = sorted(sizes, key=lambda name: (name is None, -sizes[name], _category(name)))[:MOST_DRAWN]
+    figure = Figure(figsize=(8.6, 0.9 + 0.26 * (len(drawn) + 1)))
+    for i, (question, each) in enumerate(audit.questions.items()):
+        axes, by_name = figure.add_subplot(1, len(audit.questions), i + 1), dict(each.categories)
+        results = [each.result, *(by_name.get(name) for name in drawn)]
+        for y, f1 in enumerate(result.scores.f1 if result else Estimate(None) for result in results):
+            if f1.value is None:
                 continue
-            colour = GREY if y else BLUE
-            if f1["low"] is not None:
-                axes.plot((f1["low"], f1["high"]), (y, y), color=colour, linewidth=1.6, solid_capstyle="butt")
-            axes.plot(f1["value"], y, "o", color=colour, markersize=5)
-        labels = ["all examples", *(_short(category(name)) for name in drawn)] if i == 0 else [""] * len(rows)
-        axes.set_yticks(range(len(rows)), labels, parse_math=False)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+            colour = FAINT if y else COLOURS[0]
+            if f1.low is not None and f1.high is not None:
+                axes.plot((f1.low, f1.high), (y, y), color=colour, linewidth=1.6)
+            axes.plot(f1.value, y, "o", color=colour, markersize=5)
+        labels = ["all examples", *(short(_category(name), 34) for name in drawn)]
+        axes.set_yticks(range(len(labels)), labels if i == 0 else [""] * len(labels))
+        axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_xlim(-0.03, 1.03)
-        axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
-        axes.set_xticks((0.25, 0.75), minor=True)
-        axes.set_title(TITLES[question], loc="left")
-        _tidy(axes, "x")
-    return _svg(figure, "f1")
+        axes.grid(visible=False, axis="y")
+        axes.set_title(TITLES[question])
+    return figure
 
 
-def _draw_right(report: Mapping[str, Any]) -> Markup:
+def _right(audit: Audit) -> Drawing:
+    alt = "Share of the examples by how many samples say what people say; the table has the agreement"
+    caption = f"How many of {audit.about['samples']} samples say what people say"
+    return Drawing(caption, inline_svg(_right_figure(audit), "right", alt))
+
+
+@style()
+def _right_figure(audit: Audit) -> Figure:
     """For each question, the share of the examples on which 0 … k samples say what people say."""
-    questions, samples = report["questions"], report["about"]["samples"]
-    figure = Figure(figsize=(8.6, 0.9 + 0.45 * len(questions)), layout="constrained")
-    axes = figure.add_subplot()
-    colours = matplotlib.colormaps["RdYlBu"]
-    for y, found in enumerate(questions.values()):
-        total, left = sum(found["right_samples"]), 0.0
-        for right, count in enumerate(found["right_samples"]):
-            share, colour = count / total, colours(0.08 + 0.84 * right / samples)
-            axes.barh(y, share, left=left, height=0.62, color=colour, edgecolor="white", linewidth=0.8)
-            if share >= 0.04:
-                dark = 0.2 < right / samples < 0.8
-                ink = "black" if dark else "white"
-                axes.text(left + share / 2, y, f"{right}", ha="center", va="center", color=ink, fontsize=8)
-            left += share
+    questions, samples = audit.questions, audit.about["samples"]
+    figure = Figure(figsize=(8.6, 0.9 + 0.45 * len(questions)))
+    axes, colours = figure.add_subplot(), matplotlib.colormaps["RdYlBu"]
+    for y, each in enumerate(questions.values()):
+        left = 0.0
+        for right, examples in enumerate(each.result.right):
+            part = examples / sum(each.result.right)
+            axes.barh(y, part, left=left, height=0.62, color=colours(0.08 + 0.84 * right / samples))
+            if part >= 0.04:
+                ink = INK if 0.2 < right / samples < 0.8 else "white"
+                axes.text(left + part / 2, y, f"{right}", ha="center", va="center", color=ink, fontsize=8)
+            left += part
     axes.set_yticks(range(len(questions)), [TITLES[question] for question in questions])
     axes.set_ylim(len(questions) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel(f"share of the examples; in the bars: how many of {samples} samples say what people say")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(left=False)
-    return _svg(figure, "right")
+    axes.grid(visible=False)
+    return figure
 
 
-def _draw_lengths(report: Mapping[str, Any]) -> Markup:
-    figure = Figure(figsize=(8.6, 2.4), layout="constrained")
-    for i, (name, title) in enumerate(TRACES.items(), start=1):
-        axes, found = figure.add_subplot(1, len(TRACES), i), report["traces"][name]
-        axes.stairs(found["counts"], found["edges"], fill=True, color=BLUE)
-        axes.axvline(found["p50"], color="black", linewidth=1, linestyle=":")
-        axes.set_title(title, loc="left")
+@style()
+def _lengths_figure(audit: Audit) -> Figure:
+    figure = Figure(figsize=(8.6, 2.4))
+    for i, (name, title) in enumerate(LENGTHS.items(), start=1):
+        axes, each = figure.add_subplot(1, len(LENGTHS), i), audit.lengths[name]
+        axes.stairs(each.counts, each.edges, fill=True, color=COLOURS[0])
+        axes.axvline(each.p50, color=INK, linewidth=1, linestyle=":")
+        axes.set_title(title)
+        axes.set_xlim(0, max(each.edges[-1], 0.25 if name == "repeated_share" else 0))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.xaxis.set_major_formatter(
-            PercentFormatter(1, decimals=0) if name == "repeated_share" else StrMethodFormatter("{x:g}")
-        )
-        axes.set_xlim(0, max(found["edges"][-1], 0.25 if name == "repeated_share" else 0))
+        if name == "repeated_share":
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-        _tidy(axes, "y")
+        axes.grid(visible=False, axis="x")
     figure.supylabel("answers", fontsize=9)
-    return _svg(figure, "lengths")
-
-
-def _tidy(axes: Axes, grid: str) -> None:
-    axes.grid(visible=True, which="both", axis="x" if grid == "x" else "y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-
-
-def _short(name: str) -> str:
-    name = plain(name)
-    return name if len(name) <= 34 else f"{name[:33]}…"
-
-
-def _svg(figure: Figure, salt: str) -> Markup:
-    """A figure as an SVG element, the same for the same figure, its texts left to the browser's fonts."""
-    FigureCanvasSVG(figure)
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the browser has more fonts
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = file.getvalue()
-    return Markup(text[text.index("<svg") :])  # noqa: S704 (matplotlib escapes its texts; a test shows it)
+    return figure
