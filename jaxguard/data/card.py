@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxguard.report import Cell, Code, Page, Paragraph, Section, Table, page_markdown
+from jaxguard.report import Cell, Code, Content, Page, Paragraph, Section, Table, page_markdown
 
 
 def card(manifest: dict[str, Any]) -> str:
@@ -25,12 +25,12 @@ def card(manifest: dict[str, Any]) -> str:
         f'datasets.load_dataset("path/to/this/folder", "{first}_all")       # our columns\n'
         f'datasets.load_dataset("path/to/this/folder", "{first}_all_chat")  # chat messages'
     )
-    chat = [
+    chat: list[str | Cell] = [
         "SIZE_SEED are random subsets; for each seed, smaller ones are contained in larger ones. Appended examples are added to "
         "each subset. `mode` says whether an example is trained with its trace. Chat messages are rendered as in training for ",
         Cell(manifest["checkpoint"], code=True), " under the policy ", Cell(manifest["data"]["policy"], code=True), ".",
     ]  # fmt: skip
-    blocks = [
+    blocks: list[Content] = [
         Paragraph(["Built by jaxguard ", manifest["jaxguard"], ", version ", Cell(manifest["version"], code=True), ". It holds "
                    "offensive text by nature: conversations that people labelled as harmful or not, and a teacher's reasoning "
                    "about them. The licences of its sources apply."]),

@@ -1,9 +1,7 @@
 """Encode examples with the checkpoint's chat template: tokens, loss mask and probes."""
 
 import itertools
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -379,16 +377,6 @@ class Encoder:
         if text != self.template.before + turn + self.template.after:
             raise JaxguardError(f"the chat template changes the user turn; it renders {text[:200]!r}...")
         return text + self._closing(mode)
-
-
-def encode_many(encoder: Encoder, examples: Sequence[Example], modes: Sequence[Mode]) -> list[EncodedExample | None]:
-    """Encode examples in order, on all cores: the tokenizer releases the GIL.
-
-    Raises:
-        JaxguardError: as `encode`, of the first example that fails.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(encoder.encode, examples, modes))
 
 
 def _first_difference(a: list[int], b: list[int]) -> int:

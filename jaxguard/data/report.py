@@ -138,7 +138,8 @@ def _histogram(prepared: Prepared) -> RichTable:
 
 def _round_up(width: int) -> int:
     """Return the next of 1, 2, 5, 10, 20, 50, … that is at least width."""
-    return next(step * 10**power for power in range(20) for step in (1, 2, 5) if step * 10**power >= width)
+    sizes = (step * decade for decade in (1, 10, 100, 1000, 10_000, 100_000) for step in (1, 2, 5))
+    return next(size for size in sizes if size >= width)
 
 
 def _packing(config: Config, prepared: Prepared) -> Text:

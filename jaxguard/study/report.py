@@ -86,10 +86,9 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
     for line in lines:
         runs = f"{len(line.scores)} of {line.runs}" + (" part" if line.partial else "")
         table.add(line.name, line.mode, *map(line.cell, metrics), runs)
-    figure = _figure(study, lines, published) if study.definition.curve else None
     missing = f"Without results: {', '.join(absent)}." if absent else None
-    legend = Paragraph([LEGEND], faint=True)
-    page = Page(study.definition.title, [study.definition.about, figure, table, legend, missing])
+    blocks = [study.definition.about, _figure(study, lines, published), table, Paragraph([LEGEND], faint=True), missing]
+    page = Page(study.definition.title, blocks)
     paths = study.folder / "report.md", study.folder / "report.html"
     write_markdown(paths[0], page)
     write_page(paths[1], page)
@@ -115,31 +114,14 @@ def gather(
                     by_mode.setdefault(mode, []).append((scores, complete))
             else:
                 absent.append(run.name)
-        for mode, each in by_mode.items():
-            lines.append(_line(study, runs, dict(labels), mode, each, published))
+        row, axis = runs[0].row, study.definition.curve.axis if study.definition.curve else ""
+        x = _number(dict(labels)[axis], row.examples) if axis in dict(labels) else None
+        for mode, results in by_mode.items():
+            all_scores = tuple(scores for scores, _ in results)
+            expected = _published_scores(study, published, runs[0], mode, x)
+            series, partial = row.series or runs[0].key, not all(complete for _, complete in results)
+            lines.append(Line(series, dict(labels), mode, all_scores, len(runs), partial, expected, x))
     return lines, absent
-
-
-def _line(
-    study: Study,
-    runs: Sequence[Run],
-    labels: dict[str, str],
-    mode: str,
-    each: list[tuple[Scores, bool]],
-    published: Published | None,
-) -> Line:
-    row, curve = runs[0].row, study.definition.curve
-    series = row.series or runs[0].key
-    expected: Scores = {}
-    reference = next((name for published_mode, name in row.published.items() if published_mode == mode), None)
-    if published is not None and reference is not None:
-        expected = _published_scores(published, reference)
-    x = _number(labels[curve.axis], row.examples) if curve is not None and curve.axis in labels else None
-    if curve is not None and mode == "reasoning" and not expected and curve.series in (None, series):
-        at_x = [f1 for at, f1, _ in _published_curve(study, published) if at == x]
-        expected = {PUBLISHED_METRIC: at_x[0]} if at_x else {}
-    complete = all(complete for _, complete in each)
-    return Line(series, labels, mode, tuple(scores for scores, _ in each), len(runs), not complete, expected, x)
 
 
 def scores_of(evaluation: Evaluation) -> list[tuple[str, Scores, bool]]:
@@ -182,7 +164,9 @@ def curves(lines: Sequence[Line], metric: str) -> dict[str, list[tuple[float, li
     return {name: sorted(each) for name, each in points.items()}
 
 
-def _figure(study: Study, lines: Sequence[Line], published: Published | None) -> Drawing:
+def _figure(study: Study, lines: Sequence[Line], published: Published | None) -> Drawing | None:
+    if study.definition.curve is None:
+        return None
     metric = shown_metric(study, lines)
     paper = _published_curve(study, published) if metric == PUBLISHED_METRIC else []
     caption = ["A line is the mean over seeds and subsets, its bars one standard deviation; each dot is a run."]
@@ -192,7 +176,6 @@ def _figure(study: Study, lines: Sequence[Line], published: Published | None) ->
         caption.append("The paper's values are not comparable at this scale and not shown.")
     if metric != study.definition.metric:
         caption.append(f"The figure shows {metric}: no run has a result for {study.definition.metric}.")
-    assert study.definition.curve is not None
     return Drawing(" ".join(caption), draw(curves(lines, metric), paper, study.definition.curve.label, metric))
 
 
@@ -244,9 +227,17 @@ def _published_curve(study: Study, published: Published | None) -> list[tuple[fl
     return [(point.x, point.f1, point.deviation or 0.0) for point in getattr(published, curve.published)]
 
 
-def _published_scores(published: Published, name: str) -> Scores:
-    row = published.row(name)
-    if row is None:
-        raise JaxguardError(f"configs/published has no row {name!r}, which a row of this study names")
-    scores = {metric: getattr(row, metric) for metric in (*AVERAGES, *CUSTOM)}
-    return {metric: value for metric, value in scores.items() if value is not None}
+def _published_scores(study: Study, published: Published | None, run: Run, mode: str, x: float | None) -> Scores:
+    """Return the published scores of a run: of the row that its row names, else of the curve at x."""
+    name = {str(key): value for key, value in run.row.published.items()}.get(mode)
+    if published is not None and name is not None:
+        row = published.row(name)
+        if row is None:
+            raise JaxguardError(f"configs/published has no row {name!r}, which a row of this study names")
+        scores = {metric: getattr(row, metric) for metric in (*AVERAGES, *CUSTOM)}
+        return {metric: value for metric, value in scores.items() if value is not None}
+    curve = study.definition.curve
+    if mode != "reasoning" or curve is None or curve.series not in (None, run.row.series or run.key):
+        return {}
+    at_x = [f1 for at, f1, _ in _published_curve(study, published) if at == x]
+    return {PUBLISHED_METRIC: at_x[0]} if at_x else {}

@@ -12,7 +12,7 @@ import pytest
 
 from jaxguard.config.data import DataConfig, SourceConfig
 from jaxguard.data.cutting import CUT_MARK, MIN_KEPT
-from jaxguard.data.encoding import Encoder, PromptTooLongError, encode_many
+from jaxguard.data.encoding import Encoder, PromptTooLongError
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.format.template import TEMPLATE_KWARGS
@@ -288,15 +288,6 @@ def test_an_example_is_judged_by_its_own_rules(encoder: Encoder):
     text = encoder.tokenizer.decode(encoder.encode(own, Mode.DIRECT).tokens)
     assert "Only talk about bread." in text
     assert "Insults" not in text
-
-
-def test_encode_many_is_encode(encoder: Encoder):
-    examples = [*EXAMPLES, replace(BOTH, trace="Because of this. " * 300)]
-    modes = [Mode.REASONING, Mode.DIRECT, Mode.REASONING, Mode.REASONING]
-    many = encode_many(encoder, examples, modes)
-    assert many[3] is None
-    for sequence, example, mode in zip(many[:3], examples, modes, strict=False):
-        assert sequence.tokens.tolist() == encoder.encode(example, mode).tokens.tolist()
 
 
 def test_the_date_is_pinned(encoder_of):

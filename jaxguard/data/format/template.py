@@ -90,7 +90,8 @@ def render(tokenizer: PreTrainedTokenizerBase, turn: str, answer: str | None = N
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenize text that already contains its special tokens."""
-    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    ids: list[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
