@@ -253,7 +253,7 @@ def _publish(draft: Path, version: str) -> Path:
         try:
             existing = str(json.loads((output / "manifest.json").read_text(encoding="utf-8"))["version"])
         except (OSError, ValueError, KeyError, TypeError):
-            existing = "unreadable"
+            existing = "unknown"
         if existing == version:
             shutil.rmtree(draft)
             return output

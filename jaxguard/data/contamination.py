@@ -163,5 +163,5 @@ def _bands(similarity: float) -> tuple[int, int]:
 
     Two sets are proposed if all rows of a band agree, with probability 1 - (1 - similarity^rows)^bands.
     """
-    choices = [(_PERMUTATIONS // rows, rows) for rows in range(1, _PERMUTATIONS // 2 + 1)]
-    return max((c for c in choices if (1 - similarity ** c[1]) ** c[0] <= _MISSED), key=lambda choice: choice[1])
+    options = [(_PERMUTATIONS // rows, rows) for rows in range(1, _PERMUTATIONS // 2 + 1)]
+    return max((o for o in options if (1 - similarity ** o[1]) ** o[0] <= _MISSED), key=lambda option: option[1])

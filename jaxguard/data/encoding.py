@@ -210,19 +210,19 @@ class Encoder:
         """
         return [{"role": "user", "content": self.prompt(example, mode, answer_tokens).turn}]
 
-    def decision_point(self, start: str, given: Answers, question: Question) -> tuple[list[int], int, int]:
+    def decision_point(self, start: str, earlier: Answers, question: Question) -> tuple[list[int], int, int]:
         """Find where an answer decides between the two words of a verdict line.
 
         Args:
             start: the answer before its verdict.
-            given: the lines before this one.
+            earlier: the verdict lines before this one.
             question: of this line.
 
         Returns:
             the answer's tokens before the decision, and the next token of the positive and of the negative word.
         """
         positive, negative = (
-            self.ids(start + written((*given, (question, word))) + self.template.end) for word in CHOICES[question]
+            self.ids(start + written((*earlier, (question, word))) + self.template.end) for word in CHOICES[question]
         )
         at = _first_difference(positive, negative)
         return positive[:at], positive[at], negative[at]
@@ -258,9 +258,9 @@ class Encoder:
         words = [(word,) if word == ABSENT else (word, *(w for w in CHOICES[q] if w != word)) for q, word in gold]
         asks = tuple(q for q, _ in gold)
         completions = {}
-        for choice in itertools.product(*words):
-            given = tuple(zip(asks, choice, strict=True))
-            completions[given] = self._completion(given, example.trace, mode)
+        for combination in itertools.product(*words):
+            verdict = tuple(zip(asks, combination, strict=True))
+            completions[verdict] = self._completion(verdict, example.trace, mode)
         policy = self._policy(example)
         limit = self.max_seq_len - max(map(len, completions.values()))
         fitted = self._fit(example, policy, asks, mode, limit)
@@ -275,16 +275,16 @@ class Encoder:
             return None
         return _Rendered(fitted.ids, completions, fitted.cut, self._shared_prefix(policy, asks, mode, fitted.ids))
 
-    def _sequence(self, example: Example, mode: Mode, rendered: _Rendered, given: Answers) -> EncodedExample:
-        prompt, completion = rendered.prompt, rendered.completions[given]
+    def _sequence(self, example: Example, mode: Mode, rendered: _Rendered, verdict: Answers) -> EncodedExample:
+        prompt, completion = rendered.prompt, rendered.completions[verdict]
         self._check_prompt(example, prompt, mode)
         self._check_completion(example, completion)
         probes = []
-        for i, (question, word) in enumerate(given):
+        for i, (question, word) in enumerate(verdict):
             if word == ABSENT:
                 continue
             positive, negative = (
-                rendered.completions[(*given[:i], (question, w), *given[i + 1 :])] for w in CHOICES[question]
+                rendered.completions[(*verdict[:i], (question, w), *verdict[i + 1 :])] for w in CHOICES[question]
             )
             at = _first_difference(positive, negative)
             probes.append(Probe(question, len(prompt) + at, positive[at], negative[at]))
@@ -294,7 +294,7 @@ class Encoder:
             tokens=np.asarray(prompt + completion, np.int32),
             loss_mask=np.arange(len(prompt) + len(completion)) >= len(prompt),
             probes=tuple(probes),
-            answers=given,
+            answers=verdict,
             cut=rendered.cut,
             shared_prefix=rendered.shared_prefix,
         )

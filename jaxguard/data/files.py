@@ -101,9 +101,9 @@ def _find_files(path: Path, stems: tuple[str, ...]) -> list[Path]:
         raise JaxguardError(f"no data file or folder {path}")
     usable = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
     for stem in stems:
-        found = [p for p in usable if _stem(p) == stem or p.name.startswith(f"{stem}-0") or p.parent == path / stem]
-        if found:
-            return found
+        files = [p for p in usable if _stem(p) == stem or p.name.startswith(f"{stem}-0") or p.parent == path / stem]
+        if files:
+            return files
     wanted = " or ".join(repr(stem) for stem in stems)
     names = ", ".join(str(p.relative_to(path)) for p in usable[:10]) or "no data files"
     raise JaxguardError(

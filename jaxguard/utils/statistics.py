@@ -1,12 +1,12 @@
-"""How far sampled verdicts agree with people's labels, and with each other.
+"""Agreement of sampled verdicts with labels, and with each other.
 
-Every example has one label and k sampled verdicts. Each of the k samples is scored by itself over all examples, as if it were
-the only one, and the k scores are averaged: that is the paper's (arXiv 2505.20087) F1 over independent generations. Intervals
-are percentiles of a bootstrap that draws examples with replacement, each with all its samples.
+Every example has one label and k sampled verdicts. Each of the k samples is scored over all examples, and the k scores are
+averaged: the paper's (arXiv 2505.20087) F1 over independent generations. Intervals are percentiles of a bootstrap that draws
+examples with replacement, each with all its samples.
 
-A score is None where it says nothing: recall and F1 without a positive label, the false-positive rate without a negative one,
-precision and kappa without labels of both classes, precision without a positive verdict, consistency with one sample. One
-example has no interval.
+A score is None if undefined: recall and F1 without a positive label, the false-positive rate without a negative one, precision
+and kappa without labels of both classes, precision without a positive verdict, consistency with one sample. One example has no
+interval.
 """
 
 import math
@@ -25,10 +25,10 @@ class Estimate:
     """A score over k samples.
 
     Attributes:
-        value: mean of `each`, as far as it is defined.
+        value: mean of the defined scores of `each`.
         low, high: its bootstrap interval.
-        deviation: standard deviation of `each` as of a sample (divisor n - 1); None of fewer than two.
-        each: the score of every sample by itself.
+        deviation: sample standard deviation of `each` (divisor n - 1); None of fewer than two.
+        each: the score of every sample.
     """
 
     value: float | None
@@ -40,14 +40,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Scores:
-    """Verdicts against labels.
+    """Agreement of verdicts with labels.
 
     Attributes:
-        examples, positives: how many, and how many of them are labelled positive.
-        agreement: share of the verdicts that are the label, the accuracy.
+        examples, positives: number of examples, and of those labelled positive.
+        agreement: accuracy.
         precision, recall, f1: of the positive class.
         kappa: Cohen's.
-        false_positive_rate: share of the negative examples that are called positive.
+        false_positive_rate: share of negative examples with a positive verdict.
     """
 
     examples: int
@@ -62,7 +62,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Consistency:
-    """Verdicts against each other.
+    """Agreement of the samples of each example.
 
     Attributes:
         majority: mean share of an example's samples that agree with their majority.
@@ -79,7 +79,7 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Spread:
-    """How a quantity is distributed; `counts[i]` values lie from `edges[i]` to below `edges[i + 1]`."""
+    """A distribution; `counts[i]` values are in [`edges[i]`, `edges[i + 1]`)."""
 
     mean: float
     p5: float
@@ -100,31 +100,31 @@ def scores(labels: np.ndarray, votes: np.ndarray, seed: Seed, resamples: int = R
         labels: bool[N], True for the positive class.
         votes: bool[N, k].
         seed: of the bootstrap.
-        resamples: how often it draws.
+        resamples: number of draws.
     """
     cells = _cells(labels, votes)
-    found, drawn = _metrics(cells.sum(axis=0)), _metrics(_resampled(cells, seed, resamples))
-    estimates = {name: estimate(found[name], mean_defined(drawn[name])) for name in METRICS}
+    observed, drawn = _metrics(cells.sum(axis=0)), _metrics(_resampled(cells, seed, resamples))
+    estimates = {name: estimate(observed[name], mean_defined(drawn[name])) for name in METRICS}
     return Scores(len(labels), int(labels.sum()), **estimates)
 
 
 def f1_draws(
     labels: np.ndarray, votes: np.ndarray, seed: Seed, resamples: int = RESAMPLES
 ) -> tuple[np.ndarray, np.ndarray]:
-    """F1 of each of k verdicts as float[k], and in the draws of the bootstrap as float[resamples, k]; NaN where undefined."""
+    """Return F1 of each sample as float[k], and in every bootstrap draw as float[resamples, k]; NaN if undefined."""
     cells = _cells(labels, votes)
     return _metrics(cells.sum(axis=0))["f1"], _metrics(_resampled(cells, seed, resamples))["f1"]
 
 
 def draws(count: int, seed: Seed, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
-    """The bootstrap: how often each of `count` examples is drawn, as float[count]. Fewer than two are not drawn at all."""
+    """Yield bootstrap draws: how often each of `count` examples is drawn, as float[count]; none for fewer than two."""
     random = np.random.default_rng(seed)
     for _ in range(resamples if count > 1 else 0):
         yield np.bincount(random.integers(count, size=count), minlength=count).astype(float)
 
 
 def estimate(each: np.ndarray, drawn: np.ndarray) -> Estimate:
-    """A score from its value in every sample and its mean in every draw; NaN stands for undefined in both."""
+    """Estimate a score from its value in every sample and its mean in every draw; NaN if undefined."""
     defined, drawn = each[~np.isnan(each)], drawn[~np.isnan(drawn)]  # a draw may lack a class
     if not len(defined):
         return Estimate(None, each=(None,) * len(each))
@@ -137,13 +137,13 @@ def estimate(each: np.ndarray, drawn: np.ndarray) -> Estimate:
 
 
 def mean_defined(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is not NaN."""
+    """Return the mean over the last axis, ignoring NaN."""
     defined = ~np.isnan(values)
     return _ratio(np.where(defined, values, 0).sum(axis=-1), defined.sum(axis=-1).astype(float))
 
 
 def consistency(votes: np.ndarray) -> Consistency:
-    """How far the k verdicts on each example agree; votes: bool[N, k]."""
+    """Measure the agreement of each example's k verdicts; votes: bool[N, k]."""
     count, k = votes.shape
     if k < 2 or not count:
         return Consistency(None, None, None, None)
@@ -157,21 +157,21 @@ def consistency(votes: np.ndarray) -> Consistency:
 
 
 def right_counts(labels: np.ndarray, votes: np.ndarray) -> list[int]:
-    """Examples by how many of their k verdicts are the label, from 0 to k; where the ends are high, samples agree."""
+    """Count examples by their number of right verdicts, from 0 to k."""
     right = (votes == labels[:, None]).sum(axis=1)
     return np.bincount(right, minlength=votes.shape[1] + 1).tolist()
 
 
-def confusion(labels: np.ndarray, votes: np.ndarray, readable: np.ndarray) -> list[list[int]]:
-    """Verdicts of positive, then of negative examples: [said positive, said negative, unreadable]."""
+def confusion(labels: np.ndarray, votes: np.ndarray, parsed: np.ndarray) -> list[list[int]]:
+    """Count the verdicts of positive, then of negative examples: [positive, negative, unparsable]."""
     return [
-        [int((votes & readable)[rows].sum()), int((~votes & readable)[rows].sum()), int((~readable)[rows].sum())]
+        [int((votes & parsed)[rows].sum()), int((~votes & parsed)[rows].sum()), int((~parsed)[rows].sum())]
         for rows in (labels, ~labels)
     ]
 
 
 def spread(values: Sequence[float], width: float) -> Spread:
-    """Mean, percentiles and a histogram in bins of `width` from 0."""
+    """Return mean, percentiles, and a histogram in bins of `width` from 0."""
     array = np.asarray(values, dtype=float)
     bins = (array / width + 1e-9).astype(int)
     p5, p50, p95 = np.percentile(array, (5, 50, 95), method="nearest").tolist()
@@ -180,20 +180,20 @@ def spread(values: Sequence[float], width: float) -> Spread:
 
 
 def _cells(labels: np.ndarray, votes: np.ndarray) -> np.ndarray:
-    """float[N, 4, k]: one-hot of true positive, false positive, false negative, true negative."""
+    """Return float[N, 4, k]: one-hot of true positive, false positive, false negative, true negative."""
     label = labels[:, None]
     return np.stack([votes & label, votes & ~label, ~votes & label, ~votes & ~label], axis=1).astype(float)
 
 
 def _resampled(cells: np.ndarray, seed: Seed, resamples: int) -> np.ndarray:
-    """float[resamples, 4, k]: counts over examples drawn with replacement. Memory does not grow with the resamples' examples."""
+    """Return float[resamples, 4, k]: counts over examples drawn with replacement, in memory independent of N."""
     flat = cells.reshape(len(cells), math.prod(cells.shape[1:]))
     sums = [weights @ flat for weights in draws(len(cells), seed, resamples)]
     return np.reshape(sums, (len(sums), *cells.shape[1:]))
 
 
 def _metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """float[..., 4, k] -> each metric of each sample as float[..., k], NaN where undefined."""
+    """Compute each metric of each sample: float[..., 4, k] -> float[..., k], NaN if undefined."""
     tp, fp, fn, tn = np.moveaxis(counts, -2, 0)
     total = tp + fp + fn + tn
     agreement = _ratio(tp + tn, total)
