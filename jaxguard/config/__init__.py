@@ -46,11 +46,11 @@ class Config(Schema):
     """A whole run."""
 
     name: str
-    """What the run and its folder are called; by default the file's name."""
+    """Name of the run and of its folder; by default the file's name."""
     run_folder: str = "runs"
-    """The run lives in run_folder/name."""
+    """The run's folder is run_folder/name."""
     seed: NonNegative = 0
-    """Order of the examples and which of them keep their trace."""
+    """Seed of the order of the examples, and of which keep their trace in dual mode."""
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -60,13 +60,13 @@ def scalar(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-6 as a string; people mean a number. A field given twice is a mistake."""
+    """A SafeLoader that reads 1e-6 as a number, which YAML 1.1 does not, and refuses a field that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"field {twice!r} is given twice", node.start_mark)
+        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        if repeated is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"field {repeated!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -14,9 +14,9 @@ class SourceConfig(Schema):
     """One labelled data set."""
 
     kind: Literal["wildguardmix", "aegis2", "nemotron_safety", "nemotron_topics", "canttalkaboutthis", "jsonl"]
-    """Whose columns it has. `jsonl` is our own format, see docs/data.md."""
+    """The data set whose columns it has. `jsonl` is jaxguard's format, see docs/data.md."""
     path: str | None = None
-    """A local file or folder with those columns; None reads the hub."""
+    """A local file or folder with those columns; null reads the hub."""
     split: str = "train"
     """The split on the hub, or the file's stem inside a folder."""
     teacher: Literal["deepseek_r1_0528", "gpt_oss_120b", "qwen3_32b"] = "deepseek_r1_0528"
@@ -36,7 +36,7 @@ class SourceConfig(Schema):
 
 
 class DataConfig(Schema):
-    """What is trained on and how it is rendered."""
+    """The training data and how they are rendered."""
 
     train: tuple[SourceConfig, ...] = Field(min_length=1)
     """Training sources, concatenated."""
@@ -47,40 +47,40 @@ class DataConfig(Schema):
     policy: str = "wildguard"
     """A name in configs/policies or a YAML file; an example may bring its own."""
     mode: Literal["reasoning", "direct", "dual"] = "reasoning"
-    """Answer with a trace, without, or a share of each."""
+    """Train on completions with a trace, without, or a share of each."""
     dual_reasoning_share: Share = 0.5
-    """Dual mode: share of the examples that carry their trace, among those that do not say their mode themselves."""
+    """Dual mode: share of the examples that are trained with their trace, among those that do not name a mode themselves."""
     reasoning_marker: str = "/think"
-    """Ends the user turn when a trace is wanted."""
+    """Ends the user turn when reasoning is wanted."""
     direct_marker: str = "/no_think"
     """Ends the user turn when the verdict alone is wanted."""
     subset: Positive | None = None
     """Train on this many examples; smaller subsets of one seed are contained in larger ones."""
     subset_seed: NonNegative = 0
-    """Which random subset."""
+    """Seed of the random subset."""
     max_seq_len: Positive = 2048
-    """The longest packed row; an example longer than that is cut in its untrusted text."""
+    """Tokens of the longest packed row; the untrusted text of a longer example is truncated."""
     share_prefixes: bool = True
-    """Compute what the examples of a row begin with, the policy, once for all of them; the gradient does not change."""
+    """Compute the prefix that the examples of a row share, the policy, once; the gradient does not change."""
     prefetch: Positive = 8
-    """Batches that grain prepares ahead."""
+    """Batches that grain prepares in advance."""
 
 
 class SetConfig(Schema):
     """One training set: examples in a mode."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
-    """What it is called: letters, digits and _."""
+    """Its name: letters, digits and _."""
     mode: Literal["reasoning", "direct", "dual"] = "reasoning"
     """As data.mode."""
     sources: tuple[SourceConfig, ...] = ()
-    """What it is made of; none takes data.train."""
+    """Its sources; none takes data.train."""
     append: tuple[SourceConfig, ...] = ()
-    """What each of its subsets gets besides, whole: difficult samples, topic-following dialogues."""
+    """Sources that are added whole to each of its subsets: hard examples, topic-following dialogues."""
 
 
 class BuildConfig(Schema):
-    """Training sets in files, made of examples and their traces."""
+    """Training sets built into files from examples and their traces."""
 
     sets: tuple[SetConfig, ...] = Field(
         default=(
@@ -90,20 +90,20 @@ class BuildConfig(Schema):
         ),
         min_length=1,
     )
-    """Which sets to build."""
+    """Sets to build."""
     subsets: tuple[Positive, ...] = (500, 1000, 2500, 5000)
     """Sizes of random subsets of each set; one larger than the set is left out."""
     seeds: tuple[NonNegative, ...] = (0, 1, 2, 3)
     """Seeds of the subsets: for each seed, smaller subsets are contained in larger ones."""
     benchmarks: tuple[SourceConfig, ...] = ()
-    """What the guard will be evaluated on: training examples that match one of its prompts are dropped and listed."""
+    """Benchmarks to decontaminate against: training examples that match one of their prompts are dropped and listed."""
     similarity: Annotated[float, Field(ge=0.5, le=1)] = 0.8
-    """Jaccard similarity of two prompts' five-character shingles from which they match; at least 0.5."""
+    """Jaccard similarity of five-character shingles from which two prompts match; at least 0.5."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [one.name for one in self.sets]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"sets: {twice!r} is given twice")
+        names = [each.name for each in self.sets]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"sets: {repeated!r} is given twice")
         return self

@@ -12,25 +12,25 @@ from jaxguard.config.evaluate import GuardConfig
 
 
 class MineConfig(Schema):
-    """Difficult samples: training examples that the guard judges right in some of its answers only."""
+    """Hard examples: training examples that the guard gets right in only some of its completions."""
 
     guard: GuardConfig = GuardConfig()
-    """Who is asked: a guard in our format, by default this run's; how, say evaluate.temperature and its neighbours."""
+    """A guard in jaxguard's format, by default this run's; it is sampled as evaluate.temperature and its neighbours say."""
     generations: Annotated[int, Field(ge=2)] = 4
-    """Answers to each example."""
+    """Completions for each example."""
     difficult: tuple[NonNegative, ...] = Field(default=(2, 3), min_length=1)
-    """Numbers of right answers that make an example difficult. The paper's; 0 right of 4 is label noise there."""
+    """Numbers of correct completions that make an example hard. The paper's; 0 correct of 4 is label noise there."""
     balance: Literal["none", "class", "category"] = "none"
-    """Of the difficult ones take equally many of each combination of labels, or of each category; none takes all."""
+    """Take equally many hard examples of each combination of labels, or of each category; none takes all."""
     most: Positive | None = None
-    """Take at most so many, a seeded choice."""
+    """Most hard examples to take, a seeded sample."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if max(self.difficult) > self.generations:
-            raise ValueError(f"difficult={self.difficult}: of {self.generations} answers no more can be right")
+            raise ValueError(f"difficult={self.difficult}: of {self.generations} completions no more can be correct")
         if self.guard.format != "jaxguard" or self.guard.modes:
             raise ValueError(
-                "guard: examples are mined in the format and the mode that they are trained in; leave both out"
+                "guard: examples are mined in the format and the mode that they are trained in; leave format and modes out"
             )
         return self

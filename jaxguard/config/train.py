@@ -11,7 +11,7 @@ from jaxguard.config.base import NonNegative, Positive, Schema, Share
 
 
 class ModelConfig(Schema):
-    """Which weights to train, and how they are computed with. Shape comes from the checkpoint's config.json."""
+    """The weights to train, and how to compute with them. Their shape is in the checkpoint's config.json."""
 
     checkpoint: str
     """A Hugging Face directory, or a repository id on the hub."""
@@ -21,13 +21,13 @@ class ModelConfig(Schema):
     """Type of activations and matmuls; on a CPU of matmuls alone, and bfloat16 only where it has instructions for it (avx512_bf16).
     Master weights and Adam state are always float32."""
     attention: Literal["auto", "xla", "block_sparse", "cudnn", "splash"] = "auto"
-    """Attention kernel; auto takes the best one that the device and the head size allow."""
+    """Attention kernel; auto takes the best that the device and the head size allow."""
     remat: Literal["full", "dots", "none"] = "full"
     """What the backward pass recomputes: every layer, all but its matmuls, or nothing."""
     query_chunk: Positive = 512
-    """Query tokens whose scores are held at once by attention in XLA: xla, block_sparse."""
+    """Query tokens whose scores attention in XLA (xla, block_sparse) holds at once."""
     loss_chunk: Positive = 256
-    """Memory of a device for logits, as the number of target tokens whose logits fill it."""
+    """Target tokens whose logits a device holds at once."""
 
 
 class OptimizerConfig(Schema):
@@ -36,11 +36,11 @@ class OptimizerConfig(Schema):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How it decays after warmup."""
+    """Decay after warmup."""
     warmup_steps: NonNegative = 0
-    """Updates of linear warmup."""
+    """Steps of linear warmup."""
     final_learning_rate_share: Share = 0.0
-    """Learning rate at the end, as a share of the peak."""
+    """Final learning rate as a share of the peak."""
     beta1: Share = 0.9
     """Adam's decay of the mean gradient."""
     beta2: Share = 0.999
@@ -48,45 +48,45 @@ class OptimizerConfig(Schema):
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's addend to the root of the mean squared gradient."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled decay of matrices; norm weights are never decayed."""
+    """Decoupled weight decay of matrices; norm weights are never decayed."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Global gradient norm limit; None turns it off."""
+    """Limit of the global gradient norm; null turns clipping off."""
 
 
 class TrainConfig(Schema):
-    """The loop."""
+    """The training loop."""
 
     batch_size: Positive = 32
-    """Examples in one optimizer step."""
+    """Examples per optimizer step."""
     epochs: Annotated[float, Field(gt=0)] = 5
     """Passes over the training examples."""
     max_steps: Positive | None = None
-    """Stop after this many updates; the schedule then ends there too."""
+    """Stop after this many steps; the schedule ends there too."""
     accumulation: Positive = 1
-    """Micro-batches that one step's rows are cut into; the gradient does not change."""
+    """Micro-batches that the rows of a step are split into; the gradient does not change."""
     evaluate_every: NonNegative = 50
-    """Updates between validations, which also run before the first and after the last; 0 for only those two."""
+    """Steps between validations, which also run before the first and after the last step; 0 for only those two."""
     export: bool = True
     """Write a Hugging Face checkpoint at the end."""
 
 
 class MeshConfig(Schema):
-    """How devices are arranged, and how hosts find each other."""
+    """The device mesh, and how hosts find each other."""
 
     data: Positive = 1
-    """Copies of the weights."""
+    """Replicas of the weights."""
     fsdp: int = -1
-    """Devices that one copy of the weights is cut over; -1 takes all that are left."""
+    """Devices that a replica's weights are sharded over; -1 takes all that are left."""
     tensor: Positive = 1
-    """Devices that heads, hidden units and vocabulary are cut over."""
+    """Devices that heads, MLP units and vocabulary are sharded over."""
     hosts: Literal["single", "auto", "explicit"] = "single"
-    """auto: jax.distributed finds SLURM, GKE or a TPU pod by itself. explicit: the three fields below."""
+    """auto: jax.distributed detects SLURM, GKE or a TPU pod. explicit: the three fields below."""
     coordinator: str | None = None
     """host:port of process 0."""
     processes: Positive | None = None
-    """How many processes there are."""
+    """Number of processes."""
     process: NonNegative | None = None
-    """Which of them this one is, from 0."""
+    """Index of this process, from 0."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -104,15 +104,15 @@ class CheckpointConfig(Schema):
     """Orbax checkpoints of weights, optimizer and step."""
 
     every: Positive = 100
-    """Updates between checkpoints; the last update is always kept."""
+    """Steps between checkpoints; the last step is always saved."""
     keep_last: Positive = 2
-    """How many of the newest to keep."""
+    """Newest checkpoints to keep."""
     keep_best: NonNegative = 1
-    """How many of the best by validation loss to keep besides."""
+    """Best checkpoints by validation loss to keep besides."""
 
 
 class LogConfig(Schema):
-    """Where the curves go. metrics.jsonl is always written."""
+    """Trackers of the curves. metrics.jsonl is always written."""
 
     tensorboard: bool = True
     """Write event files to the run's folder."""
@@ -123,4 +123,4 @@ class LogConfig(Schema):
     project: str = "jaxguard"
     """Project name for trackio and wandb."""
     profile_step: Positive | None = None
-    """Trace three updates from this one with the JAX profiler."""
+    """Profile three steps from this one with the JAX profiler."""
