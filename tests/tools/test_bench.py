@@ -1,4 +1,4 @@
-"""The benchmarks: what they hand out, and what they make of contenders that lie, fail or are not there."""
+"""The benchmarks: their jobs, and how they treat contenders that fail, differ or do not exist."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def source(tmp_path) -> Path:
 
 @pytest.fixture
 def contender(tmp_path, monkeypatch):
-    """contender(code): one whose script is this code."""
+    """contender(code): a contender whose script is this code."""
     (tmp_path / "env" / "bin").mkdir(parents=True)
     (tmp_path / "env" / "bin" / "python").symlink_to(sys.executable)
     monkeypatch.setattr(training, "BENCH", tmp_path)
@@ -56,12 +56,12 @@ def job(tmp_path) -> Job:
 def test_peers_get_what_we_train_in_our_order(workload, source, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(workloads, "EXAMPLES", 64)
-    given = workloads.write(workload, source, tiny_checkpoint, 2, tmp_path / "out")
-    config = workloads.ours(given)
+    written = workloads.write(workload, source, tiny_checkpoint, 2, tmp_path / "out")
+    config = workloads.ours(written)
     encoder = Encoder.load(tiny_checkpoint, config.data)
-    messages = [json.loads(line)["messages"] for line in Path(given.data).read_text(encoding="utf-8").splitlines()]
-    assert len(messages) == 2 * given.batch_size
-    ours = [list(sequence.tokens) for sequence in prepare(config, tiny_checkpoint).train]
+    messages = [json.loads(line)["messages"] for line in Path(written.data).read_text(encoding="utf-8").splitlines()]
+    assert len(messages) == 2 * written.batch_size
+    ours = [list(example.tokens) for example in prepare(config, tiny_checkpoint).train]
     for turns in messages:
         text = encoder.tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_KWARGS)
         theirs = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -70,28 +70,30 @@ def test_peers_get_what_we_train_in_our_order(workload, source, tiny_checkpoint,
 
 
 def test_a_contender_is_measured(contender, tmp_path):
-    lines = [{"update": i, "seconds": s, "examples": 8, "loss": 2.0} for i, s in ((1, 100), (2, 4), (3, 4))]
-    run = training.one(job(tmp_path), contender(f"import json\nfor x in {lines}: print(json.dumps(x))\n"), 1)
+    lines = [{"step": i, "seconds": s, "examples": 8, "loss": 2.0} for i, s in ((1, 100), (2, 4), (3, 4))]
+    run = training.run_contender(job(tmp_path), contender(f"import json\nfor x in {lines}: print(json.dumps(x))\n"), 1)
     assert (run.error, run.losses, run.speed) == (None, (2.0, 2.0, 2.0), 2.0)
     assert run.peak_gib > 0
 
 
-def test_one_that_fails_says_where_to_look(contender, tmp_path):
-    run = training.one(job(tmp_path), contender("import sys\nprint('why', file=sys.stderr)\nsys.exit(3)\n"), 1)
+def test_a_failed_contender_names_its_log(contender, tmp_path):
+    run = training.run_contender(
+        job(tmp_path), contender("import sys\nprint('why', file=sys.stderr)\nsys.exit(3)\n"), 1
+    )
     assert run.error is not None
     assert "code 3" in run.error
     assert (tmp_path / "peer-padded.log").read_text(encoding="utf-8") == "why\n"
 
 
-def test_one_without_an_environment_is_left_out(tmp_path):
-    run = training.one(job(tmp_path), Contender("peer", "padded", ".venv-bench-none", "peer.py"), 1)
-    assert run.error == ".venv-bench-none is not there"
+def test_a_contender_without_an_environment_is_skipped(tmp_path):
+    run = training.run_contender(job(tmp_path), Contender("peer", "padded", ".venv-bench-none", "peer.py"), 1)
+    assert run.error == ".venv-bench-none does not exist"
 
 
 def test_a_stopped_benchmark_goes_on(contender, tmp_path, monkeypatch):
     results, calls = tmp_path / "training.jsonl", tmp_path / "calls"
     monkeypatch.setattr(training, "RESULTS", results)
-    lines = [{"update": i, "seconds": 4, "examples": 8, "loss": 2.0} for i in (1, 2)]
+    lines = [{"step": i, "seconds": 4, "examples": 8, "loss": 2.0} for i in (1, 2)]
     code = f"import json\nopen({str(calls)!r}, 'a').write('x')\nfor x in {lines}: print(json.dumps(x))\n"
     peer, console = contender(code), Console(file=io.StringIO())
     assert len(list(training.measure(job(tmp_path), [peer], 2, console))) == 2
@@ -131,8 +133,8 @@ def test_scores_that_disagree_are_marked():
 
 
 @pytest.fixture
-def asked(source, tiny_checkpoint, tmp_path, monkeypatch):
-    """asked(workload): what contenders get of five examples, and the encoder of its tokens."""
+def make_job(source, tiny_checkpoint, tmp_path, monkeypatch):
+    """make_job(workload): the job of five examples, and the encoder of its tokens."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(evaluation, "MODEL", tiny_checkpoint)
     monkeypatch.setattr(evaluation, "FOLDER", tmp_path)
@@ -144,19 +146,19 @@ def asked(source, tiny_checkpoint, tmp_path, monkeypatch):
     return make
 
 
-def test_what_is_scored_ends_before_the_verdict(asked):
-    given, encoder = asked("verdicts")
-    assert len(given["prompts"]) == len(given["pairs"]) == 5
-    for prompt, (positive, negative) in zip(given["prompts"], given["pairs"], strict=True):
+def test_what_is_scored_ends_before_the_verdict(make_job):
+    job, encoder = make_job("verdicts")
+    assert len(job["prompts"]) == len(job["pairs"]) == 5
+    for prompt, (positive, negative) in zip(job["prompts"], job["pairs"], strict=True):
         assert encoder.tokenizer.decode(prompt).endswith("Prompt harm:")
         assert positive != negative
 
 
-def test_answers_begin_before_the_thought(asked):
-    given, encoder = asked("answers")
-    assert given["new_tokens"] == evaluation.NEW_TOKENS
-    assert given["stop_ids"]
-    for prompt in map(encoder.tokenizer.decode, given["prompts"]):
+def test_answers_begin_before_the_reasoning(make_job):
+    job, encoder = make_job("answers")
+    assert job["new_tokens"] == evaluation.NEW_TOKENS
+    assert job["stop_ids"]
+    for prompt in map(encoder.tokenizer.decode, job["prompts"]):
         assert "bread" in prompt
         assert not prompt.endswith("Prompt harm:")
 
@@ -176,6 +178,6 @@ def test_a_policy_that_is_computed_once_costs_less(tiny_checkpoint, monkeypatch)
     monkeypatch.setattr(cost, "MODEL", tiny_checkpoint)
     spec = read_spec(tiny_checkpoint)
     case = cost.Case(examples=3, policy=48, own=16, vocabulary=64, layers=1)
-    found = cost._cost(case, spec, rate=1e9)
-    assert 0 < found.bound < found.repeated < 3 * found.bound
-    assert found.measured > 0
+    result = cost._cost(case, spec, rate=1e9)
+    assert 0 < result.bound < result.repeated < 3 * result.bound
+    assert result.measured > 0

@@ -1,9 +1,9 @@
-"""`make bench-checkpoints`: import and export of a Llama-3.2-1B-shaped checkpoint (2.5 GB, bfloat16, four files).
+"""`make bench-checkpoints`: time import and export of a Llama-3.2-1B-shaped checkpoint (2.5 GB, bfloat16, four files).
 
-Beside them are raw disk and transformers. Every measurement is a process of its own on a cold page cache: the files' pages are
-dropped before each. Raw reading is `read` of the files from first byte to last into one buffer; raw writing the same bytes
-written and synced. An import ends with twice the files' bytes in memory that was nobody's before; "first touch" is what the
-system takes to hand out as much, to one thread.
+They are compared with raw disk speed and transformers. Every measurement is its own process with a cold page cache: the files'
+pages are dropped before it. "raw read" reads the files from first byte to last into one buffer; "raw write" writes and syncs as
+many bytes. An import fills twice the files' bytes of newly allocated memory; "first touch" is the time that the system needs to
+provide as much to one thread.
 """
 
 import argparse
@@ -37,25 +37,25 @@ BLOCK = 16 * 2**20
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", choices=list(MEASURED), help="measure this here and print JSON")
+    parser.add_argument("--measure", choices=list(MEASURED), help="measure this here and print JSON")
     chosen = parser.parse_args(arguments)
-    if chosen.one:
-        print(json.dumps(MEASURED[chosen.one]()))
+    if chosen.measure:
+        print(json.dumps(MEASURED[chosen.measure]()))
         return 0
     make(FOLDER)
-    commands = {name: [sys.executable, __file__, "--one", name] for name in MEASURED} | PEERS
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    commands = {name: [sys.executable, __file__, "--measure", name] for name in MEASURED} | PEERS
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for _ in range(chosen.rounds):
         for name, command in commands.items():
             _forget()
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 (our own)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    Console().print(_table(found))
+            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+    Console().print(_table(results))
     return 0
 
 
 def make(folder: Path) -> None:
-    """Random weights in several files, unless they are there."""
+    """Write random weights in several files, unless they exist."""
     if (folder / INDEX).is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,15 +74,15 @@ def make(folder: Path) -> None:
 
 
 def _tensors(spec: Spec) -> list[tuple[str, tuple[int, ...]]]:
-    def one(weight: Weight) -> list[tuple[str, tuple[int, ...]]]:
+    def tensors(weight: Weight) -> list[tuple[str, tuple[int, ...]]]:
         layers = range(spec.num_layers if weight.stacked else 1)
         return [("model." + weight.hf.format(i=i), weight.hf_shape(spec)) for i in layers]
 
-    return [pair for weight in table(spec) for pair in one(weight)]
+    return [pair for weight in table(spec) for pair in tensors(weight)]
 
 
 def _forget() -> None:
-    """Drop the files' pages, so that reading is from the disk."""
+    """Drop the files' pages from the page cache."""
     os.sync()
     for path in FOLDER.rglob("*.safetensors"):
         with path.open("rb") as file:
@@ -109,9 +109,9 @@ def _raw_write() -> dict[str, float]:
                 file.write(block)
             os.fsync(file.fileno())
 
-    found = timed(work)
+    measured = timed(work)
     (FOLDER / "raw").unlink()
-    return found
+    return measured
 
 
 def _first_touch() -> dict[str, float]:
@@ -132,11 +132,11 @@ def _import() -> dict[str, float]:
 
 
 def _export() -> dict[str, float]:
-    """Of weights that all differ from the source's."""
+    """Export weights that all differ from the source's."""
     import jax
 
     weights = {path: jax.block_until_ready(-value) for path, value in read_weights(FOLDER, read_spec(FOLDER)).items()}
-    gc.collect()  # JAX lets go of the source's memory when asked, or at some later call
+    gc.collect()  # JAX frees the source's memory now, or at some later call
     output = FOLDER / "export"
     shutil.rmtree(output, ignore_errors=True)
 
@@ -144,9 +144,9 @@ def _export() -> dict[str, float]:
         export_hf(weights, FOLDER, output)
         sync(output)
 
-    found = timed(work)
+    measured = timed(work)
     shutil.rmtree(output)
-    return found
+    return measured
 
 
 MEASURED = {
@@ -171,16 +171,16 @@ BESIDE = {
     "export": "raw write",
     "transformers, save": "raw write",
 }
-"""What shares of raw speed are of."""
+"""Measurement -> the raw speed that it is compared with."""
 
 
-def _table(found: dict[str, list[dict[str, float]]]) -> Table:
+def _table(results: dict[str, list[dict[str, float]]]) -> Table:
     result = Table("what", title=f"{SHAPE.name}, bfloat16 in {FILES} files", title_justify="left")
     for heading in ("seconds", "of raw speed", "memory grown, GiB"):
         result.add_column(heading, justify="right")
-    for name, runs in found.items():
+    for name, runs in results.items():
         seconds, memory = (median(run[key] for run in runs) for key in ("seconds", "gib"))
-        beside = found[BESIDE[name]] if name in BESIDE else []
+        beside = results[BESIDE[name]] if name in BESIDE else []
         ratios = sorted(b["seconds"] / a["seconds"] for a, b in zip(runs, beside, strict=False))
         share = f"{median(ratios):.0%} [{ratios[0]:.0%}, {ratios[-1]:.0%}]" if ratios else ""
         result.add_row(name, f"{seconds:.2f}", share, f"{memory:.2f}")

@@ -1,9 +1,9 @@
-"""`make bench-cost`: seconds of an update as batch, policy, examples, vocabulary and model grow, beside what they must be.
+"""`make bench-cost`: time a step as batch, policy, examples, vocabulary and model grow, and compare with lower bounds.
 
-SmolLM2-135M's layers, of which there are fewer, with random weights and tokens, on this machine's CPU. One quantity is changed at
-a time, the others stay as `Case` has them. The bound is the FLOPs of the products that an update needs, at the rate at which
-this machine multiplies one layer's matrix: nothing computed again, no padding, every policy once (what MFU counts). The second
-line is the same for trainers that compute the policy once for each example.
+Some of SmolLM2-135M's layers, with random weights and tokens, on this machine's CPU. One quantity is changed at
+a time, the others stay as `Case` has them. The bound is the FLOPs of the products that a step needs, at the rate at which
+this machine multiplies one layer's matrix: no recomputation, no padding, every policy once (what MFU counts). The second
+bound is that of trainers that compute the policy once for each example.
 """
 
 import argparse
@@ -38,18 +38,18 @@ from workloads import Job, ours
 
 MODEL = Path("build/bench/base")
 TARGETS = 12
-UPDATES = 3
+STEPS = 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """What an update trains.
+    """The contents of a step.
 
     Attributes:
         examples: of a batch.
-        policy: tokens that all of them begin with.
-        own: tokens of an example besides, the last of which are its targets.
-        vocabulary: tokens that the head chooses from.
+        policy: tokens of their shared prefix.
+        own: other tokens of an example, the last of which are its targets.
+        vocabulary: size of the vocabulary.
         layers: of the model.
     """
 
@@ -71,7 +71,7 @@ AXES: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one update: measured, and the bounds with the policy computed once and once for each example."""
+    """Seconds of one step: measured, and the bounds with the policy computed once and once for each example."""
 
     case: Case
     measured: float
@@ -82,7 +82,7 @@ class Cost:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axis", choices=list(AXES), action="append", help="default: all")
-    parser.add_argument("--figure", type=Path, default=Path("build/bench/cost.svg"), help="where the curves go")
+    parser.add_argument("--figure", type=Path, default=Path("build/bench/cost.svg"), help="file of the curves")
     chosen = parser.parse_args(arguments)
     console = Console(highlight=False)
     try:
@@ -109,9 +109,9 @@ def _cases(axis: str) -> Iterator[Case]:
 
 
 def _program(spec: Spec) -> tuple[Config, Program]:
-    """The training benchmark's settings, and what they compile for such a model on one device."""
+    """The training benchmark's settings, and their program for this model on one device."""
     config = ours(Job("direct", str(MODEL), "unused", "unused", "shared", "unused"))
-    return config, build_program(config, spec, make_mesh(config.mesh, jax.devices()[:1]), UPDATES + 1)
+    return config, build_program(config, spec, make_mesh(config.mesh, jax.devices()[:1]), STEPS + 1)
 
 
 def _rate(spec: Spec) -> float:
@@ -126,13 +126,13 @@ def _rate(spec: Spec) -> float:
 
 
 def _seconds(work: Callable[[], object], times: int) -> list[float]:
-    """Of each time but for a first one, which compiles."""
-    found = []
+    """Seconds of each call but the first, which compiles."""
+    seconds = []
     for _ in range(times + 1):
         started = time.perf_counter()
         jax.block_until_ready(work())
-        found.append(time.perf_counter() - started)
-    return found[1:]
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
 
 
 def _cost(case: Case, shape: Spec, rate: float) -> Cost:
@@ -142,18 +142,18 @@ def _cost(case: Case, shape: Spec, rate: float) -> Cost:
     config, program = _program(spec)
     rows = pack(_examples(case), config.data.max_seq_len, 1)
     batch = assemble(rows, bucketed(rows, config.data.max_seq_len, 1))
-    placed = shard_batch(batch, batch_sharding(program.mesh))
+    sharded = shard_batch(batch, batch_sharding(program.mesh))
     state = program.initialize(initialize(spec, jax.random.key(0)))
 
-    def update() -> object:
+    def step() -> object:
         nonlocal state
         with jax.set_mesh(program.mesh):
-            state, metrics = program.train_step(state, placed)
+            state, metrics = program.train_step(state, sharded)
         return metrics
 
     positions = np.tile(np.arange(case.policy + case.own), case.examples)
-    flops = (training_flops(spec, held, case.examples * TARGETS) for held in (batch.valid_positions, positions))
-    return Cost(case, median(_seconds(update, UPDATES)), *(each / rate for each in flops))
+    flops = (training_flops(spec, each, case.examples * TARGETS) for each in (batch.valid_positions, positions))
+    return Cost(case, median(_seconds(step, STEPS)), *(each / rate for each in flops))
 
 
 def _examples(case: Case) -> list[EncodedExample]:
@@ -168,7 +168,7 @@ def _examples(case: Case) -> list[EncodedExample]:
 
 
 def _table(axis: str, costs: Sequence[Cost]) -> Table:
-    result = Table(axis, title=f"an update over {axis}", title_justify="left")
+    result = Table(axis, title=f"a step over {axis}", title_justify="left")
     for heading in ("seconds", "bound", "bound / seconds", "bound, a policy for each example"):
         result.add_column(heading, justify="right")
     for cost in costs:
@@ -182,7 +182,7 @@ def _figure(axes: Sequence[str], costs: dict[Case, Cost]) -> str:
     drawing = Figure(figsize=(3.6 * len(axes), 3.4), layout="constrained")
     for axis, panel in zip(axes, drawing.subplots(1, len(axes), sharey=True, squeeze=False).flat, strict=True):
         _draw(panel, axis, [costs[case] for case in _cases(axis)])
-    drawing.axes[0].set_ylabel("seconds of an update")
+    drawing.axes[0].set_ylabel("seconds of a step")
     drawing.axes[0].legend(fontsize=8)
     return svg(drawing)
 

@@ -1,7 +1,7 @@
-"""`make bench-evaluation`: verdict probabilities and generated answers of both our backends and of transformers, in float32.
+"""`make bench-evaluation`: compare verdict probabilities and generated answers of both backends with transformers, in float32.
 
-All get the same token ids, 17-category policy included. For `verdicts` each example comes with the two tokens between which its
-verdict is chosen; `answers` are generated greedily. Every measurement is a process of its own; reading the checkpoint and starting
+All get the same token ids, including those of the 17-category policy. For `verdicts` each example has the two tokens of its
+verdict; `answers` are generated greedily. Every measurement is its own process; reading the checkpoint and starting
 the server are not counted, compiling is.
 """
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = Path("build/bench/evaluation")
 MODEL = Path("build/bench/base")
 TOLERANCE = 1e-4
-ASKED = EvaluateConfig(ask="benchmark", generations=1, temperature=0)
+SETTINGS = EvaluateConfig(ask="benchmark", generations=1, temperature=0)
 EXAMPLES = {"verdicts": 1000, "answers": 64}
 NEW_TOKENS = 64
 
@@ -50,12 +50,12 @@ CONTENDERS = {
 }
 
 
-class Done(TypedDict):
-    """What a contender prints.
+class Result(TypedDict):
+    """The output of a contender.
 
     seconds: for all examples.
-    odds: of each, the log-probability of the first token less the second's, if verdicts were asked for.
-    answers: of each the new tokens, if answers were.
+    odds: of each, the log-probability of the first token minus the second's, for verdicts.
+    answers: the new tokens of each, for answers.
     """
 
     seconds: float
@@ -80,8 +80,8 @@ def main(arguments: Sequence[str]) -> int:
         fetch_weights(MODEL)
         for workload in chosen.workload or EXAMPLES:
             examples = read_examples(chosen.data, chosen.examples or EXAMPLES[workload])
-            found = measure(write(workload, examples), chosen.only or list(CONTENDERS), chosen.rounds)
-            Console().print(table(workload, found))
+            results = measure(write(workload, examples), chosen.only or list(CONTENDERS), chosen.rounds)
+            Console().print(table(workload, results))
     except JaxguardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -95,19 +95,19 @@ def settings() -> Config:
 
 
 def write(workload: str, examples: Sequence[Example]) -> Path:
-    """A job's file: checkpoint, prompts, where an answer ends, and either how many new tokens or which two to choose from."""
-    form = NativeFormat.of(Encoder.load(MODEL, settings().data), ASKED)
+    """Write a job: checkpoint, prompts, ids that end an answer, and either the number of new tokens or the two verdict tokens."""
+    form = NativeFormat.of(Encoder.load(MODEL, settings().data), SETTINGS)
     answers = workload == "answers"
     mode = Mode.REASONING if answers else Mode.DIRECT
-    asks = [Request(e, ("prompt_harm" if e.prompt_label else "response_harm",), mode) for e in examples]
+    requests = [Request(e, ("prompt_harm" if e.prompt_label else "response_harm",), mode) for e in examples]
     job: dict[str, Any] = {"model": str(MODEL), "new_tokens": NEW_TOKENS if answers else 0, "stop_ids": form.stop_ids}
     if answers:
-        job |= {"prompts": [form.prompt(ask).ids for ask in asks], "pairs": []}
+        job |= {"prompts": [form.prompt(request).ids for request in requests], "pairs": []}
     else:
-        choices = [form.decision_points(ask, "")[-1] for ask in asks]
+        points = [form.decision_points(request, "")[-1] for request in requests]
         job |= {
-            "prompts": [choice.prefix for choice in choices],
-            "pairs": [[choice.positive_id, choice.negative_id] for choice in choices],
+            "prompts": [point.prefix for point in points],
+            "pairs": [[point.positive_id, point.negative_id] for point in points],
         }
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{workload}.json"
@@ -115,62 +115,62 @@ def write(workload: str, examples: Sequence[Example]) -> Path:
     return path
 
 
-def measure(job: Path, contenders: Sequence[str], rounds: int) -> dict[str, list[Done]]:
-    """Rounds of all contenders, one after the other."""
-    found: dict[str, list[Done]] = {name: [] for name in contenders}
+def measure(job: Path, contenders: Sequence[str], rounds: int) -> dict[str, list[Result]]:
+    """Run the rounds of all contenders, one after the other."""
+    results: dict[str, list[Result]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name in contenders:
             command = [*CONTENDERS[name], str(job)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 (our own)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return results
 
 
-async def _do(job: dict[str, Any], backend: str) -> Done:
+async def _do(job: dict[str, Any], backend: str) -> Result:
     if backend == "jax":
-        return await _asked(job, load_backend(Path(job["model"]), settings(), ASKED))
+        return await _answer(job, load_backend(Path(job["model"]), settings(), SETTINGS))
     with serve(Path(job["model"]), "guard", FOLDER / "sglang.log") as server:
-        async with open_sglang(server.url, "guard", ASKED) as connected:
-            return await _asked(job, connected)
+        async with open_sglang(server.url, "guard", SETTINGS) as connected:
+            return await _answer(job, connected)
 
 
-async def _asked(job: dict[str, Any], backend: Backend) -> Done:
+async def _answer(job: dict[str, Any], backend: Backend) -> Result:
     started = time.perf_counter()
     if job["new_tokens"]:
         sampled = await backend.sample(job["prompts"], 1, job["new_tokens"], tuple(job["stop_ids"]))
-        odds, answers = [], [list(one.tokens) for [one] in sampled]
+        odds, answers = [], [list(completion.tokens) for [completion] in sampled]
     else:
         odds, answers = await backend.log_odds(job["prompts"], job["pairs"]), []
     return {"seconds": time.perf_counter() - started, "odds": odds, "answers": answers}
 
 
-def table(workload: str, found: dict[str, list[Done]]) -> Table:
-    """A row for each contender: medians over rounds, and how far it is from the first."""
-    first, *_ = found
-    count = max(len(found[first][0]["odds"]), len(found[first][0]["answers"]))
+def table(workload: str, results: dict[str, list[Result]]) -> Table:
+    """A row for each contender: medians over rounds, and the difference from the first."""
+    first, *_ = results
+    count = max(len(results[first][0]["odds"]), len(results[first][0]["answers"]))
     result = Table("contender", title=f"{count} {workload}", title_justify="left")
     same = ("same answers", "tokens/s") if workload == "answers" else ("probabilities differ by", "log-odds by")
     for heading in ("examples/s", f"{first} / this", *same):
         result.add_column(heading, justify="right")
-    for name, runs in found.items():
-        ratios = sorted(b["seconds"] / a["seconds"] for a, b in zip(found[first], runs, strict=True))
+    for name, runs in results.items():
+        ratios = sorted(b["seconds"] / a["seconds"] for a, b in zip(results[first], runs, strict=True))
         seconds = median(run["seconds"] for run in runs)
         result.add_row(
             name,
             f"{count / seconds:.2f}",
             f"{median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
-            *(_answers if workload == "answers" else _odds)(found[first][0], runs[0]),
+            *(_answers if workload == "answers" else _odds)(results[first][0], runs[0]),
         )
     return result
 
 
-def _odds(ours: Done, theirs: Done) -> tuple[str, str]:
+def _odds(ours: Result, theirs: Result) -> tuple[str, str]:
     a, b = np.array(ours["odds"]), np.array(theirs["odds"])
     furthest = np.abs(expit(a) - expit(b)).max()
     return f"{furthest:.1e}" + ("" if furthest <= TOLERANCE else " (differs)"), f"{np.abs(a - b).max():.1e}"
 
 
-def _answers(ours: Done, theirs: Done) -> tuple[str, str]:
+def _answers(ours: Result, theirs: Result) -> tuple[str, str]:
     same = sum(a == b for a, b in zip(ours["answers"], theirs["answers"], strict=True))
     rate = sum(map(len, theirs["answers"])) / theirs["seconds"]
     return f"{same} of {len(ours['answers'])}", f"{rate:.1f}"

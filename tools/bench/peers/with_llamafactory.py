@@ -4,8 +4,8 @@ Its best on a CPU: float32 weights, under bfloat16 autocast where the job says s
 fused kernel and no gradient checkpointing. It loads a bfloat16 copy of the weights and casts that to float32.
 
 Settings: "padded" pads micro-batches of examples of like length, each to its longest. "packed" is `neat_packing`: rows of
-`max_seq_len` hold several examples, which a mask keeps apart; packing works through an update's examples at a time. An update then
-trains as many rows as the first update's examples fill, so `examples` counts those that these rows hold.
+`max_seq_len` hold several examples, which a mask keeps apart; packing works through a step's examples at a time. A step then
+trains as many rows as the first step's examples fill, so `examples` counts those that these rows hold.
 """
 
 import json
@@ -31,12 +31,10 @@ SHAREGPT = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "a
 
 def template(tokenizer: Any) -> Any:
     """The checkpoint's own chat template for one question and one answer, its end of turn the last target."""
-    asked = [{"role": "user", "content": "{{content}}"}]
-    gradient_buffer = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    answer = StringFormatter(gradient_buffers=["{{content}}", {"eos_token"}])
-    register_template(
-        "checkpoint", format_user=StringFormatter(gradient_buffers=[gradient_buffer]), format_assistant=answer
-    )
+    question = [{"role": "user", "content": "{{content}}"}]
+    prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    answer = StringFormatter(slots=["{{content}}", {"eos_token"}])
+    register_template("checkpoint", format_user=StringFormatter(slots=[prompt]), format_assistant=answer)
     return TEMPLATES["checkpoint"]
 
 
@@ -55,14 +53,14 @@ def main(path: str) -> None:
     info["columns"] = {"messages": "messages"}
     (folder / "dataset_info.json").write_text(json.dumps({"bench": info}), encoding="utf-8")
     micro = min(MICRO_BATCH[job["setting"]], batch)
-    examples, steps = [batch] * job["updates"], batch // micro
+    examples, micro_batches = [batch] * job["steps"], batch // micro
     if packed:  # LlamaFactory leaves one token of a row free
         packs = [
             greedy_knapsack(sizes[first : first + batch], job["max_seq_len"] - 1)
             for first in range(0, len(sizes), batch)
         ]
-        steps, held = len(packs[0]), [len(pack) for update in packs for pack in update]
-        examples = [sum(held[done * steps : (done + 1) * steps]) for done in range(job["updates"])]
+        micro_batches, sizes = len(packs[0]), [len(pack) for step in packs for pack in step]
+        examples = [sum(sizes[i * micro_batches : (i + 1) * micro_batches]) for i in range(job["steps"])]
     settings = {
         "model_name_or_path": job["model"],
         "template": "checkpoint",
@@ -81,8 +79,8 @@ def main(path: str) -> None:
         "use_cpu": True,
         "bf16": job["compute_dtype"] == "bfloat16",
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": steps,
-        "max_steps": job["updates"],
+        "gradient_accumulation_steps": micro_batches,
+        "max_steps": job["steps"],
         "learning_rate": job["learning_rate"],
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",

@@ -13,7 +13,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import encode, longest_first, read, tell
+from common import encode, longest_first, read, report
 
 MICRO_BATCH = 4
 """Examples; not yet measured against 1, 2 and 8."""
@@ -44,9 +44,9 @@ def main(path: str) -> None:
     rows = [rows[i] for i in longest_first([len(ids) for ids, _ in rows], batch)]
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["learning_rate"], weight_decay=0.0, fused=True)
-    for update in range(job["updates"]):
+    for step in range(job["steps"]):
         start, loss = time.perf_counter(), 0.0
-        chosen = rows[update * batch : (update + 1) * batch]
+        chosen = rows[step * batch : (step + 1) * batch]
         targets = torch.tensor(sum(len(ids) - prompt for ids, prompt in chosen))
         for first in range(0, batch, micro):
             inputs = collate(chosen[first : first + micro], tokenizer.pad_token_id)
@@ -57,7 +57,7 @@ def main(path: str) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tell(update + 1, time.perf_counter() - start, batch, loss)
+        report(step + 1, time.perf_counter() - start, batch, loss)
 
 
 if __name__ == "__main__":

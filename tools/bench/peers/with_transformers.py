@@ -32,8 +32,8 @@ def score(model: Any, prompts: list[list[int]], pairs: list[list[int]]) -> list[
     odds = [0.0] * len(prompts)
     for chosen, ids, mask in batches(prompts, SCORED):
         places = (mask.cumsum(1) - 1).clamp(min=0)
-        found = model(ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
-        two = found.logits[:, -1].gather(1, torch.tensor([pairs[i] for i in chosen]))
+        output = model(ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
+        two = output.logits[:, -1].gather(1, torch.tensor([pairs[i] for i in chosen]))
         for i, value in zip(chosen, (two[:, 0] - two[:, 1]).tolist(), strict=True):
             odds[i] = value
     return odds
@@ -44,8 +44,8 @@ def generate(model: Any, prompts: list[list[int]], tokens: int, stop_ids: list[i
     greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0])
     answers: list[list[int]] = [[] for _ in prompts]
     for chosen, ids, mask in batches(prompts, GENERATED):
-        found = model.generate(ids, attention_mask=mask, generation_config=greedy)[:, ids.shape[1] :].tolist()
-        for i, new in zip(chosen, found, strict=True):
+        new_tokens = model.generate(ids, attention_mask=mask, generation_config=greedy)[:, ids.shape[1] :].tolist()
+        for i, new in zip(chosen, new_tokens, strict=True):
             answers[i] = new[: next((n for n, token in enumerate(new) if token in stop_ids), len(new))]
     return answers
 

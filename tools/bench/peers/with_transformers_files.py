@@ -30,9 +30,9 @@ def save(folder: Path) -> dict[str, float]:
         model.bfloat16().save_pretrained(output)
         sync(output)
 
-    found = timed(work)
+    measured = timed(work)
     shutil.rmtree(output)
-    return found
+    return measured
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """TRL's SFTTrainer as a peer of the training benchmark: see common.py.
 
 Its best on a CPU: float32 weights, under bfloat16 autocast where the job says so, AdamW's fused kernel, no gradient
-checkpointing, and TRL's own head, which computes logits at the target tokens alone. An update's examples are sorted by length, so
+checkpointing, and TRL's own head, which computes logits at the target tokens alone. A step's examples are sorted by length, so
 that those of a micro-batch are alike.
 
 Settings: "padded" pads each micro-batch to its longest example. "packed" lays a micro-batch out as one row without padding
-(`padding_free`); that is what `packing=True` trains on too, but packing would mix the examples of different updates. TRL asks for
+(`padding_free`); that is what `packing=True` trains on too, but packing would mix the examples of different steps. TRL asks for
 flash attention there. Without it, transformers masks a row's examples from each other by their positions, so they do not
 see each other on a CPU either; what the mask hides is computed all the same.
 """
@@ -41,7 +41,7 @@ def main(path: str) -> None:
         gradient_checkpointing=False,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=batch // micro,
-        max_steps=job["updates"],
+        max_steps=job["steps"],
         train_sampling_strategy="sequential",
         learning_rate=job["learning_rate"],
         lr_scheduler_type="constant",
@@ -56,7 +56,7 @@ def main(path: str) -> None:
         args=settings,
         train_dataset=Dataset.from_list([rows[i] for i in order]),
         processing_class=tokenizer,
-        callbacks=[Clock([batch] * job["updates"])],
+        callbacks=[Clock([batch] * job["steps"])],
     ).train()
 
 

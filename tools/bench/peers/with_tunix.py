@@ -27,7 +27,7 @@ from tunix.models.llama3 import params
 from tunix.sft import utils
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
-from common import Messages, encode, read, tell
+from common import Messages, encode, read, report
 
 MICRO_BATCH = 1  # chosen for memory; larger ones have not been timed
 ROUND_TO = 64  # widths are multiples of this many tokens
@@ -90,15 +90,15 @@ def model_input(batch: TrainingInput) -> dict[str, jax.Array]:
 
 
 def timed(trainer: PeftTrainer, batches: list[TrainingInput], examples: int) -> Iterator[TrainingInput]:
-    """Feeds the trainer; after an update's last micro-batch, waits for the new weights and prints the update's line."""
-    steps = examples // MICRO_BATCH
-    for update in range(len(batches) // steps):
+    """Feeds the trainer; after a step's last micro-batch, waits for the new weights and prints the step's line."""
+    micro_batches = examples // MICRO_BATCH
+    for step in range(len(batches) // micro_batches):
         start = time.perf_counter()
-        yield from batches[update * steps : (update + 1) * steps]
+        yield from batches[step * micro_batches : (step + 1) * micro_batches]
         jax.block_until_ready(nnx.state(trainer.model, nnx.Param))
         seconds = time.perf_counter() - start
-        loss = float(trainer._prev_buffered_train_metrics.loss)  # Tunix logs it one update later
-        tell(update + 1, seconds, examples, loss)
+        loss = float(trainer._prev_buffered_train_metrics.loss)  # Tunix logs it one step later
+        report(step + 1, seconds, examples, loss)
 
 
 def main(path: str) -> None:
@@ -106,7 +106,7 @@ def main(path: str) -> None:
     sys.stdout = sys.stderr
     batches = read_batches(job, chats)
     config = TrainingConfig(
-        eval_every_n_steps=job["updates"] + 1, gradient_accumulation_steps=job["batch_size"] // MICRO_BATCH
+        eval_every_n_steps=job["steps"] + 1, gradient_accumulation_steps=job["batch_size"] // MICRO_BATCH
     )
     trainer = PeftTrainer(load_model(Path(job["model"])), optax.adamw(job["learning_rate"]), config)
     trainer.with_gen_model_input_fn(model_input).train(timed(trainer, batches, job["batch_size"]))
