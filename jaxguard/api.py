@@ -13,6 +13,7 @@ from jaxguard.utils.threads import outside_event_loop
 if TYPE_CHECKING:
     from jaxguard.data.build import BuildResult
     from jaxguard.distill.run import Distillation
+    from jaxguard.evaluate.scores.results import Evaluation
     from jaxguard.plan.report import PlanReport
     from jaxguard.train.loop import TrainedRun
     from jaxguard.train.run_folder import Resume
@@ -42,8 +43,8 @@ def train(config: Source, overrides: Overrides = (), resume: "Resume" = "auto") 
     return run(load(config, overrides, stage="train"), resume)
 
 
-def evaluate(config: Source, overrides: Overrides = ()) -> int:
-    """Score guards on benchmarks, by default the run's own export."""
+def evaluate(config: Source, overrides: Overrides = ()) -> "Evaluation":
+    """Score guards on benchmarks, by default the run's own export; the result's `tables` are DataFrames."""
     from jaxguard.evaluate.run import evaluate as run
 
     resolved = load(config, overrides, stage="evaluate")

@@ -8,11 +8,12 @@ from jaxguard.cli import run_stage
 from jaxguard.config import Config
 
 DESCRIPTION = """\
-Request guards about benchmarks, several times each, and lay their F1 beside the paper's: runs/NAME/evaluate/report.html and .md.
+Evaluate guards on benchmarks with several generations each, and compare their F1 with the paper's:
+runs/NAME/evaluate/report.html and report.md.
 
 By default the guard is the run's own export, in the modes that it was trained in, computed by JAX; with
-evaluate.backend=sglang an SGLang server is started for it. Every answer is kept in runs/NAME/evaluate/predictions; kill it
-whenever you like: started again, it goes on. --config takes the config that the guard was trained with.
+evaluate.backend=sglang an SGLang server is started for it. Every prediction is stored in runs/NAME/evaluate/predictions: an
+interrupted evaluation resumes. --config takes the config that the guard was trained with.
 
 examples:
   jaxguard evaluate --config gemma4b_5k evaluate.limit=50
@@ -28,9 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(_: argparse.Namespace, config: Config) -> int:
-    from jaxguard.evaluate.run import evaluate  # what computes is loaded only when there is something to do
+    from rich.console import Console
 
-    return evaluate(config)
+    from jaxguard.evaluate.report.tables import summary_table
+    from jaxguard.evaluate.run import evaluate  # imported late: it loads JAX
+
+    evaluation, console = evaluate(config), Console()
+    for title, reason in evaluation.left_out.items():
+        console.print(f"{title} is left out: {reason}", markup=False, highlight=False)
+    console.print(summary_table(evaluation).rich())
+    console.print(f"report: {evaluation.report}", markup=False, highlight=False, soft_wrap=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""An evaluation from start to end: guards are asked, answers kept, everything scored, a report written.
+"""Evaluate guards: predict every benchmark's examples, score the predictions, write the report.
 
 runs/NAME/evaluate/
-  predictions/GUARD/MODE/BENCHMARK.jsonl   every answer, as soon as it is there
+  predictions/GUARD/MODE/BENCHMARK.jsonl   every prediction, appended as soon as it is there
   results.json  report.md  report.html
 """
 
@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ from jaxguard.data.prepare import load_sources
 from jaxguard.evaluate.benchmarks.loading import LABEL, Benchmark, load_benchmark
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
-from jaxguard.evaluate.report.tables import summary_table
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.evaluate.scores.scoring import GuardPredictions, Validation, score
+from jaxguard.evaluate.scores.scoring import BenchmarkPredictions, GuardMode, Validation, score
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, modes_of, open_guard
 from jaxguard.guards.predictions import open_predictions
@@ -39,61 +38,67 @@ from jaxguard.utils.files import lock_folder
 from jaxguard.utils.progress import Progress
 
 SET_NAMES = {"wildguardmix": "WildGuardMix", "aegis2": "Aegis 2.0", "nemotron_safety": "Aegis 2.0"}
-"""What the paper calls a kind of source."""
+"""Kind of source -> the paper's name for it."""
 PAPER_EPOCHS = 5
 """Of its rows without a variant."""
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A benchmark as the config wants it: its label, and the examples to judge."""
+class ChosenBenchmark:
+    """A benchmark of the config: its label, and the examples to predict."""
 
     label: str
     benchmark: Benchmark
     examples: tuple[Example, ...]
 
 
-def evaluate(config: Config) -> int:
-    """Request every guard about every benchmark and write the report; what was asked before is not asked again.
+@dataclass
+class Results:
+    """All predictions so far, and titles of those that a guard does not support, with the reason."""
+
+    predictions: list[BenchmarkPredictions] = field(default_factory=list)
+    validation: dict[GuardMode, Validation] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate(config: Config) -> Evaluation:
+    """Predict every benchmark with every guard, and write the report; predictions on disk are reused.
 
     Raises:
         JaxguardError: anything that the user can mend.
     """
     settings = config.evaluate or EvaluateConfig()
     check_settings(settings, config)
-    console = Console()
-    benches = load_benches(settings)
+    benchmarks = load_benchmarks(settings)
     validation = load_validation(settings, config)
+    results = Results()
     with evaluation_folder(config) as folder:
-        found: list[GuardPredictions] = []
-        thresholds: dict[tuple[str, Mode], Validation] = {}
         for guard in settings.guards:
-            judgements, known = asyncio.run(ask_guard(guard, config, settings, benches, validation, folder, console))
-            found += judgements
-            thresholds |= known
-        cells, averages = score(found, thresholds, settings)
+            asyncio.run(predict_guard(guard, config, benchmarks, validation, folder, results))
+        cells, averages = score(results.predictions, results.validation, settings)
         evaluation = Evaluation(
             name=config.name,
             models={guard.name: describe(guard, config) for guard in settings.guards},
-            benchmarks=tuple(bench.label for bench in benches),
+            benchmarks=tuple(each.label for each in benchmarks),
             cells=cells,
             averages=averages,
             settings=settings.model_dump(mode="json"),
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             hardware=hardware(settings),
             paper_rows=paper_rows(settings, config),
+            folder=folder,
+            left_out=results.left_out,
         )
         write_report(evaluation, folder)
-    console.print(summary_table(evaluation).rich())
-    console.print(f"report: {folder / 'report.html'}, {folder / 'report.md'}", highlight=False)
-    return 0
+    return evaluation
 
 
 def check_settings(settings: EvaluateConfig, config: Config) -> None:
-    """What the sections cannot check by themselves.
+    """Check what the config's schemas cannot check by themselves.
 
     Raises:
-        JaxguardError: verdicts from probabilities alone, of a guard that thinks first; a mesh of several hosts; no such format.
+        JaxguardError: verdicts from probabilities alone, of a guard that reasons first; a mesh of several hosts; an unknown
+            format.
     """
     if config.mesh.hosts != "single" and settings.backend == "jax" and not all(g.endpoint for g in settings.guards):
         raise JaxguardError(
@@ -101,36 +106,32 @@ def check_settings(settings: EvaluateConfig, config: Config) -> None:
             "fits one host, else serve it: evaluate.backend=sglang, or an endpoint"
         )
     for guard in settings.guards:
-        modes = modes_of(guard, config)  # also finds formats that are none
+        modes = modes_of(guard, config)  # also finds unknown formats
         if settings.generations == 0 and Mode.REASONING in modes:
             raise JaxguardError(
-                f"evaluate.generations=0 takes verdicts from probabilities alone, but guard {guard.name!r} is asked in "
-                "reasoning mode, where they depend on the thought: set its modes=[direct], or sample"
+                f"evaluate.generations=0 takes verdicts from probabilities alone, but in reasoning mode, in which guard "
+                f"{guard.name!r} is evaluated, they depend on the reasoning: set its modes=[direct], or sample"
             )
 
 
-def load_benches(settings: EvaluateConfig) -> list[Bench]:
+def load_benchmarks(settings: EvaluateConfig) -> list[ChosenBenchmark]:
     """Read all benchmarks, before anything is computed."""
-    benches = []
-    for one in settings.benchmarks:
-        benchmark = load_benchmark(one.name, None if one.path is None else Path(one.path))
-        examples = benchmark.examples
-        if settings.limit is not None:
-            examples = tuple(sorted(examples, key=lambda e: _hash(settings.seed, e.id))[: settings.limit])
-        benches.append(Bench(one.label or benchmark.name, benchmark, examples))
-    return benches
+    chosen = []
+    for each in settings.benchmarks:
+        benchmark = load_benchmark(each.name, None if each.path is None else Path(each.path))
+        examples = tuple(_limited(benchmark.examples, settings))
+        chosen.append(ChosenBenchmark(each.label or benchmark.name, benchmark, examples))
+    return chosen
 
 
 def load_validation(settings: EvaluateConfig, config: Config) -> dict[Question, list[Example]]:
-    """The labelled validation examples by the question that they answer."""
+    """The labelled validation examples of each question of the policy."""
     if not settings.validation:
         return {}
-    examples, _ = load_sources(settings.validation, "validation")
-    if settings.limit is not None:
-        examples = sorted(examples, key=lambda e: _hash(settings.seed, e.id))[: settings.limit]
-    asked = load_policy(config.data.policy).asks
-    found = {q: [e for e in examples if getattr(e, LABEL[q])] for q in QUESTIONS if q in asked}
-    return {question: labelled for question, labelled in found.items() if labelled}
+    examples = _limited(load_sources(settings.validation, "validation")[0], settings)
+    asks = load_policy(config.data.policy).asks
+    labelled = {q: [example for example in examples if getattr(example, LABEL[q])] for q in QUESTIONS if q in asks}
+    return {question: some for question, some in labelled.items() if some}
 
 
 @contextmanager
@@ -150,76 +151,78 @@ def evaluation_folder(config: Config) -> Iterator[Path]:
         yield folder
 
 
-async def ask_guard(
+async def predict_guard(
     guard: GuardConfig,
     config: Config,
-    settings: EvaluateConfig,
-    benches: Sequence[Bench],
+    benchmarks: Sequence[ChosenBenchmark],
     validation: dict[Question, list[Example]],
     folder: Path,
-    console: Console,
-) -> tuple[list[GuardPredictions], dict[tuple[str, Mode], Validation]]:
-    """One guard in all its modes about everything that it can be asked."""
-    policy = load_policy(config.data.policy)
-    found: list[GuardPredictions] = []
-    thresholds: dict[tuple[str, Mode], Validation] = {}
-    async with open_guard(guard, config, settings) as judge:
-        common = await cache_key(guard, config, settings)
+    results: Results,
+) -> None:
+    """Add the predictions of a guard in all its modes to `results`."""
+    policy, settings = load_policy(config.data.policy), config.evaluate or EvaluateConfig()
+    async with open_guard(guard, config, settings) as predictor:
+        key = await cache_key(guard, config, settings)
         for mode in modes_of(guard, config):
-            place = folder / "predictions" / guard.name / mode
-            for bench in benches:
-                asks = [Request(example, (bench.benchmark.question,), mode) for example in bench.examples]
-                head = {
-                    **common,
-                    **examples_key(bench.benchmark.examples, policy),
-                }  # whatever evaluate.limit takes of them
-                answers = await answered(judge, asks, place / f"{bench.label}.jsonl", head, console)
-                if answers is not None:
-                    took = sum(answer.wall for answer in answers)
-                    found.append(
-                        GuardPredictions(guard.name, mode, bench.label, bench.benchmark, bench.examples, answers, took)
+
+            async def predict_question(
+                name: str, question: Question, examples: Sequence[Example], every: Sequence[Example], mode: Mode = mode
+            ) -> list[Prediction] | None:
+                path = folder / "predictions" / guard.name / mode / f"{name}.jsonl"
+                requests = [Request(example, (question,), mode) for example in examples]
+                title = f"{guard.name} {mode} {name}"
+                try:
+                    return await predict(predictor, requests, path, {**key, **examples_key(every, policy)}, title)
+                except UnsupportedError as error:
+                    results.left_out[title] = str(error)
+                    return None
+
+            for each in benchmarks:
+                every = each.benchmark.examples  # whatever evaluate.limit takes of them
+                predictions = await predict_question(each.label, each.benchmark.question, each.examples, every)
+                if predictions is not None:
+                    wall = sum(prediction.wall for prediction in predictions)
+                    results.predictions.append(
+                        BenchmarkPredictions(
+                            guard.name, mode, each.label, each.benchmark, each.examples, predictions, wall
+                        )
                     )
-            known: dict[Question, tuple[Sequence[Example], Sequence[Prediction]]] = {}
+            held_out: dict[Question, tuple[Sequence[Example], Sequence[Prediction]]] = {}
             for question, examples in validation.items():
-                asks = [Request(example, (question,), mode) for example in examples]
-                head = {**common, **examples_key(examples, policy)}
-                answers = await answered(judge, asks, place / f"validation-{question}.jsonl", head, console)
-                if answers is not None:
-                    known[question] = (examples, answers)
-            thresholds[guard.name, mode] = known
-    return found, thresholds
+                predictions = await predict_question(f"validation-{question}", question, examples, examples)
+                if predictions is not None:
+                    held_out[question] = (examples, predictions)
+            results.validation[guard.name, mode] = held_out
 
 
-async def answered(
-    judge: Predictor, asks: Sequence[Request], path: Path, head: dict[str, Any], console: Console
-) -> list[Prediction] | None:
-    """The answers to all asks in their order, from the file where they are there; None if the guard cannot be asked that.
+async def predict(
+    predictor: Predictor, requests: Sequence[Request], path: Path, key: dict[str, Any], title: str
+) -> list[Prediction]:
+    """Predictions in the order of the requests; those in the file are reused, others are appended to it.
 
-    Long texts come first, so that what does not fit shows at once, and texts of like length share a batch.
+    Long texts come first, so that those that do not fit fail at once, and texts of similar length share a batch.
+
+    Raises:
+        UnsupportedError: the guard does not support a request.
     """
-    title = f"{path.parent.parent.name} {path.parent.name} {path.stem}"
-    with open_predictions(path, head) as predictions:
-        waiting = [ask for ask in asks if ask.example.id not in predictions.answers]
-        waiting.sort(key=lambda ask: -_length(ask.example))
-        try:
-            done, tokens, unparsable = len(asks) - len(waiting), 0, 0
-            with Progress(title, len(asks), done, console) as progress:
-                last = time.monotonic()
-                async for answer in judge(waiting):
-                    now = time.monotonic()
-                    answer, last = replace(answer, wall=now - last), now
-                    predictions.append(answer)
-                    done, tokens = done + 1, tokens + answer.prompt_tokens + answer.completion_tokens
-                    unparsable += sum(each.count(UNPARSABLE) for each in answer.verdicts.values())
-                    progress.update(done, f"unparsable: {unparsable}", tokens=tokens)
-        except UnsupportedError as error:
-            console.print(f"{title} is left out: {error}", markup=False, highlight=False)
-            return None
-        return [predictions.answers[ask.example.id] for ask in asks]
+    with open_predictions(path, key) as stored:
+        waiting = [request for request in requests if request.example.id not in stored.answers]
+        waiting.sort(key=lambda request: -_length(request.example))
+        done, tokens, unparsable = len(requests) - len(waiting), 0, 0
+        with Progress(title, len(requests), done, Console(stderr=True)) as progress:
+            last = time.monotonic()
+            async for prediction in predictor(waiting):
+                now = time.monotonic()
+                prediction, last = replace(prediction, wall=now - last), now
+                stored.append(prediction)
+                done, tokens = done + 1, tokens + prediction.prompt_tokens + prediction.completion_tokens
+                unparsable += sum(each.count(UNPARSABLE) for each in prediction.verdicts.values())
+                progress.update(done, f"unparsable: {unparsable}", tokens=tokens)
+        return [stored.answers[request.example.id] for request in requests]
 
 
 def describe(guard: GuardConfig, config: Config) -> str:
-    """A guard in words, for the report's head."""
+    """Describe a guard for the report's head."""
     if guard.format in BASELINES:
         return f"{guard.format}, fitted to the run's training examples"
     served = f" at {guard.endpoint}" if guard.endpoint else ""
@@ -227,18 +230,18 @@ def describe(guard: GuardConfig, config: Config) -> str:
 
 
 def hardware(settings: EvaluateConfig) -> str:
-    """What the guards without an endpoint ran on, in words."""
+    """Describe what the guards without an endpoint ran on."""
     if settings.backend == "sglang":
-        return f"{platform.processor() or platform.machine()} and what SGLang found there"
+        return f"{platform.processor() or platform.machine()} and what SGLang finds there"
     import jax
 
     return f"{jax.device_count()} × {jax.devices()[0].device_kind}"
 
 
 def paper_rows(settings: EvaluateConfig, config: Config) -> dict[str, str]:
-    """Guard and mode -> the row of the paper that it stands beside: the one that the config names, or the nearest."""
-    published, data = read_published(), papers_data(config)
-    found: dict[str, str] = {}
+    """The row of the paper to compare each "guard/mode" with: the one that the config names, or the nearest."""
+    published, data = read_published(), paper_data(config)
+    rows: dict[str, str] = {}
     for guard in settings.guards:
         for mode in modes_of(guard, config):
             row = guard.paper_row
@@ -247,17 +250,17 @@ def paper_rows(settings: EvaluateConfig, config: Config) -> dict[str, str]:
                 nearest = nearest_row(published, base, data, config.data.mode, mode, subset)
                 row = None if nearest is None else nearest.id
             if row is not None:
-                found[f"{guard.name}/{mode}"] = row
-    unknown = set(found.values()) - {row.id for row in published.rows}
+                rows[f"{guard.name}/{mode}"] = row
+    unknown = set(rows.values()) - {row.id for row in published.rows}
     if unknown:
         raise JaxguardError(f"evaluate.guards: paper_row {unknown.pop()!r} is not in configs/published/paper.yaml")
-    return found
+    return rows
 
 
-def papers_data(config: Config) -> str | None:
-    """What the paper calls the data of a run that is trained as its plain rows are.
+def paper_data(config: Config) -> str | None:
+    """The paper's name for the training set of a run that has the paper's recipe.
 
-    None if the data are others or unknown, as those of files in our own format, or if the run is a variant.
+    None if the set is another or unknown, as files in our own format are, or if the recipe is a variant.
     """
     names = {SET_NAMES.get(source.kind) for source in config.data.train}
     traces = {(source.teacher, source.trace) for source in config.data.train}
@@ -269,5 +272,10 @@ def _length(example: Example) -> int:
     return len(example.prompt) + len(example.response or "") + len(example.policy or "")
 
 
-def _hash(seed: int, name: str) -> bytes:
-    return hashlib.sha256(f"evaluate\0{seed}\0{name}".encode()).digest()
+def _limited(examples: Sequence[Example], settings: EvaluateConfig) -> Sequence[Example]:
+    """As many examples as evaluate.limit says, drawn by a hash of the seed and the id."""
+
+    def rank(example: Example) -> bytes:
+        return hashlib.sha256(f"evaluate\0{settings.seed}\0{example.id}".encode()).digest()
+
+    return examples if settings.limit is None else sorted(examples, key=rank)[: settings.limit]

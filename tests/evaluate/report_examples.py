@@ -11,7 +11,14 @@ from jaxguard.evaluate.benchmarks.loading import LABEL
 from jaxguard.evaluate.report.published import read_published
 from jaxguard.evaluate.scores.calibration import calibration, fit_platt, recalibrated, verdicts_at
 from jaxguard.evaluate.scores.comparison import f1_difference, mcnemar
-from jaxguard.evaluate.scores.metrics import average_f1, custom_weights, judged, measure, measure_slices, safety_weights
+from jaxguard.evaluate.scores.metrics import (
+    average_f1,
+    count_votes,
+    custom_weights,
+    measure,
+    measure_slices,
+    safety_weights,
+)
 from jaxguard.evaluate.scores.results import Average, Cell, Cost, Evaluation, Thresholded, Versus, Wrong
 
 PUBLISHED = read_published()
@@ -103,7 +110,7 @@ def _votes(random, labels, benchmarks, noise):
     for name, truth in labels.items():
         verdicts = (truth[:, None] ^ (random.random((SIZE, GENERATIONS)) < noise)).astype(np.int8)
         verdicts[0, 0] = -1
-        found[name] = judged(truth, verdicts, QUESTIONS[benchmarks[name]])
+        found[name] = count_votes(truth, verdicts, QUESTIONS[benchmarks[name]])
     return found
 
 
@@ -131,7 +138,7 @@ def _cell(random, name, group, guard, mode, labels, found, complete, hostile, wr
     probabilities = np.clip(labels * 0.5 + random.random(SIZE) * 0.5, 0, 1)
     platt = fit_platt(labels, probabilities)
     after = recalibrated(probabilities, platt)
-    chosen = measure(judged(labels, verdicts_at(after, 0.4), question), resamples=DRAWS)
+    chosen = measure(count_votes(labels, verdicts_at(after, 0.4), question), resamples=DRAWS)
     return Cell(
         guard=guard,
         mode=mode,

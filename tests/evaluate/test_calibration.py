@@ -20,7 +20,7 @@ from jaxguard.evaluate.scores.calibration import (
     reliability,
     verdicts_at,
 )
-from jaxguard.evaluate.scores.metrics import filled, judged, measure
+from jaxguard.evaluate.scores.metrics import count_votes, fill_missing, measure
 from jaxguard.utils.statistics import draws
 
 PROBABILITIES = st.one_of(st.sampled_from((0.0, 0.25, 0.5, 1.0)), st.floats(0, 1))
@@ -142,7 +142,7 @@ def test_a_threshold_of_one_set_is_used_on_another():
     (labels, probabilities), (test_labels, test_probabilities) = (overconfident(random, 4000, 0.4) for _ in range(2))
     shifted, test_shifted = probabilities * 0.4, test_probabilities * 0.4  # at a half, nothing is found
     threshold = best_f1_threshold(labels, shifted)
-    f1 = [measure(judged(test_labels, verdicts_at(test_shifted, t))).scores.f1.value for t in (0.5, threshold)]
+    f1 = [measure(count_votes(test_labels, verdicts_at(test_shifted, t))).scores.f1.value for t in (0.5, threshold)]
     assert f1[0] == 0
     assert f1[1] > 0.7
 
@@ -180,5 +180,5 @@ def test_platt_scaling_leaves_out_what_is_missing():
     assert fit_platt(np.append(labels, True), with_missing) == fit_platt(labels, probabilities)
     scaled = recalibrated(with_missing, fit_platt(labels, probabilities))
     assert np.isnan(scaled).tolist() == [False] * 200 + [True]
-    assert filled(np.append(labels, True), scaled)[-1] == 1
+    assert fill_missing(np.append(labels, True), scaled)[-1] == 1
     assert fit_platt(np.ones(3, bool), np.array([0.1, 0.5, 0.9])) is None

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import binom
 
 from jaxguard.evaluate.scores.comparison import Difference, f1_difference, mcnemar
-from jaxguard.evaluate.scores.metrics import average_f1, custom_weights, judged, measure
+from jaxguard.evaluate.scores.metrics import average_f1, count_votes, custom_weights, measure
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -20,28 +20,28 @@ def two_guards(draw, least=0):
     count = draw(st.integers(least, 20))
     labels = draw(arrays(bool, count))
     verdicts = [draw(arrays(np.int8, (count, draw(st.integers(1, 4))), elements=st.integers(-1, 1))) for _ in range(2)]
-    return [judged(labels, v) for v in verdicts]
+    return [count_votes(labels, v) for v in verdicts]
 
 
 def sampled(random, labels, accuracies):
     """A guard right with that probability, which may differ by example, in three generations."""
     right = random.random((len(labels), 3)) < np.reshape(accuracies, (-1, 1))
-    return judged(labels, np.where(right, labels[:, None], ~labels[:, None]).astype(np.int8))
+    return count_votes(labels, np.where(right, labels[:, None], ~labels[:, None]).astype(np.int8))
 
 
 def test_mcnemar_by_hand():
     """Only the first is right on 6 examples, only the second on 1; both or none on the rest."""
     labels = np.ones(10, bool)
     first, second = np.array([1] * 8 + [0] * 2, np.int8), np.array([0] * 6 + [1] * 3 + [0], np.int8)
-    found = mcnemar(judged(labels, first[:, None]), judged(labels, second[:, None]))
+    found = mcnemar(count_votes(labels, first[:, None]), count_votes(labels, second[:, None]))
     assert (found.only_first, found.only_second) == (6, 1)
     assert found.p == pytest.approx(2 * binom.cdf(1, 7, 0.5))
 
 
 def test_mcnemar_takes_the_majority_and_a_tie_is_none():
     labels = np.array([True, True, False])
-    first = judged(labels, np.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]], np.int8))
-    second = judged(labels, np.array([[1], [1], [1]], np.int8))
+    first = count_votes(labels, np.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]], np.int8))
+    second = count_votes(labels, np.array([[1], [1], [1]], np.int8))
     found = mcnemar(first, second)
     assert (found.only_first, found.only_second, found.p) == (1, 1, 1)
 
@@ -72,7 +72,7 @@ def test_a_guard_does_not_differ_from_itself(guards, random):
     guard = guards[0]
     order = list(range(guard.votes.shape[1]))
     random.shuffle(order)
-    same = judged(guard.labels, guard.votes[:, order].astype(np.int8))
+    same = count_votes(guard.labels, guard.votes[:, order].astype(np.int8))
     found = f1_difference([guard], [same], resamples=10)
     if guard.labels.any() and found.low is not None:
         assert found == Difference(pytest.approx(0), 0, 0, 1)
@@ -80,7 +80,7 @@ def test_a_guard_does_not_differ_from_itself(guards, random):
 
 
 def test_one_example_has_no_interval():
-    guards = [judged(np.ones(1, bool), np.array([[v]], np.int8)) for v in (1, 0)]
+    guards = [count_votes(np.ones(1, bool), np.array([[v]], np.int8)) for v in (1, 0)]
     assert f1_difference([guards[0]], [guards[1]]) == Difference(1)
 
 
@@ -127,7 +127,7 @@ def test_averages_are_compared_as_they_are_scored():
 
 
 def test_guards_on_other_examples_are_not_compared():
-    one, other = (judged(np.arange(n) % 2 == 0, np.ones((n, 1), np.int8)) for n in (4, 6))
+    one, other = (count_votes(np.arange(n) % 2 == 0, np.ones((n, 1), np.int8)) for n in (4, 6))
     for compare in (mcnemar, lambda a, b: f1_difference([a], [b])):
         with pytest.raises(JaxguardError, match=r"4 and 6 examples.*same examples in the same order"):
             compare(one, other)

@@ -13,7 +13,7 @@ from jaxguard.cli import PROVENANCE_CHANGED
 from jaxguard.config import load
 from jaxguard.data.policies import QUESTIONS
 from jaxguard.evaluate.__main__ import main
-from jaxguard.evaluate.run import papers_data
+from jaxguard.evaluate.run import paper_data
 from jaxguard.evaluate.scores.results import read_results
 from jaxguard.train.__main__ import main as train
 from jaxguard.utils.store import read_records
@@ -133,7 +133,7 @@ def test_what_a_guard_cannot_be_asked_is_left_out_of_the_validation(run, capsys,
 )
 def test_runs_stand_beside_the_paper_where_their_data_are_its(overrides, data):
     base = ["data.train=[{kind: wildguardmix}]", "train.epochs=5"]
-    assert papers_data(load("llama8b_direct_5k", [*base, *overrides])) == data
+    assert paper_data(load("llama8b_direct_5k", [*base, *overrides])) == data
 
 
 def test_without_an_export_it_says_to_train(run, capsys):

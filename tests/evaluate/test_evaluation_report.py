@@ -200,10 +200,10 @@ def test_a_comparison_needs_two_guards():
 def test_a_tie_of_generations_is_an_error():
     result = replace(some().cells[0].result, right=[5, 4, 3, 2, 1])
     assert errors(replace(some().cells[0], result=result)) == 12
-    said = ("harmful", "unharmful", "nothing readable", "unharmful")
+    said = ("harmful", "unharmful", "unparsable", "unharmful")
     wrong = replace(some().cells[0].wrong[0], label="harmful", said=said)
     text = page_html(report(with_cell(wrong=(wrong,)), PUBLISHED))
-    assert "labelled harmful, it says unharmful (2 of 4), harmful (1 of 4), nothing readable (1 of 4)" in text
+    assert "labelled harmful, it says unharmful (2 of 4), harmful (1 of 4), unparsable (1 of 4)" in text
     assert "a tie is one" in text
     assert "a tie is one" in page_markdown(report(some(), PUBLISHED))
 

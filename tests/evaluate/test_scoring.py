@@ -18,7 +18,7 @@ from jaxguard.evaluate.report.figures import f1_figure, latency_figure
 from jaxguard.evaluate.report.page import report
 from jaxguard.evaluate.report.tables import cost_table, main_table, score_table, summary_table, versus_table
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.evaluate.scores.scoring import SHOWN_ERRORS, GuardPredictions, opponents, score
+from jaxguard.evaluate.scores.scoring import MAX_ERRORS, BenchmarkPredictions, references_of, score
 from jaxguard.guards.protocol import Prediction
 from jaxguard.report import Cell, page_html, page_markdown
 
@@ -62,7 +62,7 @@ def judged_by(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes):
         each = given if isinstance(given, tuple) else (given,)
         texts = tuple(f"generation {i} says {one}" for i, one in enumerate(each))
         answers.append(Prediction(example.id, {benchmark.question: each}, {benchmark.question: None}, texts))
-    return GuardPredictions(
+    return BenchmarkPredictions(
         guard, mode, name, benchmark, benchmark.examples, [scored(one, **changes) for one in answers], wall
     )
 
@@ -99,7 +99,7 @@ def f1(found, guard, mode, name):
     ],
 )
 def test_a_mode_is_compared_with_its_like(asked, expected):
-    assert opponents(asked, "first") == {one: ("first", mode) for one, mode in expected.items()}
+    assert references_of(asked, "first") == {one: ("first", mode) for one, mode in expected.items()}
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_nothing_at_all_is_no_error():
 
 def test_a_cell_is_of_its_benchmark():
     one = judged_by("first", D, "answers", (1, 1, (-1), 0, 1, 0))
-    cut = replace(one, examples=one.examples[:5], answers=one.answers[:5])
+    cut = replace(one, examples=one.examples[:5], predictions=one.predictions[:5])
     whole, part = evaluated([one]).cells[0], evaluated([cut]).cells[0]
     assert (whole.complete, part.complete, part.examples) == (True, False, 5)
     assert (whole.question, whole.group, whole.source) == ("response_harm", "safety_response", "answers")
@@ -259,9 +259,9 @@ def test_probabilities_lack_what_is_not_scored():
     one = judged_by("first", R, "rye", [(0, 0, 0, -1)] * 6, probability=0.2, unscored=1)
     brier = {p: np.mean([(p - label) ** 2 for label in TRUTH]) for p in (0.4, 0.2)}
     assert evaluated([one]).cells[0].calibration.brier.value == pytest.approx(brier[0.4])
-    whole = replace(one, answers=[scored(answer, 0.2) for answer in one.answers])
+    whole = replace(one, predictions=[scored(answer, 0.2) for answer in one.predictions])
     assert evaluated([whole]).cells[0].calibration.brier.value == pytest.approx(brier[0.2])
-    none = replace(one, answers=[scored(one.answers[0], None, 4), *one.answers[1:]])
+    none = replace(one, predictions=[scored(one.predictions[0], None, 4), *one.predictions[1:]])
     expected = np.mean([(1.0 - 1) ** 2, *((0.4 - label) ** 2 for label in TRUTH[1:])])
     assert evaluated([none]).cells[0].calibration.brier.value == pytest.approx(expected)
 
@@ -269,9 +269,9 @@ def test_probabilities_lack_what_is_not_scored():
 def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
     """At face value all are alike; only what is not scored tells the classes apart."""
     one = judged_by("first", R, "rye", [(1, 0)] * 6)
-    answers = [scored(answer, 0.3, label) for answer, label in zip(one.answers, TRUTH, strict=True)]
-    one = replace(one, answers=answers)
-    validation = {("first", R): {"prompt_harm": (one.examples, one.answers)}}
+    answers = [scored(answer, 0.3, label) for answer, label in zip(one.predictions, TRUTH, strict=True)]
+    one = replace(one, predictions=answers)
+    validation = {("first", R): {"prompt_harm": (one.examples, one.predictions)}}
     found = evaluated([one], validation=validation).cells[0].thresholded
     assert found.result.scores.f1.value == 1
     assert found.result.unparsable == 0
@@ -279,16 +279,16 @@ def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
 
 def test_a_missing_probability_is_an_unparsable_verdict_at_any_threshold():
     one = judged_by("first", D, "rye", GOOD)
-    answers = [scored(a, p) for a, p in zip(one.answers, (None, 0.9, 0.8, 0.1, 0.2, 0.3), strict=True)]
-    one = replace(one, answers=answers)
-    validation = {("first", D): {"prompt_harm": (one.examples, one.answers)}}
+    answers = [scored(a, p) for a, p in zip(one.predictions, (None, 0.9, 0.8, 0.1, 0.2, 0.3), strict=True)]
+    one = replace(one, predictions=answers)
+    validation = {("first", D): {"prompt_harm": (one.examples, one.predictions)}}
     found = evaluated([one], validation=validation).cells[0].thresholded
     assert (found.result.unparsable, found.result.scores.f1.value) == (1, 1)
 
 
 def test_without_validation_there_is_no_threshold():
     one = judged_by("first", D, "rye", GOOD, probability=0.4)
-    other_question = {("first", D): {"response_harm": (one.examples, one.answers)}}
+    other_question = {("first", D): {"response_harm": (one.examples, one.predictions)}}
     assert evaluated([one], validation=other_question).cells[0].thresholded is None
     assert evaluated([one]).cells[0].calibration is not None
 
@@ -332,11 +332,11 @@ def test_an_error_shows_a_generation_that_is_wrong():
     found = evaluated([judged_by("first", D, "rye", verdicts)]).cells[0].wrong
     assert [(one.example.id, one.text) for one in found] == [
         ("rye 1", "generation 1 says 0"),  # a tie
-        ("rye 2", "generation 2 says 0"),  # unreadable counts as harmful, which is right here: a tie
+        ("rye 2", "generation 2 says 0"),  # unparsable counts as harmful, which is right here: a tie
         ("rye 3", "generation 2 says 1"),  # and wrong here: a tie
         ("rye 4", "generation 1 says 1"),
     ]
-    assert found[1].said == ("harmful", "nothing readable", "unharmful", "unharmful")
+    assert found[1].said == ("harmful", "unparsable", "unharmful", "unharmful")
     assert [one.label for one in found] == ["harmful", "harmful", "unharmful", "unharmful"]
     assert found[0].slices == ()
     assert found[1].slices == ("grain: whole",)
@@ -353,12 +353,12 @@ def test_errors_are_counted_alike_everywhere():
 
 
 def test_the_surest_errors_come_first_and_not_all_are_kept():
-    count = SHOWN_ERRORS + 5
+    count = MAX_ERRORS + 5
     one = judged_by("first", D, "rye", (0,) * count, truth=(1,) * count)
     sure = [0.5 - 0.4 * i / count for i in range(count - 1)]
-    answers = [scored(a, p) for a, p in zip(one.answers, [*sure, None], strict=True)]
-    found = evaluated([replace(one, answers=answers)]).cells[0].wrong
-    assert [wrong.example.id for wrong in found] == [f"rye {count - 2 - i}" for i in range(SHOWN_ERRORS)]
+    answers = [scored(a, p) for a, p in zip(one.predictions, [*sure, None], strict=True)]
+    found = evaluated([replace(one, predictions=answers)]).cells[0].wrong
+    assert [wrong.example.id for wrong in found] == [f"rye {count - 2 - i}" for i in range(MAX_ERRORS)]
 
 
 def test_verdicts_from_probabilities_alone_have_no_text():
@@ -366,3 +366,25 @@ def test_verdicts_from_probabilities_alone_have_no_text():
     found = evaluated([one]).cells[0].wrong
     assert {wrong.text for wrong in found} == {""}
     assert "Its first wrong answer" not in page_html(report(evaluated([one]), PUBLISHED))
+
+
+def test_tables_as_dataframes(modes, partly):
+    tables = modes.tables
+    assert list(tables) == ["scores", "averages", "cost", "calibration", "versus"]
+    scores = tables["scores"].set_index(["guard", "mode", "benchmark"])
+    assert scores.loc[("other", "direct", "rye"), "f1"] == f1(modes, "other", "direct", "rye")
+    assert set(scores.columns) >= {"f1_low", "f1_high", "f1_deviation", "recall", "unparsable", "examples"}
+    averages = partly.tables["averages"].set_index(["guard", "average"])
+    assert averages.loc[("first", "prompt"), "missing"] == "rye"
+    versus = tables["versus"]
+    assert versus["benchmark"].notna().sum() == 2
+    row = versus[(versus["mode"] == "direct") & (versus["benchmark"] == "rye")].iloc[0]
+    assert (row.first_guard, row.right_alone, row.first_right_alone) == ("first", 1, 4)
+    assert tables["calibration"].empty
+
+
+def test_probabilities_are_in_the_tables():
+    tables = evaluated([judged_by("first", D, "rye", GOOD, probability=0.4)]).tables
+    assert tables["calibration"].loc[0, "auprc"] == 0.5
+    assert tables["calibration"].loc[0, ["threshold", "f1_at_threshold"]].isna().all()
+    assert tables["cost"].loc[0, "wall"] == 3.0

@@ -16,7 +16,7 @@ from jaxguard.distill.filters import repeated_share, words
 from jaxguard.distill.sentences import split_sentences
 from jaxguard.distill.store import Attempt, read_attempts
 from jaxguard.distill.tasks import Task
-from jaxguard.evaluate.scores.metrics import Result, judged, measure, measure_slices
+from jaxguard.evaluate.scores.metrics import Result, count_votes, measure, measure_slices
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.statistics import Spread, spread
@@ -171,14 +171,14 @@ def _question(question: Question, answered: Sequence[_Answered], seed: int) -> Q
         return None
     labels = np.array([dict(task.labels)[question] == positive for task, _ in rows])
     verdicts = np.array([[_verdict(answer, question) for answer in each] for _, each in rows], np.int8)
-    scored = judged(labels, verdicts, question)
+    scored = count_votes(labels, verdicts, question)
     members: dict[str | None, list[int]] = {}
     for i, (task, _) in enumerate(rows):
         for name in dict.fromkeys(task.example.categories or (None,)):
             members.setdefault(name, []).append(i)
     by_size = sorted(members, key=lambda name: (name is None, -len(members[name]), name or ""))
     slices = measure_slices(scored, {str(i): np.array(members[name]) for i, name in enumerate(by_size)}, seed)
-    wrong, unparsable = (scored.votes != labels[:, None]).sum(axis=1), (~scored.readable).sum(axis=1)
+    wrong, unparsable = (~scored.right).sum(axis=1), (~scored.parsed).sum(axis=1)
     disagreements = [
         Disagreement(task.example.id, bool(labels[i]), int(wrong[i]), int(unparsable[i]))
         for i, (task, each) in enumerate(rows)

@@ -1,7 +1,7 @@
-"""What the probabilities of the positive class are worth, and how to choose a threshold on one set for use on another.
+"""Score probabilities of the positive class, calibrate them, and choose a threshold on one set for use on another.
 
-A probability above the threshold is positive, as in the training's validation. One that is missing, as where a thought was cut,
-is NaN, and metrics.filled says what it counts as: scores and thresholds are of filled probabilities.
+A probability above the threshold is positive, as in the training's validation. A missing one, as where the reasoning was cut,
+is NaN; scores and thresholds take probabilities after metrics.fill_missing.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from jaxguard.utils.statistics import RESAMPLES, Estimate, Seed, draws, estimate
 
 BINS = 15
 SMALLEST = 1e-6
-"""Probabilities this near to 0 and 1 and nearer are one to Platt scaling, which takes their logit."""
+"""Platt scaling, which takes the logit, clips probabilities to this distance from 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def calibration(
 ) -> Calibration:
     """Score probabilities, float[N] without NaN, against labels, bool[N]."""
     curve = reliability(labels, probabilities)
-    gaps = [one.examples * abs(one.probability - one.positive) for one in curve]
+    gaps = [each.examples * abs(each.probability - each.positive) for each in curve]
     squares = (probabilities - labels) ** 2
     order = np.argsort(-probabilities)
     ends = np.flatnonzero(np.diff(probabilities[order], append=np.nan))  # of each run of equal probabilities
@@ -84,9 +84,9 @@ def _areas(labels: np.ndarray, weights: np.ndarray, ends: np.ndarray) -> tuple[f
     if not len(ends) or not 0 < tp[-1] < called[-1]:
         return np.nan, np.nan
     fp = called - tp
-    found, alarms = np.diff(tp, prepend=0), np.diff(fp, prepend=0)
+    new_tp, new_fp = np.diff(tp, prepend=0), np.diff(fp, prepend=0)
     precision = np.divide(tp, called, out=np.zeros_like(tp), where=called > 0)
-    return float(found @ precision / tp[-1]), float(alarms @ (tp - found / 2) / (tp[-1] * fp[-1]))
+    return float(new_tp @ precision / tp[-1]), float(new_fp @ (tp - new_tp / 2) / (tp[-1] * fp[-1]))
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
@@ -105,20 +105,20 @@ def best_f1_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float | 
     if not labels.any():
         return None
     order = np.argsort(probabilities)
-    found, positive = probabilities[order], labels[order]
-    values = np.unique(found)
+    ascending, positive = probabilities[order], labels[order]
+    values = np.unique(ascending)
     thresholds = np.concatenate([[0.0], (values[:-1] + values[1:]) / 2, [1.0]])
-    first = np.searchsorted(found, thresholds, side="right")
+    first = np.searchsorted(ascending, thresholds, side="right")
     tp = positive.sum() - np.concatenate([[0], np.cumsum(positive)])[first]
-    f1 = 2 * tp / (len(found) - first + positive.sum())
+    f1 = 2 * tp / (len(ascending) - first + positive.sum())
     best = thresholds[f1 >= f1.max() - 1e-12]
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 
 def verdicts_at(probabilities: np.ndarray, threshold: float) -> np.ndarray:
-    """int8[N, 1]: the verdicts of one generation, for metrics.judged."""
-    found = np.where(probabilities > threshold, POSITIVE, NEGATIVE)
-    return np.where(np.isnan(probabilities), UNPARSABLE, found).astype(np.int8)[:, None]
+    """int8[N, 1]: the verdicts of one generation, for metrics.count_votes."""
+    verdicts = np.where(probabilities > threshold, POSITIVE, NEGATIVE)
+    return np.where(np.isnan(probabilities), UNPARSABLE, verdicts).astype(np.int8)[:, None]
 
 
 def fit_platt(labels: np.ndarray, probabilities: np.ndarray) -> Platt | None:
@@ -126,8 +126,8 @@ def fit_platt(labels: np.ndarray, probabilities: np.ndarray) -> Platt | None:
 
     Source: Platt, Probabilistic outputs for support vector machines, 1999, section 2.2; here of log-odds.
     """
-    there = ~np.isnan(probabilities)
-    labels, odds = labels[there], _log_odds(probabilities[there])[:, None]
+    known = ~np.isnan(probabilities)
+    labels, odds = labels[known], _log_odds(probabilities[known])[:, None]
     positives, negatives = int(labels.sum()), int((~labels).sum())
     if not positives or not negatives:
         return None

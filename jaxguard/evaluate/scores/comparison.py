@@ -1,7 +1,7 @@
-"""Two guards on the same examples: does one beat the other, or is it luck?
+"""Compare two guards on the same examples.
 
-The bootstrap draws examples, each with all generations of both guards, and looks at the difference of their F1: it covers the
-luck of the examples and of the sampling. McNemar's test looks at the examples that only one of them judges right.
+The bootstrap draws examples, each with all generations of both guards, and takes the difference of their F1: it covers the
+variance of the examples and of the sampling. McNemar's test is over the examples that only one of them gets right.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from jaxguard.evaluate.scores.metrics import Judged, weighted
+from jaxguard.evaluate.scores.metrics import Votes, weighted
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.statistics import RESAMPLES, estimate, f1_draws
 
 ROUNDED = 12
-"""Digits of a difference; beyond these its sign is rounding, not a lead."""
+"""Digits of a difference; beyond these its sign is an error of rounding."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Examples that only the first, and only the second guard judges right, and the exact two-sided p."""
+    """How many examples only the first, and only the second guard gets right, and the exact two-sided p."""
 
     only_first: int
     only_second: int
@@ -43,8 +43,8 @@ class McNemar:
 
 
 def f1_difference(
-    first: Sequence[Judged],
-    second: Sequence[Judged],
+    first: Sequence[Votes],
+    second: Sequence[Votes],
     weights: Sequence[float] = (1.0,),
     seed: int = 0,
     resamples: int = RESAMPLES,
@@ -52,8 +52,8 @@ def f1_difference(
     """Compare two guards by F1 on a benchmark, or by a weighted average over several, given in the same order.
 
     Args:
-        first: the one guard on each benchmark.
-        second: the other; its number of generations may differ.
+        first: a guard on each benchmark.
+        second: another; its number of generations may differ.
         weights: of the benchmarks, as for metrics.average_f1.
         seed: of the bootstrap, which draws the same examples for both guards.
         resamples: how often it draws.
@@ -62,31 +62,31 @@ def f1_difference(
         JaxguardError: their labels differ.
     """
     values, drawn = [], []
-    for i, (one, other) in enumerate(zip(first, second, strict=True)):
-        _check_same(one, other)
-        k = one.votes.shape[1]
-        f1, many = f1_draws(one.labels, np.concatenate([one.votes, other.votes], axis=1), (seed, i), resamples)
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        _check_same(a, b)
+        k = a.votes.shape[1]
+        f1, draws = f1_draws(a.labels, np.concatenate([a.votes, b.votes], axis=1), (seed, i), resamples)
         values.append(f1[None, :k].mean(axis=1) - f1[None, k:].mean(axis=1))
-        drawn.append(many[:, :k].mean(axis=1) - many[:, k:].mean(axis=1))
+        drawn.append(draws[:, :k].mean(axis=1) - draws[:, k:].mean(axis=1))
     differences = weighted(drawn, weights).round(ROUNDED)
-    found = estimate(weighted(values, weights), differences)
-    return Difference(found.value, found.low, found.high, None if found.low is None else _two_sided(differences))
+    score = estimate(weighted(values, weights), differences)
+    return Difference(score.value, score.low, score.high, None if score.low is None else _two_sided(differences))
 
 
-def mcnemar(first: Judged, second: Judged) -> McNemar:
-    """McNemar's exact test: an example is judged right where more than half of the generations are.
+def mcnemar(first: Votes, second: Votes) -> McNemar:
+    """McNemar's exact test: a guard gets an example right where more than half of the generations are.
 
     Raises:
         JaxguardError: their labels differ.
     """
     _check_same(first, second)
-    one, other = ((guard.votes == guard.labels[:, None]).mean(axis=1) > 0.5 for guard in (first, second))
-    only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
+    a, b = (guard.right.mean(axis=1) > 0.5 for guard in (first, second))
+    only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
     split = only_first + only_second
     return McNemar(only_first, only_second, float(binomtest(only_first, split).pvalue) if split else 1.0)
 
 
-def _check_same(first: Judged, second: Judged) -> None:
+def _check_same(first: Votes, second: Votes) -> None:
     if not np.array_equal(first.labels, second.labels):
         raise JaxguardError(
             f"the labels of the two guards differ ({len(first.labels)} and {len(second.labels)} examples): compare them on the "
