@@ -1,8 +1,8 @@
 """What makes a trace unfit to learn from: one named check each, with its threshold in the config.
 
 The failures that the paper (arXiv 2505.20087) found by reading traces are repetition, leaked labels and overthinking; the
-published traces were kept only where the teacher's verdict matched the label. Patterns and thresholds are not stated there:
-ours are below and in `FilterConfig`, and each is shown by examples in tests/distill/test_filters.py.
+published traces are those whose verdict matches the label. It states no patterns and thresholds: those here and in `FilterConfig`
+are our choice, and tests/distill/test_filters.py has examples of each.
 """
 
 import re
@@ -36,13 +36,13 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """One answer of the teacher, and what it is held against.
+    """One completion of the teacher, and what it is compared with.
 
     Attributes:
-        trace: the thought, without its tags.
-        answer: what follows the thought.
-        finish_reason: why the server stopped; "stop" is the only good one.
-        labels: the verdict that people gave, as verdict lines.
+        trace: the reasoning, without its tags.
+        answer: what follows the reasoning.
+        finish_reason: why the server stopped; only "stop" passes.
+        labels: people's verdict, as verdict lines.
         budget: most sentences of the trace; None sets no limit.
     """
 
@@ -54,7 +54,7 @@ class Candidate:
 
     @property
     def verdict(self) -> Verdict:
-        """The teacher's own verdict; lines that are missing or unreadable are among its problems."""
+        """The teacher's own verdict; missing or malformed lines are among its problems."""
         return parse(self.answer, [question for question, _ in self.labels], Mode.DIRECT)
 
 
@@ -67,7 +67,7 @@ class Filters:
         dialogue: the student's format, which no trace may forge.
 
     Raises:
-        JaxguardError: the language that traces are wanted in is none that can be told.
+        JaxguardError: the language of the config is not one that can be identified.
     """
 
     config: FilterConfig
@@ -81,8 +81,8 @@ class Filters:
 
     def failures(self, candidate: Candidate) -> dict[str, str]:
         """Name of each check that the candidate fails -> what is wrong. Empty for a trace to keep."""
-        found = {name: getattr(self, f"_{name}")(candidate) for name in CHECKS}
-        return {name: problem for name, problem in found.items() if problem}
+        problems = {name: getattr(self, f"_{name}")(candidate) for name in CHECKS}
+        return {name: problem for name, problem in problems.items() if problem}
 
     def _cut(self, candidate: Candidate) -> str | None:
         reason = candidate.finish_reason
@@ -107,23 +107,24 @@ class Filters:
 
     def _verdict_differs(self, candidate: Candidate) -> str | None:
         verdict = candidate.verdict
-        unreadable = {problem.partition(":")[0] for problem in verdict.problems}
+        malformed = {problem.partition(":")[0] for problem in verdict.problems}
         wrong = [
             f"{question}: {getattr(verdict, question) or 'None'}, not {label}"
             for question, label in candidate.labels
-            if question not in unreadable and (getattr(verdict, question) or "None") != label
+            if question not in malformed and (getattr(verdict, question) or "None") != label
         ]
         return "; ".join(wrong) or None
 
     def _labels_leaked(self, candidate: Candidate) -> str | None:
         match = _LEAK.search(candidate.trace)
-        return None if match is None else f"says {_shown(match[0])}"
+        return None if match is None else f"says {_quoted(match[0])}"
 
     def _overthinking(self, candidate: Candidate) -> str | None:
-        found = [match[0] for match in _HESITATION.finditer(candidate.trace)]
-        if len(found) <= self.config.max_hesitations:
+        hesitations = [match[0] for match in _HESITATION.finditer(candidate.trace)]
+        most = self.config.max_hesitations
+        if len(hesitations) <= most:
             return None
-        return f"hesitates {len(found)} times ({_shown(found[0])}, …); at most {self.config.max_hesitations} are wanted"
+        return f"hesitates {len(hesitations)} times ({_quoted(hesitations[0])}, …); at most {most} are wanted"
 
     def _repetition(self, candidate: Candidate) -> str | None:
         share = repeated_share(words(candidate.trace), self.config.ngram)
@@ -145,30 +146,30 @@ class Filters:
             return f"{share:.0%} of its letters are {self.config.script}; {wanted}"
         if self.config.language is None:
             return None
-        found, probability = _identifier().classify(candidate.trace)
-        if found == self.config.language or probability < _SURE:
+        language, probability = _identifier().classify(candidate.trace)
+        if language == self.config.language or probability < _SURE:
             return None
-        return f"is written in {found!r}, not {self.config.language!r}"
+        return f"is written in {language!r}, not {self.config.language!r}"
 
 
 _SURE = 0.9
-"""Probability from which another language is believed: of 4,000 English answers of more than 60 characters it takes one."""
+"""Least probability of another language to reject a trace: it rejects one of 4,000 English answers of over 60 characters."""
 
 
 @cache
 def _identifier() -> Any:
-    """What tells languages apart."""
+    """Load the model that identifies languages."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise JaxguardError(
-            f"what tells languages apart is not installed ({error}): pip install -e '.[distill]', or set "
+            f"the identifier of languages is not installed ({error}): pip install -e '.[distill]', or set "
             "distill.filter.language=null"
         ) from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-# The labels come from outside: a trace that speaks of them as given has not reasoned its way to them.
+# A trace that mentions the labels as given has not reasoned its way to them.
 _LABEL = r"(?:labels?|annotations?|verdicts?|classifications?|ground[ -]?truths?|gold(?:en)? (?:labels?|answers?))"
 _LEAK = re.compile(
     "|".join(
@@ -199,12 +200,12 @@ _HESITATION = re.compile(
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case; each character of a script that writes none apart is one."""
+    """Words in lower case; each character of a script without spaces is one."""
     return re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['\u2019-][^\W_]+)*", text.lower())
 
 
 def repeated_share(tokens: list[str], n: int) -> float:
-    """Share of the n-grams that stood before: 1 - distinct / all; 0 for a text without any."""
+    """Share of repeated n-grams: 1 - distinct / all; 0 for a text without any."""
     grams = Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
     total = sum(grams.values())
     return 1 - len(grams) / total if total else 0.0
@@ -218,5 +219,5 @@ def script_share(text: str, script: str) -> float:
     return inside / total if total else 1.0
 
 
-def _shown(text: str) -> str:
+def _quoted(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")

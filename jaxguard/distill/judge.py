@@ -1,4 +1,4 @@
-"""A second model that reads a trace before it is kept."""
+"""A second model that checks a trace before it is accepted."""
 
 import re
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ _GRAMMAR = r"Reason: [^\n]+\nFit: (yes|no)"
 
 @dataclass(frozen=True)
 class Judge:
-    """Says whether a trace is fit to learn from.
+    """Checks whether a trace is fit to learn from.
 
     Attributes:
-        model: who judges.
-        prompt: what it is asked with.
+        model: an open server of the judge.
+        prompt: the template of its requests.
         dialogue: the student's format.
     """
 
@@ -28,7 +28,7 @@ class Judge:
     dialogue: Dialogue
 
     async def objection(self, task: Task, trace: str) -> tuple[str | None, int]:
-        """(why the trace is unfit, or None; tokens that the answer took). What cannot be read is no consent.
+        """(why the trace is unfit, or None; completion tokens). Fails closed: a malformed answer is an objection.
 
         Raises:
             JaxguardError: the judge refuses the request or gives no answer.
@@ -36,10 +36,10 @@ class Judge:
         messages = self.prompt.messages(task.example, task.policy, task.labels, self.dialogue, trace=trace)
         extra = {"regex": _GRAMMAR} if self.model.config.grammar else {}
         (reply,) = await self.model.complete(messages, extra=extra)
-        said = {match[1].lower() for match in _FIT.finditer(reply.answer)}
+        verdicts = {match[1].lower() for match in _FIT.finditer(reply.answer)}
         reason = _REASON.search(reply.answer)
-        if reply.finish_reason == "stop" and said == {"yes"}:
+        if reply.finish_reason == "stop" and verdicts == {"yes"}:
             return None, reply.completion_tokens
-        if said == {"no"}:
+        if verdicts == {"no"}:
             return (reason["reason"].strip() if reason else "") or "gives no reason", reply.completion_tokens
-        return "its answer cannot be read", reply.completion_tokens
+        return "its answer is malformed", reply.completion_tokens

@@ -1,17 +1,17 @@
-"""What the teacher is asked, from templates in configs/prompts that a user can replace.
+"""The teacher's prompts, from templates in configs/prompts that a user can replace.
 
 A template is YAML with a `user` text in which these stand for values:
 
     $policy     the taxonomy, numbered, and the rules
     $prompt     what the user wrote
     $response   what the assistant answered, or None
-    $labels     the verdict that people gave
+    $labels     people's verdict
     $format     the verdict lines with the words to choose from
     $trace      a trace, to be shortened or judged
     $sentences  "1 sentence", "3 sentences", ...
 
 Prompts, responses and traces are untrusted: what could act as part of the student's format, as a special token of some chat
-template or as one of the marks around them is broken by a backslash.
+template or as one of the marks around them gets a backslash.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from jaxguard.data.policies import Policy, Question
 from jaxguard.utils.errors import JaxguardError
 
 PROMPT_FOLDER = Path("configs/prompts")
-PLACES = ("policy", "prompt", "response", "labels", "format", "trace", "sentences")
+PLACEHOLDERS = ("policy", "prompt", "response", "labels", "format", "trace", "sentences")
 
 # Chat templates write special tokens as <|...|>, with an ordinary or a full-width bar, or in brackets as [INST].
 _SPECIAL = re.compile(
@@ -52,7 +52,7 @@ class TeacherPrompt:
 
     Attributes:
         name: shown in reports.
-        text: the user turn with its places.
+        text: the user turn with its placeholders.
     """
 
     name: str
@@ -60,12 +60,12 @@ class TeacherPrompt:
 
     @property
     def digest(self) -> str:
-        """Hash of the text: what traces were asked for with."""
+        """Hash of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
-    def places(self) -> set[str]:
-        """The values that it shows."""
+    def placeholders(self) -> set[str]:
+        """The values that it contains."""
         return set(Template(self.text).get_identifiers())
 
     def messages(
@@ -80,20 +80,20 @@ class TeacherPrompt:
         """The chat to send about an example.
 
         Args:
-            example: what is judged.
-            policy: what it is judged by.
-            labels: the verdict that people gave, and by that the questions to answer.
+            example: the exchange.
+            policy: of the example.
+            labels: people's verdict; its questions are those to answer.
             dialogue: the student's format, which untrusted text must not forge.
-            trace: where the template shows one.
+            trace: for a template that contains one.
             budget: sentences to shorten it to.
         """
-        asks: tuple[Question, ...] = tuple(question for question, _ in labels)
+        questions: tuple[Question, ...] = tuple(question for question, _ in labels)
         values = {
             "policy": taxonomy(policy),
             "prompt": quoted(example.prompt, dialogue),
             "response": ABSENT if example.response is None else quoted(example.response, dialogue),
             "labels": written(labels),
-            "format": verdict_lines(asks),
+            "format": verdict_lines(questions),
             "trace": quoted(trace, dialogue),
             "sentences": "" if budget is None else f"{budget} sentence{'s' if budget > 1 else ''}",
         }
@@ -111,10 +111,10 @@ def load_prompt(name_or_path: str, folder: Path = PROMPT_FOLDER) -> TeacherPromp
     template = Template(fields.user)
     if not template.is_valid():
         raise JaxguardError(f"{path}: user: a $ must be followed by the name of a value; write $$ for a dollar sign")
-    unknown = sorted(set(template.get_identifiers()) - set(PLACES))
+    unknown = sorted(set(template.get_identifiers()) - set(PLACEHOLDERS))
     if unknown:
         raise JaxguardError(
-            f"{path}: user: unknown value ${unknown[0]}; {nearest(unknown[0], PLACES)}known: {', '.join(PLACES)}"
+            f"{path}: user: unknown value ${unknown[0]}; {nearest(unknown[0], PLACEHOLDERS)}known: {', '.join(PLACEHOLDERS)}"
         )
     return TeacherPrompt(fields.name, fields.user)
 

@@ -99,7 +99,7 @@ def load_job(config: Config) -> Job:
     """Load everything that requests to the teacher are made of.
 
     Raises:
-        JaxguardError: no distill section, a source that cannot be read, no example with a label.
+        JaxguardError: no distill section, a source that is absent or malformed, no example with a label.
     """
     if config.distill is None:
         raise JaxguardError("the config has no distill section: it needs at least distill.teacher.model")
@@ -111,7 +111,9 @@ def load_job(config: Config) -> Job:
         examples = subset(examples, config.data.subset, config.data.subset_seed)
     tasks = list(tasks_for(examples, policy))
     if not tasks:
-        raise JaxguardError(f"none of the {len(examples)} examples has a label for what policy {policy.name!r} asks")
+        raise JaxguardError(
+            f"none of the {len(examples)} examples has a label for a question of policy {policy.name!r}"
+        )
     return Job(config.distill, dialogue, policy, tasks)
 
 

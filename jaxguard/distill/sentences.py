@@ -19,11 +19,11 @@ def split_sentences(text: str) -> list[str]:
 
     A full stop after an abbreviation, an initial or an item's number ends none. What holds no letter or digit is none.
     """
-    found, start = [], 0
+    sentences, start = [], 0
     for end in _END.finditer(text):
         sentence = text[start : end.end()]
         if end[0] == "." and _ABBREVIATION.search(sentence):
             continue
-        found.append(sentence.strip())
+        sentences.append(sentence.strip())
         start = end.end()
-    return [sentence for sentence in [*found, text[start:].strip()] if _WORD.search(sentence)]
+    return [sentence for sentence in [*sentences, text[start:].strip()] if _WORD.search(sentence)]

@@ -42,12 +42,12 @@ class Task:
 
 
 def tasks_for(examples: Iterable[Example], policy: Policy) -> Iterator[Task]:
-    """A task for each example that has a label for what its policy asks; the others are left out."""
+    """A task for each example that has a label for a question of its policy; the others are left out."""
     for example in examples:
         own = policy_for(example, policy)
-        asks = questions(example, own)
-        if asks:
-            yield Task(example, own, answers(example, asks))
+        labelled = questions(example, own)
+        if labelled:
+            yield Task(example, own, answers(example, labelled))
 
 
 def shortening(tasks: Iterable[Task], traces: dict[str, str], budget: int) -> Iterator[Task]:

@@ -54,10 +54,10 @@ def blind_prompt(name: str) -> TeacherPrompt:
         JaxguardError: it shows the labels, or cannot be read.
     """
     prompt = load_prompt(name)
-    revealing = sorted(prompt.places & BLIND)
+    revealing = sorted(prompt.placeholders & BLIND)
     if revealing:
         raise JaxguardError(
-            f"distill.audit.prompt={name}: its template holds ${revealing[0]}, which gives the verdict away; an audit hides "
+            f"distill.audit.prompt={name}: its template contains ${revealing[0]}, which gives the verdict away; an audit hides "
             "the labels: take `audit`, or leave that value out"
         )
     return prompt

@@ -1,4 +1,4 @@
-"""Work that threads do ahead of who uses it."""
+"""Threads that work ahead, and code that must not run in an event loop."""
 
 import asyncio
 from collections import deque
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 def in_turn(
     work: Callable[[Item], Result], items: Iterable[Item], threads: int = 2, ahead: int = 2
 ) -> Iterator[Result]:
-    """`work` of each item, in their order; threads do it for no more than the next `ahead`, which wait to be asked for."""
+    """`work` of each item, in their order; threads compute up to `ahead` results before they are used."""
     following = iter(items)
     with ThreadPoolExecutor(threads) as pool:
         under_way = deque(pool.submit(work, item) for item in islice(following, ahead))

@@ -47,11 +47,11 @@ def objection(answer, grammar=False):
         (said("<think>\nFit: no?\n</think>\n\n**Reason:** fine\n**Fit:** Yes"), None),
         (said(NO), "It goes in circles."),
         (said("Fit: no"), "gives no reason"),
-        (said(f"{YES}\n{NO}"), "its answer cannot be read"),
-        (said("It is fit: yes"), "its answer cannot be read"),
-        (said("Fit: maybe"), "its answer cannot be read"),
-        (said(""), "its answer cannot be read"),
-        (said(YES, finish_reason="length"), "its answer cannot be read"),
+        (said(f"{YES}\n{NO}"), "its answer is malformed"),
+        (said("It is fit: yes"), "its answer is malformed"),
+        (said("Fit: maybe"), "its answer is malformed"),
+        (said(""), "its answer is malformed"),
+        (said(YES, finish_reason="length"), "its answer is malformed"),
     ],
 )
 def test_what_counts_as_consent(answer, expected):

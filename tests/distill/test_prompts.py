@@ -32,11 +32,11 @@ def test_the_trace_prompt_shows_everything():
         "Prompt harm: harmful or unharmful",
     ):
         assert part in text
-    assert load_prompt("trace").places == {"policy", "prompt", "response", "labels", "format"}
+    assert load_prompt("trace").placeholders == {"policy", "prompt", "response", "labels", "format"}
 
 
 def test_the_audit_prompt_hides_the_labels():
-    assert "labels" not in load_prompt("audit").places
+    assert "labels" not in load_prompt("audit").placeholders
     harmful = Example("x", "t", EXAMPLE.prompt, EXAMPLE.response, "harmful", "harmful")
     changed = load_prompt("audit").messages(harmful, POLICY, answers(harmful, POLICY.asks), DIALOGUE)
     assert changed[0]["content"] == content("audit")

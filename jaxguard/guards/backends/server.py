@@ -1,4 +1,4 @@
-"""A server of our own: SGLang as another process, from its first healthy answer to the end of ours."""
+"""SGLang in a process of its own, from its first healthy answer to the end of the block that started it."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def serve(checkpoint: Path, name: str, log: Path, settings: ServerConfig) -> Ite
 
     Args:
         checkpoint: a Hugging Face folder.
-        name: what it is served as.
+        name: the name it is served under.
         log: where the server's output goes.
         settings: the interpreter, more arguments, and how long to wait.
 
@@ -48,7 +48,7 @@ def serve(checkpoint: Path, name: str, log: Path, settings: ServerConfig) -> Ite
 
 
 def launch_command(python: str, checkpoint: Path, name: str, port: int, arguments: Sequence[str]) -> list[str]:
-    """What starts an SGLang server on this machine."""
+    """The command that starts an SGLang server on this machine."""
     flags = {"--model-path": checkpoint, "--served-model-name": name, "--host": _HOST, "--port": port}
     words = [str(word) for flag in flags.items() for word in flag]
     return [python, "-m", "sglang.launch_server", *words, *arguments]
@@ -64,10 +64,10 @@ def find_sglang(python: str) -> str:
     if path is None:
         raise JaxguardError(f"evaluate.server.python: {python!r} is no interpreter")
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
-    found = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603 (the user's own)
-    if found.returncode:
+    check = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603 (the user's own)
+    if check.returncode:
         raise JaxguardError(
-            f"evaluate.server.python: {python!r} has no SGLang{_last(found.stderr)}. Install it into an environment of its own, "
+            f"evaluate.server.python: {python!r} has no SGLang{_last(check.stderr)}. Install it into an environment of its own, "
             "`python -m venv .venv-sglang && .venv-sglang/bin/pip install sglang`, and name that environment's python; on a "
             "CPU run `make sglang-cpu`, and take what `python tools/sglang_server.py --overrides` prints"
         )
@@ -111,9 +111,9 @@ def started(
 
 def free_port() -> int:
     """A port that nothing listens on at the moment."""
-    with socket.socket() as taken:
-        taken.bind((_HOST, 0))
-        port: int = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind((_HOST, 0))
+        port: int = listener.getsockname()[1]
     return port
 
 
@@ -132,10 +132,10 @@ def _wait(process: subprocess.Popen[bytes], health: str, log: Path, seconds: flo
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """The whole group: a server that crashed may leave processes."""
-    for what in (signal.SIGTERM, signal.SIGKILL):
+    """End the whole group: a server that crashed may leave processes."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         try:
-            os.killpg(process.pid, what)
+            os.killpg(process.pid, number)
             process.wait(timeout=_END_SECONDS)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
