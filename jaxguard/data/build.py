@@ -215,7 +215,7 @@ def _manifest(
             each.config.name: {
                 "mode": each.config.mode,
                 "sources": each.origins,
-                "dropped": dict(sorted(each.dropped.items())),
+                "dropped": dict(sorted((+each.dropped).items())),
                 "contaminated": len({match.example_id for match in each.matches}),
                 "subsets": subsets[each.config.name],
             }

@@ -83,8 +83,13 @@ def select(config: Config) -> Selection:
         held_out, origins = load_sources(data.validation, "validation")
         held_out = _sample(usable(held_out, "data.validation", policy, data.mode, dropped), data.validation_size)
         sources += origins
-    elif data.validation_size:
-        held_out = _hold_out(pool, data.validation_size)
+    elif len(pool) <= data.validation_size:
+        raise JaxguardError(
+            f"data.validation_size={data.validation_size} leaves nothing of the {len(pool)} training examples; lower it, or "
+            "give data.validation a source of its own"
+        )
+    else:
+        held_out = _sample(pool, data.validation_size)
     train = _disjoint(pool, held_out, dropped)
     if data.subset is not None:
         train = subset(train, data.subset, data.subset_seed)
@@ -94,7 +99,7 @@ def select(config: Config) -> Selection:
             f"train.batch_size={config.train.batch_size}; add data, or lower data.validation_size or train.batch_size"
         )
     modes = assign_modes(train, data.mode, data.dual_reasoning_share, config.seed)
-    return Selection(list(zip(train, modes, strict=True)), _validation_modes(held_out, data.mode), sources, dropped)
+    return Selection(list(zip(train, modes, strict=True)), _validation_modes(held_out, data.mode), sources, +dropped)
 
 
 def subset(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
@@ -170,27 +175,28 @@ def load_sources(sources: Iterable[SourceConfig], role: str) -> tuple[list[Examp
     Raises:
         JaxguardError: a source cannot be loaded.
     """
-    examples: list[Example] = []
-    origins = []
-    for source in sources:
-        loaded = load(source)
-        examples += loaded.examples
-        origins.append(
-            {"role": role, **loaded.origin, "examples": len(loaded.examples), "skipped": dict(loaded.skipped)}
-        )
-    return unique_ids(examples), origins
+    loaded = [load(source) for source in sources]
+    origins = [
+        {"role": role, **each.origin, "examples": len(each.examples), "skipped": dict(each.skipped)} for each in loaded
+    ]
+    return unique_ids([example for each in loaded for example in each.examples]), origins
 
 
 def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropped: Counter[str]) -> list[Example]:
     """Select examples with a label for a question of their policy, and with a trace if the mode needs one."""
     role = field.removeprefix("data.")
-    answered = [example for example in examples if _answers_something(example, policy_for(example, policy))]
+
+    def has_label(example: Example) -> bool:
+        asks = questions(example, policy_for(example, policy))
+        return bool(asks) and any(word != ABSENT for _, word in answers(example, asks))
+
+    answered = [example for example in examples if has_label(example)]
     if not answered:
         raise JaxguardError(
             f"none of the {len(examples)} examples of {field} has a label for what their policy asks; "
             f"policy {policy.name!r} asks {', '.join(policy.asks)}"
         )
-    _count(dropped, f"{role}: no label for what the policy asks", len(examples) - len(answered))
+    dropped[f"{role}: no label for what the policy asks"] += len(examples) - len(answered)
     if mode != "reasoning":
         return answered
     traced = [example for example in answered if example.trace]
@@ -199,27 +205,8 @@ def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropp
             f"data.mode=reasoning needs traces, but none of the {len(answered)} examples of {field} has one: set "
             "data.mode=direct, take a source with traces (kind nemotron_safety), or write traces with a teacher first"
         )
-    _count(dropped, f"{role}: no trace", len(answered) - len(traced))
+    dropped[f"{role}: no trace"] += len(answered) - len(traced)
     return traced
-
-
-def _answers_something(example: Example, policy: Policy) -> bool:
-    asks = questions(example, policy)
-    return bool(asks) and any(word != ABSENT for _, word in answers(example, asks))
-
-
-def _count(dropped: Counter[str], reason: str, number: int) -> None:
-    if number:
-        dropped[reason] += number
-
-
-def _hold_out(pool: list[Example], size: int) -> list[Example]:
-    if len(pool) <= size:
-        raise JaxguardError(
-            f"data.validation_size={size} leaves nothing of the {len(pool)} training examples; lower it, or give "
-            "data.validation a source of its own"
-        )
-    return _sample(pool, size)
 
 
 def _sample(examples: list[Example], size: int) -> list[Example]:
@@ -233,7 +220,7 @@ def _disjoint(pool: list[Example], held_out: list[Example], dropped: Counter[str
     members = {id(example) for example in held_out}
     rest = [example for example in pool if id(example) not in members]
     train = [example for example in rest if _normalised(example) not in texts]
-    _count(dropped, "train: same text as a held-out example", len(rest) - len(train))
+    dropped["train: same text as a held-out example"] += len(rest) - len(train)
     return train
 
 

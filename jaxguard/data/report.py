@@ -123,23 +123,14 @@ def _lengths(prepared: Prepared) -> Table:
 
 
 def _histogram(prepared: Prepared) -> RichTable:
-    """Plot lengths in about a dozen bins of a round width."""
+    """Plot lengths in bins of equal width."""
     totals = _totals(prepared)
-    width = _round_up(max(1, (int(totals.max()) - int(totals.min())) // BARS + 1))
-    first = int(totals.min()) // width
-    counts = np.bincount(totals // width - first)
+    counts, edges = np.histogram(totals, min(BARS, int(np.ptp(totals)) + 1))
     table = RichTable.grid(padding=(0, 1))
-    for i, count in enumerate(counts):
-        low = (first + i) * width
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "█" * round(BAR_WIDTH * count / counts.max()) or ("▏" if count else "")
-        table.add_row(Text(f"{low:,}-{low + width - 1:,}", justify="right"), Text(bar, style="cyan"), f"{count:,}")
+        table.add_row(Text(f"{low:,.0f}-{high:,.0f}", justify="right"), Text(bar, style="cyan"), f"{count:,}")
     return table
-
-
-def _round_up(width: int) -> int:
-    """Return the next of 1, 2, 5, 10, 20, 50, … that is at least width."""
-    sizes = (step * decade for decade in (1, 10, 100, 1000, 10_000, 100_000) for step in (1, 2, 5))
-    return next(size for size in sizes if size >= width)
 
 
 def _packing(config: Config, prepared: Prepared) -> Text:

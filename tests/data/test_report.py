@@ -165,4 +165,4 @@ def test_help_says_what_it_is_for(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert "--show-text" in text
-    assert "python -m jaxguard.data --config gemma4b_5k" in text
+    assert "jaxguard data --config gemma4b_5k" in text

@@ -11,7 +11,7 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.study import label, merged, read_study
 from jaxguard.data.packing import total_steps
 from jaxguard.evaluate.benchmarks.schema import read_benchmark
-from jaxguard.guards.formats.external import GUARDS
+from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
 from jaxguard.study.__main__ import main
 from jaxguard.study.grid import open_study, written
 from jaxguard.study.stages import command
@@ -105,7 +105,7 @@ def test_the_shipped_guards_of_others_can_be_asked(monkeypatch):
         assert config.evaluate.backend == "sglang"
         benchmarks = [read_benchmark(one.name) for one in config.evaluate.benchmarks]
         assert {one.group for one in benchmarks} == {"safety_prompt", "safety_response"}
-        assert {one.question for one in benchmarks} <= set(GUARDS[guard.format].asks)
+        assert {one.question for one in benchmarks} <= set(BUILT_IN_GUARDS[guard.format].questions)
 
 
 def test_axes_span_a_grid(study):

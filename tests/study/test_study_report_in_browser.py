@@ -56,7 +56,7 @@ def test_it_loads_nothing_and_complains_of_nothing(browser, pages, scale):
 def test_both_modes_stand_beside_the_papers_points(browser, pages):
     open_page(browser, pages[None])
     texts = browser.execute_script(TEXTS)
-    for wanted in ("5 epochs, reasoning", "5 epochs, direct", "781 updates, direct", "paper, reasoning", "F1, safety"):
+    for wanted in ("5 epochs, reasoning", "5 epochs, direct", "781 steps, direct", "paper, reasoning", "F1, safety"):
         assert wanted in texts
     assert {"500", "1,000", "2,500", "5,000", "86,759"} <= set(texts)
     rows = browser.execute_script("return [...document.querySelectorAll('tr')].map(one => one.innerText)")
