@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxguard.data.build import BuildResult
     from jaxguard.distill.run import Distillation
     from jaxguard.evaluate.scores.results import Evaluation
+    from jaxguard.mine.report import MineResult
     from jaxguard.plan.report import PlanReport
     from jaxguard.train.loop import TrainedRun
     from jaxguard.train.run_folder import Resume
@@ -51,7 +52,7 @@ def evaluate(config: Source, overrides: Overrides = ()) -> "Evaluation":
     return outside_event_loop(lambda: run(resolved))
 
 
-def mine(config: Source, overrides: Overrides = ()) -> int:
+def mine(config: Source, overrides: Overrides = ()) -> "MineResult":
     """Find the training examples that a trained guard judges right only sometimes."""
     from jaxguard.mine.run import mine as run
 

@@ -18,7 +18,7 @@ class MineConfig(Schema):
     """A guard in jaxguard's format, by default this run's; it is sampled as evaluate.temperature and its neighbours say."""
     generations: Annotated[int, Field(ge=2)] = 4
     """Completions for each example."""
-    difficult: tuple[NonNegative, ...] = Field(default=(2, 3), min_length=1)
+    hard: tuple[NonNegative, ...] = Field(default=(2, 3), min_length=1)
     """Numbers of correct completions that make an example hard. The paper's; 0 correct of 4 is label noise there."""
     balance: Literal["none", "class", "category"] = "none"
     """Take equally many hard examples of each combination of labels, or of each category; none takes all."""
@@ -27,8 +27,8 @@ class MineConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if max(self.difficult) > self.generations:
-            raise ValueError(f"difficult={self.difficult}: of {self.generations} completions no more can be correct")
+        if max(self.hard) > self.generations:
+            raise ValueError(f"hard={self.hard}: of {self.generations} completions no more can be correct")
         if self.guard.format != "jaxguard" or self.guard.modes:
             raise ValueError(
                 "guard: examples are mined in the format and the mode that they are trained in; leave format and modes out"

@@ -4,21 +4,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rich.console import Console
+from rich.text import Text
+
 from jaxguard.cli import run_stage
 from jaxguard.config import Config
 
 DESCRIPTION = """\
-Request a trained guard about its own training examples, each several times, in the mode in which it was trained on them. Those that
-it judges right in some answers only are difficult: a second round of training takes them once more. Those that it never judges
+Ask a trained guard about its own training examples, each several times, in the mode in which it was trained on them. Those that
+it judges right in some answers only are hard: a second round of training takes them once more. Those that it never judges
 right may be labelled wrongly: look at them. Train first; then this writes into runs/NAME/mine:
 
   answers/MODE.jsonl   every answer, as soon as it is there: killed and started again, it goes on
-  difficult.jsonl      the difficult examples with their traces, ready for data.train or build.sets[].append
-  never_right.jsonl    those that were never judged right, with what the guard said
+  hard.jsonl           the hard examples with their traces, ready for data.train or build.sets[].append
+  never_right.jsonl    those that were never judged right, with the guard's answers
   train.jsonl          what the run was trained on; held_out.jsonl what it was validated on
   report.md            counts by number of right answers, source, category and label; report.json, right.png
 
-The second round is a config that extends the first, starts from its export and trains on train.jsonl and difficult.jsonl.
+The second round is a config that extends the first, starts from its export and trains on train.jsonl and hard.jsonl.
 
 examples:
   jaxguard mine --config smollm_demo
@@ -33,9 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _mine(_: argparse.Namespace, config: Config) -> int:
-    from jaxguard.mine.run import mine  # JAX is loaded only when there is something to do
+    from jaxguard.mine.report import right_table  # JAX and matplotlib are loaded only when there is something to do
+    from jaxguard.mine.run import mine
 
-    return mine(config)
+    result, console = mine(config), Console(soft_wrap=True)
+    console.print(right_table(result).rich())
+    console.print(Text(f"{len(result.hard_examples):,} hard examples: {result.folder / 'hard.jsonl'}"))
+    console.print(Text(f"{len(result.never_right):,} never right: {result.folder / 'never_right.jsonl'}"))
+    console.print(Text(f"report: {result.folder / 'report.md'}"))
+    return 0
 
 
 if __name__ == "__main__":

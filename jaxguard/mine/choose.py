@@ -15,15 +15,15 @@ NO_CATEGORY = "(none)"
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A training example and how the guard fared on it.
+class Outcome:
+    """A training example and the guard's answers to it.
 
     Attributes:
         example, mode: as trained.
-        labels: what people say of it, question by question: "prompt_harm harmful, response_harm unharmful".
-        texts: what the guard answered.
-        right: how many answers agree with every label.
-        unreadable: how many of the others could not be read.
+        labels: question by question: "prompt_harm harmful, response_harm unharmful".
+        texts: the answers.
+        right: how many of them agree with every label.
+        unparsable: how many of the others are unparsable.
     """
 
     example: Example
@@ -31,59 +31,58 @@ class Tried:
     labels: str
     texts: tuple[str, ...]
     right: int
-    unreadable: int
+    unparsable: int
 
 
 def labels_of(example: Example, policy: Policy) -> dict[Question, str]:
-    """What people say of an example, of all that its policy asks; a response that is not there is no label."""
+    """The labels of an example, of all that its policy asks; a response that is not there is no label."""
     known = answers(example, questions(example, policy_for(example, policy)))
     return {question: word for question, word in known if word != ABSENT}
 
 
-def tried(example: Example, mode: Mode, policy: Policy, texts: Sequence[str]) -> Tried:
-    """Hold a guard's answers against the labels.
+def outcome_of(example: Example, mode: Mode, policy: Policy, texts: Sequence[str]) -> Outcome:
+    """Compare a guard's answers with the labels.
 
-    One answer has a verdict line for each label. It is right if all of them are; one that cannot be read never is.
+    An answer has a verdict line for each label. It is right if all of them are; an unparsable one never is.
     """
     labels = labels_of(example, policy)
     verdicts = [parse(text, labels, mode, example.response is not None) for text in texts]
-    readable = [verdict for verdict in verdicts if not verdict.problems]
-    right = sum(all(getattr(verdict, q) == word for q, word in labels.items()) for verdict in readable)
-    said = ", ".join(f"{question} {word}" for question, word in labels.items())
-    return Tried(example, mode, said, tuple(texts), right, len(verdicts) - len(readable))
+    parsable = [verdict for verdict in verdicts if not verdict.problems]
+    right = sum(all(getattr(verdict, q) == word for q, word in labels.items()) for verdict in parsable)
+    joined = ", ".join(f"{question} {word}" for question, word in labels.items())
+    return Outcome(example, mode, joined, tuple(texts), right, len(verdicts) - len(parsable))
 
 
-def difficult(found: Sequence[Tried], config: MineConfig) -> list[Tried]:
-    """The examples whose number of right answers makes them difficult."""
-    return [one for one in found if one.right in config.difficult]
+def hard_of(outcomes: Sequence[Outcome], config: MineConfig) -> list[Outcome]:
+    """The examples whose number of right answers makes them hard."""
+    return [outcome for outcome in outcomes if outcome.right in config.hard]
 
 
-def choose(candidates: Sequence[Tried], config: MineConfig, seed: int) -> list[Tried]:
-    """As many of the difficult ones as `balance` and `most` allow, in the order of a hash of (seed, id).
+def choose(hard: Sequence[Outcome], config: MineConfig, seed: int) -> list[Outcome]:
+    """As many of the hard examples as `balance` and `most` allow, in the order of a hash of (seed, id).
 
     Balanced, each class gives as many as the smallest has. The classes take turns, so that `most` cuts them evenly.
     """
-    drawn = subset([one.example for one in candidates], len(candidates), seed)
-    by_id = {one.example.id: one for one in candidates}
-    ranked = [by_id[example.id] for example in drawn]
+    by_id = {outcome.example.id: outcome for outcome in hard}
+    ranked = [by_id[example.id] for example in subset([outcome.example for outcome in hard], len(hard), seed)]
     if config.balance == "none":
         return ranked[: config.most]
-    groups: dict[str, list[Tried]] = {}
-    for one, name in zip(ranked, classes(ranked, config), strict=True):
-        groups.setdefault(name, []).append(one)
+    groups: dict[str, list[Outcome]] = {}
+    for outcome, name in zip(ranked, classes(ranked, config), strict=True):
+        groups.setdefault(name, []).append(outcome)
     smallest = min(map(len, groups.values()), default=0)
     turns = [groups[name][i] for i in range(smallest) for name in sorted(groups)]
     return turns[: config.most]
 
 
-def classes(some: Sequence[Tried], config: MineConfig) -> list[str]:
+def classes(outcomes: Sequence[Outcome], config: MineConfig) -> list[str]:
     """The class of each: its labels, or its category; an example of several categories counts for the rarest of them."""
     if config.balance != "category":
-        return [one.labels for one in some]
-    counts = Counter(category for one in some for category in categories(one.example))
-    return [min(categories(one.example), key=lambda name: (counts[name], name)) for one in some]
+        return [outcome.labels for outcome in outcomes]
+    counts = Counter(category for outcome in outcomes for category in categories(outcome.example))
+    return [min(categories(outcome.example), key=lambda name: (counts[name], name)) for outcome in outcomes]
 
 
 def categories(example: Example) -> tuple[str, ...]:
-    """Its categories, each once; none is one by itself."""
+    """Its categories, each once; having none is a category."""
     return tuple(dict.fromkeys(example.categories)) or (NO_CATEGORY,)

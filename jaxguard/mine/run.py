@@ -1,6 +1,6 @@
-"""Mining from start to end: the training examples as the trainer chose them, the guard's answers, the difficult ones.
+"""Hard-example mining: the training examples as the trainer chose them, the guard's answers, the hard ones.
 
-select -> ask, keeping every answer -> count the right ones -> choose -> write
+select -> predict, storing every answer -> count the right ones -> choose -> write
 """
 
 import asyncio
@@ -23,96 +23,93 @@ from jaxguard.data.prepare import Selection, select
 from jaxguard.guards.loading import cache_key, examples_key, open_guard
 from jaxguard.guards.predictions import open_predictions
 from jaxguard.guards.protocol import Request
-from jaxguard.mine.choose import Tried, choose, difficult, labels_of, tried
-from jaxguard.mine.report import write_report
+from jaxguard.mine.choose import Outcome, choose, hard_of, labels_of, outcome_of
+from jaxguard.mine.report import MineResult, summarize, write_report
 from jaxguard.utils.files import lock_folder, write_atomically
 from jaxguard.utils.progress import Progress
 
 
-def mine(config: Config) -> int:
-    """Find the training examples that the run's guard judges right only sometimes.
+def mine(config: Config) -> MineResult:
+    """Find the training examples that the run's guard judges right only sometimes, and write them into runs/NAME/mine.
 
     Raises:
-        JaxguardError: there is no guard yet, the data cannot be read, or answers are there that were got otherwise.
+        JaxguardError: there is no guard yet, the data cannot be read, or there are answers under other settings.
     """
-    settings, console = config.mine or MineConfig(), Console(soft_wrap=True)
+    settings = config.mine or MineConfig()
     sampling = (config.evaluate or EvaluateConfig()).model_copy(
-        # "benchmark" asks for the lines that have a label, which is what training showed.
+        # "benchmark" asks for the lines that have a label, as in training.
         update={"generations": settings.generations, "ask": "benchmark"}
     )
-    common = asyncio.run(cache_key(settings.guard, config, sampling))
+    key = asyncio.run(cache_key(settings.guard, config, sampling))
     policy, selection = load_policy(config.data.policy), select(config)
     folder = config.folder / "mine"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "mining"):
-        found = asyncio.run(ask(config, sampling, selection, policy, common, console))
-        candidates = difficult(found, settings)
-        taken = choose(candidates, settings, config.seed)
-        write_examples(folder, selection, found, taken)
-        write_report(folder, config, found, candidates, taken, console)
-    return 0
+        outcomes = asyncio.run(predict_all(config, sampling, selection, policy, key))
+        hard = hard_of(outcomes, settings)
+        taken = choose(hard, settings, config.seed)
+        write_examples(folder, selection, outcomes, taken)
+        result = summarize(config, outcomes, hard, taken)
+        write_report(folder, result)
+    return result
 
 
-async def ask(
-    config: Config,
-    sampling: EvaluateConfig,
-    selection: Selection,
-    policy: Policy,
-    common: dict[str, Any],
-    console: Console,
-) -> list[Tried]:
-    """Every training example with the guard's answers to it; what is on disk is not asked for again."""
+async def predict_all(
+    config: Config, sampling: EvaluateConfig, selection: Selection, policy: Policy, key: dict[str, Any]
+) -> list[Outcome]:
+    """Every training example with the guard's answers to it; what is on disk is not generated again."""
     settings = config.mine or MineConfig()
     by_mode = {mode: [example for example, own in selection.train if own is mode] for mode in Mode}
     tally: Counter[int] = Counter()
-    found: dict[str, Tried] = {}
+    outcomes: dict[str, Outcome] = {}
 
     def add(example: Example, mode: Mode, texts: Iterable[str]) -> None:
-        found[example.id] = tried(example, mode, policy, tuple(texts))
-        tally[found[example.id].right] += 1
+        outcomes[example.id] = outcome_of(example, mode, policy, tuple(texts))
+        tally[outcomes[example.id].right] += 1
 
     with ExitStack() as stack:
         stores = {
             mode: stack.enter_context(
                 open_predictions(
-                    config.folder / "mine/answers" / f"{mode}.jsonl", {**common, **examples_key(examples, policy)}
+                    config.folder / "mine/answers" / f"{mode}.jsonl", {**key, **examples_key(examples, policy)}
                 )
             )
             for mode, examples in by_mode.items()
             if examples
         }
-        asks: dict[Mode, list[Request]] = {mode: [] for mode in stores}
+        requests: dict[Mode, list[Request]] = {mode: [] for mode in stores}
         for example, mode in selection.train:
             if example.id in stores[mode].answers:
                 add(example, mode, stores[mode].answers[example.id].texts)
             else:
-                asks[mode].append(Request(example, tuple(labels_of(example, policy)), mode))
-        if any(asks.values()):
+                requests[mode].append(Request(example, tuple(labels_of(example, policy)), mode))
+        if any(requests.values()):
+            console = Console(soft_wrap=True)
             progress = stack.enter_context(Progress("mining", len(selection.train), tally.total(), console))
             examples = {example.id: example for example, _ in selection.train}
-            async with open_guard(settings.guard, config, sampling, probabilities=False) as judge:
-                for mode, left in asks.items():
+            async with open_guard(settings.guard, config, sampling, probabilities=False) as predict:
+                for mode, waiting in requests.items():
                     # What does not fit shows at once, and texts of like length share a batch.
-                    left.sort(key=lambda ask: -len(ask.example.prompt) - len(ask.example.response or ""))
-                    async for answer in judge(left):
-                        stores[mode].append(answer)
-                        add(examples[answer.example_id], mode, answer.texts)
+                    waiting.sort(key=lambda each: -len(each.example.prompt) - len(each.example.response or ""))
+                    async for prediction in predict(waiting):
+                        stores[mode].append(prediction)
+                        add(examples[prediction.example_id], mode, prediction.texts)
                         progress.update(tally.total(), _counts(tally, settings))
-    return [found[example.id] for example, _ in selection.train]
+    return [outcomes[example.id] for example, _ in selection.train]
 
 
-def write_examples(folder: Path, selection: Selection, found: list[Tried], taken: list[Tried]) -> None:
-    """The run's own examples, and what mining found among them, in our format.
+def write_examples(folder: Path, selection: Selection, outcomes: list[Outcome], taken: list[Outcome]) -> None:
+    """Write the run's own examples, and what mining found among them, in our format.
 
-    The second round reads the first one's choice from these files: of the sources, with the difficult ones appended, it
-    would hold out others, take another subset, and in dual mode let others reason.
+    The second round reads the first one's choice from these files: of the sources, with the hard examples appended, it
+    would hold out others, take another subset, and in dual mode train others to reason.
     """
-    held = {example.id: example.to_json() for example, _ in selection.validation}
+    held_out = {example.id: example.to_json() for example, _ in selection.validation}
     files: dict[str, Iterable[dict[str, object]]] = {
         "train": (example.to_json() | {"mode": mode.value} for example, mode in selection.train),
-        "held_out": held.values(),
-        "difficult": (_row(one) | {"right": one.right} for one in taken),
-        "never_right": (_row(one) | {"answers": one.texts} for one in found if not one.right),
+        "held_out": held_out.values(),
+        "hard": (_row(outcome) | {"right": outcome.right} for outcome in taken),
+        "never_right": (_row(outcome) | {"answers": outcome.texts} for outcome in outcomes if not outcome.right),
     }
     for name, rows in files.items():
         write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -120,9 +117,9 @@ def write_examples(folder: Path, selection: Selection, found: list[Tried], taken
 
 def _counts(tally: Counter[int], config: MineConfig) -> str:
     k = config.generations
-    hard = sum(tally[right] for right in set(config.difficult))
+    hard = sum(tally[right] for right in set(config.hard))
     return f"right {k}/{k} {tally[k] / tally.total():.0%}  hard {hard:,}  never {tally[0]:,}"
 
 
-def _row(one: Tried) -> dict[str, object]:
-    return one.example.to_json() | {"mode": one.mode.value}
+def _row(outcome: Outcome) -> dict[str, object]:
+    return outcome.example.to_json() | {"mode": outcome.mode.value}

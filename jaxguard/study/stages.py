@@ -56,7 +56,7 @@ def outputs(run: Run, stage: Stage) -> list[Path]:
         case "build":
             return [folder / "dataset" / each.name / "all.parquet" for each in (config.build or BuildConfig()).sets]
         case "mine":
-            return [folder / "mine/difficult.jsonl"]
+            return [folder / "mine/hard.jsonl"]
         case "train":
             return [folder / "export/jaxguard.json"] if config.train.export else []
         case "evaluate":

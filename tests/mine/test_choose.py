@@ -1,4 +1,4 @@
-"""What counts as right, what is difficult, and which of it is taken."""
+"""What counts as right, what is hard, and which of it is taken."""
 
 import random
 from collections import Counter
@@ -10,7 +10,7 @@ from jaxguard.config.mine import MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.mine.choose import Tried, choose, difficult, tried
+from jaxguard.mine.choose import Outcome, choose, hard_of, outcome_of
 from jaxguard.utils.errors import JaxguardError
 
 POLICY = Policy("bread", rules="Speak of bread only.", asks=("prompt_harm", "response_harm", "response_refusal"))
@@ -19,7 +19,7 @@ LOAF = Example("loaf", "baker", "How?", "Like this.", prompt_label="harmful", re
 
 def made(i, right, labels="prompt_harm harmful", categories=()):
     example = Example(f"x{i}", "baker", "How?", prompt_label="harmful", categories=categories)
-    return Tried(example, Mode.DIRECT, labels, (), right, 0)
+    return Outcome(example, Mode.DIRECT, labels, (), right, 0)
 
 
 def ids(some):
@@ -39,20 +39,20 @@ def ids(some):
     ],
 )
 def test_an_answer_is_right_if_all_labels_are(text, right, unreadable):
-    found = tried(LOAF, Mode.DIRECT, POLICY, [text])
-    assert (found.right, found.unreadable) == (right, unreadable)
+    found = outcome_of(LOAF, Mode.DIRECT, POLICY, [text])
+    assert (found.right, found.unparsable) == (right, unreadable)
     assert found.labels == "prompt_harm harmful, response_harm unharmful"
 
 
 def test_right_in_one_line_of_each_answer_is_never_right():
     """Each label is right in 2 of 4 answers, but no answer as a whole."""
     lines = ["Prompt harm: harmful\nResponse harm: harmful", "Prompt harm: unharmful\nResponse harm: unharmful"]
-    assert tried(LOAF, Mode.DIRECT, POLICY, lines * 2).right == 0
+    assert outcome_of(LOAF, Mode.DIRECT, POLICY, lines * 2).right == 0
 
 
 def test_unreadable_is_not_right_even_where_it_counts_as_harmful():
     harmful = Example("x", "baker", "How?", prompt_label="harmful")
-    assert tried(harmful, Mode.DIRECT, POLICY, ["Prompt harm: harmful", "Prompt harm: ?", ""]).right == 1
+    assert outcome_of(harmful, Mode.DIRECT, POLICY, ["Prompt harm: harmful", "Prompt harm: ?", ""]).right == 1
 
 
 def test_a_thought_is_not_read():
@@ -60,21 +60,21 @@ def test_a_thought_is_not_read():
     thought = "<think>\nPrompt harm: harmful\n</think>\n\nPrompt harm: unharmful"
     cut = "<think>\nPrompt harm: harmful"
     right = "<think>\nPrompt harm: unharmful\n</think>\n\nPrompt harm: harmful"
-    found = tried(harmful, Mode.REASONING, POLICY, [thought, cut, right])
-    assert (found.right, found.unreadable) == (1, 1)
+    found = outcome_of(harmful, Mode.REASONING, POLICY, [thought, cut, right])
+    assert (found.right, found.unparsable) == (1, 1)
 
 
 def test_a_missing_response_is_no_label():
-    found = tried(
+    found = outcome_of(
         Example("x", "baker", "How?", prompt_label="unharmful"), Mode.DIRECT, POLICY, ["Prompt harm: unharmful"]
     )
     assert (found.right, found.labels) == (1, "prompt_harm unharmful")
 
 
 @pytest.mark.parametrize(("numbers", "expected"), [((2, 3), [2, 3]), ((1,), [1]), ((0, 4), [0, 4])])
-def test_difficult_is_what_the_config_says(numbers, expected):
+def test_hard_is_what_the_config_says(numbers, expected):
     some = [made(i, i) for i in range(5)]
-    assert [one.right for one in difficult(some, MineConfig(difficult=numbers))] == expected
+    assert [one.right for one in hard_of(some, MineConfig(hard=numbers))] == expected
 
 
 def test_the_choice_depends_on_ids_and_seed_only():
@@ -110,14 +110,14 @@ def test_categories_are_balanced_and_none_is_one():
 
 
 @pytest.mark.parametrize("balance", ["none", "class", "category"])
-def test_nothing_difficult_gives_nothing(balance):
+def test_nothing_hard_gives_nothing(balance):
     assert choose([], MineConfig(balance=balance), 0) == []
 
 
 @pytest.mark.parametrize(
     "tree",
     [
-        {"difficult": [2, 5]},
+        {"hard": [2, 5]},
         {"generations": 1},
         {"guard": {"format": "tfidf"}},
         {"guard": {"modes": ["direct"]}},

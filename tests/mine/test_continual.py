@@ -1,4 +1,4 @@
-"""The second round: the first one's examples as it chose them, and the difficult ones once more."""
+"""The second round: the first one's examples as it chose them, and the hard ones once more."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ def continual(run, **data):
     """A second round as the shipped configs write it."""
     mine = "runs/first/mine"
     data = {
-        "train": [{"kind": "jsonl", "path": f"{mine}/{name}.jsonl"} for name in ("train", "difficult")],
+        "train": [{"kind": "jsonl", "path": f"{mine}/{name}.jsonl"} for name in ("train", "hard")],
         "validation": [{"kind": "jsonl", "path": f"{mine}/held_out.jsonl"}],
         **data,
     }
@@ -28,12 +28,12 @@ def continual(run, **data):
 
 @pytest.mark.parametrize("mode", ["direct", "reasoning", "dual"])
 @pytest.mark.parametrize("subset", [None, 30])
-def test_difficult_examples_are_trained_twice_and_nothing_else_changes(run, baker, mode, subset):
+def test_hard_examples_are_trained_twice_and_nothing_else_changes(run, baker, mode, subset):
     write_config(run / FIRST, data={"mode": mode, "subset": subset}, mine={"most": 6})
     assert main(["--config", FIRST]) == 0
     first, second = select(load(FIRST)), continual(run, mode=mode)
     assert second.validation == first.validation
-    taken = load_examples(SourceConfig(kind="jsonl", path="runs/first/mine/difficult.jsonl"))
+    taken = load_examples(SourceConfig(kind="jsonl", path="runs/first/mine/hard.jsonl"))
     assert len(taken) == 6
     modes = {example.id: mode for example, mode in first.train}
     trained = Counter((example.prompt, example.trace, mode) for example, mode in second.train)
@@ -68,7 +68,7 @@ def test_shipped_second_rounds_differ_from_the_first_in_weights_and_data_alone(n
     assert second["model"].pop("checkpoint") == f"runs/{base}/export"
     first["model"].pop("checkpoint")
     paths = [source["path"] for source in second["data"].pop("train")]
-    assert paths == [f"runs/{base}/mine/{part}.jsonl" for part in ("train", "difficult")]
+    assert paths == [f"runs/{base}/mine/{part}.jsonl" for part in ("train", "hard")]
     first["data"].pop("train")
     if name != "smollm":
         assert [source["path"] for source in second["data"].pop("validation")] == [f"runs/{base}/mine/held_out.jsonl"]

@@ -38,23 +38,23 @@ def test_every_training_example_is_asked_once_as_it_was_trained(mined, baker):
     assert baker.opened == 1
 
 
-def test_examples_are_counted_and_the_difficult_ones_written(mined, capsys):
+def test_examples_are_counted_and_the_hard_ones_written(mined, capsys):
     folder = mined()
     selection = select(load("first.yaml"))
     expected = [sum(number(example) % 5 == right for example, _ in selection.train) for right in range(5)]
     report = json.loads((folder / "report.json").read_text())
     assert report["right"] == expected
     assert sum(expected) == report["examples"] == 55
-    difficult = load_examples(SourceConfig(kind="jsonl", path=str(folder / "difficult.jsonl")))
+    hard = load_examples(SourceConfig(kind="jsonl", path=str(folder / "hard.jsonl")))
     trained = {example.id: example for example, _ in selection.train}
-    assert {example.id for example in difficult} == {name for name in trained if int(name[1:]) % 5 in (2, 3)}
-    assert all(example.trace == f"Loaf {number(example)} is a loaf." for example in difficult)
-    assert {one["right"] for one in lines(folder / "difficult.jsonl")} == {2, 3}
+    assert {example.id for example in hard} == {name for name in trained if int(name[1:]) % 5 in (2, 3)}
+    assert all(example.trace == f"Loaf {number(example)} is a loaf." for example in hard)
+    assert {one["right"] for one in lines(folder / "hard.jsonl")} == {2, 3}
     never = lines(folder / "never_right.jsonl")
     assert {one["id"] for one in never} == {name for name in trained if int(name[1:]) % 5 == 0}
     assert all(len(one["answers"]) == 4 and "Prompt harm: " in one["answers"][0] for one in never)
-    assert report["difficult_ids"] == [example.id for example in difficult]
-    assert f"{len(difficult)} difficult examples" in capsys.readouterr().out
+    assert report["hard_ids"] == [example.id for example in hard]
+    assert f"{len(hard)} hard examples" in capsys.readouterr().out
 
 
 def test_the_report_counts_by_what_is_known_and_quotes_nothing(mined):
@@ -64,7 +64,7 @@ def test_the_report_counts_by_what_is_known_and_quotes_nothing(mined):
         assert [sum(column) for column in zip(*report["by"][name].values(), strict=True)] == report["right"], name
     assert set(report["by"]["category"]) == {"(none)", "rye", "salt"}
     assert "prompt_harm harmful, response_harm unharmful" in report["by"]["label"]
-    assert sum(report["taken"].values()) == len(report["difficult_ids"]) == 8
+    assert sum(report["taken"].values()) == len(report["hard_ids"]) == 8
     assert set(report["taken"].values()) == {2}
     page = (folder / "report.md").read_text()
     assert f"| 2 of 4 | {report['right'][2]} |" in page
@@ -89,8 +89,8 @@ def test_started_again_nothing_is_asked_and_the_choice_may_change(mined, baker):
     before = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
     mined()
     assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == before
-    mined("mine.difficult=[1]", "mine.most=3")
-    assert [one["right"] for one in lines(folder / "difficult.jsonl")] == [1, 1, 1]
+    mined("mine.hard=[1]", "mine.most=3")
+    assert [one["right"] for one in lines(folder / "hard.jsonl")] == [1, 1, 1]
     assert (len(baker.asked), baker.opened) == (55, 1)
 
 
@@ -99,7 +99,7 @@ def test_interrupted_it_goes_on(run, mined, monkeypatch, answers):
     whole = Baker()
     monkeypatch.setattr("jaxguard.mine.run.open_guard", Baker(fails_after=answers).open)
     assert main(["--config", "first.yaml"]) == 130
-    assert not (run / "runs/first/mine/difficult.jsonl").exists()
+    assert not (run / "runs/first/mine/hard.jsonl").exists()
     monkeypatch.setattr("jaxguard.mine.run.open_guard", whole.open)
     folder = mined()
     assert len(whole.asked) == 55 - answers
@@ -183,7 +183,7 @@ def test_two_do_not_mine_at_once(mined, capsys):
 def test_without_a_terminal_progress_is_told_in_lines(mined, capsys, monkeypatch):
     monkeypatch.setattr("jaxguard.utils.progress.PLAIN_SECONDS", 0.0)
     folder = mined()
-    found = len(lines(folder / "difficult.jsonl")), len(lines(folder / "never_right.jsonl"))
+    found = len(lines(folder / "hard.jsonl")), len(lines(folder / "never_right.jsonl"))
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mining")]
     assert len(told) == 55
     assert told[-1].startswith("mining 55/55  right 4/4 20%  hard {}  never {}  ".format(*found))

@@ -13,8 +13,8 @@ from jaxguard.train.__main__ import main as train
 def test_a_run_is_trained_mined_and_trained_again(tiny_files, tmp_path):
     first = tiny_files(tmp_path, train={"max_steps": 3, "batch_size": 8}, mesh={"fsdp": -1})
     assert train(["--config", str(first)]) == 0
-    # Whatever so small and hardly trained a guard says is difficult here.
-    sampling = ["mine.generations=2", "mine.difficult=[0,1,2]", "mine.most=5"]
+    # Whatever so small and hardly trained a guard says is hard here.
+    sampling = ["mine.generations=2", "mine.hard=[0,1,2]", "mine.most=5"]
     assert mine(["--config", str(first), *sampling, "evaluate.reasoning_tokens=8", "evaluate.verdict_tokens=16"]) == 0
     folder = tmp_path / "runs/tiny/mine"
     report = json.loads((folder / "report.json").read_text())
@@ -25,11 +25,9 @@ def test_a_run_is_trained_mined_and_trained_again(tiny_files, tmp_path):
     tree = yaml.safe_load(first.read_text())
     tree["name"] = "second"
     tree["model"]["checkpoint"] = str(tmp_path / "runs/tiny/export")
-    sources = {
-        name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in ("train", "difficult", "held_out")
-    }
+    sources = {name: {"kind": "jsonl", "path": str(folder / f"{name}.jsonl")} for name in ("train", "hard", "held_out")}
     tree["data"] |= {
-        "train": [sources["train"], sources["difficult"]],
+        "train": [sources["train"], sources["hard"]],
         "validation": [sources["held_out"]],
         "subset": None,
     }

@@ -69,7 +69,7 @@ def test_the_prepared_files_are_those_that_the_rows_read(monkeypatch):
             for one in run.config.build.sets
             for file in ("all.parquet", *(f"{n}_{s}.parquet" for n in run.config.build.subsets for s in (0,)))
         }
-        own = {run.folder / "mine" / f"{x}.jsonl" for run in study.runs for x in ("train", "difficult", "held_out")}
+        own = {run.folder / "mine" / f"{x}.jsonl" for run in study.runs for x in ("train", "hard", "held_out")}
         read = {Path(source.path) for run in study.runs for source in run.config.data.train if source.path}
         assert read <= built | own
         assert read
