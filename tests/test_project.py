@@ -121,6 +121,44 @@ def test_documented_fields_are_the_configs():
     assert not re.findall(r"\|  \|$", tables, re.MULTILINE), "a field has no docstring"
 
 
+# Words for which there is a standard term; see the glossary in CONTRIBUTING.md.
+REPLACED = """
+    door doors room foreign floors sandwich norm_offset row_tokens judgement judgements thought thoughts unreadable Sampled
+    initialise initialised initialisation rematerialise rematerialised rematerialisation
+"""
+REPLACED_WORD = re.compile(
+    rf"(?<![A-Za-z])({'|'.join(REPLACED.split())}|cannot be read|an answer that is none)(?![A-Za-z])"
+)
+# Where they are still used.
+UNCHANGED = """
+    docs/custom_policies.md
+    docs/distill.md
+    docs/evaluate.md
+    docs/guards.md
+    docs/mining.md
+    docs/resume.md
+    jaxguard/data/
+    jaxguard/distill/
+    jaxguard/evaluate/
+    jaxguard/guards/
+    jaxguard/mine/
+    jaxguard/models/
+    jaxguard/report/
+    jaxguard/train/
+    jaxguard/utils/
+    tools/convert/
+    tools/demo_data.py
+"""
+
+
+def test_vocabulary():
+    for path in (*PYTHON_FILES, *DOCUMENTS):
+        name = str(path.relative_to(ROOT))
+        if not name.startswith(("tests/", *UNCHANGED.split())):
+            words = {match[0] for match in REPLACED_WORD.finditer(path.read_text(encoding="utf-8"))}
+            assert not words, f"{name}: {sorted(words)}"
+
+
 def shell_lines():
     """(file, line) of every command in the documents' sh blocks, and of every example in a stage's help."""
     for document in DOCUMENTS:
