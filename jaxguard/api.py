@@ -13,7 +13,6 @@ from jaxguard.utils.threads import outside_event_loop
 if TYPE_CHECKING:
     from jaxguard.data.build import BuildResult
     from jaxguard.distill.run import Distillation
-    from jaxguard.distill.run import Distillation
     from jaxguard.evaluate.scores.results import Evaluation
     from jaxguard.mine.report import MineResult
     from jaxguard.plan.report import PlanReport

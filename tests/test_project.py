@@ -129,10 +129,8 @@ REPLACED = """
 REPLACED_WORD = re.compile(
     rf"(?<![A-Za-z])({'|'.join(REPLACED.split())}|cannot be read|an answer that is none)(?![A-Za-z])"
 )
-# Where they are still used.
 UNCHANGED = """
     docs/custom_policies.md
-    docs/distill.md
     docs/evaluate.md
     docs/guards.md
     docs/mining.md

@@ -163,7 +163,7 @@ def introduce(config: Config, program: Program) -> None:
     if jax.process_index() != 0:
         return
     console, weights = Console(), program.state["weights"]
-    console.print(dump(config), markup=False)
+    console.print(dump(config, "train"), markup=False)
     console.print(startup_table(weights, {k: x.sharding for k, x in weights.items()}, table(program.spec)))
     mesh = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     console.print(f"mesh: {mesh} of {jax.devices()[0].device_kind}; attention: {program.compute.attention}")
