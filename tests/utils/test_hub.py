@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.hub import fetch
@@ -65,10 +66,9 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 def hub(monkeypatch, tmp_path) -> Iterator[str]:
     """A hub on this machine, with an empty cache."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
-    constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -103,7 +103,7 @@ def test_weights_are_downloaded_once_and_in_one_format(hub):
 
 def test_an_offline_machine_uses_what_it_has(hub, monkeypatch):
     folder = fetch("owner/good")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch("owner/good") == folder
     with pytest.raises(JaxguardError, match=r"owner/other is not in the local cache.*HF_HUB_OFFLINE"):
         fetch("owner/other")
