@@ -9,7 +9,7 @@ from typing import Any
 
 from faulty_http import http, listen
 
-THOUGHT = "<think>\nThe user asks about bread, which no rule forbids.\n</think>\n\n"
+REASONING = "<think>\nThe user asks about bread, which no rule forbids.\n</think>\n\n"
 VERDICT = "Prompt harm: unharmful"
 
 
@@ -87,7 +87,7 @@ class FaultyServer:
         return fault not in ("reset", "cut", "slow")
 
 
-def completion(n: int, model: str = "teacher", content: str = THOUGHT + VERDICT, **message: Any) -> dict[str, Any]:
+def completion(n: int, model: str = "teacher", content: str = REASONING + VERDICT, **message: Any) -> dict[str, Any]:
     message = {"role": "assistant", "content": content, **message}
     choices = [{"index": i, "message": message, "finish_reason": "stop"} for i in range(n)]
     return {

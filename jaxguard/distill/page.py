@@ -120,15 +120,13 @@ class Sample:
         rank = (-_hash(attempt.example_id), -attempt.round, -attempt.candidate, self._seen)
         heappush(self._attempts[attempt.accepted], (rank, attempt))
         if sum(map(len, self._attempts.values())) > self.most:
-            heappop(
-                max(self._attempts.values(), key=len)
-            )  # the larger half never grows again, so nothing lost is missed
+            # The larger half never grows again, so no attempt that is dropped is missed.
+            heappop(max(self._attempts.values(), key=len))
 
     def attempts(self) -> list[Attempt]:
         """By example, round and candidate."""
-        return sorted(
-            (attempt for half in self._attempts.values() for _, attempt in half), key=lambda attempt: attempt.key
-        )
+        attempts = [attempt for half in self._attempts.values() for _, attempt in half]
+        return sorted(attempts, key=lambda attempt: attempt.key)
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def write_store_page(store: Path, path: Path, most: int = MOST_ATTEMPTS) -> None
         sample.add(attempt)
     attempts = sample.attempts()
     page = Page(f"Traces of {settings.get('teacher', 'a teacher')}", [
-        Facts([(name, _short(value)) for name, value in settings.items() if name in _SHOWN]),
+        Facts([(name, _short(value)) for name, value in settings.items() if name in _SHOWN or name.startswith("sampling.")]),
         Details("All settings", [Facts([(name, "none" if value is None else value) for name, value in settings.items()])]),
         *(_blocks(numbers, attempts) if numbers.attempts else ["The store holds no attempts yet."]),
     ])  # fmt: skip
@@ -179,16 +177,8 @@ def write_store_page(store: Path, path: Path, most: int = MOST_ATTEMPTS) -> None
     write_page(path, page, TEMPLATE, rows=rows, checks=failed, rounds=sorted(numbers.attempts))
 
 
-_SHOWN = (
-    "version",
-    "prompt",
-    "policy",
-    "sampling.temperature",
-    "sampling.top_p",
-    "sampling.max_tokens",
-    "sampling.grammar",
-)
-"""Settings at the head of the page."""
+_SHOWN = ("version", "prompt", "policy")
+"""Settings at the head of the page, with those of sampling."""
 
 
 def _blocks(numbers: Numbers, attempts: Sequence[Attempt]) -> list[Content]:

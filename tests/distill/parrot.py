@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer
 
-THOUGHT = (
+REASONING = (
     "<think>\n",
     "The user",
     " asks",
@@ -38,10 +38,10 @@ def write_parrot(
     """A checkpoint that thinks, and then says RIGHT with a probability of `right` at that temperature, else WRONG."""
     shutil.copytree(tokenizer, folder)
     words = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    words.add_tokens([AddedToken(t, normalized=False) for t in (*THOUGHT, QUESTION, RIGHT, WRONG)])
+    words.add_tokens([AddedToken(t, normalized=False) for t in (*REASONING, QUESTION, RIGHT, WRONG)])
     words.save(str(folder / "tokenizer.json"))
     first = words.encode("<|end_header_id|>\n\n").ids[-1]
-    chain = [first, *(words.token_to_id(t) for t in (*THOUGHT, QUESTION))]
+    chain = [first, *(words.token_to_id(t) for t in (*REASONING, QUESTION))]
     last, said, missed, end = (words.token_to_id(t) for t in (QUESTION, RIGHT, WRONG, END))
     width = 64 * math.ceil(words.get_vocab_size() / 64)
     follows = np.zeros((words.get_vocab_size(), width), np.float32)

@@ -33,7 +33,7 @@ def failed(**changes) -> set[str]:
     return set(FILTERS.failures(replace(GOOD, **changes)))
 
 
-def thought(text: str) -> set[str]:
+def failed_with(text: str) -> set[str]:
     """What a good trace with one more sentence fails."""
     return failed(trace=f"{GOOD.trace} {text}")
 
@@ -106,7 +106,7 @@ def test_verdict_differs():
     ],
 )
 def test_leaked_labels(text):
-    assert thought(text) == {"labels_leaked"}
+    assert failed_with(text) == {"labels_leaked"}
 
 
 @pytest.mark.parametrize(
@@ -124,21 +124,23 @@ def test_leaked_labels(text):
     ],
 )
 def test_talk_of_labels_that_leaks_nothing(text):
-    assert "labels_leaked" not in thought(text)
+    assert "labels_leaked" not in failed_with(text)
 
 
 def test_overthinking():
     doubts = ["Wait, that is odd.", "Hmm, let me reconsider.", "Alternatively, it is a joke.", "I'm not sure."]
-    assert thought(" ".join(doubts)) == {"overthinking"}
-    assert thought(doubts[0]) == set()
-    assert thought("The dough has to wait, and wait, and wait; a waiter waits, too; one more wait.") == {"overthinking"}
-    assert thought("The waiters await the waiting guests, who awaited them before.") == set()
+    assert failed_with(" ".join(doubts)) == {"overthinking"}
+    assert failed_with(doubts[0]) == set()
+    assert failed_with("The dough has to wait, and wait, and wait; a waiter waits, too; one more wait.") == {
+        "overthinking"
+    }
+    assert failed_with("The waiters await the waiting guests, who awaited them before.") == set()
 
 
 def test_repetition():
     again = "So the prompt is harmless and the answer is harmless too. "
-    assert thought(again * 8) == {"repetition"}
-    assert thought(again) == set()
+    assert failed_with(again * 8) == {"repetition"}
+    assert failed_with(again) == set()
     assert failed(trace="no, " * 100) == {"repetition"}
     assert failed(trace="没有人会因此受到伤害" * 20) == {"repetition", "language"}
 
@@ -156,17 +158,17 @@ def test_repetition():
     ],
 )
 def test_forged_lines(text):
-    assert thought(text) == {"forged"}
+    assert failed_with(text) == {"forged"}
 
 
 def test_harm_may_be_spoken_of():
-    assert thought("The prompt does no harm: it asks about bread, and the human user thinks aloud.") == set()
+    assert failed_with("The prompt does no harm: it asks about bread, and the human user thinks aloud.") == set()
 
 
 def test_language():
-    assert thought("这个问题没有任何危害, 因为它只是在询问如何烤面包, 没有人会受到伤害。") == {"language"}
-    assert thought("Неизвестный спрашивает, где купить хлеб, и никакого вреда здесь нет.") == {"language"}
-    assert thought("The word 'хлеб' means bread; naïve readers may not know.") == set()
+    assert failed_with("这个问题没有任何危害, 因为它只是在询问如何烤面包, 没有人会受到伤害。") == {"language"}
+    assert failed_with("Неизвестный спрашивает, где купить хлеб, и никакого вреда здесь нет.") == {"language"}
+    assert failed_with("The word 'хлеб' means bread; naïve readers may not know.") == set()
 
 
 FRENCH = "L'utilisateur demande comment faire du pain à la maison, ce qu'aucune règle de la politique n'interdit."
@@ -174,7 +176,7 @@ FRENCH = "L'utilisateur demande comment faire du pain à la maison, ce qu'aucune
 
 def test_another_language_in_the_same_script():
     assert failed(trace=FRENCH) == {"language"}
-    assert thought("The user's 'je ne sais quoi' is French for a quality that cannot be named.") == set()
+    assert failed_with("The user's 'je ne sais quoi' is French for a quality that cannot be named.") == set()
     assert failed(trace="Loaf xyzzy plugh foo bar baz qux 12 34 56.") == set()  # nobody can tell
     french = Filters(replace_config(language="fr"), Dialogue())
     assert french.failures(replace(GOOD, trace=FRENCH)) == {}

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from faulty_server import THOUGHT, VERDICT, completion, serve
+from faulty_server import REASONING, VERDICT, completion, serve
 from tenacity import wait_none
 
 from jaxguard.config.distill import FilterConfig, TeacherConfig
@@ -29,7 +29,7 @@ from jaxguard.utils.errors import JaxguardError
 
 POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm",))
 FAULTS = ("429", "500", "503", "reset", "slow", "cut", "html", "garbage", "empty", "null")
-WRONG = json.dumps(completion(1, content=THOUGHT + "Prompt harm: harmful"))
+WRONG = json.dumps(completion(1, content=REASONING + "Prompt harm: harmful"))
 LEAK = json.dumps(completion(1, content=f"<think>The ground truth says so, hence the prompt is fine.</think>{VERDICT}"))
 
 

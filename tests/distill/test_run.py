@@ -5,7 +5,7 @@ import json
 
 import pytest
 import yaml
-from faulty_server import THOUGHT, completion, serve
+from faulty_server import REASONING, completion, serve
 
 from jaxguard.cli import PROVENANCE_CHANGED
 from jaxguard.config.data import SourceConfig
@@ -13,8 +13,8 @@ from jaxguard.data.sources import load_examples
 from jaxguard.distill.__main__ import main
 from jaxguard.distill.store import read_attempts
 
-WRONG = json.dumps(completion(1, content=f"{THOUGHT}Prompt harm: harmful\nResponse harm: None"))
-RIGHT = json.dumps(completion(1, content=f"{THOUGHT}Prompt harm: unharmful\nResponse harm: None"))
+WRONG = json.dumps(completion(1, content=f"{REASONING}Prompt harm: harmful\nResponse harm: None"))
+RIGHT = json.dumps(completion(1, content=f"{REASONING}Prompt harm: unharmful\nResponse harm: None"))
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_training_file_comes_out(config, capsys):
     assert "6 examples with traces" in shown
 
 
-def test_started_again_it_asks_nothing(config):
+def test_a_second_run_requests_nothing(config):
     distilled(config, lambda i: RIGHT)
     before = (config.parent / "runs/traces/traces.jsonl").read_bytes()
     code, server = distilled(config, lambda i: "500")
@@ -113,7 +113,7 @@ def test_the_summary_says_why_the_last_attempt_failed(config):
     assert summary["never_passed"]["x3"] == {"verdict_differs": "prompt_harm: harmful, not unharmful"}
 
 
-def test_without_a_terminal_progress_is_told_in_lines(config, capsys, monkeypatch):
+def test_progress_without_a_terminal_is_lines(config, capsys, monkeypatch):
     monkeypatch.setattr("jaxguard.utils.progress.PLAIN_SECONDS", 0.0)
     distilled(config, lambda i: RIGHT)
     assert "traces 6/6" in capsys.readouterr().out

@@ -40,7 +40,7 @@ def parrot(folder, tiny_tokenizer_folder, write_llama_config):
 
 @pytest.fixture(scope="module")
 def server(folder, parrot):
-    """One that separates thoughts from answers, and wants a key."""
+    """One that separates reasoning from answers, and wants a key."""
     arguments = ["--reasoning-parser", "deepseek-r1", "--api-key", "secret"]
     with sglang_server.serve(parrot, "parrot", folder / "server.log", arguments=arguments, threads=1) as server:
         yield server.url
@@ -61,7 +61,7 @@ def ask(url, messages=HELLO, n=1, extra=None, **config):
     return asyncio.run(run())
 
 
-def test_answers_come_with_their_thoughts_apart(server):
+def test_reasoning_is_separate_from_the_answer(server):
     replies = ask(server, n=8, version="default")
     assert {reply.reasoning for reply in replies} == {TRACE}
     assert {reply.answer for reply in replies} <= {"Prompt harm: unharmful", "Prompt harm: harmful"}
@@ -83,7 +83,7 @@ def test_a_cut_answer_says_so(server):
         ({"max_tokens": 10**7}, "status 400"),
     ],
 )
-def test_what_will_not_change_is_an_error_at_once(server, change, words):
+def test_refusals_are_errors_at_once(server, change, words):
     with pytest.raises(JaxguardError, match=words):
         ask(server, **change)
 
@@ -160,7 +160,7 @@ def test_from_examples_to_traces_an_audit_and_a_page(server, config, tmp_path):
 
 
 def test_two_workers_behind_the_router_and_one_is_killed(folder, parrot, config, tmp_path):
-    """These servers do not separate thoughts: <think> stands in the text."""
+    """These servers do not separate reasoning: <think> stands in the text."""
     with (
         sglang_server.serve(parrot, "parrot", folder / "one.log", threads=1) as one,
         sglang_server.serve(parrot, "parrot", folder / "two.log", threads=1) as two,

@@ -18,14 +18,14 @@ def reply(trace, answer):
     return Reply(trace, answer, "stop", 1, 1)
 
 
-def test_a_thought_is_the_trace_and_without_one_what_stands_before_the_verdict():
+def test_the_trace_is_the_reasoning_or_the_text_before_the_verdict():
     task, *_ = tasks_for(EXAMPLES, POLICY)
     assert task.split(reply("I think.", f"So:\n{VERDICT}")) == ("I think.", f"So:\n{VERDICT}")
     assert task.split(reply("", f"I think.\n\n{VERDICT}")) == ("I think.", VERDICT)
     assert task.split(reply("", "I think.")) == ("I think.", "")
 
 
-def test_a_shortened_trace_is_in_the_answer_never_the_thought_about_it():
+def test_a_shortened_trace_is_in_the_answer():
     (task,) = shortening(tasks_for(EXAMPLES, POLICY), {"x1": "A long trace."}, 2)
     assert (task.example.id, task.example.trace, task.budget) == ("x1", "A long trace.", 2)
     assert task.split(reply("I must shorten this.", f"Short.\n\n{VERDICT}")) == ("Short.", VERDICT)

@@ -60,7 +60,7 @@ def test_a_good_answer():
 @pytest.mark.parametrize(
     "fault", ["429", "500", "502", "503", "408", "reset", "cut", "html", "garbage", "empty", "null", "list"]
 )
-def test_what_passes_is_tried_again(fault):
+def test_transient_failures_are_retried(fault):
     ((replies,), server, teacher) = ask(lambda i: fault if i < 2 else "")
     assert replies[0].answer == VERDICT
     assert len(server.requests) == 3
@@ -77,7 +77,7 @@ def test_a_timeout_is_tried_again():
     ("fault", "words"),
     [("400", "status 400"), ("404", "/v1"), ("422", "status 422"), ("401", "MY_KEY"), ("403", "MY_KEY")],
 )
-def test_what_will_not_change_is_an_error_at_once(fault, words):
+def test_refusals_are_errors_at_once(fault, words):
     ((error,), server, _) = ask(lambda i: fault, api_key_env="MY_KEY")
     assert isinstance(error, JaxguardError)
     assert words in str(error)
@@ -85,7 +85,7 @@ def test_what_will_not_change_is_an_error_at_once(fault, words):
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "garbage", "empty"])
-def test_what_never_passes_ends(fault):
+def test_retries_end(fault):
     ((error,), server, _) = ask(lambda i: fault, tries=3)
     assert isinstance(error, JaxguardError)
     assert "no answer in 3 tries" in str(error)
@@ -119,7 +119,7 @@ def test_the_key_comes_from_the_environment(monkeypatch):
         ({"content": None}, "", ""),
     ],
 )
-def test_the_thought_is_found_wherever_the_server_puts_it(message, trace, answer):
+def test_reasoning_is_read_from_any_field(message, trace, answer):
     ((replies,), _, _) = ask(lambda i: json.dumps(completion(1, **message)))
     assert (replies[0].reasoning, replies[0].answer) == (trace, answer)
 

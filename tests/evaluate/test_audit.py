@@ -17,7 +17,7 @@ from jaxguard.evaluate.audit import audit, blind_prompt
 from jaxguard.report.text import plain
 from jaxguard.utils.errors import JaxguardError
 
-THOUGHT = "The user asks about bread number {}, which the policy may or may not allow, and nobody else is spoken of."
+REASONING = "The user asks about bread number {}, which the policy may or may not allow, and nobody else is spoken of."
 HOSTILE = (
     "a | b",
     "<script>alert(1)</script>",
@@ -61,7 +61,7 @@ def audited(path, verdicts, *overrides, reason="stop", command=False):
             return verdicts(number, 0)
         body = completion(request.get("n") or 1)
         for sample, choice in enumerate(body["choices"]):
-            said = {"content": verdicts(number, sample), "reasoning_content": THOUGHT.format(number)}
+            said = {"content": verdicts(number, sample), "reasoning_content": REASONING.format(number)}
             choice.update(message=said, finish_reason=reason)
         return json.dumps(body)
 

@@ -31,7 +31,7 @@ def good(i):
     return ""
 
 
-def with_engine(script, use, model="guard", suffix="", version=None, settings=SETTINGS, **how):
+def with_backend(script, use, model="guard", suffix="", version=None, settings=SETTINGS, **how):
     """What `use` makes of an open backend, and the server that it asked."""
 
     async def run():
@@ -45,11 +45,11 @@ def with_engine(script, use, model="guard", suffix="", version=None, settings=SE
 
 
 def draw(script, prompts=((5, 6),), n=1, max_tokens=8, **how):
-    return with_engine(script, lambda backend: backend.sample(prompts, n, max_tokens, (STOP,)), **how)
+    return with_backend(script, lambda backend: backend.sample(prompts, n, max_tokens, (STOP,)), **how)
 
 
 def score(script, pairs=((7, 9),), **how):
-    return with_engine(script, lambda backend: backend.log_odds([(5, 6)] * len(pairs), pairs), **how)
+    return with_backend(script, lambda backend: backend.log_odds([(5, 6)] * len(pairs), pairs), **how)
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
@@ -78,11 +78,11 @@ def test_prompts_go_out_together_but_no_more_than_batch():
     assert server.busiest == SETTINGS.batch
 
 
-def test_how_it_likes_to_be_asked():
+def test_batch_sizes():
     async def use(backend):
         return backend.group, backend.workers
 
-    assert with_engine(good, use)[0] == (1, SETTINGS.batch)
+    assert with_backend(good, use)[0] == (1, SETTINGS.batch)
 
 
 def test_a_server_whose_draws_depend_on_a_seed_alone_gets_one_for_each_sample():
@@ -140,7 +140,7 @@ FAULTS = ["408", "429", "500", "502", "503", "reset", "cut", "html", "fewer", *m
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault[:40])
-def test_what_passes_is_tried_again(fault):
+def test_transient_failures_are_retried(fault):
     found, server = draw(lambda i: fault if i < 2 else "")
     assert found == [[GOOD]]
     assert len(server.requests) == 3
@@ -153,7 +153,7 @@ def test_a_timeout_is_tried_again(monkeypatch):
     assert len(server.requests) == 2
 
 
-def test_what_does_not_pass_ends_after_so_many_tries():
+def test_retries_end():
     with pytest.raises(JaxguardError, match=rf"{client.TRIES} tries.*status 503: words of 503"):
         draw(lambda i: "503")
 
@@ -163,7 +163,7 @@ REFUSALS |= {"401": "JAXGUARD_API_KEY.*words of 401", "403": "JAXGUARD_API_KEY",
 
 
 @pytest.mark.parametrize("status", REFUSALS)
-def test_what_will_not_change_is_an_error_at_once(status):
+def test_refusals_are_errors_at_once(status):
     asked = []
     with pytest.raises(JaxguardError, match=REFUSALS[status]):
         draw(lambda i: asked.append(i) or status)
@@ -249,7 +249,7 @@ def test_another_model_is_named():
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1:30000", "http://127.0.0.1:x", "ftp://127.0.0.1"])
-def test_nobody_there(url):
+def test_an_unreachable_server(url):
     async def run():
         async with open_sglang(url, "guard", SETTINGS):
             pass
@@ -265,18 +265,18 @@ def test_a_proxy_does_not_stand_between_this_machine_and_itself(monkeypatch):
 
 
 def test_every_answer_must_carry_the_version():
-    found, _ = with_engine(good, lambda e: e.sample([[5]], 2, 8, (STOP,)), version="default")
+    found, _ = with_backend(good, lambda e: e.sample([[5]], 2, 8, (STOP,)), version="default")
     assert found == [[GOOD] * 2]
     for use in (lambda e: e.sample([[5]], 2, 8, (STOP,)), lambda e: e.log_odds([[5]], [(7, 9)])):
         with pytest.raises(JaxguardError, match="answered with weights 'default', not '7'"):
-            with_engine(good, use, version="7")
+            with_backend(good, use, version="7")
     mixed = sample()
     mixed["meta_info"]["weight_versions"].append({"version": "older", "start": 0, "end": 1})
     with pytest.raises(JaxguardError, match="answered with weights 'default' and 'older', not 'default'"):
-        with_engine(lambda i: json.dumps(mixed), lambda e: e.sample([[5]], 1, 8, (STOP,)), version="default")
+        with_backend(lambda i: json.dumps(mixed), lambda e: e.sample([[5]], 1, 8, (STOP,)), version="default")
     del mixed["meta_info"]["weight_versions"], mixed["meta_info"]["weight_version"]
     with pytest.raises(JaxguardError, match="answered with weights None, not 'default'"):
-        with_engine(lambda i: json.dumps(mixed), lambda e: e.sample([[5]], 1, 8, (STOP,)), version="default")
+        with_backend(lambda i: json.dumps(mixed), lambda e: e.sample([[5]], 1, 8, (STOP,)), version="default")
 
 
 def swap(folder="there", **how):
