@@ -14,7 +14,7 @@ from jaxguard.config.mine import MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.mine.choose import Outcome, categories, classes
 from jaxguard.report import Cell, Drawing, Page, Section, Table, write_markdown
-from jaxguard.report.figures import COLOURS, INK, save_png, style
+from jaxguard.report.figures import COLOURS, INK, save_figure, style
 from jaxguard.utils.files import write_atomically
 
 PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
@@ -200,4 +200,4 @@ def draw(result: MineResult, picture: Path) -> None:
     axes.set_ylim(0, 1)
     axes.grid(visible=False, axis="x")
     axes.legend(loc="upper left")
-    save_png(figure, picture)
+    save_figure(figure, picture)

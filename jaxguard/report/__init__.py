@@ -14,7 +14,7 @@ A report is written once, as blocks; every string in it is untrusted text and is
     write_markdown(folder / "report.md", page)
     console.print(scores.rich())
 
-Figures: `from jaxguard.report.figures import COLOURS, inline_svg, save_png, style`, which loads matplotlib; draw in `style()`.
+Figures: `from jaxguard.report.figures import COLOURS, inline_svg, save_figure, style`, which loads matplotlib; draw in `style()`.
 A page with a script has a template that extends base.html.j2 and fills its blocks `main` (with {{ page }} for the blocks),
 `style` and `script`, which the content security policy allows by its hash: write_page(path, page, template, name=value).
 """

@@ -14,7 +14,6 @@ from typing import Any
 
 import matplotlib
 from markupsafe import Markup
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -71,10 +70,11 @@ def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
     return Markup(text.replace("<svg", label, 1))  # noqa: S704 (matplotlib escapes its texts; a test shows it)
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure drawn in `style` as a PNG with a white background, replacing the file at once."""
-    FigureCanvasAgg(figure)
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure drawn in `style` as a PNG or SVG with a white background, replacing the file at once."""
     draft = path.with_name(f".{path.name}.tmp")
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(draft, format="png", facecolor="white")
+        figure.savefig(
+            draft, format=path.suffix[1:], facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None
+        )
     draft.replace(path)

@@ -34,7 +34,7 @@ from jaxguard.report import (
     write_markdown,
     write_page,
 )
-from jaxguard.report.figures import COLOURS, INK, inline_svg, save_png, style
+from jaxguard.report.figures import COLOURS, INK, inline_svg, save_figure, style
 from jaxguard.report.text import code, cut, escaped, plain, seconds, short, signed, visible
 from jaxguard.utils.statistics import Estimate
 
@@ -230,10 +230,11 @@ def test_a_figure_takes_the_pages_colours_and_has_a_text_for_screen_readers():
     assert svg == inline_svg(drawn(), "curve", 'a "quoted" <text>')
 
 
-def test_a_picture_is_replaced_at_once(tmp_path):
-    save_png(drawn(), tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+@pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.svg", b"<?xml")])
+def test_a_picture_is_replaced_at_once(tmp_path, name, start):
+    save_figure(drawn(), tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_markdown_shows_a_picture_beside_it():

@@ -30,7 +30,7 @@ from jaxguard.data.packing import assemble, bucketed, pack
 from jaxguard.models.mesh import batch_sharding, make_mesh, shard_batch
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import initialize
-from jaxguard.report.html import svg
+from jaxguard.report.figures import save_figure, style
 from jaxguard.train.devices import training_flops
 from jaxguard.train.step import Program, build_program
 from jaxguard.utils.errors import JaxguardError
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
             costs[case] = costs.get(case) or _cost(case, spec, rate)
         console.print(_table(axis, [costs[case] for case in _cases(axis)]))
     chosen.figure.parent.mkdir(parents=True, exist_ok=True)
-    chosen.figure.write_text(_figure(chosen.axis or list(AXES), costs), encoding="utf-8")
+    save_figure(_figure(chosen.axis or list(AXES), costs), chosen.figure)
     console.print(f"curves: {chosen.figure}")
     return 0
 
@@ -178,13 +178,14 @@ def _table(axis: str, costs: Sequence[Cost]) -> Table:
     return result
 
 
-def _figure(axes: Sequence[str], costs: dict[Case, Cost]) -> str:
-    drawing = Figure(figsize=(3.6 * len(axes), 3.4), layout="constrained")
+@style()
+def _figure(axes: Sequence[str], costs: dict[Case, Cost]) -> Figure:
+    drawing = Figure(figsize=(3.6 * len(axes), 3.4))
     for axis, panel in zip(axes, drawing.subplots(1, len(axes), sharey=True, squeeze=False).flat, strict=True):
         _draw(panel, axis, [costs[case] for case in _cases(axis)])
     drawing.axes[0].set_ylabel("seconds of a step")
     drawing.axes[0].legend(fontsize=8)
-    return svg(drawing)
+    return drawing
 
 
 def _draw(panel: Axes, axis: str, costs: Sequence[Cost]) -> None:
