@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import Progress
 from rich.text import Text
 
 from jaxguard.cli import command_parser, run_command, run_stage, suggest
@@ -19,6 +18,7 @@ from jaxguard.config.lookup import CONFIG_FOLDER, names
 from jaxguard.report import write_markdown, write_page
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
+from jaxguard.utils.progress import Progress
 
 if TYPE_CHECKING:
     from jaxguard.plan.report import PlanReport
@@ -142,13 +142,12 @@ def _sweep(options: argparse.Namespace) -> int:
             console.print(f"{point.series}: {point.cluster.name}, mesh {mesh}, {point.rows:,} rows")
         return 0
     folder = options.output or SWEEP_OUTPUT / Path(options.sweep).stem
-    with Progress(console=console) as progress:
-        task = progress.add_task(options.sweep, total=len(todo))
+    with Progress(options.sweep, len(todo), console=console, unit=None) as progress:
 
         def on_point(point: Point, result: Result) -> None:
             text = result.get("error") or f"{result['peak'] / GIB:.1f} GiB, {result['estimate']['step']:.3g} s a step"
             console.print(f"{point.series}, {point.cluster.devices:,} devices: {text}")
-            progress.advance(task)
+            progress.update(todo.index(point) + 1)
 
         report = sweep(options.sweep, folder, on_point)
     write_markdown(folder / "sweep.md", report.page())

@@ -30,7 +30,6 @@ _NEEDS = re.compile(
 )
 _ALLOCATION = re.compile(r'Size: ([\d.]+)([BKMG])\n(?:\s*Operator: .*?op_name="([^"[]*).*\n)?\s*Shape: (\w+\[[\d,]*\])')
 
-
 Buffer = tuple[int, str, str]
 """Bytes of an array, its type and shape, and the operation that makes it."""
 

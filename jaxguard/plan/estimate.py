@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from jaxguard.config.hardware import Target
 from jaxguard.plan.compile import Plan
 from jaxguard.plan.hlo import Collective
-from jaxguard.plan.targets import Target
 
 ASSUMPTIONS = (
     "matrix products at the data sheet's dense peak; memory and links at the data sheet's rates; nothing overlaps. We assume "

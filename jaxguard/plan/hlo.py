@@ -392,18 +392,13 @@ def _convolution_products(instruction: Instruction, shapes: Sequence[tuple[int, 
         text = settings.get(name)
         return [int(value.split("_")[0]) for value in text.split("x")] if text else [default] * len(spatial)
 
-    paddings, strides = read("pad", 0), read("stride", 1)
-    dilations = zip(read("lhs_dilate", 1), read("rhs_dilate", 1), strict=True)
-    for axis, padding, stride, (left_dilation, right_dilation) in zip(
-        spatial, paddings, strides, dilations, strict=True
-    ):
-        size, kernel = shapes[0][left.index(axis)], shapes[1][right.index(axis)]
-        met = 0
-        for position in range(result[out.index(axis)]):
-            for tap in range(kernel):
-                element, hole = divmod(position * stride + tap * right_dilation - padding, left_dilation)
-                met += hole == 0 and 0 <= element < size
-        total *= met
+    settings_of_axes = zip(
+        spatial, read("stride", 1), read("rhs_dilate", 1), read("pad", 0), read("lhs_dilate", 1), strict=True
+    )
+    for axis, stride, spacing, padding, dilation in settings_of_axes:
+        taps = np.arange(shapes[1][right.index(axis)]) * spacing - padding
+        element, hole = np.divmod(np.arange(result[out.index(axis)])[:, None] * stride + taps, dilation)
+        total *= int(np.sum((hole == 0) & (element >= 0) & (element < shapes[0][left.index(axis)])))
     return total
 
 

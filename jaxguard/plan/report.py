@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from jaxguard.config.hardware import GIB
@@ -102,28 +103,26 @@ class PlanReport:
         plans = [plan for plan, _ in self.plans]
         names = [f"{plan.name}\n{plan.cluster.name}" for plan in plans]
         guesses = [estimate(plan) for plan in plans]
-        panels = {
-            "GiB of a device": {
-                "state and batch": [plan.arguments / GIB for plan in plans],
-                "temporaries": [(plan.peak - plan.arguments) / GIB for plan in plans],
-            },
-            "seconds of a step": {
-                "products": [guess.compute for guess in guesses],
-                "memory": [guess.memory for guess in guesses],
-                "network": [guess.network for guess in guesses],
-            },
+        memory = {
+            "state and batch": [plan.arguments / GIB for plan in plans],
+            "temporaries": [(plan.peak - plan.arguments) / GIB for plan in plans],
+        }
+        time = {
+            "products": [guess.compute for guess in guesses],
+            "memory": [guess.memory for guess in guesses],
+            "network": [guess.network for guess in guesses],
         }
         figure = Figure(figsize=(10, 1.6 + 0.6 * len(plans)))
-        both = figure.subplots(1, 2, sharey=True)
-        both[0].scatter([p.usable / GIB for p in plans], names, marker="|", s=400, color=COLOURS[1], label="usable")
-        for axes, (label, parts) in zip(both, panels.items(), strict=True):
-            left = [0.0] * len(plans)
+        left, right = figure.subplots(1, 2, sharey=True)
+        left.scatter([p.usable / GIB for p in plans], names, marker="|", s=400, color=COLOURS[1], label="usable")
+        for axes, parts, label in ((left, memory, "GiB of a device"), (right, time, "seconds of a step")):
+            start = np.zeros(len(plans))
             for colour, (part, widths) in zip((COLOURS[0], COLOURS[5], COLOURS[4]), parts.items(), strict=False):
-                axes.barh(names, widths, left=left, color=colour, label=part, height=0.6)
-                left = [start + width for start, width in zip(left, widths, strict=True)]
+                axes.barh(names, widths, left=start, color=colour, label=part, height=0.6)
+                start += widths
             axes.set(xlabel=label, xlim=(0, None))
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=3)
-        both[0].invert_yaxis()
+        left.invert_yaxis()
         title = "Memory of a device, and the time of a step"
         return Drawing(title, inline_svg(figure, "plan", title))
 
@@ -184,29 +183,21 @@ def estimate_note() -> Paragraph:
 
 def plan_json(plan: Plan, cost: RunCost) -> dict[str, Any]:
     """A plan as data; see PlanReport.to_json."""
-    guess = estimate(plan)
+    guess, compute = estimate(plan), plan.compute
+    same = ("mesh", "arguments", "temporaries", "peak", "usable", "fits", "traffic", "sent", "ideal_sent", "kernels")
     return {
         "run": plan.name,
         "target": plan.cluster.name,
         "devices": plan.cluster.devices,
         "shape": plan.shape._asdict(),
-        "mesh": plan.mesh,
-        "attention": plan.compute.attention,
-        "remat": plan.compute.remat,
-        "compute_dtype": plan.compute.dtype.name,
-        "arguments": plan.arguments,
-        "temporaries": plan.temporaries,
-        "peak": plan.peak,
-        "usable": plan.usable,
-        "fits": plan.fits,
+        "attention": compute.attention,
+        "remat": compute.remat,
+        "compute_dtype": compute.dtype.name,
+        **{name: getattr(plan, name) for name in same},
         "largest": [{"bytes": size, "array": array, "for": source} for size, array, source in plan.largest],
         "analytic_flops_of_all": asdict(plan.flops),
         "compiled_flops": plan.matmul_flops + plan.kernel_flops,
-        "traffic": plan.traffic,
         "collectives": [asdict(collective) | {"sent": collective.sent} for collective in plan.collectives],
-        "sent": plan.sent,
-        "ideal_sent": plan.ideal_sent,
-        "kernels": plan.kernels,
         "estimate": asdict(guess) | {"step": guess.step, "bound": guess.bound},
         "steps": cost.steps,
         "shapes": None if cost.shapes is None else [s._asdict() | {"steps": n} for s, n in cost.shapes.items()],

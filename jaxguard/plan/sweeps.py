@@ -1,6 +1,6 @@
 """Plan several runs over growing clusters: how memory, communication and time scale, and where a sharding stops paying.
 
-A sweep is a YAML file (docs/plan.md). Every point is compiled once: a point whose config is unchanged is read from its file.
+A sweep is a YAML file; see docs/plan.md.
 """
 
 import hashlib
@@ -137,19 +137,6 @@ def _load(name: str, series: SeriesConfig, settings: Mapping[str, Any]) -> Confi
         raise JaxguardError(f"series {name}: {error}") from None
 
 
-def run_sweep(sweep: SweepConfig, folder: Path, on_point: Callable[[Point, Result], object]) -> list[Result]:
-    """Compile the points that are not compiled yet, one file for each in `folder`; call `on_point` after every point."""
-    folder.mkdir(parents=True, exist_ok=True)
-    results = []
-    for point in points(sweep):
-        path = folder / f"{point.series}-{point.cluster.devices}.json"
-        result = _read_result(path, point.key) or {"key": point.key, **point.compile()}
-        write_atomically(path, json.dumps(result, indent=1) + "\n")
-        on_point(point, result)
-        results.append(result)
-    return results
-
-
 def _read_result(path: Path, key: str) -> Result | None:
     try:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
@@ -248,15 +235,22 @@ def sweep(
     folder: Path | None = None,
     on_point: Callable[[Point, Result], object] = lambda *_: None,
 ) -> SweepReport:
-    """Compile a sweep's points.
+    """Compile a sweep's points; those whose results are in `folder` already, from the same config, are read from there.
 
     Args:
         name: a file of configs/sweeps, or the path of any YAML file.
-        folder: where results are kept; default: runs/sweeps/NAME.
+        folder: holds a JSON file for each point; default: runs/sweeps/NAME.
         on_point: called after every point.
 
     Raises:
         JaxguardError: see `read_sweep` and `points`.
     """
-    fields = read_sweep(name)
-    return SweepReport(fields.title, run_sweep(fields, folder or SWEEP_OUTPUT / Path(name).stem, on_point))
+    fields, folder = read_sweep(name), folder or SWEEP_OUTPUT / Path(name).stem
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for point in points(fields):
+        path = folder / f"{point.series}-{point.cluster.devices}.json"
+        results.append(_read_result(path, point.key) or {"key": point.key, **point.compile()})
+        write_atomically(path, json.dumps(results[-1], indent=1) + "\n")
+        on_point(point, results[-1])
+    return SweepReport(fields.title, results)
