@@ -53,7 +53,7 @@ def evaluate(config: Source, overrides: Overrides = ()) -> "Evaluation":
 
 
 def mine(config: Source, overrides: Overrides = ()) -> "MineResult":
-    """Find the training examples that a trained guard judges right only sometimes."""
+    """Find the training examples that a trained guard gets right only sometimes."""
     from jaxguard.mine.run import mine as run
 
     resolved = load(config, overrides, stage="mine")

@@ -1,4 +1,4 @@
-"""The config tree: what it accepts, what it refuses, and with which words."""
+"""The config: what it accepts, what it refuses, and what its errors name."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from jaxguard.config import READS, Config, dump, load, read_by, validate
 from jaxguard.config.base import inner_schema
@@ -36,18 +37,18 @@ def message(configs, tree, *overrides):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_config_loads(name):
+def test_shipped_configs_load(name):
     config = load(name, folder=ROOT / "configs")
     assert config.name == name
     assert (ROOT / "configs" / "policies" / f"{config.data.policy}.yaml").is_file()
 
 
-def test_the_promised_configs_are_shipped():
+def test_promised_configs_are_shipped():
     assert set(RECIPES) | {"smollm_demo", "tiny"} <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_what_their_names_say(name):
+def test_recipes(name):
     config = load(name, folder=ROOT / "configs")
     assert ("gemma-3-4b-it" if name.startswith("gemma4b") else "Llama-3.1-8B-Instruct") in config.model.checkpoint
     assert config.data.subset == (None if name.endswith("full") else 5000)
@@ -57,12 +58,12 @@ def test_recipes_are_what_their_names_say(name):
     assert recipe == (32, 5, 1e-6, 2048)
 
 
-def test_the_direct_control_uses_the_examples_of_the_reasoning_run():
+def test_direct_control_has_the_same_examples():
     reasoning, direct = (load(name, folder=ROOT / "configs").data for name in ("gemma4b_5k", "gemma4b_direct_5k"))
     assert reasoning.model_dump(exclude={"mode"}) == direct.model_dump(exclude={"mode"})
 
 
-def test_name_is_the_files_unless_given(configs):
+def test_default_name(configs):
     assert load("run", (), configs("run", SMALL)).name == "run"
     assert load("run", (), configs("run", {**SMALL, "name": "other"})).name == "other"
 
@@ -72,10 +73,11 @@ def test_load_by_path(configs):
     assert load(str(folder / "run.yaml"), folder=Path("nowhere")).model.checkpoint == "some/model"
 
 
-def test_an_unknown_config_is_named_with_the_nearest(configs):
+def test_unknown_config(configs):
     folder = configs("gemma", SMALL)
-    with pytest.raises(JaxguardError, match=r"no config 'gema': did you mean 'gemma'\? known in .*: gemma"):
+    with pytest.raises(JaxguardError) as error:
         load("gema", folder=folder)
+    assert all(word in str(error.value) for word in ("'gema'", "'gemma'", str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -98,17 +100,17 @@ def test_an_unknown_config_is_named_with_the_nearest(configs):
         (["model.checkpoint=5"], ["model.checkpoint", "expected text"]),
     ],
 )
-def test_a_bad_field_is_named(configs, overrides, words):
+def test_bad_field(configs, overrides, words):
     text = message(configs, SMALL, *overrides)
     assert all(word in text for word in words), text
     assert len(text.splitlines()) == 1
 
 
-def test_all_bad_fields_are_named_at_once(configs):
+def test_all_bad_fields(configs):
     assert len(message(configs, SMALL, "seed=-1", "train.epochs=0", "model.remat=some").splitlines()) == 3
 
 
-def test_a_missing_field_is_named(configs):
+def test_missing_field(configs):
     text = message(configs, {"data": SMALL["data"]})
     assert "field 'model' is missing" in text
     assert "run.yaml" in text
@@ -136,7 +138,7 @@ def test_impossible_combinations(configs, overrides, words):
     assert all(word in text for word in words), text
 
 
-def test_extends_merges_sections_and_replaces_lists(configs):
+def test_extends(configs):
     configs("base", {**SMALL, "name": "base", "train": {"epochs": 2, "batch_size": 8}})
     folder = configs(
         "run", {"extends": "base", "train": {"epochs": 3}, "data": {"train": [{"kind": "aegis2"}, {"kind": "aegis2"}]}}
@@ -151,11 +153,12 @@ def test_extends_merges_sections_and_replaces_lists(configs):
 def test_extends_has_one_level(configs):
     configs("a", SMALL)
     configs("b", {"extends": "a"})
-    with pytest.raises(JaxguardError, match="one level only"):
+    with pytest.raises(JaxguardError) as error:
         load("c", folder=configs("c", {"extends": "b"}))
+    assert all(word in str(error.value) for word in ("b.yaml", "c.yaml", "'a'"))
 
 
-def test_extends_something_absent(configs):
+def test_extends_absent(configs):
     assert "no config 'absent'" in message(configs, {"extends": "absent"})
 
 
@@ -182,7 +185,7 @@ def test_overrides(configs):
 
 
 @pytest.mark.parametrize("override", ["train.epochs", "data.train.1.path=x", "data.train.first.path=x"])
-def test_bad_overrides_are_quoted(configs, override):
+def test_bad_overrides(configs, override):
     assert f"override {override!r}" in message(configs, SMALL, override)
 
 
@@ -195,20 +198,20 @@ def test_bad_overrides_are_quoted(configs, override):
         ("seed: 1\nseed: 2\n", "'seed' is given twice"),
     ],
 )
-def test_a_file_that_is_no_config(configs, text, words):
+def test_malformed_files(configs, text, words):
     assert words in message(configs, text)
 
 
-def test_scientific_notation_without_a_point_is_a_number(configs):
+def test_scientific_notation(configs):
     assert (
         load("run", (), configs("run", yaml.safe_dump(SMALL) + "optimizer:\n  epsilon: 1e-6\n")).optimizer.epsilon
         == 1e-6
     )
 
 
-def test_a_config_is_frozen(configs):
+def test_frozen(configs):
     config = load("run", (), configs("run", SMALL))
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ValidationError):
         config.seed = 3
 
 
@@ -219,7 +222,7 @@ def test_a_config_is_frozen(configs):
     path=st.text(min_size=1, max_size=20).filter(lambda s: s.isprintable()),
     subset=st.none() | st.integers(32, 10**6),
 )
-def test_dump_and_load_give_the_same_config(tmp_path_factory, seed, rate, name, path, subset):
+def test_round_trip(tmp_path_factory, seed, rate, name, path, subset):
     tree = {
         "name": name,
         "seed": seed,
