@@ -9,10 +9,10 @@ from rich.text import Text
 
 from jaxguard.cli import run_stage
 from jaxguard.config import Config
-from jaxguard.data.card import sets_table
 from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
 from jaxguard.data.prepare import encode_selection, select
 from jaxguard.data.report import report
+from jaxguard.report import Table
 from jaxguard.utils import hub
 
 DESCRIPTION = """\
@@ -52,7 +52,12 @@ def _build(_: argparse.Namespace, config: Config) -> None:
     from jaxguard.data.build import build
 
     result, console = build(config), Console(soft_wrap=True)
-    console.print(sets_table(result.manifest).rich())
+    table = Table(("set", "examples", "with a trace", "subsets", "contaminated", "dropped"), "Training sets")
+    for name, entry in result.manifest["sets"].items():
+        full, dropped = entry["subsets"]["all"], sum(entry["dropped"].values())
+        traced, subsets = full["by_mode"].get("reasoning", 0), len(entry["subsets"]) - 1
+        table.add(name, full["examples"], traced, subsets, entry["contaminated"], dropped)
+    console.print(table.rich())
     console.print(Text(f"version {result.manifest['version']}: {result.folder}"))
 
 

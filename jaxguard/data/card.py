@@ -27,15 +27,16 @@ def card(manifest: dict[str, Any]) -> str:
     )
     chat: list[str | Cell] = [
         "SIZE_SEED are random subsets; for each seed, smaller ones are contained in larger ones. Appended examples are added to "
-        "each subset. `mode` says whether an example is trained with its trace. Chat messages are rendered as in training for ",
-        Cell(manifest["checkpoint"], code=True), " under the policy ", Cell(manifest["data"]["policy"], code=True), ".",
+        "each subset. The column mode says whether an example is trained with its trace. Chat messages are rendered as in "
+        "training for ", Cell(manifest["checkpoint"], code=True), " under the policy ",
+        Cell(manifest["data"]["policy"], code=True), ".",
     ]  # fmt: skip
     blocks: list[Content] = [
         Paragraph(["Built by jaxguard ", manifest["jaxguard"], ", version ", Cell(manifest["version"], code=True), ". It holds "
                    "offensive text by nature: conversations that people labelled as harmful or not, and a teacher's reasoning "
                    "about them. The licences of its sources apply."]),
         Code(example, "python"),
-        sets_table(manifest),
+        _sets(manifest),
         Paragraph(chat),
         Section("Sources", [
             _sources(manifest),
@@ -46,16 +47,14 @@ def card(manifest: dict[str, Any]) -> str:
     return page_markdown(Page("Training sets for a safety guard", blocks, front))
 
 
-def sets_table(manifest: dict[str, Any]) -> Table:
-    """List every set and subset with its counts."""
-    columns = ("set", "examples", "with a trace", "appended", "harmful prompts", "harmful responses", "dropped",
-               "contaminated")  # fmt: skip
+def _sets(manifest: dict[str, Any]) -> Table:
+    columns = ("set", "examples", "with a trace", "appended", "harmful prompts", "harmful responses", "contaminated")
     table = Table(columns)
     for name, entry in manifest["sets"].items():
         for part, subset in entry["subsets"].items():
             harmful = [subset["labels"][label].get("harmful", 0) for label in ("prompt_label", "response_label")]
             counts = (subset["examples"], subset["by_mode"].get("reasoning", 0), subset["appended"], *harmful)
-            table.add(f"{name}_{part}", *counts, sum(entry["dropped"].values()), entry["contaminated"])
+            table.add(f"{name}_{part}", *counts, entry["contaminated"])
     return table
 
 

@@ -23,7 +23,7 @@ PUBLISHED_METRIC = "safety"
 """The metric of the published curves."""
 LEGEND = (
     "F1 of the harmful class; mean ± standard deviation (divisor n - 1) over the runs that differ in seed or subset, with the "
-    "published value behind a slash. The last column counts runs with results, of all; `part` means that only a part of a "
+    "published value behind a slash. The last column counts runs with results, of all; 'part' means that only a part of a "
     "benchmark was evaluated."
 )
 Scores = dict[str, float]

@@ -159,7 +159,7 @@ def consistency(votes: np.ndarray) -> Consistency:
 def right_counts(labels: np.ndarray, votes: np.ndarray) -> list[int]:
     """Count examples by their number of right verdicts, from 0 to k."""
     right = (votes == labels[:, None]).sum(axis=1)
-    return np.bincount(right, minlength=votes.shape[1] + 1).tolist()
+    return [int(count) for count in np.bincount(right, minlength=votes.shape[1] + 1)]
 
 
 def confusion(labels: np.ndarray, votes: np.ndarray, parsed: np.ndarray) -> list[list[int]]:
@@ -210,4 +210,5 @@ def _metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
+    ratio: np.ndarray = np.divide(above, below, out=np.full(np.shape(below), np.nan), where=below > 0)
+    return ratio
