@@ -25,11 +25,11 @@ class CostConfig(Schema):
     """Assumptions behind a study's cost; printed with it."""
 
     device: str = "A100-80GB"
-    """Name of the device."""
+    """Name of the device, as in configs/hardware/targets.yaml (`device_kind`)."""
     devices: Positive = 8
     """Number of devices."""
-    peak_flops: PositiveFloat = 312e12
-    """Dense bfloat16 FLOP/s of one device, from its data sheet."""
+    peak_flops: PositiveFloat | None = None
+    """Dense bfloat16 FLOP/s of one device; null looks the device up."""
     parameters: PositiveFloat = 8.03e9
     """Of the model: a token costs 6 FLOPs for each in training, 2 in evaluation."""
     mfu: Share = 0.4

@@ -12,19 +12,19 @@ from pathlib import Path
 from statistics import median
 
 from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.config.hardware import peak_flops
 from jaxguard.config.study import CostConfig
 from jaxguard.data.files import read_local
 from jaxguard.data.packing import total_steps
 from jaxguard.data.policies import load_policy
 from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.loading import modes_of
 from jaxguard.study.grid import Run, Study
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 
 SPEED_FILE = "speed.json"
-BASELINES = ("tfidf", "majority")
-"""Guards without a model."""
 WARMUP_STEPS = 2
 """The first steps of a run compile and are not timed."""
 
@@ -197,10 +197,15 @@ def speed_of(study: Study) -> Speed:
     elif cost.tokens_per_second is not None:
         rate, source = cost.tokens_per_second, "an assumption of the study's file"
     else:
-        peak, forward = cost.devices * cost.peak_flops, 2 * cost.parameters
+        flops = cost.peak_flops or peak_flops(cost.device)
+        if flops is None:
+            raise JaxguardError(
+                f"cost.device={cost.device!r} is unknown; set cost.peak_flops or cost.tokens_per_second"
+            )
+        peak, forward = cost.devices * flops, 2 * cost.parameters
         source = (
             f"{cost.devices} × {cost.device}, assumed to train at {cost.mfu:.0%} and to generate at {cost.generate_mfu:.0%} of "
-            f"{cost.peak_flops / 1e12:g} TFLOP/s, 6 and 2 FLOPs for each of {cost.parameters:.3g} parameters and token"
+            f"{flops / 1e12:g} TFLOP/s, 6 and 2 FLOPs for each of {cost.parameters:.3g} parameters and token"
         )
         return Speed(
             peak * cost.mfu / forward / 3, peak * cost.mfu / forward, peak * cost.generate_mfu / forward, source

@@ -30,6 +30,8 @@ COMMANDS: Mapping[Stage, tuple[str, ...]] = {
     "train": ("-m", "jaxguard.train"),
     "evaluate": ("-m", "jaxguard.evaluate"),
 }
+_READERS: Mapping[Stage, str] = {"build": "data build"}
+"""Keys of READS that differ from the stage's name."""
 RECORD = "stages.json"
 """In a run's folder: stage -> the fingerprint that it was begun with, and whether it is done."""
 _FOLDERS: Mapping[Stage, str] = {"distill": "traces*", "build": "dataset", "mine": "mine", "evaluate": "evaluate"}
@@ -38,12 +40,7 @@ _FOLDERS: Mapping[Stage, str] = {"distill": "traces*", "build": "dataset", "mine
 
 def command(run: Run, stage: Stage) -> list[str]:
     """Return a stage's command line, without the interpreter."""
-    return [*COMMANDS[stage], "--config", run.base, *read_by(_reader(stage), run.overrides)]
-
-
-def _reader(stage: Stage) -> str:
-    """Return the key of READS."""
-    return "data build" if stage == "build" else stage
+    return [*COMMANDS[stage], "--config", run.base, *read_by(_READERS.get(stage, stage), run.overrides)]
 
 
 def outputs(run: Run, stage: Stage) -> list[Path]:
@@ -69,7 +66,7 @@ def missing(run: Run, stage: Stage) -> list[Path]:
 
 def fingerprint(run: Run, stage: Stage) -> str:
     """Hash what a stage's result depends on: its config, its input files, and the stages whose output it reads."""
-    own = run.config.model_dump(mode="json", include=set(READS[_reader(stage)]) - {"log"})
+    own = run.config.model_dump(mode="json", include=set(READS[_READERS.get(stage, stage)]) - {"log"})
     return _sha256([stage, own, _files(run, stage), upstream(run, stage)])
 
 
