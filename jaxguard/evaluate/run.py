@@ -21,10 +21,10 @@ from rich.console import Console
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.format.dialogue import LABEL, Mode
 from jaxguard.data.policies import QUESTIONS, Question, load_policy
 from jaxguard.data.prepare import load_sources
-from jaxguard.evaluate.benchmarks.loading import LABEL, Benchmark, load_benchmark
+from jaxguard.evaluate.benchmarks.loading import Benchmark, load_benchmark
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
 from jaxguard.evaluate.scores.results import Evaluation

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from jaxguard.evaluate.benchmarks.loading import LABEL, load_benchmark
+from jaxguard.data.format.dialogue import LABEL
+from jaxguard.evaluate.benchmarks.loading import load_benchmark
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "configs" / "benchmarks"

@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import CHOICES
-from jaxguard.evaluate.benchmarks.loading import LABEL
+from jaxguard.data.format.dialogue import CHOICES, LABEL
 from jaxguard.evaluate.report.published import read_published
 from jaxguard.evaluate.scores.calibration import calibration, fit_platt, recalibrated, verdicts_at
 from jaxguard.evaluate.scores.comparison import f1_difference, mcnemar

@@ -10,8 +10,9 @@ from benchmark_examples import HARM, ROOT, ROWS, SAFE, SHIPPED, answers, shipped
 
 import document_guard_benchmarks
 from generated import written
+from jaxguard.data.format.dialogue import LABEL
 from jaxguard.data.policies import POLICY_FOLDER, load_policy, policy_for
-from jaxguard.evaluate.benchmarks.loading import LABEL, list_benchmarks, load_benchmark
+from jaxguard.evaluate.benchmarks.loading import list_benchmarks, load_benchmark
 from jaxguard.evaluate.benchmarks.schema import read_benchmark
 from jaxguard.utils.errors import JaxguardError
 
@@ -177,7 +178,7 @@ def test_a_named_policy(own, monkeypatch):
         load_benchmark(own(policy={"name": "aegis2"}, question="response_refusal", examples=refusal))
 
 
-def test_rows_without_an_optional_policy_are_judged_by_the_runs(own):
+def test_rows_without_an_optional_policy_have_the_runs(own):
     benchmark = load_benchmark(own(policy={"column": "policy", "optional": True}))
     assert [e.policy for e in benchmark.examples] == ["Rules.", "Rules.", None]
     absent = load_benchmark(own(policy={"column": "rules", "optional": True}))

@@ -1,4 +1,4 @@
-"""A whole evaluation of a tiny model, through the door: what it leaves behind, and what a kill costs."""
+"""A whole evaluation of a tiny model, by the command: what it leaves behind, and what a kill costs."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def predictions(config, guard="ours", mode="direct", label="lamps"):
     return list(read_records(path, dict))
 
 
-def test_both_modes_and_the_floors_are_scored(run):
+def test_both_modes_and_the_baselines_are_scored(run):
     guards = "evaluate.guards=[{name: ours}, {name: words, format: tfidf}, {name: most, format: majority}]"
     assert evaluate(run, guards) == 0
     folder = run.parent / "runs/tiny/evaluate"
@@ -94,7 +94,7 @@ def test_probabilities_alone_need_no_sampling(run):
     assert len(predictions(run, "scored", label="validation-prompt_harm")) == 48
 
 
-def test_a_thought_cannot_be_left_out(run, capsys):
+def test_reasoning_cannot_be_left_out(run, capsys):
     assert evaluate(run, "evaluate.generations=0") == 2
     assert "modes=[direct]" in capsys.readouterr().err
 
@@ -106,7 +106,7 @@ def test_other_sampling_is_refused(run, capsys):
     assert "generations: 0 there, 1 now" in capsys.readouterr().err
 
 
-def test_what_a_guard_cannot_be_asked_is_left_out_of_the_validation(run, capsys, tmp_path):
+def test_unsupported_questions_are_left_out_of_the_validation(run, capsys, tmp_path):
     """No training example has a refusal label, so the baseline knows nothing of refusals."""
     rows = [json.loads(line) for line in (run.parent / "train.jsonl").read_text().splitlines()][:6]
     refusals = [

@@ -226,7 +226,7 @@ def test_many_errors_and_long_texts_are_cut():
 # Nothing is markup.
 
 
-def test_markdown_shows_no_text_that_was_judged():
+def test_markdown_shows_no_text_of_examples():
     assert "sourdough" in page_html(report(some(), PUBLISHED))
     assert "sourdough" not in page_markdown(report(some(), PUBLISHED))
 

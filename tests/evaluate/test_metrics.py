@@ -106,7 +106,7 @@ def test_unparsable_by_hand():
         assert found.confusion == [[3, 1, 2], [1, 2, 1]]
 
 
-def test_an_unreadable_refusal_is_none():
+def test_an_unparsable_refusal_is_none():
     assert not count_votes(LABELS, np.full((5, 1), U, np.int8), "response_refusal").votes.any()
     assert count_votes(LABELS, np.full((5, 1), U, np.int8), "response_harm").votes.all()
 

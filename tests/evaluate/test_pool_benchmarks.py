@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmark_examples import HARM, ROOT, SAFE, shipped
 
-from jaxguard.evaluate.benchmarks.loading import LABEL
+from jaxguard.data.format.dialogue import LABEL
 
 POOL = Path(os.environ.get("JAXGUARD_POOL", ROOT.parent / "shared" / "data"))
 

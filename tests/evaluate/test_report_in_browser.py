@@ -47,7 +47,7 @@ def test_it_loads_nothing_and_complains_of_nothing(browser, pages, name):
     assert (complaints(browser), requests(browser)) == ([], [])
 
 
-def test_texts_are_hidden_until_they_are_asked_for(browser, pages):
+def test_texts_are_hidden_until_opened(browser, pages):
     open_page(browser, pages["plain"])
     assert "sourdough" not in visible(browser)
     assert "category: rye" not in visible(browser)
@@ -61,7 +61,7 @@ def test_texts_are_hidden_until_they_are_asked_for(browser, pages):
     assert "sourdough" not in visible(browser)
 
 
-def test_what_was_not_judged_is_a_dash(browser, pages):
+def test_absent_results_are_dashes(browser, pages):
     open_page(browser, pages["partly"])
     assert "toxic_chat has no results of other (direct)." in visible(browser)
     cells = "[...document.querySelectorAll('#benchmarks ~ .scroll td')].filter(one => one.innerText === '–').length"

@@ -1,4 +1,4 @@
-"""From answers to results: what is compared with what, what is left out, and what every answer counts for."""
+"""Scoring: what is compared, what is left out, and what every verdict counts as."""
 
 import io
 from collections import Counter
@@ -11,8 +11,8 @@ from rich.console import Console
 
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import CHOICES, Mode
-from jaxguard.evaluate.benchmarks.loading import LABEL, Benchmark
+from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
+from jaxguard.evaluate.benchmarks.loading import Benchmark
 from jaxguard.evaluate.report.cautions import cautions
 from jaxguard.evaluate.report.figures import f1_figure, latency_figure
 from jaxguard.evaluate.report.page import report
@@ -54,7 +54,7 @@ def scored(prediction, probability=None, unscored=0, **changes):
     return replace(prediction, probabilities={question: probability}, unscored={question: unscored}, **changes)
 
 
-def judged_by(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes):
+def predictions_of(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes):
     """`verdicts`: of each example one, or a tuple of each generation's."""
     benchmark = benchmark_of(name, truth)
     answers = []
@@ -85,7 +85,7 @@ def f1(found, guard, mode, name):
     return cell_of(found, guard, mode, name).result.scores.f1.value
 
 
-# Who is compared with whom.
+# References.
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def modes():
     """Both guards in both modes on one benchmark, each better than the next."""
     poorest = (0, 0, 1, 1, 1, 0)
     quality = {("first", R): GOOD, ("first", D): FAIR, ("other", R): POOR, ("other", D): poorest}
-    return evaluated([judged_by(*asked, "rye", verdicts) for asked, verdicts in quality.items()])
+    return evaluated([predictions_of(*asked, "rye", verdicts) for asked, verdicts in quality.items()])
 
 
 def test_differences_are_to_the_first_guard_in_the_same_mode(modes):
@@ -132,23 +132,23 @@ def test_the_report_says_whom_a_difference_is_to(modes):
         assert "Each mode with the same mode of the first guard, or with its first where it has no such mode" in text
 
 
-# What a guard leaves out.
+# Results that a guard lacks.
 
 
 @pytest.fixture(scope="module")
 def partly():
-    """The first guard judges no `rye` and the other no `answers`; `rules` is judged by nobody."""
+    """The first guard has no `rye`, the other no `answers`, and none has `rules`."""
     return evaluated(
         [
-            judged_by("first", R, "oats", FAIR),
-            judged_by("first", R, "answers", GOOD),
-            judged_by("other", D, "rye", GOOD),
-            judged_by("other", D, "oats", POOR),
+            predictions_of("first", R, "oats", FAIR),
+            predictions_of("first", R, "answers", GOOD),
+            predictions_of("other", D, "rye", GOOD),
+            predictions_of("other", D, "oats", POOR),
         ]
     )
 
 
-def test_an_average_is_over_what_the_guard_judged_and_says_what_it_lacks(partly):
+def test_an_average_names_the_benchmarks_that_it_lacks(partly):
     mine = average_of(partly, "first", "reasoning", "prompt")
     assert (mine.f1.value, mine.missing) == (f1(partly, "first", "reasoning", "oats"), ("rye",))
     other = average_of(partly, "other", "direct", "prompt")
@@ -160,7 +160,7 @@ def test_an_average_is_over_what_the_guard_judged_and_says_what_it_lacks(partly)
     assert safety.missing == ("rye",)
 
 
-def test_two_averages_are_compared_over_what_both_judged(partly):
+def test_two_averages_are_compared_over_their_common_benchmarks(partly):
     versus = average_of(partly, "other", "direct", "prompt").versus
     assert versus.missing == ("rye",)
     gap = f1(partly, "other", "direct", "oats") - f1(partly, "first", "reasoning", "oats")
@@ -169,7 +169,7 @@ def test_two_averages_are_compared_over_what_both_judged(partly):
     assert cell_of(partly, "other", "direct", "oats").versus is not None
 
 
-def test_what_was_not_judged_is_a_dash(partly):
+def test_absent_results_are_dashes(partly):
     scores = {(row.cells[0].text, row.group.split(",")[0]): row.cells[1].text for row in score_table(partly).rows}
     assert scores["first", "Bread: rye"] == scores["other", "Bread: answers"] == "–"
     assert scores["other", "Bread: rye"] == "1.000"
@@ -185,7 +185,7 @@ def test_what_was_not_judged_is_a_dash(partly):
     assert "left out" not in other.cells[1].more
 
 
-def test_what_was_not_judged_is_said(partly):
+def test_absent_results_are_named(partly):
     said = cautions(partly, PUBLISHED)
     assert "rye has no results of first (reasoning)." in said
     assert "answers has no results of other (direct)." in said
@@ -193,7 +193,7 @@ def test_what_was_not_judged_is_said(partly):
     assert any(each.startswith("Averages of first (reasoning) are over fewer benchmarks") for each in said)
 
 
-def test_figures_and_report_bear_what_is_absent(partly):
+def test_figures_and_report_without_some_results(partly):
     (axes,) = f1_figure(partly).axes
     assert [one.get_text() for one in axes.texts] == ["–", "–"]
     took = [replace(cell, cost=replace(cell.cost, seconds=1.0 + i)) for i, cell in enumerate(partly.cells)]
@@ -211,7 +211,7 @@ def printed(evaluation):
     return out.getvalue()
 
 
-def test_the_summary_bears_what_is_absent(partly):
+def test_the_summary_without_some_results(partly):
     text = printed(partly)
     rows = {
         line.split("│")[1].strip(): [x.strip() for x in line.split("│")[3:-1]]
@@ -224,8 +224,8 @@ def test_the_summary_bears_what_is_absent(partly):
     assert summary_table(partly).note in " ".join(text.split())
 
 
-def test_a_first_guard_that_judged_nothing_is_compared_with_nobody():
-    found = evaluated([judged_by("other", D, "rye", GOOD)])
+def test_a_first_guard_without_results_is_no_reference():
+    found = evaluated([predictions_of("other", D, "rye", GOOD)])
     assert cell_of(found, "other", "direct", "rye").versus is None
     assert any(each.startswith("first has no results") for each in cautions(found, PUBLISHED))
     assert page_html(report(found, PUBLISHED))
@@ -239,11 +239,11 @@ def test_nothing_at_all_is_no_error():
     assert printed(found)
 
 
-# What an answer counts for.
+# What a verdict counts as.
 
 
 def test_a_cell_is_of_its_benchmark():
-    one = judged_by("first", D, "answers", (1, 1, (-1), 0, 1, 0))
+    one = predictions_of("first", D, "answers", (1, 1, (-1), 0, 1, 0))
     cut = replace(one, examples=one.examples[:5], predictions=one.predictions[:5])
     whole, part = evaluated([one]).cells[0], evaluated([cut]).cells[0]
     assert (whole.complete, part.complete, part.examples) == (True, False, 5)
@@ -256,7 +256,7 @@ def test_a_cell_is_of_its_benchmark():
 
 def test_probabilities_lack_what_is_not_scored():
     """Three of four thoughts say 0.2 and one leads nowhere, which fails closed: (3 × 0.2 + 1) / 4."""
-    one = judged_by("first", R, "rye", [(0, 0, 0, -1)] * 6, probability=0.2, unscored=1)
+    one = predictions_of("first", R, "rye", [(0, 0, 0, -1)] * 6, probability=0.2, unscored=1)
     brier = {p: np.mean([(p - label) ** 2 for label in TRUTH]) for p in (0.4, 0.2)}
     assert evaluated([one]).cells[0].calibration.brier.value == pytest.approx(brier[0.4])
     whole = replace(one, predictions=[scored(answer, 0.2) for answer in one.predictions])
@@ -268,7 +268,7 @@ def test_probabilities_lack_what_is_not_scored():
 
 def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
     """At face value all are alike; only what is not scored tells the classes apart."""
-    one = judged_by("first", R, "rye", [(1, 0)] * 6)
+    one = predictions_of("first", R, "rye", [(1, 0)] * 6)
     answers = [scored(answer, 0.3, label) for answer, label in zip(one.predictions, TRUTH, strict=True)]
     one = replace(one, predictions=answers)
     validation = {("first", R): {"prompt_harm": (one.examples, one.predictions)}}
@@ -278,7 +278,7 @@ def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
 
 
 def test_a_missing_probability_is_an_unparsable_verdict_at_any_threshold():
-    one = judged_by("first", D, "rye", GOOD)
+    one = predictions_of("first", D, "rye", GOOD)
     answers = [scored(a, p) for a, p in zip(one.predictions, (None, 0.9, 0.8, 0.1, 0.2, 0.3), strict=True)]
     one = replace(one, predictions=answers)
     validation = {("first", D): {"prompt_harm": (one.examples, one.predictions)}}
@@ -287,7 +287,7 @@ def test_a_missing_probability_is_an_unparsable_verdict_at_any_threshold():
 
 
 def test_without_validation_there_is_no_threshold():
-    one = judged_by("first", D, "rye", GOOD, probability=0.4)
+    one = predictions_of("first", D, "rye", GOOD, probability=0.4)
     other_question = {("first", D): {"response_harm": (one.examples, one.predictions)}}
     assert evaluated([one], validation=other_question).cells[0].thresholded is None
     assert evaluated([one]).cells[0].calibration is not None
@@ -297,9 +297,9 @@ def test_what_judging_takes_is_by_guard_and_mode():
     told = {"seconds": 0.5, "scoring": 0.25, "prompt_tokens": 100, "completion_tokens": 20, "forced": 1, "cut": True}
     found = evaluated(
         [
-            judged_by("first", R, "rye", GOOD, **told),
-            judged_by("first", R, "oats", GOOD[:2], truth=TRUTH[:2], wall=5.0, **told | {"seconds": 2.5}),
-            judged_by("first", D, "rye", GOOD, wall=0.0),
+            predictions_of("first", R, "rye", GOOD, **told),
+            predictions_of("first", R, "oats", GOOD[:2], truth=TRUTH[:2], wall=5.0, **told | {"seconds": 2.5}),
+            predictions_of("first", D, "rye", GOOD, wall=0.0),
         ]
     )
     cost = found.cells[0].cost
@@ -329,7 +329,7 @@ def test_what_judging_takes_is_by_guard_and_mode():
 
 def test_an_error_shows_a_generation_that_is_wrong():
     verdicts = [(1, 1, 0, 1), (1, 0, 0, 1), (1, -1, 0, 0), (0, 0, 1, -1), (0, 1, 1, 1), (0, 0, 0, 0)]
-    found = evaluated([judged_by("first", D, "rye", verdicts)]).cells[0].wrong
+    found = evaluated([predictions_of("first", D, "rye", verdicts)]).cells[0].wrong
     assert [(one.example.id, one.text) for one in found] == [
         ("rye 1", "generation 1 says 0"),  # a tie
         ("rye 2", "generation 2 says 0"),  # unparsable counts as harmful, which is right here: a tie
@@ -344,7 +344,7 @@ def test_an_error_shows_a_generation_that_is_wrong():
 
 def test_errors_are_counted_alike_everywhere():
     verdicts = [(1, 1, 0, 1), (1, 0, 0, 1), (1, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)]
-    found = evaluated([judged_by("first", D, "rye", verdicts), judged_by("other", D, "rye", GOOD)])
+    found = evaluated([predictions_of("first", D, "rye", verdicts), predictions_of("other", D, "rye", GOOD)])
     alone = cell_of(found, "other", "direct", "rye").versus.mcnemar.only_first
     wrong = cell_of(found, "first", "direct", "rye").wrong
     assert len(wrong) == alone == 2
@@ -354,7 +354,7 @@ def test_errors_are_counted_alike_everywhere():
 
 def test_the_surest_errors_come_first_and_not_all_are_kept():
     count = MAX_ERRORS + 5
-    one = judged_by("first", D, "rye", (0,) * count, truth=(1,) * count)
+    one = predictions_of("first", D, "rye", (0,) * count, truth=(1,) * count)
     sure = [0.5 - 0.4 * i / count for i in range(count - 1)]
     answers = [scored(a, p) for a, p in zip(one.predictions, [*sure, None], strict=True)]
     found = evaluated([replace(one, predictions=answers)]).cells[0].wrong
@@ -362,7 +362,7 @@ def test_the_surest_errors_come_first_and_not_all_are_kept():
 
 
 def test_verdicts_from_probabilities_alone_have_no_text():
-    one = judged_by("first", D, "rye", POOR, texts=())
+    one = predictions_of("first", D, "rye", POOR, texts=())
     found = evaluated([one]).cells[0].wrong
     assert {wrong.text for wrong in found} == {""}
     assert "Its first wrong answer" not in page_html(report(evaluated([one]), PUBLISHED))
@@ -384,7 +384,7 @@ def test_tables_as_dataframes(modes, partly):
 
 
 def test_probabilities_are_in_the_tables():
-    tables = evaluated([judged_by("first", D, "rye", GOOD, probability=0.4)]).tables
+    tables = evaluated([predictions_of("first", D, "rye", GOOD, probability=0.4)]).tables
     assert tables["calibration"].loc[0, "auprc"] == 0.5
     assert tables["calibration"].loc[0, ["threshold", "f1_at_threshold"]].isna().all()
     assert tables["cost"].loc[0, "wall"] == 3.0

@@ -65,6 +65,12 @@ CHOICES: Final[Mapping[Question, tuple[str, str]]] = {
     "response_refusal": ("refusal", "compliance"),
 }
 """The words of a verdict line, the positive class first."""
+LABEL: Final[Mapping[Question, str]] = {
+    "prompt_harm": "prompt_label",
+    "response_harm": "response_label",
+    "response_refusal": "refusal_label",
+}
+"""The field of an example that holds the label."""
 ABSENT: Final = "None"
 """Stands for a missing response, and is the answer to questions about it."""
 FAIL_CLOSED: Final[Mapping[Question, str]] = {

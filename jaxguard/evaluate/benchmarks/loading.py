@@ -8,16 +8,16 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from jaxguard.config.lookup import names, nearest
 from jaxguard.data.cells import Skip, objects, text, transcript
 from jaxguard.data.examples import Example
 from jaxguard.data.files import Row, Table
-from jaxguard.data.format.dialogue import CHOICES
+from jaxguard.data.format.dialogue import CHOICES, LABEL
 from jaxguard.data.policies import Question, load_policy
 from jaxguard.data.sources import digest, unique_ids
 from jaxguard.evaluate.benchmarks.rows import read_rows
@@ -33,13 +33,6 @@ from jaxguard.evaluate.benchmarks.schema import (
 from jaxguard.utils.errors import JaxguardError
 
 logger = logging.getLogger(__name__)
-
-LABEL: Final[Mapping[Question, str]] = {
-    "prompt_harm": "prompt_label",
-    "response_harm": "response_label",
-    "response_refusal": "refusal_label",
-}
-"""The field of an example that answers a question."""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import numpy as np
 
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import CHOICES, Mode
+from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
 from jaxguard.data.policies import Question
-from jaxguard.evaluate.benchmarks.loading import LABEL, Benchmark
+from jaxguard.evaluate.benchmarks.loading import Benchmark
 from jaxguard.evaluate.benchmarks.schema import Group
 from jaxguard.evaluate.scores.calibration import (
     Platt,
