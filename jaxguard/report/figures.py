@@ -16,6 +16,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 from jaxguard.report.text import plain
 
@@ -35,7 +36,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.facecolor": "none",
     "figure.facecolor": "none", "grid.color": LINE, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8.5,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "figure.constrained_layout.use": True,
+    "axes.prop_cycle": cycler(color=COLOURS), "figure.constrained_layout.use": True,
 }  # fmt: skip
 
 

@@ -30,6 +30,8 @@ from jaxguard.report.blocks import (
 from jaxguard.report.text import code, cut, escaped, escaped_piece, plain, visible
 from jaxguard.utils.files import write_atomically
 
+_INNER_SPACE = re.compile(r"(?<=\d,) (?=[+-]?\d)|(?<=[±=<]) |(?<=p) (?=[=<])|(?<=\d) (?=[a-z]{2})")
+"""Spaces within intervals, deviations, p-values and counts, where no line breaks."""
 _WEB = re.compile(r"https?://[^\s<>()\[\]\"'`|\\]+", re.ASCII)
 
 
@@ -73,15 +75,15 @@ def _template(path: Path | None) -> Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        {
-            "csp": _csp,
-            "plain": plain,
-            "visible": visible,
-            "cut": cut,
-            "number": "{:,}".format,
-            "percent": "{:.1%}".format,
-        }
-        | {"kind": lambda block: type(block).__name__, "is_web": lambda url: bool(_WEB.fullmatch(url))}
+        csp=_csp,
+        plain=plain,
+        visible=visible,
+        cut=cut,
+        number="{:,}".format,
+        percent="{:.1%}".format,
+        unbroken=lambda text: _INNER_SPACE.sub("\u00a0", text),
+        kind=lambda block: type(block).__name__,
+        is_web=lambda url: bool(_WEB.fullmatch(url)),
     )
     return environment.get_template(path.name if path else "base.html.j2")
 

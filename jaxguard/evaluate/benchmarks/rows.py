@@ -8,6 +8,7 @@ import urllib.request
 from collections import Counter
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -92,7 +93,7 @@ def _lists_of_rows(path: Path, keys_as: str) -> list[tuple[str, Row]]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise JaxguardError(f"{path}: not JSON: {error}") from None
-    lists = tree if isinstance(tree, dict) else {"": None}
+    lists: dict[str, Any] = tree if isinstance(tree, dict) else {"": None}
     if not all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in lists.values()):
         raise JaxguardError(f"{path}: source.keys_as expects one JSON object whose values are lists of rows")
     return [
