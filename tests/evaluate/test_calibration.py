@@ -46,31 +46,31 @@ def overconfident(random, count, power=3.0):
 @given(guard(least=2, both=True))
 def test_as_scikit_learn_scores_them(data):
     labels, probabilities = data
-    found = calibration(labels, probabilities, resamples=0)
-    assert found.auprc.value == pytest.approx(average_precision_score(labels, probabilities))
-    assert found.auroc.value == pytest.approx(roc_auc_score(labels, probabilities))
-    assert found.brier.value == pytest.approx(brier_score_loss(labels, probabilities))
+    result = calibration(labels, probabilities, resamples=0)
+    assert result.auprc.value == pytest.approx(average_precision_score(labels, probabilities))
+    assert result.auroc.value == pytest.approx(roc_auc_score(labels, probabilities))
+    assert result.brier.value == pytest.approx(brier_score_loss(labels, probabilities))
 
 
 def test_the_intervals_are_those_of_scikit_learns_scores():
     labels, probabilities = overconfident(np.random.default_rng(0), 80)
     probabilities = probabilities.round(1)  # ties
-    found = calibration(labels, probabilities, seed=5, resamples=60)
-    for estimate, score in ((found.auprc, average_precision_score), (found.auroc, roc_auc_score)):
+    result = calibration(labels, probabilities, seed=5, resamples=60)
+    for estimate, score in ((result.auprc, average_precision_score), (result.auroc, roc_auc_score)):
         drawn = [score(labels, probabilities, sample_weight=w) for w in draws(80, seed=5, resamples=60)]
         assert [estimate.low, estimate.high] == pytest.approx(np.percentile(drawn, (2.5, 97.5)).tolist())
     drawn = [np.average((probabilities - labels) ** 2, weights=w) for w in draws(80, seed=5, resamples=60)]
-    assert [found.brier.low, found.brier.high] == pytest.approx(np.percentile(drawn, (2.5, 97.5)).tolist())
+    assert [result.brier.low, result.brier.high] == pytest.approx(np.percentile(drawn, (2.5, 97.5)).tolist())
 
 
 @given(guard())
 def test_every_calibration_is_plain_json(data):
     labels, probabilities = data
-    found = json.loads(json.dumps(asdict(calibration(labels, probabilities, resamples=3)), allow_nan=False))
+    result = json.loads(json.dumps(asdict(calibration(labels, probabilities, resamples=3)), allow_nan=False))
     both = bool(labels.any() and not labels.all())
-    assert [found[name]["value"] is not None for name in ("auprc", "auroc")] == [both, both]
-    assert (found["ece"] is not None) == (len(labels) > 0)
-    assert sum(b["examples"] for b in found["curve"]) == len(labels)
+    assert [result[name]["value"] is not None for name in ("auprc", "auroc")] == [both, both]
+    assert (result["ece"] is not None) == (len(labels) > 0)
+    assert sum(b["examples"] for b in result["curve"]) == len(labels)
 
 
 @given(guard(), st.randoms(use_true_random=False))
@@ -140,7 +140,7 @@ def test_of_equal_thresholds_the_nearest_to_a_half_is_taken():
 def test_a_threshold_of_one_set_is_used_on_another():
     random = np.random.default_rng(0)
     (labels, probabilities), (test_labels, test_probabilities) = (overconfident(random, 4000, 0.4) for _ in range(2))
-    shifted, test_shifted = probabilities * 0.4, test_probabilities * 0.4  # at a half, nothing is found
+    shifted, test_shifted = probabilities * 0.4, test_probabilities * 0.4  # at a half, nothing is result
     threshold = best_f1_threshold(labels, shifted)
     f1 = [measure(count_votes(test_labels, verdicts_at(test_shifted, t))).scores.f1.value for t in (0.5, threshold)]
     assert f1[0] == 0

@@ -33,17 +33,17 @@ def test_mcnemar_by_hand():
     """Only the first is right on 6 examples, only the second on 1; both or none on the rest."""
     labels = np.ones(10, bool)
     first, second = np.array([1] * 8 + [0] * 2, np.int8), np.array([0] * 6 + [1] * 3 + [0], np.int8)
-    found = mcnemar(count_votes(labels, first[:, None]), count_votes(labels, second[:, None]))
-    assert (found.only_first, found.only_second) == (6, 1)
-    assert found.p == pytest.approx(2 * binom.cdf(1, 7, 0.5))
+    result = mcnemar(count_votes(labels, first[:, None]), count_votes(labels, second[:, None]))
+    assert (result.only_first, result.only_second) == (6, 1)
+    assert result.p == pytest.approx(2 * binom.cdf(1, 7, 0.5))
 
 
 def test_mcnemar_takes_the_majority_and_a_tie_is_none():
     labels = np.array([True, True, False])
     first = count_votes(labels, np.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]], np.int8))
     second = count_votes(labels, np.array([[1], [1], [1]], np.int8))
-    found = mcnemar(first, second)
-    assert (found.only_first, found.only_second, found.p) == (1, 1, 1)
+    result = mcnemar(first, second)
+    assert (result.only_first, result.only_second, result.p) == (1, 1, 1)
 
 
 @given(two_guards())
@@ -63,8 +63,8 @@ def test_swapping_the_guards_turns_everything_round(guards):
 @given(two_guards())
 def test_the_difference_is_that_of_the_scores(guards):
     f1, other = (measure(guard, resamples=0).scores.f1.value for guard in guards)
-    found = f1_difference(*([guard] for guard in guards), resamples=5)
-    assert found.value == (None if f1 is None else pytest.approx(f1 - other))
+    result = f1_difference(*([guard] for guard in guards), resamples=5)
+    assert result.value == (None if f1 is None else pytest.approx(f1 - other))
 
 
 @given(two_guards(least=2), st.randoms(use_true_random=False))
@@ -73,9 +73,9 @@ def test_a_guard_does_not_differ_from_itself(guards, random):
     order = list(range(guard.votes.shape[1]))
     random.shuffle(order)
     same = count_votes(guard.labels, guard.votes[:, order].astype(np.int8))
-    found = f1_difference([guard], [same], resamples=10)
-    if guard.labels.any() and found.low is not None:
-        assert found == Difference(pytest.approx(0), 0, 0, 1)
+    result = f1_difference([guard], [same], resamples=10)
+    if guard.labels.any() and result.low is not None:
+        assert result == Difference(pytest.approx(0), 0, 0, 1)
     assert mcnemar(guard, same).p == 1
 
 
@@ -120,8 +120,8 @@ def test_averages_are_compared_as_they_are_scored():
     many = [random.random(300) < 0.4 for _ in range(3)]
     first, second = ([sampled(random, labels, a) for labels in many] for a in (0.88, 0.85))
     weights = custom_weights(3)
-    found = f1_difference(first, second, weights)
-    assert found.value == pytest.approx(average_f1(first, weights).value - average_f1(second, weights).value)
+    result = f1_difference(first, second, weights)
+    assert result.value == pytest.approx(average_f1(first, weights).value - average_f1(second, weights).value)
     single, thrice = f1_difference(first[:1], second[:1]), f1_difference(first[:1] * 3, second[:1] * 3, weights)
     assert thrice.high - thrice.low == pytest.approx((single.high - single.low) / 3**0.5, rel=0.1)
 

@@ -160,9 +160,9 @@ def test_a_kill_loses_the_batch_in_flight_at_most(run):
     command = [sys.executable, "-c", KILLED, *options]
     killed = subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL, check=False)
     assert killed.returncode == -signal.SIGKILL
-    kept = predictions(run, "killed")
-    assert len(kept) == 3
+    stored = predictions(run, "killed")
+    assert len(stored) == 3
     assert main(options) == 0
     after = predictions(run, "killed")
-    assert after[:3] == kept
+    assert after[:3] == stored
     assert len({a["example_id"] for a in after}) == len(after) == COUNT

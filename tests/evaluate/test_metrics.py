@@ -83,16 +83,16 @@ def benchmark(draw, least=0):
     return draw(arrays(bool, count)), draw(verdicts)
 
 
-def values(found, seed=0, resamples=5):
-    scores = measure(found, seed, resamples).scores
+def values(result, seed=0, resamples=5):
+    scores = measure(result, seed, resamples).scores
     return {name: getattr(scores, name).value for name in METRICS}
 
 
 def of_f1(f1, examples=1000):
     """A benchmark, half of it harmful, on which a guard without false alarms has about that F1."""
     labels = np.arange(examples) < examples // 2
-    found = np.arange(examples) < round(examples // 2 * f1 / (2 - f1))
-    return count_votes(labels, found.astype(np.int8)[:, None])
+    result = np.arange(examples) < round(examples // 2 * f1 / (2 - f1))
+    return count_votes(labels, result.astype(np.int8)[:, None])
 
 
 def test_unparsable_by_hand():
@@ -101,9 +101,9 @@ def test_unparsable_by_hand():
     assert wrong.votes.T.tolist() == [[True, True, False, True, False], [False, True, False, False, True]]
     assert measure(harmful).scores.f1.each == pytest.approx((4 / 6, 6 / 7))
     assert measure(wrong).scores.f1.each == pytest.approx((4 / 6, 2 / 5))
-    for found in (measure(harmful), measure(wrong)):
-        assert (found.unparsable, found.generations) == (3, 2)
-        assert found.confusion == [[3, 1, 2], [1, 2, 1]]
+    for result in (measure(harmful), measure(wrong)):
+        assert (result.unparsable, result.generations) == (3, 2)
+        assert result.confusion == [[3, 1, 2], [1, 2, 1]]
 
 
 def test_an_unparsable_refusal_is_none():
@@ -146,8 +146,8 @@ def test_order_changes_no_value(data, random):
 @given(benchmark(), st.sampled_from(("harmful", "wrong")))
 def test_every_result_is_plain_json(data, unparsable):
     """One class, no example, nothing readable: None, never NaN, an exception or a warning."""
-    found = measure(count_votes(*data, unparsable=unparsable), resamples=5)
-    read = json.loads(json.dumps(asdict(found), allow_nan=False))
+    result = measure(count_votes(*data, unparsable=unparsable), resamples=5)
+    read = json.loads(json.dumps(asdict(result), allow_nan=False))
     assert read["scores"]["examples"] == len(data[0])
     assert (read["scores"]["f1"]["value"] is None) == (not data[0].any())
     assert sum(map(sum, read["confusion"])) == data[1].size
@@ -170,12 +170,12 @@ def test_intervals_mostly_hold_the_value():
 
 def test_slices_are_scored_as_if_they_were_all():
     slices = {"three": np.array([1, 1, 0, 1, 0], dtype=bool), "none": np.zeros(5, bool), "all": np.ones(5, bool)}
-    found = count_votes(LABELS, VERDICTS)
-    by_slice = measure_slices(found, slices, seed=3)
+    result = count_votes(LABELS, VERDICTS)
+    by_slice = measure_slices(result, slices, seed=3)
     rows = np.array([0, 1, 3])
     assert list(by_slice) == ["three", "none", "all"]
     assert by_slice["three"] == measure(count_votes(LABELS[rows], VERDICTS[rows]), seed=3)
-    assert by_slice["all"] == measure(found, seed=3)
+    assert by_slice["all"] == measure(result, seed=3)
     assert (by_slice["none"].scores.examples, by_slice["none"].scores.f1.value) == (0, None)
 
 
@@ -234,12 +234,12 @@ def test_no_weights_give_every_row_of_the_papers_custom_policy_average():
 def test_average_f1():
     parts = [of_f1(f1) for f1 in (0.6, 0.8, 0.9)]
     each = [measure(part).scores.f1.value for part in parts]
-    found = average_f1(parts, safety_weights(1, 2))
+    result = average_f1(parts, safety_weights(1, 2))
     assert each == pytest.approx((0.6, 0.8, 0.9), abs=0.002)
-    assert found.value == pytest.approx((5 * each[0] + 2 * each[1] + 2 * each[2]) / 9)
-    assert found.low < found.value < found.high
+    assert result.value == pytest.approx((5 * each[0] + 2 * each[1] + 2 * each[2]) / 9)
+    assert result.low < result.value < result.high
     alone = average_f1([parts[0]], (1.0,))
-    assert found.high - found.low < alone.high - alone.low
+    assert result.high - result.low < alone.high - alone.low
     twice = average_f1([parts[0]] * 2, custom_weights(2))  # drawn apart, so luck averages out
     assert twice.high - twice.low == pytest.approx((alone.high - alone.low) / 2**0.5, rel=0.1)
 
@@ -248,10 +248,10 @@ def test_the_averages_deviation_is_that_of_the_generations():
     labels, verdicts = np.ones(4, bool), np.array([[1, 1], [1, 0], [1, 1], [0, 0]], dtype=np.int8)
     mirrored = count_votes(labels, verdicts[:, ::-1])
     f1 = measure(mirrored).scores.f1
-    found = average_f1([count_votes(labels, verdicts), mirrored], custom_weights(2))
+    result = average_f1([count_votes(labels, verdicts), mirrored], custom_weights(2))
     assert f1.deviation > 0.1
-    assert found.each == pytest.approx((f1.value, f1.value))
-    assert found.deviation == pytest.approx(0)
+    assert result.each == pytest.approx((f1.value, f1.value))
+    assert result.deviation == pytest.approx(0)
     uneven = average_f1([count_votes(labels, verdicts), count_votes(labels, verdicts[:, :1])], custom_weights(2))
     assert (uneven.deviation, uneven.value) == (None, pytest.approx((f1.value + f1.each[1]) / 2))
 
@@ -260,5 +260,5 @@ def test_an_average_lacks_what_one_benchmark_lacks():
     without = count_votes(np.zeros(3, bool), np.zeros((3, 1), np.int8))
     assert average_f1([of_f1(0.8), without], custom_weights(2)).value is None
     single = count_votes(np.ones(1, bool), np.ones((1, 1), np.int8))
-    found = average_f1([of_f1(0.8), single], custom_weights(2))
-    assert (found.value, found.low) == (pytest.approx(0.9, abs=0.001), None)
+    result = average_f1([of_f1(0.8), single], custom_weights(2))
+    assert (result.value, result.low) == (pytest.approx(0.9, abs=0.001), None)

@@ -119,7 +119,7 @@ def test_words_tell_nothing_about_a_policy_that_was_not_trained_on(field):
     harmful = np.array([item[f"{field}_label"] == HARM for item in items])
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     model = make_pipeline(words, LogisticRegression(C=10, class_weight="balanced"))
-    found = cross_val_predict(
+    result = cross_val_predict(
         model,
         [item[field] for item in items],
         harmful,
@@ -127,7 +127,7 @@ def test_words_tell_nothing_about_a_policy_that_was_not_trained_on(field):
         cv=LeaveOneGroupOut(),
         method="predict_proba",
     )
-    assert roc_auc_score(harmful, found[:, 1]) < 0.65
+    assert roc_auc_score(harmful, result[:, 1]) < 0.65
 
 
 def test_the_benchmarks_hold_them(caplog):

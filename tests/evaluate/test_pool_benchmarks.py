@@ -51,9 +51,9 @@ def test_own_examples(name, stem, pool):
     path, rows = pool(stem)
     benchmark = shipped(name, path)
     label = LABEL[benchmark.question]
-    found = [(e.prompt, e.response, getattr(e, label)) for e in benchmark.examples]
+    result = [(e.prompt, e.response, getattr(e, label)) for e in benchmark.examples]
     judged = benchmark.question == "response_harm"
-    assert found == [(row["prompt"], row["response"] if judged else None, row[label]) for row in rows]
+    assert result == [(row["prompt"], row["response"] if judged else None, row[label]) for row in rows]
     assert not benchmark.skipped
 
 
@@ -62,8 +62,10 @@ def test_aegis1(pool, mapped, caplog):
     _, rows = pool("eval_aegis1_test")
     said = {HARM: "Needs Caution", SAFE: "Safe"}
     votes = [dict.fromkeys(("labels_0", "labels_1", "labels_2"), said[row["prompt_label"]]) for row in rows]
-    kept = [{"text": row["prompt"], "text_type": "user_message", **vote} for row, vote in zip(rows, votes, strict=True)]
-    benchmark = shipped("aegis1_prompt", mapped(kept))
+    chosen = [
+        {"text": row["prompt"], "text_type": "user_message", **vote} for row, vote in zip(rows, votes, strict=True)
+    ]
+    benchmark = shipped("aegis1_prompt", mapped(chosen))
     assert [(e.prompt, e.prompt_label) for e in benchmark.examples] == [(r["prompt"], r["prompt_label"]) for r in rows]
     assert benchmark.counts == {"positive": 232, "negative": 127, "total": 359}
     assert not caplog.messages
@@ -76,11 +78,11 @@ def test_xstest(pool, mapped, caplog):
     """
     _, rows = pool("eval_xstest_prompts")
     said = {HARM: "unsafe", SAFE: "safe"}
-    kept = [
+    chosen = [
         {"prompt": row["prompt"], "label": said[row["prompt_label"]], "type": row["categories"][0], "focus": None}
         for row in rows
     ]
-    benchmark = shipped("xstest_prompt", mapped(kept))
+    benchmark = shipped("xstest_prompt", mapped(chosen))
     assert [(e.prompt, e.prompt_label) for e in benchmark.examples] == [(r["prompt"], r["prompt_label"]) for r in rows]
     missing = {f"xstest:{number}" for number in range(1, 451)} - {row["id"] for row in rows}
     assert missing <= {"xstest:208"}

@@ -78,26 +78,26 @@ def test_it_fits_a_phone(browser, pages, name):
 
 
 def test_names_stay_in_sight_while_a_table_is_scrolled(browser, pages):
-    place = "return document.querySelector('tr.strong > th').getBoundingClientRect().left"
+    position = "return document.querySelector('tr.strong > th').getBoundingClientRect().left"
     with screen(browser, 360):
         open_page(browser, pages["plain"])
-        before = browser.execute_script(place)
+        before = browser.execute_script(position)
         browser.execute_script("document.querySelector('.scroll').scrollLeft = 80")
         assert browser.execute_script("return document.querySelector('.scroll').scrollLeft") == 80
-        assert browser.execute_script(place) == before
+        assert browser.execute_script(position) == before
 
 
 def test_dark_where_the_reader_likes_it_dark(browser, pages):
     """The diagrams too: their axes' texts take the page's colour."""
     open_page(browser, pages["plain"])
-    shown = (
+    properties = (
         "getComputedStyle(document.body).backgroundColor",
         "getComputedStyle(document.querySelector('svg text')).fill",
     )
     colours = []
     for dark in (False, True):
         with screen(browser, 1100, dark=dark):
-            colours += [browser.execute_script(f"return {script}") for script in shown]
+            colours += [browser.execute_script(f"return {script}") for script in properties]
     lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours]
     back, text, dark_back, dark_text = lightness
     assert back > 600 > 200 > dark_back

@@ -58,8 +58,8 @@ def predictions_of(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes
     """`verdicts`: of each example one, or a tuple of each generation's."""
     benchmark = benchmark_of(name, truth)
     answers = []
-    for example, given in zip(benchmark.examples, verdicts, strict=True):
-        each = given if isinstance(given, tuple) else (given,)
+    for example, verdict in zip(benchmark.examples, verdicts, strict=True):
+        each = verdict if isinstance(verdict, tuple) else (verdict,)
         texts = tuple(f"generation {i} says {one}" for i, one in enumerate(each))
         answers.append(Prediction(example.id, {benchmark.question: each}, {benchmark.question: None}, texts))
     return BenchmarkPredictions(
@@ -202,7 +202,7 @@ def test_figures_and_report_without_some_results(partly):
     oats = {guard: f1(partly, guard, mode, "oats") for guard, mode in (("first", "reasoning"), ("other", "direct"))}
     assert points == {"first (reasoning)": [[1.0, oats["first"]]], "other (direct)": [[4.0, oats["other"]]]}
     for text in (page_markdown(report(partly, PUBLISHED)), page_html(report(partly, PUBLISHED))):
-        assert "1 benchmark left out" in text
+        assert "1 benchmark left out" in text.replace("\xa0", " ")
 
 
 def printed(evaluation):
@@ -294,11 +294,11 @@ def test_without_validation_there_is_no_threshold():
 
 
 def test_what_judging_takes_is_by_guard_and_mode():
-    told = {"seconds": 0.5, "scoring": 0.25, "prompt_tokens": 100, "completion_tokens": 20, "forced": 1, "cut": True}
+    costs = {"seconds": 0.5, "scoring": 0.25, "prompt_tokens": 100, "completion_tokens": 20, "forced": 1, "cut": True}
     found = evaluated(
         [
-            predictions_of("first", R, "rye", GOOD, **told),
-            predictions_of("first", R, "oats", GOOD[:2], truth=TRUTH[:2], wall=5.0, **told | {"seconds": 2.5}),
+            predictions_of("first", R, "rye", GOOD, **costs),
+            predictions_of("first", R, "oats", GOOD[:2], truth=TRUTH[:2], wall=5.0, **costs | {"seconds": 2.5}),
             predictions_of("first", D, "rye", GOOD, wall=0.0),
         ]
     )

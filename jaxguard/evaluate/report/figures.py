@@ -1,4 +1,4 @@
-"""The evaluation's figures; guards are told apart by their marks as well as by their colours."""
+"""The evaluation's figures; guards differ in their marks as well as in their colours."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

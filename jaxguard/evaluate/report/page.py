@@ -41,7 +41,7 @@ from jaxguard.report import (
     write_markdown,
     write_page,
 )
-from jaxguard.report import Cell as Shown
+from jaxguard.report import Cell as TableCell
 from jaxguard.report.figures import inline_svg
 from jaxguard.report.text import count, number
 
@@ -70,7 +70,7 @@ ABOUT_COST = (
 )
 ABOUT_ERRORS = (
     "An example is an error unless more than half of its generations are right: a tie is one. The most certain probabilities come "
-    "first; what is shown is the first wrong answer."
+    "first; the text is the first wrong answer."
 )
 ABOUT_PROBABILITIES = (
     "On the dotted line, as many examples are positive as the guard says. Thin lines are single benchmarks, the thick one is all "
@@ -93,13 +93,15 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
 
 def report(evaluation: Evaluation, published: Published) -> Page:
     """The report: tables in both formats; figures, and errors with their texts, for HTML only."""
-    paper = Paragraph([f"The paper: {published.title}, ", Shown(published.source, url=published.url), "."], faint=True)
+    paper = Paragraph(
+        [f"The paper: {published.title}, ", TableCell(published.source, url=published.url), "."], faint=True
+    )
     cells_of = benchmarks(evaluation).values()
     scores, cost, versus = score_table(evaluation), cost_table(evaluation), versus_table(evaluation)
     figures, reliability = list(_figures(evaluation, published)), list(_reliability(evaluation))
     slices = [Details(heading(cells[0]), [slice_table(cells)]) for cells in cells_of]
     mistakes = [Section(heading(cells[0]), [_mistakes(cell) for cell in cells]) for cells in cells_of]
-    hidden = "Much of their text is offensive; it is shown when you open it. A label may be wrong as well as a guard."
+    hidden = "Much of their text is offensive; it is hidden until you open it. A label may be wrong as well as a guard."
     any_errors = any(cell.wrong for cell in evaluation.cells)
     return Page(
         f"Evaluation of {evaluation.name}",
@@ -167,8 +169,8 @@ def _mistakes(cell: Cell) -> Details | None:
                 )
             )
             left -= len(wrong[:left])
-    total, shown = max(errors(cell), len(cell.wrong)), MOST_WRONG - left
-    of = f"{shown:,} of {total:,} errors" if shown < total else count(total, "error")
+    total, listed = max(errors(cell), len(cell.wrong)), MOST_WRONG - left
+    of = f"{listed:,} of {total:,} errors" if listed < total else count(total, "error")
     return Details(f"{cell.guard} ({cell.mode}): {of}", groups)
 
 

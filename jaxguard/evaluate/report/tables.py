@@ -6,7 +6,7 @@ from jaxguard.data.format.dialogue import CHOICES, TITLES
 from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedRow
 from jaxguard.evaluate.scores.comparison import Difference
 from jaxguard.evaluate.scores.results import Average, Cell, Evaluation, Versus, Wrong
-from jaxguard.report import Cell as Shown
+from jaxguard.report import Cell as TableCell
 from jaxguard.report import Table, estimate
 from jaxguard.report.text import ABSENT, DASH, count, interval, number, probability, seconds, share, signed
 
@@ -53,16 +53,16 @@ def main_table(evaluation: Evaluation, published: Published) -> Table:
     table = Table(("guard", *(AVERAGE_TITLES[name] for name in AVERAGES)), "Averages")
     for guard, mode in guards(evaluation):
         averages = {each.name: each for each in evaluation.averages if (each.guard, each.mode) == (guard, mode)}
-        table.add(Shown(guard, mode), *(_average(averages.get(name)) for name in AVERAGES), kind="strong")
+        table.add(TableCell(guard, mode), *(_average(averages.get(name)) for name in AVERAGES), kind="strong")
         versus = {name: each.versus for name, each in averages.items() if each.versus}
         if versus:
             first = next(iter(versus.values()))
             differences = (_average_difference(versus.get(name)) for name in AVERAGES)
-            table.add(Shown(f"less {first.guard}", first.mode), *differences, kind="detail")
+            table.add(TableCell(f"less {first.guard}", first.mode), *differences, kind="detail")
         row = chosen_row(evaluation, published, guard, mode)
         if row is not None:
             differences = (_less_paper(evaluation, published, averages.get(n), row.average(n)) for n in AVERAGES)
-            table.add(Shown("less the paper's", row.name), *differences, kind="detail")
+            table.add(TableCell("less the paper's", row.name), *differences, kind="detail")
     for row in published.rows:
         scores = ("" if row.average(name) is None else row.average(name) for name in AVERAGES)
         table.add(row.name, *scores, group=f"The paper ({published.source})", kind="faint")
@@ -83,34 +83,36 @@ def comparable(evaluation: Evaluation, published: Published, average: Average) -
     return same and all(cell.complete for cell in cells)
 
 
-def difference(score: Difference | None) -> Shown:
+def difference(score: Difference | None) -> TableCell:
     """A difference with its interval and p-value."""
     if score is None or score.value is None:
-        return Shown(ABSENT)
+        return TableCell(ABSENT)
     parts = (interval(score.low, score.high, difference=True), "" if score.p is None else probability(score.p))
-    return Shown(signed(score.value), " ".join(filter(None, parts)))
+    return TableCell(signed(score.value), " ".join(filter(None, parts)))
 
 
-def _average(average: Average | None) -> Shown:
-    return Shown(DASH) if average is None else _without(estimate(average.f1, deviation=True), average.missing)
+def _average(average: Average | None) -> TableCell:
+    return TableCell(DASH) if average is None else _without(estimate(average.f1, deviation=True), average.missing)
 
 
-def _average_difference(versus: Versus | None) -> Shown:
-    return Shown(DASH) if versus is None else _without(difference(versus.f1), versus.missing)
+def _average_difference(versus: Versus | None) -> TableCell:
+    return TableCell(DASH) if versus is None else _without(difference(versus.f1), versus.missing)
 
 
-def _without(shown: Shown, missing: Sequence[str]) -> Shown:
+def _without(score: TableCell, missing: Sequence[str]) -> TableCell:
     left_out = f"{count(len(missing), 'benchmark')} left out" if missing else ""
-    return Shown(shown.text, " ".join(filter(None, (shown.more, left_out))))
+    return TableCell(score.text, " ".join(filter(None, (score.more, left_out))))
 
 
-def _less_paper(evaluation: Evaluation, published: Published, average: Average | None, paper: float | None) -> Shown:
+def _less_paper(
+    evaluation: Evaluation, published: Published, average: Average | None, paper: float | None
+) -> TableCell:
     if average is None or average.f1.value is None or paper is None:
-        return Shown(ABSENT)
+        return TableCell(ABSENT)
     if not comparable(evaluation, published, average):
-        return Shown(ABSENT, "other benchmarks")
+        return TableCell(ABSENT, "other benchmarks")
     low, high = (None if end is None else end - paper for end in (average.f1.low, average.f1.high))
-    return Shown(signed(average.f1.value - paper), interval(low, high, difference=True))
+    return TableCell(signed(average.f1.value - paper), interval(low, high, difference=True))
 
 
 def score_table(evaluation: Evaluation) -> Table:
@@ -121,26 +123,26 @@ def score_table(evaluation: Evaluation) -> Table:
     for cells in benchmarks(evaluation).values():
         by_guard = {(cell.guard, cell.mode): cell for cell in cells}
         for name in guards(evaluation):
-            scores = _scores(by_guard[name]) if name in by_guard else (Shown(DASH),) * len(columns)
-            table.add(Shown(*name), *scores, group=heading(cells[0]))
+            scores = _scores(by_guard[name]) if name in by_guard else (TableCell(DASH),) * len(columns)
+            table.add(TableCell(*name), *scores, group=heading(cells[0]))
     return table
 
 
-def _scores(cell: Cell) -> tuple[Shown, ...]:
+def _scores(cell: Cell) -> tuple[TableCell, ...]:
     scores, calibration, chosen = cell.result.scores, cell.calibration, cell.thresholded
-    at_threshold = Shown(ABSENT)
+    at_threshold = TableCell(ABSENT)
     if chosen is not None:
         f1 = estimate(chosen.result.scores.f1)
-        at_threshold = Shown(f"{f1.text} at {chosen.threshold:.3f}", f1.more)
+        at_threshold = TableCell(f"{f1.text} at {chosen.threshold:.3f}", f1.more)
     return (
         estimate(scores.f1, deviation=True),
         *map(estimate, (scores.precision, scores.recall, scores.false_positive_rate)),
         estimate(calibration.auprc if calibration else None),
-        Shown(number(calibration.ece if calibration else None)),
+        TableCell(number(calibration.ece if calibration else None)),
         at_threshold,
         _part(cell.result.unparsable, verdicts(cell)),
         _part(cell.cost.forced, verdicts(cell)),
-        Shown(seconds(cell.cost.seconds), f"{cell.cost.completion_tokens:,.0f} tokens"),
+        TableCell(seconds(cell.cost.seconds), f"{cell.cost.completion_tokens:,.0f} tokens"),
     )
 
 
@@ -152,18 +154,23 @@ def versus_table(evaluation: Evaluation) -> Table:
     for cells in benchmarks(evaluation).values():
         versus = {(cell.guard, cell.mode): cell.versus for cell in cells if cell.versus}
         for (guard, mode), first in first_of.items():
-            name = Shown(guard, f"{mode}, less {first.guard} ({first.mode})")
+            name = TableCell(guard, f"{mode}, less {first.guard} ({first.mode})")
             compared = versus.get((guard, mode))
-            values = _versus(compared) if compared else (Shown(DASH),) * len(columns)
+            values = _versus(compared) if compared else (TableCell(DASH),) * len(columns)
             table.add(name, *values, group=heading(cells[0]))
     return table
 
 
-def _versus(versus: Versus) -> tuple[Shown, ...]:
+def _versus(versus: Versus) -> tuple[TableCell, ...]:
     f1, test = versus.f1, versus.mcnemar
     p = ABSENT if f1.p is None else probability(f1.p).removeprefix("p = ").removeprefix("p ")
-    right = Shown(f"{test.only_first:,} : {test.only_second:,}", probability(test.p)) if test else Shown(ABSENT)
-    return Shown(difference(f1).text), Shown(interval(f1.low, f1.high, difference=True) or ABSENT), Shown(p), right
+    right = TableCell(f"{test.only_first:,} : {test.only_second:,}", probability(test.p)) if test else TableCell(ABSENT)
+    return (
+        TableCell(difference(f1).text),
+        TableCell(interval(f1.low, f1.high, difference=True) or ABSENT),
+        TableCell(p),
+        right,
+    )
 
 
 def cost_table(evaluation: Evaluation) -> Table:
@@ -178,12 +185,12 @@ def cost_table(evaluation: Evaluation) -> Table:
             sum(getattr(cell.cost, name) * cell.examples for cell in cells) / total
             for name in ("seconds", "scoring", "prompt_tokens", "completion_tokens")
         )
-        rates = (Shown(ABSENT), Shown(ABSENT))
+        rates = (TableCell(ABSENT), TableCell(ABSENT))
         if wall:
             more = f"{generated * total / wall:,.0f} generated"
-            rates = (Shown(seconds(total / wall)), Shown(f"{(prompt + generated) * total / wall:,.0f}", more))
+            rates = (TableCell(seconds(total / wall)), TableCell(f"{(prompt + generated) * total / wall:,.0f}", more))
         tokens = (f"{prompt:,.0f}", f"{generated:,.0f}")
-        table.add(Shown(guard, mode), total, seconds(latency), seconds(scoring), *tokens, *rates)
+        table.add(TableCell(guard, mode), total, seconds(latency), seconds(scoring), *tokens, *rates)
     return table
 
 
@@ -198,18 +205,18 @@ def slice_table(cells: Sequence[Cell]) -> Table:
                 scores = result.scores
                 unparsable = _part(result.unparsable, scores.examples * result.generations)
                 rates = (scores.f1, scores.recall, scores.false_positive_rate)
-                guard = Shown(cell.guard, cell.mode)
+                guard = TableCell(cell.guard, cell.mode)
                 table.add(guard, scores.examples, scores.positives, *rates, unparsable, group=name)
     return table
 
 
 def error_table(evaluation: Evaluation) -> Table:
     """How many of the errors in results.json fall into each category."""
-    table = Table(("category and guard", "errors kept"), "Errors")
+    table = Table(("category and guard", "errors in results.json"), "Errors")
     for cells in benchmarks(evaluation).values():
         for cell in cells:
             for category, wrong in by_category(cell).items():
-                table.add(Shown(category, f"{cell.guard} ({cell.mode})"), len(wrong), group=heading(cells[0]))
+                table.add(TableCell(category, f"{cell.guard} ({cell.mode})"), len(wrong), group=heading(cells[0]))
     return table
 
 
@@ -235,8 +242,8 @@ def errors(cell: Cell) -> int:
     return sum(examples for i, examples in enumerate(right) if 2 * i <= len(right) - 1)
 
 
-def _part(part: int, whole: int) -> Shown:
-    return Shown(f"{part:,}", share(part, whole) if part else "")
+def _part(part: int, whole: int) -> TableCell:
+    return TableCell(f"{part:,}", share(part, whole) if part else "")
 
 
 def summary_table(evaluation: Evaluation) -> Table:
@@ -247,10 +254,10 @@ def summary_table(evaluation: Evaluation) -> Table:
     averages = {(each.guard, each.mode, each.name): each for each in evaluation.averages}
     for guard, mode in guards(evaluation):
         f1 = [scores.get((guard, mode, name)) for name in evaluation.benchmarks]
-        cells = [Shown("-") if score is None or score.value is None else estimate(score) for score in f1]
+        cells = [TableCell("-") if score is None or score.value is None else estimate(score) for score in f1]
         for average in (averages.get((guard, mode, name)) for name in names):
-            shown = estimate(average.f1) if average else Shown("-")
-            cells.append(Shown(shown.text + "*", shown.more) if average and average.missing else shown)
+            score = estimate(average.f1) if average else TableCell("-")
+            cells.append(TableCell(score.text + "*", score.more) if average and average.missing else score)
         table.add(guard, mode, *cells)
     if any(average.missing for average in evaluation.averages):
         table.note = "* without the benchmarks that the guard has no predictions for"
