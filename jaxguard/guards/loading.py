@@ -1,4 +1,4 @@
-"""Guards, opened: whoever a config names becomes a Guard that can be asked."""
+"""Open the guards that a config names: checkpoint, prompt format and backend become a Predictor."""
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 
 _SAMPLING: Final = {"temperature", "top_p", "generations", "reasoning_tokens", "verdict_tokens", "ask", "seed"}
-"""Settings that change what a guard answers."""
+"""Settings that change a guard's predictions."""
 
 
 def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
-    """In which modes a guard is asked: its own choice, else those that data.mode trains, as far as its format has them.
+    """The modes of a guard: its own, else those that data.mode trains, as far as its format has them.
 
     Raises:
-        JaxguardError: no such format, or one that cannot be asked in that mode.
+        JaxguardError: no such format, or one without that mode.
     """
     if guard.format == "jaxguard":
         able = tuple(Mode)
@@ -62,12 +62,12 @@ def checkpoint_of(guard: GuardConfig, config: Config) -> str:
                 f"python -m jaxguard.train with the same config, or name the guard's checkpoint"
             )
         return str(export)
-    inside = Path(guard.checkpoint).expanduser() / "export"
-    return str(inside) if inside.is_dir() else guard.checkpoint
+    export = Path(guard.checkpoint).expanduser() / "export"
+    return str(export) if export.is_dir() else guard.checkpoint
 
 
 async def cache_key(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
-    """What decides a guard's answers, whatever it is asked about, for the heads of files; JSON.
+    """What decides a guard's predictions, whatever the examples; JSON for the first line of a file.
 
     Raises:
         JaxguardError: as `fingerprint`.
@@ -80,24 +80,24 @@ async def cache_key(guard: GuardConfig, config: Config, settings: EvaluateConfig
 
 
 def examples_key(examples: Sequence[Example], policy: Policy) -> dict[str, str]:
-    """What decides them besides: the examples, and every policy that one of them is judged by; for the heads of files.
+    """What decides them besides: the examples, and every policy that one of them is judged by.
 
     Args:
-        examples: those to judge.
+        examples: those to predict.
         policy: the run's.
     """
-    read: dict[str, list[tuple[str | None, str]]] = {}
+    policies: dict[str, list[tuple[str | None, str]]] = {}
     for written, example in {example.policy: example for example in examples}.items():
         own = policy_for(example, policy)
-        read.setdefault(f"policy {own.name}", []).append((written, own.digest))
-    hashes = {name: hashlib.sha256(json.dumps(found).encode()).hexdigest() for name, found in read.items()}
+        policies.setdefault(f"policy {own.name}", []).append((written, own.digest))
+    hashes = {name: hashlib.sha256(json.dumps(each).encode()).hexdigest() for name, each in policies.items()}
     return {"examples": digest(examples), **hashes}
 
 
 async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
-    """What tells a guard's answers from another's; JSON.
+    """What tells a guard's predictions from another guard's; JSON.
 
-    A server that runs already is known by what it says it serves, not by its address: one that moved goes on.
+    A running server is known by what it serves, not by its address.
 
     Raises:
         JaxguardError: no such checkpoint or training data, or a server that does not answer.
@@ -111,10 +111,10 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
     if guard.endpoint is not None and not guard.swap:
         from jaxguard.guards.backends.sglang import served
 
-        found = await served(guard.endpoint)
-        if "model_path" in found:  # the path may be this machine's too
-            found["weights"] = weights_digest(Path(found["model_path"]))
-        return {**known, "backend": "sglang", "served_as": guard.model, **found}
+        model = await served(guard.endpoint)
+        if "model_path" in model:  # the path may be this machine's too
+            model["weights"] = weights_digest(Path(model["model_path"]))
+        return {**known, "backend": "sglang", "served_as": guard.model, **model}
     known["weights"] = weights_digest(hub.fetch(checkpoint, guard.revision))
     if guard.endpoint is not None:
         return {**known, "backend": "sglang"}

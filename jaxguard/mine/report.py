@@ -141,7 +141,7 @@ def page(result: MineResult) -> Page:
         rows = [[Cell(value, code=True), *_counted(right, result)] for value, right in groups.items()]
         about = "An example counts for each of its categories." if name == "category" else None
         views.append(Section(f"By {name}", [about, Table.of((name, *columns), rows)]))
-    taken = [[Cell(name, code=True), count] for name, count in result.taken.items()]
+    taken = [(Cell(name, code=True), count) for name, count in result.taken.items()]
     return Page(
         f"Hard examples of {result.name}",
         [

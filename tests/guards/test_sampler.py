@@ -132,7 +132,7 @@ def test_stop_tokens_end_an_answer_and_are_no_part_of_it(model):
     for [answer], tokens in zip(found, whole, strict=True):
         end = next((i for i, token in enumerate(tokens) if token in stops), None)
         assert answer.tokens == tokens[:end]
-        assert answer.finish_reason == ("length" if end is None else "stop")
+        assert answer.stopped == (end is not None)
     assert found[1][0].tokens == ()
 
 
@@ -142,7 +142,7 @@ def test_answers_end_at_the_limit(model):
     for limit in (1, 7):
         found = generate(model, prompts, dataclasses.replace(GREEDY, max_tokens=limit))
         assert [answer.tokens for [answer] in found] == [answer.tokens[:limit] for [answer] in whole]
-        assert {answer.finish_reason for [answer] in found} == {"length"}
+        assert {answer.stopped for [answer] in found} == {False}
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])

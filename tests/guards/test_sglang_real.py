@@ -101,8 +101,7 @@ def draw(url, given, n=1, max_tokens=NEW, stop_ids=(END,), **how):
 def ours(path, given, max_tokens=NEW, stop_ids=(END,)):
     spec = read_spec(path)
     model = place_model(spec, read_weights(path, spec), Compute(query_chunk=16))
-    found = generate(model, given, Sampling(temperature=0, max_tokens=max_tokens, stop_ids=stop_ids))
-    return [[Completion(one.tokens, one.finish_reason == "stop") for one in answers] for answers in found]
+    return generate(model, given, Sampling(temperature=0, max_tokens=max_tokens, stop_ids=stop_ids))
 
 
 def theirs(path, given, max_tokens=NEW, stop=END):

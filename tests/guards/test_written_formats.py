@@ -145,13 +145,13 @@ def test_a_verdict_is_chosen_where_its_words_part(form):
     assert [one[0] for one in harm[:2]] == ["Request:", "Request:"]  # bad, unclear
     assert [one[3] for one in harm] == [False] * 5 + [True] * 6
     assert harm[-1][0] == "Request: good\nRefused: no\nReply:"
-    thought = "<reason>\nBread.\n</reason>\n"
-    [first, second] = places(LINES, asked(mode=Mode.REASONING), f"{thought}Request: good\nRefused: no\nReply: bad")
-    assert first[0] == second[0] == f"{thought}Request:"
+    reasoning = "<reason>\nBread.\n</reason>\n"
+    [first, second] = places(LINES, asked(mode=Mode.REASONING), f"{reasoning}Request: good\nRefused: no\nReply: bad")
+    assert first[0] == second[0] == f"{reasoning}Request:"
     assert places(LINES, asked(mode=Mode.REASONING), "<reason>\nBread.") == []
 
 
-def test_a_thought_that_ran_out_is_closed(form):
+def test_unfinished_reasoning_is_closed(form):
     ask, lines = asked(mode=Mode.REASONING), form[LINES]
     assert lines.close_reasoning(ask, "<reason>\nBread. ") == "<reason>\nBread.\n</reason>\n"
     assert lines.close_reasoning(ask, "<reason>\nBread.</reason>\nReq") == "<reason>\nBread.</reason>\n"
@@ -179,7 +179,7 @@ def verdicts(*labels):
     return [verdict(question=q, label=label)[0] for q, label in zip(questions, labels, strict=False)]
 
 
-THOUGHT = {"open": "<reason>", "close": "</reason>"}
+TAGS = {"open": "<reason>", "close": "</reason>"}
 MISTAKES = [
     ({"promt": "x"}, "unknown field 'promt'; did you mean 'prompt_alone'"),
     ({"name": None}, "field 'name' is missing"),
@@ -197,8 +197,8 @@ MISTAKES = [
     ({"text": "{{ prompt }}"}, "either chat or text"),
     ({"chat": None}, "either chat or text"),
     ({"modes": ["reasoning"]}, "go together"),
-    ({"thought": THOUGHT}, "go together"),
-    ({"thought": THOUGHT | {"open": "x"}, "modes": ["reasoning"]}, "cannot be told from 'x'"),
+    ({"reasoning": TAGS}, "go together"),
+    ({"reasoning": TAGS | {"open": "x"}, "modes": ["reasoning"]}, "cannot be told from 'x'"),
     ({"chat": "{{ promt }}"}, "chat: does not render: 'promt' is undefined"),
     ({"chat": "{% if %}"}, "chat: does not render: Expected an expression"),
     ({"chat": "{{ prompt }} {{ ''.__class__.__mro__ }}"}, "chat: does not render: .*unsafe"),

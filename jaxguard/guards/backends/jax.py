@@ -1,4 +1,4 @@
-"""Our own sampler as an Backend: it computes in this process, over the training mesh."""
+"""A Backend that computes in this process with JAX, over the training mesh."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from jaxguard.utils.errors import JaxguardError
 
 @dataclass(frozen=True)
 class JaxBackend:
-    """Implements judging.Backend.
+    """Implements protocol.Backend.
 
     Attributes:
-        model: the guard's.
+        model: the guard's weights, on the mesh.
         settings: how to sample.
         max_seq_len: of the packed rows in which verdicts are scored.
     """
@@ -33,10 +33,9 @@ class JaxBackend:
     async def sample(
         self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...]
     ) -> list[list[Completion]]:
-        given = self.settings
-        sampling = Sampling(given.temperature, given.top_p, max_tokens, stop_ids, given.seed, n)
-        found = generate(self.model, prompts, sampling, rows=given.batch)
-        return [[Completion(one.tokens, one.finish_reason == "stop") for one in answers] for answers in found]
+        settings = self.settings
+        sampling = Sampling(settings.temperature, settings.top_p, max_tokens, stop_ids, settings.seed, n)
+        return generate(self.model, prompts, sampling, rows=settings.batch)
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]]) -> list[float]:
         return next_log_odds(self.model, prefixes, pairs, max_seq_len=self.max_seq_len)

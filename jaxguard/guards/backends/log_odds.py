@@ -1,7 +1,7 @@
-"""Between which two tokens a guard chooses, and how likely it takes each: what verdict probabilities are made of.
+"""Log-odds of two next tokens after a prompt: what verdict probabilities are computed from.
 
-Computed as in training: prompts are packed into rows, which hold what all prompts begin with (policy, chat header) once, and
-go through the same attention kernels. A prompt that another one goes on from is read there.
+Computed as in training: prompts are packed into rows, which hold the common prefix of all prompts (policy, chat header) once, and
+go through the same attention kernels. A prompt that is the beginning of another one is scored within it.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def next_log_odds(
         model: see `place_model`.
         prompts: token ids.
         pairs: two tokens for each prompt.
-        max_seq_len: how many a packed row has, or more where a prompt is longer; each device computes one row at a time.
+        max_seq_len: tokens of a packed row, more where a prompt is longer; each device computes one row at a time.
 
     Raises:
         JaxguardError: a prompt is empty, or too long for the model.
@@ -39,36 +39,38 @@ def next_log_odds(
     check_prompts(model.spec, prompts, 1)
     if not prompts:
         return []
-    found = np.zeros(len(prompts))
-    packed = _sequences(prompts)
-    longest = max(len(one.sequence.tokens) for one in packed)
+    odds = np.zeros(len(prompts))
+    packed = _pack(prompts)
+    longest = max(len(example.sequence.tokens) for example in packed)
     max_seq_len = max(max_seq_len, bucket_size(longest, KERNEL_MULTIPLE))
-    asked = {id(one.sequence): one.prompts for one in packed}
-    rows = pack([one.sequence for one in packed], max_seq_len, model.row_multiple)
+    prompts_in = {id(example.sequence): example.prompts for example in packed}
+    rows = pack([example.sequence for example in packed], max_seq_len, model.row_multiple)
     with model.on_mesh():
         for start in range(0, len(rows), model.row_multiple):
             part = rows[start : start + model.row_multiple]
             batch = assemble(part, bucketed(part, max_seq_len, model.row_multiple))
             pairs_BM2 = np.zeros((*batch.target_ids_BM.shape, 2), np.int32)
-            chosen = [(r, [i for sequence in row for i in asked[id(sequence)]]) for r, row in enumerate(part) if row]
-            for r, places in chosen:
-                pairs_BM2[r, : len(places)] = [pairs[i] for i in places]
+            indices = [
+                (r, [i for sequence in row for i in prompts_in[id(sequence)]]) for r, row in enumerate(part) if row
+            ]
+            for r, targets in indices:
+                pairs_BM2[r, : len(targets)] = [pairs[i] for i in targets]
             odds_BM = np.asarray(
                 _log_odds(model.weights, *model.put((batch, pairs_BM2)), spec=model.spec, compute=model.compute)
             )
-            for r, places in chosen:
-                found[places] = odds_BM[r, : len(places)]
-    return found.tolist()
+            for r, targets in indices:
+                odds[targets] = odds_BM[r, : len(targets)]
+    return odds.tolist()
 
 
 class _Packed(NamedTuple):
-    """A sequence, and the prompts that end in it, in order."""
+    """A sequence, and the prompts that end within it, in order."""
 
     sequence: EncodedExample
     prompts: list[int]
 
 
-def _sequences(prompts: Sequence[Sequence[int]]) -> list[_Packed]:
+def _pack(prompts: Sequence[Sequence[int]]) -> list[_Packed]:
     """Few sequences in which every prompt ends somewhere before the last token."""
     head = np.asarray(prompts[0][: common_prefix(prompts)], np.int32).tobytes()
     # Backwards, so that what goes on from a prompt comes before it.

@@ -1,10 +1,10 @@
-"""Generation with our own decoder, over the training mesh: for measuring a guard where no server runs.
+"""Generation with our own decoder, over the training mesh.
 
-The tokens that all prompts of a call begin with (policy, chat header) are computed once, for one row. Each batch of prompts then
-adds what is its own, and all samples of a prompt share that. What is generated goes into a third cache, so that nothing which
-was computed is ever copied or written to again, and the whole loop over new tokens runs on the devices.
+The tokens that all prompts of a call begin with (policy, chat header) are computed once, for one row. Each batch then computes
+the rest of its prompts, which all samples of a prompt share. Generated tokens go into a third cache, so that no cache is copied
+or overwritten, and the whole loop over new tokens runs on the devices.
 
-Draws depend on the seed, the prompt's tokens and the sample's number only: neither on the batch nor on the order of prompts.
+Samples depend on the seed, the prompt's tokens and the sample's number only: neither on the batch nor on the order of prompts.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxguard.data.packing import bucket_size
+from jaxguard.guards.protocol import Completion
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Cache, Decoder
@@ -34,7 +35,7 @@ from jaxguard.utils.errors import JaxguardError
 LENGTH_MULTIPLE = 32
 
 PREFILLS = 4
-"""A batch's prompts are computed in so many parts of like length, so that one long prompt does not pad all others."""
+"""A batch's prompts are computed in this many parts of similar length, so that one long prompt does not pad all others."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits; 0 always takes the likeliest token.
-        top_p: draw from the smallest set of likeliest tokens whose probabilities, after the temperature, sum to this or more.
-        max_tokens: at most so many new tokens.
-        stop_ids: tokens that end an answer; they are no part of it.
-        seed: other draws for other seeds.
-        n: answers for each prompt.
+        top_p: sample from the smallest set of likeliest tokens whose probabilities, after the temperature, sum to this or more.
+        max_tokens: most new tokens.
+        stop_ids: tokens that end a completion, without being part of it.
+        seed: of the samples.
+        n: completions of each prompt.
     """
 
     temperature: float = 0.6
@@ -70,14 +71,6 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """One answer: its tokens without the stop token, and whether one came or max_tokens were full."""
-
-    tokens: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
 class Model:
     """A decoder ready to generate; made by `place_model`."""
 
@@ -87,13 +80,13 @@ class Model:
     mesh: Mesh | None
 
     def put(self, tree: Any, *, whole: bool = False) -> Any:
-        """Arrays to the devices: rows over data and fsdp, or everything on each."""
+        """Put arrays on the devices: rows over data and fsdp, or everything on each."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         return shard_batch(tree, replicated(self.mesh) if whole else batch_sharding(self.mesh))
 
     def on_mesh(self) -> AbstractContextManager[Any]:
-        """While programs run: the mesh is then the one in context."""
+        """The mesh as the context's, while programs run."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @property
@@ -102,7 +95,7 @@ class Model:
 
 
 def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh: Mesh | None = None) -> Model:
-    """Cast to the compute type and gather over fsdp, once instead of at each token; tensor stays cut.
+    """Cast to the compute type and gather over fsdp, once instead of at each token; tensor stays sharded.
 
     Args:
         spec: the model's shape.
@@ -111,27 +104,27 @@ def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh
         mesh: as in training; None for the default device.
     """
 
-    def one(path: str, axes: tuple[str, ...]) -> Array:
+    def place(path: str, axes: tuple[str, ...]) -> Array:
         weight = weights[path] if "norm" in axes else weights[path].astype(compute.matmul_dtype or compute.dtype)
         if mesh is None:
             return weight
         return jax.device_put(weight, NamedSharding(mesh, partition(axes, weight.shape, mesh.shape, without="fsdp")))
 
-    placed = {w.path: one(w.path, w.axes) for w in table(spec)}
+    placed = {w.path: place(w.path, w.axes) for w in table(spec)}
     return Model(spec, placed, replace(compute, remat="none"), mesh)
 
 
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, *, rows: int = 32, share_prefix: bool = True
-) -> list[list[Generation]]:
-    """`sampling.n` answers for each prompt, in the prompts' order.
+) -> list[list[Completion]]:
+    """Sample `sampling.n` completions of each prompt, in the prompts' order.
 
     Args:
         model: see `place_model`.
         prompts: token ids.
-        sampling: how to draw.
-        rows: answers that are generated at the same time; a batch has at least one prompt for each device.
-        share_prefix: compute what all prompts begin with only once; the answers are the same without.
+        sampling: how to sample.
+        rows: completions that are generated at the same time; a batch has at least one prompt for each device.
+        share_prefix: compute the common prefix of all prompts once; the completions are the same without.
 
     Raises:
         JaxguardError: a prompt is empty, or too long for the model.
@@ -142,18 +135,18 @@ def generate(
     prefix = common_prefix(prompts) if share_prefix else 0
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     size = bucket_size(min(max(1, rows // sampling.n), len(prompts)), model.row_multiple)
-    found: dict[int, list[Generation]] = {}
+    completions: dict[int, list[Completion]] = {}
     with model.on_mesh():
         shared = _shared(model, prompts[0][:prefix])
         for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            answers = _batch(model, shared, [prompts[i] for i in chosen], prefix, size, sampling)
-            found |= zip(chosen, answers, strict=True)
-    return [found[i] for i in range(len(prompts))]
+            batch = order[start : start + size]
+            sampled = _batch(model, shared, [prompts[i] for i in batch], prefix, size, sampling)
+            completions |= zip(batch, sampled, strict=True)
+    return [completions[i] for i in range(len(prompts))]
 
 
 def check_prompts(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    """Is there something to go on from, and room for so many new tokens?
+    """Check that prompts are not empty, and leave room for the new tokens.
 
     Raises:
         JaxguardError: a prompt is empty, or too long for the model.
@@ -169,7 +162,7 @@ def check_prompts(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int)
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with; the last one is each prompt's own in any case."""
+    """Tokens that all prompts begin with, without the last one of any prompt."""
     shortest = min(prompts, key=len)
     differ = (i for i, token in enumerate(shortest) if any(prompt[i] != token for prompt in prompts))
     return min(next(differ, len(shortest)), len(shortest) - 1)
@@ -190,8 +183,8 @@ def _batch(
     prefix: int,
     size: int,
     sampling: Sampling,
-) -> list[list[Generation]]:
-    """The answers of one batch, whose prompts come longest first; rows without a prompt are done before they begin."""
+) -> list[list[Completion]]:
+    """The completions of one batch, whose prompts come longest first; rows without a prompt are done from the start."""
     keys = np.zeros((size * sampling.n, 2), np.uint32)
     for row in range(len(prompts) * sampling.n):
         keys[row] = _key(sampling.seed, prompts[row // sampling.n], row % sampling.n)
@@ -203,8 +196,8 @@ def _batch(
     for start in range(0, size, rows):
         suffixes = [prompt[prefix:] for prompt in prompts[start : start + rows]]
         tokens, positions, lengths = _rows(suffixes, prefix, min(rows, size - start))
-        placed = model.put((tokens, positions, lengths - prefix - 1))
-        parts.append(_prefill(model.weights, shared, *placed, **_static(model)))
+        arrays = model.put((tokens, positions, lengths - prefix - 1))
+        parts.append(_prefill(model.weights, shared, *arrays, **_static(model)))
         ends.append(lengths)
     hidden_BD, own = parts[0] if len(parts) == 1 else _joined(parts)
     lengths, keys, done = model.put((np.concatenate(ends), keys, done))
@@ -212,8 +205,8 @@ def _batch(
         model.weights, (*shared, own), hidden_BD, lengths, keys, done, model.put(stop, whole=True),
         max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, **_static(model),
     )  # fmt: skip
-    answers = [_cut(row, sampling.stop_ids) for row in np.asarray(generated_RG)[: len(prompts) * sampling.n]]
-    return [answers[i : i + sampling.n] for i in range(0, len(answers), sampling.n)]
+    completions = [_completion(row, sampling.stop_ids) for row in np.asarray(generated_RG)[: len(prompts) * sampling.n]]
+    return [completions[i : i + sampling.n] for i in range(0, len(completions), sampling.n)]
 
 
 def _rows(suffixes: Sequence[Sequence[int]], start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -233,11 +226,10 @@ def _key(seed: int, prompt: Sequence[int], sample: int) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32)
 
 
-def _cut(row: np.ndarray, stop_ids: Sequence[int]) -> Generation:
+def _completion(row: np.ndarray, stop_ids: Sequence[int]) -> Completion:
+    """The tokens before the first stop token, if there is one."""
     stops = np.flatnonzero(np.isin(row, stop_ids))
-    if len(stops):
-        return Generation(tuple(row[: stops[0]].tolist()), "stop")
-    return Generation(tuple(row.tolist()), "length")
+    return Completion(tuple(row[: stops[0] if len(stops) else None].tolist()), bool(len(stops)))
 
 
 def _static(model: Model) -> dict[str, Any]:
@@ -262,7 +254,7 @@ def _prefill(
 
 @jax.jit
 def _joined(parts: Sequence[tuple[Float[Array, "_ D"], Cache]]) -> tuple[Float[Array, "B D"], Cache]:
-    """What was computed of several rows each, of all: the first part's are the longest, and others are padded to them."""
+    """Join the parts of a batch; the first part has the longest rows, and others are padded to them."""
     longest = parts[0][1].positions_AS.shape[1]
 
     def whole(arrays: Sequence[Array], rows: int, tokens: int, padding: int) -> Array:
@@ -281,7 +273,7 @@ def _joined(parts: Sequence[tuple[Float[Array, "_ D"], Cache]]) -> tuple[Float[A
 
 
 class _State(NamedTuple):
-    """Of the loop over new tokens: how many are chosen, the tokens, which rows have stopped, keys and values."""
+    """State of the loop over new tokens: how many are sampled, the tokens, which rows have stopped, keys and values."""
 
     step: Array
     tokens_RG: Array
@@ -306,11 +298,11 @@ def _decode(
     temperature: float,
     top_p: float,
 ) -> Int[Array, "R G"]:
-    """New tokens of R = B n rows; what follows a stop token means nothing."""
+    """New tokens of R = B n rows; ignore what follows a stop token."""
     decoder = Decoder(spec, weights, compute)
     rows = keys_R2.shape[0]
     lengths_R, hidden_RD = (jnp.repeat(x, rows // x.shape[0], axis=0) for x in (lengths_B, hidden_BD))
-    places_RG = lengths_R[:, None] + jnp.arange(max_tokens)
+    positions_RG = lengths_R[:, None] + jnp.arange(max_tokens)
 
     def choose(hidden_RD: Array, step: Array | int, tokens_RG: Array, done_R: Array) -> tuple[Array, Array]:
         logits_RV = constrain(decoder.logits(hidden_RD[:, None])[:, 0], "batch", None)
@@ -320,13 +312,15 @@ def _decode(
     def more(state: _State) -> Array:
         return (state.step < max_tokens) & ~jnp.all(state.done_R)
 
-    def one(state: _State) -> _State:
-        """Feed the last token chosen, keep its keys and values, choose the next."""
+    def step(state: _State) -> _State:
+        """Feed the last token, cache its keys and values, sample the next."""
         last = state.step - 1
-        last_R1, place_R1 = (jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1) for x in (state.tokens_RG, places_RG))
-        written_RG = jnp.where(jnp.arange(max_tokens) < last, places_RG, FAR)
+        last_R1, position_R1 = (
+            jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1) for x in (state.tokens_RG, positions_RG)
+        )
+        written_RG = jnp.where(jnp.arange(max_tokens) < last, positions_RG, FAR)
         new = Cache(state.key_LRKGH, state.value_LRKGH, written_RG)
-        hidden_R1D, cache = decoder.cached(last_R1, place_R1, (*seen, new))
+        hidden_R1D, cache = decoder.cached(last_R1, position_R1, (*seen, new))
         key_LRKGH, value_LRKGH = (
             jax.lax.dynamic_update_slice_in_dim(whole, part, last, axis=3)
             for whole, part in zip(new[:2], cache[:2], strict=True)
@@ -337,30 +331,30 @@ def _decode(
     shape = (spec.num_layers, rows, spec.num_kv_heads, max_tokens, spec.head_dim)
     empty = constrain(jnp.zeros(shape, compute.dtype), "layers", "batch", "kv_heads", None, "head_dim")
     first = choose(hidden_RD, 0, jnp.zeros((rows, max_tokens), jnp.int32), done_R)
-    state = jax.lax.while_loop(more, one, _State(jnp.int32(1), *first, empty, empty))
+    state = jax.lax.while_loop(more, step, _State(jnp.int32(1), *first, empty, empty))
     return constrain(state.tokens_RG, None, None)
 
 
 def draw(
     logits_RV: Float[Array, "R V"], keys_R2: UInt32[Array, "R 2"], step: Any, temperature: float, top_p: float
 ) -> Int[Array, "R"]:
-    """A token for each row by its own random stream."""
+    """Sample a token for each row by its own random stream."""
     if temperature == 0:
         return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
     logits_RV = logits_RV / temperature
     if top_p < 1:
         logits_RV = jnp.where(nucleus(jax.nn.softmax(logits_RV, axis=-1), top_p), logits_RV, -jnp.inf)
 
-    def one(key_2: Array, logits_V: Array) -> Array:
+    def sample(key_2: Array, logits_V: Array) -> Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key_2), step), logits_V)
 
-    return jax.vmap(one)(keys_R2, logits_RV).astype(jnp.int32)
+    return jax.vmap(sample)(keys_R2, logits_RV).astype(jnp.int32)
 
 
 def nucleus(probability_RV: Float[Array, "R V"], top_p: float) -> Array:
-    """Which tokens are among the fewest likeliest ones that together have probability `top_p`; ties are in together.
+    """Mask the fewest likeliest tokens that together have probability `top_p`, with ties.
 
-    Looks for the least probability inside by halving: a float32 of 0 or more grows with its bits read as an integer, so 31
+    Finds the least probability inside by bisection: a float32 of 0 or more grows with its bits read as an integer, so 31
     sums over the vocabulary find it exactly, faster than sorting does.
     """
     bits_RV = jax.lax.bitcast_convert_type(probability_RV, jnp.int32)

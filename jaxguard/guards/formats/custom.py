@@ -50,8 +50,8 @@ def read_guard(path: Path) -> ExternalGuard:
             f"{where}: must show, for every question about harm, either all of a policy (categories with their "
             "descriptions, rules, allowed; {{ policy }} holds them all), or nothing of it"
         )
-    reasoning = () if form.thought is None else (form.thought.open.strip(), form.thought.close.strip())
-    tags = tuple(sorted({*reasoning, *(tag for _, text in trials for tag in _tags(text))}))
+    reasoning_marks = () if form.reasoning is None else (form.reasoning.open.strip(), form.reasoning.close.strip())
+    tags = tuple(sorted({*reasoning_marks, *(tag for _, text in trials for tag in _tags(text))}))
     labels = (line.label for line in form.verdicts if line.label)
     headings = {*labels, *(heading for _, text in trials for heading in _headings(text))}
     clash = next((tag for tag in tags if "\\" in tag or len(tag) < 2), None)
@@ -69,7 +69,9 @@ def read_guard(path: Path) -> ExternalGuard:
         tags=tags,
         headings=tuple(sorted(headings)),
         modes=tuple(Mode(mode) for mode in form.modes),
-        reasoning=form.thought and reasoning_tags(form.thought.open, form.thought.close, strict=False),
+        reasoning=None
+        if form.reasoning is None
+        else reasoning_tags(form.reasoning.open, form.reasoning.close, strict=False),
         prompt_alone=form.prompt_alone,
     )
 

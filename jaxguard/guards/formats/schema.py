@@ -27,13 +27,13 @@ class VerdictDefinition(Schema):
     question: Question
     """What it answers."""
     label: Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\n:]*$")] = ""
-    """What its line opens with, before a colon; without one the line is the word alone."""
+    """What its line begins with, before a colon; without one the line is the word alone."""
     positive: tuple[Word, ...] = Field(min_length=1)
-    """Words for harmful, or for a refusal. Case does not matter for reading, but for the probability."""
+    """Words for harmful, or for a refusal. Case matters for the probability, not for parsing."""
     negative: tuple[Word, ...] = Field(min_length=1)
     """Words for unharmful, or for compliance; the probability holds the positive ones against the first."""
     absent: tuple[Word, ...] = ()
-    """What the line says where no response is shown; none: it is not written then."""
+    """What the line says where no response is shown; without, there is no such line then."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -50,12 +50,12 @@ class VerdictDefinition(Schema):
 
 
 class ReasoningTagsDefinition(Schema):
-    """What stands around the thought in reasoning mode."""
+    """The tags around the reasoning."""
 
     open: Line
     """Before it."""
     close: Annotated[str, StringConstraints(pattern=r"\S")]
-    """After it, with the white space up to the verdict. What follows its last occurrence is read."""
+    """After it, with the white space up to the verdict. What follows its last occurrence is parsed."""
 
 
 class GuardFormatDefinition(Schema):
@@ -70,14 +70,14 @@ class GuardFormatDefinition(Schema):
     text: str | None = None
     """of the whole text that the answer follows, special tokens included."""
     verdicts: tuple[VerdictDefinition, ...] = Field(min_length=1)
-    """What it answers. Where labels differ, an answer has all these lines in this order; where they are the same or left out, it
-    has that of the asked question alone."""
+    """The questions it answers. Where labels differ, an answer has all these lines in this order; where they are the same or left
+    out, it has only that of the question."""
     prompt_alone: bool = True
     """A question about the prompt is asked without the response."""
     modes: tuple[Literal["reasoning", "direct"], ...] = Field(("direct",), min_length=1)
-    """How it can be asked."""
-    thought: ReasoningTagsDefinition | None = None
-    """Goes with reasoning."""
+    """In which it can be prompted."""
+    reasoning: ReasoningTagsDefinition | None = None
+    """Goes with mode reasoning."""
     ends: tuple[Line, ...] = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "</s>")
     """Tokens that end an answer, besides the tokenizer's own; those that it does not have do not count."""
 
@@ -85,8 +85,8 @@ class GuardFormatDefinition(Schema):
     def _check(self) -> Self:
         if (self.chat is None) == (self.text is None):
             raise ValueError("give either chat or text")
-        if ("reasoning" in self.modes) != (self.thought is not None):
-            raise ValueError("mode reasoning and thought go together: give both or none")
+        if ("reasoning" in self.modes) != (self.reasoning is not None):
+            raise ValueError("mode reasoning and the tags in reasoning go together: give both or none")
         questions = [one.question for one in self.verdicts]
         twice = next((question for question in questions if questions.count(question) > 1), None)
         if twice is not None:
