@@ -28,7 +28,7 @@ BELOW = {
     "data": {"utils", "config", "report"},
     "distill": {"data"},
     "models": {"utils", "config"},
-    "train": {"data", "models"},
+    "train": {"data", "models", "report"},
     "plan": {"train"},
     "guards": {"data", "models"},
     "evaluate": {"guards", "distill"},

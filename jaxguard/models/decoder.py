@@ -104,11 +104,11 @@ class Decoder(nnx.Module):
 
         def attend_caches(kind: Array, earlier: Any, query: Array, key: Array, value: Array) -> Any:
             new = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-            parts = [KeyValues(*kv, cache.positions_AS) for kv, cache in zip(earlier, caches, strict=True)]
+            parts = [KeyValues(k, v, cache.positions_AS) for (k, v), cache in zip(earlier, caches, strict=True)]
             mixed_BTNH = attend_cached(
                 query,
                 positions_BT,
-                [*parts, KeyValues(*new, positions_BT)],
+                [*parts, KeyValues(new[0], new[1], positions_BT)],
                 window=windows[kind],
                 scale=self.spec.query_scale,
                 chunk=self.compute.query_chunk,
@@ -210,7 +210,8 @@ class Decoder(nnx.Module):
             for window in distinct
         ]
         branch = jnp.asarray([distinct.index(window) for window in windows])[kind]
-        return jax.lax.switch(branch, branches, *qkv, layout)
+        mixed_BTNH: Array = jax.lax.switch(branch, branches, *qkv, layout)
+        return mixed_BTNH
 
     def _norm(self, x: Float[Array, "*rows D"], weight: Float[Array, "D"]) -> Float[Array, "*rows D"]:
         """Apply RMSNorm over the last dimension, in float32."""

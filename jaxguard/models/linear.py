@@ -99,7 +99,8 @@ def project(equation: str, x: Array, weight: Array, matmul_dtype: DTypeLike | No
         result = _pairwise(equation, x, weight)
     else:
         result = jnp.einsum(equation, x, weight)
-    return checkpoint_name(result, DOTS)
+    named: Array = checkpoint_name(result, DOTS)
+    return named
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -113,7 +114,7 @@ def _pairwise(equation: str, x: Array, weight: Array) -> Array:
         if terms <= MAX_TERMS:
             return jnp.einsum(equation, x, weight)
         halves = (jnp.array_split(array, 2, axis) for array, axis in zip((x, weight), axes, strict=True))
-        first, second = (add(*half, terms // 2) for half in zip(*halves, strict=True))
+        first, second = (add(x, weight, terms // 2) for x, weight in zip(*halves, strict=True))
         return first + second
 
     return add(x, weight, terms)
@@ -152,8 +153,8 @@ def _gradients(equation: str, x: Array, weight: Array, gradient: Array, matmul_d
     of_x = jnp.einsum(f"{out},{right}->{left}", gradient, rounded_weight, preferred_element_type=x.dtype)
     # In the order in which the weight's dimensions come out, so that nothing is transposed.
     factors = [(out, gradient), (left, rounded_x)] if right[0] in out else [(left, rounded_x), (out, gradient)]
-    (first, one), (second, other) = factors
-    of_weight = jnp.einsum(f"{first},{second}->{right}", one, other, preferred_element_type=weight.dtype)
+    (a, left_factor), (b, right_factor) = factors
+    of_weight = jnp.einsum(f"{a},{b}->{right}", left_factor, right_factor, preferred_element_type=weight.dtype)
     return of_x, of_weight
 
 

@@ -1,4 +1,4 @@
-"""The mesh, and how state and batches lie on it."""
+"""The mesh, and the shardings of state and batches over it."""
 
 import math
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The devices as a data × fsdp × tensor grid; jax.distributed must be initialized before.
+    """Arrange the devices as a data × fsdp × tensor grid; jax.distributed must be initialized before.
 
     Raises:
-        JaxguardError: the grid needs more devices than there are, leaves some idle, or cuts one copy of the weights
+        JaxguardError: the grid needs more devices than there are, leaves some idle, or shards one copy of the weights
             over two TPU slices.
     """
     devices = jax.devices() if devices is None else devices
@@ -32,20 +32,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     fsdp = config.fsdp if config.fsdp > 0 else max(1, len(devices) // fixed)
     shape = (config.data, fsdp, config.tensor)
     if math.prod(shape) != len(devices):
-        wanted = " × ".join(f"mesh.{name}={size}" for name, size in zip(AXES, shape, strict=True))
+        grid = " × ".join(f"mesh.{name}={size}" for name, size in zip(AXES, shape, strict=True))
         raise JaxguardError(
-            f"{wanted} is {math.prod(shape)} devices, but there are {len(devices)} ({devices[0].device_kind}); "
+            f"{grid} is {math.prod(shape)} devices, but there are {len(devices)} ({devices[0].device_kind}); "
             "set mesh.fsdp=-1 to take all that are left, or change the mesh"
         )
     return Mesh(_grid(shape, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices in this shape, those with the fastest links to one another along the inner axes.
+    """Arrange devices in this shape, those with the fastest links to one another along the inner axes.
 
-    JAX lists devices host by host, so that hosts lie along `data`, as far as it is long, and a host's own devices along
-    the others. The chips of a TPU slice are a torus that spans its hosts: mesh_utils cuts it into smaller ones, by the
-    chips' coordinates. Several slices, between which the network is slow, lie along `data`.
+    JAX lists devices host by host, so that hosts are along `data`, as far as it is long, and a host's own devices along the
+    others. The chips of a TPU slice are a torus that spans its hosts: mesh_utils cuts it into smaller ones by the chips'
+    coordinates. Several slices, between which the network is slow, are along `data`.
     """
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(shape)
@@ -61,7 +61,7 @@ def _grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def weight_shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Path -> how the rule table cuts that weight."""
+    """Map each path to the sharding that the rule table gives that weight."""
     return {w.path: NamedSharding(mesh, partition(w.axes, w.shape(spec), mesh.shape)) for w in table(spec)}
 
 
@@ -70,27 +70,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp; the rest whole."""
+    """Shard rows over data and fsdp, nothing else."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
 def shard_batch(tree: Any, sharding: NamedSharding) -> Any:
-    """Arrays that every host has whole -> arrays cut over the mesh; each host hands its devices their part."""
+    """Shard arrays that every host has whole: each host gives its devices their part."""
 
-    def one(x: np.ndarray) -> jax.Array:
+    def shard(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(shard, tree)
 
 
 def row_multiple(config: Config, mesh: Mesh) -> int:
-    """Row counts that every device and micro-batch gets an equal share of.
+    """Number that a row count must be a multiple of, so that every device and micro-batch has equally many rows.
 
     Raises:
-        JaxguardError: the batch has fewer examples than that, so that some devices could only ever hold padding.
+        JaxguardError: the batch has fewer examples than that, so that some devices would only hold padding.
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    multiple = devices * config.train.accumulation
+    multiple: int = devices * config.train.accumulation
     if multiple > config.train.batch_size:
         raise JaxguardError(
             f"train.batch_size={config.train.batch_size} cannot be divided over mesh.data × mesh.fsdp = {devices} devices × "
@@ -100,22 +100,22 @@ def row_multiple(config: Config, mesh: Mesh) -> int:
 
 
 def abstract_state(optimizer: optax.GradientTransformation, spec: Spec, mesh: Mesh) -> dict[str, Any]:
-    """Shapes, types and shardings of the training state, without memory: Adam's moments lie as their weights do."""
+    """Build the training state's shapes, types and shardings, without memory; Adam's moments are sharded as their weights."""
     shardings = weight_shardings(spec, mesh)
     weights = {
         path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in abstract(spec).items()
     }
 
-    def placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     whole = replicated(mesh)
     moments = optax.tree.map_params(
         optimizer,
-        placed,
+        with_sharding,
         jax.eval_shape(optimizer.init, weights),
         shardings,
-        transform_non_params=lambda x: placed(x, whole),
+        transform_non_params=lambda x: with_sharding(x, whole),
     )
     step = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
     return {"weights": weights, "optimizer": moments, "step": step}

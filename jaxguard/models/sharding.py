@@ -49,7 +49,8 @@ def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> ja
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape, without))
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape, without))
+    return constrained
 
 
 def num_shards(axis: str, size: int) -> int:

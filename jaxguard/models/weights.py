@@ -1,7 +1,7 @@
 """Every weight, declared once.
 
-A row says what a weight is called on both sides, how Hugging Face's layout becomes ours (an einops rule over shape
-letters; it reads backwards for the export), and which logical axis each of our dimensions is. Initialisation,
+A row holds a weight's names on both sides, how Hugging Face's layout becomes ours (an einops rule over shape letters, which
+the export applies backwards), and the logical axis of each of our dimensions. Initialization,
 sharding, import, export, the planner and the tests all read this table.
 
 We keep Hugging Face's parametrisation: values are only reshaped, transposed and stacked, so an export of unchanged
@@ -48,24 +48,24 @@ class Weight:
         return self.path.startswith(LAYER)
 
     def shape(self, spec: Spec) -> tuple[int, ...]:
-        """Our shape, L included."""
+        """Return our shape, L included."""
         letters = self.rule.split("->")[1].split()
         return tuple(spec.sizes[x] for x in (["L"] if self.stacked else []) + letters)
 
     def hf_shape(self, spec: Spec) -> tuple[int, ...]:
-        """Hugging Face's shape of one layer's tensor."""
+        """Return Hugging Face's shape of one layer's tensor."""
         groups = self.rule.split("->")[0].replace("(N H)", "NH").replace("(K H)", "KH").split()
         return tuple(math.prod(spec.sizes[x] for x in group) for group in groups)
 
     def from_hf(self, tensor: np.ndarray, spec: Spec) -> np.ndarray:
-        """A view of one layer's tensor in our layout."""
+        """View one layer's tensor in our layout."""
         sizes = {letter: size for letter, size in spec.sizes.items() if letter in self.rule}
         return einops.rearrange(tensor, self.rule, **sizes)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """A view of one layer's array, or of a part of it, in Hugging Face's layout."""
-        theirs, ours = self.rule.split(" -> ")
-        return einops.rearrange(array, f"{ours} -> {theirs}")
+        """View one layer's array, or a part of it, in Hugging Face's layout."""
+        hf, ours = self.rule.split(" -> ")
+        return einops.rearrange(array, f"{ours} -> {hf}")
 
 
 def _norm(path: str, hf: str, letter: str = "D") -> Weight:
@@ -75,7 +75,7 @@ def _norm(path: str, hf: str, letter: str = "D") -> Weight:
 
 EMBED = Weight("embed", "embed_tokens.weight", "V D -> V D", ("vocab", "embed"))
 HEAD = Weight("lm_head", "lm_head.weight", "V D -> V D", ("vocab", "embed"))
-"""Absent where the head is tied; it stands outside the model's prefix on disk."""
+"""Absent where the head is tied; on disk it has no prefix of the model."""
 
 _MATRICES = (
     Weight("layers.q_proj", "layers.{i}.self_attn.q_proj.weight", "(N H) D -> D N H", ("layers", "embed", "heads", "head_dim")),
@@ -90,7 +90,7 @@ _MATRICES = (
 _FINAL_NORM = _norm("final_norm", "norm")
 
 # The same Hugging Face name, post_attention_layernorm, is the norm before the MLP in Llama and the norm after
-# attention in Gemma 3; our names say where a norm stands.
+# attention in Gemma 3; our names say where a norm is applied.
 _LLAMA_NORMS = (
     _norm("layers.attention_norm", "layers.{i}.input_layernorm"),
     _norm("layers.mlp_norm", "layers.{i}.post_attention_layernorm"),
@@ -113,29 +113,29 @@ _NORMS = {
 
 
 def table(spec: Spec) -> tuple[Weight, ...]:
-    """The rows that a model of this spec has."""
+    """Return the rows of a model of this spec."""
     return (EMBED, *_MATRICES, *_NORMS[spec.family], _FINAL_NORM, *(() if spec.tied else (HEAD,)))
 
 
 def abstract(spec: Spec, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape and type, without memory."""
+    """Map each path to shape and type, without memory."""
     return {w.path: jax.ShapeDtypeStruct(w.shape(spec), dtype) for w in table(spec)}
 
 
 def initialize(spec: Spec, key: jax.Array) -> dict[str, jax.Array]:
-    """Random float32 weights: norms at identity, the rest normal with deviation 0.02."""
+    """Draw random float32 weights: norms at identity, the rest normal with deviation 0.02."""
     identity = 0.0 if spec.zero_centered_norm else 1.0
 
-    def one(weight: Weight, key: jax.Array) -> jax.Array:
+    def draw(weight: Weight, key: jax.Array) -> jax.Array:
         shape = weight.shape(spec)
         if "norm" in weight.axes:
             return jnp.full(shape, identity, jnp.float32)
         return 0.02 * jax.random.normal(key, shape, jnp.float32)
 
     rows = table(spec)
-    return {w.path: one(w, k) for w, k in zip(rows, jax.random.split(key, len(rows)), strict=True)}
+    return {w.path: draw(w, k) for w, k in zip(rows, jax.random.split(key, len(rows)), strict=True)}
 
 
 def count(weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> int:
-    """Number of parameters."""
+    """Count the parameters."""
     return sum(math.prod(w.shape) for w in weights.values())

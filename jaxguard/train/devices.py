@@ -1,4 +1,4 @@
-"""What a run puts on the devices: the FLOPs of a step, the table of parameters."""
+"""The FLOPs of a step, and the table of parameters that a run prints when it starts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from jaxguard.models.weights import Weight
 
 
 def attended_pairs(positions: np.ndarray, window: int | None = None) -> int:
-    """(query, key) pairs that causal attention computes for tokens at these positions of their sequences, self included."""
-    seen = positions + 1
-    return int((seen if window is None else np.minimum(seen, window)).sum(dtype=np.int64))
+    """Count the (query, key) pairs of causal attention for tokens at these positions of their sequences, self included."""
+    keys = positions + 1
+    return int((keys if window is None else np.minimum(keys, window)).sum(dtype=np.int64))
 
 
 def training_flops(spec: Spec, positions: np.ndarray, targets: int) -> float:
-    """FLOPs of the matrix products that one step needs, for MFU. Padding and recomputation do not count.
+    """Count the FLOPs of the matmuls that one step needs, for MFU, without padding and recomputation.
 
     Forward: 2 per weight and token in the layers; 4 N H per pair of tokens that attend (scores and weighted sum);
     2 V D per target token in the head. The backward pass takes twice that (Chowdhery et al., PaLM, 2022, appendix B,
@@ -43,11 +43,11 @@ def training_flops(spec: Spec, positions: np.ndarray, targets: int) -> float:
 def startup_table(
     weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct], shardings: Mapping[str, Sharding], rows: Sequence[Weight]
 ) -> Table:
-    """Every parameter with its shape, logical axes, how the mesh cuts it, and bytes per device.
+    """List every parameter with its shape, logical axes, mesh axes, and bytes per device.
 
     Args:
         weights: path -> array, or its shape and type.
-        shardings: path -> where it lies.
+        shardings: path -> sharding.
         rows: the model's weight table.
     """
     table = Table(title="Parameters", title_justify="left", show_footer=True, pad_edge=False)
@@ -79,7 +79,7 @@ def _bytes_per_device(weight: jax.Array | jax.ShapeDtypeStruct, sharding: Shardi
 
 
 def _cut(sharding: Sharding, dimensions: int) -> str:
-    """The mesh axes of each dimension, - where it is whole."""
+    """The mesh axes that cut each dimension, - where none does."""
     if not isinstance(sharding, NamedSharding):
         return "whole"
     spec = [*sharding.spec, *[None] * (dimensions - len(sharding.spec))]

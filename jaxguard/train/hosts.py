@@ -18,8 +18,8 @@ START_TIMEOUT = 300
 """Seconds in which all processes of a run must have started."""
 
 NO_ALL_REDUCE_COMBINER = "--xla_disable_hlo_passes=cpu-all-reduce-combiner"
-"""For XLA_FLAGS. A CPU's all-reduce of several arrays goes on to the next array when one has failed because a process
-has died: those that are still at the one before then wait for 100 seconds, or Gloo aborts them (jaxlib 0.10.2)."""
+"""For XLA_FLAGS. A CPU's all-reduce of several arrays continues with the next array when one has failed because a process
+has died: processes that are still at the one before then wait for 100 seconds, or Gloo aborts them (jaxlib 0.10.2)."""
 
 
 def start_hosts(config: MeshConfig) -> None:
@@ -79,6 +79,6 @@ def _print_error(error: BaseException) -> int:
         sys.stderr.write(
             f"{''.join(lines)}error: process {jax.process_index()} of {jax.process_count()} stops, for the reason above. "
             "If a collective could not reach the others, another process of this run has died: its own output says why. "
-            "Start all of them again: the run goes on from its last checkpoint\n"
+            "Restart all of them: the run resumes from its last checkpoint\n"
         )
         return 1

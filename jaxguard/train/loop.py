@@ -29,7 +29,7 @@ from jaxguard.train.curves import draw_curves
 from jaxguard.train.devices import startup_table, training_flops
 from jaxguard.train.export import export
 from jaxguard.train.hosts import start_hosts
-from jaxguard.train.logging import Telemetry, read_metrics
+from jaxguard.train.logging import RunLog, read_metrics
 from jaxguard.train.run_folder import Resume, RunFolder, open_run
 from jaxguard.train.signals import StopFlag, graceful_stop
 from jaxguard.train.step import Metrics, Program, State, build_program
@@ -90,7 +90,7 @@ class Run:
     schedule: Schedule
     validation: Validation
     checkpoints: Checkpoints
-    telemetry: Telemetry
+    log: RunLog
     stop: StopFlag
 
 
@@ -143,7 +143,7 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         steps = total_steps(len(data.train), config.train.batch_size, config.train.epochs, config.train.max_steps)
         stack.enter_context(jax.set_mesh(mesh))
         program = build_program(config, spec, mesh, steps)
-        introduce(config, program)
+        print_startup(config, program)
         yield Run(
             config=config,
             source=source,
@@ -153,12 +153,12 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
             schedule=Schedule(data.train, steps=steps, seed=config.seed, **common),
             validation=Validation(data.validation, **common),
             checkpoints=stack.enter_context(open_checkpoints(folder.checkpoints, config.checkpoint, spec.fingerprint)),
-            telemetry=stack.enter_context(Telemetry(folder, config, steps)),
+            log=stack.enter_context(RunLog(folder, config, steps)),
             stop=stack.enter_context(graceful_stop()),
         )
 
 
-def introduce(config: Config, program: Program) -> None:
+def print_startup(config: Config, program: Program) -> None:
     """Print the resolved config and the table of parameters."""
     if jax.process_index() != 0:
         return
@@ -172,9 +172,9 @@ def introduce(config: Config, program: Program) -> None:
 def resume_or_start(run: Run) -> tuple[int, State]:
     """Return completed steps and state, from the newest valid checkpoint or from the base weights."""
     restored = run.checkpoints.restore(run.program.state)
-    run.telemetry.rewind(None if restored is None else restored[0])
+    run.log.rewind(None if restored is None else restored[0])
     if restored is not None:
-        run.telemetry.say(f"resuming from the checkpoint of step {restored[0]} of {run.schedule.steps}")
+        run.log.print(f"resuming from the checkpoint of step {restored[0]} of {run.schedule.steps}")
         return restored
     shardings = {path: x.sharding for path, x in run.program.state["weights"].items()}
     state = run.program.initialize(read_weights(run.source, run.program.spec, shardings))
@@ -245,7 +245,7 @@ class StepLog:
         self.restart_clock()
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             raise JaxguardError(_not_finite(self.run, step, values))
-        self.run.telemetry.log(step, values, _speed(self.run.program, self.run.config.train.batch_size, batch, seconds))
+        self.run.log.log(step, values, _speed(self.run.program, self.run.config.train.batch_size, batch, seconds))
 
 
 def _not_finite(run: Run, step: int, values: dict[str, float]) -> str:
@@ -278,7 +278,7 @@ def validate(run: Run, step: int, state: State) -> float | None:
     if jax.process_index() == 0:
         lines = [json.dumps(asdict(prediction)) + "\n" for prediction in predictions]
         write_atomically(run.folder.validation_predictions / f"{step}.jsonl", "".join(lines))
-    run.telemetry.log(step, metrics)
+    run.log.log(step, metrics)
     return metrics["validation/loss"]
 
 
@@ -314,8 +314,8 @@ def _check_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["train"]["tokens_sha256"] != manifest["train"]["tokens_sha256"]:
             raise ProvenanceError(
-                f"{folder.path} was trained on other data: {path} does not match what the config's sources give now. Bring "
-                "the data back, or start a new run under another name"
+                f"{folder.path} was trained on other data: {path} does not match the config's sources. Restore "
+                "the data, or start a new run under another name"
             )
         return
     if jax.process_index() == 0:

@@ -8,7 +8,7 @@ from jaxguard.models.weights import table
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, … steps - 1: linear warmup, then decay to the final share at `steps`."""
+    """Return the learning rate as a function of the step: linear warmup, then decay to the final share at `steps`."""
     peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_share
     decay_steps = max(1, steps - config.warmup_steps)
     match config.schedule:
@@ -18,7 +18,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
             decay = optax.linear_schedule(peak, final, decay_steps)
         case "constant":
             decay = optax.constant_schedule(peak)
-    # Step 0 of the warmup already moves: a share of 1 / (warmup + 1), not 0.
+    # The first step of the warmup has 1 / (warmup + 1) of the peak, not 0.
     warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, max(1, config.warmup_steps))
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 

@@ -1,9 +1,9 @@
-"""A run's folder: what it holds, who may write to it, and whether a new start may go on in it.
+"""A run's folder: what it holds, its lock, and whether a run may be resumed in it.
 
     runs/NAME/
       config.yaml     the resolved config
       versions.json   what the run was computed with
-      metrics.jsonl   one record a line (telemetry.py)
+      metrics.jsonl   one record a line (logging.py)
       validation_predictions/  STEP.jsonl: the probability of every held-out verdict after that step
       checkpoints/  export/  tensorboard/  profile/  evaluate/  mine/
 
@@ -18,7 +18,6 @@ import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Literal
 
 import jax
@@ -39,21 +38,21 @@ FREE = (
     "name", "run_folder", "checkpoint.", "log.", "data.prefetch", "train.export", "train.evaluate_every",
     "mesh.coordinator", "distill", "build", "evaluate", "mine",
 )  # fmt: skip
-"""Fields that a resumed run may change: the weights stay the same bit for bit."""
+"""Fields that a resumed run may change without any effect on the weights."""
 
 ROUNDING = ("mesh.", "model.attention", "model.remat", "model.query_chunk", "model.loss_chunk", "train.accumulation")
-"""Fields that a resumed run may change: the sums are the same, but added up in another order."""
+"""Fields that a resumed run may change with an effect on rounding only: sums are added up in another order."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 
 @dataclass
 class RunFolder:
-    """A run's folder, held by this process until `close`.
+    """A run's folder, locked by this process until `close`.
 
     Attributes:
         path: the folder.
-        resumed: it held this run already.
+        resumed: whether it held this run already.
     """
 
     path: Path
@@ -89,7 +88,7 @@ class RunFolder:
         return self.path / "curves.png"
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -97,24 +96,22 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def open_run(config: Config, resume: Resume = "auto") -> RunFolder:
-    """Create or reopen run_folder/name and hold it for this process.
+    """Create or reopen run_folder/name and lock it for this process.
 
-    Call it on every process, after jax.distributed is up; process 0 does the work and the others wait for it.
+    Call it on every process, after jax.distributed is initialized; process 0 does the work and the others wait for it.
 
     Args:
         config: the resolved config.
-        resume: auto goes on where the folder's run stopped, if there is one; always insists on a checkpoint to
-            go on from; never insists on a folder without a run.
+        resume: auto resumes the folder's run, if there is one; always requires a checkpoint to resume from; never requires a
+            folder without a run.
 
     Raises:
-        JaxguardError: the folder is held by another process, holds another run, or is not what `resume` wants.
+        JaxguardError: the folder is locked by another process, holds another run, or is not what `resume` requires.
     """
     if jax.process_index() != 0:
         state = _from_first_process(_WAITING)
@@ -168,16 +165,16 @@ def _check_resume(folder: Path, holds_run: bool, resume: Resume) -> None:
         )
     if resume == "always" and not any(p.name.isdigit() for p in (folder / "checkpoints").glob("*")):
         raise JaxguardError(
-            f"{folder} holds no checkpoint to go on from and --resume is always; use --resume auto to start"
+            f"{folder} holds no checkpoint to resume from and --resume is always; use --resume auto to start"
         )
 
 
 def _check_same_run(folder: Path, config: Config) -> None:
-    """Refuse to mix two runs in one folder."""
+    """Refuse to resume with a config of another run."""
     try:
         before = load(str(folder / "config.yaml"))
     except JaxguardError as error:
-        raise JaxguardError(f"{folder} holds a run whose config cannot be read, choose another name: {error}") from None
+        raise JaxguardError(f"{folder} holds a run whose config is invalid, choose another name: {error}") from None
     old_tree, new_tree = (
         c.model_dump(mode="json", exclude={"distill", "build"}) for c in (before, config)
     )  # no part of training
@@ -187,16 +184,16 @@ def _check_same_run(folder: Path, config: Config) -> None:
     refuse_others(
         {field: pair for field, pair in changes.items() if field not in rounding},
         f"{folder} holds another run; these fields change the result:",
-        "Choose another name (name=...), take the old values back, or delete the folder.",
+        "Choose another name (name=...), restore the old values, or delete the folder.",
     )
     if rounding:
         logger.warning(
-            "%s goes on with other %s: the same sums in another order, not bit for bit", folder, ", ".join(rounding)
+            "%s resumes with other %s: the same sums in another order, so rounding differs", folder, ", ".join(rounding)
         )
 
 
 def _write_versions(path: Path) -> None:
-    """Note what this start computes with; earlier starts with something else stay listed under `before`."""
+    """Record the versions of this start; earlier starts with other versions stay listed under `before`."""
     now = versions()
     before: list[Any] = []
     if path.is_file():
@@ -208,20 +205,19 @@ def _write_versions(path: Path) -> None:
         changed = {k: v for k, v in differences(last, now).items() if k != "started"}
         if last and changed:
             before = [*before, last]
-            told = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
-            logger.warning("%s goes on with other versions, so perhaps not bit for bit: %s", path.parent, told)
+            listed = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
+            logger.warning("%s resumes with other versions, so rounding may differ: %s", path.parent, listed)
     write_atomically(path, json.dumps({**now, "before": before}, indent=2) + "\n")
 
 
 def versions() -> dict[str, Any]:
-    """What a run is computed with."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    """Collect the versions of everything that can change a run's results."""
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "jaxguard": jaxguard.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        **found,
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
         "devices": sorted({device.device_kind for device in jax.devices()}),
         "device_count": jax.device_count(),
         "processes": jax.process_count(),
@@ -229,7 +225,7 @@ def versions() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, or None where it was installed from elsewhere."""
+    """Return the commit of the checkout that this package runs from; None outside of a checkout."""
     checkout = Path(jaxguard.__file__).parents[1]
     if not (checkout / ".git").exists():
         return None

@@ -131,9 +131,10 @@ def loss_and_gradient(
     buffers = gradient_buffers(spec, compute)
 
     def loss_of(variables: dict[str, Array], batch: Batch) -> Array:
-        buffered = {path: Buffered(weights[path], variables[path]) for path in buffers}
+        buffered = {path: Buffered(weights[path], variable) if path in buffers else variable
+                    for path, variable in variables.items()}  # fmt: skip
         logprobs_BM1 = logprobs(
-            variables | buffered, batch, batch.target_ids_BM[..., None],
+            buffered, batch, batch.target_ids_BM[..., None],
             spec=spec, compute=compute, loss_chunk=loss_chunk,
         )  # fmt: skip
         return token_weighted_loss(logprobs_BM1[..., 0], batch.target_weights_BM, total_weight)

@@ -80,7 +80,7 @@ def test_attention_in_xla_is_packed_causal_attention(chunk, window, shared, comp
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 7, 13, 18])
-def test_block_sparse_attention_has_a_branch_for_all_blocks(blocks):
+def test_block_sparse_with_every_block_needed(blocks):
     """The last queries of one long segment see every block of the row."""
     query, key, value, _ = jax.tree.map(jnp.asarray, packed(rows=1, tokens=4 * blocks, head_dim=16))
     layout = Layout(jnp.ones((1, 4 * blocks), int), jnp.arange(4 * blocks)[None])
@@ -90,7 +90,7 @@ def test_block_sparse_attention_has_a_branch_for_all_blocks(blocks):
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("window", [None, 20])
-def test_gradients_of_block_sparse_attention_are_those_of_xla(window, shared):
+def test_block_sparse_gradients_equal_xla(window, shared):
     query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=60, head_dim=16, shared=shared))
     real = (layout.segments_BT > 0)[..., None, None]
 
@@ -105,7 +105,7 @@ def test_gradients_of_block_sparse_attention_are_those_of_xla(window, shared):
 
 
 @pytest.mark.parametrize(("window", "poisoned"), [(None, slice(32, 96)), (16, slice(0, 96))])
-def test_block_sparse_attention_leaves_out_what_no_query_of_a_block_sees(window, poisoned):
+def test_block_sparse_skips_invisible_blocks(window, poisoned):
     """Values that must not be multiplied are NaN: a weight of zero would not hide them."""
     query, key, value, _ = jax.tree.map(jnp.asarray, packed(rows=1, tokens=128, head_dim=16))
     branches = np.arange(128) // 8 + 1
@@ -122,7 +122,7 @@ def test_block_sparse_attention_leaves_out_what_no_query_of_a_block_sees(window,
     np.testing.assert_allclose(last(block_sparse, nan), last(attention.xla, value), atol=2e-5)
 
 
-def test_block_sparse_attention_over_a_mesh_is_that_on_one_device():
+def test_block_sparse_over_a_mesh():
     query, key, value, layout = packed(rows=4, tokens=64, head_dim=16, shared=True)
     expected = reference(query, key, value, layout, None, 0.1)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -190,7 +190,7 @@ def test_splash_gradient(shared):
         ("cpu", None, 128, "bfloat16", "block_sparse"),
     ],
 )
-def test_auto_takes_the_best_that_works(platform, capability, head_dim, dtype, expected):
+def test_auto_takes_the_best_kernel(platform, capability, head_dim, dtype, expected):
     assert choose(platform, capability, head_dim, dtype, max_seq_len=2048) == expected
     assert choose(platform, capability, head_dim, dtype, "xla", max_seq_len=2048) == "xla"
 
@@ -199,14 +199,14 @@ def test_auto_takes_the_best_that_works(platform, capability, head_dim, dtype, e
     ("platform", "capability", "head_dim", "max_seq_len", "requested", "message"),
     [
         ("cpu", None, 128, 128, "cudnn", "needs an NVIDIA GPU, and this is cpu"),
-        ("gpu", 8.0, 256, 128, "cudnn", "up to 128 dimensions"),
-        ("gpu", 8.0, 128, 127, "cudnn", "even number of tokens"),
+        ("gpu", 8.0, 256, 128, "cudnn", "up to 128"),
+        ("gpu", 8.0, 128, 127, "cudnn", "must be even"),
         ("gpu", 8.0, 128, 128, "splash", "needs a TPU"),
         ("gpu", 8.0, 128, 128, "block_sparse", "is for CPUs"),
-        ("tpu", None, 128, 200, "splash", "tokens of a row must be a multiple of 128, not 200"),
+        ("tpu", None, 128, 200, "splash", "max_seq_len must be a multiple of 128, not 200"),
         ("tpu", None, 128, 128, "flash", "known: auto, cudnn, splash, block_sparse, xla"),
     ],
 )
-def test_a_forced_kernel_that_cannot_work_says_why(platform, capability, head_dim, max_seq_len, requested, message):
+def test_unsuitable_kernels_are_refused(platform, capability, head_dim, max_seq_len, requested, message):
     with pytest.raises(JaxguardError, match=message):
         choose(platform, capability, head_dim, jnp.bfloat16, requested, max_seq_len)

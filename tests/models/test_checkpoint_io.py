@@ -200,8 +200,8 @@ def test_each_shard_is_read_once_and_alone(make, monkeypatch):
 
 
 def test_what_the_host_has_filled_is_taken_over_without_a_copy(make, monkeypatch):
-    source, filled, space = make("llama"), [], loading.host_space
-    monkeypatch.setattr(loading, "host_space", lambda *args: filled.append(space(*args)) or filled[-1])
+    source, filled, space = make("llama"), [], loading.allocate
+    monkeypatch.setattr(loading, "allocate", lambda *args: filled.append(space(*args)) or filled[-1])
     weights = read_weights(source, read_spec(source))
     assert {w.unsafe_buffer_pointer() for w in weights.values()} == {space.ctypes.data for space in filled}
 

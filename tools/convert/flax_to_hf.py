@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 
 from jaxguard.models.hf_io.checkpoints import export_hf
-from jaxguard.models.hf_io.folders import check_free
 from jaxguard.train.checkpoints import read_checkpoint_weights
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.folders import check_free
 from jaxguard.utils.hub import fetch
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from jaxguard.models.hf_io import safetensors as safetensors_io
-from jaxguard.models.hf_io.folders import whole_folder
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import Weight, table
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.folders import whole_folder
 
 try:
     import gguf

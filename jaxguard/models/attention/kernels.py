@@ -1,8 +1,6 @@
 """Fused attention kernels of GPUs and TPUs, and which of them a device can run.
 
-Shape letters: B rows, T tokens of a row, N query heads, K key/value heads, H head dimension.
-
-Both kernels mean the same, which `Layout` says. What comes out at padding is finite and means nothing.
+Both compute attention by a `Layout`. Results at padding are finite and meaningless.
 """
 
 from collections.abc import Callable
@@ -25,16 +23,15 @@ LANES = 128
 
 
 class Layout(NamedTuple):
-    """Who sees whom in packed rows.
+    """Which keys a query sees in packed rows.
 
-    A token sees the tokens of its own segment, and those of the prefix that the segment continues, that stand at or before
-    it in the row and, in a local layer, less than `window` positions back.
+    A token sees the tokens of its own segment, and of the prefix that the segment continues, which are at or before it in the
+    row and, in a local layer, less than `window` positions back.
 
     Attributes:
-        segments_BT: which segment a token belongs to, 0 for padding.
-        positions_BT: place of each token in its own sequence; after a prefix they go on from it.
-        prefixes_BT: the segment that a token's segment continues, its own where it continues none; None where no segment
-            of the rows continues another.
+        segments_BT: the segment that a token belongs to, 0 for padding.
+        positions_BT: position of each token in its own sequence, which continue those of a prefix.
+        prefixes_BT: the segment that a token's segment continues, else its own; None where no segment continues another.
     """
 
     segments_BT: Int[Array, "B T"]
@@ -42,7 +39,7 @@ class Layout(NamedTuple):
     prefixes_BT: Int[Array, "B T"] | None = None
 
     def visible(self, window: int | None, queries: slice | Array, keys: slice | Array) -> Bool[Array, "*B C S"]:
-        """May the tokens at `queries` see those at `keys`? Of one row, too."""
+        """Whether the tokens at `queries` see those at `keys`; also of a single row."""
 
         def query(x: Array) -> Array:
             return x[..., queries, None]
@@ -50,13 +47,13 @@ class Layout(NamedTuple):
         def key(x: Array) -> Array:
             return x[..., None, keys]
 
-        seen = query(self.segments_BT) == key(self.segments_BT)
+        visible = query(self.segments_BT) == key(self.segments_BT)
         if self.prefixes_BT is not None:
-            seen |= query(self.prefixes_BT) == key(self.segments_BT)
+            visible |= query(self.prefixes_BT) == key(self.segments_BT)
         if window is not None:
-            seen &= query(self.positions_BT) - key(self.positions_BT) < window
-        places = jnp.arange(self.segments_BT.shape[-1])
-        return seen & (key(places) <= query(places))
+            visible &= query(self.positions_BT) - key(self.positions_BT) < window
+        columns = jnp.arange(self.segments_BT.shape[-1])
+        return visible & (key(columns) <= query(columns))
 
 
 def choose(
@@ -67,10 +64,10 @@ def choose(
     requested: str = "auto",
     max_seq_len: int = LANES,
 ) -> Kernel:
-    """The kernel to use on a device: the best one that can work, or the requested one.
+    """Choose the best kernel that a device can run, or check the requested one.
 
     Args:
-        platform: JAX's name of it: cpu, gpu, cuda or tpu.
+        platform: JAX's name of the device's platform: cpu, gpu, cuda or tpu.
         compute_capability: of an NVIDIA GPU, such as 8.0; None elsewhere.
         head_dim: H.
         dtype: type of queries, keys and values.
@@ -78,7 +75,7 @@ def choose(
         max_seq_len: T.
 
     Raises:
-        JaxguardError: the requested kernel cannot work there.
+        JaxguardError: the device cannot run the requested kernel.
     """
     # Best first.
     obstacles: dict[Kernel, str | None] = {
@@ -91,7 +88,7 @@ def choose(
         if requested in ("auto", name) and obstacle is None:
             return name
         if requested == name:
-            raise JaxguardError(f"model.attention={name} cannot work here: {obstacle}; set model.attention=auto")
+            raise JaxguardError(f"model.attention={name} cannot run here: {obstacle}; set model.attention=auto")
     raise JaxguardError(f"model.attention={requested} is unknown; known: auto, {', '.join(obstacles)}")
 
 
@@ -104,21 +101,21 @@ def _cudnn_obstacle(
         return f"it needs compute capability 8.0 (A100) or newer, and this GPU has {capability}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it computes in bfloat16, and model.compute_dtype is {jnp.dtype(dtype).name}"
-    # Of the backward pass, by cuDNN's documentation; on Blackwell Transformer Engine keeps to 128, and so do we.
+    # The backward pass's limit in cuDNN's documentation; on Blackwell Transformer Engine stays at 128, and so do we.
     limit = 256 if 9.0 <= capability < 10.0 else 128
     if head_dim > limit or head_dim % 8:
-        return f"on compute capability {capability} heads may have up to {limit} dimensions, in eights, not {head_dim}"
+        return f"on compute capability {capability} head_dim may be up to {limit}, a multiple of 8, not {head_dim}"
     if max_seq_len % 2:
-        return f"a row needs an even number of tokens, not {max_seq_len}"
+        return f"max_seq_len must be even, not {max_seq_len}"
     return None
 
 
 def _splash_obstacle(platform: str, head_dim: int, max_seq_len: int) -> str | None:
     if platform != "tpu":
         return f"it needs a TPU, and this is {platform}"
-    for what, value in (("dimensions of a head", head_dim), ("tokens of a row", max_seq_len)):
+    for name, value in (("head_dim", head_dim), ("max_seq_len", max_seq_len)):
         if value % LANES:
-            return f"the {what} must be a multiple of {LANES}, not {value}"
+            return f"{name} must be a multiple of {LANES}, not {value}"
     return None
 
 
@@ -130,11 +127,10 @@ def cudnn(
     window: int | None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """Flash attention of cuDNN, in bfloat16, on an NVIDIA GPU.
+    """Compute cuDNN's flash attention, in bfloat16, on an NVIDIA GPU.
 
-    Causality is the kernel's own, and so is the window where distance in the row is distance in the sequence, which lets it
-    skip blocks; the rest comes as a mask (B T T, bfloat16): cuDNN's packed layout would need none, but it does not exist
-    before Hopper.
+    The kernel itself knows causality, and the window where distance in the row is distance in the sequence, and skips blocks
+    for them. The rest is a mask (B T T, bfloat16): cuDNN's packed layout would need none, but exists only since Hopper.
     """
     row_window = window if layout.prefixes_BT is None else None
 
@@ -162,85 +158,72 @@ def splash(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Splash attention of a TPU; with `interpret`, the same kernel emulated anywhere, slowly.
+    """Compute splash attention on a TPU; with `interpret`, emulate the kernel anywhere, slowly.
 
-    The kernel leaves out blocks that nobody sees: by the causal or local mask alone where no segment continues another,
-    and by each row's own mask where one does.
+    The kernel skips blocks without any visible key: by the causal or local mask alone where no segment continues another, else
+    by each row's own mask.
     """
 
     def attend(query: Array, key: Array, value: Array, layout: Layout) -> Array:
         scaled = (query * scale).astype(query.dtype)
         q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (scaled, key, value))
-        rows = _whole_rows if layout.prefixes_BT is None else _branching_rows
+        rows = _static_rows if layout.prefixes_BT is None else _dynamic_rows
         return rows(q_BNTH, k_BKTH, v_BKTH, layout, window, interpret).swapaxes(1, 2)
 
     return per_device(attend, query, key, value, layout)
 
 
-def _whole_rows(
+def _static_rows(
     q_BNTH: Array, k_BKTH: Array, v_BKTH: Array, layout: Layout, window: int | None, interpret: bool
 ) -> Array:
     heads, tokens = q_BNTH.shape[1:3]
-    one = _causal(tokens) if window is None else _local(tokens, window)
-    kernel = _splash_kernel(splash_attention.MultiHeadMask([one] * heads), tokens, interpret)
+    size = (tokens, tokens)
+    mask = splash_attention.CausalMask(size)
+    if window is not None:
+        mask = splash_attention.LocalMask(size, window_size=(window - 1, 0), offset=0)
+    kernel = _splash_kernel(splash_attention.MultiHeadMask([mask] * heads), tokens, interpret)
     segments = splash_attention.SegmentIds(layout.segments_BT, layout.segments_BT)
-    return jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
+    mixed_BNTH: Array = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
+    return mixed_BNTH
 
 
-def _branching_rows(
+def _dynamic_rows(
     q_BNTH: Array, k_BKTH: Array, v_BKTH: Array, layout: Layout, window: int | None, interpret: bool
 ) -> Array:
     heads, tokens = q_BNTH.shape[1:3]
 
-    def row(row: tuple[Array, Array, Array, Array]) -> Array:
-        q_NTH, k_KTH, v_KTH, seen_TT = row
-        kernel = _splash_kernel(jnp.broadcast_to(seen_TT, (heads, tokens, tokens)), tokens, interpret)
+    def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:
+        q_NTH, k_KTH, v_KTH, visible_TT = row
+        kernel = _splash_kernel(jnp.broadcast_to(visible_TT, (heads, tokens, tokens)), tokens, interpret)
         mark_mask_as_dynamic(kernel)
-        return kernel(q_NTH, k_KTH, v_KTH)
+        mixed_NTH: Array = kernel(q_NTH, k_KTH, v_KTH)
+        return mixed_NTH
 
-    return jax.lax.map(row, (q_BNTH, k_BKTH, v_BKTH, layout.visible(window, slice(None), slice(None))))
+    visible_BTT = layout.visible(window, slice(None), slice(None))
+    mixed_BNTH: Array = jax.lax.map(attend_row, (q_BNTH, k_BKTH, v_BKTH, visible_BTT))
+    return mixed_BNTH
 
 
 def _splash_kernel(mask: splash_attention.MultiHeadMask | Array, tokens: int, interpret: bool) -> Any:
-    return splash_attention.make_splash_mha(
-        mask, block_sizes=_block_sizes(tokens), head_shards=1, q_seq_shards=1, interpret=interpret
-    )
-
-
-def _causal(tokens: int) -> splash_attention.CausalMask:
-    return splash_attention.CausalMask((tokens, tokens))
-
-
-def _local(tokens: int, window: int) -> splash_attention.LocalMask:
-    return splash_attention.LocalMask((tokens, tokens), window_size=(window - 1, 0), offset=0)
-
-
-def _block_sizes(tokens: int) -> splash_attention.BlockSizes:
-    """The largest blocks, up to 512 tokens, that cut a row evenly; they fit on chip for H = 256."""
+    """Make the kernel with the largest blocks, up to 512 tokens, that divide a row; they fit on chip for H = 256."""
     block = next(size for size in (512, 256, LANES) if tokens % size == 0)
-    return splash_attention.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
+    sizes = splash_attention.BlockSizes(**{f"block_{name}": block for name in names})
+    return splash_attention.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
 
 def per_device(attend: Callable[..., Array], query: Array, key: Array, value: Array, layout: Layout) -> Array:
-    """Run a kernel on every device's own rows and heads: the compiler cannot cut a kernel up by itself.
+    """Run a kernel on every device's own rows and heads: the compiler cannot shard a kernel by itself.
 
-    The mesh is the one in context (`jax.set_mesh`). A dimension that does not divide by its axes is not cut.
+    The mesh is that of `jax.set_mesh`. A dimension that its mesh axes do not divide is not sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(query, key, value, layout)
-    # Query heads are cut as the key heads are, so that a group of them stays with its key.
+    # Query heads are sharded as the key heads are, so that a group of them stays with its key.
     by_head = partition(("batch", None, "kv_heads", None), key.shape, mesh.shape)
     by_row = partition(("batch", None), layout.segments_BT.shape, mesh.shape)
     run = partial(jax.shard_map, mesh=mesh, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head)
     # The kernels do not say over which axes their results vary, hence no check.
-    return run(attend, check_vma=False)(query, key, value, layout)
+    mixed: Array = run(attend, check_vma=False)(query, key, value, layout)
+    return mixed

@@ -1,8 +1,8 @@
-"""Hugging Face folder -> sharded arrays, and trained arrays -> a Hugging Face folder.
+"""Read a Hugging Face folder into sharded arrays, and export trained arrays as a Hugging Face folder.
 
-Reading touches only the bytes that this host's devices need. Exporting copies the source's files but for the trained
-tensors' bytes, so headers, key order, element types and whatever is not trained (a vision tower) stay as they are;
-exporting unchanged weights gives the same files, bit for bit.
+Reading touches only the bytes that this host's devices need. Exporting copies the source's files and replaces the trained
+tensors' bytes, so headers, key order, element types and whatever is not trained (a vision tower) stay as they are: exporting
+unchanged weights gives the same files, bit for bit.
 """
 
 import contextlib
@@ -20,43 +20,43 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tokenizers import Tokenizer
 
-from jaxguard.models.hf_io.folders import whole_folder
-from jaxguard.models.hf_io.loading import Wanted, in_host_memory, load
+from jaxguard.models.hf_io.loading import Load, in_host_memory, load
 from jaxguard.models.hf_io.safetensors import BLOCK, Stored, open_folder, parts_of_rows, write_rows
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import EMBED, HEAD, Weight, table
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.folders import whole_folder
 from jaxguard.utils.threads import in_turn
 
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
-"""What stands before a text weight's name: text-only models; multimodal Gemma 3 on disk; the same saved from memory."""
+"""Prefix of a text weight's name: text-only models; multimodal Gemma 3 on disk; the same saved from memory."""
 
 HEAD_PREFIXES = ("", "language_model.")
 
 CARRIED = (
     "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.",
 )  # fmt: skip
-"""Parts of a multimodal checkpoint that are not trained: kept as bytes."""
+"""Parts of a multimodal checkpoint that are not trained: copied as bytes."""
 
 WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 
-# The text-only Gemma 3 1B shares its tokenizer with the multimodal sizes: this token's id lies just past its
+# The text-only Gemma 3 1B shares its tokenizer with the multimodal sizes: this token's id is just beyond its
 # vocabulary, and no text chat produces it.
 _IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
 
-Places = dict[Weight, tuple[Stored, ...]]
+Tensors = dict[Weight, tuple[Stored, ...]]
 """For each row of the table, its tensors on disk: one per layer, or a single one."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did.
+    """Numbers of an export.
 
     Attributes:
         tensors: trained tensors.
-        carried: tensors kept as bytes.
-        values: numbers in the trained tensors.
-        changed: how many of them differ from the base, as stored.
+        carried: tensors copied as bytes.
+        values: elements of the trained tensors.
+        changed: elements that differ from the base, as stored.
         dtypes: element types that the trained tensors are stored in.
     """
 
@@ -68,7 +68,7 @@ class ExportReport:
 
     @property
     def changed_fraction(self) -> float:
-        """Share of stored numbers that differ from the base."""
+        """Share of the stored elements that differ from the base."""
         return self.changed / self.values
 
 
@@ -78,7 +78,7 @@ def read_weights(
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: Any = jnp.float32,
 ) -> dict[str, jax.Array]:
-    """Read a checkpoint into the table's flat dict.
+    """Read a checkpoint into a dict path -> array.
 
     Args:
         folder: a Hugging Face folder with safetensors.
@@ -87,11 +87,11 @@ def read_weights(
         dtype: element type of the matrices in memory; norms are float32.
 
     Raises:
-        JaxguardError: missing, unknown, misshapen or quantised tensor, or unreadable files.
+        JaxguardError: missing, unknown, misshapen or quantised tensor, or corrupt files.
     """
     alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = [
-        Wanted(
+    loads = [
+        Load(
             weight,
             tensors,
             alone if shardings is None else shardings[weight.path],
@@ -99,30 +99,30 @@ def read_weights(
         )
         for weight, tensors in locate(folder, spec).items()
     ]
-    return load(wanted, spec)
+    return load(loads, spec)
 
 
-def locate(folder: Path, spec: Spec) -> Places:
-    """Where each weight of the table lies on disk, checked for names, shapes and types.
+def locate(folder: Path, spec: Spec) -> Tensors:
+    """Find the tensors on disk of each weight of the table; check names, shapes and types.
 
     Raises:
-        JaxguardError: missing, unknown, misshapen or quantised tensor, or unreadable files.
+        JaxguardError: missing, unknown, misshapen or quantised tensor, or corrupt files.
     """
     return _locate(folder, spec, open_folder(folder))
 
 
-def _locate(folder: Path, spec: Spec, tensors: Mapping[str, Stored]) -> Places:
+def _locate(folder: Path, spec: Spec, tensors: Mapping[str, Stored]) -> Tensors:
     prefix = next((p for p in PREFIXES if p + EMBED.hf in tensors), None)
     if prefix is None:
         tried = ", ".join(repr(p + EMBED.hf) for p in PREFIXES)
         raise JaxguardError(
             f"{folder} has no embedding table (looked for {tried}): not a checkpoint of a supported family"
         )
-    places: Places = {}
+    located: Tensors = {}
     for weight in table(spec):
         names = _names(weight, prefix, spec, tensors)
-        places[weight] = tuple(_checked(folder, name, weight.hf_shape(spec), tensors) for name in names)
-    known = {tensor.name for stored in places.values() for tensor in stored}
+        located[weight] = tuple(_checked(folder, name, weight.hf_shape(spec), tensors) for name in names)
+    known = {tensor.name for stored in located.values() for tensor in stored}
     extra = sorted(set(tensors) - known - set(_tied_heads(spec, tensors)))
     extra = [name for name in extra if not name.startswith(CARRIED) and not name.endswith(".rotary_emb.inv_freq")]
     if extra:
@@ -130,7 +130,7 @@ def _locate(folder: Path, spec: Spec, tensors: Mapping[str, Stored]) -> Places:
             f"{folder} holds {len(extra)} tensors that a {spec.family} model of {spec.num_layers} layers does not have, "
             f"such as {extra[0]!r}: check config.json, or use the original (not quantised, not adapted) checkpoint"
         )
-    return places
+    return located
 
 
 def _names(weight: Weight, prefix: str, spec: Spec, tensors: Mapping[str, Stored]) -> list[str]:
@@ -141,21 +141,21 @@ def _names(weight: Weight, prefix: str, spec: Spec, tensors: Mapping[str, Stored
 
 def _checked(folder: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, Stored]) -> Stored:
     if name not in tensors:
-        raise JaxguardError(f"{folder} lacks the tensor {name!r}, which its config.json asks for")
+        raise JaxguardError(f"{folder} lacks the tensor {name!r}, which its config.json requires")
     tensor = tensors[name]
     if tensor.shape != shape:
-        raise JaxguardError(f"{tensor.file}: tensor {name!r} has shape {tensor.shape}; config.json asks for {shape}")
+        raise JaxguardError(f"{tensor.file}: tensor {name!r} has shape {tensor.shape}; config.json requires {shape}")
     _ = tensor.dtype  # raises for a type that cannot be trained
     return tensor
 
 
 def _tied_heads(spec: Spec, tensors: Mapping[str, Stored]) -> list[str]:
-    """A tied head that the checkpoint stores all the same: ignored when read, written as the embedding."""
+    """Names of a tied head that the checkpoint stores nevertheless: ignored when read, written as the embedding."""
     return [p + HEAD.hf for p in HEAD_PREFIXES if spec.tied and p + HEAD.hf in tensors]
 
 
 def check_vocabulary(folder: Path, spec: Spec) -> None:
-    """Refuse a tokenizer that makes ids for which there is no embedding.
+    """Refuse a tokenizer with ids for which there is no embedding.
 
     Raises:
         JaxguardError: no tokenizer.json, or ids beyond the vocabulary.
@@ -166,7 +166,7 @@ def check_vocabulary(folder: Path, spec: Spec) -> None:
     try:
         ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises bare Exception
-        raise JaxguardError(f"{path} cannot be read: {error}") from None
+        raise JaxguardError(f"{path} is not a valid tokenizer: {error}") from None
     beyond = {token: i for token, i in ids.items() if i >= spec.vocab_size and token != _IMAGE_TOKEN}
     if beyond:
         token = min(beyond, key=beyond.__getitem__)
@@ -177,32 +177,32 @@ def check_vocabulary(folder: Path, spec: Spec) -> None:
 
 
 def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> ExportReport:
-    """Write trained weights as a Hugging Face folder shaped exactly like the source.
+    """Write trained weights as a Hugging Face folder with exactly the source's files.
 
-    Every process of a multi-host run calls this; process 0 writes. The folder appears at the end, whole.
+    Every process of a multi-host run calls this; process 0 writes. The folder appears at the end, complete.
 
     Args:
-        weights: path -> array, as read_weights gives them; each is asked for once, in turn.
+        weights: path -> array, as read_weights returns them; each is read once, in the order of the table.
         source: the checkpoint that training started from.
         output: folder to create.
 
     Raises:
         JaxguardError: weights of another model, values that are not finite, an output folder that is not empty, a full
-            disk, or an unreadable source.
+            disk, or a corrupt source.
     """
     spec = read_spec(source)
     tensors = open_folder(source)
-    places = _locate(source, spec, tensors)
+    located = _locate(source, spec, tensors)
     _check_weights(weights, spec, source)
-    own = [tensor for stored in places.values() for tensor in stored]
+    own = [tensor for stored in located.values() for tensor in stored]
     tied = [tensors[name] for name in _tied_heads(spec, tensors)]
     writer = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(whole_folder(output, _stored_bytes(tensors))) if writer else None
-        files = {} if folder is None else stack.enter_context(_begun(source, folder, tensors, [*own, *tied]))
-        pieces = _pieces(_values_in_turn(weights, places, tied, spec))
+        files = {} if folder is None else stack.enter_context(_copied_files(source, folder, tensors, [*own, *tied]))
+        parts = _parts(_values(weights, located, tied, spec))
         # More threads than cores, since they also wait for each other at a file.
-        changed = sum(in_turn(lambda piece: _write(*piece, files), pieces, threads=3, ahead=6))
+        changed = sum(in_turn(lambda part: _write(*part, files), parts, threads=3, ahead=6))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export_hf")
     return ExportReport(
@@ -215,14 +215,14 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
 
 
 def _stored_bytes(tensors: Mapping[str, Stored]) -> int:
-    """Size of a checkpoint's tensors on disk."""
+    """Sum the bytes of a checkpoint's tensors on disk."""
     return sum(tensor.stop - tensor.start for tensor in tensors.values())
 
 
 def _check_weights(weights: Mapping[str, jax.Array], spec: Spec, source: Path) -> None:
-    wanted = {weight.path for weight in table(spec)}
-    if set(weights) != wanted:
-        odd = sorted(set(weights) ^ wanted)
+    paths = {weight.path for weight in table(spec)}
+    if set(weights) != paths:
+        odd = sorted(set(weights) ^ paths)
         raise JaxguardError(f"these weights are of another model than {source}: {', '.join(odd)} on one side only")
 
 
@@ -235,29 +235,29 @@ def _checked_array(weights: Mapping[str, jax.Array], weight: Weight, spec: Spec)
     return array
 
 
-def _values_in_turn(
-    weights: Mapping[str, jax.Array], places: Places, tied: Sequence[Stored], spec: Spec
+def _values(
+    weights: Mapping[str, jax.Array], located: Tensors, tied: Sequence[Stored], spec: Spec
 ) -> Iterator[tuple[list[Stored], np.ndarray]]:
-    """Where each tensor goes, and its values: a view in Hugging Face's layout of an array in ours."""
-    for weight, stored in places.items():
+    """Yield the tensors to write, and their values: a view in Hugging Face's layout of an array in ours."""
+    for weight, stored in located.items():
         array = _checked_array(weights, weight, spec)
         for i, tensor in enumerate(stored):
             copies = [tensor, *(tied if weight == EMBED else ())]
-            kept = np.result_type(*(copy.dtype for copy in copies))
-            values = _on_host(array, i if weight.stacked else None, kept)
+            dtype = np.result_type(*(copy.dtype for copy in copies))
+            values = _on_host(array, i if weight.stacked else None, dtype)
             yield copies, weight.to_hf(values)
 
 
 @partial(jax.jit, static_argnames="dtype")
 def _rounded(array: jax.Array, layer: jax.Array | None, dtype: np.dtype) -> jax.Array:
-    """A weight, or a layer of it, rounded to nearest even."""
+    """Round a weight, or a layer of it, to nearest even."""
     if layer is not None:
         array = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
     return array.astype(dtype)
 
 
 def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
-    """A weight, or a layer of it: rounded by its devices; as it is where it lies in this host's memory already."""
+    """Fetch a weight, or a layer of it, rounded by its devices; unrounded where it is in this host's memory already."""
     if len(array.sharding.device_set) == 1 and array.is_fully_addressable and in_host_memory(array.sharding):
         return np.asarray(array)[... if layer is None else layer]
     rounded = _rounded(array, layer, dtype)
@@ -265,10 +265,10 @@ def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray
 
 
 @contextlib.contextmanager
-def _begun(
+def _copied_files(
     source: Path, folder: Path, tensors: Mapping[str, Stored], trained: Sequence[Stored]
 ) -> Iterator[dict[str, BinaryIO]]:
-    """The source's files, with all but the trained tensors' bytes in place; the weight files stay open, by name."""
+    """Copy the source's files except for the trained tensors' bytes; yield the weight files, open, by name."""
     copy_companions(source, folder)
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
@@ -276,22 +276,22 @@ def _begun(
             files[path.name] = stack.enter_context((folder / path.name).open("w+b"))
             own = sorted((tensor.start, tensor.stop) for tensor in trained if tensor.file == path)
             ends = [0, *(stop for _, stop in own)], [*(start for start, _ in own), path.stat().st_size]
-            with path.open("rb") as given:
+            with path.open("rb") as original:
                 for start, stop in zip(*ends, strict=True):
-                    _copy(given, files[path.name], start, stop)
+                    _copy(original, files[path.name], start, stop)
             files[path.name].truncate(path.stat().st_size)
         yield files
 
 
-def _copy(given: BinaryIO, taken: BinaryIO, start: int, stop: int) -> None:
-    given.seek(start)
-    taken.seek(start)
-    for at in range(start, stop, BLOCK):
-        taken.write(given.read(min(BLOCK, stop - at)))
+def _copy(original: BinaryIO, copy: BinaryIO, start: int, stop: int) -> None:
+    original.seek(start)
+    copy.seek(start)
+    for offset in range(start, stop, BLOCK):
+        copy.write(original.read(min(BLOCK, stop - offset)))
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy all that a checkpoint holds besides weights and README.md: config, tokenizer, chat templates, licence."""
+    """Copy a checkpoint's other files, except for README.md: config, tokenizer, chat templates, licence."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix not in WEIGHT_FILES and path.name not in {"README.md", ".gitattributes"}:
             shutil.copyfile(path, folder / path.name)
@@ -300,8 +300,8 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copytree(templates, folder / templates.name)
 
 
-def _pieces(tensors: Iterable[tuple[list[Stored], np.ndarray]]) -> Iterator[tuple[list[Stored], np.ndarray, int]]:
-    """Each tensor in parts of some rows, with the number of the first: threads share even the largest."""
+def _parts(tensors: Iterable[tuple[list[Stored], np.ndarray]]) -> Iterator[tuple[list[Stored], np.ndarray, int]]:
+    """Split each tensor into parts of some rows, with the number of the first, so that threads share even the largest."""
     for copies, values in tensors:
         matrix = np.atleast_2d(values)
         for copy in copies:
@@ -311,6 +311,6 @@ def _pieces(tensors: Iterable[tuple[list[Stored], np.ndarray]]) -> Iterator[tupl
 
 
 def _write(copies: Sequence[Stored], values: np.ndarray, start: int, files: Mapping[str, BinaryIO]) -> int:
-    """Write rows wherever the tensor lies; count the stored numbers that differ from the first place's."""
-    first, *_ = [write_rows(tensor, values, start, files[tensor.file.name] if files else None) for tensor in copies]
-    return first
+    """Write rows of a tensor and its copies; return how many elements of the first differ from the base."""
+    changed, *_ = [write_rows(tensor, values, start, files[tensor.file.name] if files else None) for tensor in copies]
+    return changed

@@ -1,13 +1,13 @@
-"""Tensors on disk -> arrays in our layout, on the devices that they belong to.
+"""Read tensors from disk into sharded arrays in our layout.
 
-Where those are this host's own processors, threads cast and transpose each tensor from its file to where the array has
-it. Accelerators get a layer as it is stored, cast it and lay it in, so that the host holds little more than two layers.
+On CPUs, threads cast and transpose each tensor from its file straight into the array's memory. Accelerators get a layer as it is
+stored, cast it and write it into the stack of all layers, so that the host holds little more than two layers.
 """
 
 import contextlib
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,18 +25,18 @@ from jaxguard.utils.threads import in_turn
 Index = tuple[slice, ...]
 
 _TILE = (400, 400)
-"""Rows and columns that are cast and transposed at once; not powers of two, as BAND is not."""
+"""Rows and columns that are cast and transposed at once; not powers of two, for the reason that BAND gives."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A weight of a checkpoint, and what is to become of it.
+class Load:
+    """A weight to load: where it is on disk, and how it is stored in memory.
 
     Attributes:
         weight: its row of the table.
-        tensors: where it lies on disk: one tensor per layer, or a single one.
-        sharding: how devices share it; a stack is never cut between layers.
-        dtype: element type in their memory.
+        tensors: one on disk per layer, or a single one.
+        sharding: of the array; a stack is never cut along its layers.
+        dtype: element type of the array.
     """
 
     weight: Weight
@@ -45,128 +45,134 @@ class Wanted:
     dtype: np.dtype
 
 
-def load(wanted: Sequence[Wanted], spec: Spec) -> dict[str, jax.Array]:
-    """Path -> array. What this host's devices need is read once, and nothing else."""
-    onto = _onto_host if in_host_memory(wanted[0].sharding) else _onto_accelerators
-    return onto(wanted, spec)
+def load(loads: Sequence[Load], spec: Spec) -> dict[str, jax.Array]:
+    """Load weights by path. Reads once what this host's devices need, and nothing else."""
+    load_onto = _load_onto_cpu if in_host_memory(loads[0].sharding) else _load_onto_accelerators
+    return load_onto(loads, spec)
 
 
 def in_host_memory(sharding: Sharding) -> bool:
-    """Whether the devices' memory is their host's."""
+    """Whether the devices' memory is the host's memory."""
     devices: set[Any] = sharding.device_set
     return all(device.platform == "cpu" for device in devices)
 
 
 def read_piece(weight: Weight, tensor: Stored, spec: Spec, index: Index) -> np.ndarray:
-    """One rectangular part of a tensor, in our layout: a view of the file, which the system is asked to read meanwhile."""
+    """View one rectangular part of a tensor in our layout, memory-mapped, and let the system begin to read it."""
     if jax.process_count() == 1:  # one of several hosts needs parts only
         tensor.read_ahead()
     return weight.from_hf(tensor.view(), spec)[index]
 
 
-def _shares(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device]]]:
-    """The different parts of an array that this host has, and the devices that hold each of them."""
-    found: dict[tuple[tuple[int, int, int], ...], tuple[Index, list[jax.Device]]] = {}
+def _local_shards(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device]]]:
+    """List the different shards of an array on this host, each with the devices that hold it."""
+    shards: dict[tuple[tuple[int, int, int], ...], tuple[Index, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
         bounds = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
-        found.setdefault(bounds, (index, []))[1].append(device)
-    return list(found.values())
+        shards.setdefault(bounds, (index, []))[1].append(device)
+    return list(shards.values())
 
 
-def _onto_host(wanted: Sequence[Wanted], spec: Spec) -> dict[str, jax.Array]:
-    spaces, parts = [], []
-    for one in wanted:
-        shape, stacked = one.weight.shape(spec), one.weight.stacked
-        shares = [
-            (*share, host_space(one.sharding.shard_shape(shape), one.dtype)) for share in _shares(one.sharding, shape)
+def _load_onto_cpu(loads: Sequence[Load], spec: Spec) -> dict[str, jax.Array]:
+    shards, parts = [], []
+    for x in loads:
+        shape, stacked = x.weight.shape(spec), x.weight.stacked
+        local = [
+            (*shard, allocate(x.sharding.shard_shape(shape), x.dtype)) for shard in _local_shards(x.sharding, shape)
         ]
-        for index, _, space in shares:
-            for layer, tensor in enumerate(one.tensors):
-                out, part = (space[layer], index[1:]) if stacked else (space, index)
-                parts.append((one.weight, tensor, part, out))
-        spaces.append(shares)
+        for index, _, memory in local:
+            for layer, tensor in enumerate(x.tensors):
+                out, part = (memory[layer], index[1:]) if stacked else (memory, index)
+                parts.append((x.weight, tensor, part, out))
+        shards.append(local)
     parts.sort(key=lambda part: (part[1].file, part[1].start))
     # More threads than cores, since they also wait for the disk.
     for _ in in_turn(lambda rows: cast_tiles(*rows, _TILE), _rows(parts, spec), threads=6, ahead=12):
         pass
     return {
-        one.weight.path: jax.make_array_from_single_device_arrays(
-            one.weight.shape(spec),
-            one.sharding,
-            [jax.device_put(space, device) for _, devices, space in shares for device in devices],
+        x.weight.path: jax.make_array_from_single_device_arrays(
+            x.weight.shape(spec),
+            x.sharding,
+            [jax.device_put(memory, device) for _, devices, memory in local for device in devices],
         )
-        for one, shares in zip(wanted, spaces, strict=True)
+        for x, local in zip(loads, shards, strict=True)
     }
 
 
 def _rows(
     parts: Sequence[tuple[Weight, Stored, Index, np.ndarray]], spec: Spec
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Some rows of a file, and where they go: threads share even the largest tensor."""
+    """Yield (rows of a file, memory for them), so that threads share even the largest tensor."""
     for weight, tensor, index, out in parts:
         part = read_piece(weight, tensor, spec, index)
-        values, places = (np.atleast_2d(weight.to_hf(x)) for x in (part, out))
-        assert np.may_share_memory(places, out), f"{weight.path}: {weight.rule} makes a copy"
+        values, target = (np.atleast_2d(weight.to_hf(x)) for x in (part, out))
+        assert np.may_share_memory(target, out), f"{weight.path}: {weight.rule} makes a copy"
         for rows in parts_of_rows(values, values.dtype):
-            yield values[rows], places[rows]
+            yield values[rows], target[rows]
 
 
-def host_space(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory of its own, in huge pages where the system has them, and aligned so that JAX takes it over without a copy."""
-    space = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocate an array in huge pages where the system has them, aligned so that JAX takes it over without a copy."""
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or built without
-        space.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(space, dtype, math.prod(shape)).reshape(shape)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
-def _onto_accelerators(wanted: Sequence[Wanted], spec: Spec) -> dict[str, jax.Array]:
-    single, stacked = ([one for one in wanted if one.weight.stacked is kind] for kind in (False, True))
-    parts = [(one, one.tensors[0]) for one in single]
-    parts += [(one, one.tensors[layer]) for layer in range(spec.num_layers) for one in stacked]
-    # Three threads, since they also wait for the disk; a layer ahead of the one that is laid in.
-    placed = in_turn(lambda part: _placed(*part, spec), parts, threads=3, ahead=len(stacked))
-    found = {one.weight.path: next(placed).astype(one.dtype) for one in single}
-    begin, lay_in = _stacks(tuple((x.weight.path, x.weight.shape(spec), x.dtype, x.sharding) for x in stacked))
-    stacks = begin()
+def _load_onto_accelerators(loads: Sequence[Load], spec: Spec) -> dict[str, jax.Array]:
+    single, stacked = ([x for x in loads if x.weight.stacked is kind] for kind in (False, True))
+    parts = [(x, x.tensors[0]) for x in single]
+    parts += [(x, x.tensors[layer]) for layer in range(spec.num_layers) for x in stacked]
+    # Three threads, since they also wait for the disk; one layer ahead of the one that is written.
+    arrays = in_turn(lambda part: _to_devices(*part, spec), parts, threads=3, ahead=len(stacked))
+    weights = {x.weight.path: next(arrays).astype(x.dtype) for x in single}
+    make_stacks, set_layer = _stack_programs(
+        tuple((x.weight.path, x.weight.shape(spec), x.dtype, x.sharding) for x in stacked)
+    )
+    stacks = make_stacks()
     for layer in range(spec.num_layers):
-        stacks = lay_in(stacks, {one.weight.path: next(placed) for one in stacked}, layer)
-        jax.block_until_ready(stacks)  # else layers that are not laid in yet would pile up
-    return found | stacks
+        stacks = set_layer(stacks, {x.weight.path: next(arrays) for x in stacked}, layer)
+        jax.block_until_ready(stacks)  # else layers that are not written yet would pile up
+    return weights | stacks
 
 
 @lru_cache(maxsize=64)
-def _stacks(rows: tuple[tuple[str, tuple[int, ...], Any, Sharding], ...]) -> tuple[Any, Any]:
-    """Two programs of the devices: one makes the stacks of all layers, path by path; one casts a layer and lays it in."""
+def _stack_programs(
+    rows: tuple[tuple[str, tuple[int, ...], Any, Sharding], ...],
+) -> tuple[Callable[[], dict[str, jax.Array]], Callable[..., dict[str, jax.Array]]]:
+    """Jit two functions: one makes empty stacks of all layers by path, one casts a layer and writes it into them."""
     shardings = {path: sharding for path, _, _, sharding in rows}
 
-    def begin() -> dict[str, jax.Array]:
+    def make_stacks() -> dict[str, jax.Array]:
         return {path: jnp.zeros(shape, dtype) for path, shape, dtype, _ in rows}
 
-    def lay_in(stacks: dict[str, jax.Array], tensors: dict[str, jax.Array], layer: jax.Array) -> dict[str, jax.Array]:
+    def set_layer(
+        stacks: dict[str, jax.Array], tensors: dict[str, jax.Array], layer: jax.Array
+    ) -> dict[str, jax.Array]:
         return {
             path: jax.lax.dynamic_update_index_in_dim(stack, tensors[path].astype(stack.dtype), layer, 0)
             for path, stack in stacks.items()
         }
 
-    return jax.jit(begin, out_shardings=shardings), jax.jit(lay_in, donate_argnums=0, out_shardings=shardings)
+    return jax.jit(make_stacks, out_shardings=shardings), jax.jit(set_layer, donate_argnums=0, out_shardings=shardings)
 
 
 def _of_layer(sharding: Sharding) -> Sharding:
-    """How one layer of a stack is cut."""
+    """The sharding of one layer of a stack."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     return sharding
 
 
-def _placed(one: Wanted, tensor: Stored, spec: Spec) -> jax.Array:
-    """A tensor in our layout on the devices, as it is stored. Devices that hold the same part copy it from each other."""
-    shape, sharding = one.weight.shape(spec), one.sharding
-    if one.weight.stacked:
+def _to_devices(x: Load, tensor: Stored, spec: Spec) -> jax.Array:
+    """Put a tensor on the devices in our layout, in its stored type. Devices that hold the same shard copy it from each other."""
+    shape, sharding = x.weight.shape(spec), x.sharding
+    if x.weight.stacked:
         shape, sharding = shape[1:], _of_layer(sharding)
     arrays = []
-    for index, (first, *others) in _shares(sharding, shape):
-        # No alias: the file may be changed or removed later. Strides are no hindrance: what puts it there transposes.
-        part = jax.device_put(read_piece(one.weight, tensor, spec, index), first, may_alias=False)
+    for index, (first, *others) in _local_shards(sharding, shape):
+        # No alias: the file may be changed or removed later. device_put transposes a view with strides.
+        part = jax.device_put(read_piece(x.weight, tensor, spec, index), first, may_alias=False)
         arrays += [part, *(jax.device_put(part, device, may_alias=False) for device in others)]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

@@ -1,4 +1,4 @@
-"""Safetensors files as they lie on disk: where each tensor's bytes are, a view that reads nothing yet, and rows put there.
+"""Safetensors files on disk: where each tensor's bytes are, memory-mapped views, and writing rows in place.
 
 Layout of a file: 8 bytes with the header's length (little endian), the header (JSON: name -> dtype, shape, byte range
 after the header), then the bytes of all tensors.
@@ -23,15 +23,19 @@ from jaxguard.utils.errors import JaxguardError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-"""The element types that can be trained, by their name in a file's header."""
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Element types that can be trained, by their names in a file's header."""
 
 BLOCK = 16 * 2**20
 """Bytes that are read or copied at once."""
 
 BAND = 1312
-"""Rows that are rounded, compared and written while a processor has them at hand: no power of two, since numbers at such a
-distance push each other out of the cache."""
+"""Rows that are rounded, compared and written while they are in the cache. Not a power of two: numbers at such a distance evict
+each other."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,8 @@ class Stored:
     """One tensor on disk.
 
     Attributes:
-        name: its name in the file.
-        file: the file.
         kind: element type as the header names it.
-        shape: sizes.
-        start: its first byte, counted from the beginning of the file.
-        stop: the byte after its last.
+        start, stop: its bytes in the file, stop excluded.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Stored:
 
     @property
     def dtype(self) -> np.dtype:
-        """Its element type.
+        """The element type.
 
         Raises:
             JaxguardError: quantised, integer, or otherwise not a type that can be trained.
@@ -69,101 +69,101 @@ class Stored:
         return DTYPES[self.kind]
 
     def view(self) -> np.ndarray:
-        """The tensor, memory-mapped: indexing it reads only the pages touched."""
+        """Memory-map the tensor: indexing reads only the pages that it touches."""
         raw = np.memmap(self.file, mode="r", offset=self.start, shape=(self.stop - self.start,), dtype=np.uint8)
         return raw.view(np.ndarray).view(self.dtype).reshape(self.shape)
 
     def read_ahead(self) -> None:
-        """Let the system read all of it meanwhile, in larger parts than a view in use asks for."""
+        """Let the system begin to read all of it, in larger parts than page faults would."""
         with self.file.open("rb") as file:
             advise(file.fileno(), self.start, self.stop, "WILLNEED")
 
 
 def advise(file: int, start: int, stop: int, what: Literal["WILLNEED", "DONTNEED"]) -> None:
-    """Let the system begin to read bytes of a file, or begin to write to the disk what is new; nobody waits for it."""
+    """Let the system begin to read bytes of a file, or to write changed ones to the disk, without waiting for it."""
     if hasattr(os, "posix_fadvise"):  # not on macOS
         os.posix_fadvise(file, start, stop - start, getattr(os, f"POSIX_FADV_{what}"))
 
 
 def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | None) -> int:
-    """Round rows of a tensor to its element type and write them to where its file has them, band by band.
+    """Round rows of a tensor to its element type and write them at their position in its file, band by band.
 
     Args:
-        tensor: what they are compared with.
+        tensor: what they are compared with, at the same position.
         values: [rows, columns], in any layout.
-        start: number of the first row.
-        file: a file shaped like the tensor's, open for writing; several threads may use it. None only compares.
+        start: index of the first row.
+        file: a file shaped like the tensor's, open for writing; several threads may use it. None: compare only.
 
     Returns:
-        How many of the stored numbers differ from the tensor's.
+        Number of elements that differ from the tensor's.
 
     Raises:
-        JaxguardError: values that are not finite in the element type, or a tensor whose file has become shorter.
+        JaxguardError: values that are not finite in the element type, or a tensor whose file was truncated.
     """
     bits = np.dtype(f"u{tensor.dtype.itemsize}")
-    infinite = np.array([np.inf, -np.inf], tensor.dtype).view(bits)  # taken as integers, NaN is beyond them
+    infinite = np.array([np.inf, -np.inf], tensor.dtype).view(bits)  # as integers, NaNs are larger
     width = values.shape[1] * bits.itemsize
     begin, changed = tensor.start + start * width, 0
-    space = np.empty((min(BAND, len(values)), values.shape[1]), tensor.dtype)
+    buffer = np.empty((min(BAND, len(values)), values.shape[1]), tensor.dtype)
     with tensor.file.open("rb", buffering=0) as base:
         base.seek(begin)
         for row in range(0, len(values), BAND):
             rows = values[row : row + BAND]
-            cast_tiles(rows, space[: len(rows)], (BAND, 128))
-            band = space[: len(rows)].view(bits).reshape(-1)
+            cast_tiles(rows, buffer[: len(rows)], (BAND, 128))
+            band = buffer[: len(rows)].view(bits).reshape(-1)
             if np.max(band) >= infinite[1] or np.max(band.view(f"i{bits.itemsize}")) >= infinite[0]:
                 raise JaxguardError(
                     f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported"
                 )
             if file is not None:
                 _write_at(file.fileno(), band.view(np.uint8).data, begin + row * width)
-            changed += _differing(band, base)
-    if file is not None:  # else all of it would have to be waited for at the end
+            changed += _count_differences(band, base)
+    if file is not None:  # else fsync would wait for all of it at the end
         advise(file.fileno(), begin, begin + len(values) * width, "DONTNEED")
     return changed
 
 
-def _differing(values: np.ndarray, file: FileIO) -> int:
-    """How many of these numbers differ from a file's next, which are read: cheaper than a mapping's pages, used once."""
-    differing, space = 0, np.empty(min(len(values), 2**18), values.dtype)
-    for start in range(0, len(values), len(space)):
-        part = values[start : start + len(space)]
-        stored = space[: len(part)]
+def _count_differences(values: np.ndarray, file: FileIO) -> int:
+    """Count the elements that differ from the next in the file. They are read: cheaper than mapping pages that are used once."""
+    differing, buffer = 0, np.empty(min(len(values), 2**18), values.dtype)
+    for start in range(0, len(values), len(buffer)):
+        part = values[start : start + len(buffer)]
+        stored = buffer[: len(part)]
         if file.readinto(stored.view(np.uint8).data) != stored.nbytes:
-            raise JaxguardError(f"{file.name} has become shorter: copy it again")
+            raise JaxguardError(f"{file.name} was truncated meanwhile: copy it again")
         differing += int(np.count_nonzero(part != stored))
     return differing
 
 
 def parts_of_rows(values: np.ndarray, dtype: np.dtype) -> Iterator[slice]:
-    """Rows of a matrix that are about BLOCK bytes in this element type, in whole bands: what a thread does at once."""
+    """Yield slices of rows of about BLOCK bytes in this element type, in whole bands: the work of a thread at a time."""
     rows = BAND * max(1, BLOCK // (BAND * values.shape[1] * dtype.itemsize))
     return (slice(start, start + rows) for start in range(0, len(values), rows))
 
 
-def cast_tiles(values: np.ndarray, places: np.ndarray, tile: tuple[int, int]) -> None:
-    """Put a matrix into another of its shape, rounded to nearest even, tile by tile; each may have any layout.
+def cast_tiles(values: np.ndarray, target: np.ndarray, tile: tuple[int, int]) -> None:
+    """Copy a matrix into another of its shape, rounded to nearest even, tile by tile; both may have any layout.
 
-    Only the tile's size decides how fast that is: what is read and what is written should fit a processor's cache, and the
-    one that is not in it yet should be contiguous over many numbers.
+    The tile's size decides the speed: what is read and what is written should fit the cache, and the one that is not in it yet
+    should be contiguous over many elements.
     """
-    dtype, bits = places.dtype, f"u{places.dtype.itemsize}"  # NumPy copies integers faster than bfloat16
-    places = places.view(bits)
-    with np.errstate(over="ignore"):  # who cares looks for what is infinite
+    dtype, bits = target.dtype, f"u{target.dtype.itemsize}"  # NumPy copies integers faster than bfloat16
+    target = target.view(bits)
+    with np.errstate(over="ignore"):  # callers check for infinities
         for row, column in product(*map(range, (0, 0), values.shape, tile)):
-            here = slice(row, row + tile[0]), slice(column, column + tile[1])
-            places[here] = values[here].astype(dtype).view(bits)
+            cut = slice(row, row + tile[0]), slice(column, column + tile[1])
+            target[cut] = values[cut].astype(dtype).view(bits)
 
 
 def _write_at(file: int, values: memoryview, start: int) -> None:
-    """Write all of it, from several threads at once: without the file's own place, and however little one call takes."""
+    """Write all values at an offset, without the file's own position, which threads share."""
     while values:
-        done = os.pwrite(file, values, start)
-        values, start = values[done:], start + done
+        written = os.pwrite(file, values, start)
+        values, start = values[written:], start + written
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """Name -> tensor of one safetensors file, in the order of its header.
+    """Map names to tensors of one safetensors file, in the order of its header.
 
     Raises:
         JaxguardError: truncated, or not a safetensors file.
@@ -187,7 +187,7 @@ def open_file(path: Path) -> dict[str, Stored]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights.
+    """List the files that hold a checkpoint's weights.
 
     Raises:
         JaxguardError: no safetensors, corrupt index, or an index that names an absent file.
@@ -209,7 +209,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def open_folder(folder: Path) -> dict[str, Stored]:
-    """Name -> tensor of a whole checkpoint, single-file or sharded.
+    """Map names to tensors of a whole checkpoint, single-file or sharded.
 
     Raises:
         JaxguardError: as `shard_files` and `open_file`, or an index that disagrees with its files.
@@ -223,7 +223,9 @@ def open_folder(folder: Path) -> dict[str, Stored]:
     if (folder / INDEX).is_file():
         for name, file_name in _weight_map(folder).items():
             if name not in tensors or tensors[name].file.name != file_name:
-                raise JaxguardError(f"{folder / INDEX} places tensor {name!r} in {file_name!r}, which does not hold it")
+                raise JaxguardError(
+                    f"{folder / INDEX} says that tensor {name!r} is in {file_name!r}, which does not hold it"
+                )
     return tensors
 
 
@@ -243,7 +245,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def write_file(
     path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, value: Callable[[str], np.ndarray]
 ) -> None:
-    """Write a safetensors file one tensor at a time, so that memory holds one of them.
+    """Write a safetensors file one tensor at a time, so that memory holds only one.
 
     Args:
         path: the file.
@@ -263,5 +265,5 @@ def write_file(
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
             array = np.ascontiguousarray(value(name), dtype=DTYPES[kind])
-            assert array.shape == tuple(shape), f"{name}: promised {shape}, got {array.shape}"
+            assert array.shape == tuple(shape), f"{name}: expected {shape}, got {array.shape}"
             file.write(array.view(np.uint8).data)

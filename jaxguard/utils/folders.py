@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear complete or not at all."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from jaxguard.utils.errors import JaxguardError
 
 
 def check_free(output: Path) -> None:
-    """Refuse an output folder that already holds something.
+    """Refuse an output folder that is not empty.
 
     Raises:
         JaxguardError: `output` is a file, or a folder that is not empty.
@@ -24,13 +24,13 @@ def check_free(output: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
-    """A scratch folder beside `output` that is renamed to it at the end, after everything in it has reached the disk.
+    """Yield a scratch folder beside `output`, and rename it to `output` at the end, after everything in it is on the disk.
 
-    When the block raises, the scratch folder is removed and `output` is left as it was.
+    When the block raises, the scratch folder is removed and `output` stays as it was.
 
     Args:
         output: the folder.
-        size: about how many bytes it will hold, so that a disk without room for them is refused at once.
+        size: bytes that it will hold, approximately, so that a disk without space for them is refused at once.
 
     Raises:
         JaxguardError: `output` is not empty, cannot be made, or the disk is full.
@@ -46,7 +46,7 @@ def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
         free = shutil.disk_usage(scratch).free
         if free < size:
             raise JaxguardError(
-                f"no room for {output}: it takes about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
+                f"no space for {output}: it takes about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
                 "free some space or write elsewhere"
             )
         yield scratch
@@ -62,7 +62,7 @@ def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder that a failed writer's threads may still be writing into."""
+    """Remove a folder into which threads of a failed export may still be writing."""
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jaxguard.config import Config, validate
 from jaxguard.train.curves import collect, draw_curves
-from jaxguard.train.logging import Telemetry, read_metrics, rewind_metrics
+from jaxguard.train.logging import RunLog, read_metrics, rewind_metrics
 from jaxguard.train.run_folder import RunFolder
 from jaxguard.utils.errors import JaxguardError
 
@@ -42,20 +42,20 @@ def shown(console: Console) -> str:
     return console.file.getvalue()
 
 
-def open_telemetry(folder: Path, total: int = 10, **log: Any) -> Telemetry:
+def open_log(folder: Path, total: int = 10, **settings: Any) -> RunLog:
     run = RunFolder(folder, resumed=False)
-    return Telemetry(run, config_with(**log), total, plain_console())
+    return RunLog(run, config_with(**settings), total, plain_console())
 
 
 def train(folder: Path, start: int | None, until: int, total: int = 10) -> None:
-    with open_telemetry(folder, total) as telemetry:
-        telemetry.rewind(start)
+    with open_log(folder, total) as log:
+        log.rewind(start)
         if start is None:
-            telemetry.log(0, {"validation/direct/loss": 2.0})
+            log.log(0, {"validation/direct/loss": 2.0})
         for step in range((start or 0) + 1, until + 1):
-            telemetry.log(step, {"loss": 1 / step, "learning_rate": step * 1e-7}, {"seconds": step + until / 7})
+            log.log(step, {"loss": 1 / step, "learning_rate": step * 1e-7}, {"seconds": step + until / 7})
             if step % 4 == 0:
-                telemetry.log(step, {"validation/direct/loss": 1 / 3 / step})
+                log.log(step, {"validation/direct/loss": 1 / 3 / step})
 
 
 def without_speed(path: Path) -> list[dict[str, Any]]:
@@ -97,11 +97,11 @@ def test_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(width=32) | st.floats(), min_size=1, max_size=5))
-def test_floats_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
+def test_floats_are_read_back_exactly(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
     folder = tmp_path_factory.mktemp("run")
-    with open_telemetry(folder) as telemetry:
-        telemetry.rewind(None)
-        telemetry.log(1, {str(n): np.float64(v) for n, v in enumerate(values)})
+    with open_log(folder) as log:
+        log.rewind(None)
+        log.log(1, {str(n): np.float64(v) for n, v in enumerate(values)})
     text = (folder / "metrics.jsonl").read_text()
     json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     (record,) = read_metrics(folder / "metrics.jsonl")
@@ -110,30 +110,30 @@ def test_floats_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, 
         assert struct.pack("d", back) == struct.pack("d", value) or (math.isnan(back) and math.isnan(value))
 
 
-def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
-    with open_telemetry(tmp_path) as telemetry:
-        telemetry.rewind(None)
-        telemetry.log(1, {"loss": 1.5}, {"mfu": 0.25})
+def test_lines_are_flushed(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        log.rewind(None)
+        log.log(1, {"loss": 1.5}, {"mfu": 0.25})
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.5, "speed": {"mfu": 0.25}}\n'
 
 
-def test_log_needs_rewind_and_other_processes_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_process_0_writes_after_rewind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="rewind"):
-        open_telemetry(tmp_path).log(1, {"loss": 1.0})
+        open_log(tmp_path).log(1, {"loss": 1.0})
     monkeypatch.setattr("jax.process_index", lambda: 1)
-    with open_telemetry(tmp_path, tensorboard=True) as telemetry:
-        telemetry.rewind(None)
-        telemetry.log(1, {"loss": 1.0})
-        telemetry.say("nothing")
+    with open_log(tmp_path, tensorboard=True) as log:
+        log.rewind(None)
+        log.log(1, {"loss": 1.0})
+        log.print("nothing")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
     for start, until in ((None, 3), (2, 4)):
-        with open_telemetry(tmp_path, tensorboard=True) as telemetry:
-            telemetry.rewind(start)
+        with open_log(tmp_path, tensorboard=True) as log:
+            log.rewind(start)
             for step in range((start or 0) + 1, until + 1):
-                telemetry.log(step, {"loss": float(step)}, {"mfu": 0.5})
+                log.log(step, {"loss": float(step)}, {"mfu": 0.5})
     events = []
     for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime):
         raw, at = path.read_bytes(), 0
@@ -148,7 +148,7 @@ def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
     assert starts[-1] == 3  # the second start hides what the first logged from step 3 on
 
 
-def test_trackers_are_asked_for_by_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_follow_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
 
     def fake(name: str) -> types.ModuleType:
@@ -169,9 +169,9 @@ def test_trackers_are_asked_for_by_config(tmp_path: Path, monkeypatch: pytest.Mo
 
     fake("wandb"), fake("trackio")
     for start in (None, 1):
-        with open_telemetry(tmp_path, wandb=True, trackio=True, project="guards") as telemetry:
-            telemetry.rewind(start)
-            telemetry.log(2, {"loss": 1.5, "bad": math.nan})
+        with open_log(tmp_path, wandb=True, trackio=True, project="guards") as log:
+            log.rewind(start)
+            log.log(2, {"loss": 1.5, "bad": math.nan})
     inits = [kwargs for name, kwargs in calls if name == "wandb.init"]
     assert inits[0]["id"] == inits[1]["id"]
     assert all(
@@ -186,16 +186,16 @@ def test_trackers_are_asked_for_by_config(tmp_path: Path, monkeypatch: pytest.Mo
 def test_missing_tracker_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(JaxguardError, match=rf"pip install 'jaxguard\[{name}\]', or set log.{name}=false"):
-        open_telemetry(tmp_path, **{name: True}).rewind(None)
+        open_log(tmp_path, **{name: True}).rewind(None)
 
 
-def test_a_step_and_a_validation_are_shown(tmp_path: Path) -> None:
+def test_steps_and_validations_are_printed(tmp_path: Path) -> None:
     console = plain_console()
-    with Telemetry(RunFolder(tmp_path, resumed=False), config_with(), 2, console) as telemetry:
-        telemetry.rewind(None)
+    with RunLog(RunFolder(tmp_path, resumed=False), config_with(), 2, console) as log:
+        log.rewind(None)
         speed = {"seconds": 1.0, "tokens_per_second": 12345.6, "examples_per_second": 32.1, "mfu": 0.4123}
-        telemetry.log(2, {"loss": 0.5, "learning_rate": 1e-6}, speed)
-        telemetry.log(2, {"validation/direct/loss": 0.25})
+        log.log(2, {"loss": 0.5, "learning_rate": 1e-6}, speed)
+        log.log(2, {"validation/direct/loss": 0.25})
     step, validation = shown(console).splitlines()
     assert step.startswith("tiny 2/2  loss 0.5000  lr 1.00e-06  12,346 tokens/s  32.1 examples/s  MFU 41.2%")
     assert validation == "step 2/2  validation: direct/loss 0.2500"
