@@ -107,7 +107,7 @@ def test_tokenizer_larger_than_the_vocabulary(make):
     with pytest.raises(JaxguardError, match=r"2 tokens have ids beyond the model's vocabulary of 510"):
         check_vocabulary(source, replace(spec, vocab_size=510))
     (source / "tokenizer.json").write_text("{}")
-    with pytest.raises(JaxguardError, match=r"tokenizer\.json cannot be read"):
+    with pytest.raises(JaxguardError, match=r"tokenizer\.json is not"):
         check_vocabulary(source, spec)
     (source / "tokenizer.json").unlink()
     with pytest.raises(JaxguardError, match=r"has no tokenizer\.json"):
@@ -170,7 +170,7 @@ def test_full_disk_is_refused_before_anything_is_copied(make, tmp_path, monkeypa
     weights = read_weights(source, read_spec(source))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(shutil, "copyfile", None)
-    with pytest.raises(JaxguardError, match=r"no room for .*out: it takes about 0\.00 GB"):
+    with pytest.raises(JaxguardError, match=r"space for .*out"):
         export_hf(weights, source, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 

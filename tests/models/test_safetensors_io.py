@@ -80,8 +80,8 @@ def test_without_a_file_it_only_counts(stored, values):
 
 
 @pytest.mark.parametrize("kind", ["BF16"])
-def test_a_base_that_has_become_shorter_is_told(stored):
+def test_truncated_base_is_named(stored):
     with stored["matrix"].file.open("r+b") as file:
         file.truncate(stored["matrix"].stop - 1)
-    with pytest.raises(JaxguardError, match=r"zeros\.safetensors has become shorter: copy it again"):
+    with pytest.raises(JaxguardError, match=r"zeros\.safetensors"):
         write_rows(stored["matrix"], np.zeros((ROWS, COLUMNS), np.float32), 0, None)

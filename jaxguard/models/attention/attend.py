@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxguard.models.attention import kernels
 from jaxguard.models.attention.block_sparse import block_sparse
@@ -86,19 +86,10 @@ def _block(
     scale: float,
 ) -> Float[Array, "B C N H"]:
     mask_BCS = layout.visible(window, queries, keys)
-    return _softmax_attention(query_BTNH[:, queries], key_BTKH[:, keys], value_BTKH[:, keys], mask_BCS, scale)
-
-
-def _softmax_attention(
-    query_BCNH: Float[Array, "B C N H"],
-    key_BSKH: Float[Array, "B S K H"],
-    value_BSKH: Float[Array, "B S K H"],
-    mask_BCS: Bool[Array, "B C S"],
-    scale: float,
-) -> Float[Array, "B C N H"]:
-    rows, queries, heads, width = query_BCNH.shape
+    query_BCNH, key_BSKH, value_BSKH = query_BTNH[:, queries], key_BTKH[:, keys], value_BTKH[:, keys]
+    rows, chunk, heads, head_dim = query_BCNH.shape
     kv_heads = key_BSKH.shape[2]
-    query_BCKGH = query_BCNH.reshape(rows, queries, kv_heads, heads // kv_heads, width)
+    query_BCKGH = query_BCNH.reshape(rows, chunk, kv_heads, heads // kv_heads, head_dim)
     scores_BKGCS = jnp.einsum("BCKGH,BSKH->BKGCS", query_BCKGH, key_BSKH, preferred_element_type=jnp.float32) * scale
     # The finite minimum, not -inf: a row without any visible key must not become NaN.
     scores_BKGCS = jnp.where(mask_BCS[:, None, None], scores_BKGCS, jnp.finfo(jnp.float32).min)

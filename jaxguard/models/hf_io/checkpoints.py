@@ -97,21 +97,13 @@ def read_weights(
             alone if shardings is None else shardings[weight.path],
             np.dtype(jnp.float32 if "norm" in weight.axes else dtype),
         )
-        for weight, tensors in locate(folder, spec).items()
+        for weight, tensors in _locate(folder, spec, open_folder(folder)).items()
     ]
     return load(loads, spec)
 
 
-def locate(folder: Path, spec: Spec) -> Tensors:
-    """Find the tensors on disk of each weight of the table; check names, shapes and types.
-
-    Raises:
-        JaxguardError: missing, unknown, misshapen or quantised tensor, or corrupt files.
-    """
-    return _locate(folder, spec, open_folder(folder))
-
-
 def _locate(folder: Path, spec: Spec, tensors: Mapping[str, Stored]) -> Tensors:
+    """Find the tensors of each weight of the table; check names, shapes and types."""
     prefix = next((p for p in PREFIXES if p + EMBED.hf in tensors), None)
     if prefix is None:
         tried = ", ".join(repr(p + EMBED.hf) for p in PREFIXES)
@@ -198,7 +190,8 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
     tied = [tensors[name] for name in _tied_heads(spec, tensors)]
     writer = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(whole_folder(output, _stored_bytes(tensors))) if writer else None
+        size = sum(tensor.stop - tensor.start for tensor in tensors.values())
+        folder = stack.enter_context(whole_folder(output, size)) if writer else None
         files = {} if folder is None else stack.enter_context(_copied_files(source, folder, tensors, [*own, *tied]))
         parts = _parts(_values(weights, located, tied, spec))
         # More threads than cores, since they also wait for each other at a file.
@@ -214,11 +207,6 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
     )
 
 
-def _stored_bytes(tensors: Mapping[str, Stored]) -> int:
-    """Sum the bytes of a checkpoint's tensors on disk."""
-    return sum(tensor.stop - tensor.start for tensor in tensors.values())
-
-
 def _check_weights(weights: Mapping[str, jax.Array], spec: Spec, source: Path) -> None:
     paths = {weight.path for weight in table(spec)}
     if set(weights) != paths:
@@ -226,21 +214,16 @@ def _check_weights(weights: Mapping[str, jax.Array], spec: Spec, source: Path) -
         raise JaxguardError(f"these weights are of another model than {source}: {', '.join(odd)} on one side only")
 
 
-def _checked_array(weights: Mapping[str, jax.Array], weight: Weight, spec: Spec) -> jax.Array:
-    array = weights[weight.path]
-    if array.shape != weight.shape(spec):
-        raise JaxguardError(
-            f"weight {weight.path!r} has shape {array.shape}, but the source has {weight.shape(spec)}: another model"
-        )
-    return array
-
-
 def _values(
     weights: Mapping[str, jax.Array], located: Tensors, tied: Sequence[Stored], spec: Spec
 ) -> Iterator[tuple[list[Stored], np.ndarray]]:
     """Yield the tensors to write, and their values: a view in Hugging Face's layout of an array in ours."""
     for weight, stored in located.items():
-        array = _checked_array(weights, weight, spec)
+        array = weights[weight.path]
+        if array.shape != weight.shape(spec):
+            raise JaxguardError(
+                f"weight {weight.path!r} has shape {array.shape}, but the source has {weight.shape(spec)}: another model"
+            )
         for i, tensor in enumerate(stored):
             copies = [tensor, *(tied if weight == EMBED else ())]
             dtype = np.result_type(*(copy.dtype for copy in copies))
