@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxguard.report.figures import COLOURS, save_png, style
+from jaxguard.report.figures import COLOURS, save_figure, style
 from jaxguard.train.logging import read_metrics
 
 Curves = dict[str, tuple[list[int], list[float]]]
@@ -51,7 +51,7 @@ def draw_curves(metrics: Path, picture: Path, title: str = "") -> bool:
         _draw(axes, panel, chosen)
         if number > len(panels) - columns:
             axes.set_xlabel("steps")
-    save_png(figure, picture)
+    save_figure(figure, picture)
     return True
 
 
