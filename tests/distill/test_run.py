@@ -1,4 +1,4 @@
-"""The distillation's door against a server that always answers."""
+"""The distillation's command against a server that always answers."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Mining from the door: what is asked, kept, counted and written."""
+"""Mining by the command: what is requested, stored, counted and written."""
 
 import json
 import os
