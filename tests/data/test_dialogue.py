@@ -141,7 +141,7 @@ def test_fails_closed(line: str, problem: str, mode: Mode):
 @pytest.mark.parametrize(
     "text", [GIVEN, f"<think>{GIVEN}", f"</think>{GIVEN}<think>", f"</think>{GIVEN}<think>{GIVEN}"]
 )
-def test_unfinished_thoughts_are_not_read(text: str):
+def test_unclosed_reasoning_has_no_verdict(text: str):
     verdict = parse(text, QUESTIONS, Mode.REASONING)
     assert (verdict.prompt_harm, verdict.response_harm, verdict.response_refusal) == (
         "harmful",

@@ -216,7 +216,7 @@ def test_examples_of_one_policy_share_its_tokens_and_nothing_of_the_text(encoder
     assert replace(encoder, share_prefixes=False).encode(BOTH, Mode.DIRECT).shared_prefix == b""
 
 
-def test_there_is_always_something_to_judge(encoder_of):
+def test_there_is_always_some_text(encoder_of):
     """With longer and longer traces, the text shrinks to MIN_KEPT tokens and then the example is refused."""
     encoder = encoder_of("tiny")
     header, footer = "AI assistant:\n", "\n\n/think"
@@ -283,7 +283,7 @@ def test_policy_too_long_for_the_row(encoder_of, tiny_tokenizer_folder: Path):
         encoder.encode(replace(BOTH, id="own", policy=rules), Mode.REASONING)
 
 
-def test_an_example_is_judged_by_its_own_rules(encoder: Encoder):
+def test_an_example_uses_its_own_rules(encoder: Encoder):
     own = replace(BOTH, policy="Only talk about bread.")
     text = encoder.tokenizer.decode(encoder.encode(own, Mode.DIRECT).tokens)
     assert "Only talk about bread." in text

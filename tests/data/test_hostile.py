@@ -128,7 +128,7 @@ def test_no_verdict_comes_from_untrusted_text(encoder_of, name: str):
         )
         answer = dialogue.completion(given, f"x{text}", Mode.REASONING)
         assert parse(answer, QUESTIONS, Mode.REASONING) == truth, text
-        # What is echoed below a verdict may make it unreadable, and never says anything else.
+        # What is echoed below a verdict may make it malformed, but never changes it.
         echoed = parse(f"{dialogue.completion(given, None, Mode.DIRECT)}\n{quoted}", QUESTIONS, Mode.DIRECT)
         assert all(getattr(echoed, q) in (getattr(truth, q), FAIL_CLOSED[q]) for q in QUESTIONS), text
 

@@ -1,4 +1,4 @@
-"""A chat template whose generation prompt opens a thought, as that of DeepSeek-R1-Distill-Llama-8B does."""
+"""A chat template whose generation prompt opens a think block, as that of DeepSeek-R1-Distill-Llama-8B does."""
 
 import shutil
 
@@ -16,7 +16,7 @@ from jaxguard.guards.formats.native import NativeFormat
 from jaxguard.guards.protocol import POSITIVE, UNPARSABLE, Request
 from jaxguard.utils.errors import JaxguardError
 
-# Earlier answers lose their thought; the next one's is opened.
+# Earlier answers lose their reasoning; the next answer starts with an open think block.
 OPENS = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -82,14 +82,14 @@ def test_the_tag_is_told_from_what_ends_the_turn(encoder):
     assert encoder.template.end == "<|eot_id|>"
 
 
-def test_reasoning_goes_on_in_the_thought_that_the_prompt_opens(encoder):
+def test_reasoning_continues_the_open_block(encoder):
     prompt, answer = halves(encoder, Mode.REASONING)
     assert prompt.endswith("/think<|end_header_id|><think>\n")
     assert answer.startswith("It is <think\\> about bread.\n</think>\n\nPrompt harm: unharmful\n")
     assert answer.count("think>") == 1
 
 
-def test_direct_mode_closes_the_thought_before_it_answers(encoder):
+def test_direct_mode_closes_the_block(encoder):
     prompt, answer = halves(encoder, Mode.DIRECT)
     assert prompt.endswith("/no_think<|end_header_id|><think>\n\n</think>\n\n")
     assert answer.startswith("Prompt harm: unharmful\n")
@@ -120,17 +120,17 @@ def test_probabilities_are_read_where_the_verdict_begins(encoder, mode):
 
 
 def test_such_a_guard_is_evaluated_as_any_other(encoder):
-    """It never writes the tag that opens its thought; one that runs out of tokens is brought to its verdict."""
+    """It never writes the opening tag; reasoning that runs out of tokens is closed."""
     form, lines = NativeFormat(encoder, "policy", 64, 24), "Prompt harm: unharmful\nResponse harm: harmful"
-    asked = Request(EXAMPLE, "response_harm", Mode.REASONING)
-    assert form.read(asked, f"About bread.\n</think>\n\n{lines}") == POSITIVE
-    assert form.closed(asked, f"About bread.\n</think>\n\n{lines}") is None
-    assert form.read(asked, lines) == UNPARSABLE
-    assert form.closed(asked, "About bread, and") == "About bread, and\n</think>\n\n"
-    assert form.choices(asked, "About bread, and") == ()
+    asked = Request(EXAMPLE, ("response_harm",), Mode.REASONING)
+    assert form.parse(asked, f"About bread.\n</think>\n\n{lines}") == {"response_harm": POSITIVE}
+    assert form.close_reasoning(asked, f"About bread.\n</think>\n\n{lines}") is None
+    assert form.parse(asked, lines) == {"response_harm": UNPARSABLE}
+    assert form.close_reasoning(asked, "About bread, and") == "About bread, and\n</think>\n\n"
+    assert form.decision_points(asked, "About bread, and") == ()
     ends = ("<think>\nAbout bread.\n</think>\n\nPrompt harm:", "<think>\n\n</think>\n\nPrompt harm:")
     for mode, end in zip(Mode, ends, strict=True):
-        first, *_ = form.choices(Request(EXAMPLE, "response_harm", mode), "About bread.\n</think>\n\n")
+        first, *_ = form.decision_points(Request(EXAMPLE, ("response_harm",), mode), "About bread.\n</think>\n\n")
         assert encoder.tokenizer.decode(first.prefix).rstrip().endswith(end)
 
 
@@ -143,7 +143,7 @@ def test_a_text_is_cut_to_the_room_that_both_modes_leave(encoder):
 
 
 @pytest.mark.parametrize("written", ["<think>\\n\\n</think>\\n\\n", "<think>\\nHm. "])
-def test_a_thought_that_the_template_writes_itself_is_refused(folder, written):
+def test_reasoning_in_the_template_is_refused(folder, written):
     place = folder(OPENS.replace("<think>\\n", written))
     with pytest.raises(JaxguardError, match=r"(chat template writes reasoning|where generation starts)"):
         read_template(load_tokenizer(place), place)

@@ -33,7 +33,7 @@ def tree(tmp_path, tiny_tokenizer_folder):
             "response": f"{SECRET} answer" if i % 2 else None,
             "prompt_label": "harmful" if i % 4 == 0 else "unharmful",
             "response_label": "unharmful" if i % 2 else None,
-            "trace": f"{SECRET} thought",
+            "trace": f"{SECRET} trace",
         }
         for i in range(23)
     ]
@@ -151,7 +151,7 @@ def test_other_modes(tree, tiny_tokenizer_folder, mode):
     assert re.search(rf"{Mode.REASONING if mode == 'dual' else Mode.DIRECT} mode, \d+ tokens", text)
 
 
-def test_the_door(tree, tmp_path, capsys):
+def test_the_command(tree, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     assert main(["--config", str(path)]) == 0

@@ -44,7 +44,7 @@ def message(lines, **changes):
 
 
 def shown(prompt):
-    """The turns of a transcript, those of the message to judge last."""
+    """The turns of a transcript, those of the message to check last."""
     return [line for line in prompt.splitlines() if line.startswith("[")]
 
 
@@ -63,7 +63,7 @@ def test_every_user_turn_is_on_topic_and_every_distractor_is_off(lines):
     assert {(e.response, e.response_label, e.trace) for e in examples} == {(None, None, None)}
 
 
-def test_a_message_is_judged_with_what_was_said_before_it(lines):
+def test_a_message_follows_the_earlier_turns(lines):
     _, second, thanks, chess, trains = load_examples(source(lines([DIALOGUE])))
     before = ["[assistant] Which bread do you bake?", "[user] Rye bread.", "[assistant] Mix flour"]
     assert shown(second.prompt)[:-1] == before
@@ -134,7 +134,7 @@ def test_a_distractor_without_its_place_or_text_is_skipped_alone(lines, distract
         ({"system_instruction": None}, {"no system instruction": 5}),
     ],
 )
-def test_a_dialogue_that_cannot_be_judged_is_skipped_and_counted(lines, changes, skipped):
+def test_an_unusable_dialogue_is_skipped_and_counted(lines, changes, skipped):
     data = loaded(lines, **changes)
     assert len(data.examples) == 5
     assert data.skipped == skipped

@@ -22,12 +22,12 @@ def test_the_5k_run_by_hand(monkeypatch):
     assert found.steps == 781
     assert found.trained == 781 * 32 * 916 == 22_892_672
     # The benchmarks of both averages, once in the one mode that is trained, each with four answers.
-    judged = 1699 + 1964 + 1680 + 100 + 2853 + 1709 + 852 + 446 + 300 + 2362 + 200
-    assert (found.predictions, found.generated) == (judged, 4 * 316 * judged)
-    # After each of the four thoughts P(harmful) is read: that of a prompt in one place, that of a response after both
+    predicted = 1699 + 1964 + 1680 + 100 + 2853 + 1709 + 852 + 446 + 300 + 2362 + 200
+    assert (found.predictions, found.generated) == (predicted, 4 * 316 * predicted)
+    # After each of the four reasoning traces P(harmful) is read: that of a prompt in one place, that of a response after both
     # answers about its prompt as well.
     responses = 1709 + 852 + 446 + 300
-    assert found.read == 600 * judged + 4 * 900 * (judged - responses + 3 * responses)
+    assert found.read == 600 * predicted + 4 * 900 * (predicted - responses + 3 * responses)
     assert not found.assumed
     train = 6 * 8.03e9 * 22_892_672 / (8 * 312e12 * 0.4)
     read = 2 * 8.03e9 * found.read / (8 * 312e12 * 0.4)
@@ -75,7 +75,7 @@ def test_the_table_adds_up(study, capsys):
     found = study(
         "cost.tokens_per_second=100", "cost.generated_per_second=100", "cost.start_seconds=0", "cost.devices=2"
     )
-    # 8 × 5 / 4 = 10 updates of 4 examples of 616 tokens; 20 examples judged, 4 × 16 tokens generated for each, and its prompt
+    # 8 × 5 / 4 = 10 steps of 4 examples of 616 tokens; 20 examples predicted, 4 × 16 tokens generated for each, and its prompt
     # read once to answer, and for the probability of the response's verdict once for each place of the tree of two lines
     one = 10 * 4 * 616 / 100 + 20 * (1 + 3) * 600 / 300 + 20 * 64 / 100
     assert {run.name: s for run, _, s in estimate(found)}["bread-8-0"] == pytest.approx(one)

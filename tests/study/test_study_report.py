@@ -36,7 +36,7 @@ class Results:
                         "complete": name != "part",
                     }
                     cells.append(SimpleNamespace(**cell))
-            cells.append(SimpleNamespace(guard="floor", mode=mode, benchmark="own", result=None, complete=False))
+            cells.append(SimpleNamespace(guard="baseline", mode=mode, benchmark="own", result=None, complete=False))
         return SimpleNamespace(cells=cells, averages=averages)
 
 

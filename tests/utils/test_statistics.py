@@ -17,7 +17,7 @@ VOTES = np.array([[1, 1, 0], [1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=
 
 
 @st.composite
-def judged(draw, both_classes=False):
+def verdicts(draw, both_classes=False):
     """(labels, votes) of up to 30 examples with up to 5 samples."""
     count, k = draw(st.integers(2, 30)), draw(st.integers(1, 5))
     labels = draw(arrays(bool, count))
@@ -48,7 +48,7 @@ def test_by_hand():
     assert (whole.examples, whole.positives) == (5, 3)
 
 
-@given(judged(both_classes=True))
+@given(verdicts(both_classes=True))
 def test_as_scikit_learn_scores_each_sample(data):
     labels, votes = data
     mine, columns = values(labels, votes), votes.T
@@ -64,7 +64,7 @@ def test_as_scikit_learn_scores_each_sample(data):
         assert mine[name] == (pytest.approx(np.mean(each)) if each else None), name
 
 
-@given(judged(), st.randoms(use_true_random=False))
+@given(verdicts(), st.randoms(use_true_random=False))
 def test_order_and_doubling_change_no_value(data, random):
     labels, votes = data
     rows, columns = list(range(len(labels))), list(range(votes.shape[1]))
@@ -80,7 +80,7 @@ def test_order_and_doubling_change_no_value(data, random):
     assert (mixed.majority, mixed.fleiss) == (pytest.approx(same.majority), pytest.approx(same.fleiss))
 
 
-@given(judged())
+@given(verdicts())
 def test_intervals_are_in_order_and_within_bounds(data):
     found = scores(*data, seed=1, resamples=20)
     for name in METRICS:
@@ -189,7 +189,7 @@ def test_consistency_says_nothing_of_one_sample_or_of_one_verdict():
     assert (same.majority, same.unanimous, same.pairwise, same.fleiss) == (1, 1, 1, None)
 
 
-@given(judged())
+@given(verdicts())
 def test_consistency_knows_no_positive_class(data):
     _, votes = data
     one, other = consistency(votes), consistency(~votes)
@@ -210,7 +210,7 @@ def test_right_counts_and_confusion():
     assert confusion(LABELS, VOTES, readable) == [[4, 4, 1], [1, 4, 1]]
 
 
-@given(judged())
+@given(verdicts())
 def test_every_verdict_is_counted_once(data):
     labels, votes = data
     assert sum(right_counts(labels, votes)) == len(labels)
