@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
 
 from jaxguard.check.inputs import read_inputs
@@ -14,6 +13,7 @@ from jaxguard.config.lookup import CONFIG_FOLDER, names
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.guards.guard import Guard
 from jaxguard.guards.setup import set_up
+from jaxguard.utils.progress import track
 
 NOT_PASSED = 1
 
@@ -47,17 +47,15 @@ def _main(options: argparse.Namespace) -> int:
     from jaxguard.check.render import json_line, render  # loads what reports on data need
 
     console, passed, several = Console(highlight=False, soft_wrap=True), True, options.file is not None
-    # On a terminal the verdicts themselves are the progress, and a bar would be in their way.
-    hidden = console.is_terminal or not several
-    with Guard(setup) as guard, Progress(console=Console(stderr=True), disable=hidden) as progress:
-        bar = progress.add_task("checking", total=len(examples))
-        for example, result in zip(examples, guard.stream(examples), strict=True):
+    with Guard(setup) as guard:
+        # On a terminal the verdicts themselves are the progress, and a bar would be in their way.
+        tracked = examples if console.is_terminal else track(examples, "checking", least=2)
+        for example, result in zip(tracked, guard.stream(examples), strict=True):
             if options.json:
                 print(json_line(result), flush=True)
             else:
                 console.print(render(result, example if several else None))
             passed = passed and result.passes
-            progress.advance(bar)
     return 0 if passed else NOT_PASSED
 
 
