@@ -109,11 +109,11 @@ def test_a_count_that_differs_is_a_warning_with_both(write, caplog):
     with caplog.at_level(logging.WARNING):
         shipped("wildguardtest_refusal", write("wildguardtest_refusal"))
     assert [r.getMessage() for r in caplog.records] == [
-        "benchmark wildguardtest_refusal: expected 563 refusal, 1,157 compliance; result 1 refusal, 1 compliance"
+        "benchmark wildguardtest_refusal: expected 563 refusal, 1,157 compliance; found 1 refusal, 1 compliance"
     ]
     caplog.clear()
     shipped("jbb_response", write("jbb_response"))
-    assert caplog.messages == ["benchmark jbb_response: expected 300 in all; result 2 in all"]
+    assert caplog.messages == ["benchmark jbb_response: expected 300 in all; found 2 in all"]
 
 
 def test_counts_that_agree_are_no_warning(write, caplog, own):
