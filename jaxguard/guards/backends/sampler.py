@@ -108,10 +108,12 @@ def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh
         weight = weights[path] if "norm" in axes else weights[path].astype(compute.matmul_dtype or compute.dtype)
         if mesh is None:
             return weight
-        return jax.device_put(weight, NamedSharding(mesh, partition(axes, weight.shape, mesh.shape, without="fsdp")))
+        sharding = NamedSharding(mesh, partition(axes, weight.shape, mesh.shape, without="fsdp"))
+        placed: Array = jax.device_put(weight, sharding)
+        return placed
 
-    placed = {w.path: place(w.path, w.axes) for w in table(spec)}
-    return Model(spec, placed, replace(compute, remat="none"), mesh)
+    on_mesh = {w.path: place(w.path, w.axes) for w in table(spec)}
+    return Model(spec, on_mesh, replace(compute, remat="none"), mesh)
 
 
 def generate(
@@ -368,4 +370,5 @@ def nucleus(probability_RV: Float[Array, "R V"], top_p: float) -> Array:
 
     top_R1 = jnp.max(bits_RV, axis=-1, keepdims=True)
     least_R1, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top_R1), top_R1 + 1))
-    return bits_RV >= least_R1
+    inside_RV: Array = bits_RV >= least_R1
+    return inside_RV
