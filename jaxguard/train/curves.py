@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from jaxguard.report.figures import COLOURS, save_figure, style
 from jaxguard.train.logging import read_metrics
@@ -76,7 +76,7 @@ def _select(curves: Curves, pattern: str) -> Curves:
     labels = [
         name[len(prefix) :].removesuffix(ending).strip("/_").replace("/", " ").replace("_", " ") for name in names
     ]
-    return {label: curves[name] for label, name in sorted(zip(labels, names, strict=True))}
+    return {label or "all": curves[name] for label, name in sorted(zip(labels, names, strict=True))}
 
 
 def _draw(axes: Axes, panel: str, curves: Curves) -> None:
@@ -92,6 +92,8 @@ def _draw(axes: Axes, panel: str, curves: Curves) -> None:
         axes.set_ylim(-0.02, 1.02)
     if panel.startswith("Gradient") and all(value > 0 for value in next(iter(curves.values()))[1]):
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # the style shows mathematical notation as text
     if any(curves):
         axes.legend(fontsize=7)
 
