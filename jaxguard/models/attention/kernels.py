@@ -178,9 +178,8 @@ def _static_rows(
 ) -> Array:
     heads, tokens = q_BNTH.shape[1:3]
     size = (tokens, tokens)
-    mask = splash_attention.CausalMask(size)
-    if window is not None:
-        mask = splash_attention.LocalMask(size, window_size=(window - 1, 0), offset=0)
+    causal, local = splash_attention.CausalMask, splash_attention.LocalMask
+    mask = causal(size) if window is None else local(size, window_size=(window - 1, 0), offset=0)
     kernel = _splash_kernel(splash_attention.MultiHeadMask([mask] * heads), tokens, interpret)
     segments = splash_attention.SegmentIds(layout.segments_BT, layout.segments_BT)
     mixed_BNTH: Array = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
@@ -208,7 +207,8 @@ def _splash_kernel(mask: splash_attention.MultiHeadMask | Array, tokens: int, in
     """Make the kernel with the largest blocks, up to 512 tokens, that divide a row; they fit on chip for H = 256."""
     block = next(size for size in (512, 256, LANES) if tokens % size == 0)
     names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
-    sizes = splash_attention.BlockSizes(**{f"block_{name}": block for name in names})
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
+    sizes = splash_attention.BlockSizes(**blocks)
     return splash_attention.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
 
