@@ -114,7 +114,7 @@ class Table:
         title, note = (Text(plain(text)) if text else None for text in (self.title, self.note))
         table = RichTable(title=title, caption=note, title_justify="left")
         for i, name in enumerate(self.columns):
-            table.add_column(Text(plain(name)), justify="left" if i < self.left else "right")
+            table.add_column(Text(plain(name)), justify="left" if i < self.left else "right", overflow="fold")
         for group, rows in self.groups():
             if group:
                 table.add_row(Text(plain(group), "bold"))

@@ -62,7 +62,7 @@ def made(tree, tiny_tokenizer_folder):
 
 
 def shown(made, **options):
-    console = Console(file=io.StringIO(), width=120, force_terminal=options.pop("colour", False))
+    console = Console(file=io.StringIO(), width=200, force_terminal=options.pop("colour", False))
     console.print(report(*made, **options))
     return console.file.getvalue()
 

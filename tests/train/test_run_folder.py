@@ -54,11 +54,11 @@ def test_auto_goes_on_and_never_refuses(tmp_path: Path) -> None:
 
 def test_always_needs_a_checkpoint(tmp_path: Path) -> None:
     config = config_in(tmp_path)
-    with pytest.raises(JaxguardError, match="holds no checkpoint to go on from"):
+    with pytest.raises(JaxguardError, match="--resume"):
         open_run(config, "always")
     with open_run(config) as run:
         (run.checkpoints / "10.orbax-checkpoint-tmp").mkdir()
-    with pytest.raises(JaxguardError, match="holds no checkpoint to go on from"):
+    with pytest.raises(JaxguardError, match="--resume"):
         open_run(config, "always")
     (run.checkpoints / "10").mkdir()
     with open_run(config, "always") as run:
@@ -95,7 +95,7 @@ def test_fields_without_effect_may_change_and_rounding_is_told(
     rounded = config_in(tmp_path, mesh={"fsdp": 4}, train={"accumulation": 2})
     with caplog.at_level(logging.WARNING, "jaxguard"):
         open_run(rounded).close()
-    assert "goes on with other train.accumulation, mesh.fsdp" in caplog.text
+    assert "train.accumulation, mesh.fsdp" in caplog.text
     assert load(str(tmp_path / "tiny" / "config.yaml")) == rounded
 
 
@@ -169,6 +169,6 @@ def test_folder_that_cannot_be_one(tmp_path: Path) -> None:
 def test_unreadable_config_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.yaml").write_text("model: {nonsense: 1}")
-    with pytest.raises(JaxguardError, match="holds a run whose config cannot be read"):
+    with pytest.raises(JaxguardError, match=r"model\.nonsense"):
         open_run(config_in(tmp_path))
     assert (tmp_path / "tiny" / "config.yaml").read_text() == "model: {nonsense: 1}"
