@@ -22,22 +22,22 @@ HEARTBEAT = 100
 BOUND = 2 * HEARTBEAT
 """Seconds within which the others end, starting included."""
 
-# `python -m jaxguard.train`, which also notes the rows that this process's devices get: a line for each update.
-DOOR = """
+# `python -m jaxguard.train`, which also notes the rows that this process's devices get: a line for each step.
+COMMAND = """
 import json, sys
 import numpy as np
 from jaxguard.train import __main__, loop
 
-place = loop.place
+shard_batch = loop.shard_batch
 
-def noted(batch, sharding):
+def log_rows(batch, sharding):
     placed = shard_batch(batch, sharding)
     shards = [(x.index[0].start or 0, np.asarray(x.data).tolist()) for x in placed.tokens_BT.addressable_shards]
     with open(sys.argv[1], "a") as file:
         print(json.dumps([[first + i, row] for first, rows in shards for i, row in enumerate(rows)]), file=file)
     return placed
 
-loop.place = noted
+loop.shard_batch = log_rows
 sys.exit(__main__.main(sys.argv[2:]))
 """
 
@@ -73,18 +73,18 @@ def said(logs: Path) -> list[str]:
 
 def start_training(config: Path, count: int, folder: Path, logs: Path) -> list[subprocess.Popen]:
     run = ["--config", str(config), f"run_folder={folder}", "mesh.hosts=explicit"]
-    return start(DOOR, count, logs, str(logs / "{rank}.rows"), *run)
+    return start(COMMAND, count, logs, str(logs / "{rank}.rows"), *run)
 
 
 def finish(config: Path, count: int, folder: Path) -> tuple[list[float], list[list]]:
-    """Train to the end: losses of all updates, and the rows of those that this start did."""
+    """Train to the end: losses of all steps, and the rows of those that this start did."""
     logs = folder / f"finish-{count}"
     processes = start_training(config, count, folder, logs)
     assert end(processes, 450) == [0] * count, said(logs)
     records = [json.loads(line) for line in (folder / "tiny/metrics.jsonl").read_text().splitlines()]
     each = [[json.loads(line) for line in (logs / f"{rank}.rows").read_text().splitlines()] for rank in range(count)]
     assert [len(process) for process in each] == [len(each[0])] * count
-    together = [[row for rows in update for row in rows] for update in zip(*each, strict=True)]
+    together = [[row for rows in step for row in rows] for step in zip(*each, strict=True)]
     return [record["loss"] for record in records if "loss" in record], together
 
 
@@ -128,7 +128,7 @@ def alone(config) -> tuple[list[float], list[list]]:
 
 
 def check_same(found: tuple[list[float], list[list]], alone: tuple[list[float], list[list]]) -> None:
-    """Equal losses, and equal rows in the updates that this start did, each on one device, in the order of the mesh."""
+    """Equal losses, and equal rows in the steps that this start did, each on one device, in the order of the mesh."""
     assert found[0] == pytest.approx(alone[0], rel=1e-5)
     assert found[1] == alone[1][UPDATES - len(found[1]) :]
 
