@@ -125,20 +125,25 @@ def begun_with_other_inputs(run: Run, stage: Stage) -> bool:
     Stages compare their own config and data themselves, but a training cannot tell that its base was trained again.
     """
     entry = read_record(run).get(stage)
-    return isinstance(entry, dict) and entry.get("upstream") != upstream(run, stage)
+    return isinstance(entry, dict) and entry.get("upstream") != upstream(run, stage) and bool(_output(run, stage))
 
 
 def put_aside(run: Run, stage: Stage) -> Path:
     """Move a stage's output, for a training everything that depends on it, to RUN.old-1 or the next free number."""
     folder = run.folder
     aside = next(path for n in count(1) if not (path := folder.with_name(f"{folder.name}.old-{n}")).exists())
-    before = run.stages[: run.stages.index(stage)]
-    stay = {path for each in before if each in _FOLDERS for path in folder.glob(_FOLDERS[each])}
-    moved = set(folder.glob(_FOLDERS.get(stage, "*"))) - stay - {folder / RECORD}
+    output = _output(run, stage)
     aside.mkdir()
-    for path in moved:
+    for path in output:
         path.rename(aside / path.name)
     return aside
+
+
+def _output(run: Run, stage: Stage) -> set[Path]:
+    """What a stage wrote into the run's folder, for a training also what depends on it."""
+    before = run.stages[: run.stages.index(stage)]
+    earlier = {path for each in before if each in _FOLDERS for path in run.folder.glob(_FOLDERS[each])}
+    return set(run.folder.glob(_FOLDERS.get(stage, "*"))) - earlier - {run.folder / RECORD}
 
 
 class StageRunner:
