@@ -12,7 +12,7 @@ from jaxguard.config import Config
 
 DESCRIPTION = """\
 Request a reasoning trace of every training example from a teacher behind an OpenAI-style server, such as SGLang; filter the
-traces, and request again what fails. Every attempt is stored in runs/NAME/traces; started again, a run that was killed goes on.
+traces, and request again what fails. Every attempt is stored in runs/NAME/traces; a run that was killed resumes when started again.
 At the end runs/NAME/traces.jsonl holds the examples with their traces, ready for data.train: {kind: jsonl, path: ...}, and
 with distill.budgets=[1,3] runs/NAME/traces_1.jsonl and traces_3.jsonl hold them with traces of that many sentences.
 
@@ -29,7 +29,7 @@ examples:
 """
 AUDIT = """\
 Evaluate the teacher on a seeded sample of data.train without telling it the labels, several times each, and report how far it
-agrees with people and with itself: runs/NAME/audit/audit.html, audit.md and audit.json. Goes on where it was stopped.
+agrees with people and with itself: runs/NAME/audit/audit.html, audit.md and audit.json. Resumes where it was stopped.
 """
 INSPECT = """\
 Write runs/NAME/traces.html: what failed and why, lengths, and a searchable table of attempts whose text stays hidden until it

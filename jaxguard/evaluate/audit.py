@@ -1,7 +1,7 @@
 """Audit the teacher: evaluate it as a guard on a sample of data.train, without telling it the labels.
 
 It judges each example several times. Its answers are parsed as strictly as a guard's and scored by the same functions. Every
-completion is stored as an attempt, so an audit that was killed goes on; the report is made from the store alone.
+completion is stored as an attempt, so an audit that was killed resumes; the report is made from the store alone.
 """
 
 from dataclasses import replace

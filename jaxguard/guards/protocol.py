@@ -88,7 +88,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class DecisionPoint:
-    """Where an answer goes on with one of two tokens.
+    """Where an answer continues with one of two tokens.
 
     Attributes:
         prefix: token ids of everything before it, prompt included.
@@ -217,7 +217,7 @@ async def predict(
         try:
             for batch in batches:  # shared: each batch is taken once
                 await done.put(await _predict_batch(batch, form, backend, settings, probabilities))
-                # A backend in this thread never waits: let the predictions be stored before it goes on.
+                # A backend in this thread never waits: let the predictions be stored before it continues.
                 await asyncio.sleep(0)
             await done.put(None)
         except BaseException as error:

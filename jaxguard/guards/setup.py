@@ -31,7 +31,7 @@ class Setup:
         guard, config, settings: for open_guard.
         policy: what is judged by.
         trained: the mode that it was trained in, or "dual"; "dual" also where that is unknown.
-        mode: how it answers unless told otherwise.
+        mode: how it answers by default.
     """
 
     guard: GuardConfig

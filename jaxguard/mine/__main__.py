@@ -15,7 +15,7 @@ Ask a trained guard about its own training examples, each several times, in the 
 it judges right in some answers only are hard: a second round of training takes them once more. Those that it never judges
 right may be labelled wrongly: look at them. Train first; then this writes into runs/NAME/mine:
 
-  answers/MODE.jsonl   every answer, as soon as it is there: killed and started again, it goes on
+  answers/MODE.jsonl   every answer, as soon as it is there: killed and started again, it resumes
   hard.jsonl           the hard examples with their traces, ready for data.train or build.sets[].append
   never_right.jsonl    those that were never judged right, with the guard's answers
   train.jsonl          what the run was trained on; held_out.jsonl what it was validated on

@@ -37,10 +37,12 @@ def run(options: argparse.Namespace, config: Config) -> int:
         report = PlanReport()
         for target in options.target:
             with console.status(f"searching for the fastest way to train {config.name} on {target} …"):
-                found = search(config, target, **settings, on_candidate=lambda c: console.print(str(c), soft_wrap=True))
-            if found.ranking:
-                console.print(f"{config.name} on {target}", found.table().rich())
-            report += found.best
+                result = search(
+                    config, target, **settings, on_candidate=lambda c: console.print(str(c), soft_wrap=True)
+                )
+            if result.ranking:
+                console.print(f"{config.name} on {target}", result.table().rich())
+            report += result.best
     else:
         compare = [_changes(text) for text in options.compare]
         with console.status("") as status:

@@ -1,6 +1,6 @@
 """Run a study, run by run and stage by stage.
 
-A stage resumes by itself, and what is done is recorded beside its output: a study that was killed at any moment goes on when it
+A stage resumes by itself, and what is done is recorded beside its output: a study that was killed at any moment resumes when it
 is started again, and a finished one does nothing.
 """
 
@@ -37,7 +37,7 @@ class StudyResult:
 
     Attributes:
         failed: run, or prepared run -> why it failed.
-        stopped: it was asked to stop; the same command goes on.
+        stopped: it was asked to stop; the same command resumes it.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
@@ -76,7 +76,7 @@ def run_study(study: Study, log: Log) -> StudyResult:
 
 
 def _prepare(study: Study, runner: StageRunner, log: Log, result: StudyResult) -> bool:
-    """Make the prepared runs whose output is missing; whether the study can go on."""
+    """Make the prepared runs whose output is missing; return whether the study can continue."""
     for run in study.prepared:
         for stage in run.stages:
             if not missing(run, stage):

@@ -56,7 +56,7 @@ def _download(repository: str, revision: str | None, only: tuple[str, ...]) -> P
     page = f"https://huggingface.co/{repository}"
     at = f" at revision {revision!r}" if revision else ""
     try:
-        found = huggingface_hub.snapshot_download(
+        folder = huggingface_hub.snapshot_download(
             repository, revision=revision, allow_patterns=list(only), ignore_patterns=list(_IGNORED)
         )
     except errors.GatedRepoError:
@@ -80,4 +80,4 @@ def _download(repository: str, revision: str | None, only: tuple[str, ...]) -> P
         ) from None
     except errors.HfHubHTTPError as error:
         raise JaxguardError(f"the hub refused {repository}{at}: {error}") from None
-    return Path(found)
+    return Path(folder)

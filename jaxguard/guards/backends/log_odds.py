@@ -73,7 +73,7 @@ class _Packed(NamedTuple):
 def _pack(prompts: Sequence[Sequence[int]]) -> list[_Packed]:
     """Few sequences in which every prompt ends somewhere before the last token."""
     head = np.asarray(prompts[0][: common_prefix(prompts)], np.int32).tobytes()
-    # Backwards, so that what goes on from a prompt comes before it.
+    # Backwards, so that what continues a prompt comes before it.
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]), reverse=True)
     groups: list[list[int]] = []
     for i in order:

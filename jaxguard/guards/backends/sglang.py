@@ -153,7 +153,7 @@ async def swap_weights(url: str, folder: Path, version: str) -> None:
         version: the weight_version of its responses from then on.
 
     Raises:
-        JaxguardError: it refuses, or goes on answering with other weights.
+        JaxguardError: it refuses, or still answers with other weights.
     """
     async with _connect(url, 1) as client:
         (server,) = client.endpoints

@@ -32,7 +32,7 @@ class Quoted:
 
 
 class Step(NamedTuple):
-    """A point at which an answer goes on with one of two words: `lead` precedes them, `also` are further positive ones."""
+    """A point at which an answer continues with one of two words: `lead` precedes them, `also` are further positive ones."""
 
     lead: str
     positive: str
