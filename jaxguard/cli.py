@@ -1,9 +1,6 @@
 """The command line of every stage: its grammar, its completion, and how results and errors become exit codes.
 
-`jaxguard STAGE ...` is `python -m jaxguard.STAGE ...`. A stage is a package with a `__main__.py` that has `main(argv) -> int`.
-
-`jaxguard STAGE [COMMAND] --config NAME [field=value ...]` is the grammar of stages that read a config. They have options of
-their own only for what is not a property of the run, such as `--show-text`.
+`jaxguard STAGE ...` is `python -m jaxguard.STAGE ...`. A stage is a package whose `__main__.py` has a Command named `main`.
 """
 
 import argparse
@@ -14,6 +11,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -39,7 +37,89 @@ configs: {known}
 """
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Command:
+    """A command line, `jaxguard NAME [COMMAND] ...`; called with its arguments, it returns the process's exit code.
+
+    Attributes:
+        name: what follows `jaxguard`, such as `data build`.
+        description: what it does, for --help.
+        run: gets the parsed options; what it returns is the exit code, None meaning 0.
+        add_options: adds the options to the parser.
+        commands: `jaxguard NAME COMMAND ...` calls commands[COMMAND].
+    """
+
+    name: str
+    description: str
+    run: Callable[[argparse.Namespace], int | None]
+    add_options: Callable[[argparse.ArgumentParser], None]
+    commands: Mapping[str, "Command"] = field(default_factory=dict)
+
+    def parser(self) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(
+            prog=f"jaxguard {self.name}",
+            description=self.description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_options(parser)
+        return parser
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Parse arguments, by default the process's, with positional ones before, after or between the options, and run."""
+        arguments = sys.argv[1:] if argv is None else argv
+        if _completing():
+            arguments = _next_word(self.commands)
+        if arguments and arguments[0] in self.commands:
+            return self.commands[arguments[0]](arguments[1:])
+        parser = self.parser()
+        _complete(parser)
+        return exit_code(lambda: self.run(_parse(parser, arguments)))
+
+
+def stage(
+    name: str,
+    description: str,
+    run: Callable[[argparse.Namespace, Config], int | None],
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda _: None,
+    commands: Mapping[str, Command] | None = None,
+) -> Command:
+    """Return the command of a stage: `jaxguard NAME [COMMAND] --config NAME [field=value ...]`.
+
+    Args:
+        name: a key of READS, or one with a command after it.
+        description: as of Command.
+        run: gets the options and the resolved config.
+        add_options: adds options for what is not a property of the run, such as `--show-text`.
+        commands: as of Command.
+    """
+    reader = name if name in READS else name.partition(" ")[0]  # `distill audit` reads what `distill` does
+
+    def add_all_options(parser: argparse.ArgumentParser) -> None:
+        configs = [name for name in names(CONFIG_FOLDER) if "/" not in name]
+        parser.epilog = EPILOG.format(known=", ".join(configs))
+        config = parser.add_argument(
+            "--config", required=True, metavar="NAME|PATH", help="a file of configs/, by name, or any YAML file"
+        )
+        suggest(config, lambda _: configs)
+        parser.add_argument("--dry-run", action="store_true", help="print what the stage reads of the config, and stop")
+        overrides = parser.add_argument(
+            "overrides", nargs="*", metavar="field=value", help="change a field of the config"
+        )
+        suggest(overrides, lambda prefix: [*(commands or ()), *_assignments(Config, READS[reader], "=" in prefix)])
+        add_options(parser)
+
+    def load_and_run(options: argparse.Namespace) -> int | None:
+        config = load(options.config, options.overrides, stage=reader)
+        if options.dry_run:
+            sys.stdout.write(dump(config, reader))
+            return 0
+        return run(options, config)
+
+    return Command(name, description, load_and_run, add_all_options, commands or {})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a stage and return its exit code; with no stage, or --help, list them."""
     arguments = sys.argv[1:] if argv is None else argv
     known = stages()
@@ -48,121 +128,30 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments:
             parser = argparse.ArgumentParser()
             parser.add_argument("stage", choices=known)
-            complete(parser)
+            _complete(parser)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage(known))
+        width = max(map(len, known))
+        print("usage: jaxguard STAGE --config NAME [field=value ...]\n")
+        print(*(f"  {stage:<{width}}  {summary}" for stage, summary in known.items()), sep="\n")
+        print("\njaxguard STAGE --help tells more.")
         return 0
-    stage, *rest = arguments
-    if stage == "--version":
+    if arguments[0] == "--version":
         print(f"jaxguard {jaxguard.__version__}")
         return 0
-    if stage not in known:
-        print(f"error: no stage {stage!r}; {nearest(stage, known)}known: {', '.join(known)}", file=sys.stderr)
-        return USER_ERROR
-    code: int = importlib.import_module(f"jaxguard.{stage}.__main__").main(rest)
-    return code
+    if arguments[0] not in known:
+        hint = nearest(arguments[0], known)
+        return _complain(f"no stage {arguments[0]!r}; {hint}known: {', '.join(known)}")
+    command: Command = importlib.import_module(f"jaxguard.{arguments[0]}.__main__").main
+    return command(arguments[1:])
 
 
 def stages() -> dict[str, str]:
-    """Return stage -> what it does, from the first line of its docstring."""
-    known = sorted(Path(__file__).parent.glob("*/__main__.py"))
-    return {file.parent.name: _first_line(file) for file in known}
-
-
-def usage(known: Mapping[str, str]) -> str:
-    """Return how to call it, and one line for each stage."""
-    width = max(map(len, known))
-    lines = [f"  {stage:<{width}}  {what}" for stage, what in known.items()]
-    first = "usage: jaxguard STAGE --config NAME [field=value ...]"
-    return "\n".join([first, "", *lines, "", "jaxguard STAGE --help tells more."])
-
-
-def _first_line(file: Path) -> str:
-    """Return the first line of a file's docstring, without the command that it begins with."""
-    line = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
-    command, separator, what = line.partition("`: ")
-    return what if separator and command.startswith("`") else line
-
-
-def run_stage(
-    stage: str,
-    description: str,
-    main: Callable[[argparse.Namespace, Config], int | None],
-    extend: Callable[[argparse.ArgumentParser], None] | None = None,
-    argv: Sequence[str] | None = None,
-    commands: Mapping[str, Callable[[Sequence[str]], int]] | None = None,
-) -> int:
-    """Parse a stage's command line, load the config, run `main`, and return the process's exit code.
-
-    Args:
-        stage: a key of READS, or one with a command after it.
-        description: what the stage does, for --help.
-        main: gets the options and the resolved config; what it returns is the exit code, None meaning 0.
-        extend: adds the stage's own options to the parser.
-        argv: arguments without the program's name; None takes the process's.
-        commands: `jaxguard STAGE COMMAND ...` calls commands[COMMAND].
-
-    Returns:
-        As `exit_code`.
-    """
-    arguments = sys.argv[1:] if argv is None else argv
-    commands = commands or {}
-    if _completing():
-        arguments = _next_word(commands)
-    if arguments and arguments[0] in commands:
-        return commands[arguments[0]](arguments[1:])
-    reader = stage if stage in READS else stage.partition(" ")[0]  # `distill audit` reads what `distill` does
-    configs = [name for name in names(CONFIG_FOLDER) if "/" not in name]
-    parser = command_parser(stage, description, EPILOG.format(known=", ".join(configs)))
-    config_option = parser.add_argument(
-        "--config", required=True, metavar="NAME|PATH", help="a file of configs/, by name, or any YAML file"
-    )
-    suggest(config_option, lambda _: configs)
-    parser.add_argument("--dry-run", action="store_true", help="print what the stage reads of the config, and stop")
-    overrides = parser.add_argument("overrides", nargs="*", metavar="field=value", help="change a field of the config")
-    suggest(overrides, lambda prefix: [*commands, *_assignments(Config, READS[reader], "=" in prefix)])
-    if extend is not None:
-        extend(parser)
-
-    def run(options: argparse.Namespace) -> int | None:
-        config = load(options.config, options.overrides, stage=reader)
-        if options.dry_run:
-            sys.stdout.write(dump(config, reader))
-            return 0
-        return main(options, config)
-
-    return run_command(parser, run, arguments)
-
-
-def command_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """Return the parser of a command, such as `data build`, without arguments."""
-    return argparse.ArgumentParser(
-        prog=f"jaxguard {command}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def run_command(
-    parser: argparse.ArgumentParser,
-    main: Callable[[argparse.Namespace], int | None],
-    argv: Sequence[str] | None = None,
-) -> int:
-    """Parse a command line, with positional arguments before, after or between the options, and run `main`.
-
-    Returns:
-        As `exit_code`.
-    """
-    complete(parser)
-
-    def run() -> int | None:
-        options, unknown = parser.parse_known_intermixed_args(argv)
-        _refuse(parser, unknown)
-        return main(options)
-
-    return exit_code(run)
+    """Return stage -> what it does: the first line of its docstring, without the command that it begins with."""
+    summaries = {}
+    for file in sorted(Path(__file__).parent.glob("*/__main__.py")):
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        summaries[file.parent.name] = docstring.partition("\n")[0].partition("`: ")[2]
+    return summaries
 
 
 def exit_code(run: Callable[[], int | None]) -> int:
@@ -172,10 +161,8 @@ def exit_code(run: Callable[[], int | None]) -> int:
     """
     try:
         return run() or 0
-    except ProvenanceError as error:
-        return _complain(str(error), PROVENANCE_CHANGED)
     except JaxguardError as error:
-        return _complain(str(error))
+        return _complain(str(error), PROVENANCE_CHANGED if isinstance(error, ProvenanceError) else USER_ERROR)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -186,12 +173,22 @@ def exit_code(run: Callable[[], int | None]) -> int:
         return _complain("interrupted", INTERRUPTED)
 
 
-def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell's request for completions and exit; without one, do nothing."""
-    if _completing():
-        import argcomplete
+def _complain(message: str, code: int = USER_ERROR) -> int:
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), message))
+    return code
 
-        argcomplete.autocomplete(parser)
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse arguments; a JaxguardError names the first unknown option, and those that there are."""
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    if not unknown:
+        return options
+    option = unknown[0]
+    if "=" in option and "." in option:
+        raise JaxguardError(f"unknown option {option!r}: an override is written without dashes: {option.lstrip('-')}")
+    known = ", ".join(sorted(name for name in parser._option_string_actions if name.startswith("--")))
+    raise JaxguardError(f"unknown option {option!r}; known: {known}")
 
 
 def suggest(argument: argparse.Action, values: Callable[[str], Iterable[str]]) -> None:
@@ -201,6 +198,14 @@ def suggest(argument: argparse.Action, values: Callable[[str], Iterable[str]]) -
 
 def _completing() -> bool:
     return "_ARGCOMPLETE" in os.environ
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell's request for completions and exit; without one, do nothing."""
+    if _completing():
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
 
 
 def _next_word(known: Iterable[str]) -> list[str]:
@@ -230,20 +235,3 @@ def _assignments(schema: type[Schema], fields: Iterable[str], with_values: bool,
             yield from (f"{prefix}{name}={value}" for value in values if isinstance(value, str))
         else:
             yield f"{prefix}{name}="
-
-
-def _refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
-    """Raise a JaxguardError that names the first unknown option, and those that there are."""
-    if not unknown:
-        return
-    option = unknown[0]
-    if "=" in option and "." in option:
-        raise JaxguardError(f"unknown option {option!r}: an override is written without dashes: {option.lstrip('-')}")
-    known = ", ".join(sorted(name for name in parser._option_string_actions if name.startswith("--")))
-    raise JaxguardError(f"unknown option {option!r}; known: {known}")
-
-
-def _complain(message: str, code: int = USER_ERROR) -> int:
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(Text.assemble(("error: ", "bold red"), message))
-    return code

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxguard.cli import main, run_stage, stages
+from jaxguard.cli import main, stage, stages
 from jaxguard.config import READS, dump, load
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
 
@@ -24,23 +24,23 @@ def config(tmp_path):
     return str(path)
 
 
-def command(argv, stage_main=lambda options, config: None, extend=None):
-    return run_stage("train", "Does things.", stage_main, extend, argv)
+def command(argv, run=lambda options, config: None, add_options=lambda parser: None, name="train"):
+    return stage(name, "Does things.", run, add_options)(argv)
 
 
 def failing(error):
-    def stage_main(options, config):
+    def run(options, config):
         raise error
 
-    return stage_main
+    return run
 
 
 def test_usage_lists_the_stages(capsys):
     assert main([]) == main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert set(stages()) >= {name for name in READS if " " not in name} | {"check", "study"}
-    for stage, summary in stages().items():
-        assert lines.count(next(line for line in lines if line.split() == [stage, *summary.split()])) == 2
+    for name, summary in stages().items():
+        assert lines.count(next(line for line in lines if line.split() == [name, *summary.split()])) == 2
         assert summary
         assert "`" not in summary
 
@@ -58,14 +58,14 @@ def test_an_unknown_stage(capsys):
 def test_main_gets_options_and_config(config):
     calls = []
 
-    def stage_main(options, run):
-        calls.append((options.fast, run.train.epochs, run.seed))
+    def run(options, config):
+        calls.append((options.fast, config.train.epochs, config.seed))
         return 7
 
-    def extend(parser):
+    def add_options(parser):
         parser.add_argument("--fast", action="store_true")
 
-    assert command(["train.epochs=2", "--config", config, "--fast", "seed=4"], stage_main, extend) == 7
+    assert command(["train.epochs=2", "--config", config, "--fast", "seed=4"], run, add_options) == 7
     assert calls == [(True, 2.0, 4)]
 
 
@@ -82,9 +82,7 @@ def test_dry_run(config, capsys, tmp_path):
 
 
 def test_a_command_reads_what_its_stage_reads(config, capsys):
-    assert (
-        run_stage("distill audit", "Audits.", failing(AssertionError()), None, ["--config", config, "--dry-run"]) == 0
-    )
+    assert command(["--config", config, "--dry-run"], failing(AssertionError()), name="distill audit") == 0
     assert "distill" in yaml.safe_load(capsys.readouterr().out)
 
 

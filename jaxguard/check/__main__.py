@@ -2,13 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
 from jaxguard.check.inputs import read_inputs
-from jaxguard.cli import command_parser, run_command, suggest
+from jaxguard.cli import Command, suggest
 from jaxguard.config.lookup import CONFIG_FOLDER, names
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.guards.guard import Guard
@@ -35,11 +34,7 @@ policies in configs/policies/: {policies}
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(_parser(), _main, argv)
-
-
-def _main(options: argparse.Namespace) -> int:
+def _check(options: argparse.Namespace) -> int:
     examples = read_inputs(options.text, options.response, options.file)
     setup = set_up(options.model, options.policy, options.mode, options.tokenizer, options.config)
     if setup.warning:
@@ -59,9 +54,9 @@ def _main(options: argparse.Namespace) -> int:
     return 0 if passed else NOT_PASSED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options(parser: argparse.ArgumentParser) -> None:
     policies = names(CONFIG_FOLDER / "policies")
-    parser = command_parser("check", DESCRIPTION, EPILOG.format(policies=", ".join(policies)))
+    parser.epilog = EPILOG.format(policies=", ".join(policies))
     add = parser.add_argument
     add("text", nargs="?", help="what the user wrote; - reads standard input")
     add("--model", required=True, help="an export, a run's folder, a repository on the hub, or a server's address")
@@ -77,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print a JSON object for each text")
     add("--tokenizer", metavar="FOLDER|REPOSITORY", help="for a server whose model does not lie on this machine")
     add("--config", metavar="NAME|PATH", help="of the run that trained the model, if it is not beside the export")
-    return parser
 
+
+main = Command("check", DESCRIPTION, _check, _options)
 
 if __name__ == "__main__":
     sys.exit(main())

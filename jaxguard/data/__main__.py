@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from jaxguard.cli import run_stage
+from jaxguard.cli import stage
 from jaxguard.config import Config
 from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
 from jaxguard.data.prepare import encode_selection, select
@@ -40,14 +39,6 @@ examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("data", DESCRIPTION, _main, _extend, argv, {"build": _build_command})
-
-
-def _build_command(argv: Sequence[str]) -> int:
-    return run_stage("data build", BUILD, _build, argv=argv)
-
-
 def _build(_: argparse.Namespace, config: Config) -> None:
     from jaxguard.data.build import build
 
@@ -61,7 +52,7 @@ def _build(_: argparse.Namespace, config: Config) -> None:
     console.print(Text(f"version {result.manifest['version']}: {result.folder}"))
 
 
-def _extend(parser: argparse.ArgumentParser) -> None:
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show-text",
         action="store_true",
@@ -69,12 +60,14 @@ def _extend(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _main(options: argparse.Namespace, config: Config) -> None:
+def _report(options: argparse.Namespace, config: Config) -> None:
     folder = hub.fetch(config.model.checkpoint, config.model.revision, TOKENIZER_FILES)
     encoder, selection = Encoder.load(folder, config.data), select(config)
     prepared = encode_selection(config, selection, encoder)
     Console().print(report(config, selection, prepared, encoder, options.show_text))
 
+
+main = stage("data", DESCRIPTION, _report, _options, {"build": stage("data build", BUILD, _build)})
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from jaxguard.cli import run_stage
+from jaxguard.cli import stage
 from jaxguard.config import Config
 
 DESCRIPTION = """\
@@ -37,21 +36,7 @@ is clicked. One file that loads nothing; also while a distillation runs.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage(
-        "distill", DESCRIPTION, _distill, argv=argv, commands={"audit": _audit_command, "inspect": _inspect_command}
-    )
-
-
-def _audit_command(argv: Sequence[str]) -> int:
-    return run_stage("distill audit", AUDIT, _audit, argv=argv)
-
-
-def _inspect_command(argv: Sequence[str]) -> int:
-    return run_stage("distill inspect", INSPECT, _inspect, _extend_inspect, argv)
-
-
-def _extend_inspect(parser: argparse.ArgumentParser) -> None:
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", default="traces", help="which store of the run, such as traces_1; the page is called after it"
     )
@@ -88,6 +73,12 @@ def _inspect(options: argparse.Namespace, config: Config) -> int:
     Console(highlight=False, soft_wrap=True).print(Text(str(inspect(config, options.store))))
     return 0
 
+
+COMMANDS = {
+    "audit": stage("distill audit", AUDIT, _audit),
+    "inspect": stage("distill inspect", INSPECT, _inspect, _inspect_options),
+}
+main = stage("distill", DESCRIPTION, _distill, commands=COMMANDS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 
-from jaxguard.cli import run_stage
+from jaxguard.cli import stage
 from jaxguard.config import Config
 
 DESCRIPTION = """\
@@ -24,10 +23,6 @@ examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("evaluate", DESCRIPTION, _evaluate, argv=argv)
-
-
 def _evaluate(_: argparse.Namespace, config: Config) -> int:
     from rich.console import Console
 
@@ -41,6 +36,8 @@ def _evaluate(_: argparse.Namespace, config: Config) -> int:
     console.print(f"report: {evaluation.report}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
+
+main = stage("evaluate", DESCRIPTION, _evaluate)
 
 if __name__ == "__main__":
     sys.exit(main())

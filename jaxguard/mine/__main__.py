@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from jaxguard.cli import run_stage
+from jaxguard.cli import stage
 from jaxguard.config import Config
 
 DESCRIPTION = """\
@@ -31,10 +30,6 @@ examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("mine", DESCRIPTION, _mine, argv=argv)
-
-
 def _mine(_: argparse.Namespace, config: Config) -> int:
     from jaxguard.mine.report import right_table  # JAX and matplotlib are loaded only when there is something to do
     from jaxguard.mine.run import mine
@@ -46,6 +41,8 @@ def _mine(_: argparse.Namespace, config: Config) -> int:
     console.print(Text(f"report: {result.folder / 'report.md'}"))
     return 0
 
+
+main = stage("mine", DESCRIPTION, _mine)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,14 +4,13 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from jaxguard.cli import command_parser, run_command, run_stage, suggest
+from jaxguard.cli import Command, stage, suggest
 from jaxguard.config import Config
 from jaxguard.config.hardware import GIB, read_targets
 from jaxguard.config.lookup import CONFIG_FOLDER, names
@@ -23,10 +22,12 @@ from jaxguard.utils.progress import Progress
 if TYPE_CHECKING:
     from jaxguard.plan.report import PlanReport
 
+DESCRIPTION = "Compile the training step for hardware that is not attached. `sweep NAME` does so for growing clusters."
+SWEEP = "Compile a run's step for growing clusters. Points are compiled once, so it may be stopped at any time."
 DOES_NOT_FIT = 1
 
 
-def run(options: argparse.Namespace, config: Config) -> int:
+def _plan(options: argparse.Namespace, config: Config) -> int:
     """Compile, print and write the plans; the exit code says whether all fit."""
     from jaxguard.plan.report import PlanReport  # JAX is loaded only when there is something to do
     from jaxguard.plan.run import plan, search
@@ -120,17 +121,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write them as a page with figures")
 
 
-def sweep_command(argv: Sequence[str]) -> int:
-    """Parse and run `jaxguard plan sweep`."""
-    description = (
-        "Compile a run's step for growing clusters. Points are compiled once, so it may be stopped at any time."
-    )
-    parser = command_parser("plan sweep", description)
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
     name = parser.add_argument("sweep", metavar="NAME|PATH", help="a file of configs/sweeps, or any YAML file")
     suggest(name, lambda _: names(CONFIG_FOLDER / "sweeps"))
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/sweeps/NAME")
     parser.add_argument("--dry-run", action="store_true", help="print the points and stop")
-    return run_command(parser, _sweep, argv)
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -159,12 +154,7 @@ def _sweep(options: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    description = (
-        "Compile the training step for hardware that is not attached. `sweep NAME` does so for growing clusters."
-    )
-    return run_stage("plan", description, run, _options, argv, commands={"sweep": sweep_command})
-
+main = stage("plan", DESCRIPTION, _plan, _options, {"sweep": Command("plan sweep", SWEEP, _sweep, _sweep_options)})
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxguard.cli import command_parser, run_command, suggest
+from jaxguard.cli import Command, suggest
 from jaxguard.config.lookup import names
 from jaxguard.config.study import STUDIES, STUDY_FOLDER
 
@@ -41,8 +40,8 @@ examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = command_parser("study", DESCRIPTION, EPILOG)
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
     parser.add_argument("command", choices=("run", "report", "cost"))
     name = parser.add_argument(
         "study", metavar="NAME|PATH", help="a file of configs/, such as paper/main, or any YAML file"
@@ -52,10 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print every command of the study, and stop")
     parser.add_argument("--measure", action="store_true", help="run: first time a few steps on this machine")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="change a field of every run")
-    return run_command(parser, _main, argv)
 
 
-def _main(options: argparse.Namespace) -> int:
+def _study(options: argparse.Namespace) -> int:
     # Imported late: this loads JAX.
     from jaxguard.evaluate.report.published import read_published
     from jaxguard.evaluate.scores.results import read_results
@@ -134,6 +132,8 @@ def _cells(amount: "Work", device_seconds: float) -> tuple[str, ...]:
 def _tokens(count: int) -> str:
     return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count / 1e3:,.0f} k"
 
+
+main = Command("study", DESCRIPTION, _study, _options)
 
 if __name__ == "__main__":
     sys.exit(main())

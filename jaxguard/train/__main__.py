@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from jaxguard.cli import run_stage
+from jaxguard.cli import stage
 from jaxguard.config import Config
 
 if TYPE_CHECKING:
@@ -20,10 +19,6 @@ The run folder is runs/NAME. A run may be interrupted at any moment: the same co
 exit codes: 0 finished, 2 a mistake to correct, 3 the folder holds another run, 75 stopped by SIGTERM or Ctrl-C with the state
 saved (run the command again).
 """
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_stage("train", DESCRIPTION, _train, _options, argv)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +59,8 @@ def _print(run: "TrainedRun") -> None:
         if path is not None:
             console.print(f"{name}: {path}", markup=False)
 
+
+main = stage("train", DESCRIPTION, _train, _options)
 
 if __name__ == "__main__":
     sys.exit(main())
