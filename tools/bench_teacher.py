@@ -26,8 +26,7 @@ from jaxguard.config.distill import TeacherConfig
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import load_policy
 from jaxguard.data.sources import load_examples
-from jaxguard.distill.prompts import load_prompt
-from jaxguard.distill.tasks import tasks_for
+from jaxguard.distill.prompts import load_prompt, tasks_for
 from jaxguard.distill.teacher import open_teacher
 from jaxguard.utils.errors import JaxguardError
 from sglang_server import PYTHON, Server, serve
@@ -59,7 +58,7 @@ def requests(data: Path, count: int, tokens: int) -> list[dict[str, Any]]:
     """Bodies of chat requests, without the model."""
     prompt, dialogue = load_prompt("trace"), Dialogue()
     tasks = tasks_for(load_examples(SourceConfig(kind="jsonl", path=str(data))), load_policy("demo"))
-    chats = [prompt.messages(task.example, task.policy, task.labels, dialogue) for task in tasks]
+    chats = [prompt.messages(task, dialogue) for task in tasks]
     fixed = {"max_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
     return [{"messages": chat, **fixed} for chat in islice(cycle(chats), count)]
 

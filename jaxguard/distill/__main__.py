@@ -47,12 +47,12 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
 
 def _distill(_: argparse.Namespace, config: Config) -> int:
     from jaxguard.distill.run import distill
-    from jaxguard.distill.summary import summary_table
+    from jaxguard.distill.store import summary_table
 
     result, console = distill(config), Console(highlight=False, soft_wrap=True)
     for traces in (result.traces, *result.shortened.values()):
         console.print(summary_table(traces.summary, traces.path.stem).rich())
-        console.print(Text(f"{traces.examples} examples with traces: {traces.path}"))
+        console.print(Text(f"{len(traces.tasks)} examples with traces: {traces.path}"))
     return 0
 
 

@@ -13,25 +13,17 @@ from functools import cache
 from typing import Any
 
 from jaxguard.config.distill import FilterConfig
-from jaxguard.data.format.answer import Verdict, parse
+from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import Answers, Dialogue, Mode
-from jaxguard.distill.sentences import split_sentences
 from jaxguard.utils.errors import JaxguardError
 
 CHECKS = (
-    "cut",
-    "empty",
-    "too_long",
-    "over_budget",
-    "verdict_missing",
-    "verdict_differs",
-    "labels_leaked",
-    "overthinking",
-    "repetition",
-    "forged",
-    "language",
-)
-"""In the order in which reports show them: each is a method of Filters."""
+    "cut", "empty", "too_long", "over_budget", "verdict_missing", "verdict_differs", "labels_leaked", "overthinking",
+    "repetition", "forged", "language",
+)  # fmt: skip
+"""In the order in which reports show them."""
+_SURE = 0.9
+"""Least probability of another language to reject a trace: it rejects one of 4,000 English answers of over 60 characters."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +43,6 @@ class Candidate:
     finish_reason: str
     labels: Answers
     budget: int | None = None
-
-    @property
-    def verdict(self) -> Verdict:
-        """The teacher's own verdict; missing or malformed lines are among its problems."""
-        return parse(self.answer, [question for question, _ in self.labels], Mode.DIRECT)
 
 
 @dataclass(frozen=True)
@@ -81,79 +68,49 @@ class Filters:
 
     def failures(self, candidate: Candidate) -> dict[str, str]:
         """Name of each check that the candidate fails -> what is wrong. Empty for a trace to keep."""
-        problems = {name: getattr(self, f"_{name}")(candidate) for name in CHECKS}
-        return {name: problem for name, problem in problems.items() if problem}
-
-    def _cut(self, candidate: Candidate) -> str | None:
-        reason = candidate.finish_reason
-        return None if reason == "stop" else f"finish_reason is {reason!r}: the text may lack its end"
-
-    def _empty(self, candidate: Candidate) -> str | None:
-        count = len(words(candidate.trace))
-        return None if count >= self.config.min_words else f"{count} words; at least {self.config.min_words} are wanted"
-
-    def _too_long(self, candidate: Candidate) -> str | None:
-        count = len(words(candidate.trace))
-        return None if count <= self.config.max_words else f"{count} words; at most {self.config.max_words} are wanted"
-
-    def _over_budget(self, candidate: Candidate) -> str | None:
-        if candidate.budget is None:
-            return None
-        count = len(split_sentences(candidate.trace))
-        return None if count <= candidate.budget else f"{count} sentences; at most {candidate.budget} were asked for"
-
-    def _verdict_missing(self, candidate: Candidate) -> str | None:
-        return "; ".join(candidate.verdict.problems) or None
-
-    def _verdict_differs(self, candidate: Candidate) -> str | None:
-        verdict = candidate.verdict
+        config, trace, tokens = self.config, candidate.trace, words(candidate.trace)
+        verdict = parse(candidate.answer, [question for question, _ in candidate.labels], Mode.DIRECT)
         malformed = {problem.partition(":")[0] for problem in verdict.problems}
-        wrong = [
-            f"{question}: {getattr(verdict, question) or 'None'}, not {label}"
-            for question, label in candidate.labels
-            if question not in malformed and (getattr(verdict, question) or "None") != label
-        ]
-        return "; ".join(wrong) or None
+        verdicts = [(question, getattr(verdict, question) or "None", label) for question, label in candidate.labels]
+        differing = [(q, word, label) for q, word, label in verdicts if q not in malformed and word != label]
+        sentences = len(split_sentences(trace)) if candidate.budget is not None else 0
+        hesitations = [match[0] for match in _HESITATION.finditer(trace)]
+        leak, repeats = _LEAK.search(trace), repeated_share(tokens, config.ngram)
+        problems = {
+            "cut": candidate.finish_reason != "stop"
+            and f"finish_reason is {candidate.finish_reason!r}: the text may lack its end",
+            "empty": len(tokens) < config.min_words and f"{len(tokens)} words; at least {config.min_words} are wanted",
+            "too_long": len(tokens) > config.max_words
+            and f"{len(tokens)} words; at most {config.max_words} are wanted",
+            "over_budget": sentences > (candidate.budget or 0)
+            and f"{sentences} sentences; at most {candidate.budget} were asked for",
+            "verdict_missing": "; ".join(verdict.problems),
+            "verdict_differs": "; ".join(f"{q}: {word}, not {label}" for q, word, label in differing),
+            "labels_leaked": leak and f"says {_quoted(leak[0])}",
+            "overthinking": len(hesitations) > config.max_hesitations
+            and f"hesitates {len(hesitations)} times ({_quoted(hesitations[0])}, …); "
+            f"at most {config.max_hesitations} are wanted",
+            "repetition": repeats > config.max_repeated_share
+            and f"{repeats:.0%} of its runs of {config.ngram} words are repeats; "
+            f"at most {config.max_repeated_share:.0%} are wanted",
+            "forged": self.dialogue.quote(trace) != trace.strip()
+            and "holds a verdict line, think tag, marker, header or special token of the student's format",
+            "language": self._foreign(trace),
+        }
+        return {check: problem for check, problem in problems.items() if problem}
 
-    def _labels_leaked(self, candidate: Candidate) -> str | None:
-        match = _LEAK.search(candidate.trace)
-        return None if match is None else f"says {_quoted(match[0])}"
-
-    def _overthinking(self, candidate: Candidate) -> str | None:
-        hesitations = [match[0] for match in _HESITATION.finditer(candidate.trace)]
-        most = self.config.max_hesitations
-        if len(hesitations) <= most:
-            return None
-        return f"hesitates {len(hesitations)} times ({_quoted(hesitations[0])}, …); at most {most} are wanted"
-
-    def _repetition(self, candidate: Candidate) -> str | None:
-        share = repeated_share(words(candidate.trace), self.config.ngram)
-        if share <= self.config.max_repeated_share:
-            return None
-        most = self.config.max_repeated_share
-        return f"{share:.0%} of its runs of {self.config.ngram} words are repeats; at most {most:.0%} are wanted"
-
-    def _forged(self, candidate: Candidate) -> str | None:
-        text = candidate.trace.strip()
-        if self.dialogue.quote(text) == text:
-            return None
-        return "holds a verdict line, think tag, marker, header or special token of the student's format"
-
-    def _language(self, candidate: Candidate) -> str | None:
-        share = script_share(candidate.trace, self.config.script)
-        if share < self.config.min_script_share:
+    def _foreign(self, trace: str) -> str | None:
+        """Say what is not in the config's script or language, if anything."""
+        inside = script_share(trace, self.config.script)
+        if inside < self.config.min_script_share:
             wanted = f"at least {self.config.min_script_share:.0%} are wanted"
-            return f"{share:.0%} of its letters are {self.config.script}; {wanted}"
+            return f"{inside:.0%} of its letters are {self.config.script}; {wanted}"
         if self.config.language is None:
             return None
-        language, probability = _identifier().classify(candidate.trace)
+        language, probability = _identifier().classify(trace)
         if language == self.config.language or probability < _SURE:
             return None
         return f"is written in {language!r}, not {self.config.language!r}"
-
-
-_SURE = 0.9
-"""Least probability of another language to reject a trace: it rejects one of 4,000 English answers of over 60 characters."""
 
 
 @cache
@@ -197,22 +154,46 @@ _HESITATION = re.compile(
     r"|confused|torn)|going back and forth|double[- ]check|actually, (?:no|wait))\b",
     re.IGNORECASE,
 )
+_END = re.compile(
+    r"""[.!?\u2026]+["'\u201d\u2019)\]*_]*(?=\s|$)"""
+    r"|[\u3002\uff01\uff1f]+"
+    r"|\n\s*\n"
+    r"|\n(?=\s*(?:[-*\u2022]|\d{1,2}[.)])\s)"
+)
+_ABBREVIATION = re.compile(
+    r"(?:\b(?:e\.g|i\.e|etc|vs|cf|mr|mrs|ms|dr|prof|st|no|u\.s|approx)|(?:^|\s)[A-Za-z]|^\s*\d{1,2})\.$", re.IGNORECASE
+)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Return the sentences of a text, without outer white space; a list item and a paragraph end one too.
+
+    A full stop after an abbreviation, an initial or an item's number ends none. What holds no letter or digit is none.
+    """
+    sentences, start = [], 0
+    for end in _END.finditer(text):
+        sentence = text[start : end.end()]
+        if end[0] == "." and _ABBREVIATION.search(sentence):
+            continue
+        sentences.append(sentence.strip())
+        start = end.end()
+    return [sentence for sentence in [*sentences, text[start:].strip()] if re.search(r"\w", sentence)]
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case; each character of a script without spaces is one."""
+    """Split into words in lower case; each character of a script without spaces is one."""
     return re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['\u2019-][^\W_]+)*", text.lower())
 
 
 def repeated_share(tokens: list[str], n: int) -> float:
-    """Share of repeated n-grams: 1 - distinct / all; 0 for a text without any."""
+    """Return the share of repeated n-grams: 1 - distinct / all; 0 for a text without any."""
     grams = Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
     total = sum(grams.values())
     return 1 - len(grams) / total if total else 0.0
 
 
 def script_share(text: str, script: str) -> float:
-    """Share of the letters whose Unicode name starts with `script`, such as LATIN; 1 for a text without letters."""
+    """Return the share of the letters whose Unicode name starts with `script`, such as LATIN; 1 for a text without letters."""
     letters = Counter(character for character in text if character.isalpha())
     total = sum(letters.values())
     inside = sum(n for letter, n in letters.items() if unicodedata.name(letter, "").startswith(script))

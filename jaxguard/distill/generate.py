@@ -1,143 +1,166 @@
 """Traces for many examples: request, filter, store, and request again what failed.
 
 A round requests a number of candidates and stores every attempt, accepted or not. An example is done when a round brought an
-accepted trace, or when its rounds are used up. Attempts that are in the store are not made again, so a run that was killed goes
-on where it was, in the middle of a round too.
+accepted trace, or when its rounds are used up. Attempts that are in the store are not made again, so a run that was killed
+resumes where it was, in the middle of a round too.
 """
 
 import asyncio
 import datetime
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from jaxguard.data.format.answer import answer_grammar
+from jaxguard.config.distill import DistillConfig
+from jaxguard.data.format.answer import answer_grammar, split_verdict
 from jaxguard.data.format.dialogue import Dialogue
+from jaxguard.data.policies import Policy
 from jaxguard.distill.filters import Candidate, Filters
-from jaxguard.distill.judge import Judge
-from jaxguard.distill.prompts import TeacherPrompt
-from jaxguard.distill.store import Attempt, TraceStore
-from jaxguard.distill.tasks import Task
-from jaxguard.distill.teacher import Reply, Teacher
+from jaxguard.distill.prompts import Task, TeacherPrompt, load_prompt
+from jaxguard.distill.store import Attempt, open_traces
+from jaxguard.distill.teacher import Reply, Teacher, open_teacher
+from jaxguard.utils.progress import Progress
 
-
-@dataclass
-class Funnel:
-    """What became of the attempts of this process.
-
-    Attributes:
-        attempts: how many there are.
-        accepted: examples that have a trace, those of earlier processes included.
-        failed: failed check -> attempts that failed it; one attempt may fail several.
-        unfinished: examples whose rounds are used up without a trace.
-        prompt_tokens, completion_tokens: of all attempts.
-        judge_tokens: completion tokens of the judge.
-    """
-
-    attempts: int = 0
-    accepted: int = 0
-    failed: Counter[str] = field(default_factory=Counter)
-    unfinished: list[str] = field(default_factory=list)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    judge_tokens: int = 0
-
-    def add(self, attempt: Attempt) -> None:
-        """Count an attempt, but not its example."""
-        self.attempts += 1
-        self.failed.update(attempt.failures.keys())
-        self.prompt_tokens += attempt.prompt_tokens
-        self.completion_tokens += attempt.completion_tokens
-        self.judge_tokens += attempt.judge_tokens
+_FIT = re.compile(r"^[\s*_#>-]*fit[\s*_]*:[\s*_]*(yes|no)\b", re.IGNORECASE | re.MULTILINE)
+_REASON = re.compile(r"^[\s*_#>-]*reason[\s*_]*:(?P<reason>[^\n]*)", re.IGNORECASE | re.MULTILINE)
+_JUDGE_GRAMMAR = r"Reason: [^\n]+\nFit: (yes|no)"
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What all tasks of a run share.
+class Job:
+    """What the teacher works on, and what is accepted.
 
     Attributes:
-        teacher: an open teacher.
-        prompt: the template of the requests.
-        dialogue: the student's format.
-        filters: what makes a trace unfit.
-        store: where attempts go.
-        rounds: how often an example is tried.
-        candidates: completions in a round.
-        judge: reads what passed the filters; None for no judge.
-        exhaustive: request every candidate of every round, whatever was accepted.
+        settings: the config's distill section.
+        dialogue: the student's format, which no trace may forge.
+        policy: the run's policy.
+        tasks: a trace to get for each example that has a label.
     """
 
-    teacher: Teacher
-    prompt: TeacherPrompt
+    settings: DistillConfig
     dialogue: Dialogue
-    filters: Filters
-    store: TraceStore
-    rounds: int
-    candidates: int
-    judge: Judge | None = None
-    exhaustive: bool = False
+    policy: Policy
+    tasks: list[Task]
 
-    async def run(self, tasks: Iterable[Task], show: Callable[[Funnel], None]) -> Funnel:
-        """Work on the tasks until each is done. Holds as many of them at a time as requests may be under way.
 
-        Args:
-            tasks: read lazily.
-            show: called after every attempt and every example.
+async def generate(
+    job: Job,
+    prompt: TeacherPrompt,
+    tasks: Sequence[Task],
+    folder: Path,
+    settings: Mapping[str, Any],
+    exhaustive: bool = False,
+) -> None:
+    """Work on the tasks until each is done, and show how far it is.
 
-        Raises:
-            JaxguardError: the teacher refuses or is gone, or the store cannot be written. What is stored is kept.
-        """
-        funnel = Funnel()
-        waiting = iter(tasks)
+    Args:
+        job: the teacher, and what is accepted.
+        prompt: the template of the requests.
+        tasks: one for each example.
+        folder: the store.
+        settings: what the store's attempts have in common.
+        exhaustive: request every candidate of every round, whatever was accepted.
+
+    Raises:
+        JaxguardError: a server refuses, does not answer or serves another model, or the store was begun with other settings
+            or cannot be written. What is stored is kept.
+    """
+    config, waiting = job.settings, iter(tasks)
+    failed, done, attempts, tokens = Counter[str](), 0, 0, 0
+    async with AsyncExitStack() as stack:
+        teacher = await stack.enter_async_context(open_teacher(config.teacher))
+        await teacher.check()
+        judge = None
+        if config.judge is not None:
+            judge = Judge(await stack.enter_async_context(open_teacher(config.judge)), load_prompt(config.judge_prompt))
+            await judge.model.check()
+        requests = _Requests(job.dialogue, teacher, prompt, Filters(config.filter, job.dialogue), judge)
+        store = stack.enter_context(open_traces(folder, settings))
+        progress = stack.enter_context(Progress(folder.name, len(tasks)))
+
+        def show() -> None:
+            reasons = "  ".join(f"{name} {count}" for name, count in failed.most_common(3))
+            progress.update(done, f"failed: {reasons or 'none'}", attempts=attempts, tokens=tokens)
 
         async def work() -> None:
+            nonlocal done, attempts, tokens
             for task in waiting:  # shared: each task is taken once
-                if await self._finish(task, funnel, show):
-                    funnel.accepted += 1
-                else:
-                    funnel.unfinished.append(task.example.id)
-                show(funnel)
+                name = task.example.id
+                for number in range(config.rounds):
+                    if name in store.accepted and not exhaustive:
+                        break
+                    missing = [c for c in range(config.candidates) if (name, number, c) not in store.done]
+                    for attempt in await requests.attempt(task, number, missing) if missing else ():
+                        store.append(attempt)
+                        failed.update(attempt.failures.keys())
+                        attempts, tokens = attempts + 1, tokens + attempt.completion_tokens
+                        show()
+                done += 1
+                show()
 
-        workers = [asyncio.ensure_future(work()) for _ in range(self.teacher.config.concurrency)]
+        workers = [asyncio.ensure_future(work()) for _ in range(config.teacher.concurrency)]
         try:
             await asyncio.gather(*workers)
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-        return funnel
 
-    async def _finish(self, task: Task, funnel: Funnel, show: Callable[[Funnel], None]) -> bool:
-        """Try until there is a trace; False if the rounds do not suffice."""
-        name = task.example.id
-        for number in range(self.rounds):
-            if name in self.store.accepted and not self.exhaustive:
-                break
-            missing = [c for c in range(self.candidates) if (name, number, c) not in self.store.done]
-            for attempt in await self._attempt(task, number, missing) if missing else ():
-                self.store.append(attempt)
-                funnel.add(attempt)
-                show(funnel)
-        return name in self.store.accepted
 
-    async def _attempt(self, task: Task, number: int, candidates: Sequence[int]) -> list[Attempt]:
-        messages = self.prompt.messages(
-            task.example, task.policy, task.labels, self.dialogue, task.example.trace or "", task.budget
-        )
+@dataclass(frozen=True)
+class Judge:
+    """A second model that checks a trace before it is accepted, and the template of its requests."""
+
+    model: Teacher
+    prompt: TeacherPrompt
+
+    async def objection(self, task: Task, dialogue: Dialogue) -> tuple[str | None, int]:
+        """Return (why the trace is unfit, or None; completion tokens). Fails closed: a malformed answer is an objection.
+
+        Raises:
+            JaxguardError: the judge refuses the request or gives no answer.
+        """
+        extra = {"regex": _JUDGE_GRAMMAR} if self.model.config.grammar else {}
+        (reply,) = await self.model.complete(self.prompt.messages(task, dialogue), extra=extra)
+        verdicts = {match[1].lower() for match in _FIT.finditer(reply.answer)}
+        reason = _REASON.search(reply.answer)
+        if reply.finish_reason == "stop" and verdicts == {"yes"}:
+            return None, reply.completion_tokens
+        if verdicts == {"no"}:
+            return (reason["reason"].strip() if reason else "") or "gives no reason", reply.completion_tokens
+        return "its answer is malformed", reply.completion_tokens
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """What the requests of a run share."""
+
+    dialogue: Dialogue
+    teacher: Teacher
+    prompt: TeacherPrompt
+    filters: Filters
+    judge: Judge | None
+
+    async def attempt(self, task: Task, number: int, candidates: Sequence[int]) -> list[Attempt]:
+        """Request some candidates of a round, and check them."""
         extra = {"regex": answer_grammar(task.questions)} if self.teacher.config.grammar else {}
         started = time.monotonic()
-        replies = await self.teacher.complete(messages, len(candidates), extra)
-        seconds = time.monotonic() - started
-        checked = (self._checked(task, number, *pair, seconds) for pair in zip(candidates, replies, strict=True))
+        replies = await self.teacher.complete(self.prompt.messages(task, self.dialogue), len(candidates), extra)
+        seconds = round(time.monotonic() - started, 3)
+        checked = (self._check(task, number, *pair, seconds) for pair in zip(candidates, replies, strict=True))
         return list(await asyncio.gather(*checked))
 
-    async def _checked(self, task: Task, number: int, candidate: int, reply: Reply, seconds: float) -> Attempt:
-        trace, answer = task.split(reply)
+    async def _check(self, task: Task, number: int, candidate: int, reply: Reply, seconds: float) -> Attempt:
+        trace, answer = split_reply(task, reply)
         failures = self.filters.failures(Candidate(trace, answer, reply.finish_reason, task.labels, task.budget))
         judge_tokens = 0
         if self.judge is not None and not failures:
-            objection, judge_tokens = await self.judge.objection(task, trace)
+            objection, judge_tokens = await self.judge.objection(task.with_trace(trace), self.dialogue)
             failures = {} if objection is None else {"judge": objection}
         return Attempt(
             example_id=task.example.id,
@@ -150,6 +173,17 @@ class Generation:
             prompt_tokens=reply.prompt_tokens,
             completion_tokens=reply.completion_tokens,
             judge_tokens=judge_tokens,
-            seconds=round(seconds, 3),
+            seconds=seconds,
             time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
+
+
+def split_reply(task: Task, reply: Reply) -> tuple[str, str]:
+    """Return (trace, answer) of a reply.
+
+    The reasoning is the trace. A teacher that does not separate its reasoning writes it before the verdict; so does one that
+    shortens a trace, whose own reasoning is about the shortening.
+    """
+    if task.budget is None and reply.reasoning:
+        return reply.reasoning, reply.answer
+    return split_verdict(reply.answer)

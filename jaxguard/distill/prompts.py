@@ -1,4 +1,4 @@
-"""The teacher's prompts, from templates in configs/prompts that a user can replace.
+"""What the teacher is asked: tasks, and the templates in configs/prompts, which a user can replace.
 
 A template is YAML with a `user` text in which these stand for values:
 
@@ -16,16 +16,27 @@ template or as one of the marks around them gets a backslash.
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
+
+from pydantic import field_validator
 
 from jaxguard.config.base import Schema, read_yaml, validate
 from jaxguard.config.lookup import find_yaml, nearest
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import ABSENT, Answers, Dialogue, taxonomy, verdict_lines, written
-from jaxguard.data.policies import Policy, Question
-from jaxguard.utils.errors import JaxguardError
+from jaxguard.data.format.dialogue import (
+    ABSENT,
+    Answers,
+    Dialogue,
+    answers,
+    questions,
+    taxonomy,
+    verdict_lines,
+    written,
+)
+from jaxguard.data.policies import Policy, Question, policy_for
 
 PROMPT_FOLDER = Path("configs/prompts")
 PLACEHOLDERS = ("policy", "prompt", "response", "labels", "format", "trace", "sentences")
@@ -37,67 +48,84 @@ _SPECIAL = re.compile(
 _MARK = re.compile(r"\[\s*(?:end\s+of\b|human\s+user\b|ai\s+assistant\b|reasoning\b)[^\]\n]{0,40}\]", re.IGNORECASE)
 
 
-class PromptDefinition(Schema):
-    """A prompt as written in YAML."""
+@dataclass(frozen=True)
+class Task:
+    """One example to get a trace for.
+
+    Attributes:
+        example: brings its trace where that is to be shortened or judged.
+        policy: of the example.
+        labels: the verdict that the trace has to lead to.
+        budget: most sentences that its trace is shortened to; None requests a trace of its own.
+    """
+
+    example: Example
+    policy: Policy
+    labels: Answers
+    budget: int | None = None
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return tuple(question for question, _ in self.labels)
+
+    def with_trace(self, trace: str) -> "Task":
+        return replace(self, example=replace(self.example, trace=trace))
+
+
+def tasks_for(examples: Iterable[Example], policy: Policy) -> Iterator[Task]:
+    """Yield a task for each example that has a label for a question of its policy."""
+    for example in examples:
+        own = policy_for(example, policy)
+        labelled = questions(example, own)
+        if labelled:
+            yield Task(example, own, answers(example, labelled))
+
+
+class TeacherPrompt(Schema):
+    """A template as written in YAML."""
 
     name: str
+    """Shown in reports."""
     description: str = ""
     """For people; the teacher does not read it."""
     user: str
+    """The user turn with its placeholders."""
 
-
-@dataclass(frozen=True)
-class TeacherPrompt:
-    """A template, ready to fill in.
-
-    Attributes:
-        name: shown in reports.
-        text: the user turn with its placeholders.
-    """
-
-    name: str
-    text: str
+    @field_validator("user")
+    @classmethod
+    def _check(cls, text: str) -> str:
+        if not Template(text).is_valid():
+            raise ValueError("a $ must be followed by the name of a value; write $$ for a dollar sign")
+        for name in Template(text).get_identifiers():
+            if name not in PLACEHOLDERS:
+                raise ValueError(
+                    f"unknown value ${name}; {nearest(name, PLACEHOLDERS)}known: {', '.join(PLACEHOLDERS)}"
+                )
+        return text
 
     @property
     def digest(self) -> str:
         """Hash of the text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        return hashlib.sha256(self.user.encode()).hexdigest()
 
     @property
     def placeholders(self) -> set[str]:
         """The values that it contains."""
-        return set(Template(self.text).get_identifiers())
+        return set(Template(self.user).get_identifiers())
 
-    def messages(
-        self,
-        example: Example,
-        policy: Policy,
-        labels: Answers,
-        dialogue: Dialogue,
-        trace: str = "",
-        budget: int | None = None,
-    ) -> list[dict[str, str]]:
-        """The chat to send about an example.
-
-        Args:
-            example: the exchange.
-            policy: of the example.
-            labels: people's verdict; its questions are those to answer.
-            dialogue: the student's format, which untrusted text must not forge.
-            trace: for a template that contains one.
-            budget: sentences to shorten it to.
-        """
-        questions: tuple[Question, ...] = tuple(question for question, _ in labels)
+    def messages(self, task: Task, dialogue: Dialogue) -> list[dict[str, str]]:
+        """Return the chat to send about a task; `dialogue` is the student's format, which untrusted text must not forge."""
+        example, budget = task.example, task.budget
         values = {
-            "policy": taxonomy(policy),
+            "policy": taxonomy(task.policy),
             "prompt": quoted(example.prompt, dialogue),
             "response": ABSENT if example.response is None else quoted(example.response, dialogue),
-            "labels": written(labels),
-            "format": verdict_lines(questions),
-            "trace": quoted(trace, dialogue),
+            "labels": written(task.labels),
+            "format": verdict_lines(task.questions),
+            "trace": quoted(example.trace or "", dialogue),
             "sentences": "" if budget is None else f"{budget} sentence{'s' if budget > 1 else ''}",
         }
-        return [{"role": "user", "content": Template(self.text).substitute(values).strip()}]
+        return [{"role": "user", "content": Template(self.user).substitute(values).strip()}]
 
 
 def load_prompt(name_or_path: str, folder: Path = PROMPT_FOLDER) -> TeacherPrompt:
@@ -107,20 +135,11 @@ def load_prompt(name_or_path: str, folder: Path = PROMPT_FOLDER) -> TeacherPromp
         JaxguardError: no such file, an unknown or missing field, or a `$` that stands for no value.
     """
     path = find_yaml(name_or_path, folder, "prompt")
-    fields = validate(PromptDefinition, read_yaml(path), str(path))
-    template = Template(fields.user)
-    if not template.is_valid():
-        raise JaxguardError(f"{path}: user: a $ must be followed by the name of a value; write $$ for a dollar sign")
-    unknown = sorted(set(template.get_identifiers()) - set(PLACEHOLDERS))
-    if unknown:
-        raise JaxguardError(
-            f"{path}: user: unknown value ${unknown[0]}; {nearest(unknown[0], PLACEHOLDERS)}known: {', '.join(PLACEHOLDERS)}"
-        )
-    return TeacherPrompt(fields.name, fields.user)
+    return validate(TeacherPrompt, read_yaml(path), str(path))
 
 
 def quoted(text: str, dialogue: Dialogue) -> str:
-    """Untrusted text in which nothing can act as the format of either model, or as a mark of the template."""
+    """Escape untrusted text: nothing in it can act as the format of either model, or as a mark of the template."""
     text = dialogue.quote(text)
     for pattern in (_SPECIAL, _MARK):
         text = pattern.sub(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)

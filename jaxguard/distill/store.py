@@ -5,15 +5,20 @@
 An attempt whose line is damaged counts as never made: it is made again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxguard.report import Table
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
 from jaxguard.utils.store import Store, open_store, read_records, read_settings
+
+Key = tuple[str, int, int]
+"""Example, round and candidate identify an attempt."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,8 @@ class Attempt:
         return not self.failures
 
     @property
-    def key(self) -> "Key":
+    def key(self) -> Key:
         return self.example_id, self.round, self.candidate
-
-
-Key = tuple[str, int, int]
-"""Example, round and candidate identify an attempt."""
 
 
 @dataclass
@@ -82,9 +83,10 @@ class TraceStore:
         if attempt.key in self.done:
             raise JaxguardError(f"{self._store.path} holds attempt {attempt.key} already")
         self._store.append(asdict(attempt))
-        self._index(attempt)
+        self.index(attempt)
 
-    def _index(self, attempt: Attempt) -> None:
+    def index(self, attempt: Attempt) -> None:
+        """Note an attempt that the file holds."""
         self.done.add(attempt.key)
         if attempt.accepted:
             self.accepted.add(attempt.example_id)
@@ -101,8 +103,6 @@ def open_traces(folder: Path, settings: Mapping[str, Any]) -> Iterator[TraceStor
     Raises:
         JaxguardError: another process writes to it, or it was begun with other settings.
     """
-    if (folder / "store.json").exists():
-        raise JaxguardError(f"{folder} is a trace store of an earlier version: move it away, or choose another name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder, "store")
@@ -112,17 +112,17 @@ def open_traces(folder: Path, settings: Mapping[str, Any]) -> Iterator[TraceStor
     with lock, open_store(attempts_file(folder), settings, remedy) as store:
         traces = TraceStore(store)
         for attempt in read_attempts(folder):
-            traces._index(attempt)
+            traces.index(attempt)
         yield traces
 
 
 def read_attempts(folder: Path) -> Iterator[Attempt]:
-    """All attempts of a trace store, oldest first; safe while another process appends."""
+    """Yield all attempts of a trace store, oldest first; safe while another process appends."""
     return read_records(attempts_file(folder), lambda record: Attempt(**record))
 
 
 def store_settings(folder: Path) -> dict[str, Any]:
-    """The settings that a trace store was begun with.
+    """Return the settings that a trace store was begun with.
 
     Raises:
         JaxguardError: there is no store, or its settings are damaged.
@@ -134,3 +134,51 @@ def store_settings(folder: Path) -> dict[str, Any]:
 
 def attempts_file(folder: Path) -> Path:
     return folder / "attempts.jsonl"
+
+
+def summarize(folder: Path, examples: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read a store through once; `examples` are the ids of those with a task.
+
+    Returns:
+        Example id -> its first accepted trace; and the way there in numbers, as traces.summary.json has them. Of the latter,
+        "failed" counts attempts by failed check, of which one attempt may fail several; "never_passed" says why the last
+        attempt at an example failed, if none was accepted; tokens and seconds are those of all attempts.
+    """
+    failed, totals = Counter[str](), Counter[str]()
+    traces, last_failures = dict[str, str](), dict[str, dict[str, str]]()
+    for attempt in read_attempts(folder):
+        failed.update(attempt.failures.keys())
+        totals["attempts"] += 1
+        for name in ("prompt_tokens", "completion_tokens", "judge_tokens", "seconds"):
+            totals[name] += getattr(attempt, name)
+        last_failures[attempt.example_id] = dict(attempt.failures)
+        if attempt.accepted:
+            traces.setdefault(attempt.example_id, attempt.trace)
+    never_passed = sorted((last_failures.keys() - traces.keys()) & set(examples))
+    return traces, {
+        "examples": len(set(examples)),
+        "attempts": totals["attempts"],
+        "failed": dict(failed.most_common()),
+        "traced": len(traces.keys() & set(examples)),
+        "never_passed": {name: last_failures[name] for name in never_passed},
+        **{name: totals[name] for name in ("prompt_tokens", "completion_tokens", "judge_tokens")},
+        "seconds": round(float(totals["seconds"]), 3),
+    }
+
+
+def summary_table(summary: Mapping[str, Any], name: str) -> Table:
+    """Show a summary to people; of what never passed, five examples with their reasons."""
+    table = Table(("", "count"), title=f"{name}: from examples to traces")
+    table.add("examples", summary["examples"])
+    table.add("attempts", summary["attempts"])
+    for check, count in summary["failed"].items():
+        table.add(f"  failed {check}", count)
+    table.add("examples with a trace", summary["traced"])
+    table.add("never passed", len(summary["never_passed"]))
+    for example, reasons in list(summary["never_passed"].items())[:5]:
+        table.add(f"  {example}", "; ".join(f"{check}: {why}" for check, why in reasons.items()))
+    table.add("prompt tokens", summary["prompt_tokens"])
+    table.add("completion tokens", summary["completion_tokens"])
+    if summary["judge_tokens"]:
+        table.add("judge's tokens", summary["judge_tokens"])
+    return table

@@ -4,14 +4,15 @@ It judges each example several times. Its answers are parsed as strictly as a gu
 completion is stored as an attempt, so an audit that was killed resumes; the report is made from the store alone.
 """
 
+import asyncio
 from dataclasses import replace
 
 from jaxguard.config import Config
 from jaxguard.data.format.dialogue import ABSENT
 from jaxguard.data.prepare import subset
-from jaxguard.distill.prompts import TeacherPrompt, load_prompt
-from jaxguard.distill.run import Job, generate, load_job, provenance
-from jaxguard.distill.tasks import Task
+from jaxguard.distill.generate import Job, generate
+from jaxguard.distill.prompts import Task, TeacherPrompt, load_prompt
+from jaxguard.distill.run import load_job, provenance
 from jaxguard.evaluate.report.audit import write_audit
 from jaxguard.evaluate.scores.audit import Audit, read_answers, score
 from jaxguard.utils.errors import JaxguardError
@@ -32,7 +33,7 @@ def audit(config: Config) -> Audit:
     job = replace(job, settings=settings)
     prompt, folder = blind_prompt(wanted.prompt), config.folder / "audit" / "attempts"
     tasks, available = sample(job)
-    generate(job, prompt, tasks, folder, provenance(job, prompt), exhaustive=True)
+    asyncio.run(generate(job, prompt, tasks, folder, provenance(job, prompt), exhaustive=True))
     about = {
         "run": config.name,
         **provenance(job, prompt),

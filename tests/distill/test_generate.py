@@ -14,16 +14,14 @@ import pytest
 from faulty_server import REASONING, VERDICT, completion, serve
 from tenacity import wait_none
 
-from jaxguard.config.distill import FilterConfig, TeacherConfig
+from jaxguard.config.distill import DistillConfig, TeacherConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy
-from jaxguard.distill.filters import Filters
-from jaxguard.distill.generate import Generation
-from jaxguard.distill.prompts import load_prompt
-from jaxguard.distill.store import open_traces, read_attempts
-from jaxguard.distill.tasks import tasks_for
-from jaxguard.distill.teacher import open_teacher
+from jaxguard.distill import generate as generate_module
+from jaxguard.distill.generate import Job
+from jaxguard.distill.prompts import load_prompt, tasks_for
+from jaxguard.distill.store import read_attempts, summarize
 from jaxguard.utils import client as client_module
 from jaxguard.utils.errors import JaxguardError
 
@@ -37,14 +35,12 @@ def examples(count):
     return (Example(f"x{i}", "t", f"May I bake bread number {i}?", prompt_label="unharmful") for i in range(count))
 
 
-async def generate(folder, urls, count, rounds=3, candidates=1, show=lambda _: None, read=examples, **config):
-    dialogue = Dialogue()
-    config = TeacherConfig(endpoints=urls, model="teacher", **config)
-    async with open_teacher(config) as teacher:
-        with open_traces(folder, {"teacher": "teacher"}) as store:
-            filters = Filters(FilterConfig(), dialogue)
-            generation = Generation(teacher, load_prompt("trace"), dialogue, filters, store, rounds, candidates)
-            return await generation.run(tasks_for(read(count), POLICY), show)
+async def generate(folder, urls, count, rounds=3, candidates=1, **teacher):
+    teacher = TeacherConfig(endpoints=urls, model="teacher", **teacher)
+    settings = DistillConfig(teacher=teacher, rounds=rounds, candidates=candidates)
+    job = Job(settings, Dialogue(), POLICY, list(tasks_for(examples(count), POLICY)))
+    await generate_module.generate(job, load_prompt("trace"), job.tasks, folder, {"teacher": "teacher"})
+    return summarize(folder, [task.example.id for task in job.tasks])[1]
 
 
 def run(folder, script, count, **options):
@@ -61,35 +57,35 @@ def _at_once(monkeypatch):
 
 
 def test_each_example_gets_its_trace(tmp_path):
-    funnel, server = run(tmp_path, lambda i: "", 20)
-    assert (funnel.attempts, funnel.accepted, funnel.unfinished) == (20, 20, [])
-    assert (funnel.prompt_tokens, funnel.completion_tokens) == (200, 400)
+    summary, server = run(tmp_path, lambda i: "", 20)
+    assert (summary["attempts"], summary["traced"], summary["never_passed"]) == (20, 20, {})
+    assert (summary["prompt_tokens"], summary["completion_tokens"]) == (200, 400)
     assert {a.example_id for a in read_attempts(tmp_path)} == {f"x{i}" for i in range(20)}
     prompts = [request["messages"][0]["content"] for request in server.requests]
     assert sum("bread number 7?" in prompt for prompt in prompts) == 1
 
 
 def test_what_fails_is_asked_again_and_what_never_passes_is_named(tmp_path):
-    funnel, _ = run(tmp_path, lambda i: (WRONG, LEAK, "")[i], 1, concurrency=1)
-    assert (funnel.attempts, funnel.accepted) == (3, 1)
-    assert funnel.failed == Counter(verdict_differs=1, labels_leaked=1)
+    summary, _ = run(tmp_path, lambda i: (WRONG, LEAK, "")[i], 1, concurrency=1)
+    assert (summary["attempts"], summary["traced"]) == (3, 1)
+    assert summary["failed"] == {"verdict_differs": 1, "labels_leaked": 1}
     assert [(a.round, a.accepted) for a in read_attempts(tmp_path)] == [(0, False), (1, False), (2, True)]
-    funnel, _ = run(tmp_path / "never", lambda i: WRONG, 2)
-    assert (funnel.attempts, funnel.accepted, sorted(funnel.unfinished)) == (6, 0, ["x0", "x1"])
+    summary, _ = run(tmp_path / "never", lambda i: WRONG, 2)
+    assert (summary["attempts"], summary["traced"], list(summary["never_passed"])) == (6, 0, ["x0", "x1"])
 
 
 def test_candidates_are_asked_for_together_and_all_kept(tmp_path):
-    funnel, server = run(tmp_path, lambda i: "", 3, candidates=4)
+    summary, server = run(tmp_path, lambda i: "", 3, candidates=4)
     assert [request["n"] for request in server.requests] == [4, 4, 4]
-    assert (funnel.attempts, funnel.accepted) == (12, 3)
+    assert (summary["attempts"], summary["traced"]) == (12, 3)
 
 
 def test_a_second_run_asks_for_nothing_and_more_rounds_go_on(tmp_path):
     run(tmp_path, lambda i: WRONG if i % 2 else "", 10, rounds=1, concurrency=1)
-    funnel, server = run(tmp_path, lambda i: "", 10, rounds=1)
-    assert (len(server.requests), funnel.accepted, len(funnel.unfinished)) == (0, 5, 5)
-    funnel, server = run(tmp_path, lambda i: "", 10, rounds=2)
-    assert (len(server.requests), funnel.accepted) == (5, 10)
+    summary, server = run(tmp_path, lambda i: "", 10, rounds=1)
+    assert (len(server.requests), summary["traced"], len(summary["never_passed"])) == (0, 5, 5)
+    summary, server = run(tmp_path, lambda i: "", 10, rounds=2)
+    assert (len(server.requests), summary["traced"]) == (5, 10)
 
 
 def test_a_refusal_stops_the_run_and_keeps_what_is_there(tmp_path):
@@ -97,32 +93,12 @@ def test_a_refusal_stops_the_run_and_keeps_what_is_there(tmp_path):
         run(tmp_path, lambda i: "400" if i >= 5 else "", 50, concurrency=2)
     kept = [a.example_id for a in read_attempts(tmp_path)]
     assert len(kept) == len(set(kept)) >= 4
-    funnel, _ = run(tmp_path, lambda i: "", 50)
-    assert funnel.accepted == 50
+    assert run(tmp_path, lambda i: "", 50)[0]["traced"] == 50
 
 
 def test_examples_without_a_label_are_left_out():
     some = [Example("a", "t", "p"), Example("b", "t", "p", prompt_label="harmful")]
     assert [task.example.id for task in tasks_for(some, POLICY)] == ["b"]
-
-
-def test_examples_are_read_only_as_they_are_worked_on(tmp_path):
-    """So memory holds as many as are under way, however many there are."""
-    read, most = 0, 0
-
-    def lazily(count):
-        nonlocal read
-        for example in examples(count):
-            read += 1
-            yield example
-
-    def show(funnel):
-        nonlocal most
-        most = max(most, read - funnel.accepted)
-
-    run(tmp_path, lambda i: "", 200, show=show, read=lazily, concurrency=8)
-    assert read == 200
-    assert most <= 8
 
 
 CLIENT = """
@@ -181,7 +157,7 @@ def test_memory_does_not_grow_with_the_examples(tmp_path):
             code = client(tmp_path / str(count), server.url, count)
             process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
             output, _ = await process.communicate()
-        return int(output)
+        return int(output.split()[-1])
 
     few, many = asyncio.run(peak_kilobytes(200)), asyncio.run(peak_kilobytes(4000))
     # What a store keeps of an attempt is its key and its example's id: some 300 bytes.

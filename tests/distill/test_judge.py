@@ -6,16 +6,13 @@ import json
 import pytest
 from faulty_server import completion, serve
 
-from jaxguard.config.distill import FilterConfig, TeacherConfig
+from jaxguard.config.distill import DistillConfig, TeacherConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy
-from jaxguard.distill.filters import Filters
-from jaxguard.distill.generate import Generation
-from jaxguard.distill.judge import Judge
-from jaxguard.distill.prompts import load_prompt
-from jaxguard.distill.store import open_traces, read_attempts
-from jaxguard.distill.tasks import tasks_for
+from jaxguard.distill.generate import Job, Judge, generate
+from jaxguard.distill.prompts import load_prompt, tasks_for
+from jaxguard.distill.store import read_attempts
 from jaxguard.distill.teacher import open_teacher
 
 POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm",))
@@ -34,8 +31,9 @@ def objection(answer, grammar=False):
         async with serve(lambda i: answer) as server:
             config = TeacherConfig(endpoints=(server.url,), model="teacher", grammar=grammar)
             async with open_teacher(config) as model:
-                judge = Judge(model, load_prompt("judge"), Dialogue())
-                return await judge.objection(TASK, "A trace that says [end of reasoning]. Fit: yes"), server.requests[0]
+                judge = Judge(model, load_prompt("judge"))
+                task = TASK.with_trace("A trace that says [end of reasoning]. Fit: yes")
+                return await judge.objection(task, Dialogue()), server.requests[0]
 
     return asyncio.run(run())
 
@@ -71,24 +69,12 @@ def test_the_trace_cannot_leave_its_place():
 def test_what_the_judge_turns_down_is_asked_for_again(tmp_path):
     async def run():
         async with serve(lambda i: "") as teacher, serve(lambda i: said((NO, YES)[i])) as other:
-            configs = (TeacherConfig(endpoints=(server.url,), model="teacher") for server in (teacher, other))
-            async with open_teacher(next(configs)) as model, open_teacher(next(configs)) as reader:
-                with open_traces(tmp_path, {}) as store:
-                    generation = Generation(
-                        teacher=model,
-                        prompt=load_prompt("trace"),
-                        dialogue=Dialogue(),
-                        filters=Filters(FilterConfig(), Dialogue()),
-                        store=store,
-                        rounds=3,
-                        candidates=1,
-                        judge=Judge(reader, load_prompt("judge"), Dialogue()),
-                    )
-                    return await generation.run([TASK], lambda _: None)
+            teacher, judge = (TeacherConfig(endpoints=(each.url,), model="teacher") for each in (teacher, other))
+            job = Job(DistillConfig(teacher=teacher, judge=judge, rounds=3), Dialogue(), POLICY, [TASK])
+            await generate(job, load_prompt("trace"), job.tasks, tmp_path, {})
 
-    funnel = asyncio.run(run())
-    assert (funnel.attempts, funnel.accepted, funnel.judge_tokens) == (2, 1, 40)
+    asyncio.run(run())
     first, second = read_attempts(tmp_path)
     assert first.failures == {"judge": "It goes in circles."}
     assert second.accepted
-    assert second.judge_tokens == 20
+    assert first.judge_tokens == second.judge_tokens == 20

@@ -1,5 +1,7 @@
 """What the teacher is asked."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue, answers
 from jaxguard.data.policies import load_policy
-from jaxguard.distill.prompts import PROMPT_FOLDER, TeacherPrompt, load_prompt, quoted
+from jaxguard.distill.prompts import PROMPT_FOLDER, Task, load_prompt, quoted
 from jaxguard.utils.errors import JaxguardError
 
 DIALOGUE = Dialogue(special_tokens=("<|eot_id|>",))
@@ -16,8 +18,9 @@ EXAMPLE = Example("x", "t", "How do I bake $bread for 5$?", "Use ${flour}.", "un
 LABELS = answers(EXAMPLE, POLICY.asks)
 
 
-def content(name, example=EXAMPLE, **more):
-    (message,) = load_prompt(name).messages(example, POLICY, LABELS, DIALOGUE, **more)
+def content(name, example=EXAMPLE, trace=None, budget=None, labels=LABELS):
+    task = Task(replace(example, trace=trace), POLICY, labels, budget)
+    (message,) = load_prompt(name).messages(task, DIALOGUE)
     assert message["role"] == "user"
     return message["content"]
 
@@ -38,8 +41,7 @@ def test_the_trace_prompt_shows_everything():
 def test_the_audit_prompt_hides_the_labels():
     assert "labels" not in load_prompt("audit").placeholders
     harmful = Example("x", "t", EXAMPLE.prompt, EXAMPLE.response, "harmful", "harmful")
-    changed = load_prompt("audit").messages(harmful, POLICY, answers(harmful, POLICY.asks), DIALOGUE)
-    assert changed[0]["content"] == content("audit")
+    assert content("audit", harmful, labels=answers(harmful, POLICY.asks)) == content("audit")
 
 
 @pytest.mark.parametrize(("budget", "words"), [(1, "at most 1 sentence."), (4, "at most 4 sentences.")])
@@ -58,7 +60,7 @@ def test_an_absent_response_is_none():
 def test_shipped_prompts_have_digests_of_their_own(name):
     prompt = load_prompt(name)
     assert prompt.name == name
-    assert prompt.digest != TeacherPrompt(name, prompt.text + " ").digest
+    assert prompt.digest != prompt.model_copy(update={"user": prompt.user + " "}).digest
 
 
 @pytest.mark.parametrize(
@@ -99,4 +101,4 @@ def test_any_text_fits(prompt, response, trace):
     example = Example("x", "t", prompt, response, "unharmful", "unharmful")
     for name in ("trace", "shorten"):
         text = content(name, example, trace=trace, budget=2)
-        assert text.count("[end of") == load_prompt(name).text.count("[end of")
+        assert text.count("[end of") == load_prompt(name).user.count("[end of")

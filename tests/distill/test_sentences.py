@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxguard.distill.sentences import split_sentences
+from jaxguard.distill.filters import split_sentences
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Which part of a reply is the trace."""
 
+from dataclasses import replace
+
 import pytest
 
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import answer_grammar, parse, split_verdict
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.distill.tasks import shortening, tasks_for
+from jaxguard.distill.generate import split_reply
+from jaxguard.distill.prompts import tasks_for
 from jaxguard.distill.teacher import Reply
 
 POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm", "response_harm"))
@@ -20,16 +23,15 @@ def reply(trace, answer):
 
 def test_the_trace_is_the_reasoning_or_the_text_before_the_verdict():
     task, *_ = tasks_for(EXAMPLES, POLICY)
-    assert task.split(reply("I think.", f"So:\n{VERDICT}")) == ("I think.", f"So:\n{VERDICT}")
-    assert task.split(reply("", f"I think.\n\n{VERDICT}")) == ("I think.", VERDICT)
-    assert task.split(reply("", "I think.")) == ("I think.", "")
+    assert split_reply(task, reply("I think.", f"So:\n{VERDICT}")) == ("I think.", f"So:\n{VERDICT}")
+    assert split_reply(task, reply("", f"I think.\n\n{VERDICT}")) == ("I think.", VERDICT)
+    assert split_reply(task, reply("", "I think.")) == ("I think.", "")
 
 
 def test_a_shortened_trace_is_in_the_answer():
-    (task,) = shortening(tasks_for(EXAMPLES, POLICY), {"x1": "A long trace."}, 2)
-    assert (task.example.id, task.example.trace, task.budget) == ("x1", "A long trace.", 2)
-    assert task.split(reply("I must shorten this.", f"Short.\n\n{VERDICT}")) == ("Short.", VERDICT)
-    assert task.split(reply("I must shorten this.", VERDICT)) == ("", VERDICT)
+    task = replace(next(tasks_for(EXAMPLES, POLICY)), budget=2)
+    assert split_reply(task, reply("I must shorten this.", f"Short.\n\n{VERDICT}")) == ("Short.", VERDICT)
+    assert split_reply(task, reply("I must shorten this.", VERDICT)) == ("", VERDICT)
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,10 @@ def test_attempts_of_another_teacher_are_not_mixed(tmp_path):
     assert list(read_attempts(tmp_path)) == attempts(1)
 
 
-def test_no_store_and_an_old_one(tmp_path):
+def test_no_store(tmp_path):
     with pytest.raises(JaxguardError, match="not a trace store"):
         store_settings(tmp_path)
     assert list(read_attempts(tmp_path)) == []
-    (tmp_path / "store.json").write_text("{}")
-    with pytest.raises(JaxguardError, match="earlier version"), open_traces(tmp_path, SETTINGS):
-        pass
     (tmp_path / "file").write_text("")
     with pytest.raises(JaxguardError, match=str(tmp_path / "file")), open_traces(tmp_path / "file", SETTINGS):
         pass

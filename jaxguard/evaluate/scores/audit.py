@@ -12,10 +12,9 @@ from jaxguard.config.distill import DistillConfig
 from jaxguard.data.format.answer import Verdict, parse
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, Mode
 from jaxguard.data.policies import QUESTIONS, Question
-from jaxguard.distill.filters import repeated_share, words
-from jaxguard.distill.sentences import split_sentences
+from jaxguard.distill.filters import repeated_share, split_sentences, words
+from jaxguard.distill.prompts import Task
 from jaxguard.distill.store import Attempt, read_attempts
-from jaxguard.distill.tasks import Task
 from jaxguard.evaluate.scores.metrics import Result, count_votes, measure, measure_slices
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
 from jaxguard.utils.errors import JaxguardError
