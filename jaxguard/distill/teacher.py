@@ -50,13 +50,9 @@ class Teacher:
     async def complete(
         self, messages: Sequence[Message], n: int = 1, extra: Mapping[str, Any] | None = None
     ) -> list[Reply]:
-        """`n` completions of the messages.
+        """Sample `n` completions of the messages.
 
-        Args:
-            messages: the chat so far.
-            n: completions to sample.
-            extra: more of the request's fields, SGLang's own included, such as {"regex": "..."} or
-                {"chat_template_kwargs": {...}}.
+        `extra` are more of the request's fields, SGLang's own included, such as {"regex": "..."}.
 
         Raises:
             JaxguardError: the server refuses the request, serves another model, or gave no answer in all tries.
@@ -80,13 +76,8 @@ class Teacher:
                 )
 
     def _replies(self, n: int, body: Any, url: str) -> list[Reply]:
-        """The completions in a response.
-
-        Raises:
-            RetryableError: there are not n of them.
-            JaxguardError: they are another model's.
-        """
-        choices = [_choice(choice) for choice in body["choices"]]
+        """Return the completions in a response; another number of them is retried, another model's are an error."""
+        choices = [_split_choice(choice) for choice in body["choices"]]
         version = (body.get("metadata") or {}).get("weight_version")
         usage = body.get("usage") or {}
         if body["model"] != self.config.model:
@@ -112,7 +103,7 @@ async def open_teacher(config: TeacherConfig) -> AsyncIterator[Teacher]:
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of a text whose server did not separate them; without `</think>` all of it is answer.
+    """Return (reasoning, answer) of a text whose server did not separate them; without `</think>` all of it is answer.
 
     The opening tag may be missing: R1's chat template writes it, so that the server does not send it.
     """
@@ -122,8 +113,8 @@ def split_reasoning(text: str) -> tuple[str, str]:
     return _OPEN.sub("", text[: closing[-1].start()]).strip(), text[closing[-1].end() :].strip()
 
 
-def _choice(choice: dict[str, Any]) -> tuple[str, str, str]:
-    """(reasoning, answer, finish reason)."""
+def _split_choice(choice: dict[str, Any]) -> tuple[str, str, str]:
+    """Return (reasoning, answer, finish reason)."""
     message = choice["message"]
     content = message.get("content") or ""
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""

@@ -1,14 +1,15 @@
 """The page of a trace store: its numbers, its sample, and what hostile text becomes in it."""
 
 import gc
-import json
-import random
+import html
+import itertools
 import re
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from page_examples import BREAKOUTS, DIFFERS, GOOD, LEAKED, SETTINGS, STORE, hostile
 
@@ -16,22 +17,36 @@ from jaxguard.config import load
 from jaxguard.config.distill import FilterConfig
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.distill.filters import Candidate, Filters
-from jaxguard.distill.page import BINS, CHECKS, Numbers, Sample, funnel, histogram, inspect, quantile, write_store_page
+from jaxguard.distill.page import (
+    BINS,
+    CHECKS,
+    funnel,
+    histogram,
+    inspect,
+    read_numbers,
+    rounds,
+    sample,
+    write_store_page,
+)
 from jaxguard.distill.store import attempts_file, open_traces
+from jaxguard.report.text import visible
 from jaxguard.utils.errors import JaxguardError
 
 
-def rows(path):
-    """What the page's script gets."""
-    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
-    assert len(found) == 1
-    return json.loads(found[0])
+def attempts(path):
+    """(example, texts) of each attempt on the page."""
+    parts = re.findall(r'<details name="attempt".*?</details>', path.read_text(), re.DOTALL)
+
+    def texts(tag, part):
+        return [html.unescape(text) for text in re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", part, re.DOTALL)]
+
+    return [(texts("bdi", part)[0], texts("pre", part)) for part in parts]
 
 
 def shown(path):
     """The text of the page with single spaces, scripts and styles left out."""
     text = re.sub(r"<(script|style).*?</\1>", " ", path.read_text(), flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]*>", " ", text).split())
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
 
 
 def elements(path):
@@ -49,11 +64,21 @@ def elements(path):
     return names, attributes
 
 
-def counted(attempts):
-    numbers = Numbers()
-    for attempt in attempts:
-        numbers.add(attempt)
-    return numbers
+@pytest.fixture
+def numbers(tmp_path):
+    """numbers(attempts): those of a store that holds them."""
+
+    def write(some):
+        with open_traces(tmp_path / "numbers", SETTINGS) as store:
+            for attempt in some:
+                store.append(attempt)
+        return read_numbers(tmp_path / "numbers")
+
+    return write
+
+
+def cells(table):
+    return {name.text: [cell.text for cell in others] for name, *others in (row.cells for row in table.rows)}
 
 
 def test_the_order_of_checks_is_that_of_the_filters():
@@ -66,75 +91,58 @@ def test_the_order_of_checks_is_that_of_the_filters():
     assert tuple(found) == CHECKS
 
 
-def test_the_funnel_counts_an_attempt_where_it_first_fails():
-    rows = {check: numbers for check, *numbers in funnel(counted(STORE))}
-    assert list(rows) == [*CHECKS, "judge"]
-    assert rows["cut"] == [6, 0, 0]
-    assert rows["verdict_differs"] == [4, 2, 2]
-    assert rows["labels_leaked"] == [3, 1, 2]
-    assert rows["judge"] == [2, 1, 2]
+def test_the_funnel_counts_an_attempt_where_it_first_fails(numbers):
+    rows = cells(funnel(numbers(STORE)))
+    assert list(rows) == ["examples", "attempts", *CHECKS, "judge", "accepted attempts", "examples with a trace"]
+    assert rows["cut"] == ["6", "–", "–"]
+    assert rows["verdict_differs"] == ["4", "2", "2"]
+    assert rows["labels_leaked"] == ["3", "1", "2"]
+    assert rows["judge"] == ["2", "1", "2"]
+    assert (rows["examples"][0], rows["examples with a trace"][0]) == ("3", "2")
 
 
-def test_examples_rounds_tokens_and_times():
-    numbers = counted(STORE)
-    assert (numbers.examples, numbers.traced) == (3, 2)
-    assert numbers.attempts == {0: 3, 1: 2, 2: 1}
-    assert numbers.accepted == {0: 1, 1: 0, 2: 1}
-    assert (numbers.failed["labels_leaked", 0], numbers.failed["labels_leaked", 1]) == (1, 1)
-    assert (numbers.prompt_tokens, numbers.completion_tokens) == (600, 44)
-    assert (numbers.start, numbers.end) == (GOOD.time, "2026-01-02T00:00:00+00:00")
-    assert numbers.words == {True: {3: 1, 4: 1}, False: {3: 4}}
-    assert numbers.tokens == {True: {7: 2}, False: {7: 3, 9: 1}}
+def test_failed_checks_by_round(numbers):
+    rows = cells(rounds(numbers(STORE)))
+    assert rows["attempts"] == ["3", "2", "1"]
+    assert rows["accepted"] == ["1", "0", "1"]
+    assert rows["labels_leaked"] == ["1", "1", "0"]
+    assert list(rows) == ["attempts", "accepted", "verdict_differs", "labels_leaked", "judge"]
 
 
-def test_two_accepted_candidates_are_one_example_with_a_trace():
-    numbers = counted([GOOD, replace(GOOD, candidate=1), replace(GOOD, candidate=2, failures=LEAKED)])
-    assert (numbers.examples, numbers.traced, numbers.accepted.total()) == (1, 1, 2)
+def test_no_attempt_accepted(numbers):
+    assert cells(rounds(numbers([replace(GOOD, failures=LEAKED)])))["accepted"] == ["0"]
+
+
+def test_two_accepted_candidates_are_one_example_with_a_trace(numbers):
+    some = numbers([GOOD, replace(GOOD, candidate=1), replace(GOOD, candidate=2, failures=LEAKED)])
+    assert (cells(funnel(some))["examples with a trace"][0], some.accepted.sum()) == ("1", 2)
 
 
 @pytest.mark.parametrize("most", [0, 1, 7, 300, 801, 5000])
 def test_a_histogram_loses_nothing(most):
-    drawn = random.Random(most)
-    counts = {kind: Counter(drawn.randint(0, most) for _ in range(500)) for kind in (True, False)}
-    counts[False][100 * (most + 1)] += 1
-    bins = histogram(counts)
-    assert len(bins) <= BINS + 1
-    assert [sum(b.accepted for b in bins), sum(b.failed for b in bins)] == [500, 501]
-    assert bins[-1].high is None
-    assert [b.high for b in bins[:-1]] == [b.low for b in bins[1:]]
-    for b in bins[:-1]:
-        assert b.accepted == sum(n for value, n in counts[True].items() if b.low <= value < b.high)
-
-
-def test_quantiles():
-    assert [quantile(Counter(range(1, 21)), share) for share in (0, 0.5, 0.95, 1)] == [1, 10, 19, 20]
-    assert quantile(Counter(), 0.5) == 0
+    values = np.append(np.random.default_rng(most).integers(0, most, 1000, endpoint=True), 100 * (most + 1))
+    accepted = np.arange(1001) < 500
+    edges, counts = histogram(values, accepted)
+    assert counts.shape[1] == len(edges) - 1 <= BINS + 1
+    assert counts.sum(axis=1).tolist() == [500, 501]
+    for i, (low, high) in enumerate(itertools.pairwise(edges[:-1])):
+        assert counts[0, i] == np.sum((low <= values[accepted]) & (values[accepted] < high))
 
 
 @pytest.mark.parametrize(
     ("good", "bad", "kept"),
     [(90, 60, (10, 10)), (90, 10, (10, 10)), (90, 3, (17, 3)), (0, 50, (0, 20)), (90, 0, (20, 0)), (4, 5, (4, 5))],
 )
-def test_a_sample_keeps_both_kinds_in_whatever_order_they_come(good, bad, kept):
-    attempts = [replace(GOOD, example_id=f"x{i}", failures=LEAKED if i < bad else {}) for i in range(good + bad)]
-    chosen = []
-    for seed in (None, 1, 2):
-        if seed:
-            random.Random(seed).shuffle(attempts)
-        sample = Sample(20)
-        for attempt in attempts:
-            sample.add(attempt)
-        chosen.append(sample.attempts())
-    assert (sum(a.accepted for a in chosen[0]), sum(not a.accepted for a in chosen[0])) == kept
-    assert chosen[0] == chosen[1] == chosen[2]
+def test_a_sample_keeps_both_kinds_in_whatever_order_they_come(numbers, good, bad, kept):
+    some = numbers([replace(GOOD, example_id=f"x{i}", failures=LEAKED if i < bad else {}) for i in range(good + bad)])
+    chosen = [sample(some.sample(frac=1, random_state=seed), 20) for seed in (0, 1)]
+    assert (chosen[0].accepted.sum(), (~chosen[0].accepted).sum()) == kept
+    assert list(chosen[0].example) == list(chosen[1].example)
 
 
-def test_failed_attempts_of_an_example_are_chosen_together():
-    sample = Sample(30)
-    for i in range(100):
-        for number in range(3):
-            sample.add(replace(GOOD, example_id=f"x{i}", round=number, failures=LEAKED))
-    assert set(Counter(a.example_id for a in sample.attempts()).values()) == {3}
+def test_failed_attempts_of_an_example_are_chosen_together(numbers):
+    some = [replace(GOOD, example_id=f"x{i}", round=n, failures=LEAKED) for i in range(100) for n in range(3)]
+    assert set(Counter(sample(numbers(some), 30).example).values()) == {3}
 
 
 def test_the_page_says_what_the_store_holds(page):
@@ -142,10 +150,8 @@ def test_the_page_says_what_the_store_holds(page):
     text = shown(path)
     for words in (
         "Traces of deepseek-r1",
-        "version any",
-        "prompt 0123456789ab…",
-        "temperature 0.6",
-        "filter.min_words 8",
+        '"temperature": 0.6',
+        '"min_words": 8',
         "Examples with a trace 2 66.7% of 3",
         "Accepted attempts 2 33.3% of 6",
         "verdict_differs 4 2 2",
@@ -155,15 +161,14 @@ def test_the_page_says_what_the_store_holds(page):
         "All 6 attempts.",
     ):
         assert words in text
-    assert [(row["example"], row["round"]) for row in rows(path)] == [a.key[:2] for a in STORE]
-    assert rows(path)[1]["failures"] == [list(item) for item in (DIFFERS | LEAKED).items()]
-    assert "sourdough" not in text
+    assert attempts(path) == [(a.example_id, [a.trace, a.answer]) for a in STORE]
+    assert all(f"{check}: {reason}" in text for check, reason in (DIFFERS | LEAKED).items())
 
 
 def test_the_page_says_how_many_attempts_it_shows(page):
     path = page([replace(GOOD, example_id=f"x{i}", failures=LEAKED if i < 3 else {}) for i in range(1200)], most=10)
     assert "10 of 1,200 attempts, chosen by a hash of the example: 7 of 1,197 accepted and 3 of 3 failed" in shown(path)
-    assert len(rows(path)) == 10
+    assert len(attempts(path)) == 10
 
 
 def test_an_empty_store_has_a_page(page):
@@ -179,7 +184,7 @@ def test_a_store_that_is_being_written(tmp_path, caplog):
             file.write(b'{"crc32": 1, "attempt": {"answ')
         write_store_page(tmp_path / "store", tmp_path / "page.html")
     assert "1 damaged line" in caplog.text
-    assert [row["trace"] for row in rows(tmp_path / "page.html")] == [GOOD.trace]
+    assert [texts[0] for _, texts in attempts(tmp_path / "page.html")] == [GOOD.trace]
 
 
 def test_what_is_no_store_is_refused(tmp_path):
@@ -194,7 +199,7 @@ def test_the_page_lies_beside_the_store(tmp_path):
         store.append(GOOD)
     path = inspect(config)
     assert path == config.folder / "traces.html"
-    assert len(rows(path)) == 1
+    assert len(attempts(path)) == 1
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path):
@@ -215,7 +220,7 @@ def test_hostile_text_is_no_markup(page):
     plain = [replace(GOOD, example_id=f"p{i}", failures={"odd": ""} if i % 2 else {}) for i in range(len(BREAKOUTS))]
     wanted = elements(page(plain))
     names, attributes = elements(page(hostile()))
-    assert (names["script"], names["style"], names["img"], attributes) == (2, 1, 0, [("href", "data:,")])
+    assert (names["script"], names["style"], names["img"], attributes) == (1, 1, 0, [("href", "data:,")])
     assert set(names) == set(wanted[0])
     assert attributes == wanted[1]
 
@@ -225,12 +230,9 @@ def test_hostile_settings_are_no_markup(page, text):
     names, attributes = elements(
         page([GOOD], {**SETTINGS, "teacher": text, "version": text, "prompt": text, text: text})
     )
-    assert (names["script"], names["img"], attributes) == (2, 0, [("href", "data:,")])
+    assert (names["script"], names["img"], attributes) == (1, 0, [("href", "data:,")])
 
 
-def test_text_reaches_the_script_as_it_was(page):
-    found = {row["example"]: row for row in rows(page(hostile()))}
-    for attempt in hostile():
-        row = found[attempt.example_id]
-        assert (row["trace"], row["answer"], row["finish"]) == (attempt.trace, attempt.answer, attempt.finish_reason)
-        assert row["failures"] == [list(item) for item in attempt.failures.items()]
+def test_text_is_on_the_page_as_it_was(page):
+    texts = [[visible(attempt.trace), visible(attempt.answer)] for attempt in hostile()]
+    assert [both for _, both in attempts(page(hostile()))] == texts

@@ -16,16 +16,15 @@ def visible(browser):
 
 
 def listed(browser):
-    """Rows of the table: (example, round, result)."""
-    cells = "tr => [...tr.cells].slice(0, 3).map(cell => cell.innerText.toWellFormed())"
-    return [
-        tuple(row)
-        for row in browser.execute_script(f"return [...document.querySelectorAll('#rows > tr')].map({cells})")
-    ]
+    """(example, round, result) of the attempts that are not filtered out."""
+    code = """return [...document.querySelectorAll('#attempts > details:not([hidden]) > summary')].map(summary => [
+        summary.firstChild, summary.querySelector('small'), summary.querySelector('.chip') || 'accepted'
+    ].map(part => part.textContent?.toWellFormed() ?? part))"""
+    return [(name, re.match(r"round (\d+)", where)[1], result) for name, where, result in browser.execute_script(code)]
 
 
-def buttons(browser):
-    return browser.find_elements("css selector", "#rows button")
+def summaries(browser):
+    return browser.find_elements("css selector", "#attempts summary")
 
 
 def choose(browser, name, value):
@@ -37,8 +36,8 @@ def test_nothing_hostile_runs(browser, page):
         browser, page(hostile(), {**SETTINGS, "teacher": BREAKOUTS[0], "version": BREAKOUTS[1], "prompt": BREAKOUTS[6]})
     )
     assert len(listed(browser)) == len(BREAKOUTS)
-    for i in range(len(BREAKOUTS)):
-        buttons(browser)[i].click()
+    for summary in summaries(browser):
+        summary.click()
     assert BREAKOUTS[0] in visible(browser)
     assert browser.execute_script("return window.hacked") is None
     assert browser.execute_script("return document.images.length") == 0
@@ -49,17 +48,15 @@ def test_text_is_hidden_until_it_is_asked_for(browser, page):
     open_page(browser, page(STORE))
     assert "sourdough" not in visible(browser)
     assert "the given label" not in visible(browser)
-    show = buttons(browser)
-    show[3].send_keys("\n")
+    attempts = summaries(browser)
+    attempts[3].send_keys("\n")
     assert "Rye needs a sourdough." in visible(browser)
-    assert show[3].get_attribute("aria-expanded") == "true"
-    show[1].click()
+    attempts[1].click()
     assert "sourdough" not in visible(browser)
     assert "labels_leaked: says 'the given label'" in visible(browser)
-    assert [button.text for button in show] == ["Show", "Hide", *["Show"] * 4]
-    show[1].click()
+    assert len(browser.find_elements("css selector", "details[name=attempt][open]")) == 1
+    attempts[1].click()
     assert "the given label" not in visible(browser)
-    assert browser.find_elements("css selector", "#rows pre") == []
 
 
 def test_search_narrows_the_rows(browser, page):
@@ -90,15 +87,6 @@ def test_filters(browser, page):
     assert listed(browser) == [("x1", "1", "labels_leaked")]
     choose(browser, "check", "judge")
     assert listed(browser) == [("x2", "1", "judge")]
-
-
-def test_a_long_table_comes_in_parts(browser, page):
-    open_page(browser, page([replace(GOOD, example_id=f"x{i}") for i in range(150)]))
-    more = browser.find_element("id", "more")
-    assert len(listed(browser)) == 100
-    more.click()
-    assert len(listed(browser)) == 150
-    assert not more.is_displayed()
 
 
 @pytest.fixture
@@ -150,8 +138,8 @@ def test_it_fits_a_phone(browser, page, attempts):
     long = [replace(GOOD, example_id="y" * 300, trace="z" * 5000)] if attempts else []
     with screen(browser, 390):
         open_page(browser, page([*long, *attempts], {**SETTINGS, "teacher": "organisation/" + "m" * 80}))
-        for button in buttons(browser):
-            button.click()
+        for summary in summaries(browser):
+            summary.click()
             assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
         assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
 
