@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from jaxguard.config import validate
+from jaxguard.config import load
 from jaxguard.data.guard_files import write_guard_files
 from jaxguard.guards import loading as guards
 from jaxguard.guards.protocol import Prediction
@@ -31,7 +31,7 @@ def run(tmp_path):
         },
         "train": {"batch_size": 4},
     }
-    write_guard_files(export, validate(tree, "run"), [("prompt_harm",)])
+    write_guard_files(export, load(tree), [("prompt_harm",)])
     return tmp_path / "run"
 
 

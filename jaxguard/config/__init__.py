@@ -13,8 +13,7 @@ from typing import Any, Self, TypeAlias
 import yaml
 from pydantic import ValidationInfo, model_validator
 
-from jaxguard.config import base
-from jaxguard.config.base import NonNegative, Schema, read_yaml
+from jaxguard.config.base import NonNegative, Schema, read_yaml, scalar, validate
 from jaxguard.config.data import BuildConfig, DataConfig
 from jaxguard.config.distill import DistillConfig
 from jaxguard.config.evaluate import EvaluateConfig
@@ -86,12 +85,7 @@ class Config(Schema):
         return self
 
 
-def load(
-    source: Source,
-    overrides: Overrides = (),
-    folder: Path = CONFIG_FOLDER,
-    stage: str | None = None,
-) -> Config:
+def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER, stage: str | None = None) -> Config:
     """Read a config and apply overrides.
 
     Args:
@@ -110,25 +104,29 @@ def load(
     else:
         path = find_yaml(str(source), folder, "config")
         tree, origin = {"name": path.stem, **_extended(read_yaml(path), path.parent, str(path))}, str(path)
-    for key, value, text in _parse(overrides):
-        if stage is not None:
-            _check_read(key.partition(".")[0], stage, text)
+    for key, value, text in _parsed(overrides):
+        field = key.partition(".")[0]
+        if stage is not None and field in Config.model_fields and field not in READS[stage]:
+            readers = " and ".join(reader for reader, fields in READS.items() if field in fields)
+            raise JaxguardError(f"override {text!r}: {stage} does not read {field!r}; it is read by {readers}")
         tree = _put(tree, key.split("."), value, text)
-    if stage is not None:
-        absent = [name for name in READS[stage] if name in ("build", "evaluate", "mine") and tree.get(name) is None]
-        tree |= {name: {} for name in absent}
-    return base.validate(Config, tree, origin, context=READS[stage] if stage else None)
-
-
-def validate(tree: Mapping[str, Any], origin: str) -> Config:
-    """Turn a plain tree into a Config; `origin` names it in errors."""
-    return base.validate(Config, tree, origin)
+    if stage is None:
+        return validate(Config, tree, origin)
+    for field in ("build", "evaluate", "mine"):
+        if field in READS[stage] and tree.get(field) is None:
+            tree[field] = {}
+    return validate(Config, tree, origin, context=READS[stage])
 
 
 def dump(config: Config, stage: str | None = None) -> str:
     """Return the resolved config, or what a stage reads of it, as YAML; loading it gives the same config."""
     include = set(READS[stage]) if stage else None
     return yaml.safe_dump(config.model_dump(mode="json", include=include), sort_keys=False, allow_unicode=True)
+
+
+def read_by(stage: str, overrides: Iterable[str]) -> list[str]:
+    """Return those of the overrides that a stage takes."""
+    return [text for text in overrides if text.partition("=")[0].partition(".")[0] in READS[stage]]
 
 
 def _extended(tree: Mapping[str, Any], folder: Path, origin: str) -> dict[str, Any]:
@@ -140,15 +138,13 @@ def _extended(tree: Mapping[str, Any], folder: Path, origin: str) -> dict[str, A
     path = find_yaml(name, folder if (folder / f"{name}.yaml").is_file() else CONFIG_FOLDER, "config")
     extended = read_yaml(path)
     if "extends" in extended:
-        raise JaxguardError(
-            f"{path}: extends {extended['extends']!r}, and {origin} extends it; inheritance has one level only"
-        )
-    # A name belongs to one file: two runs that share a folder would overwrite each other.
-    extended.pop("name", None)
-    return _merge(extended, tree)
+        text = f"extends {extended['extends']!r}, and {origin} extends it; inheritance has one level only"
+        raise JaxguardError(f"{path}: {text}")
+    extended.pop("name", None)  # two runs that share a folder would overwrite each other
+    return dict(_merged(extended, tree))
 
 
-def _parse(overrides: Overrides) -> Iterator[tuple[str, Any, str]]:
+def _parsed(overrides: Overrides) -> Iterator[tuple[str, Any, str]]:
     """Yield each override's dotted field, its value, and how it is quoted in errors."""
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
@@ -158,25 +154,13 @@ def _parse(overrides: Overrides) -> Iterator[tuple[str, Any, str]]:
         key, separator, value = text.partition("=")
         if not separator:
             raise JaxguardError(f"override {text!r}: write it as field=value, for example train.epochs=3")
-        yield key.strip(), base.scalar(value), text
-
-
-def read_by(stage: str, overrides: Iterable[str]) -> list[str]:
-    """Return those of the overrides that a stage takes."""
-    return [text for text in overrides if text.partition("=")[0].partition(".")[0] in READS[stage]]
-
-
-def _check_read(field: str, stage: str, override: str) -> None:
-    """Refuse an override of a field of Config that the stage does not read."""
-    if field in Config.model_fields and field not in READS[stage]:
-        readers = " and ".join(reader for reader, fields in READS.items() if field in fields)
-        raise JaxguardError(f"override {override!r}: {stage} does not read {field!r}; it is read by {readers}")
+        yield key.strip(), scalar(value), text
 
 
 def _put(tree: Any, keys: list[str], value: Any, override: str) -> Any:
     """Return a copy of the tree with the value at dotted `keys`; a number is an index into a list, from 0."""
     if not keys:
-        return _merge(tree, value) if isinstance(tree, Mapping) and isinstance(value, Mapping) else value
+        return _merged(tree, value)
     key, *rest = keys
     if isinstance(tree, list):
         if not key.isdigit() or int(key) >= len(tree):
@@ -186,11 +170,8 @@ def _put(tree: Any, keys: list[str], value: Any, override: str) -> Any:
     return {**inner, key: _put(inner.get(key), rest, value, override)}
 
 
-def _merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(lower: Any, upper: Any) -> Any:
     """Return `upper` over `lower`, mapping by mapping; a list replaces a list."""
-    both = {
-        key: _merge(lower[key], value)
-        for key, value in upper.items()
-        if isinstance(value, Mapping) and isinstance(lower.get(key), Mapping)
-    }
-    return {**lower, **upper, **both}
+    if not isinstance(lower, Mapping) or not isinstance(upper, Mapping):
+        return upper
+    return {**lower, **{key: _merged(lower.get(key), value) for key, value in upper.items()}}

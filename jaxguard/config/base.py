@@ -1,8 +1,8 @@
-"""Typed, frozen trees read from YAML, and errors that name the field and the nearest valid one."""
+"""Frozen schemas read from YAML, and errors that name the field and the nearest valid one."""
 
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -40,6 +40,47 @@ def validate(kind: type[Tree], tree: Mapping[str, Any], origin: str, context: An
         raise JaxguardError("\n".join(f"{origin}: {_explain(kind, e)}" for e in errors)) from None
 
 
+def _explain(schema: type[Schema], error: Any) -> str:
+    path, kind, value = [str(part) for part in error["loc"]], error["type"], error["input"]
+    field = ".".join(path)
+    if kind == "extra_forbidden":
+        for part in path[:-1]:  # an index, or a key that the user chose, is no field
+            if part in schema.model_fields:
+                schema = inner_schema(schema.model_fields[part].annotation) or schema
+        known = list(schema.model_fields)
+        return f"unknown field {field!r}; {nearest(path[-1], known)}known here: {', '.join(known)}"
+    if kind == "missing":
+        return f"field {field!r} is missing"
+    message = _PLAIN.get(kind, error["msg"].removeprefix("Value error, "))
+    if not field:
+        return message
+    if not isinstance(value, dict | BaseModel):
+        message += f" (given: {value!r})"
+    hint = nearest(str(value), re.findall(r"'([^']*)'", error["ctx"]["expected"])) if kind == "literal_error" else ""
+    return f"{field}: {message}{'; ' + hint.strip() if hint else ''}"
+
+
+_PLAIN = {
+    "tuple_type": "expected a list",
+    "too_short": "expected at least one item",
+    "model_type": "expected fields",
+    "string_type": "expected text",
+}
+"""Where pydantic's own message speaks of Python's types."""
+
+
+def inner_schema(annotation: Any) -> type[Schema] | None:
+    """Return the schema that a field's annotation holds, also in a union or a tuple; None if it holds none."""
+    if isinstance(annotation, type) and issubclass(annotation, Schema):
+        return annotation
+    return next(filter(None, map(inner_schema, typing.get_args(annotation))), None)
+
+
+def first_repeated(values: Sequence[Any]) -> Any:
+    """Return the first of the values that is there more than once, or None."""
+    return next((value for value in values if values.count(value) > 1), None)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the fields of a YAML file."""
     try:
@@ -63,8 +104,7 @@ class _Loader(yaml.SafeLoader):
     """A SafeLoader that reads 1e-6 as a number, which YAML 1.1 does not, and refuses a field that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        repeated = first_repeated([self.construct_object(key, deep=True) for key, _ in node.value])
         if repeated is not None:
             raise yaml.constructor.ConstructorError(None, None, f"field {repeated!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
@@ -72,50 +112,3 @@ class _Loader(yaml.SafeLoader):
 
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
-
-_PLAIN = {
-    "tuple_type": "expected a list",
-    "too_short": "expected at least one item",
-    "model_type": "expected fields",
-    "model_attributes_type": "expected fields",
-    "string_type": "expected text",
-    "bool_parsing": "expected true or false",
-    "bool_type": "expected true or false",
-    "int_parsing": "expected a whole number",
-    "int_type": "expected a whole number",
-    "int_from_float": "expected a whole number",
-    "float_parsing": "expected a number",
-    "float_type": "expected a number",
-    "finite_number": "expected a finite number",
-}
-
-
-def _explain(root: type[Schema], error: Any) -> str:
-    where = [str(part) for part in error["loc"]]
-    field = ".".join(where)
-    if error["type"] == "extra_forbidden":
-        known = list(_schema_at(root, where[:-1]).model_fields)
-        return f"unknown field {field!r}; {nearest(where[-1], known)}known here: {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"field {field!r} is missing"
-    message = _PLAIN.get(error["type"], error["msg"].removeprefix("Value error, "))
-    value = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {error['input']!r})"
-    hint = ""
-    if error["type"] == "literal_error":
-        hint = nearest(str(error["input"]), re.findall(r"'([^']*)'", error["ctx"]["expected"]))
-    return f"{field}: {message}{value}{'; ' + hint.rstrip(' ;') if hint else ''}" if field else message
-
-
-def inner_schema(annotation: Any) -> type[Schema] | None:
-    """Return the schema that a field's annotation holds, also in a union or a tuple; None if it holds none."""
-    if isinstance(annotation, type) and issubclass(annotation, Schema):
-        return annotation
-    return next(filter(None, map(inner_schema, typing.get_args(annotation))), None)
-
-
-def _schema_at(root: type[Schema], path: list[str]) -> type[Schema]:
-    """Return the schema that the parts of a dotted field lead to; numbers among them are indices of a tuple."""
-    for part in path:
-        if not part.isdigit():
-            root = inner_schema(root.model_fields[part].annotation) or root
-    return root

@@ -1,13 +1,12 @@
-"""Config schemas of labelled data: sources, what is trained on, training sets built from them.
+"""Config schemas of labelled data: sources, what is trained on, training sets built from them."""
 
-Where the paper (arXiv 2505.20087) is silent, the default here is our choice; docs/configuration.md says which.
-"""
-
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Schema, Share
+from jaxguard.config.base import NonNegative, Positive, Schema, Share, first_repeated
+
+Mode = Literal["reasoning", "direct", "dual"]
 
 
 class SourceConfig(Schema):
@@ -46,7 +45,7 @@ class DataConfig(Schema):
     """Held-out examples scored at each evaluation, a seeded sample; 0 turns validation off."""
     policy: str = "wildguard"
     """A name in configs/policies or a YAML file; an example may bring its own."""
-    mode: Literal["reasoning", "direct", "dual"] = "reasoning"
+    mode: Mode = "reasoning"
     """Train on completions with a trace, without, or a share of each."""
     dual_reasoning_share: Share = 0.5
     """Dual mode: share of the examples that are trained with their trace, among those that do not name a mode themselves."""
@@ -71,7 +70,7 @@ class SetConfig(Schema):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
     """Its name: letters, digits and _."""
-    mode: Literal["reasoning", "direct", "dual"] = "reasoning"
+    mode: Mode = "reasoning"
     """As data.mode."""
     sources: tuple[SourceConfig, ...] = ()
     """Its sources; none takes data.train."""
@@ -83,12 +82,7 @@ class BuildConfig(Schema):
     """Training sets built into files from examples and their traces."""
 
     sets: tuple[SetConfig, ...] = Field(
-        default=(
-            SetConfig(name="reasoning", mode="reasoning"),
-            SetConfig(name="direct", mode="direct"),
-            SetConfig(name="dual", mode="dual"),
-        ),
-        min_length=1,
+        default=tuple(SetConfig(name=mode, mode=mode) for mode in get_args(Mode)), min_length=1
     )
     """Sets to build."""
     subsets: tuple[Positive, ...] = (500, 1000, 2500, 5000)
@@ -102,8 +96,6 @@ class BuildConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [each.name for each in self.sets]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated is not None:
+        if repeated := first_repeated([each.name for each in self.sets]):
             raise ValueError(f"sets: {repeated!r} is given twice")
         return self

@@ -1,11 +1,6 @@
-"""Config schemas of distillation: the teacher, the filter, the audit.
+"""Config schemas of distillation: the teacher, the filter, the audit."""
 
-Where the paper (arXiv 2505.20087) is silent, the default here is our choice; docs/configuration.md says which.
-"""
-
-from typing import Annotated
-
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from jaxguard.config.base import NonNegative, Positive, Schema, Share
 
@@ -21,7 +16,7 @@ class TeacherConfig(Schema):
     """SGLang's weight_version that completions must have; null accepts any."""
     api_key_env: str = "JAXGUARD_API_KEY"
     """Environment variable with the API key; unset sends none."""
-    temperature: Annotated[float, Field(ge=0)] = 0.6
+    temperature: NonNegativeFloat = 0.6
     """Sampling temperature; the one that DeepSeek recommends for R1."""
     top_p: Share = 0.95
     """Nucleus sampling."""
@@ -29,7 +24,7 @@ class TeacherConfig(Schema):
     """Tokens of a completion, reasoning included; a longer one is truncated and rejected."""
     concurrency: Positive = 256
     """Most requests in flight; their number adapts to the server."""
-    timeout: Annotated[float, Field(gt=0)] = 900.0
+    timeout: PositiveFloat = 900.0
     """Seconds for one completion."""
     tries: Positive = 8
     """Attempts at a request before the run stops."""

@@ -1,13 +1,10 @@
-"""Config schemas of evaluation: guards, benchmarks, sampling.
-
-Where the paper (arXiv 2505.20087) is silent, the default here is our choice; docs/configuration.md says which.
-"""
+"""Config schemas of evaluation: guards, benchmarks, sampling."""
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Schema
+from jaxguard.config.base import NonNegative, Positive, Schema, first_repeated
 from jaxguard.config.data import SourceConfig
 
 
@@ -94,7 +91,7 @@ class EvaluateConfig(Schema):
     """Ask all questions of the policy, or only those that the example has labels for, as in training."""
     generations: NonNegative = 4
     """Completions for each example; 0 takes the verdict from the probability alone, without sampling, in direct mode."""
-    temperature: Annotated[float, Field(ge=0)] = 0.6
+    temperature: NonNegativeFloat = 0.6
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Nucleus sampling."""
@@ -113,9 +110,9 @@ class EvaluateConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        labels = [benchmark.label or benchmark.name for benchmark in self.benchmarks]
-        for what, names in (("guards", [guard.name for guard in self.guards]), ("benchmarks", labels)):
-            repeated = next((name for name in names if names.count(name) > 1), None)
-            if repeated is not None:
-                raise ValueError(f"{what}: {repeated!r} is given twice; give one of them another name")
+        guards = [guard.name for guard in self.guards]
+        benchmarks = [benchmark.label or benchmark.name for benchmark in self.benchmarks]
+        for field, names in (("guards", guards), ("benchmarks", benchmarks)):
+            if repeated := first_repeated(names):
+                raise ValueError(f"{field}: {repeated!r} is given twice; give one of them another name")
         return self

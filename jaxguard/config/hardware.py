@@ -2,28 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import ByteSize, Field, PositiveFloat, model_validator
 
 from jaxguard.config.base import Schema, read_yaml, validate
 from jaxguard.config.lookup import CONFIG_FOLDER, locate
 
 HARDWARE_FILE = CONFIG_FOLDER / "hardware" / "targets.yaml"
 GIB = 1024**3
-
-
-def _bytes(text: Any) -> Any:
-    """`40 GiB` -> bytes."""
-    match = re.fullmatch(r"(\d+) (KiB|MiB|GiB)", str(text))
-    return int(match[1]) * 1024 ** ("KiB", "MiB", "GiB").index(match[2]) * 1024 if match else text
-
-
-Bytes = Annotated[int, BeforeValidator(_bytes)]
-Rate = Annotated[float, Field(gt=0)]
 
 
 class Device(Schema):
@@ -35,7 +24,7 @@ class Device(Schema):
     """Pattern of JAX's name of it."""
     source: tuple[str, ...] = Field(min_length=1)
     """Where the figures are from."""
-    flops: dict[str, Rate]
+    flops: dict[str, PositiveFloat]
     """Peak dense FLOP/s of one device by type."""
 
 
@@ -46,9 +35,9 @@ class Gpu(Schema):
     cores: int
     lanes_per_core: int
     clock_ghz: float
-    l2_cache: Bytes
-    shared_memory_per_core: Bytes
-    shared_memory_per_block: Bytes
+    l2_cache: ByteSize
+    shared_memory_per_core: ByteSize
+    shared_memory_per_block: ByteSize
 
 
 class Tpu(Schema):
@@ -69,15 +58,15 @@ class Tpu(Schema):
 class Target(Device):
     """A kind of accelerator to compile for; rates are those of one device, links in one direction."""
 
-    memory: Bytes
+    memory: ByteSize
     """Bytes of one device."""
     usable: Annotated[float, Field(gt=0, le=1)]
     """The share of it that a program may fill."""
-    bandwidth: Rate
+    bandwidth: PositiveFloat
     """Bytes/s to and from that memory."""
-    link: Rate
+    link: PositiveFloat
     """Bytes/s to other devices of the host or slice."""
-    network: Rate
+    network: PositiveFloat
     """Bytes/s beyond them."""
     gpu: Gpu | None = None
     tpu: Tpu | None = None
@@ -89,40 +78,31 @@ class Target(Device):
         return self
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """The file.
+class Hardware(Schema):
+    """The file."""
 
-    Attributes:
-        peaks: devices of which only the peak is known, matched before the targets.
-        targets: devices to compile for.
-    """
-
-    peaks: Mapping[str, Device]
-    targets: Mapping[str, Target]
+    peaks: dict[str, Device]
+    """Devices of which only the peak is known, matched before the targets."""
+    targets: dict[str, Target]
+    """Devices to compile for."""
 
 
 @cache
-def read_hardware(path: Path = HARDWARE_FILE) -> Hardware:
-    """Read the table.
+def _read(path: Path) -> Hardware:
+    return validate(Hardware, read_yaml(locate(path)), str(path))
+
+
+def read_targets(path: Path = HARDWARE_FILE) -> Mapping[str, Target]:
+    """Return name -> device to compile for.
 
     Raises:
         JaxguardError: a field of the file is unknown, missing or ill-typed.
     """
-    tree = read_yaml(locate(path))
-    return Hardware(
-        {name: validate(Device, fields, f"{path}: {name}") for name, fields in tree["peaks"].items()},
-        {name: validate(Target, fields, f"{path}: {name}") for name, fields in tree["targets"].items()},
-    )
-
-
-def read_targets(path: Path = HARDWARE_FILE) -> Mapping[str, Target]:
-    """Name -> device to compile for; errors as of `read_hardware`."""
-    return read_hardware(path).targets
+    return _read(path).targets
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of one JAX device of this kind, None where it is unknown."""
-    hardware = read_hardware()
+    hardware = _read(HARDWARE_FILE)
     devices = (*hardware.peaks.values(), *hardware.targets.values())
     return next((d.flops["bfloat16"] for d in devices if re.search(d.device_kind, device_kind)), None)

@@ -37,8 +37,7 @@ def find_yaml(name: str, folder: Path, what: str) -> Path:
     Raises:
         JaxguardError: there is no such file; lists those there are.
     """
-    candidates = [Path(name), *(source / f"{name}.yaml" for source in folders(folder))]
-    for path in candidates:
+    for path in (Path(name), *(source / f"{name}.yaml" for source in folders(folder))):
         if path.suffix in {".yaml", ".yml"} and path.is_file():
             return path
     known = names(folder)

@@ -1,7 +1,4 @@
-"""Config schema of hard-example mining.
-
-Where the paper (arXiv 2505.20087) is silent, the default here is our choice; docs/configuration.md says which.
-"""
+"""Config schema of hard-example mining."""
 
 from typing import Annotated, Literal, Self
 

@@ -1,11 +1,8 @@
-"""Config schemas of a training run: model, optimizer, loop, mesh, checkpoints, logging.
+"""Config schemas of a training run: model, optimizer, loop, mesh, checkpoints, logging."""
 
-Where the paper (arXiv 2505.20087) is silent, the default here is our choice; docs/configuration.md says which.
-"""
+from typing import Literal, Self
 
-from typing import Annotated, Literal, Self
-
-from pydantic import Field, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 
 from jaxguard.config.base import NonNegative, Positive, Schema, Share
 
@@ -33,7 +30,7 @@ class ModelConfig(Schema):
 class OptimizerConfig(Schema):
     """AdamW on a schedule."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    learning_rate: PositiveFloat = 1e-6
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after warmup."""
@@ -45,11 +42,11 @@ class OptimizerConfig(Schema):
     """Adam's decay of the mean gradient."""
     beta2: Share = 0.999
     """Adam's decay of the mean squared gradient."""
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    epsilon: PositiveFloat = 1e-8
     """Adam's addend to the root of the mean squared gradient."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of matrices; norm weights are never decayed."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_norm: PositiveFloat | None = 1.0
     """Limit of the global gradient norm; null turns clipping off."""
 
 
@@ -58,7 +55,7 @@ class TrainConfig(Schema):
 
     batch_size: Positive = 32
     """Examples per optimizer step."""
-    epochs: Annotated[float, Field(gt=0)] = 5
+    epochs: PositiveFloat = 5
     """Passes over the training examples."""
     max_steps: Positive | None = None
     """Stop after this many steps; the schedule ends there too."""

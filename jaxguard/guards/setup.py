@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from jaxguard.config import Config, load, validate
+from jaxguard.config import Config, load
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.config.lookup import nearest
 from jaxguard.data.format.dialogue import Mode
@@ -95,7 +95,7 @@ def _config(checkpoint: str, policy: str, run: Config | None, settings: Evaluate
     # Attention and dtype were chosen for the machine that trained; auto fits this one.
     model |= {"checkpoint": checkpoint, "revision": None, "attention": "auto"}
     data |= {"policy": policy, "subset": None}
-    return validate({"name": "check", "model": model, "data": data, "evaluate": settings.model_dump()}, "check")
+    return load({"name": "check", "model": model, "data": data, "evaluate": settings.model_dump()})
 
 
 def _known_mode(mode: str | Mode) -> Mode:

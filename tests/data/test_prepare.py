@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.config import validate
+from jaxguard.config import load
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.prepare import assign_modes, prepare, select, subset
@@ -50,9 +50,7 @@ def configure(tmp_path):
         data["train"] = [write(train, "train.jsonl")]
         data["validation"] = [write(validation, "held.jsonl")] if validation else []
         model = {"checkpoint": "unused"}
-        return validate(
-            {"name": "t", "seed": seed, "model": model, "data": data, "train": {"batch_size": batch_size}}, "t"
-        )
+        return load({"name": "t", "seed": seed, "model": model, "data": data, "train": {"batch_size": batch_size}})
 
     return configure
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from jaxguard.config import validate
+from jaxguard.config import load
 from jaxguard.data.__main__ import main
 from jaxguard.data.encoding import Encoder
 from jaxguard.data.format.dialogue import Mode
@@ -56,7 +56,7 @@ def tree(tmp_path, tiny_tokenizer_folder):
 @pytest.fixture
 def made(tree, tiny_tokenizer_folder):
     """(config, selection, prepared, encoder)."""
-    config = validate(tree, "t")
+    config = load(tree)
     encoder, selection = Encoder.load(tiny_tokenizer_folder, config.data), select(config)
     return config, selection, encode_selection(config, selection, encoder), encoder
 
@@ -143,7 +143,7 @@ def test_one_length_for_all_examples_still_has_a_histogram(tree, made):
 @pytest.mark.parametrize("mode", ["direct", "dual"])
 def test_other_modes(tree, tiny_tokenizer_folder, mode):
     tree["data"]["mode"] = mode
-    config = validate(tree, "t")
+    config = load(tree)
     encoder, selection = Encoder.load(tiny_tokenizer_folder, config.data), select(config)
     text = shown((config, selection, encode_selection(config, selection, encoder), encoder))
     assert "in direct mode" in text

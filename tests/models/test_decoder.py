@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxguard.config import validate
+from jaxguard.config import load
 from jaxguard.data.packing import Shape
 from jaxguard.models.compute import REFERENCE
 from jaxguard.models.decoder import Decoder
@@ -36,9 +36,8 @@ def test_nnx_split_names_the_table(spec, weights):
 
 
 def test_blocks_are_named_in_the_program(spec):
-    config = validate(
-        {"name": "x", "model": {"checkpoint": "none"}, "data": {"train": [{"kind": "jsonl", "path": "none"}]}}, "test"
-    )
+    data = {"train": [{"kind": "jsonl", "path": "none"}]}
+    config = load({"name": "x", "model": {"checkpoint": "none"}, "data": data})
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         program = build_program(config, spec, mesh, steps=1)

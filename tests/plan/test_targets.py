@@ -54,7 +54,7 @@ def test_a_target_that_does_not_exist(text, message):
 def test_a_mistake_in_the_file_names_target_and_field(tmp_path):
     path = tmp_path / "targets.yaml"
     path.write_text(HARDWARE_FILE.read_text().replace("bandwidth: 819e9", "bandwith: 819e9"))
-    with pytest.raises(JaxguardError, match=r"v5e: .*'bandwith'.*'bandwidth'"):
+    with pytest.raises(JaxguardError, match=r"targets\.v5e\.bandwith'.*'bandwidth'"):
         read_targets(path)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxguard.config import Config, validate
+from jaxguard.config import Config, load
 from jaxguard.train.curves import collect, draw_curves
 from jaxguard.train.logging import RunLog, read_metrics, rewind_metrics
 from jaxguard.train.run_folder import RunFolder
@@ -30,7 +30,7 @@ def config_with(**log: Any) -> Config:
         "data": {"train": [{"kind": "jsonl", "path": "a.jsonl"}]},
         "log": {"tensorboard": False, **log},
     }
-    return validate(tree, "test")
+    return load(tree)
 
 
 def plain_console() -> Console:

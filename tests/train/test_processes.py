@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxguard.config import validate
+from jaxguard.config import load
 from jaxguard.config.train import CheckpointConfig
 from jaxguard.train.checkpoints import open_checkpoints
 from jaxguard.train.run_folder import open_run
@@ -33,7 +33,7 @@ def state(step):
 
 abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
 data = {"train": [{"kind": "jsonl", "path": "a.jsonl"}]}
-config = validate({"name": "two", "run_folder": folder, "model": {"checkpoint": "x"}, "data": data}, "test")
+config = load({"name": "two", "run_folder": folder, "model": {"checkpoint": "x"}, "data": data})
 with (
     open_run(config) as run,
     open_checkpoints(run.checkpoints, CheckpointConfig(), "two") as checkpoints,

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxguard.config import validate
+from jaxguard.config import load
 from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import Batch, Shape, assemble, bucketed, pack
@@ -72,7 +72,7 @@ def config(**overrides):
     }
     for key, value in overrides.items():
         tree[key] = tree.get(key, {}) | value
-    return validate(tree, "test")
+    return load(tree)
 
 
 def gradient(spec, weights, batch: Batch, accumulation: int = 1, **compute):
