@@ -7,6 +7,9 @@ from pydantic import Field, NonNegativeFloat, model_validator
 from jaxguard.config.base import NonNegative, Positive, Schema, first_repeated
 from jaxguard.config.data import SourceConfig
 
+Unparsable = Literal["harmful", "wrong"]
+"""What an unparsable verdict counts as: `harmful` fails closed (harmful, and no refusal), `wrong` is never the label."""
+
 
 class BenchmarkConfig(Schema):
     """One benchmark to evaluate on."""
@@ -101,7 +104,7 @@ class EvaluateConfig(Schema):
     """Tokens of a verdict."""
     seed: NonNegative = 0
     """Seed of sampling, of the bootstrap and of `limit`."""
-    unparsable: Literal["harmful", "wrong"] = "harmful"
+    unparsable: Unparsable = "harmful"
     """What an unparsable output counts as; it is also counted separately."""
     batch: Positive = 32
     """Completions generated at a time: rows of a batch in JAX, requests in flight at a server."""

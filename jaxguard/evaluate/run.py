@@ -8,11 +8,11 @@ runs/NAME/evaluate/
 import asyncio
 import datetime
 import hashlib
+import itertools
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import LABEL, Mode
-from jaxguard.data.policies import QUESTIONS, Question, load_policy
+from jaxguard.data.policies import Question, load_policy
 from jaxguard.data.prepare import load_sources
 from jaxguard.evaluate.benchmarks.loading import Benchmark, load_benchmark
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.evaluate.scores.scoring import BenchmarkPredictions, GuardMode, Validation, score
+from jaxguard.evaluate.scores.scoring import PredictedExamples, score
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, modes_of, open_guard
 from jaxguard.guards.predictions import open_predictions
@@ -44,21 +44,20 @@ PAPER_EPOCHS = 5
 
 
 @dataclass(frozen=True)
-class ChosenBenchmark:
-    """A benchmark of the config: its label, and the examples to predict."""
+class Task:
+    """Examples to predict.
+
+    Attributes:
+        label: the config's name of the benchmark.
+        examples: as many as evaluate.limit takes of `all_examples`.
+        benchmark: None for validation examples.
+    """
 
     label: str
-    benchmark: Benchmark
-    examples: tuple[Example, ...]
-
-
-@dataclass
-class Results:
-    """All predictions so far, and titles of those that a guard does not support, with the reason."""
-
-    predictions: list[BenchmarkPredictions] = field(default_factory=list)
-    validation: dict[GuardMode, Validation] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    question: Question
+    examples: Sequence[Example]
+    all_examples: Sequence[Example]
+    benchmark: Benchmark | None = None
 
 
 def evaluate(config: Config) -> Evaluation:
@@ -67,19 +66,21 @@ def evaluate(config: Config) -> Evaluation:
     Raises:
         JaxguardError: anything that the user can mend.
     """
-    settings = config.evaluate or EvaluateConfig()
+    settings, folder = config.evaluate or EvaluateConfig(), config.folder / "evaluate"
     check_settings(settings, config)
-    benchmarks = load_benchmarks(settings)
-    validation = load_validation(settings, config)
-    results = Results()
-    with evaluation_folder(config) as folder:
-        for guard in settings.guards:
-            asyncio.run(predict_guard(guard, config, benchmarks, validation, folder, results))
-        cells, averages = score(results.predictions, results.validation, settings)
+    tasks = [*benchmark_tasks(settings), *validation_tasks(settings, config)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder, "evaluation")
+    except OSError as error:
+        raise JaxguardError(f"cannot write to {folder}: {error.strerror or error}") from None
+    with lock:
+        predictions, left_out = asyncio.run(predict_all(tasks, config, settings, folder))
+        cells, averages = score(predictions, settings)
         evaluation = Evaluation(
             name=config.name,
             models={guard.name: describe(guard, config) for guard in settings.guards},
-            benchmarks=tuple(each.label for each in benchmarks),
+            benchmarks=tuple(task.label for task in tasks if task.benchmark),
             cells=cells,
             averages=averages,
             settings=settings.model_dump(mode="json"),
@@ -87,7 +88,7 @@ def evaluate(config: Config) -> Evaluation:
             hardware=hardware(settings),
             paper_rows=paper_rows(settings, config),
             folder=folder,
-            left_out=results.left_out,
+            left_out=left_out,
         )
         write_report(evaluation, folder)
     return evaluation
@@ -114,85 +115,49 @@ def check_settings(settings: EvaluateConfig, config: Config) -> None:
             )
 
 
-def load_benchmarks(settings: EvaluateConfig) -> list[ChosenBenchmark]:
-    """Read all benchmarks, before anything is computed."""
-    chosen = []
+def benchmark_tasks(settings: EvaluateConfig) -> Iterator[Task]:
+    """Read all benchmarks of the config, before anything is computed."""
     for each in settings.benchmarks:
         benchmark = load_benchmark(each.name, None if each.path is None else Path(each.path))
-        examples = tuple(_limited(benchmark.examples, settings))
-        chosen.append(ChosenBenchmark(each.label or benchmark.name, benchmark, examples))
-    return chosen
+        question, examples = benchmark.definition.question, _limited(benchmark.examples, settings)
+        yield Task(each.label or benchmark.definition.name, question, examples, benchmark.examples, benchmark)
 
 
-def load_validation(settings: EvaluateConfig, config: Config) -> dict[Question, list[Example]]:
+def validation_tasks(settings: EvaluateConfig, config: Config) -> Iterator[Task]:
     """The labelled validation examples of each question of the policy."""
-    if not settings.validation:
-        return {}
-    examples = _limited(load_sources(settings.validation, "validation")[0], settings)
-    asks = load_policy(config.data.policy).asks
-    labelled = {q: [example for example in examples if getattr(example, LABEL[q])] for q in QUESTIONS if q in asks}
-    return {question: some for question, some in labelled.items() if some}
+    if settings.validation:
+        examples = _limited(load_sources(settings.validation, "validation")[0], settings)
+        for question in load_policy(config.data.policy).asks:
+            labelled = [example for example in examples if getattr(example, LABEL[question])]
+            if labelled:
+                yield Task(f"validation-{question}", question, labelled, labelled)
 
 
-@contextmanager
-def evaluation_folder(config: Config) -> Iterator[Path]:
-    """runs/NAME/evaluate, for this process alone.
-
-    Raises:
-        JaxguardError: another process evaluates there, or it cannot be written.
-    """
-    folder = config.folder / "evaluate"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder, "evaluation")
-    except OSError as error:
-        raise JaxguardError(f"cannot write to {folder}: {error.strerror or error}") from None
-    with lock:
-        yield folder
-
-
-async def predict_guard(
-    guard: GuardConfig,
-    config: Config,
-    benchmarks: Sequence[ChosenBenchmark],
-    validation: dict[Question, list[Example]],
-    folder: Path,
-    results: Results,
-) -> None:
-    """Add the predictions of a guard in all its modes to `results`."""
-    policy, settings = load_policy(config.data.policy), config.evaluate or EvaluateConfig()
-    async with open_guard(guard, config, settings) as predictor:
-        key = await cache_key(guard, config, settings)
-        for mode in modes_of(guard, config):
-
-            async def predict_question(
-                name: str, question: Question, examples: Sequence[Example], every: Sequence[Example], mode: Mode = mode
-            ) -> list[Prediction] | None:
-                path = folder / "predictions" / guard.name / mode / f"{name}.jsonl"
-                requests = [Request(example, (question,), mode) for example in examples]
-                title = f"{guard.name} {mode} {name}"
+async def predict_all(
+    tasks: Sequence[Task], config: Config, settings: EvaluateConfig, folder: Path
+) -> tuple[list[PredictedExamples], dict[str, str]]:
+    """All predictions of all guards in all their modes, and what a guard does not support: title -> reason."""
+    policy = load_policy(config.data.policy)
+    predicted: list[PredictedExamples] = []
+    left_out: dict[str, str] = {}
+    for guard in settings.guards:
+        async with open_guard(guard, config, settings) as predictor:
+            key = await cache_key(guard, config, settings)
+            for mode, task in itertools.product(modes_of(guard, config), tasks):
+                path = folder / "predictions" / guard.name / mode / f"{task.label}.jsonl"
+                requests = [Request(example, (task.question,), mode) for example in task.examples]
+                title, key_of_task = f"{guard.name} {mode} {task.label}", key | examples_key(task.all_examples, policy)
                 try:
-                    return await predict(predictor, requests, path, {**key, **examples_key(every, policy)}, title)
+                    predictions = await predict(predictor, requests, path, key_of_task, title)
                 except UnsupportedError as error:
-                    results.left_out[title] = str(error)
-                    return None
-
-            for each in benchmarks:
-                every = each.benchmark.examples  # whatever evaluate.limit takes of them
-                predictions = await predict_question(each.label, each.benchmark.question, each.examples, every)
-                if predictions is not None:
-                    wall = sum(prediction.wall for prediction in predictions)
-                    results.predictions.append(
-                        BenchmarkPredictions(
-                            guard.name, mode, each.label, each.benchmark, each.examples, predictions, wall
-                        )
+                    left_out[title] = str(error)
+                    continue
+                predicted.append(
+                    PredictedExamples(
+                        guard.name, mode, task.label, task.question, task.examples, predictions, task.benchmark
                     )
-            held_out: dict[Question, tuple[Sequence[Example], Sequence[Prediction]]] = {}
-            for question, examples in validation.items():
-                predictions = await predict_question(f"validation-{question}", question, examples, examples)
-                if predictions is not None:
-                    held_out[question] = (examples, predictions)
-            results.validation[guard.name, mode] = held_out
+                )
+    return predicted, left_out
 
 
 async def predict(
@@ -240,15 +205,14 @@ def hardware(settings: EvaluateConfig) -> str:
 
 def paper_rows(settings: EvaluateConfig, config: Config) -> dict[str, str]:
     """The row of the paper to compare each "guard/mode" with: the one that the config names, or the nearest."""
-    published, data = read_published(), paper_data(config)
+    published, paper_set, data = read_published(), paper_data(config), config.data
     rows: dict[str, str] = {}
     for guard in settings.guards:
         for mode in modes_of(guard, config):
             row = guard.paper_row
-            if row is None and data is not None and guard.format == "jaxguard" and guard.checkpoint is None:
-                base, subset = config.model.checkpoint, config.data.subset
-                nearest = nearest_row(published, base, data, config.data.mode, mode, subset)
-                row = None if nearest is None else nearest.id
+            if row is None and paper_set is not None and guard.format == "jaxguard" and guard.checkpoint is None:
+                nearest = nearest_row(published, config.model.checkpoint, paper_set, data.mode, mode, data.subset)
+                row = nearest and nearest.id
             if row is not None:
                 rows[f"{guard.name}/{mode}"] = row
     unknown = set(rows.values()) - {row.id for row in published.rows}
@@ -269,7 +233,7 @@ def paper_data(config: Config) -> str | None:
 
 
 def _length(example: Example) -> int:
-    return len(example.prompt) + len(example.response or "") + len(example.policy or "")
+    return sum(len(text or "") for text in (example.prompt, example.response, example.policy))
 
 
 def _limited(examples: Sequence[Example], settings: EvaluateConfig) -> Sequence[Example]:

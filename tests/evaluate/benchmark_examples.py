@@ -196,7 +196,7 @@ ROWS = {
 
 
 def answers(benchmark):
-    return [getattr(example, LABEL[benchmark.question]) for example in benchmark.examples]
+    return [getattr(example, LABEL[benchmark.definition.question]) for example in benchmark.examples]
 
 
 def texts(benchmark, ids):

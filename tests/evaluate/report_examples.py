@@ -9,14 +9,13 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL
 from jaxguard.evaluate.report.published import read_published
 from jaxguard.evaluate.scores.calibration import calibration, fit_platt, recalibrated, verdicts_at
-from jaxguard.evaluate.scores.comparison import f1_difference, mcnemar
 from jaxguard.evaluate.scores.metrics import (
     average_f1,
+    average_weights,
     count_votes,
-    custom_weights,
+    f1_difference,
+    mcnemar,
     measure,
-    measure_slices,
-    safety_weights,
 )
 from jaxguard.evaluate.scores.results import Average, Cell, Cost, Evaluation, Thresholded, Versus, Wrong
 
@@ -120,7 +119,7 @@ def _average(guard, mode, name, found, benchmarks):
         if group in ({GROUPS[name]} if name in GROUPS else {"safety_prompt", "safety_response"})
     ]
     prompts = sum(benchmarks[b] == "safety_prompt" for b in chosen)
-    weights = safety_weights(prompts, len(chosen) - prompts) if name == "safety" else custom_weights(len(chosen))
+    weights = average_weights(*([prompts, len(chosen) - prompts] if name == "safety" else [len(chosen)]))
     mine, first = ([found[one, mode][b] for b in chosen] for one in (guard, "ours"))
     versus = None
     if guard != "ours":
@@ -150,7 +149,7 @@ def _cell(random, name, group, guard, mode, labels, found, complete, hostile, wr
         complete=complete,
         result=measure(mine, resamples=DRAWS),
         cost=Cost(SECONDS[mode], 0.01, SIZE * SECONDS[mode], 300.0, 120.0 if mode == "reasoning" else 9.0, 5, 0, 0),
-        slices=measure_slices(mine, slices, resamples=DRAWS),
+        slices={name: measure(mine[rows], resamples=DRAWS) for name, rows in slices.items()},
         calibration=calibration(labels, probabilities, resamples=DRAWS),
         thresholded=Thresholded(0.4, platt, chosen, calibration(labels, after, resamples=DRAWS)),
         versus=None if guard == "ours" else _versus(mine, found["ours", mode][name], mode),

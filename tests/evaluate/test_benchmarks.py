@@ -34,11 +34,11 @@ def test_a_shipped_benchmark_gives_the_right_labels(name, write):
     benchmark = shipped(name, path)
     assert fields.name == name
     assert answers(benchmark) == ROWS[name][1]
-    assert (benchmark.name, benchmark.question, benchmark.group) == (name, fields.question, fields.group)
+    assert benchmark.definition == fields
     for example in benchmark.examples:
-        others = {LABEL[q] for q in LABEL if q != benchmark.question}
+        others = {LABEL[q] for q in LABEL if q != fields.question}
         assert all(getattr(example, other) is None for other in others)
-        assert (example.response is None) == (benchmark.question == "prompt_harm")
+        assert (example.response is None) == (fields.question == "prompt_harm")
         assert example.source == name
     assert len({e.id for e in benchmark.examples}) == len(benchmark.examples) == benchmark.counts["total"]
     assert shipped(name, path) == benchmark
@@ -118,7 +118,7 @@ def test_a_count_that_differs_is_a_warning_with_both(write, caplog):
 
 def test_counts_that_agree_are_no_warning(write, caplog, own):
     benchmark = load_benchmark(own(expected={"positive": 1, "negative": 2, "total": 3}))
-    assert benchmark.counts == benchmark.expected
+    assert benchmark.counts == benchmark.definition.expected.model_dump()
     assert not caplog.messages
 
 
@@ -154,11 +154,10 @@ def own(tmp_path):
 
 def test_a_users_own(own):
     benchmark = load_benchmark(own(id="id"))
-    assert (benchmark.group, answers(benchmark)) == ("extra", [HARM, SAFE, SAFE])
+    assert (benchmark.definition.group, answers(benchmark)) == ("extra", [HARM, SAFE, SAFE])
     first, second, third = (e.id for e in benchmark.examples)
     assert (first, second) == ("1", "1#2")
     assert third.startswith("mine:")
-    assert benchmark.expected == {"positive": None, "negative": None, "total": None}
 
 
 def test_ids_do_not_depend_on_other_rows(own):
@@ -217,11 +216,11 @@ def positive(**condition):
         ({"source": {"hub": "a/b", "confg": "c"}}, ["'source.confg'", "did you mean 'config'?"]),
         ({"source": {"url": "http://a/b.csv"}}, ["source.url"]),
         ({"source": {"hub": "a/b", "revision": "c"}}, ["revision goes with file"]),
-        ({"source": {"path": "a", "file": "c"}}, ["go with hub"]),
+        ({"source": {"path": "a", "file": "c"}}, ["file goes with hub"]),
         ({"source": {"hub": "a/b", "data": {"kind": "aegis2"}}}, ["exactly one of hub, url, path and data"]),
         ({"source": {"data": {"kind": "aegis"}}}, ["source.data.kind", "'aegis'", "did you mean 'aegis2'?"]),
-        ({"source": {"data": {"kind": "aegis2"}, "splits": ["test"]}}, ["has a split of its own: no splits"]),
-        ({"source": {"data": {"kind": "aegis2"}, "keys_as": "c"}}, ["no keys_as"]),
+        ({"source": {"data": {"kind": "aegis2"}, "splits": ["test"]}}, ["splits goes with"]),
+        ({"source": {"data": {"kind": "aegis2"}, "keys_as": "c"}}, ["keys_as goes with"]),
         ({"source": {"path": "a", "keys_us": "c"}}, ["'source.keys_us'", "did you mean 'keys_as'?"]),
         ({"examples": []}, ["examples", "at least one"]),
         (positive(column="verdict", equal="bad"), ["examples.0.positive.equal", "did you mean 'equals'?"]),

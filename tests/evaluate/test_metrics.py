@@ -12,15 +12,12 @@ from sklearn.metrics import f1_score
 
 from jaxguard.evaluate.scores.metrics import (
     average_f1,
+    average_weights,
     count_votes,
-    custom_weights,
     fill_missing,
     measure,
-    measure_slices,
-    safety_weights,
 )
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
-from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.statistics import METRICS
 
 # Columns of the paper's tables: prompt F1, response F1, their average; DynaGuardrail F1, CoSApien F1, their average.
@@ -171,9 +168,8 @@ def test_intervals_mostly_hold_the_value():
 def test_slices_are_scored_as_if_they_were_all():
     slices = {"three": np.array([1, 1, 0, 1, 0], dtype=bool), "none": np.zeros(5, bool), "all": np.ones(5, bool)}
     result = count_votes(LABELS, VERDICTS)
-    by_slice = measure_slices(result, slices, seed=3)
+    by_slice = {name: measure(result[rows], seed=3) for name, rows in slices.items()}
     rows = np.array([0, 1, 3])
-    assert list(by_slice) == ["three", "none", "all"]
     assert by_slice["three"] == measure(count_votes(LABELS[rows], VERDICTS[rows]), seed=3)
     assert by_slice["all"] == measure(result, seed=3)
     assert (by_slice["none"].scores.examples, by_slice["none"].scores.f1.value) == (0, None)
@@ -196,31 +192,23 @@ def test_a_share_that_is_not_scored_counts_as_unreadable_verdicts():
     assert refusal == pytest.approx([0.15, 0.2, 0.15, 0.15, 0])
 
 
-@pytest.mark.parametrize("bad", [-0.1, 1.1, np.inf])
-def test_a_number_that_is_no_probability_is_refused(bad):
-    with pytest.raises(JaxguardError, match="example 1: give a number from 0 to 1"):
-        fill_missing(LABELS, np.array([np.nan, bad, 0, 0, 1]))
-
-
 @pytest.mark.parametrize("row", SAFETY)
 def test_the_papers_safety_average(row):
     prompt, response, average = SAFETY[row]
-    assert np.dot(safety_weights(1, 1), (prompt, response)) == pytest.approx(average, abs=ROUNDING)
+    assert np.dot(average_weights(1, 1), (prompt, response)) == pytest.approx(average, abs=ROUNDING)
 
 
 def test_the_safety_average_is_the_papers_formula_on_nine_benchmarks():
     f1 = np.linspace(0.5, 0.9, 9)
-    assert np.dot(safety_weights(5, 4), f1) == pytest.approx((5 * f1[:5].mean() + 4 * f1[5:].mean()) / 9)
-    assert np.dot(safety_weights(5, 4), f1) == pytest.approx(f1.mean())
-    assert np.dot(safety_weights(2, 4), f1[:6]) == pytest.approx((5 * f1[:2].mean() + 4 * f1[2:6].mean()) / 9)
-    with pytest.raises(JaxguardError, match="5 and 0"):
-        safety_weights(5, 0)
+    assert np.dot(average_weights(5, 4), f1) == pytest.approx((5 * f1[:5].mean() + 4 * f1[5:].mean()) / 9)
+    assert np.dot(average_weights(5, 4), f1) == pytest.approx(f1.mean())
+    assert np.dot(average_weights(2, 4), f1[:6]) == pytest.approx((5 * f1[:2].mean() + 4 * f1[2:6].mean()) / 9)
 
 
 @pytest.mark.parametrize("row", CUSTOM)
 def test_the_papers_custom_policy_average(row):
     *parts, average = CUSTOM[row]
-    assert np.dot(custom_weights(2), parts) == pytest.approx(average, abs=ROUNDING)
+    assert np.dot(average_weights(2), parts) == pytest.approx(average, abs=ROUNDING)
 
 
 def test_no_weights_give_every_row_of_the_papers_custom_policy_average():
@@ -234,13 +222,13 @@ def test_no_weights_give_every_row_of_the_papers_custom_policy_average():
 def test_average_f1():
     parts = [of_f1(f1) for f1 in (0.6, 0.8, 0.9)]
     each = [measure(part).scores.f1.value for part in parts]
-    result = average_f1(parts, safety_weights(1, 2))
+    result = average_f1(parts, average_weights(1, 2))
     assert each == pytest.approx((0.6, 0.8, 0.9), abs=0.002)
     assert result.value == pytest.approx((5 * each[0] + 2 * each[1] + 2 * each[2]) / 9)
     assert result.low < result.value < result.high
     alone = average_f1([parts[0]], (1.0,))
     assert result.high - result.low < alone.high - alone.low
-    twice = average_f1([parts[0]] * 2, custom_weights(2))  # drawn apart, so luck averages out
+    twice = average_f1([parts[0]] * 2, average_weights(2))  # drawn apart, so luck averages out
     assert twice.high - twice.low == pytest.approx((alone.high - alone.low) / 2**0.5, rel=0.1)
 
 
@@ -248,17 +236,17 @@ def test_the_averages_deviation_is_that_of_the_generations():
     labels, verdicts = np.ones(4, bool), np.array([[1, 1], [1, 0], [1, 1], [0, 0]], dtype=np.int8)
     mirrored = count_votes(labels, verdicts[:, ::-1])
     f1 = measure(mirrored).scores.f1
-    result = average_f1([count_votes(labels, verdicts), mirrored], custom_weights(2))
+    result = average_f1([count_votes(labels, verdicts), mirrored], average_weights(2))
     assert f1.deviation > 0.1
     assert result.each == pytest.approx((f1.value, f1.value))
     assert result.deviation == pytest.approx(0)
-    uneven = average_f1([count_votes(labels, verdicts), count_votes(labels, verdicts[:, :1])], custom_weights(2))
+    uneven = average_f1([count_votes(labels, verdicts), count_votes(labels, verdicts[:, :1])], average_weights(2))
     assert (uneven.deviation, uneven.value) == (None, pytest.approx((f1.value + f1.each[1]) / 2))
 
 
 def test_an_average_lacks_what_one_benchmark_lacks():
     without = count_votes(np.zeros(3, bool), np.zeros((3, 1), np.int8))
-    assert average_f1([of_f1(0.8), without], custom_weights(2)).value is None
+    assert average_f1([of_f1(0.8), without], average_weights(2)).value is None
     single = count_votes(np.ones(1, bool), np.ones((1, 1), np.int8))
-    result = average_f1([of_f1(0.8), single], custom_weights(2))
+    result = average_f1([of_f1(0.8), single], average_weights(2))
     assert (result.value, result.low) == (pytest.approx(0.9, abs=0.001), None)

@@ -50,9 +50,9 @@ def mapped(tmp_path):
 def test_own_examples(name, stem, pool):
     path, rows = pool(stem)
     benchmark = shipped(name, path)
-    label = LABEL[benchmark.question]
+    label = LABEL[benchmark.definition.question]
     result = [(e.prompt, e.response, getattr(e, label)) for e in benchmark.examples]
-    judged = benchmark.question == "response_harm"
+    judged = benchmark.definition.question == "response_harm"
     assert result == [(row["prompt"], row["response"] if judged else None, row[label]) for row in rows]
     assert not benchmark.skipped
 

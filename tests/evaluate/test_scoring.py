@@ -13,12 +13,13 @@ from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
 from jaxguard.evaluate.benchmarks.loading import Benchmark
+from jaxguard.evaluate.benchmarks.schema import BenchmarkDefinition
 from jaxguard.evaluate.report.cautions import cautions
 from jaxguard.evaluate.report.figures import f1_figure, latency_figure
 from jaxguard.evaluate.report.page import report
 from jaxguard.evaluate.report.tables import cost_table, main_table, score_table, summary_table, versus_table
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.evaluate.scores.scoring import MAX_ERRORS, BenchmarkPredictions, references_of, score
+from jaxguard.evaluate.scores.scoring import MAX_ERRORS, PredictedExamples, references_of, score
 from jaxguard.guards.protocol import Prediction
 from jaxguard.report import Cell, page_html, page_markdown
 
@@ -41,11 +42,20 @@ def examples_of(name, truth=TRUTH):
 
 
 def benchmark_of(name, truth=TRUTH):
-    group, examples = GROUPS[name], examples_of(name, truth)
-    slices = {"grain": {"whole": frozenset(one.id for one in examples[::2]), "absent": frozenset()}}
-    return Benchmark(
-        name, f"Bread: {name}", group, QUESTION[group], examples, slices, {}, {}, Counter(), {}, "none", "nobody", ""
+    examples = examples_of(name, truth)
+    definition = BenchmarkDefinition(
+        name=name,
+        title=f"Bread: {name}",
+        group=GROUPS[name],
+        question=QUESTION[GROUPS[name]],
+        source={"path": "bread.jsonl"},
+        examples=[{"prompt": "prompt", "response": "response", "positive": {"always": True}}],
+        license="none",
+        citation="nobody",
+        url="here",
     )
+    slices = {"grain": {"whole": frozenset(one.id for one in examples[::2]), "absent": frozenset()}}
+    return Benchmark(definition, examples, slices, {}, Counter())
 
 
 def scored(prediction, probability=None, unscored=0, **changes):
@@ -56,20 +66,23 @@ def scored(prediction, probability=None, unscored=0, **changes):
 
 def predictions_of(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes):
     """`verdicts`: of each example one, or a tuple of each generation's."""
-    benchmark = benchmark_of(name, truth)
-    answers = []
+    benchmark, question, answers = benchmark_of(name, truth), QUESTION[GROUPS[name]], []
     for example, verdict in zip(benchmark.examples, verdicts, strict=True):
         each = verdict if isinstance(verdict, tuple) else (verdict,)
         texts = tuple(f"generation {i} says {one}" for i, one in enumerate(each))
-        answers.append(Prediction(example.id, {benchmark.question: each}, {benchmark.question: None}, texts))
-    return BenchmarkPredictions(
-        guard, mode, name, benchmark, benchmark.examples, [scored(one, **changes) for one in answers], wall
-    )
+        answers.append(Prediction(example.id, {question: each}, {question: None}, texts, wall=wall / len(verdicts)))
+    answers = [scored(one, **changes) for one in answers]
+    return PredictedExamples(guard, mode, name, question, benchmark.examples, answers, benchmark)
 
 
-def evaluated(found, settings=SETTINGS, validation=None):
-    cells, averages = score(found, validation or {}, settings)
-    models = {guard.name: "made up" for guard in settings.guards}
+def held_out(one, question="prompt_harm"):
+    """The same predictions, for validation examples."""
+    return replace(one, question=question, benchmark=None)
+
+
+def evaluated(found):
+    cells, averages = score(found, SETTINGS)
+    models = {guard.name: "made up" for guard in SETTINGS.guards}
     return Evaluation("bread", models, tuple(GROUPS), cells, averages, {})
 
 
@@ -271,8 +284,7 @@ def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
     one = predictions_of("first", R, "rye", [(1, 0)] * 6)
     answers = [scored(answer, 0.3, label) for answer, label in zip(one.predictions, TRUTH, strict=True)]
     one = replace(one, predictions=answers)
-    validation = {("first", R): {"prompt_harm": (one.examples, one.predictions)}}
-    found = evaluated([one], validation=validation).cells[0].thresholded
+    found = evaluated([one, held_out(one)]).cells[0].thresholded
     assert found.result.scores.f1.value == 1
     assert found.result.unparsable == 0
 
@@ -281,15 +293,13 @@ def test_a_missing_probability_is_an_unparsable_verdict_at_any_threshold():
     one = predictions_of("first", D, "rye", GOOD)
     answers = [scored(a, p) for a, p in zip(one.predictions, (None, 0.9, 0.8, 0.1, 0.2, 0.3), strict=True)]
     one = replace(one, predictions=answers)
-    validation = {("first", D): {"prompt_harm": (one.examples, one.predictions)}}
-    found = evaluated([one], validation=validation).cells[0].thresholded
+    found = evaluated([one, held_out(one)]).cells[0].thresholded
     assert (found.result.unparsable, found.result.scores.f1.value) == (1, 1)
 
 
 def test_without_validation_there_is_no_threshold():
     one = predictions_of("first", D, "rye", GOOD, probability=0.4)
-    other_question = {("first", D): {"response_harm": (one.examples, one.predictions)}}
-    assert evaluated([one], validation=other_question).cells[0].thresholded is None
+    assert evaluated([one, held_out(one, "response_harm")]).cells[0].thresholded is None
     assert evaluated([one]).cells[0].calibration is not None
 
 

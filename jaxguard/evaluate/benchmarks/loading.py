@@ -3,30 +3,36 @@
 rows -> where -> sample -> examples with the label of one question -> slices, and counts beside the published ones
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
+import lzma
 import random
+import tempfile
+import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxguard.config.lookup import names, nearest
+import huggingface_hub
+from huggingface_hub import errors
+
+from jaxguard.config.lookup import locate, names, nearest
 from jaxguard.data.cells import Skip, objects, text, transcript
 from jaxguard.data.examples import Example
-from jaxguard.data.files import Row, Table
+from jaxguard.data.files import SUFFIXES, Row, read_hub, read_local
 from jaxguard.data.format.dialogue import CHOICES, LABEL
-from jaxguard.data.policies import Question, load_policy
-from jaxguard.data.sources import digest, unique_ids
-from jaxguard.evaluate.benchmarks.rows import read_rows
+from jaxguard.data.policies import load_policy
+from jaxguard.data.sources import load, unique_ids
 from jaxguard.evaluate.benchmarks.schema import (
     BENCHMARK_FOLDER,
     BenchmarkDefinition,
     BenchmarkPolicy,
+    BenchmarkSource,
     ExampleColumns,
-    Group,
     plain,
     read_benchmark,
 )
@@ -34,34 +40,30 @@ from jaxguard.utils.errors import JaxguardError
 
 logger = logging.getLogger(__name__)
 
+_SECONDS = 60
+_COPY = "with a copy on disk, give it as the benchmark's local file"
+
+Rows = list[tuple[str, Row]]
+"""Rows with their locations, as errors name these."""
+
 
 @dataclass(frozen=True)
 class Benchmark:
     """Labelled examples and their description.
 
     Attributes:
-        name, title, group, question: as in the YAML file.
-        examples: with the label of `question` and no other; ids are unique, and the same at every loading.
+        definition: the YAML file.
+        examples: with the label of its question and no other; ids are unique, and the same at every loading.
         slices: slice -> value -> ids of the examples that have it.
-        counts, expected: "positive", "negative" and "total", as read and as published (None: unknown).
+        counts: "positive", "negative" and "total".
         skipped: reason -> how many rows, or parts of rows, became no example.
-        origin: where the rows were read, with hashes; for manifests.
-        license, citation, url: of the data.
     """
 
-    name: str
-    title: str
-    group: Group
-    question: Question
+    definition: BenchmarkDefinition
     examples: tuple[Example, ...]
     slices: dict[str, dict[str, frozenset[str]]]
     counts: dict[str, int]
-    expected: dict[str, int | None]
     skipped: Counter[str]
-    origin: dict[str, Any]
-    license: str
-    citation: str
-    url: str
 
 
 def load_benchmark(name_or_path: str, local: Path | None = None, folder: Path = BENCHMARK_FOLDER) -> Benchmark:
@@ -79,36 +81,43 @@ def load_benchmark(name_or_path: str, local: Path | None = None, folder: Path = 
             no example is left.
     """
     definition = read_benchmark(name_or_path, folder)
-    table, skipped = read_rows(definition.source, definition.name, local)
+    name, question, policy = definition.name, definition.question, definition.policy
+    if policy and policy.name and question not in (asks := load_policy(policy.name).asks):
+        raise JaxguardError(
+            f"benchmark {name!r} asks {question}, but its policy {policy.name!r} asks only {', '.join(asks)}"
+        )
+    rows, columns, skipped = _read_rows(definition, local)
     source = str(local or definition.source.name)
-    _check_columns(definition, table, source)
-    _check_policy(definition)
-    pairs = [
-        (example, row)
-        for location, row in _select(definition, table, skipped)
-        for example in _examples(definition, row, location, skipped)
-    ]
+    _check_columns(definition, columns, source)
+    pairs: list[tuple[Example, Row]] = []
+    for location, row in _select(definition, rows, skipped):
+        for part in definition.examples:
+            try:
+                pairs.append((_example(definition, part, row, location), row))
+            except Skip as reason:
+                skipped[str(reason)] += 1
     if not pairs:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items()) or "it is empty"
-        raise JaxguardError(f"{source}: no example for benchmark {definition.name!r} ({reasons})")
+        raise JaxguardError(f"{source}: no example for benchmark {name!r} ({reasons})")
     examples = unique_ids([example for example, _ in pairs])
-    counts = _counts(definition.question, examples)
-    expected = definition.expected.model_dump()
-    _compare(definition.name, CHOICES[definition.question], counts, expected)
+    slices: dict[str, dict[str, set[str]]] = {part.name: {} for part in definition.slices}
+    for example, (_, row) in zip(examples, pairs, strict=True):
+        for part_of in definition.slices:
+            for value in part_of.values(row):
+                slices[part_of.name].setdefault(value, set()).add(example.id)
+    positive = sum(getattr(example, LABEL[question]) == CHOICES[question][0] for example in examples)
+    counts = {"positive": positive, "negative": len(examples) - positive, "total": len(examples)}
+    known = {what: number for what, number in definition.expected if number is not None}
+    if any(number != counts[what] for what, number in known.items()):
+        nouns = dict(zip(counts, (*CHOICES[question], "in all"), strict=True))
+        published, actual = (", ".join(f"{n[what]:,} {nouns[what]}" for what in known) for n in (known, counts))
+        logger.warning("benchmark %s: expected %s; found %s", name, published, actual)
     return Benchmark(
-        name=definition.name,
-        title=definition.title,
-        group=definition.group,
-        question=definition.question,
+        definition=definition,
         examples=tuple(examples),
-        slices=_slices(definition, zip(examples, (row for _, row in pairs), strict=True)),
+        slices={name: {v: frozenset(ids) for v, ids in sorted(values.items())} for name, values in slices.items()},
         counts=counts,
-        expected=expected,
         skipped=skipped,
-        origin={**table.origin, "examples_sha256": digest(examples)},
-        license=definition.license,
-        citation=definition.citation,
-        url=definition.url,
     )
 
 
@@ -117,109 +126,68 @@ def list_benchmarks(folder: Path = BENCHMARK_FOLDER) -> tuple[str, ...]:
     return tuple(name for name in names(folder) if "/" not in name)
 
 
-def _check_columns(definition: BenchmarkDefinition, table: Table, source: str) -> None:
-    if not table.rows:
-        raise JaxguardError(f"{source}: no row for benchmark {definition.name!r}")
-    for field, column in _columns(definition):
-        if column not in table.columns:
-            hint = nearest(column, table.columns)
+# From rows to examples.
+
+
+def _check_columns(definition: BenchmarkDefinition, columns: tuple[str, ...], source: str) -> None:
+    """Check that the rows have every column that the YAML names."""
+    named: list[tuple[str, tuple[str | None, ...]]] = [("id", (definition.id,))]
+    named += [(f"where.{i}", condition.names) for i, condition in enumerate(definition.where)]
+    for i, part in enumerate(definition.examples):
+        named += [(f"examples.{i}.prompt", (part.prompt,)), (f"examples.{i}.response", (part.response,))]
+        named += [(f"examples.{i}.positive", part.positive.names)]
+        named += [(f"examples.{i}.negative", part.negative.names if part.negative else ())]
+    if definition.policy and not definition.policy.optional:
+        named += [("policy.column", (definition.policy.column,))]
+    named += [(f"slices.{i}", part_of.names) for i, part_of in enumerate(definition.slices)]
+    for field, column in ((field, column) for field, required in named for column in required):
+        if column and column not in columns:
+            hint = nearest(column, columns)
             if column == "split" and len(definition.source.splits) > 1:
                 hint = f"give a folder with a file for each of {', '.join(definition.source.splits)}; "
             raise JaxguardError(
                 f"benchmark {definition.name!r}: {field}: {source} has no column {column!r}; {hint}"
-                f"it has: {', '.join(table.columns)}"
+                f"it has: {', '.join(columns)}"
             )
 
 
-def _columns(definition: BenchmarkDefinition) -> Iterator[tuple[str, str]]:
-    """(field, column that it names), for every column that is named."""
-    if definition.id:
-        yield "id", definition.id
-    for i, condition in enumerate(definition.where):
-        yield from ((f"where.{i}", column) for column in condition.names)
-    for i, part in enumerate(definition.examples):
-        yield f"examples.{i}.prompt", part.prompt
-        if part.response:
-            yield f"examples.{i}.response", part.response
-        yield from ((f"examples.{i}.positive", column) for column in part.positive.names)
-        yield from ((f"examples.{i}.negative", column) for column in (part.negative.names if part.negative else ()))
-    if definition.policy and definition.policy.column and not definition.policy.optional:
-        yield "policy.column", definition.policy.column
-    for i, part_of in enumerate(definition.slices):
-        yield from ((f"slices.{i}", column) for column in part_of.names)
-
-
-def _check_policy(definition: BenchmarkDefinition) -> None:
-    """A policy that is named for all examples must exist, and ask the benchmark's question."""
-    if definition.policy is None or definition.policy.name is None:
-        return
-    policy = load_policy(definition.policy.name)
-    if definition.question not in policy.asks:
-        raise JaxguardError(
-            f"benchmark {definition.name!r} asks {definition.question}, but its policy {policy.name!r} asks only "
-            f"{', '.join(policy.asks)}"
-        )
-
-
-def _select(definition: BenchmarkDefinition, table: Table, skipped: Counter[str]) -> list[tuple[str, Row]]:
+def _select(definition: BenchmarkDefinition, rows: Rows, skipped: Counter[str]) -> Rows:
     """The rows that count. Of one that fails several conditions the first is the reason."""
-    rows = []
-    for location, row in table.rows:
+    chosen = []
+    for location, row in rows:
         failed = next((condition for condition in definition.where if not condition.holds(row)), None)
         if failed is None:
-            rows.append((location, row))
+            chosen.append((location, row))
         else:
             skipped[f"not where {failed}"] += 1
-    if definition.sample is None or len(rows) <= definition.sample.size:
-        return rows
-    skipped["not in the sample"] += len(rows) - definition.sample.size
-    chosen = random.Random(definition.sample.seed).sample(range(len(rows)), definition.sample.size)  # noqa: S311
-    return [rows[i] for i in chosen]
-
-
-def _examples(definition: BenchmarkDefinition, row: Row, location: str, skipped: Counter[str]) -> Iterator[Example]:
-    for part in definition.examples:
-        try:
-            yield _example(definition, part, row, location)
-        except Skip as reason:
-            skipped[str(reason)] += 1
+    sample = definition.sample
+    if sample is None or len(chosen) <= sample.size:
+        return chosen
+    skipped["not in the sample"] += len(chosen) - sample.size
+    return random.Random(sample.seed).sample(chosen, sample.size)  # noqa: S311
 
 
 def _example(definition: BenchmarkDefinition, part: ExampleColumns, row: Row, location: str) -> Example:
-    question = definition.question
-    prompt = _prompt(row, part.prompt, location)
+    """One example of a row.
+
+    Raises:
+        Skip: it lacks its prompt, response, label or policy.
+        JaxguardError: it is neither positive nor negative, or both; a cell is malformed.
+    """
+    question, prompt = definition.question, row.get(part.prompt)
+    if isinstance(prompt, list):  # a conversation, whose last message is classified
+        turns = objects(row, part.prompt, ("role", "content"), location)
+        if not turns or turns[-1][0] != "user":
+            raise JaxguardError(f"{location}: {part.prompt} is a list of turns that does not end with the user's")
+        history = [{"role": role, "content": content} for role, content in turns[:-1]]
+        prompt = transcript(history, turns[-1][1], location)
+    else:
+        prompt = text(row, part.prompt, location)
     if prompt is None or not prompt.strip():
         raise Skip("empty prompt")
     response = text(row, part.response, location) if part.response else None
     if question != "prompt_harm" and response is None:
         raise Skip("no response")
-    labels: dict[str, Any] = {LABEL[question]: CHOICES[question][0 if _is_positive(part, row, location) else 1]}
-    policy = _policy(definition.policy, row, location) if definition.policy else None
-    id_ = row.get(definition.id) if definition.id else None
-    if id_ in (None, ""):
-        texts = json.dumps([prompt, response, policy])
-        id_ = f"{definition.name}:{hashlib.sha256(texts.encode()).hexdigest()[:16]}"
-    return Example(id=str(id_), source=definition.name, prompt=prompt, response=response, policy=policy, **labels)
-
-
-def _prompt(row: Row, column: str, location: str) -> str | None:
-    """A cell with a text, or with a conversation whose last message is classified."""
-    if not isinstance(row.get(column), list):
-        return text(row, column, location)
-    turns = objects(row, column, ("role", "content"), location)
-    if not turns or turns[-1][0] != "user":
-        raise JaxguardError(f"{location}: {column} is a list of turns that does not end with the user's")
-    history = [{"role": role, "content": content} for role, content in turns[:-1]]
-    return transcript(history, turns[-1][1], location)
-
-
-def _is_positive(part: ExampleColumns, row: Row, location: str) -> bool:
-    """What the label says.
-
-    Raises:
-        Skip: its column is null.
-        JaxguardError: the row is neither positive nor negative, or both.
-    """
     if part.positive.column and not plain(row.get(part.positive.column)):
         raise Skip("no label")
     positive = part.positive.holds(row)
@@ -230,13 +198,19 @@ def _is_positive(part: ExampleColumns, row: Row, location: str) -> bool:
             f"{location}: {values}; expected either {part.positive} or {part.negative} "
             f"({'both hold' if positive else 'neither holds'})"
         )
-    return positive
+    policy = _policy(definition.policy, row, location) if definition.policy else None
+    id_ = row.get(definition.id) if definition.id else None
+    if id_ in (None, ""):
+        texts = json.dumps([prompt, response, policy])
+        id_ = f"{definition.name}:{hashlib.sha256(texts.encode()).hexdigest()[:16]}"
+    labels: dict[str, Any] = {LABEL[question]: CHOICES[question][0 if positive else 1]}
+    return Example(id=str(id_), source=definition.name, prompt=prompt, response=response, policy=policy, **labels)
 
 
 def _policy(policy: BenchmarkPolicy, row: Row, location: str) -> str | None:
     if policy.column is None:
         return policy.name
-    value = (text(row, policy.column, location) or "").strip() if policy.column in row else ""
+    value = (text(row, policy.column, location) or "").strip()
     if not value and policy.optional:
         return None
     if not value and not policy.rules:
@@ -249,27 +223,129 @@ def _policy(policy: BenchmarkPolicy, row: Row, location: str) -> str | None:
     return policy.rules.get(value, value)
 
 
-def _slices(
-    definition: BenchmarkDefinition, pairs: Iterable[tuple[Example, Row]]
-) -> dict[str, dict[str, frozenset[str]]]:
-    slices: dict[str, dict[str, set[str]]] = {part.name: {} for part in definition.slices}
-    for example, row in pairs:
-        for part in definition.slices:
-            for value in part.values(row):
-                slices[part.name].setdefault(value, set()).add(example.id)
-    return {name: {v: frozenset(ids) for v, ids in sorted(values.items())} for name, values in slices.items()}
+# Rows: from the hub, a URL, a training source, or a local copy with the same columns.
 
 
-def _counts(question: Question, examples: list[Example]) -> dict[str, int]:
-    positive = sum(getattr(example, LABEL[question]) == CHOICES[question][0] for example in examples)
-    return {"positive": positive, "negative": len(examples) - positive, "total": len(examples)}
+def _read_rows(definition: BenchmarkDefinition, local: Path | None) -> tuple[Rows, tuple[str, ...], Counter[str]]:
+    """Read the rows of a benchmark's source, or of a local copy of it.
+
+    Args:
+        definition: says where they are.
+        local: a file, or a folder with a file named after the split, the source's own file, or the benchmark, as a clone of
+            the source has it.
+
+    Returns:
+        The rows, their columns, and what was skipped in reading (reason -> count).
+
+    Raises:
+        JaxguardError: they cannot be reached, are not there, or malformed.
+    """
+    source, hub = definition.source, definition.source.hub or ""
+    if source.data is not None:
+        data = source.data if local is None else source.data.model_copy(update={"path": str(local.expanduser())})
+        loaded = load(data)
+        rows = [(f"{data.path or data.kind}, example {each.id!r}", each.to_json()) for each in loaded.examples]
+        return rows, tuple(field.name for field in dataclasses.fields(Example)), loaded.skipped
+    path = local or (locate(Path(source.path)) if source.path else None)
+    if path is not None:
+        rows = _read_copy(path.expanduser(), source, definition.name)
+    elif source.url or source.file:
+        data = _fetch(source.url) if source.url else _download(hub, source.file or "", source.revision)
+        origin = source.url or f"{hub}/{source.file}"
+        rows = _read_bytes(data, PurePosixPath(origin).name, origin, source.keys_as)
+    else:
+        rows = _joined({split: read_hub(hub, source.config, split, None).rows for split in source.splits})
+    if not rows:
+        raise JaxguardError(f"{local or source.name}: no row for benchmark {definition.name!r}")
+    return rows, tuple(dict.fromkeys(column for _, row in rows for column in row)), Counter()
 
 
-def _compare(name: str, words: tuple[str, str], counts: dict[str, int], expected: dict[str, int | None]) -> None:
-    known = {what: number for what, number in expected.items() if number is not None}
-    if any(number != counts[what] for what, number in known.items()):
-        nouns = {"positive": words[0], "negative": words[1], "total": "in all"}
-        published, actual = (
-            ", ".join(f"{numbers[what]:,} {nouns[what]}" for what in known) for numbers in (known, counts)
-        )
-        logger.warning("benchmark %s: expected %s; found %s", name, published, actual)
+def _read_copy(path: Path, source: BenchmarkSource, name: str) -> Rows:
+    remote = source.file or source.url
+    stems = [*([_stem(PurePosixPath(remote).name)] if remote else []), name]
+    if source.file and (path / source.file).is_file():
+        path = path / source.file
+    if path.is_dir():
+        if len(source.splits) > 1:
+            return _joined({split: read_local(path, [split]).rows for split in source.splits})
+        if not source.keys_as and not (remote or "").endswith(".xz"):
+            return read_local(path, [*source.splits, *stems]).rows
+        files = sorted(each for each in path.rglob("*") if each.is_file() and _stem(each.name) in stems)
+        if not files:
+            raise JaxguardError(f"{path} has no file named {' or '.join(map(repr, stems))}")
+        path = files[0]
+    return _read_file(path, source.keys_as)
+
+
+def _read_file(path: Path, keys_as: str | None) -> Rows:
+    """Read a file in a format of read_local, one compressed by xz, or one object of lists of rows."""
+    if path.name.endswith(".xz") and path.is_file():
+        try:
+            data = lzma.decompress(path.read_bytes())
+        except (lzma.LZMAError, EOFError) as error:
+            raise JaxguardError(f"{path}: truncated or damaged xz file ({error}); fetch it again") from None
+        return _read_bytes(data, path.name.removesuffix(".xz"), str(path), keys_as)
+    if keys_as is None or not path.is_file():
+        return read_local(path, ()).rows
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise JaxguardError(f"{path}: not JSON: {error}") from None
+    lists: dict[str, Any] = tree if isinstance(tree, dict) else {"": None}
+    if not all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in lists.values()):
+        raise JaxguardError(f"{path}: source.keys_as expects one JSON object whose values are lists of rows")
+    return [
+        (f"{path}, {key!r} row {i}", {keys_as: key, **row}) for key, rows in lists.items() for i, row in enumerate(rows)
+    ]
+
+
+def _read_bytes(data: bytes, name: str, origin: str, keys_as: str | None) -> Rows:
+    """Read the contents of a file, with `origin` in the rows' locations."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Some hubs call an array of rows .jsonl; what is called .json may be either.
+        path = Path(folder) / name.replace(".jsonl", ".json")
+        path.write_bytes(data)
+        try:
+            rows = _read_file(path, keys_as)
+        except JaxguardError as error:
+            raise JaxguardError(str(error).replace(str(path), origin)) from None
+        return [(location.replace(str(path), origin), row) for location, row in rows]
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # noqa: S310 (https only, see BenchmarkSource)
+            data: bytes = answer.read()
+            return data
+    except (OSError, HTTPException) as error:
+        raise JaxguardError(f"cannot fetch {url} ({error}); {_COPY}") from None
+
+
+def _download(repository: str, file: str, revision: str | None) -> bytes:
+    source = f"{file} of data set {repository}" + (f" at revision {revision!r}" if revision else "")
+    page = f"https://huggingface.co/datasets/{repository}"
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(repository, file, repo_type="dataset", revision=revision)
+        ).read_bytes()
+    except errors.GatedRepoError:
+        raise JaxguardError(
+            f"data set {repository} is gated: accept its terms at {page} with your account, then run `hf auth login` "
+            "or set HF_TOKEN"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        raise JaxguardError(f"{source} is not in the local cache and the hub cannot be reached; {_COPY}") from None
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError) as error:
+        raise JaxguardError(f"cannot get {source}; see {page} ({error})") from None
+
+
+def _joined(splits: dict[str, Rows]) -> Rows:
+    """The rows of several splits, with each row's split as a column; those of a single one as they are."""
+    if len(splits) == 1:
+        return next(iter(splits.values()))
+    return [(location, {"split": split, **row}) for split, rows in splits.items() for location, row in rows]
+
+
+def _stem(name: str) -> str:
+    name = name.removesuffix(".xz")
+    return name.removesuffix(next((suffix for suffix in SUFFIXES if name.endswith(suffix)), ""))

@@ -1,7 +1,4 @@
-"""A benchmark as written in YAML: where its rows are, which of them count, and which are positive.
-
-A condition compares cells of a row with constants; there are no expressions.
-"""
+"""A benchmark as written in YAML: where its rows are, which of them count, and which are positive."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -55,30 +52,21 @@ class Condition(Schema):
     @model_validator(mode="after")
     def _check(self) -> Self:
         compared = bool(self.equals) + bool(self.not_equals) + (self.empty is not None)
-        names = bool(self.column) + bool(self.columns)
-        limits = self.at_least is not None or self.at_most is not None
         if self.always:
-            if compared or names or limits:
+            if self.model_fields_set != {"always"}:
                 raise ValueError("always stands alone")
-        elif names != 1:
-            raise ValueError("a condition needs column, or columns, or always: true")
-        elif compared != 1:
-            raise ValueError("a condition needs one of equals, not_equals and empty")
-        elif limits and not self.columns:
+        elif compared != 1 or bool(self.column) == bool(self.columns):
+            raise ValueError("a condition needs column, or columns, and one of equals, not_equals and empty; or always")
+        elif self.column and (self.at_least, self.at_most) != (None, None):
             raise ValueError("at_least and at_most go with columns")
         return self
 
     def holds(self, row: Row) -> bool:
-        if self.always:
-            return True
-        if self.column:
-            return self._holds_for(row.get(self.column))
-        number = sum(self._holds_for(row.get(column)) for column in self.columns)
-        least = self.at_least if self.at_least is not None or self.at_most is not None else 1
-        return number >= (least or 0) and (self.at_most is None or number <= self.at_most)
+        number = sum(self._holds_for(plain(row.get(column))) for column in self.names)
+        least = 1 if self.at_least is self.at_most is None else self.at_least or 0
+        return self.always or (number >= least and (self.at_most is None or number <= self.at_most))
 
-    def _holds_for(self, cell: Any) -> bool:
-        value = plain(cell)
+    def _holds_for(self, value: str) -> bool:
         if self.empty is not None:
             return (value == "") == self.empty
         return (value in map(plain, self.equals or self.not_equals)) == bool(self.equals)
@@ -113,13 +101,21 @@ def plain(cell: Any) -> str:
     return {"true": "1", "false": "0"}.get(text, text)
 
 
+_GOES_WITH = {
+    "config": ("hub",),
+    "file": ("hub",),
+    "revision": ("file",),
+    "splits": ("hub", "url", "path"),
+    "keys_as": ("file", "url", "path"),
+}
+"""Field of a source -> one of these must be given too."""
+
+
 class BenchmarkSource(Schema):
     """Where the rows are: on the hub, at a URL, in a local file, or in a source that is trained on too."""
 
     hub: Text | None = None
-    """A data set on the hub."""
     config: str | None = None
-    """Its configuration."""
     splits: tuple[Text, ...] = Field(("test",), min_length=1)
     """Splits that are read one after the other; with several, the column `split` says which a row is from."""
     file: str | None = None
@@ -127,9 +123,7 @@ class BenchmarkSource(Schema):
     revision: str | None = None
     """Branch, tag or commit; goes with `file`."""
     url: Annotated[str, StringConstraints(pattern=r"^https://[^\s]+$")] | None = None
-    """The URL of a file."""
     path: str | None = None
-    """A local file or folder."""
     data: SourceConfig | None = None
     """A source as in `data.train`, read as there: its examples are the rows, with the columns of our JSON lines."""
     keys_as: Text | None = None
@@ -139,24 +133,18 @@ class BenchmarkSource(Schema):
     def _check(self) -> Self:
         if sum(source is not None for source in (self.hub, self.url, self.path, self.data)) != 1:
             raise ValueError("a source needs exactly one of hub, url, path and data")
-        if self.data is not None and (self.keys_as or "splits" in self.model_fields_set):
-            raise ValueError("data stands for the whole source and has a split of its own: no splits, no keys_as")
-        if self.hub is None and (self.config or self.file or self.revision):
-            raise ValueError("config, file and revision go with hub")
-        if self.revision and not self.file:
-            raise ValueError("revision goes with file")
+        for field, others in _GOES_WITH.items():
+            if field in self.model_fields_set and not any(getattr(self, other) for other in others):
+                raise ValueError(f"{field} goes with {' or '.join(others)}")
         if self.file and (self.config or len(self.splits) > 1):
             raise ValueError("file stands for the whole source: no config, no splits")
-        if self.keys_as and self.hub and not self.file:
-            raise ValueError("keys_as needs a file")
         return self
 
     @property
     def name(self) -> str:
         """Where the rows are, as errors name it."""
-        if self.data is not None:
-            return self.data.path or f"data source {self.data.kind}"
-        return self.path or self.hub or self.url or ""
+        data = f"data source {self.data.kind}" if self.data else ""
+        return (self.data and self.data.path) or self.path or self.hub or self.url or data
 
 
 class ExampleColumns(Schema):
@@ -165,7 +153,6 @@ class ExampleColumns(Schema):
     prompt: Text
     """Column of the user's message: text, or a list of turns with role and content that ends with it."""
     response: str | None = None
-    """Column of the assistant's answer."""
     positive: Condition
     """When the example is harmful; for response_refusal, when it is a refusal."""
     negative: Condition | None = None
@@ -197,7 +184,6 @@ class Slice(Schema):
     """A division of the examples that is scored apart."""
 
     name: Text
-    """Shown in reports."""
     column: Text | None = None
     """Column of its value; a list's items, or an object's true keys, are several values."""
     columns: tuple[Text, ...] = ()
@@ -224,21 +210,15 @@ class Slice(Schema):
         """Its values in a row; none where the cell is null."""
         if self.when:
             known = self.when.columns or self.when.always or plain(row.get(self.when.column or ""))
-            return [_yes(self.when.holds(row))] if known else []
-        if self.columns:
-            return [column for column in self.columns if plain(row.get(column)) not in _FALSE]
-        cell = row.get(self.column or "")
+            return ["yes" if self.when.holds(row) else "no"] if known else []
+        cell: Any = {name: row.get(name) for name in self.columns} if self.columns else row.get(self.column or "")
         if isinstance(cell, dict):
-            return [str(key) for key, value in cell.items() if plain(value) not in _FALSE]
+            return [str(key) for key, value in cell.items() if plain(value) not in {"", "0"}]
         if isinstance(cell, bool):
-            return [_yes(cell)]
-        parts = (
-            cell if isinstance(cell, list | tuple) else str("" if cell is None else cell).split(self.separator or "\0")
-        )
-        return [text for text in (str(part).strip() for part in parts) if text]
-
-
-_FALSE = {"", "0"}
+            return ["yes" if cell else "no"]
+        if not isinstance(cell, list | tuple):
+            cell = "" if cell is None else str(cell).split(self.separator or "\0")
+        return [text for text in (str(part).strip() for part in cell) if text]
 
 
 class Expected(Schema):
@@ -250,11 +230,8 @@ class Expected(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if None not in (self.positive, self.negative, self.total):
-            assert self.positive is not None
-            assert self.negative is not None
-            if self.positive + self.negative != self.total:
-                raise ValueError("positive and negative do not add up to total")
+        if None not in (parts := (self.positive, self.negative)) and self.total not in (None, sum(filter(None, parts))):
+            raise ValueError("positive and negative do not add up to total")
         return self
 
 
@@ -262,7 +239,6 @@ class Sample(Schema):
     """A seeded sample of the rows that `where` leaves; fewer are taken whole."""
 
     size: Annotated[int, Field(gt=0)]
-    """Rows."""
     seed: Count = 0
     """Of Python's random.sample."""
 
@@ -273,7 +249,6 @@ class BenchmarkDefinition(Schema):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     """Shown in reports; examples without an id of their own are called after it."""
     title: Text
-    """For people."""
     group: Group = "extra"
     """Which average it enters."""
     question: Question
@@ -283,7 +258,6 @@ class BenchmarkDefinition(Schema):
     where: tuple[Condition, ...] = ()
     """Rows that count: all of these hold."""
     sample: Sample | None = None
-    """How many of them are drawn."""
     id: str | None = None
     """Column of a row's id; null: a hash of the texts."""
     examples: tuple[ExampleColumns, ...] = Field(min_length=1)
@@ -291,15 +265,11 @@ class BenchmarkDefinition(Schema):
     policy: BenchmarkPolicy | None = None
     """null: the run's."""
     slices: tuple[Slice, ...] = ()
-    """What is scored apart."""
     expected: Expected = Expected()
     """Published counts; others are a warning."""
     license: Text
-    """Of the data."""
     citation: Text
-    """Whom to cite."""
     url: Text
-    """Where to read about it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -313,14 +283,10 @@ class BenchmarkDefinition(Schema):
 
 
 def read_benchmark(name_or_path: str, folder: Path = BENCHMARK_FOLDER) -> BenchmarkDefinition:
-    """What the YAML file of a benchmark says, by its name (a file in `folder`) or path.
+    """Read the YAML file of a benchmark, by its name (a file in `folder`) or path.
 
     Raises:
         JaxguardError: no such file; unknown, missing or ill-typed field; an impossible combination.
     """
     path = find_yaml(name_or_path, folder, "benchmark")
     return validate(BenchmarkDefinition, read_yaml(path), str(path))
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

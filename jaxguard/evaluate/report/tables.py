@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jaxguard.data.format.dialogue import CHOICES, TITLES
 from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedRow
-from jaxguard.evaluate.scores.comparison import Difference
+from jaxguard.evaluate.scores.metrics import Difference
 from jaxguard.evaluate.scores.results import Average, Cell, Evaluation, Versus, Wrong
 from jaxguard.report import Cell as TableCell
 from jaxguard.report import Table, estimate

@@ -15,7 +15,7 @@ from jaxguard.data.policies import QUESTIONS, Question
 from jaxguard.distill.filters import repeated_share, split_sentences, words
 from jaxguard.distill.prompts import Task
 from jaxguard.distill.store import Attempt, read_attempts
-from jaxguard.evaluate.scores.metrics import Result, count_votes, measure, measure_slices
+from jaxguard.evaluate.scores.metrics import Result, count_votes, measure
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.statistics import Spread, spread
@@ -176,7 +176,7 @@ def _question(question: Question, answered: Sequence[_Answered], seed: int) -> Q
         for name in dict.fromkeys(task.example.categories or (None,)):
             members.setdefault(name, []).append(i)
     by_size = sorted(members, key=lambda name: (name is None, -len(members[name]), name or ""))
-    slices = measure_slices(scored, {str(i): np.array(members[name]) for i, name in enumerate(by_size)}, seed)
+    categories = tuple((name, measure(scored[np.array(members[name])], seed)) for name in by_size)
     wrong, unparsable = (~scored.right).sum(axis=1), (~scored.parsed).sum(axis=1)
     disagreements = [
         Disagreement(task.example.id, bool(labels[i]), int(wrong[i]), int(unparsable[i]))
@@ -187,7 +187,7 @@ def _question(question: Question, answered: Sequence[_Answered], seed: int) -> Q
         positive=positive,
         negative=negative,
         result=measure(scored, seed),
-        categories=tuple(zip(by_size, slices.values(), strict=True)),
+        categories=categories,
         disagreements=tuple(sorted(disagreements, key=lambda each: (each.unparsable, -each.differ, each.id))),
     )
 

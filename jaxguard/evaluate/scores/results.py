@@ -1,9 +1,10 @@
 """The results of an evaluation as plain data, which runs/NAME/evaluate/results.json holds and the report is written from."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -11,9 +12,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.policies import Question
 from jaxguard.evaluate.benchmarks.schema import Group
 from jaxguard.evaluate.scores.calibration import Calibration, Platt
-from jaxguard.evaluate.scores.comparison import Difference, McNemar
-from jaxguard.evaluate.scores.frames import tables
-from jaxguard.evaluate.scores.metrics import Result
+from jaxguard.evaluate.scores.metrics import Difference, McNemar, Result
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.statistics import Estimate
@@ -21,8 +20,7 @@ from jaxguard.utils.statistics import Estimate
 if TYPE_CHECKING:
     import pandas as pd
 
-VERSION = 2
-"""Of results.json; others are refused."""
+SCORES = ("f1", "precision", "recall", "false_positive_rate", "agreement", "kappa")
 UNPARSABLE_WORD = "unparsable"
 """Stands for the word of an unparsable verdict."""
 
@@ -77,6 +75,14 @@ class Versus:
     f1: Difference
     mcnemar: McNemar | None = None
     missing: tuple[str, ...] = ()
+
+    def row(self) -> dict[str, Any]:
+        """The columns of a DataFrame."""
+        f1, test = self.f1, self.mcnemar
+        difference = {"f1_difference": f1.value, "low": f1.low, "high": f1.high, "p": f1.p}
+        right = (test.only_first, test.only_second, test.p) if test else (None, None, None)
+        right_alone = dict(zip(("right_alone", "first_right_alone", "mcnemar_p"), right, strict=True))
+        return {"first_guard": self.guard, "first_mode": self.mode} | difference | right_alone
 
 
 @dataclass(frozen=True)
@@ -181,14 +187,59 @@ class Evaluation:
     left_out: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
-    def tables(self) -> dict[str, "pd.DataFrame"]:
-        """DataFrames: scores, averages, cost, calibration and versus; see frames.tables."""
-        return tables(self)
-
-    @property
     def report(self) -> Path | None:
         """The page for people, report.html; report.md and results.json are beside it."""
         return None if self.folder is None else self.folder / "report.html"
+
+    @property
+    def tables(self) -> dict[str, "pd.DataFrame"]:
+        """The numbers as DataFrames, a row for each guard, mode and benchmark (or average).
+
+        Scores have the ends of their 95 % intervals as `_low` and `_high`, and `_deviation` over generations.
+
+        Returns:
+            scores: of the sampled verdicts on every benchmark.
+            averages: F1 of prompt, response, safety and custom benchmarks; `missing` names those left out.
+            cost: means per example in seconds and tokens; `wall` is of all examples, forced, unscored and cut are counts.
+            calibration: scores of probabilities, the threshold chosen on validation examples, and F1 at it.
+            versus: F1 less that of the first guard, on benchmarks and averages, with p-values.
+        """
+        import pandas as pd  # takes a second, which the command line need not wait for
+
+        tables: dict[str, list[dict[str, Any]]] = {
+            "scores": [],
+            "averages": [],
+            "cost": [],
+            "calibration": [],
+            "versus": [],
+        }
+        for cell in self.cells:
+            name = {"guard": cell.guard, "mode": cell.mode, "benchmark": cell.benchmark}
+            size, result = {"examples": cell.examples}, cell.result
+            counts = {"generations": result.generations, "unparsable": result.unparsable, "complete": cell.complete}
+            scores = _columns({score: getattr(result.scores, score) for score in SCORES})
+            tables["scores"].append(name | size | {"positives": result.scores.positives} | scores | counts)
+            tables["cost"].append(name | size | asdict(cell.cost))
+            if cell.calibration:
+                by_name = {score: getattr(cell.calibration, score) for score in ("auprc", "auroc", "brier")}
+                threshold = cell.thresholded.threshold if cell.thresholded else None
+                f1 = cell.thresholded.result.scores.f1 if cell.thresholded else Estimate(None)
+                row = name | _columns(by_name) | {"ece": cell.calibration.ece, "threshold": threshold}
+                tables["calibration"].append(row | _columns({"f1_at_threshold": f1}))
+            if cell.versus:
+                tables["versus"].append(name | cell.versus.row())
+        for average in self.averages:
+            name = {"guard": average.guard, "mode": average.mode, "average": average.name}
+            missing = {"missing": ", ".join(average.missing)}
+            tables["averages"].append(name | _columns({"f1": average.f1}) | missing)
+            if average.versus:
+                tables["versus"].append(name | average.versus.row())
+        return {title: pd.DataFrame(rows) for title, rows in tables.items()}
+
+
+def _columns(scores: Mapping[str, Estimate]) -> dict[str, float | None]:
+    parts = {"": "value", "_low": "low", "_high": "high", "_deviation": "deviation"}
+    return {name + end: getattr(score, part) for name, score in scores.items() for end, part in parts.items()}
 
 
 def write_results(evaluation: Evaluation, path: Path) -> None:
@@ -198,9 +249,14 @@ def write_results(evaluation: Evaluation, path: Path) -> None:
         JaxguardError: it cannot be written.
     """
     results = {name: value for name, value in asdict(evaluation).items() if name not in ("folder", "left_out")}
-    text = json.dumps(results, ensure_ascii=False, allow_nan=False)
-    tree = {"version": VERSION, "evaluation": json.loads(text.encode("utf-8", "replace"))}
-    write_atomically(path, json.dumps(tree, indent=1, ensure_ascii=True) + "\n")
+    text = json.dumps({"version": 2, "evaluation": results}, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, json.dumps(json.loads(text.encode("utf-8", "replace")), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class _Results:
+    version: Literal[2]
+    evaluation: Evaluation
 
 
 def read_results(path: Path) -> Evaluation:
@@ -211,19 +267,12 @@ def read_results(path: Path) -> Evaluation:
     """
     again = "evaluate again, which reuses the predictions"
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        results = TypeAdapter(_Results).validate_json(path.read_bytes())
     except FileNotFoundError:
         raise JaxguardError(f"{path} is not there: evaluate first") from None
-    except (OSError, ValueError) as error:
-        raise JaxguardError(f"{path}: {error}; {again}") from None
-    version = tree.get("version") if isinstance(tree, dict) else None
-    if version != VERSION:
-        raise JaxguardError(f"{path}: its version is {version}, not {VERSION}; {again}")
-    try:
-        return replace(TypeAdapter(Evaluation).validate_python(tree.get("evaluation")), folder=path.parent)
     except ValidationError as error:
         first = error.errors()[0]
-        field_name = ".".join(map(str, first["loc"])) or "evaluation"
-        raise JaxguardError(f"{path}: {field_name}: {first['msg']}; {again}") from None
-    except JaxguardError as error:
+        raise JaxguardError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {again}") from None
+    except (OSError, JaxguardError) as error:
         raise JaxguardError(f"{path}: {error}; {again}") from None
+    return replace(results.evaluation, folder=path.parent)

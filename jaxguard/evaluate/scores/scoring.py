@@ -1,6 +1,6 @@
 """From predictions to results: every guard in every mode on every benchmark, and the averages."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,16 +19,15 @@ from jaxguard.evaluate.scores.calibration import (
     recalibrated,
     verdicts_at,
 )
-from jaxguard.evaluate.scores.comparison import f1_difference, mcnemar
 from jaxguard.evaluate.scores.metrics import (
     Votes,
     average_f1,
+    average_weights,
     count_votes,
-    custom_weights,
+    f1_difference,
     fill_missing,
+    mcnemar,
     measure,
-    measure_slices,
-    safety_weights,
 )
 from jaxguard.evaluate.scores.results import UNPARSABLE_WORD, Average, Cell, Cost, Thresholded, Versus, Wrong
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Prediction
@@ -43,92 +42,73 @@ AVERAGED: Mapping[str, tuple[Group, ...]] = {
 }
 """Average -> the groups of benchmarks that it is over."""
 
-Validation = Mapping[Question, tuple[Sequence[Example], Sequence[Prediction]]]
-"""A guard's predictions for the validation examples, by question."""
 GuardMode = tuple[str, Mode]
 
 
 @dataclass(frozen=True)
-class BenchmarkPredictions:
-    """The predictions of a guard in a mode for the examples of a benchmark, in the same order.
+class PredictedExamples:
+    """The predictions of a guard in a mode for the examples of a benchmark, or for validation examples.
 
     Attributes:
         label: the config's name of the benchmark.
-        seconds: by the clock, for all examples.
+        examples, predictions: in the same order.
+        benchmark: None for validation examples.
     """
 
     guard: str
     mode: Mode
     label: str
-    benchmark: Benchmark
+    question: Question
     examples: Sequence[Example]
     predictions: Sequence[Prediction]
-    seconds: float
+    benchmark: Benchmark | None
+
+    @property
+    def labels(self) -> np.ndarray:
+        """bool[N]: whether the label is the positive class."""
+        positive = CHOICES[self.question][0]
+        return np.array([getattr(example, LABEL[self.question]) == positive for example in self.examples], bool)
 
     def votes(self, settings: EvaluateConfig) -> Votes:
         """What the verdicts count as."""
-        question = self.benchmark.question
-        verdicts = np.array([prediction.verdicts[question] for prediction in self.predictions], np.int8)
-        return count_votes(labels_of(self.examples, question), verdicts, question, settings.unparsable)
+        verdicts = np.array([prediction.verdicts[self.question] for prediction in self.predictions], np.int8)
+        return count_votes(self.labels, verdicts, self.question, settings.unparsable)
 
+    @property
+    def probabilities(self) -> np.ndarray:
+        """float[N]: probabilities of the positive verdict, NaN where there is none."""
+        return np.array([prediction.probabilities[self.question] for prediction in self.predictions], float)
 
-@dataclass(frozen=True)
-class Probabilities:
-    """Probabilities of the positive verdict.
-
-    Attributes:
-        labels: bool[N].
-        values: float[N], NaN where there is none.
-        unscored: float[N], the share of an example's generations that are not in its probability.
-    """
-
-    question: Question
-    labels: np.ndarray
-    values: np.ndarray
-    unscored: np.ndarray
-
-    @classmethod
-    def of(cls, examples: Iterable[Example], predictions: Sequence[Prediction], question: Question) -> "Probabilities":
-        """The probabilities of predictions for examples in the same order."""
-        values = [prediction.probabilities[question] for prediction in predictions]
-        unscored = [each.unscored.get(question, 0) / len(each.verdicts[question]) for each in predictions]
-        return cls(question, labels_of(examples, question), np.array(values, float), np.array(unscored, float))
-
-    def filled(self, settings: EvaluateConfig) -> np.ndarray:
-        """float[N]: a missing one counts as an unparsable verdict does."""
-        return fill_missing(self.labels, self.values, self.question, settings.unparsable, self.unscored)
-
-    def recalibrated(self, platt: Platt | None) -> "Probabilities":
-        """After Platt's scaling, if there is one."""
-        return self if platt is None else replace(self, values=recalibrated(self.values, platt))
-
-
-def labels_of(examples: Iterable[Example], question: Question) -> np.ndarray:
-    """bool[N]: whether the label is the positive class."""
-    return np.array([getattr(example, LABEL[question]) == CHOICES[question][0] for example in examples], bool)
+    def filled(self, settings: EvaluateConfig, platt: Platt | None = None) -> np.ndarray:
+        """float[N]: probabilities after Platt's scaling; a missing one counts as an unparsable verdict does."""
+        values = self.probabilities if platt is None else recalibrated(self.probabilities, platt)
+        unscored = [x.unscored.get(self.question, 0) / len(x.verdicts[self.question]) for x in self.predictions]
+        return fill_missing(self.labels, values, self.question, settings.unparsable, np.array(unscored, float))
 
 
 def score(
-    predictions: Sequence[BenchmarkPredictions], validation: Mapping[GuardMode, Validation], settings: EvaluateConfig
+    predictions: Sequence[PredictedExamples], settings: EvaluateConfig
 ) -> tuple[tuple[Cell, ...], tuple[Average, ...]]:
     """All cells and averages; what a guard does not support has neither.
 
     Args:
         predictions: in the order of guards, modes and benchmarks.
-        validation: of each guard in each mode.
         settings: which guard is the first, what unparsable verdicts count as, seeds.
     """
-    by_guard: dict[GuardMode, dict[str, BenchmarkPredictions]] = {}
+    by_guard: dict[GuardMode, dict[str, PredictedExamples]] = {}
+    validation = {(p.guard, p.mode, p.question): p for p in predictions if p.benchmark is None}
+    groups = {each.label: each.benchmark.definition.group for each in predictions if each.benchmark}
     for each in predictions:
-        by_guard.setdefault((each.guard, each.mode), {})[each.label] = each
+        if each.benchmark:
+            by_guard.setdefault((each.guard, each.mode), {})[each.label] = each
     references = references_of(list(by_guard), settings.guards[0].name)
     cells: list[Cell] = []
     averages: list[Average] = []
     for guard, own in by_guard.items():
         reference = by_guard[references[guard]] if guard in references else {}
         for label, each in own.items():
-            cells.append(_cell(each, reference.get(label), validation.get(guard, {}), settings))
-        averages += _averages(own, reference, predictions, settings)
+            cells.append(_cell(each, reference.get(label), validation.get((*guard, each.question)), settings))
+        averages += _averages(own, reference, groups, settings)
     return tuple(cells), tuple(averages)
 
 
@@ -139,113 +119,80 @@ def references_of(guards: Sequence[GuardMode], first: str) -> dict[GuardMode, Gu
     return {(guard, mode): (first, mode if mode in modes else modes[0]) for guard, mode in others}
 
 
-def _versus(
-    pairs: Sequence[tuple[BenchmarkPredictions, BenchmarkPredictions]],
-    weights: Sequence[float] | None,
-    settings: EvaluateConfig,
-    missing: tuple[str, ...] = (),
-) -> Versus | None:
-    """A guard against another on benchmarks of these weights; None where there is no such average."""
-    if weights is None:
-        return None
-    own, other = ([pair[i].votes(settings) for pair in pairs] for i in (0, 1))
-    f1 = f1_difference(own, other, weights, settings.seed, settings.resamples)
-    reference = pairs[0][1]
-    return Versus(reference.guard, str(reference.mode), f1, missing=missing)
-
-
 def _cell(
-    predictions: BenchmarkPredictions,
-    reference: BenchmarkPredictions | None,
-    validation: Validation,
+    own: PredictedExamples,
+    reference: PredictedExamples | None,
+    validation: PredictedExamples | None,
     settings: EvaluateConfig,
 ) -> Cell:
-    benchmark, examples = predictions.benchmark, predictions.examples
-    seed, resamples = settings.seed, settings.resamples
-    votes = predictions.votes(settings)
-    probabilities = Probabilities.of(examples, predictions.predictions, benchmark.question)
-    scored = not np.isnan(probabilities.values).all()
-    row = {example.id: i for i, example in enumerate(examples)}
-    slices = {f"{name}: {v}": ids for name, values in benchmark.slices.items() for v, ids in values.items()}
+    assert own.benchmark is not None
+    seed, resamples, predictions = settings.seed, settings.resamples, own.predictions
+    votes, scored = own.votes(settings), not np.isnan(own.probabilities).all()
+    row = {example.id: i for i, example in enumerate(own.examples)}
+    slices = {f"{name}: {v}": ids for name, values in own.benchmark.slices.items() for v, ids in values.items()}
     # Sorted: the order of a set differs between processes, and with it the draws of the bootstrap.
     rows = {name: np.array(sorted(row[x] for x in ids if x in row), int) for name, ids in slices.items()}
-    versus = None
-    if reference is not None:
-        versus = _versus([(predictions, reference)], (1.0,), settings)
-        versus = versus and replace(versus, mcnemar=mcnemar(votes, reference.votes(settings)))
+    mean = {
+        name: float(np.mean([getattr(prediction, name) for prediction in predictions]))
+        for name in ("seconds", "scoring", "prompt_tokens", "completion_tokens")
+    }
+    versus = _versus([own], [reference], (1.0,), settings) if reference else None
     return Cell(
-        guard=predictions.guard,
-        mode=str(predictions.mode),
-        benchmark=predictions.label,
-        source=benchmark.name,
-        title=benchmark.title,
-        group=benchmark.group,
-        question=benchmark.question,
-        examples=len(examples),
-        complete=len(examples) == len(benchmark.examples),
+        guard=own.guard,
+        mode=str(own.mode),
+        benchmark=own.label,
+        source=own.benchmark.definition.name,
+        title=own.benchmark.definition.title,
+        group=own.benchmark.definition.group,
+        question=own.question,
+        examples=len(own.examples),
+        complete=len(own.examples) == len(own.benchmark.examples),
         result=measure(votes, seed, resamples),
-        cost=_cost(predictions),
-        slices=measure_slices(votes, rows, seed, resamples),
-        calibration=calibration(probabilities.labels, probabilities.filled(settings), seed, resamples)
-        if scored
-        else None,
-        thresholded=_thresholded(probabilities, validation, settings) if scored else None,
-        versus=versus,
-        wrong=tuple(_wrong(predictions, votes, slices)),
+        cost=Cost(
+            **mean,
+            wall=sum(prediction.wall for prediction in predictions),
+            forced=sum(prediction.forced for prediction in predictions),
+            unscored=sum(sum(prediction.unscored.values()) for prediction in predictions),
+            cut=sum(prediction.cut for prediction in predictions),
+        ),
+        slices={name: measure(votes[members], seed, resamples) for name, members in rows.items()},
+        calibration=calibration(own.labels, own.filled(settings), seed, resamples) if scored else None,
+        thresholded=_thresholded(own, validation, settings) if scored and validation else None,
+        versus=versus and reference and replace(versus, mcnemar=mcnemar(votes, reference.votes(settings))),
+        wrong=tuple(_wrong(own, votes, slices)),
     )
 
 
-def _cost(predictions: BenchmarkPredictions) -> Cost:
-    each = predictions.predictions
-
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(prediction, name) for prediction in each]))
-
-    return Cost(
-        seconds=mean("seconds"),
-        scoring=mean("scoring"),
-        wall=predictions.seconds,
-        prompt_tokens=mean("prompt_tokens"),
-        completion_tokens=mean("completion_tokens"),
-        forced=sum(prediction.forced for prediction in each),
-        unscored=sum(sum(prediction.unscored.values()) for prediction in each),
-        cut=sum(prediction.cut for prediction in each),
-    )
-
-
-def _thresholded(test: Probabilities, validation: Validation, settings: EvaluateConfig) -> Thresholded | None:
+def _thresholded(
+    test: PredictedExamples, validation: PredictedExamples, settings: EvaluateConfig
+) -> Thresholded | None:
     """Calibrate and choose the threshold on the validation examples, then score the benchmark with both."""
-    if test.question not in validation:
-        return None
-    held_out = Probabilities.of(*validation[test.question], test.question)
-    platt = fit_platt(held_out.labels, held_out.values)
-    held_out, test = held_out.recalibrated(platt), test.recalibrated(platt)
-    threshold = best_f1_threshold(held_out.labels, held_out.filled(settings))
+    platt = fit_platt(validation.labels, validation.probabilities)
+    threshold = best_f1_threshold(validation.labels, validation.filled(settings, platt))
     if threshold is None:
         return None
-    filled, seed, resamples = test.filled(settings), settings.seed, settings.resamples
-    verdicts = verdicts_at(np.where(np.isnan(test.values), np.nan, filled), threshold)
-    votes = count_votes(test.labels, verdicts, test.question, settings.unparsable)
-    calibrated = calibration(test.labels, filled, seed, resamples)
-    return Thresholded(threshold, platt, measure(votes, seed, resamples), calibrated)
+    labels, filled = test.labels, test.filled(settings, platt)
+    verdicts = verdicts_at(np.where(np.isnan(test.probabilities), np.nan, filled), threshold)
+    votes = count_votes(labels, verdicts, test.question, settings.unparsable)
+    result = measure(votes, settings.seed, settings.resamples)
+    return Thresholded(threshold, platt, result, calibration(labels, filled, settings.seed, settings.resamples))
 
 
-def _wrong(predictions: BenchmarkPredictions, votes: Votes, slices: Mapping[str, frozenset[str]]) -> list[Wrong]:
+def _wrong(own: PredictedExamples, votes: Votes, slices: Mapping[str, frozenset[str]]) -> list[Wrong]:
     """Examples of which no more than half of the generations are right, the most certain first."""
-    question = predictions.benchmark.question
-    positive, negative = CHOICES[question]
+    positive, negative = CHOICES[own.question]
     words = {POSITIVE: positive, NEGATIVE: negative}
     errors = [
         Wrong(
             example=example,
             label=positive if label else negative,
-            said=tuple(words.get(verdict, UNPARSABLE_WORD) for verdict in prediction.verdicts[question]),
-            probability=prediction.probabilities[question],
+            said=tuple(words.get(verdict, UNPARSABLE_WORD) for verdict in prediction.verdicts[own.question]),
+            probability=prediction.probabilities[own.question],
             text=prediction.texts[int(right.argmin())] if prediction.texts else "",
             slices=tuple(name for name, ids in slices.items() if example.id in ids),
         )
         for example, prediction, label, right in zip(
-            predictions.examples, predictions.predictions, votes.labels, votes.right, strict=True
+            own.examples, own.predictions, votes.labels, votes.right, strict=True
         )
         if right.mean() <= 0.5
     ]
@@ -254,30 +201,47 @@ def _wrong(predictions: BenchmarkPredictions, votes: Votes, slices: Mapping[str,
 
 
 def _averages(
-    own: Mapping[str, BenchmarkPredictions],
-    reference: Mapping[str, BenchmarkPredictions],
-    predictions: Sequence[BenchmarkPredictions],
+    own: Mapping[str, PredictedExamples],
+    reference: Mapping[str, PredictedExamples],
+    groups: Mapping[str, Group],
     settings: EvaluateConfig,
-) -> Iterable[Average]:
-    """The averages of a guard in a mode over the benchmarks that it has of those that any guard has."""
-    for name, groups in AVERAGED.items():
-        labels = list(dict.fromkeys(x.label for group in groups for x in predictions if x.benchmark.group == group))
-        chosen = [own[label] for label in labels if label in own]
-        weights = _weights(chosen, groups)
+) -> Iterator[Average]:
+    """The averages of a guard in a mode over the benchmarks that it has of those that any guard has, label -> group."""
+    for name, averaged in AVERAGED.items():
+        labels = [label for group in averaged for label in groups if groups[label] == group]
+        chosen = [label for label in labels if label in own]
+        weights = _weights(chosen, groups, averaged)
         if weights is None:
             continue
-        f1 = average_f1([each.votes(settings) for each in chosen], weights, settings.seed, settings.resamples)
-        pairs = [(each, reference[each.label]) for each in chosen if each.label in reference]
-        common = {each.label for each, _ in pairs}
-        left_out = tuple(label for label in labels if label not in common)
-        versus = _versus(pairs, _weights([each for each, _ in pairs], groups), settings, left_out)
-        missing = tuple(label for label in labels if label not in own)
-        yield Average(chosen[0].guard, str(chosen[0].mode), name, f1, versus, missing)
+        votes = [own[label].votes(settings) for label in chosen]
+        common = [label for label in chosen if label in reference]
+        weights_of_common, versus = _weights(common, groups, averaged), None
+        if weights_of_common is not None:
+            pairs = ([guard[label] for label in common] for guard in (own, reference))
+            missing = tuple(label for label in labels if label not in common)
+            versus = replace(_versus(*pairs, weights_of_common, settings), missing=missing)
+        yield Average(
+            guard=own[chosen[0]].guard,
+            mode=str(own[chosen[0]].mode),
+            name=name,
+            f1=average_f1(votes, weights, settings.seed, settings.resamples),
+            versus=versus,
+            missing=tuple(label for label in labels if label not in own),
+        )
 
 
-def _weights(predictions: Sequence[BenchmarkPredictions], groups: Sequence[Group]) -> tuple[float, ...] | None:
-    """Of benchmarks in the order of these groups; None where one of the groups has none."""
-    counts = [sum(each.benchmark.group == group for each in predictions) for group in groups]
-    if not all(counts):
-        return None
-    return custom_weights(*counts) if len(counts) == 1 else safety_weights(*counts)
+def _weights(labels: Sequence[str], groups: Mapping[str, Group], averaged: Sequence[Group]) -> tuple[float, ...] | None:
+    """Of benchmarks in the order of the groups that are averaged; None where one of these has none."""
+    counts = [sum(groups[label] == group for label in labels) for group in averaged]
+    return average_weights(*counts) if all(counts) else None
+
+
+def _versus(
+    own: Sequence[PredictedExamples],
+    reference: Sequence[PredictedExamples],
+    weights: Sequence[float],
+    settings: EvaluateConfig,
+) -> Versus:
+    votes = ([each.votes(settings) for each in guard] for guard in (own, reference))
+    f1 = f1_difference(*votes, weights, settings.seed, settings.resamples)
+    return Versus(reference[0].guard, str(reference[0].mode), f1)
