@@ -57,8 +57,7 @@ def _distill(_: argparse.Namespace, config: Config) -> int:
 
 
 def _audit(_: argparse.Namespace, config: Config) -> int:
-    from jaxguard.evaluate.audit import audit
-    from jaxguard.evaluate.report.audit import audit_table
+    from jaxguard.evaluate.audit import audit, audit_table
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(audit_table(audit(config)).rich())

@@ -5,24 +5,119 @@ completion is stored as an attempt, so an audit that was killed resumes; the rep
 """
 
 import asyncio
-from dataclasses import replace
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxguard.config import Config
-from jaxguard.data.format.dialogue import ABSENT
+from jaxguard.config.distill import DistillConfig
+from jaxguard.data.format.answer import parse
+from jaxguard.data.format.dialogue import ABSENT, CHOICES, TITLES, Mode
+from jaxguard.data.policies import QUESTIONS, Question
 from jaxguard.data.prepare import subset
+from jaxguard.distill.filters import repeated_share, split_sentences, words
 from jaxguard.distill.generate import Job, generate
 from jaxguard.distill.prompts import Task, TeacherPrompt, load_prompt
 from jaxguard.distill.run import load_job, provenance
-from jaxguard.evaluate.report.audit import write_audit
-from jaxguard.evaluate.scores.audit import Audit, read_answers, score
+from jaxguard.distill.store import Attempt, read_attempts
+from jaxguard.evaluate.scores.metrics import Result, count_votes, measure
+from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
+from jaxguard.report import (
+    Beside,
+    Cell,
+    Content,
+    Details,
+    Drawing,
+    Facts,
+    Only,
+    Page,
+    Section,
+    Table,
+    Tiles,
+    note,
+    write_markdown,
+    write_page,
+)
+from jaxguard.report.blocks import Value
+from jaxguard.report.figures import COLOURS, FAINT, INK, draw_interval, inline_svg, style
+from jaxguard.report.text import count, interval, number, share, short
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import write_atomically
+from jaxguard.utils.statistics import Spread, spread
 
 BLIND = {"labels", "trace"}
 """Values of a template that give the verdict away."""
+BINS = 24
+MOST_CATEGORIES, MOST_DRAWN, MOST_DISAGREEMENTS = 40, 16, 25
+SCORES = {"agreement": "agreement", "precision": "precision", "recall": "recall", "f1": "F1", "kappa": "Cohen's κ"}
+CONSISTENCY = {
+    "majority": "Samples that agree with their majority",
+    "unanimous": "Examples whose samples all agree",
+    "pairwise": "Pairs of samples that agree",
+    "fleiss": "Fleiss' κ",
+}
+LENGTHS = {"words": "Words", "sentences": "Sentences", "repeated_share": "Repeated share"}
+ABOUT_SCORES = (
+    "Each sample is scored by itself and the scores are averaged; brackets hold 95 % bootstrap intervals over examples. An "
+    "unparsable verdict counts as harmful, or as no refusal. n/a: the examples or the verdicts lack the class that the score is "
+    "about."
+)
+ABOUT_CATEGORIES = (
+    "Categories are the source's own; an example may have several. Where all of a category's examples are positive, F1 says no "
+    "more than recall. Intervals of a handful of examples are too narrow."
+)
+
+
+@dataclass(frozen=True)
+class QuestionAudit:
+    """One question, over the examples with a label for it.
+
+    Attributes:
+        positive, negative: its verdict words.
+        result: scores, confusion and consistency.
+        categories: those of the source, the largest first; None are the examples without one, last.
+        disagreements: examples on which most samples differ from people, the clearest first: `id`, `label_positive`, and how
+            many samples `differ` and are `unparsable`.
+    """
+
+    positive: str
+    negative: str
+    result: Result
+    categories: list[tuple[str | None, Result]]
+    disagreements: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        about: the run, the teacher, the sampling.
+        examples: how many were judged.
+        completions: counts over all of them: `total`; `unparsable`, with a verdict line that is missing, malformed or
+            contradictory; `cut` by the server; `without_reasoning`; `invented_responses`, which judge a response that is not
+            there; `prompt_tokens`, `completion_tokens`; `failed_checks`, the filter's check -> how many fail it.
+        questions: those that an example has a label for.
+        lengths: "words", "sentences" and "repeated_share" of the reasoning.
+    """
+
+    about: dict[str, Any]
+    examples: int
+    completions: dict[str, Any]
+    questions: dict[Question, QuestionAudit]
+    lengths: dict[str, Spread]
 
 
 def audit(config: Config) -> Audit:
-    """Request blind verdicts on a sample of data.train from the teacher, score them and write the report.
+    """Request blind verdicts on a sample of data.train from the teacher, score them; write audit.json, audit.md and audit.html.
 
     Raises:
         JaxguardError: as `distill`; or a template that shows the labels, or no example with a label to judge.
@@ -31,9 +126,9 @@ def audit(config: Config) -> Audit:
     wanted = job.settings.audit
     settings = job.settings.model_copy(update={"rounds": 1, "candidates": wanted.samples, "judge": None})
     job = replace(job, settings=settings)
-    prompt, folder = blind_prompt(wanted.prompt), config.folder / "audit" / "attempts"
+    prompt, folder = blind_prompt(wanted.prompt), config.folder / "audit"
     tasks, available = sample(job)
-    asyncio.run(generate(job, prompt, tasks, folder, provenance(job, prompt), exhaustive=True))
+    asyncio.run(generate(job, prompt, tasks, folder / "attempts", provenance(job, prompt), exhaustive=True))
     about = {
         "run": config.name,
         **provenance(job, prompt),
@@ -43,8 +138,11 @@ def audit(config: Config) -> Audit:
         "samples": wanted.samples,
         "available": available,
     }
-    result = score(read_answers(folder, tasks, settings), about, wanted.seed)
-    write_audit(result, config.folder / "audit")
+    result = score(tasks, read_answers(folder / "attempts", tasks, settings), about)
+    page = report(result)
+    write_atomically(folder / "audit.json", json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")
+    write_markdown(folder / "audit.md", page)
+    write_page(folder / "audit.html", page)
     return result
 
 
@@ -78,3 +176,273 @@ def sample(job: Job) -> tuple[list[Task], int]:
     wanted = job.settings.audit
     chosen = subset([task.example for task in tasks.values()], min(wanted.examples, len(tasks)), wanted.seed)
     return [tasks[example.id] for example in chosen], len(tasks)
+
+
+def read_answers(folder: Path, tasks: Sequence[Task], settings: DistillConfig) -> list[dict[str, Any]]:
+    """What the report needs of each answer, from the store: all samples of the first task, of the second, ...
+
+    Attempts beyond `samples`, or about other examples, are left out.
+
+    Raises:
+        JaxguardError: an answer is missing.
+    """
+    by_id, samples = {task.example.id: task for task in tasks}, settings.audit.samples
+    answers: dict[tuple[str, int], dict[str, Any]] = {}
+    for attempt in read_attempts(folder):
+        task = by_id.get(attempt.example_id)
+        if task and attempt.round == 0 and attempt.candidate < samples:
+            answers[attempt.example_id, attempt.candidate] = _answer(attempt, task, settings.filter.ngram)
+    missing = len(tasks) * samples - len(answers)
+    if missing:
+        raise JaxguardError(f"{folder} lacks {missing} of {len(tasks) * samples} answers: run again to request them")
+    return [answers[task.example.id, i] for task in tasks for i in range(samples)]
+
+
+def _answer(attempt: Attempt, task: Task, ngram: int) -> dict[str, Any]:
+    """The verdict on each question, what is counted, and the lengths of the reasoning."""
+    has_response, reasoning = task.example.response is not None, words(attempt.trace)
+    verdict = parse(attempt.answer, task.questions, Mode.DIRECT, has_response=has_response)
+    problems = {problem.partition(":")[0] for problem in verdict.problems}
+    verdicts = {q: POSITIVE if getattr(verdict, q) == CHOICES[q][0] else NEGATIVE for q in QUESTIONS}
+    judged = (verdict.response_harm, verdict.response_refusal) != (None, None)
+    return {
+        "verdicts": {q: UNPARSABLE if q in problems else value for q, value in verdicts.items()},
+        "unparsable": bool(problems),
+        "cut": attempt.finish_reason != "stop",
+        "without_reasoning": not reasoning,
+        "invented_responses": judged and not has_response and not problems,
+        "prompt_tokens": attempt.prompt_tokens,
+        "completion_tokens": attempt.completion_tokens,
+        "failed_checks": list(attempt.failures),
+        "words": len(reasoning),
+        "sentences": len(split_sentences(attempt.trace)),
+        "repeated_share": repeated_share(reasoning, ngram),
+    }
+
+
+def score(tasks: Sequence[Task], answers: Sequence[dict[str, Any]], about: dict[str, Any]) -> Audit:
+    """All numbers of the report, of the answers that read_answers gives."""
+    counted = ("unparsable", "cut", "without_reasoning", "invented_responses", "prompt_tokens", "completion_tokens")
+    failed = Counter(check for answer in answers for check in answer["failed_checks"])
+    widths = {name: -(-(max(answer[name] for answer in answers) + 1) // BINS) for name in ("words", "sentences")}
+    questions = {question: _question(question, tasks, answers, about["seed"]) for question in QUESTIONS}
+    return Audit(
+        about=about,
+        examples=len(tasks),
+        completions={"total": len(answers)}
+        | {name: sum(answer[name] for answer in answers) for name in counted}
+        | {"failed_checks": dict(failed.most_common())},
+        questions={question: result for question, result in questions.items() if result is not None},
+        lengths={
+            name: spread([answer[name] for answer in answers], width)
+            for name, width in {**widths, "repeated_share": 0.05}.items()
+        },
+    )
+
+
+def _question(
+    question: Question, tasks: Sequence[Task], answers: Sequence[dict[str, Any]], seed: int
+) -> QuestionAudit | None:
+    """One question over the examples that have something to judge; None if there are none."""
+    positive, negative = CHOICES[question]
+    labels = [dict(task.labels).get(question, ABSENT) for task in tasks]
+    rows = [i for i, label in enumerate(labels) if label != ABSENT]
+    if not rows:
+        return None
+    verdicts = np.array([answer["verdicts"][question] for answer in answers], np.int8).reshape(len(tasks), -1)
+    votes = count_votes(np.array([label == positive for label in labels]), verdicts, question)[np.array(rows)]
+    members: dict[str | None, list[int]] = {}
+    for i, row in enumerate(rows):
+        for name in dict.fromkeys(tasks[row].example.categories or (None,)):
+            members.setdefault(name, []).append(i)
+    by_size = sorted(members, key=lambda name: (name is None, -len(members[name]), name or ""))
+    disagreements = [
+        {
+            "id": tasks[row].example.id,
+            "label_positive": bool(votes.labels[i]),
+            "differ": int((~votes.right[i]).sum()),
+            "unparsable": int((~votes.parsed[i]).sum()),
+        }
+        for i, row in enumerate(rows)
+        if votes.right[i].mean() < 0.5
+    ]
+    return QuestionAudit(
+        positive=positive,
+        negative=negative,
+        result=measure(votes, seed),
+        categories=[(name, measure(votes[np.array(members[name])], seed)) for name in by_size],
+        disagreements=sorted(disagreements, key=lambda each: (each["unparsable"], -each["differ"], each["id"])),
+    )
+
+
+# The report: the same tables in both formats, figures for HTML only.
+
+
+def audit_table(audit: Audit) -> Table:
+    """The scores of each question, for a terminal."""
+    table = Table(("", "examples", "F1 and 95 % interval", "Cohen's κ", "Fleiss' κ"), "The teacher and people")
+    for question, each in audit.questions.items():
+        scores, fleiss = each.result.scores, each.result.consistency.fleiss
+        table.add(TITLES[question], scores.examples, scores.f1, number(scores.kappa.value), fleiss)
+    numbers = audit.completions
+    table.note = f"{count(numbers['total'], 'answer')}, {numbers['unparsable']:,} unparsable, {numbers['cut']:,} cut"
+    return table
+
+
+def report(audit: Audit) -> Page:
+    """The same numbers give the same page."""
+    about, numbers, samples = audit.about, audit.completions, audit.about["samples"]
+    tiles: list[Sequence[str]] = []
+    scores = Table(("question", "examples", "positive", *SCORES.values()), "Agreement with people")
+    own = Table(("", *(TITLES[question] for question in audit.questions)), "Agreement with itself")
+    for name, title in CONSISTENCY.items():
+        own.add(title, *(getattr(each.result.consistency, name) for each in audit.questions.values()))
+    confusions: list[Content] = []
+    categories: list[Content] = []
+    disagreements: list[Content] = []
+    for question, each in audit.questions.items():
+        title, result, words = TITLES[question], each.result, (each.positive, each.negative)
+        f1, kappa, fleiss = result.scores.f1, result.scores.kappa.value, result.consistency.fleiss
+        notes = (interval(f1.low, f1.high), f"Cohen's κ {number(kappa)}", f"Fleiss' κ {number(fleiss)}")
+        tiles.append((f"{title}, F1", number(f1.value), *filter(None, notes)))
+        scores.add(title, *_scores(result))
+        confusion = Table((f"{title}: people say", *words, "unparsable"), f"{title}: verdicts")
+        for i, counts in enumerate(result.confusion):
+            tones = ("good" if i == 0 else "bad", "good" if i == 1 else "bad", "faint")
+            cells = (Cell(f"{n:,}", share(n, sum(counts)), tone=tone) for n, tone in zip(counts, tones, strict=True))
+            confusion.add(words[i], *cells)
+        confusions.append(confusion)
+        by_category = Table(("category", "examples", "positive", *SCORES.values()), f"{title} by category")
+        for name, result in each.categories[:MOST_CATEGORIES]:
+            by_category.add(_category(name), *_scores(result))
+        more = _left_out(len(each.categories) - MOST_CATEGORIES, "categories")
+        categories.append(Details(f"{title}: all scores by category", [by_category, more]))
+        differ = Table(("example", "people say", "samples that differ", "of them unparsable"), left=2)
+        for one in each.disagreements[:MOST_DISAGREEMENTS]:
+            label = each.positive if one["label_positive"] else each.negative
+            differ.add(one["id"], label, f"{one['differ']} of {samples}", one["unparsable"])
+        more = _left_out(len(each.disagreements) - MOST_DISAGREEMENTS, "examples")
+        of = f"{len(each.disagreements):,} of {count(each.result.scores.examples, 'example')}"
+        disagreements.append(Details(f"{title}: {of}", [differ, more] if differ.rows else ["None."]))
+    of_all = f"{numbers['unparsable']:,} of {numbers['total']:,}"
+    part = share(numbers["unparsable"], numbers["total"])
+    tiles.append(("Unparsable answers", part, of_all, f"{numbers['cut']:,} were cut"))
+    facts = {
+        "Run": about["run"],
+        "Teacher": about["teacher"] + ("" if about["version"] is None else f", version {about['version']}"),
+        "Sampling": ", ".join(f"{name} {value}" for name, value in about["sampling"].items()),
+        "Prompt": f"{about['prompt_name']} ({about['prompt'][:12]})",
+        "Policy": f"{about['policy_name']} ({about['policy'][:12]})",
+        "Examples": f"{audit.examples:,} of {about['available']:,} with a label, seed {about['seed']}",
+        "Answers": f"{numbers['total']:,}; {numbers['unparsable']:,} unparsable, {numbers['cut']:,} cut by the server",
+        "Without reasoning": f"{numbers['without_reasoning']:,}",
+        "Judge a response that is not there": f"{numbers['invented_responses']:,}",
+        "Tokens": f"{numbers['prompt_tokens']:,} of prompts, {numbers['completion_tokens']:,} of completions",
+    }
+    several = [_right(audit), own] if samples > 1 else ["One sample cannot disagree with itself."]
+    return Page(f"Audit of {about['teacher']}", [
+        f"{count(audit.examples, 'example')}, {count(samples, 'answer')} to each, requested without the labels of people.",
+        Only("html", [Tiles(tiles)]),
+        Section("Agreement with people", [note(ABOUT_SCORES), scores, Beside(confusions)]),
+        Section("F1 by category", [note(ABOUT_CATEGORIES), _f1(audit), *categories]),
+        Section("Agreement with itself", several),
+        Section("Reasoning", _reasoning(audit)),
+        Section("Where most samples differ from people", [
+            note("By id, without texts. A label may be wrong as well as the teacher."), *disagreements,
+        ]),
+        Section("Settings", [Facts(list(facts.items()))]),
+    ])  # fmt: skip
+
+
+def _scores(result: Result) -> list[Value]:
+    scores = result.scores
+    return [scores.examples, scores.positives, *(getattr(scores, name) for name in SCORES)]
+
+
+def _category(name: str | None) -> str:
+    return "without a category" if name is None else name
+
+
+def _left_out(number: int, what: str) -> str | None:
+    return f"{number} more {what} are in audit.json." if number > 0 else None
+
+
+@style()
+def _f1(audit: Audit) -> Drawing:
+    """F1 with its interval: all examples first, then the largest categories that have one."""
+    sizes: dict[str | None, int] = {}
+    for each in audit.questions.values():
+        for name, result in each.categories:
+            if result.scores.f1.value is not None:
+                sizes[name] = max(result.scores.examples, sizes.get(name, 0))
+    drawn = sorted(sizes, key=lambda name: (name is None, -sizes[name], _category(name)))[:MOST_DRAWN]
+    labels = ["all examples", *(short(_category(name), 34) for name in drawn)]
+    figure = Figure(figsize=(8.6, 0.9 + 0.26 * len(labels)))
+    for i, (question, each) in enumerate(audit.questions.items()):
+        axes, by_name = figure.add_subplot(1, len(audit.questions), i + 1), dict(each.categories)
+        for y, result in enumerate([each.result, *(by_name.get(name) for name in drawn)]):
+            draw_interval(
+                axes, y, result and result.scores.f1, color=FAINT if y else COLOURS[0], marker="o", markersize=5
+            )
+        axes.set_yticks(range(len(labels)), labels if i == 0 else [""] * len(labels))
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_xlim(-0.03, 1.03)
+        axes.grid(visible=False, axis="y")
+        axes.set_title(TITLES[question])
+    alt = "F1 with its interval of all examples and of the largest categories; the tables have the numbers"
+    return Drawing("", inline_svg(figure, "f1", alt), wide=True)
+
+
+@style()
+def _right(audit: Audit) -> Drawing:
+    """For each question, the share of the examples on which 0 … k samples say what people say."""
+    questions, samples = audit.questions, audit.about["samples"]
+    figure = Figure(figsize=(8.6, 0.9 + 0.45 * len(questions)))
+    axes, colours = figure.add_subplot(), matplotlib.colormaps["RdYlBu"]
+    for y, each in enumerate(questions.values()):
+        left = 0.0
+        for right, examples in enumerate(each.result.right):
+            part = examples / sum(each.result.right)
+            axes.barh(y, part, left=left, height=0.62, color=colours(0.08 + 0.84 * right / samples))
+            if part >= 0.04:
+                ink = INK if 0.2 < right / samples < 0.8 else "white"
+                axes.text(left + part / 2, y, f"{right}", ha="center", va="center", color=ink, fontsize=8)
+            left += part
+    axes.set_yticks(range(len(questions)), [TITLES[question] for question in questions])
+    axes.set_ylim(len(questions) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(visible=False)
+    alt = "Share of the examples by how many samples say what people say; the table has the agreement"
+    return Drawing(f"How many of {samples} samples say what people say", inline_svg(figure, "right", alt))
+
+
+@style()
+def _reasoning(audit: Audit) -> list[Content]:
+    table = Table(("per answer", "mean", "5 %", "median", "95 %", "most"), "Reasoning")
+    figure = Figure(figsize=(8.6, 2.4))
+    for i, (name, title) in enumerate(LENGTHS.items(), start=1):
+        axes, each, is_share = figure.add_subplot(1, len(LENGTHS), i), audit.lengths[name], name == "repeated_share"
+        values = (each.mean, each.p5, each.p50, each.p95, each.most)
+        table.add(title, *(share(v) if is_share else f"{v:,.1f}".removesuffix(".0") for v in values))
+        axes.stairs(each.counts, each.edges, fill=True, color=COLOURS[0])
+        axes.axvline(each.p50, color=INK, linewidth=1, linestyle=":")
+        axes.set_title(title)
+        axes.set_xlim(0, max(each.edges[-1], 0.25 if is_share else 0))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        if is_share:
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        axes.grid(visible=False, axis="x")
+    figure.supylabel("answers", fontsize=9)
+    failed = Table(("check", "answers", "share"), "What the filter would reject")
+    for check, n in audit.completions["failed_checks"].items():
+        failed.add(check, n, share(n, audit.completions["total"]))
+    leaks = "The teacher knew no labels, so what labels_leaked finds here are false alarms of that check."
+    svg = inline_svg(figure, "lengths", "Histograms of the reasoning; the table has their percentiles")
+    return [
+        note("Length of the reasoning, and the share of its runs of words that stood before. Dotted: the median."),
+        Drawing("", svg),
+        table,
+        Section("What the filter would reject", [note(leaks), failed] if failed.rows else ["Nothing."]),
+    ]

@@ -36,10 +36,11 @@ from jaxguard.report.blocks import (
     Table,
     Tiles,
     estimate,
+    note,
 )
 from jaxguard.report.write import page_html, page_markdown, write_markdown, write_page
 
 __all__ = [
     "Beside", "Bullets", "Cell", "Code", "Content", "Details", "Drawing", "Facts", "Only", "Page", "Paragraph", "Quote",
-    "Section", "Table", "Tiles", "estimate", "page_html", "page_markdown", "write_markdown", "write_page",
+    "Section", "Table", "Tiles", "estimate", "note", "page_html", "page_markdown", "write_markdown", "write_page",
 ]  # fmt: skip

@@ -131,6 +131,11 @@ class Paragraph:
     faint: bool = False
 
 
+def note(text: str) -> Paragraph:
+    """A faint paragraph, which explains what stands beside it."""
+    return Paragraph([text], faint=True)
+
+
 @dataclass(frozen=True)
 class Bullets:
     """A list; `warning` sets it apart as what a reader must know first."""

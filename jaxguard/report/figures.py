@@ -14,11 +14,13 @@ from typing import Any
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
 from jaxguard.report.text import plain
+from jaxguard.utils.statistics import Estimate
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#444444")
 """Okabe and Ito's, and two more."""
@@ -45,6 +47,16 @@ def style() -> Iterator[None]:
     """Draw in the common style; texts are text, also those that hold a $."""
     with matplotlib.rc_context(_STYLE):
         yield
+
+
+def draw_interval(axes: Axes, y: float, score: Estimate | None, **mark: Any) -> bool:
+    """Draw a score as a mark on its 95 % interval, in the mark's colour; return whether it is defined."""
+    if score is None or score.value is None:
+        return False
+    if score.low is not None and score.high is not None:
+        axes.plot((score.low, score.high), (y, y), color=mark["color"], linewidth=1.5)
+    axes.plot(score.value, y, **mark, linestyle="none")
+    return True
 
 
 def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
