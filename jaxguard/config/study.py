@@ -4,17 +4,15 @@ A scale holds what differs on a smaller machine. It is merged over the study, ro
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from jaxguard.config.base import NonNegative, Positive, Schema, Share, read_yaml, validate
-from jaxguard.config.lookup import folders, names, nearest
+from jaxguard.config.lookup import CONFIG_FOLDER, find_yaml, nearest
 from jaxguard.utils.errors import JaxguardError
 
-STUDY_FOLDER = Path("configs")
-STUDIES = "paper"
+STUDIES = CONFIG_FOLDER / "paper"
 
 Stage = Literal["distill", "build", "mine", "train", "evaluate"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
@@ -28,8 +26,6 @@ class CostConfig(Schema):
     """Name of the device, as in configs/hardware/targets.yaml (`device_kind`)."""
     devices: Positive = 8
     """Number of devices."""
-    peak_flops: PositiveFloat | None = None
-    """Dense bfloat16 FLOP/s of one device; null looks the device up."""
     parameters: PositiveFloat = 8.03e9
     """Of the model: a token costs 6 FLOPs for each in training, 2 in evaluation."""
     mfu: Share = 0.4
@@ -118,37 +114,40 @@ class StudyConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> "StudyConfig":
-        names = list(self.rows)
-        for i, (name, row) in enumerate(self.rows.items()):
+        earlier: list[str] = []
+        for name, row in self.rows.items():
             for other in row.after:
-                if other not in names[:i]:
+                if other not in earlier:
                     raise ValueError(f"rows.{name}.after: {other!r} is not an earlier row")
+            earlier.append(name)
         for name, row in self.prepare.items():
             if row.axes or set(row.stages) - {"distill", "build"}:
                 raise ValueError(f"prepare.{name}: only stages distill and build, and no axes, are possible")
         return self
 
 
-def read_study(name: str, scale: str | None = None, folder: Path = STUDY_FOLDER) -> tuple[StudyConfig, str]:
-    """Read the YAML file of a study at a scale; return it and the study's name.
+def read_study(
+    name: str, scale: str | None = None, changes: Mapping[str, Any] | None = None
+) -> tuple[StudyConfig, str]:
+    """Read a study at a scale, by its name in configs/paper or by its file's path; return it and the study's name.
+
+    `changes` is merged over it as a scale is.
 
     Raises:
         JaxguardError: no such study or scale; unknown, missing or ill-typed field.
     """
-    path = _find(name, folder)
-    tree = read_yaml(path)
+    path = find_yaml(name.removeprefix(f"{STUDIES.name}/"), STUDIES, "study")
+    tree, origin = read_yaml(path), str(path)
     scales = tree.pop("scales", None) or {}
     if scale is not None:
         if scale not in scales:
-            raise JaxguardError(
-                f"{path}: no scale {scale!r}; {nearest(scale, scales)}known: {', '.join(scales) or 'none'}"
-            )
-        tree = merged(tree, scales[scale])
-    origin = f"{path}, scale {scale}" if scale else str(path)
+            known = ", ".join(scales) or "none"
+            raise JaxguardError(f"{path}: no scale {scale!r}; {nearest(scale, scales)}known: {known}")
+        tree, origin = merged(tree, scales[scale]), f"{path}, scale {scale}"
     for part in ("prepare", "rows"):  # one by one, so that an error names the row
         for key, row in tree.get(part, {}).items():
             validate(RowConfig, row or {}, f"{origin}: {part}.{key}")
-    return validate(StudyConfig, tree, origin), f"{path.stem}-{scale}" if scale else path.stem
+    return validate(StudyConfig, merged(tree, changes or {}), origin), f"{path.stem}-{scale}" if scale else path.stem
 
 
 def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,11 +187,3 @@ def label(value: Any) -> str:
         return "all"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return "".join(c if c.isascii() and (c.isalnum() or c in "._") else "_" for c in text)
-
-
-def _find(name: str, folder: Path) -> Path:
-    for candidate in (Path(name), *(source / f"{name}.yaml" for source in folders(folder))):
-        if candidate.suffix in {".yaml", ".yml"} and candidate.is_file():
-            return candidate
-    known = [f"{STUDIES}/{study}" for study in names(folder / STUDIES)]
-    raise JaxguardError(f"no study {name!r}: {nearest(name, known)}known in {folder}/: {', '.join(known) or 'none'}")

@@ -1,9 +1,8 @@
 """Expand a study into runs: every combination of each row's axes, with a resolved config and a folder of its own."""
 
 import json
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.study import CostConfig, RowConfig, Stage, StudyConfig, labelled, read_study
 from jaxguard.utils.errors import JaxguardError
 
-REPEATS = ("seed", "data.subset_seed")
-"""Axes that repeat a run: results are averaged over them."""
 PREPARING = ("distill", "build")
 """Config sections that overrides change in prepared runs only."""
 
@@ -25,24 +22,28 @@ class Run:
     """One run of a study.
 
     Attributes:
-        name: of the run and its folder.
-        key: the row's name.
-        row: the row as written.
+        key: the row's name; the run's own also holds the labels.
+        row: the row as written, with the study's `set`.
         labels: axis -> label of its value.
         base, overrides: the config's name and what differs; `config` is the result.
-        parents: earlier runs whose output this one reads.
         cost: assumptions for its cost.
+        prepared: makes data for several studies, and is done when its output exists.
+        parents: earlier runs whose output this one reads.
     """
 
-    name: str
     key: str
     row: RowConfig
     labels: dict[str, str]
     base: str
     overrides: tuple[str, ...]
     config: Config
-    parents: tuple["Run", ...]
     cost: CostConfig
+    prepared: bool
+    parents: tuple["Run", ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return self.config.name
 
     @property
     def folder(self) -> Path:
@@ -66,20 +67,21 @@ class Run:
             paths += [guard.checkpoint or "" for guard in config.evaluate.guards]
         return {Path(path) for path in (*paths, *(source.path for source in sources)) if path}
 
+    def reads(self, other: "Run") -> bool:
+        return any(path.is_relative_to(other.folder) for stage in self.stages for path in self.inputs(stage))
+
 
 @dataclass(frozen=True)
 class Study:
     """A resolved study.
 
     Attributes:
-        name, folder: its name and folder.
         scale: None is the paper's own.
         definition: the study as written.
         prepared: runs that make what the others read.
         runs: in order.
     """
 
-    name: str
     folder: Path
     scale: str | None
     definition: StudyConfig
@@ -96,122 +98,93 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
     Raises:
         JaxguardError: no such study, or a run whose config is not valid; it names the row.
     """
-    definition, study_name = read_study(name, scale)
-    own, changes = _split_overrides(overrides)
-    study_name = str(own.pop("name", study_name))
-    if not study_name or "/" in study_name or study_name in (".", ".."):
-        raise JaxguardError(f"name={study_name!r} is the study's folder: it must not be empty or hold a slash")
-    folder = Path(str(own.pop("run_folder", "runs"))) / study_name
-    tree = definition.model_dump()
-    cost = {key.removeprefix("cost."): value for key, value in own.items() if key != "metric"}
-    tree |= {"metric": own.get("metric", definition.metric), "cost": {**tree["cost"], **cost}}
-    definition = validate(StudyConfig, tree, name)
-    prepared = [
-        _resolve(key, key, row, {}, definition, folder, {"name": key}, _of_sections(changes, ("model", *row.stages)))
-        for key, row in definition.prepare.items()
-    ]
-    preparing = _of_sections(changes, PREPARING)
-    changes = [text for text in changes if text not in preparing]
-    axes = {axis for row in definition.rows.values() for axis in row.axes}
-    runs: list[Run] = []
-    for key, row in definition.rows.items():
-        parents = tuple(run for run in runs if run.key in row.after)
-        runs += [replace(run, parents=parents) for run in _grid(key, row, axes, changes, definition, folder)]
-    return Study(study_name, folder, scale, definition, _needed(prepared, runs), tuple(runs))
-
-
-def _of_sections(overrides: Iterable[str], sections: Iterable[str]) -> list[str]:
-    return [text for text in overrides if text.startswith(tuple(f"{section}." for section in sections))]
-
-
-def _needed(prepared: list[Run], runs: Iterable[Run]) -> tuple[Run, ...]:
-    """Return the prepared runs whose output another run reads, in order."""
-    readers, needed = list(runs), []
-    for run in reversed(prepared):
-        paths = (path for reader in readers for stage in reader.stages for path in reader.inputs(stage))
-        if any(path.is_relative_to(run.folder) for path in paths):
-            readers.append(run)
-            needed.append(run)
-    return tuple(reversed(needed))
-
-
-def _split_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """Split overrides into the study's own fields and those of its runs."""
     own: dict[str, Any] = {}
-    rest = []
+    cost: dict[str, Any] = {}
+    changes: list[str] = []
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator:
             raise JaxguardError(f"override {text!r}: write it as field=value, for example data.subset_seed=[0,1]")
-        if key in ("name", "run_folder", "metric") or key.startswith("cost."):
+        if key in ("name", "run_folder", "metric"):
             own[key] = scalar(value)
+        elif key.startswith("cost."):
+            cost[key.removeprefix("cost.")] = scalar(value)
         else:
-            rest.append(text)
-    return own, rest
-
-
-def _grid(
-    key: str, row: RowConfig, all_axes: set[str], overrides: list[str], study: StudyConfig, folder: Path
-) -> list[Run]:
-    """Resolve every combination of a row's axes."""
-    axes, changes = dict(row.axes), []
-    for text in overrides:
-        field, _, value = text.partition("=")
-        if field in axes:
-            try:
-                axes[field] = labelled(scalar(value))
-            except ValueError as error:
-                raise JaxguardError(f"override {text!r}: {error}") from None
-        elif field not in all_axes and "{study}" not in str(row.set.get(field)):  # another row's output stays
             changes.append(text)
-    row = row.model_copy(update={"set": {**study.set, **row.set}})
-    runs = []
-    for labels in product(*axes.values()):
-        name = "-".join([key, *labels])
-        by_axis = dict(zip(axes, labels, strict=True))
-        values = {field: axes[field][label] for field, label in by_axis.items()}
-        values |= {"name": name, "run_folder": str(folder)}
-        runs.append(_resolve(name, key, row, by_axis, study, folder, values, changes))
-    return runs
+    definition, study_name = read_study(name, scale, {"cost": cost})
+    definition = definition.model_copy(update={"metric": str(own.get("metric", definition.metric))})
+    study_name = str(own.get("name", study_name))
+    if not study_name or "/" in study_name or study_name in (".", ".."):
+        raise JaxguardError(f"name={study_name!r} is the study's folder: it must not be empty or hold a slash")
+    folder = Path(str(own.get("run_folder", "runs"))) / study_name
+
+    prepared: list[Run] = []
+    for key, row in definition.prepare.items():
+        run = _resolve(definition, None, key, row, {}, _of_sections(changes, ("model", *row.stages)))
+        prepared.append(replace(run, parents=tuple(filter(run.reads, prepared))))
+    preparing = _of_sections(changes, PREPARING)
+    runs: list[Run] = []
+    for run in _grid(definition, folder, [text for text in changes if text not in preparing]):
+        rows = [other for other in runs if other.key in run.row.after]
+        runs.append(replace(run, parents=(*filter(run.reads, prepared), *rows)))
+    needed = {parent.folder for run in runs for parent in run.parents}
+    for run in reversed(prepared):
+        needed |= {parent.folder for parent in run.parents if run.folder in needed}
+    return Study(folder, scale, definition, tuple(run for run in prepared if run.folder in needed), tuple(runs))
+
+
+def _of_sections(overrides: Iterable[str], sections: Sequence[str]) -> list[str]:
+    return [text for text in overrides if text.partition(".")[0] in sections]
+
+
+def _grid(study: StudyConfig, folder: Path, overrides: Sequence[str]) -> Iterator[Run]:
+    """Yield a run for every combination of each row's axes."""
+    all_axes = {axis for row in study.rows.values() for axis in row.axes}
+    for key, row in study.rows.items():
+        axes, changes = dict(row.axes), []
+        for text in overrides:
+            name, _, value = text.partition("=")
+            if name in axes:
+                try:
+                    axes[name] = labelled(scalar(value))
+                except ValueError as error:
+                    raise JaxguardError(f"override {text!r}: {error}") from None
+            elif name not in all_axes and "{study}" not in str(row.set.get(name)):  # another row's output stays
+                changes.append(text)
+        whole = row.model_copy(update={"axes": axes, "set": {**study.set, **row.set}})
+        for labels in product(*axes.values()):
+            yield _resolve(study, folder, key, whole, dict(zip(axes, labels, strict=True)), changes)
 
 
 def _resolve(
-    name: str,
-    key: str,
-    row: RowConfig,
-    labels: dict[str, str],
-    study: StudyConfig,
-    folder: Path,
-    values: Mapping[str, Any],
-    changes: Iterable[str],
+    study: StudyConfig, folder: Path | None, key: str, row: RowConfig, labels: dict[str, str], changes: Iterable[str]
 ) -> Run:
-    overrides = [f"{field}={written(value)}" for field, value in {**row.set, **values}.items()]
-    overrides = [text.replace("{study}", str(folder)) for text in overrides] + list(changes)
-    base = row.config or study.config
+    """Load the config of a row at some labels; without a folder it is a prepared run."""
+    name, base = "-".join([key, *labels.values()]), row.config or study.config
+    values = row.set | {axis: row.axes[axis][label] for axis, label in labels.items()} | {"name": name}
+    if folder is not None:
+        values["run_folder"] = str(folder)
+    overrides = [f"{field}={written(value)}".replace("{study}", str(folder)) for field, value in values.items()]
+    overrides += changes
     try:
         config = load(base, overrides)
         if "train" not in row.stages and "evaluate" in row.stages:
-            overrides.append(f"evaluate.guards={written(_untrained_guards(config))}")
+            # Without training, a guard is by default the model itself.
+            model = {"checkpoint": config.model.checkpoint, "revision": config.model.revision}
+            guards = [
+                guard.model_dump(mode="json", exclude_defaults=True) | ({} if guard.checkpoint else model)
+                for guard in (config.evaluate or EvaluateConfig()).guards
+            ]
+            overrides.append(f"evaluate.guards={written(guards)}")
             config = load(base, overrides)
         cost = validate(CostConfig, {**study.cost.model_dump(), **row.cost}, "cost")
     except JaxguardError as error:
         raise JaxguardError(f"row {key}, run {name}: {error}") from None
-    return Run(name, key, row, labels, base, tuple(overrides), config, (), cost)
-
-
-def _untrained_guards(config: Config) -> list[dict[str, Any]]:
-    """Return the guards of a row that trains nothing: by default, the model itself."""
-    model = {"checkpoint": config.model.checkpoint, "revision": config.model.revision}
-    return [
-        guard.model_dump(mode="json", exclude_defaults=True) | ({} if guard.checkpoint else model)
-        for guard in (config.evaluate or EvaluateConfig()).guards
-    ]
+    return Run(key, row, labels, base, tuple(overrides), config, cost, prepared=folder is None)
 
 
 def written(value: Any) -> str:
     """Format a value as the command line parses it."""
     if isinstance(value, str) and scalar(value) == value:
         return value
-    if isinstance(value, float) and not math.isfinite(value):
-        raise JaxguardError(f"{value} is not a finite number")
     return json.dumps(value, ensure_ascii=False)

@@ -1,23 +1,23 @@
 """Report on a study: F1 by row, axis and mode, mean and deviation over repeats, beside the published values."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from typing import Any
 
-import numpy as np
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from jaxguard.evaluate.report.published import AVERAGES, Published
+from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedPoint
 from jaxguard.evaluate.scores.results import Evaluation
 from jaxguard.report import Drawing, Page, Paragraph, Table, write_markdown, write_page
 from jaxguard.report.figures import COLOURS, INK, inline_svg, style
 from jaxguard.report.text import number
-from jaxguard.study.grid import REPEATS, Run, Study
+from jaxguard.study.grid import Run, Study
 from jaxguard.utils.errors import JaxguardError
 
+REPEATS = ("seed", "data.subset_seed")
+"""Axes that repeat a run: results are averaged over them."""
 CUSTOM = ("dynaguardrail", "cosapien")
 PUBLISHED_METRIC = "safety"
 """The metric of the published curves."""
@@ -26,44 +26,6 @@ LEGEND = (
     "published value behind a slash. The last column counts runs with results, of all; 'part' means that only a part of a "
     "benchmark was evaluated."
 )
-Scores = dict[str, float]
-"""Average or benchmark -> F1; undefined ones are left out."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """Runs that differ only in what repeats them, in one mode.
-
-    Attributes:
-        series, labels, mode: what they have in common.
-        scores: of each run.
-        runs: how many there are to be.
-        partial: some evaluated only a part of a benchmark.
-        published: the paper's scores.
-        x: position on the curve's axis, if it is on it.
-    """
-
-    series: str
-    labels: dict[str, str]
-    mode: str
-    scores: tuple[Scores, ...]
-    runs: int
-    partial: bool
-    published: Scores
-    x: float | None
-
-    @property
-    def name(self) -> str:
-        # The column of modes shows data.mode.
-        labels = [f"{axis.split('.')[-1]} {label}" for axis, label in self.labels.items() if axis != "data.mode"]
-        return ", ".join([self.series, *labels])
-
-    def values(self, metric: str) -> list[float]:
-        return [scores[metric] for scores in self.scores if metric in scores]
-
-    def cell(self, metric: str) -> str:
-        published = f" / {self.published[metric]:.3f}" if metric in self.published else ""
-        return spread(self.values(metric)) + published
 
 
 def write_report(study: Study, read: Callable[[Path], Evaluation], published: Published | None) -> tuple[Path, Path]:
@@ -78,128 +40,135 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
         JaxguardError: no run has results yet.
     """
     published = None if study.scale else published
-    lines, absent = gather(study, read, published)
-    if not lines:
+    scores = gather(study, read)
+    if scores.empty:
         raise JaxguardError(f"{study.folder} has no results yet; run the study first")
-    metrics = columns(lines)
+    defined, runs = scores.dropna(subset="f1"), {run.name: run for run in study.runs}
+    metrics = list(dict.fromkeys(defined.metric))
+    if set(AVERAGES) & set(metrics):
+        metrics = [name for name in (*AVERAGES, *CUSTOM) if name in metrics]
     table = Table(("", "mode", *metrics, "runs"), left=2)
-    for line in lines:
-        runs = f"{len(line.scores)} of {line.runs}" + (" part" if line.partial else "")
-        table.add(line.name, line.mode, *map(line.cell, metrics), runs)
+    for (_, mode), line in scores.groupby(["line", "mode"], sort=False):
+        first = line.iloc[0]
+        expected = _published_scores(study, published, runs[first.run], mode, first.x)
+        cells = [spread(line.f1[line.metric == name].dropna(), expected.get(name)) for name in metrics]
+        count = f"{line.run.nunique()} of {first.runs}" + ("" if line.complete.all() else " part")
+        table.add(first["name"], mode, *cells, count)
+    absent = [run.name for run in study.runs if "evaluate" in run.stages and run.name not in set(scores.run)]
     missing = f"Without results: {', '.join(absent)}." if absent else None
-    blocks = [study.definition.about, _figure(study, lines, published), table, Paragraph([LEGEND], faint=True), missing]
-    page = Page(study.definition.title, blocks)
+    figure = _figure(study, defined, metrics, published)
+    legend = Paragraph([LEGEND], faint=True)
+    page = Page(study.definition.title, [study.definition.about, figure, table, legend, missing])
     paths = study.folder / "report.md", study.folder / "report.html"
     write_markdown(paths[0], page)
     write_page(paths[1], page)
     return paths
 
 
-def gather(
-    study: Study, read: Callable[[Path], Evaluation], published: Published | None
-) -> tuple[list[Line], list[str]]:
-    """Return the table's lines, in the study's order, and the names of runs without results."""
-    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[Run]] = {}
+def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
+    """Read the results of the first guard of every run.
+
+    Returns:
+        A row for each run, mode and metric, an average or a benchmark: its f1 (NaN if undefined), and whether all of it was
+        evaluated (complete). Runs that differ only in what repeats them share a line, whose name, series, number of runs and x
+        on the curve's axis stand beside it.
+    """
+    lines: dict[tuple[Any, ...], list[Run]] = {}
     for run in study.runs:
         if "evaluate" in run.stages:
-            labels = tuple((axis, label) for axis, label in run.labels.items() if axis not in REPEATS)
-            groups.setdefault((run.key, labels), []).append(run)
-    lines, absent = [], []
-    for (_, labels), runs in groups.items():
-        by_mode: dict[str, list[tuple[Scores, bool]]] = {}
+            items = (item for item in run.labels.items() if item[0] not in REPEATS)
+            lines.setdefault((run.key, *items), []).append(run)
+    tables = []
+    axis = study.definition.curve.axis if study.definition.curve else ""
+    for line, ((key, *labels), runs) in enumerate(lines.items()):
+        series, x = runs[0].row.series or key, dict(labels).get(axis)
+        # The column of modes shows data.mode.
+        shown = [f"{field.split('.')[-1]} {label}" for field, label in labels if field != "data.mode"]
+        common = {
+            "line": line,
+            "name": ", ".join([series, *shown]),
+            "series": series,
+            "x": pd.to_numeric(runs[0].row.examples if x == "all" else x, errors="coerce"),
+            "runs": len(runs),
+        }
         for run in runs:
-            path = run.folder / "evaluate" / "results.json"
-            if path.is_file():
-                for mode, scores, complete in scores_of(read(path)):
-                    by_mode.setdefault(mode, []).append((scores, complete))
-            else:
-                absent.append(run.name)
-        row, axis = runs[0].row, study.definition.curve.axis if study.definition.curve else ""
-        x = _number(dict(labels)[axis], row.examples) if axis in dict(labels) else None
-        for mode, results in by_mode.items():
-            all_scores = tuple(scores for scores, _ in results)
-            expected = _published_scores(study, published, runs[0], mode, x)
-            series, partial = row.series or runs[0].key, not all(complete for _, complete in results)
-            lines.append(Line(series, dict(labels), mode, all_scores, len(runs), partial, expected, x))
-    return lines, absent
+            if (path := run.folder / "evaluate" / "results.json").is_file():
+                evaluation = read(path)
+                rows = [(c.guard, c.mode, c.benchmark, c.result.scores.f1.value, c.complete) for c in evaluation.cells]
+                rows += [(a.guard, a.mode, a.name, a.f1.value, not a.missing) for a in evaluation.averages]
+                table = pd.DataFrame(rows, columns=["guard", "mode", "metric", "f1", "complete"]).astype({"f1": float})
+                tables.append(table[table.guard == rows[0][0]].assign(run=run.name, **common))
+    return pd.concat(tables) if tables else pd.DataFrame()
 
 
-def scores_of(evaluation: Evaluation) -> list[tuple[str, Scores, bool]]:
-    """Return (mode, its scores, whether all benchmarks are complete) of the first guard."""
-    guard, result = evaluation.cells[0].guard if evaluation.cells else "", []
-    for mode in dict.fromkeys(cell.mode for cell in evaluation.cells if cell.guard == guard):
-        cells = [cell for cell in evaluation.cells if (cell.guard, cell.mode) == (guard, mode)]
-        averages = [average for average in evaluation.averages if (average.guard, average.mode) == (guard, mode)]
-        scores = {cell.benchmark: cell.result.scores.f1.value for cell in cells}
-        scores |= {average.name: average.f1.value for average in averages}
-        complete = all(cell.complete for cell in cells) and not any(average.missing for average in averages)
-        result.append((mode, {name: value for name, value in scores.items() if value is not None}, complete))
-    return result
+def spread(values: "pd.Series[float]", published: float | None = None) -> str:
+    """Format mean ± standard deviation / published value."""
+    deviation = f" ± {values.std():.3f}" if len(values) > 1 else ""
+    return (
+        number(values.mean() if len(values) else None)
+        + deviation
+        + ("" if published is None else f" / {published:.3f}")
+    )
 
 
-def columns(lines: Sequence[Line]) -> list[str]:
-    """Return the paper's columns as far as there are any, else the benchmarks."""
-    names = dict.fromkeys(name for line in lines for scores in line.scores for name in scores)
-    averages = [name for name in AVERAGES if name in names]
-    return [*averages, *(name for name in CUSTOM if name in names)] if averages else list(names)
+def _published_scores(study: Study, published: Published | None, run: Run, mode: Any, x: float) -> Mapping[str, float]:
+    """Return the published scores of a run: of the row that its row names, else of the curve at x."""
+    if published is not None and mode in run.row.published:
+        row = published.row(run.row.published[mode])
+        if row is None:
+            raise JaxguardError(
+                f"configs/published has no row {run.row.published[mode]!r}, which a row of this study names"
+            )
+        return {metric: getattr(row, metric) for metric in (*AVERAGES, *CUSTOM)}
+    curve = study.definition.curve
+    if mode != "reasoning" or curve is None or curve.series not in (None, run.row.series or run.key):
+        return {}
+    at_x = [point.f1 for point in _published_curve(study, published) if point.x == x]
+    return {PUBLISHED_METRIC: at_x[0]} if at_x else {}
 
 
-def spread(values: Sequence[float]) -> str:
-    """Format mean ± standard deviation."""
-    return number(mean(values) if values else None) + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+def _published_curve(study: Study, published: Published | None) -> Sequence[PublishedPoint]:
+    curve = study.definition.curve
+    return getattr(published, curve.published) if published and curve and curve.published else ()
 
 
-def shown_metric(study: Study, lines: Sequence[Line]) -> str:
-    """Return the figure's metric: the study's, or the table's first column if no run has that."""
-    metric = study.definition.metric
-    return metric if any(line.values(metric) for line in lines) else next(iter(columns(lines)), metric)
-
-
-def curves(lines: Sequence[Line], metric: str) -> dict[str, list[tuple[float, list[float]]]]:
-    """Return series and mode -> (x, the scores of the runs there), in the order of x."""
-    points: dict[str, list[tuple[float, list[float]]]] = {}
-    for line in lines:
-        if line.x is not None and (values := line.values(metric)):
-            points.setdefault(f"{line.series}, {line.mode}", []).append((line.x, values))
-    return {name: sorted(each) for name, each in points.items()}
-
-
-def _figure(study: Study, lines: Sequence[Line], published: Published | None) -> Drawing | None:
-    if study.definition.curve is None:
+def _figure(study: Study, scores: pd.DataFrame, metrics: Sequence[str], published: Published | None) -> Drawing | None:
+    """Draw the study's metric, or the table's first column if no run has that."""
+    curve, metric = study.definition.curve, study.definition.metric
+    if curve is None:
         return None
-    metric = shown_metric(study, lines)
-    paper = _published_curve(study, published) if metric == PUBLISHED_METRIC else []
     caption = ["A line is the mean over seeds and subsets, its bars one standard deviation; each dot is a run."]
+    if metrics and metric not in set(scores.metric):
+        caption.append(f"The figure shows {metrics[0]}: no run has a result for {metric}.")
+        metric = metrics[0]
+    paper = _published_curve(study, published) if metric == PUBLISHED_METRIC else ()
     if paper:
         caption.append("Dotted and black: what the paper reports, in reasoning mode.")
     if study.scale:
         caption.append("The paper's values are not comparable at this scale and not shown.")
-    if metric != study.definition.metric:
-        caption.append(f"The figure shows {metric}: no run has a result for {study.definition.metric}.")
-    return Drawing(" ".join(caption), draw(curves(lines, metric), paper, study.definition.curve.label, metric))
+    points = scores[scores.metric == metric].dropna(subset="x")
+    return Drawing(" ".join(caption), draw(points, paper, curve.label, metric))
 
 
 @style()
-def draw(
-    lines: dict[str, list[tuple[float, list[float]]]],
-    published: Sequence[tuple[float, float, float]],
-    label: str,
-    metric: str,
-) -> Markup:
-    """Draw F1 over the curve's axis; `published` is (x, F1, deviation)."""
+def draw(points: pd.DataFrame, published: Sequence[PublishedPoint], label: str, metric: str) -> Markup:
+    """Draw F1 over the curve's axis, a line for each series and mode."""
     figure = Figure(figsize=(8, 4.8))
     axes = figure.add_subplot()
-    for (name, points), color in zip(lines.items(), COLOURS * len(lines), strict=False):
-        xs = [x for x, _ in points]
-        deviations = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-        means = [mean(values) for _, values in points]
-        axes.errorbar(xs, means, yerr=deviations, color=color, marker="o", markersize=4, capsize=3, label=name)
-        dots = np.array([(x, value) for x, values in points for value in values])
-        axes.scatter(dots[:, 0], dots[:, 1], color=color, s=10, alpha=0.5)
+    series = points.sort_values(["x", "line"], kind="stable").groupby(["series", "mode"], sort=False)
+    for i, (name, part) in enumerate(series):
+        color, at = (
+            COLOURS[i % len(COLOURS)],
+            part.groupby(["x", "line"]).f1.agg(["mean", "std"]).fillna(0.0).reset_index(),
+        )
+        axes.errorbar(
+            at.x, at["mean"], yerr=at["std"], color=color, marker="o", markersize=4, capsize=3, label=", ".join(name)
+        )
+        axes.scatter(part.x, part.f1, color=color, s=10, alpha=0.5)
     if published:
-        xs, f1, paper = map(list, zip(*published, strict=True))
-        axes.errorbar(xs, f1, yerr=paper, color=INK, linestyle=":", capsize=3, label="paper, reasoning")
-    ticks = sorted({x for points in lines.values() for x, _ in points} | {x for x, _, _ in published})
+        xs, f1, deviations = zip(*((p.x, p.f1, p.deviation or 0.0) for p in published), strict=True)
+        axes.errorbar(xs, f1, yerr=deviations, color=INK, linestyle=":", capsize=3, label="paper, reasoning")
+    ticks = sorted({*points.x, *(point.x for point in published)})
     if ticks and ticks[0] > 0 and ticks[-1] >= 5 * ticks[0]:
         axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{x:,g}" if x < 1e5 else f"{x:,.0f}" for x in ticks])
@@ -208,36 +177,3 @@ def draw(
     if ticks:
         axes.legend()
     return inline_svg(figure, "curve", f"F1 by {label}")
-
-
-def _number(label: str, whole: int | None) -> float | None:
-    """Parse a label of the curve's axis; `all` is the whole data set."""
-    try:
-        value = float(label) if label != "all" else whole
-    except ValueError:
-        return None
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _published_curve(study: Study, published: Published | None) -> list[tuple[float, float, float]]:
-    """Return (x, F1, deviation) of the published curve, if there is one."""
-    curve = study.definition.curve
-    if published is None or curve is None or curve.published is None:
-        return []
-    return [(point.x, point.f1, point.deviation or 0.0) for point in getattr(published, curve.published)]
-
-
-def _published_scores(study: Study, published: Published | None, run: Run, mode: str, x: float | None) -> Scores:
-    """Return the published scores of a run: of the row that its row names, else of the curve at x."""
-    name = {str(key): value for key, value in run.row.published.items()}.get(mode)
-    if published is not None and name is not None:
-        row = published.row(name)
-        if row is None:
-            raise JaxguardError(f"configs/published has no row {name!r}, which a row of this study names")
-        scores = {metric: getattr(row, metric) for metric in (*AVERAGES, *CUSTOM)}
-        return {metric: value for metric, value in scores.items() if value is not None}
-    curve = study.definition.curve
-    if mode != "reasoning" or curve is None or curve.series not in (None, run.row.series or run.key):
-        return {}
-    at_x = [f1 for at, f1, _ in _published_curve(study, published) if at == x]
-    return {PUBLISHED_METRIC: at_x[0]} if at_x else {}

@@ -1,116 +1,59 @@
-"""Run a study, run by run and stage by stage.
+"""Run a study, run by run and stage by stage, and record what is done beside its output.
 
-A stage resumes by itself, and what is done is recorded beside its output: a study that was killed at any moment resumes when it
+A stage resumes by itself, and refuses output of other settings or data. So a study that was killed at any moment resumes when it
 is started again, and a finished one does nothing.
 """
 
+import hashlib
+import json
 import shlex
-import shutil
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from jaxguard.cli import PROVENANCE_CHANGED
+from jaxguard.config import READS, Config, read_by
 from jaxguard.config.study import Stage
-from jaxguard.study.cost import WARMUP_STEPS, clock, estimate, save_speed
+from jaxguard.data.files import file_digest
 from jaxguard.study.grid import Run, Study
-from jaxguard.study.stages import (
-    REQUEUE,
-    StageRunner,
-    begun_with_other_inputs,
-    command,
-    missing,
-    note,
-    pending,
-    put_aside,
-)
-from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.files import lock_folder
+from jaxguard.utils.files import lock_folder, write_atomically
 
-MEASURED_STEPS = 3
-Log = Callable[[str], None]
+REQUEUE = 75
+"""Exit code of a stage, or a study, that was stopped with its state saved."""
+ENTRY = ("-m", "jaxguard")
+RECORD = "stages.json"
+"""In a run's folder: stage -> the fingerprint that it was begun with, and whether it is done."""
 
 
-@dataclass
-class StudyResult:
-    """How a study ended.
+class StageSpec(NamedTuple):
+    """How a study runs a stage: the words after `jaxguard`, a key of READS, and the files of the run that it ends with."""
 
-    Attributes:
-        failed: run, or prepared run -> why it failed.
-        stopped: it was asked to stop; the same command resumes it.
-    """
-
-    failed: dict[str, str] = field(default_factory=dict)
-    stopped: bool = False
+    command: str
+    outputs: Callable[[Config], list[str]]
 
 
-def run_study(study: Study, log: Log) -> StudyResult:
-    """Run every stage that is not done; a run that fails does not keep others from running.
-
-    Raises:
-        JaxguardError: another process works in the study.
-    """
-    result = StudyResult()
-    study.folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(study.folder, "study"), StageRunner(study.folder, log) as runner:
-        if not _prepare(study, runner, log, result):
-            return result
-        waiting = [run for run in study.runs if pending(run)]
-        log(f"{len(study.runs) - len(waiting)} of {len(study.runs)} runs are done")
-        seconds = {run.name: seconds for run, _, seconds in estimate(study)}
-        left, done, started = sum(seconds[run.name] for run in waiting), 0.0, time.monotonic()
-        for number, run in enumerate(waiting, 1):
-            # What the runs before took corrects the estimate.
-            correction = (time.monotonic() - started) / done if done else 1.0
-            log(f"{number} of {len(waiting)}: {run.name}; about {clock(left * correction)} left")
-            parents = [parent.name for parent in run.parents if parent.name in result.failed]
-            failure = f"not begun: it reads the output of {', '.join(parents)}" if parents else _run(run, runner, log)
-            if runner.stopped:
-                result.stopped = True
-                return result
-            if failure:
-                result.failed[run.name] = failure
-                log(f"error: {run.name}: {failure}")
-            left, done = left - seconds[run.name], done + seconds[run.name]
-    return result
+STAGES: Mapping[Stage, StageSpec] = {
+    "distill": StageSpec(
+        "distill",
+        lambda c: ["traces.jsonl", *(f"traces_{budget}.jsonl" for budget in (c.distill.budgets if c.distill else ()))],
+    ),
+    "build": StageSpec(
+        "data build", lambda c: [f"dataset/{each.name}/all.parquet" for each in (c.build.sets if c.build else ())]
+    ),
+    "mine": StageSpec("mine", lambda _: ["mine/hard.jsonl"]),
+    "train": StageSpec("train", lambda c: ["export/jaxguard.json"] if c.train.export else []),
+    "evaluate": StageSpec("evaluate", lambda _: ["evaluate/results.json"]),
+}
 
 
-def _prepare(study: Study, runner: StageRunner, log: Log, result: StudyResult) -> bool:
-    """Make the prepared runs whose output is missing; return whether the study can continue."""
-    for run in study.prepared:
-        for stage in run.stages:
-            if not missing(run, stage):
-                continue
-            log(f"{stage}: {run.name}, to make {missing(run, stage)[0]}")
-            code = runner.run(command(run, stage))
-            if code:
-                result.failed[run.name] = f"{stage} ended with code {code}; no run can begin without it"
-                result.stopped = code == REQUEUE
-                return False
-    return True
-
-
-def _run(run: Run, runner: StageRunner, log: Log) -> str:
-    """Run the pending stages of a run; why it failed, or ""."""
-    for stage in pending(run):
-        if begun_with_other_inputs(run, stage):
-            log(f"{run.name}: {stage} reads output that was made again; its old output is in {put_aside(run, stage)}")
-        note(run, stage, done=False)
-        words = command(run, stage)
-        log(f"$ python {shlex.join(words)}")
-        code = runner.run(words)
-        if code == PROVENANCE_CHANGED:
-            log(f"{run.name}: the old output of {stage}, of other inputs, is in {put_aside(run, stage)}")
-            code = runner.run(words)
-        if code == REQUEUE:
-            runner.stopped = True
-            return ""
-        if code:
-            return f"{stage} ended with code {code}"
-        if absent := missing(run, stage):
-            return f"{stage} ended with code 0, but did not write {', '.join(map(str, absent))}"
-        note(run, stage, done=True)
-    return ""
+def command(run: Run, stage: Stage) -> list[str]:
+    """Return a stage's command line, without the interpreter."""
+    words = STAGES[stage].command
+    return [*ENTRY, *words.split(), "--config", run.base, *read_by(words, run.overrides)]
 
 
 def commands(study: Study) -> list[str]:
@@ -119,28 +62,128 @@ def commands(study: Study) -> list[str]:
     return [f"python {shlex.join(command(run, stage))}" for run in runs for stage in run.stages]
 
 
-def measure_speed(study: Study, log: Log) -> bool:
-    """Time a few steps of the first run that trains, for the study's cost; False if it was stopped.
+def missing(run: Run, stage: Stage) -> list[Path]:
+    paths = (run.folder / name for name in STAGES[stage].outputs(run.config))
+    return [path for path in paths if not path.is_file()]
+
+
+def fingerprint(run: Run, stage: Stage) -> str:
+    """Hash what a stage's result depends on: config and input files, those of earlier stages, and the rows that it follows."""
+    stages = [each for each in run.stages[: run.stages.index(stage)] if each != "evaluate"] + [stage]
+    fields = {field for each in stages for field in READS[STAGES[each].command]} - {"log"}
+    paths = {path for each in stages for path in run.inputs(each) if path.is_file()}
+    rows = [parent for parent in run.parents if not parent.prepared]
+    tree = {
+        "stages": stages,
+        "config": run.config.model_dump(mode="json", include=fields),
+        "files": {str(path): _digest(path, path.stat().st_mtime_ns) for path in paths},
+        "rows": [fingerprint(row, each) for row in rows for each in row.stages if each != "evaluate"],
+    }
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _digest(path: Path, _changed: int) -> str:
+    return file_digest(path)
+
+
+def read_record(run: Run) -> dict[str, Any]:
+    path = run.folder / RECORD
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return record
+
+
+def note(run: Run, stage: Stage, done: bool) -> None:
+    """Record that a stage begins or is done."""
+    record = read_record(run) | {stage: {"fingerprint": fingerprint(run, stage), "done": done}}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.folder / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def pending(run: Run) -> list[Stage]:
+    """Return the stages from the first on that is not done with this config and these files.
+
+    Of what is prepared, existing output is used as it is.
+    """
+    record = read_record(run)
+    for i, stage in enumerate(run.stages):
+        done = run.prepared or record.get(stage) == {"fingerprint": fingerprint(run, stage), "done": True}
+        if missing(run, stage) or not done:
+            return list(run.stages[i:])
+    return []
+
+
+class _Process:
+    """Runs one command at a time; a signal stops it and all that would follow."""
+
+    stopped = False
+    _current: subprocess.Popen[bytes] | None = None
+
+    def stop(self, *_: object) -> None:
+        self.stopped = True
+        if self._current is not None:
+            self._current.send_signal(signal.SIGTERM)  # does nothing if it has ended
+
+    def run(self, words: list[str]) -> int:
+        """Run a command of this interpreter and return its exit code."""
+        self._current = subprocess.Popen([sys.executable, *words])  # noqa: S603 (our commands)
+        if self.stopped:  # before there was a process to stop
+            self.stop()
+        code = self._current.wait()
+        self.stopped = self.stopped or code == REQUEUE
+        return code
+
+
+def run_study(study: Study, log: Callable[[str], object] = print) -> int:
+    """Run every stage that is not done; a run that fails keeps only those from running that read its output.
+
+    Returns:
+        0 if all runs are done, 1 if some failed, REQUEUE if it was stopped.
 
     Raises:
-        JaxguardError: no run trains, or it fails.
+        JaxguardError: another process works in the study.
     """
-    run: Run | None = next((run for run in study.runs if "train" in run.stages), None)
-    if run is None:
-        raise JaxguardError("--measure: no row of this study trains")
-    stage: Stage = "train"
-    steps, folder = WARMUP_STEPS + MEASURED_STEPS, study.folder / "measure"
-    changes = ("name=measure", f"train.max_steps={steps}", "train.export=false", "data.validation=[]",
-               "data.validation_size=0", f"checkpoint.every={steps}")  # fmt: skip
+    failed: dict[str, str] = {}
     study.folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(study.folder, "study"), StageRunner(study.folder, log) as runner:
-        shutil.rmtree(folder, ignore_errors=True)
-        code = runner.run(command(replace(run, overrides=(*run.overrides, *changes)), stage))
-        try:
-            if code not in (0, REQUEUE):
-                raise JaxguardError(f"--measure: training ended with code {code}; see above")
-            if code == 0:
-                save_speed(study.folder, folder / "metrics.jsonl")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    return code == 0
+    with ExitStack() as stack:
+        stack.enter_context(lock_folder(study.folder, "study"))
+        process = _Process()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, signum, signal.signal(signum, process.stop))
+        waiting = [run for run in (*study.prepared, *study.runs) if pending(run)]
+        log(f"{len(study.runs) - sum(not run.prepared for run in waiting)} of {len(study.runs)} runs are done")
+        for number, run in enumerate(waiting, 1):
+            log(f"{number} of {len(waiting)}: {run.name}")
+            parents = [parent.name for parent in run.parents if parent.name in failed]
+            failure = f"not begun: it reads the output of {', '.join(parents)}" if parents else _run(run, process, log)
+            if process.stopped:
+                log("stopped; run the same command again to resume")
+                return REQUEUE
+            if failure:
+                failed[run.name] = failure
+                log(f"error: {run.name}: {failure}")
+    for name, failure in failed.items():
+        log(f"error: {name}: {failure}")
+    log(f"{sum(not pending(run) for run in study.runs)} of {len(study.runs)} runs are done: {study.folder}")
+    return 1 if failed else 0
+
+
+def _run(run: Run, process: _Process, log: Callable[[str], object]) -> str:
+    """Run the pending stages of a run; return why it failed, or ""."""
+    for stage in pending(run):
+        # Stages refuse output of other config or data, but a training cannot tell that its base was trained again.
+        begun = read_record(run).get(stage, {}).get("fingerprint")
+        if stage == "train" and run.row.after and begun not in (None, fingerprint(run, stage)):
+            return f"it was begun with other settings, or other output of {', '.join(run.row.after)}; move {run.folder} away"
+        note(run, stage, done=False)
+        words = command(run, stage)
+        log(f"$ python {shlex.join(words)}")
+        code = process.run(words)
+        if process.stopped:
+            return ""
+        if code:
+            return f"{stage} ended with code {code}; its message above says why"
+        if absent := missing(run, stage):
+            return f"{stage} ended with code 0, but did not write {', '.join(map(str, absent))}"
+        note(run, stage, done=True)
+    return ""

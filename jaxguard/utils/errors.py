@@ -11,5 +11,5 @@ class JaxguardError(Exception):
 class ProvenanceError(JaxguardError):
     """A folder holds output of other provenance, which must not be mixed with new output.
 
-    The command line exits with code 3, so that a study can move the old output away.
+    The command line exits with code 3.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxguard.study import stages
+from jaxguard.study import run as study_run
 from jaxguard.study.grid import open_study
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ CONFIG = {
 def study(tmp_path, monkeypatch):
     """study(*overrides, scale=None, **changes): the study, in a new working directory; changes are fields of it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stages, "COMMANDS", {stage: (str(STUB), stage) for stage in stages.COMMANDS})
+    monkeypatch.setattr(study_run, "ENTRY", (str(STUB),))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "stub").mkdir()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -53,10 +53,10 @@ def study(tmp_path, monkeypatch):
 
 @pytest.fixture
 def behave():
-    """behave(**{"RUN STAGE": what}): tell the stub how to behave."""
+    """behave(**{"RUN STAGE": what}): make the stub behave so."""
 
-    def behave(told):
-        Path("stub/behaviour.json").write_text(json.dumps(told), encoding="utf-8")
+    def behave(behaviour):
+        Path("stub/behaviour.json").write_text(json.dumps(behaviour), encoding="utf-8")
 
     return behave
 
@@ -68,8 +68,8 @@ def calls():
 
     def calls():
         path = Path("stub/calls.txt")
-        found = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        new, seen[0] = found[seen[0] :], len(found)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        new, seen[0] = lines[seen[0] :], len(lines)
         return new
 
     return calls

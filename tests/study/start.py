@@ -2,8 +2,8 @@
 
 import sys
 
-from jaxguard.study import stages
+from jaxguard.study import run
 from jaxguard.study.__main__ import main
 
-stages.COMMANDS = {stage: (sys.argv[1], stage) for stage in stages.COMMANDS}
+run.ENTRY = (sys.argv[1],)
 sys.exit(main(["run", "study.yaml"]))

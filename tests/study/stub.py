@@ -1,6 +1,6 @@
-"""Stands for every stage: notes its call, waits or fails if it is told to, and writes what the stage would.
+"""Stands for every stage: notes its call, waits or fails if it is to, and writes what the stage would.
 
-Like the real ones it refuses to go on in a folder that holds output of other inputs. What it is told stands in
+Like the real ones it refuses to resume in a folder that holds output of other inputs. How it behaves is in
 stub/behaviour.json: {"RUN STAGE": "fail" | "requeue" | "hang" | "nothing"}. It imports nothing of the
 project, so that it starts in a moment.
 """
@@ -12,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-stage, _, _, *overrides = sys.argv[1:]
+position = sys.argv.index("--config")
+stage, overrides = sys.argv[position - 1], sys.argv[position + 2 :]
 fields = dict(override.split("=", 1) for override in overrides)
 folder = Path(fields.get("run_folder", "runs")) / fields["name"]
-told = json.loads(Path("stub/behaviour.json").read_text()) if Path("stub/behaviour.json").is_file() else {}
-wish = told.get(f"{fields['name']} {stage}")
+behaviour = json.loads(Path("stub/behaviour.json").read_text()) if Path("stub/behaviour.json").is_file() else {}
+wish = behaviour.get(f"{fields['name']} {stage}")
 if wish == "hang":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 # What its result depends on: the config without what a stage does not look at, and the data.

@@ -14,7 +14,7 @@ from jaxguard.evaluate.benchmarks.schema import read_benchmark
 from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
 from jaxguard.study.__main__ import main
 from jaxguard.study.grid import open_study, written
-from jaxguard.study.stages import command
+from jaxguard.study.run import command
 from jaxguard.utils.errors import JaxguardError
 
 ROOT = Path(__file__).parents[2]
@@ -220,7 +220,7 @@ def test_the_metric_is_the_studys(study):
         ({"rows": {"x-1": {}}}, (), ["rows.x-1"]),
         ({"prepare": {"x": {}}}, (), ["prepare.x", "distill and build"]),
         ({}, ("data.subset=[8, 8]",), ["override 'data.subset=[8, 8]'", "only once"]),
-        ({}, ("data.subset",), ["write it as field=value"]),
+        ({}, ("data.subset",), ["field=value"]),
         ({}, ("name=a/b",), ["name='a/b'"]),
         ({}, ("cost.mfu=2",), ["cost.mfu"]),
         ({}, ("cost.mfv=0.2",), ["did you mean 'mfu'"]),
@@ -236,7 +236,7 @@ def test_mistakes_are_named(study, changes, overrides, words):
 def test_an_unknown_study_or_scale_is_named_with_those_there_are(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["cost", "paper/mian"]) == 2
-    assert "did you mean 'paper/main'" in capsys.readouterr().err
+    assert "did you mean 'main'" in capsys.readouterr().err
     assert main(["cost", "paper/sample_efficiency", "--scale", "smolm"]) == 2
     assert "did you mean 'smollm'" in capsys.readouterr().err
 

@@ -1,6 +1,6 @@
-"""Running a study: order, skipping, going on, failing, stopping. Every stage is the stub."""
+"""Running a study: order, skipping, resuming, failing, stopping. Every stage is the stub."""
 
-import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxguard.cli import main as cli
-from jaxguard.study import stages
-from jaxguard.study.cost import clock, speed_of
-from jaxguard.study.run import measure_speed, run_study
-from jaxguard.study.stages import REQUEUE, StageRunner, note, pending, put_aside
+from jaxguard.study import run as study_run
+from jaxguard.study.run import REQUEUE, pending, run_study
 from jaxguard.train import signals
 from jaxguard.utils.errors import JaxguardError
 
@@ -22,13 +19,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def go():
-    """go(study): run it; (its exit code, its log with the failures)."""
+    """go(study): run it; (its exit code, its log)."""
 
     def go(study):
         lines = []
-        result = run_study(study, lines.append)
-        code = REQUEUE if result.stopped else int(bool(result.failed))
-        return code, "\n".join([*lines, *(f"{name}: {reason}" for name, reason in result.failed.items())])
+        code = run_study(study, lines.append)
+        return code, "\n".join(lines)
 
     return go
 
@@ -41,7 +37,7 @@ def test_runs_go_in_order_and_what_is_done_is_skipped(study, go, calls):
         for run in ("bread-8-0", "bread-8-1", "bread-16-0", "bread-16-1", "more")
         for stage in ("train", "evaluate")
     ]
-    assert "3 of 6: bread-8-1; about" in said
+    assert "3 of 6: bread-8-1" in said
     assert "0 of 6 runs are done" in said
     code, said = go(study())
     assert (code, calls()) == (0, [])
@@ -49,9 +45,15 @@ def test_runs_go_in_order_and_what_is_done_is_skipped(study, go, calls):
 
 
 def test_what_a_stage_depends_on_brings_it_back(study, go, calls):
+    """The stages refuse a folder that holds what was made of other inputs, and say what to do; the study reports it."""
     go(study())
     calls()
-    go(study("evaluate.generations=2"))
+    code, said = go(study("evaluate.generations=2"))
+    assert code == 1
+    assert "bread-8-0: evaluate ended with code 3" in said
+    for folder in Path("runs/study").glob("*/evaluate"):
+        shutil.rmtree(folder)
+    assert go(study("evaluate.generations=2"))[0] == 0
     assert {call.split()[1] for call in calls()} == {"evaluate"}
     go(study("evaluate.generations=2", "log.tensorboard=false"))
     assert calls() == []
@@ -59,72 +61,57 @@ def test_what_a_stage_depends_on_brings_it_back(study, go, calls):
     go(study("evaluate.generations=2"))
     assert calls() == ["bread-8-0 evaluate"]
     Path("bread.jsonl").write_text(Path("bread.jsonl").read_text().replace("So.", "Thus."))
-    go(study("evaluate.generations=2"))
+    code, said = go(study("evaluate.generations=2"))
+    assert code == 1
+    assert "bread-8-0: train ended with code 3" in said
+    shutil.rmtree("runs/study")
+    assert go(study("evaluate.generations=2"))[0] == 0
     assert len(calls()) == 11
 
 
 def test_a_row_is_done_again_when_what_it_reads_was(study, go, calls):
+    """A training cannot tell by itself that its base was trained again: its path is the same."""
     rows = {"base": {"stages": ["train", "evaluate"]}, "more": {"after": ["base"]}}
     go(study(rows=rows))
     calls()
-    go(study(rows={**rows, "base": {"set": {"evaluate.seed": 1}}}))
+    shutil.rmtree("runs/study/base/evaluate")
+    rows["base"]["set"] = {"evaluate.seed": 1}
+    go(study(rows=rows))
     assert calls() == ["base evaluate"]
-    go(study(rows={**rows, "base": {"set": {"seed": 1}}}))
-    assert calls() == ["base train", "base evaluate", "more train", "more evaluate"]
+    shutil.rmtree("runs/study/base")
+    rows["base"]["set"] = {"seed": 1}
+    code, said = go(study(rows=rows))
+    assert code == 1
+    assert "error: more: " in said
+    assert "move runs/study/more away" in said
+    assert calls() == ["base train", "base evaluate"]
+    shutil.rmtree("runs/study/more")
+    assert go(study(rows=rows))[0] == 0
+    assert calls() == ["more train", "more evaluate"]
 
 
-def test_old_output_is_put_aside(study, go, calls):
-    """The stages refuse a folder that holds what was made of other inputs."""
-    go(study())
-    calls()
-    code, said = go(study("evaluate.generations=2"))
-    assert (code, len(calls())) == (0, 6)
-    old = Path("runs/study/bread-8-0.old-1")
-    assert "bread-8-0: the old output of evaluate, of other inputs, is in runs/study/bread-8-0.old-1" in said
-    assert [path.name for path in old.iterdir()] == ["evaluate"]
-    assert Path("runs/study/bread-8-0/export/jaxguard.json").is_file()
-    Path("bread.jsonl").write_text(Path("bread.jsonl").read_text().replace("So.", "Thus."))
-    code, said = go(study("evaluate.generations=2"))
-    assert (code, len(calls())) == (0, 11)
-    old = Path("runs/study/bread-8-0.old-2")
-    assert "the old output of train, of other inputs, is in runs/study/bread-8-0.old-2" in said
-    assert {path.name for path in old.iterdir()} == {"evaluate", "export", "metrics.jsonl", "train.json"}
-    assert go(study("evaluate.generations=2"))[0] == 0
-    assert calls() == []
-
-
-def test_what_earlier_stages_of_a_run_wrote_stays(study):
-    (run,) = study(rows={"x": {"stages": ["build", "train", "evaluate"]}}).runs
-    for name in ("dataset", "export", "evaluate"):
-        (run.folder / name).mkdir(parents=True)
-    note(run, "build", done=True)
-    assert put_aside(run, "train") == Path("runs/study/x.old-1")
-    assert {path.name for path in run.folder.iterdir()} == {"dataset", "stages.json"}
-    assert {path.name for path in Path("runs/study/x.old-1").iterdir()} == {"export", "evaluate"}
-    assert put_aside(run, "build") == Path("runs/study/x.old-2")
-    assert [path.name for path in run.folder.iterdir()] == ["stages.json"]
-
-
-def test_a_run_that_was_stopped_is_begun_anew_when_what_it_reads_was(study, go, calls, behave):
-    """Its training would go on from a checkpoint of the old weights: their folder is called as before."""
+def test_a_run_that_was_stopped_is_not_resumed_when_what_it_reads_was_made_again(study, go, calls, behave):
+    """Its training would resume from a checkpoint of the old weights."""
     rows = {"base": {"stages": ["train"]}, "more": {"after": ["base"]}}
     behave({"more train": "requeue"})
     assert go(study(rows=rows))[0] == REQUEUE
     behave({})
+    shutil.rmtree("runs/study/base")
     rows["base"]["set"] = {"seed": 1}
     code, said = go(study(rows=rows))
-    assert code == 0
-    assert "more: train reads output that was made again; its old output is in runs/study/more.old-1" in said
-    assert calls() == ["base train", "more train", "base train", "more train", "more evaluate"]
+    assert code == 1
+    assert "move runs/study/more away" in said
+    assert calls() == ["base train", "more train", "base train"]
+    shutil.rmtree("runs/study/more")
     assert go(study(rows=rows))[0] == 0
-    assert calls() == []
+    assert calls() == ["more train", "more evaluate"]
 
 
-@pytest.fixture
-def real(study, monkeypatch, tmp_path, tiny_files):
-    """real(stages, *overrides): a study of one row of real stages, in this process; its guard needs no model."""
-    monkeypatch.setattr(StageRunner, "run", lambda _, words: cli([words[1].removeprefix("jaxguard."), *words[2:]]))
-    monkeypatch.setattr(stages, "COMMANDS", {stage: ("-m", f"jaxguard.{stage}") for stage in stages.COMMANDS})
+@pytest.mark.slow
+def test_the_real_stages_refuse_output_of_other_data_and_say_what_to_do(
+    study, go, monkeypatch, tmp_path, tiny_files, capfd
+):
+    monkeypatch.setattr(study_run, "ENTRY", ("-m", "jaxguard"))
     tiny_files(tmp_path, data={"mode": "direct", "validation_size": 0}, train={"max_steps": 1}, mesh={"fsdp": -1})
     settings = {
         "evaluate.guards": [{"name": "most", "format": "majority"}],
@@ -132,41 +119,27 @@ def real(study, monkeypatch, tmp_path, tiny_files):
         "evaluate.resamples": 10,
     }
 
-    def real(names, *overrides):
-        rows = {"x": {"stages": names, "set": settings}}
+    def real(*overrides):
+        rows = {"x": {"stages": ["train", "evaluate"], "set": settings}}
         return study(*overrides, config="tiny.yaml", rows=rows, curve=None, scales={})
 
-    return real
-
-
-def test_the_evaluation_refuses_and_the_study_puts_aside(real, go):
-    assert go(real(["evaluate"]))[0] == 0
-    code, said = go(real(["evaluate"], "evaluate.seed=1"))
-    assert code == 0
-    assert "runs/study/x.old-1" in said
-    assert Path("runs/study/x.old-1/evaluate/results.json").is_file()
-
-
-@pytest.mark.slow
-def test_the_training_refuses_and_the_study_puts_aside(real, go):
-    assert go(real(["train", "evaluate"]))[0] == 0
+    assert go(real())[0] == 0
+    code, said = go(real("evaluate.seed=1"))
+    assert (code, "evaluate ended with code 3" in said) == (1, True)
+    assert "runs/study/x" in capfd.readouterr().err
     Path("train.jsonl").write_text(Path("train.jsonl").read_text().replace("tell me", "please tell me"))
-    code, said = go(real(["train", "evaluate"]))
-    assert code == 0
-    assert "runs/study/x.old-1" in said
-    assert {"config.yaml", "export", "evaluate"} <= {path.name for path in Path("runs/study/x.old-1").iterdir()}
-    code, said = go(real(["train", "evaluate"], "seed=3"))
-    assert code == 0
-    assert "runs/study/x.old-2" in said
+    code, said = go(real())
+    assert (code, "train ended with code 3" in said) == (1, True)
+    assert "runs/study/x" in capfd.readouterr().err
 
 
-def test_a_row_that_fails_is_reported_and_the_others_go_on(study, go, calls, behave):
+def test_a_row_that_fails_is_reported_and_the_others_run(study, go, calls, behave):
     behave({"bread-8-0 train": "fail", "base evaluate": "fail"})
     code, said = go(study())
     assert code == 1
     assert "bread-8-0: train ended with code 5" in said
     assert "more: not begun: it reads the output of base" in said
-    assert said.count("error: ") == 3
+    assert said.count("error: ") == 6, "as they happen, and at the end"
     assert [call for call in calls() if call.startswith(("more", "bread-8-0"))] == ["bread-8-0 train"]
     behave({})
     assert go(study())[0] == 0
@@ -180,7 +153,7 @@ def test_a_stage_that_leaves_nothing_has_failed(study, go, behave):
     assert "bread-8-0: train ended with code 0, but did not write runs/study/bread-8-0/export/jaxguard.json" in said
 
 
-def test_a_stopped_stage_stops_the_study_and_it_goes_on(study, go, calls, behave):
+def test_a_stopped_stage_stops_the_study_which_resumes(study, go, calls, behave):
     behave({"bread-8-1 train": "requeue"})
     assert go(study())[0] == REQUEUE == signals.REQUEUE
     assert calls()[-1] == "bread-8-1 train"
@@ -196,26 +169,12 @@ def test_what_is_needed_first_is_made_once(study, go, calls, behave):
     behave({"sets build": "fail"})
     code, said = go(study(prepare=build, rows=rows))
     assert (code, calls()) == (1, ["sets build"])
-    assert "runs/sets/dataset/loaves/all.parquet" in said
+    assert "bread: not begun: it reads the output of sets" in said
     behave({})
     assert go(study(prepare=build, rows=rows))[0] == 0
     assert calls()[0] == "sets build"
     go(study(prepare=build, rows=rows))
     assert calls() == []
-
-
-def test_measuring_keeps_the_speed_and_nothing_else(study, calls):
-    found = study()
-    assert measure_speed(found, print)
-    assert calls() == ["measure train"]
-    assert not (found.folder / "measure").exists()
-    assert json.loads((found.folder / "speed.json").read_text()) == {"tokens_per_second": 200.0}
-    assert speed_of(found).trained == 200
-
-
-def test_measuring_needs_a_run_that_trains(study):
-    with pytest.raises(JaxguardError, match="no row of this study trains"):
-        measure_speed(study(rows={"base": {"stages": ["evaluate"]}}), print)
 
 
 def start():
@@ -245,25 +204,19 @@ def test_sigterm_is_handed_on_and_the_code_passed_on(study, behave, calls):
     assert calls() == ["base evaluate", "bread-8-0 train"]
 
 
-def test_after_a_kill_it_waits_for_the_stage_that_was_left_behind(study, behave, calls):
-    found = study()
+def test_a_killed_study_resumes(study, behave, calls):
+    definition = study()
     behave({"bread-8-0 train": "hang"})
     process = start()
     wait_for_call("bread-8-0 train")
     with pytest.raises(JaxguardError, match=f"in use by another process.*{process.pid}"):
-        run_study(found, print)
+        run_study(definition)
     process.kill()
-    process.wait(timeout=60)
-    process.stdout.close()  # the stage that is left behind still holds the other end
     behave({})
+    Path("stub/release").touch()  # the stage that was left behind ends
+    process.communicate(timeout=60)
     again = start()
-    assert any("waiting for it" in line for line in again.stdout)
-    assert calls() == ["base evaluate", "bread-8-0 train"]
-    Path("stub/release").touch()
     again.communicate(timeout=120)
     assert again.returncode == 0
-    assert [pending(run) for run in found.runs] == [[]] * 6
-
-
-def test_times_are_for_people():
-    assert [clock(s) for s in (90, 3540, 5400)] == ["2 min", "59 min", "1.5 h"]
+    assert calls()[:2] == ["base evaluate", "bread-8-0 train"]
+    assert [pending(run) for run in definition.runs] == [[]] * 6

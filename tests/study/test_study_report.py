@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from jaxguard.study.report import curves, gather, shown_metric, spread, write_report
+from jaxguard.study.report import gather, write_report
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -36,7 +36,8 @@ class Results:
                         "complete": name != "part",
                     }
                     cells.append(SimpleNamespace(**cell))
-            cells.append(SimpleNamespace(guard="baseline", mode=mode, benchmark="own", result=None, complete=False))
+            worse = SimpleNamespace(scores=SimpleNamespace(f1=SimpleNamespace(value=0.01)))
+            cells.append(SimpleNamespace(guard="baseline", mode=mode, benchmark="own", result=worse, complete=False))
         return SimpleNamespace(cells=cells, averages=averages)
 
 
@@ -60,12 +61,12 @@ def report(study):
     """report(results, **changes): (study, reader), with a file for every run of `results`."""
 
     def report(by_run, *overrides, **changes):
-        found = study(*overrides, **changes)
-        for run in found.runs:
+        made = study(*overrides, **changes)
+        for run in made.runs:
             if run.name in by_run:
                 (run.folder / "evaluate").mkdir(parents=True)
                 (run.folder / "evaluate" / "results.json").write_text("{}")
-        return found, Results(by_run)
+        return made, Results(by_run)
 
     return report
 
@@ -74,37 +75,40 @@ def direct(value, name="own"):
     return {"direct": {name: value}}
 
 
+def points(scores, metric):
+    """(series, mode, x, F1) of the results on the curve's axis."""
+    chosen = scores[(scores.metric == metric) & scores.x.notna()].dropna(subset="f1")
+    return list(chosen[["series", "mode", "x", "f1"]].itertuples(index=False, name=None))
+
+
 def test_seeds_are_averaged_and_axes_told_apart(report):
-    found, read = report({"bread-8-0": direct(0.5), "bread-8-1": direct(0.7), "bread-16-0": direct(0.8)})
-    lines, missing = gather(found, read, None)
-    assert [(line.name, line.x, line.values("own"), line.runs) for line in lines] == [
-        ("bread, subset 8", 8, [0.5, 0.7], 2),
-        ("bread, subset 16", 16, [0.8], 2),
+    study, read = report({"bread-8-0": direct(0.5), "bread-8-1": direct(0.7), "bread-16-0": direct(0.8)})
+    text = write_report(study, read, None)[0].read_text()
+    assert "| bread, subset 8 | direct | 0.600 ± 0.141 | 2 of 2 |" in text  # √((0.1² + 0.1²) / 1)
+    assert "| bread, subset 16 | direct | 0.800 | 1 of 2 |" in text
+    assert "Without results: base, bread-16-1, more." in text
+    assert points(gather(study, read), "own") == [
+        ("bread", "direct", 8, 0.5),
+        ("bread", "direct", 8, 0.7),
+        ("bread", "direct", 16, 0.8),
     ]
-    assert missing == ["base", "bread-16-1", "more"]
-    assert spread([0.5, 0.7]) == "0.600 ± 0.141"  # √((0.1² + 0.1²) / 1)
-    assert (spread([0.8]), spread([])) == ("0.800", "n/a")
 
 
 def test_both_modes_of_a_run_are_lines_and_curves_of_their_own(report):
     both = {"direct": {"own_responses": 0.4}, "reasoning": {"own_responses": None, "part": 0.3}}
-    found, read = report({"bread-8-0": both, "bread-8-1": direct(0.6, "own_responses")})
-    lines, _ = gather(found, read, None)
-    assert [(line.mode, line.scores, line.partial) for line in lines] == [
-        ("direct", ({"own_responses": 0.4}, {"own_responses": 0.6}), False),
-        ("reasoning", ({"part": 0.3},), True),
-    ]
-    assert curves(lines, "own_responses") == {"bread, direct": [(8.0, [0.4, 0.6])]}
+    study, read = report({"bread-8-0": both, "bread-8-1": direct(0.6, "own_responses")})
+    text = write_report(study, read, None)[0].read_text()
+    assert "| bread, subset 8 | direct | 0.500 ± 0.141 | n/a | 2 of 2 |" in text
+    assert "| bread, subset 8 | reasoning | n/a | 0.300 | 1 of 2 part |" in text
+    assert points(gather(study, read), "own_responses") == [("bread", "direct", 8, 0.4), ("bread", "direct", 8, 0.6)]
 
 
 def test_an_average_that_lacks_a_benchmark_is_marked_as_partial(report):
-    found, read = report(
-        {
-            name: {"direct": {"own": 0.5, "safety": value}}
-            for name, value in (("bread-8-0", PARTIAL), ("bread-16-0", 0.8))
-        }
-    )
-    assert [line.partial for line in gather(found, read, None)[0]] == [True, False]
+    results = {"bread-8-0": PARTIAL, "bread-16-0": 0.8}
+    study, read = report({name: {"direct": {"own": 0.5, "safety": value}} for name, value in results.items()})
+    text = write_report(study, read, None)[0].read_text()
+    assert "| bread, subset 8 | direct | 0.123 | 1 of 2 part |" in text
+    assert "| bread, subset 16 | direct | 0.800 | 1 of 2 |" in text
 
 
 ROWS = {
@@ -121,7 +125,7 @@ def reasoned(value):
 
 
 def test_published_values_stand_beside_ours(report):
-    found, read = report(
+    made, read = report(
         {
             "base": reasoned(0.6),
             "bread-8": reasoned(0.65),
@@ -133,7 +137,7 @@ def test_published_values_stand_beside_ours(report):
         curve=CURVE,
         metric="safety",
     )
-    markdown, page = write_report(found, read, PUBLISHED)
+    markdown, page = write_report(made, read, PUBLISHED)
     text = markdown.read_text()
     assert "| base | reasoning | 0.250 | 0.600 / 0.500 | 1 of 1 |" in text
     assert "| loaf, subset 8 | reasoning | 0.250 | 0.650 / 0.700 | 1 of 1 |" in text
@@ -144,52 +148,50 @@ def test_published_values_stand_beside_ours(report):
     svg = ElementTree.fromstring(re.search(r"<svg.*?</svg>", html, re.DOTALL)[0])
     assert svg.tag.endswith("svg")
     assert "0.850 / 0.900" in html
-    lines, _ = gather(found, read, PUBLISHED)
-    curve, _ = curves(lines, "safety").values()
-    assert curve == [(8.0, [0.65]), (16.0, [0.75]), (99, [0.85])]
+    curve = [(x, f1) for series, _, x, f1 in points(gather(made, read), "safety") if series == "loaf"]
+    assert curve == [(8, 0.65), (16, 0.75), (99, 0.85)]
 
 
 def test_the_figure_shows_what_there_is_and_says_so(report):
-    """The documented `name=mine` command asks other benchmarks than the study's: no empty figure comes of it."""
-    found, read = report({"bread-8-0": direct(0.5, "own_prompts"), "bread-8-1": direct(0.7, "own_prompts")})
-    html = write_report(found, read, None)[1].read_text()
+    """The documented `name=mine` command evaluates on other benchmarks than the study's: no empty figure comes of it."""
+    made, read = report({"bread-8-0": direct(0.5, "own_prompts"), "bread-8-1": direct(0.7, "own_prompts")})
+    html = write_report(made, read, None)[1].read_text()
     assert "The figure shows own_prompts: no run has a result for own_responses." in html
-    assert shown_metric(found, gather(found, read, None)[0]) == "own_prompts"
+    assert "F1, own_prompts" in html
 
 
 def test_the_metric_can_be_chosen(report):
     both = {"direct": {"own": 0.5, "own_responses": 0.6}}
-    found, read = report({"bread-8-0": both}, "metric=own")
-    lines, _ = gather(found, read, None)
-    assert shown_metric(found, lines) == "own"
-    assert curves(lines, "own") == {"bread, direct": [(8.0, [0.5])]}
-    assert "The figure shows" not in write_report(found, read, None)[1].read_text()
+    made, read = report({"bread-8-0": both}, "metric=own")
+    html = write_report(made, read, None)[1].read_text()
+    assert "F1, own<" in html
+    assert "The figure shows" not in html
 
 
 def test_the_published_curve_is_of_safety_alone(report):
-    found, read = report({"bread-8": reasoned(0.65)}, rows=ROWS, curve=CURVE, metric="prompt")
-    assert "paper, reasoning" not in write_report(found, read, PUBLISHED)[1].read_text()
-    found = replace(found, definition=found.definition.model_copy(update={"metric": "safety"}))
-    assert "paper, reasoning" in write_report(found, read, PUBLISHED)[1].read_text()
-    assert "| loaf, subset 8 | reasoning | 0.250 | 0.650 / 0.700 |" in (found.folder / "report.md").read_text()
+    made, read = report({"bread-8": reasoned(0.65)}, rows=ROWS, curve=CURVE, metric="prompt")
+    assert "paper, reasoning" not in write_report(made, read, PUBLISHED)[1].read_text()
+    made = replace(made, definition=made.definition.model_copy(update={"metric": "safety"}))
+    assert "paper, reasoning" in write_report(made, read, PUBLISHED)[1].read_text()
+    assert "| loaf, subset 8 | reasoning | 0.250 | 0.650 / 0.700 |" in (made.folder / "report.md").read_text()
 
 
 def test_a_scale_shows_nothing_published(report, study):
     scales = {"tiny": {"about": "Less bread."}}
     study(rows=ROWS, curve=CURVE, metric="safety", scales=scales)
-    found, read = report({"base": reasoned(0.6)}, scale="tiny", rows=ROWS, curve=CURVE, metric="safety", scales=scales)
-    text = write_report(found, read, PUBLISHED)[0].read_text()
+    made, read = report({"base": reasoned(0.6)}, scale="tiny", rows=ROWS, curve=CURVE, metric="safety", scales=scales)
+    text = write_report(made, read, PUBLISHED)[0].read_text()
     assert "| base | reasoning | 0.250 | 0.600 | 1 of 1 |" in text
     assert "Less bread." in text
-    html = (found.folder / "report.html").read_text()
+    html = (made.folder / "report.html").read_text()
     assert "not comparable at this scale" in html
     assert "paper, reasoning" not in html
     assert "Without results: bread-8, bread-16, control-8, all-all." in text
 
 
 def test_the_page_loads_nothing_and_titles_are_text(report):
-    found, read = report({"base": direct(0.5)}, title="<b>Bread</b> | $x$", rows={"base": {"series": "<i>"}})
-    markdown, page = write_report(found, read, None)
+    made, read = report({"base": direct(0.5)}, title="<b>Bread</b> | $x$", rows={"base": {"series": "<i>"}})
+    markdown, page = write_report(made, read, None)
     assert "<b>" not in markdown.read_text()
     html = page.read_text()
     assert "<b>" not in html
@@ -198,12 +200,12 @@ def test_the_page_loads_nothing_and_titles_are_text(report):
 
 
 def test_without_results_there_is_no_report(report):
-    found, read = report({})
+    made, read = report({})
     with pytest.raises(JaxguardError, match="no results yet"):
-        write_report(found, read, None)
+        write_report(made, read, None)
 
 
 def test_a_published_row_that_does_not_exist_is_named(report):
-    found, read = report({"base": reasoned(0.5)}, rows={"base": {"published": {"reasoning": "mill"}}})
+    made, read = report({"base": reasoned(0.5)}, rows={"base": {"published": {"reasoning": "mill"}}})
     with pytest.raises(JaxguardError, match="no row 'mill'"):
-        write_report(found, read, PUBLISHED)
+        write_report(made, read, PUBLISHED)
