@@ -6,39 +6,49 @@ A checkpoint is the folder checkpoints/STEP, where STEP is the number of complet
     rest/      the optimizer's state and the step
     about/     JSON: the model's fingerprint, the validation loss, and shape, type and checksum of every array
 
-Orbax writes into a temporary folder and renames it when all is on disk, so a killed save leaves no half checkpoint.
+Orbax writes into a temporary folder and renames it when all is on disk, so a killed save leaves no half checkpoint. It notices a
+truncated or missing file, but not a changed byte inside an array's data (measured with 0.12.8: a flipped bit is read back without
+complaint). So every array has a checksum, which its devices compute before the save and after the restore, on any mesh.
 """
 
 import errno
+import gc
+import hashlib
 import itertools
+import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array, UInt32
 
 from jaxguard.config.train import CheckpointConfig
-from jaxguard.train.checkpoint_files import (
-    State,
-    check_model,
-    checkpoint_losses,
-    describe,
-    difference,
-    disk_steps,
-    read_newest,
-    signed,
-)
 from jaxguard.utils.errors import JaxguardError
 
 logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+"""A pytree of jax.Array whose key "weights" holds the weights by path."""
+
+Target = Callable[[Path, dict[str, Any]], State]
+"""From a checkpoint's folder and description to the abstract items to read; raises JaxguardError for another model."""
+
+
+class CorruptError(Exception):
+    """This checkpoint cannot be used; another one may be."""
 
 
 @dataclass
@@ -56,10 +66,6 @@ class Checkpoints:
     _losses: dict[int, float]
     _saving: int | None = None
 
-    def steps(self) -> list[int]:
-        """List the steps of all checkpoints, the one being written included, oldest first."""
-        return sorted(self._manager.all_steps())
-
     def save(self, step: int, state: State, validation_loss: float | None = None) -> None:
         """Begin to write a checkpoint, after the previous one is done; return when the state may be donated.
 
@@ -67,7 +73,7 @@ class Checkpoints:
 
         Args:
             step: number of completed steps.
-            state: the training state.
+            state: the training state, or the weights alone.
             validation_loss: ranks the checkpoint among the best; None or a non-finite number leaves it out.
 
         Raises:
@@ -79,9 +85,17 @@ class Checkpoints:
         if validation_loss is not None and math.isfinite(validation_loss):
             self._losses[step] = validation_loss
         self._saving = step
-        args = _save_args(_items(state), step, self.fingerprint, self._losses.get(step))
+        items = _items(state)
+        description = {
+            "step": step,
+            "fingerprint": self.fingerprint,
+            "validation_loss": self._losses.get(step),
+            "arrays": describe(items),
+        }
+        signed = description | {"sha256": _sha256(description)}
+        saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with self._explain_errors():
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(signed), **saved), force=True)
 
     def restore(self, abstract_state: State) -> tuple[int, State] | None:
         """Read the newest valid checkpoint as (step, state); None when there is no checkpoint.
@@ -96,33 +110,28 @@ class Checkpoints:
         """
         self.wait()
         abstract_items = _items(abstract_state)
+        here: dict[str, Any] = {"fingerprint": self.fingerprint}
+        here |= {key: (x.shape, str(x.dtype)) for item in abstract_items.values() for key, x in _named_leaves(item)}
 
         def target(path: Path, description: dict[str, Any]) -> State:
-            check_model(path, description, abstract_items, self.fingerprint)
+            saved = {"fingerprint": description["fingerprint"]}
+            for arrays in description["arrays"].values():
+                saved |= {key: (tuple(array["shape"]), array["dtype"]) for key, array in arrays.items()}
+            _refuse_other_model(path, saved, here)
             return abstract_items
 
-        step, items, corrupt = read_newest(self.folder, self.steps(), target)
-        if step is None and corrupt:
-            raise JaxguardError(
-                f"every checkpoint in {self.folder} is corrupt ({', '.join(map(str, corrupt))}): see the warnings "
-                "above. Restore one from a copy, or delete the folder to start again."
-            )
-        if step is None:
+        steps = sorted(self._manager.all_steps())
+        if not steps:
             return None
+        step, items, corrupt = _read_newest(self.folder, steps, target)
         if corrupt:
-            self._rename_corrupt(corrupt, step)
+            for bad in corrupt if jax.process_index() == 0 else ():
+                names = (self.folder / f"{bad}.corrupt{n or ''}" for n in itertools.count())
+                new = (self.folder / str(bad)).rename(next(name for name in names if not name.exists()))
+                logger.warning("resuming from the checkpoint of step %d instead; the corrupt one is now %s", step, new)
+            multihost_utils.sync_global_devices("jaxguard: corrupt checkpoints renamed")
+            self._manager.reload()
         return step, {"weights": items["weights"], **items["rest"]}
-
-    def _rename_corrupt(self, corrupt: Sequence[int], step: int) -> None:
-        """Rename corrupt checkpoints, on process 0 after all have seen which names are free."""
-        renames = {self.folder / str(bad): _free_name(self.folder / f"{bad}.corrupt") for bad in corrupt}
-        _wait_for_all("jaxguard: corrupt checkpoints named")
-        for old, new in renames.items():
-            logger.warning("resuming from the checkpoint of step %d instead; the corrupt one is now %s", step, new)
-            if jax.process_index() == 0:
-                old.rename(new)
-        _wait_for_all("jaxguard: corrupt checkpoints renamed")
-        self._manager.reload()
 
     def wait(self) -> None:
         """Return when the checkpoint being written is on disk.
@@ -147,7 +156,12 @@ class Checkpoints:
         except Exception as error:
             steps = [s for s in disk_steps(self.folder) if s != self._saving]
             last = f"the last one on disk is step {steps[-1]}" if steps else "there is none before it"
-            reason = _full_disk(error, self.folder) or str(error) or type(error).__name__
+            reason = str(error) or type(error).__name__
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            words = ("No space left", "Disk quota exceeded", "File too large", "ENOSPC", "EDQUOT", "EFBIG")
+            if full or any(word in reason for word in words):
+                free = shutil.disk_usage(self.folder).free / 2**30
+                reason = f"no space on the disk ({free:.1f} GiB free there now), or a limit on file sizes"
             raise JaxguardError(
                 f"the checkpoint of step {self._saving} could not be written to {self.folder}: {reason}. "
                 f"Correct that and run the command again: the run resumes from its last checkpoint ({last})."
@@ -203,91 +217,202 @@ def read_checkpoint_weights(
     """Read the weights alone, by path, for export and evaluation. Changes nothing on disk.
 
     Args:
-        folder: a run's folder, its checkpoints folder, or one checkpoint's folder.
+        folder: a run's folder, or its checkpoints folder.
         shardings: path -> sharding; None puts everything on the first local device.
         step: which checkpoint; None takes the newest valid one, and reports those that are corrupt.
 
     Raises:
         JaxguardError: no such checkpoint, or corrupt, or `shardings` names other weights.
     """
-    folder, steps = _find(folder.absolute(), step)
-    here = SingleDeviceSharding(jax.local_devices()[0])
+    folder = folder.absolute()
+    folder = folder / "checkpoints" if disk_steps(folder / "checkpoints") else folder
+    steps = disk_steps(folder)
+    if not steps:
+        raise JaxguardError(f"{folder} holds no checkpoint; give a run's folder, or its checkpoints folder")
+    if step is not None and step not in steps:
+        raise JaxguardError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
 
     def target(path: Path, description: dict[str, Any]) -> State:
         arrays = description["arrays"]["weights"]
-        if shardings is not None and set(shardings) != set(arrays):
-            raise JaxguardError(f"{path} is of another model: {difference(arrays, shardings)}")
-        where = dict.fromkeys(arrays, here) if shardings is None else shardings
+        where = shardings or dict.fromkeys(arrays, SingleDeviceSharding(jax.local_devices()[0]))
+        _refuse_other_model(path, dict.fromkeys(arrays, "weight"), dict.fromkeys(where, "weight"))
         return {
             "weights": {k: jax.ShapeDtypeStruct(a["shape"], a["dtype"], sharding=where[k]) for k, a in arrays.items()}
         }
 
-    newest, items, _ = read_newest(folder, steps, target)
-    if newest is None:
-        raise JaxguardError(f"no checkpoint in {folder} is valid; corrupt: {', '.join(map(str, steps))}")
+    _, items, _ = _read_newest(folder, steps if step is None else [step], target)
     weights: dict[str, jax.Array] = items["weights"]
     return weights
 
 
-def write_checkpoint_weights(folder: Path, weights: Mapping[str, jax.Array], fingerprint: str = "") -> Path:
-    """Write weights alone as the checkpoint of step 0 in `folder`, for read_checkpoint_weights. Returns its folder."""
-    path = folder.absolute() / "0"
-    args = _save_args({"weights": dict(weights)}, 0, fingerprint, None)
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(path, args=args)
-    except Exception as error:
-        raise JaxguardError(
-            f"the weights could not be written to {path}: {_full_disk(error, folder) or error}"
-        ) from error
-    return path
+def write_checkpoint_weights(folder: Path, weights: Mapping[str, jax.Array], fingerprint: str = "") -> None:
+    """Write weights alone as the checkpoint of step 0 in `folder`, for read_checkpoint_weights."""
+    with open_checkpoints(folder, CheckpointConfig(), fingerprint) as checkpoints:
+        checkpoints.save(0, {"weights": dict(weights)})
 
 
-def _save_args(items: State, step: int, fingerprint: str, validation_loss: float | None) -> ocp.args.Composite:
-    description = {
-        "step": step,
-        "fingerprint": fingerprint,
-        "validation_loss": validation_loss,
-        "arrays": describe(items),
-    }
-    saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    return ocp.args.Composite(about=ocp.args.JsonSave(signed(description)), **saved)
+def checkpoint_losses(folder: Path) -> dict[int, float | None]:
+    """Map each step to its validation loss, None where it has none or is corrupt, oldest first."""
+    losses: dict[int, float | None] = {}
+    for step in disk_steps(folder):
+        try:
+            losses[step] = _read_description(folder / str(step))["validation_loss"]
+        except CorruptError:
+            losses[step] = None
+    return losses
+
+
+def disk_steps(folder: Path) -> list[int]:
+    """List the steps of the complete checkpoints in a checkpoints folder, oldest first."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
 
 
 def _items(state: State) -> State:
-    return {"weights": state["weights"], "rest": {k: v for k, v in state.items() if k != "weights"}}
+    rest = {k: v for k, v in state.items() if k != "weights"}
+    return {"weights": state["weights"]} | ({"rest": rest} if rest else {})
 
 
-def _find(folder: Path, step: int | None) -> tuple[Path, list[int]]:
-    """Return (checkpoints folder, candidate steps) for a run's folder, its checkpoints folder or one checkpoint's."""
-    if folder.name.isdigit() and (folder / "about").is_dir():
-        return folder.parent, [int(folder.name)]
-    for candidate in (folder / "checkpoints", folder):
-        steps = disk_steps(candidate)
-        if step is not None and steps and step not in steps:
-            raise JaxguardError(f"{candidate} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-        if steps:
-            return candidate, steps if step is None else [step]
+def _read_newest(folder: Path, steps: Sequence[int], target: Target) -> tuple[int, State, list[int]]:
+    """Return (step, items, newer steps that are corrupt) of the newest valid checkpoint."""
+    corrupt: list[int] = []
+    for step in reversed(steps):
+        try:
+            return step, _read(folder / str(step), target), corrupt
+        except CorruptError as error:
+            logger.warning("the checkpoint %s is corrupt: %s", folder / str(step), error)
+            corrupt.append(step)
     raise JaxguardError(
-        f"{folder} holds no checkpoint; give a run's folder, its checkpoints folder, or one checkpoint in it"
+        f"every checkpoint in {folder} is corrupt ({', '.join(map(str, corrupt))}): see the warnings above. "
+        "Restore one from a copy, or delete the folder to start again."
     )
 
 
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}{n or ''}") for n in itertools.count())
-    return next(name for name in names if not name.exists())
+def _read(path: Path, target: Target) -> State:
+    """Read and verify one checkpoint. All processes return its items, or all raise CorruptError."""
+    problem, description, items = None, {}, {}
+    try:
+        description = _read_description(path)
+        items = _restore(path, target(path, description))
+    except CorruptError as error:
+        problem = error
+    # The checksums are sums over all processes' shards, so all must compute them or none.
+    if not np.all(multihost_utils.process_allgather(np.asarray(problem is None))):
+        raise problem or CorruptError("another process cannot read it")
+    for name, arrays in describe(items).items():
+        saved = description["arrays"][name]
+        changed = [key for key, array in arrays.items() if array["checksum"] != saved[key]["checksum"]]
+        if changed:
+            raise CorruptError(f"{name}: {len(changed)} arrays changed on disk, such as {', '.join(changed[:3])}")
+    return items
 
 
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _restore(path: Path, target: State) -> State:
+    """Read the items as this process sees them, without waiting for the others.
+
+    Orbax's checkpointers end a restore with a collective, in which the others would wait forever when one process finds its shards
+    corrupt; its handlers do not.
+    """
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return {k: handler.restore(path / k, args=ocp.args.StandardRestore(v)) for k, v in target.items()}
+    except PermissionError as error:
+        raise JaxguardError(f"the checkpoint {path} cannot be opened: {error}") from None
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # not the checkpoint's fault
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+    finally:
+        handler.close()
+    # The other reads of a failed restore fail too, and each would print a traceback when it is freed later.
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+    raise CorruptError(problem)
 
 
-def _full_disk(error: BaseException, folder: Path) -> str | None:
-    """Explain a write that failed for lack of space; None for another error."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    words = ("No space left", "Disk quota exceeded", "File too large", "ENOSPC", "EDQUOT", "EFBIG")
-    if not full and not any(word in str(error) for word in words):
-        return None
-    free = shutil.disk_usage(folder).free / 2**30
-    return f"no space on the disk ({free:.1f} GiB free there now), or a limit on file sizes"
+def _read_description(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint holds: step, fingerprint, validation loss, and shape, type and checksum of each array."""
+    try:
+        description: dict[str, Any] = json.loads((path / "about" / "metadata").read_text(encoding="utf-8"))
+        signature = description.pop("sha256")
+    except PermissionError as error:
+        raise JaxguardError(f"the checkpoint {path} cannot be opened: {error}") from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptError(f"its description is malformed: {type(error).__name__}: {_first_line(error)}") from error
+    if signature != _sha256(description):
+        raise CorruptError("its description changed on disk")
+    if description["step"] != int(path.name):
+        raise CorruptError(f"it is named {path.name} but was saved at step {description['step']}")
+    return description
+
+
+def _sha256(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _refuse_other_model(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another model: the user's mistake, not a corrupt file, so no other checkpoint is tried."""
+    differences = []
+    for key in dict.fromkeys([*saved, *here]):
+        if key not in saved or key not in here:
+            differences.append(f"{key} is only {'in this run' if key in here else 'in the checkpoint'}")
+        elif saved[key] != here[key]:
+            differences.append(f"{key} is {saved[key]!r} there and {here[key]!r} here")
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise JaxguardError(
+            f"{path} is a checkpoint of another model: {'; '.join(differences[:3])}{more}; choose another name for this run, or "
+            "the model that the folder was trained from"
+        )
+
+
+def describe(items: State) -> dict[str, dict[str, dict[str, Any]]]:
+    """Map item -> array -> its shape, type and checksum."""
+    leaves = [leaf for item in items.values() for leaf in jax.tree.leaves(item)]
+    meshes = {leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)}
+    everywhere = NamedSharding(meshes.pop(), PartitionSpec()) if len(meshes) == 1 else None
+    checksums = map(int, np.asarray(_checksums(everywhere)(leaves)))
+    return {
+        name: {
+            key: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": next(checksums)}
+            for key, leaf in _named_leaves(item)
+        }
+        for name, item in items.items()
+    }
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
+
+
+@lru_cache(maxsize=4)
+def _checksums(out: Sharding | None) -> Callable[[list[Array]], Array]:
+    return jax.jit(lambda leaves: jnp.stack([checksum(x) for x in leaves]), out_shardings=out)
+
+
+def checksum(x: Array) -> UInt32[Array, ""]:
+    """Compute a number that depends on every bit of `x` and on its position, but not on how `x` is sharded.
+
+    It is the sum modulo 2^32 of a mixture of each element's bits with its index. The mixture is a bijection of the bits (the
+    finalizer of MurmurHash3), so a change of any single element is always noticed, and any other with probability 1 - 2^-32.
+    """
+
+    def mix(h: Array) -> Array:
+        h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+        return h ^ (h >> 16)
+
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(mix(bits ^ mix(index + np.uint32(1))), dtype=jnp.uint32)

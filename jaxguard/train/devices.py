@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
 from rich.table import Table
 
 from jaxguard.models.sharding import mesh_axes
@@ -40,54 +39,37 @@ def training_flops(spec: Spec, positions: np.ndarray, targets: int) -> float:
     return 3.0 * (layers + attention + head)
 
 
-def startup_table(
-    weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct], shardings: Mapping[str, Sharding], rows: Sequence[Weight]
-) -> Table:
+def startup_table(weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct], rows: Sequence[Weight]) -> Table:
     """List every parameter with its shape, logical axes, mesh axes, and bytes per device.
 
     Args:
-        weights: path -> array, or its shape and type.
-        shardings: path -> sharding.
+        weights: path -> array, or its shape, type and sharding over a mesh.
         rows: the model's weight table.
     """
     table = Table(title="Parameters", title_justify="left", show_footer=True, pad_edge=False)
-    total = sum(math.prod(weights[row.path].shape) for row in rows)
-    held = {row.path: _bytes_per_device(weights[row.path], shardings[row.path]) for row in rows}
-    all_held = sum(held.values())
+    parameters = sum(math.prod(weights[row.path].shape) for row in rows)
+    per_device = {path: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for path, x in weights.items()}
+    total = sum(per_device.values())
     # Adam keeps two moments of the weights' type and sharding.
-    table.add_column("weight", f"{total:,} parameters\nwith Adam's two moments", no_wrap=True)
-    table.add_column("shape")
-    table.add_column("logical axes")
-    table.add_column("mesh axes")
-    table.add_column("type")
-    table.add_column("per device", f"{_size(all_held)}\n{_size(3 * all_held)}", justify="right", no_wrap=True)
+    table.add_column("weight", f"{parameters:,} parameters\nwith Adam's two moments", no_wrap=True)
+    for column in ("shape", "logical axes", "mesh axes", "type"):
+        table.add_column(column)
+    table.add_column("per device", f"{_size(total)}\n{_size(3 * total)}", justify="right", no_wrap=True)
     for row in rows:
-        weight, sharding = weights[row.path], shardings[row.path]
+        weight = weights[row.path]
+        axes = [*weight.sharding.spec, *[None] * (len(weight.shape) - len(weight.sharding.spec))]
         table.add_row(
             row.path,
             " x ".join(map(str, weight.shape)),
             " ".join(row.axes),
-            _cut(sharding, len(weight.shape)),
+            " ".join("+".join(mesh_axes(part)) or "-" for part in axes),
             str(weight.dtype),
-            _size(held[row.path]),
+            _size(per_device[row.path]),
         )
     return table
 
 
-def _bytes_per_device(weight: jax.Array | jax.ShapeDtypeStruct, sharding: Sharding) -> int:
-    return math.prod(sharding.shard_shape(tuple(weight.shape))) * weight.dtype.itemsize
-
-
-def _cut(sharding: Sharding, dimensions: int) -> str:
-    """The mesh axes that cut each dimension, - where none does."""
-    if not isinstance(sharding, NamedSharding):
-        return "whole"
-    spec = [*sharding.spec, *[None] * (dimensions - len(sharding.spec))]
-    return " ".join("+".join(mesh_axes(part)) or "-" for part in spec)
-
-
-def _size(held: int) -> str:
-    count = float(held)
+def _size(count: int | float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"

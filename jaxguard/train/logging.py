@@ -26,45 +26,53 @@ import jax
 from rich.console import Console
 
 from jaxguard.config import Config
-from jaxguard.train.run_folder import RunFolder
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.progress import Progress
 
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "examples_per_second": "{:.3g} examples/s",
+    "mfu": "MFU {:.1%}",
+}
+"""The numbers of a step that the progress display shows."""
 
 LogScalars = Callable[[int, Mapping[str, float]], None]
 """(step, name -> finite value) -> None."""
 
 
 class RunLog(ExitStack):
-    """The log of one run, a context manager: call `rewind` once, then `log`. Only process 0 writes."""
+    """The log of one run, a context manager. Only process 0 writes.
 
-    def __init__(self, run: RunFolder, config: Config, total_steps: int, console: Console | None = None) -> None:
+    Records of later steps than `step`, which the run will repeat, are removed from metrics.jsonl and hidden in TensorBoard.
+
+    Args:
+        folder: the run's.
+        config: the run's.
+        total_steps: steps in the run.
+        step: the step from which the run resumes; None when it starts.
+        console: where to show progress; default: standard output.
+
+    Raises:
+        JaxguardError: a line of metrics.jsonl is no record, or a tracker is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, config: Config, total_steps: int, step: int | None, console: Console | None = None
+    ) -> None:
         super().__init__()
+        self._metrics, self._total_steps = folder / "metrics.jsonl", total_steps
         self._writes = jax.process_index() == 0
-        self._run, self._config = run, config
-        self._total_steps, self._console = total_steps, console or Console()
-        self._outputs: list[LogScalars] | None = None
-
-    def rewind(self, step: int | None) -> "RunLog":
-        """Start to log after `step`, from which the run resumes; None when it starts.
-
-        Records of later steps, which the run will repeat, are removed from metrics.jsonl and hidden in TensorBoard.
-
-        Raises:
-            JaxguardError: a line of metrics.jsonl is no record, or a tracker is not installed.
-        """
         if self._writes:
-            rewind_metrics(self._run.metrics, step)
-            self._outputs = []
-            for log, close in _trackers(self._run, self._config, step):
+            rewind_metrics(self._metrics, step)
+            self._outputs: list[LogScalars] = []
+            for log, close in _trackers(folder, config, step):
                 self._outputs.append(log)
                 self.callback(close)
-            self._file = self.enter_context(self._run.metrics.open("a", encoding="utf-8"))
-            progress = Progress(self._config.name, self._total_steps, step or 0, self._console, unit=None)
-            self._progress = self.enter_context(progress)
-        return self
+            self._file = self.enter_context(self._metrics.open("a", encoding="utf-8"))
+            self._progress = self.enter_context(Progress(config.name, total_steps, step or 0, console, unit=None))
 
     def log(self, step: int, values: Mapping[str, Any], speed: Mapping[str, Any] | None = None) -> None:
         """Record `values` after `step` completed steps.
@@ -79,19 +87,17 @@ class RunLog(ExitStack):
         """
         if not self._writes:
             return
-        if self._outputs is None:
-            raise RuntimeError("call rewind before log")
-        numbers = {name: float(value) for name, value in values.items()}
-        speeds = {name: float(value) for name, value in (speed or {}).items()}
-        record: dict[str, Any] = {"step": int(step), **_to_json(numbers)}
-        if speeds:
-            record["speed"] = _to_json(speeds)
+        numbers, speeds = ({name: float(x) for name, x in group.items()} for group in (values, speed or {}))
+        written, written_speed = (
+            {name: x if math.isfinite(x) else json.dumps(x) for name, x in group.items()} for group in (numbers, speeds)
+        )
+        record = {"step": int(step), **written, **({"speed": written_speed} if speeds else {})}
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise JaxguardError(
-                f"cannot write {self._run.metrics}: {error.strerror}; free some space and run the command again"
+                f"cannot write {self._metrics}: {error.strerror}; free some space and run the command again"
             ) from None
         scalars = numbers | {f"speed/{name}": value for name, value in speeds.items()}
         for output in self._outputs:
@@ -101,27 +107,16 @@ class RunLog(ExitStack):
             text = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in validation.items())
             self.print(f"step {step}/{self._total_steps}  validation: {text}")
         if len(validation) < len(numbers):
-            self._progress.update(step, _summarize(numbers | speeds))
+            shown = numbers | speeds
+            self._progress.update(step, "  ".join(SHOWN[name].format(shown[name]) for name in SHOWN if name in shown))
 
     def print(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self._writes:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._progress.say(text)
 
 
-def _summarize(numbers: Mapping[str, float]) -> str:
-    """Format the numbers of a step that the progress display shows."""
-    formats = {
-        "loss": "loss {:.4f}",
-        "learning_rate": "lr {:.2e}",
-        "tokens_per_second": "{:,.0f} tokens/s",
-        "examples_per_second": "{:.3g} examples/s",
-        "mfu": "MFU {:.1%}",
-    }
-    return "  ".join(text.format(numbers[name]) for name, text in formats.items() if name in numbers)
-
-
-def _trackers(run: RunFolder, config: Config, step: int | None) -> Iterator[tuple[LogScalars, Callable[[], Any]]]:
+def _trackers(folder: Path, config: Config, step: int | None) -> Iterator[tuple[LogScalars, Callable[[], Any]]]:
     """Start the trackers of config.log; each is imported only here. Yields what logs scalars, and what closes it."""
     settings = config.model_dump(mode="json")
     if config.log.tensorboard:
@@ -130,7 +125,7 @@ def _trackers(run: RunFolder, config: Config, step: int | None) -> Iterator[tupl
         first = 0 if step is None else step + 1
         suffix = f".{first}.{os.getpid()}"
         writer = _import("tensorboard", "tensorboardX").SummaryWriter(
-            str(run.tensorboard), purge_step=first, flush_secs=10, filename_suffix=suffix
+            str(folder / "tensorboard"), purge_step=first, flush_secs=10, filename_suffix=suffix
         )
 
         def log(step: int, values: Mapping[str, float]) -> None:
@@ -144,7 +139,7 @@ def _trackers(run: RunFolder, config: Config, step: int | None) -> Iterator[tupl
         )
         yield lambda step, values: trackio.log(dict(values), step=step), trackio.finish
     if config.log.wandb:
-        id_file = run.path / "wandb_id.txt"
+        id_file = folder / "wandb_id.txt"
         if not id_file.is_file():
             write_atomically(id_file, uuid.uuid4().hex[:12])
         wandb = _import("wandb", "wandb").init(
@@ -153,7 +148,7 @@ def _trackers(run: RunFolder, config: Config, step: int | None) -> Iterator[tupl
             id=id_file.read_text(encoding="utf-8").strip(),
             resume="allow",
             config=settings,
-            dir=str(run.path),
+            dir=str(folder),
         )
         # wandb's own step only increases, and would drop what a resumed run repeats; so the step is a value like the others.
         wandb.define_metric("*", step_metric="step")
@@ -177,13 +172,9 @@ def rewind_metrics(path: Path, step: int | None) -> None:
     Raises:
         JaxguardError: another line is no record.
     """
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    records = () if step is None else _records(path, lines)
-    remaining = [line for line, record in zip(lines, records, strict=False) if record["step"] <= (step or 0)]
-    if remaining != lines:
-        write_atomically(path, "".join(remaining))
+    if path.is_file():
+        records = [] if step is None else list(_records(path))
+        write_atomically(path, "".join(line for line, record in records if record["step"] <= (step or 0)))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -192,15 +183,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         JaxguardError: another line is no record.
     """
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (line, its record) of every complete line."""
+
+    def floats(numbers: dict[str, Any]) -> dict[str, Any]:
+        return {name: float(x) if isinstance(x, str) else x for name, x in numbers.items()}
+
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [_from_json(record) for record in _records(path, lines)]
-
-
-def _records(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
-    complete = lines[:-1] if lines and not lines[-1].endswith("\n") else lines
-    for number, line in enumerate(complete, start=1):
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            return
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_hook=floats)
             valid = isinstance(record["step"], int)
         except (ValueError, KeyError, TypeError):
             valid = False
@@ -208,18 +205,4 @@ def _records(path: Path, lines: list[str]) -> Iterator[dict[str, Any]]:
             raise JaxguardError(
                 f"{path}, line {number} is not a record of a step: {line.strip()[:80]!r}; correct or delete that line"
             )
-        yield record
-
-
-def _to_json(numbers: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        k: v if math.isfinite(v) else "NaN" if math.isnan(v) else "Infinity" if v > 0 else "-Infinity"
-        for k, v in numbers.items()
-    }
-
-
-def _from_json(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: _from_json(v) if isinstance(v, dict) else _NON_FINITE.get(v, v) if isinstance(v, str) else v
-        for k, v in record.items()
-    }
+        yield line, record

@@ -30,7 +30,7 @@ from jaxguard.train.devices import startup_table, training_flops
 from jaxguard.train.export import export
 from jaxguard.train.hosts import start_hosts
 from jaxguard.train.logging import RunLog, read_metrics
-from jaxguard.train.run_folder import Resume, RunFolder, open_run
+from jaxguard.train.run_folder import Resume, open_run
 from jaxguard.train.signals import StopFlag, graceful_stop
 from jaxguard.train.step import Metrics, Program, State, build_program
 from jaxguard.train.validation import Validation
@@ -80,18 +80,19 @@ class TrainedRun:
 
 @dataclass
 class Run:
-    """Everything that the loop needs, opened."""
+    """Everything that the loop needs, opened; `restored` is (step, state) of the checkpoint from which it resumes."""
 
     config: Config
     source: Path
-    folder: RunFolder
+    folder: Path
     data: Prepared
     program: Program
     schedule: Schedule
     validation: Validation
     checkpoints: Checkpoints
-    log: RunLog
     stop: StopFlag
+    restored: tuple[int, State] | None
+    log: RunLog
 
 
 def train(config: Config, resume: Resume = "auto") -> TrainedRun:
@@ -102,24 +103,21 @@ def train(config: Config, resume: Resume = "auto") -> TrainedRun:
     """
     start_hosts(config.mesh)
     with open_everything(config, resume) as run:
-        step, state = train_until_stopped(run, *resume_or_start(run))
-        before, after = before_and_after(run.folder.metrics) if jax.process_index() == 0 else ({}, {})
+        step, state = train_until_stopped(run, *start_state(run))
+        first, folder = jax.process_index() == 0, run.folder
+        before, after = before_and_after(folder / "metrics.jsonl") if first else ({}, {})
         result = TrainedRun(config, step, run.schedule.steps, None, config.folder, before, after)
         if step < run.schedule.steps:
             return replace(result, stopped_by=run.stop.signal_name or "signal")
         if config.train.export:
-            done = export(
-                state["weights"],
-                run.folder.export,
-                source=run.source,
-                config=config,
-                data=run.data,
-                metrics={"before": before, "after": after},
+            metrics = {"before": before, "after": after}
+            report = export(
+                state["weights"], folder / "export", source=run.source, config=config, data=run.data, metrics=metrics
             )
-            changed = None if done is None else done.changed_fraction
-            result = replace(result, export=run.folder.export, changed_fraction=changed)
-        if jax.process_index() == 0 and draw_curves(run.folder.metrics, run.folder.curves, config.name):
-            result = replace(result, curves=run.folder.curves)
+            changed = None if report is None else report.changed_fraction
+            result = replace(result, export=folder / "export", changed_fraction=changed)
+        if first and draw_curves(folder / "metrics.jsonl", folder / "curves.png", config.name):
+            result = replace(result, curves=folder / "curves.png")
         return result
 
 
@@ -134,7 +132,7 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         mesh = make_mesh(config.mesh)
         multiple = row_multiple(config, mesh)
         data = prepare(config, source)
-        _check_manifest(folder, data.manifest)
+        check_manifest(folder / "data.json", data.manifest)
         common = {
             "batch_size": config.train.batch_size,
             "max_seq_len": config.data.max_seq_len,
@@ -143,7 +141,11 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         steps = total_steps(len(data.train), config.train.batch_size, config.train.epochs, config.train.max_steps)
         stack.enter_context(jax.set_mesh(mesh))
         program = build_program(config, spec, mesh, steps)
-        print_startup(config, program)
+        if jax.process_index() == 0:
+            print_startup(config, program)
+        checkpoints = stack.enter_context(open_checkpoints(folder / "checkpoints", config.checkpoint, spec.fingerprint))
+        stop = stack.enter_context(graceful_stop())
+        restored = checkpoints.restore(program.state)
         yield Run(
             config=config,
             source=source,
@@ -152,30 +154,41 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
             program=program,
             schedule=Schedule(data.train, steps=steps, seed=config.seed, **common),
             validation=Validation(data.validation, **common),
-            checkpoints=stack.enter_context(open_checkpoints(folder.checkpoints, config.checkpoint, spec.fingerprint)),
-            log=stack.enter_context(RunLog(folder, config, steps)),
-            stop=stack.enter_context(graceful_stop()),
+            checkpoints=checkpoints,
+            stop=stop,
+            restored=restored,
+            log=stack.enter_context(RunLog(folder, config, steps, None if restored is None else restored[0])),
+        )
+
+
+def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write the data manifest of a new run; refuse to resume one with other data."""
+    if not path.is_file():
+        if jax.process_index() == 0:
+            write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False))
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before["train"]["tokens_sha256"] != manifest["train"]["tokens_sha256"]:
+        raise ProvenanceError(
+            f"{path.parent} was trained on other data: {path} does not match the config's sources. Restore "
+            "the data, or start a new run under another name"
         )
 
 
 def print_startup(config: Config, program: Program) -> None:
     """Print the resolved config and the table of parameters."""
-    if jax.process_index() != 0:
-        return
-    console, weights = Console(), program.state["weights"]
+    console = Console()
     console.print(dump(config, "train"), markup=False)
-    console.print(startup_table(weights, {k: x.sharding for k, x in weights.items()}, table(program.spec)))
+    console.print(startup_table(program.state["weights"], table(program.spec)))
     mesh = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     console.print(f"mesh: {mesh} of {jax.devices()[0].device_kind}; attention: {program.compute.attention}")
 
 
-def resume_or_start(run: Run) -> tuple[int, State]:
+def start_state(run: Run) -> tuple[int, State]:
     """Return completed steps and state, from the newest valid checkpoint or from the base weights."""
-    restored = run.checkpoints.restore(run.program.state)
-    run.log.rewind(None if restored is None else restored[0])
-    if restored is not None:
-        run.log.print(f"resuming from the checkpoint of step {restored[0]} of {run.schedule.steps}")
-        return restored
+    if run.restored is not None:
+        run.log.print(f"resuming from the checkpoint of step {run.restored[0]} of {run.schedule.steps}")
+        return run.restored
     shardings = {path: x.sharding for path, x in run.program.state["weights"].items()}
     state = run.program.initialize(read_weights(run.source, run.program.spec, shardings))
     validate(run, 0, state)
@@ -185,89 +198,68 @@ def resume_or_start(run: Run) -> tuple[int, State]:
 def train_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
     """Train to the end of the schedule, or to the end of the step during which the run was asked to stop.
 
-    The metrics of a step are fetched while the next one runs, except where validation or a checkpoint needs them first.
+    The metrics of a step are fetched while the next one runs, except where validation or a checkpoint needs them first: so the
+    device never waits for the log.
     """
     steps, sharding = run.schedule.steps, batch_sharding(run.program.mesh)
-    log = StepLog(run)
+    pending: tuple[int, Batch, Metrics] | None = None
+    clock = time.perf_counter()
     for batch in run.schedule.read(step, run.config.data.prefetch):
         sharded = shard_batch(batch, sharding)
         with profiled(run, step), jax.transfer_guard("disallow"):
             state, metrics = run.program.train_step(state, sharded)
+        if pending is not None:
+            clock = log_step(run, *pending, clock)
         step += 1
-        log.add(step, batch, metrics)
+        pending = step, batch, metrics
         stopped = run.stop.should_stop(step)
         evaluate = step == steps or _due(step, run.config.train.evaluate_every)
         save = stopped or step == steps or _due(step, run.config.checkpoint.every)
         if evaluate or save:
-            log.flush()
+            log_step(run, *pending, clock)
+            pending = None
             loss = validate(run, step, state) if evaluate else None
             if save:
                 run.checkpoints.save(step, state, loss)
-            log.restart_clock()
+            clock = time.perf_counter()  # the next step's time begins here
         if stopped:
             break
     run.checkpoints.wait()
     return step, state
 
 
-@dataclass
-class StepLog:
-    """Logs each step after the next one was dispatched, so that the device never waits for the log."""
-
-    run: Run
-    pending: tuple[int, Batch, Metrics] | None = None
-    clock: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Exclude the time until now from the next step's."""
-        self.clock = time.perf_counter()
-
-    def add(self, step: int, batch: Batch, metrics: Metrics) -> None:
-        """Add a step that has just been dispatched, and log the one before."""
-        self.flush()
-        self.pending = (step, batch, metrics)
-
-    def flush(self) -> None:
-        """Wait for the last step and log it.
-
-        Raises:
-            JaxguardError: its loss or gradient is not finite.
-        """
-        if self.pending is None:
-            return
-        step, batch, metrics = self.pending
-        self.pending = None
-        values = {name: float(x) for name, x in jax.device_get(metrics)._asdict().items()}
-        seconds = time.perf_counter() - self.clock
-        self.restart_clock()
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-            raise JaxguardError(_not_finite(self.run, step, values))
-        self.run.log.log(step, values, _speed(self.run.program, self.run.config.train.batch_size, batch, seconds))
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
-def _not_finite(run: Run, step: int, values: dict[str, float]) -> str:
-    ids = [run.data.train[i].example_id for i in run.schedule.examples(step - 1)]
-    return (
-        f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; the run stops before it saves them. "
-        f"Its examples: {', '.join(ids)}. Lower optimizer.learning_rate or look at these examples; the last checkpoint "
-        "is good"
-    )
+def log_step(run: Run, step: int, batch: Batch, metrics: Metrics, since: float) -> float:
+    """Wait for a step and log it, with the seconds since the time `since`; return the time when it was done.
 
-
-def _speed(program: Program, examples: int, batch: Batch, seconds: float) -> dict[str, float]:
-    positions = batch.valid_positions
-    flops = training_flops(program.spec, positions, int(batch.target_weights_BM.sum()))
-    peak = peak_flops(program.mesh.devices.flat[0].device_kind)
+    Raises:
+        JaxguardError: its loss or gradient is not finite.
+    """
+    values = {name: float(x) for name, x in jax.device_get(metrics)._asdict().items()}
+    now = time.perf_counter()
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+        ids = [run.data.train[i].example_id for i in run.schedule.examples(step - 1)]
+        raise JaxguardError(
+            f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; the run stops before it saves them. "
+            f"Its examples: {', '.join(ids)}. Lower optimizer.learning_rate or look at these examples; the last checkpoint "
+            "is good"
+        )
+    mesh, positions, seconds = run.program.mesh, batch.valid_positions, now - since
     speed = {
         "seconds": seconds,
         "tokens_per_second": len(positions) / seconds,
-        "examples_per_second": examples / seconds,
+        "examples_per_second": run.config.train.batch_size / seconds,
         "padding": 1 - len(positions) / batch.tokens_BT.size,
     }
-    return speed if peak is None else speed | {"mfu": flops / seconds / (peak * program.mesh.size)}
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    if peak is not None:
+        flops = training_flops(run.program.spec, positions, int(batch.target_weights_BM.sum()))
+        speed["mfu"] = flops / seconds / (peak * mesh.size)
+    run.log.log(step, values, speed)
+    return now
 
 
 def validate(run: Run, step: int, state: State) -> float | None:
@@ -277,7 +269,7 @@ def validate(run: Run, step: int, state: State) -> float | None:
     metrics, predictions = run.validation.run(run.program, state["weights"])
     if jax.process_index() == 0:
         lines = [json.dumps(asdict(prediction)) + "\n" for prediction in predictions]
-        write_atomically(run.folder.validation_predictions / f"{step}.jsonl", "".join(lines))
+        write_atomically(run.folder / f"validation_predictions/{step}.jsonl", "".join(lines))
     run.log.log(step, metrics)
     return metrics["validation/loss"]
 
@@ -297,26 +289,7 @@ def profiled(run: Run, step: int) -> Iterator[None]:
     """Trace a few steps from log.profile_step on."""
     first = run.config.log.profile_step
     if first is not None and step == first:
-        jax.profiler.start_trace(str(run.folder.profile))
+        jax.profiler.start_trace(str(run.folder / "profile"))
     yield
     if first is not None and step == min(first + PROFILED_STEPS, run.schedule.steps) - 1:
         jax.profiler.stop_trace()
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _check_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
-    """Write the data manifest of a new run; refuse to resume one with other data."""
-    path = folder.path / "data.json"
-    if folder.resumed and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before["train"]["tokens_sha256"] != manifest["train"]["tokens_sha256"]:
-            raise ProvenanceError(
-                f"{folder.path} was trained on other data: {path} does not match the config's sources. Restore "
-                "the data, or start a new run under another name"
-            )
-        return
-    if jax.process_index() == 0:
-        write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False))

@@ -5,9 +5,11 @@ their values, so that no label leaks into a later answer. In reasoning mode the 
 result measures how the model concludes from a good trace, an upper bound for its own traces.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array
@@ -16,7 +18,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, Mode
-from jaxguard.data.packing import Batch, assemble, bucketed, pack
+from jaxguard.data.packing import assemble, bucketed, pack
 from jaxguard.data.policies import Question
 from jaxguard.models.mesh import batch_sharding, shard_batch
 from jaxguard.train.step import Program
@@ -42,13 +44,12 @@ class ValidationPrediction:
     probability: float
 
 
-@dataclass(frozen=True)
-class Score:
-    """Sum of the negative log-likelihoods of an example's targets, and P(positive answer) at each of its probes."""
+class Score(NamedTuple):
+    """Sum of the negative log-likelihoods of an example's targets, their number, and P(positive answer) at each of its probes."""
 
     loss: float
     targets: int
-    probabilities: tuple[float, ...]
+    probabilities: list[float]
 
 
 HeldOut = tuple[Example, Mode, tuple[EncodedExample, ...]]
@@ -70,60 +71,46 @@ class Validation:
 
     def run(self, program: Program, weights: dict[str, Array]) -> tuple[dict[str, float], list[ValidationPrediction]]:
         """Compute the metrics by name, and the prediction for every question of every example."""
-        scores = dict(self._score(program, weights))
-        losses: dict[Mode, list[Score]] = defaultdict(list)
+        scores = self._scores(program, weights)
+        labelled: dict[Mode, list[Score]] = defaultdict(list)
         predictions: list[ValidationPrediction] = []
         for example, mode, branches in self.held_out:
-            of_branches = [scores[id(branch)] for branch in branches]
-            losses[mode].append(of_branches[0])
-            predictions += _predict(example, mode, branches, of_branches)
-        metrics = {"validation/loss": _mean_loss([score for group in losses.values() for score in group])}
-        for mode, group in losses.items():
+            labelled[mode].append(scores[id(branches[0])])
+            predictions += _predict(example, mode, branches, [scores[id(branch)] for branch in branches])
+        metrics = {"validation/loss": _mean_loss(list(itertools.chain(*labelled.values())))}
+        for mode, group in labelled.items():
             metrics[f"validation/{mode}/loss"] = _mean_loss(group)
             of_mode = summary([prediction for prediction in predictions if prediction.mode == mode])
             metrics |= {f"validation/{mode}/{name}": value for name, value in of_mode.items()}
         return metrics, predictions
 
-    def _score(self, program: Program, weights: dict[str, Array]) -> Iterator[tuple[int, Score]]:
-        """Yield (id of the branch, its score)."""
+    def _scores(self, program: Program, weights: dict[str, Array]) -> dict[int, Score]:
+        """Score every branch, by its id()."""
+        scores = {}
         branches = [branch for _, _, branches in self.held_out for branch in branches]
         for start in range(0, len(branches), self.batch_size):
             rows = pack(branches[start : start + self.batch_size], self.max_seq_len, self.row_multiple)
             batch = assemble(rows, bucketed(rows, self.max_seq_len, self.row_multiple))
-            ids_BMQ = np.stack([batch.target_ids_BM, *_answer_ids(rows, batch)], axis=-1)
+            # The targets, and at each probe's target the positive and the negative answer.
+            ids_BMQ = np.stack([batch.target_ids_BM, *np.zeros((2, *batch.target_ids_BM.shape), np.int32)], axis=-1)
+            located = []
+            for row, examples in enumerate(rows):
+                first = 0
+                for example in examples:
+                    probes = [first + int(example.loss_mask[: probe.position].sum()) for probe in example.probes]
+                    for probe, target in zip(example.probes, probes, strict=True):
+                        ids_BMQ[row, target, 1:] = probe.positive_id, probe.negative_id
+                    stop = first + int(example.loss_mask.sum())
+                    located.append((example, row, slice(first, stop), probes))
+                    first = stop
             sharded = shard_batch((batch, ids_BMQ), batch_sharding(program.mesh))
-            yield from _unpack(rows, np.asarray(program.score(weights, *sharded)))
-
-
-def _answer_ids(rows: Sequence[Sequence[EncodedExample]], batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [B, M] of the positive and of the negative answer at each probe's target, 0 elsewhere."""
-    positive, negative = np.zeros_like(batch.target_ids_BM), np.zeros_like(batch.target_ids_BM)
-    for row, example, first in _targets(rows):
-        for probe, target in zip(example.probes, _probe_targets(example), strict=True):
-            positive[row, first + target], negative[row, first + target] = probe.positive_id, probe.negative_id
-    return positive, negative
-
-
-def _targets(rows: Sequence[Sequence[EncodedExample]]) -> Iterator[tuple[int, EncodedExample, int]]:
-    """Yield (row, example, index of its first target among the row's targets)."""
-    for row, examples in enumerate(rows):
-        first = 0
-        for example in examples:
-            yield row, example, first
-            first += int(example.loss_mask.sum())
-
-
-def _probe_targets(example: EncodedExample) -> list[int]:
-    """Index of each probe among the example's targets."""
-    return [int(example.loss_mask[: probe.position].sum()) for probe in example.probes]
-
-
-def _unpack(rows: Sequence[Sequence[EncodedExample]], logprobs_BMQ: np.ndarray) -> Iterator[tuple[int, Score]]:
-    for row, example, first in _targets(rows):
-        count = int(example.loss_mask.sum())
-        target, positive, negative = logprobs_BMQ[row, first : first + count].astype(np.float64).T
-        probabilities = [float(1 / (1 + np.exp(negative[m] - positive[m]))) for m in _probe_targets(example)]
-        yield id(example), Score(float(-target.sum()), count, tuple(probabilities))
+            logprobs_BMQ = np.asarray(program.score(weights, *sharded)).astype(np.float64)
+            for example, row, targets, probes in located:
+                loss = float(-logprobs_BMQ[row, targets, 0].sum())
+                positive, negative = logprobs_BMQ[row, probes, 1:].T
+                probabilities = (1 / (1 + np.exp(negative - positive))).tolist()
+                scores[id(example)] = Score(loss, targets.stop - targets.start, probabilities)
+        return scores
 
 
 def _predict(

@@ -17,9 +17,8 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxguard.config import Config, load
-from jaxguard.train.curves import collect, draw_curves
+from jaxguard.train.curves import draw_curves
 from jaxguard.train.logging import RunLog, read_metrics, rewind_metrics
-from jaxguard.train.run_folder import RunFolder
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -42,14 +41,12 @@ def shown(console: Console) -> str:
     return console.file.getvalue()
 
 
-def open_log(folder: Path, total: int = 10, **settings: Any) -> RunLog:
-    run = RunFolder(folder, resumed=False)
-    return RunLog(run, config_with(**settings), total, plain_console())
+def open_log(folder: Path, step: int | None = None, total: int = 10, **settings: Any) -> RunLog:
+    return RunLog(folder, config_with(**settings), total, step, plain_console())
 
 
 def train(folder: Path, start: int | None, until: int, total: int = 10) -> None:
-    with open_log(folder, total) as log:
-        log.rewind(start)
+    with open_log(folder, start, total) as log:
         if start is None:
             log.log(0, {"validation/direct/loss": 2.0})
         for step in range((start or 0) + 1, until + 1):
@@ -100,7 +97,6 @@ def test_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def test_floats_are_read_back_exactly(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
     folder = tmp_path_factory.mktemp("run")
     with open_log(folder) as log:
-        log.rewind(None)
         log.log(1, {str(n): np.float64(v) for n, v in enumerate(values)})
     text = (folder / "metrics.jsonl").read_text()
     json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
@@ -112,17 +108,13 @@ def test_floats_are_read_back_exactly(tmp_path_factory: pytest.TempPathFactory, 
 
 def test_lines_are_flushed(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
-        log.rewind(None)
         log.log(1, {"loss": 1.5}, {"mfu": 0.25})
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.5, "speed": {"mfu": 0.25}}\n'
 
 
-def test_only_process_0_writes_after_rewind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="rewind"):
-        open_log(tmp_path).log(1, {"loss": 1.0})
+def test_only_process_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jax.process_index", lambda: 1)
     with open_log(tmp_path, tensorboard=True) as log:
-        log.rewind(None)
         log.log(1, {"loss": 1.0})
         log.print("nothing")
     assert list(tmp_path.iterdir()) == []
@@ -130,8 +122,7 @@ def test_only_process_0_writes_after_rewind(tmp_path: Path, monkeypatch: pytest.
 
 def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
     for start, until in ((None, 3), (2, 4)):
-        with open_log(tmp_path, tensorboard=True) as log:
-            log.rewind(start)
+        with open_log(tmp_path, start, tensorboard=True) as log:
             for step in range((start or 0) + 1, until + 1):
                 log.log(step, {"loss": float(step)}, {"mfu": 0.5})
     events = []
@@ -169,8 +160,7 @@ def test_trackers_follow_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     fake("wandb"), fake("trackio")
     for start in (None, 1):
-        with open_log(tmp_path, wandb=True, trackio=True, project="guards") as log:
-            log.rewind(start)
+        with open_log(tmp_path, start, wandb=True, trackio=True, project="guards") as log:
             log.log(2, {"loss": 1.5, "bad": math.nan})
     inits = [kwargs for name, kwargs in calls if name == "wandb.init"]
     assert inits[0]["id"] == inits[1]["id"]
@@ -186,13 +176,12 @@ def test_trackers_follow_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_missing_tracker_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(JaxguardError, match=rf"pip install 'jaxguard\[{name}\]', or set log.{name}=false"):
-        open_log(tmp_path, **{name: True}).rewind(None)
+        open_log(tmp_path, **{name: True})
 
 
 def test_steps_and_validations_are_printed(tmp_path: Path) -> None:
     console = plain_console()
-    with RunLog(RunFolder(tmp_path, resumed=False), config_with(), 2, console) as log:
-        log.rewind(None)
+    with RunLog(tmp_path, config_with(), 2, None, console) as log:
         speed = {"seconds": 1.0, "tokens_per_second": 12345.6, "examples_per_second": 32.1, "mfu": 0.4123}
         log.log(2, {"loss": 0.5, "learning_rate": 1e-6}, speed)
         log.log(2, {"validation/direct/loss": 0.25})
@@ -214,8 +203,8 @@ def test_curves_are_drawn_from_the_record(tmp_path: Path) -> None:
 
 
 def test_curves_leave_out_what_is_not_finite(tmp_path: Path) -> None:
-    assert collect([{"step": 1, "loss": math.nan}, {"step": 2, "loss": 0.5, "speed": {"mfu": 1.0}}]) == {
-        "loss": ([2], [0.5])
-    }
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "NaN"}\n')
-    assert not draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": "NaN"}\n{"step": 2, "loss": "-Infinity"}\n')
+    assert not draw_curves(path, tmp_path / "curves.png")
+    path.write_text(path.read_text() + '{"step": 3, "loss": 0.5, "speed": {"mfu": 1.0}}\n')
+    assert draw_curves(path, tmp_path / "curves.png")

@@ -35,8 +35,8 @@ abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, shardin
 data = {"train": [{"kind": "jsonl", "path": "a.jsonl"}]}
 config = load({"name": "two", "run_folder": folder, "model": {"checkpoint": "x"}, "data": data})
 with (
-    open_run(config) as run,
-    open_checkpoints(run.checkpoints, CheckpointConfig(), "two") as checkpoints,
+    open_run(config) as run_folder,
+    open_checkpoints(run_folder / "checkpoints", CheckpointConfig(), "two") as checkpoints,
     graceful_stop() as flag,
 ):
     found = checkpoints.restore(abstract)

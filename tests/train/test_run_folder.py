@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxguard.config import Config, load
-from jaxguard.train.run_folder import FREE, ROUNDING, open_run
+from jaxguard.train.run_folder import FREE, ROUNDING, Resume, open_run
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.provenance import differences
 
@@ -27,15 +27,19 @@ def config_in(folder: Path, **sections: dict[str, Any]) -> Config:
     return load(tree)
 
 
+def start(config: Config, resume: Resume = "auto") -> Path:
+    """Open a run's folder, and leave it."""
+    with open_run(config, resume) as folder:
+        return folder
+
+
 def test_new_run_explains_itself(tmp_path: Path) -> None:
     config = config_in(tmp_path)
-    with open_run(config) as run:
-        assert not run.resumed
-        assert run.path == tmp_path / "tiny"
-        folders = (run.checkpoints, run.export, run.tensorboard, run.profile)
-        assert all(folder.is_dir() and folder.parent == run.path for folder in folders)
-    assert load(str(run.path / "config.yaml")) == config
-    versions = json.loads((run.path / "versions.json").read_text())
+    with open_run(config) as folder:
+        assert folder == tmp_path / "tiny"
+        assert all((folder / name).is_dir() for name in ("checkpoints", "export", "tensorboard", "profile"))
+    assert load(str(folder / "config.yaml")) == config
+    versions = json.loads((folder / "versions.json").read_text())
     assert versions["devices"] == ["cpu"]
     assert versions["device_count"] == 8
     assert {"jax", "flax", "orbax-checkpoint", "python", "jaxguard", "commit"} <= set(versions)
@@ -44,32 +48,30 @@ def test_new_run_explains_itself(tmp_path: Path) -> None:
 
 def test_auto_goes_on_and_never_refuses(tmp_path: Path) -> None:
     config = config_in(tmp_path)
-    open_run(config, "never").close()
-    with open_run(config, "auto") as run:
-        assert run.resumed
-    with pytest.raises(JaxguardError, match="already holds a run"):
-        open_run(config, "never")
-    open_run(config, "auto").close()  # the refusal let go of the lock
+    start(config, "never")
+    start(config, "auto")
+    with pytest.raises(JaxguardError, match="--resume is never"):
+        start(config, "never")
+    start(config, "auto")  # the refusal let go of the lock
 
 
 def test_always_needs_a_checkpoint(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     with pytest.raises(JaxguardError, match="--resume"):
-        open_run(config, "always")
-    with open_run(config) as run:
-        (run.checkpoints / "10.orbax-checkpoint-tmp").mkdir()
+        start(config, "always")
+    folder = start(config)
+    (folder / "checkpoints/10.orbax-checkpoint-tmp").mkdir()
     with pytest.raises(JaxguardError, match="--resume"):
-        open_run(config, "always")
-    (run.checkpoints / "10").mkdir()
-    with open_run(config, "always") as run:
-        assert run.resumed
+        start(config, "always")
+    (folder / "checkpoints/10").mkdir()
+    start(config, "always")
 
 
 def test_another_run_is_refused_by_field(tmp_path: Path) -> None:
-    open_run(config_in(tmp_path)).close()
+    start(config_in(tmp_path))
     other = config_in(tmp_path, optimizer={"learning_rate": 2e-6}, data={"subset": 500}, log={"tensorboard": False})
     with pytest.raises(JaxguardError) as caught:
-        open_run(other)
+        start(other)
     message = str(caught.value)
     assert "optimizer.learning_rate: 1e-06 there, 2e-06 now" in message
     assert "data.subset: None there, 500 now" in message
@@ -81,7 +83,7 @@ def test_another_run_is_refused_by_field(tmp_path: Path) -> None:
 def test_fields_without_effect_may_change_and_rounding_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    open_run(config_in(tmp_path)).close()
+    start(config_in(tmp_path))
     harmless = config_in(
         tmp_path,
         checkpoint={"every": 7},
@@ -90,11 +92,11 @@ def test_fields_without_effect_may_change_and_rounding_is_told(
         distill={"teacher": {"model": "teacher"}},
     )
     with caplog.at_level(logging.WARNING, "jaxguard"):
-        open_run(harmless).close()
+        start(harmless)
     assert caplog.text == ""
     rounded = config_in(tmp_path, mesh={"fsdp": 4}, train={"accumulation": 2})
     with caplog.at_level(logging.WARNING, "jaxguard"):
-        open_run(rounded).close()
+        start(rounded)
     assert "train.accumulation, mesh.fsdp" in caplog.text
     assert load(str(tmp_path / "tiny" / "config.yaml")) == rounded
 
@@ -102,7 +104,7 @@ def test_fields_without_effect_may_change_and_rounding_is_told(
 def test_processes_may_meet_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for coordinator in ("first:1234", "second:1234"):
         hosts = {"hosts": "explicit", "coordinator": coordinator, "processes": 2, "process": 0}
-        open_run(config_in(tmp_path, mesh=hosts)).close()
+        start(config_in(tmp_path, mesh=hosts))
     assert caplog.text == ""
 
 
@@ -127,9 +129,9 @@ sys.path.insert(0, {here!r})
 from pathlib import Path
 from test_run_folder import config_in
 from jaxguard.train.run_folder import open_run
-run = open_run(config_in(Path(sys.argv[1])))
-print("held", flush=True)
-sys.stdin.read()
+with open_run(config_in(Path(sys.argv[1]))):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -140,21 +142,20 @@ def test_second_process_is_refused_until_the_first_dies(tmp_path: Path) -> None:
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(JaxguardError, match=f"in use by another process \\(process {holder.pid} on "):
-        open_run(config)
+        start(config)
     holder.kill()
     holder.communicate()
-    open_run(config).close()
+    start(config)
 
 
 def test_changed_versions_are_told_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = config_in(tmp_path)
-    with open_run(config) as run:
-        path = run.path / "versions.json"
+    path = start(config) / "versions.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "jax": "0.0.1"}))
     with caplog.at_level(logging.WARNING, "jaxguard"):
-        open_run(config).close()
+        start(config)
     assert "jax 0.0.1 -> " in caplog.text
-    open_run(config).close()
+    start(config)
     found = json.loads(path.read_text())
     assert [before["jax"] for before in found["before"]] == ["0.0.1"]
     assert found["jax"] != "0.0.1"
@@ -163,12 +164,12 @@ def test_changed_versions_are_told_and_kept(tmp_path: Path, caplog: pytest.LogCa
 def test_folder_that_cannot_be_one(tmp_path: Path) -> None:
     (tmp_path / "tiny").write_text("a file")
     with pytest.raises(JaxguardError, match="is not a folder"):
-        open_run(config_in(tmp_path))
+        start(config_in(tmp_path))
 
 
 def test_unreadable_config_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.yaml").write_text("model: {nonsense: 1}")
     with pytest.raises(JaxguardError, match=r"model\.nonsense"):
-        open_run(config_in(tmp_path))
+        start(config_in(tmp_path))
     assert (tmp_path / "tiny" / "config.yaml").read_text() == "model: {nonsense: 1}"
