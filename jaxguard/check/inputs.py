@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from jaxguard.data.cells import text
 from jaxguard.data.examples import Example
-from jaxguard.data.files import SUFFIXES, Row, read_local
+from jaxguard.data.files import SUFFIXES, Row, read_local, text
 from jaxguard.utils.errors import JaxguardError
 
 STDIN: Final = "-"

@@ -1,4 +1,4 @@
-"""Read the rows of a data set: from the hub with `datasets`, from local files directly.
+"""Read the rows of a data set, from the hub with `datasets` and from local files directly, and the cells of a row.
 
 `datasets` guesses column types, which turns prompts that look like dates into timestamps and the prompt `NA` into null, and its
 errors do not name the line; hence local files are read here.
@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,10 @@ class Table:
     origin: dict[str, Any]
 
 
+class Skip(Exception):  # noqa: N818 (not an error)
+    """Skips a row; the text is the reason under which it is counted."""
+
+
 def read_local(path: Path, stems: Iterable[str]) -> Table:
     """Read a file, or the files of a folder named after one of `stems` (STEM.*, STEM-00000-of-00003.*, STEM/*).
 
@@ -60,10 +64,15 @@ def read_hub(repository: str, config: str | None, split: str, file: str | None) 
     Raises:
         JaxguardError: no such data set or split, terms not accepted, hub unreachable.
     """
+    page, login = f"https://huggingface.co/datasets/{repository}", "run `hf auth login` or set HF_TOKEN"
     try:
         data = datasets.load_dataset(repository, name=config, split="train" if file else split, data_files=file)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise JaxguardError(_missing(repository, str(error))) from None
+        if "gated" in str(error).casefold():
+            reason = f"is gated: accept its terms at {page} with your account, then {login}"
+        else:
+            reason = f"does not exist at {page}; if it is private or gated, get access there and {login}"
+        raise JaxguardError(f"data set {repository} {reason}") from None
     except (
         ConnectionError,
         huggingface_hub.errors.HfHubHTTPError,
@@ -85,105 +94,63 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _missing(repository: str, message: str) -> str:
-    page = f"https://huggingface.co/datasets/{repository}"
-    login = "run `hf auth login` or set HF_TOKEN"
-    if "gated" in message.casefold():
-        return f"data set {repository} is gated: accept its terms at {page} with your account, then {login}"
-    return f"data set {repository} does not exist at {page}; if it is private or gated, get access there and {login}"
-
-
 def _find_files(path: Path, stems: tuple[str, ...]) -> list[Path]:
     if path.is_file():
-        _suffix(path)
+        if not path.name.endswith(SUFFIXES):
+            raise JaxguardError(f"{path}: unknown format; expected {', '.join(SUFFIXES)}")
         return [path]
     if not path.is_dir():
         raise JaxguardError(f"no data file or folder {path}")
     usable = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
     for stem in stems:
-        files = [p for p in usable if _stem(p) == stem or p.name.startswith(f"{stem}-0") or p.parent == path / stem]
+        names = {stem + suffix for suffix in SUFFIXES}
+        files = [p for p in usable if p.name in names or p.name.startswith(f"{stem}-0") or p.parent == path / stem]
         if files:
             return files
     wanted = " or ".join(repr(stem) for stem in stems)
-    names = ", ".join(str(p.relative_to(path)) for p in usable[:10]) or "no data files"
+    found = ", ".join(str(p.relative_to(path)) for p in usable[:10]) or "no data files"
     raise JaxguardError(
-        f"{path} has no file named {wanted} ({', '.join(SUFFIXES)}); found: {names}; set the source's split"
+        f"{path} has no file named {wanted} ({', '.join(SUFFIXES)}); found: {found}; set the source's split"
     )
 
 
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(_suffix(path))
-
-
-def _suffix(path: Path) -> str:
-    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
-    if suffix is None:
-        raise JaxguardError(f"{path}: unknown format; expected {', '.join(SUFFIXES)}")
-    return suffix
-
-
 def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
-    reader: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
-        ".jsonl": _json_lines,
-        ".json": _json_document,
-        ".parquet": _parquet,
-        ".csv": _csv,
-    }
     try:
-        yield from reader[_suffix(path).removesuffix(".gz")](path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise JaxguardError(f"{path}: truncated or damaged gzip file ({error}); fetch it again") from None
+        if path.name.endswith(".parquet"):
+            yield from ((f"{path}, row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()))
+        elif path.name.endswith(".csv"):
+            yield from _csv(path)
+        else:
+            for location, row in _json(path):
+                if not isinstance(row, dict):
+                    raise JaxguardError(f"{location}: expected a JSON object, found {type(row).__name__}")
+                yield location, row
     except UnicodeDecodeError as error:
         raise JaxguardError(f"{path}: not UTF-8 text ({error})") from None
+    except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
+        raise JaxguardError(f"{path}: truncated or damaged file ({error}); fetch it again") from None
 
 
-def _text(path: Path) -> Any:
-    return gzip.open(path, "rt", encoding="utf-8") if path.name.endswith(".gz") else path.open(encoding="utf-8")
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    with _text(path) as stream:
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the values of JSON lines or, in a file named .json, of an array."""
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as stream:
+        if path.name.removesuffix(".gz").endswith(".json"):
+            text = stream.read()
+            if text.lstrip().startswith("["):
+                yield from ((f"{path}, row {i}", row) for i, row in enumerate(_parse(text, path, 1)))
+                return
+            stream.seek(0)
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield f"{path}:{number}", _object(line, f"{path}:{number}")
+                yield f"{path}:{number}", _parse(line.rstrip(), path, number)
 
 
-def _object(line: str, location: str) -> Row:
+def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise JaxguardError(f"{location}: not JSON: {error.msg} at column {error.colno}") from None
-    return _checked(row, location)
-
-
-def _checked(row: Any, location: str) -> Row:
-    if not isinstance(row, dict):
-        raise JaxguardError(f"{location}: expected a JSON object, found {type(row).__name__}")
-    return row
-
-
-def _json_document(path: Path) -> Iterator[tuple[str, Row]]:
-    """Read an array of objects, or JSON lines in a file named .json."""
-    with _text(path) as stream:
-        text = stream.read()
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(path)
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise JaxguardError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    for i, row in enumerate(rows):
-        yield f"{path}, row {i}", _checked(row, f"{path}, row {i}")
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise JaxguardError(f"{path}: truncated or damaged Parquet file ({error}); fetch it again") from None
-    for i, row in enumerate(rows):
-        yield f"{path}, row {i}", row
+        line = first_line + error.lineno - 1
+        raise JaxguardError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}") from None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
@@ -193,13 +160,73 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
-            for cells in reader:
+            for cells in filter(None, reader):
                 location = f"{path}:{reader.line_num}"
-                if cells and len(cells) != len(header):
+                if len(cells) != len(header):
                     raise JaxguardError(
                         f"{location}: {len(cells)} cells under {len(header)} column names; is a quote missing?"
                     )
-                if cells:
-                    yield location, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+                yield location, {name: cell or None for name, cell in zip(header, cells, strict=True)}
         except csv.Error as error:
             raise JaxguardError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+
+
+def text(row: Row, column: str, location: str) -> str | None:
+    """Read a cell of text."""
+    value = row.get(column)
+    if value is not None and not isinstance(value, str):
+        raise JaxguardError(f"{location}: {column} is {value!r}; expected text or null")
+    if value is None or value.isascii():
+        return value
+    # JSON can hold half a surrogate pair, which tokenizers reject.
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def label(row: Row, column: str, meaning: Mapping[str, str], location: str) -> str | None:
+    """Read a label, one of the words of `meaning`."""
+    value = row.get(column)
+    if value is None or value == "":
+        return None
+    known = meaning.get(str(value).strip().casefold())
+    if known is None:
+        name = f" (id {row['id']!r})" if row.get("id") is not None else ""
+        raise JaxguardError(f"{location}{name}: {column} is {value!r}; expected {', '.join(meaning)} or null")
+    return known
+
+
+def words(value: Any, location: str) -> tuple[str, ...]:
+    """Read categories: a list, or text separated by commas."""
+    parts = value.split(",") if isinstance(value, str) else (value or [])
+    if not all(isinstance(part, str) for part in parts):
+        raise JaxguardError(f"{location}: categories are {value!r}; expected a list of texts")
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def objects(row: Row, column: str, keys: tuple[str, str], location: str) -> list[tuple[str, str]]:
+    """Read a column of JSON objects, or their JSON text, as pairs of stripped texts; a missing one is empty."""
+    value = row.get(column)
+    try:
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value
+        pairs = [[(text(item, key, location) or "").strip() for key in keys] for item in value or ()]
+    except (AttributeError, TypeError, json.JSONDecodeError):
+        raise JaxguardError(f"{location}: {column} is not a list of objects with {keys[0]!r} and {keys[1]!r}") from None
+    return [(first, second) for first, second in pairs]
+
+
+def transcript(history: Any, last: str | None, location: str) -> str | None:
+    """Format a dialogue as one prompt: earlier turns, then the message to check.
+
+    Further lines of a turn are indented, so that text inside a turn cannot look like another turn.
+    """
+    if not history or not (last or "").strip():
+        return last
+    try:
+        turns = [(str(turn["role"]), str(turn["content"])) for turn in history]
+    except (TypeError, KeyError):
+        raise JaxguardError(
+            f"{location}: conversation_history is {history!r}; expected a list of role and content"
+        ) from None
+    *earlier, message = (
+        f"[{role}] " + "\n    ".join(content.strip().splitlines()) for role, content in [*turns, ("user", last or "")]
+    )
+    return "\n".join(["Earlier in the conversation:", *earlier, "Message to judge:", message])

@@ -1,8 +1,7 @@
 """Convert public data sets and our JSON lines into examples.
 
-Each kind of source is one row of `_KINDS`: its repository, the columns that it needs, and the function that converts a row into
-an Example or says why the row is skipped. A row that holds a whole dialogue is first split into its messages. Facts about
-columns: the data sets' own cards.
+Each kind of source is one row of `_KINDS`: its repository, and which column holds which field of an Example. A row that holds a
+whole dialogue is first split into its messages. Facts about columns: the data sets' own cards.
 """
 
 import hashlib
@@ -15,9 +14,8 @@ from typing import Any
 
 from jaxguard.config.data import SourceConfig
 from jaxguard.config.lookup import nearest
-from jaxguard.data.cells import Skip, label, objects, squeezed, text, transcript, words
 from jaxguard.data.examples import LABELS, Example
-from jaxguard.data.files import Row, Table, read_hub, read_local
+from jaxguard.data.files import Row, Skip, label, objects, read_hub, read_local, text, transcript, words
 from jaxguard.utils.errors import JaxguardError
 
 HARM = {"harmful": "harmful", "unharmful": "unharmful"}
@@ -47,40 +45,42 @@ def load(source: SourceConfig) -> LoadedSource:
         JaxguardError: it cannot be loaded, lacks a column, has an unknown label, or no usable row.
     """
     kind = _KINDS[source.kind]
-    table = _read(source, kind)
     name = source.path or kind.repository
+    if source.path is not None:
+        table = read_local(Path(source.path), filter(None, (source.split, kind.clone.get(source.split))))
+    elif kind.file and source.split != "train":
+        raise JaxguardError(f"{source.kind} has one split, train, not {source.split!r}")
+    else:
+        # WildGuardMix keeps its splits in configurations of their own: wildguardtrain/train and wildguardtest/test.
+        config = f"wildguard{source.split}" if source.kind == "wildguardmix" else None
+        table = read_hub(kind.repository, config, source.split, kind.file)
     if not table.rows:
         raise JaxguardError(f"{name}: split {source.split!r} is empty")
-    for column in kind.columns(source):
+    for column in kind.required_columns(source):
         if column not in table.columns:
             hint = nearest(column, table.columns)
             raise JaxguardError(f"{name}: no column {column!r}; {hint}found: {', '.join(table.columns)}")
-    if source.kind == "jsonl":
-        _check_jsonl_columns(table, name)
-    skipped = Counter[str]()
-    examples = list(_examples(table, kind, source, skipped))
+    if source.kind == "jsonl" and not any(label in table.columns for label in LABELS):
+        hint = " Rename `label`, or write its meaning into one of them." if "label" in table.columns else ""
+        raise JaxguardError(
+            f"{name}: no label column; expected one of {', '.join(LABELS)}, found: {', '.join(table.columns)}.{hint}"
+        )
+    skipped, examples = Counter[str](), list[Example]()
+    for location, row in table.rows:
+        for message in kind.split(row, location, skipped):
+            try:
+                examples.append(_convert(message, kind, source, location))
+            except Skip as reason:
+                skipped[str(reason)] += 1
     if not examples:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items())
         raise JaxguardError(f"{name}: split {source.split!r} has no row to train on ({reasons})")
-    if source.kind == "jsonl":
-        _check_ids(examples, name)
+    repeated, count = Counter(example.id for example in examples).most_common(1)[0]
+    if source.kind == "jsonl" and count > 1 and not repeated.startswith("jsonl:"):
+        raise JaxguardError(f"{name}: {count} examples have the id {repeated!r}; make ids unique, or leave them out")
     examples = unique_ids(examples)
     origin = {"kind": source.kind, **table.origin, "examples_sha256": digest(examples)}
     return LoadedSource(examples, skipped, origin)
-
-
-def _examples(table: Table, kind: "_Kind", source: SourceConfig, skipped: Counter[str]) -> Iterator[Example]:
-    for location, row in table.rows:
-        try:
-            messages = kind.split(row, location)
-        except Skip as reason:
-            skipped[str(reason)] += 1
-            continue
-        for message in messages:
-            try:
-                yield kind.example(message, source, location)
-            except Skip as reason:
-                skipped[str(reason)] += 1
 
 
 def digest(examples: Iterable[Example]) -> str:
@@ -105,157 +105,7 @@ def unique_ids(examples: list[Example]) -> list[Example]:
     return result
 
 
-def _wildguardmix(row: Row, source: SourceConfig, location: str) -> Example:
-    category = text(row, "subcategory", location)
-    return _example(
-        source,
-        location,
-        prompt=text(row, "prompt", location),
-        response=text(row, "response", location),
-        prompt_label=label(row, "prompt_harm_label", HARM, location),
-        response_label=label(row, "response_harm_label", HARM, location),
-        refusal_label=label(row, "response_refusal_label", REFUSAL, location),
-        categories=() if category in {None, "", "benign"} else (category,),
-    )
-
-
-def _aegis2(row: Row, source: SourceConfig, location: str) -> Example:
-    return _aegis_row(row, source, location, ("prompt_label", "response_label"), SAFETY)
-
-
-def _nemotron_safety(row: Row, source: SourceConfig, location: str) -> Example:
-    example = _aegis_row(row, source, location, ("prompt_harm_label", "response_harm_label"), HARM)
-    return replace(example, trace=_trace(row, source, location))
-
-
-def _aegis_row(
-    row: Row, source: SourceConfig, location: str, labels: tuple[str, str], meaning: Mapping[str, str]
-) -> Example:
-    prompt = text(row, "prompt", location)
-    if prompt is not None and prompt.strip() == "REDACTED":
-        raise Skip("redacted prompt")
-    return _example(
-        source,
-        location,
-        id=row.get("id"),
-        prompt=prompt,
-        response=text(row, "response", location),
-        prompt_label=label(row, labels[0], meaning, location),
-        response_label=label(row, labels[1], meaning, location),
-        categories=words(row.get("violated_categories"), location),
-    )
-
-
-def _nemotron_topics(row: Row, source: SourceConfig, location: str) -> Example:
-    return _example(
-        source,
-        location,
-        prompt=transcript(row.get("conversation_history"), text(row, "last_user_message", location), location),
-        prompt_label=label(row, "gt_topic_classification", TOPIC, location),
-        policy=_instruction(row, location),
-        trace=_trace(row, source, location),
-    )
-
-
-def _dialogue_messages(row: Row, location: str) -> list[Row]:
-    """Split a CantTalkAboutThis dialogue into messages, each with the turns before it.
-
-    User turns are on-topic. A distractor is an off-topic message that could follow a turn of the bot; later turns do not
-    contain it.
-    """
-    turns = objects(row, "conversation", ("role", "content"), location)
-    if not all(role and content for role, content in turns):
-        raise Skip("a turn without role or text")
-    history = [{"role": role, "content": content} for role, content in turns]
-    messages: list[Row] = []
-    bot_turns: dict[str, int] = {}
-    for i, (role, content) in enumerate(turns):
-        if squeezed(role) == "user":
-            messages.append({**row, "history": history[:i], "message": content, "topic": "on-topic"})
-        else:
-            bot_turns.setdefault(squeezed(content), i)  # of equal bot turns, a distractor follows the first
-    for bot_turn, distractor in objects(row, "distractors", ("bot turn", "distractor"), location):
-        i = bot_turns.get(squeezed(bot_turn), -1)
-        past = history[: i + 1] if i >= 0 else None
-        messages.append({**row, "history": past, "message": distractor, "topic": "off-topic"})
-    if not messages:
-        raise Skip("no user turn")
-    return messages
-
-
-def _canttalkaboutthis(row: Row, source: SourceConfig, location: str) -> Example:
-    if row["history"] is None:
-        raise Skip("bot turn not in the conversation")
-    domain = text(row, "domain", location)
-    return _example(
-        source,
-        location,
-        prompt=transcript(row["history"], row["message"], location),
-        prompt_label=TOPIC[row["topic"]],
-        policy=_instruction(row, location),
-        categories=(domain,) if domain else (),
-    )
-
-
-def _instruction(row: Row, location: str) -> str:
-    """Return a dialogue's own policy; its labels mean nothing under another one."""
-    instruction = (text(row, "system_instruction", location) or "").strip()
-    if not instruction:
-        raise Skip("no system instruction")
-    return instruction
-
-
-def _jsonl(row: Row, source: SourceConfig, location: str) -> Example:
-    values = {f.name: row[f.name] for f in fields(Example) if row.get(f.name) is not None}
-    for name, meaning in zip(LABELS, (HARM, HARM, REFUSAL), strict=True):
-        values[name] = label(row, name, meaning, location)
-    for name in ("prompt", "response", "policy", "trace", "source"):
-        values[name] = text(row, name, location)
-    values |= {"categories": words(row.get("categories"), location), "mode": row.get("mode")}
-    return _example(source, location, **values)
-
-
-def _example(source: SourceConfig, location: str, /, **values: Any) -> Example:
-    """Make an example from the values of a row; rows that cannot be trained on are skipped."""
-    name = values.pop("source", None) or (Path(source.path or "").name.split(".")[0] if source.kind == "jsonl" else "")
-    if not (values["prompt"] or "").strip():
-        raise Skip("empty prompt")
-    if not any(values.get(label) for label in LABELS):
-        raise Skip("no label")
-    # Aegis has labels for empty responses: the assistant said nothing. Without a label there is no response.
-    if not (values.get("response") or "").strip() and not (values.get("response_label") or values.get("refusal_label")):
-        values["response"] = None
-    for optional in ("trace", "policy"):
-        values[optional] = (values.get(optional) or "").strip() or None
-    given_id = values.pop("id", None)
-    if given_id is None or str(given_id) == "":
-        contents = json.dumps([values["prompt"], values.get("response"), values["policy"]])
-        given_id = f"{source.kind}:{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
-    try:
-        return Example(id=str(given_id), source=name or source.kind, **values)
-    except JaxguardError as error:
-        raise JaxguardError(f"{location}: {error}") from None
-
-
-def _trace(row: Row, source: SourceConfig, location: str) -> str | None:
-    if source.trace == "none":
-        return None
-    if str(row.get(f"prediction_gt_mismatch_{source.teacher}")).casefold() in {"true", "1"}:
-        raise Skip("teacher disagrees with the label")
-    trace = (text(row, _trace_column(source), location) or "").strip()
-    if not trace:
-        raise Skip("no trace of this teacher")
-    return trace
-
-
-def _trace_column(source: SourceConfig) -> str:
-    names = {
-        ("nemotron_safety", "full"): "safety_reasoning_{}",
-        ("nemotron_safety", "one_sentence"): "efficient_safety_reasoning_trace_{}",
-        ("nemotron_topics", "full"): "safety_reasoning_trace_{}",
-        ("nemotron_topics", "one_sentence"): "efficient_reasoning_trace_{}",
-    }
-    return names[source.kind, source.trace].format(source.teacher)
+Split = Callable[[Row, str, Counter[str]], Iterable[Row]]
 
 
 @dataclass(frozen=True)
@@ -264,94 +114,179 @@ class _Kind:
 
     Attributes:
         repository: on the hub.
-        columns: required columns.
-        example: converts a row, or a message of one.
+        columns: field of Example -> its column; "history" are the turns before the prompt.
+        harm: word of its harm labels -> ours.
+        required: columns that it must have; default: all of `columns` but the categories.
         file: the repository's file, if only one belongs to this kind.
         clone: split -> file name in a clone of the repository.
-        split: splits a row into messages.
+        traces: source.trace -> its column, with the teacher's name.
+        split: splits a row into messages; counts what is skipped.
     """
 
     repository: str
-    columns: Callable[[SourceConfig], tuple[str, ...]]
-    example: Callable[[Row, SourceConfig, str], Example]
+    columns: Mapping[str, str]
+    harm: Mapping[str, str]
+    required: tuple[str, ...] = ()
     file: str | None = None
     clone: Mapping[str, str] = field(default_factory=dict)
-    split: Callable[[Row, str], Iterable[Row]] = lambda row, _: (row,)
+    traces: Mapping[str, str] = field(default_factory=dict)
+    split: Split = lambda row, *_: (row,)
+
+    def required_columns(self, source: SourceConfig) -> tuple[str, ...]:
+        named = tuple(column for name, column in self.columns.items() if name != "categories")
+        return (*(self.required or named), *self.trace_columns(source))
+
+    def trace_columns(self, source: SourceConfig) -> tuple[str, ...]:
+        """Return the column of the trace, and of whether it disagrees with the label; () if no traces are wanted."""
+        if source.trace not in self.traces:
+            return ()
+        return self.traces[source.trace].format(source.teacher), f"prediction_gt_mismatch_{source.teacher}"
 
 
-def _nemotron_columns(*columns: str) -> Callable[[SourceConfig], tuple[str, ...]]:
-    def required(source: SourceConfig) -> tuple[str, ...]:
-        mismatch = f"prediction_gt_mismatch_{source.teacher}"
-        return columns if source.trace == "none" else (*columns, _trace_column(source), mismatch)
+def _convert(row: Row, kind: _Kind, source: SourceConfig, location: str) -> Example:
+    """Make an example of a row, or of a message of one; rows that cannot be trained on are skipped."""
+    if source.kind == "jsonl" and "prompt" not in row:
+        raise JaxguardError(f"{location}: no field 'prompt'")
+    values: dict[str, Any] = {}
+    for name, column in kind.columns.items():
+        if name in LABELS:
+            values[name] = label(row, column, REFUSAL if name == "refusal_label" else kind.harm, location)
+        elif name == "categories":
+            values[name] = words(row.get(column), location)
+        elif name in ("id", "mode", "history"):
+            values[name] = row.get(column)
+        else:
+            values[name] = text(row, column, location)
+    if values.get("categories") == ("benign",) and source.kind == "wildguardmix":
+        values["categories"] = ()
+    if (values["prompt"] or "").strip() == "REDACTED":
+        raise Skip("redacted prompt")
+    for name in ("policy", "trace"):
+        values[name] = (values.get(name) or "").strip() or None
+    if kind.columns.get("policy") == "system_instruction" and values["policy"] is None:
+        raise Skip("no system instruction")  # the labels mean nothing under another policy
+    values["prompt"] = transcript(values.pop("history", None), values["prompt"], location)
+    if not (values["prompt"] or "").strip():
+        raise Skip("empty prompt")
+    if not any(values.get(label) for label in LABELS):
+        raise Skip("no label")
+    if columns := kind.trace_columns(source):
+        trace, disagrees = columns
+        if str(row.get(disagrees)).casefold() in {"true", "1"}:
+            raise Skip("teacher disagrees with the label")
+        values["trace"] = (text(row, trace, location) or "").strip()
+        if not values["trace"]:
+            raise Skip("no trace of this teacher")
+    # Aegis has labels for empty responses: the assistant said nothing. Without a label there is no response.
+    if not (values.get("response") or "").strip() and not (values.get("response_label") or values.get("refusal_label")):
+        values["response"] = None
+    identifier = values.pop("id", None)
+    if identifier is None or str(identifier) == "":
+        contents = json.dumps([values["prompt"], values.get("response"), values["policy"]])
+        identifier = f"{source.kind}:{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
+    file = Path(source.path or "").name.split(".")[0] if source.kind == "jsonl" else ""
+    values["source"] = values.get("source") or file or source.kind
+    try:
+        return Example(id=str(identifier), **values)
+    except JaxguardError as error:
+        raise JaxguardError(f"{location}: {error}") from None
 
-    return required
+
+def _split_dialogue(row: Row, location: str, skipped: Counter[str]) -> Iterator[Row]:
+    """Split a CantTalkAboutThis dialogue into messages, each with the turns before it, in the columns of Nemotron's topics.
+
+    User turns are on-topic. A distractor is an off-topic message that could follow a turn of the bot; later turns do not
+    contain it.
+    """
+
+    def folded(text: str) -> str:
+        return " ".join(text.split()).casefold()
+
+    def message(i: int, text: str, topic: str) -> Row:
+        history = [{"role": role, "content": content} for role, content in turns[:i]]
+        return {**row, "conversation_history": history, "last_user_message": text, "gt_topic_classification": topic}
+
+    turns = objects(row, "conversation", ("role", "content"), location)
+    if not all(role and content for role, content in turns):
+        skipped["a turn without role or text"] += 1
+        return
+    distractors = objects(row, "distractors", ("bot turn", "distractor"), location)
+    if not distractors and not any(folded(role) == "user" for role, _ in turns):
+        skipped["no user turn"] += 1
+    after_bot_turn: dict[str, int] = {}
+    for i, (role, content) in enumerate(turns):
+        if folded(role) == "user":
+            yield message(i, content, "on-topic")
+        else:
+            after_bot_turn.setdefault(folded(content), i + 1)  # of equal bot turns, a distractor follows the first
+    for bot_turn, distractor in distractors:
+        i = after_bot_turn.get(folded(bot_turn), 0)
+        if i:
+            yield message(i, distractor, "off-topic")
+        else:
+            skipped["bot turn not in the conversation"] += 1
 
 
 _NEMOTRON = "nvidia/Nemotron-Content-Safety-Reasoning-Dataset"
+_TOPIC_COLUMNS = {
+    "policy": "system_instruction",
+    "history": "conversation_history",
+    "prompt": "last_user_message",
+    "prompt_label": "gt_topic_classification",
+}
 _KINDS = {
     "wildguardmix": _Kind(
         "allenai/wildguardmix",
-        lambda _: ("prompt", "response", "prompt_harm_label", "response_harm_label", "response_refusal_label"),
-        _wildguardmix,
+        {
+            "prompt": "prompt",
+            "response": "response",
+            "prompt_label": "prompt_harm_label",
+            "response_label": "response_harm_label",
+            "refusal_label": "response_refusal_label",
+            "categories": "subcategory",
+        },
+        HARM,
         clone={"train": "wildguard_train", "test": "wildguard_test"},
     ),
     "aegis2": _Kind(
         "nvidia/Aegis-AI-Content-Safety-Dataset-2.0",
-        lambda _: ("id", "prompt", "response", "prompt_label", "response_label"),
-        _aegis2,
+        {
+            **{name: name for name in ("id", "prompt", "response", "prompt_label", "response_label")},
+            "categories": "violated_categories",
+        },
+        SAFETY,
     ),
     "nemotron_safety": _Kind(
         _NEMOTRON,
-        _nemotron_columns("id", "prompt", "response", "prompt_harm_label", "response_harm_label"),
-        _nemotron_safety,
-        "aegis_v2_efficient_reasoning.jsonl",
-        {"train": "aegis_v2_efficient_reasoning"},
+        {
+            **{name: name for name in ("id", "prompt", "response")},
+            "prompt_label": "prompt_harm_label",
+            "response_label": "response_harm_label",
+            "categories": "violated_categories",
+        },
+        HARM,
+        file="aegis_v2_efficient_reasoning.jsonl",
+        clone={"train": "aegis_v2_efficient_reasoning"},
+        traces={"full": "safety_reasoning_{}", "one_sentence": "efficient_safety_reasoning_trace_{}"},
     ),
     "nemotron_topics": _Kind(
         _NEMOTRON,
-        _nemotron_columns("system_instruction", "conversation_history", "last_user_message", "gt_topic_classification"),
-        _nemotron_topics,
-        "tf_efficient_reasoning.jsonl",
-        {"train": "tf_efficient_reasoning"},
+        _TOPIC_COLUMNS,
+        TOPIC,
+        file="tf_efficient_reasoning.jsonl",
+        clone={"train": "tf_efficient_reasoning"},
+        traces={"full": "safety_reasoning_trace_{}", "one_sentence": "efficient_reasoning_trace_{}"},
     ),
     "canttalkaboutthis": _Kind(
         "nvidia/CantTalkAboutThis-Topic-Control-Dataset",
-        lambda _: ("system_instruction", "conversation", "distractors"),
-        _canttalkaboutthis,
+        {**_TOPIC_COLUMNS, "categories": "domain"},
+        TOPIC,
+        required=("system_instruction", "conversation", "distractors"),
         clone={
             "train": "canttalkaboutthis_topic_control_mixtral",
             "test": "canttalkaboutthis_topic_control_human_test_set",
         },
-        split=_dialogue_messages,
+        split=_split_dialogue,
     ),
-    "jsonl": _Kind("", lambda _: ("prompt",), _jsonl),
+    "jsonl": _Kind("", {f.name: f.name for f in fields(Example)}, HARM, required=("prompt",)),
 }
-
-
-def _read(source: SourceConfig, kind: _Kind) -> Table:
-    if source.path is not None:
-        stems = (source.split, kind.clone.get(source.split))
-        return read_local(Path(source.path), [stem for stem in stems if stem])
-    if kind.file and source.split != "train":
-        raise JaxguardError(f"{source.kind} has one split, train, not {source.split!r}")
-    # WildGuardMix keeps its splits in configurations of their own: wildguardtrain/train and wildguardtest/test.
-    config = f"wildguard{source.split}" if source.kind == "wildguardmix" else None
-    return read_hub(kind.repository, config, source.split, kind.file)
-
-
-def _check_jsonl_columns(table: Table, name: str) -> None:
-    if not any(label in table.columns for label in LABELS):
-        hint = " Rename `label`, or write its meaning into one of them." if "label" in table.columns else ""
-        raise JaxguardError(
-            f"{name}: no label column; expected one of {', '.join(LABELS)}, found: {', '.join(table.columns)}.{hint}"
-        )
-    location = next((location for location, row in table.rows if "prompt" not in row), None)
-    if location is not None:
-        raise JaxguardError(f"{location}: no field 'prompt'")
-
-
-def _check_ids(examples: list[Example], name: str) -> None:
-    counts = Counter(example.id for example in examples)
-    repeated, count = counts.most_common(1)[0]
-    if count > 1 and not repeated.startswith("jsonl:"):
-        raise JaxguardError(f"{name}: {count} examples have the id {repeated!r}; make ids unique, or leave them out")

@@ -81,19 +81,19 @@ def test_a_malformed_json_document(tmp_path):
 def test_a_truncated_gzip_file(lines, keep):
     path = Path(lines([{**OURS, "id": i, "prompt": f"hello {i * i}"} for i in range(500)], "some.jsonl.gz"))
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    assert "some.jsonl.gz: truncated or damaged gzip file" in message(str(path))
+    assert "some.jsonl.gz: truncated or damaged" in message(str(path))
 
 
 def test_a_file_that_is_not_gzip_at_all(tmp_path):
     (tmp_path / "some.jsonl.gz").write_text("hello", encoding="utf-8")
-    assert "truncated or damaged gzip file" in message(str(tmp_path / "some.jsonl.gz"))
+    assert "truncated or damaged" in message(str(tmp_path / "some.jsonl.gz"))
 
 
 def test_a_truncated_parquet_file(tmp_path):
     path = tmp_path / "some.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([OURS] * 100), path)
     path.write_bytes(path.read_bytes()[:-40])
-    assert "some.parquet: truncated or damaged Parquet file" in message(str(path))
+    assert "some.parquet: truncated or damaged" in message(str(path))
 
 
 def test_a_csv_row_of_another_length(tmp_path):

@@ -21,9 +21,8 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from jaxguard.config.lookup import locate, names, nearest
-from jaxguard.data.cells import Skip, objects, text, transcript
 from jaxguard.data.examples import Example
-from jaxguard.data.files import SUFFIXES, Row, read_hub, read_local
+from jaxguard.data.files import SUFFIXES, Row, Skip, objects, read_hub, read_local, text, transcript
 from jaxguard.data.format.dialogue import CHOICES, LABEL
 from jaxguard.data.policies import load_policy
 from jaxguard.data.sources import load, unique_ids
