@@ -16,7 +16,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,6 @@ import pyarrow.parquet
 import jaxguard
 from jaxguard.config import Config
 from jaxguard.config.data import BuildConfig, SetConfig, SourceConfig
-from jaxguard.data.card import card
 from jaxguard.data.contamination import Match, find_matches
 from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
 from jaxguard.data.examples import LABELS, Example
@@ -37,6 +36,7 @@ from jaxguard.data.format.dialogue import Mode, answers, questions
 from jaxguard.data.policies import load_policy, policy_for
 from jaxguard.data.prepare import assign_modes, load_sources, subset, usable
 from jaxguard.data.sources import load, unique_ids
+from jaxguard.report import Cell, Code, Content, Page, Paragraph, Section, Table, page_markdown
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
@@ -51,33 +51,18 @@ CHAT_SCHEMA = pyarrow.schema(
 )
 
 
+_DATA_FIELDS = {"policy", "reasoning_marker", "direct_marker", "dual_reasoning_share"}
+
+Pool = tuple[list[Example], list[dict[str, Any]], list[Match]]
+"""The examples of some sources, the sources' manifest entries, and the examples that a benchmark holds too."""
+
+
 @dataclass(frozen=True)
 class BuildResult:
     """A built data set: its folder, and its manifest as in manifest.json."""
 
     folder: Path
     manifest: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The examples of some sources, the sources' manifest entries, and the examples that a benchmark holds too."""
-
-    examples: list[Example]
-    origins: list[dict[str, Any]]
-    matches: list[Match]
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """A set to be written: `base` without contaminated examples, and `appended`, which every subset gets in full."""
-
-    config: SetConfig
-    base: list[Example]
-    appended: list[Example]
-    origins: list[dict[str, Any]]
-    dropped: Counter[str]
-    matches: list[Match]
 
 
 def build(config: Config) -> BuildResult:
@@ -95,53 +80,35 @@ def build(config: Config) -> BuildResult:
         " ".join(filter(None, (source.kind, source.path, source.split))): load(source).examples
         for source in settings.benchmarks
     }
-    pools = cache(lambda sources: load_pool(sources, benchmarks, settings.similarity))
+
+    @cache
+    def pool(sources: tuple[SourceConfig, ...]) -> Pool:
+        examples, origins = load_sources(sources, "sources")
+        origins = [origin | _distillation(source) for origin, source in zip(origins, sources, strict=True)]
+        return examples, origins, find_matches(examples, benchmarks, settings.similarity) if benchmarks else []
+
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "run"):
         draft = folder / "dataset.partial"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        sets = [_select(config, each, pools) for each in settings.sets]
-        subsets = {each.config.name: dict(_write_set(draft, each, settings, config, encoder)) for each in sets}
-        manifest = _manifest(config, settings, sets, subsets)
-        _write_metadata(draft, manifest, sets)
-        return BuildResult(_publish(draft, manifest["version"]), manifest)
-
-
-def load_pool(sources: Sequence[SourceConfig], benchmarks: Mapping[str, list[Example]], similarity: float) -> Pool:
-    """Load sources and find the examples that a benchmark holds too.
-
-    Raises:
-        JaxguardError: one cannot be loaded.
-    """
-    examples, origins = load_sources(sources, "sources")
-    origins = [origin | _distillation(source) for origin, source in zip(origins, sources, strict=True)]
-    return Pool(examples, origins, find_matches(examples, benchmarks, similarity) if benchmarks else [])
-
-
-def _select(config: Config, settings: SetConfig, pools: Callable[[tuple[SourceConfig, ...]], Pool]) -> TrainingSet:
-    """Select a set's examples: those that its mode can use and no benchmark holds.
-
-    Raises:
-        JaxguardError: a source cannot be loaded, or none is left.
-    """
-    policy, dropped = load_policy(config.data.policy), Counter[str]()
-    origins: list[dict[str, Any]] = []
-    matches: list[Match] = []
-
-    def select(sources: tuple[SourceConfig, ...], role: str) -> list[Example]:
-        pool = pools(sources)
-        origins.extend({**origin, "role": role} for origin in pool.origins)
-        matches.extend(pool.matches)
-        contaminated = {match.example_id for match in pool.matches}
-        examples = usable(pool.examples, f"build.sets.{settings.name}.{role}", policy, settings.mode, dropped)
-        return [example for example in examples if example.id not in contaminated]
-
-    base = select(settings.sources or config.data.train, "sources")
-    appended = select(settings.append, "append") if settings.append else []
-    if not base:
-        raise JaxguardError(f"build.sets: {settings.name!r} is empty: a benchmark holds all of its prompts")
-    return TrainingSet(settings, base, appended, origins, dropped, matches)
+        sets, contaminated = {}, set[str]()
+        for each in settings.sets:
+            sets[each.name], matches = _build_set(draft, each, config, encoder, pool)
+            contaminated |= {json.dumps({"set": each.name, **asdict(match)}) + "\n" for match in matches}
+        manifest = {
+            "jaxguard": jaxguard.__version__,
+            "checkpoint": config.model.checkpoint,
+            "data": config.data.model_dump(mode="json", include=_DATA_FIELDS),
+            "policy_sha256": load_policy(config.data.policy).digest,
+            "build": settings.model_dump(mode="json"),
+            "seed": config.seed,
+            "sets": sets,
+        }
+        version = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
+        manifest = {"version": version, **manifest}
+        _write_metadata(draft, manifest, contaminated)
+        return BuildResult(_publish(draft, version), manifest)
 
 
 def _distillation(source: SourceConfig) -> dict[str, Any]:
@@ -153,42 +120,62 @@ def _distillation(source: SourceConfig) -> dict[str, Any]:
     return {"distilled": {name: value for name, value in summary.items() if name != "never_passed"}}
 
 
-def _write_set(
-    draft: Path, training_set: TrainingSet, settings: BuildConfig, config: Config, encoder: Encoder
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Write a set and its subsets; yield (subset's name, its manifest entry)."""
-    folder, base = draft / training_set.config.name, training_set.base
+def _build_set(
+    draft: Path, wanted: SetConfig, config: Config, encoder: Encoder, pool: Callable[[tuple[SourceConfig, ...]], Pool]
+) -> tuple[dict[str, Any], list[Match]]:
+    """Write a set of the examples that its mode can use and no benchmark holds, and its subsets.
+
+    Returns:
+        its entry in the manifest, and the examples that a benchmark holds.
+
+    Raises:
+        JaxguardError: a source cannot be loaded, or no example is left.
+    """
+    dropped, origins, matches = Counter[str](), list[dict[str, Any]](), list[Match]()
+
+    def select(sources: tuple[SourceConfig, ...], role: str) -> list[Example]:
+        examples, pool_origins, pool_matches = pool(sources)
+        origins.extend({**origin, "role": role} for origin in pool_origins)
+        matches.extend(pool_matches)
+        contaminated = {match.example_id for match in pool_matches}
+        examples = usable(examples, f"build.sets.{wanted.name}.{role}", encoder.policy, wanted.mode, dropped)
+        return [example for example in examples if example.id not in contaminated]
+
+    base = select(wanted.sources or config.data.train, "sources")
+    appended = select(wanted.append, "append") if wanted.append else []
+    if not base:
+        raise JaxguardError(f"build.sets: {wanted.name!r} is empty: a benchmark holds all of its prompts")
+    folder, settings = draft / wanted.name, config.build or BuildConfig()
     (folder / "chat").mkdir(parents=True)
     sizes = sorted(size for size in settings.subsets if size < len(base))
-    subsets = {"all": base} | {f"{n}_{seed}": subset(base, n, seed) for n in sizes for seed in settings.seeds}
-    for name, selected in subsets.items():
-        examples = unique_ids([*selected, *training_set.appended])
-        examples = _with_modes(examples, training_set.config.mode, config)
+    parts = {"all": base} | {f"{n}_{seed}": subset(base, n, seed) for n in sizes for seed in settings.seeds}
+    subsets = {}
+    for name, selected in parts.items():
+        examples = [replace(example, mode=None) for example in unique_ids([*selected, *appended])]
+        modes = assign_modes(examples, wanted.mode, config.data.dual_reasoning_share, config.seed)
+        examples = [
+            replace(example, mode=mode.value, trace=example.trace if mode is Mode.REASONING else None)
+            for example, mode in zip(examples, modes, strict=True)
+        ]
         paths = folder / f"{name}.parquet", folder / "chat" / f"{name}.parquet"
-        _write_parquet(paths[0], [example.to_json() for example in examples], SCHEMA)
-        _write_parquet(paths[1], [chat(example, encoder) for example in examples], CHAT_SCHEMA)
-        entry = {
+        rows = [example.to_json() for example in examples], [chat(example, encoder) for example in examples]
+        for path, table, schema in zip(paths, rows, (SCHEMA, CHAT_SCHEMA), strict=True):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table, schema), path, compression="zstd")
+        subsets[name] = {
             "examples": len(examples),
-            "appended": len(training_set.appended),
+            "appended": len(appended),
             "by_mode": dict(sorted(Counter(str(example.mode) for example in examples).items())),
             "labels": {x: dict(sorted(Counter(str(getattr(e, x)) for e in examples).items())) for x in LABELS},
             "files": {str(path.relative_to(draft)): file_digest(path) for path in paths},
         }
-        yield name, entry
-
-
-def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: pyarrow.Schema) -> None:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path, compression="zstd")
-
-
-def _with_modes(examples: list[Example], mode: str, config: Config) -> list[Example]:
-    """Assign modes, and remove the traces of direct examples."""
-    examples = [replace(example, mode=None) for example in examples]
-    modes = assign_modes(examples, mode, config.data.dual_reasoning_share, config.seed)
-    return [
-        replace(example, mode=own.value, trace=example.trace if own is Mode.REASONING else None)
-        for example, own in zip(examples, modes, strict=True)
-    ]
+    entry = {
+        "mode": wanted.mode,
+        "sources": origins,
+        "dropped": dict(sorted((+dropped).items())),
+        "contaminated": len({match.example_id for match in matches}),
+        "subsets": subsets,
+    }
+    return entry, matches
 
 
 def chat(example: Example, encoder: Encoder) -> dict[str, Any]:
@@ -200,34 +187,7 @@ def chat(example: Example, encoder: Encoder) -> dict[str, Any]:
     return {"id": example.id, "messages": [*turns, {"role": "assistant", "content": answer}]}
 
 
-def _manifest(
-    config: Config, settings: BuildConfig, sets: list[TrainingSet], subsets: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    fields = {"policy", "reasoning_marker", "direct_marker", "dual_reasoning_share"}
-    manifest = {
-        "jaxguard": jaxguard.__version__,
-        "checkpoint": config.model.checkpoint,
-        "data": config.data.model_dump(mode="json", include=fields),
-        "policy_sha256": load_policy(config.data.policy).digest,
-        "build": settings.model_dump(mode="json"),
-        "seed": config.seed,
-        "sets": {
-            each.config.name: {
-                "mode": each.config.mode,
-                "sources": each.origins,
-                "dropped": dict(sorted((+each.dropped).items())),
-                "contaminated": len({match.example_id for match in each.matches}),
-                "subsets": subsets[each.config.name],
-            }
-            for each in sets
-        },
-    }
-    version = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
-    return {"version": version, **manifest}
-
-
-def _write_metadata(draft: Path, manifest: dict[str, Any], sets: list[TrainingSet]) -> None:
-    matches = {json.dumps({"set": each.config.name, **asdict(match)}) + "\n" for each in sets for match in each.matches}
+def _write_metadata(draft: Path, manifest: dict[str, Any], contaminated: Iterable[str]) -> None:
     tags = {"role_tag": "role", "content_tag": "content"} | {f"{x}_tag": x for x in ("user", "assistant", "system")}
     info = {
         f"{name}_{part}": {
@@ -239,11 +199,58 @@ def _write_metadata(draft: Path, manifest: dict[str, Any], sets: list[TrainingSe
         for name, entry in manifest["sets"].items()
         for part in entry["subsets"]
     }
-    texts = {"contaminated.jsonl": "".join(sorted(matches)), "README.md": card(manifest)}
+    texts = {"contaminated.jsonl": "".join(sorted(contaminated)), "README.md": card(manifest)}
     for name, tree in (("dataset_info.json", info), ("manifest.json", manifest)):
         texts[name] = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
     for name, text in texts.items():
         (draft / name).write_text(text, encoding="utf-8")
+
+
+def card(manifest: dict[str, Any]) -> str:
+    """Return README.md of a built data set, with YAML that `datasets` and the hub read."""
+    columns = ("set", "examples", "with a trace", "appended", "harmful prompts", "harmful responses", "contaminated")
+    sets, sources = Table(columns), Table(("set", "source", "examples", "skipped", "teacher's attempts"), left=2)
+    configs = []
+    for name, entry in manifest["sets"].items():
+        for part, counts in entry["subsets"].items():
+            for suffix, path in zip(("", "_chat"), counts["files"], strict=True):
+                configs.append({"config_name": f"{name}_{part}{suffix}", "data_files": path})
+            harmful = [counts["labels"][label].get("harmful", 0) for label in ("prompt_label", "response_label")]
+            traced = counts["by_mode"].get("reasoning", 0)
+            sets.add(f"{name}_{part}", counts["examples"], traced, counts["appended"], *harmful, entry["contaminated"])
+        for origin in entry["sources"]:
+            path = origin.get("hub") or ", ".join(origin["files"])
+            role = f"{origin['kind']}, appended" if origin["role"] == "append" else origin["kind"]
+            attempts = origin.get("distilled", {}).get("attempts", "")
+            skipped = sum(origin["skipped"].values())
+            sources.add(name, Cell(path, role, code=True), origin["examples"], skipped, attempts)
+    front = {
+        "task_categories": ["text-classification", "text-generation"],
+        "tags": ["safety", "guardrails", "reasoning", "jaxguard"],
+        "configs": [{"default": True, **configs[0]}, *configs[1:]],
+    }
+    first = next(iter(manifest["sets"]))
+    example = (
+        f'datasets.load_dataset("path/to/this/folder", "{first}_all")       # our columns\n'
+        f'datasets.load_dataset("path/to/this/folder", "{first}_all_chat")  # chat messages'
+    )
+    blocks: list[Content] = [
+        Paragraph(["Built by jaxguard ", manifest["jaxguard"], ", version ", Cell(manifest["version"], code=True), ". It holds "
+                   "offensive text by nature: conversations that people labelled as harmful or not, and a teacher's reasoning "
+                   "about them. The licences of its sources apply."]),
+        Code(example, "python"),
+        sets,
+        Paragraph(["SIZE_SEED are random subsets; for each seed, smaller ones are contained in larger ones. Appended examples "
+                   "are added to each subset. The column mode says whether an example is trained with its trace. Chat messages "
+                   "are rendered as in training for ", Cell(manifest["checkpoint"], code=True), " under the policy ",
+                   Cell(manifest["data"]["policy"], code=True), "."]),
+        Section("Sources", [
+            sources,
+            "manifest.json has the hash of every file, what was dropped and why, and the config. contaminated.jsonl lists the "
+            "examples that were dropped because a benchmark holds their prompt.",
+        ]),
+    ]  # fmt: skip
+    return page_markdown(Page("Training sets for a safety guard", blocks, front))
 
 
 def _publish(draft: Path, version: str) -> Path:

@@ -78,19 +78,22 @@ def select(config: Config) -> Selection:
     policy = load_policy(data.policy)
     pool, sources = load_sources(data.train, "train")
     pool = usable(pool, "data.train", policy, data.mode, dropped)
-    held_out: list[Example] = []
+    candidates = pool
     if data.validation and data.validation_size:
-        held_out, origins = load_sources(data.validation, "validation")
-        held_out = _sample(usable(held_out, "data.validation", policy, data.mode, dropped), data.validation_size)
+        candidates, origins = load_sources(data.validation, "validation")
+        candidates = usable(candidates, "data.validation", policy, data.mode, dropped)
         sources += origins
     elif len(pool) <= data.validation_size:
         raise JaxguardError(
             f"data.validation_size={data.validation_size} leaves nothing of the {len(pool)} training examples; lower it, or "
             "give data.validation a source of its own"
         )
-    else:
-        held_out = _sample(pool, data.validation_size)
-    train = _disjoint(pool, held_out, dropped)
+    # Independent of seeds, so that all runs on the same data have the same held-out examples.
+    held_out = sorted(candidates, key=lambda example: _hash("held out", 0, example.id))[: data.validation_size]
+    members, texts = {id(example) for example in held_out}, {_normalised(example) for example in held_out}
+    rest = [example for example in pool if id(example) not in members]
+    train = [example for example in rest if _normalised(example) not in texts]
+    dropped["train: same text as a held-out example"] += len(rest) - len(train)
     if data.subset is not None:
         train = subset(train, data.subset, data.subset_seed)
     if len(train) < config.train.batch_size:
@@ -99,7 +102,11 @@ def select(config: Config) -> Selection:
             f"train.batch_size={config.train.batch_size}; add data, or lower data.validation_size or train.batch_size"
         )
     modes = assign_modes(train, data.mode, data.dual_reasoning_share, config.seed)
-    return Selection(list(zip(train, modes, strict=True)), _validation_modes(held_out, data.mode), sources, +dropped)
+    # Every mode that is trained is validated; in dual mode, examples without a trace in direct mode only.
+    dual = data.mode == "dual"
+    trained = list(Mode) if dual else [Mode(data.mode)]
+    validation = [(e, mode) for mode in trained for e in held_out if not dual or mode is Mode.DIRECT or e.trace]
+    return Selection(list(zip(train, modes, strict=True)), validation, sources, +dropped)
 
 
 def subset(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
@@ -142,31 +149,32 @@ def encode_selection(config: Config, selection: Selection, encoder: Encoder) -> 
     Raises:
         JaxguardError: no example fits, or every one was truncated.
     """
-    train, validation, encoded, dropped = [], [], [], Counter(selection.dropped)
-    for example, mode in track(selection.train, "encoding"):
-        sequence = encoder.encode(example, mode)
-        if sequence is None:
-            dropped["train: trace too long for a row"] += 1
-        else:
-            train.append(sequence)
-            encoded.append((example, mode))
-    for example, mode in track(selection.validation, "encoding held-out examples"):
-        branches = encoder.branches(example, mode)
-        if branches:
-            validation.append((example, mode, branches))
-        else:
-            dropped["validation: trace too long for a row"] += 1
-    _check_lengths(train, config)
-    scored = [(example, mode) for example, mode, _ in validation]
+    max_seq_len = config.data.max_seq_len
+    encoded = [(*each, encoder.encode(*each)) for each in track(selection.train, "encoding")]
+    train = [(example, mode, sequence) for example, mode, sequence in encoded if sequence is not None]
+    tracked = track(selection.validation, "encoding held-out examples")
+    validation = [(*each, branches) for each in tracked if (branches := encoder.branches(*each))]
+    too_long = {
+        "train: trace too long for a row": len(selection.train) - len(train),
+        "validation: trace too long for a row": len(selection.validation) - len(validation),
+    }
+    if not train:
+        raise JaxguardError(
+            f"no training example fits into data.max_seq_len={max_seq_len}, even with truncated text; raise it"
+        )
+    if all(sequence.cut for _, _, sequence in train):
+        raise JaxguardError(
+            f"every training example was truncated to fit data.max_seq_len={max_seq_len}; raise it, or shorten the policy"
+        )
     manifest = {
         "sources": selection.sources,
         "policy": {"name": encoder.policy.name, "sha256": encoder.policy.digest},
         "seeds": {"subset": config.data.subset_seed, "modes": config.seed},
-        "train": _counts(encoded, train),
-        "validation": _counts(scored, [branches[0] for _, _, branches in validation]),
-        "dropped": dict(sorted(dropped.items())),
+        "train": _counts(train),
+        "validation": _counts([(example, mode, branches[0]) for example, mode, branches in validation]),
+        "dropped": dict(sorted((selection.dropped + Counter(too_long)).items())),
     }
-    return Prepared(train, validation, manifest)
+    return Prepared([sequence for _, _, sequence in train], validation, manifest)
 
 
 def load_sources(sources: Iterable[SourceConfig], role: str) -> tuple[list[Example], list[dict[str, Any]]]:
@@ -185,12 +193,8 @@ def load_sources(sources: Iterable[SourceConfig], role: str) -> tuple[list[Examp
 def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropped: Counter[str]) -> list[Example]:
     """Select examples with a label for a question of their policy, and with a trace if the mode needs one."""
     role = field.removeprefix("data.")
-
-    def has_label(example: Example) -> bool:
-        asks = questions(example, policy_for(example, policy))
-        return bool(asks) and any(word != ABSENT for _, word in answers(example, asks))
-
-    answered = [example for example in examples if has_label(example)]
+    asked = [(example, questions(example, policy_for(example, policy))) for example in examples]
+    answered = [e for e, asks in asked if asks and any(word != ABSENT for _, word in answers(e, asks))]
     if not answered:
         raise JaxguardError(
             f"none of the {len(examples)} examples of {field} has a label for what their policy asks; "
@@ -209,21 +213,6 @@ def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropp
     return traced
 
 
-def _sample(examples: list[Example], size: int) -> list[Example]:
-    """Sample independently of seeds, so that all runs on the same data have the same held-out examples."""
-    return sorted(examples, key=lambda example: _hash("held out", 0, example.id))[:size]
-
-
-def _disjoint(pool: list[Example], held_out: list[Example], dropped: Counter[str]) -> list[Example]:
-    """Remove the held-out examples, and others with the same text, from the pool."""
-    texts = {_normalised(example) for example in held_out}
-    members = {id(example) for example in held_out}
-    rest = [example for example in pool if id(example) not in members]
-    train = [example for example in rest if _normalised(example) not in texts]
-    dropped["train: same text as a held-out example"] += len(rest) - len(train)
-    return train
-
-
 def _normalised(example: Example) -> tuple[str, str | None]:
     def plain(text: str) -> str:
         return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
@@ -231,42 +220,22 @@ def _normalised(example: Example) -> tuple[str, str | None]:
     return plain(example.prompt), None if example.response is None else plain(example.response)
 
 
-def _validation_modes(held_out: list[Example], mode: str) -> list[ExampleAndMode]:
-    """Return held-out examples in every mode that is trained; in dual mode, those without a trace in direct mode only."""
-    if mode != "dual":
-        return [(example, Mode(mode)) for example in held_out]
-    reasoning = [(example, Mode.REASONING) for example in held_out if example.trace]
-    return reasoning + [(example, Mode.DIRECT) for example in held_out]
-
-
 def _hash(purpose: str, seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{purpose}\0{seed}\0{name}".encode()).digest()
 
 
-def _check_lengths(train: list[EncodedExample], config: Config) -> None:
-    max_seq_len = config.data.max_seq_len
-    if not train:
-        raise JaxguardError(
-            f"no training example fits into data.max_seq_len={max_seq_len}, even with truncated text; raise it"
-        )
-    if all(sequence.cut for sequence in train):
-        raise JaxguardError(
-            f"every training example was truncated to fit data.max_seq_len={max_seq_len}; raise it, or shorten the policy"
-        )
-
-
-def _counts(selected: list[ExampleAndMode], sequences: list[EncodedExample]) -> dict[str, Any]:
+def _counts(encoded: Sequence[tuple[Example, Mode, EncodedExample]]) -> dict[str, Any]:
     """Describe a set. `tokens_sha256` also changes with the tokenizer and the format."""
     # In dual mode a held-out example is listed once for each mode.
-    examples = list({example.id: example for example, _ in selected}.values())
-    tokens = hashlib.sha256()
+    examples = list({example.id: example for example, _, _ in encoded}.values())
+    sequences, tokens = [sequence for _, _, sequence in encoded], hashlib.sha256()
     for sequence in sequences:
         tokens.update(sequence.tokens.astype("<i4").tobytes())
     return {
         "examples": len(examples),
         "sequences": len(sequences),
         "by_source": dict(Counter(example.source for example in examples).most_common()),
-        "by_mode": dict(Counter(str(mode) for _, mode in selected)),
+        "by_mode": dict(Counter(str(mode) for _, mode, _ in encoded)),
         "labels": {label: dict(Counter(str(getattr(e, label)) for e in examples).most_common()) for label in LABELS},
         "with_response": sum(example.response is not None for example in examples),
         "cut": sum(sequence.cut for sequence in sequences),
