@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from jaxguard.config import Config
 from jaxguard.data.encoding import EncodedExample, Encoder
-from jaxguard.data.format.dialogue import CHOICES
+from jaxguard.data.format.dialogue import CHOICES, LABEL
 from jaxguard.data.packing import Schedule, packed_tokens, total_steps
-from jaxguard.data.prepare import ExampleAndMode, Prepared, Selection
+from jaxguard.data.prepare import Prepared, Selection
 from jaxguard.report import Table
 from jaxguard.report.text import share, visible
 from jaxguard.utils.errors import JaxguardError
@@ -33,12 +33,25 @@ def report(
 ) -> Group:
     """Return the report for a rich console; `show_text` also shows the example's untrusted text."""
     manifest = prepared.manifest
+    lengths = np.array([len(sequence.tokens) for sequence in prepared.train])
+    trained = np.array([int(sequence.loss_mask.sum()) for sequence in prepared.train])
+    percentiles = Table(
+        ("tokens", *("longest" if p == 100 else f"{p}%" for p in PERCENTILES)), "Lengths of the training sequences"
+    )
+    for name, values in (("all", lengths), ("trained on", trained)):
+        percentiles.add(name, *(int(np.percentile(values, p, method="nearest")) for p in PERCENTILES))
     dropped = Table.of(("dropped", "examples"), manifest["dropped"].items())
-    tables = [_sources(manifest), _sets(manifest), _labels(manifest), dropped, _lengths(prepared)]
-    parts: list[RenderableType] = [table.rich() for table in tables if table.rows]
-    parts += [_histogram(prepared), _packing(config, prepared)]
-    parts.append(_example(_typical(selection, prepared), encoder, show_text))
-    return Group(*parts)
+    tables = [_sources(manifest), _sets(manifest), _labels(manifest), dropped, percentiles]
+    packed = packing(config, prepared.train)
+    summary = Text(
+        f"\nPacking: {packed['steps']:,} steps of {config.train.batch_size} examples, "
+        f"{packed['rows']:.1f} rows of {packed['tokens']:,.0f} tokens a batch, {packed['padding']:.1%} padding, "
+        f"{packed['shared']:.1%} of the tokens shared and computed once, "
+        f"{packed['shapes']:.0f} shape(s) in {min(SAMPLED_STEPS, int(packed['steps']))} sampled steps, "
+        "before rounding up to the number of devices.\n"
+    )
+    shown = [table.rich() for table in tables if table.rows]
+    return Group(*shown, _histogram(lengths), summary, _example(selection, prepared, encoder, show_text))
 
 
 def packing(config: Config, sequences: Sequence[EncodedExample]) -> dict[str, float]:
@@ -101,31 +114,19 @@ def _sets(manifest: dict[str, Any]) -> Table:
 
 def _labels(manifest: dict[str, Any]) -> Table:
     table = Table(("", "label", "positive", "negative", "not labelled"), "Label balance", left=2)
-    names = ("prompt_label", "response_label", "refusal_label")
-    for role in ("train", "validation"):
-        for name, (positive, negative) in zip(names, CHOICES.values(), strict=True):
-            values = manifest[role]["labels"].get(name, {})
+    for role in [role for role in ("train", "validation") if manifest[role]["sequences"]]:
+        for question, (positive, negative) in CHOICES.items():
+            values = manifest[role]["labels"][LABEL[question]]
             yes, no = values.get(positive, 0), values.get(negative, 0)
             balance = f" ({yes / (yes + no):.0%})" if yes + no else ""
-            if manifest[role]["sequences"]:
-                counts = (f"{yes:,} {positive}{balance}", f"{no:,} {negative}", values.get("None", 0))
-                table.add(role, name.removesuffix("_label"), *counts)
+            counts = (f"{yes:,} {positive}{balance}", f"{no:,} {negative}", values.get("None", 0))
+            table.add(role, LABEL[question].removesuffix("_label"), *counts)
     return table
 
 
-def _lengths(prepared: Prepared) -> Table:
-    columns = ("longest" if p == 100 else f"{p}%" for p in PERCENTILES)
-    table = Table(("tokens", *columns), "Lengths of the training sequences")
-    trained = np.array([int(sequence.loss_mask.sum()) for sequence in prepared.train])
-    for name, values in (("all", _totals(prepared)), ("trained on", trained)):
-        table.add(name, *(int(np.percentile(values, p, method="nearest")) for p in PERCENTILES))
-    return table
-
-
-def _histogram(prepared: Prepared) -> RichTable:
+def _histogram(lengths: np.ndarray) -> RichTable:
     """Plot lengths in bins of equal width."""
-    totals = _totals(prepared)
-    counts, edges = np.histogram(totals, min(BARS, int(np.ptp(totals)) + 1))
+    counts, edges = np.histogram(lengths, min(BARS, int(np.ptp(lengths)) + 1))
     table = RichTable.grid(padding=(0, 1))
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "█" * round(BAR_WIDTH * count / counts.max()) or ("▏" if count else "")
@@ -133,45 +134,29 @@ def _histogram(prepared: Prepared) -> RichTable:
     return table
 
 
-def _packing(config: Config, prepared: Prepared) -> Text:
-    packed = packing(config, prepared.train)
-    return Text(
-        f"\nPacking: {packed['steps']:,} steps of {config.train.batch_size} examples, "
-        f"{packed['rows']:.1f} rows of {packed['tokens']:,.0f} tokens a batch, {packed['padding']:.1%} padding, "
-        f"{packed['shared']:.1%} of the tokens shared and computed once, "
-        f"{packed['shapes']:.0f} shape(s) in {min(SAMPLED_STEPS, int(packed['steps']))} sampled steps, "
-        "before rounding up to the number of devices.\n"
-    )
-
-
-def _typical(selection: Selection, prepared: Prepared) -> ExampleAndMode:
-    """Return the training example of median length; in dual mode, one with reasoning."""
-    examples = {example.id: example for example, _ in selection.train}
+def _example(selection: Selection, prepared: Prepared, encoder: Encoder, show_text: bool) -> Panel:
+    """Show the training example of median length; in dual mode, one with reasoning."""
     reasoning = [s for s in prepared.train if s.mode == "reasoning"] or prepared.train
     median = np.percentile([len(s.tokens) for s in reasoning], 50, method="nearest")
     sequence = next(s for s in reasoning if len(s.tokens) == median)
-    return examples[sequence.example_id], sequence.mode
-
-
-def _example(selected: ExampleAndMode, encoder: Encoder, show_text: bool) -> Panel:
-    example, mode = selected
+    example, mode = next((e, mode) for e, mode in selection.train if e.id == sequence.example_id)
     if not show_text:
-        example = replace(
-            example,
-            prompt=_placeholder("prompt", example.prompt),
-            response=None if example.response is None else _placeholder("response", example.response),
-            trace=None if example.trace is None else _placeholder("trace", example.trace),
-        )
-    sequence = encoder.encode(example, mode)
-    if sequence is None:
+        for name in ("prompt", "response", "trace"):
+            text = getattr(example, name)
+            if text is not None:
+                words = len(re.findall(r"\w+", text))
+                hidden = f"({name}: {len(text):,} characters, {words:,} words, hidden)"
+                example = replace(example, **{name: hidden})
+    shown = encoder.encode(example, mode)
+    if shown is None:
         raise JaxguardError(f"example {example.id!r}: the trace does not fit into data.max_seq_len")
-    hidden = "" if show_text else "; its texts are hidden, --show-text shows them"
+    note = "" if show_text else "; its texts are hidden, --show-text shows them"
     legend = Text.assemble(
         "trained on: ",
         (f"{OPEN}highlighted{CLOSE}", TRAINED),
-        f"; {mode} mode, {len(sequence.tokens):,} tokens{hidden}",
+        f"; {mode} mode, {len(shown.tokens):,} tokens{note}",
     )
-    body = render_mask(sequence, encoder.tokenizer)
+    body = render_mask(shown, encoder.tokenizer)
     title = Text(f"Example {visible(example.id)} from {visible(example.source)}")
     return Panel(Group(body, Text(), legend), title=title, title_align="left")
 
@@ -187,12 +172,3 @@ def render_mask(sequence: EncodedExample, tokenizer: Any) -> Text:
         else:
             text.append(piece)
     return text
-
-
-def _placeholder(name: str, text: str) -> str:
-    words = len(re.findall(r"\w+", text))
-    return f"({name}: {len(text):,} characters, {words:,} words, hidden)"
-
-
-def _totals(prepared: Prepared) -> np.ndarray:
-    return np.array([len(sequence.tokens) for sequence in prepared.train])
