@@ -11,9 +11,8 @@ from functools import partial
 from typing import Any
 
 from jaxguard.config.distill import TeacherConfig
-from jaxguard.utils.client import Client, RetryableError, connect, model_names
+from jaxguard.utils.client import Client, Limiter, RetryableError, connect, model_names
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.limiter import Limiter
 
 Message = dict[str, str]
 """role and content, as in the chat protocol."""

@@ -30,7 +30,7 @@ import jaxguard
 from jaxguard.config import Config, dump, load
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder, write_atomically
-from jaxguard.utils.provenance import differences, refuse_others
+from jaxguard.utils.store import differences, refuse_others
 
 logger = logging.getLogger(__name__)
 

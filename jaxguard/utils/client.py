@@ -6,21 +6,18 @@ and an endpoint that was asked by itself and cannot be reached. The number of re
 """
 
 import asyncio
-import logging
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.limiter import Limiter
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -36,14 +33,11 @@ _REST_SECONDS = 5.0
 _MOST_RETRY_AFTER = 60.0
 _TRANSIENT_STATUS = {408, 409, 425, 429}
 _OVERLOAD_STATUS = {429, 503, 529}
+_UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol, httpx2.InvalidURL)
 
 
 class RetryableError(Exception):
-    """A failure that another try may mend.
-
-    Attributes:
-        retry_after: seconds that the server asks to wait.
-    """
+    """A failure that another try may mend; `retry_after` is how many seconds the server asks to wait."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -54,12 +48,55 @@ class NotFoundError(JaxguardError):
     """The server has no such path."""
 
 
-@dataclass
-class Endpoint:
-    """A server's base address.
+class Limiter:
+    """How many requests may be under way: additive increase, multiplicative decrease, as TCP shares a line.
+
+    A sign of overload halves the limit; requests that began before a cut do not cut again, since one burst of refusals is
+    one sign. Until the first cut every answer raises the limit by one; from then on it takes a limit's worth of answers.
 
     Attributes:
-        url: without a slash at its end.
+        limit: requests that may be under way, a fraction counting as none.
+        active: requests that are.
+    """
+
+    def __init__(self, start: int, most: int) -> None:
+        self.limit = float(min(start, most))
+        self.active = 0
+        self._most = most
+        self._cuts = 0
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[Callable[[], None]]:
+        """Wait for room and hold it; the value is to be called when the server shows overload."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.active < int(self.limit))
+            self.active += 1
+        cuts, overloaded = self._cuts, False
+
+        def overload() -> None:
+            nonlocal overloaded
+            overloaded = True
+            if cuts == self._cuts:
+                self._cuts += 1
+                self.limit = max(1.0, self.limit / 2)
+
+        try:
+            yield overload
+            if not overloaded:
+                self.limit = min(self._most, self.limit + (1 / self.limit if self._cuts else 1))
+        finally:
+            self.active -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
+
+@dataclass
+class Endpoint:
+    """A server.
+
+    Attributes:
+        url: its base address, without a slash at its end.
         active: requests under way.
         resting_until: when it may be preferred again after its connection broke, by time.monotonic.
     """
@@ -71,18 +108,13 @@ class Endpoint:
 
 @dataclass
 class Client:
-    """Open connections to one or several servers of the same model; see `connect`.
-
-    Attributes:
-        retries: requests that were sent again, so far.
-    """
+    """Open connections to one or several servers of the same model; see `connect`."""
 
     endpoints: tuple[Endpoint, ...]
     limiter: Limiter
     tries: int
     api_key_env: str
-    retries: int = 0
-    _http: httpx2.AsyncClient = field(kw_only=True, repr=False)
+    http: httpx2.AsyncClient
 
     async def request(
         self, path: str, body: Any, parse: Callable[[Any, str], T], endpoint: Endpoint | None = None
@@ -103,7 +135,6 @@ class Client:
             retry=retry_if_exception_type(RetryableError),
             stop=stop_after_attempt(self.tries),
             wait=_pause,
-            before_sleep=self._count,
             reraise=True,
         )
         try:
@@ -116,35 +147,34 @@ class Client:
             now = time.monotonic()
             endpoint = only or min(self.endpoints, key=lambda e: (e.resting_until > now, e.active))
             endpoint.active += 1
+            method = "GET" if body is None else "POST"
             try:
-                method = "GET" if body is None else "POST"
-                response = await self._http.request(method, endpoint.url + path, json=body)
+                response = await self.http.request(method, endpoint.url + path, json=body)
             except (httpx2.RequestError, httpx2.InvalidURL) as error:
-                text = f"{type(error).__name__}: {error}"
+                text = f"{endpoint.url} does not answer: {type(error).__name__}: {error}"
                 if only is not None and isinstance(error, _UNREACHABLE):
-                    raise JaxguardError(
-                        f"{endpoint.url} does not answer: {text}; is the server up, and the address right?"
-                    ) from None
+                    raise JaxguardError(f"{text}; is the server up, and the address right?") from None
                 if isinstance(error, httpx2.TimeoutException):
                     overload()
                 endpoint.resting_until = time.monotonic() + _REST_SECONDS
-                raise RetryableError(f"{endpoint.url}: {text}") from error
+                raise RetryableError(text) from error
             finally:
                 endpoint.active -= 1
             if response.status_code in _OVERLOAD_STATUS:
                 overload()
-            self._check(response, endpoint.url, path)
+            self._check_status(response, endpoint.url, path)
             try:
                 return parse(response.json(), endpoint.url)
             except (AttributeError, LookupError, TypeError, ValueError) as error:
                 text = f"{type(error).__name__}: {error}; it says: {_words(response)}"
                 raise RetryableError(f"{endpoint.url} sent a malformed response: {text}") from None
 
-    def _check(self, response: httpx2.Response, url: str, path: str) -> None:
+    def _check_status(self, response: httpx2.Response, url: str, path: str) -> None:
         """Raise what a status that is no success means."""
         status, words = response.status_code, _words(response)
         if status in _TRANSIENT_STATUS or status >= 500:
-            raise RetryableError(f"{url}: status {status}: {words}", _retry_after(response))
+            pause = re.fullmatch(r"\d+(\.\d+)?", response.headers.get("retry-after", ""))  # or a date
+            raise RetryableError(f"{url}: status {status}: {words}", float(pause[0]) if pause else 0.0)
         if status in (401, 403):
             raise JaxguardError(f"{url} refuses the key: set {self.api_key_env}; it says: {words}")
         if status == 404:
@@ -154,11 +184,6 @@ class Client:
             )
         if not response.is_success:
             raise JaxguardError(f"{url} refuses {path}, and would again: status {status}: {words}")
-
-    def _count(self, state: RetryCallState) -> None:
-        self.retries += 1
-        error = state.outcome.exception() if state.outcome else None
-        logger.debug("try %d of %d failed: %s", state.attempt_number, self.tries, error)
 
 
 @asynccontextmanager
@@ -178,24 +203,25 @@ async def connect(
         seconds: for one response; default: SECONDS.
         api_key_env: the environment variable that holds the bearer key; unset sends none.
     """
-    key, timeout = os.environ.get(api_key_env), SECONDS if seconds is None else seconds
-    async with httpx2.AsyncClient(
+    key, timeout = os.environ.get(api_key_env), seconds or SECONDS
+    http = httpx2.AsyncClient(
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS)),
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
         mounts={"all://127.0.0.1": None, "all://localhost": None},  # whatever proxy there is
-    ) as http:
-        endpoints = tuple(Endpoint(url.rstrip("/")) for url in urls)
-        yield Client(endpoints, limiter, TRIES if tries is None else tries, api_key_env, _http=http)
+    )
+    endpoints = tuple(Endpoint(url.rstrip("/")) for url in urls)
+    async with http:
+        yield Client(endpoints, limiter, tries or TRIES, api_key_env, http)
 
 
 def model_names(body: Any, _: str) -> list[str]:
-    """The models in the response to GET /v1/models."""
+    """Return the models in the response to GET /v1/models."""
     return [str(model["id"]) for model in body["data"]]
 
 
 async def gather(requests: Iterable[Awaitable[T]]) -> list[T]:
-    """All results; the first error ends the rest."""
+    """Return all results; the first error ends the rest."""
     tasks = [asyncio.ensure_future(request) for request in requests]
     try:
         return list(await asyncio.gather(*tasks))
@@ -205,24 +231,14 @@ async def gather(requests: Iterable[Awaitable[T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-_UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol, httpx2.InvalidURL)
-
-
 def _pause(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, RetryableError) else 0.0
     return max(BACKOFF(state), min(asked, _MOST_RETRY_AFTER))
 
 
-def _retry_after(response: httpx2.Response) -> float:
-    try:
-        return float(response.headers.get("retry-after", 0))
-    except ValueError:  # a date
-        return 0.0
-
-
 def _words(response: httpx2.Response) -> str:
-    """A server's error message, or the beginning of its response."""
+    """Return a server's error message, or the beginning of its response."""
     try:
         body = response.json()
         error = body.get("error", body)

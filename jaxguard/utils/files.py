@@ -1,8 +1,13 @@
-"""Files that survive a kill at any moment, and folders that have one writer."""
+"""Files and folders that survive a kill at any moment: they appear whole or not at all, and a folder has one writer."""
 
+import contextlib
+import errno
 import fcntl
 import os
+import shutil
 import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -43,18 +48,73 @@ def write_atomically(path: Path, text: str) -> None:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        draft.write_text(text, encoding="utf-8")
+        _to_disk(draft)
         draft.replace(path)
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise JaxguardError(
             f"cannot write {path}: {error.strerror or error}; free some space, or write elsewhere"
         ) from None
-    folder = os.open(path.parent, os.O_RDONLY)
+    _to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
+    """Yield a scratch folder beside `output`, and rename it to `output` at the end, after everything in it is on the disk.
+
+    When the block raises, the scratch folder is removed and `output` stays as it was.
+
+    Args:
+        output: the folder.
+        size: bytes that it will hold, approximately, so that a disk without space for them is refused at once.
+
+    Raises:
+        JaxguardError: `output` is not empty, cannot be made, or the disk is full.
+    """
+    output = output.absolute()
+    check_free(output)
     try:
-        os.fsync(folder)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            ".partial", f".{output.name}.", output.parent, ignore_cleanup_errors=True
+        ) as name:
+            scratch = Path(name)
+            free = shutil.disk_usage(scratch).free
+            if free < size:
+                raise JaxguardError(
+                    f"no space for {output}: it takes about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
+                    "free some space or write elsewhere"
+                )
+            yield scratch
+            for path in [*scratch.rglob("*"), scratch]:
+                _to_disk(path)
+            scratch.chmod(0o755)
+            scratch.replace(output)
+            _to_disk(output.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise JaxguardError(
+                f"the disk is full: {output} was not written, nothing was left behind; free some space or write elsewhere"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise JaxguardError(f"{output} cannot be written: {error.strerror} ({error.filename})") from error
+        raise
+
+
+def check_free(output: Path) -> None:
+    """Refuse an output folder that is not empty.
+
+    Raises:
+        JaxguardError: `output` is a file, or a folder that is not empty.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise JaxguardError(f"{output} exists and is not empty: choose another output folder, or remove it first")
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)

@@ -11,8 +11,7 @@ from rich.progress import Progress as RichProgress
 
 PLAIN_SECONDS = 30.0
 """Least time between two plain lines."""
-
-_SPEED_SECONDS = 600.0
+SPEED_SECONDS = 600.0
 """Speed and time left are those of the last ten minutes, without what came before the first result: compiling and loading."""
 
 Item = TypeVar("Item")
@@ -39,25 +38,21 @@ class Progress:
         unit: str | None = "examples",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._title, self._total, self._unit, self._clock = title, total, unit, clock
+        self._unit, self._clock = unit, clock
+        self._started = self._printed = clock()
         self._console = console or Console()
-        columns = (
+        self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}", markup=False),
-        )
-        self._bar = RichProgress(
-            *columns,
             console=self._console,
             disable=not self._console.is_terminal,
             get_time=clock,
-            speed_estimate_period=_SPEED_SECONDS,
+            speed_estimate_period=SPEED_SECONDS,
         )
         self._bar.add_task(title, total=total, completed=done, numbers="")
         (self._task,) = self._bar.tasks
-        self._started = clock()
-        self._printed = self._started
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -74,17 +69,16 @@ class Progress:
             numbers: what else to show.
             counts: totals since the start of this process, shown per second: `tokens=...` as tokens/s.
         """
-        self._bar.update(self._task.id, completed=done)
-        now = self._clock()
-        seconds, left = max(now - self._started, 1e-9), self._task.time_remaining
-        speeds = [f"{self._task.speed or 0:,.1f} {self._unit}/s"] if self._unit else []
-        speeds += [f"{count / seconds:,.0f} {name}/s" for name, count in counts.items()]
-        eta = "-:--:--" if left is None else datetime.timedelta(seconds=int(left))
-        text = "  ".join(filter(None, (numbers, *speeds, f"ETA {eta}")))
-        self._bar.update(self._task.id, numbers=text)
-        if self._bar.disable and (now - self._printed >= PLAIN_SECONDS or done == self._total):
+        task, now = self._task, self._clock()
+        self._bar.update(task.id, completed=done)
+        speeds = [f"{task.speed or 0:,.1f} {self._unit}/s"] if self._unit else []
+        speeds += [f"{count / max(now - self._started, 1e-9):,.0f} {name}/s" for name, count in counts.items()]
+        left = "-:--:--" if task.time_remaining is None else datetime.timedelta(seconds=int(task.time_remaining))
+        text = "  ".join(filter(None, (numbers, *speeds, f"ETA {left}")))
+        self._bar.update(task.id, numbers=text)
+        if self._bar.disable and (now - self._printed >= PLAIN_SECONDS or done == task.total):
             self._printed = now
-            self.say(f"{self._title} {done:,}/{self._total:,}  {text}")
+            self.say(f"{task.description} {done:,}/{task.total:,}  {text}")
 
     def advance(self, numbers: str = "") -> None:
         """Show that one more item is done."""
@@ -96,14 +90,12 @@ class Progress:
 
 
 def track(items: Sequence[Item], title: str, least: int = 1000) -> Iterable[Item]:
-    """The items, with a progress display on standard error while they are worked on; none for fewer than `least`."""
-    if len(items) < least:
-        return items
+    """Return the items, with a progress display on standard error while they are worked on; none for fewer than `least`."""
+    return items if len(items) < least else _tracked(items, title)
 
-    def tracked() -> Iterator[Item]:
-        with Progress(title, len(items), console=Console(stderr=True)) as progress:
-            for item in items:
-                yield item
-                progress.advance()
 
-    return tracked()
+def _tracked(items: Sequence[Item], title: str) -> Iterator[Item]:
+    with Progress(title, len(items), console=Console(stderr=True)) as progress:
+        for item in items:
+            yield item
+            progress.advance()

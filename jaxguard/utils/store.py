@@ -1,4 +1,4 @@
-"""An append-only JSONL file that a kill at any moment leaves usable.
+"""An append-only JSONL file that a kill at any moment leaves usable, and the settings that its records must share.
 
 The first line holds the settings that all records have in common; every line carries a checksum. A record that was appended is
 never lost to a kill. A last line that was cut off is dropped when the file is opened to append; a damaged line is skipped.
@@ -15,9 +15,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.files import write_atomically
-from jaxguard.utils.provenance import differences, refuse_others
+from jaxguard.utils.errors import JaxguardError, ProvenanceError
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +24,7 @@ Record = TypeVar("Record")
 
 @dataclass
 class Store:
-    """A file that this process appends to; see `open_store`.
-
-    Attributes:
-        path: the file.
-    """
+    """A file that this process appends to; see `open_store`."""
 
     path: Path
     _file: FileIO
@@ -41,7 +35,10 @@ class Store:
         Raises:
             JaxguardError: it cannot be written; the file is as before.
         """
-        size, rest = os.fstat(self._file.fileno()).st_size, memoryview(_sealed("record", record))
+        self._append(_sealed("record", record))
+
+    def _append(self, line: bytes) -> None:
+        size, rest = os.fstat(self._file.fileno()).st_size, memoryview(line)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -66,45 +63,48 @@ def open_store(path: Path, settings: Mapping[str, Any], remedy: str) -> Iterator
         ProvenanceError: it was begun with other settings.
         JaxguardError: its settings are damaged, or it cannot be written.
     """
-    header = _sealed("settings", settings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_cut_line(path)
-        if path.is_file() and path.stat().st_size:
-            changes = differences(read_settings(path), _unsealed("settings", header))
-            refuse_others(changes, f"{path} holds records that were made with other settings:", remedy)
-        else:
-            write_atomically(path, header.decode())
         file = FileIO(str(path), "ab")
     except OSError as error:
         raise JaxguardError(f"cannot write to {path}: {error.strerror or error}") from None
     with file:
+        store, header = Store(path, file), _sealed("settings", settings)
+        with path.open("rb") as lines:
+            end = sum(len(line) for line in lines if line.endswith(b"\n"))
+            if lines.tell() > end:
+                logger.warning("%s: a last line that was cut off is dropped; what it held will be made again", path)
+                file.truncate(end)
+        if end:
+            changes = differences(read_settings(path), _unsealed("settings", header))
+            refuse_others(changes, f"{path} holds records that were made with other settings:", remedy)
+        else:
+            store._append(header)
         try:
-            yield Store(path, file)
+            yield store
         finally:
             os.fsync(file.fileno())
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that a file was begun with.
+    """Return the settings that a file was begun with.
 
     Raises:
         JaxguardError: there is no such file, or its first line is damaged.
     """
     try:
         with path.open("rb") as file:
-            settings = _unsealed("settings", file.readline())
+            return _unsealed("settings", file.readline())
     except OSError as error:
         raise JaxguardError(f"cannot read {path}: {error.strerror or error}") from None
-    if settings is None:
+    except (KeyError, TypeError, ValueError):
         raise JaxguardError(
             f"{path} is damaged: its first line does not tell the settings of its records; move it away to begin anew"
-        )
-    return settings
+        ) from None
 
 
 def read_records(path: Path, parse: Callable[[dict[str, Any]], Record]) -> Iterator[Record]:
-    """The records of a file, oldest first, as `parse` makes them; none where there is no file.
+    """Yield the records of a file, oldest first, as `parse` makes them; none where there is no file.
 
     Damaged lines, and records for which `parse` raises KeyError, TypeError or ValueError, are skipped with a warning that
     counts them. Safe while another process appends; memory does not grow with the file.
@@ -115,40 +115,53 @@ def read_records(path: Path, parse: Callable[[dict[str, Any]], Record]) -> Itera
     with path.open("rb") as file:
         file.readline()
         for line in file:
-            record = _unsealed("record", line)
             try:
-                parsed = None if record is None else parse(record)
+                record = parse(_unsealed("record", line))
             except (KeyError, TypeError, ValueError):
-                parsed = None
-            if parsed is None:
                 damaged += 1
             else:
-                yield parsed
+                yield record
     if damaged:
         logger.warning("%s: %d damaged lines are skipped; what they held will be made again", path, damaged)
 
 
-def _drop_cut_line(path: Path) -> None:
-    """Cut a file behind its last complete line."""
-    if not path.is_file():
-        return
-    with path.open("r+b") as file:
-        end = sum(len(line) for line in file if line.endswith(b"\n"))
-        if file.tell() > end:
-            logger.warning("%s: a last line that was cut off is dropped; what it held will be made again", path)
-            file.truncate(end)
-
-
 def _sealed(name: str, record: Mapping[str, Any]) -> bytes:
-    """A record as one line of JSON with a checksum."""
+    """Return a record as one line of JSON with a checksum."""
     body = json.dumps(record, ensure_ascii=True, sort_keys=True)
     return f'{{"crc32": {zlib.crc32(body.encode())}, "{name}": {body}}}\n'.encode()
 
 
-def _unsealed(name: str, line: bytes) -> dict[str, Any] | None:
-    """The record of such a line; None if the line is damaged."""
-    try:
-        record = json.loads(line)[name]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return record if isinstance(record, dict) and _sealed(name, record) == line else None
+def _unsealed(name: str, line: bytes) -> dict[str, Any]:
+    """Return the record of such a line; a damaged line raises KeyError, TypeError or ValueError."""
+    record: dict[str, Any] = json.loads(line)[name]
+    if _sealed(name, record) != line:
+        raise ValueError("the checksum is another")
+    return record
+
+
+def differences(old: Any, new: Any, field: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return dotted field -> (old, new) for every leaf that differs between two plain trees; None where it is absent."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = (dict(enumerate(values)) for values in (old, new))
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return {} if old == new else {field: (old, new)}
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*old, *new]):
+        changes |= differences(old.get(key), new.get(key), f"{field}.{key}" if field else str(key))
+    return changes
+
+
+def refuse_others(changes: Mapping[str, tuple[Any, Any]], holds: str, remedy: str) -> None:
+    """Refuse to mix new output with output of other provenance.
+
+    Args:
+        changes: as from `differences`.
+        holds: the message's first line: what exists already.
+        remedy: its last line: what to do.
+
+    Raises:
+        ProvenanceError: something changed.
+    """
+    if changes:
+        lines = (f"  {field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items())
+        raise ProvenanceError("\n".join([holds, *lines, remedy]))

@@ -12,7 +12,7 @@ import pytest
 from jaxguard.config import Config, load
 from jaxguard.train.run_folder import FREE, ROUNDING, Resume, open_run
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.provenance import differences
+from jaxguard.utils.store import differences
 
 
 def config_in(folder: Path, **sections: dict[str, Any]) -> Config:

@@ -105,7 +105,7 @@ def test_an_offline_machine_uses_what_it_has(hub, monkeypatch):
     folder = fetch("owner/good")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch("owner/good") == folder
-    with pytest.raises(JaxguardError, match=r"owner/other is not in the local cache.*HF_HUB_OFFLINE"):
+    with pytest.raises(JaxguardError, match=r"owner/other.*HF_HUB_OFFLINE"):
         fetch("owner/other")
 
 
@@ -115,12 +115,12 @@ def test_an_offline_machine_uses_what_it_has(hub, monkeypatch):
         (
             "owner/gated",
             None,
-            r"owner/gated is gated: accept its terms at https://huggingface.co/owner/gated.*HF_TOKEN",
+            r"owner/gated.*https://huggingface.co/owner/gated.*HF_TOKEN",
         ),
-        ("owner/absent", None, r"no repository 'owner/absent' on the hub.*HF_TOKEN"),
-        ("owner/good", "v9", r"owner/good has no revision 'v9'"),
-        ("owner/broken", None, r"the hub refused owner/broken|cannot be reached"),
-        ("owner/--bad--", None, r"neither a folder nor a repository id"),
+        ("owner/absent", None, r"'owner/absent'.*HF_TOKEN"),
+        ("owner/good", "v9", r"owner/good.*'v9'"),
+        ("owner/broken", None, "owner/broken"),
+        ("owner/--bad--", None, "owner/--bad--"),
     ],
 )
 def test_refusals_say_what_to_do(hub, checkpoint, revision, message):
@@ -130,11 +130,11 @@ def test_refusals_say_what_to_do(hub, checkpoint, revision, message):
 
 def test_what_is_neither_folder_nor_repository(tmp_path):
     for name in ("./absent", "/absent/folder", "~/absent-folder", "a/b/c", "gemma"):
-        with pytest.raises(JaxguardError, match=r"no folder .* owner/name"):
+        with pytest.raises(JaxguardError, match=rf"'{name}'.*owner/name"):
             fetch(name)
     file = tmp_path / "weights.gguf"
     file.touch()
-    with pytest.raises(JaxguardError, match=r"GGUF file: convert it first with tools/convert/gguf_to_hf\.py"):
+    with pytest.raises(JaxguardError, match=r"tools/convert/gguf_to_hf\.py"):
         fetch(str(file))
-    with pytest.raises(JaxguardError, match=r"is a file; a checkpoint is a folder"):
+    with pytest.raises(JaxguardError, match=r"weights\.safetensors"):
         fetch(str(file.rename(tmp_path / "weights.safetensors")))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxguard.utils.errors import ProvenanceError
-from jaxguard.utils.provenance import differences, refuse_others
+from jaxguard.utils.store import differences, refuse_others
 
 trees = st.recursive(
     st.integers(0, 3) | st.none(),

@@ -11,7 +11,7 @@ import jax
 from jaxguard.models.hf_io.checkpoints import export_hf
 from jaxguard.train.checkpoints import read_checkpoint_weights
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.folders import check_free
+from jaxguard.utils.files import check_free
 from jaxguard.utils.hub import fetch
 
 

@@ -17,7 +17,7 @@ from jaxguard.models.hf_io import safetensors as safetensors_io
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import Weight, table
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.folders import whole_folder
+from jaxguard.utils.files import whole_folder
 
 try:
     import gguf

@@ -11,7 +11,7 @@ from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import abstract, count
 from jaxguard.train.checkpoints import write_checkpoint_weights
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.folders import whole_folder
+from jaxguard.utils.files import whole_folder
 from jaxguard.utils.hub import fetch
 
 

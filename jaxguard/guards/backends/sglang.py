@@ -16,9 +16,8 @@ from typing import Any, Final
 
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.guards.protocol import Completion
-from jaxguard.utils.client import Client, NotFoundError, RetryableError, connect, gather, model_names
+from jaxguard.utils.client import Client, Limiter, NotFoundError, RetryableError, connect, gather, model_names
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.limiter import Limiter
 
 _IMPOSSIBLE: Final = -1e30
 """Stands for minus infinity, so that differences are numbers."""

@@ -25,7 +25,7 @@ from jaxguard.models.hf_io.safetensors import BLOCK, Stored, open_folder, parts_
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import EMBED, HEAD, Weight, table
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.folders import whole_folder
+from jaxguard.utils.files import whole_folder
 from jaxguard.utils.threads import in_turn
 
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
