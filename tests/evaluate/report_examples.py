@@ -35,7 +35,7 @@ HOSTILE = (
 )
 QUESTIONS = {"safety_prompt": "prompt_harm", "safety_response": "response_harm", "custom_policy": "prompt_harm"}
 GROUPS = {"prompt": "safety_prompt", "response": "safety_response", "custom": "custom_policy"}
-PAPERS = {name: GROUPS[average] for average in GROUPS for name in PUBLISHED.averages.benchmarks(average)}
+PAPERS = {name: GROUPS[average] for average in GROUPS for name in PUBLISHED.benchmarks(average)}
 FEW = {"wildguardtest_prompt": "safety_prompt", "xstest_response": "safety_response", "cosapien": "custom_policy"}
 
 

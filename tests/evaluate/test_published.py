@@ -1,35 +1,24 @@
 """The paper's results as shipped, and mistakes in such a file."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
+from jaxguard.config.lookup import find_yaml
 from jaxguard.evaluate.benchmarks.loading import list_benchmarks
-from jaxguard.evaluate.report.published import AVERAGES, PUBLISHED_FOLDER, nearest_row, read_published
+from jaxguard.evaluate.report.published import AVERAGES, nearest_row, read_published
+from jaxguard.evaluate.scores.metrics import PROMPT_SHARE
 from jaxguard.utils.errors import JaxguardError
 
 PAPER = read_published()
 
 
-@pytest.fixture
-def broken(tmp_path):
-    """broken(change): the error of the shipped file after change(tree)."""
-
-    def read(change):
-        tree = yaml.safe_load((PUBLISHED_FOLDER / "paper.yaml").read_text())
-        change(tree)
-        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(tree))
-        with pytest.raises(JaxguardError) as caught:
-            read_published("wrong", tmp_path)
-        return str(caught.value)
-
-    return read
-
-
 def test_the_papers_main_numbers():
     full, half = PAPER.row("llama_wgm_reasoning"), PAPER.row("gemma_reasoning")
-    assert [full.average(name) for name in AVERAGES] == [0.846, 0.836, 0.841, 0.878]
+    assert [getattr(full, name) for name in AVERAGES] == [0.846, 0.836, 0.841, 0.878]
     assert (full.dynaguardrail, full.cosapien) == (0.876, 0.882)
-    assert [half.average(name) for name in AVERAGES] == [0.835, 0.824, 0.830, 0.834]
+    assert [getattr(half, name) for name in AVERAGES] == [0.835, 0.824, 0.830, 0.834]
     assert PAPER.row("llama_topic_following").safety is None
     assert PAPER.row("another") is None
     assert len(PAPER.rows) == 23
@@ -43,8 +32,8 @@ def test_the_papers_main_numbers():
 
 
 def test_its_benchmarks_are_known():
-    assert set(PAPER.averages.benchmarks("safety")) | set(PAPER.averages.benchmarks("custom")) <= set(list_benchmarks())
-    assert [len(PAPER.averages.benchmarks(name)) for name in AVERAGES] == [5, 4, 9, 2]
+    assert set(PAPER.benchmarks("safety")) | set(PAPER.benchmarks("custom")) <= set(list_benchmarks())
+    assert [len(PAPER.benchmarks(name)) for name in AVERAGES] == [5, 4, 9, 2]
 
 
 @pytest.mark.parametrize(
@@ -65,19 +54,23 @@ def test_the_nearest_row(asked, row):
     assert (found and found.id) == row
 
 
-def test_mistakes_are_named(broken):
-    assert "row 'wildguard': safety is 0.832, but its parts come to 0.8043" in broken(
-        lambda tree: tree["rows"][0].update(prompt=0.775)
-    )
-    assert "'wildguard' is given twice" in broken(lambda tree: tree["rows"][1].update(id="wildguard"))
-    assert "latency: there is no row 'x'" in broken(lambda tree: tree["latency"]["points"][0].update(row="x"))
-    assert "sentence_budget: x must rise" in broken(lambda tree: tree["sentence_budget"].reverse())
-    assert "wrong.yaml: unknown field 'rows.0.promt'; did you mean 'prompt'?" in broken(
-        lambda tree: tree["rows"][0].update(promt=0.5)
-    )
-    assert "rows.0.prompt" in broken(lambda tree: tree["rows"][0].update(prompt=84))
+def test_its_numbers_agree_with_each_other():
+    ids = [row.id for row in PAPER.rows]
+    assert len(set(ids)) == len(ids)
+    assert {point.row for point in PAPER.latency.points} <= set(ids)
+    whole = [row for row in PAPER.rows if None not in (row.prompt, row.response, row.safety)]
+    for row in whole:  # their averages are rounded
+        assert row.safety == pytest.approx(PROMPT_SHARE * row.prompt + (1 - PROMPT_SHARE) * row.response, abs=0.0011)
+    for curve in (PAPER.sample_efficiency, PAPER.sentence_budget):
+        xs = [point.x for point in curve]
+        assert xs == sorted(set(xs))
 
 
-def test_an_absent_file_is_named(tmp_path):
-    with pytest.raises(JaxguardError, match="no published results 'paper'"):
-        read_published("paper", tmp_path)
+def test_a_mistake_in_the_file_is_named(tmp_path, monkeypatch):
+    tree = yaml.safe_load(find_yaml("paper", Path("configs/published"), "results").read_text())
+    tree["rows"][0]["promt"] = 0.5
+    (tmp_path / "configs/published").mkdir(parents=True)
+    (tmp_path / "configs/published/paper.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JaxguardError, match=r"paper.yaml.*rows\.0\.promt.*'prompt'"):
+        read_published()

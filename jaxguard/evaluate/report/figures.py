@@ -4,16 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jaxguard.evaluate.report.published import Published
-from jaxguard.evaluate.report.tables import benchmarks, cells_by, guards
 from jaxguard.evaluate.scores.calibration import Bin
 from jaxguard.evaluate.scores.results import Cell, Evaluation
-from jaxguard.report.figures import BACK, COLOURS, FAINT, INK, LINE, style
+from jaxguard.report.figures import BACK, COLOURS, FAINT, INK, LINE, draw_interval, style
 from jaxguard.report.text import DASH, seconds, short
 
 MARKS = ("o", "s", "D", "^", "v", "P", "X")  # one less than colours, so that pairs are many
@@ -24,23 +22,19 @@ POOLED = 10
 @style()
 def f1_figure(evaluation: Evaluation) -> Figure | None:
     """F1 with its interval on every benchmark, a dash where a guard has none; None where there is none at all."""
-    cells_of, all_guards = benchmarks(evaluation), guards(evaluation)
+    cells_of, all_guards = evaluation.by_benchmark, list(evaluation.by_guard)
     if not any(cell.result.scores.f1.value is not None for cell in evaluation.cells):
         return None
     step = 0.8 / len(all_guards)
     figure = Figure(figsize=(6.2, 0.9 + len(cells_of) * max(0.3, 0.14 * len(all_guards)) + 0.2 * len(all_guards)))
     axes = figure.add_subplot()
     for y, cells in enumerate(cells_of.values()):
-        scores = {(cell.guard, cell.mode): cell.result.scores.f1 for cell in cells}
+        scores = {cell.guard_mode: cell.result.scores.f1 for cell in cells}
         for i, guard in enumerate(all_guards):
-            line, mark, f1 = y + step * (i - (len(all_guards) - 1) / 2), _mark(evaluation, *guard), scores.get(guard)
-            if f1 is None or f1.value is None:
+            line, own = y + step * (i - (len(all_guards) - 1) / 2), mark(evaluation, *guard)
+            if not draw_interval(axes, line, scores.get(guard), **own):
                 transform = axes.get_yaxis_transform()
-                axes.text(0.01, line, DASH, color=mark["color"], fontsize=14, va="center", transform=transform)
-                continue
-            if f1.low is not None and f1.high is not None:
-                axes.plot((f1.low, f1.high), (line, line), color=mark["color"], linewidth=1.5)
-            axes.plot(f1.value, line, **mark, linestyle="none")
+                axes.text(0.01, line, DASH, color=own["color"], fontsize=14, va="center", transform=transform)
     axes.set_yticks(range(len(cells_of)), [short(name) for name in cells_of])
     axes.set_ylim(len(cells_of) - 0.5, -0.5)
     axes.set_xlabel("F1, and its 95 % interval")
@@ -48,7 +42,9 @@ def f1_figure(evaluation: Evaluation) -> Figure | None:
     axes.grid(visible=False, axis="y")
     for y in range(1, len(cells_of)):
         axes.axhline(y - 0.5, color=LINE, linewidth=0.6)
-    _guard_legend(figure, evaluation, all_guards)
+    handles = [Line2D([], [], **mark(evaluation, *guard), linestyle="none") for guard in all_guards]
+    labels = [short(f"{guard} ({mode})") for guard, mode in all_guards]
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
     return figure
 
 
@@ -60,27 +56,34 @@ def latency_figure(evaluation: Evaluation, published: Published) -> Figure | Non
     all have results, and the paper is left out.
     """
     averages = [each for each in evaluation.averages if each.name == "safety" and not each.missing]
-    safety = {(each.guard, each.mode): each.f1.value for each in averages}
-    all_guards, cells_of = guards(evaluation), benchmarks(evaluation)
-    whole = all(safety.get(guard) is not None for guard in all_guards)
-    common = {name for name, cells in cells_of.items() if len(cells) == len(all_guards)}
+    safety = {each.guard_mode: each.f1.value for each in averages}
+    cells_of = evaluation.by_guard
+    whole = all(safety.get(guard) is not None for guard in cells_of)
+    common = {name for name, cells in evaluation.by_benchmark.items() if len(cells) == len(cells_of)}
     figure = Figure(figsize=(4.9, 3.7))
     axes = figure.add_subplot()
     drawn = []
-    for guard, mode in all_guards:
-        cells = [cell for cell in cells_by(evaluation, guard, mode) if cell.benchmark in common]
+    for (guard, mode), all_cells in cells_of.items():
+        cells = [cell for cell in all_cells if cell.benchmark in common]
         mean = [cell.result.scores.f1.value for cell in cells if cell.result.scores.f1.value is not None]
         total = sum(cell.cost.seconds * cell.examples for cell in cells)
         latency = total / max(1, sum(cell.examples for cell in cells))
         f1 = safety[guard, mode] if whole else float(np.mean(mean)) if mean else None
         if f1 is None or latency <= 0:
             continue
-        axes.plot(latency, f1, **_mark(evaluation, guard, mode), linestyle="none", label=short(f"{guard} ({mode})"))
+        axes.plot(latency, f1, **mark(evaluation, guard, mode), linestyle="none", label=short(f"{guard} ({mode})"))
         drawn.append(latency)
     if not drawn:
         return None
-    if whole:
-        _draw_paper_latency(axes, published)
+    points = [(point, published.row(point.row)) for point in published.latency.points] if whole else []
+    known = [(point, row.safety) for point, row in points if row is not None and row.safety is not None]
+    if known:
+        xs, ys = [point.seconds for point, _ in known], [f1 for _, f1 in known]
+        axes.plot(xs, ys, "x", color=FAINT, label=f"the paper ({published.latency.hardware})")
+    for i, (point, paper) in enumerate(known):
+        offset = (0, 6 if i % 2 else -12)  # neighbours would write over each other
+        axes.annotate(point.name, (point.seconds, paper), offset, textcoords="offset points", ha="center", fontsize=7.5,
+                      color=FAINT)  # fmt: skip
     axes.set_xscale("log")
     axes.margins(x=0.2, y=0.18)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -90,19 +93,6 @@ def latency_figure(evaluation: Evaluation, published: Published) -> Figure | Non
     axes.set_ylabel("safety average, F1" if whole else "mean F1 of the common benchmarks")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
-
-
-def _draw_paper_latency(axes: Axes, published: Published) -> None:
-    points = [(point, published.row(point.row)) for point in published.latency.points]
-    known = [(point, row.safety) for point, row in points if row is not None and row.safety is not None]
-    if not known:
-        return
-    xs, ys = [point.seconds for point, _ in known], [f1 for _, f1 in known]
-    axes.plot(xs, ys, "x", color=FAINT, label=f"the paper ({published.latency.hardware})")
-    for i, (point, f1) in enumerate(known):
-        below = i % 2 == 0  # neighbours would write over each other
-        axes.annotate(point.name, (point.seconds, f1), (0, -12 if below else 6), textcoords="offset points", ha="center",
-                      fontsize=7.5, color=FAINT)  # fmt: skip
 
 
 @style()
@@ -146,23 +136,12 @@ def pooled(curves: Iterable[Sequence[Bin]]) -> list[Bin]:
     return merged
 
 
-def _mark(evaluation: Evaluation, guard: str, mode: str) -> dict[str, Any]:
+def mark(evaluation: Evaluation, guard: str, mode: str) -> dict[str, Any]:
     """Colour and mark by guard; hollow in direct mode."""
-    i = list(dict.fromkeys(name for name, _ in guards(evaluation))).index(guard)
+    i = list(dict.fromkeys(name for name, _ in evaluation.by_guard)).index(guard)
     colour = COLOURS[i % len(COLOURS)]
     return {"color": colour, "marker": MARKS[i % len(MARKS)], "markersize": 6, "markeredgecolor": colour,
             "markerfacecolor": BACK if mode == "direct" else colour}  # fmt: skip
-
-
-def colour_of(evaluation: Evaluation, guard: str) -> str:
-    """A guard's colour in all figures."""
-    return _mark(evaluation, guard, "")["color"]
-
-
-def _guard_legend(figure: Figure, evaluation: Evaluation, all_guards: Sequence[tuple[str, str]]) -> None:
-    handles = [Line2D([], [], **_mark(evaluation, *guard), linestyle="none") for guard in all_guards]
-    labels = [short(f"{guard} ({mode})") for guard, mode in all_guards]
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
 
 
 def _coordinates(curve: Iterable[Bin]) -> tuple[list[float], list[float]]:

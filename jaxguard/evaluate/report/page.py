@@ -3,24 +3,21 @@
 Prompts, responses and what guards wrote are only in report.html, where they are hidden until the reader opens them.
 """
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.data.policies import Question
-from jaxguard.evaluate.report.cautions import cautions, facts, flat_settings
-from jaxguard.evaluate.report.figures import colour_of, f1_figure, latency_figure, reliability_figure
+from jaxguard.evaluate.report.figures import f1_figure, latency_figure, mark, reliability_figure
 from jaxguard.evaluate.report.published import Published, read_published
 from jaxguard.evaluate.report.tables import (
-    benchmarks,
+    AVERAGE_TITLES,
     by_category,
-    cells_by,
+    comparable,
     cost_table,
     error_table,
-    errors,
-    guards,
-    heading,
     main_table,
     score_table,
     slice_table,
@@ -38,12 +35,13 @@ from jaxguard.report import (
     Paragraph,
     Quote,
     Section,
+    note,
     write_markdown,
     write_page,
 )
 from jaxguard.report import Cell as TableCell
 from jaxguard.report.figures import inline_svg
-from jaxguard.report.text import count, number
+from jaxguard.report.text import count, number, share
 
 MOST_WRONG, MOST_CHARACTERS = 50, 2000
 """Errors of a guard in a mode on a benchmark, and characters of a text, that the page shows."""
@@ -77,6 +75,26 @@ ABOUT_PROBABILITIES = (
     "of them, the dashed one after calibration, if there are validation examples."
 )
 
+# A warning, the share that it is about, and the share above which it is given.
+LIMITS: tuple[tuple[str, Callable[[Cell], float], float], ...] = (
+    ("gives many unparsable answers", lambda cell: cell.result.unparsable / cell.verdicts, 0.01),
+    (
+        "often reasons longer than it may, and is forced to a verdict",
+        lambda cell: cell.cost.forced / cell.verdicts,
+        0.1,
+    ),
+    (
+        "has many answers without a probability, which count as unparsable ones do",
+        lambda cell: cell.cost.unscored / cell.verdicts if cell.calibration else 0.0,
+        0.01,
+    ),
+    (
+        "cannot hold some examples, whose text lacks its middle",
+        lambda cell: cell.cost.cut / cell.examples,
+        0.0,
+    ),
+)
+
 
 def write_report(evaluation: Evaluation, folder: Path) -> None:
     """Write results.json, report.md and report.html into a folder, which is made.
@@ -93,45 +111,121 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
 
 def report(evaluation: Evaluation, published: Published) -> Page:
     """The report: tables in both formats; figures, and errors with their texts, for HTML only."""
-    paper = Paragraph(
-        [f"The paper: {published.title}, ", TableCell(published.source, url=published.url), "."], faint=True
-    )
-    cells_of = benchmarks(evaluation).values()
+    link = TableCell(published.source, url=published.url)
+    paper = Paragraph([f"The paper: {published.title}, ", link, "."], faint=True)
+    groups = evaluation.by_benchmark.values()
     scores, cost, versus = score_table(evaluation), cost_table(evaluation), versus_table(evaluation)
-    figures, reliability = list(_figures(evaluation, published)), list(_reliability(evaluation))
-    slices = [Details(heading(cells[0]), [slice_table(cells)]) for cells in cells_of]
-    mistakes = [Section(heading(cells[0]), [_mistakes(cell) for cell in cells]) for cells in cells_of]
+    reliability = list(_reliability(evaluation))
+    slices = [Details(cells[0].heading, [slice_table(cells)]) for cells in groups]
+    mistakes = [Section(cells[0].heading, [_mistakes(cell) for cell in cells]) for cells in groups]
     hidden = "Much of their text is offensive; it is hidden until you open it. A label may be wrong as well as a guard."
     any_errors = any(cell.wrong for cell in evaluation.cells)
-    return Page(
-        f"Evaluation of {evaluation.name}",
-        [
-            Facts(facts(evaluation)),
-            Bullets(cautions(evaluation, published), warning=True),
-            Only("html", [Details("All settings", [Facts(flat_settings(evaluation))])]),
-            Section("Averages", [_about(ABOUT_AVERAGES), main_table(evaluation, published), paper, Beside(figures)], "averages"),
-            Section("Benchmarks", [_about(ABOUT_SCORES), scores], "benchmarks") if scores.rows else None,
-            Section("Time and tokens", [_about(ABOUT_COST), cost], "cost") if cost.rows else None,
-            Section("Compared with the first guard", [_about(ABOUT_VERSUS), versus], "versus") if versus.rows else None,
-            Section("Probabilities", [Only("html", [_about(ABOUT_PROBABILITIES), Beside(reliability)])], "probabilities")
-            if reliability
-            else None,
-            Section("Slices", slices, "slices"),
-            Section(
-                "Errors",
-                [
-                    _about(ABOUT_ERRORS),
-                    Only("html", [_about(hidden), *mistakes] if any_errors else ["None."]),
-                    Only("markdown", ["Texts are in report.html, hidden until they are opened.", error_table(evaluation)]),
-                ],
-                "errors",
-            ),
-        ],
-    )  # fmt: skip
+    return Page(f"Evaluation of {evaluation.name}", [
+        Facts(facts(evaluation)),
+        Bullets(cautions(evaluation, published), warning=True),
+        Only("html", [Details("All settings", [Facts([(name, _text(value)) for name, value in evaluation.settings.items()])])]),
+        Section("Averages", [
+            note(ABOUT_AVERAGES), main_table(evaluation, published), paper, Beside(list(_figures(evaluation, published))),
+        ], "averages"),
+        Section("Benchmarks", [note(ABOUT_SCORES), scores], "benchmarks") if scores.rows else None,
+        Section("Time and tokens", [note(ABOUT_COST), cost], "cost") if cost.rows else None,
+        Section("Compared with the first guard", [note(ABOUT_VERSUS), versus], "versus") if versus.rows else None,
+        Section("Probabilities", [Only("html", [note(ABOUT_PROBABILITIES), Beside(reliability)])], "probabilities")
+        if reliability else None,
+        Section("Slices", slices, "slices"),
+        Section("Errors", [
+            note(ABOUT_ERRORS),
+            Only("html", [note(hidden), *mistakes] if any_errors else ["None."]),
+            Only("markdown", ["Texts are in report.html, hidden until they are opened.", error_table(evaluation)]),
+        ], "errors"),
+    ])  # fmt: skip
 
 
-def _about(text: str) -> Paragraph:
-    return Paragraph([text], faint=True)
+def facts(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """The head of the report."""
+    settings = evaluation.settings
+    examples = {cell.benchmark: cell.examples for cell in evaluation.cells}
+    sampling = [f"{name} {settings[name]}" for name in ("generations", "temperature", "top_p") if name in settings]
+    pairs = [
+        ("Finished", evaluation.finished[:16].replace("T", " ") + " UTC" if evaluation.finished else ""),
+        ("Hardware", evaluation.hardware),
+        *((f"Guard {name}", description) for name, description in evaluation.models.items()),
+        ("Examples", f"{sum(examples.values()):,} of {count(len(examples), 'benchmark')}"),
+        ("Sampling", ", ".join(sampling)),
+        ("Unparsable answers count as", _text(settings.get("unparsable", ""))),
+    ]
+    return [(name, value) for name, value in pairs if value]
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def cautions(evaluation: Evaluation, published: Published) -> list[str]:
+    """What a reader must know before the numbers, a sentence each."""
+    return [*_unfinished(evaluation), *_odd_answers(evaluation), *_other_protocol(evaluation, published)]
+
+
+def _unfinished(evaluation: Evaluation) -> Iterator[str]:
+    if not evaluation.cells:
+        yield "Nothing was evaluated."
+        return
+    partial = list(dict.fromkeys(cell.benchmark for cell in evaluation.cells if not cell.complete))
+    if partial:
+        limit = evaluation.settings.get("limit")
+        why = f"evaluate.limit is {limit}" if limit else "The evaluation is not complete"
+        yield f"{why}: only some of the examples were evaluated of {', '.join(partial)}."
+    idle = [name for name in evaluation.models if name not in {cell.guard for cell in evaluation.cells}]
+    if idle:
+        yield f"{', '.join(idle)} has no results: requests that a guard does not support are left out."
+    for benchmark in evaluation.benchmarks:
+        present = {cell.guard_mode for cell in evaluation.by_benchmark.get(benchmark, ())}
+        absent = [_name(*guard) for guard in evaluation.by_guard if guard not in present]
+        if absent:
+            yield f"{benchmark} has no results of {', '.join(absent) if present else 'any guard'}."
+    partly = dict.fromkeys(_name(*each.guard_mode) for each in evaluation.averages if each.missing)
+    if partly:
+        yield (
+            f"Averages of {', '.join(partly)} are over fewer benchmarks than those of others: compare it by the differences, "
+            "which are over what both have results for."
+        )
+
+
+def _odd_answers(evaluation: Evaluation) -> Iterator[str]:
+    for guard_mode, cells in evaluation.by_guard.items():
+        for warning, measure, limit in LIMITS:
+            above = [f"{cell.benchmark} ({share(measure(cell))})" for cell in cells if measure(cell) > limit]
+            if above:
+                yield f"{_name(*guard_mode)} {warning}: {', '.join(above)}."
+
+
+def _other_protocol(evaluation: Evaluation, published: Published) -> Iterator[str]:
+    settings = evaluation.settings
+    different = [
+        f"{name} {settings[name]} (there {paper})"
+        for name, paper in published.protocol.items()
+        if name in settings and settings[name] != paper
+    ]
+    if different:
+        yield f"Answers are not sampled as in the paper: {', '.join(different)}."
+    titles_by_guards: dict[tuple[str, ...], list[str]] = {}
+    for name, title in AVERAGE_TITLES.items():
+        averages = [each for each in evaluation.averages if each.name == name]
+        others = [each for each in averages if not comparable(evaluation, published, each)]
+        if others:
+            names = () if len(others) == len(averages) else tuple(_name(*each.guard_mode) for each in others)
+            titles_by_guards.setdefault(names, []).append(title)
+    for names, titles in titles_by_guards.items():
+        of = f" of {', '.join(names)}" if names else ""
+        verb = "is" if len(titles) == 1 else "are"
+        yield (
+            f"{', '.join(titles)}{of} {verb} over other benchmarks than the paper's, or not over all of their examples: "
+            "no difference to the paper is claimed."
+        )
+
+
+def _name(guard: str, mode: str) -> str:
+    return f"{guard} ({mode})"
 
 
 def _figures(evaluation: Evaluation, published: Published) -> Iterator[Drawing]:
@@ -147,13 +241,12 @@ def _figures(evaluation: Evaluation, published: Published) -> Iterator[Drawing]:
 
 
 def _reliability(evaluation: Evaluation) -> Iterator[Drawing]:
-    for i, (guard, mode) in enumerate(guards(evaluation)):
-        cells = cells_by(evaluation, guard, mode)
-        figure = reliability_figure(cells, colour_of(evaluation, guard))
+    for i, ((guard, mode), cells) in enumerate(evaluation.by_guard.items()):
+        figure = reliability_figure(cells, mark(evaluation, guard, mode)["color"])
         if figure is not None:
             ece = ", ".join(f"{c.benchmark} {number(c.calibration.ece)}" for c in cells if c.calibration)
-            alt = f"Reliability of {guard} ({mode}). Expected calibration error: {ece}"
-            yield Drawing(f"{guard} ({mode})", inline_svg(figure, f"reliability{i}", alt))
+            alt = f"Reliability of {_name(guard, mode)}. Expected calibration error: {ece}"
+            yield Drawing(_name(guard, mode), inline_svg(figure, f"reliability{i}", alt))
 
 
 def _mistakes(cell: Cell) -> Details | None:
@@ -162,33 +255,29 @@ def _mistakes(cell: Cell) -> Details | None:
         return None
     groups, left = [], MOST_WRONG
     for category, wrong in by_category(cell).items():
-        if left > 0:
-            groups.append(
-                Details(
-                    f"{category} ({min(len(wrong), left)})", [_mistake(each, cell.question) for each in wrong[:left]]
-                )
-            )
-            left -= len(wrong[:left])
-    total, listed = max(errors(cell), len(cell.wrong)), MOST_WRONG - left
-    of = f"{listed:,} of {total:,} errors" if listed < total else count(total, "error")
-    return Details(f"{cell.guard} ({cell.mode}): {of}", groups)
+        listed = wrong[:left]
+        left -= len(listed)
+        if listed:
+            groups.append(Details(f"{category} ({len(listed)})", [_mistake(each, cell.question) for each in listed]))
+    total, shown = max(errors(cell), len(cell.wrong)), MOST_WRONG - left
+    of = f"{shown:,} of {total:,} errors" if shown < total else count(total, "error")
+    return Details(f"{_name(*cell.guard_mode)}: {of}", groups)
+
+
+def errors(cell: Cell) -> int:
+    """Examples of which no more than half of the generations are right."""
+    right = cell.result.right
+    return sum(examples for i, examples in enumerate(right) if 2 * i <= len(right) - 1)
 
 
 def _mistake(wrong: Wrong, question: Question) -> Details:
-    example = wrong.example
-    texts: Sequence[tuple[str, str | None]] = (
-        ("Prompt", example.prompt), ("Response", example.response), ("Its first wrong answer", wrong.text or None),
-        ("Policy", example.policy),
-    )  # fmt: skip
-    quotes = [Quote(name, text, MOST_CHARACTERS, "in results.json") for name, text in texts if text is not None]
+    """Its texts below what was said: verdict words, the most frequent first, and how often each where they differ."""
+    example, said = wrong.example, Counter(wrong.said)
+    words = [f"{word} ({times} of {said.total()})" if len(said) > 1 else word for word, times in said.most_common()]
+    texts = {"Prompt": example.prompt, "Response": example.response, "Its first wrong answer": wrong.text or None,
+             "Policy": example.policy}  # fmt: skip
+    quotes = [Quote(name, text, MOST_CHARACTERS, "in results.json") for name, text in texts.items() if text is not None]
     about = dict.fromkeys([example.id, *wrong.slices, *(f"category: {name}" for name in example.categories)])
-    title = f"labelled {wrong.label}, it says {_verdicts(wrong.said)}; P({CHOICES[question][0]}) {number(wrong.probability)}"
-    return Details(title, [*quotes, Paragraph([" · ".join(about)], faint=True)])
-
-
-def _verdicts(verdicts: Sequence[str]) -> str:
-    """Verdict words, the most frequent first; how often each occurs, where they differ."""
-    counts = Counter(verdicts).most_common()
-    if len(counts) == 1:
-        return verdicts[0]
-    return ", ".join(f"{word} ({times} of {len(verdicts)})" for word, times in counts)
+    probability = f"P({CHOICES[question][0]}) {number(wrong.probability)}"
+    title = f"labelled {wrong.label}, it says {', '.join(words)}; {probability}"
+    return Details(title, [*quotes, note(" · ".join(about))])

@@ -1,44 +1,18 @@
-"""The paper's results, from configs/published, for comparison."""
+"""The paper's results, from configs/published/paper.yaml, for comparison."""
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from jaxguard.config.base import Schema, read_yaml, validate
+from jaxguard.config.base import Schema, Share, read_yaml, validate
 from jaxguard.config.lookup import find_yaml
-from jaxguard.evaluate.scores.metrics import PROMPT_SHARE
 
-PUBLISHED_FOLDER = Path("configs/published")
 AVERAGES = ("prompt", "response", "safety", "custom")
 """The averages of an evaluation and of the paper, in the order of their columns."""
-ROUNDING = 0.0011
-"""How far the paper's safety average may be off the one computed from its rounded prompt and response averages."""
 
-F1 = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
 Trained = Literal["none", "direct", "reasoning", "dual"]
-
-
-class Protocol(Schema):
-    """How answers are sampled."""
-
-    generations: int
-    temperature: float
-    top_p: float
-
-
-class Averages(Schema):
-    """Which benchmarks the averages are over, by their names in configs/benchmarks."""
-
-    prompt: tuple[str, ...]
-    response: tuple[str, ...]
-    custom: tuple[str, ...]
-
-    def benchmarks(self, average: str) -> tuple[str, ...]:
-        """Those of one of AVERAGES."""
-        return {"safety": (*self.prompt, *self.response), **dict(self)}.get(average, ())
 
 
 class PublishedRow(Schema):
@@ -59,46 +33,31 @@ class PublishedRow(Schema):
     """What else was different."""
     mode: Literal["reasoning", "direct"]
     """The mode of the evaluation."""
-    prompt: F1 | None = None
-    response: F1 | None = None
-    safety: F1 | None = None
-    dynaguardrail: F1 | None = None
-    cosapien: F1 | None = None
-    custom: F1 | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.prompt is not None and self.response is not None and self.safety is not None:
-            expected = PROMPT_SHARE * self.prompt + (1 - PROMPT_SHARE) * self.response
-            if abs(expected - self.safety) > ROUNDING:
-                raise ValueError(f"row {self.id!r}: safety is {self.safety}, but its parts come to {expected:.4f}")
-        return self
-
-    def average(self, name: str) -> float | None:
-        """One of AVERAGES."""
-        value: float | None = dict(self)[name]
-        return value
+    prompt: Share | None = None
+    response: Share | None = None
+    safety: Share | None = None
+    dynaguardrail: Share | None = None
+    cosapien: Share | None = None
+    custom: Share | None = None
 
 
 class PublishedPoint(Schema):
     """A point of a curve: F1 at `x` training examples, or sentences of a trace."""
 
-    x: Positive
-    f1: F1
-    deviation: F1 | None = None
+    x: float
+    f1: Share
+    deviation: Share | None = None
     """Over several subsets."""
-    words: Positive | None = None
+    words: float | None = None
     """Of a trace, mean."""
 
 
 class LatencyPoint(Schema):
-    """The latency of a model."""
+    """Seconds that the model of a row takes for an example."""
 
     name: str
-    seconds: Positive
-    """For one example."""
+    seconds: float
     row: str
-    """The id of the model's row."""
 
 
 class Latency(Schema):
@@ -114,40 +73,32 @@ class Published(Schema):
     title: str
     source: str
     url: str
-    protocol: Protocol
-    averages: Averages
+    protocol: dict[str, int | float]
+    """How answers are sampled: generations, temperature, top_p."""
+    averages: dict[Literal["prompt", "response", "custom"], tuple[str, ...]]
+    """Which benchmarks the averages are over, by their names in configs/benchmarks."""
     rows: tuple[PublishedRow, ...] = Field(min_length=1)
     sample_efficiency: tuple[PublishedPoint, ...] = ()
     sentence_budget: tuple[PublishedPoint, ...] = ()
     latency: Latency
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        ids = [row.id for row in self.rows]
-        twice = next((name for name in ids if ids.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"rows: {twice!r} is given twice")
-        unknown = next((point.row for point in self.latency.points if point.row not in ids), None)
-        if unknown is not None:
-            raise ValueError(f"latency: there is no row {unknown!r}")
-        for name, curve in (("sample_efficiency", self.sample_efficiency), ("sentence_budget", self.sentence_budget)):
-            xs = [point.x for point in curve]
-            if xs != sorted(set(xs)):
-                raise ValueError(f"{name}: x must rise from point to point")
-        return self
+    def benchmarks(self, average: str) -> tuple[str, ...]:
+        """The benchmarks of one of AVERAGES."""
+        safety = {"safety": (*self.averages["prompt"], *self.averages["response"])}
+        return (safety | self.averages)[average]
 
     def row(self, name: str) -> PublishedRow | None:
         """The row of an id; None if there is no such row."""
         return next((row for row in self.rows if row.id == name), None)
 
 
-def read_published(name_or_path: str = "paper", folder: Path = PUBLISHED_FOLDER) -> Published:
-    """Read published results by the name of a YAML file in `folder`, or by its path.
+def read_published() -> Published:
+    """Read configs/published/paper.yaml.
 
     Raises:
-        JaxguardError: no such file; unknown, missing or ill-typed field; numbers that contradict each other.
+        JaxguardError: no such file; unknown, missing or ill-typed field.
     """
-    path = find_yaml(name_or_path, folder, "published results")
+    path = find_yaml("paper", Path("configs/published"), "published results")
     return validate(Published, read_yaml(path), str(path))
 
 
@@ -167,17 +118,16 @@ def nearest_row(
         examples: the size of the training set.
     """
 
+    def plain(model: str | None) -> str:
+        name = (model or "").rstrip("/").rsplit("/", 1)[-1].casefold()
+        return name.removesuffix("-instruct").removesuffix("-it")
+
     def matches(row: PublishedRow) -> bool:
         same_training = (row.trained, row.mode, row.variant) == (trained, mode, None)
-        return same_training and _plain(row.base) == _plain(base) and row.data in (data, None)
+        return same_training and plain(row.base) == plain(base) and row.data in (data, None)
 
     def distance(row: PublishedRow) -> tuple[bool, float]:
         ratio = abs(math.log(row.examples / examples)) if row.examples and examples else math.inf
         return row.data != data, ratio
 
     return min(filter(matches, published.rows), key=distance, default=None)
-
-
-def _plain(model: str | None) -> str:
-    name = (model or "").rstrip("/").rsplit("/", 1)[-1].casefold()
-    return name.removesuffix("-instruct").removesuffix("-it")

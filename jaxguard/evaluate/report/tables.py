@@ -1,11 +1,10 @@
 """The tables of an evaluation: averages beside the paper's, scores, comparison, cost, slices, errors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from jaxguard.data.format.dialogue import CHOICES, TITLES
-from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedRow
+from jaxguard.evaluate.report.published import AVERAGES, Published
 from jaxguard.evaluate.scores.metrics import Difference
-from jaxguard.evaluate.scores.results import Average, Cell, Evaluation, Versus, Wrong
+from jaxguard.evaluate.scores.results import Average, Cell, Evaluation, Wrong
 from jaxguard.report import Cell as TableCell
 from jaxguard.report import Table, estimate
 from jaxguard.report.text import ABSENT, DASH, count, interval, number, probability, seconds, share, signed
@@ -20,83 +19,45 @@ CATEGORY = "category"
 """The slice that errors are grouped by; where a benchmark has no such slice, its first one."""
 
 
-def guards(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """(guard, mode) of all that have results, in order."""
-    return list(dict.fromkeys((cell.guard, cell.mode) for cell in evaluation.cells))
-
-
-def cells_by(evaluation: Evaluation, guard: str, mode: str) -> list[Cell]:
-    """The results of a guard in a mode."""
-    return [cell for cell in evaluation.cells if (cell.guard, cell.mode) == (guard, mode)]
-
-
-def benchmarks(evaluation: Evaluation) -> dict[str, list[Cell]]:
-    """Benchmark -> its cells, in the order of the benchmarks."""
-    cells: dict[str, list[Cell]] = {}
-    for cell in evaluation.cells:
-        cells.setdefault(cell.benchmark, []).append(cell)
-    return cells
-
-
-def heading(cell: Cell) -> str:
-    """A benchmark in a line: its title, its question, and how many examples."""
-    label = "" if cell.benchmark == cell.source else f" ({cell.benchmark})"
-    partly = "" if cell.complete else ", not all of them"
-    question = TITLES[cell.question].lower()
-    title = cell.title if question in cell.title.casefold() else f"{cell.title}, {question}"
-    positives = f"{cell.result.scores.positives:,} {CHOICES[cell.question][0]}"
-    return f"{title}{label}: {cell.examples:,} examples{partly}, {positives}"
-
-
 def main_table(evaluation: Evaluation, published: Published) -> Table:
     """Averages of every guard in every mode, their differences, and the paper's rows."""
-    table = Table(("guard", *(AVERAGE_TITLES[name] for name in AVERAGES)), "Averages")
-    for guard, mode in guards(evaluation):
-        averages = {each.name: each for each in evaluation.averages if (each.guard, each.mode) == (guard, mode)}
-        table.add(TableCell(guard, mode), *(_average(averages.get(name)) for name in AVERAGES), kind="strong")
-        versus = {name: each.versus for name, each in averages.items() if each.versus}
-        if versus:
-            first = next(iter(versus.values()))
-            differences = (_average_difference(versus.get(name)) for name in AVERAGES)
+    table = Table(("guard", *AVERAGE_TITLES.values()), "Averages")
+    for guard, mode in evaluation.by_guard:
+        own = {each.name: each for each in evaluation.averages if each.guard_mode == (guard, mode)}
+        averages = [own.get(name) for name in AVERAGES]
+        scores = (_without(estimate(each.f1, deviation=True), each.missing) if each else DASH for each in averages)
+        table.add(TableCell(guard, mode), *scores, kind="strong")
+        versus = [each.versus if each else None for each in averages]
+        first = next(filter(None, versus), None)
+        if first:
+            differences = (_without(difference(each.f1), each.missing) if each else DASH for each in versus)
             table.add(TableCell(f"less {first.guard}", first.mode), *differences, kind="detail")
-        row = chosen_row(evaluation, published, guard, mode)
+        row = published.row(evaluation.paper_rows.get(f"{guard}/{mode}", ""))
         if row is not None:
-            differences = (_less_paper(evaluation, published, averages.get(n), row.average(n)) for n in AVERAGES)
-            table.add(TableCell("less the paper's", row.name), *differences, kind="detail")
+            papers = zip(averages, (getattr(row, name) for name in AVERAGES), strict=True)
+            less = (_less_paper(evaluation, published, average, paper) for average, paper in papers)
+            table.add(TableCell("less the paper's", row.name), *less, kind="detail")
     for row in published.rows:
-        scores = ("" if row.average(name) is None else row.average(name) for name in AVERAGES)
-        table.add(row.name, *scores, group=f"The paper ({published.source})", kind="faint")
+        f1 = ("" if getattr(row, name) is None else getattr(row, name) for name in AVERAGES)
+        table.add(row.name, *f1, group=f"The paper ({published.source})", kind="faint")
     return table
-
-
-def chosen_row(evaluation: Evaluation, published: Published, guard: str, mode: str) -> PublishedRow | None:
-    """The paper's row that the evaluation compares a guard with."""
-    return published.row(evaluation.paper_rows.get(f"{guard}/{mode}", ""))
 
 
 def comparable(evaluation: Evaluation, published: Published, average: Average) -> bool:
     """Whether an average is over the paper's benchmarks, each of them whole."""
     groups = {"prompt": {"safety_prompt"}, "response": {"safety_response"}, "custom": {"custom_policy"}}
-    wanted = groups.get(average.name, {"safety_prompt", "safety_response"})
-    cells = [cell for cell in cells_by(evaluation, average.guard, average.mode) if cell.group in wanted]
-    same = sorted(cell.source for cell in cells) == sorted(published.averages.benchmarks(average.name))
+    averaged = groups.get(average.name, {"safety_prompt", "safety_response"})
+    cells = [cell for cell in evaluation.by_guard.get(average.guard_mode, ()) if cell.group in averaged]
+    same = sorted(cell.source for cell in cells) == sorted(published.benchmarks(average.name))
     return same and all(cell.complete for cell in cells)
 
 
-def difference(score: Difference | None) -> TableCell:
+def difference(score: Difference) -> TableCell:
     """A difference with its interval and p-value."""
-    if score is None or score.value is None:
+    if score.value is None:
         return TableCell(ABSENT)
     parts = (interval(score.low, score.high, difference=True), "" if score.p is None else probability(score.p))
     return TableCell(signed(score.value), " ".join(filter(None, parts)))
-
-
-def _average(average: Average | None) -> TableCell:
-    return TableCell(DASH) if average is None else _without(estimate(average.f1, deviation=True), average.missing)
-
-
-def _average_difference(versus: Versus | None) -> TableCell:
-    return TableCell(DASH) if versus is None else _without(difference(versus.f1), versus.missing)
 
 
 def _without(score: TableCell, missing: Sequence[str]) -> TableCell:
@@ -119,58 +80,65 @@ def score_table(evaluation: Evaluation) -> Table:
     """Every guard on every benchmark, with dashes where it has no results."""
     columns = ("F1", "precision", "recall", "false-positive rate", "AUPRC", "ECE", "F1 at threshold", "unparsable", "forced",
                "seconds")  # fmt: skip
-    table = Table(("guard", *columns), "Benchmarks")
-    for cells in benchmarks(evaluation).values():
-        by_guard = {(cell.guard, cell.mode): cell for cell in cells}
-        for name in guards(evaluation):
-            scores = _scores(by_guard[name]) if name in by_guard else (TableCell(DASH),) * len(columns)
-            table.add(TableCell(*name), *scores, group=heading(cells[0]))
-    return table
 
+    def scores(cell: Cell) -> list[TableCell]:
+        values, calibration, at_threshold = cell.result.scores, cell.calibration, TableCell(ABSENT)
+        if cell.thresholded is not None:
+            f1 = estimate(cell.thresholded.result.scores.f1)
+            at_threshold = TableCell(f"{f1.text} at {cell.thresholded.threshold:.3f}", f1.more)
+        return [
+            estimate(values.f1, deviation=True),
+            *map(estimate, (values.precision, values.recall, values.false_positive_rate)),
+            estimate(calibration.auprc if calibration else None),
+            TableCell(number(calibration.ece if calibration else None)),
+            at_threshold,
+            _part(cell.result.unparsable, cell.verdicts),
+            _part(cell.cost.forced, cell.verdicts),
+            TableCell(seconds(cell.cost.seconds), f"{cell.cost.completion_tokens:,.0f} tokens"),
+        ]
 
-def _scores(cell: Cell) -> tuple[TableCell, ...]:
-    scores, calibration, chosen = cell.result.scores, cell.calibration, cell.thresholded
-    at_threshold = TableCell(ABSENT)
-    if chosen is not None:
-        f1 = estimate(chosen.result.scores.f1)
-        at_threshold = TableCell(f"{f1.text} at {chosen.threshold:.3f}", f1.more)
-    return (
-        estimate(scores.f1, deviation=True),
-        *map(estimate, (scores.precision, scores.recall, scores.false_positive_rate)),
-        estimate(calibration.auprc if calibration else None),
-        TableCell(number(calibration.ece if calibration else None)),
-        at_threshold,
-        _part(cell.result.unparsable, verdicts(cell)),
-        _part(cell.cost.forced, verdicts(cell)),
-        TableCell(seconds(cell.cost.seconds), f"{cell.cost.completion_tokens:,.0f} tokens"),
-    )
+    names = {guard_mode: TableCell(*guard_mode) for guard_mode in evaluation.by_guard}
+    return _by_benchmark(evaluation, "Benchmarks", columns, names, scores)
 
 
 def versus_table(evaluation: Evaluation) -> Table:
     """Every guard against the first one on the same examples; no rows where there is only one."""
     columns = ("F1 less the first's", "95 % interval", "p", "right alone (McNemar)")
-    first_of = {(cell.guard, cell.mode): cell.versus for cell in evaluation.cells if cell.versus}
-    table = Table(("guard", *columns), "Compared with the first guard")
-    for cells in benchmarks(evaluation).values():
-        versus = {(cell.guard, cell.mode): cell.versus for cell in cells if cell.versus}
-        for (guard, mode), first in first_of.items():
-            name = TableCell(guard, f"{mode}, less {first.guard} ({first.mode})")
-            compared = versus.get((guard, mode))
-            values = _versus(compared) if compared else (TableCell(DASH),) * len(columns)
-            table.add(name, *values, group=heading(cells[0]))
+
+    def compared(cell: Cell) -> list[TableCell]:
+        if cell.versus is None:
+            return []
+        f1, test = cell.versus.f1, cell.versus.mcnemar
+        p = ABSENT if f1.p is None else probability(f1.p).removeprefix("p = ").removeprefix("p ")
+        right = TableCell(ABSENT)
+        if test:
+            right = TableCell(f"{test.only_first:,} : {test.only_second:,}", probability(test.p))
+        ends = interval(f1.low, f1.high, difference=True) or ABSENT
+        return [TableCell(difference(f1).text), TableCell(ends), TableCell(p), right]
+
+    first_of = {cell.guard_mode: cell.versus for cell in evaluation.cells if cell.versus}
+    names = {
+        (guard, mode): TableCell(guard, f"{mode}, less {first.guard} ({first.mode})")
+        for (guard, mode), first in first_of.items()
+    }
+    return _by_benchmark(evaluation, "Compared with the first guard", columns, names, compared)
+
+
+def _by_benchmark(
+    evaluation: Evaluation,
+    title: str,
+    columns: Sequence[str],
+    names: Mapping[tuple[str, str], TableCell],
+    values: Callable[[Cell], list[TableCell]],
+) -> Table:
+    """A group of rows for each benchmark, with a row for each guard: its values, or dashes where it has none."""
+    table = Table(("guard", *columns), title)
+    for cells in evaluation.by_benchmark.values():
+        values_of = {cell.guard_mode: values(cell) for cell in cells}
+        for guard_mode, name in names.items():
+            row = values_of.get(guard_mode) or [TableCell(DASH)] * len(columns)
+            table.add(name, *row, group=cells[0].heading)
     return table
-
-
-def _versus(versus: Versus) -> tuple[TableCell, ...]:
-    f1, test = versus.f1, versus.mcnemar
-    p = ABSENT if f1.p is None else probability(f1.p).removeprefix("p = ").removeprefix("p ")
-    right = TableCell(f"{test.only_first:,} : {test.only_second:,}", probability(test.p)) if test else TableCell(ABSENT)
-    return (
-        TableCell(difference(f1).text),
-        TableCell(interval(f1.low, f1.high, difference=True) or ABSENT),
-        TableCell(p),
-        right,
-    )
 
 
 def cost_table(evaluation: Evaluation) -> Table:
@@ -178,8 +146,7 @@ def cost_table(evaluation: Evaluation) -> Table:
     columns = ("guard", "examples", "seconds", "seconds for the probability", "prompt tokens", "generated tokens", "examples/s",
                "tokens/s")  # fmt: skip
     table = Table(columns, "Time and tokens")
-    for guard, mode in guards(evaluation):
-        cells = cells_by(evaluation, guard, mode)
+    for guard_mode, cells in evaluation.by_guard.items():
         total, wall = sum(cell.examples for cell in cells), sum(cell.cost.wall for cell in cells)
         latency, scoring, prompt, generated = (
             sum(getattr(cell.cost, name) * cell.examples for cell in cells) / total
@@ -190,14 +157,14 @@ def cost_table(evaluation: Evaluation) -> Table:
             more = f"{generated * total / wall:,.0f} generated"
             rates = (TableCell(seconds(total / wall)), TableCell(f"{(prompt + generated) * total / wall:,.0f}", more))
         tokens = (f"{prompt:,.0f}", f"{generated:,.0f}")
-        table.add(TableCell(guard, mode), total, seconds(latency), seconds(scoring), *tokens, *rates)
+        table.add(TableCell(*guard_mode), total, seconds(latency), seconds(scoring), *tokens, *rates)
     return table
 
 
 def slice_table(cells: Sequence[Cell]) -> Table:
     """The slices of one benchmark."""
     columns = ("guard", "examples", "positive", "F1", "recall", "false-positive rate", "unparsable")
-    table = Table(columns, heading(cells[0]))
+    table = Table(columns, cells[0].heading)
     for name in dict.fromkeys(name for cell in cells for name in cell.slices):
         for cell in cells:
             result = cell.slices.get(name)
@@ -205,7 +172,7 @@ def slice_table(cells: Sequence[Cell]) -> Table:
                 scores = result.scores
                 unparsable = _part(result.unparsable, scores.examples * result.generations)
                 rates = (scores.f1, scores.recall, scores.false_positive_rate)
-                guard = TableCell(cell.guard, cell.mode)
+                guard = TableCell(*cell.guard_mode)
                 table.add(guard, scores.examples, scores.positives, *rates, unparsable, group=name)
     return table
 
@@ -213,10 +180,10 @@ def slice_table(cells: Sequence[Cell]) -> Table:
 def error_table(evaluation: Evaluation) -> Table:
     """How many of the errors in results.json fall into each category."""
     table = Table(("category and guard", "errors in results.json"), "Errors")
-    for cells in benchmarks(evaluation).values():
+    for cells in evaluation.by_benchmark.values():
         for cell in cells:
             for category, wrong in by_category(cell).items():
-                table.add(TableCell(category, f"{cell.guard} ({cell.mode})"), len(wrong), group=heading(cells[0]))
+                table.add(TableCell(category, f"{cell.guard} ({cell.mode})"), len(wrong), group=cells[0].heading)
     return table
 
 
@@ -231,17 +198,6 @@ def by_category(cell: Cell) -> dict[str, list[Wrong]]:
     return dict(sorted(groups.items(), key=lambda group: (-len(group[1]), group[0])))
 
 
-def verdicts(cell: Cell) -> int:
-    """How many verdicts a cell has, those of all generations."""
-    return cell.examples * cell.result.generations
-
-
-def errors(cell: Cell) -> int:
-    """Examples of which no more than half of the generations are right."""
-    right = cell.result.right
-    return sum(examples for i, examples in enumerate(right) if 2 * i <= len(right) - 1)
-
-
 def _part(part: int, whole: int) -> TableCell:
     return TableCell(f"{part:,}", share(part, whole) if part else "")
 
@@ -250,15 +206,14 @@ def summary_table(evaluation: Evaluation) -> Table:
     """F1 of every guard in every mode on every benchmark, and the averages; a dash where there is none."""
     names = list(dict.fromkeys(average.name for average in evaluation.averages))
     table = Table(("guard", "mode", *evaluation.benchmarks, *names), "F1 of the harmful class [95 % interval]", left=2)
-    scores = {(cell.guard, cell.mode, cell.benchmark): cell.result.scores.f1 for cell in evaluation.cells}
-    averages = {(each.guard, each.mode, each.name): each for each in evaluation.averages}
-    for guard, mode in guards(evaluation):
-        f1 = [scores.get((guard, mode, name)) for name in evaluation.benchmarks]
-        cells = [TableCell("-") if score is None or score.value is None else estimate(score) for score in f1]
-        for average in (averages.get((guard, mode, name)) for name in names):
+    averages = {(*each.guard_mode, each.name): each for each in evaluation.averages}
+    for guard_mode, cells in evaluation.by_guard.items():
+        scores = {cell.benchmark: cell.result.scores.f1 for cell in cells if cell.result.scores.f1.value is not None}
+        row = [estimate(scores[name]) if name in scores else TableCell("-") for name in evaluation.benchmarks]
+        for average in (averages.get((*guard_mode, name)) for name in names):
             score = estimate(average.f1) if average else TableCell("-")
-            cells.append(TableCell(score.text + "*", score.more) if average and average.missing else score)
-        table.add(guard, mode, *cells)
+            row.append(TableCell(score.text + "*", score.more) if average and average.missing else score)
+        table.add(*guard_mode, *row)
     if any(average.missing for average in evaluation.averages):
         table.note = "* without the benchmarks that the guard has no predictions for"
     return table

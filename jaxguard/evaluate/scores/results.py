@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import CHOICES, TITLES
 from jaxguard.data.policies import Question
 from jaxguard.evaluate.benchmarks.schema import Group
 from jaxguard.evaluate.scores.calibration import Calibration, Platt
@@ -139,6 +140,25 @@ class Cell:
     versus: Versus | None = None
     wrong: tuple[Wrong, ...] = ()
 
+    @property
+    def guard_mode(self) -> tuple[str, str]:
+        return self.guard, self.mode
+
+    @property
+    def verdicts(self) -> int:
+        """How many verdicts it has, those of all generations."""
+        return self.examples * self.result.generations
+
+    @property
+    def heading(self) -> str:
+        """Its benchmark in a line: title, question, and how many examples."""
+        label = "" if self.benchmark == self.source else f" ({self.benchmark})"
+        partly = "" if self.complete else ", not all of them"
+        question = TITLES[self.question].lower()
+        title = self.title if question in self.title.casefold() else f"{self.title}, {question}"
+        positives = f"{self.result.scores.positives:,} {CHOICES[self.question][0]}"
+        return f"{title}{label}: {self.examples:,} examples{partly}, {positives}"
+
 
 @dataclass(frozen=True)
 class Average:
@@ -155,6 +175,10 @@ class Average:
     f1: Estimate
     versus: Versus | None = None
     missing: tuple[str, ...] = ()
+
+    @property
+    def guard_mode(self) -> tuple[str, str]:
+        return self.guard, self.mode
 
 
 @dataclass(frozen=True)
@@ -185,6 +209,22 @@ class Evaluation:
     paper_rows: dict[str, str] = field(default_factory=dict)
     folder: Path | None = field(default=None, compare=False)
     left_out: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def by_guard(self) -> dict[tuple[str, str], list[Cell]]:
+        """(guard, mode) -> its cells."""
+        groups: dict[tuple[str, str], list[Cell]] = {}
+        for cell in self.cells:
+            groups.setdefault(cell.guard_mode, []).append(cell)
+        return groups
+
+    @property
+    def by_benchmark(self) -> dict[str, list[Cell]]:
+        """Benchmark -> its cells."""
+        groups: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            groups.setdefault(cell.benchmark, []).append(cell)
+        return groups
 
     @property
     def report(self) -> Path | None:
