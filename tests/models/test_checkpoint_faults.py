@@ -182,7 +182,7 @@ def test_disk_filled_while_writing(make, tmp_path, monkeypatch):
     def write(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_io, "_write", write)
+    monkeypatch.setattr(checkpoint_io, "write_rows", write)
     with pytest.raises(JaxguardError, match=r"the disk is full"):
         export_hf(weights, source, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]

@@ -14,10 +14,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_checkpoints import BF16, VISION, hashes, hf, write_shards
 
-from jaxguard.models.hf_io import loading
+from jaxguard.models.hf_io import checkpoints as checkpoint_io
 from jaxguard.models.hf_io import safetensors as safetensors_io
-from jaxguard.models.hf_io.checkpoints import ExportReport, export_hf, read_weights
-from jaxguard.models.hf_io.loading import read_piece
+from jaxguard.models.hf_io.checkpoints import ExportReport, export_hf, read_piece, read_weights
 from jaxguard.models.hf_io.safetensors import open_file, open_folder
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
@@ -51,7 +50,7 @@ def any_kind(request, make) -> Path:
 def onto(request, monkeypatch):
     """Where weights go. The devices are this host's in both cases; in one they are filled as if they were not."""
     if request.param == "accelerators":
-        monkeypatch.setattr(loading, "in_host_memory", lambda sharding: False)
+        monkeypatch.setattr(checkpoint_io, "in_host_memory", lambda sharding: False)
 
 
 @pytest.mark.usefixtures("onto")
@@ -188,7 +187,7 @@ def test_each_shard_is_read_once_and_alone(make, monkeypatch):
         read.append((weight.path, piece.size))
         return piece
 
-    monkeypatch.setattr(loading, "read_piece", spy)
+    monkeypatch.setattr(checkpoint_io, "read_piece", spy)
     weights = read_weights(source, spec, shardings(spec, (2, 2, 2)))
     stacked = {w.path: w.stacked for w in table(spec)}
     for path, w in weights.items():
@@ -200,8 +199,8 @@ def test_each_shard_is_read_once_and_alone(make, monkeypatch):
 
 
 def test_what_the_host_has_filled_is_taken_over_without_a_copy(make, monkeypatch):
-    source, filled, space = make("llama"), [], loading.allocate
-    monkeypatch.setattr(loading, "allocate", lambda *args: filled.append(space(*args)) or filled[-1])
+    source, filled, space = make("llama"), [], checkpoint_io.allocate
+    monkeypatch.setattr(checkpoint_io, "allocate", lambda *args: filled.append(space(*args)) or filled[-1])
     weights = read_weights(source, read_spec(source))
     assert {w.unsafe_buffer_pointer() for w in weights.values()} == {space.ctypes.data for space in filled}
 
@@ -300,11 +299,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
 from jaxguard.models.hf_io import checkpoints as checkpoint_io
-from jaxguard.models.hf_io import loading
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
-read, sizes = loading.read_piece, []
-loading.read_piece = lambda *args: sizes.append((piece := read(*args)).size) or piece
+read, sizes = checkpoint_io.read_piece, []
+checkpoint_io.read_piece = lambda *args: sizes.append((piece := read(*args)).size) or piece
 spec, mesh = read_spec(Path(source)), jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 letters = {w.path: (["L"] if w.stacked else []) + w.rule.split("->")[1].split() for w in table(spec)}
 places = {

@@ -5,8 +5,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from jaxguard.models.hf_io.safetensors import BAND, DTYPES, cast_tiles, open_file, write_file, write_rows
+from jaxguard.models.hf_io.safetensors import BAND, DTYPES, cast_tiles, open_file, write_rows
 from jaxguard.utils.errors import JaxguardError
 
 ROWS, COLUMNS = 2 * BAND + 3, 259
@@ -25,8 +26,8 @@ def values(transposed):
 @pytest.fixture
 def stored(tmp_path, kind):
     path = tmp_path / "zeros.safetensors"
-    shape = {"before": (3,), "matrix": (ROWS, COLUMNS), "after": (5,)}
-    write_file(path, shape, kind, lambda name: np.zeros(shape[name], DTYPES[kind]))
+    shapes = {"a": (3,), "matrix": (ROWS, COLUMNS), "z": (5,)}
+    save_file({name: np.zeros(shape, DTYPES[kind]) for name, shape in shapes.items()}, path)
     return open_file(path)
 
 
@@ -45,8 +46,8 @@ def test_rows_in_parts_are_rounded_as_all_at_once(stored, tmp_path, values, kind
     changed, found = written(stored, tmp_path, (values[:BAND], 0), (values[BAND:], BAND))
     np.testing.assert_array_equal(found["matrix"], values.astype(DTYPES[kind]), strict=True)
     assert changed == values.size - 5
-    assert not found["before"].any()
-    assert not found["after"].any()
+    assert not found["a"].any()
+    assert not found["z"].any()
 
 
 @TRANSPOSED

@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+import ml_dtypes
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxguard.models.hf_io.checkpoints import export_hf, read_weights
-from jaxguard.models.hf_io.safetensors import INDEX, shard_files, write_file
+from jaxguard.models.hf_io.safetensors import INDEX, shard_files
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import Weight, abstract, table
 from timed import sync, timed
@@ -64,11 +65,12 @@ def make(folder: Path) -> None:
     names, random = list(shapes), np.random.default_rng(0)
     index: dict[str, str] = {}
     for i in range(FILES):
-        part = {name: shapes[name] for name in names[i::FILES]}
         file = f"model-{i + 1:05d}-of-{FILES:05d}.safetensors"
-        write_file(
-            folder / file, part, "BF16", lambda name: random.standard_normal(shapes[name], dtype=np.float32) * 0.02
-        )
+        part = {
+            name: (random.standard_normal(shapes[name], dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+            for name in names[i::FILES]
+        }
+        save_file(part, folder / file, {"format": "pt"})
         index |= dict.fromkeys(part, file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8")
 

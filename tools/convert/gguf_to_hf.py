@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import einops
+import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from jaxguard.models.hf_io import safetensors as safetensors_io
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import Weight, table
 from jaxguard.utils.errors import JaxguardError
@@ -24,7 +25,7 @@ try:
 except ModuleNotFoundError:
     raise SystemExit("error: gguf is not installed: pip install 'jaxguard[gguf]'") from None
 
-KINDS = {"float32": "F32", "bfloat16": "BF16"}
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # What llama.cpp's converter did to the rows of q_proj and k_proj for its interleaved rope, undone:
 # its rows alternate between the two halves of a head, Hugging Face's hold one half after the other.
@@ -52,19 +53,19 @@ def gguf_to_hf(source: Path, output: Path, dtype: str = "float32") -> Path:
         JaxguardError: not a GGUF file, another architecture, quantisation or tokenizer, a missing or misshapen tensor,
             an output folder that is not empty, or a full disk.
     """
-    if dtype not in KINDS:
-        raise JaxguardError(f"dtype {dtype!r}: choose one of {', '.join(KINDS)}")
+    if dtype not in DTYPES:
+        raise JaxguardError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     reader = _open(source)
     fields = _Fields(source, reader)
     tensors = {t.name: t for t in reader.tensors}
     values = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    with whole_folder(output, values * safetensors_io.DTYPES[KINDS[dtype]].itemsize) as folder:
+    with whole_folder(output, values * DTYPES[dtype].itemsize) as folder:
         _write_json(folder / "config.json", _config(fields, dtype, tied="output.weight" not in tensors))
         _write_json(folder / "generation_config.json", _generation_config(fields))
         spec = read_spec(folder)
         _tokenizer(fields).save(str(folder / "tokenizer.json"))
         _write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
-        _write_weights(folder / safetensors_io.SINGLE, source, spec, tensors, KINDS[dtype])
+        _write_weights(folder / "model.safetensors", source, spec, tensors, DTYPES[dtype])
     return output
 
 
@@ -187,8 +188,8 @@ def _tokenizer_config(fields: _Fields) -> dict[str, Any]:
     }
 
 
-def _write_weights(path: Path, source: Path, spec: Spec, tensors: dict[str, Any], kind: str) -> None:
-    """Every tensor of the table, dequantised one at a time."""
+def _write_weights(path: Path, source: Path, spec: Spec, tensors: dict[str, Any], dtype: np.dtype) -> None:
+    """Every tensor of the table, dequantised."""
     theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, spec.num_layers)
     rows: dict[str, Weight] = {}
     for weight in table(spec):
@@ -209,9 +210,10 @@ def _write_weights(path: Path, source: Path, spec: Spec, tensors: dict[str, Any]
     def value(name: str) -> np.ndarray:
         array = _dequantised(source, tensors[names[name]])
         heads = {"layers.q_proj": spec.num_heads, "layers.k_proj": spec.num_kv_heads}.get(rows[name].path)
-        return array if heads is None else einops.rearrange(array, UNPERMUTE, heads=heads, pair=2)
+        array = array if heads is None else einops.rearrange(array, UNPERMUTE, heads=heads, pair=2)
+        return np.ascontiguousarray(array, dtype)
 
-    safetensors_io.write_file(path, {name: w.hf_shape(spec) for name, w in sorted(rows.items())}, kind, value)
+    save_file({name: value(name) for name in rows}, path, {"format": "pt"})
 
 
 def _dequantised(source: Path, tensor: Any) -> np.ndarray:

@@ -1,14 +1,18 @@
 """Read a Hugging Face folder into sharded arrays, and export trained arrays as a Hugging Face folder.
 
-Reading touches only the bytes that this host's devices need. Exporting copies the source's files and replaces the trained
-tensors' bytes, so headers, key order, element types and whatever is not trained (a vision tower) stay as they are: exporting
-unchanged weights gives the same files, bit for bit.
+Reading touches only the bytes that this host's devices need. On CPUs, threads cast and transpose each tensor from its file
+straight into the array's memory. Accelerators get a tensor as it is stored, cast it and write it into the stack of all layers, so
+that the host holds little more than two layers.
+
+Exporting copies the source's files and replaces the trained tensors' bytes, so headers, key order, element types and whatever is
+not trained (a vision tower) stay as they are: exporting unchanged weights gives the same files, bit for bit.
 """
 
 import contextlib
 import math
+import mmap
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tokenizers import Tokenizer
 
-from jaxguard.models.hf_io.loading import Load, in_host_memory, load
-from jaxguard.models.hf_io.safetensors import BLOCK, Stored, open_folder, parts_of_rows, write_rows
+from jaxguard.models.hf_io.safetensors import BLOCK, Stored, cast_tiles, open_folder, parts_of_rows, write_rows
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import EMBED, HEAD, Weight, table
 from jaxguard.utils.errors import JaxguardError
@@ -31,7 +35,8 @@ from jaxguard.utils.threads import in_turn
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 """Prefix of a text weight's name: text-only models; multimodal Gemma 3 on disk; the same saved from memory."""
 
-HEAD_PREFIXES = ("", "language_model.")
+HEADS = (HEAD.hf, f"language_model.{HEAD.hf}")
+"""Names of the LM head."""
 
 CARRIED = (
     "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.",
@@ -44,8 +49,200 @@ WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack
 # vocabulary, and no text chat produces it.
 _IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
 
+_TILE = (400, 400)
+"""Rows and columns that are cast and transposed at once; not powers of two, for the reason that BAND gives."""
+
 Tensors = dict[Weight, tuple[Stored, ...]]
 """For each row of the table, its tensors on disk: one per layer, or a single one."""
+
+Index = tuple[slice, ...]
+
+
+def read_weights(
+    folder: Path, spec: Spec, shardings: Mapping[str, Sharding] | None = None, dtype: Any = jnp.float32
+) -> dict[str, jax.Array]:
+    """Read a checkpoint into a dict path -> array.
+
+    Args:
+        folder: a Hugging Face folder with safetensors.
+        spec: its spec.
+        shardings: path -> sharding, which never cuts along the layers; None puts everything on the default device.
+        dtype: element type of the matrices in memory; norms are float32.
+
+    Raises:
+        JaxguardError: missing, unknown, misshapen or quantised tensor, or corrupt files.
+    """
+    located = _locate(folder, spec, open_folder(folder))
+    alone = SingleDeviceSharding(jax.local_devices()[0])
+    shardings = shardings or {weight.path: alone for weight in located}
+    dtypes = {weight.path: np.dtype(jnp.float32 if "norm" in weight.axes else dtype) for weight in located}
+    load = _load_onto_cpu if in_host_memory(shardings[EMBED.path]) else _load_onto_accelerators
+    return load(located, spec, shardings, dtypes)
+
+
+def _locate(folder: Path, spec: Spec, tensors: Mapping[str, Stored]) -> Tensors:
+    """Find the tensors of each weight of the table; check names, shapes and types."""
+    prefix = next((p for p in PREFIXES if p + EMBED.hf in tensors), None)
+    if prefix is None:
+        tried = ", ".join(repr(p + EMBED.hf) for p in PREFIXES)
+        raise JaxguardError(
+            f"{folder} has no embedding table (looked for {tried}): not a checkpoint of a supported family"
+        )
+    located: Tensors = {}
+    for weight in table(spec):
+        names = [prefix + weight.hf.format(i=i) for i in range(spec.num_layers if weight.stacked else 1)]
+        if weight == HEAD:
+            names = [next((name for name in HEADS if name in tensors), HEAD.hf)]
+        shape = weight.hf_shape(spec)
+        for name in names:
+            if name not in tensors:
+                raise JaxguardError(f"{folder} lacks the tensor {name!r}, which its config.json requires")
+            if tensors[name].shape != shape:
+                raise JaxguardError(
+                    f"{tensors[name].file}: tensor {name!r} has shape {tensors[name].shape}; config.json requires {shape}"
+                )
+            _ = tensors[name].dtype  # raises for a type that cannot be trained
+        located[weight] = tuple(tensors[name] for name in names)
+    known = {tensor.name for stored in located.values() for tensor in stored}.union(HEADS if spec.tied else ())
+    extra = [name for name in sorted(set(tensors) - known) if not name.startswith(CARRIED)]
+    extra = [name for name in extra if not name.endswith(".rotary_emb.inv_freq")]
+    if extra:
+        raise JaxguardError(
+            f"{folder} holds {len(extra)} tensors that a {spec.family} model of {spec.num_layers} layers does not have, "
+            f"such as {extra[0]!r}: check config.json, or use the original (not quantised, not adapted) checkpoint"
+        )
+    return located
+
+
+def in_host_memory(sharding: Sharding) -> bool:
+    """Whether the devices' memory is the host's memory."""
+    devices: set[Any] = sharding.device_set
+    return all(device.platform == "cpu" for device in devices)
+
+
+def read_piece(weight: Weight, tensor: Stored, spec: Spec, index: Index) -> np.ndarray:
+    """View one rectangular part of a tensor in our layout, memory-mapped, and let the system begin to read it."""
+    if jax.process_count() == 1:  # one of several hosts needs parts only
+        tensor.read_ahead()
+    return weight.from_hf(tensor.view(), spec)[index]
+
+
+def _local_shards(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device]]]:
+    """List the different shards of an array on this host, each with the devices that hold it."""
+    shards: dict[tuple[tuple[int, int, int], ...], tuple[Index, list[jax.Device]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        bounds = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        shards.setdefault(bounds, (index, []))[1].append(device)
+    return list(shards.values())
+
+
+def _load_onto_cpu(
+    located: Tensors, spec: Spec, shardings: Mapping[str, Sharding], dtypes: Mapping[str, np.dtype]
+) -> dict[str, jax.Array]:
+    shards: dict[Weight, list[tuple[np.ndarray, list[jax.Device]]]] = {weight: [] for weight in located}
+    parts = []
+    for weight, tensors in located.items():
+        shape, sharding = weight.shape(spec), shardings[weight.path]
+        for index, devices in _local_shards(sharding, shape):
+            memory = allocate(sharding.shard_shape(shape), dtypes[weight.path])
+            shards[weight].append((memory, devices))
+            layers, index = (memory, index[1:]) if weight.stacked else (memory[None], index)
+            parts += [(weight, tensor, index, out) for tensor, out in zip(tensors, layers, strict=True)]
+    parts.sort(key=lambda part: (part[1].file, part[1].start))
+
+    def rows_to_fill() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (rows of a file, memory for them), so that threads share even the largest tensor."""
+        for weight, tensor, index, out in parts:
+            piece = read_piece(weight, tensor, spec, index)
+            values, target = (np.atleast_2d(weight.to_hf(x)) for x in (piece, out))
+            assert np.may_share_memory(target, out), f"{weight.path}: {weight.rule} makes a copy"
+            for rows in parts_of_rows(values, values.dtype):
+                yield values[rows], target[rows]
+
+    # More threads than cores, since they also wait for the disk.
+    for _ in in_turn(lambda rows: cast_tiles(*rows, _TILE), rows_to_fill(), threads=6, ahead=12):
+        pass
+    return {
+        weight.path: jax.make_array_from_single_device_arrays(
+            weight.shape(spec),
+            shardings[weight.path],
+            [jax.device_put(memory, device) for memory, devices in local for device in devices],
+        )
+        for weight, local in shards.items()
+    }
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocate an array in huge pages where the system has them, aligned so that JAX takes it over without a copy."""
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or built without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+
+
+def _load_onto_accelerators(
+    located: Tensors, spec: Spec, shardings: Mapping[str, Sharding], dtypes: Mapping[str, np.dtype]
+) -> dict[str, jax.Array]:
+    parts = [(weight, layer, tensor) for weight, stored in located.items() for layer, tensor in enumerate(stored)]
+    parts.sort(key=lambda part: (part[2].file, part[2].start))
+
+    def to_devices(part: tuple[Weight, int, Stored]) -> jax.Array:
+        """Put a tensor on the devices as it is stored. Devices that hold the same shard copy it from each other."""
+        weight, _, tensor = part
+        shape, sharding = weight.shape(spec), shardings[weight.path]
+        if weight.stacked:
+            shape = shape[1:]
+            if isinstance(sharding, NamedSharding):
+                sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        arrays = []
+        for index, (first, *others) in _local_shards(sharding, shape):
+            # No alias: the file may be changed or removed later. device_put transposes a view with strides.
+            piece = jax.device_put(read_piece(weight, tensor, spec, index), first, may_alias=False)
+            arrays += [piece, *(jax.device_put(piece, device, may_alias=False) for device in others)]
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    stacked = [weight for weight in located if weight.stacked]
+    weights = {w.path: jnp.zeros(w.shape(spec), dtypes[w.path], device=shardings[w.path]) for w in stacked}
+    # Three threads, since they also wait for the disk; one layer ahead of the one that is written.
+    arrays = in_turn(to_devices, parts, threads=3, ahead=len(stacked))
+    for (weight, layer, _), array in zip(parts, arrays, strict=True):
+        path = weight.path
+        if weight.stacked:
+            weights[path] = _set_layer(weights[path], array, layer, shardings[path])
+            jax.block_until_ready(weights[path])  # else layers that are not written yet would pile up
+        else:
+            weights[path] = array.astype(dtypes[path])
+    return weights
+
+
+@partial(jax.jit, static_argnames="sharding", donate_argnums=0)
+def _set_layer(stack: jax.Array, tensor: jax.Array, layer: jax.Array, sharding: Sharding) -> jax.Array:
+    """Cast a tensor, and write it into the stack of all layers."""
+    updated = jax.lax.dynamic_update_index_in_dim(stack, tensor.astype(stack.dtype), layer, 0)
+    return jax.lax.with_sharding_constraint(updated, sharding)
+
+
+def check_vocabulary(folder: Path, spec: Spec) -> None:
+    """Refuse a tokenizer with ids for which there is no embedding.
+
+    Raises:
+        JaxguardError: no tokenizer.json, or ids beyond the vocabulary.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise JaxguardError(f"{folder} has no tokenizer.json: download the checkpoint with its tokenizer")
+    try:
+        ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises bare Exception
+        raise JaxguardError(f"{path} is not a valid tokenizer: {error}") from None
+    beyond = {token: i for token, i in ids.items() if i >= spec.vocab_size and token != _IMAGE_TOKEN}
+    if beyond:
+        token = min(beyond, key=beyond.__getitem__)
+        raise JaxguardError(
+            f"{path}: {len(beyond)} tokens have ids beyond the model's vocabulary of {spec.vocab_size}, first {token!r} = "
+            f"{beyond[token]}: resize the model's embeddings, or use the tokenizer that belongs to it"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,102 +269,6 @@ class ExportReport:
         return self.changed / self.values
 
 
-def read_weights(
-    folder: Path,
-    spec: Spec,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-    dtype: Any = jnp.float32,
-) -> dict[str, jax.Array]:
-    """Read a checkpoint into a dict path -> array.
-
-    Args:
-        folder: a Hugging Face folder with safetensors.
-        spec: its spec.
-        shardings: path -> sharding; None puts everything on the default device.
-        dtype: element type of the matrices in memory; norms are float32.
-
-    Raises:
-        JaxguardError: missing, unknown, misshapen or quantised tensor, or corrupt files.
-    """
-    alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    loads = [
-        Load(
-            weight,
-            tensors,
-            alone if shardings is None else shardings[weight.path],
-            np.dtype(jnp.float32 if "norm" in weight.axes else dtype),
-        )
-        for weight, tensors in _locate(folder, spec, open_folder(folder)).items()
-    ]
-    return load(loads, spec)
-
-
-def _locate(folder: Path, spec: Spec, tensors: Mapping[str, Stored]) -> Tensors:
-    """Find the tensors of each weight of the table; check names, shapes and types."""
-    prefix = next((p for p in PREFIXES if p + EMBED.hf in tensors), None)
-    if prefix is None:
-        tried = ", ".join(repr(p + EMBED.hf) for p in PREFIXES)
-        raise JaxguardError(
-            f"{folder} has no embedding table (looked for {tried}): not a checkpoint of a supported family"
-        )
-    located: Tensors = {}
-    for weight in table(spec):
-        names = _names(weight, prefix, spec, tensors)
-        located[weight] = tuple(_checked(folder, name, weight.hf_shape(spec), tensors) for name in names)
-    known = {tensor.name for stored in located.values() for tensor in stored}
-    extra = sorted(set(tensors) - known - set(_tied_heads(spec, tensors)))
-    extra = [name for name in extra if not name.startswith(CARRIED) and not name.endswith(".rotary_emb.inv_freq")]
-    if extra:
-        raise JaxguardError(
-            f"{folder} holds {len(extra)} tensors that a {spec.family} model of {spec.num_layers} layers does not have, "
-            f"such as {extra[0]!r}: check config.json, or use the original (not quantised, not adapted) checkpoint"
-        )
-    return located
-
-
-def _names(weight: Weight, prefix: str, spec: Spec, tensors: Mapping[str, Stored]) -> list[str]:
-    if weight == HEAD:
-        return [next((p + HEAD.hf for p in HEAD_PREFIXES if p + HEAD.hf in tensors), HEAD.hf)]
-    return [prefix + weight.hf.format(i=i) for i in range(spec.num_layers if weight.stacked else 1)]
-
-
-def _checked(folder: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, Stored]) -> Stored:
-    if name not in tensors:
-        raise JaxguardError(f"{folder} lacks the tensor {name!r}, which its config.json requires")
-    tensor = tensors[name]
-    if tensor.shape != shape:
-        raise JaxguardError(f"{tensor.file}: tensor {name!r} has shape {tensor.shape}; config.json requires {shape}")
-    _ = tensor.dtype  # raises for a type that cannot be trained
-    return tensor
-
-
-def _tied_heads(spec: Spec, tensors: Mapping[str, Stored]) -> list[str]:
-    """Names of a tied head that the checkpoint stores nevertheless: ignored when read, written as the embedding."""
-    return [p + HEAD.hf for p in HEAD_PREFIXES if spec.tied and p + HEAD.hf in tensors]
-
-
-def check_vocabulary(folder: Path, spec: Spec) -> None:
-    """Refuse a tokenizer with ids for which there is no embedding.
-
-    Raises:
-        JaxguardError: no tokenizer.json, or ids beyond the vocabulary.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise JaxguardError(f"{folder} has no tokenizer.json: download the checkpoint with its tokenizer")
-    try:
-        ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises bare Exception
-        raise JaxguardError(f"{path} is not a valid tokenizer: {error}") from None
-    beyond = {token: i for token, i in ids.items() if i >= spec.vocab_size and token != _IMAGE_TOKEN}
-    if beyond:
-        token = min(beyond, key=beyond.__getitem__)
-        raise JaxguardError(
-            f"{path}: {len(beyond)} tokens have ids beyond the model's vocabulary of {spec.vocab_size}, first {token!r} = "
-            f"{beyond[token]}: resize the model's embeddings, or use the tokenizer that belongs to it"
-        )
-
-
 def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> ExportReport:
     """Write trained weights as a Hugging Face folder with exactly the source's files.
 
@@ -182,53 +283,47 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
         JaxguardError: weights of another model, values that are not finite, an output folder that is not empty, a full
             disk, or a corrupt source.
     """
-    spec = read_spec(source)
-    tensors = open_folder(source)
+    spec, tensors = read_spec(source), open_folder(source)
     located = _locate(source, spec, tensors)
-    _check_weights(weights, spec, source)
-    own = [tensor for stored in located.values() for tensor in stored]
-    tied = [tensors[name] for name in _tied_heads(spec, tensors)]
-    writer = jax.process_index() == 0
+    shapes = {weight.path: weight.shape(spec) for weight in located}
+    for path in sorted({*shapes, *weights}):
+        if path not in shapes or path not in weights:
+            raise JaxguardError(f"these weights are of another model than {source}: {path} is on one side only")
+        if weights[path].shape != shapes[path]:
+            raise JaxguardError(
+                f"weight {path!r} has shape {weights[path].shape}, but the source has {shapes[path]}: another model"
+            )
+    trained = [(weight, layer, tensor) for weight, stored in located.items() for layer, tensor in enumerate(stored)]
+    # A tied head that is stored nevertheless is written as the embedding.
+    trained += [(EMBED, 0, tensors[name]) for name in HEADS if spec.tied and name in tensors]
+    own = [tensor for _, _, tensor in trained]
     with contextlib.ExitStack() as stack:
-        size = sum(tensor.stop - tensor.start for tensor in tensors.values())
-        folder = stack.enter_context(whole_folder(output, size)) if writer else None
-        files = {} if folder is None else stack.enter_context(_copied_files(source, folder, tensors, [*own, *tied]))
-        parts = _parts(_values(weights, located, tied, spec))
+        files: Mapping[str, BinaryIO] = {}
+        if jax.process_index() == 0:
+            size = sum(tensor.stop - tensor.start for tensor in tensors.values())
+            folder = stack.enter_context(whole_folder(output, size))
+            copy_companions(source, folder)
+            files = stack.enter_context(_copied_files(folder, tensors, own))
+
+        def parts() -> Iterator[tuple[Stored, np.ndarray, int, BinaryIO | None]]:
+            """Yield rows of each tensor and the number of the first, so that threads share even the largest."""
+            for weight, layer, tensor in trained:
+                array = _on_host(weights[weight.path], layer if weight.stacked else None, tensor.dtype)
+                values = np.atleast_2d(weight.to_hf(array))
+                tensor.read_ahead()
+                for rows in parts_of_rows(values, tensor.dtype):
+                    yield tensor, values[rows], rows.start, files.get(tensor.file.name)
+
         # More threads than cores, since they also wait for each other at a file.
-        changed = sum(in_turn(lambda part: _write(*part, files), parts, threads=3, ahead=6))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("export_hf")
+        changed = sum(in_turn(lambda part: write_rows(*part), parts(), threads=3, ahead=6))
+    multihost_utils.sync_global_devices("export_hf")
     return ExportReport(
-        tensors=len(own) + len(tied),
-        carried=len(tensors) - len(own) - len(tied),
+        tensors=len(trained),
+        carried=len(tensors) - len(trained),
         values=sum(math.prod(tensor.shape) for tensor in own),
         changed=changed,
         dtypes=tuple(sorted({tensor.kind for tensor in own})),
     )
-
-
-def _check_weights(weights: Mapping[str, jax.Array], spec: Spec, source: Path) -> None:
-    paths = {weight.path for weight in table(spec)}
-    if set(weights) != paths:
-        odd = sorted(set(weights) ^ paths)
-        raise JaxguardError(f"these weights are of another model than {source}: {', '.join(odd)} on one side only")
-
-
-def _values(
-    weights: Mapping[str, jax.Array], located: Tensors, tied: Sequence[Stored], spec: Spec
-) -> Iterator[tuple[list[Stored], np.ndarray]]:
-    """Yield the tensors to write, and their values: a view in Hugging Face's layout of an array in ours."""
-    for weight, stored in located.items():
-        array = weights[weight.path]
-        if array.shape != weight.shape(spec):
-            raise JaxguardError(
-                f"weight {weight.path!r} has shape {array.shape}, but the source has {weight.shape(spec)}: another model"
-            )
-        for i, tensor in enumerate(stored):
-            copies = [tensor, *(tied if weight == EMBED else ())]
-            dtype = np.result_type(*(copy.dtype for copy in copies))
-            values = _on_host(array, i if weight.stacked else None, dtype)
-            yield copies, weight.to_hf(values)
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -249,28 +344,24 @@ def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray
 
 @contextlib.contextmanager
 def _copied_files(
-    source: Path, folder: Path, tensors: Mapping[str, Stored], trained: Sequence[Stored]
+    folder: Path, tensors: Mapping[str, Stored], trained: Sequence[Stored]
 ) -> Iterator[dict[str, BinaryIO]]:
-    """Copy the source's files except for the trained tensors' bytes; yield the weight files, open, by name."""
-    copy_companions(source, folder)
+    """Copy the weight files except for the trained tensors' bytes; yield the copies, open, by name."""
     with contextlib.ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for path in sorted({tensor.file for tensor in tensors.values()}):
-            files[path.name] = stack.enter_context((folder / path.name).open("w+b"))
+            copy = files[path.name] = stack.enter_context((folder / path.name).open("w+b"))
+            size = path.stat().st_size
             own = sorted((tensor.start, tensor.stop) for tensor in trained if tensor.file == path)
-            ends = [0, *(stop for _, stop in own)], [*(start for start, _ in own), path.stat().st_size]
+            ends = [0, *(stop for _, stop in own)], [*(start for start, _ in own), size]
             with path.open("rb") as original:
                 for start, stop in zip(*ends, strict=True):
-                    _copy(original, files[path.name], start, stop)
-            files[path.name].truncate(path.stat().st_size)
+                    original.seek(start)
+                    copy.seek(start)
+                    for offset in range(start, stop, BLOCK):
+                        copy.write(original.read(min(BLOCK, stop - offset)))
+            copy.truncate(size)
         yield files
-
-
-def _copy(original: BinaryIO, copy: BinaryIO, start: int, stop: int) -> None:
-    original.seek(start)
-    copy.seek(start)
-    for offset in range(start, stop, BLOCK):
-        copy.write(original.read(min(BLOCK, stop - offset)))
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -281,19 +372,3 @@ def copy_companions(source: Path, folder: Path) -> None:
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, folder / templates.name)
-
-
-def _parts(tensors: Iterable[tuple[list[Stored], np.ndarray]]) -> Iterator[tuple[list[Stored], np.ndarray, int]]:
-    """Split each tensor into parts of some rows, with the number of the first, so that threads share even the largest."""
-    for copies, values in tensors:
-        matrix = np.atleast_2d(values)
-        for copy in copies:
-            copy.read_ahead()
-        for rows in parts_of_rows(matrix, copies[0].dtype):
-            yield copies, matrix[rows], rows.start
-
-
-def _write(copies: Sequence[Stored], values: np.ndarray, start: int, files: Mapping[str, BinaryIO]) -> int:
-    """Write rows of a tensor and its copies; return how many elements of the first differ from the base."""
-    changed, *_ = [write_rows(tensor, values, start, files[tensor.file.name] if files else None) for tensor in copies]
-    return changed

@@ -5,9 +5,8 @@ after the header), then the bytes of all tensors.
 """
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from itertools import product
@@ -76,13 +75,105 @@ class Stored:
     def read_ahead(self) -> None:
         """Let the system begin to read all of it, in larger parts than page faults would."""
         with self.file.open("rb") as file:
-            advise(file.fileno(), self.start, self.stop, "WILLNEED")
+            _advise(file, self.start, self.stop, "WILLNEED")
 
 
-def advise(file: int, start: int, stop: int, what: Literal["WILLNEED", "DONTNEED"]) -> None:
+def _advise(file: BinaryIO, start: int, stop: int, what: Literal["WILLNEED", "DONTNEED"]) -> None:
     """Let the system begin to read bytes of a file, or to write changed ones to the disk, without waiting for it."""
     if hasattr(os, "posix_fadvise"):  # not on macOS
-        os.posix_fadvise(file, start, stop - start, getattr(os, f"POSIX_FADV_{what}"))
+        os.posix_fadvise(file.fileno(), start, stop - start, getattr(os, f"POSIX_FADV_{what}"))
+
+
+def open_folder(folder: Path) -> dict[str, Stored]:
+    """Map names to tensors of a whole checkpoint, single-file or sharded.
+
+    Raises:
+        JaxguardError: as `shard_files` and `open_file`, or an index that disagrees with its files.
+    """
+    tensors = {name: tensor for file in shard_files(folder) for name, tensor in open_file(file).items()}
+    for name, file in _weight_map(folder).items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise JaxguardError(f"{folder / INDEX} says that tensor {name!r} is in {file!r}, which does not hold it")
+    return tensors
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """List the files that hold a checkpoint's weights.
+
+    Raises:
+        JaxguardError: no safetensors, corrupt index, or an index that names an absent file.
+    """
+    files = [folder / name for name in sorted(set(_weight_map(folder).values()))]
+    for file in files:
+        if not file.is_file():
+            raise JaxguardError(f"{folder / INDEX} names the file {file.name!r}, which is absent: download it again")
+    if files or (folder / SINGLE).is_file():
+        return files or [folder / SINGLE]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise JaxguardError(
+            f"{folder} holds PyTorch pickles but no safetensors: take a revision with *.safetensors, or convert it "
+            "(transformers loads it, save_pretrained writes safetensors)"
+        )
+    raise JaxguardError(f"{folder} has neither {SINGLE} nor {INDEX}: no weights to read")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Read the index of a sharded checkpoint, name -> file; empty without one."""
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("weight_map is empty or not a mapping")
+        if any(not isinstance(file, str) or Path(file).name != file for file in weight_map.values()):
+            raise ValueError("weight_map must name files of this folder")
+    except (ValueError, KeyError, TypeError) as error:
+        raise JaxguardError(f"{path} is corrupt ({error}): download it again") from None
+    return weight_map
+
+
+def open_file(path: Path) -> dict[str, Stored]:
+    """Map names to tensors of one safetensors file, in the order of its header.
+
+    Raises:
+        JaxguardError: truncated, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="numpy"):  # the library checks the header against the file's length
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise JaxguardError(
+            f"{path} is truncated or not a safetensors file ({error}): download or copy it again"
+        ) from None
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(name, path, t["dtype"], tuple(t["shape"]), *(8 + length + x for x in t["data_offsets"]))
+        for name, t in header.items()
+    }
+
+
+def parts_of_rows(values: np.ndarray, dtype: np.dtype) -> Iterator[slice]:
+    """Yield slices of rows of about BLOCK bytes in this element type, in whole bands: the work of a thread at a time."""
+    rows = BAND * max(1, BLOCK // (BAND * values.shape[1] * dtype.itemsize))
+    return (slice(start, start + rows) for start in range(0, len(values), rows))
+
+
+def cast_tiles(values: np.ndarray, target: np.ndarray, tile: tuple[int, int]) -> None:
+    """Copy a matrix into another of its shape, rounded to nearest even, tile by tile; both may have any layout.
+
+    The tile's size decides the speed: what is read and what is written should fit the cache, and the one that is not in it yet
+    should be contiguous over many elements.
+    """
+    dtype, bits = target.dtype, f"u{target.dtype.itemsize}"  # NumPy copies integers faster than bfloat16
+    target = target.view(bits)
+    with np.errstate(over="ignore"):  # callers check for infinities
+        for row, column in product(*map(range, (0, 0), values.shape, tile)):
+            cut = slice(row, row + tile[0]), slice(column, column + tile[1])
+            target[cut] = values[cut].astype(dtype).view(bits)
 
 
 def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | None) -> int:
@@ -115,11 +206,13 @@ def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | 
                 raise JaxguardError(
                     f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported"
                 )
-            if file is not None:
-                _write_at(file.fileno(), band.view(np.uint8).data, begin + row * width)
+            left, offset = band.view(np.uint8).data, begin + row * width
+            while file is not None and left:  # without the file's own position, which threads share
+                written = os.pwrite(file.fileno(), left, offset)
+                left, offset = left[written:], offset + written
             changed += _count_differences(band, base)
     if file is not None:  # else fsync would wait for all of it at the end
-        advise(file.fileno(), begin, begin + len(values) * width, "DONTNEED")
+        _advise(file, begin, begin + len(values) * width, "DONTNEED")
     return changed
 
 
@@ -133,137 +226,3 @@ def _count_differences(values: np.ndarray, file: FileIO) -> int:
             raise JaxguardError(f"{file.name} was truncated meanwhile: copy it again")
         differing += int(np.count_nonzero(part != stored))
     return differing
-
-
-def parts_of_rows(values: np.ndarray, dtype: np.dtype) -> Iterator[slice]:
-    """Yield slices of rows of about BLOCK bytes in this element type, in whole bands: the work of a thread at a time."""
-    rows = BAND * max(1, BLOCK // (BAND * values.shape[1] * dtype.itemsize))
-    return (slice(start, start + rows) for start in range(0, len(values), rows))
-
-
-def cast_tiles(values: np.ndarray, target: np.ndarray, tile: tuple[int, int]) -> None:
-    """Copy a matrix into another of its shape, rounded to nearest even, tile by tile; both may have any layout.
-
-    The tile's size decides the speed: what is read and what is written should fit the cache, and the one that is not in it yet
-    should be contiguous over many elements.
-    """
-    dtype, bits = target.dtype, f"u{target.dtype.itemsize}"  # NumPy copies integers faster than bfloat16
-    target = target.view(bits)
-    with np.errstate(over="ignore"):  # callers check for infinities
-        for row, column in product(*map(range, (0, 0), values.shape, tile)):
-            cut = slice(row, row + tile[0]), slice(column, column + tile[1])
-            target[cut] = values[cut].astype(dtype).view(bits)
-
-
-def _write_at(file: int, values: memoryview, start: int) -> None:
-    """Write all values at an offset, without the file's own position, which threads share."""
-    while values:
-        written = os.pwrite(file, values, start)
-        values, start = values[written:], start + written
-
-
-def open_file(path: Path) -> dict[str, Stored]:
-    """Map names to tensors of one safetensors file, in the order of its header.
-
-    Raises:
-        JaxguardError: truncated, or not a safetensors file.
-    """
-    try:
-        with safe_open(path, framework="numpy"):  # the library checks the header against the file's length
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise JaxguardError(
-            f"{path} is truncated or not a safetensors file ({error}): download or copy it again"
-        ) from None
-    header.pop("__metadata__", None)
-    begin = 8 + length
-    return {
-        name: Stored(name, path, t["dtype"], tuple(t["shape"]), *(begin + x for x in t["data_offsets"]))
-        for name, t in header.items()
-    }
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """List the files that hold a checkpoint's weights.
-
-    Raises:
-        JaxguardError: no safetensors, corrupt index, or an index that names an absent file.
-    """
-    if (folder / INDEX).is_file():
-        names = sorted(set(_weight_map(folder).values()))
-        for name in names:
-            if not (folder / name).is_file():
-                raise JaxguardError(f"{folder / INDEX} names the file {name!r}, which is absent: download it again")
-        return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-        raise JaxguardError(
-            f"{folder} holds PyTorch pickles but no safetensors: take a revision with *.safetensors, or convert it "
-            "(transformers loads it, save_pretrained writes safetensors)"
-        )
-    raise JaxguardError(f"{folder} has neither {SINGLE} nor {INDEX}: no weights to read")
-
-
-def open_folder(folder: Path) -> dict[str, Stored]:
-    """Map names to tensors of a whole checkpoint, single-file or sharded.
-
-    Raises:
-        JaxguardError: as `shard_files` and `open_file`, or an index that disagrees with its files.
-    """
-    tensors: dict[str, Stored] = {}
-    for file in shard_files(folder):
-        for name, tensor in open_file(file).items():
-            if name in tensors:
-                raise JaxguardError(f"tensor {name!r} is in both {tensors[name].file} and {file}")
-            tensors[name] = tensor
-    if (folder / INDEX).is_file():
-        for name, file_name in _weight_map(folder).items():
-            if name not in tensors or tensors[name].file.name != file_name:
-                raise JaxguardError(
-                    f"{folder / INDEX} says that tensor {name!r} is in {file_name!r}, which does not hold it"
-                )
-    return tensors
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    path = folder / INDEX
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError("weight_map is empty or not a mapping")
-        if any(not isinstance(file, str) or Path(file).name != file for file in weight_map.values()):
-            raise ValueError("weight_map must name files of this folder")
-    except (ValueError, KeyError, TypeError) as error:
-        raise JaxguardError(f"{path} is corrupt ({error}): download it again") from None
-    return weight_map
-
-
-def write_file(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str, value: Callable[[str], np.ndarray]
-) -> None:
-    """Write a safetensors file one tensor at a time, so that memory holds only one.
-
-    Args:
-        path: the file.
-        shapes: name -> shape, in the order of the file.
-        kind: element type of all tensors, as a header names it.
-        value: called with each name in turn.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * DTYPES[kind].itemsize
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            array = np.ascontiguousarray(value(name), dtype=DTYPES[kind])
-            assert array.shape == tuple(shape), f"{name}: expected {shape}, got {array.shape}"
-            file.write(array.view(np.uint8).data)
