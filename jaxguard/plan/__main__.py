@@ -5,10 +5,8 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
-from rich.text import Text
+from rich.console import Console
 
 from jaxguard.cli import Command, stage, suggest
 from jaxguard.config import Config
@@ -18,9 +16,6 @@ from jaxguard.report import write_markdown, write_page
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.progress import Progress
-
-if TYPE_CHECKING:
-    from jaxguard.plan.report import PlanReport
 
 DESCRIPTION = "Compile the training step for hardware that is not attached. `sweep NAME` does so for growing clusters."
 SWEEP = "Compile a run's step for growing clusters. Points are compiled once, so it may be stopped at any time."
@@ -45,41 +40,18 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
                 console.print(f"{config.name} on {target}", result.table().rich())
             report += result.best
     else:
-        compare = [_changes(text) for text in options.compare]
+        try:
+            compare = [shlex.split(text) for text in options.compare]
+        except ValueError as error:
+            raise JaxguardError(f"--compare {options.compare} is malformed: {error}") from None
         with console.status("") as status:
             report = plan(config, options.target, compare=compare, **settings, on_start=status.update)
-    console.print(render(report))
+    console.print(report.render())
     if options.json:
         write_atomically(options.json, json.dumps(report.to_json(), indent=1) + "\n")
     if options.html:
         write_page(options.html, report.page())
     return 0 if report.fits else DOES_NOT_FIT
-
-
-def render(report: "PlanReport") -> RenderableType:
-    """All of a single plan, several side by side, and last what does not fit, and why."""
-    from jaxguard.plan.estimate import ASSUMPTIONS
-    from jaxguard.plan.report import collectives_table, largest_table
-
-    parts: list[RenderableType] = []
-    if report.plans:
-        parts.append(report.facts().rich())
-        if len(report.plans) == 1:
-            parts.append(collectives_table(report.plans[0][0]).rich())
-        parts.append(Text(f"Estimate: {ASSUMPTIONS}.", "dim"))
-    for problem in report.problems:
-        if problem.largest:
-            title = f"Largest arrays of {problem.name} on {problem.target}"
-            parts.append(largest_table(problem.largest, title).rich())
-        parts.append(Text(str(problem), "bold red"))
-    return Group(*parts)
-
-
-def _changes(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise JaxguardError(f"--compare {text!r} is malformed: {error}") from None
 
 
 def _count(text: str) -> int:

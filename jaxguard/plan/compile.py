@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -18,12 +17,14 @@ from jaxguard.data.packing import Shape, bucket_size
 from jaxguard.models.compute import Compute
 from jaxguard.models.mesh import make_mesh, row_multiple
 from jaxguard.models.spec import Spec, read_spec
-from jaxguard.plan.analytic import Flops, ideal_sent, step_flops
+from jaxguard.plan.estimate import Flops, ideal_sent, step_flops
 from jaxguard.plan.hlo import Collective, CompiledProgram, describe
 from jaxguard.plan.targets import Cluster, topology
-from jaxguard.train.step import Program, build_program
+from jaxguard.train.step import build_program
 from jaxguard.utils.errors import JaxguardError
 
+STEPS = 1000
+"""Length of the learning rate's schedule; it does not change the program's size."""
 SHAPES = CONFIG_FOLDER / "shapes"
 _NEEDS = re.compile(
     r"Used (\S+) of (\S+) hbm|memory required for HLO temporaries \((\S+)\) exceeds available HBM \((\S+)\)"
@@ -88,7 +89,6 @@ class Plan:
 
     @property
     def usable(self) -> int:
-        """Bytes that a program may fill."""
         return self.cluster.usable
 
     @property
@@ -113,7 +113,6 @@ def compile_step(
     rows: int | None,
     targets: int | None = None,
     largest: Shape | None = None,
-    steps: int = 1000,
 ) -> Plan:
     """Compile one training step of `config` for `cluster`.
 
@@ -124,20 +123,36 @@ def compile_step(
         rows: of the batch, each config.data.max_seq_len long; None for `largest`, or without it one row for each example.
         targets: target positions of a row; None for all of them.
         largest: the largest shape of the run's batches, where its data are available.
-        steps: length of the learning rate's schedule; it does not change the program's size.
 
     Raises:
         JaxguardError: no compiler for the cluster, a mesh that does not fit it, rows that its devices cannot share, more
             targets than a row has tokens, an attention kernel that cannot run there.
         OutOfMemoryError: the compiler finds no schedule that fits, which only a TPU's reports.
     """
-    mesh = make_mesh(config.mesh, topology(cluster))
-    shape = _shape(config, row_multiple(config, mesh), rows, targets)
+    mesh, tokens = make_mesh(config.mesh, topology(cluster)), config.data.max_seq_len
+    multiple = row_multiple(config, mesh)
+    if rows is not None and rows % multiple:
+        raise JaxguardError(
+            f"--rows {rows} cannot be divided evenly: mesh.data × mesh.fsdp × train.accumulation needs multiples of {multiple}; "
+            f"use --rows {bucket_size(rows, multiple)}, or change the mesh"
+        )
+    if targets is not None and targets > tokens:
+        raise JaxguardError(f"--targets {targets} is more than a row has: data.max_seq_len={tokens}; use fewer")
     if rows is None and largest is not None:
         shape = largest if targets is None else largest._replace(targets=targets)
-    program = build_program(config, spec, mesh, steps)
+    else:
+        rows = rows or bucket_size(config.train.batch_size, multiple)
+        shape = Shape(rows, tokens, targets or tokens, config.data.share_prefixes)
+    program = build_program(config, spec, mesh, STEPS)
     start = time.perf_counter()
-    compiled = _compile(program, shape)
+    with jax.set_mesh(mesh), cudnn_attention_on_any_gpu():
+        lowered = program.train_step.lower(program.state, program.batch(shape))
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise out_of_memory(str(error)) from None
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     hlo = CompiledProgram(compiled.as_text(), _branches(spec, shape.tokens))
@@ -152,40 +167,15 @@ def compile_step(
         arguments=arguments,
         temporaries=temporaries,
         peak=arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        largest=[(buffer.bytes, buffer.result, buffer.source) for buffer in hlo.largest()],
+        largest=[(array.bytes, array.result, array.source) for array in hlo.largest()],
         flops=step_flops(spec, shape, program.compute),
-        matmul_flops=hlo.matmul_flops,
-        traffic=hlo.traffic,
+        matmul_flops=hlo.matmul_flops(),
+        traffic=hlo.traffic(),
         collectives=hlo.collectives(axes, cluster.linked),
         ideal_sent=ideal_sent(spec, axes, program.compute),
-        kernels=hlo.kernels,
+        kernels=hlo.kernels(),
         seconds=seconds,
     )
-
-
-def _shape(config: Config, multiple: int, rows: int | None, targets: int | None) -> Shape:
-    tokens = config.data.max_seq_len
-    if rows is None:
-        rows = bucket_size(config.train.batch_size, multiple)
-    elif rows % multiple:
-        raise JaxguardError(
-            f"--rows {rows} cannot be divided evenly: mesh.data × mesh.fsdp × train.accumulation needs multiples of {multiple}; "
-            f"use --rows {bucket_size(rows, multiple)}, or change the mesh"
-        )
-    if targets is not None and targets > tokens:
-        raise JaxguardError(f"--targets {targets} is more than a row has: data.max_seq_len={tokens}; use fewer")
-    return Shape(rows, tokens, targets or tokens, config.data.share_prefixes)
-
-
-def _compile(program: Program, shape: Shape) -> Any:
-    with jax.set_mesh(program.mesh), cudnn_attention_on_any_gpu():
-        lowered = program.train_step.lower(program.state, program.batch(shape))
-        try:
-            return lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise out_of_memory(str(error)) from None
 
 
 def _branches(spec: Spec, tokens: int) -> list[float]:

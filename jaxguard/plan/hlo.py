@@ -8,8 +8,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -23,8 +22,12 @@ SLICES = {"dynamic-slice", "gather", "slice"}
 """Instructions that read only a part of their first operand."""
 
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
-_ARRAY = re.compile(r"\b(?P<dtype>[a-z]+\d*(?:e\d+m\d+\w*)?)\[(?P<shape>[\d,]*)\]")
+# `%name = f32[8]{0} add(%a, %b), metadata={…}`; a result is one array, or several in brackets.
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<result>\(.*?\)|\S+) (?P<opcode>[\w\-]+)"
+    r"\((?P<operands>.*?)\)(?P<attributes>, [\w\-]+=.*)?$"
+)
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _SCOPE = re.compile(r"\b(embed|attention|mlp|head|loss|optimizer)\b")
 
 
@@ -52,18 +55,14 @@ class Instruction:
     attributes: str
 
     @classmethod
-    def parse(cls, name: str, rest: str) -> "Instruction":
-        """`f32[8]{0} add(%a, %b), metadata={…}` -> an instruction."""
-        stop = _closing_bracket(rest) if rest.startswith("(") else rest.index(" ")
-        result, rest = rest[:stop], rest[stop:].lstrip()
-        opcode, _, rest = rest.partition("(")
-        stop = _closing_bracket("(" + rest) - 1
-        arrays = tuple(
-            Array(match["dtype"], tuple(int(size) for size in match["shape"].split(",") if size))
-            for match in _ARRAY.finditer(result)
+    def parse(cls, line: re.Match[str]) -> "Instruction":
+        arrays = (
+            Array(dtype, tuple(int(size) for size in shape.split(",") if size))
+            for dtype, shape in _ARRAY.findall(line["result"])
         )
-        operands = tuple(re.findall(r"%([\w.\-]+)", rest[: stop - 1]))
-        return cls(name, arrays, opcode, operands, rest[: stop - 1] if opcode == "constant" else rest[stop:])
+        operands, opcode = line["operands"], line["opcode"]
+        attributes = operands if opcode == "constant" else line["attributes"] or ""
+        return cls(line["name"], tuple(arrays), opcode, tuple(re.findall(r"%([\w.\-]+)", operands)), attributes)
 
     @property
     def bytes(self) -> int:
@@ -81,26 +80,24 @@ class Instruction:
         return describe(op_name[1] if op_name else self.name)
 
     @property
-    def runs_others(self) -> bool:
-        """Whether it moves no bytes itself, but starts computations or waits for them."""
-        return self.opcode in {"while", "call", "conditional"} or self.opcode.endswith(("-start", "-done"))
-
-    @property
     def called(self) -> list[str]:
         """Computations that it runs."""
-        if self.opcode == "while":
-            return re.findall(r"\bbody=%?([\w.\-]+)", self.attributes)
         if self.opcode == "conditional":
             branches = self.search(r"branch_computations=\{([^}]*)\}")
             pair = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", self.attributes)[::-1]
             return re.findall(r"[\w.\-]+", branches[1]) if branches else pair
-        if self.opcode in {"fusion", "call", "async-start"}:
-            return re.findall(r"\b(?:calls|to_apply)=%?([\w.\-]+)", self.attributes)
+        if self.opcode in {"while", "fusion", "call", "async-start"}:
+            key = "body" if self.opcode == "while" else "(?:calls|to_apply)"
+            return re.findall(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return []
 
     def search(self, pattern: str) -> re.Match[str] | None:
         """Search the attributes."""
         return re.search(pattern, self.attributes)
+
+
+Computation = dict[str, Instruction]
+"""Instructions by name, in the program's order; the last one is the root."""
 
 
 def describe(op_name: str) -> str:
@@ -146,52 +143,6 @@ class Collective:
         return self.count * passes * share * self.size
 
 
-@dataclass
-class Computation:
-    """Instructions by name, in the program's order; the last one is the root."""
-
-    name: str
-    instructions: dict[str, Instruction] = field(default_factory=dict)
-
-    @property
-    def root(self) -> Instruction:
-        return next(reversed(self.instructions.values()))
-
-    @cached_property
-    def users(self) -> Mapping[str, list[Instruction]]:
-        users: dict[str, list[Instruction]] = defaultdict(list)
-        for instruction in self.instructions.values():
-            for operand in instruction.operands:
-                users[operand].append(instruction)
-        return users
-
-    def operands(self, instruction: Instruction) -> list[Instruction]:
-        return [self.instructions[name] for name in instruction.operands if name in self.instructions]
-
-    def flops(self, instruction: Instruction) -> int:
-        """FLOPs of one matrix product; 0 for any other instruction."""
-        contracted = None
-        if instruction.opcode == "dot":
-            contracted = instruction.search(r"lhs_contracting_dims=\{([\d,]*)\}")
-        elif instruction.opcode == "custom-call" and "__cublas$" in instruction.attributes:
-            contracted = instruction.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
-        if contracted is None and instruction.opcode != "convolution":
-            return 0
-        shapes = [operand.arrays[0].shape for operand in self.operands(instruction)]
-        if contracted is None:
-            return 2 * _convolution_products(instruction, shapes)
-        sizes = (shapes[0][int(axis)] for axis in re.findall(r"\d+", contracted[1]))
-        return 2 * math.prod(instruction.arrays[0].shape) * math.prod(sizes)
-
-    def bytes_read(self, parameter: Instruction) -> int:
-        """Bytes that a fusion with this body reads of one parameter: only slices where it takes no more than these."""
-        users = self.users[parameter.name]
-        opcodes = {user.opcode if user.operands[0] == parameter.name else "" for user in users}
-        if users and opcodes <= SLICES:
-            return sum(user.bytes for user in users)
-        return 0 if opcodes == {"dynamic-update-slice"} else parameter.bytes
-
-
 class CompiledProgram:
     """The program of one device.
 
@@ -201,35 +152,28 @@ class CompiledProgram:
     """
 
     def __init__(self, text: str, branches: Sequence[float] = ()) -> None:
-        self.branches = branches
         self.computations: dict[str, Computation] = {}
-        self.entry = ""
-        current: Computation | None = None
+        current: Computation = {}
+        waiting: list[tuple[str, float]] = []
         for line in text.splitlines():
             if match := _COMPUTATION.match(line):
-                current = Computation(match["name"])
-                self.computations[current.name] = current
-                self.entry = current.name if match["entry"] else self.entry
-            elif current is not None and (match := _INSTRUCTION.match(line)):
-                current.instructions[match["name"]] = Instruction.parse(match["name"], match["rest"])
-        self.runs = self._runs()
-
-    def _runs(self) -> Mapping[str, float]:
+                current = self.computations[match["name"]] = {}
+                waiting += [(match["name"], 1.0)] if match["entry"] else []
+            elif match := _INSTRUCTION.match(line):
+                current[match["name"]] = Instruction.parse(match)
+        self.runs: dict[str, float] = defaultdict(float)
         """Computation -> how often it runs in one step."""
-        runs: dict[str, float] = defaultdict(float)
-        waiting = [(self.entry, 1.0)]
         while waiting:
             name, times = waiting.pop()
-            runs[name] += times
-            for instruction in self.computations[name].instructions.values():
+            self.runs[name] += times
+            for instruction in self.computations[name].values():
                 called = instruction.called
                 shares: Sequence[float] = [1.0] * len(called)
                 if instruction.opcode == "while":
                     shares = [self._trip_count(instruction)]
-                elif instruction.opcode == "conditional" and len(called) == len(self.branches):
-                    shares = self.branches
+                elif instruction.opcode == "conditional" and len(called) == len(branches):
+                    shares = branches
                 waiting.extend((callee, times * share) for callee, share in zip(called, shares, strict=True))
-        return runs
 
     def _trip_count(self, loop: Instruction) -> float:
         """How often a loop's body runs: as a GPU's program states it, or until its counter reaches its limit.
@@ -240,35 +184,33 @@ class CompiledProgram:
         if known := loop.search(r'known_trip_count":\{"n":"(\d+)"'):
             return float(known[1])
         condition = loop.search(r"\bcondition=%?([\w.\-]+)")
-        tested = list(self.computations[condition[1]].instructions.values()) if condition else []
+        tested = list(self.computations[condition[1]].values()) if condition else []
         limits = [i.attributes for i in tested if i.opcode == "constant" and i.attributes.isdecimal()]
         counters = [i.search(r"\bindex=(\d+)") for i in tested if i.opcode == "get-tuple-element"]
         if len(limits) != 1 or len(counters) != 1 or counters[0] is None:
             raise JaxguardError(f"the trip count of loop {loop.name} is not in the compiled program; this is a bug")
         # The counter rises by more than 1 where the compiler merged several iterations.
         body = self.computations[loop.called[0]]
-        added = body.instructions[body.root.operands[int(counters[0][1])]]
-        constants = [operand.attributes for operand in body.operands(added) if operand.opcode == "constant"]
+        added = body[_root(body).operands[int(counters[0][1])]]
+        constants = [operand.attributes for operand in _operands(added, body) if operand.opcode == "constant"]
         increment = int(constants[0]) if added.opcode == "add" and constants else 1
         return math.ceil(int(limits[0]) / increment)
 
     def walk(self) -> Iterator[tuple[Computation, Instruction, float]]:
         """Every instruction with its computation and how often it runs."""
         for name, times in self.runs.items():
-            for instruction in self.computations[name].instructions.values():
+            for instruction in self.computations[name].values():
                 yield self.computations[name], instruction, times
 
     def buffers(self) -> Iterator[tuple[Computation, Instruction, float]]:
         """Those of `walk` whose results are in memory: not inside a fused kernel, and no mere names."""
-        fused = {callee for _, i, _ in self.walk() if i.opcode == "fusion" for callee in i.called}
-        return (entry for entry in self.walk() if entry[0].name not in fused and entry[1].opcode not in FREE)
+        fused = {id(self.computations[name]) for _, i, _ in self.walk() if i.opcode == "fusion" for name in i.called}
+        return (entry for entry in self.walk() if id(entry[0]) not in fused and entry[1].opcode not in FREE)
 
-    @cached_property
     def matmul_flops(self) -> float:
         """FLOPs of matrix products; those inside a vendor's attention kernel are not visible."""
-        return float(sum(times * computation.flops(instruction) for computation, instruction, times in self.walk()))
+        return float(sum(times * _flops(instruction, body) for body, instruction, times in self.walk()))
 
-    @cached_property
     def kernels(self) -> dict[str, float]:
         """Names of the vendor's kernels -> how often they run; other custom calls of a TPU's program are left out."""
         counts: dict[str, float] = defaultdict(float)
@@ -300,33 +242,29 @@ class CompiledProgram:
                     continue
                 channels.add(channel[1])
             groups = _device_groups(instruction.attributes, devices)
-            inputs = sum(computation.instructions[name].bytes for name in instruction.operands)
+            inputs = sum(computation[name].bytes for name in instruction.operands)
             # The start of a collective returns its operands beside its results.
             size = max(inputs, instruction.bytes - inputs if instruction.opcode != kind else instruction.bytes)
             near = min(max(Counter(position // linked for position in group).values()) for group in groups)
-            counts[Collective(kind, _mesh_axes(groups, mesh), len(groups[0]), near, size, 1, instruction.source)] += (
-                times
-            )
-        collectives = (replace(collective, count=times) for collective, times in counts.items())
-        return sorted(collectives, key=lambda collective: -collective.sent)
+            axes = _mesh_axes(groups, mesh)
+            counts[Collective(kind, axes, len(groups[0]), near, size, 1, instruction.source)] += times
+        return sorted((replace(c, count=times) for c, times in counts.items()), key=lambda c: -c.sent)
 
-    @cached_property
     def traffic(self) -> float:
         """Bytes that instructions read from and write to the device's memory, each operand and result once.
 
         An upper bound where a cache or on-chip memory keeps them.
         """
-        return sum(
-            (
-                times * self._bytes_moved(i, computation)
-                for computation, i, times in self.buffers()
-                if not i.runs_others
-            ),
-            0.0,
-        )
+        total = 0.0
+        for body, instruction, times in self.buffers():
+            # Those that start computations, or wait for them, move nothing themselves.
+            opcode = instruction.opcode
+            if opcode not in {"while", "call", "conditional"} and not opcode.endswith(("-start", "-done")):
+                total += times * self._bytes_moved(instruction, body)
+        return total
 
     def _bytes_moved(self, instruction: Instruction, computation: Computation) -> int:
-        operands = computation.operands(instruction)
+        operands = _operands(instruction, computation)
         if instruction.opcode in SLICES:
             return 2 * instruction.bytes
         if instruction.opcode == "dynamic-update-slice":
@@ -334,9 +272,16 @@ class CompiledProgram:
         if instruction.opcode != "fusion":
             return instruction.bytes + sum(operand.bytes for operand in operands)
         body = self.computations[instruction.called[0]]
-        read = sum(body.bytes_read(i) for i in body.instructions.values() if i.opcode == "parameter")
-        in_place = body.root.opcode == "dynamic-update-slice"
-        return read + (body.instructions[body.root.operands[1]].bytes if in_place else instruction.bytes)
+        root = _root(body)
+        moved = body[root.operands[1]].bytes if root.opcode == "dynamic-update-slice" else instruction.bytes
+        for parameter in (i for i in body.values() if i.opcode == "parameter"):
+            users = [user for user in body.values() if parameter.name in user.operands]
+            opcodes = {user.opcode if user.operands[0] == parameter.name else "" for user in users}
+            if users and opcodes <= SLICES:  # only slices of it are read
+                moved += sum(user.bytes for user in users)
+            elif opcodes != {"dynamic-update-slice"}:
+                moved += parameter.bytes
+        return moved
 
     def largest(self, count: int = 5) -> list[Instruction]:
         """The largest arrays that the program makes, without its arguments."""
@@ -348,14 +293,29 @@ class CompiledProgram:
         return sorted(made.values(), key=lambda instruction: -instruction.bytes)[:count]
 
 
-def _closing_bracket(text: str) -> int:
-    """One past the bracket that closes the first one of `text`."""
-    depth = 0
-    for position, character in enumerate(text, 1):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return position
-    return len(text)
+def _root(computation: Computation) -> Instruction:
+    return next(reversed(computation.values()))
+
+
+def _operands(instruction: Instruction, computation: Computation) -> list[Instruction]:
+    return [computation[name] for name in instruction.operands if name in computation]
+
+
+def _flops(instruction: Instruction, computation: Computation) -> int:
+    """FLOPs of one matrix product; 0 for any other instruction."""
+    pattern = None
+    if instruction.opcode == "dot":
+        pattern = r"lhs_contracting_dims=\{([\d,]*)\}"
+    elif instruction.opcode == "custom-call" and "__cublas$" in instruction.attributes:
+        pattern = r'"lhs_contracting_dimensions":\[([^\]]*)\]'
+    elif instruction.opcode != "convolution":
+        return 0
+    shapes = [operand.arrays[0].shape for operand in _operands(instruction, computation)]
+    contracted = instruction.search(pattern) if pattern else None
+    if contracted is None:
+        return 2 * _convolution_products(instruction, shapes)
+    sizes = (shapes[0][int(axis)] for axis in re.findall(r"\d+", contracted[1]))
+    return 2 * math.prod(instruction.arrays[0].shape) * math.prod(sizes)
 
 
 def _between_slices(instruction: Instruction, computation: Computation, slices: int) -> Collective | None:
@@ -367,7 +327,7 @@ def _between_slices(instruction: Instruction, computation: Computation, slices: 
     if instruction.opcode != "send" or transfer is None:
         return None
     kind = transfer[1].lower().replace("_", "-")
-    part = computation.instructions[instruction.operands[0]].bytes
+    part = computation[instruction.operands[0]].bytes
     size = part * slices if kind == "all-gather" else part
     return Collective(kind, "data", slices, 1, size, 1, "between slices")
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from jaxguard.config.hardware import GIB
 from jaxguard.plan.compile import Buffer, Plan
-from jaxguard.plan.cost import RunCost
-from jaxguard.plan.estimate import ASSUMPTIONS, estimate, rate
+from jaxguard.plan.estimate import ASSUMPTIONS, RunCost, estimate, rate
 from jaxguard.report import Bullets, Cell, Content, Drawing, Page, Paragraph, Section, Table
 from jaxguard.report.figures import COLOURS, inline_svg, style
 
@@ -43,7 +44,7 @@ class PlanReport:
     """Plans of a run for several targets or with several settings.
 
     Attributes:
-        plans: compiled steps, each with the cost of a run that takes it at every step; `Plan.fits` says whether it fits.
+        plans: compiled steps, fitting or not, each with the cost of a run that takes it at every step.
         refusals: what the compiler did not compile because it does not fit.
     """
 
@@ -61,7 +62,17 @@ class PlanReport:
     @property
     def problems(self) -> list[Refusal]:
         """Everything that does not fit, with the reason."""
-        return [*(_too_large(plan) for plan, _ in self.plans if not plan.fits), *self.refusals]
+        problems = []
+        for plan in (plan for plan, _ in self.plans if not plan.fits):
+            advice = remedies(plan.compute.remat)
+            if plan.arguments > plan.usable:
+                advice = (
+                    f"its state and batch alone are {plan.arguments / GIB:.2f} GiB: take more devices or those with more memory, "
+                    "and shard the weights over all of them (mesh.fsdp=-1)"
+                )
+            reason = f"it needs {plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable; {advice}"
+            problems.append(Refusal(plan.name, plan.cluster.name, reason, plan.largest))
+        return [*problems, *self.refusals]
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plans as data: bytes, FLOPs and seconds are those of one device and one step unless their name says otherwise.
@@ -87,11 +98,26 @@ class PlanReport:
             table.add(name, *(column[name] for column in columns))
         return table
 
+    def render(self) -> Group:
+        """For a terminal: all of a single plan, several side by side, and last what does not fit, and why."""
+        parts: list[RenderableType] = []
+        if self.plans:
+            parts.append(self.facts().rich())
+            if len(self.plans) == 1:
+                parts.append(collectives_table(self.plans[0][0], SMALL).rich())
+            parts.append(Text(f"Estimate: {ASSUMPTIONS}.", "dim"))
+        for problem in self.problems:
+            if problem.largest:
+                title = f"Largest arrays of {problem.name} on {problem.target}"
+                parts.append(largest_table(problem.largest, title).rich())
+            parts.append(Text(str(problem), "bold red"))
+        return Group(*parts)
+
     def page(self) -> Page:
         """One page with all of it."""
         names = dict.fromkeys([*(plan.name for plan, _ in self.plans), *(r.name for r in self.refusals)])
         sections = [
-            Section(f"{plan.name} on {plan.cluster.name}", [collectives_table(plan, 0), largest_table(plan.largest)])
+            Section(f"{plan.name} on {plan.cluster.name}", [collectives_table(plan), largest_table(plan.largest)])
             for plan, _ in self.plans
         ]
         blocks: list[Content] = [self.facts(), self._figure(), *sections, estimate_note()] if self.plans else []
@@ -101,8 +127,7 @@ class PlanReport:
     def _figure(self) -> Drawing:
         """Memory of a device beside what is usable, and where a step's time goes."""
         plans = [plan for plan, _ in self.plans]
-        names = [f"{plan.name}\n{plan.cluster.name}" for plan in plans]
-        guesses = [estimate(plan) for plan in plans]
+        names, guesses = [f"{plan.name}\n{plan.cluster.name}" for plan in plans], [estimate(plan) for plan in plans]
         memory = {
             "state and batch": [plan.arguments / GIB for plan in plans],
             "temporaries": [(plan.peak - plan.arguments) / GIB for plan in plans],
@@ -155,7 +180,7 @@ def facts(plan: Plan, cost: RunCost) -> dict[str, str | Cell]:
     }
 
 
-def collectives_table(plan: Plan, small: float = SMALL) -> Table:
+def collectives_table(plan: Plan, small: float = 0) -> Table:
     """What the devices exchange; collectives below a share of `small` are one line."""
     columns = ("collective", "axis", "for", "devices", "MiB", "times", "sent, GiB", "s")
     table = Table(columns, title="What devices exchange", left=3)
@@ -171,7 +196,6 @@ def collectives_table(plan: Plan, small: float = SMALL) -> Table:
 
 
 def largest_table(largest: Sequence[Buffer], title: str = "Largest arrays that a step makes") -> Table:
-    """Size, shape and source of arrays."""
     rows = [(f"{size / GIB:.2f}", array, source) for size, array, source in largest]
     return Table.of(("GiB", "array", "for"), rows, title=title, left=3)
 
@@ -207,30 +231,13 @@ def plan_json(plan: Plan, cost: RunCost) -> dict[str, Any]:
     }
 
 
-def remedies(remat: str, state: float | None = None) -> str:
-    """What to try where a run does not fit.
-
-    Args:
-        remat: its remat policy.
-        state: GiB of its state and batch, if these alone are too large.
-    """
-    if state is not None:
-        return (
-            f"its state and batch alone are {state:.2f} GiB: take more devices or those with more memory, "
-            "and shard the weights over all of them (mesh.fsdp=-1)"
-        )
+def remedies(remat: str) -> str:
+    """What to try where a run with this remat policy does not fit."""
     first = "" if remat == "full" else "model.remat=full, "
     return (
         f"try {first}a larger train.accumulation, fewer rows (train.batch_size, or --rows if they are packed), shorter ones "
         "(data.max_seq_len) or more devices; --search finds what fits"
     )
-
-
-def _too_large(plan: Plan) -> Refusal:
-    """A plan whose peak is above the usable memory."""
-    excess = f"it needs {plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable; "
-    state = plan.arguments / GIB if plan.arguments > plan.usable else None
-    return Refusal(plan.name, plan.cluster.name, excess + remedies(plan.compute.remat, state), plan.largest)
 
 
 def _share(part: float, whole: float) -> str:

@@ -7,8 +7,7 @@ from jaxguard.config import Source, load
 from jaxguard.config.hardware import GIB
 from jaxguard.models.spec import Spec
 from jaxguard.plan.compile import OutOfMemoryError, Plan, compile_step, find_spec
-from jaxguard.plan.cost import run_cost
-from jaxguard.plan.estimate import estimate
+from jaxguard.plan.estimate import estimate, run_cost
 from jaxguard.plan.report import PlanReport, Refusal, remedies
 from jaxguard.plan.targets import Cluster, find_cluster
 from jaxguard.report import Table
@@ -81,14 +80,14 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        """Estimated time of a step; infinite where it does not fit."""
-        return estimate(self.plan).step if self.plan is not None and self.plan.fits else float("inf")
+        """Estimated time of a step."""
+        return estimate(self.plan).step if self.plan is not None else float("inf")
 
     def __str__(self) -> str:
         overrides = " ".join(self.overrides)
         if self.plan is None:
             return f"{overrides}: does not fit"
-        figures = f"{self.plan.peak / GIB:.1f} GiB, {estimate(self.plan).step:.3g} s a step"
+        figures = f"{self.plan.peak / GIB:.1f} GiB, {self.seconds:.3g} s a step"
         return f"{overrides}: {figures}, {'fits' if self.fits else 'does not fit'}"
 
 
@@ -98,16 +97,13 @@ class SearchReport:
 
     Attributes:
         candidates: all that were compiled, in order.
+        ranking: those that fit, the fastest first.
         best: the plan of the fastest that fits, or the refusal.
     """
 
     candidates: Sequence[Candidate]
+    ranking: Sequence[Candidate]
     best: PlanReport
-
-    @property
-    def ranking(self) -> list[Candidate]:
-        """The candidates that fit, the fastest first."""
-        return ranked(self.candidates)
 
     def table(self) -> Table:
         """The ranking."""
@@ -152,16 +148,12 @@ def search(
                     break
             if candidates[-1].fits and remat == REMAT[0]:
                 break
-    for best in ranked(candidates)[:1]:
-        if best.plan is not None:
-            cost = run_cost(load(base, best.overrides), cluster.devices, price)
-            return SearchReport(candidates, PlanReport([(best.plan, cost)]))
-    return SearchReport(candidates, PlanReport(refusals=[Refusal(base.name, cluster.name, NOTHING_FITS)]))
-
-
-def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that fit, the fastest first."""
-    return sorted((c for c in candidates if c.fits), key=lambda candidate: candidate.seconds)
+    ranking = sorted((c for c in candidates if c.fits), key=lambda candidate: candidate.seconds)
+    if not ranking or ranking[0].plan is None:
+        refusal = Refusal(base.name, cluster.name, NOTHING_FITS)
+        return SearchReport(candidates, ranking, PlanReport(refusals=[refusal]))
+    cost = run_cost(load(base, ranking[0].overrides), cluster.devices, price)
+    return SearchReport(candidates, ranking, PlanReport([(ranking[0].plan, cost)]))
 
 
 def meshes(spec: Spec, cluster: Cluster, batch_size: int) -> Iterator[dict[str, int]]:

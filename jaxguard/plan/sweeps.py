@@ -20,7 +20,7 @@ from jaxguard.config.base import Positive, Schema, read_yaml, validate
 from jaxguard.config.hardware import GIB
 from jaxguard.config.lookup import CONFIG_FOLDER, find_yaml
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
-from jaxguard.plan.cost import RunCost
+from jaxguard.plan.estimate import RunCost
 from jaxguard.plan.report import estimate_note, plan_json
 from jaxguard.plan.targets import Cluster, find_cluster
 from jaxguard.report import Bullets, Drawing, Page, Table
@@ -30,10 +30,6 @@ from jaxguard.utils.files import write_atomically
 
 SWEEP_FOLDER = CONFIG_FOLDER / "sweeps"
 SWEEP_OUTPUT = Path("runs/sweeps")
-COLUMNS = (
-    "series", "devices", "mesh", "rows", "peak, GiB", "fits", "sent / ideal", "products, s", "memory, s", "network, s",
-    "step, s", "MFU", "efficiency",
-)  # fmt: skip
 Result = dict[str, Any]
 """A plan as data, with `series`, `devices` and `scaling`; one that the compiler refused has `error` instead of figures."""
 
@@ -77,21 +73,6 @@ class Point:
     cluster: Cluster
     config: Config
     rows: int
-
-    @property
-    def key(self) -> str:
-        """Equal for points that compile to the same program, with the same jax."""
-        text = "\n".join([jax.__version__, self.cluster.name, str(self.rows), dump(self.config)])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def compile(self) -> Result:
-        """Compile its step."""
-        known = {"series": self.series, "devices": self.cluster.devices, "scaling": self.scaling}
-        try:
-            plan = compile_step(self.config, find_spec(self.config.model), self.cluster, self.rows)
-        except OutOfMemoryError as error:
-            return {**known, "error": str(error)}
-        return {**known, **plan_json(plan, RunCost(None))}
 
 
 def read_sweep(name: str) -> SweepConfig:
@@ -137,33 +118,38 @@ def _load(name: str, series: SeriesConfig, settings: Mapping[str, Any]) -> Confi
         raise JaxguardError(f"series {name}: {error}") from None
 
 
-def _read_result(path: Path, key: str) -> Result | None:
-    try:
-        result: Result = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return result if result.get("key") == key else None
+COLUMNS: Mapping[str, Callable[[Result], str]] = {
+    "mesh": lambda r: "×".join(str(size) for size in r["mesh"].values()),
+    "rows": lambda r: f"{r['shape']['rows']:,}",
+    "peak, GiB": lambda r: f"{r['peak'] / GIB:.1f}",
+    "fits": lambda r: "yes" if r["fits"] else "no",
+    "sent / ideal": lambda r: f"{r['sent'] / r['ideal_sent']:.2f}" if r["ideal_sent"] else "-",
+    "products, s": lambda r: f"{r['estimate']['compute']:.3g}",
+    "memory, s": lambda r: f"{r['estimate']['memory']:.3g}",
+    "network, s": lambda r: f"{r['estimate']['network']:.3g}",
+    "step, s": lambda r: f"{r['estimate']['step']:.3g}",
+    "MFU": lambda r: f"{r['estimate']['mfu']:.0%}",
+    "efficiency": lambda r: f"{r['efficiency']:.0%}",
+}
+CURVES: Mapping[str, Callable[[Result], float]] = {
+    "peak, GiB of a device": lambda r: r["peak"] / GIB,
+    "network's share of a step": lambda r: r["estimate"]["network"] / r["estimate"]["step"],
+    "step, seconds": lambda r: r["estimate"]["step"],
+    "efficiency": lambda r: r["efficiency"],
+}
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """The results of a sweep, series by series."""
+    """The results of a sweep, series by series, in order of size."""
 
     title: str
     results: Sequence[Result]
 
     def series(self) -> dict[str, list[Result]]:
-        """Name -> the results that have figures, in order of size."""
+        """Name -> the results that have figures."""
         names = dict.fromkeys(result["series"] for result in self.results)
         return {name: [r for r in self.results if r["series"] == name and "error" not in r] for name in names}
-
-    def efficiency(self, result: Result) -> float:
-        """Rows that a device trains in a second, relative to the smallest cluster of the series."""
-
-        def speed(result: Result) -> float:
-            return float(result["shape"]["rows"] / result["estimate"]["step"] / result["devices"])
-
-        return speed(result) / speed(self.series()[result["series"]][0])
 
     def limits(self) -> list[str]:
         """For each series, up to how many devices its products take longer than the network."""
@@ -173,50 +159,25 @@ class SweepReport:
             lines.append(f"{name}: " + (f"up to {max(good):,} devices" if good else "nowhere"))
         return lines
 
-    def table(self) -> Table:
-        """A row for each point."""
-        table = Table(COLUMNS)
-        for result in self.results:
-            table.add(*self._row(result))
-        return table
-
-    def _row(self, result: Result) -> list[str]:
-        name = [result["series"], f"{result['devices']:,}"]
-        if "error" in result:
-            return [*name, result["error"], *[""] * (len(COLUMNS) - 3)]
-        guess = result["estimate"]
-        return [
-            *name,
-            "×".join(str(size) for size in result["mesh"].values()),
-            f"{result['shape']['rows']:,}",
-            f"{result['peak'] / GIB:.1f}",
-            "yes" if result["fits"] else "no",
-            f"{result['sent'] / result['ideal_sent']:.2f}" if result["ideal_sent"] else "-",
-            *(f"{guess[part]:.3g}" for part in ("compute", "memory", "network", "step")),
-            f"{guess['mfu']:.0%}",
-            f"{self.efficiency(result):.0%}",
-        ]
-
     def page(self) -> Page:
         """One page with table and curves."""
+        table = Table(("series", "devices", *COLUMNS))
+        for result in self.results:
+            error = result.get("error")
+            cells = [error, *[""] * (len(COLUMNS) - 1)] if error else [cell(result) for cell in COLUMNS.values()]
+            table.add(result["series"], f"{result['devices']:,}", *cells)
         note = "Efficiency: rows that a device trains in a second, relative to the smallest cluster of the series."
         where = "Products take longer than the network:"
         title = "Memory, the network's share, time and efficiency over the number of devices"
         figure = Drawing(title, inline_svg(self.figure(), "sweep", title))
-        return Page(self.title, [figure, where, Bullets(self.limits()), self.table(), note, estimate_note()])
+        return Page(self.title, [figure, where, Bullets(self.limits()), table, note, estimate_note()])
 
     @style()
     def figure(self) -> Figure:
         """Curves of memory, the network's share of a step, its time and efficiency over the number of devices."""
-        curves: dict[str, Callable[[Result], float]] = {
-            "peak, GiB of a device": lambda r: float(r["peak"] / GIB),
-            "network's share of a step": lambda r: float(r["estimate"]["network"] / r["estimate"]["step"]),
-            "step, seconds": lambda r: float(r["estimate"]["step"]),
-            "efficiency": self.efficiency,
-        }
         sizes = sorted({r["devices"] for results in self.series().values() for r in results})
         figure = Figure(figsize=(11, 7.5))
-        for axes, (label, value) in zip(figure.subplots(2, 2).flat, curves.items(), strict=True):
+        for axes, (label, value) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
             for name, results in self.series().items():
                 axes.plot([r["devices"] for r in results], [value(r) for r in results], marker="o", label=name)
             axes.set_xscale("log", base=2)
@@ -247,10 +208,33 @@ def sweep(
     """
     fields, folder = read_sweep(name), folder or SWEEP_OUTPUT / Path(name).stem
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
+    results: list[Result] = []
+    smallest: dict[str, float] = {}
     for point in points(fields):
+        # Equal for points that compile to the same program, with the same jax.
+        text = "\n".join([jax.__version__, point.cluster.name, str(point.rows), dump(point.config)])
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = folder / f"{point.series}-{point.cluster.devices}.json"
-        results.append(_read_result(path, point.key) or {"key": point.key, **point.compile()})
-        write_atomically(path, json.dumps(results[-1], indent=1) + "\n")
-        on_point(point, results[-1])
+        result = _read_result(path)
+        if result.get("key") != key:
+            result = {"key": key, "series": point.series, "devices": point.cluster.devices, "scaling": point.scaling}
+            try:
+                plan = compile_step(point.config, find_spec(point.config.model), point.cluster, point.rows)
+                result |= plan_json(plan, RunCost(None))
+            except OutOfMemoryError as error:
+                result["error"] = str(error)
+            write_atomically(path, json.dumps(result, indent=1) + "\n")
+        if "error" not in result:
+            speed = result["shape"]["rows"] / result["estimate"]["step"] / result["devices"]
+            result["efficiency"] = speed / smallest.setdefault(point.series, speed)
+        results.append(result)
+        on_point(point, result)
     return SweepReport(fields.title, results)
+
+
+def _read_result(path: Path) -> Result:
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return result

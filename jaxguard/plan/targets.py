@@ -81,7 +81,17 @@ def find_cluster(text: str) -> Cluster:
         return Cluster(text, target, _slice(text, sides, target.tpu), slices)
     if match[1]:
         raise JaxguardError(f"target {text!r}: GPUs have no slices; write hosts x GPUs of each, as in {name}:2x8")
-    return Cluster(text, target, _hosts(text, sides))
+    if len(sides) > 2:
+        raise JaxguardError(f"target {text!r}: GPUs come as hosts x GPUs of each, as in 2x8")
+    if len(sides) == 1 and sides[0] <= GPUS_PER_HOST:
+        sides = (1, *sides)
+    elif len(sides) == 1 and sides[0] % GPUS_PER_HOST:
+        raise JaxguardError(
+            f"target {text!r}: {sides[0]} GPUs are not whole hosts of {GPUS_PER_HOST}; write hosts x GPUs of each, as in 3x4"
+        )
+    elif len(sides) == 1:
+        sides = (sides[0] // GPUS_PER_HOST, GPUS_PER_HOST)
+    return Cluster(text, target, sides)
 
 
 def topology(cluster: Cluster) -> Sequence[Any]:
@@ -113,20 +123,6 @@ def topology(cluster: Cluster) -> Sequence[Any]:
         reason = str(error).partition("\n")[0]
         raise JaxguardError(f"target {cluster.name!r}: the installed compiler rejects it: {reason}") from None
     return devices.devices
-
-
-def _hosts(text: str, sides: tuple[int, ...]) -> tuple[int, ...]:
-    """Hosts × GPUs of each."""
-    if len(sides) == 2:
-        return sides
-    if len(sides) > 2:
-        raise JaxguardError(f"target {text!r}: GPUs come as hosts x GPUs of each, as in 2x8")
-    hosts, rest = divmod(sides[0], GPUS_PER_HOST)
-    if hosts and rest:
-        raise JaxguardError(
-            f"target {text!r}: {sides[0]} GPUs are not whole hosts of {GPUS_PER_HOST}; write hosts x GPUs of each, as in 3x4"
-        )
-    return (hosts, GPUS_PER_HOST) if hosts else (1, rest)
 
 
 def _slice(text: str, sides: tuple[int, ...], tpu: Tpu) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxguard.config.hardware import GIB
 from jaxguard.data.packing import Shape
 from jaxguard.models.compute import Compute
-from jaxguard.plan.analytic import Flops
 from jaxguard.plan.compile import Plan
+from jaxguard.plan.estimate import Flops
 from jaxguard.plan.hlo import Collective
 from jaxguard.plan.targets import find_cluster
 

@@ -20,11 +20,8 @@ from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import Compute
 from jaxguard.models.mesh import make_mesh
 from jaxguard.models.weights import abstract, count, table
-from jaxguard.plan.__main__ import render
-from jaxguard.plan.analytic import ideal_sent, step_flops
 from jaxguard.plan.compile import Plan, compile_step, find_spec
-from jaxguard.plan.cost import RunCost
-from jaxguard.plan.estimate import estimate, rate
+from jaxguard.plan.estimate import RunCost, estimate, ideal_sent, rate, step_flops
 from jaxguard.plan.hlo import Collective
 from jaxguard.plan.report import PlanReport
 from jaxguard.plan.sweeps import points, read_sweep
@@ -65,7 +62,7 @@ def test_an_unknown_checkpoint_names_the_known_ones():
 
 def printed(plan: Plan) -> str:
     console = Console(width=150, record=True)
-    console.print(render(PlanReport([(plan, RunCost(None))])))
+    console.print(PlanReport([(plan, RunCost(None))]).render())
     return console.export_text()
 
 

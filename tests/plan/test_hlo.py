@@ -16,7 +16,7 @@ MESH = {"data": 1, "fsdp": 8, "tensor": 1}
 
 def test_a_loops_body_counts_as_often_as_it_runs_and_a_branch_by_its_share():
     product, local, full = 2 * 16 * 8 * 32, 2 * 4 * 4 * 8, 2 * 8 * 8 * 4
-    assert CompiledProgram(LOOP, [5 / 6, 1 / 6]).matmul_flops == pytest.approx(6 * product + 5 * local + 1 * full)
+    assert CompiledProgram(LOOP, [5 / 6, 1 / 6]).matmul_flops() == pytest.approx(6 * product + 5 * local + 1 * full)
 
 
 def test_a_loop_without_a_trip_count_runs_until_its_counter_reaches_its_limit():
@@ -27,10 +27,10 @@ def test_a_loop_without_a_trip_count_runs_until_its_counter_reaches_its_limit():
         "  ROOT %go = pred[] compare(%count, %limit), direction=LT\n"
     )
     stated = text.replace("  ROOT %go = pred[] constant(true)\n", counter)
-    assert CompiledProgram(stated).matmul_flops == CompiledProgram(LOOP).matmul_flops
+    assert CompiledProgram(stated).matmul_flops() == CompiledProgram(LOOP).matmul_flops()
     twice = "  %two = s32[] constant(2)\n  %more = s32[] add(%branch, %two)\n  ROOT %next ="
     unrolled = stated.replace("  ROOT %next =", twice).replace("tuple(%branch,", "tuple(%more,").replace("(6)", "(12)")
-    assert CompiledProgram(unrolled).matmul_flops == CompiledProgram(LOOP).matmul_flops
+    assert CompiledProgram(unrolled).matmul_flops() == CompiledProgram(LOOP).matmul_flops()
     with pytest.raises(JaxguardError, match=r"loop loop"):
         CompiledProgram(text)
 
@@ -98,7 +98,7 @@ ENTRY %main (a: bf16[8,16,32], b: bf16[8,32,64]) -> bf16[8,16,64] {
   ROOT %c = bf16[8,16,64]{2,1,0} convolution(%a, %b), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, dim_labels=0bf_0io->0bf
 }
 """
-    assert CompiledProgram(text).matmul_flops == 2 * 8 * 16 * 32 * 64
+    assert CompiledProgram(text).matmul_flops() == 2 * 8 * 16 * 32 * 64
 
 
 def test_a_scan_on_this_machine_is_counted_as_its_equation_says():
@@ -109,10 +109,10 @@ def test_a_scan_on_this_machine_is_counted_as_its_equation_says():
 
     x, weights = jnp.ones((16, 32)), jnp.ones((5, 32, 32))
     program = CompiledProgram(jax.jit(run).lower(x, weights).compile().as_text())
-    assert program.matmul_flops == 5 * 2 * 16 * 32 * 32
+    assert program.matmul_flops() == 5 * 2 * 16 * 32 * 32
     assert program.collectives(MESH, 8) == []
     once = weights.nbytes + 5 * x.nbytes
-    assert once <= program.traffic <= 6 * once, "slices are read, not all weights in every turn"
+    assert once <= program.traffic() <= 6 * once, "slices are read, not all weights in every turn"
 
 
 def test_the_largest_arrays_are_named():

@@ -63,7 +63,7 @@ def refused(capsys, *arguments):
         (["--target", "v5e:3x5"], "not one of its topologies, such as 2x2"),
         (["--target", "h100:8", "mesh.fsdp=0"], "fsdp must be positive, or -1"),
         (["--target", "h100:8", "model.attention=flash"], "did you mean 'splash'"),
-        (["--target", "h100:8", "--compare", "model.remat='dots"], '--compare "model.remat=\'dots"'),
+        (["--target", "h100:8", "--compare", "model.remat='dots"], "model.remat='dots"),
         (["--target", "h100:8", "model.checkpoint=a/b"], "put its config.json into"),
     ],
 )

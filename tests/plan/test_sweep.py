@@ -10,7 +10,7 @@ from plan_examples import plan_of
 from jaxguard.plan import __main__ as command
 from jaxguard.plan import sweeps
 from jaxguard.plan.compile import OutOfMemoryError
-from jaxguard.plan.sweeps import SweepReport, points, read_sweep
+from jaxguard.plan.sweeps import points, read_sweep
 from jaxguard.utils.errors import JaxguardError
 
 FILE = """
@@ -90,19 +90,19 @@ def test_what_is_compiled_is_not_compiled_again_unless_it_changed(sweep_file, tm
 
 
 def test_efficiency_is_relative_to_the_smallest_cluster(sweep_file, tmp_path):
-    results = [result for result in run(sweep_file, tmp_path) if result["series"] == "strong"]
-    assert [result["devices"] for result in results] == [16, 8]
-    large, small = results
-    report = SweepReport("strong", [small, large])
-    assert report.efficiency(small) == 1
+    report = sweeps.sweep(str(sweep_file), tmp_path / "out")
+    small, large = report.series()["strong"]
+    assert (small["devices"], large["devices"]) == (8, 16)
+    assert small["efficiency"] == 1
     # 8 s of products and 0.25 of network, against 4 and 0.5, on twice the devices.
-    assert report.efficiency(large) == pytest.approx(64 / 4.5 / 16 / (64 / 8.25 / 8), rel=1e-3)
+    assert large["efficiency"] == pytest.approx(64 / 4.5 / 16 / (64 / 8.25 / 8), rel=1e-3)
 
 
 def test_a_sharding_pays_while_products_take_longer_than_the_network(sweep_file, tmp_path):
-    results = sorted(run(sweep_file, tmp_path), key=lambda result: (result["series"], result["devices"]))
+    run(sweep_file, tmp_path)
     # Weak: 2 s of products, and 64 devices are 2 s of network.
-    assert SweepReport("two", results).limits() == ["strong: up to 16 devices", "weak: up to 64 devices"]
+    limits = sweeps.sweep(str(sweep_file), tmp_path / "out").limits()
+    assert limits == ["weak: up to 64 devices", "strong: up to 16 devices"]
     assert "<svg" in (tmp_path / "out" / "sweep.svg").read_text()
     text = (tmp_path / "out" / "sweep.md").read_text()
     assert "too small" in text
