@@ -15,7 +15,6 @@ from jaxguard.config.lookup import CONFIG_FOLDER, names
 from jaxguard.report import write_markdown, write_page
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
-from jaxguard.utils.progress import Progress
 
 DESCRIPTION = "Compile the training step for hardware that is not attached. `sweep NAME` does so for growing clusters."
 SWEEP = "Compile a run's step for growing clusters. Points are compiled once, so it may be stopped at any time."
@@ -97,28 +96,19 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     name = parser.add_argument("sweep", metavar="NAME|PATH", help="a file of configs/sweeps, or any YAML file")
     suggest(name, lambda _: names(CONFIG_FOLDER / "sweeps"))
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/sweeps/NAME")
-    parser.add_argument("--dry-run", action="store_true", help="print the points and stop")
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from jaxguard.plan.sweeps import SWEEP_OUTPUT, Point, Result, points, read_sweep, sweep
+    from jaxguard.plan.sweeps import SWEEP_OUTPUT, Point, Result, sweep
 
     console = Console(soft_wrap=True)
-    todo = list(points(read_sweep(options.sweep)))
-    if options.dry_run:
-        for point in todo:
-            mesh = " × ".join(map(str, (point.config.mesh.data, point.config.mesh.fsdp, point.config.mesh.tensor)))
-            console.print(f"{point.series}: {point.cluster.name}, mesh {mesh}, {point.rows:,} rows")
-        return 0
     folder = options.output or SWEEP_OUTPUT / Path(options.sweep).stem
-    with Progress(options.sweep, len(todo), console=console, unit=None) as progress:
 
-        def on_point(point: Point, result: Result) -> None:
-            text = result.get("error") or f"{result['peak'] / GIB:.1f} GiB, {result['estimate']['step']:.3g} s a step"
-            console.print(f"{point.series}, {point.cluster.devices:,} devices: {text}")
-            progress.update(todo.index(point) + 1)
+    def on_point(point: Point, result: Result) -> None:
+        text = result.get("error") or f"{result['peak'] / GIB:.1f} GiB, {result['estimate']['step']:.3g} s a step"
+        console.print(f"{point.series}, {point.cluster.devices:,} devices: {text}")
 
-        report = sweep(options.sweep, folder, on_point)
+    report = sweep(options.sweep, folder, on_point)
     write_markdown(folder / "sweep.md", report.page())
     write_page(folder / "sweep.html", report.page())
     report.figure().savefig(folder / "sweep.svg", metadata={"Date": None})

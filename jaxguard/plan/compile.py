@@ -4,8 +4,9 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -17,7 +18,7 @@ from jaxguard.data.packing import Shape, bucket_size
 from jaxguard.models.compute import Compute
 from jaxguard.models.mesh import make_mesh, row_multiple
 from jaxguard.models.spec import Spec, read_spec
-from jaxguard.plan.estimate import Flops, ideal_sent, step_flops
+from jaxguard.plan.estimate import Flops, RunCost, ideal_sent, step_flops
 from jaxguard.plan.hlo import Collective, CompiledProgram, describe
 from jaxguard.plan.targets import Cluster, topology
 from jaxguard.train.step import build_program
@@ -36,15 +37,20 @@ Buffer = tuple[int, str, str]
 
 
 class OutOfMemoryError(JaxguardError):
-    """The compiler found no schedule that fits.
+    """The compiler found no schedule that fits. Only a TPU's says so, in many words.
 
     Attributes:
-        largest: the largest arrays of the schedule that it gave up, where it lists them.
+        largest: the largest arrays, where it had made a schedule and lists them.
     """
 
-    def __init__(self, message: str, largest: Sequence[Buffer] = ()) -> None:
-        super().__init__(message)
-        self.largest = largest
+    def __init__(self, error: str) -> None:
+        numbers = _NEEDS.search(error)
+        needs, has = (part for part in numbers.groups() if part) if numbers else (None, None)
+        super().__init__(f"it needs {needs}iB of a device's {has}iB" if numbers else error.partition("\n")[0])
+        self.largest: Sequence[Buffer] = [
+            (int(float(size) * 1024 ** "BKMG".index(unit)), array, describe(source or "?"))
+            for size, unit, source, array in _ALLOCATION.findall(error)
+        ][:5]
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,6 @@ class Plan:
     """What one device needs for one step.
 
     Attributes:
-        name: of the run.
-        cluster: what the step was compiled for.
-        shape: rows, tokens and targets of the batch.
         mesh: axis -> devices.
         compute: attention kernel chosen for the target, remat policy and types.
         arguments: bytes of training state and batch; the new state reuses their memory.
@@ -68,6 +71,7 @@ class Plan:
         ideal_sent: bytes that a device must send under this sharding.
         kernels: names of the vendor's kernels -> how often they run.
         seconds: time that compiling took.
+        cost: of a run that takes this step at every step.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Plan:
     ideal_sent: float
     kernels: dict[str, float]
     seconds: float
+    cost: RunCost = field(default_factory=RunCost)
 
     @property
     def usable(self) -> int:
@@ -152,12 +157,11 @@ def compile_step(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise out_of_memory(str(error)) from None
+            raise OutOfMemoryError(str(error)) from None
     seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    hlo = CompiledProgram(compiled.as_text(), _branches(spec, shape.tokens))
+    memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    axes = dict(mesh.shape)
+    hlo, axes = CompiledProgram(compiled.as_text() or "", _branches(spec, shape.tokens)), dict(mesh.shape)
     return Plan(
         name=config.name,
         cluster=cluster,
@@ -186,7 +190,7 @@ def _branches(spec: Spec, tokens: int) -> list[float]:
     return [counts[branch] / spec.num_layers for branch in range(len(distinct))]
 
 
-def find_spec(model: ModelConfig, shapes: Path = SHAPES) -> Spec:
+def find_spec(model: ModelConfig) -> Spec:
     """Read the model's shape from the checkpoint if it is a local folder, else from the public facts in configs/shapes.
 
     Raises:
@@ -194,23 +198,11 @@ def find_spec(model: ModelConfig, shapes: Path = SHAPES) -> Spec:
     """
     if Path(model.checkpoint).is_dir():
         return read_spec(Path(model.checkpoint))
-    folder = locate(shapes / model.checkpoint.replace("/", "--"))
+    folder = locate(SHAPES / model.checkpoint.replace("/", "--"))
     if not folder.is_dir():
-        known = sorted({path.name.replace("--", "/") for source in folders(shapes) for path in source.glob("*--*")})
+        known = sorted({path.name.replace("--", "/") for source in folders(SHAPES) for path in source.glob("*--*")})
         raise JaxguardError(
             f"the shape of model.checkpoint={model.checkpoint} is unknown: use a local folder, "
-            f"or put its config.json into {shapes / folder.name}/; known: {', '.join(known) or 'none'}"
+            f"or put its config.json into {SHAPES / folder.name}/; known: {', '.join(known) or 'none'}"
         )
     return read_spec(folder)
-
-
-def out_of_memory(error: str) -> OutOfMemoryError:
-    """Shorten the error of a TPU's compiler, which lists arrays only where it had made a schedule."""
-    numbers = _NEEDS.search(error)
-    needs, has = (part for part in numbers.groups() if part) if numbers else (None, None)
-    message = f"it needs {needs}iB of a device's {has}iB" if numbers else error.partition("\n")[0]
-    largest = [
-        (int(float(size) * 1024 ** "BKMG".index(unit)), array, describe(source or "?"))
-        for size, unit, source, array in _ALLOCATION.findall(error)
-    ]
-    return OutOfMemoryError(message, largest[:5])

@@ -6,13 +6,13 @@ Letters as in models/: T tokens of a row, V D L N K H F of the model's spec.
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxguard.config import Config
 from jaxguard.config.hardware import Target
-from jaxguard.data.packing import TARGET_MULTIPLE, Schedule, Shape, bucket_size, row_lengths, total_steps
+from jaxguard.data.packing import Schedule, Shape, total_steps
 from jaxguard.data.prepare import prepare
 from jaxguard.models.compute import Compute
 from jaxguard.models.sharding import mesh_axes, partition
@@ -32,7 +32,6 @@ ASSUMPTIONS = (
     "longest of the three alone"
 )
 MOST_SHAPES = 4
-"""Shapes that are listed; a run may have dozens."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +156,12 @@ class RunCost:
     Attributes:
         steps: how many; None where they depend on data that are not available.
         price: dollars for a device and hour.
-        shapes: of batches, each a program to compile -> how many steps have it; None where the data are not available.
-        possible: the shapes that the batches could have, in words.
+        shapes: of batches, each a program to compile -> how many steps have it; empty where the data are not available.
     """
 
-    steps: int | None
+    steps: int | None = None
     price: float | None = None
-    shapes: Mapping[Shape, int] | None = None
-    possible: str = "unknown"
+    shapes: Mapping[Shape, int] = field(default_factory=dict)
 
     def hours(self, seconds: float) -> float | None:
         """Time of the run, at so many seconds a step."""
@@ -186,51 +183,37 @@ class RunCost:
     @property
     def largest(self) -> Shape | None:
         """The shape that needs most memory, and so decides whether the run fits; None where the data are not available."""
-        return max(self.shapes, key=lambda s: (s.rows * s.tokens, s.targets)) if self.shapes else None
+        return max(self.shapes, key=lambda s: (s.rows * s.tokens, s.targets), default=None)
 
     @property
     def programs(self) -> str:
-        """Number and shapes of the programs, in words."""
-        if self.shapes is None:
-            return self.possible
+        """Number and shapes of the programs, in words; a run may have dozens."""
         names = [
             f"{shape.rows} rows of {shape.tokens:,} tokens, {shape.targets:,} targets ({count:,} steps)"
             for shape, count in Counter(self.shapes).most_common(MOST_SHAPES)
         ]
-        more = len(self.shapes) - len(names)
-        return f"{len(self.shapes)}: {'; '.join([*names, *([f'{more} more'] if more else [])])}"
+        more = [f"{len(self.shapes) - MOST_SHAPES} more"] if len(self.shapes) > MOST_SHAPES else []
+        return (
+            f"{len(self.shapes)}: {'; '.join([*names, *more])}"
+            if names
+            else "unknown until tokenizer and data are local"
+        )
 
 
 def run_cost(config: Config, devices: int, price: float | None = None) -> RunCost:
-    """Count a run's steps and batch shapes, from its config or, where tokenizer and data are local files, from these.
-
-    Args:
-        config: the run.
-        devices: number of devices of the mesh.
-        price: dollars for a device and hour.
+    """Count a run's steps, and batch shapes where tokenizer and data are local files, on a mesh of so many devices.
 
     Raises:
         JaxguardError: the data are local, but cannot be trained on.
     """
     train, data, checkpoint = config.train, config.data, Path(config.model.checkpoint)
-    multiple = max(1, devices // config.mesh.tensor) * train.accumulation
     paths = [source.path and Path(source.path) for source in (*data.train, *data.validation)]
     if (checkpoint / "tokenizer.json").is_file() and all(path and path.exists() for path in paths):
         examples = prepare(config, checkpoint).train
         steps = total_steps(len(examples), train.batch_size, train.epochs, train.max_steps)
+        multiple = max(1, devices // config.mesh.tensor) * train.accumulation
         schedule = Schedule(examples, train.batch_size, steps, data.max_seq_len, multiple, config.seed)
         return RunCost(steps, price, Counter(schedule.shape(step) for step in range(steps)))
-    known = train.max_steps
-    if data.subset is not None:
-        known = total_steps(data.subset, train.batch_size, train.epochs, train.max_steps)
-    sizes = {
-        "rows": {bucket_size(count, multiple) for count in range(1, train.batch_size + 1)},
-        "tokens": row_lengths(data.max_seq_len),
-        "targets": {bucket_size(count, TARGET_MULTIPLE) for count in range(1, data.max_seq_len + 1)},
-    }
-    texts = []
-    for name, of in sizes.items():
-        numbers = [f"{size:,}" for size in sorted(of)]
-        listed = numbers if len(numbers) <= 5 else [numbers[0], f"{numbers[1]} … {numbers[-1]}"]
-        texts.append(f"{name} {', '.join(listed)}")
-    return RunCost(known, price, None, f"one for each shape: {'; '.join(texts)}")
+    if data.subset is None:
+        return RunCost(train.max_steps, price)
+    return RunCost(total_steps(data.subset, train.batch_size, train.epochs, train.max_steps), price)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from jaxguard.config.hardware import GIB
 from jaxguard.plan.compile import Buffer, Plan
-from jaxguard.plan.estimate import ASSUMPTIONS, RunCost, estimate, rate
+from jaxguard.plan.estimate import ASSUMPTIONS, estimate, rate
 from jaxguard.report import Bullets, Cell, Content, Drawing, Page, Paragraph, Section, Table
 from jaxguard.report.figures import COLOURS, inline_svg, style
 
@@ -44,11 +44,11 @@ class PlanReport:
     """Plans of a run for several targets or with several settings.
 
     Attributes:
-        plans: compiled steps, fitting or not, each with the cost of a run that takes it at every step.
+        plans: compiled steps, fitting or not, each with the cost of a run.
         refusals: what the compiler did not compile because it does not fit.
     """
 
-    plans: Sequence[tuple[Plan, RunCost]] = ()
+    plans: Sequence[Plan] = ()
     refusals: Sequence[Refusal] = ()
 
     def __add__(self, other: "PlanReport") -> "PlanReport":
@@ -63,7 +63,7 @@ class PlanReport:
     def problems(self) -> list[Refusal]:
         """Everything that does not fit, with the reason."""
         problems = []
-        for plan in (plan for plan, _ in self.plans if not plan.fits):
+        for plan in (plan for plan in self.plans if not plan.fits):
             advice = remedies(plan.compute.remat)
             if plan.arguments > plan.usable:
                 advice = (
@@ -80,7 +80,7 @@ class PlanReport:
         A refused run has `error` instead of figures.
         """
         refusals = [{"run": r.name, "target": r.target, "fits": False, "error": r.reason} for r in self.refusals]
-        return [*(plan_json(plan, cost) for plan, cost in self.plans), *refusals]
+        return [*map(plan_json, self.plans), *refusals]
 
     def table(self) -> list[dict[str, Any]]:
         """A row of scalars for each plan and refusal, which `pandas.DataFrame` takes."""
@@ -92,8 +92,8 @@ class PlanReport:
 
     def facts(self) -> Table:
         """What a reader wants to know first, a column for each plan."""
-        columns = [facts(plan, cost) for plan, cost in self.plans]
-        table = Table(("", *(plan.name for plan, _ in self.plans)), left=1 + len(columns))
+        columns = [facts(plan) for plan in self.plans]
+        table = Table(("", *(plan.name for plan in self.plans)), left=1 + len(columns))
         for name in columns[0]:
             table.add(name, *(column[name] for column in columns))
         return table
@@ -104,7 +104,7 @@ class PlanReport:
         if self.plans:
             parts.append(self.facts().rich())
             if len(self.plans) == 1:
-                parts.append(collectives_table(self.plans[0][0], SMALL).rich())
+                parts.append(collectives_table(self.plans[0], SMALL).rich())
             parts.append(Text(f"Estimate: {ASSUMPTIONS}.", "dim"))
         for problem in self.problems:
             if problem.largest:
@@ -115,10 +115,10 @@ class PlanReport:
 
     def page(self) -> Page:
         """One page with all of it."""
-        names = dict.fromkeys([*(plan.name for plan, _ in self.plans), *(r.name for r in self.refusals)])
+        names = dict.fromkeys([*(plan.name for plan in self.plans), *(r.name for r in self.refusals)])
         sections = [
             Section(f"{plan.name} on {plan.cluster.name}", [collectives_table(plan), largest_table(plan.largest)])
-            for plan, _ in self.plans
+            for plan in self.plans
         ]
         blocks: list[Content] = [self.facts(), self._figure(), *sections, estimate_note()] if self.plans else []
         return Page(f"Plan of {' / '.join(names)}", [Bullets([str(r) for r in self.problems], warning=True), *blocks])
@@ -126,7 +126,7 @@ class PlanReport:
     @style()
     def _figure(self) -> Drawing:
         """Memory of a device beside what is usable, and where a step's time goes."""
-        plans = [plan for plan, _ in self.plans]
+        plans = self.plans
         names, guesses = [f"{plan.name}\n{plan.cluster.name}" for plan in plans], [estimate(plan) for plan in plans]
         memory = {
             "state and batch": [plan.arguments / GIB for plan in plans],
@@ -152,7 +152,7 @@ class PlanReport:
         return Drawing(title, inline_svg(figure, "plan", title))
 
 
-def facts(plan: Plan, cost: RunCost) -> dict[str, str | Cell]:
+def facts(plan: Plan) -> dict[str, str | Cell]:
     """The most important figures of a plan, in words."""
     guess, target, slices = estimate(plan), plan.cluster.target, plan.cluster.slices
     compiled, counted = plan.matmul_flops + plan.kernel_flops, plan.flops.total / plan.cluster.devices
@@ -174,8 +174,8 @@ def facts(plan: Plan, cost: RunCost) -> dict[str, str | Cell]:
         "… memory": f"{guess.memory:.3g} s",
         "… network": f"{guess.network:.3g} s",
         "MFU": f"{guess.mfu:.0%}",
-        "whole run": cost.describe(guess.step, plan.cluster.devices),
-        "programs": cost.programs,
+        "whole run": plan.cost.describe(guess.step, plan.cluster.devices),
+        "programs": plan.cost.programs,
         "compiled in": f"{plan.seconds:.0f} s",
     }
 
@@ -205,7 +205,7 @@ def estimate_note() -> Paragraph:
     return Paragraph([f"Estimate: {ASSUMPTIONS}."], faint=True)
 
 
-def plan_json(plan: Plan, cost: RunCost) -> dict[str, Any]:
+def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan as data; see PlanReport.to_json."""
     guess, compute = estimate(plan), plan.compute
     same = ("mesh", "arguments", "temporaries", "peak", "usable", "fits", "traffic", "sent", "ideal_sent", "kernels")
@@ -223,10 +223,10 @@ def plan_json(plan: Plan, cost: RunCost) -> dict[str, Any]:
         "compiled_flops": plan.matmul_flops + plan.kernel_flops,
         "collectives": [asdict(collective) | {"sent": collective.sent} for collective in plan.collectives],
         "estimate": asdict(guess) | {"step": guess.step, "bound": guess.bound},
-        "steps": cost.steps,
-        "shapes": None if cost.shapes is None else [s._asdict() | {"steps": n} for s, n in cost.shapes.items()],
-        "hours": cost.hours(guess.step),
-        "dollars": cost.dollars(guess.step, plan.cluster.devices),
+        "steps": plan.cost.steps,
+        "shapes": [s._asdict() | {"steps": n} for s, n in plan.cost.shapes.items()] or None,
+        "hours": plan.cost.hours(guess.step),
+        "dollars": plan.cost.dollars(guess.step, plan.cluster.devices),
         "compile_seconds": plan.seconds,
     }
 

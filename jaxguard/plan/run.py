@@ -55,7 +55,7 @@ def plan(
             cost = run_cost(variant, cluster.devices, price)
             try:
                 compiled = compile_step(variant, spec, cluster, rows, target_tokens, cost.largest)
-                plans.append((replace(compiled, name=name), cost))
+                plans.append(replace(compiled, name=name, cost=cost))
             except OutOfMemoryError as error:
                 reason = f"{error}; {remedies(variant.model.remat)}"
                 refusals.append(Refusal(name, cluster.name, reason, error.largest))
@@ -153,7 +153,7 @@ def search(
         refusal = Refusal(base.name, cluster.name, NOTHING_FITS)
         return SearchReport(candidates, ranking, PlanReport(refusals=[refusal]))
     cost = run_cost(load(base, ranking[0].overrides), cluster.devices, price)
-    return SearchReport(candidates, ranking, PlanReport([(ranking[0].plan, cost)]))
+    return SearchReport(candidates, ranking, PlanReport([replace(ranking[0].plan, cost=cost)]))
 
 
 def meshes(spec: Spec, cluster: Cluster, batch_size: int) -> Iterator[dict[str, int]]:

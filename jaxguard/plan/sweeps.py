@@ -20,7 +20,6 @@ from jaxguard.config.base import Positive, Schema, read_yaml, validate
 from jaxguard.config.hardware import GIB
 from jaxguard.config.lookup import CONFIG_FOLDER, find_yaml
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
-from jaxguard.plan.estimate import RunCost
 from jaxguard.plan.report import estimate_note, plan_json
 from jaxguard.plan.targets import Cluster, find_cluster
 from jaxguard.report import Bullets, Drawing, Page, Table
@@ -220,7 +219,7 @@ def sweep(
             result = {"key": key, "series": point.series, "devices": point.cluster.devices, "scaling": point.scaling}
             try:
                 plan = compile_step(point.config, find_spec(point.config.model), point.cluster, point.rows)
-                result |= plan_json(plan, RunCost(None))
+                result |= plan_json(plan)
             except OutOfMemoryError as error:
                 result["error"] = str(error)
             write_atomically(path, json.dumps(result, indent=1) + "\n")

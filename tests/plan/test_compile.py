@@ -62,7 +62,7 @@ def test_an_unknown_checkpoint_names_the_known_ones():
 
 def printed(plan: Plan) -> str:
     console = Console(width=150, record=True)
-    console.print(PlanReport([(plan, RunCost(None))]).render())
+    console.print(PlanReport([plan]).render())
     return console.export_text()
 
 
@@ -96,7 +96,7 @@ def test_devices_that_are_not_linked_share_their_hosts_cards():
 
 
 def test_a_plan_as_data_has_every_figure_of_the_table():
-    report = PlanReport([(plan_of(61), RunCost(781))])
+    report = PlanReport([plan_of(61, cost=RunCost(781))])
     (figures,) = json.loads(json.dumps(report.to_json()))
     assert not figures["fits"]
     assert figures["collectives"][0]["sent"] == pytest.approx(300e9)

@@ -15,7 +15,7 @@ from jaxguard.models.compute import Compute
 from jaxguard.plan import __main__ as command
 from jaxguard.plan import compile as compile_module
 from jaxguard.plan import run as run_module
-from jaxguard.plan.compile import out_of_memory
+from jaxguard.plan.compile import OutOfMemoryError
 
 RUN = ("--config", "llama8b_5k")
 REFUSAL = """\
@@ -143,7 +143,7 @@ def test_a_state_that_is_too_large_by_itself_needs_more_devices(monkeypatch, cap
 def test_a_tpus_refusal_does_not_hide_the_plans_beside_it(monkeypatch, capsys, tmp_path):
     def compile_step(config, spec, cluster, rows, targets, largest):
         if cluster.target.tpu:
-            raise out_of_memory(REFUSAL)
+            raise OutOfMemoryError(REFUSAL)
         return plan_of(40)
 
     files = ["--json", str(tmp_path / "plan.json"), "--html", str(tmp_path / "plan.html")]
@@ -161,7 +161,7 @@ def test_a_tpus_refusal_does_not_hide_the_plans_beside_it(monkeypatch, capsys, t
 
 def test_a_refusal_alone_is_a_page_too(monkeypatch, capsys, tmp_path):
     def compile_step(config, spec, cluster, *_):
-        raise out_of_memory(EARLY)
+        raise OutOfMemoryError(EARLY)
 
     html = tmp_path / "plan.html"
     code, text = planned(monkeypatch, capsys, compile_step, "--target", "v5e:8", "--html", str(html))
@@ -171,7 +171,7 @@ def test_a_refusal_alone_is_a_page_too(monkeypatch, capsys, tmp_path):
 
 
 def test_a_refusal_in_other_words_is_passed_on():
-    error = out_of_memory("RESOURCE_EXHAUSTED: too much\nof everything")
+    error = OutOfMemoryError("RESOURCE_EXHAUSTED: too much\nof everything")
     assert str(error) == "RESOURCE_EXHAUSTED: too much"
     assert list(error.largest) == []
 

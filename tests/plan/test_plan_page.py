@@ -16,7 +16,7 @@ from jaxguard.report import write_page
 def two(tmp_path):
     path = tmp_path / "plan.html"
     small = plan_of(40, name="run <b>$x$", cluster=find_cluster("h100:2x8"))
-    report = PlanReport([(plan_of(61), RunCost(781)), (replace(small, ideal_sent=0.0), RunCost(None))])
+    report = PlanReport([plan_of(61, cost=RunCost(781)), replace(small, ideal_sent=0.0)])
     write_page(path, report.page())
     return path
 

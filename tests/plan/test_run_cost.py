@@ -2,8 +2,6 @@
 
 from collections import Counter
 
-import pytest
-
 from jaxguard.config import load
 from jaxguard.data.packing import Schedule, Shape
 from jaxguard.data.prepare import prepare
@@ -16,23 +14,7 @@ def test_a_whole_run_is_counted_from_its_config():
     assert cost.describe(36.0, 8) == "781 steps, 7.81 h, 62.5 device-hours, $156.20"
     assert "data.subset" in run_cost(load("gemma4b_full"), 8).describe(1.0, 8)
     assert run_cost(load("gemma4b_full", ["train.max_steps=5"]), 8).steps == 5
-
-
-@pytest.mark.parametrize(
-    ("devices", "overrides", "rows"),
-    [
-        (8, [], "8, 16, 24, 32"),
-        (8, ["train.accumulation=2"], "16, 32"),
-        (16, ["mesh.tensor=4"], "4, 8 … 32"),
-        (2, ["train.batch_size=33"], "2, 4 … 40"),
-    ],
-)
-def test_before_the_data_are_there_the_shapes_are_those_that_a_batch_is_rounded_up_to(devices, overrides, rows):
-    cost = run_cost(load("gemma4b_5k", overrides), devices)
-    assert cost.shapes is None
-    assert (
-        cost.programs == f"one for each shape: rows {rows}; tokens 512, 1,024, 1,536, 2,048; targets 256, 512 … 2,048"
-    )
+    assert cost.programs.startswith("unknown")
 
 
 def test_local_data_give_every_shape(tiny_files, tmp_path, tiny_checkpoint):
