@@ -58,7 +58,7 @@ def _study(options: argparse.Namespace) -> int:
         return 0
     Console().print(cost_table(study).rich())
     print(study.definition.about.strip())
-    return run_study(study) if options.command == "run" else 0
+    return run_study(study, lambda text: print(text, flush=True)) if options.command == "run" else 0
 
 
 main = Command("study", DESCRIPTION, _study, _options)

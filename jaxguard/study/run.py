@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +134,7 @@ class _Process:
         return code
 
 
-def run_study(study: Study, log: Callable[[str], object] = partial(print, flush=True)) -> int:
+def run_study(study: Study, log: Callable[[str], object]) -> int:
     """Run every stage that is not done; a run that fails keeps only those from running that read its output.
 
     Returns:

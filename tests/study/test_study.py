@@ -210,7 +210,7 @@ def test_a_killed_study_resumes(study, behave, calls):
     process = start()
     wait_for_call("bread-8-0 train")
     with pytest.raises(JaxguardError, match=f"in use by another process.*{process.pid}"):
-        run_study(definition)
+        run_study(definition, print)
     process.kill()
     behave({})
     Path("stub/release").touch()  # the stage that was left behind ends
