@@ -42,11 +42,11 @@ from jaxguard.report import (
     Section,
     Table,
     Tiles,
+    Value,
     note,
     write_markdown,
     write_page,
 )
-from jaxguard.report.blocks import Value
 from jaxguard.report.figures import COLOURS, FAINT, INK, draw_interval, inline_svg, style
 from jaxguard.report.text import count, interval, number, share, short
 from jaxguard.utils.errors import JaxguardError

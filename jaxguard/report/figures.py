@@ -1,7 +1,6 @@
 """The style of all figures: colours that colour-blind readers tell apart, and SVG that takes the colours of its page.
 
-Draw inside `with style():` (or decorate the function that draws with `@style()`) in the colours below, which are fit for paper.
-`inline_svg` puts the page's own variables in their place, so that the figure is dark where the page is.
+Draw in `with style():`, or decorate the function that draws with `@style()`, in the colours below.
 """
 
 import io
@@ -25,12 +24,8 @@ from jaxguard.utils.statistics import Estimate
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#444444")
 """Okabe and Ito's, and two more."""
 INK, FAINT, LINE, BACK = "#1B1B1D", "#6A6A6C", "#D9D9DB", "#FEFEFE"
-PALETTE = {colour: f"--c{i}" for i, colour in enumerate(COLOURS)} | {
-    INK: "--ink",
-    FAINT: "--faint",
-    LINE: "--line",
-    BACK: "--back",
-}
+PALETTE = {INK: "--ink", FAINT: "--faint", LINE: "--line", BACK: "--back"}
+PALETTE |= {colour: f"--c{i}" for i, colour in enumerate(COLOURS)}
 """Colour in the figure -> variable of base.html.j2."""
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left",

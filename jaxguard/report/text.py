@@ -9,6 +9,7 @@ DASH = "–"
 """Shown for a value that was not measured."""
 
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_CONTROL = {"Cc", "Cs", "Co", "Zl", "Zp"}
 # First what stays: an interval of numbers in brackets that cannot be a link. Then what is markup, a link or the end of a
 # table cell: punctuation, an underscore at a word's edge, the dot of www., the colon of a scheme, a list marker at the start.
 _MARKUP = re.compile(
@@ -20,12 +21,21 @@ _MARKUP = re.compile(
 
 def visible(text: object) -> str:
     """Replace control characters and those that turn the writing direction by �; line breaks and tabs stay."""
-    return "".join("\ufffd" if _is_control(c) else c for c in str(text).replace("\r\n", "\n"))
+    return "".join(
+        "\ufffd" if c in _BIDI or (c not in "\n\t" and unicodedata.category(c) in _CONTROL) else c
+        for c in str(text).replace("\r\n", "\n")
+    )
 
 
 def plain(text: object) -> str:
     """Untrusted text on one line."""
     return " ".join(visible(text).split())
+
+
+def _entities(match: re.Match[str]) -> str:
+    if match["interval"]:
+        return match[0]
+    return "".join(f"&#{ord(c)};" if c.isascii() and not c.isdigit() else c for c in match[0])
 
 
 def escaped(text: object) -> str:
@@ -89,13 +99,3 @@ def seconds(value: float) -> str:
 def count(number: int, noun: str) -> str:
     """A number with its noun, in the plural where needed."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _is_control(c: str) -> bool:
-    return c in _BIDI or (c not in "\n\t" and unicodedata.category(c) in {"Cc", "Cs", "Co", "Zl", "Zp"})
-
-
-def _entities(match: re.Match[str]) -> str:
-    if match["interval"]:
-        return match[0]
-    return "".join(f"&#{ord(c)};" if c.isascii() and not c.isdigit() else c for c in match[0])
