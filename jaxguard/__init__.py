@@ -17,21 +17,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Config",
-    "Example",
-    "Guard",
-    "Policy",
-    "build_data",
-    "distill",
-    "evaluate",
-    "load_config",
-    "load_policy",
-    "mine",
-    "plan",
-    "train",
-]
+    "Config", "Example", "Guard", "Policy", "build_data", "distill",
+    "evaluate", "load_config", "load_policy", "mine", "plan", "train",
+]  # fmt: skip
 
-_STAGES = ("distill", "evaluate", "mine", "plan", "train")
 _SOURCES = {
     "Config": "jaxguard.config.Config",
     "Example": "jaxguard.data.examples.Example",
@@ -46,8 +35,7 @@ _SOURCES = {
 class _Stage(ModuleType):
     """A stage's package, which can also be called as its function in jaxguard.api.
 
-    `import jaxguard.train.loop` sets the attribute `jaxguard.train` to the package. So the package itself is callable, and
-    `jaxguard.train(...)` works whatever else was imported.
+    `import jaxguard.train.loop` sets the attribute `jaxguard.train` to the package, so this must be callable.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +44,7 @@ class _Stage(ModuleType):
         return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
-for _stage in _STAGES:
+for _stage in ("distill", "evaluate", "mine", "plan", "train"):
     importlib.import_module(f"jaxguard.{_stage}").__class__ = _Stage
 
 

@@ -33,8 +33,7 @@ def distill(config: Source, overrides: Overrides = ()) -> "Distillation":
     """Get a reasoning trace from a teacher for every training example."""
     from jaxguard.distill.run import distill as run
 
-    resolved = load(config, overrides, stage="distill")
-    return outside_event_loop(lambda: run(resolved))
+    return outside_event_loop(lambda: run(load(config, overrides, stage="distill")))
 
 
 def train(config: Source, overrides: Overrides = (), resume: "Resume" = "auto") -> "TrainedRun":
@@ -48,16 +47,14 @@ def evaluate(config: Source, overrides: Overrides = ()) -> "Evaluation":
     """Score guards on benchmarks, by default the run's own export; the result's `tables` are DataFrames."""
     from jaxguard.evaluate.run import evaluate as run
 
-    resolved = load(config, overrides, stage="evaluate")
-    return outside_event_loop(lambda: run(resolved))
+    return outside_event_loop(lambda: run(load(config, overrides, stage="evaluate")))
 
 
 def mine(config: Source, overrides: Overrides = ()) -> "MineResult":
     """Find the training examples that a trained guard gets right only sometimes."""
     from jaxguard.mine.run import mine as run
 
-    resolved = load(config, overrides, stage="mine")
-    return outside_event_loop(lambda: run(resolved))
+    return outside_event_loop(lambda: run(load(config, overrides, stage="mine")))
 
 
 def plan(

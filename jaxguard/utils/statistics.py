@@ -22,14 +22,7 @@ METRICS = ("agreement", "precision", "recall", "f1", "kappa", "false_positive_ra
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score over k samples.
-
-    Attributes:
-        value: mean of the defined scores of `each`.
-        low, high: its bootstrap interval.
-        deviation: sample standard deviation of `each` (divisor n - 1); None of fewer than two.
-        each: the score of every sample.
-    """
+    """Mean of the defined scores of k samples, its bootstrap interval, their standard deviation (divisor n - 1), and each."""
 
     value: float | None
     low: float | None = None
@@ -40,15 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Scores:
-    """Agreement of verdicts with labels.
-
-    Attributes:
-        examples, positives: number of examples, and of those labelled positive.
-        agreement: accuracy.
-        precision, recall, f1: of the positive class.
-        kappa: Cohen's.
-        false_positive_rate: share of negative examples with a positive verdict.
-    """
+    """Agreement of verdicts with labels: accuracy, scores of the positive class, Cohen's kappa."""
 
     examples: int
     positives: int
@@ -94,16 +79,8 @@ Seed = int | Sequence[int]
 
 
 def scores(labels: np.ndarray, votes: np.ndarray, seed: Seed, resamples: int = RESAMPLES) -> Scores:
-    """Score k verdicts for each of N examples.
-
-    Args:
-        labels: bool[N], True for the positive class.
-        votes: bool[N, k].
-        seed: of the bootstrap.
-        resamples: number of draws.
-    """
-    cells = _cells(labels, votes)
-    observed, drawn = _metrics(cells.sum(axis=0)), _metrics(_resampled(cells, seed, resamples))
+    """Score k verdicts for each of N examples: labels bool[N], True for the positive class, and votes bool[N, k]."""
+    observed, drawn = _metrics_and_draws(labels, votes, seed, resamples)
     estimates = {name: estimate(observed[name], mean_defined(drawn[name])) for name in METRICS}
     return Scores(len(labels), int(labels.sum()), **estimates)
 
@@ -112,8 +89,8 @@ def f1_draws(
     labels: np.ndarray, votes: np.ndarray, seed: Seed, resamples: int = RESAMPLES
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return F1 of each sample as float[k], and in every bootstrap draw as float[resamples, k]; NaN if undefined."""
-    cells = _cells(labels, votes)
-    return _metrics(cells.sum(axis=0))["f1"], _metrics(_resampled(cells, seed, resamples))["f1"]
+    observed, drawn = _metrics_and_draws(labels, votes, seed, resamples)
+    return observed["f1"], drawn["f1"]
 
 
 def draws(count: int, seed: Seed, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
@@ -125,15 +102,14 @@ def draws(count: int, seed: Seed, resamples: int = RESAMPLES) -> Iterator[np.nda
 
 def estimate(each: np.ndarray, drawn: np.ndarray) -> Estimate:
     """Estimate a score from its value in every sample and its mean in every draw; NaN if undefined."""
+    scores = tuple(None if np.isnan(score) else float(score) for score in each)
     defined, drawn = each[~np.isnan(each)], drawn[~np.isnan(drawn)]  # a draw may lack a class
     if not len(defined):
-        return Estimate(None, each=(None,) * len(each))
+        return Estimate(None, each=scores)
     tail = 100 * (1 - COVERAGE) / 2
     low, high = np.percentile(drawn, (tail, 100 - tail)).tolist() if len(drawn) else (None, None)
     deviation = float(defined.std(ddof=1)) if len(defined) > 1 else None
-    return Estimate(
-        float(mean_defined(each)), low, high, deviation, tuple(None if np.isnan(x) else float(x) for x in each)
-    )
+    return Estimate(float(mean_defined(each)), low, high, deviation, scores)
 
 
 def mean_defined(values: np.ndarray) -> np.ndarray:
@@ -179,21 +155,19 @@ def spread(values: Sequence[float], width: float) -> Spread:
     return Spread(float(array.mean()), p5, p50, p95, float(array.max()), edges, tuple(np.bincount(bins).tolist()))
 
 
-def _cells(labels: np.ndarray, votes: np.ndarray) -> np.ndarray:
-    """Return float[N, 4, k]: one-hot of true positive, false positive, false negative, true negative."""
+def _metrics_and_draws(
+    labels: np.ndarray, votes: np.ndarray, seed: Seed, resamples: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Compute each metric of each sample, float[k], and in every bootstrap draw, float[resamples, k]."""
     label = labels[:, None]
-    return np.stack([votes & label, votes & ~label, ~votes & label, ~votes & ~label], axis=1).astype(float)
-
-
-def _resampled(cells: np.ndarray, seed: Seed, resamples: int) -> np.ndarray:
-    """Return float[resamples, 4, k]: counts over examples drawn with replacement, in memory independent of N."""
+    cells = np.stack([votes & label, votes & ~label, ~votes & label, ~votes & ~label], axis=1).astype(float)
     flat = cells.reshape(len(cells), math.prod(cells.shape[1:]))
     sums = [weights @ flat for weights in draws(len(cells), seed, resamples)]
-    return np.reshape(sums, (len(sums), *cells.shape[1:]))
+    return _metrics(cells.sum(axis=0)), _metrics(np.reshape(sums, (len(sums), *cells.shape[1:])))
 
 
 def _metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute each metric of each sample: float[..., 4, k] -> float[..., k], NaN if undefined."""
+    """Compute each metric from counts of tp, fp, fn and tn: float[..., 4, k] -> float[..., k], NaN if undefined."""
     tp, fp, fn, tn = np.moveaxis(counts, -2, 0)
     total = tp + fp + fn + tn
     agreement = _ratio(tp + tn, total)
