@@ -84,14 +84,10 @@ def stage(
     add_options: Callable[[argparse.ArgumentParser], None] = lambda _: None,
     commands: Mapping[str, Command] | None = None,
 ) -> Command:
-    """Return the command of a stage: `jaxguard NAME [COMMAND] --config NAME [field=value ...]`.
+    """Return the command of a stage, `jaxguard NAME [COMMAND] --config NAME [field=value ...]`.
 
-    Args:
-        name: a key of READS, or one with a command after it.
-        description: as of Command.
-        run: gets the options and the resolved config.
-        add_options: adds options for what is not a property of the run, such as `--show-text`.
-        commands: as of Command.
+    Its name is a key of READS, or one with a command after it. `run` also gets the resolved config. Options are only for what
+    is not a property of the run, such as `--show-text`.
     """
     reader = name if name in READS else name.partition(" ")[0]  # `distill audit` reads what `distill` does
 

@@ -1,9 +1,7 @@
 """The run's configuration: one frozen, typed tree, read from YAML.
 
 A config file holds only what differs from the defaults, or from the one file that it `extends`. Dotted overrides
-(`optimizer.learning_rate=2e-6`) come last. Every mistake is a JaxguardError that names the field.
-
-A file may hold the schemas of several stages. A stage shows, and lets the command line change, only those that it reads.
+(`optimizer.learning_rate=2e-6`) come last. A stage shows, and lets the command line change, only the schemas that it reads.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -86,13 +84,10 @@ class Config(Schema):
 
 
 def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER, stage: str | None = None) -> Config:
-    """Read a config and apply overrides.
+    """Read a config and apply overrides, of which the last one given to a field wins.
 
-    Args:
-        source: what to read.
-        overrides: what to change; the last one given to a field wins.
-        folder: where names are looked up. What a file `extends` lies beside it or in configs/.
-        stage: a key of READS; takes overrides of what this stage reads only, and fills in its schemas that are absent.
+    Names are looked up in `folder`; what a file `extends` lies beside it or in configs/. A `stage` (a key of READS) takes
+    overrides of what it reads only, and its absent schemas are filled in.
 
     Raises:
         JaxguardError: no such file, unknown or ill-typed field, impossible combination, override of what is not read.

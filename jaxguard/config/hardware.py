@@ -93,11 +93,7 @@ def _read(path: Path) -> Hardware:
 
 
 def read_targets(path: Path = HARDWARE_FILE) -> Mapping[str, Target]:
-    """Return name -> device to compile for.
-
-    Raises:
-        JaxguardError: a field of the file is unknown, missing or ill-typed.
-    """
+    """Return name -> device to compile for; JaxguardError for a field that is unknown, missing or ill-typed."""
     return _read(path).targets
 
 

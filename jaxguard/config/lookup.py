@@ -32,11 +32,7 @@ def names(folder: Path) -> list[str]:
 
 
 def find_yaml(name: str, folder: Path, what: str) -> Path:
-    """Return the YAML file that a name in `folder`, or a path, stands for.
-
-    Raises:
-        JaxguardError: there is no such file; lists those there are.
-    """
+    """Return the YAML file that a name in `folder`, or a path, stands for; JaxguardError lists those there are."""
     for path in (Path(name), *(source / f"{name}.yaml" for source in folders(folder))):
         if path.suffix in {".yaml", ".yml"} and path.is_file():
             return path

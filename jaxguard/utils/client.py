@@ -194,14 +194,10 @@ async def connect(
     seconds: float | None = None,
     api_key_env: str = API_KEY,
 ) -> AsyncIterator[Client]:
-    """Open a client; nothing is sent yet.
+    """Open a client of servers of the same model, by their base addresses; nothing is sent yet.
 
-    Args:
-        urls: base addresses of servers of the same model.
-        limiter: how many requests may be under way.
-        tries: how often a request is sent before it fails; default: TRIES.
-        seconds: for one response; default: SECONDS.
-        api_key_env: the environment variable that holds the bearer key; unset sends none.
+    A request is sent up to `tries` times (default: TRIES), with `seconds` for each response (default: SECONDS), and with the
+    bearer key that the environment variable `api_key_env` holds, if it is set.
     """
     key, timeout = os.environ.get(api_key_env), seconds or SECONDS
     http = httpx2.AsyncClient(

@@ -15,13 +15,10 @@ from jaxguard.utils.errors import JaxguardError
 
 
 def lock_folder(folder: Path, what: str) -> IO[str]:
-    """Hold a folder's lock until the returned file is closed; `what` the folder is of names it in errors.
+    """Hold a folder's lock until the returned file is closed; JaxguardError if another process holds it.
 
     A POSIX record lock ends with the process, however it ends, and is not handed on to forked workers, which
     would otherwise keep it after a SIGKILL of their parent.
-
-    Raises:
-        JaxguardError: another process holds it.
     """
     file = (folder / ".lock").open("a+", encoding="utf-8")
     try:
@@ -41,11 +38,7 @@ def lock_folder(folder: Path, what: str) -> IO[str]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a crash leaves the old one or the new one, never a part.
-
-    Raises:
-        JaxguardError: it cannot be written.
-    """
+    """Replace a file so that a crash leaves the old one or the new one; JaxguardError if it cannot be written."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         draft.write_text(text, encoding="utf-8")
@@ -65,12 +58,8 @@ def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
 
     When the block raises, the scratch folder is removed and `output` stays as it was.
 
-    Args:
-        output: the folder.
-        size: bytes that it will hold, approximately, so that a disk without space for them is refused at once.
-
     Raises:
-        JaxguardError: `output` is not empty, cannot be made, or the disk is full.
+        JaxguardError: `output` is not empty, cannot be made, or the disk is full or has no room for about `size` bytes.
     """
     output = output.absolute()
     check_free(output)
@@ -103,11 +92,7 @@ def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
 
 
 def check_free(output: Path) -> None:
-    """Refuse an output folder that is not empty.
-
-    Raises:
-        JaxguardError: `output` is a file, or a folder that is not empty.
-    """
+    """Raise a JaxguardError if `output` is a file, or a folder that is not empty."""
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise JaxguardError(f"{output} exists and is not empty: choose another output folder, or remove it first")
 

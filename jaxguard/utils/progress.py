@@ -18,15 +18,11 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """A context manager that shows the newest numbers of a loop.
+    """A context manager that shows the newest numbers of a loop over `total` items, of which some were done before.
 
     Args:
-        title: what is worked on.
-        total: how many items there are.
-        done: how many of them were done before.
         console: where to show it; default: standard output.
         unit: what an item is, for the speed; None shows no speed.
-        clock: seconds.
     """
 
     def __init__(
@@ -62,12 +58,9 @@ class Progress:
         self._bar.stop()
 
     def update(self, done: int, numbers: str = "", **counts: float) -> None:
-        """Show that `done` items are done.
+        """Show that `done` items are done, those from before included, and `numbers`.
 
-        Args:
-            done: since the beginning, those that were done before included.
-            numbers: what else to show.
-            counts: totals since the start of this process, shown per second: `tokens=...` as tokens/s.
+        `counts` are totals since the start of this process, shown per second: `tokens=...` as tokens/s.
         """
         task, now = self._task, self._clock()
         self._bar.update(task.id, completed=done)

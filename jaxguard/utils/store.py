@@ -54,13 +54,8 @@ class Store:
 def open_store(path: Path, settings: Mapping[str, Any], remedy: str) -> Iterator[Store]:
     """Open a file to append to, or create it. The caller holds a lock: there is one writer.
 
-    Args:
-        path: the file.
-        settings: what decides the records. JSON.
-        remedy: what to do where the file was begun with other settings.
-
     Raises:
-        ProvenanceError: it was begun with other settings.
+        ProvenanceError: it was begun with other `settings` (what decides the records; JSON); says the `remedy`.
         JaxguardError: its settings are damaged, or it cannot be written.
     """
     try:
@@ -152,16 +147,7 @@ def differences(old: Any, new: Any, field: str = "") -> dict[str, tuple[Any, Any
 
 
 def refuse_others(changes: Mapping[str, tuple[Any, Any]], holds: str, remedy: str) -> None:
-    """Refuse to mix new output with output of other provenance.
-
-    Args:
-        changes: as from `differences`.
-        holds: the message's first line: what exists already.
-        remedy: its last line: what to do.
-
-    Raises:
-        ProvenanceError: something changed.
-    """
+    """Raise a ProvenanceError that says what exists (`holds`), every change as from `differences`, and the remedy."""
     if changes:
         lines = (f"  {field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items())
         raise ProvenanceError("\n".join([holds, *lines, remedy]))
