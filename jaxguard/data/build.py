@@ -182,9 +182,10 @@ def chat(example: Example, encoder: Encoder) -> dict[str, Any]:
     """Render an example as training does, as chat messages; long text is not truncated."""
     policy, mode = policy_for(example, encoder.policy), Mode(example.mode or "direct")
     asks = questions(example, policy)
+    turn = encoder.dialogue.user_turn(example.prompt, example.response, policy, asks, mode)
     answer = encoder.dialogue.completion(answers(example, asks), example.trace, mode)
-    turns = encoder.dialogue.messages(example, policy, mode, asks)
-    return {"id": example.id, "messages": [*turns, {"role": "assistant", "content": answer}]}
+    messages = [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+    return {"id": example.id, "messages": messages}
 
 
 def _write_metadata(draft: Path, manifest: dict[str, Any], contaminated: Iterable[str]) -> None:

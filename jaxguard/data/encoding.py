@@ -1,7 +1,7 @@
 """Encode examples with the checkpoint's chat template: tokens, loss mask and probes."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxguard.config.data import DataConfig
-from jaxguard.data.cutting import CUT_MARK, LONGEST_TOKEN, MIN_KEPT, cut, share, shortened
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import (
     ABSENT,
@@ -30,6 +29,11 @@ from jaxguard.utils.errors import JaxguardError
 
 TOKENIZER_FILES: Final = ("*.json", "*.jinja", "tokenizer*")
 """Files of a checkpoint that an encoder needs."""
+MIN_KEPT: Final = 16
+"""Least tokens of a prompt, and of a response, that truncation leaves."""
+CUT_MARK: Final = "\n[... the middle is left out ...]\n"
+LONGEST_TOKEN: Final = 64
+"""Characters of a token. Texts longer than this times max_seq_len are cut before tokenization, which bounds time and memory."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,6 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Rendered:
-    """A prompt, and its completion for every combination of verdict lines."""
-
-    prompt: list[int]
-    completions: dict[Answers, list[int]]
-    cut: bool
-    shared_prefix: bytes
-
-
-@dataclass(frozen=True)
 class Encoder:
     """Render and tokenize examples.
 
@@ -153,9 +147,7 @@ class Encoder:
         Raises:
             JaxguardError: no label for any question, no trace in reasoning mode, or its own policy does not fit.
         """
-        gold = answers(example, questions(example, self._policy(example)))
-        rendered = self._render(example, mode, gold)
-        return None if rendered is None else self._sequence(example, mode, rendered, gold)
+        return next(self._branches(example, mode), None)
 
     def branches(self, example: Example, mode: Mode) -> tuple[EncodedExample, ...]:
         """Encode an example with every combination of answers to all labelled questions but the last.
@@ -169,13 +161,54 @@ class Encoder:
         Raises:
             JaxguardError: as `encode`.
         """
-        gold = answers(example, questions(example, self._policy(example)))
-        rendered = self._render(example, mode, gold)
-        if rendered is None:
-            return ()
+        return tuple(self._branches(example, mode))
+
+    def _branches(self, example: Example, mode: Mode) -> Iterator[EncodedExample]:
+        policy = policy_for(example, self.policy)
+        gold = answers(example, questions(example, policy))
+        if mode is Mode.REASONING and not (example.trace or "").strip():
+            raise JaxguardError(
+                f"example {example.id!r} has no trace: reasoning mode needs one; train it in direct mode"
+            )
+        asks = tuple(q for q, _ in gold)
+        words = [(word,) if word == ABSENT else (word, *(w for w in CHOICES[q] if w != word)) for q, word in gold]
+        verdicts = [tuple(zip(asks, combination, strict=True)) for combination in itertools.product(*words)]
+        completions = {verdict: self._completion(verdict, example.trace, mode) for verdict in verdicts}
+        # The prompt leaves space for the longest completion.
+        prompt = self._fit(example, policy, asks, mode, self.max_seq_len - max(map(len, completions.values())))
+        if prompt is None:
+            needed = self.min_tokens(policy)
+            if mode is Mode.DIRECT or needed > self.max_seq_len:
+                raise JaxguardError(
+                    f"example {example.id!r}: policy {policy.name!r} and the verdict take {needed} "
+                    f"tokens with the least of text, but data.max_seq_len={self.max_seq_len}; raise it to that, "
+                    "or shorten the policy"
+                )
+            return
+        shared_prefix = self._shared_prefix(policy, asks, mode, prompt.ids)
         last = next((q for q, word in reversed(gold) if word != ABSENT), None)
-        paths = [a for a in rendered.completions if last is None or dict(a)[last] == dict(gold)[last]]
-        return tuple(self._sequence(example, mode, rendered, path) for path in paths)
+        for verdict in verdicts:
+            if last is not None and dict(verdict)[last] != dict(gold)[last]:
+                continue
+            completion, probes = completions[verdict], []
+            self._check_completion(example, completion)
+            for i, (question, word) in enumerate(verdict):
+                if word != ABSENT:
+                    positive, negative = (
+                        completions[(*verdict[:i], (question, w), *verdict[i + 1 :])] for w in CHOICES[question]
+                    )
+                    at = _first_difference(positive, negative)
+                    probes.append(Probe(question, len(prompt.ids) + at, positive[at], negative[at]))
+            yield EncodedExample(
+                example_id=example.id,
+                mode=mode,
+                tokens=np.asarray(prompt.ids + completion, np.int32),
+                loss_mask=np.arange(len(prompt.ids) + len(completion)) >= len(prompt.ids),
+                probes=tuple(probes),
+                answers=verdict,
+                cut=prompt.cut,
+                shared_prefix=shared_prefix,
+            )
 
     def prompt(
         self, example: Example, mode: Mode, answer_tokens: int = 0, asks: tuple[Question, ...] | None = None
@@ -192,14 +225,13 @@ class Encoder:
             PromptTooLongError: the policy does not fit.
             JaxguardError: the text contains a special token that could not be escaped.
         """
-        policy = self._policy(example)
+        policy = policy_for(example, self.policy)
         fitted = self._fit(example, policy, asks or policy.asks, mode, self.max_seq_len - answer_tokens)
         if fitted is None:
             raise PromptTooLongError(
                 f"example {example.id!r}: its policy leaves no space for text in {self.max_seq_len} tokens"
                 + (f" less {answer_tokens} for the answer" if answer_tokens else "")
             )
-        self._check_prompt(example, fitted.ids, mode)
         return fitted
 
     def messages(self, example: Example, mode: Mode, answer_tokens: int = 0) -> list[dict[str, str]]:
@@ -238,9 +270,6 @@ class Encoder:
         texts = 2 * (MIN_KEPT + len(self.ids(CUT_MARK)) + seams)
         return len(self.ids(render(self.tokenizer, turn) + self._closing(Mode.DIRECT))) + texts + longest
 
-    def _policy(self, example: Example) -> Policy:
-        return policy_for(example, self.policy)
-
     def ids(self, text: str) -> list[int]:
         """Tokenize a part of an answer."""
         return token_ids(self.tokenizer, text)
@@ -248,56 +277,6 @@ class Encoder:
     def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> list[int]:
         text = self.dialogue.completion(answers, trace, mode, bool(self.template.reasoning_start))
         return self.ids(text + self.template.end)
-
-    def _render(self, example: Example, mode: Mode, gold: Answers) -> _Rendered | None:
-        """Render the prompt and all completions, the true one first; the prompt leaves space for the longest."""
-        if mode is Mode.REASONING and not (example.trace or "").strip():
-            raise JaxguardError(
-                f"example {example.id!r} has no trace: reasoning mode needs one; train it in direct mode"
-            )
-        words = [(word,) if word == ABSENT else (word, *(w for w in CHOICES[q] if w != word)) for q, word in gold]
-        asks = tuple(q for q, _ in gold)
-        completions = {}
-        for combination in itertools.product(*words):
-            verdict = tuple(zip(asks, combination, strict=True))
-            completions[verdict] = self._completion(verdict, example.trace, mode)
-        policy = self._policy(example)
-        limit = self.max_seq_len - max(map(len, completions.values()))
-        fitted = self._fit(example, policy, asks, mode, limit)
-        if fitted is None:
-            needed = self.min_tokens(policy)
-            if mode is Mode.DIRECT or needed > self.max_seq_len:
-                raise JaxguardError(
-                    f"example {example.id!r}: policy {policy.name!r} and the verdict take {needed} "
-                    f"tokens with the least of text, but data.max_seq_len={self.max_seq_len}; raise it to that, "
-                    "or shorten the policy"
-                )
-            return None
-        return _Rendered(fitted.ids, completions, fitted.cut, self._shared_prefix(policy, asks, mode, fitted.ids))
-
-    def _sequence(self, example: Example, mode: Mode, rendered: _Rendered, verdict: Answers) -> EncodedExample:
-        prompt, completion = rendered.prompt, rendered.completions[verdict]
-        self._check_prompt(example, prompt, mode)
-        self._check_completion(example, completion)
-        probes = []
-        for i, (question, word) in enumerate(verdict):
-            if word == ABSENT:
-                continue
-            positive, negative = (
-                rendered.completions[(*verdict[:i], (question, w), *verdict[i + 1 :])] for w in CHOICES[question]
-            )
-            at = _first_difference(positive, negative)
-            probes.append(Probe(question, len(prompt) + at, positive[at], negative[at]))
-        return EncodedExample(
-            example_id=example.id,
-            mode=mode,
-            tokens=np.asarray(prompt + completion, np.int32),
-            loss_mask=np.arange(len(prompt) + len(completion)) >= len(prompt),
-            probes=tuple(probes),
-            answers=verdict,
-            cut=rendered.cut,
-            shared_prefix=rendered.shared_prefix,
-        )
 
     def _shared_prefix(self, policy: Policy, asks: tuple[Question, ...], mode: Mode, prompt: list[int]) -> bytes:
         """Return the prompt's first tokens that all prompts of this policy share, as one object for all examples."""
@@ -310,14 +289,6 @@ class Encoder:
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._prefix_ids[key], prompt, strict=False))
         prefix = np.asarray([token for token, _ in same], np.int32).tobytes()
         return self._shared_prefixes.setdefault(prefix, prefix)
-
-    def _check_prompt(self, example: Example, ids: list[int], mode: Mode) -> None:
-        if self.template.reserved_in(ids) != self._frame[mode]:
-            tokens = [self.template.reserved[i] for i in self.template.reserved_in(ids)]
-            raise JaxguardError(
-                f"example {example.id!r}: its text contains a special token of this tokenizer that jaxguard could not escape; "
-                f"the prompt holds {tokens}. Leave the example out and report it"
-            )
 
     def _check_completion(self, example: Example, ids: list[int]) -> None:
         # In some vocabularies think tags are special tokens.
@@ -335,29 +306,35 @@ class Encoder:
 
         The middle of the longer text is cut first, then both alike. The work is linear in the text's length.
         """
-        most = self.max_seq_len * LONGEST_TOKEN
-        texts = [shortened(t, most) for t in (example.prompt, example.response) if t is not None]
 
         def attempt(parts: Sequence[str]) -> tuple[str, list[int]]:
             turn = self.dialogue.user_turn(parts[0], parts[1] if len(parts) > 1 else None, policy, asks, mode)
             return turn, self.ids(self._prompt_text(turn, mode))
 
+        most = self.max_seq_len * LONGEST_TOKEN
+        whole = [text for text in (example.prompt, example.response) if text is not None]
+        texts = [text if len(text) <= most else text[: most // 2] + CUT_MARK + text[-(most // 2) :] for text in whole]
         turn, ids = attempt(texts)
-        shorter = any(len(t or "") > most for t in (example.prompt, example.response))
-        if len(ids) <= limit:
-            return Prompt(turn, ids, shorter)
-        texts = [self.dialogue.quote(t) for t in texts]
-        spans = [self.tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).offsets for t in texts]
-        counts = [len(s) for s in spans]
-        keep = limit - (len(ids) - sum(counts))
-        least = sum(min(count, MIN_KEPT) for count in counts)
-        while keep >= least:
-            each = share(counts, keep)
-            turn, ids = attempt([cut(t, s, each) for t, s in zip(texts, spans, strict=True)])
-            if len(ids) <= limit:
-                return Prompt(turn, ids, cut=True)
-            keep -= len(ids) - limit
-        return None
+        cut = texts != whole
+        if len(ids) > limit:
+            cut, texts = True, [self.dialogue.quote(text) for text in texts]
+            spans = [self.tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).offsets for t in texts]
+            counts = [len(each) for each in spans]
+            keep = limit - (len(ids) - sum(counts))
+            while len(ids) > limit:
+                if keep < sum(min(count, MIN_KEPT) for count in counts):
+                    return None
+                # The largest limit with sum(min(count, limit)) <= keep: the longest text is cut first.
+                most = keep if len(counts) == 1 else max(keep // 2, keep - min(counts))
+                turn, ids = attempt([_cut(text, each, most) for text, each in zip(texts, spans, strict=True)])
+                keep -= len(ids) - limit
+        reserved = self.template.reserved_in(ids)
+        if reserved != self._frame[mode]:
+            raise JaxguardError(
+                f"example {example.id!r}: its text contains a special token of this tokenizer that jaxguard could not escape; "
+                f"the prompt holds {[self.template.reserved[i] for i in reserved]}. Leave the example out and report it"
+            )
+        return Prompt(turn, ids, cut)
 
     @cached_property
     def _frame(self) -> dict[Mode, tuple[int, ...]]:
@@ -382,3 +359,11 @@ class Encoder:
 def _first_difference(a: list[int], b: list[int]) -> int:
     """Return the index of the first difference of two completions; neither is a prefix of the other."""
     return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+
+
+def _cut(text: str, spans: list[tuple[int, int]], limit: int) -> str:
+    """Cut the middle out of a text, so that `limit` tokens are left; `spans` are its tokens' character spans."""
+    if len(spans) <= limit:
+        return text
+    first, last = (limit + 1) // 2, limit // 2
+    return text[: spans[first - 1][1]] + CUT_MARK + text[spans[-last][0] :]

@@ -147,30 +147,18 @@ class _Row:
 def pack(sequences: Sequence[EncodedExample], max_seq_len: int, row_multiple: int) -> list[list[EncodedExample]]:
     """Pack into the rows of first-fit decreasing, rounded up to a bucketed number, and about equally long."""
     longest_first = sorted(sequences, key=lambda s: -len(s.tokens))
-    few = _first_fit(longest_first, max_seq_len)
-    even = _spread(longest_first, bucket_size(len(few), row_multiple))
-    rows = even if max(row.tokens for row in even) <= max_seq_len else few
-    return [row.sequences for row in rows]
-
-
-def _first_fit(sequences: Sequence[EncodedExample], max_seq_len: int) -> list[_Row]:
-    """Add each sequence to the first of the rows with space that it lengthens least."""
-    rows: list[_Row] = []
-    for sequence in sequences:
-        fitting = [row for row in rows if row.tokens_with(sequence) <= max_seq_len]
+    few: list[_Row] = []
+    for sequence in longest_first:  # into the row with space that it lengthens least
+        fitting = [row for row in few if row.tokens_with(sequence) <= max_seq_len]
         if not fitting:
             fitting = [_Row()]
-            rows += fitting
+            few += fitting
         min(fitting, key=lambda row: row.tokens_with(sequence) - row.tokens).add(sequence)
-    return rows
-
-
-def _spread(sequences: Sequence[EncodedExample], count: int) -> list[_Row]:
-    """Add each sequence to the row that is then the shortest."""
-    rows = [_Row() for _ in range(count)]
-    for sequence in sequences:
-        min(rows, key=lambda row: row.tokens_with(sequence)).add(sequence)
-    return rows
+    even = [_Row() for _ in range(bucket_size(len(few), row_multiple))]
+    for sequence in longest_first:  # into the row that is then the shortest
+        min(even, key=lambda row: row.tokens_with(sequence)).add(sequence)
+    rows = even if max(row.tokens for row in even) <= max_seq_len else few
+    return [row.sequences for row in rows]
 
 
 def packed_tokens(row: Sequence[EncodedExample]) -> int:

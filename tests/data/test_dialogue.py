@@ -25,9 +25,8 @@ def dialogue() -> Dialogue:
 
 
 def test_user_turn(dialogue: Dialogue):
-    turn = dialogue.messages(BOTH, POLICY, Mode.REASONING)[0]
-    assert turn["role"] == "user"
-    blocks = turn["content"].split("\n\n")
+    turn = dialogue.user_turn(BOTH.prompt, BOTH.response, POLICY, POLICY.asks, Mode.REASONING)
+    blocks = turn.split("\n\n")
     assert blocks[1:] == [
         "Safety policy:\nS1: Insults. Demeans people.\nS2: Spam.\nBe kind.",
         "Answer format:\nFirst reason between <think> and </think>, then give these lines:\n"
@@ -40,7 +39,7 @@ def test_user_turn(dialogue: Dialogue):
 
 
 def test_only_what_is_asked_is_in_the_format(dialogue: Dialogue):
-    turn = dialogue.messages(ALONE, POLICY, Mode.DIRECT, asks=("prompt_harm",))[0]["content"]
+    turn = dialogue.user_turn(ALONE.prompt, None, POLICY, ("prompt_harm",), Mode.DIRECT)
     assert "lines:\nPrompt harm: harmful or unharmful\n\nHuman user:" in turn
     assert turn.endswith("AI assistant:\nNone\n\n/no_think")
     assert "Response" not in turn
@@ -50,7 +49,6 @@ def test_questions_are_those_with_an_answer():
     partly = Example("3", "s", "hello", "hi", response_label="harmful")
     assert questions(BOTH, POLICY) == QUESTIONS
     assert questions(partly, POLICY) == ("response_harm",)
-    assert questions(partly, POLICY, labelled=False) == QUESTIONS
     assert answers(ALONE, questions(ALONE, POLICY)) == (
         ("prompt_harm", "harmful"), ("response_harm", "None"), ("response_refusal", "None"),
     )  # fmt: skip

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from jaxguard.config.data import DataConfig, SourceConfig
-from jaxguard.data.cutting import CUT_MARK, MIN_KEPT
-from jaxguard.data.encoding import Encoder, PromptTooLongError
+from jaxguard.data.encoding import CUT_MARK, MIN_KEPT, Encoder, PromptTooLongError
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.format.template import TEMPLATE_KWARGS
@@ -56,7 +55,8 @@ def test_target_is_exactly_the_answer_and_its_end(encoder: Encoder, mode: Mode):
 def test_text_is_what_the_chat_template_renders(encoder: Encoder):
     """The whole conversation, rendered at once, begins with our text; only the template's tail may follow."""
     sequence = encoder.encode(BOTH, Mode.REASONING)
-    turns = encoder.dialogue.messages(BOTH, encoder.policy, Mode.REASONING)
+    turn = encoder.dialogue.user_turn(BOTH.prompt, BOTH.response, encoder.policy, QUESTIONS, Mode.REASONING)
+    turns = [{"role": "user", "content": turn}]
     answer = encoder.dialogue.completion(sequence.answers, BOTH.trace, Mode.REASONING)
     turns.append({"role": "assistant", "content": f"  {answer}\n "})
     whole = encoder.tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_KWARGS)

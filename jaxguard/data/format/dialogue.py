@@ -91,6 +91,8 @@ _HOW = {
     Mode.DIRECT: "Give only these lines:",
 }
 
+# A second pass breaks a token inside a longer one whose end the first pass broke; more passes are rare.
+_MAX_PASSES = 64
 REASONING_END: Final = "\n</think>\n\n"
 """Closes a think block. If the chat template opens one, direct mode closes it empty with this."""
 
@@ -108,10 +110,8 @@ def loose(title: str) -> str:
 TAG = re.compile(_THINK, re.IGNORECASE)
 
 
-def questions(example: Example, policy: Policy, labelled: bool = True) -> tuple[Question, ...]:
-    """Return the questions to ask: with `labelled`, those of the policy with a known answer; else all of the policy."""
-    if not labelled:
-        return policy.asks
+def questions(example: Example, policy: Policy) -> tuple[Question, ...]:
+    """Return the policy's questions with a known answer."""
     return tuple(q for q in policy.asks if _answer(example, q) is not None)
 
 
@@ -136,11 +136,10 @@ def written(answers: Answers) -> str:
 
 
 def _answer(example: Example, question: Question) -> str | None:
-    if question == "prompt_harm":
-        return example.prompt_label
-    if example.response is None:
+    if question != "prompt_harm" and example.response is None:
         return ABSENT
-    return example.response_label if question == "response_harm" else example.refusal_label
+    answer: str | None = getattr(example, LABEL[question])
+    return answer
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class Dialogue:
     def user_turn(
         self, prompt: str, response: str | None, policy: Policy, asks: tuple[Question, ...], mode: Mode
     ) -> str:
-        """Render the user turn, without outer white space, since templates trim."""
+        """Render the user turn, without outer white space, since templates trim; long text is not truncated."""
         blocks = (
             f"{self.shared_prefix(policy, asks, mode)}{self.quote(prompt)}",
             f"{_HEADERS['response']}\n{ABSENT if response is None else self.quote(response)}",
@@ -176,17 +175,6 @@ class Dialogue:
             f"{_HEADERS['prompt']}\n",
         )
         return "\n\n".join(blocks).lstrip()
-
-    def messages(
-        self, example: Example, policy: Policy, mode: Mode, asks: tuple[Question, ...] | None = None
-    ) -> list[dict[str, str]]:
-        """Return chat messages for an OpenAI-style server; `asks` defaults to the policy's questions.
-
-        Long text is not truncated; see `Encoder.messages`.
-        """
-        asks = policy.asks if asks is None else asks
-        turn = self.user_turn(example.prompt, example.response, policy, asks, mode)
-        return [{"role": "user", "content": turn}]
 
     def completion(self, answers: Answers, trace: str | None, mode: Mode, reasoning_open: bool = False) -> str:
         """Render the answer without its end of turn.
@@ -209,7 +197,7 @@ class Dialogue:
         # JSON can hold half a surrogate pair, which tokenizers reject.
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").strip()
         for _ in range(_MAX_PASSES):
-            text, count = self._reserved.subn(_break, text)
+            text, count = self._reserved.subn(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)
             if not count:
                 return text
         raise JaxguardError(
@@ -224,9 +212,10 @@ class Dialogue:
                 raise JaxguardError(
                     f"{text!r} is a marker or special token of one character: text cannot be told from it"
                 )
-        spaced = [_THINK, *map(loose, (*TITLES.values(), *_HEADERS.values())), *map(_spaced, markers)]
+        titles = map(loose, (*TITLES.values(), *_HEADERS.values()))
+        spaced_markers = (r"[\s\u2581]+".join(map(re.escape, marker.split())) for marker in markers)
         exact = [_trie(self.special_tokens)] if self.special_tokens else []
-        return re.compile("|".join([*exact, f"(?i:{'|'.join(spaced)})"]))
+        return re.compile("|".join([*exact, f"(?i:{'|'.join([_THINK, *titles, *spaced_markers])})"]))
 
 
 def taxonomy(policy: Policy) -> str:
@@ -238,30 +227,16 @@ def taxonomy(policy: Policy) -> str:
 
 def verdict_lines(asks: Iterable[Question]) -> str:
     """Format the requested verdict: each line with its possible words."""
-    return "\n".join(f"{TITLES[question]}: {_choices(question)}" for question in asks)
-
-
-def _choices(question: Question) -> str:
-    *others, last = verdict_words(question)
-    return f"{', '.join(others)} or {last}"
+    lines = []
+    for question in asks:
+        *others, last = verdict_words(question)
+        lines.append(f"{TITLES[question]}: {', '.join(others)} or {last}")
+    return "\n".join(lines)
 
 
 def verdict_words(question: Question) -> tuple[str, ...]:
     """Return the words that a verdict line may contain."""
     return CHOICES[question] if question == "prompt_harm" else (*CHOICES[question], ABSENT)
-
-
-# A second pass breaks a token inside a longer one whose end the first pass broke; more passes are rare.
-_MAX_PASSES = 64
-
-
-def _break(match: re.Match[str]) -> str:
-    return f"{match[0][:-1]}\\{match[0][-1]}"
-
-
-def _spaced(marker: str) -> str:
-    """Return a pattern of a marker with any white space between its words."""
-    return r"[\s\u2581]+".join(map(re.escape, marker.split()))
 
 
 def _trie(words: Iterable[str]) -> str:
