@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from jaxguard.data.format.dialogue import ABSENT, FAIL_CLOSED, REASONING_END, TAG, TITLES, Mode, loose, verdict_words
 from jaxguard.data.policies import Question
 
+_VALUES = {question: rf"{loose(title)}(?P<value>[^\n]*)" for question, title in TITLES.items()}
 _LINES = {
-    question: re.compile(rf"^[\s>*_#`~.)\d•-]{{0,8}}{loose(title)}(?P<value>[^\n]*)", re.IGNORECASE | re.MULTILINE)
-    for question, title in TITLES.items()
+    question: re.compile(rf"^[\s>*_#`~.)\d•-]{{0,8}}{value}", re.IGNORECASE | re.MULTILINE)
+    for question, value in _VALUES.items()
 }
-_ANYWHERE = {
-    question: re.compile(rf"{loose(title)}(?P<value>[^\n]*)", re.IGNORECASE) for question, title in TITLES.items()
-}
+_ANYWHERE = {question: re.compile(value, re.IGNORECASE) for question, value in _VALUES.items()}
 _VALUE = re.compile(r"[\s*_\"'`(\[]{0,8}(?P<word>[a-z]+)[\s*_\"'`)\]]{0,8}(?P<rest>.*)", re.DOTALL)
 _AFTER_WORD = ".,;:(<-\u2013\u2014"
 _RETRACTED = re.compile(
@@ -50,7 +49,9 @@ def parse(text: str, asks: Iterable[Question], mode: Mode, has_response: bool | 
         mode: the requested mode.
         has_response: whether there was a response; if so, `None` is not a valid answer. None accepts `None`.
     """
-    verdict = _after_reasoning(text, mode)
+    tags = list(TAG.finditer(text))
+    closed = "/" in tags[-1][0] if tags else mode is Mode.DIRECT
+    verdict = text[tags[-1].end() if tags else 0 :] if closed else ""
     words: dict[str, str | None] = {}
     problems = []
     for question in asks:
@@ -96,14 +97,6 @@ def answer_grammar(asks: Iterable[Question]) -> str:
     return r"([^\n]+\n)+\n" + r"\n".join(lines)
 
 
-def _after_reasoning(text: str, mode: Mode) -> str:
-    end, closed = 0, mode is Mode.DIRECT
-    for tag in TAG.finditer(text):
-        closed = "/" in tag[0]
-        end = tag.end()
-    return text[end:] if closed else ""
-
-
 def _read_line(verdict: str, question: Question) -> tuple[str | None, str]:
     """Return (verdict word, problem); exactly one of them is set."""
     readings = {_read_value(line["value"], question) for line in _LINES[question].finditer(verdict)}
@@ -114,18 +107,12 @@ def _read_line(verdict: str, question: Question) -> tuple[str | None, str]:
     if len(readings) > 1:
         return None, f"{question}: contradictory lines"
     [answer] = readings
-    if answer != FAIL_CLOSED[question] and FAIL_CLOSED[question] in _words_after(verdict, question):
-        return None, f"{question}: retracted after the verdict"
-    return (answer, "") if answer else (None, f"{question}: malformed answer")
-
-
-def _words_after(verdict: str, question: Question) -> set[str]:
-    """Return the lower-case words after the question's last line, without other verdict lines."""
-    end = max(line.end() for line in _LINES[question].finditer(verdict))
-    rest = verdict[end:]
+    rest = verdict[max(line.end() for line in _LINES[question].finditer(verdict)) :]
     for pattern in _ANYWHERE.values():
         rest = pattern.sub("", rest)
-    return set(re.findall(r"[a-z]+", rest.lower()))
+    if answer != FAIL_CLOSED[question] and FAIL_CLOSED[question] in re.findall(r"[a-z]+", rest.lower()):
+        return None, f"{question}: retracted after the verdict"
+    return (answer, "") if answer else (None, f"{question}: malformed answer")
 
 
 def _read_value(value: str, question: Question) -> str | None:

@@ -65,7 +65,9 @@ def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBas
             f"{folder}: its tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): use an "
             "instruction-tuned checkpoint, or copy the template of one"
         )
-    size, vocabulary = max(tokenizer.get_vocab().values()) + 1, _vocabulary(folder)
+    config = _read_json(folder / "config.json")
+    vocabulary = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    size = max(tokenizer.get_vocab().values()) + 1
     if vocabulary is not None and size > vocabulary:
         raise JaxguardError(
             f"{folder}: the tokenizer has {size} tokens, but config.json says vocab_size={vocabulary}: they belong to "
@@ -124,38 +126,22 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
         for i, token in tokenizer.added_tokens_decoder.items()
         if token.special or any(c.isalnum() for c in token.content)
     }
-    end_id, end = _end_of_turn(tail, reserved, folder)
-    stops = _stop_ids(tokenizer, folder)
+    # The first special token after an answer; of several that start there, the longest.
+    ends = [(tail.find(token), -len(token), i) for i, token in reserved.items() if token in tail]
+    if not ends:
+        raise JaxguardError(
+            f"{folder}: its chat template does not end an answer with a special token, but with {tail!r}"
+        )
+    start, length, end_id = min(ends)
+    files = ("generation_config.json", "config.json")
+    configured = [tokenizer.eos_token_id, *(_read_json(folder / name).get("eos_token_id") for name in files)]
+    stops = {i for ids in configured for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
     if end_id not in stops:
         raise JaxguardError(
             f"{folder}: its chat template ends an answer with {reserved[end_id]!r} ({end_id}), where generation does "
             f"not stop; add it to eos_token_id in generation_config.json (now {sorted(stops)})"
         )
-    return Template(before, after, reasoning_start, end, end_id, reserved)
-
-
-def _end_of_turn(tail: str, reserved: dict[int, str], folder: Path) -> tuple[int, str]:
-    """Return (id, text up to and including it) of the first special token after an answer."""
-    starts = [(tail.find(token), -len(token), i) for i, token in reserved.items() if token in tail]
-    if not starts:
-        raise JaxguardError(
-            f"{folder}: its chat template does not end an answer with a special token, but with {tail!r}"
-        )
-    start, length, i = min(starts)
-    return i, tail[: start - length]
-
-
-def _stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> set[int]:
-    """Collect the stop ids of generation_config.json, config.json and the tokenizer."""
-    files = ("generation_config.json", "config.json")
-    configured = [tokenizer.eos_token_id, *(_read_json(folder / name).get("eos_token_id") for name in files)]
-    flat = [i for ids in configured for i in (ids if isinstance(ids, list) else [ids])]
-    return {i for i in flat if isinstance(i, int)}
-
-
-def _vocabulary(folder: Path) -> int | None:
-    config = _read_json(folder / "config.json")
-    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return Template(before, after, reasoning_start, tail[: start - length], end_id, reserved)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
