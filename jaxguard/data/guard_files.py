@@ -7,21 +7,19 @@
 jaxguard.json is also what marks an export as complete: a folder under this name appears only when all files are written.
 """
 
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import yaml
 from pydantic import Field
 
 import jaxguard
 from jaxguard.config import Config, dump, load
-from jaxguard.config.base import Schema, validate
+from jaxguard.config.base import Schema, read_yaml, validate
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.data.policies import Policy, PolicyDefinition, Question, load_policy
-from jaxguard.utils.errors import JaxguardError
+from jaxguard.data.policies import PolicyDefinition, Question, load_policy
 
 MANIFEST, CONFIG, POLICY = "jaxguard.json", "config.yaml", "policy.yaml"
 FORMAT: Final = 1
@@ -50,15 +48,8 @@ class ExportManifest(Schema):
     """Every set of questions that one answer of the training data holds."""
 
 
-@dataclass(frozen=True)
-class GuardFiles:
-    """What an export says of itself.
-
-    Attributes:
-        manifest: jaxguard.json.
-        config: of the run that trained it.
-        policy: path of policy.yaml.
-    """
+class GuardFiles(NamedTuple):
+    """What an export says of itself: jaxguard.json, the config of the run that trained it, the path of policy.yaml."""
 
     manifest: ExportManifest
     config: Config
@@ -90,8 +81,9 @@ def write_guard_files(folder: Path, config: Config, trained_together: Iterable[t
         questions=policy.asks,
         trained_together=tuple(sorted(set(trained_together))),
     )
+    definition = PolicyDefinition.model_validate(asdict(policy)).model_dump(mode="json", exclude={"description"})
     (folder / CONFIG).write_text(dump(config), encoding="utf-8")
-    (folder / POLICY).write_text(_as_yaml(policy), encoding="utf-8")
+    (folder / POLICY).write_text(yaml.safe_dump(definition, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -101,19 +93,8 @@ def read_guard_files(folder: Path) -> GuardFiles | None:
     Raises:
         JaxguardError: a file is missing or malformed, or of a newer version.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not is_complete(folder):
         return None
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise JaxguardError(f"{path}: not JSON: {error}") from None
-    manifest = validate(ExportManifest, tree if isinstance(tree, dict) else {}, str(path))
+    # JSON is YAML.
+    manifest = validate(ExportManifest, read_yaml(folder / MANIFEST), str(folder / MANIFEST))
     return GuardFiles(manifest, load(str(folder / CONFIG)), folder / POLICY)
-
-
-def _as_yaml(policy: Policy) -> str:
-    tree = {name: getattr(policy, name) for name in PolicyDefinition.model_fields if hasattr(policy, name)}
-    tree |= {"categories": [{"name": one.name, "description": one.description} for one in policy.categories]}
-    tree |= {"asks": list(policy.asks), "allowed": list(policy.allowed)}
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

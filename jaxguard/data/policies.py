@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from jaxguard.config.base import Schema, read_yaml, validate
 from jaxguard.config.lookup import find_yaml, locate, names, nearest
@@ -69,19 +69,15 @@ class Policy:
 
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+OneLine = AfterValidator(lambda text: " ".join(text.split()))
+"""With a line break, one category could look like two in the numbered list."""
 
 
 class CategoryDefinition(Schema):
     """The schema of a category."""
 
-    name: Text
-    description: str = ""
-
-    @field_validator("name", "description")
-    @classmethod
-    def _one_line(cls, text: str) -> str:
-        # With a line break, one category could look like two in the numbered list.
-        return " ".join(text.split())
+    name: Annotated[Text, OneLine]
+    description: Annotated[str, OneLine] = ""
 
 
 class PolicyDefinition(Schema):
@@ -92,15 +88,10 @@ class PolicyDefinition(Schema):
     """Documentation; the guard does not read it."""
     categories: tuple[CategoryDefinition, ...] = ()
     rules: str = ""
-    allowed: tuple[Text, ...] = ()
+    allowed: tuple[Annotated[Text, OneLine], ...] = ()
     """Exceptions to categories and rules."""
     asks: tuple[Question, ...] = Field(("prompt_harm", "response_harm"), min_length=1)
     instruction: Text = DEFAULT_INSTRUCTION
-
-    @field_validator("allowed")
-    @classmethod
-    def _one_line_each(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(" ".join(text.split()) for text in texts)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -131,6 +122,9 @@ def load_policy(name_or_path: str, folder: Path = POLICY_FOLDER) -> Policy:
     )
 
 
+_cached = lru_cache(maxsize=64)(load_policy)
+
+
 def policy_for(example: Example, default: Policy, folder: Path = POLICY_FOLDER) -> Policy:
     """Return an example's own policy, or the run's `default`.
 
@@ -153,8 +147,3 @@ def policy_for(example: Example, default: Policy, folder: Path = POLICY_FOLDER) 
                 f"{folder / example.policy}.yaml; put it there, or give the example its rules in words"
             )
     return Policy(name="own", rules=example.policy.strip(), asks=default.asks)
-
-
-@lru_cache(maxsize=64)
-def _cached(name: str, folder: Path) -> Policy:
-    return load_policy(name, folder)
