@@ -11,6 +11,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,6 @@ SHINGLE = 5
 """Characters in a shingle."""
 SHORTEST = 20
 """Shorter normalised texts have too few shingles: only equal ones match."""
-LEAST_SIMILARITY = 0.5
-"""Below it, too many unrelated texts are proposed."""
 
 _PERMUTATIONS = 128
 _MISSED = 5e-5
@@ -61,13 +60,11 @@ def find_matches(
     Args:
         examples: iterated over once; only the benchmarks are held in memory.
         benchmarks: name -> examples.
-        similarity: threshold for nearly equal texts.
+        similarity: threshold for nearly equal texts, from 0.5 to 1.
 
     Raises:
-        JaxguardError: similarity is out of range, or datasketch is not installed.
+        JaxguardError: datasketch is not installed.
     """
-    if not LEAST_SIMILARITY <= similarity <= 1:
-        raise JaxguardError(f"similarity is {similarity}; expected a number from {LEAST_SIMILARITY} to 1")
     holders: dict[str, list[tuple[str, str]]] = {}
     for benchmark, benchmark_examples in benchmarks.items():
         for example in benchmark_examples:
@@ -87,22 +84,16 @@ def normalise(text: str) -> str:
     Unify compatibility forms such as full-width letters (NFKC), fold case, remove invisible characters, and replace punctuation
     and white space by one space. Symbols stay: an emoji may be the message.
     """
-    text = unicodedata.normalize("NFKC", text).casefold().translate(_FOLDED)
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(unicodedata.normalize("NFKC", "".join(map(_folded, text))).split())
 
 
-class _Folded(dict[int, str]):
-    """A table for str.translate that is filled on demand."""
-
-    def __missing__(self, code: int) -> str:
-        category = unicodedata.category(chr(code))
-        invisible = category == "Cf" or 0xFE00 <= code <= 0xFE0F  # or a variation selector
-        between = category[0] in "PZ" or category == "Cc"
-        self[code] = folded = "" if invisible else " " if between else chr(code)
-        return folded
-
-
-_FOLDED = _Folded()
+@cache
+def _folded(character: str) -> str:
+    category = unicodedata.category(character)
+    if category == "Cf" or "\ufe00" <= character <= "\ufe0f":  # invisible, or a variation selector
+        return ""
+    return " " if category[0] in "PZ" or category == "Cc" else character
 
 
 def _near_texts(texts: Iterable[str], similarity: float) -> Callable[[str], list[tuple[str, float]]]:
@@ -114,20 +105,15 @@ def _near_texts(texts: Iterable[str], similarity: float) -> Callable[[str], list
             f"the search for nearly equal prompts is not installed ({error}): pip install -e '.[distill]'"
         ) from None
     empty = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=_hash)
+    index = MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(similarity))
+    known = [text for text in texts if len(text) >= SHORTEST]
+    sketches = np.empty((len(known), _PERMUTATIONS), empty.hashvalues.dtype)
 
     def sketch(shingles: frozenset[str]) -> Any:
         result, parts = empty.copy(), list(shingles)
         for start in range(0, len(parts), _CHUNK):
             result.update_batch(parts[start : start + _CHUNK])
         return result
-
-    index = MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(similarity))
-    known = [text for text in texts if len(text) >= SHORTEST]
-    sketches = np.empty((len(known), _PERMUTATIONS), empty.hashvalues.dtype)
-    for i, text in enumerate(known):
-        own = sketch(_shingles(text))
-        index.insert(i, own)
-        sketches[i] = own.hashvalues
 
     def near(text: str) -> list[tuple[str, float]]:
         if len(text) < SHORTEST:
@@ -140,6 +126,10 @@ def _near_texts(texts: Iterable[str], similarity: float) -> Callable[[str], list
         pairs = [(other, jaccard(shingles, _shingles(other))) for other in likely if other != text]
         return sorted((pair for pair in pairs if pair[1] >= similarity), key=lambda pair: -pair[1])
 
+    for i, text in enumerate(known):
+        own = sketch(_shingles(text))
+        index.insert(i, own)
+        sketches[i] = own.hashvalues
     return near
 
 
