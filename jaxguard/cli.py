@@ -19,8 +19,7 @@ from rich.text import Text
 
 import jaxguard
 from jaxguard.config import READS, Config, dump, load
-from jaxguard.config.base import Schema, inner_schema
-from jaxguard.config.lookup import CONFIG_FOLDER, names, nearest
+from jaxguard.config.base import CONFIG_FOLDER, Schema, inner_schema, names, nearest
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
 
 USER_ERROR = 2

@@ -4,7 +4,7 @@ import pytest
 
 from jaxguard.cli import main
 from jaxguard.config import load
-from jaxguard.config.lookup import CONFIG_FOLDER, INSTALLED, find_yaml, locate, names
+from jaxguard.config.base import CONFIG_FOLDER, INSTALLED, find_yaml, locate, names
 from jaxguard.config.study import read_study
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import load_policy, policy_for

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from jaxguard.check.inputs import read_inputs
 from jaxguard.cli import Command, suggest
-from jaxguard.config.lookup import CONFIG_FOLDER, names
+from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.guards.guard import Guard
 from jaxguard.guards.setup import set_up

@@ -11,12 +11,10 @@ from typing import Any, Self, TypeAlias
 import yaml
 from pydantic import ValidationInfo, model_validator
 
-from jaxguard.config.base import NonNegative, Schema, read_yaml, scalar, validate
+from jaxguard.config.base import CONFIG_FOLDER, NonNegative, Schema, find_yaml, read_yaml, scalar, validate
 from jaxguard.config.data import BuildConfig, DataConfig
 from jaxguard.config.distill import DistillConfig
-from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.config.lookup import CONFIG_FOLDER, find_yaml
-from jaxguard.config.mine import MineConfig
+from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.train import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxguard.utils.errors import JaxguardError
 

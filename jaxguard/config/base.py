@@ -1,16 +1,21 @@
-"""Frozen schemas read from YAML, and errors that name the field and the nearest valid one."""
+"""Files of configs/ by name, frozen schemas read from them, and errors that name the field and the nearest valid one."""
 
+import difflib
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jaxguard.config.lookup import nearest
 from jaxguard.utils.errors import JaxguardError
+
+CONFIG_FOLDER = Path("configs")
+_PACKAGE = Path(__file__).parents[1]
+# A wheel holds the copy inside the package; in a checkout it is the repository's own folder.
+INSTALLED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -112,3 +117,38 @@ class _Loader(yaml.SafeLoader):
 
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def locate(path: Path) -> Path:
+    """Return the installed copy of a file or folder of ./configs that does not exist; any other path as it is."""
+    if not path.exists() and path.is_relative_to(CONFIG_FOLDER):
+        return INSTALLED / path.relative_to(CONFIG_FOLDER)
+    return path
+
+
+def folders(folder: Path) -> list[Path]:
+    """Return the folders in which the names of `folder` are looked up: for one of ./configs its installed copy too."""
+    installed = [INSTALLED / folder.relative_to(CONFIG_FOLDER)] if folder.is_relative_to(CONFIG_FOLDER) else []
+    return [candidate for candidate in (folder, *installed) if candidate.is_dir()]
+
+
+def names(folder: Path) -> list[str]:
+    """List the names of the YAML files of `folder`, those of its own folders as `folder/name`."""
+    files = ((source, path) for source in folders(folder) for path in source.rglob("*.yaml"))
+    return sorted({path.relative_to(source).with_suffix("").as_posix() for source, path in files})
+
+
+def find_yaml(name: str, folder: Path, what: str) -> Path:
+    """Return the YAML file that a name in `folder`, or a path, stands for; JaxguardError lists those there are."""
+    for path in (Path(name), *(source / f"{name}.yaml" for source in folders(folder))):
+        if path.suffix in {".yaml", ".yml"} and path.is_file():
+            return path
+    known = names(folder)
+    direct = ", ".join(name for name in known if "/" not in name)
+    raise JaxguardError(f"no {what} {name!r}: {nearest(name, known)}known in {folder}/: {direct or 'none'}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `did you mean 'x'? `, or nothing when nothing is near."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}? " if match else ""

@@ -8,8 +8,7 @@ from typing import Annotated, Self
 
 from pydantic import ByteSize, Field, PositiveFloat, model_validator
 
-from jaxguard.config.base import Schema, read_yaml, validate
-from jaxguard.config.lookup import CONFIG_FOLDER, locate
+from jaxguard.config.base import CONFIG_FOLDER, Schema, locate, read_yaml, validate
 
 HARDWARE_FILE = CONFIG_FOLDER / "hardware" / "targets.yaml"
 GIB = 1024**3

@@ -8,8 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Schema, Share, read_yaml, validate
-from jaxguard.config.lookup import CONFIG_FOLDER, find_yaml, nearest
+from jaxguard.config.base import (
+    CONFIG_FOLDER,
+    NonNegative,
+    Positive,
+    Schema,
+    Share,
+    find_yaml,
+    nearest,
+    read_yaml,
+    validate,
+)
 from jaxguard.utils.errors import JaxguardError
 
 STUDIES = CONFIG_FOLDER / "paper"

@@ -14,8 +14,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from jaxguard.config.base import Schema, read_yaml, validate
-from jaxguard.config.lookup import find_yaml, locate, names, nearest
+from jaxguard.config.base import Schema, find_yaml, locate, names, nearest, read_yaml, validate
 from jaxguard.data.examples import Example
 from jaxguard.utils.errors import JaxguardError
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from jaxguard.config.base import nearest
 from jaxguard.config.data import SourceConfig
-from jaxguard.config.lookup import nearest
 from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.files import Row, Skip, label, objects, read_hub, read_local, text, transcript, words
 from jaxguard.utils.errors import JaxguardError

@@ -23,8 +23,7 @@ from string import Template
 
 from pydantic import field_validator
 
-from jaxguard.config.base import Schema, read_yaml, validate
-from jaxguard.config.lookup import find_yaml, nearest
+from jaxguard.config.base import Schema, find_yaml, nearest, read_yaml, validate
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import (
     ABSENT,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from jaxguard.config import Config, load
+from jaxguard.config.base import nearest
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
-from jaxguard.config.lookup import nearest
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import read_guard_files
 from jaxguard.data.policies import Policy, load_policy

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxguard.config.mine import MineConfig
+from jaxguard.config.evaluate import MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions

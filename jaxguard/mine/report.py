@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from jaxguard.config import Config
-from jaxguard.config.mine import MineConfig
+from jaxguard.config.evaluate import MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.mine.choose import Outcome, categories, classes
 from jaxguard.report import Cell, Drawing, Page, Section, Table, write_markdown

@@ -14,8 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxguard.config import Config
-from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.config.mine import MineConfig
+from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, load_policy

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from jaxguard.cli import Command, stage, suggest
 from jaxguard.config import Config
+from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.config.hardware import GIB, read_targets
-from jaxguard.config.lookup import CONFIG_FOLDER, names
 from jaxguard.report import write_markdown, write_page
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically

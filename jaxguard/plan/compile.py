@@ -12,7 +12,7 @@ import jax
 
 from jaxguard.compat import cudnn_attention_on_any_gpu
 from jaxguard.config import Config
-from jaxguard.config.lookup import CONFIG_FOLDER, folders, locate
+from jaxguard.config.base import CONFIG_FOLDER, folders, locate
 from jaxguard.config.train import ModelConfig
 from jaxguard.data.packing import Shape, bucket_size
 from jaxguard.models.compute import Compute

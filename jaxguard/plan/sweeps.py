@@ -16,9 +16,8 @@ from matplotlib.figure import Figure
 from pydantic import Field
 
 from jaxguard.config import Config, dump, load
-from jaxguard.config.base import Positive, Schema, read_yaml, validate
+from jaxguard.config.base import CONFIG_FOLDER, Positive, Schema, find_yaml, read_yaml, validate
 from jaxguard.config.hardware import GIB
-from jaxguard.config.lookup import CONFIG_FOLDER, find_yaml
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
 from jaxguard.plan.report import estimate_note, plan_json
 from jaxguard.plan.targets import Cluster, find_cluster

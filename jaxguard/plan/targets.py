@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from jaxguard.config.base import nearest
 from jaxguard.config.hardware import Gpu, Target, Tpu, read_targets
-from jaxguard.config.lookup import nearest
 from jaxguard.utils.errors import JaxguardError
 
 GPUS_PER_HOST = 8

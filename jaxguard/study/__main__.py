@@ -6,7 +6,7 @@ import sys
 from rich.console import Console
 
 from jaxguard.cli import Command, suggest
-from jaxguard.config.lookup import names
+from jaxguard.config.base import names
 from jaxguard.config.study import STUDIES
 
 DESCRIPTION = """\

@@ -11,9 +11,8 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 
-from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.hardware import peak_flops
-from jaxguard.config.mine import MineConfig
 from jaxguard.data.files import read_local
 from jaxguard.data.packing import total_steps
 from jaxguard.evaluate.benchmarks.schema import read_benchmark

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxguard.config.lookup import find_yaml
+from jaxguard.config.base import find_yaml
 from jaxguard.evaluate.benchmarks.loading import list_benchmarks
 from jaxguard.evaluate.report.published import AVERAGES, nearest_row, read_published
 from jaxguard.evaluate.scores.metrics import PROMPT_SHARE

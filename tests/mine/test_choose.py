@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from jaxguard.config.base import validate
-from jaxguard.config.mine import MineConfig
+from jaxguard.config.evaluate import MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy

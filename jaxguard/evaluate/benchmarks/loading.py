@@ -20,7 +20,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import errors
 
-from jaxguard.config.lookup import locate, names, nearest
+from jaxguard.config.base import locate, names, nearest
 from jaxguard.data.examples import Example
 from jaxguard.data.files import SUFFIXES, Row, Skip, objects, read_hub, read_local, text, transcript
 from jaxguard.data.format.dialogue import CHOICES, LABEL

@@ -5,9 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from jaxguard.config.base import Schema, read_yaml, validate
+from jaxguard.config.base import Schema, find_yaml, read_yaml, validate
 from jaxguard.config.data import SourceConfig
-from jaxguard.config.lookup import find_yaml
 from jaxguard.data.files import Row
 from jaxguard.data.policies import Question
 

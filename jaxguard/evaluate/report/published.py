@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from jaxguard.config.base import Schema, Share, read_yaml, validate
-from jaxguard.config.lookup import find_yaml
+from jaxguard.config.base import Schema, Share, find_yaml, read_yaml, validate
 
 AVERAGES = ("prompt", "response", "safety", "custom")
 """The averages of an evaluation and of the paper, in the order of their columns."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from jaxguard.config.lookup import find_yaml
+from jaxguard.config.base import find_yaml
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue, Mode
 from jaxguard.data.format.template import TEMPLATE_KWARGS, token_ids
