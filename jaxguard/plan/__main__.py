@@ -29,15 +29,16 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
     console = Console()
     settings = {"rows": options.rows, "target_tokens": options.targets, "price": options.price}
     if options.search:
-        report = PlanReport()
+        results = []
         for target in options.target:
             with console.status(f"searching for the fastest way to train {config.name} on {target} …"):
                 result = search(
-                    config, target, **settings, on_candidate=lambda c: console.print(str(c), soft_wrap=True)
+                    config, target, **settings, on_candidate=lambda text: console.print(text, soft_wrap=True)
                 )
             if result.ranking:
                 console.print(f"{config.name} on {target}", result.table().rich())
-            report += result.best
+            results.append(result.best)
+        report = PlanReport([p for r in results for p in r.plans], [each for r in results for each in r.refusals])
     else:
         try:
             compare = [shlex.split(text) for text in options.compare]
@@ -61,33 +62,19 @@ def _count(text: str) -> int:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     target = parser.add_argument(
-        "--target",
-        required=True,
-        action="append",
-        metavar="NAME:SHAPE",
+        "--target", required=True, action="append", metavar="NAME:SHAPE",
         help="devices to compile for, may be repeated: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16, "
         f"v5e:2*16x16 (slices * chips of each); known: {', '.join(read_targets())}",
-    )
+    )  # fmt: skip
     suggest(target, lambda _: [f"{name}:" for name in read_targets()])
-    parser.add_argument(
-        "--rows",
-        type=_count,
-        help="rows of the batch; default: of the largest batch if the data are local, else one for each example",
-    )
+    rows = "rows of the batch; default: of the largest batch if the data are local, else one for each example"
+    parser.add_argument("--rows", type=_count, help=rows)
     parser.add_argument("--targets", type=_count, help="target tokens of a row; default: all of them")
     parser.add_argument("--price", type=float, metavar="DOLLARS", help="of a device for an hour")
-    parser.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="'FIELD=VALUE ...'",
-        help="plan the run with these changes too, beside it; may be repeated",
-    )
-    parser.add_argument(
-        "--search",
-        action="store_true",
-        help="compile meshes, remat policies and accumulations, and rank those that fit",
-    )
+    compare = "plan the run with these changes too, beside it; may be repeated"
+    parser.add_argument("--compare", action="append", default=[], metavar="'FIELD=VALUE ...'", help=compare)
+    search = "compile meshes, remat policies and accumulations, and rank those that fit"
+    parser.add_argument("--search", action="store_true", help=search)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plans as data")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write them as a page with figures")
 

@@ -106,9 +106,10 @@ class Plan:
         return sum(collective.sent for collective in self.collectives)
 
     @property
-    def kernel_flops(self) -> float:
-        """Analytic FLOPs of one device's attention kernels, where the program does not show them."""
-        return 0.0 if self.compute.attention == "xla" else self.flops.attention / self.cluster.devices
+    def compiled_flops(self) -> float:
+        """FLOPs of one device; of its attention kernels the analytic ones, where the program does not show them."""
+        hidden = 0.0 if self.compute.attention == "xla" else self.flops.attention / self.cluster.devices
+        return self.matmul_flops + hidden
 
 
 def compile_step(

@@ -135,7 +135,7 @@ def estimate(plan: "Plan") -> Estimate:
     """Estimate a compiled plan; see ASSUMPTIONS."""
     target = plan.cluster.target
     peak = target.flops.get(plan.compute.dtype.name) or target.flops["bfloat16"]
-    compute = (plan.matmul_flops + plan.kernel_flops) / peak
+    compute = plan.compiled_flops / peak
     memory = plan.traffic / target.bandwidth
     network = sum(collective.sent / rate(target, collective) for collective in plan.collectives)
     mfu = plan.flops.model / (plan.cluster.devices * peak * (compute + memory + network))

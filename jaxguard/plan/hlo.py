@@ -7,7 +7,7 @@ optimized program. An instruction counts as often as it runs: a loop's body time
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -44,25 +44,15 @@ class Array:
         return math.prod(self.shape) * (max(1, int(bits[0]) // 8) if bits else self.dtype == "pred")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instruction:
     """One line of the program; `attributes` is what follows the operands, or a constant's value."""
 
     name: str
-    arrays: tuple[Array, ...]
+    arrays: Sequence[Array]
     opcode: str
-    operands: tuple[str, ...]
+    operands: Sequence["Instruction"]
     attributes: str
-
-    @classmethod
-    def parse(cls, line: re.Match[str]) -> "Instruction":
-        arrays = (
-            Array(dtype, tuple(int(size) for size in shape.split(",") if size))
-            for dtype, shape in _ARRAY.findall(line["result"])
-        )
-        operands, opcode = line["operands"], line["opcode"]
-        attributes = operands if opcode == "constant" else line["attributes"] or ""
-        return cls(line["name"], tuple(arrays), opcode, tuple(re.findall(r"%([\w.\-]+)", operands)), attributes)
 
     @property
     def bytes(self) -> int:
@@ -94,10 +84,6 @@ class Instruction:
     def search(self, pattern: str) -> re.Match[str] | None:
         """Search the attributes."""
         return re.search(pattern, self.attributes)
-
-
-Computation = dict[str, Instruction]
-"""Instructions by name, in the program's order; the last one is the root."""
 
 
 def describe(op_name: str) -> str:
@@ -152,28 +138,36 @@ class CompiledProgram:
     """
 
     def __init__(self, text: str, branches: Sequence[float] = ()) -> None:
-        self.computations: dict[str, Computation] = {}
-        current: Computation = {}
+        self.computations: dict[str, list[Instruction]] = {}
+        known: dict[str, Instruction] = {}
         waiting: list[tuple[str, float]] = []
         for line in text.splitlines():
             if match := _COMPUTATION.match(line):
-                current = self.computations[match["name"]] = {}
+                known, body = {}, self.computations.setdefault(match["name"], [])
                 waiting += [(match["name"], 1.0)] if match["entry"] else []
             elif match := _INSTRUCTION.match(line):
-                current[match["name"]] = Instruction.parse(match)
-        self.runs: dict[str, float] = defaultdict(float)
-        """Computation -> how often it runs in one step."""
+                body.append(_parse(match, known))
+                known[body[-1].name] = body[-1]
+        runs: dict[str, float] = defaultdict(float)  # computation -> how often it runs in one step
+        fused: set[str] = set()
         while waiting:
             name, times = waiting.pop()
-            self.runs[name] += times
-            for instruction in self.computations[name].values():
+            runs[name] += times
+            for instruction in self.computations[name]:
                 called = instruction.called
                 shares: Sequence[float] = [1.0] * len(called)
                 if instruction.opcode == "while":
                     shares = [self._trip_count(instruction)]
                 elif instruction.opcode == "conditional" and len(called) == len(branches):
                     shares = branches
+                elif instruction.opcode == "fusion":
+                    fused.update(called)
                 waiting.extend((callee, times * share) for callee, share in zip(called, shares, strict=True))
+        self.instructions = [(i, times) for name, times in runs.items() for i in self.computations[name]]
+        """Every instruction, and how often it runs in one step."""
+        unfused = [(name, times) for name, times in runs.items() if name not in fused]
+        self.buffers = [(i, times) for name, times in unfused for i in self.computations[name] if i.opcode not in FREE]
+        """Those whose results are in memory: not inside a fused kernel, and no mere names."""
 
     def _trip_count(self, loop: Instruction) -> float:
         """How often a loop's body runs: as a GPU's program states it, or until its counter reaches its limit.
@@ -184,37 +178,25 @@ class CompiledProgram:
         if known := loop.search(r'known_trip_count":\{"n":"(\d+)"'):
             return float(known[1])
         condition = loop.search(r"\bcondition=%?([\w.\-]+)")
-        tested = list(self.computations[condition[1]].values()) if condition else []
+        tested = self.computations[condition[1]] if condition else []
         limits = [i.attributes for i in tested if i.opcode == "constant" and i.attributes.isdecimal()]
         counters = [i.search(r"\bindex=(\d+)") for i in tested if i.opcode == "get-tuple-element"]
         if len(limits) != 1 or len(counters) != 1 or counters[0] is None:
             raise JaxguardError(f"the trip count of loop {loop.name} is not in the compiled program; this is a bug")
         # The counter rises by more than 1 where the compiler merged several iterations.
-        body = self.computations[loop.called[0]]
-        added = body[_root(body).operands[int(counters[0][1])]]
-        constants = [operand.attributes for operand in _operands(added, body) if operand.opcode == "constant"]
+        added = self.computations[loop.called[0]][-1].operands[int(counters[0][1])]
+        constants = [operand.attributes for operand in added.operands if operand.opcode == "constant"]
         increment = int(constants[0]) if added.opcode == "add" and constants else 1
         return math.ceil(int(limits[0]) / increment)
 
-    def walk(self) -> Iterator[tuple[Computation, Instruction, float]]:
-        """Every instruction with its computation and how often it runs."""
-        for name, times in self.runs.items():
-            for instruction in self.computations[name].values():
-                yield self.computations[name], instruction, times
-
-    def buffers(self) -> Iterator[tuple[Computation, Instruction, float]]:
-        """Those of `walk` whose results are in memory: not inside a fused kernel, and no mere names."""
-        fused = {id(self.computations[name]) for _, i, _ in self.walk() if i.opcode == "fusion" for name in i.called}
-        return (entry for entry in self.walk() if id(entry[0]) not in fused and entry[1].opcode not in FREE)
-
     def matmul_flops(self) -> float:
         """FLOPs of matrix products; those inside a vendor's attention kernel are not visible."""
-        return float(sum(times * _flops(instruction, body) for body, instruction, times in self.walk()))
+        return float(sum(times * _flops(instruction) for instruction, times in self.instructions))
 
     def kernels(self) -> dict[str, float]:
         """Names of the vendor's kernels -> how often they run; other custom calls of a TPU's program are left out."""
         counts: dict[str, float] = defaultdict(float)
-        for _, instruction, times in self.walk():
+        for instruction, times in self.instructions:
             target = instruction.search(r'target="([^"]*\$[^"]*|tpu_custom_call)"')
             if instruction.opcode == "custom-call" and target:
                 counts[target[1]] += times
@@ -230,19 +212,17 @@ class CompiledProgram:
         counts: dict[Collective, float] = defaultdict(float)
         channels: set[str] = set()
         devices = math.prod(mesh.values())
-        for computation, instruction, times in self.walk():
+        for instruction, times in self.instructions:
             kind = instruction.opcode.removesuffix("-start")
-            if between := _between_slices(instruction, computation, devices // linked):
+            if between := _between_slices(instruction, devices // linked):
                 counts[between] += times
-            if kind not in COLLECTIVES:
-                continue
             # A TPU's program repeats a collective in every fusion that runs between its start and its end.
-            if channel := instruction.search(r"channel_id=(\d+)"):
-                if channel[1] in channels:
-                    continue
-                channels.add(channel[1])
+            channel = instruction.search(r"channel_id=(\d+)")
+            if kind not in COLLECTIVES or (channel and channel[1] in channels):
+                continue
+            channels |= {channel[1]} if channel else set()
             groups = _device_groups(instruction.attributes, devices)
-            inputs = sum(computation[name].bytes for name in instruction.operands)
+            inputs = sum(operand.bytes for operand in instruction.operands)
             # The start of a collective returns its operands beside its results.
             size = max(inputs, instruction.bytes - inputs if instruction.opcode != kind else instruction.bytes)
             near = min(max(Counter(position // linked for position in group).values()) for group in groups)
@@ -255,28 +235,26 @@ class CompiledProgram:
 
         An upper bound where a cache or on-chip memory keeps them.
         """
-        total = 0.0
-        for body, instruction, times in self.buffers():
-            # Those that start computations, or wait for them, move nothing themselves.
-            opcode = instruction.opcode
-            if opcode not in {"while", "call", "conditional"} and not opcode.endswith(("-start", "-done")):
-                total += times * self._bytes_moved(instruction, body)
-        return total
+        # Those that start computations, or wait for them, move nothing themselves.
+        return sum(
+            times * self._bytes_moved(instruction)
+            for instruction, times in self.buffers
+            if instruction.opcode not in {"while", "call", "conditional"}
+            and not instruction.opcode.endswith(("-start", "-done"))
+        )
 
-    def _bytes_moved(self, instruction: Instruction, computation: Computation) -> int:
-        operands = _operands(instruction, computation)
+    def _bytes_moved(self, instruction: Instruction) -> int:
         if instruction.opcode in SLICES:
             return 2 * instruction.bytes
         if instruction.opcode == "dynamic-update-slice":
-            return 2 * operands[1].bytes
+            return 2 * instruction.operands[1].bytes
         if instruction.opcode != "fusion":
-            return instruction.bytes + sum(operand.bytes for operand in operands)
+            return instruction.bytes + sum(operand.bytes for operand in instruction.operands)
         body = self.computations[instruction.called[0]]
-        root = _root(body)
-        moved = body[root.operands[1]].bytes if root.opcode == "dynamic-update-slice" else instruction.bytes
-        for parameter in (i for i in body.values() if i.opcode == "parameter"):
-            users = [user for user in body.values() if parameter.name in user.operands]
-            opcodes = {user.opcode if user.operands[0] == parameter.name else "" for user in users}
+        moved = body[-1].operands[1].bytes if body[-1].opcode == "dynamic-update-slice" else instruction.bytes
+        for parameter in (i for i in body if i.opcode == "parameter"):
+            users = [user for user in body if parameter in user.operands]
+            opcodes = {user.opcode if user.operands[0] is parameter else "" for user in users}
             if users and opcodes <= SLICES:  # only slices of it are read
                 moved += sum(user.bytes for user in users)
             elif opcodes != {"dynamic-update-slice"}:
@@ -286,22 +264,26 @@ class CompiledProgram:
     def largest(self, count: int = 5) -> list[Instruction]:
         """The largest arrays that the program makes, without its arguments."""
         made: dict[str, Instruction] = {}
-        for _, instruction, _ in self.buffers():
+        for instruction, _ in self.buffers:
             # An array that is updated in place counts once, however often it is written.
             if len(instruction.arrays) == 1:
                 made.setdefault(instruction.result, instruction)
         return sorted(made.values(), key=lambda instruction: -instruction.bytes)[:count]
 
 
-def _root(computation: Computation) -> Instruction:
-    return next(reversed(computation.values()))
+def _parse(line: re.Match[str], known: Mapping[str, Instruction]) -> Instruction:
+    arrays = [
+        Array(dtype, tuple(int(size) for size in shape.split(",") if size))
+        for dtype, shape in _ARRAY.findall(line["result"])
+    ]
+    names = re.findall(r"%([\w.\-]+)", line["operands"])
+    attributes = line["operands"] if line["opcode"] == "constant" else line["attributes"] or ""
+    return Instruction(
+        line["name"], arrays, line["opcode"], [known[name] for name in names if name in known], attributes
+    )
 
 
-def _operands(instruction: Instruction, computation: Computation) -> list[Instruction]:
-    return [computation[name] for name in instruction.operands if name in computation]
-
-
-def _flops(instruction: Instruction, computation: Computation) -> int:
+def _flops(instruction: Instruction) -> int:
     """FLOPs of one matrix product; 0 for any other instruction."""
     pattern = None
     if instruction.opcode == "dot":
@@ -310,7 +292,7 @@ def _flops(instruction: Instruction, computation: Computation) -> int:
         pattern = r'"lhs_contracting_dimensions":\[([^\]]*)\]'
     elif instruction.opcode != "convolution":
         return 0
-    shapes = [operand.arrays[0].shape for operand in _operands(instruction, computation)]
+    shapes = [operand.arrays[0].shape for operand in instruction.operands]
     contracted = instruction.search(pattern) if pattern else None
     if contracted is None:
         return 2 * _convolution_products(instruction, shapes)
@@ -318,7 +300,7 @@ def _flops(instruction: Instruction, computation: Computation) -> int:
     return 2 * math.prod(instruction.arrays[0].shape) * math.prod(sizes)
 
 
-def _between_slices(instruction: Instruction, computation: Computation, slices: int) -> Collective | None:
+def _between_slices(instruction: Instruction, slices: int) -> Collective | None:
     """A collective between TPU slices, which hosts do over the network: every device sends its part to its own host.
 
     All slices take part, since they are laid out along `data` (models/mesh.py).
@@ -327,7 +309,7 @@ def _between_slices(instruction: Instruction, computation: Computation, slices: 
     if instruction.opcode != "send" or transfer is None:
         return None
     kind = transfer[1].lower().replace("_", "-")
-    part = computation[instruction.operands[0]].bytes
+    part = instruction.operands[0].bytes
     size = part * slices if kind == "all-gather" else part
     return Collective(kind, "data", slices, 1, size, 1, "between slices")
 
@@ -348,14 +330,10 @@ def _convolution_products(instruction: Instruction, shapes: Sequence[tuple[int, 
     total = result[out.index("b")] * result[out.index("f")] * shapes[1][right.index("i")]
     spatial = sorted(label for label in out if label.isdigit())
 
-    def read(name: str, default: int) -> list[int]:
-        text = settings.get(name)
-        return [int(value.split("_")[0]) for value in text.split("x")] if text else [default] * len(spatial)
-
-    settings_of_axes = zip(
-        spatial, read("stride", 1), read("rhs_dilate", 1), read("pad", 0), read("lhs_dilate", 1), strict=True
-    )
-    for axis, stride, spacing, padding, dilation in settings_of_axes:
+    for i, axis in enumerate(spatial):
+        names = (("stride", "1"), ("rhs_dilate", "1"), ("pad", "0"), ("lhs_dilate", "1"))
+        texts = (settings[name].split("x")[i] if name in settings else default for name, default in names)
+        stride, spacing, padding, dilation = (int(text.split("_")[0]) for text in texts)
         taps = np.arange(shapes[1][right.index(axis)]) * spacing - padding
         element, hole = np.divmod(np.arange(result[out.index(axis)])[:, None] * stride + taps, dilation)
         total *= int(np.sum((hole == 0) & (element >= 0) & (element < shapes[0][left.index(axis)])))

@@ -21,14 +21,7 @@ SMALL = 0.005
 
 @dataclass(frozen=True)
 class Refusal:
-    """A run that does not fit.
-
-    Attributes:
-        name: of the run.
-        target: name of the cluster.
-        reason: why it does not fit, and what to do.
-        largest: the largest arrays of the step, where they are known.
-    """
+    """A run that does not fit its cluster: why, what to do, and the largest arrays of the step where they are known."""
 
     name: str
     target: str
@@ -44,15 +37,12 @@ class PlanReport:
     """Plans of a run for several targets or with several settings.
 
     Attributes:
-        plans: compiled steps, fitting or not, each with the cost of a run.
+        plans: compiled steps, fitting or not.
         refusals: what the compiler did not compile because it does not fit.
     """
 
     plans: Sequence[Plan] = ()
     refusals: Sequence[Refusal] = ()
-
-    def __add__(self, other: "PlanReport") -> "PlanReport":
-        return PlanReport([*self.plans, *other.plans], [*self.refusals, *other.refusals])
 
     @property
     def fits(self) -> bool:
@@ -84,10 +74,9 @@ class PlanReport:
 
     def table(self) -> list[dict[str, Any]]:
         """A row of scalars for each plan and refusal, which `pandas.DataFrame` takes."""
-        rows = self.to_json()
         return [
             {key: value for key, value in row.items() if not isinstance(value, dict | list)} | row.get("estimate", {})
-            for row in rows
+            for row in self.to_json()
         ]
 
     def facts(self) -> Table:
@@ -103,8 +92,7 @@ class PlanReport:
         parts: list[RenderableType] = []
         if self.plans:
             parts.append(self.facts().rich())
-            if len(self.plans) == 1:
-                parts.append(collectives_table(self.plans[0], SMALL).rich())
+            parts += [collectives_table(plan, SMALL).rich() for plan in self.plans if len(self.plans) == 1]
             parts.append(Text(f"Estimate: {ASSUMPTIONS}.", "dim"))
         for problem in self.problems:
             if problem.largest:
@@ -115,19 +103,20 @@ class PlanReport:
 
     def page(self) -> Page:
         """One page with all of it."""
-        names = dict.fromkeys([*(plan.name for plan in self.plans), *(r.name for r in self.refusals)])
-        sections = [
-            Section(f"{plan.name} on {plan.cluster.name}", [collectives_table(plan), largest_table(plan.largest)])
-            for plan in self.plans
-        ]
-        blocks: list[Content] = [self.facts(), self._figure(), *sections, estimate_note()] if self.plans else []
-        return Page(f"Plan of {' / '.join(names)}", [Bullets([str(r) for r in self.problems], warning=True), *blocks])
+        names = dict.fromkeys([*(plan.name for plan in self.plans), *(refusal.name for refusal in self.refusals)])
+        blocks: list[Content] = [Bullets([str(problem) for problem in self.problems], warning=True)]
+        if self.plans:
+            blocks += [self.facts(), self._figure()]
+        for plan in self.plans:
+            title = f"{plan.name} on {plan.cluster.name}"
+            blocks.append(Section(title, [collectives_table(plan, 0), largest_table(plan.largest)]))
+        return Page(f"Plan of {' / '.join(names)}", [*blocks, estimate_note() if self.plans else None])
 
     @style()
     def _figure(self) -> Drawing:
         """Memory of a device beside what is usable, and where a step's time goes."""
-        plans = self.plans
-        names, guesses = [f"{plan.name}\n{plan.cluster.name}" for plan in plans], [estimate(plan) for plan in plans]
+        plans, guesses = self.plans, [estimate(plan) for plan in self.plans]
+        names = [f"{plan.name}\n{plan.cluster.name}" for plan in plans]
         memory = {
             "state and batch": [plan.arguments / GIB for plan in plans],
             "temporaries": [(plan.peak - plan.arguments) / GIB for plan in plans],
@@ -155,7 +144,8 @@ class PlanReport:
 def facts(plan: Plan) -> dict[str, str | Cell]:
     """The most important figures of a plan, in words."""
     guess, target, slices = estimate(plan), plan.cluster.target, plan.cluster.slices
-    compiled, counted = plan.matmul_flops + plan.kernel_flops, plan.flops.total / plan.cluster.devices
+    share = plan.compiled_flops / (plan.flops.total / plan.cluster.devices)
+    sent = f"{plan.sent / plan.ideal_sent:.2f}" if plan.ideal_sent else "-"
     peak = f"{plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable: {'fits' if plan.fits else 'does not fit'}"
     return {
         "target": f"{plan.cluster.devices} × {target.title}" + (f", {slices} slices" if slices > 1 else ""),
@@ -165,9 +155,9 @@ def facts(plan: Plan) -> dict[str, str | Cell]:
         "state and batch": f"{plan.arguments / GIB:.2f} GiB a device",
         "temporaries": f"{plan.temporaries / GIB:.2f} GiB",
         "peak": Cell(peak, tone="" if plan.fits else "bad"),
-        "FLOPs": f"{compiled / 1e12:,.1f} T a device, {_share(compiled, counted)} of the count",
+        "FLOPs": f"{plan.compiled_flops / 1e12:,.1f} T a device, {share:.2f} of the count",
         "memory traffic": f"{plan.traffic / GIB:,.0f} GiB a device",
-        "sent": f"{plan.sent / GIB:,.2f} GiB a device, {_share(plan.sent, plan.ideal_sent)} of the ideal",
+        "sent": f"{plan.sent / GIB:,.2f} GiB a device, {sent} of the ideal",
         "vendor kernels": ", ".join(f"{count:g} {name}" for name, count in sorted(plan.kernels.items())) or "none",
         "step": f"{guess.step:.3g} s, no less than {guess.bound:.3g}",
         "… products": f"{guess.compute:.3g} s",
@@ -180,16 +170,14 @@ def facts(plan: Plan) -> dict[str, str | Cell]:
     }
 
 
-def collectives_table(plan: Plan, small: float = 0) -> Table:
+def collectives_table(plan: Plan, small: float) -> Table:
     """What the devices exchange; collectives below a share of `small` are one line."""
     columns = ("collective", "axis", "for", "devices", "MiB", "times", "sent, GiB", "s")
     table = Table(columns, title="What devices exchange", left=3)
     rest = [collective for collective in plan.collectives if collective.sent < small * plan.sent]
     for c in plan.collectives[: len(plan.collectives) - len(rest)]:
-        seconds = f"{c.sent / rate(plan.cluster.target, c):.3f}"
-        table.add(
-            c.kind, c.axes, c.source, c.group, f"{c.size / 2**20:,.1f}", f"{c.count:g}", f"{c.sent / GIB:.2f}", seconds
-        )
+        figures = (f"{c.size / 2**20:,.1f}", f"{c.count:g}", f"{c.sent / GIB:.2f}")
+        table.add(c.kind, c.axes, c.source, c.group, *figures, f"{c.sent / rate(plan.cluster.target, c):.3f}")
     if rest:
         table.add(f"{len(rest)} smaller", "", "", "", "", "", f"{sum(c.sent for c in rest) / GIB:.2f}", "")
     return table
@@ -201,13 +189,12 @@ def largest_table(largest: Sequence[Buffer], title: str = "Largest arrays that a
 
 
 def estimate_note() -> Paragraph:
-    """How the time is estimated."""
     return Paragraph([f"Estimate: {ASSUMPTIONS}."], faint=True)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan as data; see PlanReport.to_json."""
-    guess, compute = estimate(plan), plan.compute
+    guess, compute, cost = estimate(plan), plan.compute, plan.cost
     same = ("mesh", "arguments", "temporaries", "peak", "usable", "fits", "traffic", "sent", "ideal_sent", "kernels")
     return {
         "run": plan.name,
@@ -220,13 +207,13 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in same},
         "largest": [{"bytes": size, "array": array, "for": source} for size, array, source in plan.largest],
         "analytic_flops_of_all": asdict(plan.flops),
-        "compiled_flops": plan.matmul_flops + plan.kernel_flops,
+        "compiled_flops": plan.compiled_flops,
         "collectives": [asdict(collective) | {"sent": collective.sent} for collective in plan.collectives],
         "estimate": asdict(guess) | {"step": guess.step, "bound": guess.bound},
-        "steps": plan.cost.steps,
-        "shapes": [s._asdict() | {"steps": n} for s, n in plan.cost.shapes.items()] or None,
-        "hours": plan.cost.hours(guess.step),
-        "dollars": plan.cost.dollars(guess.step, plan.cluster.devices),
+        "steps": cost.steps,
+        "shapes": [shape._asdict() | {"steps": steps} for shape, steps in cost.shapes.items()] or None,
+        "hours": cost.hours(guess.step),
+        "dollars": cost.dollars(guess.step, plan.cluster.devices),
         "compile_seconds": plan.seconds,
     }
 
@@ -238,8 +225,3 @@ def remedies(remat: str) -> str:
         f"try {first}a larger train.accumulation, fewer rows (train.batch_size, or --rows if they are packed), shorter ones "
         "(data.max_seq_len) or more devices; --search finds what fits"
     )
-
-
-def _share(part: float, whole: float) -> str:
-    """`0.98`, or a dash where there is nothing to compare with."""
-    return f"{part / whole:.2f}" if whole else "-"

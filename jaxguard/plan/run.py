@@ -1,6 +1,6 @@
 """Plan a run: compile its step for targets, compare settings, and search for the fastest that fit."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxguard.config import Source, load
@@ -63,55 +63,28 @@ def plan(
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to train.
-
-    Attributes:
-        overrides: fields of the config, as on a command line.
-        plan: None where the compiler found no schedule that fits.
-    """
-
-    overrides: tuple[str, ...]
-    plan: Plan | None
-
-    @property
-    def fits(self) -> bool:
-        return self.plan is not None and self.plan.fits
-
-    @property
-    def seconds(self) -> float:
-        """Estimated time of a step."""
-        return estimate(self.plan).step if self.plan is not None else float("inf")
-
-    def __str__(self) -> str:
-        overrides = " ".join(self.overrides)
-        if self.plan is None:
-            return f"{overrides}: does not fit"
-        figures = f"{self.plan.peak / GIB:.1f} GiB, {self.seconds:.3g} s a step"
-        return f"{overrides}: {figures}, {'fits' if self.fits else 'does not fit'}"
-
-
-@dataclass(frozen=True)
 class SearchReport:
     """The result of a search.
 
     Attributes:
-        candidates: all that were compiled, in order.
-        ranking: those that fit, the fastest first.
+        candidates: overrides of the config -> the plan, in order; None where the compiler found no schedule that fits.
         best: the plan of the fastest that fits, or the refusal.
     """
 
-    candidates: Sequence[Candidate]
-    ranking: Sequence[Candidate]
+    candidates: Mapping[tuple[str, ...], Plan | None]
     best: PlanReport
 
+    @property
+    def ranking(self) -> list[tuple[tuple[str, ...], Plan]]:
+        """The candidates that fit, the fastest first."""
+        fitting = [(overrides, plan) for overrides, plan in self.candidates.items() if plan is not None and plan.fits]
+        return sorted(fitting, key=lambda candidate: estimate(candidate[1]).step)
+
     def table(self) -> Table:
-        """The ranking."""
         table = Table(("", "overrides", "peak, GiB", "step, s", "MFU"), left=2)
-        for rank, candidate in enumerate(self.ranking, 1):
-            if candidate.plan is not None:
-                peak, mfu = f"{candidate.plan.peak / GIB:.1f}", f"{estimate(candidate.plan).mfu:.0%}"
-                table.add(str(rank), " ".join(candidate.overrides), peak, f"{candidate.seconds:.3g}", mfu)
+        for rank, (overrides, plan) in enumerate(self.ranking, 1):
+            guess = estimate(plan)
+            table.add(rank, " ".join(overrides), f"{plan.peak / GIB:.1f}", f"{guess.step:.3g}", f"{guess.mfu:.0%}")
         return table
 
 
@@ -122,38 +95,41 @@ def search(
     rows: int | None = None,
     target_tokens: int | None = None,
     price: float | None = None,
-    on_candidate: Callable[[Candidate], object] = lambda _: None,
+    on_candidate: Callable[[str], object] = lambda _: None,
 ) -> SearchReport:
     """Compile meshes, accumulations and remat policies for a target.
 
     For each mesh and number of micro-batches, remat goes from none to full until one fits: the next would be slower. More
-    micro-batches are tried as long as something had to be recomputed. Arguments and errors are those of `plan`.
+    micro-batches are tried as long as something had to be recomputed. Arguments and errors are those of `plan`; on_candidate is
+    called with a line about each.
     """
     base, cluster = load(config), find_cluster(target)
     spec, batch_size = find_spec(base.model), base.train.batch_size
-    candidates: list[Candidate] = []
+    candidates: dict[tuple[str, ...], Plan | None] = {}
     for mesh in meshes(spec, cluster, batch_size):
         rows_per_device = min(batch_size, rows or batch_size) // (mesh["data"] * mesh["fsdp"])
         for accumulation in (2**n for n in range(rows_per_device.bit_length())):
             for remat in REMAT:
                 sizes = (f"mesh.{axis}={size}" for axis, size in mesh.items())
                 overrides = (*sizes, f"model.remat={remat}", f"train.accumulation={accumulation}")
+                figures, compiled = "", None
                 try:
                     compiled = compile_step(load(base, overrides, stage="plan"), spec, cluster, rows, target_tokens)
+                    figures = f"{compiled.peak / GIB:.1f} GiB, {estimate(compiled).step:.3g} s a step, "
                 except OutOfMemoryError:
-                    compiled = None
-                candidates.append(Candidate(overrides, compiled))
-                on_candidate(candidates[-1])
-                if candidates[-1].fits:
+                    pass
+                candidates[overrides] = compiled
+                fits = compiled is not None and compiled.fits
+                on_candidate(f"{' '.join(overrides)}: {figures}{'fits' if fits else 'does not fit'}")
+                if fits:
                     break
-            if candidates[-1].fits and remat == REMAT[0]:
+            if fits and remat == REMAT[0]:
                 break
-    ranking = sorted((c for c in candidates if c.fits), key=lambda candidate: candidate.seconds)
-    if not ranking or ranking[0].plan is None:
-        refusal = Refusal(base.name, cluster.name, NOTHING_FITS)
-        return SearchReport(candidates, ranking, PlanReport(refusals=[refusal]))
-    cost = run_cost(load(base, ranking[0].overrides), cluster.devices, price)
-    return SearchReport(candidates, ranking, PlanReport([replace(ranking[0].plan, cost=cost)]))
+    report = SearchReport(candidates, PlanReport(refusals=[Refusal(base.name, cluster.name, NOTHING_FITS)]))
+    for overrides, best in report.ranking[:1]:
+        cost = run_cost(load(base, overrides), cluster.devices, price)
+        report = replace(report, best=PlanReport([replace(best, cost=cost)]))
+    return report
 
 
 def meshes(spec: Spec, cluster: Cluster, batch_size: int) -> Iterator[dict[str, int]]:

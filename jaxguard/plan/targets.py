@@ -102,27 +102,22 @@ def topology(cluster: Cluster) -> Sequence[Any]:
     """
     # Nothing runs, so no device of this host is claimed; without one, JAX's CUDA plugin would not load.
     jax.config.update("jax_platforms", "cpu")
-    target, shape = cluster.target, "x".join(map(str, cluster.shape))
-    if importlib.util.find_spec("jax_cuda12_plugin" if target.gpu else "libtpu") is None:
+    gpu, tpu, shape = cluster.target.gpu, cluster.target.tpu, "x".join(map(str, cluster.shape))
+    if importlib.util.find_spec("jax_cuda12_plugin" if gpu else "libtpu") is None:
         raise JaxguardError(f"target {cluster.name!r}: its compiler is not installed: pip install 'jaxguard[aot]'")
+    if tpu:
+        # libtpu must neither ask a metadata server where it runs nor claim a chip; without these it complains.
+        os.environ.update(LIBTPU | os.environ)
+        name = {"platform": "tpu", "topology_name": f"{tpu.generation}:{shape}"}
+        options: dict[str, Any] = {"chip_config_name": tpu.chip_config, "num_slices": cluster.slices}
+    elif gpu:
+        name = {"platform": "cuda", "topology_name": "gpu"}
+        options = {"target_config": _gpu_config(cluster.target, gpu), "topology": f"1x{shape}"}
     try:
-        if target.gpu:
-            devices = topologies.get_topology_desc(
-                "gpu", "cuda", target_config=_gpu_config(target, target.gpu), topology=f"1x{shape}"
-            )
-        elif target.tpu:
-            # libtpu must neither ask a metadata server where it runs nor claim a chip; without these it complains.
-            os.environ.update(LIBTPU | os.environ)
-            devices = topologies.get_topology_desc(
-                platform="tpu",
-                topology_name=f"{target.tpu.generation}:{shape}",
-                chip_config_name=target.tpu.chip_config,
-                num_slices=cluster.slices,
-            )
+        return topologies.get_topology_desc(**name, **options).devices
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise JaxguardError(f"target {cluster.name!r}: the installed compiler rejects it: {reason}") from None
-    return devices.devices
 
 
 def _slice(text: str, sides: tuple[int, ...], tpu: Tpu) -> tuple[int, ...]:
