@@ -132,7 +132,6 @@ UNCHANGED = """
     docs/guards.md
     jaxguard/distill/filters.py
     jaxguard/guards/formats/custom.py
-    jaxguard/guards/formats/schema.py
     tools/demo_data.py
 """
 

@@ -242,23 +242,6 @@ class Encoder:
         """
         return [{"role": "user", "content": self.prompt(example, mode, answer_tokens).turn}]
 
-    def decision_point(self, start: str, earlier: Answers, question: Question) -> tuple[list[int], int, int]:
-        """Find where an answer decides between the two words of a verdict line.
-
-        Args:
-            start: the answer before its verdict.
-            earlier: the verdict lines before this one.
-            question: of this line.
-
-        Returns:
-            the answer's tokens before the decision, and the next token of the positive and of the negative word.
-        """
-        positive, negative = (
-            self.ids(start + written((*earlier, (question, word))) + self.template.end) for word in CHOICES[question]
-        )
-        at = _first_difference(positive, negative)
-        return positive[:at], positive[at], negative[at]
-
     def min_tokens(self, policy: Policy) -> int:
         """Return the length of the shortest useful sequence under a policy, with its verdict but no trace."""
         turn = self.dialogue.user_turn("", "", policy, policy.asks, Mode.REASONING)

@@ -8,6 +8,7 @@ into one prompt; a format with one prompt for each question generates for each o
 """
 
 import asyncio
+import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -41,6 +42,12 @@ class Request:
     def only(self, question: Question) -> "Request":
         """The same request with a single question."""
         return replace(self, questions=(question,))
+
+    @property
+    def question(self) -> Question:
+        """The question of a request with a single one."""
+        [question] = self.questions
+        return question
 
 
 @dataclass(frozen=True)
@@ -93,15 +100,15 @@ class DecisionPoint:
     Attributes:
         prefix: token ids of everything before it, prompt included.
         positive_id, negative_id: the two tokens.
-        question: the one that it answers; None if it only leads to a later one.
-        earlier: the decisions that lead here, as (index into the list of points, whether its positive token was taken).
+        question: the one that it answers.
+        earlier: the decisions that lead here, each with whether its positive token was taken.
     """
 
     prefix: tuple[int, ...]
     positive_id: int
     negative_id: int
-    question: Question | None
-    earlier: tuple[tuple[int, bool], ...] = ()
+    question: Question
+    earlier: tuple[tuple["DecisionPoint", bool], ...] = ()
 
     @property
     def key(self) -> tuple[tuple[int, ...], int, int]:
@@ -156,11 +163,6 @@ class PromptFormat(Protocol):
         """Tokens that end an answer."""
         ...
 
-    @property
-    def reasoning_modes(self) -> frozenset[Mode]:
-        """Modes in which an answer begins with reasoning."""
-        ...
-
 
 @dataclass(frozen=True)
 class Completion:
@@ -211,50 +213,35 @@ async def predict(
         probabilities: also score the verdicts; without, all probabilities are None unless verdicts come from them.
     """
     batches = iter([requests[i : i + backend.group] for i in range(0, len(requests), backend.group)])
-    done: asyncio.Queue[list[Prediction] | BaseException | None] = asyncio.Queue()
-
-    async def work() -> None:
-        try:
-            for batch in batches:  # shared: each batch is taken once
-                await done.put(await _predict_batch(batch, form, backend, settings, probabilities))
-                # A backend in this thread never waits: let the predictions be stored before it continues.
-                await asyncio.sleep(0)
-            await done.put(None)
-        except BaseException as error:
-            await done.put(error)
-            raise
-
-    workers = [asyncio.ensure_future(work()) for _ in range(backend.workers)]
+    tasks: set[asyncio.Task[list[Prediction]]] = set()
     try:
-        working = len(workers)
-        while working:
-            result = await done.get()
-            if isinstance(result, BaseException):
-                raise result
-            if result is None:
-                working -= 1
-                continue
-            for prediction in result:
-                yield prediction
+        while True:
+            for batch in itertools.islice(batches, backend.workers - len(tasks)):
+                tasks.add(asyncio.create_task(_predict_batch(batch, form, backend, settings, probabilities)))
+            if not tasks:
+                return
+            # No batch begins before the caller has stored these: a backend in this thread never waits.
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                for prediction in task.result():
+                    yield prediction
+            tasks -= done
     finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @dataclass
 class _Part:
-    """The questions of a request that one prompt answers, and what was generated."""
+    """The questions of a request that one prompt answers; what was generated; question -> (probability, unscored)."""
 
     request: Request
     prompt: Prompt
     texts: list[str] = field(default_factory=list)
     tokens: int = 0
     forced: int = 0
-
-
-Scores = dict[Question, tuple[float | None, int]]
-"""Question -> its probability, and the number of unscored generations."""
+    scores: dict[Question, tuple[float | None, int]] = field(default_factory=dict)
 
 
 async def _predict_batch(
@@ -265,61 +252,48 @@ async def _predict_batch(
     probabilities: bool,
 ) -> list[Prediction]:
     started = time.monotonic()
-    parts = [[_Part(part, form.prompt(part)) for part in form.split(request)] for request in requests]
-    everything = [part for group in parts for part in group]
+    groups = [[_Part(part, form.prompt(part)) for part in form.split(request)] for request in requests]
+    parts = [part for group in groups for part in group]
     if settings.generations:
-        await _generate(everything, form, backend, settings)
+        await _generate(parts, form, backend, settings)
     sampled = time.monotonic()
     if probabilities or not settings.generations:
-        scores = await _score(everything, form, backend)
-    else:
-        scores = [dict.fromkeys(part.request.questions, (None, 0)) for part in everything]
+        await _score(parts, form, backend)
     scored = time.monotonic()
     # Without sampling the probability is the answer.
     seconds, scoring = (sampled - started, scored - sampled) if settings.generations else (scored - started, 0.0)
-    waiting = iter(scores)
-    return [
-        _prediction(
-            request, group, [next(waiting) for _ in group], form, seconds / len(requests), scoring / len(requests)
+    predictions = []
+    for request, group in zip(requests, groups, strict=True):
+        scores: dict[Question, tuple[float | None, int]] = dict.fromkeys(request.questions, (None, 0))
+        verdicts: dict[Question, tuple[int, ...]] = {}
+        for part in group:
+            scores |= part.scores
+            parsed = [form.parse(part.request, text) for text in part.texts]
+            for q in part.request.questions:
+                verdicts[q] = tuple(verdict[q] for verdict in parsed) or (_likelier(scores[q][0]),)
+        predictions.append(
+            Prediction(
+                example_id=request.example.id,
+                verdicts={q: verdicts[q] for q in request.questions},
+                probabilities={q: scores[q][0] for q in request.questions},
+                unscored={q: scores[q][1] for q in request.questions},
+                texts=tuple("\n\n".join(texts) for texts in zip(*(part.texts for part in group), strict=True)),
+                forced=sum(part.forced for part in group),
+                cut=any(part.prompt.cut for part in group),
+                prompt_tokens=sum(len(part.prompt.ids) for part in group),
+                completion_tokens=sum(part.tokens for part in group),
+                seconds=seconds / len(requests),
+                scoring=scoring / len(requests),
+            )
         )
-        for request, group in zip(requests, parts, strict=True)
-    ]
-
-
-def _prediction(
-    request: Request,
-    parts: Sequence[_Part],
-    scores: Sequence[Scores],
-    form: PromptFormat,
-    seconds: float,
-    scoring: float,
-) -> Prediction:
-    """Merge what was generated for the parts of a request."""
-    score = {question: result for part in scores for question, result in part.items()}
-    verdicts: dict[Question, tuple[int, ...]] = {q: (_likelier(score[q][0]),) for q in request.questions}
-    for part in parts:
-        parsed = [form.parse(part.request, text) for text in part.texts]
-        verdicts |= {q: tuple(verdict[q] for verdict in parsed) for q in part.request.questions if parsed}
-    return Prediction(
-        example_id=request.example.id,
-        verdicts=verdicts,
-        probabilities={q: score[q][0] for q in request.questions},
-        unscored={q: score[q][1] for q in request.questions},
-        texts=tuple("\n\n".join(texts) for texts in zip(*(part.texts for part in parts), strict=True)),
-        forced=sum(part.forced for part in parts),
-        cut=any(part.prompt.cut for part in parts),
-        prompt_tokens=sum(len(part.prompt.ids) for part in parts),
-        completion_tokens=sum(part.tokens for part in parts),
-        seconds=seconds,
-        scoring=scoring,
-    )
+    return predictions
 
 
 async def _generate(parts: Sequence[_Part], form: PromptFormat, backend: Backend, settings: EvaluateConfig) -> None:
     """Sample the answers to each part's prompt, and force a verdict where the reasoning ran out of tokens."""
-    reasons = parts[0].request.mode in form.reasoning_modes
-    budget = settings.verdict_tokens + (settings.reasoning_tokens if reasons else 0)
-    sampled = await backend.sample([part.prompt.ids for part in parts], settings.generations, budget, form.stop_ids)
+    reasoning = settings.reasoning_tokens if parts[0].request.mode is Mode.REASONING else 0
+    prompts, budget = [part.prompt.ids for part in parts], settings.verdict_tokens + reasoning
+    sampled = await backend.sample(prompts, settings.generations, budget, form.stop_ids)
     unfinished: list[tuple[_Part, int, str]] = []
     for part, completions in zip(parts, sampled, strict=True):
         for i, completion in enumerate(completions):
@@ -339,32 +313,23 @@ async def _generate(parts: Sequence[_Part], form: PromptFormat, backend: Backend
         part.forced += 1
 
 
-async def _score(parts: Sequence[_Part], form: PromptFormat, backend: Backend) -> list[Scores]:
+async def _score(parts: Sequence[_Part], form: PromptFormat, backend: Backend) -> None:
     """Score the verdicts of each part: the mean over its generations, each point computed once."""
-    trees = [[tuple(form.decision_points(part.request, text)) for text in part.texts or ("",)] for part in parts]
+    trees = [[form.decision_points(part.request, text) for text in part.texts or ("",)] for part in parts]
     keys = list(dict.fromkeys(point.key for texts in trees for tree in texts for point in tree))
     odds = await backend.log_odds([prefix for prefix, _, _ in keys], [(positive, other) for _, positive, other in keys])
     positive = {key: 1 / (1 + math.exp(-max(-700.0, o))) for key, o in zip(keys, odds, strict=True)}
-    scores: list[Scores] = []
+
+    def probability(point: DecisionPoint) -> float:
+        """P(the earlier decisions) P(positive | them)."""
+        earlier = (positive[p.key] if taken else 1 - positive[p.key] for p, taken in point.earlier)
+        return math.prod(earlier) * positive[point.key]
+
     for part, texts in zip(parts, trees, strict=True):
-        scores.append({})
         for question in part.request.questions:
-            each = [
-                _probability([positive[point.key] for point in tree], tree, question)
-                for tree in texts
-                if any(point.question == question for point in tree)
-            ]
-            scores[-1][question] = (sum(each) / len(each) if each else None, len(texts) - len(each))
-    return scores
-
-
-def _probability(positive: Sequence[float], tree: Sequence[DecisionPoint], question: Question) -> float:
-    """P(the question's positive verdict): the sum over earlier answers of P(them) P(positive | them)."""
-
-    def reached(point: DecisionPoint) -> float:
-        return math.prod(positive[i] if taken else 1 - positive[i] for i, taken in point.earlier)
-
-    return sum(reached(point) * positive[i] for i, point in enumerate(tree) if point.question == question)
+            points = [[point for point in tree if point.question == question] for tree in texts]
+            sums = [sum(map(probability, own)) for own in points if own]
+            part.scores[question] = (sum(sums) / len(sums) if sums else None, len(texts) - len(sums))
 
 
 def _likelier(probability: float | None) -> int:

@@ -171,8 +171,10 @@ def test_questions_with_the_same_prompt_share_it(form, kind):
     text = "Harmful request: no\nResponse refusal: yes\nHarmful response: no"
     for part in one.split(request):
         assert one.parse(part, text) == {q: one.guard.parse(part.only(q), text) for q in part.questions}
-        single = [point.key for q in part.questions for point in one.decision_points(part.only(q), "")]
-        assert [point.key for point in one.decision_points(part, "")] == single
+        points = one.decision_points(part, "")
+        for question in part.questions:
+            single = [point for point in one.decision_points(part.only(question), "") if point.question == question]
+            assert [point for point in points if point.question == question] == single
 
 
 @pytest.mark.parametrize(

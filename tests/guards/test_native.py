@@ -54,7 +54,7 @@ def test_a_choice_for_every_way_to_the_question(form, question, places):
     found = form().decision_points(Request(BAKED, (question,), Mode.DIRECT), "")
     assert len(found) == places
     assert sum(point.question == question for point in found) == (places + 1) // 2
-    assert all(i < place for place, point in enumerate(found) for i, _ in point.earlier)
+    assert all(found.index(earlier) < place for place, point in enumerate(found) for earlier, _ in point.earlier)
 
 
 def test_training_begins_with_the_same_tokens(form):

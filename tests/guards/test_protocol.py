@@ -50,7 +50,6 @@ class Signs:
     """Prompts are ids; an answer's last character is the verdict, thoughts end with a full stop."""
 
     stop_ids = (STOP,)
-    reasoning_modes = frozenset({Mode.REASONING})
 
     def split(self, request):
         return (request,)
@@ -78,11 +77,11 @@ class Signs:
         ids = self.prompt(request).ids
         if request.mode is Mode.DIRECT:
             first, last = request.questions[0], request.questions[-1]
-            leads = first if first != last else None
+            leads = first if first != last else "response_refusal"
             root = DecisionPoint((*ids, ord("a")), ord("+"), ord("-"), leads)
             return [
                 root,
-                *(DecisionPoint((*ids, ord(c)), ord("+"), ord("-"), last, ((0, c == "b"),)) for c in "bc"),
+                *(DecisionPoint((*ids, ord(c)), ord("+"), ord("-"), last, ((root, c == "b"),)) for c in "bc"),
             ]
         if "." not in text:
             return ()

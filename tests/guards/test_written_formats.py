@@ -136,7 +136,7 @@ def test_a_verdict_is_chosen_where_its_words_part(form):
         start = len(form[kind].prompt(ask).ids)
         show = form[kind].text
         return [
-            (show(one.prefix[start:]), show([one.positive_id]), show([one.negative_id]), one.question is not None)
+            (show(one.prefix[start:]), show([one.positive_id]), show([one.negative_id]), one.question == ask.question)
             for one in form[kind].decision_points(ask, text)
         ]
 
@@ -157,8 +157,6 @@ def test_unfinished_reasoning_is_closed(form):
     assert lines.close_reasoning(ask, "<reason>\nBread.</reason>\nReq") == "<reason>\nBread.</reason>\n"
     assert lines.close_reasoning(ask, "<reason></reason>Request: good\nRefused: no\nReply: bad") is None
     assert lines.close_reasoning(asked(), "Requ") is None
-    assert lines.reasoning_modes == {Mode.REASONING}
-    assert not form["yes_no"].reasoning_modes
 
 
 def test_without_a_policy_it_judges_by_its_own_categories(write, tiny_tokenizer_folder):

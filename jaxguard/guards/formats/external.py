@@ -9,7 +9,7 @@ Any other policy is put where the format takes one; where it takes none the requ
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -22,13 +22,13 @@ from jaxguard.data.format.dialogue import Dialogue, Mode
 from jaxguard.data.format.template import TEMPLATE_KWARGS, token_ids
 from jaxguard.data.policies import Category, Policy, Question, policy_for
 from jaxguard.guards.baselines import BASELINES
-from jaxguard.guards.formats.builtin import BEGIN_CATEGORIES, BUILT_IN_GUARDS, END_CATEGORIES
+from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
 from jaxguard.guards.formats.custom import read_guard
-from jaxguard.guards.formats.definition import ExternalGuard, Quoted, numbered
-from jaxguard.guards.formats.schema import GUARD_FOLDER
-from jaxguard.guards.protocol import DecisionPoint, Prompt, PromptFormat, Request, UnsupportedError
+from jaxguard.guards.formats.definition import ExternalGuard, decision_tree, numbered
+from jaxguard.guards.protocol import DecisionPoint, Prompt, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
+GUARD_FOLDER: Final = Path("configs/guards")
 BUILT_IN: Final = ("jaxguard", *BUILT_IN_GUARDS, *BASELINES)
 """Every format that needs no file: the native one, the external guards of builtin.py, the baselines."""
 GENERAL: Final = ("wildguard", "aegis2", "demo")
@@ -37,7 +37,25 @@ GENERAL: Final = ("wildguard", "aegis2", "demo")
 _DATED: Final = "{% macro strftime_now(format) %}2025-10-29{% endmacro %}"
 
 
-def external_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> PromptFormat:
+def format_file(kind: str) -> Path:
+    """The file of a format that is not built in.
+
+    Raises:
+        JaxguardError: there is none; names the formats.
+    """
+    return find_yaml(kind, GUARD_FOLDER, f"guard format: neither {', '.join(BUILT_IN)}, nor a file")
+
+
+def external_guard(kind: str) -> ExternalGuard:
+    """The definition of a format: a built-in one, or what its file says.
+
+    Raises:
+        JaxguardError: there is neither; a file that is no format.
+    """
+    return BUILT_IN_GUARDS[kind] if kind in BUILT_IN_GUARDS else read_guard(format_file(kind))
+
+
+def external_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> "ExternalFormat":
     """The PromptFormat of an external guard, tried once.
 
     Args:
@@ -51,164 +69,134 @@ def external_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Polic
     guard = external_guard(kind)
     form = ExternalFormat(kind, guard, tokenizer, policy)
     question = guard.questions[0]
-    plain = Policy("own", rules="Be kind.", asks=guard.questions) if guard.takes_policy else Policy(GENERAL[0])
-    texts = Quoted("bread", None if question == "prompt_harm" else "bread", plain)
-    request = Request(Example("a trial", kind, texts.prompt, texts.response), (question,), guard.modes[0])
-    if not isinstance(guard.turn(texts, request), str) and not tokenizer.chat_template:
+    example = Example("a trial", kind, "bread", None if question == "prompt_harm" else "bread")
+    request = Request(example, (question,), guard.modes[0])
+    trial = Policy("own", rules="Be kind.", asks=guard.questions) if guard.takes_policy else Policy(GENERAL[0])
+    if not isinstance(guard.turn(request, trial), str) and not tokenizer.chat_template:
         raise JaxguardError(f"{form}: its tokenizer has no chat template; take all files of the checkpoint")
     if not form.stop_ids:
         raise JaxguardError(f"{form}: its tokenizer has no token that ends an answer ({', '.join(guard.ends)})")
-    form.rendered(texts, request)
+    form.rendered(request, trial)
     return form
-
-
-def external_guard(kind: str) -> ExternalGuard:
-    """The definition of a format: a built-in one, or what its file says.
-
-    Raises:
-        JaxguardError: there is neither; a file that is no format.
-    """
-    return BUILT_IN_GUARDS[kind] if kind in BUILT_IN_GUARDS else read_guard(format_file(kind))
-
-
-def format_file(kind: str) -> Path:
-    """The file of a format that is not built in.
-
-    Raises:
-        JaxguardError: there is none; names the formats.
-    """
-    return find_yaml(kind, GUARD_FOLDER, f"guard format: neither {', '.join(BUILT_IN)}, nor a file")
 
 
 @dataclass(frozen=True)
 class ExternalFormat:
-    """The PromptFormat of an external guard; every prompt answers one question, or all of a guard that answers together."""
+    """The PromptFormat of an external guard: prompts that are the same for several questions ask all of them."""
 
     kind: str
     guard: ExternalGuard
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
+    _expected: dict[tuple[tuple[Question, ...], Mode, bool], list[int]] = field(
+        default_factory=dict, init=False, compare=False
+    )
 
     def __str__(self) -> str:
         return f"format {self.kind} ({self.guard.name})"
 
     def split(self, request: Request, /) -> Sequence[Request]:
-        """See PromptFormat: questions with the same prompt share it."""
-        if len(request.questions) == 1:
-            return (request,)
         groups: dict[tuple[int, ...], tuple[Question, ...]] = {}
-        for question in request.questions:
+        for question in request.questions if len(request.questions) > 1 else ():
             ids = self.prompt(request.only(question)).ids
             groups[ids] = (*groups.get(ids, ()), question)
-        return [replace(request, questions=questions) for questions in groups.values()]
+        return [replace(request, questions=questions) for questions in groups.values()] or [request]
 
     def prompt(self, request: Request, /) -> Prompt:
         """See PromptFormat. Nothing is cut: a text that is too long for the model is for the backend to refuse."""
-        return Prompt(tuple(self._prompt(request.only(request.questions[0]))[0]))
+        request = request.only(request.questions[0])
+        guard, example = self.guard, request.example
+        if request.question not in guard.questions:
+            raise UnsupportedError(
+                f"example {example.id!r}: {self} does not answer {request.question}, but only "
+                f"{', '.join(guard.questions)}; leave the benchmark out for it"
+            )
+        if request.question != "prompt_harm" and example.response is None:
+            raise JaxguardError(f"example {example.id!r}: {request.question} is asked, but there is no response")
+        policy = policy_for(example, self.policy)
+        if not guard.takes_policy and policy.name not in GENERAL:
+            raise UnsupportedError(
+                f"example {example.id!r}: {self} judges by its own categories only and cannot take policy "
+                f"{policy.name!r}; leave benchmarks with such policies out for it"
+            )
+        policy = replace(
+            policy,
+            categories=tuple(Category(self.quote(c.name), self.quote(c.description)) for c in policy.categories),
+            rules=self.quote(policy.rules),
+            instruction=self.quote(policy.instruction),
+            allowed=tuple(map(self.quote, policy.allowed)),
+        )
+        response = self.quote(example.response or "") if guard.shows_response(request) else None
+        ids = self._tokens(request, self.quote(example.prompt), response, policy)
+        # A text that became a special token is refused: there must be as many as with harmless texts.
+        key = (request.questions, request.mode, response is None)
+        if key not in self._expected:
+            harmless = self._tokens(request, "bread", None if response is None else "bread", policy)
+            self._expected[key] = [i for i in harmless if i in self._reserved]
+        if [i for i in ids if i in self._reserved] != self._expected[key]:
+            raise JaxguardError(
+                f"example {example.id!r}: its text spells a special token of {self} in a way that jaxguard does not know. "
+                "Leave the example out and report it"
+            )
+        return Prompt(tuple(ids))
 
     def text(self, ids: Sequence[int], /) -> str:
         """Special tokens stay visible: one inside an answer makes it unparsable."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def tokens(self, text: str, /) -> list[int]:
+        return token_ids(self.tokenizer, text)
+
     def parse(self, request: Request, text: str, /) -> dict[Question, int]:
-        """See PromptFormat."""
         return {question: self.guard.parse(request.only(question), text) for question in request.questions}
 
     def close_reasoning(self, request: Request, text: str, /) -> str | None:
-        """See PromptFormat."""
         closed = (self.guard.close_reasoning(request.only(question), text) for question in request.questions)
         return next((text for text in closed if text is not None), None)
 
-    def tokens(self, text: str, /) -> list[int]:
-        """See PromptFormat."""
-        return token_ids(self.tokenizer, text)
-
     def decision_points(self, request: Request, text: str, /) -> list[DecisionPoint]:
-        """See PromptFormat: a tree for each question, of the words of an answer up to its verdict.
-
-        Where several words are positive, each is compared with the negative one. What follows are then not quite exclusive
-        decisions, so the probability is a little above that of the words together.
-        """
+        """See PromptFormat: one tree where a guard answers all questions together, else one for each."""
         points: list[DecisionPoint] = []
-        for question in request.questions:
-            points += self._tree(request.only(question), text, len(points))
+        prompt = self.prompt(request).ids
+        opening = "" if self.text(prompt[-1:]).endswith("\n") else self.guard.opening
+        for part in (request,) if self.guard.together else map(request.only, request.questions):
+            if self.guard.locate is not None:
+                start = self.guard.locate(part, text)
+            else:
+                start, _ = self.guard.split(part, text) or (None, "")
+            if start is not None:
+                points += decision_tree(prompt, start + opening, self.guard.lines(part), part.questions, self.tokens)
         return points
-
-    def _tree(self, request: Request, text: str, offset: int) -> list[DecisionPoint]:
-        """The decision points of one question; `offset` is the index of the first."""
-        start = self.guard.start(request, text)
-        if start is None:
-            return []
-        prompt, ends_open = self._prompt(request)
-        start += self.guard.opening if ends_open else ""
-        [question] = request.questions
-        points: list[DecisionPoint] = []
-        paths: list[tuple[str, tuple[tuple[int, bool], ...]]] = [("", ())]
-        for step in self.guard.steps(request):
-            decides = question if step.question == question else None
-            following = []
-            for before, earlier in paths:
-                taken, forks = earlier, list[tuple[list[int], int, int]]()
-                for word in (step.positive, *step.also):
-                    fork = self._fork(start + before + step.lead, word, step.negative)
-                    if fork is None:
-                        return []
-                    if fork in forks:  # "Yes" and "Yes."
-                        continue
-                    forks.append(fork)
-                    shared, positive, negative = fork
-                    points.append(DecisionPoint((*prompt, *shared), positive, negative, decides, taken))
-                    index = offset + len(points) - 1
-                    following.append((before + step.lead + word, (*taken, (index, True))))
-                    taken = (*taken, (index, False))
-                following.append((before + step.lead + step.negative, taken))
-            paths = following
-        return points
-
-    def _fork(self, before: str, positive: str, negative: str) -> tuple[list[int], int, int] | None:
-        """(tokens that both answers share, the first that differs in each); None if one begins with the other."""
-        a, b = self.tokens(before + positive), self.tokens(before + negative)
-        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-        return None if at is None else (a[:at], a[at], b[at])
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """See PromptFormat."""
-        vocabulary = self.tokenizer.get_vocab()
+        vocabulary, own = self.tokenizer.get_vocab(), self.tokenizer.eos_token_id
         ids = [vocabulary[token] for token in self.guard.ends if token in vocabulary]
-        return tuple(
-            dict.fromkeys([*ids, *([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])])
-        )
+        return tuple(dict.fromkeys(ids if own is None else [*ids, own]))
 
-    @property
-    def reasoning_modes(self) -> frozenset[Mode]:
-        """See PromptFormat."""
-        return frozenset() if self.guard.reasoning is None else self.guard.reasoning.modes
-
-    def rendered(self, texts: Quoted, request: Request) -> str:
-        """The prompt as text, special tokens included."""
-        turn = self.guard.turn(texts, request)
+    def rendered(self, request: Request, policy: Policy) -> str:
+        """The prompt as text, special tokens included, of a request and a policy whose texts are quoted."""
+        turn, categories = self.guard.turn(request, policy), self.guard.categories
         text = turn if isinstance(turn, str) else self._templated(*turn)
-        if self.guard.takes_policy and self.guard.own_categories and texts.policy.name not in GENERAL:
-            before, begin, rest = text.partition(BEGIN_CATEGORIES)
-            _, end, after = rest.partition(END_CATEGORIES)
+        if categories is not None and policy.name not in GENERAL:
+            before, begin, rest = text.partition(categories[0])
+            _, end, after = rest.partition(categories[1])
             if not end:
                 raise JaxguardError(f"{self}: its chat template has no section of categories: another model's?")
-            text = f"{before}{begin}\n{numbered(texts.policy)}\n{end}{after}"
+            text = f"{before}{begin}\n{numbered(policy)}\n{end}{after}"
         return text
 
     def _templated(self, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
         """What the checkpoint's chat template makes of the messages: contents are text, or parts where it knows images."""
         contents = [message["content"] for message in messages] + list(options.values())
-        parts: list[Any] = [
-            {**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages
-        ]
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        template = _DATED + self.tokenizer.get_chat_template()
         problem = "it does not show all of the request; another model's?"
-        for chat in (list[Any](messages), parts):
+        for chat in (list[Any](messages), list[Any](parts)):
             try:
                 text = self.tokenizer.apply_chat_template(
                     chat,
-                    chat_template=self._template,
+                    chat_template=template,
                     tokenize=False,
                     add_generation_prompt=True,
                     **TEMPLATE_KWARGS,
@@ -221,44 +209,10 @@ class ExternalFormat:
                 return str(text)
         raise JaxguardError(f"{self}: its chat template does not render the request: {problem}")
 
-    @cached_property
-    def _template(self) -> str:
-        return _DATED + self.tokenizer.get_chat_template()
-
-    def _prompt(self, request: Request) -> tuple[list[int], bool]:
-        """(token ids, whether the text ends without a line break) for a request with one question."""
-        guard, example, [question] = self.guard, request.example, request.questions
-        if question not in guard.questions:
-            raise UnsupportedError(
-                f"example {example.id!r}: {self} does not answer {question}, but only {', '.join(guard.questions)}; "
-                "leave the benchmark out for it"
-            )
-        if question != "prompt_harm" and example.response is None:
-            raise JaxguardError(f"example {example.id!r}: {question} is asked, but there is no response")
-        policy = policy_for(example, self.policy)
-        if not guard.takes_policy and policy.name not in GENERAL:
-            raise UnsupportedError(
-                f"example {example.id!r}: {self} judges by its own categories only and cannot take policy "
-                f"{policy.name!r}; leave benchmarks with such policies out for it"
-            )
-        response = self.quote(example.response or "") if guard.shows_response(request) else None
-        texts = Quoted(self.quote(example.prompt), response, self._quoted(policy))
-        text = self.rendered(texts, request)
-        ids = self.tokens(text)
-        self._check(request, texts, ids)
-        return ids, not text.endswith("\n")
-
-    def _check(self, request: Request, texts: Quoted, ids: Sequence[int]) -> None:
-        """Refuse a text that became a special token: those must be as many as with harmless texts."""
-        key = (request.questions, request.mode, texts.response is None)
-        if key not in self._expected:
-            plain = replace(texts, prompt="bread", response=None if texts.response is None else "bread")
-            self._expected[key] = self._reserved_in(self.tokens(self.rendered(plain, request)))
-        if self._reserved_in(ids) != self._expected[key]:
-            raise JaxguardError(
-                f"example {request.example.id!r}: its text spells a special token of {self} in a way that jaxguard does not "
-                "know. Leave the example out and report it"
-            )
+    def _tokens(self, request: Request, prompt: str, response: str | None, policy: Policy) -> list[int]:
+        """The prompt of a request with these quoted texts in place of the example's."""
+        example = Example(request.example.id, request.example.source, prompt, response)
+        return self.tokens(self.rendered(replace(request, example=example), policy))
 
     def quote(self, text: str) -> str:
         """Untrusted text with every string broken that could act as part of the format or as a special token."""
@@ -266,23 +220,6 @@ class ExternalFormat:
         while broken:  # a mark may overlap itself
             text, broken = self._loose.subn(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)
         return text
-
-    def _quoted(self, policy: Policy) -> Policy:
-        categories = tuple(Category(self.quote(c.name), self.quote(c.description)) for c in policy.categories)
-        return replace(
-            policy,
-            categories=categories,
-            rules=self.quote(policy.rules),
-            instruction=self.quote(policy.instruction),
-            allowed=tuple(map(self.quote, policy.allowed)),
-        )
-
-    @cached_property
-    def _expected(self) -> dict[tuple[tuple[Question, ...], Mode, bool], list[int]]:
-        return {}
-
-    def _reserved_in(self, ids: Sequence[int]) -> list[int]:
-        return [i for i in ids if i in self._reserved]
 
     @cached_property
     def _reserved(self) -> dict[int, str]:

@@ -9,13 +9,18 @@ from typing import Final, Literal
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.encoding import Encoder, PromptTooLongError
 from jaxguard.data.format.answer import close_reasoning, parse, verdict_prefix
-from jaxguard.data.format.dialogue import ABSENT, CHOICES, Answers, Mode, questions
+from jaxguard.data.format.dialogue import ABSENT, CHOICES, TITLES, Mode, questions
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
+from jaxguard.guards.formats.definition import VerdictLine, decision_tree
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Prompt, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
 MOST_TOKENS: Final = 8192
 """Text is judged whole up to here, where the model's context allows it, however short the rows of its training were."""
+_LINES: Final = {
+    question: VerdictLine(question=question, label=TITLES[question], positive=(positive,), negative=(negative,))
+    for question, (positive, negative) in CHOICES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -44,25 +49,26 @@ class NativeFormat:
         others = policy.asks if self.ask == "policy" else questions(request.example, policy)
         return tuple(q for q in QUESTIONS if q in others or q in request.questions)
 
-    def split(self, request: Request) -> Sequence[Request]:
+    def split(self, request: Request, /) -> Sequence[Request]:
         return (request,)
 
-    def prompt(self, request: Request) -> Prompt:
-        reasons = request.mode in self.reasoning_modes
-        room = self.verdict_tokens + (self.reasoning_tokens + self.verdict_tokens if reasons else 0)
+    def prompt(self, request: Request, /) -> Prompt:
+        reasoning = self.reasoning_tokens + self.verdict_tokens if request.mode is Mode.REASONING else 0
         try:
-            prompt = self.encoder.prompt(request.example, request.mode, room, self.lines(request))
+            prompt = self.encoder.prompt(
+                request.example, request.mode, self.verdict_tokens + reasoning, self.lines(request)
+            )
         except PromptTooLongError as error:
             raise UnsupportedError(str(error)) from None
         return Prompt(tuple(prompt.ids), prompt.cut)
 
-    def text(self, ids: Sequence[int]) -> str:
+    def text(self, ids: Sequence[int], /) -> str:
         return str(self.encoder.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
-    def tokens(self, text: str) -> Sequence[int]:
+    def tokens(self, text: str, /) -> Sequence[int]:
         return self.encoder.ids(text)
 
-    def parse(self, request: Request, text: str) -> dict[Question, int]:
+    def parse(self, request: Request, text: str, /) -> dict[Question, int]:
         has_response = request.example.response is not None
         verdicts: dict[Question, int] = {}
         for question in request.questions:
@@ -71,46 +77,26 @@ class NativeFormat:
             verdicts[question] = UNPARSABLE if verdict.problems else POSITIVE if positive else NEGATIVE
         return verdicts
 
-    def close_reasoning(self, request: Request, text: str) -> str | None:
-        if request.mode not in self.reasoning_modes:
+    def close_reasoning(self, request: Request, text: str, /) -> str | None:
+        if request.mode is Mode.DIRECT:
             return None
         prefix = verdict_prefix(text)
         if prefix is None:
             return close_reasoning(text)
         return prefix if UNPARSABLE in self.parse(request, text).values() else None
 
-    def decision_points(self, request: Request, text: str) -> Sequence[DecisionPoint]:
-        """A point for each line up to the last requested one, on every path through the lines before it."""
-        start = verdict_prefix(text) if request.mode in self.reasoning_modes else ""
+    def decision_points(self, request: Request, text: str, /) -> Sequence[DecisionPoint]:
+        start = verdict_prefix(text) if request.mode is Mode.REASONING else ""
         if start is None:
             return ()
-        prompt, lines = self.prompt(request).ids, self.lines(request)
-        last = max(lines.index(question) for question in request.questions)
-        points: list[DecisionPoint] = []
-        paths: list[tuple[Answers, tuple[tuple[int, bool], ...]]] = [((), ())]
-        for question in lines[: last + 1]:
-            if question != "prompt_harm" and request.example.response is None:
-                paths = [((*before, (question, ABSENT)), earlier) for before, earlier in paths]
-                continue
-            longer = []
-            for before, earlier in paths:
-                prefix, positive, negative = self.encoder.decision_point(start, before, question)
-                index = len(points)
-                points.append(DecisionPoint((*prompt, *prefix), positive, negative, question, earlier))
-                longer += [
-                    ((*before, (question, word)), (*earlier, (index, word == CHOICES[question][0])))
-                    for word in CHOICES[question]
-                ]
-            paths = longer
-        return points
+        absent = (ABSENT,) if request.example.response is None else ()
+        lines = [(_LINES[q], () if q == "prompt_harm" else absent) for q in self.lines(request)]
+        prompt, end = self.prompt(request).ids, self.encoder.template.end
+        return decision_tree(prompt, start, lines, request.questions, self.tokens, end)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return (self.encoder.end_id,)
-
-    @property
-    def reasoning_modes(self) -> frozenset[Mode]:
-        return frozenset({Mode.REASONING})
 
 
 def context_tokens(folder: Path) -> int:
