@@ -10,8 +10,7 @@ from jaxguard.check.inputs import read_inputs
 from jaxguard.cli import Command, suggest
 from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.guards.guard import Guard
-from jaxguard.guards.setup import set_up
+from jaxguard.guards.guard import Guard, set_up
 from jaxguard.utils.progress import track
 
 NOT_PASSED = 1

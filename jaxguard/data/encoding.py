@@ -21,7 +21,6 @@ from jaxguard.data.format.dialogue import (
     Mode,
     answers,
     questions,
-    written,
 )
 from jaxguard.data.format.template import Template, load_tokenizer, read_template, render, token_ids
 from jaxguard.data.policies import QUESTIONS, Policy, Question, load_policy, policy_for

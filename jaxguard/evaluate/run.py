@@ -30,8 +30,14 @@ from jaxguard.evaluate.report.published import nearest_row, read_published
 from jaxguard.evaluate.scores.results import Evaluation
 from jaxguard.evaluate.scores.scoring import PredictedExamples, score
 from jaxguard.guards.baselines import BASELINES
-from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, modes_of, open_guard
-from jaxguard.guards.predictions import open_predictions
+from jaxguard.guards.loading import (
+    cache_key,
+    checkpoint_of,
+    examples_key,
+    modes_of,
+    open_guard,
+    open_predictions,
+)
 from jaxguard.guards.protocol import UNPARSABLE, Prediction, Predictor, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder

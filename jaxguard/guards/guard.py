@@ -1,28 +1,125 @@
 """The public class `Guard`: a guard model, loaded once, that checks prompts and responses against a policy."""
 
 import asyncio
+import re
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Final, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
+from jaxguard.config import Config, load, validate
+from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
+from jaxguard.config.lookup import nearest
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import Verdict, parse, reasoning_of
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.data.policies import Policy, Question, policy_for
+from jaxguard.data.guard_files import read_guard_files
+from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.guards import loading
-from jaxguard.guards.protocol import Prediction, Predictor, Request
-from jaxguard.guards.setup import Setup, set_up
+from jaxguard.guards.protocol import Prediction, Request
+from jaxguard.utils import hub
+from jaxguard.utils.client import API_KEY
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.threads import outside_event_loop
 
-HARM: Final[tuple[Question, ...]] = ("prompt_harm", "response_harm")
 Exchange: TypeAlias = Example | tuple[str, str | None] | str
 """An example, a (prompt, response) pair, or a prompt."""
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that decides how a guard is loaded and prompted, before anything heavy is loaded.
+
+    Attributes:
+        guard, config, settings: for open_guard.
+        policy: what is judged by.
+        trained: the mode that it was trained in, or "dual"; "dual" also where that is unknown.
+        mode: how it answers by default.
+    """
+
+    guard: GuardConfig
+    config: Config
+    settings: EvaluateConfig
+    policy: Policy
+    trained: str
+    mode: Mode
+
+    @property
+    def warning(self) -> str:
+        """What a user should know; empty if nothing."""
+        trained = self.trained in ("dual", self.mode)
+        return "" if trained else f"this model was trained to answer in {self.trained} mode only"
+
+
+def set_up(
+    model: str | Path,
+    policy: str | Path | None = None,
+    mode: str | Mode | None = None,
+    tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
+) -> Setup:
+    """Put together a config that is never trained; see `Guard.load` for the arguments and errors.
+
+    How a model was trained to be prompted (its markers, its modes) is in the config of its run, a file of the export.
+    """
+    endpoint = str(model).rstrip("/") if re.match(r"https?://", str(model)) else None
+    if endpoint is None and tokenizer is not None:
+        raise JaxguardError("tokenizer goes with a server's address; a folder or repository brings its own")
+    chosen = None if mode is None else _known_mode(mode)
+    if policy is not None:
+        load_policy(str(policy))  # before anything is downloaded
+    checkpoint = loading.export_or(str(tokenizer or _served_path(endpoint)) if endpoint else str(model))
+    export = read_guard_files(hub.fetch(checkpoint, only=("*.json", "*.jinja", "tokenizer*", "*.yaml")))
+    run = load(str(config)) if config is not None else None if export is None else export.config
+    if policy is None:
+        if run is None:
+            raise JaxguardError("which policy? What this model was trained on is not known: name one, such as aegis2")
+        policy = run.data.policy if export is None or config is not None else export.policy
+    trained = "dual" if run is None else run.data.mode
+    default = chosen or (Mode.DIRECT if trained == "direct" else Mode.REASONING)
+    guard = GuardConfig(checkpoint=checkpoint, endpoint=endpoint, modes=(default.value,))
+    settings = EvaluateConfig(guards=(guard,), generations=1, temperature=0.0, top_p=1.0)
+    # The mesh, attention and dtype were chosen for the machine that trained; the defaults fit this one.
+    own_model = {} if run is None else run.model.model_dump()
+    own_data = {"train": [{"kind": "jsonl", "path": "none"}]} if run is None else run.data.model_dump()
+    tree = {
+        "name": "check",
+        "model": {**own_model, "checkpoint": checkpoint, "revision": None, "attention": "auto"},
+        "data": {**own_data, "policy": str(policy), "subset": None},
+        "evaluate": settings.model_dump(),
+    }
+    return Setup(guard, validate(tree, "check"), settings, load_policy(str(policy)), trained, default)
+
+
+def _known_mode(mode: str | Mode) -> Mode:
+    if mode not in tuple(Mode):
+        raise JaxguardError(f"mode {str(mode)!r}: {nearest(str(mode), map(str, Mode))}expected {' or '.join(Mode)}")
+    return Mode(mode)
+
+
+def _served_path(endpoint: str) -> str:
+    """Where the model that a server serves lies on this machine."""
+    from jaxguard.guards.backends.sglang import served
+
+    try:
+        path = outside_event_loop(lambda: asyncio.run(served(endpoint))).get("model_path")
+    except JaxguardError as error:
+        raise JaxguardError(
+            f"{endpoint} does not say what it serves ({error}): is it an SGLang server that is ready? If so, set {API_KEY} "
+            "where it wants a key, or name the model's folder or repository with --tokenizer"
+        ) from None
+    if not isinstance(path, str) or not Path(path).is_dir():
+        raise JaxguardError(
+            f"{endpoint} serves {path!r}, which is no folder on this machine: name a folder or repository that has the "
+            "model's tokenizer with --tokenizer"
+        )
+    return path
 
 
 @dataclass(frozen=True)
@@ -52,7 +149,7 @@ class CheckResult:
     @property
     def harmful(self) -> bool:
         """Prompt or response is harmful."""
-        return any(getattr(self.verdict, question) == "harmful" for question in HARM)
+        return "harmful" in (self.verdict.prompt_harm, self.verdict.response_harm)
 
     @property
     def passes(self) -> bool:
@@ -73,11 +170,10 @@ class Guard:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jaxguard", daemon=True)
         self._thread.start()
-        self._stop = asyncio.Event()
-        opened: Future[Predictor] = Future()
-        self._held = asyncio.run_coroutine_threadsafe(self._hold(opened), self._loop)
+        self._open = AsyncExitStack()
+        opened = loading.open_guard(setup.guard, setup.config, setup.settings)
         try:
-            self._predict = opened.result()
+            self._predict = self._submit(self._open.enter_async_context(opened)).result()
         except BaseException:
             self.close()
             raise
@@ -130,17 +226,20 @@ class Guard:
 
     async def acheck(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:
         """As `check`, without blocking the event loop."""
-        checked = self._checked(_examples([(prompt, response)]), self.setup.resolve_mode(mode))
-        return await asyncio.wrap_future(self._submit(_first(checked)))
+
+        async def first() -> CheckResult:
+            [result] = [result async for result in self._checked([(prompt, response)], mode)]
+            return result
+
+        return await asyncio.wrap_future(self._submit(first()))
 
     def stream(self, exchanges: Iterable[Exchange], mode: str | Mode | None = None) -> Iterator[CheckResult]:
         """As `check_many`, each result as soon as it and those before it are there."""
-        checked = self._checked(_examples(exchanges), self.setup.resolve_mode(mode))
-        results: SimpleQueue[CheckResult | None] = SimpleQueue()
+        exchanges, results = list(exchanges), SimpleQueue[CheckResult | None]()
 
         async def produce() -> None:
             try:
-                async for result in checked:
+                async for result in self._checked(exchanges, mode):
                     results.put(result)
             finally:
                 results.put(None)
@@ -157,9 +256,8 @@ class Guard:
         """Free the model, or the connection; closing twice does no harm."""
         if self._loop.is_closed():
             return
-        self._loop.call_soon_threadsafe(self._stop.set)
         try:
-            self._held.exception()  # what is raised at the end was raised to a caller before
+            self._submit(self._open.aclose()).exception()  # what is raised at the end was raised to a caller before
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -171,29 +269,26 @@ class Guard:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def _hold(self, opened: "Future[Predictor]") -> None:
-        """Keep the guard open until it is closed."""
-        try:
-            async with loading.open_guard(self.setup.guard, self.setup.config, self.setup.settings) as predict:
-                opened.set_result(predict)
-                await self._stop.wait()
-        except BaseException as error:
-            if opened.done():
-                raise
-            opened.set_exception(error)
-
-    def _submit(self, work: Coroutine[Any, Any, Result]) -> "Future[Result]":
+    def _submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         if self._loop.is_closed():
             work.close()
             raise JaxguardError("this guard is closed: load it again")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _checked(self, examples: list[Example], mode: Mode) -> AsyncIterator[CheckResult]:
-        """The result of each example, in order, as soon as it and those before it are there."""
-        requests = [
-            Request(replace(example, id=str(i)), applicable(example, self.setup.policy), mode)
-            for i, example in enumerate(examples)
-        ]
+    async def _checked(self, exchanges: Iterable[Exchange], mode: str | Mode | None) -> AsyncIterator[CheckResult]:
+        """The result of each exchange, in order, as soon as it and those before it are there."""
+        mode = self.setup.mode if mode is None else _known_mode(mode)
+        examples, requests = list[Example](), list[Request]()
+        for i, exchange in enumerate(exchanges):
+            if isinstance(exchange, Example):
+                example = exchange
+            else:
+                prompt, response = (exchange, None) if isinstance(exchange, str) else exchange
+                example = Example(str(i + 1), "check", prompt, response)
+            asks = policy_for(example, self.policy).asks
+            applicable = tuple(q for q in asks if q == "prompt_harm" or example.response is not None)
+            examples.append(example)
+            requests.append(Request(replace(example, id=str(i)), applicable or ("prompt_harm",), mode))
         predictions: dict[str, Prediction] = {}
         done = 0
         async for prediction in self._predict(requests):
@@ -201,12 +296,6 @@ class Guard:
             while str(done) in predictions:
                 yield _result(examples[done], predictions.pop(str(done)), mode)
                 done += 1
-
-
-def applicable(example: Example, policy: Policy) -> tuple[Question, ...]:
-    """What the policy asks, but nothing about a response that is not there; always something."""
-    asks = policy_for(example, policy).asks
-    return tuple(q for q in asks if q == "prompt_harm" or example.response is not None) or ("prompt_harm",)
 
 
 def _result(example: Example, prediction: Prediction, mode: Mode) -> CheckResult:
@@ -224,19 +313,3 @@ def _result(example: Example, prediction: Prediction, mode: Mode) -> CheckResult
         text=text,
         seconds=prediction.seconds,
     )
-
-
-def _examples(exchanges: Iterable[Exchange]) -> list[Example]:
-    examples = []
-    for i, exchange in enumerate(exchanges, 1):
-        if isinstance(exchange, Example):
-            examples.append(exchange)
-            continue
-        prompt, response = (exchange, None) if isinstance(exchange, str) else exchange
-        examples.append(Example(str(i), "check", prompt, response))
-    return examples
-
-
-async def _first(results: AsyncIterator[CheckResult]) -> CheckResult:
-    [result] = [result async for result in results]
-    return result

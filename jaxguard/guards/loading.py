@@ -1,10 +1,11 @@
-"""Open the guards that a config names: checkpoint, prompt format and backend become a Predictor."""
+"""Open the guards that a config names: checkpoint, prompt format and backend become a Predictor, whose predictions are stored."""
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
-from functools import lru_cache
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,9 +23,10 @@ from jaxguard.data.sources import digest
 from jaxguard.guards.baselines import BASELINES, fit_baseline
 from jaxguard.guards.formats.external import BUILT_IN, external_format, external_guard, format_file
 from jaxguard.guards.formats.native import NativeFormat, context_tokens
-from jaxguard.guards.protocol import Backend, Prediction, Predictor, PromptFormat, Request, predict
+from jaxguard.guards.protocol import Backend, Prediction, Predictor, PromptFormat, predict
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.store import Store, open_store, read_records
 
 _SAMPLING: Final = {"temperature", "top_p", "generations", "reasoning_tokens", "verdict_tokens", "ask", "seed"}
 """Settings that change a guard's predictions."""
@@ -40,12 +42,18 @@ def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
         able = tuple(Mode)
     else:
         able = (Mode.DIRECT,) if guard.format in BASELINES else external_guard(guard.format).modes
-    if set(guard.modes) - {*map(str, able)}:
+    if not set(guard.modes) <= set(able):
         raise JaxguardError(
             f"guard {guard.name!r}: format {guard.format} answers in {able[0]} mode only; leave modes out"
         )
     trained = tuple(mode for mode in able if config.data.mode in ("dual", mode))
     return tuple(map(Mode, guard.modes)) or trained or able
+
+
+def export_or(checkpoint: str) -> str:
+    """The export in a run's folder, or the checkpoint itself."""
+    export = Path(checkpoint).expanduser() / "export"
+    return str(export) if (export / "config.json").is_file() else checkpoint
 
 
 def checkpoint_of(guard: GuardConfig, config: Config) -> str:
@@ -54,44 +62,74 @@ def checkpoint_of(guard: GuardConfig, config: Config) -> str:
     Raises:
         JaxguardError: this run has no export yet.
     """
-    if guard.checkpoint is None:
-        export = config.folder / "export"
-        if not is_complete(export):
-            raise JaxguardError(
-                f"guard {guard.name!r} is this run's export, but {export} is not there: train it first, "
-                f"python -m jaxguard.train with the same config, or name the guard's checkpoint"
-            )
-        return str(export)
-    export = Path(guard.checkpoint).expanduser() / "export"
-    return str(export) if export.is_dir() else guard.checkpoint
+    if guard.checkpoint is not None:
+        return export_or(guard.checkpoint)
+    export = config.folder / "export"
+    if not is_complete(export):
+        raise JaxguardError(
+            f"guard {guard.name!r} is this run's export, but {export} is not there: train it first, "
+            f"python -m jaxguard.train with the same config, or name the guard's checkpoint"
+        )
+    return str(export)
 
 
-async def cache_key(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
-    """What decides a guard's predictions, whatever the examples; JSON for the first line of a file.
-
-    Raises:
-        JaxguardError: as `fingerprint`.
-    """
-    return {
-        "guard": await fingerprint(guard, config, settings),
-        "format": config.data.model_dump(include={"reasoning_marker", "direct_marker"}),
-        **settings.model_dump(mode="json", include=_SAMPLING),
-    }
-
-
-def examples_key(examples: Sequence[Example], policy: Policy) -> dict[str, str]:
-    """What decides them besides: the examples, and every policy that one of them is judged by.
+@asynccontextmanager
+async def open_guard(
+    guard: GuardConfig, config: Config, settings: EvaluateConfig, probabilities: bool = True
+) -> AsyncIterator[Predictor]:
+    """Load a guard, or connect to it, or start its server; everything is closed at the end.
 
     Args:
-        examples: those to predict.
-        policy: the run's.
+        guard: which one.
+        config: its run's, or that of the run that evaluates it.
+        settings: backend and sampling.
+        probabilities: see protocol.predict.
+
+    Raises:
+        JaxguardError: no such checkpoint, a server that does not answer or serves another model.
     """
-    policies: dict[str, list[tuple[str | None, str]]] = {}
-    for written, example in {example.policy: example for example in examples}.items():
-        own = policy_for(example, policy)
-        policies.setdefault(f"policy {own.name}", []).append((written, own.digest))
-    hashes = {name: hashlib.sha256(json.dumps(each).encode()).hexdigest() for name, each in policies.items()}
-    return {"examples": digest(examples), **hashes}
+    if guard.format in BASELINES:
+        examples, _ = load_sources(config.data.train, "train")
+        yield fit_baseline(guard.format, examples, config.seed)
+        return
+    remote = guard.endpoint is not None and not guard.swap
+    folder = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES if remote else None)
+    policy = load_policy(config.data.policy)
+    form: PromptFormat
+    if guard.format == "jaxguard":
+        data = config.data.model_copy(update={"max_seq_len": context_tokens(folder)})
+        form = NativeFormat.of(Encoder.load(folder, data, policy), settings)
+    else:
+        form = external_format(guard.format, load_tokenizer(folder, chat=False), policy)
+    async with AsyncExitStack() as stack:
+        backend = await _backend(guard, folder, config, settings, stack)
+        yield partial(predict, form=form, backend=backend, settings=settings, probabilities=probabilities)
+
+
+async def _backend(
+    guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig, stack: AsyncExitStack
+) -> Backend:
+    """JAX and the client of SGLang, an extra, are imported only where they are used."""
+    if guard.endpoint is None and settings.backend == "jax":
+        from jaxguard.guards.backends.jax import load_backend
+
+        return load_backend(folder, config, settings)
+    from jaxguard.guards.backends.sglang import open_sglang, served, swap_weights
+
+    url, model, version = guard.endpoint, guard.model, None
+    if url is None:
+        from jaxguard.guards.backends.server import serve
+
+        log = config.folder / "evaluate" / f"{guard.name}.server.log"
+        model = model or guard.name
+        url = stack.enter_context(serve(folder, model, log, settings.server))
+    elif guard.swap:
+        version = str(weights_digest(folder))[:16]
+        await swap_weights(url, folder, version)
+        model = None  # it is called by the folder from now on
+    else:  # others may swap its weights meanwhile
+        version = (await served(url)).get("weight_version")
+    return await stack.enter_async_context(open_sglang(url, model, settings, version))
 
 
 async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
@@ -125,8 +163,7 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
 
 def weights_digest(folder: Path) -> str | None:
     """Hash of a folder's weights; None where there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    stats = [(path, path.stat()) for path in files]
+    stats = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
     digests = [_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
 
@@ -136,68 +173,62 @@ def _digest(path: Path, _size: int, _changed: int) -> str:
     return file_digest(path)
 
 
-@asynccontextmanager
-async def open_guard(
-    guard: GuardConfig, config: Config, settings: EvaluateConfig, probabilities: bool = True
-) -> AsyncIterator[Predictor]:
-    """Load a guard, or connect to it, or start its server; everything is closed at the end.
-
-    Args:
-        guard: which one.
-        config: its run's, or that of the run that evaluates it.
-        settings: backend and sampling.
-        probabilities: see protocol.predict.
+async def cache_key(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
+    """What decides a guard's predictions, whatever the examples; JSON for the first line of a file.
 
     Raises:
-        JaxguardError: no such checkpoint, a server that does not answer or serves another model.
+        JaxguardError: as `fingerprint`.
     """
-    if guard.format in BASELINES:
-        examples, _ = load_sources(config.data.train, "train")
-        yield fit_baseline(guard.format, examples, config.seed)
-        return
-    remote = guard.endpoint is not None and not guard.swap
-    folder = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES if remote else None)
-    form = _format(guard, folder, config, settings)
-    async with _backend(guard, folder, config, settings) as backend:
-
-        def predictor(requests: Sequence[Request]) -> AsyncIterator[Prediction]:
-            return predict(requests, form, backend, settings, probabilities)
-
-        yield predictor
+    return {
+        "guard": await fingerprint(guard, config, settings),
+        "format": config.data.model_dump(include={"reasoning_marker", "direct_marker"}),
+        **settings.model_dump(mode="json", include=_SAMPLING),
+    }
 
 
-def _format(guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig) -> PromptFormat:
-    policy = load_policy(config.data.policy)
-    if guard.format == "jaxguard":
-        whole = config.data.model_copy(update={"max_seq_len": context_tokens(folder)})
-        return NativeFormat.of(Encoder.load(folder, whole, policy), settings)
-    return external_format(guard.format, load_tokenizer(folder, chat=False), policy)
+def examples_key(examples: Sequence[Example], policy: Policy) -> dict[str, str]:
+    """What decides them besides: the examples, and every policy that one of them is judged by, by default `policy`."""
+    policies: dict[str, list[tuple[str | None, str]]] = {}
+    for written, example in {example.policy: example for example in examples}.items():
+        own = policy_for(example, policy)
+        policies.setdefault(f"policy {own.name}", []).append((written, own.digest))
+    hashes = {name: hashlib.sha256(json.dumps(each).encode()).hexdigest() for name, each in policies.items()}
+    return {"examples": digest(examples), **hashes}
 
 
-@asynccontextmanager
-async def _backend(
-    guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig
-) -> AsyncIterator[Backend]:
-    if guard.endpoint is None and settings.backend == "jax":
-        from jaxguard.guards.backends.jax import load_backend  # JAX is loaded only where it computes
+@dataclass
+class Predictions:
+    """An open file of predictions; `answers` holds them by their example's id."""
 
-        yield load_backend(folder, config, settings)
-        return
-    from jaxguard.guards.backends.sglang import open_sglang, served, swap_weights  # its client is an extra
+    answers: dict[str, Prediction]
+    _store: Store
 
-    with ExitStack() as stack:
-        url, model, version = guard.endpoint, guard.model, None
-        if url is None:
-            from jaxguard.guards.backends.server import serve
+    def append(self, prediction: Prediction) -> None:
+        """Add a prediction: once this returns, killing the process does not lose it.
 
-            log = config.folder / "evaluate" / f"{guard.name}.server.log"
-            model = model or guard.name
-            url = stack.enter_context(serve(folder, model, log, settings.server))
-        elif guard.swap:
-            version = str(weights_digest(folder))[:16]
-            await swap_weights(url, folder, version)
-            model = None  # it is called by the folder from now on
-        else:  # others may swap its weights meanwhile
-            version = (await served(url)).get("weight_version")
-        async with open_sglang(url, model, settings, version) as backend:
-            yield backend
+        Raises:
+            JaxguardError: it cannot be written.
+        """
+        self._store.append(asdict(prediction))
+        self.answers[prediction.example_id] = prediction
+
+
+@contextmanager
+def open_predictions(path: Path, settings: Mapping[str, Any]) -> Iterator[Predictions]:
+    """Open a file of predictions to add to, or begin it. The caller holds a lock on the folder.
+
+    Args:
+        path: a file of checksummed lines, whose first one holds the settings.
+        settings: what decides the predictions: guard, sampling, examples. JSON.
+
+    Raises:
+        JaxguardError: it was begun with other settings, or cannot be written.
+    """
+
+    def parse(record: dict[str, Any]) -> Prediction:
+        verdicts = {question: tuple(each) for question, each in record["verdicts"].items()}
+        return Prediction(**{**record, "verdicts": verdicts, "texts": tuple(record["texts"])})
+
+    remedy = "Take the old values back, give the guard or the run another name, or delete the file."
+    with open_store(path, settings, remedy) as store:
+        yield Predictions({prediction.example_id: prediction for prediction in read_records(path, parse)}, store)

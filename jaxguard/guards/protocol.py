@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol
 
@@ -85,12 +85,8 @@ class Prediction:
     scoring: float = 0.0
 
 
-class Predictor(Protocol):
-    """An open guard."""
-
-    def __call__(self, requests: Sequence[Request], /) -> AsyncIterator[Prediction]:
-        """Predictions in any order, each as soon as it is there; requests have one mode and distinct example ids."""
-        ...
+Predictor = Callable[[Sequence[Request]], AsyncIterator[Prediction]]
+"""An open guard. Predictions come in any order, each as soon as it is there; requests have one mode and distinct example ids."""
 
 
 @dataclass(frozen=True)

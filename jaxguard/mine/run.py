@@ -19,8 +19,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, load_policy
 from jaxguard.data.prepare import Selection, select
-from jaxguard.guards.loading import cache_key, examples_key, open_guard
-from jaxguard.guards.predictions import open_predictions
+from jaxguard.guards.loading import cache_key, examples_key, open_guard, open_predictions
 from jaxguard.guards.protocol import Request
 from jaxguard.mine.choose import Outcome, choose, hard_of, labels_of, outcome_of
 from jaxguard.mine.report import MineResult, summarize, write_report

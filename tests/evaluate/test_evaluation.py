@@ -144,7 +144,7 @@ def test_without_an_export_it_says_to_train(run, capsys):
 KILLED = """
 import os, signal, sys
 from jaxguard.evaluate.__main__ import main
-from jaxguard.guards.predictions import Predictions
+from jaxguard.guards.loading import Predictions
 append = Predictions.append
 def kill_at_the_fourth(predictions, answer):
     if len(predictions.answers) == 3:

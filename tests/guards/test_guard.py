@@ -9,8 +9,7 @@ import pytest
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.guards import loading
-from jaxguard.guards.guard import Guard
-from jaxguard.guards.setup import set_up
+from jaxguard.guards.guard import Guard, set_up
 from jaxguard.utils.errors import JaxguardError
 
 THOUGHT = (

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from jaxguard.guards.setup import set_up
+from jaxguard.guards.guard import set_up
 from jaxguard.utils.errors import JaxguardError
 
 

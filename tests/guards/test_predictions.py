@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxguard.guards.predictions import open_predictions
+from jaxguard.guards.loading import open_predictions
 from jaxguard.guards.protocol import Prediction
 from jaxguard.utils.errors import ProvenanceError
 from jaxguard.utils.store import open_store
