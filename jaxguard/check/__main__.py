@@ -1,16 +1,22 @@
 """`jaxguard check --model EXPORT --policy NAME "text"`: check a text, an exchange or a file of them by a policy."""
 
 import argparse
+import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from jaxguard.check.inputs import read_inputs
 from jaxguard.cli import Command, suggest
 from jaxguard.config.base import CONFIG_FOLDER, names
-from jaxguard.data.format.dialogue import Mode
-from jaxguard.guards.guard import Guard, set_up
+from jaxguard.data.examples import Example
+from jaxguard.data.files import SUFFIXES, Row, read_local, text
+from jaxguard.data.format.dialogue import TITLES, Mode
+from jaxguard.guards.guard import CheckResult, Guard, set_up
+from jaxguard.report.text import visible
+from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.progress import track
 
 NOT_PASSED = 1
@@ -31,6 +37,8 @@ plain text, a message on each line. A policy that a file names is not read.
 
 policies in configs/policies/: {policies}
 """
+_STYLES = {"harmful": "bold red", "unharmful": "bold green"}
+_BEGINNING = 72
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -38,8 +46,6 @@ def _check(options: argparse.Namespace) -> int:
     setup = set_up(options.model, options.policy, options.mode, options.tokenizer, options.config)
     if setup.warning:
         Console(stderr=True).print(Text(f"note: {setup.warning}", style="yellow"))
-    from jaxguard.check.render import json_line, render  # loads what reports on data need
-
     console, passed, several = Console(highlight=False, soft_wrap=True), True, options.file is not None
     with Guard(setup) as guard:
         # On a terminal the verdicts themselves are the progress, and a bar would be in their way.
@@ -51,6 +57,95 @@ def _check(options: argparse.Namespace) -> int:
                 console.print(render(result, example if several else None))
             passed = passed and result.passes
     return 0 if passed else NOT_PASSED
+
+
+def read_inputs(prompt: str | None, response: str | None, file: str | None) -> list[Example]:
+    """The one exchange of the command line, or those of a file; `-` for either is standard input.
+
+    Raises:
+        JaxguardError: nothing to check, or both; an empty text; a line that is no exchange.
+    """
+    if prompt == "-" and file is None:
+        prompt, file = None, "-"
+    if (prompt is None) == (file is None):
+        raise JaxguardError('give either a text or --file: jaxguard check --model MODEL --policy NAME "text"')
+    if file is not None and response is not None:
+        raise JaxguardError("--response goes with a text; a file has its own")
+    rows = [("the text", {"prompt": prompt, "response": response})] if file is None else list(_rows(file))
+    if not rows:
+        raise JaxguardError(f"{'standard input' if file == '-' else file} holds no text")
+    examples = []
+    for number, (where, row) in enumerate(rows, 1):
+        # Its policy is not read: who writes the texts must not choose what they are judged by.
+        prompt, response, own_id = text(row, "prompt", where), text(row, "response", where), row.get("id")
+        if prompt is None or not prompt.strip():
+            raise JaxguardError(f"{where} is empty: there must be a prompt to judge")
+        examples.append(Example(str(number if own_id is None else own_id), "check", prompt, response))
+    return examples
+
+
+def _rows(file: str) -> Iterator[tuple[str, Row]]:
+    """(where, row) of a table, of JSON lines if the first one is a JSON object, else of a text on each line."""
+    path, name = Path(file).expanduser(), file
+    if file == "-":
+        lines, name = list(sys.stdin), "standard input"
+    elif path.name.endswith(SUFFIXES) or not path.is_file():
+        yield from read_local(path, ()).rows
+        return
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise JaxguardError(f"{path}: not UTF-8 text ({error})") from None
+    filled = [(f"{name}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    for where, line in filled:
+        row: object = {"prompt": line}
+        if filled[0][1].startswith("{"):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise JaxguardError(f"{where}: not JSON ({error}), although the first line looks like it") from None
+        if not isinstance(row, dict):
+            raise JaxguardError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        yield where, row
+
+
+def render(result: CheckResult, example: Example | None = None) -> RenderableType:
+    """A line for each question, the problems, and the reasoning; an example puts its id and beginning above.
+
+    Whatever a text or a model says is shown as text and never interpreted.
+    """
+    width = max(len(TITLES[question]) for question in result.questions)
+    parts: list[RenderableType] = []
+    if example is not None:
+        line = " ".join(visible(f"{result.id}: {example.prompt}").split())
+        parts.append(Text(line if len(line) <= _BEGINNING else f"{line[:_BEGINNING]}…", style="bold"))
+    for question in result.questions:
+        word = getattr(result.verdict, question) or "None"
+        verdict = Text(f"{TITLES[question]:<{width}}  ")
+        verdict.append(f"{word:<10}", style=_STYLES.get(word, "bold"))
+        probability = result.probabilities[question]
+        parts.append(verdict.append("" if probability is None else f"  {probability:.3f}"))
+    parts += [Text(visible(problem), style="yellow") for problem in result.problems]
+    if result.reasoning:
+        parts.append(Text("\n".join(f"  {line}" for line in visible(result.reasoning).splitlines()), style="dim"))
+    return Group(*parts)
+
+
+def json_line(result: CheckResult) -> str:
+    """One JSON object, ASCII only; a question that does not apply is null."""
+    applicable = {question: getattr(result.verdict, question) for question in result.questions}
+    tree = {
+        "id": result.id,
+        **dict.fromkeys(TITLES),
+        **applicable,
+        "passes": result.passes,
+        "probabilities": {q: None if p is None else round(p, 6) for q, p in result.probabilities.items()},
+        "reasoning": result.reasoning,
+        "problems": list(result.problems),
+        "seconds": round(result.seconds, 3),
+    }
+    return json.dumps(tree)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self, TypeAlias, TypeVar
 
-from jaxguard.config import Config, load, validate
+from jaxguard.config import Config, load
+from jaxguard.config.base import nearest
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
-from jaxguard.config.lookup import nearest
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import Verdict, parse, reasoning_of
 from jaxguard.data.format.dialogue import Mode
@@ -94,7 +94,7 @@ def set_up(
         "data": {**own_data, "policy": str(policy), "subset": None},
         "evaluate": settings.model_dump(),
     }
-    return Setup(guard, validate(tree, "check"), settings, load_policy(str(policy)), trained, default)
+    return Setup(guard, load(tree), settings, load_policy(str(policy)), trained, default)
 
 
 def _known_mode(mode: str | Mode) -> Mode:

@@ -53,7 +53,7 @@ def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
 def export_or(checkpoint: str) -> str:
     """The export in a run's folder, or the checkpoint itself."""
     export = Path(checkpoint).expanduser() / "export"
-    return str(export) if (export / "config.json").is_file() else checkpoint
+    return str(export) if export.is_dir() else checkpoint
 
 
 def checkpoint_of(guard: GuardConfig, config: Config) -> str:

@@ -8,6 +8,7 @@ into one prompt; a format with one prompt for each question generates for each o
 """
 
 import asyncio
+import hashlib
 import itertools
 import math
 import time
@@ -190,6 +191,11 @@ class Backend(Protocol):
     def workers(self) -> int:
         """Batches under way at once."""
         ...
+
+
+def sample_digest(seed: int, prompt: Sequence[int], sample: int) -> bytes:
+    """Hash all that a sample may depend on: the run's seed, the prompt's tokens and the sample's number."""
+    return hashlib.sha256(f"{seed} {sample} {' '.join(map(str, prompt))}".encode()).digest()
 
 
 async def predict(

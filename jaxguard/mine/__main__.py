@@ -36,7 +36,7 @@ def _mine(_: argparse.Namespace, config: Config) -> int:
 
     result, console = mine(config), Console(soft_wrap=True)
     console.print(right_table(result).rich())
-    console.print(Text(f"{len(result.hard_examples):,} hard examples: {result.folder / 'hard.jsonl'}"))
+    console.print(Text(f"{len(result.taken):,} hard examples: {result.folder / 'hard.jsonl'}"))
     console.print(Text(f"{len(result.never_right):,} never right: {result.folder / 'never_right.jsonl'}"))
     console.print(Text(f"report: {result.folder / 'report.md'}"))
     return 0

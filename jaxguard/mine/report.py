@@ -1,27 +1,44 @@
 """The counts of mining: for people, for programs, and as a figure. They quote no example."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from jaxguard.config import Config
 from jaxguard.config.evaluate import MineConfig
 from jaxguard.data.examples import Example
-from jaxguard.mine.choose import Outcome, categories, classes
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.report import Cell, Drawing, Page, Section, Table, write_markdown
 from jaxguard.report.figures import COLOURS, INK, save_figure, style
 from jaxguard.utils.files import write_atomically
 
 PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
 """arXiv 2505.20087: so many of its training prompts are judged right in all of 4 answers."""
+NO_CATEGORY = "(none)"
 
-Counts = dict[str, list[int]]
-"""Value -> examples by number of right answers, from none to all."""
+
+@dataclass(frozen=True)
+class Outcome:
+    """A training example and the guard's answers to it.
+
+    Attributes:
+        example, mode: as trained.
+        labels: question by question: "prompt_harm harmful, response_harm unharmful".
+        texts: the answers.
+        right: how many of them agree with every label.
+        unparsable: how many of the others are unparsable.
+    """
+
+    example: Example
+    mode: Mode
+    labels: str
+    texts: tuple[str, ...]
+    right: int
+    unparsable: int
 
 
 @dataclass(frozen=True)
@@ -31,134 +48,130 @@ class MineResult:
     Attributes:
         name: the run's.
         folder: where its files are.
-        hard: numbers of right answers that make an example hard.
-        balance, most: how hard examples are taken.
-        examples: how many were predicted.
-        generations: answers to each.
-        right: examples by number of right answers, from none to all.
-        unparsable: unparsable answers, of all.
-        by: "mode", "label", "source" and "category" -> value -> as `right`; an example counts for each of its categories.
-        found: hard examples.
-        taken: how many of them were taken, by class (labels or category).
-        paper: the share of examples that are right in all of 4 answers there.
-        hard_examples: those taken.
-        never_right: the examples that were right in no answer.
+        settings: what is hard, and how much of it is taken.
+        outcomes: of all training examples.
+        hard: those that are hard.
+        taken: those of them that were taken.
     """
 
     name: str
     folder: Path
-    hard: tuple[int, ...]
-    balance: str
-    most: int | None
-    examples: int
-    generations: int
-    right: list[int]
-    unparsable: int
-    by: dict[str, Counts]
-    found: int
-    taken: dict[str, int]
-    paper: float
-    hard_examples: list[Example]
-    never_right: list[Example]
+    settings: MineConfig
+    outcomes: list[Outcome]
+    hard: list[Outcome]
+    taken: list[Outcome]
+
+    @property
+    def never_right(self) -> list[Outcome]:
+        """The examples that were right in no answer."""
+        return [outcome for outcome in self.outcomes if not outcome.right]
+
+    @property
+    def unparsable(self) -> int:
+        """Unparsable answers, of all."""
+        return sum(outcome.unparsable for outcome in self.outcomes)
+
+    @property
+    def right(self) -> list[int]:
+        """Examples by number of right answers, from none to all."""
+        counts = Counter(outcome.right for outcome in self.outcomes)
+        return [counts[number] for number in range(self.settings.generations + 1)]
+
+    @property
+    def by(self) -> dict[str, dict[str, list[int]]]:
+        """Mode, label, source and category -> value -> as `right`; an example counts for each of its categories."""
+        return {
+            "mode": self.counts(lambda outcome: (outcome.mode.value,)),
+            "label": self.counts(lambda outcome: (outcome.labels,)),
+            "source": self.counts(lambda outcome: (outcome.example.source,)),
+            "category": self.counts(lambda outcome: categories(outcome.example)),
+        }
+
+    @property
+    def taken_by_class(self) -> dict[str, int]:
+        """How many were taken of each class (labels or category)."""
+        # Which category of several is the rarest must not depend on what was taken: classes are those of all hard examples.
+        names = dict(zip((each.example.id for each in self.hard), classes(self.hard, self.settings), strict=True))
+        return dict(sorted(Counter(names[each.example.id] for each in self.taken).items()))
+
+    def counts(self, values: Callable[[Outcome], Iterable[str]]) -> dict[str, list[int]]:
+        """Value -> examples that have it, by number of right answers; the most frequent value first."""
+        groups: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        for outcome in self.outcomes:
+            for value in values(outcome):
+                groups[value][outcome.right] += 1
+        ordered = sorted(groups, key=lambda value: (-groups[value].total(), value))
+        return {value: [groups[value][right] for right in range(self.settings.generations + 1)] for value in ordered}
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON: examples by their ids, no path."""
-        tree = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "folder"}
-        ids = {
-            "hard_ids": [example.id for example in tree.pop("hard_examples")],
-            "never_right_ids": [example.id for example in tree.pop("never_right")],
+        return {
+            "name": self.name,
+            **self.settings.model_dump(mode="json", include={"hard", "balance", "most"}),
+            "examples": len(self.outcomes),
+            "generations": self.settings.generations,
+            "right": self.right,
+            "unparsable": self.unparsable,
+            "by": self.by,
+            "num_hard": len(self.hard),
+            "taken": self.taken_by_class,
+            "paper": PAPER_ALWAYS_RIGHT,
+            "hard_ids": [outcome.example.id for outcome in self.taken],
+            "never_right_ids": [outcome.example.id for outcome in self.never_right],
         }
-        return tree | ids
 
 
-def summarize(config: Config, outcomes: list[Outcome], hard: list[Outcome], taken: list[Outcome]) -> MineResult:
-    """Count.
-
-    Args:
-        config: the run's.
-        outcomes: all training examples.
-        hard: the hard ones.
-        taken: those of them that were taken.
-    """
-    settings = config.mine or MineConfig()
-    k = settings.generations
-    views: dict[str, Callable[[Outcome], Iterable[str]]] = {
-        "mode": lambda outcome: (outcome.mode.value,),
-        "label": lambda outcome: (outcome.labels,),
-        "source": lambda outcome: (outcome.example.source,),
-        "category": lambda outcome: categories(outcome.example),
-    }
-    # Classes are those of all hard examples: which category of several is the rarest must not depend on what was taken.
-    names = dict(zip((outcome.example.id for outcome in hard), classes(hard, settings), strict=True))
-    return MineResult(
-        name=config.name,
-        folder=config.folder / "mine",
-        hard=settings.hard,
-        balance=settings.balance,
-        most=settings.most,
-        examples=len(outcomes),
-        generations=k,
-        right=_by_right(outcomes, k),
-        unparsable=sum(outcome.unparsable for outcome in outcomes),
-        by={name: _groups(outcomes, view, k) for name, view in views.items()},
-        found=len(hard),
-        taken=dict(sorted(Counter(names[outcome.example.id] for outcome in taken).items())),
-        paper=PAPER_ALWAYS_RIGHT,
-        hard_examples=[outcome.example for outcome in taken],
-        never_right=[outcome.example for outcome in outcomes if not outcome.right],
-    )
+def classes(outcomes: Sequence[Outcome], config: MineConfig) -> list[str]:
+    """The class of each: its labels, or its category; an example of several categories counts for the rarest of them."""
+    if config.balance != "category":
+        return [outcome.labels for outcome in outcomes]
+    counts = Counter(category for outcome in outcomes for category in categories(outcome.example))
+    return [min(categories(outcome.example), key=lambda name: (counts[name], name)) for outcome in outcomes]
 
 
-def write_report(folder: Path, result: MineResult) -> None:
-    """Write report.json, report.md and right.png into the folder."""
-    write_atomically(folder / "report.json", json.dumps(result.to_json(), indent=2) + "\n")
-    write_markdown(folder / "report.md", page(result))
-    draw(result, folder / "right.png")
+def categories(example: Example) -> tuple[str, ...]:
+    """Its categories, each once; having none is a category."""
+    return tuple(dict.fromkeys(example.categories)) or (NO_CATEGORY,)
 
 
-def _by_right(outcomes: Iterable[Outcome], k: int) -> list[int]:
-    counts = Counter(outcome.right for outcome in outcomes)
-    return [counts[right] for right in range(k + 1)]
-
-
-def _groups(outcomes: Sequence[Outcome], view: Callable[[Outcome], Iterable[str]], k: int) -> Counts:
-    groups: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        for value in view(outcome):
-            groups.setdefault(value, []).append(outcome)
-    largest_first = sorted(groups, key=lambda value: (-len(groups[value]), value))
-    return {value: _by_right(groups[value], k) for value in largest_first}
+def write_report(result: MineResult) -> None:
+    """Write report.json, report.md and right.png into the result's folder."""
+    write_atomically(result.folder / "report.json", json.dumps(result.to_json(), indent=2) + "\n")
+    write_markdown(result.folder / "report.md", page(result))
+    draw(result, result.folder / "right.png")
 
 
 def page(result: MineResult) -> Page:
     """The report as a page."""
-    k = result.generations
-    paper = f" In the paper it is {result.paper:.0%}, of its own data." if k == PAPER_GENERATIONS else ""
-    columns = ("examples", *(f"{right} of {k}" for right in range(k + 1)), "hard")
-    numbers = " or ".join(str(right) for right in result.hard)
+    settings, right, examples = result.settings, result.right, len(result.outcomes)
+    k = settings.generations
+    paper = f" In the paper it is {PAPER_ALWAYS_RIGHT:.0%}, of its own data." if k == PAPER_GENERATIONS else ""
+    columns = ("examples", *(f"{number} of {k}" for number in range(k + 1)), "hard")
     views = []
     for name, groups in result.by.items():
-        rows = [[Cell(value, code=True), *_counted(right, result)] for value, right in groups.items()]
+        table = Table((name, *columns))
+        for value, counts in groups.items():
+            hard = sum(counts[number] for number in set(settings.hard))
+            table.add(Cell(value, code=True), sum(counts), *counts, f"{hard / sum(counts):.1%}")
         about = "An example counts for each of its categories." if name == "category" else None
-        views.append(Section(f"By {name}", [about, Table.of((name, *columns), rows)]))
-    taken = [(Cell(name, code=True), count) for name, count in result.taken.items()]
+        views.append(Section(f"By {name}", [about, table]))
+    taken = [(Cell(name, code=True), count) for name, count in result.taken_by_class.items()]
     return Page(
         f"Hard examples of {result.name}",
         [
-            f"The guard answered each of its {result.examples:,} training examples {k} times. An answer is right if every label "
-            "of the example is; an unparsable one is not.",
+            f"The guard answered each of its {examples:,} training examples {k} times. An answer is right if every label of "
+            "the example is; an unparsable one is not.",
             Drawing("Examples by number of right answers", file="right.png"),
             right_table(result),
-            f"Always right: {result.right[k] / result.examples:.1%}.{paper} Unparsable answers: {result.unparsable:,} of "
-            f"{result.examples * k:,}.",
+            f"Always right: {right[k] / examples:.1%}.{paper} Unparsable answers: {result.unparsable:,} of {examples * k:,}.",
             Section(
                 "What was taken",
                 [
-                    f"Hard is what was right {numbers} times: {result.found:,} examples. Taken: "
-                    f"{len(result.hard_examples):,} (balance {result.balance}, most {result.most or 'all'}), in hard.jsonl.",
+                    f"Hard is what was right {' or '.join(map(str, settings.hard))} times: {len(result.hard):,} examples. Taken: "
+                    f"{len(result.taken):,} (balance {settings.balance}, most {settings.most or 'all'}), in hard.jsonl.",
                     Table.of(("class", "taken"), taken),
-                    f"Never right: {result.right[0]:,}, in never_right.jsonl. Their labels may be wrong; look at them. They are "
-                    "still in train.jsonl.",
+                    f"Never right: {right[0]:,}, in never_right.jsonl. Their labels may be wrong; look at them. They are still in "
+                    "train.jsonl.",
                 ],
             ),
             *views,
@@ -168,35 +181,29 @@ def page(result: MineResult) -> Page:
 
 def right_table(result: MineResult) -> Table:
     """Examples by number of right answers."""
-    rows = [
-        (f"{right} of {result.generations}", count, f"{count / result.examples:.1%}")
-        for right, count in enumerate(result.right)
-    ]
-    return Table.of(("right answers", "examples", "share"), rows, f"{result.examples:,} training examples")
-
-
-def _counted(right: Sequence[int], result: MineResult) -> list[int | str]:
-    hard = sum(right[number] for number in set(result.hard))
-    return [sum(right), *right, f"{hard / sum(right):.1%}"]
+    k, total = result.settings.generations, len(result.outcomes)
+    rows = [(f"{number} of {k}", count, f"{count / total:.1%}") for number, count in enumerate(result.right)]
+    return Table.of(("right answers", "examples", "share"), rows, f"{total:,} training examples")
 
 
 @style()
 def draw(result: MineResult, picture: Path) -> None:
     """A bar for each number of right answers, the hard ones in another colour."""
-    shares = [count / result.examples for count in result.right]
+    k, right = result.settings.generations, result.right
     figure = Figure(figsize=(5.6, 3.4), dpi=120)
     axes = figure.add_subplot()
     for hard, colour, label in ((False, COLOURS[0], None), (True, COLOURS[1], "hard")):
-        numbers = [right for right in range(len(shares)) if (right in result.hard) is hard]
-        bars = axes.bar(numbers, [shares[right] for right in numbers], color=colour, label=label)
-        axes.bar_label(bars, [f"{result.right[right]:,}" for right in numbers], fontsize=8)
-    if result.generations == PAPER_GENERATIONS:
-        k = result.generations
-        axes.hlines(result.paper, k - 0.45, k + 0.45, colors=INK, linestyles="dashed", label="paper, always right")
-    axes.set_xlabel(f"right answers of {result.generations}")
+        numbers = [number for number in range(k + 1) if (number in result.settings.hard) is hard]
+        shares = [right[number] / len(result.outcomes) for number in numbers]
+        bars = axes.bar(numbers, shares, color=colour, label=label)
+        axes.bar_label(bars, [f"{right[number]:,}" for number in numbers], fontsize=8)
+    if k == PAPER_GENERATIONS:
+        ends = {"xmin": k - 0.45, "xmax": k + 0.45}
+        axes.hlines(PAPER_ALWAYS_RIGHT, **ends, colors=INK, linestyles="dashed", label="paper, always right")
+    axes.set_xlabel(f"right answers of {k}")
     axes.set_ylabel("training examples")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xticks(range(len(shares)))
+    axes.set_xticks(range(k + 1))
     axes.set_ylim(0, 1)
     axes.grid(visible=False, axis="x")
     axes.legend(loc="upper left")

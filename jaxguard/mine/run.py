@@ -6,9 +6,8 @@ select -> predict, storing every answer -> count the right ones -> choose -> wri
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,13 +15,13 @@ from rich.console import Console
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import Mode
-from jaxguard.data.policies import Policy, load_policy
-from jaxguard.data.prepare import Selection, select
+from jaxguard.data.format.answer import parse
+from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
+from jaxguard.data.policies import Policy, Question, load_policy, policy_for
+from jaxguard.data.prepare import Selection, select, subset
 from jaxguard.guards.loading import cache_key, examples_key, open_guard, open_predictions
 from jaxguard.guards.protocol import Request
-from jaxguard.mine.choose import Outcome, choose, hard_of, labels_of, outcome_of
-from jaxguard.mine.report import MineResult, summarize, write_report
+from jaxguard.mine.report import MineResult, Outcome, classes, write_report
 from jaxguard.utils.files import lock_folder, write_atomically
 from jaxguard.utils.progress import Progress
 
@@ -43,21 +42,23 @@ def mine(config: Config) -> MineResult:
     folder = config.folder / "mine"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "mining"):
-        outcomes = asyncio.run(predict_all(config, sampling, selection, policy, key))
-        hard = hard_of(outcomes, settings)
-        taken = choose(hard, settings, config.seed)
-        write_examples(folder, selection, outcomes, taken)
-        result = summarize(config, outcomes, hard, taken)
-        write_report(folder, result)
+        outcomes = asyncio.run(predict_all(config, settings, sampling, selection, policy, key))
+        hard = [outcome for outcome in outcomes if outcome.right in settings.hard]
+        result = MineResult(config.name, folder, settings, outcomes, hard, choose(hard, settings, config.seed))
+        write_examples(result, selection)
+        write_report(result)
     return result
 
 
 async def predict_all(
-    config: Config, sampling: EvaluateConfig, selection: Selection, policy: Policy, key: dict[str, Any]
+    config: Config,
+    settings: MineConfig,
+    sampling: EvaluateConfig,
+    selection: Selection,
+    policy: Policy,
+    key: dict[str, Any],
 ) -> list[Outcome]:
     """Every training example with the guard's answers to it; what is on disk is not generated again."""
-    settings = config.mine or MineConfig()
-    by_mode = {mode: [example for example, own in selection.train if own is mode] for mode in Mode}
     tally: Counter[int] = Counter()
     outcomes: dict[str, Outcome] = {}
 
@@ -66,58 +67,85 @@ async def predict_all(
         tally[outcomes[example.id].right] += 1
 
     with ExitStack() as stack:
-        stores = {
-            mode: stack.enter_context(
-                open_predictions(
-                    config.folder / "mine/answers" / f"{mode}.jsonl", {**key, **examples_key(examples, policy)}
-                )
-            )
-            for mode, examples in by_mode.items()
-            if examples
-        }
-        requests: dict[Mode, list[Request]] = {mode: [] for mode in stores}
-        for example, mode in selection.train:
-            if example.id in stores[mode].answers:
-                add(example, mode, stores[mode].answers[example.id].texts)
-            else:
-                requests[mode].append(Request(example, tuple(labels_of(example, policy)), mode))
+        stores, requests = {}, {}
+        for mode in Mode:
+            if examples := [example for example, own in selection.train if own is mode]:
+                path = config.folder / "mine/answers" / f"{mode}.jsonl"
+                stores[mode] = stack.enter_context(open_predictions(path, key | examples_key(examples, policy)))
+                stored = stores[mode].answers
+                for example in examples:
+                    if example.id in stored:
+                        add(example, mode, stored[example.id].texts)
+                waiting = (example for example in examples if example.id not in stored)
+                requests[mode] = [Request(example, tuple(labels_of(example, policy)), mode) for example in waiting]
         if any(requests.values()):
-            console = Console(soft_wrap=True)
-            progress = stack.enter_context(Progress("mining", len(selection.train), tally.total(), console))
-            examples = {example.id: example for example, _ in selection.train}
+            progress = Progress("mining", len(selection.train), tally.total(), Console(soft_wrap=True))
+            stack.enter_context(progress)
+            by_id = {example.id: example for example, _ in selection.train}
             async with open_guard(settings.guard, config, sampling, probabilities=False) as predict:
-                for mode, waiting in requests.items():
+                for mode, unanswered in requests.items():
                     # What does not fit shows at once, and texts of like length share a batch.
-                    waiting.sort(key=lambda each: -len(each.example.prompt) - len(each.example.response or ""))
-                    async for prediction in predict(waiting):
+                    unanswered.sort(key=lambda each: -len(each.example.prompt) - len(each.example.response or ""))
+                    async for prediction in predict(unanswered):
                         stores[mode].append(prediction)
-                        add(examples[prediction.example_id], mode, prediction.texts)
-                        progress.update(tally.total(), _counts(tally, settings))
+                        add(by_id[prediction.example_id], mode, prediction.texts)
+                        k, hard = settings.generations, sum(tally[right] for right in set(settings.hard))
+                        share = f"right {k}/{k} {tally[k] / tally.total():.0%}"
+                        progress.update(tally.total(), f"{share}  hard {hard:,}  never {tally[0]:,}")
     return [outcomes[example.id] for example, _ in selection.train]
 
 
-def write_examples(folder: Path, selection: Selection, outcomes: list[Outcome], taken: list[Outcome]) -> None:
+def labels_of(example: Example, policy: Policy) -> dict[Question, str]:
+    """The labels of an example, of all that its policy asks; a response that is not there is no label."""
+    known = answers(example, questions(example, policy_for(example, policy)))
+    return {question: word for question, word in known if word != ABSENT}
+
+
+def outcome_of(example: Example, mode: Mode, policy: Policy, texts: Sequence[str]) -> Outcome:
+    """Compare a guard's answers with the labels.
+
+    An answer has a verdict line for each label. It is right if all of them are; an unparsable one never is.
+    """
+    labels = labels_of(example, policy)
+    verdicts = [parse(text, labels, mode, example.response is not None) for text in texts]
+    parsable = [verdict for verdict in verdicts if not verdict.problems]
+    right = sum(all(getattr(verdict, q) == word for q, word in labels.items()) for verdict in parsable)
+    joined = ", ".join(f"{question} {word}" for question, word in labels.items())
+    return Outcome(example, mode, joined, tuple(texts), right, len(verdicts) - len(parsable))
+
+
+def choose(hard: Sequence[Outcome], config: MineConfig, seed: int) -> list[Outcome]:
+    """As many of the hard examples as `balance` and `most` allow, in the order of a hash of (seed, id).
+
+    Balanced, each class gives as many as the smallest has. The classes take turns, so that `most` cuts them evenly.
+    """
+    by_id = {outcome.example.id: outcome for outcome in hard}
+    ranked = [by_id[example.id] for example in subset([outcome.example for outcome in hard], len(hard), seed)]
+    if config.balance == "none":
+        return ranked[: config.most]
+    groups: dict[str, list[Outcome]] = {}
+    for outcome, name in zip(ranked, classes(ranked, config), strict=True):
+        groups.setdefault(name, []).append(outcome)
+    turns = zip(*(groups[name] for name in sorted(groups)), strict=False)
+    return [outcome for turn in turns for outcome in turn][: config.most]
+
+
+def write_examples(result: MineResult, selection: Selection) -> None:
     """Write the run's own examples, and what mining found among them, in our format.
 
     The second round reads the first one's choice from these files: of the sources, with the hard examples appended, it
     would hold out others, take another subset, and in dual mode train others to reason.
     """
+
+    def row(example: Example, mode: Mode, **more: object) -> dict[str, object]:
+        return example.to_json() | {"mode": mode.value} | more
+
     held_out = {example.id: example.to_json() for example, _ in selection.validation}
     files: dict[str, Iterable[dict[str, object]]] = {
-        "train": (example.to_json() | {"mode": mode.value} for example, mode in selection.train),
+        "train": (row(*pair) for pair in selection.train),
         "held_out": held_out.values(),
-        "hard": (_row(outcome) | {"right": outcome.right} for outcome in taken),
-        "never_right": (_row(outcome) | {"answers": outcome.texts} for outcome in outcomes if not outcome.right),
+        "hard": (row(each.example, each.mode, right=each.right) for each in result.taken),
+        "never_right": (row(each.example, each.mode, answers=each.texts) for each in result.never_right),
     }
     for name, rows in files.items():
-        write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _counts(tally: Counter[int], config: MineConfig) -> str:
-    k = config.generations
-    hard = sum(tally[right] for right in set(config.hard))
-    return f"right {k}/{k} {tally[k] / tally.total():.0%}  hard {hard:,}  never {tally[0]:,}"
-
-
-def _row(outcome: Outcome) -> dict[str, object]:
-    return outcome.example.to_json() | {"mode": outcome.mode.value}
+        write_atomically(result.folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from jaxguard.check.__main__ import main
-from jaxguard.check.inputs import read_inputs
+from jaxguard.check.__main__ import main, read_inputs
 from jaxguard.cli import main as jaxguard
 from jaxguard.utils.errors import JaxguardError
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxguard.config.train import MeshConfig
 from jaxguard.data.packing import pack, packed_tokens
-from jaxguard.guards.backends.log_odds import _pack, next_log_odds
+from jaxguard.guards.backends.jax import _sequences, next_log_odds
 from jaxguard.guards.backends.sampler import place_model
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder
@@ -75,9 +75,9 @@ def test_on_a_mesh_too(spec, weights, alone, shape):
 def test_what_prompts_share_is_computed_once():
     """Of a row; and a prompt that another goes on from costs nothing."""
     prompts = tree()
-    packed = _pack(prompts)
-    assert sorted(len(one.prompts) for one in packed) == [1, 1, 2, 3]
-    [row] = pack([one.sequence for one in packed], 512, 1)
+    packed = _sequences(prompts)
+    assert sorted(len(ends) for _, ends in packed) == [1, 1, 2, 3]
+    [row] = pack([sequence for sequence, _ in packed], 512, 1)
     # head; the second copy of a prompt; the rest of the two longest; the other; and a token to predict after each.
     assert packed_tokens(row) == 37 + 40 + (60 + 2) + (60 + 3) + 25 + 4
     assert sum(map(len, prompts)) == 550

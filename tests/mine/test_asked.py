@@ -11,7 +11,7 @@ from jaxguard.data.format.dialogue import Mode, questions
 from jaxguard.data.policies import load_policy
 from jaxguard.guards.formats.native import NativeFormat
 from jaxguard.guards.protocol import Request
-from jaxguard.mine.choose import labels_of
+from jaxguard.mine.run import labels_of
 
 
 @pytest.mark.parametrize("mode", list(Mode))

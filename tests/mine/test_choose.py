@@ -10,7 +10,8 @@ from jaxguard.config.evaluate import MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.mine.choose import Outcome, choose, hard_of, outcome_of
+from jaxguard.mine.report import Outcome
+from jaxguard.mine.run import choose, outcome_of
 from jaxguard.utils.errors import JaxguardError
 
 POLICY = Policy("bread", rules="Speak of bread only.", asks=("prompt_harm", "response_harm", "response_refusal"))
@@ -69,12 +70,6 @@ def test_a_missing_response_is_no_label():
         Example("x", "baker", "How?", prompt_label="unharmful"), Mode.DIRECT, POLICY, ["Prompt harm: unharmful"]
     )
     assert (found.right, found.labels) == (1, "prompt_harm unharmful")
-
-
-@pytest.mark.parametrize(("numbers", "expected"), [((2, 3), [2, 3]), ((1,), [1]), ((0, 4), [0, 4])])
-def test_hard_is_what_the_config_says(numbers, expected):
-    some = [made(i, i) for i in range(5)]
-    assert [one.right for one in hard_of(some, MineConfig(hard=numbers))] == expected
 
 
 def test_the_choice_depends_on_ids_and_seed_only():

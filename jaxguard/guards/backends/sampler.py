@@ -7,7 +7,6 @@ or overwritten, and the whole loop over new tokens runs on the devices.
 Samples depend on the seed, the prompt's tokens and the sample's number only: neither on the batch nor on the order of prompts.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxguard.data.packing import bucket_size
-from jaxguard.guards.protocol import Completion
+from jaxguard.guards.protocol import Completion, sample_digest
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Cache, Decoder
@@ -58,17 +57,6 @@ class Sampling:
     seed: int = 0
     n: int = 1
 
-    def __post_init__(self) -> None:
-        for name, good in (
-            ("temperature", 0 <= self.temperature < float("inf")),
-            ("top_p", 0 < self.top_p <= 1),
-            ("max_tokens", self.max_tokens >= 1),
-            ("n", self.n >= 1),
-        ):
-            if not good:
-                wanted = {"temperature": "0 or more", "top_p": "above 0 and at most 1"}.get(name, "1 or more")
-                raise JaxguardError(f"sampling: {name}={getattr(self, name)} must be {wanted}")
-
 
 @dataclass(frozen=True)
 class Model:
@@ -88,6 +76,11 @@ class Model:
     def on_mesh(self) -> AbstractContextManager[Any]:
         """The mesh as the context's, while programs run."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """Static arguments of the jitted functions."""
+        return {"spec": self.spec, "compute": self.compute}
 
     @property
     def row_multiple(self) -> int:
@@ -139,7 +132,11 @@ def generate(
     size = bucket_size(min(max(1, rows // sampling.n), len(prompts)), model.row_multiple)
     completions: dict[int, list[Completion]] = {}
     with model.on_mesh():
-        shared = _shared(model, prompts[0][:prefix])
+        shared: tuple[Cache, ...] = ()
+        if prefix:
+            tokens, positions, _ = _rows([prompts[0][:prefix]], 0, 1)
+            arrays = model.put((tokens, positions), whole=True)
+            shared = (_prefill(model.weights, (), *arrays, None, **model.static)[1],)
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             sampled = _batch(model, shared, [prompts[i] for i in batch], prefix, size, sampling)
@@ -170,14 +167,6 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return min(next(differ, len(shortest)), len(shortest) - 1)
 
 
-def _shared(model: Model, prefix: Sequence[int]) -> tuple[Cache, ...]:
-    if not prefix:
-        return ()
-    tokens, positions, _ = _rows([prefix], 0, 1)
-    _, cache = _prefill(model.weights, (), *model.put((tokens, positions), whole=True), None, **_static(model))
-    return (cache,)
-
-
 def _batch(
     model: Model,
     shared: tuple[Cache, ...],
@@ -189,7 +178,8 @@ def _batch(
     """The completions of one batch, whose prompts come longest first; rows without a prompt are done from the start."""
     keys = np.zeros((size * sampling.n, 2), np.uint32)
     for row in range(len(prompts) * sampling.n):
-        keys[row] = _key(sampling.seed, prompts[row // sampling.n], row % sampling.n)
+        digest = sample_digest(sampling.seed, prompts[row // sampling.n], row % sampling.n)
+        keys[row] = np.frombuffer(digest[:8], np.uint32)
     done = np.arange(size * sampling.n) >= len(prompts) * sampling.n
     stop = np.asarray(sampling.stop_ids or (-1,), np.int32)
 
@@ -199,15 +189,18 @@ def _batch(
         suffixes = [prompt[prefix:] for prompt in prompts[start : start + rows]]
         tokens, positions, lengths = _rows(suffixes, prefix, min(rows, size - start))
         arrays = model.put((tokens, positions, lengths - prefix - 1))
-        parts.append(_prefill(model.weights, shared, *arrays, **_static(model)))
+        parts.append(_prefill(model.weights, shared, *arrays, **model.static))
         ends.append(lengths)
     hidden_BD, own = parts[0] if len(parts) == 1 else _joined(parts)
     lengths, keys, done = model.put((np.concatenate(ends), keys, done))
     generated_RG = _decode(
         model.weights, (*shared, own), hidden_BD, lengths, keys, done, model.put(stop, whole=True),
-        max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, **_static(model),
+        max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p, **model.static,
     )  # fmt: skip
-    completions = [_completion(row, sampling.stop_ids) for row in np.asarray(generated_RG)[: len(prompts) * sampling.n]]
+    completions = []
+    for tokens_G in np.asarray(generated_RG)[: len(prompts) * sampling.n]:
+        stops = np.flatnonzero(np.isin(tokens_G, sampling.stop_ids))
+        completions.append(Completion(tuple(tokens_G[: stops[0] if len(stops) else None].tolist()), bool(len(stops))))
     return [completions[i : i + sampling.n] for i in range(0, len(completions), sampling.n)]
 
 
@@ -221,21 +214,6 @@ def _rows(suffixes: Sequence[Sequence[int]], start: int, size: int) -> tuple[np.
         positions[row, : len(suffix)] = np.arange(start, start + len(suffix))
         lengths[row] = start + len(suffix)
     return tokens, positions, lengths
-
-
-def _key(seed: int, prompt: Sequence[int], sample: int) -> np.ndarray:
-    text = f"{seed} {sample} {' '.join(str(int(token)) for token in prompt)}"
-    return np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32)
-
-
-def _completion(row: np.ndarray, stop_ids: Sequence[int]) -> Completion:
-    """The tokens before the first stop token, if there is one."""
-    stops = np.flatnonzero(np.isin(row, stop_ids))
-    return Completion(tuple(row[: stops[0] if len(stops) else None].tolist()), bool(len(stops)))
-
-
-def _static(model: Model) -> dict[str, Any]:
-    return {"spec": model.spec, "compute": model.compute}
 
 
 @partial(jax.jit, static_argnames=("spec", "compute"))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -41,8 +41,20 @@ def serve(checkpoint: Path, name: str, log: Path, settings: ServerConfig) -> Ite
     Raises:
         JaxguardError: no such interpreter, no SGLang in it, or the server does not come up.
     """
-    port = free_port()
-    command = launch_command(find_sglang(settings.python), checkpoint, name, port, settings.arguments)
+    python, port = shutil.which(str(Path(settings.python).expanduser())), free_port()
+    if python is None:
+        raise JaxguardError(f"evaluate.server.python: {settings.python!r} is no interpreter")
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+    check = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603 (the user's own)
+    if check.returncode:
+        last = check.stderr.strip().splitlines()[-1:]
+        raise JaxguardError(
+            f"evaluate.server.python: {settings.python!r} has no SGLang{f' ({last[0]})' if last else ''}. Install it into an "
+            "environment of its own, `python -m venv .venv-sglang && .venv-sglang/bin/pip install sglang`, and name that "
+            "environment's python; on a CPU run `make sglang-cpu`, and take what `python tools/sglang_server.py --overrides` "
+            "prints"
+        )
+    command = launch_command(python, checkpoint, name, port, settings.arguments)
     with started(command, f"http://{_HOST}:{port}/health_generate", log, settings.ready_seconds):
         yield f"http://{_HOST}:{port}"
 
@@ -54,24 +66,12 @@ def launch_command(python: str, checkpoint: Path, name: str, port: int, argument
     return [python, "-m", "sglang.launch_server", *words, *arguments]
 
 
-def find_sglang(python: str) -> str:
-    """The path of an interpreter that has SGLang.
-
-    Raises:
-        JaxguardError: there is none, or it has none.
-    """
-    path = shutil.which(str(Path(python).expanduser()))
-    if path is None:
-        raise JaxguardError(f"evaluate.server.python: {python!r} is no interpreter")
-    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
-    check = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603 (the user's own)
-    if check.returncode:
-        raise JaxguardError(
-            f"evaluate.server.python: {python!r} has no SGLang{_last(check.stderr)}. Install it into an environment of its own, "
-            "`python -m venv .venv-sglang && .venv-sglang/bin/pip install sglang`, and name that environment's python; on a "
-            "CPU run `make sglang-cpu`, and take what `python tools/sglang_server.py --overrides` prints"
-        )
-    return path
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind((_HOST, 0))
+        port: int = listener.getsockname()[1]
+    return port
 
 
 @contextmanager
@@ -103,48 +103,26 @@ def started(
             start_new_session=True,
         )
     try:
-        _wait(process, health, log, seconds)
+        end = time.monotonic() + seconds
+        while not _healthy(health):
+            problem = "" if time.monotonic() < end else f"was not ready in {seconds:g} s"
+            if process.poll() is not None:
+                problem = f"ended with code {process.returncode}"
+            if problem:
+                tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:])
+                raise JaxguardError(f"the server {problem}; the end of {log}:\n{tail}")
+            time.sleep(0.5)
         yield process
     finally:
-        _end(process)
+        # End the whole group: a server that crashed may leave processes.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(timeout=_END_SECONDS)
 
 
-def free_port() -> int:
-    """A port that nothing listens on at the moment."""
-    with socket.socket() as listener:
-        listener.bind((_HOST, 0))
-        port: int = listener.getsockname()[1]
-    return port
-
-
-def _wait(process: subprocess.Popen[bytes], health: str, log: Path, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise JaxguardError(f"the server ended with code {process.returncode}; the end of {log}:\n{_tail(log)}")
-        try:
-            if httpx2.get(health, timeout=30, trust_env=False).is_success:  # whatever proxy there is
-                return
-        except httpx2.RequestError:
-            pass
-        time.sleep(0.5)
-    raise JaxguardError(f"the server was not ready in {seconds:g} s; the end of {log}:\n{_tail(log)}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the whole group: a server that crashed may leave processes."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=_END_SECONDS)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:])
-
-
-def _last(stderr: str) -> str:
-    lines = stderr.strip().splitlines()
-    return f" ({lines[-1]})" if lines else ""
+def _healthy(health: str) -> bool:
+    try:
+        return httpx2.get(health, timeout=30, trust_env=False).is_success  # whatever proxy there is
+    except httpx2.RequestError:
+        return False

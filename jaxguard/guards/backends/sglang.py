@@ -6,17 +6,16 @@ A server samples as it likes by default, so that the run's seed means nothing; w
 decides.
 """
 
-import hashlib
 import re
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.guards.protocol import Completion
-from jaxguard.utils.client import Client, Limiter, NotFoundError, RetryableError, connect, gather, model_names
+from jaxguard.guards.protocol import Completion, sample_digest
+from jaxguard.utils.client import Client, Endpoint, Limiter, NotFoundError, RetryableError, connect, gather, model_names
 from jaxguard.utils.errors import JaxguardError
 
 _IMPOSSIBLE: Final = -1e30
@@ -46,13 +45,6 @@ class SglangBackend:
     async def sample(
         self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...], /
     ) -> list[list[Completion]]:
-        return await gather(self._sample(_ids(prompt), n, max_tokens, stop_ids) for prompt in prompts)
-
-    async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
-        requests = zip(prefixes, pairs, strict=True)
-        return await gather(self._log_odds(_ids(prefix), *pair) for prefix, pair in requests)
-
-    async def _sample(self, prompt: list[int], n: int, max_tokens: int, stop_ids: tuple[int, ...]) -> list[Completion]:
         sampling = {
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
@@ -60,41 +52,47 @@ class SglangBackend:
             "stop_token_ids": list(stop_ids),
             "skip_special_tokens": False,
         }
-        if self.seeded:  # n of one seed would be the same answer n times
-            seeds = [_seed(self.settings.seed, prompt, i) for i in range(n)]
-            body: dict[str, Any] = {
-                "input_ids": [prompt] * n,
-                "sampling_params": [{**sampling, "sampling_seed": seed} for seed in seeds],
-            }
-        else:
-            body = {"input_ids": prompt, "sampling_params": {**sampling, "n": n}}
 
         def parse(response: Any, url: str) -> list[Completion]:
-            return [
-                _completion(answer, url, max_tokens, stop_ids) for answer in _answers(response, url, n, self.version)
-            ]
+            answers = _answers(response, url, n, self.version)
+            return [_completion(answer, url, max_tokens, stop_ids) for answer in answers]
 
-        return await self.client.request("/generate", body, parse)
+        def request(prompt: list[int]) -> Awaitable[list[Completion]]:
+            body: dict[str, Any] = {"input_ids": prompt, "sampling_params": {**sampling, "n": n}}
+            if self.seeded:  # n of one seed would be the same answer n times
+                digests = [sample_digest(self.settings.seed, prompt, i) for i in range(n)]
+                seeds = [int.from_bytes(digest[:4], "big") >> 1 for digest in digests]
+                body = {
+                    "input_ids": [prompt] * n,
+                    "sampling_params": [{**sampling, "sampling_seed": seed} for seed in seeds],
+                }
+            return self.client.request("/generate", body, parse)
 
-    async def _log_odds(self, prefix: list[int], positive_id: int, negative_id: int) -> float:
-        pair = [int(positive_id), int(negative_id)]
-        body = {
-            "input_ids": prefix,
-            # SGLang's log-probabilities are those after temperature.
-            "sampling_params": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 1},
-            "return_logprob": True,
-            "token_ids_logprob": pair,
-        }
+        return await gather(request(list(map(int, prompt))) for prompt in prompts)  # numpy's integers are no JSON
 
-        def parse(response: Any, url: str) -> float:
-            [answer] = _answers(response, url, 1, self.version)
-            [entries] = answer["meta_info"]["output_token_ids_logprobs"]
-            if [entry[1] for entry in entries] != pair:
-                raise RetryableError(f"{url} sent log-probabilities of other tokens than {pair}")
-            positive, negative = (_log_probability(entry[0]) for entry in entries)
-            return positive - negative
+    async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
+        def request(prefix: list[int], pair: list[int]) -> Awaitable[float]:
+            def parse(response: Any, url: str) -> float:
+                [answer] = _answers(response, url, 1, self.version)
+                [entries] = answer["meta_info"]["output_token_ids_logprobs"]
+                if [entry[1] for entry in entries] != pair:
+                    raise RetryableError(f"{url} sent log-probabilities of other tokens than {pair}")
+                positive, negative = (float(entry[0]) for entry in entries)
+                if not (positive < 1e-3 and negative < 1e-3):  # NaN is not, either
+                    raise RetryableError(f"{url} sent {positive} and {negative}, which are no log-probabilities")
+                return max(positive, _IMPOSSIBLE) - max(negative, _IMPOSSIBLE)
 
-        return await self.client.request("/generate", body, parse)
+            body = {
+                "input_ids": prefix,
+                # SGLang's log-probabilities are those after temperature.
+                "sampling_params": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 1},
+                "return_logprob": True,
+                "token_ids_logprob": pair,
+            }
+            return self.client.request("/generate", body, parse)
+
+        requests = zip(prefixes, pairs, strict=True)
+        return await gather(request(list(map(int, prefix)), list(map(int, pair))) for prefix, pair in requests)
 
 
 @asynccontextmanager
@@ -112,16 +110,19 @@ async def open_sglang(
     Raises:
         JaxguardError: it does not answer, or serves another model.
     """
-    async with _connect(url, settings.batch) as client:
-        (server,) = client.endpoints
+    async with _connect(url, settings.batch) as (client, server):
         names = await client.request("/v1/models", None, model_names, server)
         if model is not None and model not in names:
             raise JaxguardError(
                 f"{server.url} serves {', '.join(names) or 'nothing'}, not {model!r}; set the guard's model, or start the "
                 "server with --served-model-name"
             )
+
+        def is_deterministic(body: Any, _: str) -> bool:
+            return isinstance(body, dict) and body.get("enable_deterministic_inference") is True
+
         try:
-            seeded = await client.request("/server_info", None, _is_deterministic, server)
+            seeded = await client.request("/server_info", None, is_deterministic, server)
         except JaxguardError:  # a router, or an older server, has no such path
             seeded = False
         yield SglangBackend(settings, client, version, seeded)
@@ -133,11 +134,14 @@ async def served(url: str) -> dict[str, Any]:
     Raises:
         JaxguardError: it does not answer.
     """
-    async with _connect(url, 1) as client:
-        (server,) = client.endpoints
+
+    def parse(body: Any, _: str) -> dict[str, Any]:
+        return {"model_path": str(body["model_path"]), "weight_version": body.get("weight_version")}
+
+    async with _connect(url, 1) as (client, server):
         for path in ("/get_model_info", "/model_info"):  # older servers know the first, newer ones will drop it
             try:
-                return await client.request(path, None, _model_info, server)
+                return await client.request(path, None, parse, server)
             except NotFoundError:
                 continue
         return {"models": await client.request("/v1/models", None, model_names, server)}
@@ -154,17 +158,23 @@ async def swap_weights(url: str, folder: Path, version: str) -> None:
     Raises:
         JaxguardError: it refuses, or still answers with other weights.
     """
-    async with _connect(url, 1) as client:
-        (server,) = client.endpoints
+
+    def check(body: Any, url: str) -> None:
+        if body["success"] is not True:
+            raise JaxguardError(f"{url} did not load the weights: {body.get('message')}")
+
+    async with _connect(url, 1) as (client, server):
         weights = {"model_path": str(folder.resolve()), "weight_version": version}
-        await client.request("/update_weights_from_disk", weights, _check_swap, server)
+        await client.request("/update_weights_from_disk", weights, check, server)
         probe = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
         await client.request("/generate", probe, lambda response, url: _answers(response, url, 1, version), server)
 
 
-def _connect(url: str, requests: int) -> AbstractAsyncContextManager[Client]:
+@asynccontextmanager
+async def _connect(url: str, requests: int) -> AsyncIterator[tuple[Client, Endpoint]]:
     base = re.sub(r"(/v1)?/*$", "", url.strip())
-    return connect((base,), Limiter(start=requests, most=requests))
+    async with connect((base,), Limiter(start=requests, most=requests)) as client:
+        yield client, client.endpoints[0]
 
 
 def _answers(response: Any, url: str, count: int, version: str | None) -> list[Any]:
@@ -186,44 +196,15 @@ def _completion(answer: Any, url: str, max_tokens: int, stop_ids: tuple[int, ...
     if not all(type(token) is int for token in ids) or len(ids) > max_tokens:
         raise RetryableError(f"{url} sent {len(ids)} token ids of {max_tokens}, or something else")
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+    if end is None and reason["type"] == "stop" and ids and reason["matched"] == ids[-1]:
+        end = len(ids) - 1  # an end that only the model's files name
     if end is not None:
         return Completion(tuple(ids[:end]), stopped=True)
-    if reason["type"] == "stop" and ids and reason["matched"] == ids[-1]:  # an end that only the model's files name
-        return Completion(tuple(ids[:-1]), stopped=True)
-    if reason["type"] == "length" and len(ids) == max_tokens:
-        return Completion(tuple(ids), stopped=False)
-    if reason["type"] == "length":
+    if reason["type"] != "length":
+        raise RetryableError(f"{url} ended an answer by {reason}")
+    if len(ids) < max_tokens:
         raise JaxguardError(
             f"{url} ended an answer after {len(ids)} tokens of {max_tokens}: it has no room for more in one request. Lower "
             "evaluate.reasoning_tokens, or start it with a larger --max-total-tokens or --mem-fraction-static"
         )
-    raise RetryableError(f"{url} ended an answer by {reason}")
-
-
-def _model_info(body: Any, _: str) -> dict[str, Any]:
-    return {"model_path": str(body["model_path"]), "weight_version": body.get("weight_version")}
-
-
-def _is_deterministic(body: Any, _: str) -> bool:
-    return isinstance(body, dict) and body.get("enable_deterministic_inference") is True
-
-
-def _check_swap(body: Any, url: str) -> None:
-    if body["success"] is not True:
-        raise JaxguardError(f"{url} did not load the weights: {body.get('message')}")
-
-
-def _ids(prompt: Sequence[int]) -> list[int]:
-    return [int(token) for token in prompt]  # numpy's are no JSON
-
-
-def _seed(seed: int, prompt: Sequence[int], sample: int) -> int:
-    text = f"{seed} {sample} {' '.join(map(str, prompt))}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
-
-
-def _log_probability(value: Any) -> float:
-    number = float(value)
-    if not number < 1e-3:  # NaN is not, either
-        raise RetryableError(f"{number} is no log-probability")
-    return max(number, _IMPOSSIBLE)
+    return Completion(tuple(ids), stopped=False)

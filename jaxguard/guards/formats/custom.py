@@ -13,7 +13,7 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, StringConstraints, model_validator
 
-from jaxguard.config.base import Schema, read_yaml, validate
+from jaxguard.config.base import Schema, first_repeated, read_yaml, validate
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Category, Policy, Question
@@ -74,8 +74,7 @@ class GuardFormatDefinition(Schema):
         if (Mode.REASONING in self.modes) != (self.reasoning is not None):
             raise ValueError("mode reasoning and the tags in reasoning go together: give both or none")
         questions = [line.question for line in self.verdicts]
-        repeated = next((question for question in questions if questions.count(question) > 1), None)
-        if repeated is not None:
+        if (repeated := first_repeated(questions)) is not None:
             raise ValueError(f"verdicts: question {repeated!r} is given twice")
         labels = self.labels
         if len(labels) not in (1, len(questions)) or (len(labels) > 1 and "" in labels):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from jaxguard.config.base import Schema
+from jaxguard.config.base import Schema, first_repeated
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, Question
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Request
@@ -42,8 +42,7 @@ class VerdictLine(Schema):
     @model_validator(mode="after")
     def _check(self) -> Self:
         words = [word.lower() for word in (*self.positive, *self.negative, *self.absent)]
-        repeated = next((word for word in words if words.count(word) > 1), None)
-        if repeated is not None:
+        if (repeated := first_repeated(words)) is not None:
             raise ValueError(f"{self.question}: {repeated!r} is given twice (case does not tell words apart)")
         first = self.negative[0]
         if any(word.startswith(first) or first.startswith(word) for word in self.positive):
