@@ -70,7 +70,7 @@ class Teacher:
             served = await self.client.request("/models", None, model_names, endpoint)
             if self.config.model not in served:
                 raise JaxguardError(
-                    f"{endpoint.url} serves {', '.join(served) or 'nothing'}, not {self.config.model!r}; set the teacher's "
+                    f"{endpoint} serves {', '.join(served) or 'nothing'}, not {self.config.model!r}; set the teacher's "
                     "model, or start the server with --served-model-name"
                 )
 

@@ -51,7 +51,7 @@ from jaxguard.report.figures import COLOURS, FAINT, INK, draw_interval, inline_s
 from jaxguard.report.text import count, interval, number, share, short
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
-from jaxguard.utils.statistics import Spread, spread
+from jaxguard.utils.statistics import spread
 
 BLIND = {"labels", "trace"}
 """Values of a template that give the verdict away."""
@@ -113,7 +113,7 @@ class Audit:
     examples: int
     completions: dict[str, Any]
     questions: dict[Question, QuestionAudit]
-    lengths: dict[str, Spread]
+    lengths: dict[str, dict[str, Any]]
 
 
 def audit(config: Config) -> Audit:
@@ -282,7 +282,7 @@ def audit_table(audit: Audit) -> Table:
     """The scores of each question, for a terminal."""
     table = Table(("", "examples", "F1 and 95 % interval", "Cohen's κ", "Fleiss' κ"), "The teacher and people")
     for question, each in audit.questions.items():
-        scores, fleiss = each.result.scores, each.result.consistency.fleiss
+        scores, fleiss = each.result.scores, each.result.consistency["fleiss"]
         table.add(TITLES[question], scores.examples, scores.f1, number(scores.kappa.value), fleiss)
     numbers = audit.completions
     table.note = f"{count(numbers['total'], 'answer')}, {numbers['unparsable']:,} unparsable, {numbers['cut']:,} cut"
@@ -296,13 +296,13 @@ def report(audit: Audit) -> Page:
     scores = Table(("question", "examples", "positive", *SCORES.values()), "Agreement with people")
     own = Table(("", *(TITLES[question] for question in audit.questions)), "Agreement with itself")
     for name, title in CONSISTENCY.items():
-        own.add(title, *(getattr(each.result.consistency, name) for each in audit.questions.values()))
+        own.add(title, *(each.result.consistency[name] for each in audit.questions.values()))
     confusions: list[Content] = []
     categories: list[Content] = []
     disagreements: list[Content] = []
     for question, each in audit.questions.items():
         title, result, words = TITLES[question], each.result, (each.positive, each.negative)
-        f1, kappa, fleiss = result.scores.f1, result.scores.kappa.value, result.consistency.fleiss
+        f1, kappa, fleiss = result.scores.f1, result.scores.kappa.value, result.consistency["fleiss"]
         notes = (interval(f1.low, f1.high), f"Cohen's κ {number(kappa)}", f"Fleiss' κ {number(fleiss)}")
         tiles.append((f"{title}, F1", number(f1.value), *filter(None, notes)))
         scores.add(title, *_scores(result))
@@ -423,12 +423,12 @@ def _reasoning(audit: Audit) -> list[Content]:
     figure = Figure(figsize=(8.6, 2.4))
     for i, (name, title) in enumerate(LENGTHS.items(), start=1):
         axes, each, is_share = figure.add_subplot(1, len(LENGTHS), i), audit.lengths[name], name == "repeated_share"
-        values = (each.mean, each.p5, each.p50, each.p95, each.most)
+        values = (each["mean"], each["p5"], each["p50"], each["p95"], each["most"])
         table.add(title, *(share(v) if is_share else f"{v:,.1f}".removesuffix(".0") for v in values))
-        axes.stairs(each.counts, each.edges, fill=True, color=COLOURS[0])
-        axes.axvline(each.p50, color=INK, linewidth=1, linestyle=":")
+        axes.stairs(each["counts"], each["edges"], fill=True, color=COLOURS[0])
+        axes.axvline(each["p50"], color=INK, linewidth=1, linestyle=":")
         axes.set_title(title)
-        axes.set_xlim(0, max(each.edges[-1], 0.25 if is_share else 0))
+        axes.set_xlim(0, max(each["edges"][-1], 0.25 if is_share else 0))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         if is_share:
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -9,9 +9,10 @@ import asyncio
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import httpx2
@@ -92,33 +93,23 @@ class Limiter:
 
 
 @dataclass
-class Endpoint:
-    """A server.
+class Client:
+    """Open connections to one or several servers of the same model; see `connect`.
 
     Attributes:
-        url: its base address, without a slash at its end.
-        active: requests under way.
-        resting_until: when it may be preferred again after its connection broke, by time.monotonic.
+        active: endpoint -> requests under way.
+        resting_until: endpoint -> when it may be preferred again after its connection broke, by time.monotonic.
     """
 
-    url: str
-    active: int = 0
-    resting_until: float = 0.0
-
-
-@dataclass
-class Client:
-    """Open connections to one or several servers of the same model; see `connect`."""
-
-    endpoints: tuple[Endpoint, ...]
+    endpoints: tuple[str, ...]
     limiter: Limiter
     tries: int
     api_key_env: str
     http: httpx2.AsyncClient
+    active: Counter[str] = field(default_factory=Counter)
+    resting_until: dict[str, float] = field(default_factory=dict)
 
-    async def request(
-        self, path: str, body: Any, parse: Callable[[Any, str], T], endpoint: Endpoint | None = None
-    ) -> T:
+    async def request(self, path: str, body: Any, parse: Callable[[Any, str], T], only: str | None = None) -> T:
         """Send a request until it is answered.
 
         Args:
@@ -126,7 +117,7 @@ class Client:
             body: JSON to POST; None sends a GET.
             parse: makes the result of a response's JSON and the address that sent it. Its RetryableError, AttributeError,
                 LookupError, TypeError and ValueError mean a malformed response.
-            endpoint: the only one to ask, which must be up; default: the least busy one.
+            only: the one endpoint to ask, which must be up; default: the least busy one.
 
         Raises:
             JaxguardError: the server refuses the request, or all tries failed.
@@ -138,36 +129,38 @@ class Client:
             reraise=True,
         )
         try:
-            return await retrying(self._try, path, body, parse, endpoint)
+            return await retrying(self._try, path, body, parse, only)
         except RetryableError as error:
             raise JaxguardError(f"no answer in {self.tries} tries, the last time: {error}") from error
 
-    async def _try(self, path: str, body: Any, parse: Callable[[Any, str], T], only: Endpoint | None) -> T:
+    async def _try(self, path: str, body: Any, parse: Callable[[Any, str], T], only: str | None) -> T:
         async with self.limiter.slot() as overload:
             now = time.monotonic()
-            endpoint = only or min(self.endpoints, key=lambda e: (e.resting_until > now, e.active))
-            endpoint.active += 1
+            url = only or min(
+                self.endpoints, key=lambda url: (self.resting_until.get(url, now) > now, self.active[url])
+            )
+            self.active[url] += 1
             method = "GET" if body is None else "POST"
             try:
-                response = await self.http.request(method, endpoint.url + path, json=body)
+                response = await self.http.request(method, url + path, json=body)
             except (httpx2.RequestError, httpx2.InvalidURL) as error:
-                text = f"{endpoint.url} does not answer: {type(error).__name__}: {error}"
+                text = f"{url} does not answer: {type(error).__name__}: {error}"
                 if only is not None and isinstance(error, _UNREACHABLE):
                     raise JaxguardError(f"{text}; is the server up, and the address right?") from None
                 if isinstance(error, httpx2.TimeoutException):
                     overload()
-                endpoint.resting_until = time.monotonic() + _REST_SECONDS
+                self.resting_until[url] = time.monotonic() + _REST_SECONDS
                 raise RetryableError(text) from error
             finally:
-                endpoint.active -= 1
+                self.active[url] -= 1
             if response.status_code in _OVERLOAD_STATUS:
                 overload()
-            self._check_status(response, endpoint.url, path)
+            self._check_status(response, url, path)
             try:
-                return parse(response.json(), endpoint.url)
+                return parse(response.json(), url)
             except (AttributeError, LookupError, TypeError, ValueError) as error:
                 text = f"{type(error).__name__}: {error}; it says: {_words(response)}"
-                raise RetryableError(f"{endpoint.url} sent a malformed response: {text}") from None
+                raise RetryableError(f"{url} sent a malformed response: {text}") from None
 
     def _check_status(self, response: httpx2.Response, url: str, path: str) -> None:
         """Raise what a status that is no success means."""
@@ -206,7 +199,7 @@ async def connect(
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
         mounts={"all://127.0.0.1": None, "all://localhost": None},  # whatever proxy there is
     )
-    endpoints = tuple(Endpoint(url.rstrip("/")) for url in urls)
+    endpoints = tuple(url.rstrip("/") for url in urls)
     async with http:
         yield Client(endpoints, limiter, tries or TRIES, api_key_env, http)
 

@@ -12,6 +12,7 @@ interval.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,36 +44,6 @@ class Scores:
     f1: Estimate
     kappa: Estimate
     false_positive_rate: Estimate
-
-
-@dataclass(frozen=True)
-class Consistency:
-    """Agreement of the samples of each example.
-
-    Attributes:
-        majority: mean share of an example's samples that agree with their majority.
-        unanimous: share of the examples whose samples all agree.
-        pairwise: share of all pairs of samples of one example that agree.
-        fleiss: Fleiss' kappa, None also where every verdict is the same.
-    """
-
-    majority: float | None
-    unanimous: float | None
-    pairwise: float | None
-    fleiss: float | None
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A distribution; `counts[i]` values are in [`edges[i]`, `edges[i + 1]`)."""
-
-    mean: float
-    p5: float
-    p50: float
-    p95: float
-    most: float
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
 
 
 Seed = int | Sequence[int]
@@ -118,18 +89,26 @@ def mean_defined(values: np.ndarray) -> np.ndarray:
     return _ratio(np.where(defined, values, 0).sum(axis=-1), defined.sum(axis=-1).astype(float))
 
 
-def consistency(votes: np.ndarray) -> Consistency:
-    """Measure the agreement of each example's k verdicts; votes: bool[N, k]."""
+def consistency(votes: np.ndarray) -> dict[str, float | None]:
+    """Measure the agreement of each example's k verdicts; votes: bool[N, k].
+
+    Returns:
+        majority: mean share of an example's samples that agree with their majority.
+        unanimous: share of the examples whose samples all agree.
+        pairwise: share of all pairs of samples of one example that agree.
+        fleiss: Fleiss' kappa, None also where every verdict is the same.
+    """
     count, k = votes.shape
     if k < 2 or not count:
-        return Consistency(None, None, None, None)
+        return dict.fromkeys(("majority", "unanimous", "pairwise", "fleiss"))
     yes = votes.sum(axis=1)
     most = np.maximum(yes, k - yes)
     pairwise = float(np.mean((yes * (yes - 1) + (k - yes) * (k - yes - 1)) / (k * (k - 1))))
     share = yes.sum() / (count * k)
     chance = share**2 + (1 - share) ** 2
     fleiss = None if chance == 1 else float((pairwise - chance) / (1 - chance))
-    return Consistency(float(np.mean(most / k)), float(np.mean(most == k)), pairwise, fleiss)
+    majority, unanimous = float(np.mean(most / k)), float(np.mean(most == k))
+    return {"majority": majority, "unanimous": unanimous, "pairwise": pairwise, "fleiss": fleiss}
 
 
 def right_counts(labels: np.ndarray, votes: np.ndarray) -> list[int]:
@@ -146,13 +125,14 @@ def confusion(labels: np.ndarray, votes: np.ndarray, parsed: np.ndarray) -> list
     ]
 
 
-def spread(values: Sequence[float], width: float) -> Spread:
-    """Return mean, percentiles, and a histogram in bins of `width` from 0."""
+def spread(values: Sequence[float], width: float) -> dict[str, Any]:
+    """Return mean, p5, p50, p95, most, and a histogram: counts[i] values are in [edges[i], edges[i + 1]), of equal `width`."""
     array = np.asarray(values, dtype=float)
     bins = (array / width + 1e-9).astype(int)
     p5, p50, p95 = np.percentile(array, (5, 50, 95), method="nearest").tolist()
     edges = tuple(round(i * width, 6) for i in range(int(bins.max()) + 2))
-    return Spread(float(array.mean()), p5, p50, p95, float(array.max()), edges, tuple(np.bincount(bins).tolist()))
+    summary = {"mean": float(array.mean()), "p5": p5, "p50": p50, "p95": p95, "most": float(array.max())}
+    return {**summary, "edges": edges, "counts": tuple(np.bincount(bins).tolist())}
 
 
 def _metrics_and_draws(

@@ -17,7 +17,6 @@ from jaxguard.data.policies import Question
 from jaxguard.guards.protocol import POSITIVE, UNPARSABLE
 from jaxguard.utils.statistics import (
     RESAMPLES,
-    Consistency,
     Estimate,
     Scores,
     Seed,
@@ -73,7 +72,7 @@ class Result:
     generations: int
     unparsable: int
     confusion: list[list[int]]
-    consistency: Consistency
+    consistency: dict[str, float | None]
     right: list[int]
 
 

@@ -114,7 +114,7 @@ async def open_sglang(
         names = await client.request("/v1/models", None, model_names, server)
         if model is not None and model not in names:
             raise JaxguardError(
-                f"{server.url} serves {', '.join(names) or 'nothing'}, not {model!r}; set the guard's model, or start the "
+                f"{server} serves {', '.join(names) or 'nothing'}, not {model!r}; set the guard's model, or start the "
                 "server with --served-model-name"
             )
 
