@@ -12,9 +12,9 @@ import itertools
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -45,24 +45,14 @@ from jaxguard.utils.progress import Progress
 
 SET_NAMES = {"wildguardmix": "WildGuardMix", "aegis2": "Aegis 2.0", "nemotron_safety": "Aegis 2.0"}
 """Kind of source -> the paper's name for it."""
-PAPER_EPOCHS = 5
-"""Of its rows without a variant."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """Examples to predict.
-
-    Attributes:
-        label: the config's name of the benchmark.
-        examples: as many as evaluate.limit takes of `all_examples`.
-        benchmark: None for validation examples.
-    """
+class Task(NamedTuple):
+    """Examples to predict, as many as evaluate.limit takes of a benchmark's; or validation examples, of no benchmark."""
 
     label: str
     question: Question
     examples: Sequence[Example]
-    all_examples: Sequence[Example]
     benchmark: Benchmark | None = None
 
 
@@ -101,12 +91,7 @@ def evaluate(config: Config) -> Evaluation:
 
 
 def check_settings(settings: EvaluateConfig, config: Config) -> None:
-    """Check what the config's schemas cannot check by themselves.
-
-    Raises:
-        JaxguardError: verdicts from probabilities alone, of a guard that reasons first; a mesh of several hosts; an unknown
-            format.
-    """
+    """Check what the config's schemas cannot check by themselves."""
     if config.mesh.hosts != "single" and settings.backend == "jax" and not all(g.endpoint for g in settings.guards):
         raise JaxguardError(
             f"mesh.hosts={config.mesh.hosts}: JAX evaluates on the devices of one host. Set mesh.hosts=single where the guard "
@@ -125,8 +110,8 @@ def benchmark_tasks(settings: EvaluateConfig) -> Iterator[Task]:
     """Read all benchmarks of the config, before anything is computed."""
     for each in settings.benchmarks:
         benchmark = load_benchmark(each.name, None if each.path is None else Path(each.path))
-        question, examples = benchmark.definition.question, _limited(benchmark.examples, settings)
-        yield Task(each.label or benchmark.definition.name, question, examples, benchmark.examples, benchmark)
+        definition, examples = benchmark.definition, _limited(benchmark.examples, settings)
+        yield Task(each.label or definition.name, definition.question, examples, benchmark)
 
 
 def validation_tasks(settings: EvaluateConfig, config: Config) -> Iterator[Task]:
@@ -136,7 +121,7 @@ def validation_tasks(settings: EvaluateConfig, config: Config) -> Iterator[Task]
         for question in load_policy(config.data.policy).asks:
             labelled = [example for example in examples if getattr(example, LABEL[question])]
             if labelled:
-                yield Task(f"validation-{question}", question, labelled, labelled)
+                yield Task(f"validation-{question}", question, labelled)
 
 
 async def predict_all(
@@ -150,19 +135,15 @@ async def predict_all(
         async with open_guard(guard, config, settings) as predictor:
             key = await cache_key(guard, config, settings)
             for mode, task in itertools.product(modes_of(guard, config), tasks):
-                path = folder / "predictions" / guard.name / mode / f"{task.label}.jsonl"
+                title, path = f"{guard.name} {mode} {task.label}", folder / "predictions" / guard.name / mode
                 requests = [Request(example, (task.question,), mode) for example in task.examples]
-                title, key_of_task = f"{guard.name} {mode} {task.label}", key | examples_key(task.all_examples, policy)
+                of_all = examples_key(task.benchmark.examples if task.benchmark else task.examples, policy)
                 try:
-                    predictions = await predict(predictor, requests, path, key_of_task, title)
+                    predictions = await predict(predictor, requests, path / f"{task.label}.jsonl", key | of_all, title)
                 except UnsupportedError as error:
                     left_out[title] = str(error)
-                    continue
-                predicted.append(
-                    PredictedExamples(
-                        guard.name, mode, task.label, task.question, task.examples, predictions, task.benchmark
-                    )
-                )
+                else:
+                    predicted.append(PredictedExamples(guard.name, mode, *task, predictions))
     return predicted, left_out
 
 
@@ -172,9 +153,6 @@ async def predict(
     """Predictions in the order of the requests; those in the file are reused, others are appended to it.
 
     Long texts come first, so that those that do not fit fail at once, and texts of similar length share a batch.
-
-    Raises:
-        UnsupportedError: the guard does not support a request.
     """
     with open_predictions(path, key) as stored:
         waiting = [request for request in requests if request.example.id not in stored.answers]
@@ -234,7 +212,7 @@ def paper_data(config: Config) -> str | None:
     """
     names = {SET_NAMES.get(source.kind) for source in config.data.train}
     traces = {(source.teacher, source.trace) for source in config.data.train}
-    plain = (config.train.epochs, config.train.max_steps) == (PAPER_EPOCHS, None)
+    plain = (config.train.epochs, config.train.max_steps) == (5, None)
     return names.pop() if plain and len(names) == 1 and traces == {("deepseek_r1_0528", "full")} else None
 
 

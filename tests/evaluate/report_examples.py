@@ -8,14 +8,16 @@ import numpy as np
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL
 from jaxguard.evaluate.report.published import read_published
-from jaxguard.evaluate.scores.calibration import calibration, fit_platt, recalibrated, verdicts_at
 from jaxguard.evaluate.scores.metrics import (
     average_f1,
     average_weights,
+    calibration,
     count_votes,
     f1_difference,
+    fit_platt,
     mcnemar,
     measure,
+    verdicts_at,
 )
 from jaxguard.evaluate.scores.results import Average, Cell, Cost, Evaluation, Thresholded, Versus, Wrong
 
@@ -135,7 +137,7 @@ def _cell(random, name, group, guard, mode, labels, found, complete, hostile, wr
     }
     probabilities = np.clip(labels * 0.5 + random.random(SIZE) * 0.5, 0, 1)
     platt = fit_platt(labels, probabilities)
-    after = recalibrated(probabilities, platt)
+    after = platt(probabilities)
     chosen = measure(count_votes(labels, verdicts_at(after, 0.4), question), resamples=DRAWS)
     return Cell(
         guard=guard,

@@ -11,16 +11,17 @@ from hypothesis.extra.numpy import arrays
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 
-from jaxguard.evaluate.scores.calibration import (
+from jaxguard.evaluate.scores.metrics import (
     BINS,
     best_f1_threshold,
     calibration,
+    count_votes,
+    fill_missing,
     fit_platt,
-    recalibrated,
+    measure,
     reliability,
     verdicts_at,
 )
-from jaxguard.evaluate.scores.metrics import count_votes, fill_missing, measure
 from jaxguard.utils.statistics import draws
 
 PROBABILITIES = st.one_of(st.sampled_from((0.0, 0.25, 0.5, 1.0)), st.floats(0, 1))
@@ -157,7 +158,7 @@ def test_platt_scaling_of_one_set_calibrates_another():
     assert platt.slope == pytest.approx(1 / 3, abs=0.03)
     assert platt.intercept == pytest.approx(0, abs=0.1)
     labels, probabilities = overconfident(random, 4000)
-    before, after = calibration(labels, probabilities), calibration(labels, recalibrated(probabilities, platt))
+    before, after = calibration(labels, probabilities), calibration(labels, platt(probabilities))
     assert before.ece > 0.1
     assert after.ece < 0.03
     assert after.brier.high < before.brier.low
@@ -167,7 +168,7 @@ def test_platt_scaling_of_one_set_calibrates_another():
 @given(guard(least=2, both=True))
 def test_platt_scaling_always_gives_probabilities(data):
     labels, probabilities = data
-    scaled = recalibrated(probabilities, fit_platt(labels, probabilities))
+    scaled = fit_platt(labels, probabilities)(probabilities)
     assert ((scaled > 0) & (scaled < 1)).all()
     positives = labels.sum()
     target = (positives * (positives + 1) / (positives + 2) + (~labels).sum() / ((~labels).sum() + 2)) / len(labels)
@@ -178,7 +179,7 @@ def test_platt_scaling_leaves_out_what_is_missing():
     labels, probabilities = overconfident(np.random.default_rng(0), 200)
     with_missing = np.append(probabilities, np.nan)
     assert fit_platt(np.append(labels, True), with_missing) == fit_platt(labels, probabilities)
-    scaled = recalibrated(with_missing, fit_platt(labels, probabilities))
+    scaled = fit_platt(labels, probabilities)(with_missing)
     assert np.isnan(scaled).tolist() == [False] * 200 + [True]
     assert fill_missing(np.append(labels, True), scaled)[-1] == 1
     assert fit_platt(np.ones(3, bool), np.array([0.1, 0.5, 0.9])) is None

@@ -12,7 +12,7 @@ from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, hostile, 
 from jaxguard.evaluate.report.figures import latency_figure, pooled, reliability_figure
 from jaxguard.evaluate.report.page import MOST_CHARACTERS, MOST_WRONG, cautions, errors, report, write_report
 from jaxguard.evaluate.report.tables import main_table, score_table, versus_table
-from jaxguard.evaluate.scores.calibration import Bin
+from jaxguard.evaluate.scores.metrics import Bin
 from jaxguard.evaluate.scores.results import read_results, write_results
 from jaxguard.report import Cell, page_html, page_markdown
 from jaxguard.utils.errors import JaxguardError

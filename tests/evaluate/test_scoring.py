@@ -71,7 +71,7 @@ def predictions_of(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes
         texts = tuple(f"generation {i} says {one}" for i, one in enumerate(each))
         answers.append(Prediction(example.id, {question: each}, {question: None}, texts, wall=wall / len(verdicts)))
     answers = [scored(one, **changes) for one in answers]
-    return PredictedExamples(guard, mode, name, question, benchmark.examples, answers, benchmark)
+    return PredictedExamples(guard, mode, name, question, benchmark.examples, benchmark, answers)
 
 
 def held_out(one, question="prompt_harm"):

@@ -12,6 +12,7 @@ import random
 import tempfile
 import urllib.request
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -39,30 +40,23 @@ from jaxguard.utils.errors import JaxguardError
 
 logger = logging.getLogger(__name__)
 
-_SECONDS = 60
-_COPY = "with a copy on disk, give it as the benchmark's local file"
-
 Rows = list[tuple[str, Row]]
 """Rows with their locations, as errors name these."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Labelled examples and their description.
-
-    Attributes:
-        definition: the YAML file.
-        examples: with the label of its question and no other; ids are unique, and the same at every loading.
-        slices: slice -> value -> ids of the examples that have it.
-        counts: "positive", "negative" and "total".
-        skipped: reason -> how many rows, or parts of rows, became no example.
-    """
+    """Labelled examples and their description."""
 
     definition: BenchmarkDefinition
     examples: tuple[Example, ...]
+    """With the label of the benchmark's question and no other; ids are unique, and the same at every loading."""
     slices: dict[str, dict[str, frozenset[str]]]
+    """Slice -> value -> ids of the examples that have it."""
     counts: dict[str, int]
+    """How many are "positive" and "negative", and in "total"."""
     skipped: Counter[str]
+    """Reason -> how many rows, or parts of rows, became no example."""
 
 
 def load_benchmark(name_or_path: str, local: Path | None = None, folder: Path = BENCHMARK_FOLDER) -> Benchmark:
@@ -130,17 +124,22 @@ def list_benchmarks(folder: Path = BENCHMARK_FOLDER) -> tuple[str, ...]:
 
 def _check_columns(definition: BenchmarkDefinition, columns: tuple[str, ...], source: str) -> None:
     """Check that the rows have every column that the YAML names."""
-    named: list[tuple[str, tuple[str | None, ...]]] = [("id", (definition.id,))]
-    named += [(f"where.{i}", condition.names) for i, condition in enumerate(definition.where)]
+    named: dict[str, Iterable[str | None]] = {"id": (definition.id,)}
+    named |= {f"where.{i}": condition.names for i, condition in enumerate(definition.where)}
     for i, part in enumerate(definition.examples):
-        named += [(f"examples.{i}.prompt", (part.prompt,)), (f"examples.{i}.response", (part.response,))]
-        named += [(f"examples.{i}.positive", part.positive.names)]
-        named += [(f"examples.{i}.negative", part.negative.names if part.negative else ())]
+        negative = part.negative.names if part.negative else ()
+        fields = {
+            "prompt": (part.prompt,),
+            "response": (part.response,),
+            "positive": part.positive.names,
+            "negative": negative,
+        }
+        named |= {f"examples.{i}.{field}": names for field, names in fields.items()}
     if definition.policy and not definition.policy.optional:
-        named += [("policy.column", (definition.policy.column,))]
-    named += [(f"slices.{i}", part_of.names) for i, part_of in enumerate(definition.slices)]
-    for field, column in ((field, column) for field, required in named for column in required):
-        if column and column not in columns:
+        named["policy.column"] = (definition.policy.column,)
+    named |= {f"slices.{i}": part_of.names for i, part_of in enumerate(definition.slices)}
+    for field, required in named.items():
+        for column in (column for column in required if column and column not in columns):
             hint = nearest(column, columns)
             if column == "split" and len(definition.source.splits) > 1:
                 hint = f"give a folder with a file for each of {', '.join(definition.source.splits)}; "
@@ -226,19 +225,7 @@ def _policy(policy: BenchmarkPolicy, row: Row, location: str) -> str | None:
 
 
 def _read_rows(definition: BenchmarkDefinition, local: Path | None) -> tuple[Rows, tuple[str, ...], Counter[str]]:
-    """Read the rows of a benchmark's source, or of a local copy of it.
-
-    Args:
-        definition: says where they are.
-        local: a file, or a folder with a file named after the split, the source's own file, or the benchmark, as a clone of
-            the source has it.
-
-    Returns:
-        The rows, their columns, and what was skipped in reading (reason -> count).
-
-    Raises:
-        JaxguardError: they cannot be reached, are not there, or malformed.
-    """
+    """Read the rows of a benchmark's source, or of a local copy of it; their columns, and what was skipped (reason -> count)."""
     source, hub = definition.source, definition.source.hub or ""
     if source.data is not None:
         data = source.data if local is None else source.data.model_copy(update={"path": str(local.expanduser())})
@@ -249,9 +236,8 @@ def _read_rows(definition: BenchmarkDefinition, local: Path | None) -> tuple[Row
     if path is not None:
         rows = _read_copy(path.expanduser(), source, definition.name)
     elif source.url or source.file:
-        data = _fetch(source.url) if source.url else _download(hub, source.file or "", source.revision)
         origin = source.url or f"{hub}/{source.file}"
-        rows = _read_bytes(data, PurePosixPath(origin).name, origin, source.keys_as)
+        rows = _read_bytes(_fetch(source), PurePosixPath(origin).name, origin, source.keys_as)
     else:
         rows = _joined({split: read_hub(hub, source.config, split, None).rows for split in source.splits})
     if not rows:
@@ -260,6 +246,7 @@ def _read_rows(definition: BenchmarkDefinition, local: Path | None) -> tuple[Row
 
 
 def _read_copy(path: Path, source: BenchmarkSource, name: str) -> Rows:
+    """Read a file, or a folder with a file named after the split, the source's own file, or the benchmark, as a clone has it."""
     remote = source.file or source.url
     stems = [*([_stem(PurePosixPath(remote).name)] if remote else []), name]
     if source.file and (path / source.file).is_file():
@@ -311,31 +298,23 @@ def _read_bytes(data: bytes, name: str, origin: str, keys_as: str | None) -> Row
         return [(location.replace(str(path), origin), row) for location, row in rows]
 
 
-def _fetch(url: str) -> bytes:
+def _fetch(source: BenchmarkSource) -> bytes:
+    """Read the file at a source's URL, or of its repository on the hub."""
     try:
-        with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # noqa: S310 (https only, see BenchmarkSource)
-            data: bytes = answer.read()
-            return data
-    except (OSError, HTTPException) as error:
-        raise JaxguardError(f"cannot fetch {url} ({error}); {_COPY}") from None
-
-
-def _download(repository: str, file: str, revision: str | None) -> bytes:
-    source = f"{file} of data set {repository}" + (f" at revision {revision!r}" if revision else "")
-    page = f"https://huggingface.co/datasets/{repository}"
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(repository, file, repo_type="dataset", revision=revision)
-        ).read_bytes()
-    except errors.GatedRepoError:
+        if source.url:
+            with urllib.request.urlopen(source.url, timeout=60) as response:  # noqa: S310 (https only, see BenchmarkSource)
+                data: bytes = response.read()
+                return data
+        path = huggingface_hub.hf_hub_download(
+            source.hub or "", source.file or "", repo_type="dataset", revision=source.revision
+        )
+        return Path(path).read_bytes()
+    except (OSError, HTTPException, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
+        gated = f"if https://huggingface.co/datasets/{source.hub} is gated, accept its terms there and run `hf auth login`; "
         raise JaxguardError(
-            f"data set {repository} is gated: accept its terms at {page} with your account, then run `hf auth login` "
-            "or set HF_TOKEN"
+            f"cannot fetch {source.url or source.file} ({error}); {gated if source.hub else ''}with a copy on disk, give it as "
+            "the benchmark's local file"
         ) from None
-    except errors.LocalEntryNotFoundError:
-        raise JaxguardError(f"{source} is not in the local cache and the hub cannot be reached; {_COPY}") from None
-    except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError) as error:
-        raise JaxguardError(f"cannot get {source}; see {page} ({error})") from None
 
 
 def _joined(splits: dict[str, Rows]) -> Rows:

@@ -1,7 +1,7 @@
 """A benchmark as written in YAML: where its rows are, which of them count, and which are positive."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
@@ -17,11 +17,37 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
-class Condition(Schema):
+class Choice(Schema):
+    """Fields of which exactly one of each group is given, and some go with one of others: (field, *others)."""
+
+    ONE_OF: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    GOES_WITH: ClassVar[tuple[tuple[str, ...], ...]] = ()
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        fields = type(self).model_fields
+        given = {
+            name
+            for name, field in fields.items()
+            if getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+        for group in self.ONE_OF:
+            if len(given.intersection(group)) != 1:
+                raise ValueError(f"give exactly one of {', '.join(group)}")
+        for name, *others in self.GOES_WITH:
+            if name in given and not given.intersection(others):
+                raise ValueError(f"{name} goes with {' or '.join(others)}")
+        return self
+
+
+class Condition(Choice):
     """What must hold in a row.
 
     Texts are compared without case and outer white space; true, 1 and "True" are the same. A null cell equals nothing.
     """
+
+    ONE_OF = (("column", "columns", "always"), ("equals", "not_equals", "empty", "always"))
+    GOES_WITH = (("at_least", "columns"), ("at_most", "columns"))
 
     column: Text | None = None
     """The column to compare."""
@@ -47,18 +73,6 @@ class Condition(Schema):
         if not all(isinstance(v, str | bool | int | float) for v in values):
             raise ValueError("expected text, a number, true or false, or a list of them; for null use empty")
         return tuple(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        compared = bool(self.equals) + bool(self.not_equals) + (self.empty is not None)
-        if self.always:
-            if self.model_fields_set != {"always"}:
-                raise ValueError("always stands alone")
-        elif compared != 1 or bool(self.column) == bool(self.columns):
-            raise ValueError("a condition needs column, or columns, and one of equals, not_equals and empty; or always")
-        elif self.column and (self.at_least, self.at_most) != (None, None):
-            raise ValueError("at_least and at_most go with columns")
-        return self
 
     def holds(self, row: Row) -> bool:
         number = sum(self._holds_for(plain(row.get(column))) for column in self.names)
@@ -100,18 +114,12 @@ def plain(cell: Any) -> str:
     return {"true": "1", "false": "0"}.get(text, text)
 
 
-_GOES_WITH = {
-    "config": ("hub",),
-    "file": ("hub",),
-    "revision": ("file",),
-    "splits": ("hub", "url", "path"),
-    "keys_as": ("file", "url", "path"),
-}
-"""Field of a source -> one of these must be given too."""
-
-
-class BenchmarkSource(Schema):
+class BenchmarkSource(Choice):
     """Where the rows are: on the hub, at a URL, in a local file, or in a source that is trained on too."""
+
+    ONE_OF = (("hub", "url", "path", "data"),)
+    GOES_WITH = (("config", "hub"), ("file", "hub"), ("revision", "file"), ("splits", "hub", "url", "path"),
+                 ("keys_as", "file", "url", "path"))  # fmt: skip
 
     hub: Text | None = None
     config: str | None = None
@@ -130,11 +138,6 @@ class BenchmarkSource(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if sum(source is not None for source in (self.hub, self.url, self.path, self.data)) != 1:
-            raise ValueError("a source needs exactly one of hub, url, path and data")
-        for field, others in _GOES_WITH.items():
-            if field in self.model_fields_set and not any(getattr(self, other) for other in others):
-                raise ValueError(f"{field} goes with {' or '.join(others)}")
         if self.file and (self.config or len(self.splits) > 1):
             raise ValueError("file stands for the whole source: no config, no splits")
         return self
@@ -158,8 +161,11 @@ class ExampleColumns(Schema):
     """When it is not; a row that is neither is an error. null: all that are not positive."""
 
 
-class BenchmarkPolicy(Schema):
+class BenchmarkPolicy(Choice):
     """The policy of the examples, where it is not the run's."""
+
+    ONE_OF = (("name", "column"),)
+    GOES_WITH = (("rules", "column"), ("optional", "column"))
 
     name: str | None = None
     """A name in configs/policies, for all examples."""
@@ -170,17 +176,12 @@ class BenchmarkPolicy(Schema):
     optional: bool = False
     """With `column`: it may be absent or empty; such an example has the run's policy."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.name is None) == (self.column is None):
-            raise ValueError("a policy needs name or column")
-        if (self.rules or self.optional) and self.column is None:
-            raise ValueError("rules and optional go with column")
-        return self
 
-
-class Slice(Schema):
+class Slice(Choice):
     """A division of the examples that is scored apart."""
+
+    ONE_OF = (("column", "columns", "when"),)
+    GOES_WITH = (("separator", "column"),)
 
     name: Text
     column: Text | None = None
@@ -189,16 +190,8 @@ class Slice(Schema):
     """Or flags: the names of those that are true are the values."""
     when: Condition | None = None
     """Or a condition: the values are yes and no."""
-    separator: str | None = None
+    separator: Annotated[str, StringConstraints(min_length=1)] | None = None
     """With `column`: what stands between several values in one text."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if bool(self.column) + bool(self.columns) + (self.when is not None) != 1:
-            raise ValueError("a slice needs one of column, columns and when")
-        if self.separator is not None and not (self.column and self.separator):
-            raise ValueError("separator goes with column, and is not empty")
-        return self
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -249,11 +242,8 @@ class BenchmarkDefinition(Schema):
     """Shown in reports; examples without an id of their own are called after it."""
     title: Text
     group: Group = "extra"
-    """Which average it enters."""
     question: Question
-    """The question about each example."""
     source: BenchmarkSource
-    """Where the rows are."""
     where: tuple[Condition, ...] = ()
     """Rows that count: all of these hold."""
     sample: Sample | None = None

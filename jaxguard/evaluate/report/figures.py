@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jaxguard.evaluate.report.published import Published
-from jaxguard.evaluate.scores.calibration import Bin
+from jaxguard.evaluate.scores.metrics import Bin
 from jaxguard.evaluate.scores.results import Cell, Evaluation
 from jaxguard.report.figures import BACK, COLOURS, FAINT, INK, LINE, draw_interval, style
 from jaxguard.report.text import DASH, seconds, short

@@ -1,10 +1,10 @@
 """The results of an evaluation as plain data, which runs/NAME/evaluate/results.json holds and the report is written from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -12,8 +12,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, TITLES
 from jaxguard.data.policies import Question
 from jaxguard.evaluate.benchmarks.schema import Group
-from jaxguard.evaluate.scores.calibration import Calibration, Platt
-from jaxguard.evaluate.scores.metrics import Difference, McNemar, Result
+from jaxguard.evaluate.scores.metrics import Calibration, Difference, McNemar, Platt, Result
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.statistics import Estimate
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCORES = ("f1", "precision", "recall", "false_positive_rate", "agreement", "kappa")
+Key = TypeVar("Key", bound=Hashable)
 UNPARSABLE_WORD = "unparsable"
 """Stands for the word of an unparsable verdict."""
 
@@ -213,18 +213,12 @@ class Evaluation:
     @property
     def by_guard(self) -> dict[tuple[str, str], list[Cell]]:
         """(guard, mode) -> its cells."""
-        groups: dict[tuple[str, str], list[Cell]] = {}
-        for cell in self.cells:
-            groups.setdefault(cell.guard_mode, []).append(cell)
-        return groups
+        return _grouped((cell.guard_mode, cell) for cell in self.cells)
 
     @property
     def by_benchmark(self) -> dict[str, list[Cell]]:
         """Benchmark -> its cells."""
-        groups: dict[str, list[Cell]] = {}
-        for cell in self.cells:
-            groups.setdefault(cell.benchmark, []).append(cell)
-        return groups
+        return _grouped((cell.benchmark, cell) for cell in self.cells)
 
     @property
     def report(self) -> Path | None:
@@ -275,6 +269,13 @@ class Evaluation:
             if average.versus:
                 tables["versus"].append(name | average.versus.row())
         return {title: pd.DataFrame(rows) for title, rows in tables.items()}
+
+
+def _grouped(pairs: Iterable[tuple[Key, Cell]]) -> dict[Key, list[Cell]]:
+    groups: dict[Key, list[Cell]] = {}
+    for key, cell in pairs:
+        groups.setdefault(key, []).append(cell)
+    return groups
 
 
 def _columns(scores: Mapping[str, Estimate]) -> dict[str, float | None]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.examples import Example
@@ -11,23 +12,20 @@ from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
 from jaxguard.data.policies import Question
 from jaxguard.evaluate.benchmarks.loading import Benchmark
 from jaxguard.evaluate.benchmarks.schema import Group
-from jaxguard.evaluate.scores.calibration import (
-    Platt,
-    best_f1_threshold,
-    calibration,
-    fit_platt,
-    recalibrated,
-    verdicts_at,
-)
 from jaxguard.evaluate.scores.metrics import (
+    Platt,
     Votes,
     average_f1,
     average_weights,
+    best_f1_threshold,
+    calibration,
     count_votes,
     f1_difference,
     fill_missing,
+    fit_platt,
     mcnemar,
     measure,
+    verdicts_at,
 )
 from jaxguard.evaluate.scores.results import UNPARSABLE_WORD, Average, Cell, Cost, Thresholded, Versus, Wrong
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Prediction
@@ -47,12 +45,9 @@ GuardMode = tuple[str, Mode]
 
 @dataclass(frozen=True)
 class PredictedExamples:
-    """The predictions of a guard in a mode for the examples of a benchmark, or for validation examples.
+    """The predictions of a guard in a mode for examples, in the same order: of a benchmark, or validation examples (None).
 
-    Attributes:
-        label: the config's name of the benchmark.
-        examples, predictions: in the same order.
-        benchmark: None for validation examples.
+    `label` is the config's name of the benchmark.
     """
 
     guard: str
@@ -60,12 +55,12 @@ class PredictedExamples:
     label: str
     question: Question
     examples: Sequence[Example]
-    predictions: Sequence[Prediction]
     benchmark: Benchmark | None
+    predictions: Sequence[Prediction]
 
     @property
-    def labels(self) -> np.ndarray:
-        """bool[N]: whether the label is the positive class."""
+    def labels(self) -> Bool[np.ndarray, "N"]:
+        """Whether the label is the positive class."""
         positive = CHOICES[self.question][0]
         return np.array([getattr(example, LABEL[self.question]) == positive for example in self.examples], bool)
 
@@ -75,13 +70,13 @@ class PredictedExamples:
         return count_votes(self.labels, verdicts, self.question, settings.unparsable)
 
     @property
-    def probabilities(self) -> np.ndarray:
-        """float[N]: probabilities of the positive verdict, NaN where there is none."""
+    def probabilities(self) -> Float[np.ndarray, "N"]:
+        """Probabilities of the positive verdict, NaN where there is none."""
         return np.array([prediction.probabilities[self.question] for prediction in self.predictions], float)
 
-    def filled(self, settings: EvaluateConfig, platt: Platt | None = None) -> np.ndarray:
-        """float[N]: probabilities after Platt's scaling; a missing one counts as an unparsable verdict does."""
-        values = self.probabilities if platt is None else recalibrated(self.probabilities, platt)
+    def filled(self, settings: EvaluateConfig, platt: Platt | None = None) -> Float[np.ndarray, "N"]:
+        """Probabilities after Platt's scaling; a missing one counts as an unparsable verdict does."""
+        values = self.probabilities if platt is None else platt(self.probabilities)
         unscored = [x.unscored.get(self.question, 0) / len(x.verdicts[self.question]) for x in self.predictions]
         return fill_missing(self.labels, values, self.question, settings.unparsable, np.array(unscored, float))
 
@@ -89,12 +84,7 @@ class PredictedExamples:
 def score(
     predictions: Sequence[PredictedExamples], settings: EvaluateConfig
 ) -> tuple[tuple[Cell, ...], tuple[Average, ...]]:
-    """All cells and averages; what a guard does not support has neither.
-
-    Args:
-        predictions: in the order of guards, modes and benchmarks.
-        settings: which guard is the first, what unparsable verdicts count as, seeds.
-    """
+    """All cells and averages, in the order of the predictions; what a guard does not support has neither."""
     by_guard: dict[GuardMode, dict[str, PredictedExamples]] = {}
     validation = {(p.guard, p.mode, p.question): p for p in predictions if p.benchmark is None}
     groups = {each.label: each.benchmark.definition.group for each in predictions if each.benchmark}
