@@ -208,13 +208,11 @@ def _next_word(known: Iterable[str]) -> list[str]:
 
     It then belongs to the command: argcomplete takes the words after the first _ARGCOMPLETE ones for the parser's.
     """
-    line = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
-    count = int(os.environ["_ARGCOMPLETE"])
-    word = [*line.split(), ""][count] if len(line.split()) + line.endswith(" ") > count + 1 else ""
-    if word not in known:
-        return []
-    os.environ["_ARGCOMPLETE"] = str(count + 1)
-    return [word]
+    start, line = int(os.environ["_ARGCOMPLETE"]), os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])]
+    finished = line.split() if line.endswith(" ") else line.split()[:-1]
+    words = [word for word in finished[start : start + 1] if word in known]
+    os.environ["_ARGCOMPLETE"] = str(start + len(words))
+    return words
 
 
 def _assignments(schema: type[Schema], fields: Iterable[str], with_values: bool, prefix: str = "") -> Iterator[str]:

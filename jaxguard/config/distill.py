@@ -1,8 +1,12 @@
 """Config schemas of distillation: the teacher, the filter, the audit."""
 
+from typing import Annotated
+
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from jaxguard.config.base import NonNegative, Positive, Schema, Share
+
+Prompt = Annotated[str, Field(description="A name in configs/prompts or a YAML file.")]
 
 
 class TeacherConfig(Schema):
@@ -62,16 +66,14 @@ class AuditConfig(Schema):
     """Seed of the sample."""
     samples: Positive = 4
     """Completions for each."""
-    prompt: str = "audit"
-    """A name in configs/prompts or a YAML file."""
+    prompt: Prompt = "audit"
 
 
 class DistillConfig(Schema):
     """Reasoning traces from a teacher, for the examples of data.train."""
 
     teacher: TeacherConfig
-    prompt: str = "trace"
-    """A name in configs/prompts or a YAML file."""
+    prompt: Prompt = "trace"
     rounds: Positive = 4
     """Most attempts at an example until a trace passes the filter."""
     candidates: Positive = 1
@@ -79,10 +81,8 @@ class DistillConfig(Schema):
     filter: FilterConfig = FilterConfig()
     judge: TeacherConfig | None = None
     """An LLM judge that may reject traces which passed all other checks; null uses none."""
-    judge_prompt: str = "judge"
-    """A name in configs/prompts or a YAML file."""
+    judge_prompt: Prompt = "judge"
     budgets: tuple[Positive, ...] = ()
     """Sentences that accepted traces are shortened to, a file for each number; the paper's are 1 to 10."""
-    shorten_prompt: str = "shorten"
-    """A name in configs/prompts or a YAML file."""
+    shorten_prompt: Prompt = "shorten"
     audit: AuditConfig = AuditConfig()

@@ -31,8 +31,7 @@ class GuardConfig(Schema):
     """How prompts are rendered and completions parsed: `jaxguard`, one of docs/guards.md (`tfidf` and `majority` are baselines,
     fitted to data.train), or a format of your own: a YAML file or a name in configs/guards."""
     checkpoint: str | None = None
-    """Its weights and tokenizer: a Hugging Face folder, a run's folder, or a repository on the hub; null takes this run's
-    export."""
+    """Its weights and tokenizer: a Hugging Face folder, a run's folder, or a hub repository; null takes this run's export."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     endpoint: str | None = None
@@ -40,8 +39,7 @@ class GuardConfig(Schema):
     model: str | None = None
     """The name that it is served under; null takes whatever the endpoint serves."""
     swap: bool = False
-    """First make the endpoint's server load `checkpoint` in place of its weights, and accept completions of these only. The
-    folder must be visible to the server."""
+    """First make the endpoint's server load the folder `checkpoint`, which it must see; accept completions of it only."""
     modes: tuple[Literal["reasoning", "direct"], ...] = ()
     """Modes to evaluate; none takes those that data.mode trains, as far as its format has them."""
     paper_row: str | None = None
