@@ -25,6 +25,8 @@ from jaxguard.utils.errors import JaxguardError, ProvenanceError
 USER_ERROR = 2
 PROVENANCE_CHANGED = 3
 INTERRUPTED = 130
+COMPLETING = "_ARGCOMPLETE" in os.environ
+"""Whether the shell asks for completions."""
 
 EPILOG = """\
 overrides:
@@ -67,7 +69,7 @@ class Command:
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         """Parse arguments, by default the process's, with positional ones before, after or between the options, and run."""
         arguments = sys.argv[1:] if argv is None else argv
-        if _completing():
+        if COMPLETING:
             arguments = _next_word(self.commands)
         if arguments and arguments[0] in self.commands:
             return self.commands[arguments[0]](arguments[1:])
@@ -118,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a stage and return its exit code; with no stage, or --help, list them."""
     arguments = sys.argv[1:] if argv is None else argv
     known = stages()
-    if _completing():
+    if COMPLETING:
         arguments = _next_word(known)
         if not arguments:
             parser = argparse.ArgumentParser()
@@ -191,13 +193,9 @@ def suggest(argument: argparse.Action, values: Callable[[str], Iterable[str]]) -
     vars(argument)["completer"] = lambda prefix, **_: list(values(prefix))
 
 
-def _completing() -> bool:
-    return "_ARGCOMPLETE" in os.environ
-
-
 def _complete(parser: argparse.ArgumentParser) -> None:
     """Answer the shell's request for completions and exit; without one, do nothing."""
-    if _completing():
+    if COMPLETING:
         import argcomplete
 
         argcomplete.autocomplete(parser)

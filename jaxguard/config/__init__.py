@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import yaml
-from pydantic import ValidationInfo, model_validator
+from pydantic import model_validator
 
 from jaxguard.config.base import CONFIG_FOLDER, NonNegative, Schema, find_yaml, read_yaml, scalar, validate
 from jaxguard.config.data import BuildConfig, DataConfig
@@ -63,8 +63,8 @@ class Config(Schema):
         return Path(self.run_folder) / self.name
 
     @model_validator(mode="after")
-    def _check(self, info: ValidationInfo) -> Self:
-        data, train = self.data, self.train
+    def _check(self) -> Self:
+        data = self.data
         if self.name in {"", ".", ".."} or "/" in self.name:
             raise ValueError(f"name={self.name!r} is also the run's folder: it must not be empty or hold a slash")
         if not data.reasoning_marker or not data.direct_marker or data.reasoning_marker == data.direct_marker:
@@ -74,8 +74,6 @@ class Config(Schema):
             raise ValueError(
                 f"data.dual_reasoning_share={data.dual_reasoning_share:g} trains one mode: set data.mode={only}"
             )
-        if "train" in (info.context or READS["train"]) and data.subset is not None and data.subset < train.batch_size:
-            raise ValueError(f"data.subset={data.subset} is smaller than train.batch_size={train.batch_size}")
         if self.model.attention == "cudnn" and self.model.compute_dtype == "float32":
             raise ValueError("model.attention=cudnn computes in bfloat16 only; set model.compute_dtype=bfloat16")
         return self
@@ -103,12 +101,13 @@ def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER
             readers = " and ".join(reader for reader, fields in READS.items() if field in fields)
             raise JaxguardError(f"override {text!r}: {stage} does not read {field!r}; it is read by {readers}")
         tree = _put(tree, key.split("."), value, text)
-    if stage is None:
-        return validate(Config, tree, origin)
-    for field in ("build", "evaluate", "mine"):
-        if field in READS[stage] and tree.get(field) is None:
-            tree[field] = {}
-    return validate(Config, tree, origin, context=READS[stage])
+    read = READS[stage] if stage else READS["train"]
+    tree |= {field: {} for field in ("build", "evaluate", "mine") if field in read and tree.get(field) is None}
+    config = validate(Config, tree, origin)
+    subset, batch_size = config.data.subset, config.train.batch_size
+    if "train" in read and subset is not None and subset < batch_size:
+        raise JaxguardError(f"{origin}: data.subset={subset} is smaller than train.batch_size={batch_size}")
+    return config
 
 
 def dump(config: Config, stage: str | None = None) -> str:

@@ -31,14 +31,14 @@ class Schema(BaseModel):
 Tree = TypeVar("Tree", bound=Schema)
 
 
-def validate(kind: type[Tree], tree: Mapping[str, Any], origin: str, context: Any = None) -> Tree:
-    """Turn a plain tree into a schema; `origin` names it in errors, `context` is for its validators.
+def validate(kind: type[Tree], tree: Mapping[str, Any], origin: str) -> Tree:
+    """Turn a plain tree into a schema; `origin` names it in errors.
 
     Raises:
         JaxguardError: unknown, missing or ill-typed field, impossible combination; one line for each.
     """
     try:
-        return kind.model_validate(tree, context=context)
+        return kind.model_validate(tree)
     except ValidationError as error:
         # Pydantic also calls a list too short when its only item is ill-formed; the item's own error says it better.
         errors = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]

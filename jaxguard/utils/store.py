@@ -29,16 +29,13 @@ class Store:
     path: Path
     _file: FileIO
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any], name: str = "record") -> None:
         """Append a record of JSON values: once this returns, killing the process does not lose it.
 
         Raises:
             JaxguardError: it cannot be written; the file is as before.
         """
-        self._append(_sealed("record", record))
-
-    def _append(self, line: bytes) -> None:
-        size, rest = os.fstat(self._file.fileno()).st_size, memoryview(line)
+        size, rest = os.fstat(self._file.fileno()).st_size, memoryview(_sealed(name, record))
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -64,17 +61,17 @@ def open_store(path: Path, settings: Mapping[str, Any], remedy: str) -> Iterator
     except OSError as error:
         raise JaxguardError(f"cannot write to {path}: {error.strerror or error}") from None
     with file:
-        store, header = Store(path, file), _sealed("settings", settings)
+        store = Store(path, file)
         with path.open("rb") as lines:
             end = sum(len(line) for line in lines if line.endswith(b"\n"))
             if lines.tell() > end:
                 logger.warning("%s: a last line that was cut off is dropped; what it held will be made again", path)
                 file.truncate(end)
         if end:
-            changes = differences(read_settings(path), _unsealed("settings", header))
+            changes = differences(read_settings(path), json.loads(json.dumps(settings)))
             refuse_others(changes, f"{path} holds records that were made with other settings:", remedy)
         else:
-            store._append(header)
+            store.append(settings, "settings")
         try:
             yield store
         finally:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.guards.protocol import Completion, sample_digest
-from jaxguard.utils.client import Client, Endpoint, Limiter, NotFoundError, RetryableError, connect, gather, model_names
+from jaxguard.utils.client import Client, Limiter, NotFoundError, RetryableError, connect, gather, model_names
 from jaxguard.utils.errors import JaxguardError
 
 _IMPOSSIBLE: Final = -1e30
@@ -171,7 +171,7 @@ async def swap_weights(url: str, folder: Path, version: str) -> None:
 
 
 @asynccontextmanager
-async def _connect(url: str, requests: int) -> AsyncIterator[tuple[Client, Endpoint]]:
+async def _connect(url: str, requests: int) -> AsyncIterator[tuple[Client, str]]:
     base = re.sub(r"(/v1)?/*$", "", url.strip())
     async with connect((base,), Limiter(start=requests, most=requests)) as client:
         yield client, client.endpoints[0]
