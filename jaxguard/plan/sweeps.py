@@ -90,30 +90,26 @@ def points(sweep: SweepConfig) -> Iterator[Point]:
         JaxguardError: a config, target or shape that does not exist.
     """
     for name, series in sweep.series.items():
-        width = find_spec(_load(name, series, series.set).model).d_model
-        for devices in series.devices:
-            cluster = find_cluster(f"{series.target}:{devices}")
-            shards = cluster.devices // series.tensor
-            copies = shards // math.gcd(shards, width)
-            if series.shard == "linked":
-                copies = max(1, cluster.devices // cluster.linked)
-            rows = series.rows * (shards if series.scaling == "weak" else 1)
-            settings = {
-                "data.share_prefixes": False,  # rows are full, whatever the data
-                **series.set,
-                "mesh.data": copies,
-                "mesh.fsdp": shards // copies,
-                "mesh.tensor": series.tensor,
-                "train.batch_size": rows,
-            }
-            yield Point(name, series.scaling, cluster, _load(name, series, settings), rows)
-
-
-def _load(name: str, series: SeriesConfig, settings: Mapping[str, Any]) -> Config:
-    try:
-        return load(series.config, [f"{field}={json.dumps(value)}" for field, value in settings.items()])
-    except JaxguardError as error:
-        raise JaxguardError(f"series {name}: {error}") from None
+        try:
+            width = find_spec(load(series.config, series.set).model).d_model
+            for devices in series.devices:
+                cluster = find_cluster(f"{series.target}:{devices}")
+                shards = cluster.devices // series.tensor
+                copies = shards // math.gcd(shards, width)
+                if series.shard == "linked":
+                    copies = max(1, cluster.devices // cluster.linked)
+                rows = series.rows * (shards if series.scaling == "weak" else 1)
+                settings = {
+                    "data.share_prefixes": False,  # rows are full, whatever the data
+                    **series.set,
+                    "mesh.data": copies,
+                    "mesh.fsdp": shards // copies,
+                    "mesh.tensor": series.tensor,
+                    "train.batch_size": rows,
+                }
+                yield Point(name, series.scaling, cluster, load(series.config, settings), rows)
+        except JaxguardError as error:
+            raise JaxguardError(f"series {name}: {error}") from None
 
 
 COLUMNS: Mapping[str, Callable[[Result], str]] = {
@@ -161,13 +157,13 @@ class SweepReport:
         """One page with table and curves."""
         table = Table(("series", "devices", *COLUMNS))
         for result in self.results:
-            error = result.get("error")
-            cells = [error, *[""] * (len(COLUMNS) - 1)] if error else [cell(result) for cell in COLUMNS.values()]
+            cells = [cell(result) for cell in COLUMNS.values()] if "error" not in result else [result["error"]]
+            cells += [""] * (len(COLUMNS) - len(cells))
             table.add(result["series"], f"{result['devices']:,}", *cells)
-        note = "Efficiency: rows that a device trains in a second, relative to the smallest cluster of the series."
-        where = "Products take longer than the network:"
         title = "Memory, the network's share, time and efficiency over the number of devices"
         figure = Drawing(title, inline_svg(self.figure(), "sweep", title))
+        where = "Products take longer than the network:"
+        note = "Efficiency: rows that a device trains in a second, relative to the smallest cluster of the series."
         return Page(self.title, [figure, where, Bullets(self.limits()), table, note, estimate_note()])
 
     @style()
@@ -190,9 +186,7 @@ class SweepReport:
 
 
 def sweep(
-    name: str,
-    folder: Path | None = None,
-    on_point: Callable[[Point, Result], object] = lambda *_: None,
+    name: str, folder: Path | None = None, on_point: Callable[[Point, Result], object] = lambda *_: None
 ) -> SweepReport:
     """Compile a sweep's points; those whose results are in `folder` already, from the same config, are read from there.
 
@@ -213,7 +207,7 @@ def sweep(
         text = "\n".join([jax.__version__, point.cluster.name, str(point.rows), dump(point.config)])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = folder / f"{point.series}-{point.cluster.devices}.json"
-        result = _read_result(path)
+        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if result.get("key") != key:
             result = {"key": key, "series": point.series, "devices": point.cluster.devices, "scaling": point.scaling}
             try:
@@ -228,11 +222,3 @@ def sweep(
         results.append(result)
         on_point(point, result)
     return SweepReport(fields.title, results)
-
-
-def _read_result(path: Path) -> Result:
-    try:
-        result: Result = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return result

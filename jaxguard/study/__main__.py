@@ -1,6 +1,7 @@
 """`jaxguard study run NAME`: train and evaluate the rows of a study, and report on them."""
 
 import argparse
+import shlex
 import sys
 
 from rich.console import Console
@@ -47,11 +48,12 @@ def _study(options: argparse.Namespace) -> int:
     from jaxguard.study.cost import cost_table
     from jaxguard.study.grid import open_study
     from jaxguard.study.report import write_report
-    from jaxguard.study.run import commands, run_study
+    from jaxguard.study.run import command, run_study
 
     study = open_study(options.study, options.scale, options.overrides)
     if options.dry_run:
-        print(*commands(study), sep="\n")
+        for run in (*study.prepared, *study.runs):
+            print(*(f"python {shlex.join(command(run, stage))}" for stage in run.stages), sep="\n")
         return 0
     if options.command == "report":
         print(*write_report(study, read_results, read_published()), sep="\n")

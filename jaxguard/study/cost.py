@@ -27,36 +27,29 @@ WARMUP_STEPS = 2
 
 
 def cost_table(study: Study) -> Table:
-    """Return the work and time of every run and of all, and the assumptions behind it.
-
-    What is prepared takes tokens of a teacher, which runs on devices of its own: they are not in the sum.
-    """
-    cost = study.definition.cost
-    trained, generated, source = speed_of(study)
+    """Return the work and time of every run and of all, and the assumptions behind it; a teacher's work is not included."""
+    cost, (trained, generated, source) = study.definition.cost, speed_of(study)
     note = (
-        "trained, read and generated are tokens; a teacher's are without retries, and not in the sum. *: the number of examples "
-        f"is an assumption of the study's file, or a default. Assumed: {cost.prompt_tokens} tokens a prompt, {cost.trace_tokens} "
-        f"a trace, {cost.answer_tokens} a verdict, and {cost.start_seconds} s to start a stage, unless a row says otherwise; "
-        f"{cost.devices} {cost.device} train {trained:,.0f} tokens/s ({source}) and generate {generated:,.0f}."
+        "trained, read and generated are tokens; without a teacher's. *: the number of examples is an assumption of the study's "
+        f"file, or a default. Assumed: {cost.prompt_tokens} tokens a prompt, {cost.trace_tokens} a trace, {cost.answer_tokens} a "
+        f"verdict, and {cost.start_seconds} s to start a stage, unless a row says otherwise; {cost.devices} {cost.device} train "
+        f"{trained:,.0f} tokens/s ({source}) and generate {generated:,.0f}."
     )
-    rows = []
-    total = Counter[str]()
-    distilled = [run for run in study.prepared if "distill" in run.stages]
-    for run in (*distilled, *study.runs):
-        amount = work(run)
-        rows.append((run.name + (" *" if amount["assumed"] else ""), amount))
-        if not run.prepared:
-            # A forward pass costs a third of a training step.
-            seconds = (amount["trained"] + amount["read"] / 3) / trained + amount["generated"] / generated
-            amount["seconds"] = round(seconds + len(run.stages) * run.cost.start_seconds)
-            total += amount
     columns = ("run", "steps", "trained", "predictions", "read", "generated", "device-h")
     table = Table(columns, title=study.definition.title, note=note)
-    for name, amount in (*rows, (f"{len(study.runs)} runs", total)):
+    amounts = {run.name: work(run) for run in study.runs}
+    for run in study.runs:
+        amount = amounts[run.name]
+        # A forward pass costs a third of a training step.
+        seconds = (amount["trained"] + amount["read"] / 3) / trained + amount["generated"] / generated
+        amount["seconds"] = round(seconds + len(run.stages) * run.cost.start_seconds)
+    total = sum(amounts.values(), Counter[str]())
+    for name, amount in (*amounts.items(), (f"{len(study.runs)} runs", total)):
         counts = [amount[kind] for kind in ("trained", "read", "generated")]
         tokens = [f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count / 1e3:,.0f} k" for count in counts]
-        hours = f"{amount['seconds'] / 3600 * cost.devices:,.2f}" if amount["seconds"] else "-"
-        table.add(name, amount["steps"], tokens[0], amount["predictions"], *tokens[1:], hours)
+        hours = f"{amount['seconds'] / 3600 * cost.devices:,.2f}"
+        star = " *" if amount["assumed"] else ""
+        table.add(name + star, amount["steps"], tokens[0], amount["predictions"], *tokens[1:], hours)
     return table
 
 
@@ -67,48 +60,40 @@ def work(run: Run) -> Counter[str]:
         steps of training; tokens trained, read and generated; predictions: examples, once for each mode; assumed: above 0 if a
         number of examples is assumed, not counted.
     """
-    config, cost, data = run.config, run.cost, run.config.data
+    config, cost, data, total = run.config, run.cost, run.config.data, Counter[str]()
     paths = [Path(source.path or "") for source in data.train]
     local = all(path.is_file() for path in paths)
-    available = data.subset or (sum(map(_rows, paths)) if local else run.row.examples or 0)
-    held_out = 0 if data.subset or data.validation else data.validation_size
-    examples, assumed = max(0, available - held_out), not (local or data.subset)
+    examples = data.subset or (sum(map(_rows, paths)) if local else run.row.examples or 0)
+    if not data.subset and not data.validation:
+        examples = max(0, examples - data.validation_size)
     traced = {"direct": 0.0, "reasoning": 1.0, "dual": data.dual_reasoning_share}[data.mode]
-
-    def predict(count: int, generations: int, traced: float) -> Counter[str]:
-        # The probability of a verdict is read after each generation's trace, or once where there is none.
-        scored = (
-            traced * max(generations, 1) * (cost.prompt_tokens + cost.trace_tokens) + (1 - traced) * cost.prompt_tokens
-        )
-        read = scored + (cost.prompt_tokens if generations else 0)
-        generated = generations * (traced * cost.trace_tokens + cost.answer_tokens)
-        return Counter(predictions=count, read=round(count * read), generated=round(count * generated))
-
-    total = Counter(assumed=assumed and set(run.stages) != {"evaluate"})
-    if "distill" in run.stages:  # each example once, and once more for each budget, which shortens its trace
-        budgets = len(config.distill.budgets) if config.distill else 0
-        read = (1 + budgets) * cost.prompt_tokens + budgets * cost.trace_tokens
-        generated = (1 + budgets) * (cost.trace_tokens + cost.answer_tokens)
-        total += Counter(predictions=available, read=available * read, generated=available * generated)
+    if {"train", "mine"} & set(run.stages):
+        total["assumed"] += not (local or data.subset)
+    predictions: list[tuple[int, int, float]] = []  # examples, generations of each, share with a trace
     if "train" in run.stages:
-        steps = total_steps(examples, config.train.batch_size, config.train.epochs, config.train.max_steps)
+        total["steps"] = total_steps(examples, config.train.batch_size, config.train.epochs, config.train.max_steps)
         tokens = cost.prompt_tokens + traced * cost.trace_tokens + cost.answer_tokens
-        total += Counter(steps=steps, trained=round(steps * config.train.batch_size * tokens))
+        total["trained"] = round(total["steps"] * config.train.batch_size * tokens)
     if "mine" in run.stages:
-        total += predict(examples, (config.mine or MineConfig()).generations, traced)
+        predictions.append((examples, (config.mine or MineConfig()).generations, traced))
     if "evaluate" in run.stages:
         settings = config.evaluate or EvaluateConfig()
         guards = [guard for guard in settings.guards if guard.format not in BASELINES]
         modes = [mode for guard in guards for mode in modes_of(guard, config)]
-        for chosen in settings.benchmarks:
-            expected, path = read_benchmark(chosen.name).expected, Path(chosen.path or "")
-            known = (
-                _rows(path) if path.is_file() else expected.total or (expected.positive or 0) + (expected.negative or 0)
-            )
+        for benchmark in settings.benchmarks:
+            expected, path = read_benchmark(benchmark.name).expected, Path(benchmark.path or "")
+            published = expected.total or (expected.positive or 0) + (expected.negative or 0)
+            known = _rows(path) if path.is_file() else published
             count = min(known or cost.benchmark_examples, settings.limit or sys.maxsize)
-            total += Counter(assumed=not known)
-            for mode in modes:
-                total += predict(count, settings.generations, float(mode == "reasoning"))
+            total["assumed"] += not known
+            predictions += [(count, settings.generations, float(mode == "reasoning")) for mode in modes]
+    for count, generations, share in predictions:
+        # The prompt is read to generate, and for the probability: after each generation's trace, or once where there is none.
+        with_trace = max(generations, 1) * (cost.prompt_tokens + cost.trace_tokens)
+        read = share * with_trace + (1 - share) * cost.prompt_tokens + bool(generations) * cost.prompt_tokens
+        total["predictions"] += count
+        total["read"] += round(count * read)
+        total["generated"] += round(count * generations * (share * cost.trace_tokens + cost.answer_tokens))
     return total
 
 

@@ -73,14 +73,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """A resolved study.
-
-    Attributes:
-        scale: None is the paper's own.
-        definition: the study as written.
-        prepared: runs that make what the others read.
-        runs: in order.
-    """
+    """A study as written, at a scale (None is the paper's own), its runs, and those prepared runs that make what they read."""
 
     folder: Path
     scale: str | None

@@ -1,5 +1,6 @@
 """Report on a study: F1 by row, axis and mode, mean and deviation over repeats, beside the published values."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,35 +71,31 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
 
     Returns:
         A row for each run, mode and metric, an average or a benchmark: its f1 (NaN if undefined), and whether all of it was
-        evaluated (complete). Runs that differ only in what repeats them share a line, whose name, series, number of runs and x
-        on the curve's axis stand beside it.
+        evaluated (complete). Runs that differ only in what repeats them share a line, whose name, series, x on the curve's axis
+        and number of runs stand beside it.
     """
-    lines: dict[tuple[Any, ...], list[Run]] = {}
-    for run in study.runs:
-        if "evaluate" in run.stages:
-            items = (item for item in run.labels.items() if item[0] not in REPEATS)
-            lines.setdefault((run.key, *items), []).append(run)
-    tables = []
     axis = study.definition.curve.axis if study.definition.curve else ""
-    for line, ((key, *labels), runs) in enumerate(lines.items()):
-        series, x = runs[0].row.series or key, dict(labels).get(axis)
+    lines: dict[tuple[Any, ...], int] = {}
+    runs: Counter[int] = Counter()
+    tables = []
+    for run in (run for run in study.runs if "evaluate" in run.stages):
+        labels = {field: label for field, label in run.labels.items() if field not in REPEATS}
+        line = lines.setdefault((run.key, *labels.items()), len(lines))
+        runs[line] += 1
+        path, series, x = run.folder / "evaluate" / "results.json", run.row.series or run.key, labels.get(axis)
+        if not path.is_file():
+            continue
+        evaluation = read(path)
+        rows = [(c.guard, c.mode, c.benchmark, c.result.scores.f1.value, c.complete) for c in evaluation.cells]
+        rows += [(a.guard, a.mode, a.name, a.f1.value, not a.missing) for a in evaluation.averages]
+        table = pd.DataFrame(rows, columns=["guard", "mode", "metric", "f1", "complete"]).astype({"f1": float})
         # The column of modes shows data.mode.
-        shown = [f"{field.split('.')[-1]} {label}" for field, label in labels if field != "data.mode"]
-        common = {
-            "line": line,
-            "name": ", ".join([series, *shown]),
-            "series": series,
-            "x": pd.to_numeric(runs[0].row.examples if x == "all" else x, errors="coerce"),
-            "runs": len(runs),
-        }
-        for run in runs:
-            if (path := run.folder / "evaluate" / "results.json").is_file():
-                evaluation = read(path)
-                rows = [(c.guard, c.mode, c.benchmark, c.result.scores.f1.value, c.complete) for c in evaluation.cells]
-                rows += [(a.guard, a.mode, a.name, a.f1.value, not a.missing) for a in evaluation.averages]
-                table = pd.DataFrame(rows, columns=["guard", "mode", "metric", "f1", "complete"]).astype({"f1": float})
-                tables.append(table[table.guard == rows[0][0]].assign(run=run.name, **common))
-    return pd.concat(tables) if tables else pd.DataFrame()
+        names = [f"{field.split('.')[-1]} {label}" for field, label in labels.items() if field != "data.mode"]
+        table = table[table.guard == rows[0][0]].assign(line=line, name=", ".join([series, *names]), series=series)
+        table["x"] = pd.to_numeric(run.row.examples if x == "all" else x, errors="coerce")
+        tables.append(table.assign(run=run.name))
+    scores = pd.concat(tables).sort_values("line", kind="stable") if tables else pd.DataFrame({"line": []})
+    return scores.assign(runs=scores.line.map(runs))
 
 
 def spread(values: "pd.Series[float]", published: float | None = None) -> str:
@@ -114,16 +111,14 @@ def spread(values: "pd.Series[float]", published: float | None = None) -> str:
 def _published_scores(study: Study, published: Published | None, run: Run, mode: Any, x: float) -> Mapping[str, float]:
     """Return the published scores of a run: of the row that its row names, else of the curve at x."""
     if published is not None and mode in run.row.published:
-        row = published.row(run.row.published[mode])
+        name = run.row.published[mode]
+        row = published.row(name)
         if row is None:
-            raise JaxguardError(
-                f"configs/published has no row {run.row.published[mode]!r}, which a row of this study names"
-            )
+            raise JaxguardError(f"configs/published has no row {name!r}, which a row of this study names")
         return {metric: getattr(row, metric) for metric in (*AVERAGES, *CUSTOM)}
     curve = study.definition.curve
-    if mode != "reasoning" or curve is None or curve.series not in (None, run.row.series or run.key):
-        return {}
-    at_x = [point.f1 for point in _published_curve(study, published) if point.x == x]
+    on_curve = mode == "reasoning" and curve is not None and curve.series in (None, run.row.series or run.key)
+    at_x = [point.f1 for point in _published_curve(study, published) if on_curve and point.x == x]
     return {PUBLISHED_METRIC: at_x[0]} if at_x else {}
 
 

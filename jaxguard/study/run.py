@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxguard.config import READS, Config, read_by
+from jaxguard.config.data import BuildConfig
 from jaxguard.config.study import Stage
 from jaxguard.data.files import file_digest
 from jaxguard.study.grid import Run, Study
@@ -36,13 +37,15 @@ class StageSpec(NamedTuple):
     outputs: Callable[[Config], list[str]]
 
 
+def _traces(config: Config) -> list[str]:
+    budgets = config.distill.budgets if config.distill else ()
+    return ["traces.jsonl", *(f"traces_{budget}.jsonl" for budget in budgets)]
+
+
 STAGES: Mapping[Stage, StageSpec] = {
-    "distill": StageSpec(
-        "distill",
-        lambda c: ["traces.jsonl", *(f"traces_{budget}.jsonl" for budget in (c.distill.budgets if c.distill else ()))],
-    ),
+    "distill": StageSpec("distill", _traces),
     "build": StageSpec(
-        "data build", lambda c: [f"dataset/{each.name}/all.parquet" for each in (c.build.sets if c.build else ())]
+        "data build", lambda c: [f"dataset/{s.name}/all.parquet" for s in (c.build or BuildConfig()).sets]
     ),
     "mine": StageSpec("mine", lambda _: ["mine/hard.jsonl"]),
     "train": StageSpec("train", lambda c: ["export/jaxguard.json"] if c.train.export else []),
@@ -54,17 +57,6 @@ def command(run: Run, stage: Stage) -> list[str]:
     """Return a stage's command line, without the interpreter."""
     words = STAGES[stage].command
     return [*ENTRY, *words.split(), "--config", run.base, *read_by(words, run.overrides)]
-
-
-def commands(study: Study) -> list[str]:
-    """Return every command line of a study."""
-    runs = (*study.prepared, *study.runs)
-    return [f"python {shlex.join(command(run, stage))}" for run in runs for stage in run.stages]
-
-
-def missing(run: Run, stage: Stage) -> list[Path]:
-    paths = (run.folder / name for name in STAGES[stage].outputs(run.config))
-    return [path for path in paths if not path.is_file()]
 
 
 def fingerprint(run: Run, stage: Stage) -> str:
@@ -87,10 +79,9 @@ def _digest(path: Path, _changed: int) -> str:
     return file_digest(path)
 
 
-def read_record(run: Run) -> dict[str, Any]:
+def read_record(run: Run) -> Any:
     path = run.folder / RECORD
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return record
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def note(run: Run, stage: Stage, done: bool) -> None:
@@ -108,7 +99,7 @@ def pending(run: Run) -> list[Stage]:
     record = read_record(run)
     for i, stage in enumerate(run.stages):
         done = run.prepared or record.get(stage) == {"fingerprint": fingerprint(run, stage), "done": True}
-        if missing(run, stage) or not done:
+        if not done or not all((run.folder / name).is_file() for name in STAGES[stage].outputs(run.config)):
             return list(run.stages[i:])
     return []
 
@@ -160,8 +151,8 @@ def run_study(study: Study, log: Callable[[str], object]) -> int:
                 log("stopped; run the same command again to resume")
                 return REQUEUE
             if failure:
-                failed[run.name] = failure
                 log(f"error: {run.name}: {failure}")
+                failed[run.name] = failure
     for name, failure in failed.items():
         log(f"error: {name}: {failure}")
     log(f"{sum(not pending(run) for run in study.runs)} of {len(study.runs)} runs are done: {study.folder}")
@@ -183,7 +174,5 @@ def _run(run: Run, process: _Process, log: Callable[[str], object]) -> str:
             return ""
         if code:
             return f"{stage} ended with code {code}; its message above says why"
-        if absent := missing(run, stage):
-            return f"{stage} ended with code 0, but did not write {', '.join(map(str, absent))}"
         note(run, stage, done=True)
     return ""

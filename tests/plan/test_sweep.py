@@ -82,7 +82,7 @@ def test_every_shipped_sweep_describes_possible_points():
 def test_what_is_compiled_is_not_compiled_again_unless_it_changed(sweep_file, tmp_path):
     run(sweep_file, tmp_path)
     assert len(compiled) == 5
-    (tmp_path / "out" / "weak-64.json").write_text('{"key": "torn')
+    (tmp_path / "out" / "weak-64.json").write_text('{"key": "of another config"}')
     sweep_file.write_text(FILE.replace("data.max_seq_len: 1024", "data.max_seq_len: 512"))
     compiled.clear()
     run(sweep_file, tmp_path)

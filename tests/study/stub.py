@@ -1,7 +1,7 @@
 """Stands for every stage: notes its call, waits or fails if it is to, and writes what the stage would.
 
 Like the real ones it refuses to resume in a folder that holds output of other inputs. How it behaves is in
-stub/behaviour.json: {"RUN STAGE": "fail" | "requeue" | "hang" | "nothing"}. It imports nothing of the
+stub/behaviour.json: {"RUN STAGE": "fail" | "requeue" | "hang"}. It imports nothing of the
 project, so that it starts in a moment.
 """
 
@@ -38,13 +38,6 @@ if wish in ("fail", "requeue"):
 deadline = time.monotonic() + 120
 while wish == "hang" and time.monotonic() < deadline and not Path("stub/release").exists():
     time.sleep(0.02)
-if wish != "nothing":
-    files = {
-        "train": "export/jaxguard.json",
-        "evaluate": "evaluate/results.json",
-        "build": "dataset/loaves/all.parquet",
-    }
-    (folder / files[stage]).parent.mkdir(parents=True, exist_ok=True)
-    (folder / files[stage]).write_text(json.dumps(inputs))
-    lines = [json.dumps({"speed": {"tokens_per_second": n}}) + "\n" for n in (1, 1, 300, 100, 200)]
-    (folder / "metrics.jsonl").write_text("".join(lines))
+files = {"train": "export/jaxguard.json", "evaluate": "evaluate/results.json", "build": "dataset/loaves/all.parquet"}
+(folder / files[stage]).parent.mkdir(parents=True, exist_ok=True)
+(folder / files[stage]).write_text(json.dumps(inputs))
