@@ -152,9 +152,7 @@ def _example(selection: Selection, prepared: Prepared, encoder: Encoder, show_te
         raise JaxguardError(f"example {example.id!r}: the trace does not fit into data.max_seq_len")
     note = "" if show_text else "; its texts are hidden, --show-text shows them"
     legend = Text.assemble(
-        "trained on: ",
-        (f"{OPEN}highlighted{CLOSE}", TRAINED),
-        f"; {mode} mode, {len(shown.tokens):,} tokens{note}",
+        "trained on: ", (f"{OPEN}highlighted{CLOSE}", TRAINED), f"; {mode} mode, {len(shown.tokens):,} tokens{note}"
     )
     body = render_mask(shown, encoder.tokenizer)
     title = Text(f"Example {visible(example.id)} from {visible(example.source)}")
