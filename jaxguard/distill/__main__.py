@@ -67,9 +67,11 @@ def _audit(_: argparse.Namespace, config: Config) -> int:
 
 
 def _inspect(options: argparse.Namespace, config: Config) -> int:
-    from jaxguard.distill.page import inspect
+    from jaxguard.distill.page import write_store_page
 
-    Console(highlight=False, soft_wrap=True).print(Text(str(inspect(config, options.store))))
+    path = config.folder / f"{options.store}.html"
+    write_store_page(config.folder / options.store, path)
+    Console(highlight=False, soft_wrap=True).print(Text(str(path)))
     return 0
 
 

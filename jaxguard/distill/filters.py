@@ -1,8 +1,7 @@
 """What makes a trace unfit to learn from: one named check each, with its threshold in the config.
 
-The failures that the paper (arXiv 2505.20087) found by reading traces are repetition, leaked labels and overthinking; the
-published traces are those whose verdict matches the label. It states no patterns and thresholds: those here and in `FilterConfig`
-are our choice, and tests/distill/test_filters.py has examples of each.
+The paper (arXiv 2505.20087) names repetition, leaked labels and overthinking, but no patterns and thresholds: those here and in
+`FilterConfig` are our choice, and tests/distill/test_filters.py has examples of each.
 """
 
 import re
@@ -28,15 +27,7 @@ _SURE = 0.9
 
 @dataclass(frozen=True)
 class Candidate:
-    """One completion of the teacher, and what it is compared with.
-
-    Attributes:
-        trace: the reasoning, without its tags.
-        answer: what follows the reasoning.
-        finish_reason: why the server stopped; only "stop" passes.
-        labels: people's verdict, as verdict lines.
-        budget: most sentences of the trace; None sets no limit.
-    """
+    """One completion of the teacher, and what it is compared with: people's verdict, and the most sentences of the trace."""
 
     trace: str
     answer: str
@@ -47,11 +38,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Filters:
-    """Every check, with its thresholds.
-
-    Attributes:
-        config: the thresholds.
-        dialogue: the student's format, which no trace may forge.
+    """Every check, with its thresholds and the student's format, which no trace may forge.
 
     Raises:
         JaxguardError: the language of the config is not one that can be identified.
@@ -166,10 +153,7 @@ _ABBREVIATION = re.compile(
 
 
 def split_sentences(text: str) -> list[str]:
-    """Return the sentences of a text, without outer white space; a list item and a paragraph end one too.
-
-    A full stop after an abbreviation, an initial or an item's number ends none. What holds no letter or digit is none.
-    """
+    """Return the sentences of a text that hold a letter or digit; a list item and a paragraph end one too."""
     sentences, start = [], 0
     for end in _END.finditer(text):
         sentence = text[start : end.end()]

@@ -1,8 +1,7 @@
 """Traces for many examples: request, filter, store, and request again what failed.
 
-A round requests a number of candidates and stores every attempt, accepted or not. An example is done when a round brought an
-accepted trace, or when its rounds are used up. Attempts that are in the store are not made again, so a run that was killed
-resumes where it was, in the middle of a round too.
+An example is done when a round brought an accepted trace, or when its rounds are used up. Attempts that are in the store are not
+made again, so a run that was killed resumes where it was, in the middle of a round too.
 """
 
 import asyncio
@@ -33,14 +32,7 @@ _JUDGE_GRAMMAR = r"Reason: [^\n]+\nFit: (yes|no)"
 
 @dataclass(frozen=True)
 class Job:
-    """What the teacher works on, and what is accepted.
-
-    Attributes:
-        settings: the config's distill section.
-        dialogue: the student's format, which no trace may forge.
-        policy: the run's policy.
-        tasks: a trace to get for each example that has a label.
-    """
+    """What the teacher works on: the config's distill section, the student's format, the run's policy, a task an example."""
 
     settings: DistillConfig
     dialogue: Dialogue
@@ -62,8 +54,8 @@ async def generate(
         job: the teacher, and what is accepted.
         prompt: the template of the requests.
         tasks: one for each example.
-        folder: the store.
-        settings: what the store's attempts have in common.
+        folder: the store, whose attempts have `settings` in common.
+        settings: as of `provenance`.
         exhaustive: request every candidate of every round, whatever was accepted.
 
     Raises:
@@ -120,11 +112,7 @@ class Judge:
     prompt: TeacherPrompt
 
     async def objection(self, task: Task, dialogue: Dialogue) -> tuple[str | None, int]:
-        """Return (why the trace is unfit, or None; completion tokens). Fails closed: a malformed answer is an objection.
-
-        Raises:
-            JaxguardError: the judge refuses the request or gives no answer.
-        """
+        """Return (why the trace is unfit, or None; completion tokens). Fails closed: a malformed answer is an objection."""
         extra = {"regex": _JUDGE_GRAMMAR} if self.model.config.grammar else {}
         (reply,) = await self.model.complete(self.prompt.messages(task, dialogue), extra=extra)
         verdicts = {match[1].lower() for match in _FIT.finditer(reply.answer)}

@@ -14,9 +14,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxguard.config import Config
 from jaxguard.distill.filters import CHECKS, words
-from jaxguard.distill.store import Attempt, read_attempts, store_settings
+from jaxguard.distill.store import Attempt, attempts_file, read_attempts
 from jaxguard.report import (
     Beside,
     Cell,
@@ -33,6 +32,7 @@ from jaxguard.report import (
 )
 from jaxguard.report.figures import COLOURS, inline_svg, style
 from jaxguard.report.text import DASH, count, share
+from jaxguard.utils.store import read_settings
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 BINS = 40
@@ -40,29 +40,13 @@ MOST_ATTEMPTS = 2000
 """Attempts whose text is on the page."""
 
 
-def inspect(config: Config, store: str = "traces") -> Path:
-    """Write the page of one of a run's trace stores beside it.
-
-    Raises:
-        JaxguardError: there is no store, or the page cannot be written.
-    """
-    path = config.folder / f"{store}.html"
-    write_store_page(config.folder / store, path)
-    return path
-
-
 def write_store_page(store: Path, path: Path, most: int = MOST_ATTEMPTS) -> None:
-    """Write what a store holds as a page; it may be empty, and another process may be appending to it.
-
-    Args:
-        store: the trace store's folder.
-        path: the page.
-        most: attempts whose text is on the page; the numbers are of all.
+    """Write what a store holds as a page, with the text of at most `most` attempts; another process may be appending to it.
 
     Raises:
         JaxguardError: there is no store, or the page cannot be written.
     """
-    settings = store_settings(store)
+    settings = read_settings(attempts_file(store))
     numbers = read_numbers(store)
     shown = sample(numbers, most)
     attempts = sorted(_attempts(store, set(shown.index)), key=lambda attempt: attempt.key)
@@ -93,10 +77,7 @@ def read_numbers(store: Path) -> pd.DataFrame:
 
 
 def sample(numbers: pd.DataFrame, most: int) -> pd.DataFrame:
-    """Choose at most `most` attempts, half accepted and half failed as far as there are as many.
-
-    Which ones depends on a hash of their example only, so those about one example are chosen together.
-    """
+    """Choose at most `most` attempts, half of them accepted if possible; those about one example are chosen together."""
     ranked = numbers.sort_values(["example", "round", "candidate"])
     accepted, failed = ranked[ranked.accepted], ranked[~ranked.accepted]
     good = min(len(accepted), max(most // 2, most - len(failed)))

@@ -52,8 +52,7 @@ class Task:
     """One example to get a trace for.
 
     Attributes:
-        example: brings its trace where that is to be shortened or judged.
-        policy: of the example.
+        example, policy: the exchange, with its trace where that is to be shortened or judged, and its policy.
         labels: the verdict that the trace has to lead to.
         budget: most sentences that its trace is shortened to; None requests a trace of its own.
     """
@@ -104,12 +103,10 @@ class TeacherPrompt(Schema):
 
     @property
     def digest(self) -> str:
-        """Hash of the text."""
         return hashlib.sha256(self.user.encode()).hexdigest()
 
     @property
     def placeholders(self) -> set[str]:
-        """The values that it contains."""
         return set(Template(self.user).get_identifiers())
 
     def messages(self, task: Task, dialogue: Dialogue) -> list[dict[str, str]]:

@@ -22,13 +22,7 @@ from jaxguard.utils.files import write_atomically
 
 @dataclass(frozen=True)
 class TraceSet:
-    """Examples with their traces.
-
-    Attributes:
-        path: the training file, JSON lines.
-        tasks: the example of each task has its trace.
-        summary: what became of the attempts, as in traces.summary.json.
-    """
+    """The training file, tasks whose examples have their traces, and the counts that traces.summary.json holds."""
 
     path: Path
     tasks: list[Task]
@@ -37,12 +31,7 @@ class TraceSet:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a distillation made.
-
-    Attributes:
-        traces: the traces as the teacher wrote them.
-        shortened: sentence budget -> the traces that were shortened to it.
-    """
+    """The traces as the teacher wrote them, and sentence budget -> those that were shortened to it."""
 
     traces: TraceSet
     shortened: dict[int, TraceSet]

@@ -1,6 +1,4 @@
-"""Every attempt of the teacher on disk, appended and never changed.
-
-    STORE/attempts.jsonl   a line of settings that all attempts share (teacher, prompt, sampling), then one attempt a line
+"""Every attempt of the teacher on disk, in STORE/attempts.jsonl: appended and never changed.
 
 An attempt whose line is damaged counts as never made: it is made again.
 """
@@ -15,7 +13,7 @@ from typing import Any
 from jaxguard.report import Table
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
-from jaxguard.utils.store import Store, open_store, read_records, read_settings
+from jaxguard.utils.store import Store, open_store, read_records
 
 Key = tuple[str, int, int]
 """Example, round and candidate identify an attempt."""
@@ -26,17 +24,13 @@ class Attempt:
     """One completion of the teacher and what became of it.
 
     Attributes:
-        example_id: the example.
-        round: how often the example had been tried before, from 0.
-        candidate: which of the round's completions, from 0.
-        trace: the reasoning, without its tags.
-        answer: what followed the reasoning.
+        round, candidate: how often the example had been tried before, and which of the round's completions it is; from 0.
+        trace, answer: the reasoning without its tags, and what followed it.
         finish_reason: why the server stopped.
         failures: name of each failed check -> what is wrong; empty for an accepted trace.
-        prompt_tokens, completion_tokens: as the server counts them.
+        prompt_tokens, completion_tokens, judge_tokens: as the servers count them.
         seconds: from request to response, retries included.
         time: when it was answered, ISO 8601, UTC.
-        judge_tokens: completion tokens of the judge.
     """
 
     example_id: str
@@ -63,12 +57,7 @@ class Attempt:
 
 @dataclass
 class TraceStore:
-    """A store that this process appends to.
-
-    Attributes:
-        done: the attempts in it.
-        accepted: the examples that have an accepted trace.
-    """
+    """A store that this process appends to: the attempts that are `done`, the examples with an `accepted` trace."""
 
     _store: Store
     done: set[Key] = field(default_factory=set)
@@ -86,7 +75,6 @@ class TraceStore:
         self.index(attempt)
 
     def index(self, attempt: Attempt) -> None:
-        """Note an attempt that the file holds."""
         self.done.add(attempt.key)
         if attempt.accepted:
             self.accepted.add(attempt.example_id)
@@ -94,11 +82,7 @@ class TraceStore:
 
 @contextmanager
 def open_traces(folder: Path, settings: Mapping[str, Any]) -> Iterator[TraceStore]:
-    """Open a trace store to append to, or create it.
-
-    Args:
-        folder: its folder.
-        settings: what decides the text of an attempt: teacher, prompt template, sampling. JSON.
+    """Open a trace store to append to, or create it; `settings` is what decides the text of an attempt, JSON.
 
     Raises:
         JaxguardError: another process writes to it, or it was begun with other settings.
@@ -119,17 +103,6 @@ def open_traces(folder: Path, settings: Mapping[str, Any]) -> Iterator[TraceStor
 def read_attempts(folder: Path) -> Iterator[Attempt]:
     """Yield all attempts of a trace store, oldest first; safe while another process appends."""
     return read_records(attempts_file(folder), lambda record: Attempt(**record))
-
-
-def store_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings that a trace store was begun with.
-
-    Raises:
-        JaxguardError: there is no store, or its settings are damaged.
-    """
-    if not attempts_file(folder).is_file():
-        raise JaxguardError(f"{folder} is not a trace store: it has no attempts.jsonl")
-    return read_settings(attempts_file(folder))
 
 
 def attempts_file(folder: Path) -> Path:

@@ -14,22 +14,17 @@ from jaxguard.config.distill import TeacherConfig
 from jaxguard.utils.client import Client, Limiter, RetryableError, connect, model_names
 from jaxguard.utils.errors import JaxguardError
 
-Message = dict[str, str]
-"""role and content, as in the chat protocol."""
-
 _CLOSE = re.compile(r"<\s*/\s*think\s*>", re.IGNORECASE)
 _OPEN = re.compile(r"^\s*<\s*think\s*>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One completion.
+    """One completion; of several to one request, the prompt's tokens count for the first.
 
     Attributes:
-        reasoning: without its tags; empty where there is none.
-        answer: what follows the reasoning.
+        reasoning, answer: without tags; the reasoning is empty where there is none.
         finish_reason: "stop", or why the text may lack its end.
-        prompt_tokens, completion_tokens: of this completion; of several to one request, the prompt counts for the first.
     """
 
     reasoning: str
@@ -47,7 +42,7 @@ class Teacher:
     client: Client
 
     async def complete(
-        self, messages: Sequence[Message], n: int = 1, extra: Mapping[str, Any] | None = None
+        self, messages: Sequence[dict[str, str]], n: int = 1, extra: Mapping[str, Any] | None = None
     ) -> list[Reply]:
         """Sample `n` completions of the messages.
 
@@ -61,11 +56,7 @@ class Teacher:
         return await self.client.request("/chat/completions", body, partial(self._replies, n))
 
     async def check(self) -> None:
-        """Make sure that every endpoint serves the model.
-
-        Raises:
-            JaxguardError: one does not, or does not answer at all.
-        """
+        """Raise a JaxguardError if an endpoint does not serve the model, or does not answer at all."""
         for endpoint in self.client.endpoints:
             served = await self.client.request("/models", None, model_names, endpoint)
             if self.config.model not in served:

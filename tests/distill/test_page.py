@@ -16,13 +16,13 @@ from page_examples import BREAKOUTS, DIFFERS, GOOD, LEAKED, SETTINGS, STORE, hos
 from jaxguard.config import load
 from jaxguard.config.distill import FilterConfig
 from jaxguard.data.format.dialogue import Dialogue
+from jaxguard.distill.__main__ import main
 from jaxguard.distill.filters import Candidate, Filters
 from jaxguard.distill.page import (
     BINS,
     CHECKS,
     funnel,
     histogram,
-    inspect,
     read_numbers,
     rounds,
     sample,
@@ -188,7 +188,7 @@ def test_a_store_that_is_being_written(tmp_path, caplog):
 
 
 def test_what_is_no_store_is_refused(tmp_path):
-    with pytest.raises(JaxguardError, match="is not a trace store"):
+    with pytest.raises(JaxguardError, match=r"attempts\.jsonl"):
         write_store_page(tmp_path, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
@@ -197,9 +197,8 @@ def test_the_page_lies_beside_the_store(tmp_path):
     config = load("wildguard_traces", [f"run_folder={tmp_path}"])
     with open_traces(config.folder / "traces", SETTINGS) as store:
         store.append(GOOD)
-    path = inspect(config)
-    assert path == config.folder / "traces.html"
-    assert len(attempts(path)) == 1
+    assert main(["inspect", "--config", "wildguard_traces", f"run_folder={tmp_path}"]) == 0
+    assert len(attempts(config.folder / "traces.html")) == 1
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path):

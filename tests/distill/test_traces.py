@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxguard.distill.store import Attempt, attempts_file, open_traces, read_attempts, store_settings
+from jaxguard.distill.store import Attempt, attempts_file, open_traces, read_attempts
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
+from jaxguard.utils.store import read_settings
 
 SETTINGS = {"teacher": "r1", "template": "abc", "sampling": {"temperature": 0.6}}
 ATTEMPT = Attempt(
@@ -33,7 +34,7 @@ def test_what_is_appended_is_read_back_over_several_starts(tmp_path):
     fill(tmp_path, some[2:])
     assert list(read_attempts(tmp_path)) == some
     assert [a.accepted for a in some] == [False, True, True, True, True]
-    assert store_settings(tmp_path) == SETTINGS
+    assert read_settings(attempts_file(tmp_path)) == SETTINGS
 
 
 def test_an_attempt_is_never_there_twice(tmp_path):
@@ -72,8 +73,6 @@ def test_attempts_of_another_teacher_are_not_mixed(tmp_path):
 
 
 def test_no_store(tmp_path):
-    with pytest.raises(JaxguardError, match="not a trace store"):
-        store_settings(tmp_path)
     assert list(read_attempts(tmp_path)) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(JaxguardError, match=str(tmp_path / "file")), open_traces(tmp_path / "file", SETTINGS):
