@@ -1,13 +1,4 @@
-"""Write training sets into a folder that describes itself.
-
-    runs/NAME/dataset/
-      README.md            card; `datasets.load_dataset(folder, "dual_500_0")` loads a set by its name
-      manifest.json        sources with hashes, counts and seeds
-      contaminated.jsonl   training examples that were dropped because a benchmark holds their prompt
-      dataset_info.json    the chat files, as LlamaFactory expects them
-      dual/all.parquet     the set: our columns, which data.train reads with kind: jsonl
-      dual/500_0.parquet   its random subset of 500, seed 0
-      dual/chat/           the same as chat messages, for TRL and LlamaFactory
+"""Write training sets into a folder that describes itself; docs/data.md lists its files.
 
 The same examples and the same config give the same bytes.
 """
@@ -123,13 +114,10 @@ def _distillation(source: SourceConfig) -> dict[str, Any]:
 def _build_set(
     draft: Path, wanted: SetConfig, config: Config, encoder: Encoder, pool: Callable[[tuple[SourceConfig, ...]], Pool]
 ) -> tuple[dict[str, Any], list[Match]]:
-    """Write a set of the examples that its mode can use and no benchmark holds, and its subsets.
+    """Write a set of the examples that its mode can use, and its subsets.
 
     Returns:
-        its entry in the manifest, and the examples that a benchmark holds.
-
-    Raises:
-        JaxguardError: a source cannot be loaded, or no example is left.
+        its entry in the manifest, and the examples that are left out because a benchmark holds them.
     """
     dropped, origins, matches = Counter[str](), list[dict[str, Any]](), list[Match]()
 

@@ -34,14 +34,7 @@ _CHUNK = 8192  # shingles that are permuted at a time: bounds the memory for a l
 
 @dataclass(frozen=True)
 class Match:
-    """A training example and a benchmark's example with matching prompts.
-
-    Attributes:
-        example_id: of the training example.
-        benchmark, benchmark_id: of the benchmark's.
-        similarity: Jaccard similarity of their shingles.
-        exact: their normalised texts are equal.
-    """
+    """A training example and a benchmark's with matching prompts; `exact` if their normalised texts are equal."""
 
     example_id: str
     benchmark: str
@@ -55,12 +48,8 @@ def find_matches(
 ) -> list[Match]:
     """Find all pairs of a training example and a benchmark's example whose prompts match.
 
-    A prompt without words or symbols matches nothing. Pairs are in the order of `examples`, the most similar first.
-
-    Args:
-        examples: iterated over once; only the benchmarks are held in memory.
-        benchmarks: name -> examples.
-        similarity: threshold for nearly equal texts, from 0.5 to 1.
+    `examples` are iterated over once; `similarity`, from 0.5 to 1, is the least of nearly equal texts. A prompt without words or
+    symbols matches nothing. Pairs are in the order of `examples`, the most similar first.
 
     Raises:
         JaxguardError: datasketch is not installed.

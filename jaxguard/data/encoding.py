@@ -39,10 +39,8 @@ LONGEST_TOKEN: Final = 64
 class Probe:
     """Where a sequence decides between the two words of a verdict line.
 
-    Attributes:
-        question: of the line.
-        position: index into `tokens` of the first token that differs between the two words.
-        positive_id, negative_id: this token of the positive word (harmful, refusal), and of the negative one.
+    `position` is the index into `tokens` of the first token that differs between the positive word (harmful, refusal) and the
+    negative one; `positive_id` and `negative_id` are this token of each.
     """
 
     question: Question
@@ -56,12 +54,9 @@ class EncodedExample:
     """One example as tokens.
 
     Attributes:
-        example_id: of the example.
-        mode: with or without its trace.
         tokens: int32 [n]; prompt, then completion with its end-of-turn token.
         loss_mask: bool [n]; True for the tokens of the completion.
         probes: one for each labelled verdict line, in order.
-        answers: the verdict.
         cut: untrusted text was truncated.
         shared_prefix: bytes of the first tokens, those of the policy, which other examples share; never all of the prompt.
     """
@@ -77,7 +72,6 @@ class EncodedExample:
 
     @property
     def shared_prefix_len(self) -> int:
-        """Number of tokens in `shared_prefix`."""
         return len(self.shared_prefix) // self.tokens.itemsize
 
 
@@ -95,15 +89,10 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Render and tokenize examples.
+    """Render and tokenize examples into sequences of at most `max_seq_len` tokens.
 
-    Attributes:
-        tokenizer: a fast tokenizer with a chat template.
-        template: the chat template.
-        dialogue: the format of turns.
-        policy: of examples without their own.
-        max_seq_len: maximum length of a sequence.
-        share_prefixes: mark the first tokens that examples share, so that packing computes them once.
+    `policy` is that of examples without their own. `share_prefixes` marks the first tokens that examples share, so that packing
+    computes them once.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -190,7 +179,13 @@ class Encoder:
             if last is not None and dict(verdict)[last] != dict(gold)[last]:
                 continue
             completion, probes = completions[verdict], []
-            self._check_completion(example, completion)
+            # In some vocabularies think tags are special tokens.
+            reserved = [i for i in self.template.reserved_in(completion) if "think" not in self.template.reserved[i]]
+            if reserved != [self.template.end_id] or completion[-1] != self.template.end_id:
+                raise JaxguardError(
+                    f"example {example.id!r}: its answer should hold one special token, the end of turn, but holds "
+                    f"{[self.template.reserved[i] for i in reserved]}"
+                )
             for i, (question, word) in enumerate(verdict):
                 if word != ABSENT:
                     positive, negative = (
@@ -214,11 +209,7 @@ class Encoder:
     ) -> Prompt:
         """Encode a prompt for generation, without labels.
 
-        Args:
-            example: the exchange.
-            mode: of the answer.
-            answer_tokens: space for the answer within max_seq_len; text is truncated for it.
-            asks: the questions; None for all of the policy's.
+        `answer_tokens` of max_seq_len are left for the answer. `asks` defaults to the policy's questions.
 
         Raises:
             PromptTooLongError: the policy does not fit.
@@ -232,14 +223,6 @@ class Encoder:
                 + (f" less {answer_tokens} for the answer" if answer_tokens else "")
             )
         return fitted
-
-    def messages(self, example: Example, mode: Mode, answer_tokens: int = 0) -> list[dict[str, str]]:
-        """Return chat messages that a server renders into exactly the tokens of `prompt`.
-
-        The server needs `template.TEMPLATE_KWARGS` as `chat_template_kwargs`. If the template opens a think block, the prompt of
-        direct mode also ends with REASONING_END, which chat messages cannot express.
-        """
-        return [{"role": "user", "content": self.prompt(example, mode, answer_tokens).turn}]
 
     def min_tokens(self, policy: Policy) -> int:
         """Return the length of the shortest useful sequence under a policy, with its verdict but no trace."""
@@ -271,15 +254,6 @@ class Encoder:
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._prefix_ids[key], prompt, strict=False))
         prefix = np.asarray([token for token, _ in same], np.int32).tobytes()
         return self._shared_prefixes.setdefault(prefix, prefix)
-
-    def _check_completion(self, example: Example, ids: list[int]) -> None:
-        # In some vocabularies think tags are special tokens.
-        reserved = [i for i in self.template.reserved_in(ids) if "think" not in self.template.reserved[i]]
-        if reserved != [self.template.end_id] or ids[-1] != self.template.end_id:
-            tokens = [self.template.reserved[i] for i in reserved]
-            raise JaxguardError(
-                f"example {example.id!r}: its answer should hold one special token, the end of turn, but holds {tokens}"
-            )
 
     def _fit(
         self, example: Example, policy: Policy, asks: tuple[Question, ...], mode: Mode, limit: int

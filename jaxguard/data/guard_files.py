@@ -1,10 +1,8 @@
 """The files by which an exported guard explains itself, beside its weights and tokenizer.
 
-    config.yaml     the resolved config of the run that trained it
-    policy.yaml     the policy that it was trained on, as a policy file
-    jaxguard.json   format version, base checkpoint, modes, markers, and the questions that were asked together
-
-jaxguard.json is also what marks an export as complete: a folder under this name appears only when all files are written.
+config.yaml     the resolved config of the run that trained it
+policy.yaml     the policy that it was trained on, as a policy file
+jaxguard.json   format version, base checkpoint, modes, markers, and the questions that were asked together; written last
 """
 
 from collections.abc import Iterable

@@ -1,8 +1,7 @@
 """Batches: which examples a step sees, and how they are packed into rows.
 
-Everything is a function of (seed, step), so resuming needs only the step, on any number of hosts. A batch is exactly
-`batch_size` examples packed into as few rows as fit. Row counts, row lengths and target counts are rounded up to a few
-distinct shapes, since each shape is compiled.
+Everything is a function of (seed, step), so resuming needs only the step, on any number of hosts. Row counts, row lengths and
+target counts are rounded up to a few distinct shapes, since each shape is compiled.
 
 Examples that start with the same tokens, those of the policy, share this prefix: a row holds it once, as a segment that the
 examples' segments continue. Attention sees both (models/attention/kernels.py), so loss and gradient are those of whole examples.
@@ -72,16 +71,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The batches of a run.
-
-    Attributes:
-        sequences: the encoded training examples.
-        batch_size: examples per step.
-        steps: steps in the run.
-        max_seq_len: maximum row length; no sequence is longer.
-        row_multiple: the number of rows is a multiple of this.
-        seed: of the order.
-    """
+    """The batches of a run: exactly `batch_size` examples a step, in an order of `seed`, in a multiple of `row_multiple` rows."""
 
     sequences: Sequence[EncodedExample]
     batch_size: int
@@ -134,7 +124,6 @@ class _Row:
     tokens: int = 0
 
     def tokens_with(self, sequence: EncodedExample) -> int:
-        """Return the row's length if the sequence is added."""
         shared = sequence.shared_prefix_len if sequence.shared_prefix in self.prefixes else 0
         return self.tokens + len(sequence.tokens) - shared
 
@@ -196,38 +185,26 @@ def assemble(rows: Sequence[Sequence[EncodedExample]], shape: Shape) -> Batch:
     """Write packed sequences into the arrays of a batch."""
     batch = Batch.build(shape, np.zeros)
     for r, row in enumerate(rows):
-        segment = start = targets = 0
-        prefixes: dict[bytes, int] = {}
-        # Prefixes come first, so that an example is near to what it attends to.
-        for sequence in row:
-            length = sequence.shared_prefix_len
-            if length and sequence.shared_prefix not in prefixes:
-                segment += 1
-                prefixes[sequence.shared_prefix] = segment
-                start = _write_segment(batch, r, start, sequence.tokens[:length], 0, segment, segment)
-        for sequence in row:
-            segment += 1
-            length = sequence.shared_prefix_len
-            prefix = prefixes.get(sequence.shared_prefix, segment)
-            stop = _write_segment(batch, r, start, sequence.tokens[length:], length, segment, prefix)
+        shared = {s.shared_prefix: s.tokens[: s.shared_prefix_len] for s in row if s.shared_prefix_len}
+        numbers = {prefix: number for number, prefix in enumerate(shared, start=1)}
+        # (tokens, first position, segment that it continues): prefixes come first, near to what attends to them.
+        segments: list[tuple[np.ndarray, int, int | None]] = [(tokens, 0, None) for tokens in shared.values()]
+        segments += [(s.tokens[s.shared_prefix_len :], s.shared_prefix_len, numbers.get(s.shared_prefix)) for s in row]
+        starts = np.cumsum([0, *(len(tokens) for tokens, _, _ in segments)])
+        for number, (start, (tokens, position, prefix)) in enumerate(zip(starts, segments, strict=False), start=1):
+            span = slice(start, start + len(tokens))
+            batch.tokens_BT[r, span] = tokens
+            batch.positions_BT[r, span] = np.arange(position, position + len(tokens))
+            batch.segments_BT[r, span] = number
+            if batch.prefixes_BT is not None:
+                batch.prefixes_BT[r, span] = prefix or number
+        targets = 0
+        for start, sequence in zip(starts[len(shared) :], row, strict=False):
             indices = np.flatnonzero(sequence.loss_mask)
             span = slice(targets, targets + len(indices))
             # The first token of a segment is never a target, since prompts come first: its predecessor is not in the segment.
-            batch.target_index_BM[r, span] = start + indices - length - 1
+            batch.target_index_BM[r, span] = start + indices - sequence.shared_prefix_len - 1
             batch.target_ids_BM[r, span] = sequence.tokens[indices]
             batch.target_weights_BM[r, span] = 1
-            start, targets = stop, targets + len(indices)
+            targets += len(indices)
     return batch
-
-
-def _write_segment(
-    batch: Batch, row: int, start: int, tokens: np.ndarray, position: int, segment: int, prefix: int
-) -> int:
-    """Write one segment; return its end."""
-    stop = start + len(tokens)
-    batch.tokens_BT[row, start:stop] = tokens
-    batch.positions_BT[row, start:stop] = np.arange(position, position + len(tokens))
-    batch.segments_BT[row, start:stop] = segment
-    if batch.prefixes_BT is not None:
-        batch.prefixes_BT[row, start:stop] = prefix
-    return stop

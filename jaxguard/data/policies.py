@@ -43,9 +43,7 @@ class Policy:
     """A policy.
 
     Attributes:
-        name: shown in reports.
-        categories: in the order of their numbers.
-        rules: plain text, with or instead of categories.
+        categories, rules: numbered categories, and plain text with or instead of them.
         asks: the questions that the guard answers, in the order of QUESTIONS.
         instruction: start of the user turn.
         allowed: exceptions to categories and rules.

@@ -31,7 +31,6 @@ class Selection:
     """The selected examples with their modes, before encoding.
 
     Attributes:
-        train: training examples, in the order of the subset's hash.
         validation: held-out examples; once for each mode.
         sources: the manifest entries of the sources.
         dropped: reason -> number of examples dropped after loading.
@@ -48,7 +47,6 @@ class Prepared:
     """The encoded data of a run.
 
     Attributes:
-        train: the training examples.
         validation: (held-out example, mode, branches): see Encoder.branches; the first branch has the labels.
         manifest: JSON: sources with hashes, counts, seeds, policy.
     """
@@ -110,11 +108,7 @@ def select(config: Config) -> Selection:
 
 
 def subset(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
-    """Select the first `size` examples in the order of a hash of (seed, id): smaller subsets are inside larger ones.
-
-    Raises:
-        JaxguardError: there are fewer than `size`.
-    """
+    """Select the first `size` examples in the order of a hash of (seed, id): smaller subsets are inside larger ones."""
     if size > len(examples):
         raise JaxguardError(f"a subset of {size} needs more than the {len(examples)} examples there are")
     return sorted(examples, key=lambda example: _hash("subset", seed, example.id))[:size]
@@ -178,11 +172,7 @@ def encode_selection(config: Config, selection: Selection, encoder: Encoder) -> 
 
 
 def load_sources(sources: Iterable[SourceConfig], role: str) -> tuple[list[Example], list[dict[str, Any]]]:
-    """Load the examples of several sources, with unique ids, and the sources' manifest entries.
-
-    Raises:
-        JaxguardError: a source cannot be loaded.
-    """
+    """Load the examples of several sources, with unique ids, and the sources' manifest entries; errors as in `load`."""
     loaded = [load(source) for source in sources]
     origins = [
         {"role": role, **each.origin, "examples": len(each.examples), "skipped": dict(each.skipped)} for each in loaded

@@ -1,7 +1,7 @@
 """Convert public data sets and our JSON lines into examples.
 
-Each kind of source is one row of `_KINDS`: its repository, and which column holds which field of an Example. A row that holds a
-whole dialogue is first split into its messages. Facts about columns: the data sets' own cards.
+Each kind of source is one row of `_KINDS`: its repository, and which column holds which field of an Example, as the data sets' own
+cards say.
 """
 
 import hashlib
@@ -227,6 +227,11 @@ def _split_dialogue(row: Row, location: str, skipped: Counter[str]) -> Iterator[
             skipped["bot turn not in the conversation"] += 1
 
 
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+_HARM_COLUMNS = {"prompt_label": "prompt_harm_label", "response_label": "response_harm_label"}
 _NEMOTRON = "nvidia/Nemotron-Content-Safety-Reasoning-Dataset"
 _TOPIC_COLUMNS = {
     "policy": "system_instruction",
@@ -238,10 +243,8 @@ _KINDS = {
     "wildguardmix": _Kind(
         "allenai/wildguardmix",
         {
-            "prompt": "prompt",
-            "response": "response",
-            "prompt_label": "prompt_harm_label",
-            "response_label": "response_harm_label",
+            **_same("prompt", "response"),
+            **_HARM_COLUMNS,
             "refusal_label": "response_refusal_label",
             "categories": "subcategory",
         },
@@ -250,20 +253,12 @@ _KINDS = {
     ),
     "aegis2": _Kind(
         "nvidia/Aegis-AI-Content-Safety-Dataset-2.0",
-        {
-            **{name: name for name in ("id", "prompt", "response", "prompt_label", "response_label")},
-            "categories": "violated_categories",
-        },
+        {**_same("id", "prompt", "response", "prompt_label", "response_label"), "categories": "violated_categories"},
         SAFETY,
     ),
     "nemotron_safety": _Kind(
         _NEMOTRON,
-        {
-            **{name: name for name in ("id", "prompt", "response")},
-            "prompt_label": "prompt_harm_label",
-            "response_label": "response_harm_label",
-            "categories": "violated_categories",
-        },
+        {**_same("id", "prompt", "response"), **_HARM_COLUMNS, "categories": "violated_categories"},
         HARM,
         file="aegis_v2_efficient_reasoning.jsonl",
         clone={"train": "aegis_v2_efficient_reasoning"},
@@ -288,5 +283,5 @@ _KINDS = {
         },
         split=_split_dialogue,
     ),
-    "jsonl": _Kind("", {f.name: f.name for f in fields(Example)}, HARM, required=("prompt",)),
+    "jsonl": _Kind("", _same(*(f.name for f in fields(Example))), HARM, required=("prompt",)),
 }

@@ -70,7 +70,7 @@ def test_text_is_what_the_chat_template_renders(encoder: Encoder):
 def test_a_server_sees_the_same_ids(encoder: Encoder):
     """/v1/chat/completions renders and tokenises messages; it has to arrive at `prompt`."""
     for mode in Mode:
-        turns = encoder.messages(BOTH, mode)
+        turns = [{"role": "user", "content": encoder.prompt(BOTH, mode).turn}]
         served = encoder.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=True, return_dict=False, **TEMPLATE_KWARGS
         )
@@ -239,7 +239,7 @@ def test_prompts_leave_room_for_the_answer(encoder: Encoder):
     assert whole.cut
     assert not encoder.prompt(BOTH, Mode.DIRECT).cut
     with pytest.raises(PromptTooLongError, match="less 500 for the answer"):
-        encoder.messages(long, Mode.DIRECT, answer_tokens=500)
+        encoder.prompt(long, Mode.DIRECT, answer_tokens=500)
 
 
 def test_a_trace_that_does_not_fit_is_none(encoder: Encoder):

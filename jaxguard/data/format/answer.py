@@ -43,11 +43,7 @@ def parse(text: str, asks: Iterable[Question], mode: Mode, has_response: bool | 
     closed think block has no verdict. Case, spacing, list marks and asterisks are ignored. A line that is missing,
     malformed, contradictory, or followed by prose with the fail-closed word, counts as FAIL_CLOSED.
 
-    Args:
-        text: the generated text with its reasoning. Parsing takes linear time.
-        asks: the requested verdict lines.
-        mode: the requested mode.
-        has_response: whether there was a response; if so, `None` is not a valid answer. None accepts `None`.
+    If `has_response`, `None` is not a valid answer about it; None accepts `None`. Parsing takes linear time.
     """
     tags = list(TAG.finditer(text))
     closed = "/" in tags[-1][0] if tags else mode is Mode.DIRECT

@@ -144,12 +144,7 @@ def _answer(example: Example, question: Question) -> str | None:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Render user turns and answers.
-
-    Attributes:
-        reasoning_marker, direct_marker: last line of the user turn.
-        special_tokens: tokens that untrusted text must not contain.
-    """
+    """Render user turns, which end with a marker, and answers; untrusted text must not contain the `special_tokens`."""
 
     reasoning_marker: str = "/think"
     direct_marker: str = "/no_think"
@@ -177,9 +172,7 @@ class Dialogue:
         return "\n\n".join(blocks).lstrip()
 
     def completion(self, answers: Answers, trace: str | None, mode: Mode, reasoning_open: bool = False) -> str:
-        """Render the answer without its end of turn.
-
-        `trace` is for reasoning mode; `reasoning_open` says that the prompt opens the think block.
+        """Render the answer without its end of turn; `reasoning_open` says that the prompt opens the think block.
 
         Raises:
             JaxguardError: reasoning mode without a trace.

@@ -25,11 +25,8 @@ class Template:
     """A chat template as text: before + user turn + after + answer + end.
 
     Attributes:
-        before: text before the user turn's content.
-        after: text between the user turn's content and the start of generation.
         reasoning_start: the end of `after` if it opens a think block, as in DeepSeek's distilled models; else "".
-        end: text after the answer, up to and including the end-of-turn token.
-        end_id: id of the end-of-turn token.
+        end, end_id: up to and including the end-of-turn token, and its id.
         reserved: id -> token that untrusted text must not contain: every added token that is not white space.
     """
 
