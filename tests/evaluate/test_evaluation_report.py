@@ -9,8 +9,17 @@ import pytest
 from markdown_it import MarkdownIt
 from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, hostile, some, whole
 
-from jaxguard.evaluate.report.figures import latency_figure, pooled, reliability_figure
-from jaxguard.evaluate.report.page import MOST_CHARACTERS, MOST_WRONG, cautions, errors, report, write_report
+from jaxguard.evaluate.report.page import (
+    MOST_CHARACTERS,
+    MOST_WRONG,
+    cautions,
+    errors,
+    latency_figure,
+    pooled,
+    reliability_figure,
+    report,
+    write_report,
+)
 from jaxguard.evaluate.report.tables import main_table, score_table, versus_table
 from jaxguard.evaluate.scores.metrics import Bin
 from jaxguard.evaluate.scores.results import read_results, write_results

@@ -14,8 +14,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
 from jaxguard.evaluate.benchmarks.loading import Benchmark
 from jaxguard.evaluate.benchmarks.schema import BenchmarkDefinition
-from jaxguard.evaluate.report.figures import f1_figure, latency_figure
-from jaxguard.evaluate.report.page import cautions, report
+from jaxguard.evaluate.report.page import cautions, f1_figure, latency_figure, report
 from jaxguard.evaluate.report.tables import cost_table, main_table, score_table, summary_table, versus_table
 from jaxguard.evaluate.scores.results import Evaluation
 from jaxguard.evaluate.scores.scoring import MAX_ERRORS, PredictedExamples, references_of, score

@@ -5,12 +5,17 @@ Prompts, responses and what guards wrote are only in report.html, where they are
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.data.policies import Question
-from jaxguard.evaluate.report.figures import f1_figure, latency_figure, mark, reliability_figure
 from jaxguard.evaluate.report.published import Published, read_published
 from jaxguard.evaluate.report.tables import (
     AVERAGE_TITLES,
@@ -23,6 +28,7 @@ from jaxguard.evaluate.report.tables import (
     slice_table,
     versus_table,
 )
+from jaxguard.evaluate.scores.metrics import Bin
 from jaxguard.evaluate.scores.results import Cell, Evaluation, Wrong, write_results
 from jaxguard.report import (
     Beside,
@@ -40,9 +46,12 @@ from jaxguard.report import (
     write_page,
 )
 from jaxguard.report import Cell as TableCell
-from jaxguard.report.figures import inline_svg
-from jaxguard.report.text import count, number, share
+from jaxguard.report.figures import BACK, COLOURS, FAINT, INK, LINE, draw_interval, inline_svg, style
+from jaxguard.report.text import DASH, count, number, seconds, share, short
 
+MARKS = ("o", "s", "D", "^", "v", "P", "X")  # one less than colours, so that pairs are many
+POOLED = 10
+"""Bins of the reliability curve of all benchmarks together."""
 MOST_WRONG, MOST_CHARACTERS = 50, 2000
 """Errors of a guard in a mode on a benchmark, and characters of a text, that the page shows."""
 ABOUT_AVERAGES = (
@@ -75,33 +84,23 @@ ABOUT_PROBABILITIES = (
     "of them, the dashed one after calibration, if there are validation examples."
 )
 
-# A warning, the share that it is about, and the share above which it is given.
-LIMITS: tuple[tuple[str, Callable[[Cell], float], float], ...] = (
-    ("gives many unparsable answers", lambda cell: cell.result.unparsable / cell.verdicts, 0.01),
-    (
-        "often reasons longer than it may, and is forced to a verdict",
-        lambda cell: cell.cost.forced / cell.verdicts,
+LIMITS: dict[str, tuple[float, Callable[[Cell], float]]] = {
+    "gives many unparsable answers": (0.01, lambda cell: cell.result.unparsable / cell.verdicts),
+    "often reasons longer than it may, and is forced to a verdict": (
         0.1,
+        lambda cell: cell.cost.forced / cell.verdicts,
     ),
-    (
-        "has many answers without a probability, which count as unparsable ones do",
-        lambda cell: cell.cost.unscored / cell.verdicts if cell.calibration else 0.0,
+    "has many answers without a probability, which count as unparsable ones do": (
         0.01,
+        lambda cell: cell.cost.unscored / cell.verdicts if cell.calibration else 0.0,
     ),
-    (
-        "cannot hold some examples, whose text lacks its middle",
-        lambda cell: cell.cost.cut / cell.examples,
-        0.0,
-    ),
-)
+    "cannot hold some examples, whose text lacks its middle": (0.0, lambda cell: cell.cost.cut / cell.examples),
+}
+"""A warning -> the share above which it is given, and of what."""
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> None:
-    """Write results.json, report.md and report.html into a folder, which is made.
-
-    Raises:
-        JaxguardError: one cannot be written, or configs/published/paper.yaml is absent or mistaken.
-    """
+    """Write results.json, report.md and report.html into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     write_results(evaluation, folder / "results.json")
     page = report(evaluation, read_published())
@@ -193,7 +192,7 @@ def _unfinished(evaluation: Evaluation) -> Iterator[str]:
 
 def _odd_answers(evaluation: Evaluation) -> Iterator[str]:
     for guard_mode, cells in evaluation.by_guard.items():
-        for warning, measure, limit in LIMITS:
+        for warning, (limit, measure) in LIMITS.items():
             above = [f"{cell.benchmark} ({share(measure(cell))})" for cell in cells if measure(cell) > limit]
             if above:
                 yield f"{_name(*guard_mode)} {warning}: {', '.join(above)}."
@@ -228,27 +227,6 @@ def _name(guard: str, mode: str) -> str:
     return f"{guard} ({mode})"
 
 
-def _figures(evaluation: Evaluation, published: Published) -> Iterator[Drawing]:
-    f1, latency = f1_figure(evaluation), latency_figure(evaluation, published)
-    if f1 is not None:
-        alt = "F1 of every guard and mode on every benchmark with its interval; the table of benchmarks has the numbers"
-        caption = "F1 by benchmark; hollow marks answer in direct mode, a dash: no F1"
-        yield Drawing(caption, inline_svg(f1, "f1", alt), wide=True)
-    if latency is not None:
-        alt = "F1 against seconds an example; the tables of averages and of benchmarks have the numbers"
-        where = f", here on {evaluation.hardware}" if evaluation.hardware else ""
-        yield Drawing(f"Seconds for an answer{where}", inline_svg(latency, "latency", alt))
-
-
-def _reliability(evaluation: Evaluation) -> Iterator[Drawing]:
-    for i, ((guard, mode), cells) in enumerate(evaluation.by_guard.items()):
-        figure = reliability_figure(cells, mark(evaluation, guard, mode)["color"])
-        if figure is not None:
-            ece = ", ".join(f"{c.benchmark} {number(c.calibration.ece)}" for c in cells if c.calibration)
-            alt = f"Reliability of {_name(guard, mode)}. Expected calibration error: {ece}"
-            yield Drawing(_name(guard, mode), inline_svg(figure, f"reliability{i}", alt))
-
-
 def _mistakes(cell: Cell) -> Details | None:
     """The errors of a guard in a mode on a benchmark, by category."""
     if not cell.wrong:
@@ -281,3 +259,157 @@ def _mistake(wrong: Wrong, question: Question) -> Details:
     probability = f"P({CHOICES[question][0]}) {number(wrong.probability)}"
     title = f"labelled {wrong.label}, it says {', '.join(words)}; {probability}"
     return Details(title, [*quotes, note(" · ".join(about))])
+
+
+# Figures; guards differ in their marks as well as in their colours.
+
+
+def _figures(evaluation: Evaluation, published: Published) -> Iterator[Drawing]:
+    f1, latency = f1_figure(evaluation), latency_figure(evaluation, published)
+    if f1 is not None:
+        alt = "F1 of every guard and mode on every benchmark with its interval; the table of benchmarks has the numbers"
+        caption = "F1 by benchmark; hollow marks answer in direct mode, a dash: no F1"
+        yield Drawing(caption, inline_svg(f1, "f1", alt), wide=True)
+    if latency is not None:
+        alt = "F1 against seconds an example; the tables of averages and of benchmarks have the numbers"
+        where = f", here on {evaluation.hardware}" if evaluation.hardware else ""
+        yield Drawing(f"Seconds for an answer{where}", inline_svg(latency, "latency", alt))
+
+
+def _reliability(evaluation: Evaluation) -> Iterator[Drawing]:
+    for i, ((guard, mode), cells) in enumerate(evaluation.by_guard.items()):
+        figure = reliability_figure(cells, mark(evaluation, guard, mode)["color"])
+        if figure is not None:
+            ece = ", ".join(f"{c.benchmark} {number(c.calibration.ece)}" for c in cells if c.calibration)
+            alt = f"Reliability of {_name(guard, mode)}. Expected calibration error: {ece}"
+            yield Drawing(_name(guard, mode), inline_svg(figure, f"reliability{i}", alt))
+
+
+@style()
+def f1_figure(evaluation: Evaluation) -> Figure | None:
+    """F1 with its interval on every benchmark, a dash where a guard has none; None where there is none at all."""
+    cells_of, all_guards = evaluation.by_benchmark, list(evaluation.by_guard)
+    if not any(cell.result.scores.f1.value is not None for cell in evaluation.cells):
+        return None
+    step = 0.8 / len(all_guards)
+    figure = Figure(figsize=(6.2, 0.9 + len(cells_of) * max(0.3, 0.14 * len(all_guards)) + 0.2 * len(all_guards)))
+    axes = figure.add_subplot()
+    for y, cells in enumerate(cells_of.values()):
+        scores = {cell.guard_mode: cell.result.scores.f1 for cell in cells}
+        for i, guard in enumerate(all_guards):
+            line, own = y + step * (i - (len(all_guards) - 1) / 2), mark(evaluation, *guard)
+            if not draw_interval(axes, line, scores.get(guard), **own):
+                transform = axes.get_yaxis_transform()
+                axes.text(0.01, line, DASH, color=own["color"], fontsize=14, va="center", transform=transform)
+    axes.set_yticks(range(len(cells_of)), [short(name) for name in cells_of])
+    axes.set_ylim(len(cells_of) - 0.5, -0.5)
+    axes.set_xlabel("F1, and its 95 % interval")
+    axes.set_xlim(right=1.01)
+    axes.grid(visible=False, axis="y")
+    for y in range(1, len(cells_of)):
+        axes.axhline(y - 0.5, color=LINE, linewidth=0.6)
+    handles = [Line2D([], [], **mark(evaluation, *guard), linestyle="none") for guard in all_guards]
+    labels = [short(f"{guard} ({mode})") for guard, mode in all_guards]
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
+    return figure
+
+
+@style()
+def latency_figure(evaluation: Evaluation, published: Published) -> Figure | None:
+    """F1 against the seconds that an example takes; None where nothing took time.
+
+    F1 is the safety average. Where a guard has none, or not over all benchmarks, it is the mean over the benchmarks for which
+    all have results, and the paper is left out.
+    """
+    averages = [each for each in evaluation.averages if each.name == "safety" and not each.missing]
+    safety = {each.guard_mode: each.f1.value for each in averages}
+    cells_of = evaluation.by_guard
+    whole = all(safety.get(guard) is not None for guard in cells_of)
+    common = {name for name, cells in evaluation.by_benchmark.items() if len(cells) == len(cells_of)}
+    figure = Figure(figsize=(4.9, 3.7))
+    axes = figure.add_subplot()
+    drawn = []
+    for (guard, mode), all_cells in cells_of.items():
+        cells = [cell for cell in all_cells if cell.benchmark in common]
+        mean = [cell.result.scores.f1.value for cell in cells if cell.result.scores.f1.value is not None]
+        total = sum(cell.cost.seconds * cell.examples for cell in cells)
+        latency = total / max(1, sum(cell.examples for cell in cells))
+        f1 = safety[guard, mode] if whole else float(np.mean(mean)) if mean else None
+        if f1 is None or latency <= 0:
+            continue
+        axes.plot(latency, f1, **mark(evaluation, guard, mode), linestyle="none", label=short(f"{guard} ({mode})"))
+        drawn.append(latency)
+    if not drawn:
+        return None
+    points = [(point, published.row(point.row)) for point in published.latency.points] if whole else []
+    known = [(point, row.safety) for point, row in points if row is not None and row.safety is not None]
+    if known:
+        xs, ys = [point.seconds for point, _ in known], [f1 for _, f1 in known]
+        axes.plot(xs, ys, "x", color=FAINT, label=f"the paper ({published.latency.hardware})")
+    for i, (point, paper) in enumerate(known):
+        offset = (0, 6 if i % 2 else -12)  # neighbours would write over each other
+        axes.annotate(point.name, (point.seconds, paper), offset, textcoords="offset points", ha="center", fontsize=7.5,
+                      color=FAINT)  # fmt: skip
+    axes.set_xscale("log")
+    axes.margins(x=0.2, y=0.18)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("seconds an example (logarithmic)")
+    axes.set_ylabel("safety average, F1" if whole else "mean F1 of the common benchmarks")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+@style()
+def reliability_figure(cells: Sequence[Cell], colour: str = COLOURS[0]) -> Figure | None:
+    """How often examples are positive that a guard gives some probability; None where it gives none.
+
+    Thin: each benchmark. Thick: all of them. Dashed: all of them after calibration on the validation examples.
+    """
+    face = [cell.calibration.curve for cell in cells if cell.calibration and cell.calibration.curve]
+    if not face:
+        return None
+    figure = Figure(figsize=(2.7, 3.1))
+    axes = figure.add_subplot()
+    axes.plot((0, 1), (0, 1), color=FAINT, linewidth=0.8, linestyle=":")
+    if len(face) > 1:
+        for curve in face:
+            axes.plot(*_coordinates(curve), color=LINE, linewidth=1.2)
+    axes.plot(*_coordinates(pooled(face)), "o-", color=colour, markersize=4, linewidth=1.8, label="at face value")
+    after = [cell.thresholded.calibration.curve for cell in cells if cell.thresholded and cell.thresholded.platt]
+    if any(after):
+        axes.plot(*_coordinates(pooled(after)), "--", color=INK, linewidth=1.2, label="calibrated")
+        figure.legend(loc="outside lower center", ncols=2)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_aspect("equal")
+    axes.set_xlabel("probability of the positive answer")
+    axes.set_ylabel("share that is positive")
+    return figure
+
+
+def pooled(curves: Iterable[Sequence[Bin]]) -> list[Bin]:
+    """One reliability curve of several, in bins of equal width; its bins' means are weighted by their examples."""
+    groups: dict[int, list[Bin]] = {}
+    for each in (each for curve in curves for each in curve):
+        groups.setdefault(min(int(each.probability * POOLED), POOLED - 1), []).append(each)
+    merged = []
+    for _, bins in sorted(groups.items()):
+        examples = sum(each.examples for each in bins)
+        probability = sum(each.examples * each.probability for each in bins) / examples
+        merged.append(Bin(examples, probability, sum(each.examples * each.positive for each in bins) / examples))
+    return merged
+
+
+def mark(evaluation: Evaluation, guard: str, mode: str) -> dict[str, Any]:
+    """Colour and mark by guard; hollow in direct mode."""
+    i = list(dict.fromkeys(name for name, _ in evaluation.by_guard)).index(guard)
+    colour = COLOURS[i % len(COLOURS)]
+    return {"color": colour, "marker": MARKS[i % len(MARKS)], "markersize": 6, "markeredgecolor": colour,
+            "markerfacecolor": BACK if mode == "direct" else colour}  # fmt: skip
+
+
+def _coordinates(curve: Iterable[Bin]) -> tuple[list[float], list[float]]:
+    bins = list(curve)
+    return [each.probability for each in bins], [each.positive for each in bins]

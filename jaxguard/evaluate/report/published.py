@@ -92,11 +92,7 @@ class Published(Schema):
 
 
 def read_published() -> Published:
-    """Read configs/published/paper.yaml.
-
-    Raises:
-        JaxguardError: no such file; unknown, missing or ill-typed field.
-    """
+    """Read configs/published/paper.yaml."""
     path = find_yaml("paper", Path("configs/published"), "published results")
     return validate(Published, read_yaml(path), str(path))
 
@@ -106,15 +102,8 @@ def nearest_row(
 ) -> PublishedRow | None:
     """The row to compare a guard with, or None: same base, training, mode and data, then the nearest size.
 
-    Rows of unknown data are taken where no other is there. Rows with a variant must be named in the config.
-
-    Args:
-        published: where to look.
-        base: the base model, such as Gemma-3-4B; case, organisation, "-Instruct" and "-it" do not matter.
-        data: the training set, such as WildGuardMix.
-        trained: the mode of the training examples.
-        mode: the mode of the evaluation.
-        examples: the size of the training set.
+    Of the base model's name, case, organisation, "-Instruct" and "-it" do not matter. Rows of unknown data are taken where no
+    other is there. Rows with a variant must be named in the config.
     """
 
     def plain(model: str | None) -> str:

@@ -1,10 +1,10 @@
 """The results of an evaluation as plain data, which runs/NAME/evaluate/results.json holds and the report is written from."""
 
 import json
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,22 +21,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCORES = ("f1", "precision", "recall", "false_positive_rate", "agreement", "kappa")
-Key = TypeVar("Key", bound=Hashable)
 UNPARSABLE_WORD = "unparsable"
 """Stands for the word of an unparsable verdict."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Time and tokens.
+    """Time and tokens of a guard on a benchmark: means over the examples, counts, and seconds by the clock (`wall`).
 
     Attributes:
-        seconds: from request to prediction, per example, mean; of a batch, its share.
+        seconds: from request to prediction; of a batch, its share.
         scoring: seconds for the probability, likewise; not part of `seconds`.
-        wall: seconds for all examples by the clock.
-        prompt_tokens, completion_tokens: per example, mean; the latter of all generations together.
-        forced: generations whose reasoning reached its limit.
-        unscored: generations that are not in the probability.
+        completion_tokens: of all generations of an example together.
+        forced, unscored: generations whose reasoning reached its limit, and those that are not in the probability.
         cut: examples whose text lacks its middle, since it does not fit the model.
     """
 
@@ -91,8 +88,7 @@ class Wrong:
     """An error: an example of which no more than half of the generations are right.
 
     Attributes:
-        label: a verdict word.
-        said: the verdict words of all generations, UNPARSABLE_WORD where there is none.
+        label, said: verdict words, of people and of all generations, UNPARSABLE_WORD where there is none.
         probability: of the positive verdict.
         text: the first wrong generation, empty where nothing was sampled.
         slices: the keys of Cell.slices that it is in.
@@ -111,9 +107,7 @@ class Cell:
     """One guard in one mode on one benchmark.
 
     Attributes:
-        guard, mode, benchmark: which; `benchmark` is the label that the config gives it, `source` its name in
-            configs/benchmarks.
-        title, group, question: of the benchmark.
+        benchmark, source: the label that the config gives the benchmark, and its name in configs/benchmarks.
         examples: how many were evaluated, and `complete` whether these are all.
         result: scores of the sampled verdicts.
         slices: "slice: value" -> the same.
@@ -186,13 +180,11 @@ class Evaluation:
     """A whole evaluation.
 
     Attributes:
-        name: the run's.
-        models: guard -> its description, for the head of the report.
+        models: guard -> its description.
         benchmarks: the labels of all benchmarks of the config.
         cells, averages: in the config's order; what a guard does not support is left out.
         settings: the evaluate section of the config.
-        finished: when, in UTC, as in "2026-01-31T12:00:00+00:00".
-        hardware: what it ran on; seconds mean nothing without.
+        finished: when, in UTC.
         paper_rows: "guard/mode" -> the row of configs/published/paper.yaml that it is compared with.
         folder: where results.json, report.html and report.md are; None: they are not written.
         left_out: predictions that a guard does not support -> why.
@@ -213,12 +205,12 @@ class Evaluation:
     @property
     def by_guard(self) -> dict[tuple[str, str], list[Cell]]:
         """(guard, mode) -> its cells."""
-        return _grouped((cell.guard_mode, cell) for cell in self.cells)
+        return {key: [c for c in self.cells if c.guard_mode == key] for key in (cell.guard_mode for cell in self.cells)}
 
     @property
     def by_benchmark(self) -> dict[str, list[Cell]]:
         """Benchmark -> its cells."""
-        return _grouped((cell.benchmark, cell) for cell in self.cells)
+        return {key: [c for c in self.cells if c.benchmark == key] for key in (cell.benchmark for cell in self.cells)}
 
     @property
     def report(self) -> Path | None:
@@ -240,13 +232,8 @@ class Evaluation:
         """
         import pandas as pd  # takes a second, which the command line need not wait for
 
-        tables: dict[str, list[dict[str, Any]]] = {
-            "scores": [],
-            "averages": [],
-            "cost": [],
-            "calibration": [],
-            "versus": [],
-        }
+        names = ("scores", "averages", "cost", "calibration", "versus")
+        tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for cell in self.cells:
             name = {"guard": cell.guard, "mode": cell.mode, "benchmark": cell.benchmark}
             size, result = {"examples": cell.examples}, cell.result
@@ -271,24 +258,13 @@ class Evaluation:
         return {title: pd.DataFrame(rows) for title, rows in tables.items()}
 
 
-def _grouped(pairs: Iterable[tuple[Key, Cell]]) -> dict[Key, list[Cell]]:
-    groups: dict[Key, list[Cell]] = {}
-    for key, cell in pairs:
-        groups.setdefault(key, []).append(cell)
-    return groups
-
-
 def _columns(scores: Mapping[str, Estimate]) -> dict[str, float | None]:
     parts = {"": "value", "_low": "low", "_high": "high", "_deviation": "deviation"}
     return {name + end: getattr(score, part) for name, score in scores.items() for end, part in parts.items()}
 
 
 def write_results(evaluation: Evaluation, path: Path) -> None:
-    """Write results.json, in ASCII; half a character, which JSON can spell and UTF-8 cannot, becomes a question mark.
-
-    Raises:
-        JaxguardError: it cannot be written.
-    """
+    """Write results.json, in ASCII; half a character, which JSON can spell and UTF-8 cannot, becomes a question mark."""
     results = {name: value for name, value in asdict(evaluation).items() if name not in ("folder", "left_out")}
     text = json.dumps({"version": 2, "evaluation": results}, ensure_ascii=False, allow_nan=False)
     write_atomically(path, json.dumps(json.loads(text.encode("utf-8", "replace")), indent=1) + "\n")
