@@ -1,7 +1,7 @@
 """Audit the teacher: evaluate it as a guard on a sample of data.train, without telling it the labels.
 
-It judges each example several times. Its answers are parsed as strictly as a guard's and scored by the same functions. Every
-completion is stored as an attempt, so an audit that was killed resumes; the report is made from the store alone.
+Its answers are parsed as strictly as a guard's and scored by the same functions. Every completion is stored as an attempt, so
+an audit that was killed resumes; the report is made from the store alone.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -24,7 +25,7 @@ from jaxguard.data.format.dialogue import ABSENT, CHOICES, TITLES, Mode
 from jaxguard.data.policies import QUESTIONS, Question
 from jaxguard.data.prepare import subset
 from jaxguard.distill.filters import repeated_share, split_sentences, words
-from jaxguard.distill.generate import Job, generate
+from jaxguard.distill.generate import generate
 from jaxguard.distill.prompts import Task, TeacherPrompt, load_prompt
 from jaxguard.distill.run import load_job, provenance
 from jaxguard.distill.store import Attempt, read_attempts
@@ -53,8 +54,6 @@ from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.statistics import spread
 
-BLIND = {"labels", "trace"}
-"""Values of a template that give the verdict away."""
 BINS = 24
 MOST_CATEGORIES, MOST_DRAWN, MOST_DISAGREEMENTS = 40, 16, 25
 SCORES = {"agreement": "agreement", "precision": "precision", "recall": "recall", "f1": "F1", "kappa": "Cohen's κ"}
@@ -102,9 +101,9 @@ class Audit:
     Attributes:
         about: the run, the teacher, the sampling.
         examples: how many were judged.
-        completions: counts over all of them: `total`; `unparsable`, with a verdict line that is missing, malformed or
-            contradictory; `cut` by the server; `without_reasoning`; `invented_responses`, which judge a response that is not
-            there; `prompt_tokens`, `completion_tokens`; `failed_checks`, the filter's check -> how many fail it.
+        completions: counts over all of them: `total`, `unparsable` (a verdict line is missing, malformed or contradictory), `cut`
+            by the server, `without_reasoning`, `invented_responses` (judge one that is not there), tokens, and `failed_checks`:
+            the filter's check -> how many fail it.
         questions: those that an example has a label for.
         lengths: "words", "sentences" and "repeated_share" of the reasoning.
     """
@@ -119,15 +118,21 @@ class Audit:
 def audit(config: Config) -> Audit:
     """Request blind verdicts on a sample of data.train from the teacher, score them; write audit.json, audit.md and audit.html.
 
+    The sample is seeded, of the examples whose verdict people gave. One whose only answer is that it has no response is left
+    out: there is nothing to agree on.
+
     Raises:
         JaxguardError: as `distill`; or a template that shows the labels, or no example with a label to judge.
     """
-    job = load_job(config)
+    job, folder = load_job(config), config.folder / "audit"
     wanted = job.settings.audit
     settings = job.settings.model_copy(update={"rounds": 1, "candidates": wanted.samples, "judge": None})
-    job = replace(job, settings=settings)
-    prompt, folder = blind_prompt(wanted.prompt), config.folder / "audit"
-    tasks, available = sample(job)
+    job, prompt = replace(job, settings=settings), blind_prompt(wanted.prompt)
+    labelled = {task.example.id: task for task in job.tasks if any(word != ABSENT for _, word in task.labels)}
+    if not labelled:
+        raise JaxguardError(f"none of the {len(job.tasks)} examples has a prompt's or a response's label")
+    examples = [task.example for task in labelled.values()]
+    tasks = [labelled[x.id] for x in subset(examples, min(wanted.examples, len(examples)), wanted.seed)]
     asyncio.run(generate(job, prompt, tasks, folder / "attempts", provenance(job, prompt), exhaustive=True))
     about = {
         "run": config.name,
@@ -136,7 +141,7 @@ def audit(config: Config) -> Audit:
         "policy_name": job.policy.name,
         "seed": wanted.seed,
         "samples": wanted.samples,
-        "available": available,
+        "available": len(labelled),
     }
     result = score(tasks, read_answers(folder / "attempts", tasks, settings), about)
     page = report(result)
@@ -147,13 +152,9 @@ def audit(config: Config) -> Audit:
 
 
 def blind_prompt(name: str) -> TeacherPrompt:
-    """The audit's template.
-
-    Raises:
-        JaxguardError: it shows the labels, or cannot be read.
-    """
+    """The audit's template, which must not show the labels."""
     prompt = load_prompt(name)
-    revealing = sorted(prompt.placeholders & BLIND)
+    revealing = sorted(prompt.placeholders & {"labels", "trace"})
     if revealing:
         raise JaxguardError(
             f"distill.audit.prompt={name}: its template contains ${revealing[0]}, which gives the verdict away; an audit hides "
@@ -162,30 +163,8 @@ def blind_prompt(name: str) -> TeacherPrompt:
     return prompt
 
 
-def sample(job: Job) -> tuple[list[Task], int]:
-    """A seeded sample of the examples whose verdict people gave, and how many there are of these.
-
-    An example whose only answer is that it has no response is left out: there is nothing to agree on.
-
-    Raises:
-        JaxguardError: there are none.
-    """
-    tasks = {task.example.id: task for task in job.tasks if any(word != ABSENT for _, word in task.labels)}
-    if not tasks:
-        raise JaxguardError(f"none of the {len(job.tasks)} examples has a prompt's or a response's label")
-    wanted = job.settings.audit
-    chosen = subset([task.example for task in tasks.values()], min(wanted.examples, len(tasks)), wanted.seed)
-    return [tasks[example.id] for example in chosen], len(tasks)
-
-
 def read_answers(folder: Path, tasks: Sequence[Task], settings: DistillConfig) -> list[dict[str, Any]]:
-    """What the report needs of each answer, from the store: all samples of the first task, of the second, ...
-
-    Attempts beyond `samples`, or about other examples, are left out.
-
-    Raises:
-        JaxguardError: an answer is missing.
-    """
+    """What the report needs of each answer, from the store: all samples of the first task, of the second, ..."""
     by_id, samples = {task.example.id: task for task in tasks}, settings.audit.samples
     answers: dict[tuple[str, int], dict[str, Any]] = {}
     for attempt in read_attempts(folder):
@@ -256,22 +235,18 @@ def _question(
         for name in dict.fromkeys(tasks[row].example.categories or (None,)):
             members.setdefault(name, []).append(i)
     by_size = sorted(members, key=lambda name: (name is None, -len(members[name]), name or ""))
-    disagreements = [
-        {
-            "id": tasks[row].example.id,
-            "label_positive": bool(votes.labels[i]),
-            "differ": int((~votes.right[i]).sum()),
-            "unparsable": int((~votes.parsed[i]).sum()),
-        }
-        for i, row in enumerate(rows)
-        if votes.right[i].mean() < 0.5
-    ]
+    numbers = {"differ": (~votes.right).sum(axis=1), "unparsable": (~votes.parsed).sum(axis=1)}
+    ids = [tasks[row].example.id for row in rows]
+    each = pd.DataFrame({"id": ids, "label_positive": votes.labels, **numbers})
+    each = each[2 * each.differ > verdicts.shape[1]].sort_values(
+        ["unparsable", "differ", "id"], ascending=[True, False, True]
+    )
     return QuestionAudit(
         positive=positive,
         negative=negative,
         result=measure(votes, seed),
         categories=[(name, measure(votes[np.array(members[name])], seed)) for name in by_size],
-        disagreements=sorted(disagreements, key=lambda each: (each["unparsable"], -each["differ"], each["id"])),
+        disagreements=each.to_dict("records"),
     )
 
 
