@@ -8,6 +8,7 @@ import csv
 import gzip
 import hashlib
 import json
+import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import pyarrow.parquet
 from jaxguard.utils.errors import JaxguardError
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".json.gz", ".json.xz", ".parquet", ".csv")
 _LONGEST_CELL = 2**31 - 1
 
 
@@ -51,7 +52,7 @@ def read_local(path: Path, stems: Iterable[str]) -> Table:
     Raises:
         JaxguardError: no such file, unknown format, malformed line, truncated file.
     """
-    files = _find_files(path, tuple(stems))
+    files = find_files(path, stems)
     rows = [row for file in files for row in _read_file(file)]
     # In JSON lines any row may add a column.
     columns = tuple(dict.fromkeys(name for _, row in rows for name in row))
@@ -94,7 +95,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _find_files(path: Path, stems: tuple[str, ...]) -> list[Path]:
+def find_files(path: Path, stems: Iterable[str]) -> list[Path]:
+    """Return a file, or the files of a folder that read_local reads."""
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise JaxguardError(f"{path}: unknown format; expected {', '.join(SUFFIXES)}")
@@ -107,7 +109,7 @@ def _find_files(path: Path, stems: tuple[str, ...]) -> list[Path]:
         files = [p for p in usable if p.name in names or p.name.startswith(f"{stem}-0") or p.parent == path / stem]
         if files:
             return files
-    wanted = " or ".join(repr(stem) for stem in stems)
+    wanted = " or ".join(map(repr, stems))
     found = ", ".join(str(p.relative_to(path)) for p in usable[:10]) or "no data files"
     raise JaxguardError(
         f"{path} has no file named {wanted} ({', '.join(SUFFIXES)}); found: {found}; set the source's split"
@@ -127,14 +129,15 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
                 yield location, row
     except UnicodeDecodeError as error:
         raise JaxguardError(f"{path}: not UTF-8 text ({error})") from None
-    except (EOFError, OSError, zlib.error, pyarrow.ArrowException) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         raise JaxguardError(f"{path}: truncated or damaged file ({error}); fetch it again") from None
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the values of JSON lines or, in a file named .json, of an array."""
-    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as stream:
-        if path.name.removesuffix(".gz").endswith(".json"):
+    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with unpack(path, "rt", encoding="utf-8") as stream:
+        if ".json" in path.suffixes[-2:]:
             text = stream.read()
             if text.lstrip().startswith("["):
                 yield from ((f"{path}, row {i}", row) for i, row in enumerate(_parse(text, path, 1)))

@@ -3,6 +3,7 @@
 import io
 import json
 import lzma
+import shutil
 import urllib.error
 import urllib.request
 
@@ -16,9 +17,10 @@ from jaxguard.utils.errors import JaxguardError
 
 
 def test_local_copies_in_folders(write, tmp_path):
-    (tmp_path / "round0").mkdir()
-    write("saferlhf").rename(tmp_path / "round0" / "test.jsonl.xz")
-    assert len(shipped("saferlhf", tmp_path).examples) == 4
+    (tmp_path / "clone/round0").mkdir(parents=True)
+    write("saferlhf").rename(tmp_path / "clone/round0/test.jsonl.xz")
+    assert len(shipped("saferlhf", tmp_path / "clone").examples) == 4
+    shutil.rmtree(tmp_path / "clone")
     write("jbb_response", ".jsonl").rename(tmp_path / "judge-comparison.jsonl")
     assert len(shipped("jbb_response", tmp_path).examples) == 2
     write("harmbench_response").rename(tmp_path / "text_behaviors_val_set.json")
@@ -64,7 +66,7 @@ def test_files_of_the_hub(monkeypatch, write, tmp_path):
 
 def test_damaged_copies_are_named(tmp_path):
     (tmp_path / "x.jsonl.xz").write_bytes(lzma.compress(b"{}" * 100)[:-20])
-    with pytest.raises(JaxguardError, match="truncated or damaged xz file"):
+    with pytest.raises(JaxguardError, match="truncated or damaged file"):
         shipped("saferlhf", tmp_path / "x.jsonl.xz")
     (tmp_path / "x.json").write_text('{"a": [1]}', encoding="utf-8")
     with pytest.raises(JaxguardError, match="one JSON object whose values are lists"):

@@ -7,8 +7,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-import lzma
 import random
+import re
 import tempfile
 import urllib.request
 from collections import Counter
@@ -23,7 +23,7 @@ from huggingface_hub import errors
 
 from jaxguard.config.base import locate, names, nearest
 from jaxguard.data.examples import Example
-from jaxguard.data.files import SUFFIXES, Row, Skip, objects, read_hub, read_local, text, transcript
+from jaxguard.data.files import Row, Skip, find_files, objects, read_hub, read_local, text, transcript
 from jaxguard.data.format.dialogue import CHOICES, LABEL
 from jaxguard.data.policies import load_policy
 from jaxguard.data.sources import load, unique_ids
@@ -166,12 +166,7 @@ def _select(definition: BenchmarkDefinition, rows: Rows, skipped: Counter[str]) 
 
 
 def _example(definition: BenchmarkDefinition, part: ExampleColumns, row: Row, location: str) -> Example:
-    """One example of a row.
-
-    Raises:
-        Skip: it lacks its prompt, response, label or policy.
-        JaxguardError: it is neither positive nor negative, or both; a cell is malformed.
-    """
+    """One example of a row; raises Skip where it lacks its prompt, response, label or policy."""
     question, prompt = definition.question, row.get(part.prompt)
     if isinstance(prompt, list):  # a conversation, whose last message is classified
         turns = objects(row, part.prompt, ("role", "content"), location)
@@ -246,43 +241,32 @@ def _read_rows(definition: BenchmarkDefinition, local: Path | None) -> tuple[Row
 
 
 def _read_copy(path: Path, source: BenchmarkSource, name: str) -> Rows:
-    """Read a file, or a folder with a file named after the split, the source's own file, or the benchmark, as a clone has it."""
-    remote = source.file or source.url
-    stems = [*([_stem(PurePosixPath(remote).name)] if remote else []), name]
+    """Read a file, or a folder with a file named after the source's own file, the split, or the benchmark, as a clone has it."""
+    own = re.sub(r"\.(jsonl|json|parquet|csv)(\.gz|\.xz)?$", "", PurePosixPath(source.file or source.url or "").name)
+    stems = [*filter(None, [own]), *source.splits, name]
     if source.file and (path / source.file).is_file():
         path = path / source.file
-    if path.is_dir():
-        if len(source.splits) > 1:
-            return _joined({split: read_local(path, [split]).rows for split in source.splits})
-        if not source.keys_as and not (remote or "").endswith(".xz"):
-            return read_local(path, [*source.splits, *stems]).rows
-        files = sorted(each for each in path.rglob("*") if each.is_file() and _stem(each.name) in stems)
-        if not files:
-            raise JaxguardError(f"{path} has no file named {' or '.join(map(repr, stems))}")
-        path = files[0]
-    return _read_file(path, source.keys_as)
+    if path.is_dir() and len(source.splits) > 1:
+        return _joined({split: read_local(path, [split]).rows for split in source.splits})
+    return _read_files(path, stems, source.keys_as)
 
 
-def _read_file(path: Path, keys_as: str | None) -> Rows:
-    """Read a file in a format of read_local, one compressed by xz, or one object of lists of rows."""
-    if path.name.endswith(".xz") and path.is_file():
+def _read_files(path: Path, stems: list[str], keys_as: str | None) -> Rows:
+    """Read a file, or the files of a folder with these names, in a format of read_local or as one object of lists of rows."""
+    if keys_as is None:
+        return read_local(path, stems).rows
+    rows: Rows = []
+    for file in find_files(path, stems):
         try:
-            data = lzma.decompress(path.read_bytes())
-        except (lzma.LZMAError, EOFError) as error:
-            raise JaxguardError(f"{path}: truncated or damaged xz file ({error}); fetch it again") from None
-        return _read_bytes(data, path.name.removesuffix(".xz"), str(path), keys_as)
-    if keys_as is None or not path.is_file():
-        return read_local(path, ()).rows
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise JaxguardError(f"{path}: not JSON: {error}") from None
-    lists: dict[str, Any] = tree if isinstance(tree, dict) else {"": None}
-    if not all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in lists.values()):
-        raise JaxguardError(f"{path}: source.keys_as expects one JSON object whose values are lists of rows")
-    return [
-        (f"{path}, {key!r} row {i}", {keys_as: key, **row}) for key, rows in lists.items() for i, row in enumerate(rows)
-    ]
+            tree = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise JaxguardError(f"{file}: not JSON: {error}") from None
+        lists: dict[str, Any] = tree if isinstance(tree, dict) else {"": None}
+        if not all(isinstance(each, list) and all(isinstance(row, dict) for row in each) for each in lists.values()):
+            raise JaxguardError(f"{file}: source.keys_as expects one JSON object whose values are lists of rows")
+        for key, each in lists.items():
+            rows += [(f"{file}, {key!r} row {i}", {keys_as: key, **row}) for i, row in enumerate(each)]
+    return rows
 
 
 def _read_bytes(data: bytes, name: str, origin: str, keys_as: str | None) -> Rows:
@@ -292,7 +276,7 @@ def _read_bytes(data: bytes, name: str, origin: str, keys_as: str | None) -> Row
         path = Path(folder) / name.replace(".jsonl", ".json")
         path.write_bytes(data)
         try:
-            rows = _read_file(path, keys_as)
+            rows = _read_files(path, [], keys_as)
         except JaxguardError as error:
             raise JaxguardError(str(error).replace(str(path), origin)) from None
         return [(location.replace(str(path), origin), row) for location, row in rows]
@@ -322,8 +306,3 @@ def _joined(splits: dict[str, Rows]) -> Rows:
     if len(splits) == 1:
         return next(iter(splits.values()))
     return [(location, {"split": split, **row}) for split, rows in splits.items() for location, row in rows]
-
-
-def _stem(name: str) -> str:
-    name = name.removesuffix(".xz")
-    return name.removesuffix(next((suffix for suffix in SUFFIXES if name.endswith(suffix)), ""))
