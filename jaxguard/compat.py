@@ -21,7 +21,7 @@ def cudnn_attention_on_any_gpu() -> Iterator[None]:
     """Lower cuDNN attention although this host's GPU is another one, or absent.
 
     JAX checks the local GPU's compute capability before it lowers the kernel, and has no public way to check the target's.
-    Whether the target can run the kernel is decided by models/attention/kernels.choose.
+    Whether the target can run the kernel is decided by models/compute.choose_kernel.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 

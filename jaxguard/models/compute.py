@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxguard.config.train import ModelConfig
-from jaxguard.models.attention import kernels
+from jaxguard.models.attention.kernels import LANES, Kernel
 from jaxguard.models.spec import Spec
+from jaxguard.utils.errors import JaxguardError
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Compute:
     """
 
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
-    attention: kernels.Kernel = "xla"
+    attention: Kernel = "xla"
     remat: str = "none"
     query_chunk: int = 512
     matmul_dtype: jnp.dtype | None = None
@@ -51,21 +52,61 @@ def choose_compute(config: ModelConfig, spec: Spec, mesh: Mesh, max_seq_len: int
     """
     device = mesh.devices.flat[0]
     cpu = device.platform == "cpu"
-    capability = getattr(device, "compute_capability", None)
+    capability = float(getattr(device, "compute_capability", None) or 0)
     dtype = jnp.dtype(config.compute_dtype)
-    attention = kernels.choose(
-        device.platform,
-        None if capability is None else float(capability),
-        spec.head_dim,
-        dtype,
-        config.attention,
-        max_seq_len,
-    )
+    attention = choose_kernel(config.attention, device.platform, capability, spec.head_dim, dtype, max_seq_len)
     matmul_dtype = None
     if cpu and dtype == jnp.bfloat16:
         # CPUs are fast in bfloat16 only at matmuls with float32 sums.
         dtype, matmul_dtype = jnp.dtype(jnp.float32), dtype if has_bfloat16_units() else None
     return Compute(dtype, attention, config.remat, config.query_chunk, matmul_dtype, norm_by_einsum=cpu)
+
+
+def choose_kernel(
+    requested: str, platform: str, compute_capability: float, head_dim: int, dtype: jnp.dtype, max_seq_len: int
+) -> Kernel:
+    """Choose the best attention kernel that a device can run, or check the requested one.
+
+    Args:
+        requested: the config's model.attention.
+        platform: JAX's name of the device's platform: cpu, gpu, cuda or tpu.
+        compute_capability: of an NVIDIA GPU, such as 8.0; 0 elsewhere.
+        head_dim: H.
+        dtype: type of queries, keys and values.
+        max_seq_len: T.
+
+    Raises:
+        JaxguardError: the device cannot run the requested kernel.
+    """
+    # The backward pass's limit in cuDNN's documentation; on Blackwell Transformer Engine stays at 128, and so do we.
+    limit = 256 if 9.0 <= compute_capability < 10.0 else 128
+    conditions: dict[Kernel, dict[str, bool]] = {  # best first: each with what prevents it
+        "cudnn": {
+            f"it needs an NVIDIA GPU, and this is {platform}": platform not in ("gpu", "cuda")
+            or not compute_capability,
+            f"it needs compute capability 8.0 (A100) or newer, and this GPU has {compute_capability}": compute_capability
+            < 8,
+            f"it computes in bfloat16, and model.compute_dtype is {dtype.name}": dtype != jnp.bfloat16,
+            f"on compute capability {compute_capability} head_dim may be up to {limit}, a multiple of 8, not {head_dim}": (
+                head_dim > limit or head_dim % 8 > 0
+            ),
+            f"max_seq_len must be even, not {max_seq_len}": max_seq_len % 2 > 0,
+        },
+        "splash": {
+            f"it needs a TPU, and this is {platform}": platform != "tpu",
+            f"head_dim must be a multiple of {LANES}, not {head_dim}": head_dim % LANES > 0,
+            f"max_seq_len must be a multiple of {LANES}, not {max_seq_len}": max_seq_len % LANES > 0,
+        },
+        "block_sparse": {f"it is for CPUs, and this is {platform}": platform != "cpu"},
+        "xla": {},
+    }
+    for name, obstacles in conditions.items():
+        obstacle = next((text for text, applies in obstacles.items() if applies), None)
+        if requested in ("auto", name) and obstacle is None:
+            return name
+        if requested == name:
+            raise JaxguardError(f"model.attention={name} cannot run here: {obstacle}; set model.attention=auto")
+    raise AssertionError(requested)
 
 
 @cache

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxguard.models.attention.attend import FAR, KeyValues, attend, attend_cached
+from jaxguard.models.attention.attend import FAR, attend, attend_cached
 from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import REFERENCE, Compute
 from jaxguard.models.linear import DOTS, Buffered, gather_layer, project
@@ -104,16 +104,10 @@ class Decoder(nnx.Module):
 
         def attend_caches(kind: Array, earlier: Any, query: Array, key: Array, value: Array) -> Any:
             new = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-            parts = [KeyValues(k, v, cache.positions_AS) for (k, v), cache in zip(earlier, caches, strict=True)]
-            mixed_BTNH = attend_cached(
-                query,
-                positions_BT,
-                [*parts, KeyValues(new[0], new[1], positions_BT)],
-                window=windows[kind],
-                scale=self.spec.query_scale,
-                chunk=self.compute.query_chunk,
-            )
-            return mixed_BTNH, new
+            parts = [(k, v, cache.positions_AS) for (k, v), cache in zip(earlier, caches, strict=True)]
+            parts.append((*new, positions_BT))
+            scale, chunk = self.spec.query_scale, self.compute.query_chunk
+            return attend_cached(query, positions_BT, parts, window=windows[kind], scale=scale, chunk=chunk), new
 
         earlier = [(cache.key_LAKSH, cache.value_LAKSH) for cache in caches]
         hidden_BTD, (key_LBKTH, value_LBKTH) = self._run(tokens_BT, positions_BT, attend_caches, earlier)
@@ -199,15 +193,7 @@ class Decoder(nnx.Module):
         windows = [None if k.window is None or k.window >= tokens else k.window for k in self.spec.kinds]
         distinct = list(dict.fromkeys(windows))
         branches = [
-            partial(
-                attend,
-                window=window,
-                scale=self.spec.query_scale,
-                implementation=self.compute.attention,
-                query_chunk=self.compute.query_chunk,
-                matmul_dtype=self.compute.matmul_dtype,
-            )
-            for window in distinct
+            partial(attend, window=window, scale=self.spec.query_scale, compute=self.compute) for window in distinct
         ]
         branch = jnp.asarray([distinct.index(window) for window in windows])[kind]
         mixed_BTNH: Array = jax.lax.switch(branch, branches, *qkv, layout)

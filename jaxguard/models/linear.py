@@ -93,19 +93,21 @@ def project(equation: str, x: Array, weight: Array, matmul_dtype: DTypeLike | No
         matmul_dtype: what both are rounded to before they are multiplied, in the backward pass too; default the weight's type.
     """
     matmul_dtype = jnp.dtype(matmul_dtype or weight.dtype)
-    if not x.dtype == weight.dtype == matmul_dtype:
-        result = _rounded(equation, matmul_dtype, x, weight)
-    elif matmul_dtype == jnp.float32:
-        result = _pairwise(equation, x, weight)
-    else:
-        result = jnp.einsum(equation, x, weight)
-    named: Array = checkpoint_name(result, DOTS)
+    same = x.dtype == weight.dtype == matmul_dtype
+    # JAX's own gradients are good where all are bfloat16.
+    multiply = jnp.einsum if same and matmul_dtype != jnp.float32 else partial(_multiply, matmul_dtype)
+    named: Array = checkpoint_name(multiply(equation, x, weight), DOTS)
     return named
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pairwise(equation: str, x: Array, weight: Array) -> Array:
-    """Sum in float32, pairwise where nothing is differentiated: XLA on a CPU adds up to 512 terms in a row, and errs more."""
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(matmul_dtype: jnp.dtype, equation: str, x: Array, weight: Array) -> Array:
+    """Multiply what is rounded to the matmul_dtype.
+
+    In float32, where nothing is differentiated, sum pairwise: XLA on a CPU adds up to 512 terms in a row, and errs more.
+    """
+    if not x.dtype == weight.dtype == matmul_dtype:
+        return _rounded(matmul_dtype, equation, x, weight)
     left, right, _ = equation.replace("->", ",").split(",")
     axes = next((left.index(letter), right.index(letter)) for letter in left if letter in right)
     terms = math.prod(x.shape[left.index(letter)] for letter in left if letter in right)
@@ -120,34 +122,24 @@ def _pairwise(equation: str, x: Array, weight: Array) -> Array:
     return add(x, weight, terms)
 
 
-def _pairwise_forward(equation: str, x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return jnp.einsum(equation, x, weight), (x, weight)
-
-
-def _pairwise_backward(equation: str, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    """One product each. JAX's own rule would have a CPU copy the gradient of every product transposed."""
-    return _gradients(equation, *saved, gradient, jnp.float32)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rounded(equation: str, matmul_dtype: jnp.dtype, x: Array, weight: Array) -> Array:
+def _rounded(matmul_dtype: jnp.dtype, equation: str, x: Array, weight: Array) -> Array:
     return jnp.einsum(equation, x.astype(matmul_dtype), weight.astype(matmul_dtype), preferred_element_type=x.dtype)
 
 
-def _rounded_forward(
-    equation: str, matmul_dtype: jnp.dtype, x: Array, weight: Array
+def _multiply_forward(
+    matmul_dtype: jnp.dtype, equation: str, x: Array, weight: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _rounded(equation, matmul_dtype, x, weight), (x, weight)
+    return _rounded(matmul_dtype, equation, x, weight), (x, weight)
 
 
-def _rounded_backward(
-    equation: str, matmul_dtype: jnp.dtype, saved: tuple[Array, Array], gradient: Array
+def _multiply_backward(
+    matmul_dtype: jnp.dtype, equation: str, saved: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
-    """Round the gradient too. JAX's own rule would compute both products in the wider type."""
-    return _gradients(equation, *saved, gradient, matmul_dtype)
+    """Multiply what is rounded, once for each gradient.
 
-
-def _gradients(equation: str, x: Array, weight: Array, gradient: Array, matmul_dtype: DTypeLike) -> tuple[Array, Array]:
+    JAX's own rule would compute both products in the wider type, and have a CPU copy the gradient of every product transposed.
+    """
+    x, weight = saved
     left, right, out = equation.replace("->", ",").split(",")
     rounded_x, rounded_weight, gradient = (array.astype(matmul_dtype) for array in (x, weight, gradient))
     of_x = jnp.einsum(f"{out},{right}->{left}", gradient, rounded_weight, preferred_element_type=x.dtype)
@@ -158,5 +150,4 @@ def _gradients(equation: str, x: Array, weight: Array, gradient: Array, matmul_d
     return of_x, of_weight
 
 
-_pairwise.defvjp(_pairwise_forward, _pairwise_backward)
-_rounded.defvjp(_rounded_forward, _rounded_backward)
+_multiply.defvjp(_multiply_forward, _multiply_backward)

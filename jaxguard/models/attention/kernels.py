@@ -1,7 +1,4 @@
-"""Fused attention kernels of GPUs and TPUs, and which of them a device can run.
-
-Both compute attention by a `Layout`. Results at padding are finite and meaningless.
-"""
+"""Which keys a query sees, and the fused attention kernels of GPUs and TPUs. Results at padding are finite and meaningless."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +11,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxguard.compat import mark_mask_as_dynamic
 from jaxguard.models.sharding import partition
-from jaxguard.utils.errors import JaxguardError
 
 Kernel = Literal["xla", "block_sparse", "cudnn", "splash"]
 
+Query = Float[Array, "B T N H"]
+KeyValue = Float[Array, "B T K H"]
+
 LANES = 128
 """Width of a TPU's vector registers: splash attention works on blocks of it."""
+
+ALL = slice(None)
 
 
 class Layout(NamedTuple):
@@ -56,77 +57,7 @@ class Layout(NamedTuple):
         return visible & (key(columns) <= query(columns))
 
 
-def choose(
-    platform: str,
-    compute_capability: float | None,
-    head_dim: int,
-    dtype: jax.typing.DTypeLike,
-    requested: str = "auto",
-    max_seq_len: int = LANES,
-) -> Kernel:
-    """Choose the best kernel that a device can run, or check the requested one.
-
-    Args:
-        platform: JAX's name of the device's platform: cpu, gpu, cuda or tpu.
-        compute_capability: of an NVIDIA GPU, such as 8.0; None elsewhere.
-        head_dim: H.
-        dtype: type of queries, keys and values.
-        requested: the config's model.attention.
-        max_seq_len: T.
-
-    Raises:
-        JaxguardError: the device cannot run the requested kernel.
-    """
-    # Best first.
-    obstacles: dict[Kernel, str | None] = {
-        "cudnn": _cudnn_obstacle(platform, compute_capability, head_dim, dtype, max_seq_len),
-        "splash": _splash_obstacle(platform, head_dim, max_seq_len),
-        "block_sparse": None if platform == "cpu" else f"it is for CPUs, and this is {platform}",
-        "xla": None,
-    }
-    for name, obstacle in obstacles.items():
-        if requested in ("auto", name) and obstacle is None:
-            return name
-        if requested == name:
-            raise JaxguardError(f"model.attention={name} cannot run here: {obstacle}; set model.attention=auto")
-    raise JaxguardError(f"model.attention={requested} is unknown; known: auto, {', '.join(obstacles)}")
-
-
-def _cudnn_obstacle(
-    platform: str, capability: float | None, head_dim: int, dtype: jax.typing.DTypeLike, max_seq_len: int
-) -> str | None:
-    if platform not in ("gpu", "cuda") or capability is None:
-        return f"it needs an NVIDIA GPU, and this is {platform}"
-    if capability < 8.0:
-        return f"it needs compute capability 8.0 (A100) or newer, and this GPU has {capability}"
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"it computes in bfloat16, and model.compute_dtype is {jnp.dtype(dtype).name}"
-    # The backward pass's limit in cuDNN's documentation; on Blackwell Transformer Engine stays at 128, and so do we.
-    limit = 256 if 9.0 <= capability < 10.0 else 128
-    if head_dim > limit or head_dim % 8:
-        return f"on compute capability {capability} head_dim may be up to {limit}, a multiple of 8, not {head_dim}"
-    if max_seq_len % 2:
-        return f"max_seq_len must be even, not {max_seq_len}"
-    return None
-
-
-def _splash_obstacle(platform: str, head_dim: int, max_seq_len: int) -> str | None:
-    if platform != "tpu":
-        return f"it needs a TPU, and this is {platform}"
-    for name, value in (("head_dim", head_dim), ("max_seq_len", max_seq_len)):
-        if value % LANES:
-            return f"{name} must be a multiple of {LANES}, not {value}"
-    return None
-
-
-def cudnn(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-    layout: Layout,
-    window: int | None,
-    scale: float,
-) -> Float[Array, "B T N H"]:
+def cudnn(query: Query, key: KeyValue, value: KeyValue, layout: Layout, window: int | None, scale: float) -> Query:
     """Compute cuDNN's flash attention, in bfloat16, on an NVIDIA GPU.
 
     The kernel itself knows causality, and the window where distance in the row is distance in the sequence, and skips blocks
@@ -139,7 +70,7 @@ def cudnn(
             query,
             key,
             value,
-            mask=layout.visible(None if row_window else window, slice(None), slice(None))[:, None],
+            mask=layout.visible(None if row_window else window, ALL, ALL)[:, None],
             scale=scale,
             is_causal=True,
             local_window_size=None if row_window is None else (row_window - 1, 0),
@@ -150,14 +81,14 @@ def cudnn(
 
 
 def splash(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
+    query: Query,
+    key: KeyValue,
+    value: KeyValue,
     layout: Layout,
     window: int | None,
     scale: float,
     interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Query:
     """Compute splash attention on a TPU; with `interpret`, emulate the kernel anywhere, slowly.
 
     The kernel skips blocks without any visible key: by the causal or local mask alone where no segment continues another, else
@@ -167,40 +98,27 @@ def splash(
     def attend(query: Array, key: Array, value: Array, layout: Layout) -> Array:
         scaled = (query * scale).astype(query.dtype)
         q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (scaled, key, value))
-        rows = _static_rows if layout.prefixes_BT is None else _dynamic_rows
-        return rows(q_BNTH, k_BKTH, v_BKTH, layout, window, interpret).swapaxes(1, 2)
+        heads, tokens = q_BNTH.shape[1:3]
+        size = (tokens, tokens)
+        if layout.prefixes_BT is None:
+            causal, local = splash_attention.CausalMask, splash_attention.LocalMask
+            mask = causal(size) if window is None else local(size, window_size=(window - 1, 0), offset=0)
+            kernel = _splash_kernel(splash_attention.MultiHeadMask([mask] * heads), tokens, interpret)
+            segments = splash_attention.SegmentIds(layout.segments_BT, layout.segments_BT)
+            by_causality: Array = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
+            return by_causality.swapaxes(1, 2)
+
+        def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:
+            q_NTH, k_KTH, v_KTH, visible_TT = row
+            kernel = _splash_kernel(jnp.broadcast_to(visible_TT, (heads, *size)), tokens, interpret)
+            mark_mask_as_dynamic(kernel)
+            mixed_NTH: Array = kernel(q_NTH, k_KTH, v_KTH)
+            return mixed_NTH
+
+        mixed_BNTH: Array = jax.lax.map(attend_row, (q_BNTH, k_BKTH, v_BKTH, layout.visible(window, ALL, ALL)))
+        return mixed_BNTH.swapaxes(1, 2)
 
     return per_device(attend, query, key, value, layout)
-
-
-def _static_rows(
-    q_BNTH: Array, k_BKTH: Array, v_BKTH: Array, layout: Layout, window: int | None, interpret: bool
-) -> Array:
-    heads, tokens = q_BNTH.shape[1:3]
-    size = (tokens, tokens)
-    causal, local = splash_attention.CausalMask, splash_attention.LocalMask
-    mask = causal(size) if window is None else local(size, window_size=(window - 1, 0), offset=0)
-    kernel = _splash_kernel(splash_attention.MultiHeadMask([mask] * heads), tokens, interpret)
-    segments = splash_attention.SegmentIds(layout.segments_BT, layout.segments_BT)
-    mixed_BNTH: Array = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
-    return mixed_BNTH
-
-
-def _dynamic_rows(
-    q_BNTH: Array, k_BKTH: Array, v_BKTH: Array, layout: Layout, window: int | None, interpret: bool
-) -> Array:
-    heads, tokens = q_BNTH.shape[1:3]
-
-    def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:
-        q_NTH, k_KTH, v_KTH, visible_TT = row
-        kernel = _splash_kernel(jnp.broadcast_to(visible_TT, (heads, tokens, tokens)), tokens, interpret)
-        mark_mask_as_dynamic(kernel)
-        mixed_NTH: Array = kernel(q_NTH, k_KTH, v_KTH)
-        return mixed_NTH
-
-    visible_BTT = layout.visible(window, slice(None), slice(None))
-    mixed_BNTH: Array = jax.lax.map(attend_row, (q_BNTH, k_BKTH, v_BKTH, visible_BTT))
-    return mixed_BNTH
 
 
 def _splash_kernel(mask: splash_attention.MultiHeadMask | Array, tokens: int, interpret: bool) -> Any:
