@@ -17,6 +17,17 @@ SUPPORTED = {
     "qwen3": "Qwen3 0.6B to 32B, dense",
 }
 
+_LLAMA = {"attention_bias": None, "mlp_bias": None, "hidden_act": "silu"}
+REQUIRED = {
+    "llama": _LLAMA,
+    "qwen3": _LLAMA | {"use_sliding_window": None},
+    "gemma3": {
+        "hidden_activation": "gelu_pytorch_tanh", "attention_bias": None, "use_bidirectional_attention": None,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None,
+    },
+}  # fmt: skip
+"""The only value of each option of a family's config.json that the decoder has; None is absent or false."""
+
 
 class UnsupportedModelError(JaxguardError):
     """An architecture, or an option of one, that the decoder does not have."""
@@ -120,69 +131,54 @@ def read_spec(folder: Path) -> Spec:
     if config.model_type not in SUPPORTED:
         known = ", ".join(f"{k} ({v})" for k, v in SUPPORTED.items())
         raise UnsupportedModelError(f"{path}: model_type {config.model_type!r} is not supported; supported: {known}")
-    read = {"llama": _llama, "qwen3": _qwen3}.get(config.model_type, _gemma3)
-    return read(config.get_text_config(), path)
-
-
-def _llama(c: PretrainedConfig, path: Path) -> Spec:
-    for option in ("attention_bias", "mlp_bias"):
-        _require(path, option, getattr(c, option, False), False)
-    _require(path, "hidden_act", c.hidden_act, "silu")
+    family, c = config.model_type.removesuffix("_text"), config.get_text_config()
+    for option, wanted in REQUIRED[family].items():
+        value = getattr(c, option, None) or None
+        if value != wanted:
+            raise UnsupportedModelError(f"{path}: {option}={value!r} is not supported; only {wanted!r} is")
     return Spec(
-        family="llama",
-        zero_centered_norm=False,
-        post_norm=False,
-        qk_norm=False,
-        activation="silu",
-        query_scale=c.head_dim**-0.5,
-        embed_scale=1.0,
-        kinds=(LayerKind(_rope(c.rope_parameters, path)),),
-        layer_kinds=(0,) * c.num_hidden_layers,
-        **_common(c),
+        family=family,
+        vocab_size=c.vocab_size,
+        d_model=c.hidden_size,
+        num_layers=c.num_hidden_layers,
+        num_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        mlp_dim=c.intermediate_size,
+        norm_eps=c.rms_norm_eps,
+        tied=c.tie_word_embeddings,
+        max_position_embeddings=c.max_position_embeddings,
+        dtype=str(c.dtype or "float32").removeprefix("torch."),
+        **(_gemma3 if family == "gemma3" else _llama)(c, path),
     )
 
 
-def _qwen3(c: PretrainedConfig, path: Path) -> Spec:
-    """Llama with norms of queries and keys."""
-    _require(path, "use_sliding_window", bool(c.use_sliding_window), False)
-    return replace(_llama(c, path), family="qwen3", qk_norm=True)
+def _llama(c: PretrainedConfig, path: Path) -> dict[str, Any]:
+    """What Llama and Qwen3 have of their own: Qwen3 is Llama with norms of queries and keys."""
+    return {
+        "zero_centered_norm": False,
+        "post_norm": False,
+        "qk_norm": c.model_type == "qwen3",
+        "activation": "silu",
+        "query_scale": c.head_dim**-0.5,
+        "embed_scale": 1.0,
+        "kinds": (LayerKind(_rope(c.rope_parameters, path)),),
+        "layer_kinds": (0,) * c.num_hidden_layers,
+    }
 
 
-def _gemma3(c: PretrainedConfig, path: Path) -> Spec:
-    _require(path, "hidden_activation", c.hidden_activation, "gelu_pytorch_tanh")
-    for option in ("attention_bias", "use_bidirectional_attention"):
-        _require(path, option, bool(getattr(c, option, False)), False)
-    for option in ("attn_logit_softcapping", "final_logit_softcapping"):
-        _require(path, option, getattr(c, option, None), None)
+def _gemma3(c: PretrainedConfig, path: Path) -> dict[str, Any]:
     names = ("sliding_attention", "full_attention")
     local, full = (_rope(c.rope_parameters[name], path) for name in names)
-    return Spec(
-        family="gemma3",
-        zero_centered_norm=True,
-        post_norm=True,
-        qk_norm=True,
-        activation="gelu_tanh",
-        query_scale=c.query_pre_attn_scalar**-0.5,
-        embed_scale=math.sqrt(c.hidden_size),
-        kinds=(LayerKind(local, c.sliding_window), LayerKind(full)),
-        layer_kinds=tuple(names.index(name) for name in c.layer_types),
-        **_common(c),
-    )
-
-
-def _common(c: PretrainedConfig) -> dict[str, Any]:
     return {
-        "vocab_size": c.vocab_size,
-        "d_model": c.hidden_size,
-        "num_layers": c.num_hidden_layers,
-        "num_heads": c.num_attention_heads,
-        "num_kv_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "mlp_dim": c.intermediate_size,
-        "norm_eps": c.rms_norm_eps,
-        "tied": c.tie_word_embeddings,
-        "max_position_embeddings": c.max_position_embeddings,
-        "dtype": str(c.dtype or "float32").removeprefix("torch."),
+        "zero_centered_norm": True,
+        "post_norm": True,
+        "qk_norm": True,
+        "activation": "gelu_tanh",
+        "query_scale": c.query_pre_attn_scalar**-0.5,
+        "embed_scale": math.sqrt(c.hidden_size),
+        "kinds": (LayerKind(local, c.sliding_window), LayerKind(full)),
+        "layer_kinds": tuple(names.index(name) for name in c.layer_types),
     }
 
 
@@ -196,8 +192,3 @@ def _rope(parameters: dict[str, Any], path: Path) -> Rope:
         bands = (float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"]))
         return Rope(theta, float(parameters["factor"]), (*bands, int(parameters["original_max_position_embeddings"])))
     raise UnsupportedModelError(f"{path}: rope_type {kind!r} is not supported; supported: default, linear, llama3")
-
-
-def _require(path: Path, option: str, value: Any, wanted: Any) -> None:
-    if value != wanted:
-        raise UnsupportedModelError(f"{path}: {option}={value!r} is not supported; only {wanted!r} is")

@@ -59,18 +59,12 @@ class Weight:
 
     def from_hf(self, tensor: np.ndarray, spec: Spec) -> np.ndarray:
         """View one layer's tensor in our layout."""
-        sizes = {letter: size for letter, size in spec.sizes.items() if letter in self.rule}
-        return einops.rearrange(tensor, self.rule, **sizes)
+        return einops.rearrange(tensor, self.rule, **{x: size for x, size in spec.sizes.items() if x in self.rule})
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """View one layer's array, or a part of it, in Hugging Face's layout."""
         hf, ours = self.rule.split(" -> ")
         return einops.rearrange(array, f"{ours} -> {hf}")
-
-
-def _norm(path: str, hf: str, letter: str = "D") -> Weight:
-    axes = ("norm",) if not path.startswith(LAYER) else ("layers", "norm")
-    return Weight(path, f"{hf}.weight", f"{letter} -> {letter}", axes)
 
 
 EMBED = Weight("embed", "embed_tokens.weight", "V D -> V D", ("vocab", "embed"))
@@ -87,34 +81,35 @@ _MATRICES = (
     Weight("layers.down_proj", "layers.{i}.mlp.down_proj.weight", "D F -> F D", ("layers", "mlp", "embed")),
 )  # fmt: skip
 
-_FINAL_NORM = _norm("final_norm", "norm")
+_FINAL_NORM = Weight("final_norm", "norm.weight", "D -> D", ("norm",))
 
 # The same Hugging Face name, post_attention_layernorm, is the norm before the MLP in Llama and the norm after
 # attention in Gemma 3; our names say where a norm is applied.
-_LLAMA_NORMS = (
-    _norm("layers.attention_norm", "layers.{i}.input_layernorm"),
-    _norm("layers.mlp_norm", "layers.{i}.post_attention_layernorm"),
-)
-_QK_NORMS = (
-    _norm("layers.q_norm", "layers.{i}.self_attn.q_norm", "H"),
-    _norm("layers.k_norm", "layers.{i}.self_attn.k_norm", "H"),
-)
+_LLAMA_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _NORMS = {
     "llama": _LLAMA_NORMS,
-    "qwen3": (*_LLAMA_NORMS, *_QK_NORMS),
-    "gemma3": (
-        _norm("layers.attention_norm", "layers.{i}.input_layernorm"),
-        _norm("layers.attention_out_norm", "layers.{i}.post_attention_layernorm"),
-        _norm("layers.mlp_norm", "layers.{i}.pre_feedforward_layernorm"),
-        _norm("layers.mlp_out_norm", "layers.{i}.post_feedforward_layernorm"),
-        *_QK_NORMS,
-    ),
+    "qwen3": _LLAMA_NORMS | _QK_NORMS,
+    "gemma3": {
+        "attention_norm": "input_layernorm",
+        "attention_out_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_out_norm": "post_feedforward_layernorm",
+        **_QK_NORMS,
+    },
 }
+"""Family -> our name of a layer's norm -> Hugging Face's."""
 
 
 def table(spec: Spec) -> tuple[Weight, ...]:
     """Return the rows of a model of this spec."""
-    return (EMBED, *_MATRICES, *_NORMS[spec.family], _FINAL_NORM, *(() if spec.tied else (HEAD,)))
+
+    def norm(name: str, hf: str) -> Weight:
+        letter = "H" if name in _QK_NORMS else "D"
+        return Weight(LAYER + name, f"layers.{{i}}.{hf}.weight", f"{letter} -> {letter}", ("layers", "norm"))
+
+    norms = (norm(*names) for names in _NORMS[spec.family].items())
+    return (EMBED, *_MATRICES, *norms, _FINAL_NORM, *(() if spec.tied else (HEAD,)))
 
 
 def abstract(spec: Spec, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
@@ -124,12 +119,11 @@ def abstract(spec: Spec, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeD
 
 def initialize(spec: Spec, key: jax.Array) -> dict[str, jax.Array]:
     """Draw random float32 weights: norms at identity, the rest normal with deviation 0.02."""
-    identity = 0.0 if spec.zero_centered_norm else 1.0
 
     def draw(weight: Weight, key: jax.Array) -> jax.Array:
         shape = weight.shape(spec)
         if "norm" in weight.axes:
-            return jnp.full(shape, identity, jnp.float32)
+            return jnp.full(shape, 0.0 if spec.zero_centered_norm else 1.0, jnp.float32)
         return 0.02 * jax.random.normal(key, shape, jnp.float32)
 
     rows = table(spec)

@@ -16,7 +16,7 @@ from jaxguard.config.base import CONFIG_FOLDER, folders, locate
 from jaxguard.config.train import ModelConfig
 from jaxguard.data.packing import Shape, bucket_size
 from jaxguard.models.compute import Compute
-from jaxguard.models.mesh import make_mesh, row_multiple
+from jaxguard.models.sharding import make_mesh, row_multiple
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.plan.estimate import Flops, RunCost, ideal_sent, step_flops
 from jaxguard.plan.hlo import Collective, CompiledProgram, describe

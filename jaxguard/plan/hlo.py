@@ -303,7 +303,7 @@ def _flops(instruction: Instruction) -> int:
 def _between_slices(instruction: Instruction, slices: int) -> Collective | None:
     """A collective between TPU slices, which hosts do over the network: every device sends its part to its own host.
 
-    All slices take part, since they are laid out along `data` (models/mesh.py).
+    All slices take part, since they are laid out along `data` (models/sharding.py).
     """
     transfer = instruction.search(r'_xla_megascale_transfer_type="(\w+)"')
     if instruction.opcode != "send" or transfer is None:

@@ -21,7 +21,7 @@ from jaxguard.config.hardware import peak_flops
 from jaxguard.data.packing import Batch, Schedule, total_steps
 from jaxguard.data.prepare import Prepared, prepare
 from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
-from jaxguard.models.mesh import batch_sharding, make_mesh, row_multiple, shard_batch
+from jaxguard.models.sharding import batch_sharding, make_mesh, row_multiple, shard_batch
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints

@@ -20,7 +20,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, Mode
 from jaxguard.data.packing import assemble, bucketed, pack
 from jaxguard.data.policies import Question
-from jaxguard.models.mesh import batch_sharding, shard_batch
+from jaxguard.models.sharding import batch_sharding, shard_batch
 from jaxguard.train.step import Program
 
 THRESHOLD = 0.5

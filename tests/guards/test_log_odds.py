@@ -11,7 +11,7 @@ from jaxguard.guards.backends.jax import _sequences, next_log_odds
 from jaxguard.guards.backends.sampler import place_model
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder
-from jaxguard.models.mesh import make_mesh, weight_shardings
+from jaxguard.models.sharding import make_mesh, weight_shardings
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialize
 from jaxguard.utils.errors import JaxguardError

@@ -21,7 +21,7 @@ from jaxguard.guards.formats.native import MOST_TOKENS, NativeFormat, context_to
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request, UnsupportedError, predict
 from jaxguard.models.compute import Compute
 from jaxguard.models.hf_io.checkpoints import read_weights
-from jaxguard.models.mesh import make_mesh
+from jaxguard.models.sharding import make_mesh
 from jaxguard.models.spec import read_spec
 from jaxguard.train.step import build_program
 from jaxguard.train.validation import Validation

@@ -13,7 +13,7 @@ from jaxguard.config.train import MeshConfig
 from jaxguard.guards.backends.sampler import Sampling, draw, generate, nucleus, place_model
 from jaxguard.models.compute import Compute
 from jaxguard.models.hf_io.checkpoints import read_weights
-from jaxguard.models.mesh import make_mesh, weight_shardings
+from jaxguard.models.sharding import make_mesh, weight_shardings
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialize
 from jaxguard.utils.errors import JaxguardError

@@ -12,7 +12,7 @@ from jaxguard.config import load
 from jaxguard.data.packing import Shape
 from jaxguard.models.compute import REFERENCE
 from jaxguard.models.decoder import Decoder
-from jaxguard.models.mesh import make_mesh
+from jaxguard.models.sharding import make_mesh
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialize, table
 from jaxguard.train.step import build_program

@@ -18,7 +18,7 @@ from jaxguard.data.packing import Shape
 from jaxguard.models.attention import kernels as attention_kernels
 from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import Compute
-from jaxguard.models.mesh import make_mesh
+from jaxguard.models.sharding import make_mesh
 from jaxguard.models.weights import abstract, count, table
 from jaxguard.plan.compile import Plan, compile_step, find_spec
 from jaxguard.plan.estimate import RunCost, estimate, ideal_sent, rate, step_flops

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from jaxguard.config.train import MeshConfig
-from jaxguard.models.mesh import make_mesh, weight_shardings
+from jaxguard.models.sharding import make_mesh, weight_shardings
 from jaxguard.models.spec import LayerKind, Rope, Spec
 from jaxguard.models.weights import abstract, table
 from jaxguard.train.devices import attended_pairs, startup_table, training_flops

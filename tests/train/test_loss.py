@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxguard.config.train import MeshConfig
-from jaxguard.models.mesh import make_mesh
+from jaxguard.models.sharding import make_mesh
 from jaxguard.train.objectives import target_logprobs
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 3, 11, 16, 97

@@ -164,7 +164,7 @@ import numpy as np
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.config.train import MeshConfig
 from jaxguard.train.hosts import end_together, start_hosts
-from jaxguard.models.mesh import batch_sharding, make_mesh, shard_batch
+from jaxguard.models.sharding import batch_sharding, make_mesh, shard_batch
 
 fields = dict(x.removeprefix("mesh.").split("=") for x in sys.argv[2:])
 config = MeshConfig(data=4, fsdp=1, hosts="explicit", **fields)

@@ -8,7 +8,7 @@ import pytest
 from jaxguard.config.train import OptimizerConfig
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import abstract
-from jaxguard.train.optimizer import learning_rate, optimizer
+from jaxguard.train.step import learning_rate, optimizer
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import Batch, Shape, assemble, bucketed, pack
 from jaxguard.models import compute as compute_module
 from jaxguard.models.compute import Compute, choose_compute
-from jaxguard.models.mesh import batch_sharding, make_mesh, row_multiple, shard_batch
+from jaxguard.models.sharding import batch_sharding, make_mesh, row_multiple, shard_batch
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialize
 from jaxguard.train.objectives import token_weighted_loss

@@ -12,7 +12,7 @@ from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.data.prepare import prepare
 from jaxguard.models.decoder import Decoder
 from jaxguard.models.hf_io.checkpoints import read_weights
-from jaxguard.models.mesh import make_mesh
+from jaxguard.models.sharding import make_mesh
 from jaxguard.models.spec import read_spec
 from jaxguard.train.step import build_program
 from jaxguard.train.validation import Mode, Validation, ValidationPrediction, summary

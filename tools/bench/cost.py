@@ -27,7 +27,7 @@ from jaxguard.config import Config
 from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import assemble, bucketed, pack
-from jaxguard.models.mesh import batch_sharding, make_mesh, shard_batch
+from jaxguard.models.sharding import batch_sharding, make_mesh, shard_batch
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import initialize
 from jaxguard.report.figures import save_figure, style

@@ -25,7 +25,7 @@ from jaxguard.guards.protocol import Completion
 from jaxguard.models.compute import Compute, choose_compute
 from jaxguard.models.decoder import Decoder
 from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
-from jaxguard.models.mesh import make_mesh, weight_shardings
+from jaxguard.models.sharding import make_mesh, weight_shardings
 from jaxguard.models.spec import Spec, UnsupportedModelError, read_spec
 from jaxguard.utils.errors import JaxguardError
 

@@ -25,8 +25,7 @@ from jaxguard.guards.protocol import Completion, sample_digest
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Cache, Decoder
-from jaxguard.models.mesh import batch_sharding, replicated, shard_batch
-from jaxguard.models.sharding import constrain, partition
+from jaxguard.models.sharding import batch_sharding, constrain, partition, replicated, shard_batch
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import table
 from jaxguard.utils.errors import JaxguardError
