@@ -18,7 +18,7 @@ from jaxguard.data.packing import Shape, bucket_size
 from jaxguard.models.compute import Compute
 from jaxguard.models.sharding import make_mesh, row_multiple
 from jaxguard.models.spec import Spec, read_spec
-from jaxguard.plan.estimate import Flops, RunCost, ideal_sent, step_flops
+from jaxguard.plan.estimate import RunCost, ideal_sent, step_flops
 from jaxguard.plan.hlo import Collective, CompiledProgram, describe
 from jaxguard.plan.targets import Cluster, topology
 from jaxguard.train.step import build_program
@@ -64,7 +64,7 @@ class Plan:
         temporaries: bytes of the other arrays that the compiler's schedule holds at once, at its peak.
         peak: bytes of both, and of outputs that reuse no argument's memory.
         largest: the largest arrays that the step makes.
-        flops: analytic FLOPs of the step, all devices together.
+        flops: analytic FLOPs of the step, as of step_flops.
         matmul_flops: FLOPs of one device's matrix products as compiled, without a vendor's attention kernel.
         traffic: bytes that one device reads from and writes to its memory.
         collectives: what the devices exchange, the largest first.
@@ -83,7 +83,7 @@ class Plan:
     temporaries: int
     peak: int
     largest: Sequence[Buffer]
-    flops: Flops
+    flops: dict[str, float]
     matmul_flops: float
     traffic: float
     collectives: list[Collective]
@@ -108,7 +108,7 @@ class Plan:
     @property
     def compiled_flops(self) -> float:
         """FLOPs of one device; of its attention kernels the analytic ones, where the program does not show them."""
-        hidden = 0.0 if self.compute.attention == "xla" else self.flops.attention / self.cluster.devices
+        hidden = 0.0 if self.compute.attention == "xla" else self.flops["attention"] / self.cluster.devices
         return self.matmul_flops + hidden
 
 

@@ -34,32 +34,16 @@ ASSUMPTIONS = (
 MOST_SHAPES = 4
 
 
-@dataclass(frozen=True)
-class Flops:
+def step_flops(spec: Spec, shape: Shape, compute: Compute) -> dict[str, float]:
     """FLOPs of the matrix products of one step, all devices together, padding included.
 
-    Attributes:
-        layers: projections and MLPs.
-        attention: scores and weighted sums, as the chosen kernel computes them.
-        head: logits of the target positions.
-        model: those of all three without recomputation, which MFU counts.
-    """
+    A forward pass, a backward pass of twice that, and what is computed again in between: full remat computes a layer's products
+    once more, but for the last one where nothing needs its result (no norm follows it). The head's logits are always computed
+    again (train/loss.py).
 
-    layers: float
-    attention: float
-    head: float
-    model: float
-
-    @property
-    def total(self) -> float:
-        return self.layers + self.attention + self.head
-
-
-def step_flops(spec: Spec, shape: Shape, compute: Compute) -> Flops:
-    """FLOPs of one step: a forward pass, a backward pass of twice that, and what is computed again in between.
-
-    Full remat computes a layer's products once more, but for the last one where nothing needs its result (no norm follows
-    it). The head's logits are always computed again (train/loss.py).
+    Returns:
+        layers: projections and MLPs; attention: scores and weighted sums, as the chosen kernel computes them; head: logits of the
+        target positions; model: those of all three without recomputation, which MFU counts.
     """
     D, F, H, N, K, L = spec.d_model, spec.mlp_dim, spec.head_dim, spec.num_heads, spec.num_kv_heads, spec.num_layers
     tokens = shape.rows * shape.tokens
@@ -82,7 +66,7 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute) -> Flops:
 
     head = 2.0 * spec.vocab_size * D * shape.rows * shape.targets
     model = 3 * (2.0 * L * tokens * layer + forward + head)
-    return Flops(layers, forward * repeats, 4 * head, model)
+    return {"layers": layers, "attention": forward * repeats, "head": 4 * head, "model": model}
 
 
 def ideal_sent(spec: Spec, mesh: Mapping[str, int], compute: Compute) -> float:
@@ -104,42 +88,21 @@ def ideal_sent(spec: Spec, mesh: Mapping[str, int], compute: Compute) -> float:
     return total
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of one step.
+def estimate(plan: "Plan") -> dict[str, float]:
+    """Estimate the seconds of one compiled step; see ASSUMPTIONS.
 
-    Attributes:
-        compute: time of the matrix products.
-        memory: time to read and write the device's memory.
-        network: time of the collectives.
-        mfu: share of the devices' peak FLOPs that the model's own are; recomputation and padding do not count as such.
+    Returns:
+        compute: of the matrix products; memory: to read and write it; network: of the collectives; mfu: share of the devices'
+        peak FLOPs that the model's own are, without recomputation and padding; step: if nothing overlaps; bound: if all does.
     """
-
-    compute: float
-    memory: float
-    network: float
-    mfu: float
-
-    @property
-    def step(self) -> float:
-        """If nothing overlaps."""
-        return self.compute + self.memory + self.network
-
-    @property
-    def bound(self) -> float:
-        """If all overlaps: no step can be faster."""
-        return max(self.compute, self.memory, self.network)
-
-
-def estimate(plan: "Plan") -> Estimate:
-    """Estimate a compiled plan; see ASSUMPTIONS."""
     target = plan.cluster.target
     peak = target.flops.get(plan.compute.dtype.name) or target.flops["bfloat16"]
     compute = plan.compiled_flops / peak
     memory = plan.traffic / target.bandwidth
     network = sum(collective.sent / rate(target, collective) for collective in plan.collectives)
-    mfu = plan.flops.model / (plan.cluster.devices * peak * (compute + memory + network))
-    return Estimate(compute, memory, network, mfu)
+    step, bound = compute + memory + network, max(compute, memory, network)
+    mfu = plan.flops["model"] / (plan.cluster.devices * peak * step)
+    return {"compute": compute, "memory": memory, "network": network, "mfu": mfu, "step": step, "bound": bound}
 
 
 def rate(target: Target, collective: Collective) -> float:

@@ -121,11 +121,8 @@ class PlanReport:
             "state and batch": [plan.arguments / GIB for plan in plans],
             "temporaries": [(plan.peak - plan.arguments) / GIB for plan in plans],
         }
-        time = {
-            "products": [guess.compute for guess in guesses],
-            "memory": [guess.memory for guess in guesses],
-            "network": [guess.network for guess in guesses],
-        }
+        times = {"products": "compute", "memory": "memory", "network": "network"}
+        time = {part: [guess[key] for guess in guesses] for part, key in times.items()}
         figure = Figure(figsize=(10, 1.6 + 0.6 * len(plans)))
         left, right = figure.subplots(1, 2, sharey=True)
         left.scatter([p.usable / GIB for p in plans], names, marker="|", s=400, color=COLOURS[1], label="usable")
@@ -144,7 +141,8 @@ class PlanReport:
 def facts(plan: Plan) -> dict[str, str | Cell]:
     """The most important figures of a plan, in words."""
     guess, target, slices = estimate(plan), plan.cluster.target, plan.cluster.slices
-    share = plan.compiled_flops / (plan.flops.total / plan.cluster.devices)
+    counted = plan.flops["layers"] + plan.flops["attention"] + plan.flops["head"]
+    share = plan.compiled_flops / (counted / plan.cluster.devices)
     sent = f"{plan.sent / plan.ideal_sent:.2f}" if plan.ideal_sent else "-"
     peak = f"{plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable: {'fits' if plan.fits else 'does not fit'}"
     return {
@@ -159,12 +157,12 @@ def facts(plan: Plan) -> dict[str, str | Cell]:
         "memory traffic": f"{plan.traffic / GIB:,.0f} GiB a device",
         "sent": f"{plan.sent / GIB:,.2f} GiB a device, {sent} of the ideal",
         "vendor kernels": ", ".join(f"{count:g} {name}" for name, count in sorted(plan.kernels.items())) or "none",
-        "step": f"{guess.step:.3g} s, no less than {guess.bound:.3g}",
-        "… products": f"{guess.compute:.3g} s",
-        "… memory": f"{guess.memory:.3g} s",
-        "… network": f"{guess.network:.3g} s",
-        "MFU": f"{guess.mfu:.0%}",
-        "whole run": plan.cost.describe(guess.step, plan.cluster.devices),
+        "step": f"{guess['step']:.3g} s, no less than {guess['bound']:.3g}",
+        "… products": f"{guess['compute']:.3g} s",
+        "… memory": f"{guess['memory']:.3g} s",
+        "… network": f"{guess['network']:.3g} s",
+        "MFU": f"{guess['mfu']:.0%}",
+        "whole run": plan.cost.describe(guess["step"], plan.cluster.devices),
         "programs": plan.cost.programs,
         "compiled in": f"{plan.seconds:.0f} s",
     }
@@ -206,14 +204,14 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "compute_dtype": compute.dtype.name,
         **{name: getattr(plan, name) for name in same},
         "largest": [{"bytes": size, "array": array, "for": source} for size, array, source in plan.largest],
-        "analytic_flops_of_all": asdict(plan.flops),
+        "analytic_flops_of_all": plan.flops,
         "compiled_flops": plan.compiled_flops,
         "collectives": [asdict(collective) | {"sent": collective.sent} for collective in plan.collectives],
-        "estimate": asdict(guess) | {"step": guess.step, "bound": guess.bound},
+        "estimate": guess,
         "steps": cost.steps,
         "shapes": [shape._asdict() | {"steps": steps} for shape, steps in cost.shapes.items()] or None,
-        "hours": cost.hours(guess.step),
-        "dollars": cost.dollars(guess.step, plan.cluster.devices),
+        "hours": cost.hours(guess["step"]),
+        "dollars": cost.dollars(guess["step"], plan.cluster.devices),
         "compile_seconds": plan.seconds,
     }
 

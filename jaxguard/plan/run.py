@@ -78,13 +78,15 @@ class SearchReport:
     def ranking(self) -> list[tuple[tuple[str, ...], Plan]]:
         """The candidates that fit, the fastest first."""
         fitting = [(overrides, plan) for overrides, plan in self.candidates.items() if plan is not None and plan.fits]
-        return sorted(fitting, key=lambda candidate: estimate(candidate[1]).step)
+        return sorted(fitting, key=lambda candidate: estimate(candidate[1])["step"])
 
     def table(self) -> Table:
         table = Table(("", "overrides", "peak, GiB", "step, s", "MFU"), left=2)
         for rank, (overrides, plan) in enumerate(self.ranking, 1):
             guess = estimate(plan)
-            table.add(rank, " ".join(overrides), f"{plan.peak / GIB:.1f}", f"{guess.step:.3g}", f"{guess.mfu:.0%}")
+            table.add(
+                rank, " ".join(overrides), f"{plan.peak / GIB:.1f}", f"{guess['step']:.3g}", f"{guess['mfu']:.0%}"
+            )
         return table
 
 
@@ -115,7 +117,7 @@ def search(
                 figures, compiled = "", None
                 try:
                     compiled = compile_step(load(base, overrides, stage="plan"), spec, cluster, rows, target_tokens)
-                    figures = f"{compiled.peak / GIB:.1f} GiB, {estimate(compiled).step:.3g} s a step, "
+                    figures = f"{compiled.peak / GIB:.1f} GiB, {estimate(compiled)['step']:.3g} s a step, "
                 except OutOfMemoryError:
                     pass
                 candidates[overrides] = compiled

@@ -20,19 +20,12 @@ A study is a list of rows, each a training config with changes, and the grids th
 
 Overrides change any field of the rows' configs, for all of them; the field of an axis takes a list, which replaces its values;
 name=, run_folder=, metric= and cost.… belong to the study: 'data.subset=[500,1000]' evaluate.limit=200 cost.devices=4
-"""
-EPILOG = """\
-examples:
-  jaxguard study cost paper/main
-  jaxguard study run paper/sample_efficiency --scale smollm
-  jaxguard study report paper/sample_efficiency --scale smollm
 
 exit codes: 0 all done, 1 some runs failed, 2 a mistake to fix, 75 stopped by SIGTERM or Ctrl-C (run it again).
 """
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
     parser.add_argument("command", choices=("run", "report", "cost"))
     name = parser.add_argument("study", metavar="NAME|PATH", help="a study, such as paper/main, or any YAML file")
     suggest(name, lambda _: [f"{STUDIES.name}/{study}" for study in names(STUDIES)])

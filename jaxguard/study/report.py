@@ -57,9 +57,8 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
         table.add(first["name"], mode, *cells, count)
     absent = [run.name for run in study.runs if "evaluate" in run.stages and run.name not in set(scores.run)]
     missing = f"Without results: {', '.join(absent)}." if absent else None
-    figure = _figure(study, defined, metrics, published)
-    legend = Paragraph([LEGEND], faint=True)
-    page = Page(study.definition.title, [study.definition.about, figure, table, legend, missing])
+    blocks = [_figure(study, defined, metrics, published), table, Paragraph([LEGEND], faint=True), missing]
+    page = Page(study.definition.title, [study.definition.about, *blocks])
     paths = study.folder / "report.md", study.folder / "report.html"
     write_markdown(paths[0], page)
     write_page(paths[1], page)
@@ -152,13 +151,10 @@ def draw(points: pd.DataFrame, published: Sequence[PublishedPoint], label: str, 
     axes = figure.add_subplot()
     series = points.sort_values(["x", "line"], kind="stable").groupby(["series", "mode"], sort=False)
     for i, (name, part) in enumerate(series):
-        color, at = (
-            COLOURS[i % len(COLOURS)],
-            part.groupby(["x", "line"]).f1.agg(["mean", "std"]).fillna(0.0).reset_index(),
-        )
-        axes.errorbar(
-            at.x, at["mean"], yerr=at["std"], color=color, marker="o", markersize=4, capsize=3, label=", ".join(name)
-        )
+        color = COLOURS[i % len(COLOURS)]
+        at = part.groupby(["x", "line"]).f1.agg(["mean", "std"]).fillna(0.0).reset_index()
+        look = {"color": color, "marker": "o", "markersize": 4, "capsize": 3, "label": ", ".join(name)}
+        axes.errorbar(at.x, at["mean"], yerr=at["std"], **look)
         axes.scatter(part.x, part.f1, color=color, s=10, alpha=0.5)
     if published:
         xs, f1, deviations = zip(*((p.x, p.f1, p.deviation or 0.0) for p in published), strict=True)

@@ -7,7 +7,6 @@ from jaxguard.config.hardware import GIB
 from jaxguard.data.packing import Shape
 from jaxguard.models.compute import Compute
 from jaxguard.plan.compile import Plan
-from jaxguard.plan.estimate import Flops
 from jaxguard.plan.hlo import Collective
 from jaxguard.plan.targets import find_cluster
 
@@ -24,7 +23,7 @@ def plan_of(peak: int, **changes: Any) -> Plan:
         temporaries=(peak - 5) * GIB,
         peak=peak * GIB,
         largest=[(3 * GIB, "bf16[3,1024,1024,512]", "forward: tanh")],
-        flops=Flops(8 * 300e12, 8 * 8e12, 8 * 4e12, 8 * 156e12),
+        flops={"layers": 8 * 300e12, "attention": 8 * 8e12, "head": 8 * 4e12, "model": 8 * 156e12},
         matmul_flops=312e12,
         traffic=2.039e12,
         collectives=[Collective("all-gather", "fsdp", 8, 8, 300 * 10**9 // 7 * 8, 1, "forward: convert_element_type")],
