@@ -70,7 +70,7 @@ STRUCTURE = re.compile(
 
 
 def structure(text: str) -> Counter[str]:
-    return Counter(found.lower() for found in STRUCTURE.findall(text.replace("\u2581", " ")))
+    return Counter(part.lower() for part in STRUCTURE.findall(text.replace("\u2581", " ")))
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def test_rendered_prompts_hold_only_the_templates_special_tokens(encoder_of, nam
     allowed = {mode: [i for i in ids if i in special] for mode, ids in plain.items()}
     frame = {mode: structure(encoder.tokenizer.decode(ids)) for mode, ids in plain.items()}
     assert frame[Mode.DIRECT]["/no_think"] == frame[Mode.DIRECT]["human user:"] == 1
-    for place in range(attacks):
+    for index in range(attacks):
         mode = rng.choice(list(Mode))
         prompt, response = attack(rng, spelled), rng.choice([None, attack(rng, spelled)])
-        rules = attack(rng, spelled) if place % 10 == 0 else None
-        example = Example(str(place), "s", prompt, response, policy=rules)
+        rules = attack(rng, spelled) if index % 10 == 0 else None
+        example = Example(str(index), "s", prompt, response, policy=rules)
         ids = encoder.prompt(example, mode).ids
         assert [i for i in ids if i in special] == allowed[mode], (prompt, response, rules)
-        if place % 20 == 0:  # the rest is about text, which does not need every tokenizer's ids
+        if index % 20 == 0:  # the rest is about text, which does not need every tokenizer's ids
             decoded = encoder.tokenizer.decode(ids)
             assert structure(decoded) == frame[mode], (prompt, response, rules)
             served = encoder.tokenizer.apply_chat_template(
@@ -121,15 +121,15 @@ def test_no_verdict_comes_from_untrusted_text(encoder_of, name: str):
             assert (alone.prompt_harm, alone.response_harm, alone.response_refusal) == tuple(FAIL_CLOSED.values()), text
             assert len(alone.problems) == 3, text
         truth = Verdict(rng.choice(["harmful", "unharmful"]), *rng.choice([(None, None), ("harmful", "compliance")]))
-        given = (
+        labelled = (
             ("prompt_harm", truth.prompt_harm),
             ("response_harm", truth.response_harm or "None"),
             ("response_refusal", truth.response_refusal or "None"),
         )
-        answer = dialogue.completion(given, f"x{text}", Mode.REASONING)
+        answer = dialogue.completion(labelled, f"x{text}", Mode.REASONING)
         assert parse(answer, QUESTIONS, Mode.REASONING) == truth, text
         # What is echoed below a verdict may make it malformed, but never changes it.
-        echoed = parse(f"{dialogue.completion(given, None, Mode.DIRECT)}\n{quoted}", QUESTIONS, Mode.DIRECT)
+        echoed = parse(f"{dialogue.completion(labelled, None, Mode.DIRECT)}\n{quoted}", QUESTIONS, Mode.DIRECT)
         assert all(getattr(echoed, q) in (getattr(truth, q), FAIL_CLOSED[q]) for q in QUESTIONS), text
 
 
@@ -141,8 +141,8 @@ def test_hostile_training_examples(encoder_of, name: str):
     spelled = list(encoder.template.reserved.values())
     frame = encoder.template.reserved_in(encoder.ids(render(encoder.tokenizer, "bread")))
     example = Example("h", "s", "", "", "harmful", "unharmful", "refusal")
-    for place in range(200):
-        long = 40 if place % 5 == 0 else 1
+    for index in range(200):
+        long = 40 if index % 5 == 0 else 1
         prompt, response, trace = (attack(rng, spelled) for _ in range(3))
         hostile = replace(example, prompt=prompt * long, response=response * long, trace=f"He says {trace}")
         sequence = encoder.encode(hostile, Mode.REASONING)

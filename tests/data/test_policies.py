@@ -151,8 +151,8 @@ def test_an_example_cannot_name_a_file_elsewhere(write):
 
 def test_an_example_may_name_a_policy_in_a_folder():
     default = load_policy("wildguard", SHIPPED)
-    found = policy_for(example("novel/book_spoilers"), default, SHIPPED)
-    assert (found.name, len(found.categories)) == ("novel/book_spoilers", 1)
+    chosen = policy_for(example("novel/book_spoilers"), default, SHIPPED)
+    assert (chosen.name, len(chosen.categories)) == ("novel/book_spoilers", 1)
     own = load_policy("novel/book_spoilers", SHIPPED)
     assert policy_for(example("novel/book_spoilers"), own, SHIPPED) is own
 

@@ -43,14 +43,14 @@ def message(lines, **changes):
     return str(error.value)
 
 
-def shown(prompt):
+def turns_of(prompt):
     """The turns of a transcript, those of the message to check last."""
     return [line for line in prompt.splitlines() if line.startswith("[")]
 
 
 def test_every_user_turn_is_on_topic_and_every_distractor_is_off(lines):
     examples = load_examples(source(lines([DIALOGUE])))
-    assert [(shown(e.prompt)[-1], e.prompt_label) for e in examples] == [
+    assert [(turns_of(e.prompt)[-1], e.prompt_label) for e in examples] == [
         ("[user] Rye bread.", "unharmful"),
         ("[user] How long in the oven?", "unharmful"),
         ("[user] Thanks, goodbye.", "unharmful"),
@@ -66,9 +66,9 @@ def test_every_user_turn_is_on_topic_and_every_distractor_is_off(lines):
 def test_a_message_follows_the_earlier_turns(lines):
     _, second, thanks, chess, trains = load_examples(source(lines([DIALOGUE])))
     before = ["[assistant] Which bread do you bake?", "[user] Rye bread.", "[assistant] Mix flour"]
-    assert shown(second.prompt)[:-1] == before
-    assert shown(chess.prompt)[:-1] == before, "a distractor follows its bot turn, whatever the spacing"
-    assert shown(trains.prompt)[:-1] == before[:1], "of two equal bot turns the first is taken"
+    assert turns_of(second.prompt)[:-1] == before
+    assert turns_of(chess.prompt)[:-1] == before, "a distractor follows its bot turn, whatever the spacing"
+    assert turns_of(trains.prompt)[:-1] == before[:1], "of two equal bot turns the first is taken"
     assert not any("chess" in e.prompt for e in (second, thanks)), "later turns know nothing of a distractor"
     assert second.prompt.endswith("Message to judge:\n[user] How long in the oven?")
 

@@ -191,9 +191,9 @@ def test_a_language_that_cannot_be_told_is_an_error():
 
 @given(st.text(), st.text(), st.text(max_size=12))
 def test_any_text_is_judged(trace, answer, reason):
-    found = FILTERS.failures(Candidate(trace, answer, reason, GOOD.labels, budget=3))
-    assert all(found.values())
-    assert ("cut" in found) == (reason != "stop")
+    problems = FILTERS.failures(Candidate(trace, answer, reason, GOOD.labels, budget=3))
+    assert all(problems.values())
+    assert ("cut" in problems) == (reason != "stop")
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=40), st.integers(1, 5))

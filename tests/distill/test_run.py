@@ -53,9 +53,9 @@ def test_a_training_file_comes_out(config, capsys):
     assert [example.id for example in examples] == [f"x{i}" for i in range(6)]
     assert all(example.trace.startswith("The user asks about bread") for example in examples)
     assert len(list(read_attempts(folder / "traces"))) == 7
-    shown = capsys.readouterr().out
-    assert "failed verdict_differs" in shown
-    assert "6 examples with traces" in shown
+    output = capsys.readouterr().out
+    assert "failed verdict_differs" in output
+    assert "6 examples with traces" in output
 
 
 def test_a_second_run_requests_nothing(config):
@@ -69,9 +69,9 @@ def test_a_second_run_requests_nothing(config):
 def test_what_never_passes_is_named(config, capsys):
     code, _ = distilled(config, lambda i: WRONG)
     assert code == 0
-    shown = capsys.readouterr().out
-    assert "never passed" in shown
-    assert "x3" in shown
+    output = capsys.readouterr().out
+    assert "never passed" in output
+    assert "x3" in output
     assert (config.parent / "runs/traces/traces.jsonl").read_text() == ""
 
 

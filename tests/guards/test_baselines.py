@@ -33,13 +33,13 @@ def answers(predict, examples, question="prompt_harm"):
 @pytest.mark.parametrize(("examples", "question"), [(PROMPTS, "prompt_harm"), (RESPONSES, "response_harm")])
 def test_words_tell_a_separable_set_apart(examples, question):
     predict = fit_baseline("tfidf", examples, 0)
-    found = answers(predict, examples, question)
-    assert [one.example_id for one in found] == [one.id for one in examples]
-    assert [list(one.verdicts.values()) for one in found] == [[(POSITIVE,)]] * 4 + [[(NEGATIVE,)]] * 4
-    assert all((one.probabilities[question] > 0.5) == (one.verdicts[question] == (POSITIVE,)) for one in found)
+    predictions = answers(predict, examples, question)
+    assert [one.example_id for one in predictions] == [one.id for one in examples]
+    assert [list(one.verdicts.values()) for one in predictions] == [[(POSITIVE,)]] * 4 + [[(NEGATIVE,)]] * 4
+    assert all((one.probabilities[question] > 0.5) == (one.verdicts[question] == (POSITIVE,)) for one in predictions)
     new = Example("new", "s", "Hm?" if question == "response_harm" else "burn my loaf", "burn my loaf")
     assert answers(predict, [new], question)[0].verdicts[question] == (POSITIVE,)
-    assert found == answers(fit_baseline("tfidf", examples, 0), examples, question)
+    assert predictions == answers(fit_baseline("tfidf", examples, 0), examples, question)
 
 
 def test_each_question_has_its_model():
@@ -71,10 +71,12 @@ def test_labels_of_one_kind_teach_nothing():
 
 
 def test_the_majority_says_what_most_labels_say():
-    found = answers(fit_baseline("majority", PROMPTS[:6], 0), PROMPTS)
-    assert {(one.verdicts["prompt_harm"], one.probabilities["prompt_harm"]) for one in found} == {((POSITIVE,), 4 / 6)}
-    found = answers(fit_baseline("majority", PROMPTS[3:], 0), RESPONSES, "response_harm")
-    assert {(one.verdicts["response_harm"], one.probabilities["response_harm"]) for one in found} == {
+    predictions = answers(fit_baseline("majority", PROMPTS[:6], 0), PROMPTS)
+    assert {(one.verdicts["prompt_harm"], one.probabilities["prompt_harm"]) for one in predictions} == {
+        ((POSITIVE,), 4 / 6)
+    }
+    predictions = answers(fit_baseline("majority", PROMPTS[3:], 0), RESPONSES, "response_harm")
+    assert {(one.verdicts["response_harm"], one.probabilities["response_harm"]) for one in predictions} == {
         ((NEGATIVE,), 1 / 5)
     }
 
@@ -86,6 +88,6 @@ def test_all_questions_are_answered_at_once():
     async def collect(*questions):
         return [one async for one in predict([Request(both[0], questions, Mode.DIRECT)])]
 
-    [found] = asyncio.run(collect("prompt_harm", "response_harm"))
+    [predictions] = asyncio.run(collect("prompt_harm", "response_harm"))
     for question in ("prompt_harm", "response_harm"):
-        assert found.probabilities[question] == asyncio.run(collect(question))[0].probabilities[question]
+        assert predictions.probabilities[question] == asyncio.run(collect(question))[0].probabilities[question]

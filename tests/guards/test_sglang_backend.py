@@ -54,8 +54,8 @@ def score(script, pairs=((7, 9),), **how):
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
 def test_a_prompt_and_its_samples_are_one_request(suffix):
-    found, server = draw(good, [np.array([5, 6])], n=4, suffix=suffix)
-    assert found == [[GOOD] * 4]
+    result, server = draw(good, [np.array([5, 6])], n=4, suffix=suffix)
+    assert result == [[GOOD] * 4]
     [request] = server.requests
     assert request["input_ids"] == [5, 6]
     assert request["sampling_params"] == {
@@ -64,8 +64,8 @@ def test_a_prompt_and_its_samples_are_one_request(suffix):
 
 
 def test_log_odds_are_those_at_temperature_1():
-    found, server = score(good, [(7, 9), (9, 7)])
-    assert found == [LOG_PROBABILITIES[0] - LOG_PROBABILITIES[1]] * 2
+    result, server = score(good, [(7, 9), (9, 7)])
+    assert result == [LOG_PROBABILITIES[0] - LOG_PROBABILITIES[1]] * 2
     assert sorted(request["token_ids_logprob"] for request in server.requests) == [[7, 9], [9, 7]]
     for request in server.requests:
         assert request["return_logprob"] is True
@@ -73,8 +73,8 @@ def test_log_odds_are_those_at_temperature_1():
 
 
 def test_prompts_go_out_together_but_no_more_than_batch():
-    found, server = draw(good, [(5, i) for i in range(20)])
-    assert found == [[GOOD]] * 20
+    result, server = draw(good, [(5, i) for i in range(20)])
+    assert result == [[GOOD]] * 20
     assert server.busiest == SETTINGS.batch
 
 
@@ -86,8 +86,8 @@ def test_batch_sizes():
 
 
 def test_a_server_whose_draws_depend_on_a_seed_alone_gets_one_for_each_sample():
-    found, server = draw(good, [(5, 6), (5, 7)], n=3, deterministic=True)
-    assert found == [[GOOD] * 3] * 2
+    result, server = draw(good, [(5, 6), (5, 7)], n=3, deterministic=True)
+    assert result == [[GOOD] * 3] * 2
     seeds = {p["sampling_seed"] for request in server.requests for p in request["sampling_params"]}
     assert len(seeds) == 6
     assert [request["input_ids"] for request in server.requests] == [[[5, 6]] * 3, [[5, 7]] * 3]
@@ -141,15 +141,15 @@ FAULTS = ["408", "429", "500", "502", "503", "reset", "cut", "html", "fewer", *m
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault[:40])
 def test_transient_failures_are_retried(fault):
-    found, server = draw(lambda i: fault if i < 2 else "")
-    assert found == [[GOOD]]
+    result, server = draw(lambda i: fault if i < 2 else "")
+    assert result == [[GOOD]]
     assert len(server.requests) == 3
 
 
 def test_a_timeout_is_tried_again(monkeypatch):
     monkeypatch.setattr(client, "SECONDS", 0.2)
-    found, server = draw(lambda i: "slow" if i < 1 else "")
-    assert found == [[GOOD]]
+    result, server = draw(lambda i: "slow" if i < 1 else "")
+    assert result == [[GOOD]]
     assert len(server.requests) == 2
 
 
@@ -215,8 +215,8 @@ def meta(**change):
     ],
 )
 def test_wrong_probabilities_are_asked_for_again(fault):
-    found, server = score(lambda i: fault if i < 1 else "")
-    assert found == [1.5]
+    result, server = score(lambda i: fault if i < 1 else "")
+    assert result == [1.5]
     assert len(server.requests) == 2
 
 
@@ -265,8 +265,8 @@ def test_a_proxy_does_not_stand_between_this_machine_and_itself(monkeypatch):
 
 
 def test_every_answer_must_carry_the_version():
-    found, _ = with_backend(good, lambda e: e.sample([[5]], 2, 8, (STOP,)), version="default")
-    assert found == [[GOOD] * 2]
+    result, _ = with_backend(good, lambda e: e.sample([[5]], 2, 8, (STOP,)), version="default")
+    assert result == [[GOOD] * 2]
     for use in (lambda e: e.sample([[5]], 2, 8, (STOP,)), lambda e: e.log_odds([[5]], [(7, 9)])):
         with pytest.raises(JaxguardError, match="answered with weights 'default', not '7'"):
             with_backend(good, use, version="7")

@@ -72,9 +72,9 @@ def test_an_image_has_an_extra_for_each_target():
 
 def test_an_image_is_made_of_what_docker_is_given():
     ignored = (ROOT / "launch/docker/Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
-    given = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    included = {line.removeprefix("!") for line in ignored if line.startswith("!")}
     copied = {word for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE) for word in line.split()}
-    assert copied == given
+    assert copied == included
     assert all((ROOT / name).exists() for name in copied)
 
 

@@ -56,9 +56,9 @@ def check(resource, version="1.34"):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_every_manifest_keeps_to_the_schema(path, version):
-    found = resources(path)
-    assert found
-    for resource in found:
+    objects = resources(path)
+    assert objects
+    for resource in objects:
         check(resource, version)
 
 

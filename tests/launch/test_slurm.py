@@ -118,10 +118,10 @@ def free_ports(count):
 
 def wait_for(condition, seconds, what):
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (result := condition()):
         assert time.monotonic() < deadline, f"after {seconds} s still not: {what()}"
         time.sleep(0.2)
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ class Job:
     def said(self):
         return self.output.read_text() if self.output.exists() else ""
 
-    def shown(self, field):
+    def scontrol(self, field):
         words = self.slurm("scontrol", "show", "job", self.id).split()
         return next((word.split("=", 1)[1] for word in words if word.startswith(f"{field}=")), "")
 
@@ -192,7 +192,7 @@ class Job:
         wait_for(lambda: self.said().count(text) == times, seconds, lambda: f"{times} × {text!r}: {self.said()}")
 
     def until_state(self, state, seconds=180):
-        wait_for(lambda: self.shown("JobState") == state, seconds, lambda: f"{state}: {self.said()}")
+        wait_for(lambda: self.scontrol("JobState") == state, seconds, lambda: f"{state}: {self.said()}")
 
     def goes_on(self):
         """Start a job that was put back into the queue; by itself SLURM waits two minutes."""
@@ -231,8 +231,8 @@ def test_time_limit_and_preemption_put_the_job_back_and_scancel_ends_it(slurm, t
     slurm("scancel", job.id)
     job.until_state("CANCELLED")
     wait_for(lambda: not slurm("squeue", "-h"), 60, job.said)
-    assert job.shown("JobState") == "CANCELLED"
-    assert job.shown("Restarts") == "2"
+    assert job.scontrol("JobState") == "CANCELLED"
+    assert job.scontrol("Restarts") == "2"
 
 
 def losses(run):
@@ -261,10 +261,10 @@ def test_two_nodes_learn_what_one_process_learns_and_go_on_after_a_stop(slurm, t
     job.until_state("COMPLETED")
     assert (run / "export/jaxguard.json").is_file()
     assert json.loads((run / "versions.json").read_text())["processes"] == 2
-    found = losses(run)
-    assert len(found) == 80
+    result = losses(run)
+    assert len(result) == 80
 
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-m", "jaxguard.train", "--config", str(config), "name=one", "train.max_steps=12"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
-    assert found[:12] == pytest.approx(losses(tmp_path / "runs/one"), rel=1e-5)
+    assert result[:12] == pytest.approx(losses(tmp_path / "runs/one"), rel=1e-5)

@@ -126,10 +126,10 @@ def test_killed_it_loses_only_what_is_under_way(run, mined, baker):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    kept = len(store.read_bytes().splitlines()) - 1
-    assert 10 <= kept < 55
+    stored = len(store.read_bytes().splitlines()) - 1
+    assert 10 <= stored < 55
     folder = mined()
-    assert 55 - kept <= len(baker.asked) <= 56 - kept
+    assert 55 - stored <= len(baker.asked) <= 56 - stored
     assert json.loads((folder / "report.json").read_text())["examples"] == 55
 
 
@@ -183,8 +183,8 @@ def test_two_do_not_mine_at_once(mined, capsys):
 def test_without_a_terminal_progress_is_told_in_lines(mined, capsys, monkeypatch):
     monkeypatch.setattr("jaxguard.utils.progress.PLAIN_SECONDS", 0.0)
     folder = mined()
-    found = len(lines(folder / "hard.jsonl")), len(lines(folder / "never_right.jsonl"))
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mining")]
-    assert len(told) == 55
-    assert told[-1].startswith("mining 55/55  right 4/4 20%  hard {}  never {}  ".format(*found))
-    assert "ETA 0:00:00" in told[-1]
+    counts = len(lines(folder / "hard.jsonl")), len(lines(folder / "never_right.jsonl"))
+    progress = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mining")]
+    assert len(progress) == 55
+    assert progress[-1].startswith("mining 55/55  right 4/4 20%  hard {}  never {}  ".format(*counts))
+    assert "ETA 0:00:00" in progress[-1]

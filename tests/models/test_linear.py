@@ -25,8 +25,8 @@ def operands(hidden, weight):
     return [jnp.asarray(random.standard_normal(shape, dtype=np.float32)) for shape in (hidden, weight)]
 
 
-def gradients(multiply, *given):
-    return jax.grad(lambda h, w: (multiply(h, w).astype(jnp.float32) ** 2).sum(), argnums=(0, 1))(*given)
+def gradients(multiply, *arguments):
+    return jax.grad(lambda h, w: (multiply(h, w).astype(jnp.float32) ** 2).sum(), argnums=(0, 1))(*arguments)
 
 
 @pytest.mark.parametrize(("equation", "hidden", "weight"), SHAPES)
@@ -39,13 +39,13 @@ def test_pairwise_sums_equal_einsum(equation, hidden, weight):
     check_same(equation, *(x / 10 for x in operands(hidden, weight)))  # so that long sums are no larger than short ones
 
 
-def check_same(equation, *given):
+def check_same(equation, *arguments):
     def plain(h, w):
         return jnp.einsum(equation, h, w)
 
-    got, expected = ([f(*given), *gradients(f, *given)] for f in (partial(project, equation), plain))
-    for found, wanted in zip(got, expected, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    got, expected = ([f(*arguments), *gradients(f, *arguments)] for f in (partial(project, equation), plain))
+    for actual, wanted in zip(got, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("weight_type", [jnp.float32, jnp.bfloat16])
@@ -58,8 +58,8 @@ def test_bfloat16_operands_are_summed_in_float32(equation, hidden, weight, weigh
     np.testing.assert_allclose(rounded, jnp.einsum(equation, h, w), rtol=1e-6, atol=1e-6)
     got = gradients(lambda h, w: project(equation, h, w, jnp.bfloat16), h, w.astype(weight_type))
     assert [x.dtype for x in got] == [jnp.float32, weight_type]
-    for found, wanted in zip(got, gradients(lambda h, w: jnp.einsum(equation, h, w), h, w), strict=True):
-        np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=2e-2, atol=2e-2 * np.abs(wanted).max())
+    for actual, wanted in zip(got, gradients(lambda h, w: jnp.einsum(equation, h, w), h, w), strict=True):
+        np.testing.assert_allclose(actual.astype(jnp.float32), wanted, rtol=2e-2, atol=2e-2 * np.abs(wanted).max())
 
 
 def test_operands_are_rounded():

@@ -93,8 +93,8 @@ def our_logits(spec: Spec, compute: Compute, weights, tokens, positions=None, se
 def hf_logits(model, tokens, positions=None) -> np.ndarray:
     with torch.no_grad():
         places = None if positions is None else torch.tensor(positions)
-        found = model(torch.tensor(tokens), position_ids=places, attention_mask=None, use_cache=False)
-        return found.logits.numpy()
+        output = model(torch.tensor(tokens), position_ids=places, attention_mask=None, use_cache=False)
+        return output.logits.numpy()
 
 
 def random_tokens(rows: int, seed: int) -> np.ndarray:

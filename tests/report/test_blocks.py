@@ -86,13 +86,16 @@ def everything(text):
 
 @given(HOSTILE)
 def test_hostile_text_adds_no_element_or_attribute_to_a_page(text):
-    found, plain_page = Elements(page_html(everything(text))), Elements(page_html(everything("x" * min(len(text), 60))))
-    count = [tag for tag, _ in found.tags].count("a")
+    marked_page, plain_page = (
+        Elements(page_html(everything(text))),
+        Elements(page_html(everything("x" * min(len(text), 60)))),
+    )
+    count = [tag for tag, _ in marked_page.tags].count("a")
     assert count in (
         3,
         5,
     )  # two of the navigation, one of the page, and the hostile address, twice, if it is an address
-    rest = [[(tag, names) for tag, names in each.tags if tag not in ("a", "p")] for each in (found, plain_page)]
+    rest = [[(tag, names) for tag, names in each.tags if tag not in ("a", "p")] for each in (marked_page, plain_page)]
     assert rest[0] == rest[1]
     assert "\x1b" not in page_html(everything(text))
 
@@ -133,9 +136,9 @@ def test_a_terminal_shows_text_and_no_markup(text):
     table.add(f"[bold]{text}", 1, group="g")
     console = Console(file=io.StringIO(), width=400)
     console.print(table.rich())
-    shown = console.file.getvalue()
-    assert "[bold]" in shown
-    assert "\x1b" not in shown
+    output = console.file.getvalue()
+    assert "[bold]" in output
+    assert "\x1b" not in output
 
 
 def test_values_of_cells():

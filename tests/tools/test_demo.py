@@ -36,8 +36,8 @@ def test_calibration_mends_a_shift_but_not_a_wrong_order():
 
 def test_word_counts_learn_the_words():
     training = [*examples(1, 1, 1, text="kick it"), *examples(0, 0, 0, text="lift it")]
-    found = demo.word_counts(training, [*examples(1, text="kick it"), *examples(0, start=1, text="lift it")])
-    assert found["0"] > 0.5 > found["1"]
+    counts = demo.word_counts(training, [*examples(1, text="kick it"), *examples(0, start=1, text="lift it")])
+    assert counts["0"] > 0.5 > counts["1"]
 
 
 def test_validation_predictions_first_and_last(tmp_path):

@@ -35,8 +35,8 @@ def wheel(tmp_path):
 
 def test_severity_decides_and_what_lies_between_is_left_out(wheel):
     examples = demo_data.label(demo_data.read_judgements(wheel))
-    found = {(e.prompt, e.response): e.response_label for e in examples}
-    assert found == {
+    labels = {(e.prompt, e.response): e.response_label for e in examples}
+    assert labels == {
         ("How do I open a tin?", "Pull the ring, then lift."): "unharmful",
         ("How do I open a door?", "Kick it."): "harmful",  # severity goes before the objective
         ("How do I shut a window?", "Slam it."): "harmful",

@@ -30,11 +30,11 @@ def test_a_shipped_teacher_fits_and_leaves_what_sglang_would(name):
     """SGLang 0.5.23's own reserve on cards of 60 GB and more, arg_groups/memory_hook.py, without small change."""
     model, gpu = SHIPPED[name]
     teacher = read(name)
-    found = memory(MODELS[model], gpu, teacher)
+    estimate = memory(MODELS[model], gpu, teacher)
     graphs = 2 * (512 if teacher["tp-size"] >= 4 else 256) + (1536 if model.startswith("DeepSeek") else 0)
-    assert found.outside / 1024**2 >= 512 + 8192 * 1.5 + teacher["tp-size"] / 8 * 1024 + graphs
-    assert found.outside + found.weights + found.cache == pytest.approx(found.total)
-    assert found.sequences > 64
+    assert estimate.outside / 1024**2 >= 512 + 8192 * 1.5 + teacher["tp-size"] / 8 * 1024 + graphs
+    assert estimate.outside + estimate.weights + estimate.cache == pytest.approx(estimate.total)
+    assert estimate.sequences > 64
 
 
 def test_what_a_gpu_holds_whole_is_not_cut():
@@ -47,8 +47,8 @@ def test_what_a_gpu_holds_whole_is_not_cut():
 def test_a_latent_is_kept_by_every_gpu_and_heads_are_not():
     teacher = {"tp-size": 4, "mem-fraction-static": 0.9}
     for name, cut in (("DeepSeek-R1, FP8", 1), ("Qwen3-32B, BF16", 4)):
-        found = memory(MODELS[name], "H200-141GB", teacher | {"tp-size": 4 if cut == 4 else 8})
-        assert found.tokens == int(found.cache / (MODELS[name].cache / cut))
+        estimate = memory(MODELS[name], "H200-141GB", teacher | {"tp-size": 4 if cut == 4 else 8})
+        assert estimate.tokens == int(estimate.cache / (MODELS[name].cache / cut))
 
 
 def test_copies_and_attention_groups_multiply_the_tokens():
@@ -62,7 +62,7 @@ def test_copies_and_attention_groups_multiply_the_tokens():
 
 
 def test_what_does_not_fit_holds_no_token():
-    found = memory(MODELS["DeepSeek-R1, FP8"], "H100-80GB", {"tp-size": 8, "mem-fraction-static": 0.9})
-    assert found.cache < 0
-    assert (found.tokens, found.sequences) == (0, 0)
+    estimate = memory(MODELS["DeepSeek-R1, FP8"], "H100-80GB", {"tp-size": 8, "mem-fraction-static": 0.9})
+    assert estimate.cache < 0
+    assert (estimate.tokens, estimate.sequences) == (0, 0)
     assert "does not fit" in serving_memory.tables()

@@ -29,8 +29,8 @@ def plain(hidden_BTD, head_VD, index_BM, ids_BMQ):
 
 def gradients(function, hidden, head, *rest):
     def total(hidden, head):
-        found = function(hidden, head, *rest)
-        return jnp.sum(found * jnp.cos(jnp.arange(found.size).reshape(found.shape)))
+        actual = function(hidden, head, *rest)
+        return jnp.sum(actual * jnp.cos(jnp.arange(actual.size).reshape(actual.shape)))
 
     return jax.grad(total, argnums=(0, 1))(hidden, head)
 
@@ -41,8 +41,8 @@ def test_logprobs_and_gradients_are_those_of_all_logits(batch, chunk):
         return target_logprobs(*args, chunk)
 
     np.testing.assert_allclose(blocks(*batch), plain(*batch), atol=1e-5)
-    for found, expected in zip(gradients(blocks, *batch), gradients(plain, *batch), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    for actual, expected in zip(gradients(blocks, *batch), gradients(plain, *batch), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_few_positions_gather_no_more_of_the_head_than_their_logits_take(batch):
@@ -68,8 +68,8 @@ def test_in_bfloat16_blocks_add_up_in_float32(batch):
         def blocks(*args):
             return target_logprobs(*args, chunk)
 
-        found = gradients(blocks, hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), *rest)
-        return [float(jnp.linalg.norm(f - e) / jnp.linalg.norm(e)) for f, e in zip(found, expected, strict=True)]
+        actual = gradients(blocks, hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16), *rest)
+        return [float(jnp.linalg.norm(f - e) / jnp.linalg.norm(e)) for f, e in zip(actual, expected, strict=True)]
 
     many, one = error(1), error(1000)
     assert max(many) < 0.01

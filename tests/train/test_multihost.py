@@ -50,8 +50,8 @@ def start(code: str, count: int, logs: Path, *arguments: str) -> list[subprocess
     logs.mkdir(parents=True)
     processes = []
     for rank in range(count):
-        told = (f"mesh.process={rank}", f"mesh.processes={count}", f"mesh.coordinator={address}")
-        command = [sys.executable, "-c", code, *(x.format(rank=rank) for x in arguments), *told]
+        mesh_fields = (f"mesh.process={rank}", f"mesh.processes={count}", f"mesh.coordinator={address}")
+        command = [sys.executable, "-c", code, *(x.format(rank=rank) for x in arguments), *mesh_fields]
         with (logs / f"{rank}.log").open("w") as log:
             processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
     return processes
@@ -127,10 +127,10 @@ def alone(config) -> tuple[list[float], list[list]]:
     return losses, rows
 
 
-def check_same(found: tuple[list[float], list[list]], alone: tuple[list[float], list[list]]) -> None:
+def check_same(resumed: tuple[list[float], list[list]], alone: tuple[list[float], list[list]]) -> None:
     """Equal losses, and equal rows in the steps that this start did, each on one device, in the order of the mesh."""
-    assert found[0] == pytest.approx(alone[0], rel=1e-5)
-    assert found[1] == alone[1][UPDATES - len(found[1]) :]
+    assert resumed[0] == pytest.approx(alone[0], rel=1e-5)
+    assert resumed[1] == alone[1][UPDATES - len(resumed[1]) :]
 
 
 def test_two_processes_learn_what_one_learns(config, alone, tmp_path):
@@ -142,16 +142,16 @@ def test_a_checkpoint_of_four_goes_on_in_one_and_in_two(config, alone, tmp_path)
     for count in (1, 2):
         folder = tmp_path / str(count)
         shutil.copytree(tmp_path / "four", folder)
-        found = finish(config, count, folder)
-        assert 0 < len(found[1]) < UPDATES
-        check_same(found, alone)
+        resumed = finish(config, count, folder)
+        assert 0 < len(resumed[1]) < UPDATES
+        check_same(resumed, alone)
 
 
 def test_four_go_on_after_the_first_of_them_was_killed(config, alone, tmp_path):
     kill_one(config, tmp_path, rank=0)  # through whom the others found each other
-    found = finish(config, 4, tmp_path)
-    assert 0 < len(found[1]) < UPDATES
-    check_same(found, alone)
+    resumed = finish(config, 4, tmp_path)
+    assert 0 < len(resumed[1]) < UPDATES
+    check_same(resumed, alone)
 
 
 # Four processes that add numbers up, until one of them has a mistake to report, or stands still. They add up two arrays of

@@ -31,7 +31,7 @@ with torch.no_grad():
     logits = model(torch.tensor(json.loads(sys.argv[2]))).logits
 turn = [{"role": "user", "content": "hello"}]
 text = AutoTokenizer.from_pretrained(sys.argv[1]).apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-wrong = {name: sorted(map(str, found)) for name, found in info.items() if found}
+wrong = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
 print(json.dumps({"version": __version__, "wrong": wrong, "logits": logits.tolist(), "text": text}))
 """
 
@@ -59,8 +59,8 @@ def test_an_export_loads_in_transformers(trained, version):
     command = [sys.executable, "-c", LOAD, str(folder), json.dumps(TOKENS.tolist())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["version"].startswith(f"{version}.")
-    assert found["wrong"] == {}
-    assert np.abs(np.array(found["logits"]) - ours).max() <= 1e-4
-    assert "hello" in found["text"]
+    reply = json.loads(done.stdout.splitlines()[-1])
+    assert reply["version"].startswith(f"{version}.")
+    assert reply["wrong"] == {}
+    assert np.abs(np.array(reply["logits"]) - ours).max() <= 1e-4
+    assert "hello" in reply["text"]

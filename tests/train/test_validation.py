@@ -42,10 +42,10 @@ def branch_probability(spec, weights, branch) -> tuple[float, float]:
     """Sum of log-probabilities of the targets, and the probability of the branch's answers, word against word."""
     tokens = np.pad(branch.tokens, (0, 512 - len(branch.tokens)))
     logprobs = np.asarray(all_logprobs(spec, weights, tokens), np.float64)
-    given, probability = dict(branch.answers), 1.0
+    branch_answers, probability = dict(branch.answers), 1.0
     for probe in branch.probes:
         positive, negative = np.exp(logprobs[probe.position - 1, [probe.positive_id, probe.negative_id]])
-        chosen = positive if given[probe.question] == CHOICES[probe.question][0] else negative
+        chosen = positive if branch_answers[probe.question] == CHOICES[probe.question][0] else negative
         probability *= chosen / (positive + negative)
     targets = np.flatnonzero(branch.loss_mask)
     return float(logprobs[targets - 1, branch.tokens[targets]].sum()), float(probability)
@@ -53,16 +53,16 @@ def branch_probability(spec, weights, branch) -> tuple[float, float]:
 
 def test_probabilities_are_marginals_over_the_earlier_answers(run):
     spec, weights, held, _, predictions = run
-    found = {(p.example_id, p.mode, p.question): p for p in predictions}
+    result = {(p.example_id, p.mode, p.question): p for p in predictions}
     example, mode, branches = next(h for h in held if len(h[2]) == 2)
     (_, first), (_, second) = (branch_probability(spec, weights, b) for b in branches)
     # The two branches differ in the first answer and share the last one.
     last = branches[0].probes[-1].question
     same = first + second
     positive = dict(branches[0].answers)[last] == CHOICES[last][0]
-    assert found[example.id, mode, last].probability == pytest.approx(same if positive else 1 - same, abs=1e-5)
-    assert found[example.id, mode, last].positive == positive
-    assert 0.01 < found[example.id, mode, last].probability < 0.99
+    assert result[example.id, mode, last].probability == pytest.approx(same if positive else 1 - same, abs=1e-5)
+    assert result[example.id, mode, last].positive == positive
+    assert 0.01 < result[example.id, mode, last].probability < 0.99
 
 
 def test_loss_is_the_mean_over_the_targets_of_the_labelled_answers(run):
@@ -85,9 +85,9 @@ def test_f1_and_auprc():
     def predictions(*pairs):
         return [ValidationPrediction(str(i), Mode.DIRECT, "prompt_harm", y, p) for i, (y, p) in enumerate(pairs)]
 
-    found = summary(predictions((True, 0.9), (True, 0.2), (False, 0.6), (False, 0.1)))
-    assert found["prompt_harm_f1"] == found["harm_f1"] == pytest.approx(0.5)
-    assert found["prompt_harm_auprc"] == pytest.approx((1 + 2 / 3) / 2)
+    result = summary(predictions((True, 0.9), (True, 0.2), (False, 0.6), (False, 0.1)))
+    assert result["prompt_harm_f1"] == result["harm_f1"] == pytest.approx(0.5)
+    assert result["prompt_harm_auprc"] == pytest.approx((1 + 2 / 3) / 2)
     one_class = summary(predictions((True, 0.9), (True, 0.2)))
     assert "prompt_harm_auprc" not in one_class
     assert one_class["harm_f1"] == pytest.approx(2 / 3)
