@@ -96,7 +96,7 @@ def test_mistakes_are_named(write, text, words):
 
 
 def test_an_unknown_policy_is_named_with_the_nearest():
-    with pytest.raises(JaxguardError, match=r"no policy 'wildgard': did you mean 'wildguard'\?"):
+    with pytest.raises(JaxguardError, match=r"'wildgard'.*'wildguard'"):
         load_policy("wildgard", SHIPPED)
 
 
@@ -138,7 +138,7 @@ def test_anything_else_is_the_rules_themselves(rules):
 
 @pytest.mark.parametrize("name", ["novel/book_spoiler", "topic_folowing"])
 def test_a_name_of_no_policy_is_not_taken_for_rules(name):
-    with pytest.raises(JaxguardError, match=rf"example '1' names the policy '{name}': did you mean '{name[:5]}"):
+    with pytest.raises(JaxguardError, match=rf"'1'.*'{name}'.*'{name[:5]}"):
         policy_for(example(name), Policy("mine", rules="x"), SHIPPED)
 
 

@@ -160,7 +160,7 @@ def test_a_turn_that_is_no_text_names_the_row(lines):
 
 def test_a_missing_column_is_named(lines):
     rest = {key: value for key, value in DIALOGUE.items() if key != "distractors"}
-    with pytest.raises(JaxguardError, match="no column 'distractors'"):
+    with pytest.raises(JaxguardError, match="'distractors'"):
         load(source(lines([rest])))
 
 

@@ -78,9 +78,9 @@ def test_a_cut_answer_says_so(server):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model": "another"}, "serves parrot, not 'another'"),
-        ({"version": "7"}, "answered with weights 'default', not '7'"),
-        ({"max_tokens": 10**7}, "status 400"),
+        ({"model": "another"}, "parrot.*'another'"),
+        ({"version": "7"}, "'default'.*'7'"),
+        ({"max_tokens": 10**7}, "400"),
     ],
 )
 def test_refusals_are_errors_at_once(server, change, words):

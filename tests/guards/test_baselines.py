@@ -59,14 +59,14 @@ def test_a_question_without_labels_is_answered_by_the_other_harm_questions_model
     assert [list(one.verdicts.values()) for one in answers(predict, RESPONSES, "response_harm")] == [
         [(POSITIVE,)]
     ] * 4 + [[(NEGATIVE,)]] * 4
-    with pytest.raises(JaxguardError, match="do not tell refusal from compliance"):
+    with pytest.raises(JaxguardError, match=r"refusal.*compliance"):
         answers(predict, RESPONSES, "response_refusal")
 
 
 def test_labels_of_one_kind_teach_nothing():
-    with pytest.raises(JaxguardError, match="do not tell harmful from unharmful"):
+    with pytest.raises(JaxguardError, match=r"harmful.*unharmful"):
         answers(fit_baseline("tfidf", PROMPTS[:4], 0), PROMPTS)
-    with pytest.raises(JaxguardError, match=r"no example of data\.train has a label"):
+    with pytest.raises(JaxguardError, match=r"data\.train"):
         fit_baseline("majority", [Example("1", "s", "bread")], 0)
 
 

@@ -45,7 +45,7 @@ def test_modes(config, guard, modes):
 
 
 def test_a_format_has_its_own_mode(config):
-    with pytest.raises(JaxguardError, match="answers in direct mode only"):
+    with pytest.raises(JaxguardError, match="direct"):
         modes_of(GuardConfig(format="llama_guard", modes=("reasoning",)), config)
 
 
@@ -78,7 +78,7 @@ def test_a_swapped_guard_answers_with_its_own_weights(config, tiny_checkpoint, s
             return server, answers
 
     if not swaps:
-        with pytest.raises(JaxguardError, match="answered with weights 'default'"):
+        with pytest.raises(JaxguardError, match="'default'"):
             asyncio.run(run())
         return
     server, (answer,) = asyncio.run(run())
@@ -98,12 +98,12 @@ def test_a_model_that_jax_does_not_have_is_to_be_served(config, tiny_checkpoint,
         async with open_guard(GuardConfig(checkpoint=str(folder)), config, EvaluateConfig()):
             pass
 
-    with pytest.raises(JaxguardError, match=r"'mistral' is not supported.*evaluate\.backend=sglang.*endpoint"):
+    with pytest.raises(JaxguardError, match=r"'mistral'.*evaluate\.backend=sglang.*endpoint"):
         asyncio.run(run())
 
 
 def test_a_swap_needs_a_server():
-    with pytest.raises(ValueError, match="swap needs an endpoint"):
+    with pytest.raises(ValueError, match=r"swap.*endpoint"):
         GuardConfig(swap=True)
 
 
@@ -145,7 +145,7 @@ def test_a_server_whose_weights_are_swapped_meanwhile_is_noticed(config, tiny_ch
                 server.version = "another"
                 return [answer async for answer in predict([Request(BREAD, ("prompt_harm",), Mode.DIRECT)])]
 
-    with pytest.raises(JaxguardError, match="answered with weights 'another'"):
+    with pytest.raises(JaxguardError, match="'another'"):
         asyncio.run(run())
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -154,11 +155,11 @@ def test_a_timeout_is_tried_again(monkeypatch):
 
 
 def test_retries_end():
-    with pytest.raises(JaxguardError, match=rf"{client.TRIES} tries.*status 503: words of 503"):
+    with pytest.raises(JaxguardError, match=rf"{client.TRIES}.*503.*words of 503"):
         draw(lambda i: "503")
 
 
-REFUSALS = {"400": "/generate.*status 400: words of 400", "422": "words of 422", "301": "status 301"}
+REFUSALS = {"400": "/generate.*words of 400", "422": "words of 422", "301": "301"}
 REFUSALS |= {"401": "JAXGUARD_API_KEY.*words of 401", "403": "JAXGUARD_API_KEY", "404": "/generate"}
 
 
@@ -178,7 +179,7 @@ def test_the_first_error_ends_the_other_requests():
 def test_an_answer_that_the_server_had_no_room_for_is_an_error_at_once():
     asked = []
     reply = json.dumps(sample([7] * 5, {"type": "length", "length": 5}))
-    with pytest.raises(JaxguardError, match=r"after 5 tokens of 8: .* --max-total-tokens"):
+    with pytest.raises(JaxguardError, match=r"5.*8.*--max-total-tokens"):
         draw(lambda i: asked.append(i) or reply)
     assert asked == [0]
 
@@ -243,7 +244,7 @@ def test_the_key_is_sent(monkeypatch):
 
 
 def test_another_model_is_named():
-    with pytest.raises(JaxguardError, match=r"serves guard, not 'other'; set the guard's model"):
+    with pytest.raises(JaxguardError, match=r"guard.*'other'.*model"):
         draw(good, model="other")
     assert draw(good, model=None)[0] == [[GOOD]]
 
@@ -254,7 +255,7 @@ def test_an_unreachable_server(url):
         async with open_sglang(url, "guard", SETTINGS):
             pass
 
-    with pytest.raises(JaxguardError, match=r"does not answer: .*is the server up, and the address right"):
+    with pytest.raises(JaxguardError, match=re.escape(url)):
         asyncio.run(run())
 
 
@@ -268,14 +269,14 @@ def test_every_answer_must_carry_the_version():
     result, _ = with_backend(good, lambda e: e.sample([[5]], 2, 8, (STOP,)), version="default")
     assert result == [[GOOD] * 2]
     for use in (lambda e: e.sample([[5]], 2, 8, (STOP,)), lambda e: e.log_odds([[5]], [(7, 9)])):
-        with pytest.raises(JaxguardError, match="answered with weights 'default', not '7'"):
+        with pytest.raises(JaxguardError, match=r"'default'.*'7'"):
             with_backend(good, use, version="7")
     mixed = sample()
     mixed["meta_info"]["weight_versions"].append({"version": "older", "start": 0, "end": 1})
-    with pytest.raises(JaxguardError, match="answered with weights 'default' and 'older', not 'default'"):
+    with pytest.raises(JaxguardError, match=r"'default'.*'older'.*'default'"):
         with_backend(lambda i: json.dumps(mixed), lambda e: e.sample([[5]], 1, 8, (STOP,)), version="default")
     del mixed["meta_info"]["weight_versions"], mixed["meta_info"]["weight_version"]
-    with pytest.raises(JaxguardError, match="answered with weights None, not 'default'"):
+    with pytest.raises(JaxguardError, match=r"None.*'default'"):
         with_backend(lambda i: json.dumps(mixed), lambda e: e.sample([[5]], 1, 8, (STOP,)), version="default")
 
 
@@ -295,9 +296,7 @@ def test_weights_are_swapped_and_seen_to_be():
 
 
 def test_a_swap_that_failed_is_an_error():
-    with pytest.raises(
-        JaxguardError, match="refuses /update_weights_from_disk, and would again: status 400: no such folder"
-    ):
+    with pytest.raises(JaxguardError, match=r"/update_weights_from_disk.*no such folder"):
         swap("nowhere")
-    with pytest.raises(JaxguardError, match="answered with weights 'default', not 'step-8'"):
+    with pytest.raises(JaxguardError, match=r"'default'.*'step-8'"):
         swap(swaps=False)

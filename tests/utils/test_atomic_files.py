@@ -1,5 +1,6 @@
 """Files that survive a kill, folders with one writer."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("jaxguard.utils.files.os.fsync", full)
-    with pytest.raises(JaxguardError, match=r"cannot write .*file: No space left on device"):
+    with pytest.raises(JaxguardError, match=re.escape(str(path))):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -96,9 +96,9 @@ def test_what_cannot_be_parsed_is_skipped_and_counted(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"teacher": "other"}, "teacher: 'r1' there, 'other' now"),
+        ({"teacher": "other"}, "teacher.*'r1'.*'other'"),
         ({"sampling": {"temperature": 0.7}}, r"sampling\.temperature"),
-        ({"budget": 3}, "budget: None there, 3 now"),
+        ({"budget": 3}, "budget.*None.*3"),
     ],
 )
 def test_other_settings_are_refused_by_name(tmp_path, changed, words):
