@@ -23,8 +23,7 @@ DOES_NOT_FIT = 1
 
 def _plan(options: argparse.Namespace, config: Config) -> int:
     """Compile, print and write the plans; the exit code says whether all fit."""
-    from jaxguard.plan.report import PlanReport  # JAX is loaded only when there is something to do
-    from jaxguard.plan.run import plan, search
+    from jaxguard.plan.run import PlanReport, plan, search  # JAX is loaded only when there is something to do
 
     console = Console()
     settings = {"rows": options.rows, "target_tokens": options.targets, "price": options.price}

@@ -31,17 +31,8 @@ _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _SCOPE = re.compile(r"\b(embed|attention|mlp|head|loss|optimizer)\b")
 
 
-@dataclass(frozen=True)
-class Array:
-    """Type and shape of an array in the program."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        bits = re.search(r"\d+", self.dtype)
-        return math.prod(self.shape) * (max(1, int(bits[0]) // 8) if bits else self.dtype == "pred")
+Array = tuple[str, tuple[int, ...]]
+"""Type and shape of an array in the program."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +47,16 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        return sum(array.bytes for array in self.arrays)
+        total = 0
+        for dtype, shape in self.arrays:
+            bits = re.search(r"\d+", dtype)
+            total += math.prod(shape) * (max(1, int(bits[0]) // 8) if bits else dtype == "pred")
+        return total
 
     @property
     def result(self) -> str:
         """Types and shapes of its arrays, as the program writes them."""
-        return " ".join(f"{array.dtype}[{','.join(map(str, array.shape))}]" for array in self.arrays)
+        return " ".join(f"{dtype}[{','.join(map(str, shape))}]" for dtype, shape in self.arrays)
 
     @property
     def source(self) -> str:
@@ -72,14 +67,14 @@ class Instruction:
     @property
     def called(self) -> list[str]:
         """Computations that it runs."""
-        if self.opcode == "conditional":
-            branches = self.search(r"branch_computations=\{([^}]*)\}")
-            pair = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", self.attributes)[::-1]
-            return re.findall(r"[\w.\-]+", branches[1]) if branches else pair
-        if self.opcode in {"while", "fusion", "call", "async-start"}:
-            key = "body" if self.opcode == "while" else "(?:calls|to_apply)"
-            return re.findall(rf"\b{key}=%?([\w.\-]+)", self.attributes)
-        return []
+        if branches := self.search(r"branch_computations=\{([^}]*)\}"):
+            return re.findall(r"[\w.\-]+", branches[1])
+        keys = {"while": "body", "conditional": "(?:true|false)_computation"}
+        keys |= dict.fromkeys(("fusion", "call", "async-start"), "(?:calls|to_apply)")
+        if self.opcode not in keys:
+            return []
+        names = re.findall(rf"\b{keys[self.opcode]}=%?([\w.\-]+)", self.attributes)
+        return names[::-1] if self.opcode == "conditional" else names
 
     def search(self, pattern: str) -> re.Match[str] | None:
         """Search the attributes."""
@@ -139,15 +134,20 @@ class CompiledProgram:
 
     def __init__(self, text: str, branches: Sequence[float] = ()) -> None:
         self.computations: dict[str, list[Instruction]] = {}
-        known: dict[str, Instruction] = {}
         waiting: list[tuple[str, float]] = []
         for line in text.splitlines():
             if match := _COMPUTATION.match(line):
-                known, body = {}, self.computations.setdefault(match["name"], [])
+                known: dict[str, Instruction] = {}
+                body = self.computations[match["name"]] = []
                 waiting += [(match["name"], 1.0)] if match["entry"] else []
             elif match := _INSTRUCTION.match(line):
-                body.append(_parse(match, known))
-                known[body[-1].name] = body[-1]
+                name, opcode, operands = match["name"], match["opcode"], match["operands"]
+                shapes = ((dtype, shape.split(",")) for dtype, shape in _ARRAY.findall(match["result"]))
+                arrays = [(dtype, tuple(int(size) for size in sizes if size)) for dtype, sizes in shapes]
+                used = [known[each] for each in re.findall(r"%([\w.\-]+)", operands) if each in known]
+                attributes = operands if opcode == "constant" else match["attributes"] or ""
+                known[name] = Instruction(name, arrays, opcode, used, attributes)
+                body.append(known[name])
         runs: dict[str, float] = defaultdict(float)  # computation -> how often it runs in one step
         fused: set[str] = set()
         while waiting:
@@ -271,18 +271,6 @@ class CompiledProgram:
         return sorted(made.values(), key=lambda instruction: -instruction.bytes)[:count]
 
 
-def _parse(line: re.Match[str], known: Mapping[str, Instruction]) -> Instruction:
-    arrays = [
-        Array(dtype, tuple(int(size) for size in shape.split(",") if size))
-        for dtype, shape in _ARRAY.findall(line["result"])
-    ]
-    names = re.findall(r"%([\w.\-]+)", line["operands"])
-    attributes = line["operands"] if line["opcode"] == "constant" else line["attributes"] or ""
-    return Instruction(
-        line["name"], arrays, line["opcode"], [known[name] for name in names if name in known], attributes
-    )
-
-
 def _flops(instruction: Instruction) -> int:
     """FLOPs of one matrix product; 0 for any other instruction."""
     pattern = None
@@ -292,12 +280,12 @@ def _flops(instruction: Instruction) -> int:
         pattern = r'"lhs_contracting_dimensions":\[([^\]]*)\]'
     elif instruction.opcode != "convolution":
         return 0
-    shapes = [operand.arrays[0].shape for operand in instruction.operands]
+    shapes = [operand.arrays[0][1] for operand in instruction.operands]
     contracted = instruction.search(pattern) if pattern else None
     if contracted is None:
         return 2 * _convolution_products(instruction, shapes)
     sizes = (shapes[0][int(axis)] for axis in re.findall(r"\d+", contracted[1]))
-    return 2 * math.prod(instruction.arrays[0].shape) * math.prod(sizes)
+    return 2 * math.prod(instruction.arrays[0][1]) * math.prod(sizes)
 
 
 def _between_slices(instruction: Instruction, slices: int) -> Collective | None:
@@ -326,7 +314,7 @@ def _convolution_products(instruction: Instruction, shapes: Sequence[tuple[int, 
         return 0
     settings = dict(re.findall(r"(\w+)=([\dx_\-]+)", window[1])) if window else {}
     left, right, out = labels[1], labels[2], labels[3]
-    result = instruction.arrays[0].shape
+    result = instruction.arrays[0][1]
     total = result[out.index("b")] * result[out.index("f")] * shapes[1][right.index("i")]
     spatial = sorted(label for label in out if label.isdigit())
 

@@ -1,16 +1,31 @@
-"""Plan a run: compile its step for targets, compare settings, and search for the fastest that fit."""
+"""Plan a run: compile its step for targets, compare settings, search for the fastest that fit, and present the plans."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from jaxguard.config import Source, load
 from jaxguard.config.hardware import GIB
 from jaxguard.models.spec import Spec
-from jaxguard.plan.compile import OutOfMemoryError, Plan, compile_step, find_spec
-from jaxguard.plan.estimate import estimate, run_cost
-from jaxguard.plan.report import PlanReport, Refusal, remedies
+from jaxguard.plan.compile import (
+    ASSUMPTIONS,
+    Buffer,
+    OutOfMemoryError,
+    Plan,
+    compile_step,
+    estimate,
+    find_spec,
+    rate,
+    run_cost,
+)
 from jaxguard.plan.targets import Cluster, find_cluster
-from jaxguard.report import Table
+from jaxguard.report import Bullets, Cell, Content, Drawing, Page, Paragraph, Section, Table
+from jaxguard.report.figures import COLOURS, inline_svg, style
 
 REMAT = ("none", "dots", "full")
 """From the fastest and largest to the slowest and smallest."""
@@ -18,6 +33,209 @@ NOTHING_FITS = (
     "no setting that was tried does; take more devices or those with more memory, fewer rows (train.batch_size) or shorter "
     "ones (data.max_seq_len)"
 )
+MOST_COLLECTIVES = 12
+"""In a terminal."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A run that does not fit its cluster: why, what to do, and the largest arrays of the step where they are known."""
+
+    name: str
+    target: str
+    reason: str
+    largest: Sequence[Buffer] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.target} does not fit: {self.reason}"
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Plans of a run for several targets or with several settings.
+
+    Attributes:
+        plans: compiled steps, fitting or not.
+        refusals: what the compiler did not compile because it does not fit.
+    """
+
+    plans: Sequence[Plan] = ()
+    refusals: Sequence[Refusal] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether all fit."""
+        return not self.problems
+
+    @property
+    def problems(self) -> list[Refusal]:
+        """Everything that does not fit, with the reason."""
+        problems = []
+        for plan in (plan for plan in self.plans if not plan.fits):
+            advice = remedies(plan.compute.remat)
+            if plan.arguments > plan.usable:
+                advice = (
+                    f"its state and batch alone are {plan.arguments / GIB:.2f} GiB: take more devices or those with more memory, "
+                    "and shard the weights over all of them (mesh.fsdp=-1)"
+                )
+            reason = f"it needs {plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable; {advice}"
+            problems.append(Refusal(plan.name, plan.cluster.name, reason, plan.largest))
+        return [*problems, *self.refusals]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plans as data: bytes, FLOPs and seconds are those of one device and one step unless their name says otherwise.
+
+        A refused run has `error` instead of figures.
+        """
+        refusals = [{"run": r.name, "target": r.target, "fits": False, "error": r.reason} for r in self.refusals]
+        return [*map(plan_json, self.plans), *refusals]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row of scalars for each plan and refusal, which `pandas.DataFrame` takes."""
+        return [
+            {key: value for key, value in row.items() if not isinstance(value, dict | list)} | row.get("estimate", {})
+            for row in self.to_json()
+        ]
+
+    def facts(self) -> Table:
+        """What a reader wants to know first, a column for each plan."""
+        columns = [facts(plan) for plan in self.plans]
+        table = Table(("", *(plan.name for plan in self.plans)), left=1 + len(columns))
+        for name in columns[0]:
+            table.add(name, *(column[name] for column in columns))
+        return table
+
+    def render(self) -> Group:
+        """For a terminal: all of a single plan, several side by side, and last what does not fit, and why."""
+        parts: list[RenderableType] = []
+        if self.plans:
+            parts.append(self.facts().rich())
+            parts += [collectives_table(plan, MOST_COLLECTIVES).rich() for plan in self.plans if len(self.plans) == 1]
+            parts.append(Text(f"Estimate: {ASSUMPTIONS}.", "dim"))
+        for problem in self.problems:
+            if problem.largest:
+                title = f"Largest arrays of {problem.name} on {problem.target}"
+                parts.append(largest_table(problem.largest, title).rich())
+            parts.append(Text(str(problem), "bold red"))
+        return Group(*parts)
+
+    def page(self) -> Page:
+        """One page with all of it."""
+        names = dict.fromkeys([*(plan.name for plan in self.plans), *(refusal.name for refusal in self.refusals)])
+        blocks: list[Content] = [Bullets([str(problem) for problem in self.problems], warning=True)]
+        if self.plans:
+            blocks += [self.facts(), self._figure()]
+        for plan in self.plans:
+            title = f"{plan.name} on {plan.cluster.name}"
+            blocks.append(Section(title, [collectives_table(plan), largest_table(plan.largest)]))
+        return Page(f"Plan of {' / '.join(names)}", [*blocks, estimate_note() if self.plans else None])
+
+    @style()
+    def _figure(self) -> Drawing:
+        """Memory of a device beside what is usable, and where a step's time goes."""
+        plans, guesses = self.plans, [estimate(plan) for plan in self.plans]
+        names = [f"{plan.name}\n{plan.cluster.name}" for plan in plans]
+        memory = {
+            "state and batch": [plan.arguments / GIB for plan in plans],
+            "temporaries": [(plan.peak - plan.arguments) / GIB for plan in plans],
+        }
+        times = {"products": "compute", "memory": "memory", "network": "network"}
+        time = {part: [guess[key] for guess in guesses] for part, key in times.items()}
+        figure = Figure(figsize=(10, 1.6 + 0.6 * len(plans)))
+        left, right = figure.subplots(1, 2, sharey=True)
+        left.scatter([p.usable / GIB for p in plans], names, marker="|", s=400, color=COLOURS[1], label="usable")
+        for axes, parts, label in ((left, memory, "GiB of a device"), (right, time, "seconds of a step")):
+            start = np.zeros(len(plans))
+            for colour, (part, widths) in zip((COLOURS[0], COLOURS[5], COLOURS[4]), parts.items(), strict=False):
+                axes.barh(names, widths, left=start, color=colour, label=part, height=0.6)
+                start += widths
+            axes.set(xlabel=label, xlim=(0, None))
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=3)
+        left.invert_yaxis()
+        title = "Memory of a device, and the time of a step"
+        return Drawing(title, inline_svg(figure, "plan", title))
+
+
+def facts(plan: Plan) -> dict[str, str | Cell]:
+    """The most important figures of a plan, in words."""
+    guess, cluster, shape, compute = estimate(plan), plan.cluster, plan.shape, plan.compute
+    counted = plan.flops["layers"] + plan.flops["attention"] + plan.flops["head"]
+    share = plan.compiled_flops / (counted / cluster.devices)
+    sent = f"{plan.sent / plan.ideal_sent:.2f}" if plan.ideal_sent else "-"
+    peak = f"{plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable: {'fits' if plan.fits else 'does not fit'}"
+    return {
+        "target": f"{cluster.devices} × {cluster.target.title}"
+        + (f", {cluster.slices} slices" if cluster.slices > 1 else ""),
+        "mesh": " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items()),
+        "batch": f"{shape.rows} rows of {shape.tokens:,} tokens, {shape.targets:,} targets each",
+        "computes": f"{compute.attention} attention, remat {compute.remat}, {compute.dtype.name}",
+        "state and batch": f"{plan.arguments / GIB:.2f} GiB a device",
+        "temporaries": f"{plan.temporaries / GIB:.2f} GiB",
+        "peak": Cell(peak, tone="" if plan.fits else "bad"),
+        "FLOPs": f"{plan.compiled_flops / 1e12:,.1f} T a device, {share:.2f} of the count",
+        "memory traffic": f"{plan.traffic / GIB:,.0f} GiB a device",
+        "sent": f"{plan.sent / GIB:,.2f} GiB a device, {sent} of the ideal",
+        "vendor kernels": ", ".join(f"{count:g} {name}" for name, count in sorted(plan.kernels.items())) or "none",
+        "step": f"{guess['step']:.3g} s, no less than {guess['bound']:.3g}",
+        "… products": f"{guess['compute']:.3g} s",
+        "… memory": f"{guess['memory']:.3g} s",
+        "… network": f"{guess['network']:.3g} s",
+        "MFU": f"{guess['mfu']:.0%}",
+        "whole run": plan.cost.describe(guess["step"], cluster.devices),
+        "programs": plan.cost.programs,
+    }
+
+
+def collectives_table(plan: Plan, most: int | None = None) -> Table:
+    columns = ("collective", "axis", "for", "devices", "MiB", "times", "sent, GiB", "s")
+    table = Table(columns, title="What devices exchange", left=3)
+    for c in plan.collectives[:most]:
+        figures = (f"{c.size / 2**20:,.1f}", f"{c.count:g}", f"{c.sent / GIB:.2f}")
+        table.add(c.kind, c.axes, c.source, c.group, *figures, f"{c.sent / rate(plan.cluster.target, c):.3f}")
+    return table
+
+
+def largest_table(largest: Sequence[Buffer], title: str = "Largest arrays that a step makes") -> Table:
+    rows = [(f"{size / GIB:.2f}", array, source) for size, array, source in largest]
+    return Table.of(("GiB", "array", "for"), rows, title=title, left=3)
+
+
+def estimate_note() -> Paragraph:
+    return Paragraph([f"Estimate: {ASSUMPTIONS}."], faint=True)
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """A plan as data; see PlanReport.to_json."""
+    guess, compute, cost = estimate(plan), plan.compute, plan.cost
+    same = ("mesh", "arguments", "temporaries", "peak", "usable", "fits", "traffic", "sent", "ideal_sent", "kernels")
+    return {
+        "run": plan.name,
+        "target": plan.cluster.name,
+        "devices": plan.cluster.devices,
+        "shape": plan.shape._asdict(),
+        "attention": compute.attention,
+        "remat": compute.remat,
+        "compute_dtype": compute.dtype.name,
+        **{name: getattr(plan, name) for name in same},
+        "largest": [{"bytes": size, "array": array, "for": source} for size, array, source in plan.largest],
+        "analytic_flops_of_all": plan.flops,
+        "compiled_flops": plan.compiled_flops,
+        "collectives": [asdict(collective) | {"sent": collective.sent} for collective in plan.collectives],
+        "estimate": guess,
+        "steps": cost.steps,
+        "shapes": [shape._asdict() | {"steps": steps} for shape, steps in cost.shapes.items()] or None,
+        "hours": cost.hours(guess["step"]),
+        "dollars": cost.dollars(guess["step"], plan.cluster.devices),
+    }
+
+
+def remedies(remat: str) -> str:
+    """What to try where a run with this remat policy does not fit."""
+    first = "" if remat == "full" else "model.remat=full, "
+    return (
+        f"try {first}a larger train.accumulation, fewer rows (train.batch_size, or --rows if they are packed), shorter ones "
+        "(data.max_seq_len) or more devices; --search finds what fits"
+    )
 
 
 def plan(

@@ -19,7 +19,7 @@ from jaxguard.config import Config, dump, load
 from jaxguard.config.base import CONFIG_FOLDER, Positive, Schema, find_yaml, read_yaml, validate
 from jaxguard.config.hardware import GIB
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
-from jaxguard.plan.report import estimate_note, plan_json
+from jaxguard.plan.run import estimate_note, plan_json
 from jaxguard.plan.targets import Cluster, find_cluster
 from jaxguard.report import Bullets, Drawing, Page, Table
 from jaxguard.report.figures import inline_svg, style

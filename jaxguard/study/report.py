@@ -153,7 +153,7 @@ def draw(points: pd.DataFrame, published: Sequence[PublishedPoint], label: str, 
     for i, (name, part) in enumerate(series):
         color = COLOURS[i % len(COLOURS)]
         at = part.groupby(["x", "line"]).f1.agg(["mean", "std"]).fillna(0.0).reset_index()
-        look = {"color": color, "marker": "o", "markersize": 4, "capsize": 3, "label": ", ".join(name)}
+        look: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "capsize": 3, "label": ", ".join(name)}
         axes.errorbar(at.x, at["mean"], yerr=at["std"], **look)
         axes.scatter(part.x, part.f1, color=color, s=10, alpha=0.5)
     if published:

@@ -29,6 +29,5 @@ def plan_of(peak: int, **changes: Any) -> Plan:
         collectives=[Collective("all-gather", "fsdp", 8, 8, 300 * 10**9 // 7 * 8, 1, "forward: convert_element_type")],
         ideal_sent=600e9,
         kernels={},
-        seconds=12.0,
     )
     return replace(plan, **changes)

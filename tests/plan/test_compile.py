@@ -20,10 +20,9 @@ from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import Compute
 from jaxguard.models.sharding import make_mesh
 from jaxguard.models.weights import abstract, count, table
-from jaxguard.plan.compile import Plan, compile_step, find_spec
-from jaxguard.plan.estimate import RunCost, estimate, ideal_sent, rate, step_flops
+from jaxguard.plan.compile import Plan, RunCost, compile_step, estimate, find_spec, ideal_sent, rate, step_flops
 from jaxguard.plan.hlo import Collective
-from jaxguard.plan.report import PlanReport
+from jaxguard.plan.run import PlanReport
 from jaxguard.plan.sweeps import points, read_sweep
 from jaxguard.plan.targets import find_cluster, topology
 from jaxguard.train.devices import training_flops

@@ -5,7 +5,7 @@ from collections import Counter
 from jaxguard.config import load
 from jaxguard.data.packing import Schedule, Shape
 from jaxguard.data.prepare import prepare
-from jaxguard.plan.estimate import RunCost, run_cost
+from jaxguard.plan.compile import RunCost, run_cost
 
 
 def test_a_whole_run_is_counted_from_its_config():
