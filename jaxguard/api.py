@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxguard.data.build import BuildResult
     from jaxguard.distill.run import Distillation
     from jaxguard.evaluate.scores.results import Evaluation
-    from jaxguard.mine.report import MineResult
+    from jaxguard.mine.run import MineResult
     from jaxguard.plan.run import PlanReport
     from jaxguard.train.loop import TrainedRun
     from jaxguard.train.run_folder import Resume

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxguard.guards.backends.server import free_port, launch_command, started
+from jaxguard.guards.backends.sglang import free_port, launch_command, started
 from jaxguard.utils.errors import JaxguardError
 
 ROOT = Path(__file__).resolve().parent.parent

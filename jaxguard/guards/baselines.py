@@ -6,25 +6,22 @@ character n-grams, one model for each question.
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, make_union
 
-from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import CHOICES
+from jaxguard.data.examples import LABELS, Example
+from jaxguard.data.format.dialogue import CHOICES, LABEL
 from jaxguard.data.policies import Question
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Prediction, Predictor, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
 BASELINES: Final = ("tfidf", "majority")
-Probabilities = Callable[[Sequence[str]], np.ndarray]
-"""Texts to float[N]: of the positive answer to one question."""
 
-_FALLBACK: dict[Question, Question] = {"prompt_harm": "response_harm", "response_harm": "prompt_harm"}
-_STRENGTH = 5.0
+_OTHER_HARM: dict[Question, Question] = {"prompt_harm": "response_harm", "response_harm": "prompt_harm"}
 
 
 def fit_baseline(kind: str, examples: Sequence[Example], seed: int) -> Predictor:
@@ -36,14 +33,27 @@ def fit_baseline(kind: str, examples: Sequence[Example], seed: int) -> Predictor
         JaxguardError: no example is labelled.
         UnsupportedError: on a request, a question that cannot be answered.
     """
-    if not any(_label(example, question) for example in examples for question in CHOICES):
+    if not any(getattr(example, label) for example in examples for label in LABELS):
         raise JaxguardError(f"format {kind}: no example of data.train has a label to fit it to")
 
     @lru_cache
-    def model(question: Question) -> Probabilities:
-        for fitted_to in (question, _FALLBACK.get(question)):
-            if fitted_to is not None and (fitted := _fit(kind, examples, fitted_to, seed)) is not None:
-                return fitted
+    def model(question: Question) -> Callable[[Sequence[str]], np.ndarray]:
+        """Texts to float[N]: of the positive answer."""
+        for fitted_to in filter(None, (question, _OTHER_HARM.get(question))):
+            labelled = [example for example in examples if getattr(example, LABEL[fitted_to])]
+            positive = np.array([getattr(each, LABEL[fitted_to]) == CHOICES[fitted_to][0] for each in labelled])
+            if kind == "majority" and labelled:
+                share = positive.mean()
+                return lambda texts: np.full(len(texts), share)
+            if kind == "tfidf" and len(set(positive.tolist())) == 2:
+                words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")  # noqa: S106
+                letters = TfidfVectorizer(
+                    analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2, max_features=300_000
+                )
+                regression = LogisticRegression(C=5.0, class_weight="balanced", solver="liblinear", random_state=seed)
+                pipeline = make_pipeline(make_union(words, letters), regression)
+                pipeline.fit([_text(example, fitted_to) for example in labelled], positive)
+                return lambda texts: np.asarray(pipeline.predict_proba(texts)[:, 1])
         raise UnsupportedError(
             f"format {kind}: the labels of data.train do not tell {' from '.join(CHOICES[question])} ({question}): add "
             "examples of both, or leave the guard out"
@@ -60,35 +70,6 @@ def fit_baseline(kind: str, examples: Sequence[Example], seed: int) -> Predictor
                 yield Prediction(example.id, verdicts, probabilities)
 
     return predict
-
-
-def _fit(kind: str, examples: Sequence[Example], question: Question, seed: int) -> Probabilities | None:
-    """None where the examples do not answer the question both ways; the majority does with one."""
-    labelled = [example for example in examples if _label(example, question)]
-    positive = np.array([_label(example, question) == CHOICES[question][0] for example in labelled])
-    if kind == "majority":
-        return (lambda texts: np.full(len(texts), positive.mean())) if labelled else None
-    if len(set(positive.tolist())) < 2:
-        return None
-    pipeline = _pipeline(seed).fit([_text(example, question) for example in labelled], positive)
-    return lambda texts: np.asarray(pipeline.predict_proba(texts)[:, 1])
-
-
-def _pipeline(seed: int) -> Any:
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")  # noqa: S106
-    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2, max_features=300_000)
-    return make_pipeline(
-        make_union(words, letters),
-        LogisticRegression(C=_STRENGTH, class_weight="balanced", solver="liblinear", random_state=seed),
-    )
-
-
-def _label(example: Example, question: Question) -> str | None:
-    return {
-        "prompt_harm": example.prompt_label,
-        "response_harm": example.response_label,
-        "response_refusal": example.refusal_label,
-    }[question]
 
 
 def _text(example: Example, question: Question) -> str:

@@ -57,11 +57,7 @@ def export_or(checkpoint: str) -> str:
 
 
 def checkpoint_of(guard: GuardConfig, config: Config) -> str:
-    """The folder or repository that holds a guard's weights and tokenizer.
-
-    Raises:
-        JaxguardError: this run has no export yet.
-    """
+    """The folder or repository that holds a guard's weights and tokenizer; JaxguardError: this run has no export yet."""
     if guard.checkpoint is not None:
         return export_or(guard.checkpoint)
     export = config.folder / "export"
@@ -79,11 +75,7 @@ async def open_guard(
 ) -> AsyncIterator[Predictor]:
     """Load a guard, or connect to it, or start its server; everything is closed at the end.
 
-    Args:
-        guard: which one.
-        config: its run's, or that of the run that evaluates it.
-        settings: backend and sampling.
-        probabilities: see protocol.predict.
+    The config is its run's, or that of the run that evaluates it. For `probabilities` see protocol.predict.
 
     Raises:
         JaxguardError: no such checkpoint, a server that does not answer or serves another model.
@@ -109,17 +101,14 @@ async def open_guard(
 async def _backend(
     guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig, stack: AsyncExitStack
 ) -> Backend:
-    """JAX and the client of SGLang, an extra, are imported only where they are used."""
     if guard.endpoint is None and settings.backend == "jax":
-        from jaxguard.guards.backends.jax import load_backend
+        from jaxguard.guards.backends.jax import load_backend  # loads JAX
 
         return load_backend(folder, config, settings)
-    from jaxguard.guards.backends.sglang import open_sglang, served, swap_weights
+    from jaxguard.guards.backends.sglang import open_sglang, serve, served, swap_weights
 
     url, model, version = guard.endpoint, guard.model, None
     if url is None:
-        from jaxguard.guards.backends.server import serve
-
         log = config.folder / "evaluate" / f"{guard.name}.server.log"
         model = model or guard.name
         url = stack.enter_context(serve(folder, model, log, settings.server))
@@ -174,11 +163,7 @@ def _digest(path: Path, _size: int, _changed: int) -> str:
 
 
 async def cache_key(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
-    """What decides a guard's predictions, whatever the examples; JSON for the first line of a file.
-
-    Raises:
-        JaxguardError: as `fingerprint`.
-    """
+    """What decides a guard's predictions, whatever the examples; JSON for the first line of a file. Raises as `fingerprint`."""
     return {
         "guard": await fingerprint(guard, config, settings),
         "format": config.data.model_dump(include={"reasoning_marker", "direct_marker"}),
@@ -204,11 +189,7 @@ class Predictions:
     _store: Store
 
     def append(self, prediction: Prediction) -> None:
-        """Add a prediction: once this returns, killing the process does not lose it.
-
-        Raises:
-            JaxguardError: it cannot be written.
-        """
+        """Add a prediction: once this returns, killing the process does not lose it. JaxguardError: it cannot be written."""
         self._store.append(asdict(prediction))
         self.answers[prediction.example_id] = prediction
 
@@ -217,9 +198,7 @@ class Predictions:
 def open_predictions(path: Path, settings: Mapping[str, Any]) -> Iterator[Predictions]:
     """Open a file of predictions to add to, or begin it. The caller holds a lock on the folder.
 
-    Args:
-        path: a file of checksummed lines, whose first one holds the settings.
-        settings: what decides the predictions: guard, sampling, examples. JSON.
+    Its lines are checksummed; the first one holds `settings`, JSON that decides the predictions: guard, sampling, examples.
 
     Raises:
         JaxguardError: it was begun with other settings, or cannot be written.

@@ -125,40 +125,28 @@ class PromptFormat(Protocol):
 
     def split(self, request: Request, /) -> Sequence[Request]:
         """The request as parts whose questions one prompt answers."""
-        ...
 
     def prompt(self, request: Request, /) -> Prompt:
-        """What generation starts from.
-
-        Raises:
-            UnsupportedError: no such question or policy in this format, or the policy is too long.
-        """
-        ...
+        """What generation starts from; UnsupportedError: no such question or policy here, or the policy is too long."""
 
     def text(self, ids: Sequence[int], /) -> str:
         """Generated tokens as text."""
-        ...
 
     def parse(self, request: Request, text: str, /) -> dict[Question, int]:
         """Of each question POSITIVE, NEGATIVE or UNPARSABLE."""
-        ...
 
     def close_reasoning(self, request: Request, text: str, /) -> str | None:
         """An answer that ran out of tokens, ready for the verdict; None if it has one, or never reasons."""
-        ...
 
     def tokens(self, text: str, /) -> Sequence[int]:
         """Token ids of an answer's beginning."""
-        ...
 
     def decision_points(self, request: Request, text: str, /) -> Sequence[DecisionPoint]:
         """Where the verdicts are decided after this answer's reasoning; () if that cannot be said."""
-        ...
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -176,25 +164,21 @@ class Backend(Protocol):
         self, prompts: Sequence[Sequence[int]], n: int, max_tokens: int, stop_ids: tuple[int, ...], /
     ) -> list[list[Completion]]:
         """`n` continuations of each prompt, by the run's temperature, top-p and seed."""
-        ...
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
         """After each prefix, the log-probability of the first token of its pair less that of the second, at temperature 1."""
-        ...
 
     @property
     def group(self) -> int:
         """Requests in a batch."""
-        ...
 
     @property
     def workers(self) -> int:
         """Batches under way at once."""
-        ...
 
 
 def sample_digest(seed: int, prompt: Sequence[int], sample: int) -> bytes:
-    """Hash all that a sample may depend on: the run's seed, the prompt's tokens and the sample's number."""
+    """Hash all that a sample may depend on: the run's seed, the prompt's tokens and its number."""
     return hashlib.sha256(f"{seed} {sample} {' '.join(map(str, prompt))}".encode()).digest()
 
 
@@ -207,12 +191,8 @@ async def predict(
 ) -> AsyncIterator[Prediction]:
     """Predict batch by batch; predictions come as their batch is done.
 
-    Args:
-        requests: of one mode, with distinct example ids.
-        form: renders and parses.
-        backend: computes.
-        settings: how to sample.
-        probabilities: also score the verdicts; without, all probabilities are None unless verdicts come from them.
+    Requests have one mode and distinct example ids. Without `probabilities` verdicts are not scored, unless they come from their
+    probabilities.
     """
     batches = iter([requests[i : i + backend.group] for i in range(0, len(requests), backend.group)])
     tasks: set[asyncio.Task[list[Prediction]]] = set()
@@ -272,7 +252,9 @@ async def _predict_batch(
             scores |= part.scores
             parsed = [form.parse(part.request, text) for text in part.texts]
             for q in part.request.questions:
-                verdicts[q] = tuple(verdict[q] for verdict in parsed) or (_likelier(scores[q][0]),)
+                probability = scores[q][0]
+                likelier = UNPARSABLE if probability is None else POSITIVE if probability > 0.5 else NEGATIVE
+                verdicts[q] = tuple(verdict[q] for verdict in parsed) or (likelier,)
         predictions.append(
             Prediction(
                 example_id=request.example.id,
@@ -332,9 +314,3 @@ async def _score(parts: Sequence[_Part], form: PromptFormat, backend: Backend) -
             points = [[point for point in tree if point.question == question] for tree in texts]
             sums = [sum(map(probability, own)) for own in points if own]
             part.scores[question] = (sum(sums) / len(sums) if sums else None, len(texts) - len(sums))
-
-
-def _likelier(probability: float | None) -> int:
-    if probability is None:
-        return UNPARSABLE
-    return POSITIVE if probability > 0.5 else NEGATIVE

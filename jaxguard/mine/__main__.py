@@ -31,8 +31,7 @@ examples:
 
 
 def _mine(_: argparse.Namespace, config: Config) -> int:
-    from jaxguard.mine.report import right_table  # JAX and matplotlib are loaded only when there is something to do
-    from jaxguard.mine.run import mine
+    from jaxguard.mine.run import mine, right_table  # JAX and matplotlib are loaded only when there is something to do
 
     result, console = mine(config), Console(soft_wrap=True)
     console.print(right_table(result).rich())

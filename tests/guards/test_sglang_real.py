@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 import sglang_server
 from jaxguard.config.evaluate import EvaluateConfig, ServerConfig
 from jaxguard.guards.backends.sampler import Sampling, generate, place_model
-from jaxguard.guards.backends.server import serve
-from jaxguard.guards.backends.sglang import open_sglang, swap_weights
+from jaxguard.guards.backends.sglang import open_sglang, serve, swap_weights
 from jaxguard.guards.protocol import Completion
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder

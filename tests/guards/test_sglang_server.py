@@ -13,7 +13,7 @@ import pytest
 import sglang_server
 from jaxguard.config import load
 from jaxguard.config.evaluate import ServerConfig
-from jaxguard.guards.backends.server import serve
+from jaxguard.guards.backends.sglang import serve
 from jaxguard.utils.errors import JaxguardError
 
 STAND_IN = """\
@@ -32,7 +32,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 OUTER = """\
 import sys
 from pathlib import Path
-from jaxguard.guards.backends.server import serve
+from jaxguard.guards.backends.sglang import serve
 from jaxguard.config.evaluate import ServerConfig
 with serve(Path("weights"), "guard", Path(sys.argv[1]), ServerConfig(python=sys.argv[2])):
     print("up", flush=True)

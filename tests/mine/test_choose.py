@@ -10,8 +10,7 @@ from jaxguard.config.evaluate import MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.mine.report import Outcome
-from jaxguard.mine.run import choose, outcome_of
+from jaxguard.mine.run import Outcome, choose, outcome_of
 from jaxguard.utils.errors import JaxguardError
 
 POLICY = Policy("bread", rules="Speak of bread only.", asks=("prompt_harm", "response_harm", "response_refusal"))

@@ -32,13 +32,7 @@ from jaxguard.utils.errors import JaxguardError
 
 @dataclass(frozen=True)
 class JaxBackend:
-    """Implements protocol.Backend.
-
-    Attributes:
-        model: the guard's weights, on the mesh.
-        settings: how to sample.
-        max_seq_len: of the packed rows in which verdicts are scored.
-    """
+    """Implements protocol.Backend; `max_seq_len` is that of the packed rows in which verdicts are scored."""
 
     model: Model
     settings: EvaluateConfig
@@ -85,11 +79,7 @@ def next_log_odds(
 ) -> list[float]:
     """After each prompt, the log-probability of the first token of its pair less that of the second.
 
-    Args:
-        model: see `place_model`.
-        prompts: token ids.
-        pairs: two tokens for each prompt.
-        max_seq_len: tokens of a packed row, more where a prompt is longer; each device computes one row at a time.
+    Packed rows have `max_seq_len` tokens, more where a prompt is longer; each device computes one row at a time.
 
     Raises:
         JaxguardError: a prompt is empty, or too long for the model.

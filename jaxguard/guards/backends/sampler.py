@@ -38,15 +38,10 @@ PREFILLS = 4
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to continue prompts.
+    """How to continue prompts, `n` times each.
 
-    Attributes:
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_p: sample from the smallest set of likeliest tokens whose probabilities, after the temperature, sum to this or more.
-        max_tokens: most new tokens.
-        stop_ids: tokens that end a completion, without being part of it.
-        seed: of the samples.
-        n: completions of each prompt.
+    Temperature 0 always takes the likeliest token. `top_p` samples from the smallest set of likeliest tokens whose
+    probabilities, after the temperature, sum to this or more. `stop_ids` end a completion without being part of it.
     """
 
     temperature: float = 0.6
@@ -89,36 +84,26 @@ class Model:
 def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh: Mesh | None = None) -> Model:
     """Cast to the compute type and gather over fsdp, once instead of at each token; tensor stays sharded.
 
-    Args:
-        spec: the model's shape.
-        weights: as trained or read: anywhere on this mesh.
-        compute: as in training.
-        mesh: as in training; None for the default device.
+    The weights are anywhere on the mesh; without one, on the default device.
     """
-
-    def place(path: str, axes: tuple[str, ...]) -> Array:
-        weight = weights[path] if "norm" in axes else weights[path].astype(compute.matmul_dtype or compute.dtype)
-        if mesh is None:
-            return weight
-        sharding = NamedSharding(mesh, partition(axes, weight.shape, mesh.shape, without="fsdp"))
-        placed: Array = jax.device_put(weight, sharding)
-        return placed
-
-    on_mesh = {w.path: place(w.path, w.axes) for w in table(spec)}
-    return Model(spec, on_mesh, replace(compute, remat="none"), mesh)
+    placed = {}
+    for entry in table(spec):
+        weight = weights[entry.path]
+        if "norm" not in entry.axes:
+            weight = weight.astype(compute.matmul_dtype or compute.dtype)
+        if mesh is not None:
+            spread = partition(entry.axes, weight.shape, mesh.shape, without="fsdp")
+            weight = jax.device_put(weight, NamedSharding(mesh, spread))
+        placed[entry.path] = weight
+    return Model(spec, placed, replace(compute, remat="none"), mesh)
 
 
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, *, rows: int = 32, share_prefix: bool = True
 ) -> list[list[Completion]]:
-    """Sample `sampling.n` completions of each prompt, in the prompts' order.
+    """Sample `sampling.n` completions of each prompt, in the prompts' order, about `rows` of them at the same time.
 
-    Args:
-        model: see `place_model`.
-        prompts: token ids.
-        sampling: how to sample.
-        rows: completions that are generated at the same time; a batch has at least one prompt for each device.
-        share_prefix: compute the common prefix of all prompts once; the completions are the same without.
+    The completions are the same without `share_prefix`, which computes the common prefix of all prompts once.
 
     Raises:
         JaxguardError: a prompt is empty, or too long for the model.
@@ -144,11 +129,7 @@ def generate(
 
 
 def check_prompts(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    """Check that prompts are not empty, and leave room for the new tokens.
-
-    Raises:
-        JaxguardError: a prompt is empty, or too long for the model.
-    """
+    """Refuse prompts that are empty, or leave no room for the new tokens."""
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise JaxguardError(f"prompt {i} has no tokens")

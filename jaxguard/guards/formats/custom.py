@@ -134,11 +134,7 @@ def read_guard(path: Path) -> ExternalGuard:
 
 
 def _turn(form: GuardFormatDefinition, where: str, request: Request, policy: Policy) -> str | Chat:
-    """The text or messages of a request with one question.
-
-    Raises:
-        JaxguardError: the template does not render.
-    """
+    """The text or messages of a request with one question; JaxguardError: the template does not render."""
     try:
         text = _JINJA.from_string(form.chat or form.text or "").render(
             prompt=request.example.prompt,

@@ -66,16 +66,9 @@ def decision_tree(
 ) -> list[DecisionPoint]:
     """Find where an answer decides its words, up to the last of `questions`, on every path through the lines before.
 
-    Where several words are positive, each is compared with the negative one. What follows are then not quite exclusive
-    decisions, so the probability is a little above that of the words together.
-
-    Args:
-        prompt: its token ids.
-        start: the answer before its verdict lines.
-        lines: of the answer; one that may say something else in place of a verdict does.
-        questions: those to score.
-        tokens: tokenizes an answer.
-        end: what ends it.
+    The answer is `start`, its lines and `end`; a line that may say something else in place of a verdict does. Where several
+    words are positive, each is compared with the negative one. What follows are then not quite exclusive decisions, so the
+    probability is a little above that of the words together.
     """
     points: list[DecisionPoint] = []
     paths: list[tuple[str, tuple[tuple[DecisionPoint, bool], ...]]] = [(start, ())]
@@ -123,10 +116,7 @@ class Reasoning(NamedTuple):
 def reasoning_tags(opening: str, closing: str, *, strict: bool) -> Reasoning:
     """Reasoning between two tags; the white space up to the verdict belongs to `closing`.
 
-    Args:
-        opening: the tag before it.
-        closing: the tag after it.
-        strict: an answer that does not open with its tag is malformed, and a cut verdict is not sampled again.
+    If strict, an answer that does not open with its tag is malformed, and a cut verdict is not sampled again.
     """
 
     def opened(text: str) -> bool:

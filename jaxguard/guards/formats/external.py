@@ -38,30 +38,20 @@ _DATED: Final = "{% macro strftime_now(format) %}2025-10-29{% endmacro %}"
 
 
 def format_file(kind: str) -> Path:
-    """The file of a format that is not built in.
-
-    Raises:
-        JaxguardError: there is none; names the formats.
-    """
+    """The file of a format that is not built in; JaxguardError: there is none."""
     return find_yaml(kind, GUARD_FOLDER, f"guard format: neither {', '.join(BUILT_IN)}, nor a file")
 
 
 def external_guard(kind: str) -> ExternalGuard:
-    """The definition of a format: a built-in one, or what its file says.
-
-    Raises:
-        JaxguardError: there is neither; a file that is no format.
-    """
+    """The definition of a format: a built-in one, or what its file says; JaxguardError: neither, or a file that is no format."""
     return BUILT_IN_GUARDS[kind] if kind in BUILT_IN_GUARDS else read_guard(format_file(kind))
 
 
 def external_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> "ExternalFormat":
     """The PromptFormat of an external guard, tried once.
 
-    Args:
-        kind: a key of BUILT_IN_GUARDS, or a YAML file or its name in GUARD_FOLDER.
-        tokenizer: of the guard's checkpoint, a fast one, with its chat template.
-        policy: the run's.
+    The kind is a key of BUILT_IN_GUARDS, or a YAML file or its name in GUARD_FOLDER; the tokenizer that of the guard's
+    checkpoint, a fast one, with its chat template.
 
     Raises:
         JaxguardError: a tokenizer that does not belong to such a guard; as `external_guard`.

@@ -100,11 +100,7 @@ class NativeFormat:
 
 
 def context_tokens(folder: Path) -> int:
-    """The context of the model in `folder`, at most MOST_TOKENS.
-
-    Raises:
-        JaxguardError: its config.json is not JSON.
-    """
+    """The context of the model in `folder`, at most MOST_TOKENS; JaxguardError: its config.json is not JSON."""
     path = folder / "config.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
