@@ -131,7 +131,6 @@ REPLACED_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(REPLACED.split())})(?![A-Z
 UNCHANGED = """
     docs/guards.md
     jaxguard/distill/filters.py
-    jaxguard/guards/formats/custom.py
     tools/demo_data.py
 """
 

@@ -20,6 +20,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import read_guard_files
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.guards import loading
+from jaxguard.guards.backends.sglang import served
 from jaxguard.guards.protocol import Prediction, Request
 from jaxguard.utils import hub
 from jaxguard.utils.client import API_KEY
@@ -34,27 +35,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that decides how a guard is loaded and prompted, before anything heavy is loaded.
+    """What decides how a guard is loaded and prompted: what open_guard takes, the policy, the mode in which it answers by default.
 
-    Attributes:
-        guard, config, settings: for open_guard.
-        policy: what is judged by.
-        trained: the mode that it was trained in, or "dual"; "dual" also where that is unknown.
-        mode: how it answers by default.
+    `warning` is what a user should know of it; empty if nothing.
     """
 
     guard: GuardConfig
     config: Config
     settings: EvaluateConfig
     policy: Policy
-    trained: str
     mode: Mode
-
-    @property
-    def warning(self) -> str:
-        """What a user should know; empty if nothing."""
-        trained = self.trained in ("dual", self.mode)
-        return "" if trained else f"this model was trained to answer in {self.trained} mode only"
+    warning: str
 
 
 def set_up(
@@ -94,7 +85,8 @@ def set_up(
         "data": {**own_data, "policy": str(policy), "subset": None},
         "evaluate": settings.model_dump(),
     }
-    return Setup(guard, load(tree), settings, load_policy(str(policy)), trained, default)
+    warning = "" if trained in ("dual", default) else f"this model was trained to answer in {trained} mode only"
+    return Setup(guard, load(tree), settings, load_policy(str(policy)), default, warning)
 
 
 def _known_mode(mode: str | Mode) -> Mode:
@@ -105,8 +97,6 @@ def _known_mode(mode: str | Mode) -> Mode:
 
 def _served_path(endpoint: str) -> str:
     """Where the model that a server serves lies on this machine."""
-    from jaxguard.guards.backends.sglang import served
-
     try:
         path = outside_event_loop(lambda: asyncio.run(served(endpoint))).get("model_path")
     except JaxguardError as error:

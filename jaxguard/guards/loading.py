@@ -20,6 +20,7 @@ from jaxguard.data.guard_files import is_complete
 from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.prepare import load_sources
 from jaxguard.data.sources import digest
+from jaxguard.guards.backends.sglang import open_sglang, serve, served, swap_weights
 from jaxguard.guards.baselines import BASELINES, fit_baseline
 from jaxguard.guards.formats.external import BUILT_IN, external_format, external_guard, format_file
 from jaxguard.guards.formats.native import NativeFormat, context_tokens
@@ -90,7 +91,7 @@ async def open_guard(
     form: PromptFormat
     if guard.format == "jaxguard":
         data = config.data.model_copy(update={"max_seq_len": context_tokens(folder)})
-        form = NativeFormat.of(Encoder.load(folder, data, policy), settings)
+        form = NativeFormat(Encoder.load(folder, data, policy), settings)
     else:
         form = external_format(guard.format, load_tokenizer(folder, chat=False), policy)
     async with AsyncExitStack() as stack:
@@ -105,8 +106,6 @@ async def _backend(
         from jaxguard.guards.backends.jax import load_backend  # loads JAX
 
         return load_backend(folder, config, settings)
-    from jaxguard.guards.backends.sglang import open_sglang, serve, served, swap_weights
-
     url, model, version = guard.endpoint, guard.model, None
     if url is None:
         log = config.folder / "evaluate" / f"{guard.name}.server.log"
@@ -136,8 +135,6 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
     form = guard.format if guard.format in BUILT_IN else file_digest(format_file(guard.format))
     known: dict[str, Any] = {"format": form, "checkpoint": checkpoint, "revision": guard.revision}
     if guard.endpoint is not None and not guard.swap:
-        from jaxguard.guards.backends.sglang import served
-
         model = await served(guard.endpoint)
         if "model_path" in model:  # the path may be this machine's too
             model["weights"] = weights_digest(Path(model["model_path"]))

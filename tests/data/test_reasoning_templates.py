@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from jaxguard.config.data import DataConfig, SourceConfig
+from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import parse
@@ -121,7 +122,8 @@ def test_probabilities_are_read_where_the_verdict_begins(encoder, mode):
 
 def test_such_a_guard_is_evaluated_as_any_other(encoder):
     """It never writes the opening tag; reasoning that runs out of tokens is closed."""
-    form, lines = NativeFormat(encoder, "policy", 64, 24), "Prompt harm: unharmful\nResponse harm: harmful"
+    form = NativeFormat(encoder, EvaluateConfig(reasoning_tokens=64, verdict_tokens=24))
+    lines = "Prompt harm: unharmful\nResponse harm: harmful"
     asked = Request(EXAMPLE, ("response_harm",), Mode.REASONING)
     assert form.parse(asked, f"About bread.\n</think>\n\n{lines}") == {"response_harm": POSITIVE}
     assert form.close_reasoning(asked, f"About bread.\n</think>\n\n{lines}") is None

@@ -7,8 +7,7 @@ import pytest
 
 from jaxguard.config.train import MeshConfig
 from jaxguard.data.packing import pack, packed_tokens
-from jaxguard.guards.backends.jax import _sequences, next_log_odds
-from jaxguard.guards.backends.sampler import place_model
+from jaxguard.guards.backends.jax import _sequences, next_log_odds, place_model
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder
 from jaxguard.models.sharding import make_mesh, weight_shardings

@@ -15,8 +15,7 @@ from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.prepare import prepare
-from jaxguard.guards.backends.jax import JaxBackend
-from jaxguard.guards.backends.sampler import place_model
+from jaxguard.guards.backends.jax import JaxBackend, place_model
 from jaxguard.guards.formats.native import MOST_TOKENS, NativeFormat, context_tokens
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request, UnsupportedError, predict
 from jaxguard.models.compute import Compute
@@ -32,7 +31,9 @@ BAKED = Example("b", "made up", "How do I bake bread?", "Mix flour and water, wa
 
 @pytest.fixture
 def form(encoder_of):
-    return lambda ask="policy": NativeFormat(encoder_of("tiny"), ask, reasoning_tokens=64, verdict_tokens=24)
+    return lambda ask="policy": NativeFormat(
+        encoder_of("tiny"), EvaluateConfig(ask=ask, reasoning_tokens=64, verdict_tokens=24)
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
     encoder = Encoder.load(tiny_checkpoint, config.data)
     settings = EvaluateConfig(generations=0, ask="benchmark", batch=8)
     backend = JaxBackend(place_model(spec, weights, Compute()), settings, max_seq_len=256)
-    form = NativeFormat.of(encoder, settings)
+    form = NativeFormat(encoder, settings)
     known = {example.id: example for example, _, _ in held}
 
     async def ask(question):
@@ -129,7 +130,7 @@ def test_a_long_text_is_judged_whole_where_the_context_allows(tiny_checkpoint, t
     assert context_tokens(tmp_path) == MOST_TOKENS
     for room, cut in ((context, False), (320, True)):
         data = DataConfig(train=[{"kind": "jsonl", "path": "x"}], policy="demo", max_seq_len=room)
-        own = NativeFormat.of(Encoder.load(tiny_checkpoint, data), settings)
+        own = NativeFormat(Encoder.load(tiny_checkpoint, data), settings)
         assert own.prompt(Request(long, ("prompt_harm",), Mode.DIRECT)).cut is cut
     wordy = replace(long, policy="No bread. " * 300)
     with pytest.raises(UnsupportedError, match="320 tokens"):

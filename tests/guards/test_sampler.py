@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxguard.config.train import MeshConfig
-from jaxguard.guards.backends.sampler import Sampling, draw, generate, nucleus, place_model
+from jaxguard.guards.backends.jax import Sampling, draw, generate, nucleus, place_model
 from jaxguard.models.compute import Compute
 from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.sharding import make_mesh, weight_shardings
@@ -155,7 +155,7 @@ def test_eight_devices_answer_as_one(model, sizes):
 
 
 def test_few_programs_serve_many_lengths(model):
-    from jaxguard.guards.backends import sampler
+    from jaxguard.guards.backends import jax as sampler
 
     generate(model, ragged((70, 41)), GREEDY, rows=2)
     before = sampler._prefill._cache_size(), sampler._decode._cache_size()

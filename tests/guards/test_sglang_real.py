@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import sglang_server
 from jaxguard.config.evaluate import EvaluateConfig, ServerConfig
-from jaxguard.guards.backends.sampler import Sampling, generate, place_model
+from jaxguard.guards.backends.jax import Sampling, generate, place_model
 from jaxguard.guards.backends.sglang import open_sglang, serve, swap_weights
 from jaxguard.guards.protocol import Completion
 from jaxguard.models.compute import Compute

@@ -29,7 +29,7 @@ def test_a_prompt_of_mining_is_the_one_of_training(tiny_tokenizer_folder, mode, 
     encoder, policy = Encoder.load(tiny_tokenizer_folder, data), load_policy("wildguard")
     example = Example(**{**row(4), "categories": (), **more})
     asked = tuple(labels_of(example, policy))
-    form = NativeFormat.of(encoder, EvaluateConfig(ask="benchmark"))
+    form = NativeFormat(encoder, EvaluateConfig(ask="benchmark"))
     prompt = list(form.prompt(Request(example, asked, mode)).ids)
     trained = encoder.encode(example, mode)
     assert set(labels_of(example, policy)) <= set(questions(example, policy))

@@ -96,7 +96,7 @@ def settings() -> Config:
 
 def write(workload: str, examples: Sequence[Example]) -> Path:
     """Write a job: checkpoint, prompts, ids that end an answer, and either the number of new tokens or the two verdict tokens."""
-    form = NativeFormat.of(Encoder.load(MODEL, settings().data), SETTINGS)
+    form = NativeFormat(Encoder.load(MODEL, settings().data), SETTINGS)
     answers = workload == "answers"
     mode = Mode.REASONING if answers else Mode.DIRECT
     requests = [Request(e, ("prompt_harm" if e.prompt_label else "response_harm",), mode) for e in examples]

@@ -1,33 +1,118 @@
-"""A Backend that computes in this process with JAX, over the training mesh.
+"""A Backend that computes in this process with our own decoder, over the training mesh.
 
-Verdict probabilities come from log-odds of two next tokens, which are computed as in training: prompts are packed into rows,
-which hold the common prefix of all prompts (policy, chat header) once, and go through the same attention kernels. A prompt that
-is the beginning of another one is scored within it.
+Generation: the tokens that all prompts of a call begin with (policy, chat header) are computed once, for one row. Each batch then
+computes the rest of its prompts, which all samples of a prompt share. Generated tokens go into a third cache, so that no cache is
+copied or overwritten, and the whole loop over new tokens runs on the devices. Samples depend on the seed, the prompt's tokens and
+the sample's number only: neither on the batch nor on the order of prompts.
+
+Log-odds of two next tokens, for the probabilities of verdicts, are computed as in training: prompts are packed into rows, which
+hold their common prefix once, and go through the same attention kernels. A prompt that is the beginning of another one is scored
+within it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, UInt32
 
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import KERNEL_MULTIPLE, Batch, assemble, bucket_size, bucketed, pack
-from jaxguard.guards.backends.sampler import Model, Sampling, check_prompts, common_prefix, generate, place_model
-from jaxguard.guards.protocol import Completion
+from jaxguard.guards.protocol import Completion, sample_digest
+from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import Compute, choose_compute
-from jaxguard.models.decoder import Decoder
+from jaxguard.models.decoder import Cache, Decoder
 from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
-from jaxguard.models.sharding import make_mesh, weight_shardings
+from jaxguard.models.sharding import (
+    batch_sharding,
+    constrain,
+    make_mesh,
+    partition,
+    replicated,
+    shard_batch,
+    weight_shardings,
+)
 from jaxguard.models.spec import Spec, UnsupportedModelError, read_spec
+from jaxguard.models.weights import table
 from jaxguard.utils.errors import JaxguardError
+
+LENGTH_MULTIPLE = 32
+
+PREFILLS = 4
+"""A batch's prompts are computed in this many parts of similar length, so that one long prompt does not pad all others."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue prompts, `n` times each.
+
+    Temperature 0 always takes the likeliest token. `top_p` samples from the smallest set of likeliest tokens whose
+    probabilities, after the temperature, sum to this or more. `stop_ids` end a completion without being part of it.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 512
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+    n: int = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Model:
+    """A decoder ready to generate, made by `place_model`: a pytree of its weights."""
+
+    weights: dict[str, Array]
+    spec: Spec = field(metadata={"static": True})
+    compute: Compute = field(metadata={"static": True})
+    mesh: Mesh | None = field(metadata={"static": True})
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.spec, self.weights, self.compute)
+
+    def put(self, tree: Any, *, whole: bool = False) -> Any:
+        """Put arrays on the devices: rows over data and fsdp, or everything on each."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return shard_batch(tree, replicated(self.mesh) if whole else batch_sharding(self.mesh))
+
+    def on_mesh(self) -> AbstractContextManager[Any]:
+        """The mesh as the context's, while programs run."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    @property
+    def row_multiple(self) -> int:
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+
+def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh: Mesh | None = None) -> Model:
+    """Cast to the compute type and gather over fsdp, once instead of at each token; tensor stays sharded.
+
+    The weights are anywhere on the mesh; without one, on the default device.
+    """
+    placed = {}
+    for entry in table(spec):
+        weight = weights[entry.path]
+        if "norm" not in entry.axes:
+            weight = weight.astype(compute.matmul_dtype or compute.dtype)
+        if mesh is not None:
+            spread = partition(entry.axes, weight.shape, mesh.shape, without="fsdp")
+            weight = jax.device_put(weight, NamedSharding(mesh, spread))
+        placed[entry.path] = weight
+    return Model(placed, spec, replace(compute, remat="none"), mesh)
 
 
 @dataclass(frozen=True)
@@ -74,6 +159,215 @@ def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxB
     return JaxBackend(place_model(spec, weights, compute, mesh), settings, config.data.max_seq_len)
 
 
+def generate(
+    model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, *, rows: int = 32, share_prefix: bool = True
+) -> list[list[Completion]]:
+    """Sample `sampling.n` completions of each prompt, in the prompts' order, about `rows` of them at the same time.
+
+    The completions are the same without `share_prefix`, which computes the common prefix of all prompts once.
+
+    Raises:
+        JaxguardError: a prompt is empty, or too long for the model.
+    """
+    check_prompts(model.spec, prompts, sampling.max_tokens)
+    if not prompts:
+        return []
+    prefix = common_prefix(prompts) if share_prefix else 0
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    size = bucket_size(min(max(1, rows // sampling.n), len(prompts)), model.row_multiple)
+    rows_at_once = model.row_multiple * math.ceil(size / model.row_multiple / PREFILLS)
+    completions: dict[int, list[Completion]] = {}
+    with model.on_mesh():
+        shared: tuple[Cache, ...] = ()
+        if prefix:
+            tokens, positions, _ = _rows([prompts[0][:prefix]], 0, 1)
+            shared = (_prefill(model, (), *model.put((tokens, positions), whole=True), None)[1],)
+        for batch in (order[start : start + size] for start in range(0, len(order), size)):
+            parts, ends = [], []
+            for first in range(0, size, rows_at_once):  # longest first; rows without a prompt are done from the start
+                suffixes = [prompts[i][prefix:] for i in batch[first : first + rows_at_once]]
+                tokens, positions, lengths = _rows(suffixes, prefix, min(rows_at_once, size - first))
+                parts.append(_prefill(model, shared, *model.put((tokens, positions, lengths - prefix - 1))))
+                ends.append(lengths)
+            hidden_BD, own = parts[0] if len(parts) == 1 else _joined(parts)
+            samples = [(i, sample) for i in batch for sample in range(sampling.n)]
+            keys = np.zeros((size * sampling.n, 2), np.uint32)
+            for row, (i, sample) in enumerate(samples):
+                keys[row] = np.frombuffer(sample_digest(sampling.seed, prompts[i], sample)[:8], np.uint32)
+            done = np.arange(len(keys)) >= len(samples)
+            stop = model.put(np.asarray(sampling.stop_ids or (-1,), np.int32), whole=True)
+            generated_RG = _decode(
+                model, (*shared, own), hidden_BD, *model.put((np.concatenate(ends), keys, done)), stop,
+                max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
+            )  # fmt: skip
+            for (i, _), tokens_G in zip(samples, np.asarray(generated_RG), strict=False):
+                stops = np.flatnonzero(np.isin(tokens_G, sampling.stop_ids))
+                whole = tokens_G[: stops[0] if len(stops) else None].tolist()
+                completions.setdefault(i, []).append(Completion(tuple(whole), stopped=bool(len(stops))))
+    return [completions[i] for i in range(len(prompts))]
+
+
+def check_prompts(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """Refuse prompts that are empty, or leave no room for the new tokens."""
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise JaxguardError(f"prompt {i} has no tokens")
+        if len(prompt) + max_tokens > spec.max_position_embeddings:
+            raise JaxguardError(
+                f"prompt {i} has {len(prompt)} tokens, which with max_tokens={max_tokens} is more than the model's context of "
+                f"{spec.max_position_embeddings}: shorten it, or lower max_tokens"
+            )
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, without the last one of any prompt."""
+    shortest = min(prompts, key=len)
+    differ = (i for i, token in enumerate(shortest) if any(prompt[i] != token for prompt in prompts))
+    return min(next(differ, len(shortest)), len(shortest) - 1)
+
+
+def _rows(suffixes: Sequence[Sequence[int]], start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, positions and end position of each row, padded on the right to one of few lengths."""
+    width = bucket_size(max(map(len, suffixes), default=1), LENGTH_MULTIPLE)
+    tokens, positions = np.zeros((size, width), np.int32), np.full((size, width), FAR, np.int32)
+    lengths = np.full(size, start + 1, np.int32)
+    for row, suffix in enumerate(suffixes):
+        tokens[row, : len(suffix)] = suffix
+        positions[row, : len(suffix)] = np.arange(start, start + len(suffix))
+        lengths[row] = start + len(suffix)
+    return tokens, positions, lengths
+
+
+@jax.jit
+def _prefill(
+    model: Model,
+    seen: tuple[Cache, ...],
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    last_B: Int[Array, "B"] | None,
+) -> tuple[Float[Array, "B D"] | None, Cache]:
+    """Hidden state of each row's last token, and the rows' cache."""
+    hidden_BTD, cache = model.decoder.cached(tokens_BT, positions_BT, seen)
+    return None if last_B is None else jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0], cache
+
+
+@jax.jit
+def _joined(parts: Sequence[tuple[Float[Array, "_ D"], Cache]]) -> tuple[Float[Array, "B D"], Cache]:
+    """Join the parts of a batch; the first part has the longest rows, and others are padded to them."""
+    longest = parts[0][1].positions_AS.shape[1]
+
+    def whole(arrays: Sequence[Array], rows: int, tokens: int, padding: int) -> Array:
+        def long(x: Array) -> Array:
+            more = [(0, longest - x.shape[tokens] if axis == tokens else 0) for axis in range(x.ndim)]
+            return jnp.pad(x, more, constant_values=padding)
+
+        return jnp.concatenate([long(x) for x in arrays], axis=rows)
+
+    hidden, caches = zip(*parts, strict=True)
+    keys, values, positions = zip(*caches, strict=True)
+    axes = "layers", "batch", "kv_heads", None, "head_dim"
+    key_LBKSH, value_LBKSH = (constrain(whole(x, 1, 3, 0), *axes) for x in (keys, values))
+    joined = Cache(key_LBKSH, value_LBKSH, constrain(whole(positions, 0, 1, FAR), "batch", None))
+    return constrain(jnp.concatenate(hidden), "batch", None), joined
+
+
+class _State(NamedTuple):
+    """State of the loop over new tokens: how many are sampled, the tokens, which rows have stopped, keys and values."""
+
+    step: Array
+    tokens_RG: Array
+    done_R: Array
+    key_LRKGH: Array
+    value_LRKGH: Array
+
+
+@partial(jax.jit, static_argnames=("max_tokens", "temperature", "top_p"))
+def _decode(
+    model: Model,
+    seen: tuple[Cache, ...],
+    hidden_BD: Float[Array, "B D"],
+    lengths_B: Int[Array, "B"],
+    keys_R2: UInt32[Array, "R 2"],
+    done_R: Array,
+    stop_Q: Int[Array, "Q"],
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> Int[Array, "R G"]:
+    """New tokens of R = B n rows; ignore what follows a stop token."""
+    spec, decoder, rows = model.spec, model.decoder, keys_R2.shape[0]
+    lengths_R, hidden_RD = (jnp.repeat(x, rows // x.shape[0], axis=0) for x in (lengths_B, hidden_BD))
+    positions_RG = lengths_R[:, None] + jnp.arange(max_tokens)
+
+    def choose(hidden_RD: Array, step: Array | int, tokens_RG: Array, done_R: Array) -> tuple[Array, Array]:
+        logits_RV = constrain(decoder.logits(hidden_RD[:, None])[:, 0], "batch", None)
+        chosen_R = draw(logits_RV, keys_R2, step, temperature, top_p)
+        return tokens_RG.at[:, step].set(chosen_R), done_R | jnp.isin(chosen_R, stop_Q)
+
+    def more(state: _State) -> Array:
+        return (state.step < max_tokens) & ~jnp.all(state.done_R)
+
+    def step(state: _State) -> _State:
+        """Feed the last token, cache its keys and values, sample the next."""
+        last = state.step - 1
+        last_R1, position_R1 = (
+            jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1) for x in (state.tokens_RG, positions_RG)
+        )
+        written_RG = jnp.where(jnp.arange(max_tokens) < last, positions_RG, FAR)
+        new = Cache(state.key_LRKGH, state.value_LRKGH, written_RG)
+        hidden_R1D, cache = decoder.cached(last_R1, position_R1, (*seen, new))
+        key_LRKGH, value_LRKGH = (
+            jax.lax.dynamic_update_slice_in_dim(whole, part, last, axis=3)
+            for whole, part in zip(new[:2], cache[:2], strict=True)
+        )
+        chosen = choose(hidden_R1D[:, 0], state.step, state.tokens_RG, state.done_R)
+        return _State(state.step + 1, *chosen, key_LRKGH, value_LRKGH)
+
+    shape = (spec.num_layers, rows, spec.num_kv_heads, max_tokens, spec.head_dim)
+    empty = constrain(jnp.zeros(shape, model.compute.dtype), "layers", "batch", "kv_heads", None, "head_dim")
+    first = choose(hidden_RD, 0, jnp.zeros((rows, max_tokens), jnp.int32), done_R)
+    state = jax.lax.while_loop(more, step, _State(jnp.int32(1), *first, empty, empty))
+    return constrain(state.tokens_RG, None, None)
+
+
+def draw(
+    logits_RV: Float[Array, "R V"], keys_R2: UInt32[Array, "R 2"], step: Any, temperature: float, top_p: float
+) -> Int[Array, "R"]:
+    """Sample a token for each row by its own random stream."""
+    if temperature == 0:
+        return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
+    logits_RV = logits_RV / temperature
+    if top_p < 1:
+        logits_RV = jnp.where(nucleus(jax.nn.softmax(logits_RV, axis=-1), top_p), logits_RV, -jnp.inf)
+
+    def sample(key_2: Array, logits_V: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key_2), step), logits_V)
+
+    return jax.vmap(sample)(keys_R2, logits_RV).astype(jnp.int32)
+
+
+def nucleus(probability_RV: Float[Array, "R V"], top_p: float) -> Array:
+    """Mask the fewest likeliest tokens that together have probability `top_p`, with ties.
+
+    Finds the least probability inside by bisection: a float32 of 0 or more grows with its bits read as an integer, so 31
+    sums over the vocabulary find it exactly, faster than sorting does.
+    """
+    bits_RV = jax.lax.bitcast_convert_type(probability_RV, jnp.int32)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low_R1, high_R1 = bounds
+        middle_R1 = low_R1 + (high_R1 - low_R1) // 2
+        mass_R1 = jnp.sum(jnp.where(bits_RV >= middle_R1, probability_RV, 0), axis=-1, keepdims=True)
+        enough_R1 = mass_R1 >= top_p
+        return jnp.where(enough_R1, middle_R1, low_R1), jnp.where(enough_R1, high_R1, middle_R1)
+
+    top_R1 = jnp.max(bits_RV, axis=-1, keepdims=True)
+    least_R1, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top_R1), top_R1 + 1))
+    inside_RV: Array = bits_RV >= least_R1
+    return inside_RV
+
+
 def next_log_odds(
     model: Model, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], *, max_seq_len: int
 ) -> list[float]:
@@ -101,7 +395,7 @@ def next_log_odds(
             targets = {r: [i for sequence in row for i in ends_in[id(sequence)]] for r, row in enumerate(part) if row}
             for r, own in targets.items():
                 pairs_BM2[r, : len(own)] = [pairs[i] for i in own]
-            odds_BM = np.asarray(_log_odds(model.weights, *model.put((batch, pairs_BM2)), **model.static))
+            odds_BM = np.asarray(_log_odds(model, *model.put((batch, pairs_BM2))))
             for r, own in targets.items():
                 odds[own] = odds_BM[r, : len(own)]
     return odds.tolist()
@@ -131,12 +425,10 @@ def _sequences(prompts: Sequence[Sequence[int]]) -> list[tuple[EncodedExample, l
     return sequences
 
 
-@partial(jax.jit, static_argnames=("spec", "compute"))
-def _log_odds(
-    weights: dict[str, Array], batch: Batch, pairs_BM2: Int[Array, "B M 2"], *, spec: Spec, compute: Compute
-) -> Float[Array, "B M"]:
+@jax.jit
+def _log_odds(model: Model, batch: Batch, pairs_BM2: Int[Array, "B M 2"]) -> Float[Array, "B M"]:
     """From the difference of the two tokens' rows of the head: the other logits cancel out."""
-    decoder = Decoder(spec, weights, compute)
+    decoder = model.decoder
     hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.prefixes_BT)
     hidden_BMD = jnp.take_along_axis(hidden_BTD, batch.target_index_BM[..., None], axis=1)
     pairs_BM2D = jnp.take(decoder.head_VD, pairs_BM2, axis=0).astype(jnp.float32)

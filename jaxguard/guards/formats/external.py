@@ -23,8 +23,7 @@ from jaxguard.data.format.template import TEMPLATE_KWARGS, token_ids
 from jaxguard.data.policies import Category, Policy, Question, policy_for
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
-from jaxguard.guards.formats.custom import read_guard
-from jaxguard.guards.formats.definition import ExternalGuard, decision_tree, numbered
+from jaxguard.guards.formats.definition import ExternalGuard, decision_tree, numbered, read_guard
 from jaxguard.guards.protocol import DecisionPoint, Prompt, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.encoding import Encoder, PromptTooLongError
@@ -29,35 +29,29 @@ class NativeFormat:
 
     Attributes:
         encoder: of the guard's checkpoint, with the run's policy and markers.
-        ask: which verdict lines a prompt asks for besides the request's: all of the policy, or those that are known of the
-            example (its labels, and those about a response that is not there), as in training.
-        reasoning_tokens, verdict_tokens: room that is left for an answer.
+        settings: how much room is left for an answer, and which verdict lines a prompt asks for besides the request's: all of the
+            policy, or those that are known of the example (its labels, and those about a response that is not there), as in
+            training.
     """
 
     encoder: Encoder
-    ask: Literal["policy", "benchmark"]
-    reasoning_tokens: int
-    verdict_tokens: int
-
-    @classmethod
-    def of(cls, encoder: Encoder, settings: EvaluateConfig) -> "NativeFormat":
-        return cls(encoder, settings.ask, settings.reasoning_tokens, settings.verdict_tokens)
+    settings: EvaluateConfig
 
     def lines(self, request: Request) -> tuple[Question, ...]:
         """The verdict lines that the prompt asks for."""
         policy = policy_for(request.example, self.encoder.policy)
-        others = policy.asks if self.ask == "policy" else questions(request.example, policy)
+        others = policy.asks if self.settings.ask == "policy" else questions(request.example, policy)
         return tuple(q for q in QUESTIONS if q in others or q in request.questions)
 
     def split(self, request: Request, /) -> Sequence[Request]:
         return (request,)
 
     def prompt(self, request: Request, /) -> Prompt:
-        reasoning = self.reasoning_tokens + self.verdict_tokens if request.mode is Mode.REASONING else 0
+        room = self.settings.verdict_tokens
+        if request.mode is Mode.REASONING:
+            room += self.settings.reasoning_tokens + self.settings.verdict_tokens
         try:
-            prompt = self.encoder.prompt(
-                request.example, request.mode, self.verdict_tokens + reasoning, self.lines(request)
-            )
+            prompt = self.encoder.prompt(request.example, request.mode, room, self.lines(request))
         except PromptTooLongError as error:
             raise UnsupportedError(str(error)) from None
         return Prompt(tuple(prompt.ids), prompt.cut)
