@@ -14,7 +14,7 @@ from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.data.examples import Example
 from jaxguard.data.files import SUFFIXES, Row, read_local, text
 from jaxguard.data.format.dialogue import TITLES, Mode
-from jaxguard.guards.guard import CheckResult, Guard, set_up
+from jaxguard.guards.guard import CheckResult, Guard
 from jaxguard.report.text import visible
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.progress import track
@@ -43,11 +43,10 @@ _BEGINNING = 72
 
 def _check(options: argparse.Namespace) -> int:
     examples = read_inputs(options.text, options.response, options.file)
-    setup = set_up(options.model, options.policy, options.mode, options.tokenizer, options.config)
-    if setup.warning:
-        Console(stderr=True).print(Text(f"note: {setup.warning}", style="yellow"))
     console, passed, several = Console(highlight=False, soft_wrap=True), True, options.file is not None
-    with Guard(setup) as guard:
+    with Guard.load(options.model, options.policy, options.mode, options.tokenizer, options.config) as guard:
+        if guard.warning:
+            Console(stderr=True).print(Text(f"note: {guard.warning}", style="yellow"))
         # On a terminal the verdicts themselves are the progress, and a bar would be in their way.
         tracked = examples if console.is_terminal else track(examples, "checking", least=2)
         for example, result in zip(tracked, guard.stream(examples), strict=True):

@@ -11,14 +11,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self, TypeAlias, TypeVar
 
-from jaxguard.config import Config, load
+from jaxguard.config import Config
+from jaxguard.config import load as load_config
 from jaxguard.config.base import nearest
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import Verdict, parse, reasoning_of
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import read_guard_files
-from jaxguard.data.policies import Policy, Question, load_policy, policy_for
+from jaxguard.data.policies import Question, load_policy, policy_for
 from jaxguard.guards import loading
 from jaxguard.guards.backends.sglang import served
 from jaxguard.guards.protocol import Prediction, Request
@@ -31,62 +32,6 @@ Exchange: TypeAlias = Example | tuple[str, str | None] | str
 """An example, a (prompt, response) pair, or a prompt."""
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What decides how a guard is loaded and prompted: what open_guard takes, the policy, the mode in which it answers by default.
-
-    `warning` is what a user should know of it; empty if nothing.
-    """
-
-    guard: GuardConfig
-    config: Config
-    settings: EvaluateConfig
-    policy: Policy
-    mode: Mode
-    warning: str
-
-
-def set_up(
-    model: str | Path,
-    policy: str | Path | None = None,
-    mode: str | Mode | None = None,
-    tokenizer: str | Path | None = None,
-    config: str | Path | None = None,
-) -> Setup:
-    """Put together a config that is never trained; see `Guard.load` for the arguments and errors.
-
-    How a model was trained to be prompted (its markers, its modes) is in the config of its run, a file of the export.
-    """
-    endpoint = str(model).rstrip("/") if re.match(r"https?://", str(model)) else None
-    if endpoint is None and tokenizer is not None:
-        raise JaxguardError("tokenizer goes with a server's address; a folder or repository brings its own")
-    chosen = None if mode is None else _known_mode(mode)
-    if policy is not None:
-        load_policy(str(policy))  # before anything is downloaded
-    checkpoint = loading.export_or(str(tokenizer or _served_path(endpoint)) if endpoint else str(model))
-    export = read_guard_files(hub.fetch(checkpoint, only=("*.json", "*.jinja", "tokenizer*", "*.yaml")))
-    run = load(str(config)) if config is not None else None if export is None else export.config
-    if policy is None:
-        if run is None:
-            raise JaxguardError("which policy? What this model was trained on is not known: name one, such as aegis2")
-        policy = run.data.policy if export is None or config is not None else export.policy
-    trained = "dual" if run is None else run.data.mode
-    default = chosen or (Mode.DIRECT if trained == "direct" else Mode.REASONING)
-    guard = GuardConfig(checkpoint=checkpoint, endpoint=endpoint, modes=(default.value,))
-    settings = EvaluateConfig(guards=(guard,), generations=1, temperature=0.0, top_p=1.0)
-    # The mesh, attention and dtype were chosen for the machine that trained; the defaults fit this one.
-    own_model = {} if run is None else run.model.model_dump()
-    own_data = {"train": [{"kind": "jsonl", "path": "none"}]} if run is None else run.data.model_dump()
-    tree = {
-        "name": "check",
-        "model": {**own_model, "checkpoint": checkpoint, "revision": None, "attention": "auto"},
-        "data": {**own_data, "policy": str(policy), "subset": None},
-        "evaluate": settings.model_dump(),
-    }
-    warning = "" if trained in ("dual", default) else f"this model was trained to answer in {trained} mode only"
-    return Setup(guard, load(tree), settings, load_policy(str(policy)), default, warning)
 
 
 def _known_mode(mode: str | Mode) -> Mode:
@@ -152,16 +97,24 @@ class Guard:
 
     It computes in a thread of its own, so it works in a script and inside a running event loop, such as a notebook's, and may
     be used from several threads; they take turns.
+
+    Attributes:
+        config: of a run that is never trained, whose evaluation names the guard.
+        policy: what it judges by, unless an example brings its own policy.
+        mode: how it answers by default.
+        warning: what a user should know of it; empty if nothing.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        """Load the guard that `setup` describes; see `load`."""
-        self.setup = setup
+    def __init__(self, config: Config, mode: Mode, warning: str = "") -> None:
+        """Load the first guard of the config's evaluation, which answers in `mode` by default; see `load`."""
+        self.config, self.mode, self.warning = config, mode, warning
+        self.policy = load_policy(config.data.policy)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jaxguard", daemon=True)
         self._thread.start()
         self._open = AsyncExitStack()
-        opened = loading.open_guard(setup.guard, setup.config, setup.settings)
+        settings = config.evaluate or EvaluateConfig()
+        opened = loading.open_guard(settings.guards[0], config, settings)
         try:
             self._predict = self._submit(self._open.enter_async_context(opened)).result()
         except BaseException:
@@ -189,12 +142,38 @@ class Guard:
         Raises:
             JaxguardError: no such model, policy or mode, or a server that does not answer.
         """
-        return cls(set_up(model, policy, mode, tokenizer, config))
-
-    @property
-    def policy(self) -> Policy:
-        """What it judges by, unless an example brings its own policy."""
-        return self.setup.policy
+        endpoint = str(model).rstrip("/") if re.match(r"https?://", str(model)) else None
+        if endpoint is None and tokenizer is not None:
+            raise JaxguardError("tokenizer goes with a server's address; a folder or repository brings its own")
+        chosen = None if mode is None else _known_mode(mode)
+        if policy is not None:
+            load_policy(str(policy))  # before anything is downloaded
+        checkpoint = loading.export_or(str(tokenizer or _served_path(endpoint)) if endpoint else str(model))
+        export = read_guard_files(hub.fetch(checkpoint, only=("*.json", "*.jinja", "tokenizer*", "*.yaml")))
+        run = load_config(str(config)) if config is not None else None if export is None else export.config
+        if policy is None:
+            if run is None:
+                raise JaxguardError(
+                    "which policy? What this model was trained on is not known: name one, such as aegis2"
+                )
+            policy = run.data.policy if export is None or config is not None else export.policy
+        trained = "dual" if run is None else run.data.mode
+        default = chosen or (Mode.DIRECT if trained == "direct" else Mode.REASONING)
+        guard = GuardConfig(checkpoint=checkpoint, endpoint=endpoint, modes=(default.value,))
+        settings = EvaluateConfig(guards=(guard,), generations=1, temperature=0.0, top_p=1.0)
+        # The mesh, attention and dtype were chosen for the machine that trained; the defaults fit this one.
+        own_model: dict[str, Any] = {} if run is None else run.model.model_dump()
+        own_data: dict[str, Any] = (
+            {"train": [{"kind": "jsonl", "path": "none"}]} if run is None else run.data.model_dump()
+        )
+        tree = {
+            "name": "check",
+            "model": {**own_model, "checkpoint": checkpoint, "revision": None, "attention": "auto"},
+            "data": {**own_data, "policy": str(policy), "subset": None},
+            "evaluate": settings.model_dump(),
+        }
+        warning = "" if trained in ("dual", default) else f"this model was trained to answer in {trained} mode only"
+        return cls(load_config(tree), default, warning)
 
     def check(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:
         """Check a prompt, or an exchange.
@@ -267,7 +246,7 @@ class Guard:
 
     async def _checked(self, exchanges: Iterable[Exchange], mode: str | Mode | None) -> AsyncIterator[CheckResult]:
         """The result of each exchange, in order, as soon as it and those before it are there."""
-        mode = self.setup.mode if mode is None else _known_mode(mode)
+        mode = self.mode if mode is None else _known_mode(mode)
         examples, requests = list[Example](), list[Request]()
         for i, exchange in enumerate(exchanges):
             if isinstance(exchange, Example):

@@ -133,18 +133,18 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
         return {"format": guard.format, "fitted_to": digest(examples), "seed": config.seed}
     checkpoint = checkpoint_of(guard, config)
     form = guard.format if guard.format in BUILT_IN else file_digest(format_file(guard.format))
-    known: dict[str, Any] = {"format": form, "checkpoint": checkpoint, "revision": guard.revision}
+    known: dict[str, Any] = {"format": form, "checkpoint": checkpoint, "revision": guard.revision, "backend": "sglang"}
     if guard.endpoint is not None and not guard.swap:
         model = await served(guard.endpoint)
         if "model_path" in model:  # the path may be this machine's too
             model["weights"] = weights_digest(Path(model["model_path"]))
-        return {**known, "backend": "sglang", "served_as": guard.model, **model}
+        return known | {"served_as": guard.model} | model
     known["weights"] = weights_digest(hub.fetch(checkpoint, guard.revision))
-    if guard.endpoint is not None:
-        return {**known, "backend": "sglang"}
-    if settings.backend == "sglang":
-        return {**known, "backend": "sglang", "arguments": list(settings.server.arguments)}
-    return {**known, "backend": "jax", "compute_dtype": config.model.compute_dtype}
+    if guard.endpoint is None and settings.backend == "jax":
+        known |= {"backend": "jax", "compute_dtype": config.model.compute_dtype}
+    elif guard.endpoint is None:
+        known["arguments"] = list(settings.server.arguments)
+    return known
 
 
 def weights_digest(folder: Path) -> str | None:

@@ -145,7 +145,7 @@ def mine(config: Config) -> MineResult:
     folder = config.folder / "mine"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "mining"):
-        outcomes = asyncio.run(predict_all(config, settings, sampling, selection, policy, key))
+        outcomes = asyncio.run(predict_all(config, sampling, selection, policy, key))
         hard = [outcome for outcome in outcomes if outcome.right in settings.hard]
         result = MineResult(config.name, folder, settings, outcomes, hard, choose(hard, settings, config.seed))
         write_examples(result, selection)
@@ -156,14 +156,10 @@ def mine(config: Config) -> MineResult:
 
 
 async def predict_all(
-    config: Config,
-    settings: MineConfig,
-    sampling: EvaluateConfig,
-    selection: Selection,
-    policy: Policy,
-    key: dict[str, Any],
+    config: Config, sampling: EvaluateConfig, selection: Selection, policy: Policy, key: dict[str, Any]
 ) -> list[Outcome]:
     """Every training example with the guard's answers to it; what is on disk is not generated again."""
+    settings = config.mine or MineConfig()
     tally: Counter[int] = Counter()
     outcomes: dict[str, Outcome] = {}
 

@@ -9,7 +9,7 @@ import pytest
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.guards import loading
-from jaxguard.guards.guard import Guard, set_up
+from jaxguard.guards.guard import Guard
 from jaxguard.utils.errors import JaxguardError
 
 THOUGHT = (
@@ -20,6 +20,12 @@ THOUGHT = (
 def check(*texts, model, **options):
     with Guard.load(model, **options) as guard:
         return guard.check(*texts)
+
+
+def loaded(*arguments, **options):
+    """A guard that was loaded and closed: what it was opened with stays."""
+    with Guard.load(*arguments, **options) as guard:
+        return guard
 
 
 def check_many(exchanges, model):
@@ -133,44 +139,44 @@ def test_a_model_is_asked_as_its_run_trained_it(run, guard):
 
 
 @pytest.mark.parametrize("named", ["run", "export"])
-def test_the_trained_policy_is_the_default(run, named):
-    assert set_up(run if named == "run" else run / "export").policy.name == "short"
+def test_the_trained_policy_is_the_default(run, guard, named):
+    assert loaded(run if named == "run" else run / "export").policy.name == "short"
 
 
-def test_a_mode_that_was_not_trained_is_said_so(run):
-    assert set_up(run).warning == ""
-    setup = set_up(run, mode="reasoning")
-    assert setup.mode is Mode.REASONING
-    assert "direct" in setup.warning
+def test_a_mode_that_was_not_trained_is_said_so(run, guard):
+    assert loaded(run).warning == ""
+    reasons = loaded(run, mode="reasoning")
+    assert reasons.mode is Mode.REASONING
+    assert "direct" in reasons.warning
 
 
-def test_an_export_is_enough_wherever_it_lies(run, tmp_path):
+def test_an_export_is_enough_wherever_it_lies(run, guard, tmp_path):
     alone = (run / "export").rename(tmp_path / "moved")
     (tmp_path / "short.yaml").unlink()
-    assert set_up(alone).config.data.direct_marker == "/verdict"
-    assert set_up(alone).policy.rules == "No bread."
+    assert loaded(alone).config.data.direct_marker == "/verdict"
+    assert loaded(alone).policy.rules == "No bread."
     (alone / "config.yaml").write_text("data: {modus: x}\n", encoding="utf-8")
     with pytest.raises(JaxguardError, match=r"data\.modus"):
-        set_up(alone)
+        loaded(alone)
     (alone / "jaxguard.json").unlink()
     with pytest.raises(JaxguardError, match="which policy"):
-        set_up(alone)
+        loaded(alone)
 
 
-def test_an_unknown_model_gets_the_usual_markers(tmp_path):
+def test_an_unknown_model_gets_the_usual_markers(guard, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "mine.yaml").write_text("name: mine\nrules: x\n", encoding="utf-8")
-    setup = set_up(tmp_path / "model", tmp_path / "mine.yaml")
-    assert setup.config.data.reasoning_marker == "/think"
-    assert (setup.mode, setup.warning) == (Mode.REASONING, "")
+    unknown = loaded(tmp_path / "model", tmp_path / "mine.yaml")
+    assert unknown.config.data.reasoning_marker == "/think"
+    assert (unknown.mode, unknown.warning) == (Mode.REASONING, "")
 
 
-def test_mistakes_are_named(run, tmp_path):
+def test_mistakes_are_named(run, guard, tmp_path):
     with pytest.raises(JaxguardError, match="no policy 'nosuch'"):
-        set_up(run, "nosuch")
+        loaded(run, "nosuch")
     with pytest.raises(JaxguardError, match="did you mean 'direct'"):
-        set_up(run, mode="dirct")
+        loaded(run, mode="dirct")
     with pytest.raises(JaxguardError, match="tokenizer goes with a server's address"):
-        set_up(run, tokenizer=run)
+        loaded(run, tokenizer=run)
     with pytest.raises(JaxguardError, match="no folder"):
-        set_up(tmp_path / "nowhere")
+        loaded(tmp_path / "nowhere")

@@ -6,8 +6,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from jaxguard.guards.guard import set_up
+from jaxguard.guards.guard import Guard
 from jaxguard.utils.errors import JaxguardError
+
+
+def opened(guard, *arguments, **options):
+    """The GuardConfig and the config that the fake guard was opened with."""
+    with Guard.load(*arguments, **options):
+        return guard.opened[-1][:2]
 
 
 @pytest.fixture
@@ -36,31 +42,31 @@ def serving():
         server.server_close()
 
 
-def test_a_local_server_says_what_it_serves(serving, run):
+def test_a_local_server_says_what_it_serves(serving, run, guard):
     url = serving(run / "export")
-    setup = set_up(f"{url}/")
-    assert (setup.guard.endpoint, setup.guard.checkpoint) == (url, str(run / "export"))
-    assert setup.config.data.direct_marker == "/verdict"
+    server, config = opened(guard, f"{url}/")
+    assert (server.endpoint, server.checkpoint) == (url, str(run / "export"))
+    assert config.data.direct_marker == "/verdict"
 
 
-def test_a_server_that_wants_a_key_gets_it(serving, run, monkeypatch):
+def test_a_server_that_wants_a_key_gets_it(serving, run, guard, monkeypatch):
     url = serving(run / "export", key="k")
     monkeypatch.delenv("JAXGUARD_API_KEY", raising=False)
     with pytest.raises(JaxguardError, match="set JAXGUARD_API_KEY"):
-        set_up(url)
+        Guard.load(url)
     monkeypatch.setenv("JAXGUARD_API_KEY", "k")
-    assert set_up(url).guard.endpoint == url
+    assert opened(guard, url)[0].endpoint == url
 
 
-def test_a_model_elsewhere_needs_its_tokenizer_named(serving, run):
+def test_a_model_elsewhere_needs_its_tokenizer_named(serving, run, guard):
     with pytest.raises(JaxguardError, match=r"'/nowhere/at/all', which is no folder on this machine.*--tokenizer"):
-        set_up(serving("/nowhere/at/all"))
+        Guard.load(serving("/nowhere/at/all"))
     # Nothing is downloaded because a server says so.
     with pytest.raises(JaxguardError, match="no folder on this machine"):
-        set_up(serving("owner/name"))
-    assert set_up(serving("owner/name"), tokenizer=run).guard.checkpoint == str(run / "export")
+        Guard.load(serving("owner/name"))
+    assert opened(guard, serving("owner/name"), tokenizer=run)[0].checkpoint == str(run / "export")
 
 
 def test_no_server(run):
     with pytest.raises(JaxguardError, match="does not say what it serves"):
-        set_up("http://127.0.0.1:9")
+        Guard.load("http://127.0.0.1:9")
