@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import argcomplete
 from rich.console import Console
 from rich.text import Text
 
@@ -74,8 +75,19 @@ class Command:
         if arguments and arguments[0] in self.commands:
             return self.commands[arguments[0]](arguments[1:])
         parser = self.parser()
-        _complete(parser)
-        return exit_code(lambda: self.run(_parse(parser, arguments)))
+        argcomplete.autocomplete(parser)
+
+        def parse_and_run() -> int | None:
+            options, unknown = parser.parse_known_intermixed_args(arguments)
+            if not unknown:
+                return self.run(options)
+            known = sorted(name for name in parser._option_string_actions if name.startswith("--"))
+            hint = f"known: {', '.join(known)}"
+            if "=" in unknown[0] and "." in unknown[0]:
+                hint = f"an override is written without dashes: {unknown[0].lstrip('-')}"
+            raise JaxguardError(f"unknown option {unknown[0]!r}; {hint}")
+
+        return exit_code(parse_and_run)
 
 
 def stage(
@@ -125,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments:
             parser = argparse.ArgumentParser()
             parser.add_argument("stage", choices=known)
-            _complete(parser)
+            argcomplete.autocomplete(parser)
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, known))
         print("usage: jaxguard STAGE --config NAME [field=value ...]\n")
@@ -176,29 +188,9 @@ def _complain(message: str, code: int = USER_ERROR) -> int:
     return code
 
 
-def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse arguments; a JaxguardError names the first unknown option, and those that there are."""
-    options, unknown = parser.parse_known_intermixed_args(arguments)
-    if not unknown:
-        return options
-    option = unknown[0]
-    if "=" in option and "." in option:
-        raise JaxguardError(f"unknown option {option!r}: an override is written without dashes: {option.lstrip('-')}")
-    known = ", ".join(sorted(name for name in parser._option_string_actions if name.startswith("--")))
-    raise JaxguardError(f"unknown option {option!r}; known: {known}")
-
-
 def suggest(argument: argparse.Action, values: Callable[[str], Iterable[str]]) -> None:
     """Complete an argument with values, a function of what is typed of it."""
     vars(argument)["completer"] = lambda prefix, **_: list(values(prefix))
-
-
-def _complete(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell's request for completions and exit; without one, do nothing."""
-    if COMPLETING:
-        import argcomplete
-
-        argcomplete.autocomplete(parser)
 
 
 def _next_word(known: Iterable[str]) -> list[str]:

@@ -5,6 +5,7 @@ import pytest
 from jaxguard.cli import main
 from jaxguard.config import load
 from jaxguard.config.base import CONFIG_FOLDER, INSTALLED, find_yaml, locate, names
+from jaxguard.config.hardware import read_hardware
 from jaxguard.config.study import read_study
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import load_policy, policy_for
@@ -12,7 +13,6 @@ from jaxguard.distill.prompts import load_prompt
 from jaxguard.evaluate.benchmarks.loading import list_benchmarks, load_benchmark
 from jaxguard.evaluate.report.published import read_published
 from jaxguard.plan.sweeps import read_sweep
-from jaxguard.plan.targets import read_targets
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -41,7 +41,7 @@ def test_every_kind_of_file_is_found_by_name():
     assert read_published().rows
     assert load_prompt("trace").name
     assert read_sweep(names(CONFIG_FOLDER / "sweeps")[0]).series
-    assert "a100-80gb" in read_targets()
+    assert "a100-80gb" in read_hardware().targets
     assert read_study("paper/main")[0].rows
 
 

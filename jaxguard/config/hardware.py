@@ -1,7 +1,6 @@
 """Facts of accelerators, read from configs/hardware/targets.yaml: peak FLOP/s, memory, links, and what XLA compiles for."""
 
 import re
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Self
@@ -87,17 +86,13 @@ class Hardware(Schema):
 
 
 @cache
-def _read(path: Path) -> Hardware:
+def read_hardware(path: Path = HARDWARE_FILE) -> Hardware:
+    """Read the file; JaxguardError for a field that is unknown, missing or ill-typed."""
     return validate(Hardware, read_yaml(locate(path)), str(path))
-
-
-def read_targets(path: Path = HARDWARE_FILE) -> Mapping[str, Target]:
-    """Return name -> device to compile for; JaxguardError for a field that is unknown, missing or ill-typed."""
-    return _read(path).targets
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of one JAX device of this kind, None where it is unknown."""
-    hardware = _read(HARDWARE_FILE)
+    hardware = read_hardware()
     devices = (*hardware.peaks.values(), *hardware.targets.values())
     return next((d.flops["bfloat16"] for d in devices if re.search(d.device_kind, device_kind)), None)

@@ -11,7 +11,7 @@ from rich.console import Console
 from jaxguard.cli import Command, stage, suggest
 from jaxguard.config import Config
 from jaxguard.config.base import CONFIG_FOLDER, names
-from jaxguard.config.hardware import GIB, read_targets
+from jaxguard.config.hardware import GIB, read_hardware
 from jaxguard.report import write_markdown, write_page
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
@@ -63,9 +63,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     target = parser.add_argument(
         "--target", required=True, action="append", metavar="NAME:SHAPE",
         help="devices to compile for, may be repeated: a100-80gb:8, h100:4x8 (hosts x GPUs of each), v5e:16, v5p:8x8x16, "
-        f"v5e:2*16x16 (slices * chips of each); known: {', '.join(read_targets())}",
+        f"v5e:2*16x16 (slices * chips of each); known: {', '.join(read_hardware().targets)}",
     )  # fmt: skip
-    suggest(target, lambda _: [f"{name}:" for name in read_targets()])
+    suggest(target, lambda _: [f"{name}:" for name in read_hardware().targets])
     rows = "rows of the batch; default: of the largest batch if the data are local, else one for each example"
     parser.add_argument("--rows", type=_count, help=rows)
     parser.add_argument("--targets", type=_count, help="target tokens of a row; default: all of them")

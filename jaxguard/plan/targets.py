@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxguard.config.base import nearest
-from jaxguard.config.hardware import Gpu, Target, Tpu, read_targets
+from jaxguard.config.hardware import Gpu, Target, Tpu, read_hardware
 from jaxguard.utils.errors import JaxguardError
 
 GPUS_PER_HOST = 8
@@ -70,7 +70,7 @@ def find_cluster(text: str) -> Cluster:
         JaxguardError: no such target, or it is not built in that shape.
     """
     name, _, shape = text.partition(":")
-    known = read_targets()
+    known = read_hardware().targets
     if name not in known:
         raise JaxguardError(f"target {name!r} is unknown: {nearest(name, known)}known: {', '.join(known)}")
     match = re.fullmatch(r"(?:([1-9]\d*)\*)?([1-9]\d*(?:x[1-9]\d*)*)", shape or "8")

@@ -2,7 +2,7 @@
 
 import datetime
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self, TypeVar
 
 from rich.console import Console
@@ -82,12 +82,11 @@ class Progress:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def track(items: Sequence[Item], title: str, least: int = 1000) -> Iterable[Item]:
-    """Return the items, with a progress display on standard error while they are worked on; none for fewer than `least`."""
-    return items if len(items) < least else _tracked(items, title)
-
-
-def _tracked(items: Sequence[Item], title: str) -> Iterator[Item]:
+def track(items: Sequence[Item], title: str, least: int = 1000) -> Iterator[Item]:
+    """Yield the items, with a progress display on standard error unless they are fewer than `least`."""
+    if len(items) < least:
+        yield from items
+        return
     with Progress(title, len(items), console=Console(stderr=True)) as progress:
         for item in items:
             yield item

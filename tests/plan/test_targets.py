@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from jaxguard.config.hardware import GIB, HARDWARE_FILE, peak_flops, read_targets
+from jaxguard.config.hardware import GIB, HARDWARE_FILE, peak_flops, read_hardware
 from jaxguard.plan import targets
 from jaxguard.plan.targets import find_cluster
 from jaxguard.utils.errors import JaxguardError
@@ -55,7 +55,7 @@ def test_a_mistake_in_the_file_names_target_and_field(tmp_path):
     path = tmp_path / "targets.yaml"
     path.write_text(HARDWARE_FILE.read_text().replace("bandwidth: 819e9", "bandwith: 819e9"))
     with pytest.raises(JaxguardError, match=r"targets\.v5e\.bandwith'.*'bandwidth'"):
-        read_targets(path)
+        read_hardware(path)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_unknown_peaks_are_not_guessed(kind):
 
 
 def test_titles_of_targets_are_matched_by_their_own_pattern():
-    for target in read_targets().values():
+    for target in read_hardware().targets.values():
         assert target.flops["bfloat16"] == peak_flops(target.title), target.title
 
 
 def test_every_target_says_where_its_figures_are_from_and_is_plausible():
-    for name, target in read_targets().items():
+    for name, target in read_hardware().targets.items():
         assert target.source, name
         assert 16 * GIB <= target.memory < 200 * GIB
         assert target.network < target.link < target.bandwidth
