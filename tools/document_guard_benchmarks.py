@@ -24,7 +24,7 @@ def main() -> None:
 
 def table() -> str:
     """A table for each group, one row for each benchmark."""
-    benchmarks = [read_benchmark(name, FOLDER) for name in list_benchmarks(FOLDER)]
+    benchmarks = [read_benchmark(name) for name in list_benchmarks()]
     parts = []
     columns = ("name", "source", "rows", "positive when", "n (positive/negative)", "slices", "licence")
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"

@@ -204,4 +204,4 @@ def texts(benchmark, ids):
 
 
 def shipped(name, local):
-    return load_benchmark(name, local, SHIPPED)
+    return load_benchmark(name, local)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from benchmark_examples import ROWS, SHIPPED
+from benchmark_examples import ROWS
 
 from jaxguard.evaluate.benchmarks.schema import read_benchmark
 
@@ -19,7 +19,7 @@ def write(tmp_path):
     """write(name): the hand-made rows of a shipped benchmark, in the format of its source."""
 
     def write(name, form=None):
-        rows, fields = ROWS[name][0], read_benchmark(name, SHIPPED)
+        rows, fields = ROWS[name][0], read_benchmark(name)
         remote = fields.source.file or fields.source.url or "rows.jsonl"
         path = tmp_path / f"{name}{form or ''.join(Path(remote).suffixes[-2:])}"
         text = "".join(f"{json.dumps(row)}\n" for row in rows)

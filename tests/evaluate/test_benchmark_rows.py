@@ -9,7 +9,7 @@ import urllib.request
 
 import huggingface_hub
 import pytest
-from benchmark_examples import ROWS, SHIPPED, answers, shipped
+from benchmark_examples import ROWS, answers, shipped
 
 from jaxguard.evaluate.benchmarks.loading import load_benchmark
 from jaxguard.evaluate.benchmarks.schema import read_benchmark
@@ -52,7 +52,7 @@ def test_files_of_the_hub(monkeypatch, write, tmp_path):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     for rows in (lzma.compress(json.dumps(ROWS["saferlhf"][0]).encode()), write("saferlhf").read_bytes()):
         path.write_bytes(rows)  # once an array in spite of its name, once lines
-        benchmark = load_benchmark("saferlhf", folder=SHIPPED)
+        benchmark = load_benchmark("saferlhf")
         assert answers(benchmark) == ROWS["saferlhf"][1]
     assert asked[0] == (
         "PKU-Alignment/PKU-SafeRLHF",
@@ -61,7 +61,7 @@ def test_files_of_the_hub(monkeypatch, write, tmp_path):
     )
     path.write_bytes(lzma.compress(b'{"prompt": "A"}\n{'))
     with pytest.raises(JaxguardError, match=r"^PKU-Alignment/PKU-SafeRLHF/round0/test.jsonl.xz:2: not JSON"):
-        load_benchmark("saferlhf", folder=SHIPPED)
+        load_benchmark("saferlhf")
 
 
 def test_damaged_copies_are_named(tmp_path):
@@ -81,9 +81,9 @@ def test_files_are_fetched_from_their_address(monkeypatch, write):
         return io.BytesIO(write("openai_moderation").read_bytes())
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    benchmark = load_benchmark("openai_moderation", folder=SHIPPED)
+    benchmark = load_benchmark("openai_moderation")
     assert answers(benchmark) == ROWS["openai_moderation"][1]
-    assert fetched == [read_benchmark("openai_moderation", SHIPPED).source.url]
+    assert fetched == [read_benchmark("openai_moderation").source.url]
 
 
 def test_an_address_out_of_reach_says_what_to_do(monkeypatch):
@@ -92,11 +92,11 @@ def test_an_address_out_of_reach_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(JaxguardError, match=r"samples-1680.*no route.*local file"):
-        load_benchmark("openai_moderation", folder=SHIPPED)
+        load_benchmark("openai_moderation")
 
 
 @pytest.mark.parametrize("name", ["saferlhf", "xstest_prompt"])
 def test_a_hub_out_of_reach_says_what_to_do(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(JaxguardError, match="on disk"):
-        load_benchmark(name, folder=SHIPPED)
+        load_benchmark(name)

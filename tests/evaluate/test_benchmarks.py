@@ -6,7 +6,7 @@ import re
 
 import pytest
 import yaml
-from benchmark_examples import HARM, ROOT, ROWS, SAFE, SHIPPED, answers, shipped, texts
+from benchmark_examples import HARM, ROOT, ROWS, SAFE, answers, shipped, texts
 
 import document_guard_benchmarks
 from generated import written
@@ -19,8 +19,8 @@ from jaxguard.utils.errors import JaxguardError
 
 def test_every_benchmark_of_the_papers_table_is_there():
     ours = {"novel_policies", "novel_policies_response"}  # see test_novel.py
-    assert set(list_benchmarks(SHIPPED)) == set(ROWS) | ours
-    fields = [read_benchmark(name, SHIPPED) for name in ROWS]
+    assert set(list_benchmarks()) == set(ROWS) | ours
+    fields = [read_benchmark(name) for name in ROWS]
     groups = [f.group for f in fields]
     # What Avg(safety) = (5 x mean prompt F1 + 4 x mean response F1) / 9 and the custom average are taken over.
     assert [groups.count(g) for g in ("safety_prompt", "safety_response", "custom_policy")] == [5, 4, 2]
@@ -30,7 +30,7 @@ def test_every_benchmark_of_the_papers_table_is_there():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_shipped_benchmark_gives_the_right_labels(name, write):
-    path, fields = write(name), read_benchmark(name, SHIPPED)
+    path, fields = write(name), read_benchmark(name)
     benchmark = shipped(name, path)
     assert fields.name == name
     assert answers(benchmark) == ROWS[name][1]
@@ -257,7 +257,7 @@ def test_a_label_outside_its_set_is_an_error(own):
 
 def test_an_unknown_benchmark_is_named_with_the_nearest():
     with pytest.raises(JaxguardError, match="no benchmark 'toxicchat': did you mean 'toxic_chat'"):
-        load_benchmark("toxicchat", folder=SHIPPED)
+        load_benchmark("toxicchat")
 
 
 def test_the_documented_example_is_a_benchmark(tmp_path):
@@ -265,7 +265,7 @@ def test_the_documented_example_is_a_benchmark(tmp_path):
         r"```yaml\n(.*?)```", document_guard_benchmarks.DOCUMENT.read_text(encoding="utf-8"), re.DOTALL
     )
     (tmp_path / "helpdesk.yaml").write_text(text, encoding="utf-8")
-    fields = read_benchmark("helpdesk", tmp_path)
+    fields = read_benchmark(str(tmp_path / "helpdesk.yaml"))
     assert (len(fields.where), fields.examples[0].positive.at_least) == (2, 2)
 
 

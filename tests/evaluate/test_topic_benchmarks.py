@@ -17,7 +17,7 @@ TOPICS = ("canttalkaboutthis", "nemotron_topics")
 @pytest.mark.parametrize("name", TOPICS)
 def test_a_dialogue_is_judged_as_it_is_trained_on(name, write):
     path = write(name)
-    source = read_benchmark(name, SHIPPED).source.data
+    source = read_benchmark(name).source.data
     loaded = load(source.model_copy(update={"path": str(path)}))
     benchmark = shipped(name, path)
     trained = [(e.id, e.prompt, e.prompt_label, e.policy) for e in loaded.examples]
@@ -62,7 +62,7 @@ def test_the_human_test_set_of_a_clone_and_of_the_hub(write, tmp_path, monkeypat
     monkeypatch.setattr("jaxguard.data.sources.read_hub", read_hub)
     for name in TOPICS:
         with pytest.raises(JaxguardError, match="no network"):
-            load_benchmark(name, folder=SHIPPED)
+            load_benchmark(name)
     assert asked == [
         ("nvidia/CantTalkAboutThis-Topic-Control-Dataset", None, "test", None),
         ("nvidia/Nemotron-Content-Safety-Reasoning-Dataset", None, "train", "tf_efficient_reasoning.jsonl"),
@@ -75,7 +75,7 @@ def test_a_column_that_examples_do_not_have_is_named(tmp_path):
     text = (SHIPPED / "nemotron_topics.yaml").read_text(encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(text.replace("column: policy", "column: polcy"), encoding="utf-8")
     with pytest.raises(JaxguardError, match=r"no column 'polcy'; did you mean 'policy'\?"):
-        load_benchmark("mine", tmp_path / "rows.jsonl", tmp_path)
+        load_benchmark(str(tmp_path / "mine.yaml"), tmp_path / "rows.jsonl")
 
 
 def test_a_topic_file_of_ones_own(write):

@@ -59,21 +59,20 @@ class Benchmark:
     """Reason -> how many rows, or parts of rows, became no example."""
 
 
-def load_benchmark(name_or_path: str, local: Path | None = None, folder: Path = BENCHMARK_FOLDER) -> Benchmark:
-    """Read a benchmark by name (a file in `folder`) or by the path of its YAML file.
+def load_benchmark(name_or_path: str, local: Path | None = None) -> Benchmark:
+    """Read a benchmark by name (a file in configs/benchmarks) or by the path of its YAML file.
 
     Counts other than the published ones are logged as a warning.
 
     Args:
         name_or_path: which.
         local: a file or folder with the source's columns, read instead of the source.
-        folder: where names are looked up.
 
     Raises:
         JaxguardError: the YAML or the rows are malformed, a column is absent, a row is neither positive nor negative, or
             no example is left.
     """
-    definition = read_benchmark(name_or_path, folder)
+    definition = read_benchmark(name_or_path)
     name, question, policy = definition.name, definition.question, definition.policy
     if policy and policy.name and question not in (asks := load_policy(policy.name).asks):
         raise JaxguardError(
@@ -114,9 +113,9 @@ def load_benchmark(name_or_path: str, local: Path | None = None, folder: Path = 
     )
 
 
-def list_benchmarks(folder: Path = BENCHMARK_FOLDER) -> tuple[str, ...]:
-    """The names that `load_benchmark` knows in a folder."""
-    return tuple(name for name in names(folder) if "/" not in name)
+def list_benchmarks() -> tuple[str, ...]:
+    """The names that `load_benchmark` knows."""
+    return tuple(name for name in names(BENCHMARK_FOLDER) if "/" not in name)
 
 
 # From rows to examples.

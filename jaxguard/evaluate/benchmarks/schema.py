@@ -271,11 +271,7 @@ class BenchmarkDefinition(Schema):
         return self
 
 
-def read_benchmark(name_or_path: str, folder: Path = BENCHMARK_FOLDER) -> BenchmarkDefinition:
-    """Read the YAML file of a benchmark, by its name (a file in `folder`) or path.
-
-    Raises:
-        JaxguardError: no such file; unknown, missing or ill-typed field; an impossible combination.
-    """
-    path = find_yaml(name_or_path, folder, "benchmark")
+def read_benchmark(name_or_path: str) -> BenchmarkDefinition:
+    """Read the YAML file of a benchmark, by its name in configs/benchmarks or its path."""
+    path = find_yaml(name_or_path, BENCHMARK_FOLDER, "benchmark")
     return validate(BenchmarkDefinition, read_yaml(path), str(path))

@@ -16,18 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.data.policies import Question
+from jaxguard.evaluate.report import tables
 from jaxguard.evaluate.report.published import Published, read_published
-from jaxguard.evaluate.report.tables import (
-    AVERAGE_TITLES,
-    by_category,
-    comparable,
-    cost_table,
-    error_table,
-    main_table,
-    score_table,
-    slice_table,
-    versus_table,
-)
 from jaxguard.evaluate.scores.metrics import Bin
 from jaxguard.evaluate.scores.results import Cell, Evaluation, Wrong, write_results
 from jaxguard.report import (
@@ -113,9 +103,13 @@ def report(evaluation: Evaluation, published: Published) -> Page:
     link = TableCell(published.source, url=published.url)
     paper = Paragraph([f"The paper: {published.title}, ", link, "."], faint=True)
     groups = evaluation.by_benchmark.values()
-    scores, cost, versus = score_table(evaluation), cost_table(evaluation), versus_table(evaluation)
+    scores, cost, versus = (
+        tables.score_table(evaluation),
+        tables.cost_table(evaluation),
+        tables.versus_table(evaluation),
+    )
     reliability = list(_reliability(evaluation))
-    slices = [Details(cells[0].heading, [slice_table(cells)]) for cells in groups]
+    slices = [Details(cells[0].heading, [tables.slice_table(cells)]) for cells in groups]
     mistakes = [Section(cells[0].heading, [_mistakes(cell) for cell in cells]) for cells in groups]
     hidden = "Much of their text is offensive; it is hidden until you open it. A label may be wrong as well as a guard."
     any_errors = any(cell.wrong for cell in evaluation.cells)
@@ -124,7 +118,7 @@ def report(evaluation: Evaluation, published: Published) -> Page:
         Bullets(cautions(evaluation, published), warning=True),
         Only("html", [Details("All settings", [Facts([(name, _text(value)) for name, value in evaluation.settings.items()])])]),
         Section("Averages", [
-            note(ABOUT_AVERAGES), main_table(evaluation, published), paper, Beside(list(_figures(evaluation, published))),
+            note(ABOUT_AVERAGES), tables.main_table(evaluation, published), paper, Beside(list(_figures(evaluation, published))),
         ], "averages"),
         Section("Benchmarks", [note(ABOUT_SCORES), scores], "benchmarks") if scores.rows else None,
         Section("Time and tokens", [note(ABOUT_COST), cost], "cost") if cost.rows else None,
@@ -135,7 +129,7 @@ def report(evaluation: Evaluation, published: Published) -> Page:
         Section("Errors", [
             note(ABOUT_ERRORS),
             Only("html", [note(hidden), *mistakes] if any_errors else ["None."]),
-            Only("markdown", ["Texts are in report.html, hidden until they are opened.", error_table(evaluation)]),
+            Only("markdown", ["Texts are in report.html, hidden until they are opened.", tables.error_table(evaluation)]),
         ], "errors"),
     ])  # fmt: skip
 
@@ -208,9 +202,9 @@ def _other_protocol(evaluation: Evaluation, published: Published) -> Iterator[st
     if different:
         yield f"Answers are not sampled as in the paper: {', '.join(different)}."
     titles_by_guards: dict[tuple[str, ...], list[str]] = {}
-    for name, title in AVERAGE_TITLES.items():
+    for name, title in tables.AVERAGE_TITLES.items():
         averages = [each for each in evaluation.averages if each.name == name]
-        others = [each for each in averages if not comparable(evaluation, published, each)]
+        others = [each for each in averages if not tables.comparable(evaluation, published, each)]
         if others:
             names = () if len(others) == len(averages) else tuple(_name(*each.guard_mode) for each in others)
             titles_by_guards.setdefault(names, []).append(title)
@@ -232,7 +226,7 @@ def _mistakes(cell: Cell) -> Details | None:
     if not cell.wrong:
         return None
     groups, left = [], MOST_WRONG
-    for category, wrong in by_category(cell).items():
+    for category, wrong in tables.by_category(cell).items():
         listed = wrong[:left]
         left -= len(listed)
         if listed:

@@ -12,21 +12,8 @@ from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
 from jaxguard.data.policies import Question
 from jaxguard.evaluate.benchmarks.loading import Benchmark
 from jaxguard.evaluate.benchmarks.schema import Group
-from jaxguard.evaluate.scores.metrics import (
-    Platt,
-    Votes,
-    average_f1,
-    average_weights,
-    best_f1_threshold,
-    calibration,
-    count_votes,
-    f1_difference,
-    fill_missing,
-    fit_platt,
-    mcnemar,
-    measure,
-    verdicts_at,
-)
+from jaxguard.evaluate.scores import metrics
+from jaxguard.evaluate.scores.metrics import Platt, Votes
 from jaxguard.evaluate.scores.results import UNPARSABLE_WORD, Average, Cell, Cost, Thresholded, Versus, Wrong
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Prediction
 
@@ -67,7 +54,7 @@ class PredictedExamples:
     def votes(self, settings: EvaluateConfig) -> Votes:
         """What the verdicts count as."""
         verdicts = np.array([prediction.verdicts[self.question] for prediction in self.predictions], np.int8)
-        return count_votes(self.labels, verdicts, self.question, settings.unparsable)
+        return metrics.count_votes(self.labels, verdicts, self.question, settings.unparsable)
 
     @property
     def probabilities(self) -> Float[np.ndarray, "N"]:
@@ -78,7 +65,7 @@ class PredictedExamples:
         """Probabilities after Platt's scaling; a missing one counts as an unparsable verdict does."""
         values = self.probabilities if platt is None else platt(self.probabilities)
         unscored = [x.unscored.get(self.question, 0) / len(x.verdicts[self.question]) for x in self.predictions]
-        return fill_missing(self.labels, values, self.question, settings.unparsable, np.array(unscored, float))
+        return metrics.fill_missing(self.labels, values, self.question, settings.unparsable, np.array(unscored, float))
 
 
 def score(
@@ -137,7 +124,7 @@ def _cell(
         question=own.question,
         examples=len(own.examples),
         complete=len(own.examples) == len(own.benchmark.examples),
-        result=measure(votes, seed, resamples),
+        result=metrics.measure(votes, seed, resamples),
         cost=Cost(
             **mean,
             wall=sum(prediction.wall for prediction in predictions),
@@ -145,10 +132,10 @@ def _cell(
             unscored=sum(sum(prediction.unscored.values()) for prediction in predictions),
             cut=sum(prediction.cut for prediction in predictions),
         ),
-        slices={name: measure(votes[members], seed, resamples) for name, members in rows.items()},
-        calibration=calibration(own.labels, own.filled(settings), seed, resamples) if scored else None,
+        slices={name: metrics.measure(votes[members], seed, resamples) for name, members in rows.items()},
+        calibration=metrics.calibration(own.labels, own.filled(settings), seed, resamples) if scored else None,
         thresholded=_thresholded(own, validation, settings) if scored and validation else None,
-        versus=versus and reference and replace(versus, mcnemar=mcnemar(votes, reference.votes(settings))),
+        versus=versus and reference and replace(versus, mcnemar=metrics.mcnemar(votes, reference.votes(settings))),
         wrong=tuple(_wrong(own, votes, slices)),
     )
 
@@ -157,15 +144,15 @@ def _thresholded(
     test: PredictedExamples, validation: PredictedExamples, settings: EvaluateConfig
 ) -> Thresholded | None:
     """Calibrate and choose the threshold on the validation examples, then score the benchmark with both."""
-    platt = fit_platt(validation.labels, validation.probabilities)
-    threshold = best_f1_threshold(validation.labels, validation.filled(settings, platt))
+    platt = metrics.fit_platt(validation.labels, validation.probabilities)
+    threshold = metrics.best_f1_threshold(validation.labels, validation.filled(settings, platt))
     if threshold is None:
         return None
     labels, filled = test.labels, test.filled(settings, platt)
-    verdicts = verdicts_at(np.where(np.isnan(test.probabilities), np.nan, filled), threshold)
-    votes = count_votes(labels, verdicts, test.question, settings.unparsable)
-    result = measure(votes, settings.seed, settings.resamples)
-    return Thresholded(threshold, platt, result, calibration(labels, filled, settings.seed, settings.resamples))
+    verdicts = metrics.verdicts_at(np.where(np.isnan(test.probabilities), np.nan, filled), threshold)
+    votes = metrics.count_votes(labels, verdicts, test.question, settings.unparsable)
+    result = metrics.measure(votes, settings.seed, settings.resamples)
+    return Thresholded(threshold, platt, result, metrics.calibration(labels, filled, settings.seed, settings.resamples))
 
 
 def _wrong(own: PredictedExamples, votes: Votes, slices: Mapping[str, frozenset[str]]) -> list[Wrong]:
@@ -214,7 +201,7 @@ def _averages(
             guard=own[chosen[0]].guard,
             mode=str(own[chosen[0]].mode),
             name=name,
-            f1=average_f1(votes, weights, settings.seed, settings.resamples),
+            f1=metrics.average_f1(votes, weights, settings.seed, settings.resamples),
             versus=versus,
             missing=tuple(label for label in labels if label not in own),
         )
@@ -223,7 +210,7 @@ def _averages(
 def _weights(labels: Sequence[str], groups: Mapping[str, Group], averaged: Sequence[Group]) -> tuple[float, ...] | None:
     """Of benchmarks in the order of the groups that are averaged; None where one of these has none."""
     counts = [sum(groups[label] == group for label in labels) for group in averaged]
-    return average_weights(*counts) if all(counts) else None
+    return metrics.average_weights(*counts) if all(counts) else None
 
 
 def _versus(
@@ -233,5 +220,5 @@ def _versus(
     settings: EvaluateConfig,
 ) -> Versus:
     votes = ([each.votes(settings) for each in guard] for guard in (own, reference))
-    f1 = f1_difference(*votes, weights, settings.seed, settings.resamples)
+    f1 = metrics.f1_difference(*votes, weights, settings.seed, settings.resamples)
     return Versus(reference[0].guard, str(reference[0].mode), f1)
