@@ -272,9 +272,7 @@ def report(audit: Audit) -> Page:
     own = Table(("", *(TITLES[question] for question in audit.questions)), "Agreement with itself")
     for name, title in CONSISTENCY.items():
         own.add(title, *(each.result.consistency[name] for each in audit.questions.values()))
-    confusions: list[Content] = []
-    categories: list[Content] = []
-    disagreements: list[Content] = []
+    confusions, categories, disagreements = list[Content](), list[Content](), list[Content]()
     for question, each in audit.questions.items():
         title, result, words = TITLES[question], each.result, (each.positive, each.negative)
         f1, kappa, fleiss = result.scores.f1, result.scores.kappa.value, result.consistency["fleiss"]
@@ -283,20 +281,22 @@ def report(audit: Audit) -> Page:
         scores.add(title, *_scores(result))
         confusion = Table((f"{title}: people say", *words, "unparsable"), f"{title}: verdicts")
         for i, counts in enumerate(result.confusion):
-            tones = ("good" if i == 0 else "bad", "good" if i == 1 else "bad", "faint")
+            tones = ("bad", "good", "faint") if i else ("good", "bad", "faint")
             cells = (Cell(f"{n:,}", share(n, sum(counts)), tone=tone) for n, tone in zip(counts, tones, strict=True))
             confusion.add(words[i], *cells)
         confusions.append(confusion)
         by_category = Table(("category", "examples", "positive", *SCORES.values()), f"{title} by category")
         for name, result in each.categories[:MOST_CATEGORIES]:
             by_category.add(_category(name), *_scores(result))
-        more = _left_out(len(each.categories) - MOST_CATEGORIES, "categories")
+        left_out = len(each.categories) - MOST_CATEGORIES
+        more = f"{left_out} more categories are in audit.json." if left_out > 0 else None
         categories.append(Details(f"{title}: all scores by category", [by_category, more]))
         differ = Table(("example", "people say", "samples that differ", "of them unparsable"), left=2)
         for one in each.disagreements[:MOST_DISAGREEMENTS]:
             label = each.positive if one["label_positive"] else each.negative
             differ.add(one["id"], label, f"{one['differ']} of {samples}", one["unparsable"])
-        more = _left_out(len(each.disagreements) - MOST_DISAGREEMENTS, "examples")
+        left_out = len(each.disagreements) - MOST_DISAGREEMENTS
+        more = f"{left_out} more examples are in audit.json." if left_out > 0 else None
         of = f"{len(each.disagreements):,} of {count(each.result.scores.examples, 'example')}"
         disagreements.append(Details(f"{title}: {of}", [differ, more] if differ.rows else ["None."]))
     of_all = f"{numbers['unparsable']:,} of {numbers['total']:,}"
@@ -338,10 +338,6 @@ def _category(name: str | None) -> str:
     return "without a category" if name is None else name
 
 
-def _left_out(number: int, what: str) -> str | None:
-    return f"{number} more {what} are in audit.json." if number > 0 else None
-
-
 @style()
 def _f1(audit: Audit) -> Drawing:
     """F1 with its interval: all examples first, then the largest categories that have one."""
@@ -360,10 +356,8 @@ def _f1(audit: Audit) -> Drawing:
                 axes, y, result and result.scores.f1, color=FAINT if y else COLOURS[0], marker="o", markersize=5
             )
         axes.set_yticks(range(len(labels)), labels if i == 0 else [""] * len(labels))
-        axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.set_xlim(-0.03, 1.03)
+        axes.set(ylim=(len(labels) - 0.5, -0.5), xlim=(-0.03, 1.03), title=TITLES[question])
         axes.grid(visible=False, axis="y")
-        axes.set_title(TITLES[question])
     alt = "F1 with its interval of all examples and of the largest categories; the tables have the numbers"
     return Drawing("", inline_svg(figure, "f1", alt), wide=True)
 
@@ -384,8 +378,7 @@ def _right(audit: Audit) -> Drawing:
                 axes.text(left + part / 2, y, f"{right}", ha="center", va="center", color=ink, fontsize=8)
             left += part
     axes.set_yticks(range(len(questions)), [TITLES[question] for question in questions])
-    axes.set_ylim(len(questions) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
+    axes.set(ylim=(len(questions) - 0.5, -0.5), xlim=(0, 1))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(visible=False)
     alt = "Share of the examples by how many samples say what people say; the table has the agreement"
@@ -402,8 +395,7 @@ def _reasoning(audit: Audit) -> list[Content]:
         table.add(title, *(share(v) if is_share else f"{v:,.1f}".removesuffix(".0") for v in values))
         axes.stairs(each["counts"], each["edges"], fill=True, color=COLOURS[0])
         axes.axvline(each["p50"], color=INK, linewidth=1, linestyle=":")
-        axes.set_title(title)
-        axes.set_xlim(0, max(each["edges"][-1], 0.25 if is_share else 0))
+        axes.set(title=title, xlim=(0, max(each["edges"][-1], 0.25 if is_share else 0)))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         if is_share:
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -14,9 +14,8 @@ A report is written once, as blocks; every string in it is untrusted text and is
     write_markdown(folder / "report.md", page)
     console.print(scores.rich())
 
-Figures: `from jaxguard.report.figures import COLOURS, inline_svg, save_figure, style`, which loads matplotlib; draw in `style()`.
-A page with a script has a template that extends base.html.j2 and fills its blocks `main` (with {{ page }} for the blocks),
-`style` and `script`, which the content security policy allows by its hash: write_page(path, page, template, name=value).
+Figures are drawn in `jaxguard.report.figures.style()`, which loads matplotlib. A page with a script has a template that extends
+base.html.j2 and fills its blocks `main`, `style` and `script`, which the content security policy allows by its hash.
 """
 
 import base64
@@ -50,10 +49,8 @@ class Cell:
     """A cell of a table, or a piece of a sentence.
 
     Attributes:
-        text: what it says.
         more: what belongs to it, in small letters.
         url: an http(s) address that it links to; others are shown without a link.
-        code: show it as code.
         tone: "good", "bad" or "faint", its background in HTML.
         bar: a share from 0 to 1 to draw below it in HTML.
     """
@@ -82,37 +79,32 @@ def _cell(value: Value) -> Cell:
     match value:
         case Cell():
             return value
-        case str():
-            return Cell(value)
-        case int():
-            return Cell(f"{value:,}")
         case Estimate():
             return estimate(value)
+        case str() | int():
+            return Cell(value if isinstance(value, str) else f"{value:,}")
         case _:
             return Cell(number(value))
 
 
+Kind = Literal["", "strong", "detail", "faint"]
+"""How a row looks: as others, in bold, as a continuation of the row above, or pale."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """A row of a table; `group` stands in a line of its own above the rows that share it.
-
-    `kind` is how it looks: as others, in bold ("strong"), as a continuation of the row above ("detail"), or pale ("faint").
-    """
+    """A row of a table; `group` stands in a line of its own above the rows that share it."""
 
     cells: tuple[Cell, ...]
     group: str = ""
-    kind: Literal["", "strong", "detail", "faint"] = ""
+    kind: Kind = ""
 
 
 @dataclass
 class Table:
     """Columns and rows. The first `left` columns hold names and are aligned to the left, the others to the right.
 
-    Attributes:
-        columns: their headings.
-        title: its name, which HTML tells screen readers and a terminal shows above it.
-        left: how many columns are aligned to the left.
-        note: what a terminal shows below it.
+    HTML tells the title to screen readers; a terminal shows it above the table, and `note` below it.
     """
 
     columns: Sequence[str]
@@ -129,7 +121,7 @@ class Table:
             table.add(*row)
         return table
 
-    def add(self, *cells: Value, group: str = "", kind: Literal["", "strong", "detail", "faint"] = "") -> None:
+    def add(self, *cells: Value, group: str = "", kind: Kind = "") -> None:
         """Add a row, a cell for each column."""
         if len(cells) != len(self.columns):
             raise ValueError(f"{len(cells)} cells for the columns {', '.join(self.columns)}")
@@ -210,10 +202,7 @@ class Drawing:
 class Quote:
     """Text of a data set or a model with its line breaks, for HTML only. Put it into Details: much of it is offensive.
 
-    Attributes:
-        name: what it is.
-        text: of which the first `most` characters are shown.
-        rest: where the others are, as in "in results.json".
+    The first `most` characters are shown; `rest` says where the others are.
     """
 
     name: str
@@ -292,11 +281,7 @@ def _blocks(contents: Iterable[Content], form: Literal["html", "markdown"]) -> l
 
 
 def write_page(path: Path, page: Page, template: Path | None = None, **values: object) -> None:
-    """Write a page as HTML; arguments as of `page_html`. Half a character, which is no UTF-8, becomes a question mark.
-
-    Raises:
-        JaxguardError: it cannot be written.
-    """
+    """Write a page as HTML; arguments as of `page_html`. Half a character, which is no UTF-8, becomes a question mark."""
     write_atomically(path, page_html(page, template, **values).encode("utf-8", "replace").decode())
 
 
@@ -306,13 +291,7 @@ def write_markdown(path: Path, page: Page) -> None:
 
 
 def page_html(page: Page, template: Path | None = None, **values: object) -> str:
-    """A page as HTML.
-
-    Args:
-        page: what it says.
-        template: extends base.html.j2, of which it fills the blocks main, style or script.
-        values: of the template.
-    """
+    """A page as HTML, in base.html.j2 or in a template that extends it and has these values."""
     blocks = _blocks(page.blocks, "html")
     sections = [block for block in blocks if isinstance(block, Section) and block.anchor]
     before = blocks.index(sections[0]) if sections else len(blocks)
@@ -336,7 +315,6 @@ def _template(path: Path | None) -> Template:
         visible=visible,
         cut=cut,
         number="{:,}".format,
-        percent="{:.1%}".format,
         unbroken=lambda text: _INNER_SPACE.sub("\u00a0", text),
         kind=lambda block: type(block).__name__,
         is_web=lambda url: bool(_WEB.fullmatch(url)),
@@ -355,7 +333,7 @@ def _markdown(contents: Iterable[Content], level: int) -> str:
     return "\n\n".join(_block_markdown(block, level) for block in _blocks(contents, "markdown"))
 
 
-def _block_markdown(block: Block, level: int) -> str:
+def _block_markdown(block: Any, level: int) -> str:
     match block:
         case Section() | Details():
             return f"{'#' * level} {escaped(block.title)}\n\n{_markdown(block.blocks, level + 1)}"
@@ -374,9 +352,8 @@ def _block_markdown(block: Block, level: int) -> str:
         case Code():
             fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", block.text))])
             return f"{fence}{block.language}\n{visible(block.text).rstrip()}\n{fence}"
-        case Table():
+        case _:
             return _table_markdown(block)
-    raise TypeError(f"no block of a page: {block!r}")
 
 
 def _table_markdown(table: Table) -> str:

@@ -57,20 +57,15 @@ def draw_interval(axes: Axes, y: float, score: Estimate | None, **mark: Any) -> 
 def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
     """A figure as an SVG element in the page's colours and fonts, the same for the same figure.
 
-    Args:
-        figure: drawn in the colours of PALETTE.
-        name: letters and digits, unlike those of the page's other figures.
-        alt: what it shows, in words.
+    Draw it in the colours of PALETTE; `name` is unlike those of the page's other figures, `alt` says what it shows.
     """
     FigureCanvasSVG(figure)
     file = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the browser has more fonts
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = file.getvalue()
-    text = re.sub(
-        r"\s*<!--.*?-->|\s*<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], flags=re.DOTALL
-    )
+    text = file.getvalue()[file.getvalue().index("<svg") :]
+    text = re.sub(r"\s*<!--.*?-->|\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for colour, variable in PALETTE.items():
         text = re.sub(re.escape(colour), f"var({variable})", text, flags=re.IGNORECASE)
@@ -81,8 +76,7 @@ def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure drawn in `style` as a PNG or SVG with a white background, replacing the file at once."""
     draft = path.with_name(f".{path.name}.tmp")
+    metadata = {"Date": None} if path.suffix == ".svg" else None
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(
-            draft, format=path.suffix[1:], facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None
-        )
+        figure.savefig(draft, format=path.suffix[1:], facecolor="white", metadata=metadata)
     draft.replace(path)

@@ -30,7 +30,6 @@ from jaxguard.data.sources import load, unique_ids
 from jaxguard.evaluate.benchmarks.schema import (
     BENCHMARK_FOLDER,
     BenchmarkDefinition,
-    BenchmarkPolicy,
     BenchmarkSource,
     ExampleColumns,
     plain,
@@ -190,29 +189,24 @@ def _example(definition: BenchmarkDefinition, part: ExampleColumns, row: Row, lo
             f"{location}: {values}; expected either {part.positive} or {part.negative} "
             f"({'both hold' if positive else 'neither holds'})"
         )
-    policy = _policy(definition.policy, row, location) if definition.policy else None
+    declared = definition.policy
+    policy = declared.name if declared else None
+    if declared and declared.column:
+        policy = (text(row, declared.column, location) or "").strip() or None
+        if policy is None and not declared.optional and not declared.rules:
+            raise Skip("no policy")
+        if declared.rules and policy not in declared.rules and (policy or not declared.optional):
+            raise JaxguardError(
+                f"{location}: {declared.column} is {policy!r}, which is not in policy.rules; "
+                f"{nearest(policy or '', declared.rules)}known: {', '.join(declared.rules)}"
+            )
+        policy = declared.rules.get(policy or "", policy)
     id_ = row.get(definition.id) if definition.id else None
     if id_ in (None, ""):
         texts = json.dumps([prompt, response, policy])
         id_ = f"{definition.name}:{hashlib.sha256(texts.encode()).hexdigest()[:16]}"
     labels: dict[str, Any] = {LABEL[question]: CHOICES[question][0 if positive else 1]}
     return Example(id=str(id_), source=definition.name, prompt=prompt, response=response, policy=policy, **labels)
-
-
-def _policy(policy: BenchmarkPolicy, row: Row, location: str) -> str | None:
-    if policy.column is None:
-        return policy.name
-    value = (text(row, policy.column, location) or "").strip()
-    if not value and policy.optional:
-        return None
-    if not value and not policy.rules:
-        raise Skip("no policy")
-    if policy.rules and value not in policy.rules:
-        raise JaxguardError(
-            f"{location}: {policy.column} is {value!r}, which is not in policy.rules; "
-            f"{nearest(value, policy.rules)}known: {', '.join(policy.rules)}"
-        )
-    return policy.rules.get(value, value)
 
 
 # Rows: from the hub, a URL, a training source, or a local copy with the same columns.

@@ -40,8 +40,6 @@ from jaxguard.report.figures import BACK, COLOURS, FAINT, INK, LINE, draw_interv
 from jaxguard.report.text import DASH, count, number, seconds, share, short
 
 MARKS = ("o", "s", "D", "^", "v", "P", "X")  # one less than colours, so that pairs are many
-POOLED = 10
-"""Bins of the reliability curve of all benchmarks together."""
 MOST_WRONG, MOST_CHARACTERS = 50, 2000
 """Errors of a guard in a mode on a benchmark, and characters of a text, that the page shows."""
 ABOUT_AVERAGES = (
@@ -103,10 +101,10 @@ def report(evaluation: Evaluation, published: Published) -> Page:
     link = TableCell(published.source, url=published.url)
     paper = Paragraph([f"The paper: {published.title}, ", link, "."], faint=True)
     groups = evaluation.by_benchmark.values()
-    scores, cost, versus = (
-        tables.score_table(evaluation),
-        tables.cost_table(evaluation),
-        tables.versus_table(evaluation),
+    tabled = (
+        ("benchmarks", ABOUT_SCORES, tables.score_table(evaluation)),
+        ("cost", ABOUT_COST, tables.cost_table(evaluation)),
+        ("versus", ABOUT_VERSUS, tables.versus_table(evaluation)),
     )
     reliability = list(_reliability(evaluation))
     slices = [Details(cells[0].heading, [tables.slice_table(cells)]) for cells in groups]
@@ -120,9 +118,7 @@ def report(evaluation: Evaluation, published: Published) -> Page:
         Section("Averages", [
             note(ABOUT_AVERAGES), tables.main_table(evaluation, published), paper, Beside(list(_figures(evaluation, published))),
         ], "averages"),
-        Section("Benchmarks", [note(ABOUT_SCORES), scores], "benchmarks") if scores.rows else None,
-        Section("Time and tokens", [note(ABOUT_COST), cost], "cost") if cost.rows else None,
-        Section("Compared with the first guard", [note(ABOUT_VERSUS), versus], "versus") if versus.rows else None,
+        *(Section(table.title, [note(about), table], anchor) for anchor, about, table in tabled if table.rows),
         Section("Probabilities", [Only("html", [note(ABOUT_PROBABILITIES), Beside(reliability)])], "probabilities")
         if reliability else None,
         Section("Slices", slices, "slices"),
@@ -296,14 +292,12 @@ def f1_figure(evaluation: Evaluation) -> Figure | None:
                 transform = axes.get_yaxis_transform()
                 axes.text(0.01, line, DASH, color=own["color"], fontsize=14, va="center", transform=transform)
     axes.set_yticks(range(len(cells_of)), [short(name) for name in cells_of])
-    axes.set_ylim(len(cells_of) - 0.5, -0.5)
-    axes.set_xlabel("F1, and its 95 % interval")
-    axes.set_xlim(right=1.01)
+    axes.set(ylim=(len(cells_of) - 0.5, -0.5), xlim=(None, 1.01), xlabel="F1, and its 95 % interval")
     axes.grid(visible=False, axis="y")
     for y in range(1, len(cells_of)):
         axes.axhline(y - 0.5, color=LINE, linewidth=0.6)
     handles = [Line2D([], [], **mark(evaluation, *guard), linestyle="none") for guard in all_guards]
-    labels = [short(f"{guard} ({mode})") for guard, mode in all_guards]
+    labels = [short(_name(*guard)) for guard in all_guards]
     figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)))
     return figure
 
@@ -322,7 +316,6 @@ def latency_figure(evaluation: Evaluation, published: Published) -> Figure | Non
     common = {name for name, cells in evaluation.by_benchmark.items() if len(cells) == len(cells_of)}
     figure = Figure(figsize=(4.9, 3.7))
     axes = figure.add_subplot()
-    drawn = []
     for (guard, mode), all_cells in cells_of.items():
         cells = [cell for cell in all_cells if cell.benchmark in common]
         mean = [cell.result.scores.f1.value for cell in cells if cell.result.scores.f1.value is not None]
@@ -331,9 +324,8 @@ def latency_figure(evaluation: Evaluation, published: Published) -> Figure | Non
         f1 = safety[guard, mode] if whole else float(np.mean(mean)) if mean else None
         if f1 is None or latency <= 0:
             continue
-        axes.plot(latency, f1, **mark(evaluation, guard, mode), linestyle="none", label=short(f"{guard} ({mode})"))
-        drawn.append(latency)
-    if not drawn:
+        axes.plot(latency, f1, **mark(evaluation, guard, mode), linestyle="none", label=short(_name(guard, mode)))
+    if not axes.lines:
         return None
     points = [(point, published.row(point.row)) for point in published.latency.points] if whole else []
     known = [(point, row.safety) for point, row in points if row is not None and row.safety is not None]
@@ -344,13 +336,12 @@ def latency_figure(evaluation: Evaluation, published: Published) -> Figure | Non
         offset = (0, 6 if i % 2 else -12)  # neighbours would write over each other
         axes.annotate(point.name, (point.seconds, paper), offset, textcoords="offset points", ha="center", fontsize=7.5,
                       color=FAINT)  # fmt: skip
-    axes.set_xscale("log")
+    ylabel = "safety average, F1" if whole else "mean F1 of the common benchmarks"
+    axes.set(xscale="log", xlabel="seconds an example (logarithmic)", ylabel=ylabel)
     axes.margins(x=0.2, y=0.18)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: seconds(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("seconds an example (logarithmic)")
-    axes.set_ylabel("safety average, F1" if whole else "mean F1 of the common benchmarks")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -375,19 +366,16 @@ def reliability_figure(cells: Sequence[Cell], colour: str = COLOURS[0]) -> Figur
     if any(after):
         axes.plot(*_coordinates(pooled(after)), "--", color=INK, linewidth=1.2, label="calibrated")
         figure.legend(loc="outside lower center", ncols=2)
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_aspect("equal")
-    axes.set_xlabel("probability of the positive answer")
-    axes.set_ylabel("share that is positive")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    axes.set(xlabel="probability of the positive answer", ylabel="share that is positive")
     return figure
 
 
 def pooled(curves: Iterable[Sequence[Bin]]) -> list[Bin]:
-    """One reliability curve of several, in bins of equal width; its bins' means are weighted by their examples."""
+    """One reliability curve of several, in ten bins of equal width; its bins' means are weighted by their examples."""
     groups: dict[int, list[Bin]] = {}
     for each in (each for curve in curves for each in curve):
-        groups.setdefault(min(int(each.probability * POOLED), POOLED - 1), []).append(each)
+        groups.setdefault(min(int(each.probability * 10), 9), []).append(each)
     merged = []
     for _, bins in sorted(groups.items()):
         examples = sum(each.examples for each in bins)

@@ -15,21 +15,17 @@ Trained = Literal["none", "direct", "reasoning", "dual"]
 
 
 class PublishedRow(Schema):
-    """A model of the paper; a score is None where it gives none."""
+    """A model of the paper, its training set and what else was different; a score is None where the paper gives none."""
 
     id: str
     """The name that configs refer to."""
     name: str
     base: str | None = None
-    """The base model."""
     data: str | None = None
-    """The training set."""
     examples: int | None = None
-    """Its size."""
     trained: Trained | None = None
     """The mode of the training examples; None: another project's model."""
     variant: str | None = None
-    """What else was different."""
     mode: Literal["reasoning", "direct"]
     """The mode of the evaluation."""
     prompt: Share | None = None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from jaxguard.evaluate.report.published import AVERAGES, Published
 from jaxguard.evaluate.scores.metrics import Difference
 from jaxguard.evaluate.scores.results import Average, Cell, Evaluation, Wrong
+from jaxguard.evaluate.scores.scoring import AVERAGED
 from jaxguard.report import Cell as TableCell
 from jaxguard.report import Table, estimate
 from jaxguard.report.text import ABSENT, DASH, count, interval, number, probability, seconds, share, signed
@@ -45,9 +46,7 @@ def main_table(evaluation: Evaluation, published: Published) -> Table:
 
 def comparable(evaluation: Evaluation, published: Published, average: Average) -> bool:
     """Whether an average is over the paper's benchmarks, each of them whole."""
-    groups = {"prompt": {"safety_prompt"}, "response": {"safety_response"}, "custom": {"custom_policy"}}
-    averaged = groups.get(average.name, {"safety_prompt", "safety_response"})
-    cells = [cell for cell in evaluation.by_guard.get(average.guard_mode, ()) if cell.group in averaged]
+    cells = [c for c in evaluation.by_guard.get(average.guard_mode, ()) if c.group in AVERAGED[average.name]]
     same = sorted(cell.source for cell in cells) == sorted(published.benchmarks(average.name))
     return same and all(cell.complete for cell in cells)
 

@@ -20,19 +20,8 @@ from jaxguard.config.evaluate import Unparsable
 from jaxguard.data.format.dialogue import CHOICES, FAIL_CLOSED
 from jaxguard.data.policies import Question
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
-from jaxguard.utils.statistics import (
-    RESAMPLES,
-    Estimate,
-    Scores,
-    Seed,
-    confusion,
-    consistency,
-    draws,
-    estimate,
-    f1_draws,
-    right_counts,
-    scores,
-)
+from jaxguard.utils import statistics
+from jaxguard.utils.statistics import RESAMPLES, Estimate, Scores, Seed
 
 BINS: Final = 15
 """Of a reliability curve."""
@@ -64,11 +53,10 @@ class Votes:
 
 @dataclass(frozen=True)
 class Result:
-    """The scores of a benchmark, or of a slice of it.
+    """The scores of a benchmark, or of a slice of it, and how many of all verdicts are unparsable.
 
     Attributes:
         generations: verdicts on each example.
-        unparsable: how many of all verdicts are unparsable.
         confusion: verdicts on positive, then on negative examples: [positive, negative, unparsable].
         right: examples by how many of their verdicts are right, from 0 to k.
     """
@@ -83,11 +71,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Difference:
-    """F1 of the first guard less that of the second.
+    """F1 of the first guard less that of the second, with the interval of the bootstrap.
 
-    Attributes:
-        value, low, high: with the interval of the bootstrap.
-        p: two-sided, from the share of draws whose difference has the other sign; no less than 2 / (draws + 1).
+    `p` is two-sided, from the share of draws whose difference has the other sign; no less than 2 / (draws + 1).
     """
 
     value: float | None
@@ -142,12 +128,12 @@ def _default(labels: Labels, question: Question, unparsable: Unparsable) -> Bool
 def measure(votes: Votes, seed: Seed = 0, resamples: int = RESAMPLES) -> Result:
     """All scores of one benchmark with their intervals."""
     return Result(
-        scores=scores(votes.labels, votes.votes, seed, resamples),
+        scores=statistics.scores(votes.labels, votes.votes, seed, resamples),
         generations=votes.votes.shape[1],
         unparsable=int((~votes.parsed).sum()),
-        confusion=confusion(votes.labels, votes.votes, votes.parsed),
-        consistency=consistency(votes.votes),
-        right=right_counts(votes.labels, votes.votes),
+        confusion=statistics.confusion(votes.labels, votes.votes, votes.parsed),
+        consistency=statistics.consistency(votes.votes),
+        right=statistics.right_counts(votes.labels, votes.votes),
     )
 
 
@@ -169,11 +155,13 @@ def average_f1(
     `each` and the deviation are of the average by generation, where all benchmarks have as many of these. Benchmarks are
     drawn independently of each other, so an interval is somewhat narrow where two of them share examples.
     """
-    scored = [f1_draws(votes.labels, votes.votes, (seed, i), resamples) for i, votes in enumerate(benchmarks)]
+    scored = [
+        statistics.f1_draws(votes.labels, votes.votes, (seed, i), resamples) for i, votes in enumerate(benchmarks)
+    ]
     each, drawn = [f1 for f1, _ in scored], [by_draw.mean(axis=-1) for _, by_draw in scored]
     if len({len(f1) for f1 in each}) > 1:
         each = [f1.mean(keepdims=True) for f1 in each]
-    return estimate(_weighted(each, weights), _weighted(drawn, weights))
+    return statistics.estimate(_weighted(each, weights), _weighted(drawn, weights))
 
 
 def f1_difference(
@@ -191,11 +179,11 @@ def f1_difference(
     values, drawn = [], []
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         k = a.votes.shape[1]
-        f1, by_draw = f1_draws(a.labels, np.concatenate([a.votes, b.votes], axis=1), (seed, i), resamples)
+        f1, by_draw = statistics.f1_draws(a.labels, np.concatenate([a.votes, b.votes], axis=1), (seed, i), resamples)
         values.append(f1[None, :k].mean(axis=1) - f1[None, k:].mean(axis=1))
         drawn.append(by_draw[:, :k].mean(axis=1) - by_draw[:, k:].mean(axis=1))
     differences = _weighted(drawn, weights).round(_DIGITS)
-    score = estimate(_weighted(values, weights), differences)
+    score = statistics.estimate(_weighted(values, weights), differences)
     if score.low is None:
         return Difference(score.value)
     defined = differences[~np.isnan(differences)]
@@ -235,7 +223,6 @@ class Calibration:
     """Scores of probabilities.
 
     Attributes:
-        examples, positives: how many, and how many of them are labelled positive.
         auprc: average precision; it and `auroc` are None without labels of both classes.
         brier: mean squared error.
         ece: expected calibration error over `curve`, None without examples. It has no interval: a bootstrap is biased upwards.
@@ -273,10 +260,10 @@ def calibration(
     order = np.argsort(-probabilities)
     ends = np.flatnonzero(np.diff(probabilities[order], append=np.nan))  # of each run of equal probabilities
     rows = []
-    for weights in chain([np.ones(len(labels))], draws(len(labels), seed, resamples)):
+    for weights in chain([np.ones(len(labels))], statistics.draws(len(labels), seed, resamples)):
         brier = weights @ squares / len(labels) if len(labels) else np.nan
         rows.append((*_areas(labels[order], weights[order], ends), brier))
-    auprc, auroc, brier = (estimate(column[:1], column[1:]) for column in np.array(rows).T)
+    auprc, auroc, brier = (statistics.estimate(column[:1], column[1:]) for column in np.array(rows).T)
     ece = sum(gaps) / len(labels) if len(labels) else None
     return Calibration(len(labels), int(labels.sum()), auprc, auroc, brier, ece, curve)
 
