@@ -65,15 +65,9 @@ def choose_compute(config: ModelConfig, spec: Spec, mesh: Mesh, max_seq_len: int
 def choose_kernel(
     requested: str, platform: str, compute_capability: float, head_dim: int, dtype: jnp.dtype, max_seq_len: int
 ) -> Kernel:
-    """Choose the best attention kernel that a device can run, or check the requested one.
+    """Choose the best attention kernel that a device can run, or check the one that model.attention requests.
 
-    Args:
-        requested: the config's model.attention.
-        platform: JAX's name of the device's platform: cpu, gpu, cuda or tpu.
-        compute_capability: of an NVIDIA GPU, such as 8.0; 0 elsewhere.
-        head_dim: H.
-        dtype: type of queries, keys and values.
-        max_seq_len: T.
+    `platform` is JAX's name of the device's: cpu, gpu, cuda or tpu; `compute_capability` an NVIDIA GPU's, and 0 elsewhere.
 
     Raises:
         JaxguardError: the device cannot run the requested kernel.

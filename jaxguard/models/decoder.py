@@ -34,9 +34,9 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 class Decoder(nnx.Module):
     """Tokens to hidden states, and hidden states to logits.
 
-    It is a flax nnx.Module so that other flax code can use it: every row of the weight table is one nnx.Param, named `embed`,
-    `final_norm`, `lm_head` where untied, and in `layers` one stack [L, ...] per weight, which the loop over the layers scans.
-    `nnx.split` and `nnx.state` work on it. Our own code keeps the table's flat dict, and builds the module under jit.
+    A flax nnx.Module, for other flax code: every row of the weight table is one nnx.Param, `embed`, `final_norm`, `lm_head` where
+    untied, and in `layers` one stack [L, ...] per weight, which the loop over the layers scans. Our own code keeps the table's
+    flat dict, and builds the module under jit.
 
     Args:
         spec: what the model is.
@@ -83,10 +83,17 @@ class Decoder(nnx.Module):
             segments_BT = jnp.ones_like(tokens_BT)
         layout = Layout(segments_BT, positions_BT, prefixes_BT)
 
-        def attend_rows(kind: Array, _: None, *qkv: Array) -> tuple[Array, None]:
-            return self._attend_rows(kind, layout, *qkv), None
+        # One branch for each window in use. A window as long as the row is none.
+        windows = [k.window if k.window and k.window < tokens_BT.shape[1] else None for k in self.spec.kinds]
+        distinct = list(dict.fromkeys(windows))
+        attend_rows = partial(attend, scale=self.spec.query_scale, compute=self.compute)
+        branches = [partial(attend_rows, window=window) for window in distinct]
 
-        return self._run(tokens_BT, positions_BT, attend_rows, None)[0]
+        def attend_kind(kind: Array, _: None, *qkv: Array) -> tuple[Array, None]:
+            branch = jnp.asarray([distinct.index(window) for window in windows])[kind]
+            return jax.lax.switch(branch, branches, *qkv, layout), None
+
+        return self._run(tokens_BT, positions_BT, attend_kind, None)[0]
 
     def cached(
         self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Sequence[Cache] = ()
@@ -125,7 +132,10 @@ class Decoder(nnx.Module):
             weights, kind, of_layer = scanned
             w = gather_layer(weights, spec, self.compute)
             rope = jax.tree.map(lambda table: table[kind], cos_sin)
-            return self._layer(x_BTD, w, rope, partial(attend, kind, of_layer))
+            with jax.named_scope("layer"):
+                h_BTD, output = self._attention(x_BTD, w, rope, partial(attend, kind, of_layer))
+                x_BTD = x_BTD + h_BTD
+                return x_BTD + self._mlp(x_BTD, w), output
 
         weights = {name: param.get_value() for name, param in self.layers.items()}
         scanned = (weights, jnp.asarray(spec.layer_kinds), per_layer)
@@ -145,14 +155,6 @@ class Decoder(nnx.Module):
         if self.spec.embed_scale != 1:
             x_BTD = x_BTD * jnp.asarray(self.spec.embed_scale, dtype)
         return constrain(x_BTD, "batch", None, None)
-
-    @jax.named_scope("layer")
-    def _layer(
-        self, x_BTD: Float[Array, "B T D"], w: dict[str, Array], rope: tuple[Array, Array], attend: Attend
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        h_BTD, output = self._attention(x_BTD, w, rope, attend)
-        x_BTD = x_BTD + h_BTD
-        return x_BTD + self._mlp(x_BTD, w), output
 
     @jax.named_scope("attention")
     def _attention(
@@ -186,18 +188,6 @@ class Decoder(nnx.Module):
 
     def _project(self, equation: str, x: Array, weight: Array) -> Array:
         return project(equation, x, weight, self.compute.matmul_dtype)
-
-    def _attend_rows(self, kind: Array, layout: Layout, *qkv: Array) -> Float[Array, "B T N H"]:
-        """Attend within packed rows: one branch for each window in use. A window as long as the row is none."""
-        tokens = qkv[0].shape[1]
-        windows = [None if k.window is None or k.window >= tokens else k.window for k in self.spec.kinds]
-        distinct = list(dict.fromkeys(windows))
-        branches = [
-            partial(attend, window=window, scale=self.spec.query_scale, compute=self.compute) for window in distinct
-        ]
-        branch = jnp.asarray([distinct.index(window) for window in windows])[kind]
-        mixed_BTNH: Array = jax.lax.switch(branch, branches, *qkv, layout)
-        return mixed_BTNH
 
     def _norm(self, x: Float[Array, "*rows D"], weight: Float[Array, "D"]) -> Float[Array, "*rows D"]:
         """Apply RMSNorm over the last dimension, in float32."""

@@ -21,7 +21,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -63,13 +63,11 @@ class Checkpoints:
     folder: Path
     fingerprint: str
     _manager: ocp.CheckpointManager
-    _losses: dict[int, float]
+    _losses: dict[int, float | None]
     _saving: int | None = None
 
     def save(self, step: int, state: State, validation_loss: float | None = None) -> None:
-        """Begin to write a checkpoint, after the previous one is done; return when the state may be donated.
-
-        Does nothing when this step is saved already.
+        """Begin to write the checkpoint of a step, unless it exists; return when the state may be donated.
 
         Args:
             step: number of completed steps.
@@ -82,20 +80,13 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return
-        if validation_loss is not None and math.isfinite(validation_loss):
-            self._losses[step] = validation_loss
-        self._saving = step
-        items = _items(state)
-        description = {
-            "step": step,
-            "fingerprint": self.fingerprint,
-            "validation_loss": self._losses.get(step),
-            "arrays": describe(items),
-        }
-        signed = description | {"sha256": _sha256(description)}
-        saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        loss = validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None
+        self._losses[step], self._saving, items = loss, step, _items(state)
+        about = {"step": step, "fingerprint": self.fingerprint, "validation_loss": loss, "arrays": describe(items)}
+        args: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        args["about"] = ocp.args.JsonSave(about | {"sha256": _sha256(about)})
         with self._explain_errors():
-            self._manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(signed), **saved), force=True)
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def restore(self, abstract_state: State) -> tuple[int, State] | None:
         """Read the newest valid checkpoint as (step, state); None when there is no checkpoint.
@@ -177,7 +168,10 @@ def open_checkpoints(folder: Path, config: CheckpointConfig, fingerprint: str) -
     """
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    losses = {step: loss for step, loss in checkpoint_losses(folder).items() if loss is not None}
+    losses: dict[int, float | None] = {}
+    for step in disk_steps(folder):
+        with suppress(CorruptError):
+            losses[step] = read_description(folder / str(step))["validation_loss"]
     options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True,
         preservation_policy=_Preservation(config.keep_last, config.keep_best, losses),
@@ -202,12 +196,12 @@ class _Preservation:
 
     last: int
     best: int
-    losses: Mapping[int, float]
+    losses: Mapping[int, float | None]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:  # noqa: ARG002 (Orbax's signature)
         steps = [checkpoint.step for checkpoint in checkpoints]
-        ranked = sorted((s for s in steps if s in self.losses), key=lambda s: (self.losses[s], s))
-        preserved = {*sorted(steps)[-self.last :], *ranked[: self.best]}
+        ranked = sorted((loss, step) for step in steps if (loss := self.losses.get(step)) is not None)
+        preserved = {*sorted(steps)[-self.last :], *(step for _, step in ranked[: self.best])}
         return [step in preserved for step in steps]
 
 
@@ -251,17 +245,6 @@ def write_checkpoint_weights(folder: Path, weights: Mapping[str, jax.Array], fin
         checkpoints.save(0, {"weights": dict(weights)})
 
 
-def checkpoint_losses(folder: Path) -> dict[int, float | None]:
-    """Map each step to its validation loss, None where it has none or is corrupt, oldest first."""
-    losses: dict[int, float | None] = {}
-    for step in disk_steps(folder):
-        try:
-            losses[step] = _read_description(folder / str(step))["validation_loss"]
-        except CorruptError:
-            losses[step] = None
-    return losses
-
-
 def disk_steps(folder: Path) -> list[int]:
     """List the steps of the complete checkpoints in a checkpoints folder, oldest first."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
@@ -291,7 +274,7 @@ def _read(path: Path, target: Target) -> State:
     """Read and verify one checkpoint. All processes return its items, or all raise CorruptError."""
     problem, description, items = None, {}, {}
     try:
-        description = _read_description(path)
+        description = read_description(path)
         items = _restore(path, target(path, description))
     except CorruptError as error:
         problem = error
@@ -324,16 +307,13 @@ def _restore(path: Path, target: State) -> State:
     finally:
         handler.close()
     # The other reads of a failed restore fail too, and each would print a traceback when it is freed later.
-    hook = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    gc.collect()
+    sys.unraisablehook = hook
     raise CorruptError(problem)
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
     """Read what a checkpoint holds: step, fingerprint, validation loss, and shape, type and checksum of each array."""
     try:
         description: dict[str, Any] = json.loads((path / "about" / "metadata").read_text(encoding="utf-8"))

@@ -37,10 +37,8 @@ def export(
 
     Args:
         weights: path -> the trained array.
-        folder: the export.
-        source: folder of the base checkpoint.
-        config: the run's.
-        data: what was trained on.
+        folder, source: the export, and the base checkpoint's.
+        config, data: the run's.
         metrics: for the card: stage -> name -> number.
     """
     if is_complete(folder):
@@ -52,9 +50,8 @@ def export(
     if first:
         # A user turn as the guard expects it, so that whoever serves it sees the format.
         mode = Mode.DIRECT if config.data.mode == "direct" else Mode.REASONING
-        harmless = Example(
-            "card", "card", "How do I bake bread?", "Mix flour, water, salt and yeast, wait, and bake it."
-        )
+        answer = "Mix flour, water, salt and yeast, wait, and bake it."
+        harmless = Example("card", "card", "How do I bake bread?", answer)
         prompt = Encoder.load(source, config.data).messages(harmless, mode)[0]["content"]
         write_card(draft, source, config, data.manifest, metrics, report, prompt)
         write_guard_files(draft, config, (tuple(question for question, _ in example.answers) for example in data.train))
@@ -75,10 +72,8 @@ def write_card(
     """Write README.md into an exported folder, and keep the base's own as BASE_README.md.
 
     Args:
-        output: the exported folder.
-        source: folder of the base checkpoint, whose README.md names its licence.
-        config: the resolved config of the run.
-        manifest: what was trained on, as the run folder keeps it.
+        output, source: the exported folder, and that of the base checkpoint, whose README.md names its licence.
+        config, manifest: of the run: its resolved config, and what it was trained on.
         metrics: stage -> name -> number; a column for each stage.
         report: what the export did.
         example: one rendered prompt.

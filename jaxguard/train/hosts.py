@@ -35,12 +35,9 @@ def start_hosts(config: MeshConfig) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_ALL_REDUCE_COMBINER}"
     sys.stderr.write(f"mesh.hosts={config.hosts}: waiting up to {START_TIMEOUT} s for all processes of the run\n")
     try:
-        if config.hosts == "explicit":
-            jax.distributed.initialize(
-                config.coordinator, config.processes, config.process, initialization_timeout=START_TIMEOUT
-            )
-        else:
-            jax.distributed.initialize(initialization_timeout=START_TIMEOUT)
+        explicit = config.hosts == "explicit"
+        others = (config.coordinator, config.processes, config.process) if explicit else ()
+        jax.distributed.initialize(*others, initialization_timeout=START_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise JaxguardError(
             f"mesh.hosts={config.hosts}: jax.distributed could not start: {error}; under SLURM, GKE or on a TPU pod use "
@@ -60,25 +57,20 @@ def end_together(run: Callable[[], Result]) -> Result:
     except BaseException as error:
         if not jax.distributed.is_initialized() or jax.process_count() == 1:
             raise
-        code = _print_error(error)
+        text, problem = "".join(traceback.format_exception(error)), error
+
+        def raise_again() -> None:
+            raise problem
+
+        try:
+            code = exit_code(raise_again)  # prints what the CLI knows
+        except Exception:
+            code = 1
+            sys.stderr.write(
+                f"{text}error: process {jax.process_index()} of {jax.process_count()} stops, for the reason above. "
+                "If a collective could not reach the others, another process of this run has died: its own output says why. "
+                "Restart all of them: the run resumes from its last checkpoint\n"
+            )
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _print_error(error: BaseException) -> int:
-    """Print an error as the CLI does, and return the exit code."""
-    lines = traceback.format_exception(error)
-
-    def raise_again() -> None:
-        raise error
-
-    try:
-        return exit_code(raise_again)
-    except Exception:  # none that the CLI knows
-        sys.stderr.write(
-            f"{''.join(lines)}error: process {jax.process_index()} of {jax.process_count()} stops, for the reason above. "
-            "If a collective could not reach the others, another process of this run has died: its own output says why. "
-            "Restart all of them: the run resumes from its last checkpoint\n"
-        )
-        return 1

@@ -8,8 +8,7 @@ Everything outside "speed" is a function of the config and the data alone, so tw
 lines except for "speed", however often they were interrupted. For that the loop must log everything about step s before it
 saves the checkpoint of step s.
 
-Floats are written so that reading gives the same bits. JSON has no NaN or infinity: they are written as the strings "NaN",
-"Infinity" and "-Infinity", and read_metrics turns them back into floats.
+Floats are read back with the same bits; NaN and infinities, which JSON lacks, are written as strings: "NaN", "-Infinity".
 """
 
 import importlib
@@ -49,9 +48,7 @@ class RunLog(ExitStack):
     Records of later steps than `step`, which the run will repeat, are removed from metrics.jsonl and hidden in TensorBoard.
 
     Args:
-        folder: the run's.
-        config: the run's.
-        total_steps: steps in the run.
+        folder, config, total_steps: the run's.
         step: the step from which the run resumes; None when it starts.
         console: where to show progress; default: standard output.
 
@@ -75,12 +72,7 @@ class RunLog(ExitStack):
             self._progress = self.enter_context(Progress(config.name, total_steps, step or 0, console, unit=None))
 
     def log(self, step: int, values: Mapping[str, Any], speed: Mapping[str, Any] | None = None) -> None:
-        """Record `values` after `step` completed steps.
-
-        Args:
-            step: number of completed steps.
-            values: what the config and the data determine: loss, learning_rate, gradient_norm, validation/...
-            speed: what the machine determines: seconds, tokens_per_second, examples_per_second, mfu.
+        """Record what config and data determine (`values`) and what the machine does (`speed`) after `step` completed steps.
 
         Raises:
             JaxguardError: the disk is full.
@@ -88,10 +80,11 @@ class RunLog(ExitStack):
         if not self._writes:
             return
         numbers, speeds = ({name: float(x) for name, x in group.items()} for group in (values, speed or {}))
-        written, written_speed = (
-            {name: x if math.isfinite(x) else json.dumps(x) for name, x in group.items()} for group in (numbers, speeds)
-        )
-        record = {"step": int(step), **written, **({"speed": written_speed} if speeds else {})}
+
+        def written(group: Mapping[str, float]) -> dict[str, Any]:
+            return {name: x if math.isfinite(x) else json.dumps(x) for name, x in group.items()}
+
+        record = {"step": int(step), **written(numbers), **({"speed": written(speeds)} if speeds else {})}
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
@@ -118,15 +111,13 @@ class RunLog(ExitStack):
 
 def _trackers(folder: Path, config: Config, step: int | None) -> Iterator[tuple[LogScalars, Callable[[], Any]]]:
     """Start the trackers of config.log; each is imported only here. Yields what logs scalars, and what closes it."""
-    settings = config.model_dump(mode="json")
+    about = {"project": config.log.project, "name": config.name, "config": config.model_dump(mode="json")}
     if config.log.tensorboard:
         # purge_step hides what an earlier start logged from this step on. The suffix keeps two starts within one second
         # out of one file, where the second would overwrite the first.
         first = 0 if step is None else step + 1
-        suffix = f".{first}.{os.getpid()}"
-        writer = _import("tensorboard", "tensorboardX").SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first, flush_secs=10, filename_suffix=suffix
-        )
+        options = {"purge_step": first, "flush_secs": 10, "filename_suffix": f".{first}.{os.getpid()}"}
+        writer = _import("tensorboard", "tensorboardX").SummaryWriter(str(folder / "tensorboard"), **options)
 
         def log(step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():
@@ -134,22 +125,14 @@ def _trackers(folder: Path, config: Config, step: int | None) -> Iterator[tuple[
 
         yield log, writer.close
     if config.log.trackio:
-        trackio = _import("trackio", "trackio").init(
-            project=config.log.project, name=config.name, config=settings, resume="allow"
-        )
+        trackio = _import("trackio", "trackio").init(**about, resume="allow")
         yield lambda step, values: trackio.log(dict(values), step=step), trackio.finish
     if config.log.wandb:
         id_file = folder / "wandb_id.txt"
         if not id_file.is_file():
             write_atomically(id_file, uuid.uuid4().hex[:12])
-        wandb = _import("wandb", "wandb").init(
-            project=config.log.project,
-            name=config.name,
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            config=settings,
-            dir=str(folder),
-        )
+        run_id = id_file.read_text(encoding="utf-8").strip()
+        wandb = _import("wandb", "wandb").init(**about, id=run_id, resume="allow", dir=str(folder))
         # wandb's own step only increases, and would drop what a resumed run repeats; so the step is a value like the others.
         wandb.define_metric("*", step_metric="step")
         yield lambda step, values: wandb.log({"step": step, **values}), wandb.finish

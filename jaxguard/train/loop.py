@@ -133,12 +133,8 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         multiple = row_multiple(config, mesh)
         data = prepare(config, source)
         check_manifest(folder / "data.json", data.manifest)
-        common = {
-            "batch_size": config.train.batch_size,
-            "max_seq_len": config.data.max_seq_len,
-            "row_multiple": multiple,
-        }
-        steps = total_steps(len(data.train), config.train.batch_size, config.train.epochs, config.train.max_steps)
+        batch_size, max_seq_len = config.train.batch_size, config.data.max_seq_len
+        steps = total_steps(len(data.train), batch_size, config.train.epochs, config.train.max_steps)
         stack.enter_context(jax.set_mesh(mesh))
         program = build_program(config, spec, mesh, steps)
         if jax.process_index() == 0:
@@ -146,19 +142,10 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         checkpoints = stack.enter_context(open_checkpoints(folder / "checkpoints", config.checkpoint, spec.fingerprint))
         stop = stack.enter_context(graceful_stop())
         restored = checkpoints.restore(program.state)
-        yield Run(
-            config=config,
-            source=source,
-            folder=folder,
-            data=data,
-            program=program,
-            schedule=Schedule(data.train, steps=steps, seed=config.seed, **common),
-            validation=Validation(data.validation, **common),
-            checkpoints=checkpoints,
-            stop=stop,
-            restored=restored,
-            log=stack.enter_context(RunLog(folder, config, steps, None if restored is None else restored[0])),
-        )
+        log = stack.enter_context(RunLog(folder, config, steps, None if restored is None else restored[0]))
+        schedule = Schedule(data.train, batch_size, steps, max_seq_len, multiple, config.seed)
+        validation = Validation(data.validation, batch_size, max_seq_len, multiple)
+        yield Run(config, source, folder, data, program, schedule, validation, checkpoints, stop, restored, log)
 
 
 def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
@@ -276,12 +263,10 @@ def validate(run: Run, step: int, state: State) -> float | None:
 
 def before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Return the metrics of the first and of the last validation, by name."""
-    validations = [
-        {name.removeprefix("validation/"): x for name, x in record.items() if name.startswith("validation/")}
-        for record in read_metrics(metrics)
-    ]
-    validations = [validation for validation in validations if validation] or [{}]
-    return validations[0], validations[-1]
+    prefix = "validation/"
+    records = [record for record in read_metrics(metrics) if f"{prefix}loss" in record] or [{}]
+    first, last = ({k.removeprefix(prefix): x for k, x in records[i].items() if k.startswith(prefix)} for i in (0, -1))
+    return first, last
 
 
 @contextmanager

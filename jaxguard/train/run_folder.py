@@ -53,11 +53,7 @@ def open_run(config: Config, resume: Resume = "auto") -> Iterator[Path]:
     """Create or reopen run_folder/name, and lock it for this process until the end.
 
     Call it on every process, after jax.distributed is initialized; process 0 does the work and the others wait for it.
-
-    Args:
-        config: the resolved config.
-        resume: auto resumes the folder's run, if there is one; always requires a checkpoint to resume from; never requires a
-            folder without a run.
+    `resume`: auto resumes the folder's run, if there is one; always requires a checkpoint, never a folder without a run.
 
     Raises:
         JaxguardError: the folder is locked by another process, holds another run, or is not what `resume` requires.

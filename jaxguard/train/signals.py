@@ -16,11 +16,7 @@ REQUEUE = 75
 
 @dataclass
 class StopFlag:
-    """Whether a signal asked the run to stop.
-
-    Attributes:
-        signal_name: the signal that this process received, or None.
-    """
+    """Whether a signal asked the run to stop: the name of the one that this process received, or None."""
 
     signal_name: str | None = None
 

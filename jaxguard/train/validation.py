@@ -29,13 +29,7 @@ HARM = ("prompt_harm", "response_harm")
 
 @dataclass(frozen=True)
 class ValidationPrediction:
-    """The model's answer to one question about one held-out example.
-
-    Attributes:
-        example_id, mode, question: the input.
-        positive: the label: harmful, or refusal.
-        probability: of the positive answer, by the model.
-    """
+    """The label of one question about one held-out example, and the model's probability of the positive: harmful, or refusal."""
 
     example_id: str
     mode: Mode

@@ -29,10 +29,10 @@ from jax.sharding import PartitionSpec as P
 from jaxguard.config.train import CheckpointConfig
 from jaxguard.train import checkpoints as train_checkpoints
 from jaxguard.train.checkpoints import (
-    checkpoint_losses,
     disk_steps,
     open_checkpoints,
     read_checkpoint_weights,
+    read_description,
     write_checkpoint_weights,
 )
 from jaxguard.utils.errors import JaxguardError
@@ -180,7 +180,8 @@ def test_keeps_last_and_best(tmp_path: Path, states: list[dict[str, Any]]) -> No
             for step in part:
                 checkpoints.save(step, states[step], losses[step])
     assert disk_steps(tmp_path) == [2, 5, 6]
-    assert checkpoint_losses(tmp_path) == {2: 0.2, 5: None, 6: 0.6}
+    losses = {step: read_description(tmp_path / str(step))["validation_loss"] for step in disk_steps(tmp_path)}
+    assert losses == {2: 0.2, 5: None, 6: 0.6}
 
 
 def test_keep_best_zero_keeps_only_last(tmp_path: Path, states: list[dict[str, Any]]) -> None:
@@ -395,7 +396,7 @@ def test_kill_at_any_moment_loses_nothing_before(tmp_path: Path) -> None:
         begun = max([begun, *map(int, rest.split())])
         reached = disk_steps(folder)[-1]
         assert begun - 1 <= reached <= begun
-        assert checkpoint_losses(folder)[reached] == 1.0 / reached
+        assert read_description(folder / str(reached))["validation_loss"] == 1.0 / reached
     make: dict[str, Any] = {"__name__": "writer"}
     exec(WRITER, make)
     found = restored(folder, make["state"](0))

@@ -38,9 +38,7 @@ PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 HEADS = (HEAD.hf, f"language_model.{HEAD.hf}")
 """Names of the LM head."""
 
-CARRIED = (
-    "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.",
-)  # fmt: skip
+CARRIED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 """Parts of a multimodal checkpoint that are not trained: copied as bytes."""
 
 WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
@@ -56,6 +54,7 @@ Tensors = dict[Weight, tuple[Stored, ...]]
 """For each row of the table, its tensors on disk: one per layer, or a single one."""
 
 Index = tuple[slice, ...]
+Shardings, Dtypes = Mapping[str, Sharding], Mapping[str, np.dtype]
 
 
 def read_weights(
@@ -137,9 +136,7 @@ def _local_shards(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[Inde
     return list(shards.values())
 
 
-def _load_onto_cpu(
-    located: Tensors, spec: Spec, shardings: Mapping[str, Sharding], dtypes: Mapping[str, np.dtype]
-) -> dict[str, jax.Array]:
+def _load_onto_cpu(located: Tensors, spec: Spec, shardings: Shardings, dtypes: Dtypes) -> dict[str, jax.Array]:
     shards: dict[Weight, list[tuple[np.ndarray, list[jax.Device]]]] = {weight: [] for weight in located}
     parts = []
     for weight, tensors in located.items():
@@ -163,14 +160,12 @@ def _load_onto_cpu(
     # More threads than cores, since they also wait for the disk.
     for _ in in_turn(lambda rows: cast_tiles(*rows, _TILE), rows_to_fill(), threads=6, ahead=12):
         pass
-    return {
-        weight.path: jax.make_array_from_single_device_arrays(
-            weight.shape(spec),
-            shardings[weight.path],
-            [jax.device_put(memory, device) for memory, devices in local for device in devices],
-        )
-        for weight, local in shards.items()
-    }
+    weights = {}
+    for weight, local in shards.items():
+        arrays = [jax.device_put(memory, device) for memory, devices in local for device in devices]
+        sharding = shardings[weight.path]
+        weights[weight.path] = jax.make_array_from_single_device_arrays(weight.shape(spec), sharding, arrays)
+    return weights
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -181,9 +176,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
-def _load_onto_accelerators(
-    located: Tensors, spec: Spec, shardings: Mapping[str, Sharding], dtypes: Mapping[str, np.dtype]
-) -> dict[str, jax.Array]:
+def _load_onto_accelerators(located: Tensors, spec: Spec, shardings: Shardings, dtypes: Dtypes) -> dict[str, jax.Array]:
     parts = [(weight, layer, tensor) for weight, stored in located.items() for layer, tensor in enumerate(stored)]
     parts.sort(key=lambda part: (part[2].file, part[2].start))
 
@@ -250,10 +243,8 @@ class ExportReport:
     """Numbers of an export.
 
     Attributes:
-        tensors: trained tensors.
-        carried: tensors copied as bytes.
-        values: elements of the trained tensors.
-        changed: elements that differ from the base, as stored.
+        tensors, carried: trained tensors, and those copied as bytes.
+        values, changed: elements of the trained tensors, and those that differ from the base, as stored.
         dtypes: element types that the trained tensors are stored in.
     """
 
