@@ -16,23 +16,15 @@ from jaxguard.utils.errors import JaxguardError
 
 @dataclass(frozen=True)
 class Compute:
-    """How to compute a model, as opposed to what it is. Hashable, so that it can be static under jit.
+    """How to compute a model, as opposed to what it is. Hashable, so that it can be static under jit."""
 
-    Attributes:
-        dtype: of activations, of gradients, and of weights while they are computed with.
-        attention: "xla", "block_sparse", "cudnn" or "splash".
-        remat: what the backward pass recomputes: "full" every layer, "dots" all but matmuls, "none" nothing.
-        query_chunk: queries whose scores the kernels "xla" and "block_sparse" hold at once.
-        matmul_dtype: what matmuls round both operands to; None multiplies them in the type that they have.
-        norm_by_einsum: write RMSNorm as einsums, whose gradients are einsums too. The gradients of elementwise products are sums,
-            which XLA computes up to seventy times slower on CPUs.
-    """
-
-    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)  # of activations, gradients, and weights while they are computed with
     attention: Kernel = "xla"
-    remat: str = "none"
-    query_chunk: int = 512
-    matmul_dtype: jnp.dtype | None = None
+    remat: str = "none"  # what the backward pass recomputes: "full" every layer, "dots" all but matmuls
+    query_chunk: int = 512  # queries whose scores the kernels "xla" and "block_sparse" hold at once
+    matmul_dtype: jnp.dtype | None = None  # what matmuls round both operands to; None: the type that they have
+    # Write RMSNorm as einsums, whose gradients are einsums too. The gradients of elementwise products are sums, which XLA computes
+    # up to seventy times slower on CPUs.
     norm_by_einsum: bool = False
 
     def cast(self, weight: Array) -> Array:

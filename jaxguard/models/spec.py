@@ -35,17 +35,11 @@ class UnsupportedModelError(JaxguardError):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding of one kind of layer.
+    """Rotary position embedding of one kind of layer."""
 
-    Attributes:
-        theta: base of the frequencies.
-        factor: every frequency is divided by it ("linear" scaling); 1 for none.
-        llama3: (low_freq_factor, high_freq_factor, original context): only long wavelengths are divided.
-    """
-
-    theta: float
-    factor: float = 1.0
-    llama3: tuple[float, float, int] | None = None
+    theta: float  # base of the frequencies
+    factor: float = 1.0  # every frequency is divided by it ("linear" scaling)
+    llama3: tuple[float, float, int] | None = None  # (low_freq_factor, high_freq_factor, original context): see rope.py
 
 
 @dataclass(frozen=True)
@@ -58,45 +52,28 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that the decoder has to know. Hashable, so that it can be static under jit.
+    """Everything that the decoder has to know. Hashable, so that it can be static under jit."""
 
-    Attributes:
-        family: whose weight names and norms apply.
-        vocab_size, d_model, num_layers, num_heads, num_kv_heads, head_dim, mlp_dim: V D L N K H F.
-        norm_eps: added to the mean square in RMSNorm.
-        zero_centered_norm: the norm multiplies by 1 + w in fp32 (Gemma), else by w in the input's type.
-        post_norm: each half-layer's output is normalised too (Gemma).
-        qk_norm: queries and keys are normalised over H before rope.
-        activation: the MLP gate's non-linearity.
-        query_scale: multiplies the attention scores.
-        embed_scale: multiplies the embeddings, rounded to the compute type.
-        kinds: the distinct kinds of layer.
-        layer_kinds: for each layer, an index into kinds.
-        tied: the LM head is the embedding table.
-        max_position_embeddings: longest sequence that the checkpoint was made for, in tokens.
-        dtype: type of the checkpoint's tensors, as config.json says.
-    """
-
-    family: Literal["llama", "gemma3", "qwen3"]
-    vocab_size: int
-    d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_dim: int
-    norm_eps: float
-    zero_centered_norm: bool
-    post_norm: bool
-    qk_norm: bool
-    activation: Literal["silu", "gelu_tanh"]
-    query_scale: float
-    embed_scale: float
-    kinds: tuple[LayerKind, ...]
-    layer_kinds: tuple[int, ...]
-    tied: bool
-    max_position_embeddings: int
-    dtype: str
+    family: Literal["llama", "gemma3", "qwen3"]  # whose weight names and norms apply
+    vocab_size: int  # V
+    d_model: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    mlp_dim: int  # F
+    norm_eps: float  # added to the mean square in RMSNorm
+    zero_centered_norm: bool  # the norm multiplies by 1 + w in fp32 (Gemma), else by w in the input's type
+    post_norm: bool  # each half-layer's output is normalised too (Gemma)
+    qk_norm: bool  # queries and keys are normalised over H before rope
+    activation: Literal["silu", "gelu_tanh"]  # of the MLP's gate
+    query_scale: float  # multiplies the attention scores
+    embed_scale: float  # multiplies the embeddings, rounded to the compute type
+    kinds: tuple[LayerKind, ...]  # the distinct kinds of layer
+    layer_kinds: tuple[int, ...]  # for each layer, an index into kinds
+    tied: bool  # the LM head is the embedding table
+    max_position_embeddings: int  # longest sequence that the checkpoint was made for, in tokens
+    dtype: str  # of the checkpoint's tensors, as config.json says
 
     @property
     def fingerprint(self) -> str:

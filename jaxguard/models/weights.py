@@ -1,11 +1,8 @@
 """Every weight, declared once.
 
-A row holds a weight's names on both sides, how Hugging Face's layout becomes ours (an einops rule over shape letters, which
-the export applies backwards), and the logical axis of each of our dimensions. Initialization,
-sharding, import, export, the planner and the tests all read this table.
-
-We keep Hugging Face's parametrisation: values are only reshaped, transposed and stacked, so an export of unchanged
-weights is byte-identical.
+A row holds a weight's names on both sides, how Hugging Face's layout becomes ours (an einops rule over shape letters, which the
+export applies backwards), and the logical axis of each of our dimensions. Initialization, sharding, import, export, the planner
+and the tests read it. Values are only reshaped, transposed and stacked, so an export of unchanged weights is byte-identical.
 """
 
 import math
@@ -24,19 +21,12 @@ LAYER = "layers."
 
 @dataclass(frozen=True)
 class Weight:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        path: our name; weights of all layers are stacked under one that starts with `layers.`.
-        hf: Hugging Face's name after the model's prefix, `{i}` standing for the layer.
-        rule: Hugging Face's layout -> ours, without the stacked L.
-        axes: logical axis of each of our dimensions, L included.
-    """
-
-    path: str
-    hf: str
-    rule: str
-    axes: tuple[str, ...]
+    path: str  # our name; weights of all layers are stacked under one that starts with `layers.`
+    hf: str  # Hugging Face's name after the model's prefix, `{i}` standing for the layer
+    rule: str  # Hugging Face's layout -> ours, without the stacked L
+    axes: tuple[str, ...]  # logical axis of each of our dimensions, L included
 
     @property
     def name(self) -> str:

@@ -53,15 +53,10 @@ class CorruptError(Exception):
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one run. Call every method on every process.
-
-    Attributes:
-        folder: the run's checkpoints folder.
-        fingerprint: identifies the model; a checkpoint with another one is refused.
-    """
+    """The checkpoints of one run. Call every method on every process."""
 
     folder: Path
-    fingerprint: str
+    fingerprint: str  # identifies the model; a checkpoint with another one is refused
     _manager: ocp.CheckpointManager
     _losses: dict[int, float | None]
     _saving: int | None = None

@@ -33,13 +33,8 @@ def export(
 ) -> ExportReport | None:
     """Write weights, tokenizer, the guard's own files and its model card, all or nothing; None if that was done before.
 
-    The files are written into a draft folder, which then takes the place of `folder`. Call it on every process.
-
-    Args:
-        weights: path -> the trained array.
-        folder, source: the export, and the base checkpoint's.
-        config, data: the run's.
-        metrics: for the card: stage -> name -> number.
+    The files are written into a draft folder, which then takes the place of `folder`. `metrics` are for the card: stage -> name ->
+    number. Call it on every process.
     """
     if is_complete(folder):
         return None
@@ -69,14 +64,9 @@ def write_card(
     report: ExportReport,
     example: str,
 ) -> None:
-    """Write README.md into an exported folder, and keep the base's own as BASE_README.md.
+    """Write README.md into an exported folder, and keep the base's own, which names its licence, as BASE_README.md.
 
-    Args:
-        output, source: the exported folder, and that of the base checkpoint, whose README.md names its licence.
-        config, manifest: of the run: its resolved config, and what it was trained on.
-        metrics: stage -> name -> number; a column for each stage.
-        report: what the export did.
-        example: one rendered prompt.
+    `metrics`: stage -> name -> number, a column for each stage; `example`: one rendered prompt.
     """
     base, data, readme = config.model.checkpoint, config.data, source / "README.md"
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()

@@ -46,22 +46,17 @@ class TrainStep(Protocol):
 
 @dataclass(frozen=True)
 class Program:
-    """Everything that a run compiles, for one model on one mesh.
-
-    Attributes:
-        train_step: (state, batch) -> (state, metrics).
-        score: (weights, batch, ids_BMQ) -> log-probabilities [B, M, Q] of ids at the targets, replicated.
-        initialize: weights -> state at step 0; donates the weights.
-        state: the state's shapes, types and shardings.
-    """
+    """Everything that a run compiles, for one model on one mesh."""
 
     spec: Spec
     compute: Compute
     mesh: Mesh
     train_step: TrainStep
-    score: Callable[[dict[str, Array], Batch, Array], Array]
-    initialize: Callable[[dict[str, Array]], State]
-    state: State
+    score: Callable[
+        [dict[str, Array], Batch, Array], Array
+    ]  # of ids_BMQ at the targets: log-probabilities BMQ, replicated
+    initialize: Callable[[dict[str, Array]], State]  # weights -> state at step 0; donates the weights
+    state: State  # its shapes, types and shardings
 
     def batch(self, shape: Shape) -> Batch:
         """Shapes, types and shardings of a batch."""

@@ -47,16 +47,12 @@ class Score(NamedTuple):
 
 
 HeldOut = tuple[Example, Mode, tuple[EncodedExample, ...]]
+"""Example, mode, and its encoded branches, the labelled one first: see Encoder.branches."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The held-out examples and how they are batched.
-
-    Attributes:
-        held_out: example, mode, and its encoded branches, the labelled one first (see Encoder.branches).
-        batch_size, max_seq_len, row_multiple: as in training.
-    """
+    """The held-out examples, and how they are batched: as in training."""
 
     held_out: Sequence[HeldOut]
     batch_size: int

@@ -240,19 +240,13 @@ def check_vocabulary(folder: Path, spec: Spec) -> None:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Numbers of an export.
+    """Numbers of an export."""
 
-    Attributes:
-        tensors, carried: trained tensors, and those copied as bytes.
-        values, changed: elements of the trained tensors, and those that differ from the base, as stored.
-        dtypes: element types that the trained tensors are stored in.
-    """
-
-    tensors: int
-    carried: int
-    values: int
-    changed: int
-    dtypes: tuple[str, ...]
+    tensors: int  # that were trained
+    carried: int  # tensors that were copied as bytes
+    values: int  # elements of the trained tensors
+    changed: int  # of them, those that differ from the base, as stored
+    dtypes: tuple[str, ...]  # element types that the trained tensors are stored in
 
     @property
     def changed_fraction(self) -> float:

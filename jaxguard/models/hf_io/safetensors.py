@@ -39,18 +39,13 @@ each other."""
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor on disk.
-
-    Attributes:
-        kind: element type as the header names it.
-        start, stop: its bytes in the file, stop excluded.
-    """
+    """One tensor on disk."""
 
     name: str
     file: Path
-    kind: str
+    kind: str  # element type as the header names it
     shape: tuple[int, ...]
-    start: int
+    start: int  # its bytes in the file, from start to stop, excluded
     stop: int
 
     @property
