@@ -55,8 +55,8 @@ def test_a_stage_is_called_with_its_config(name, monkeypatch):
 
 
 def test_a_stage_is_callable_after_its_modules_were_imported():
-    python("import jaxguard.train.signals, jaxguard; assert callable(jaxguard.train)")
-    python("from jaxguard.train import signals; import jaxguard; assert jaxguard.train.signals is signals")
+    python("import jaxguard.train.hosts, jaxguard; assert callable(jaxguard.train)")
+    python("from jaxguard.train import hosts; import jaxguard; assert jaxguard.train.hosts is hosts")
 
 
 def test_a_stage_refuses_what_it_does_not_read():

@@ -27,10 +27,6 @@ class Cache(NamedTuple):
     positions_AS: Int[Array, "A S"]
 
 
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-"""query_BTNH, key_BTKH, value_BTKH -> mixed values BTNH, and what to return of this layer."""
-
-
 class Decoder(nnx.Module):
     """Tokens to hidden states, and hidden states to logits.
 
@@ -69,13 +65,9 @@ class Decoder(nnx.Module):
         segments_BT: Int[Array, "B T"] | None = None,
         prefixes_BT: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Compute the hidden states after the final norm, of packed rows.
+        """Compute the hidden states after the final norm, of packed rows: see Layout.
 
-        Args:
-            tokens_BT: vocabulary indices.
-            positions_BT: position of each token in its own sequence; default 0, 1, 2, …
-            segments_BT: the packed segment that a token belongs to, 0 for padding; default one a row.
-            prefixes_BT: the segment that a token's segment continues, or its own; default always its own.
+        Positions are by default 0, 1, 2, …; each row is one segment, and none continues another.
         """
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
@@ -158,8 +150,9 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("attention")
     def _attention(
-        self, x_BTD: Float[Array, "B T D"], w: dict[str, Array], rope: tuple[Array, Array], attend: Attend
+        self, x_BTD: Float[Array, "B T D"], w: dict[str, Array], rope: tuple[Array, Array], attend: Callable[..., Any]
     ) -> tuple[Float[Array, "B T D"], Any]:
+        """Return the output, and what attend(query_BTNH, key_BTKH, value_BTKH) returns beside the mixed values."""
         with jax.named_scope("norm"):
             x_BTD = self._norm(x_BTD, w["attention_norm"])
         with jax.named_scope("qkv"):

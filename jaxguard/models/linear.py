@@ -1,7 +1,6 @@
 """Products of activations and weights. To read the decoder, it is enough to know that `project` is an einsum.
 
-What is hidden here: in which type a product is computed, how its gradients are written, how a weight that is cut over `fsdp` is
-gathered, and in which type its gradient is accumulated.
+Hidden here are types and gradients of a product, and how a weight that is cut over `fsdp` is gathered.
 """
 
 import math
@@ -86,11 +85,8 @@ gather.defvjp(_gather_forward, _gather_backward)
 def project(equation: str, x: Array, weight: Array, matmul_dtype: DTypeLike | None = None) -> Array:
     """Multiply activations by a weight, as jnp.einsum does; the result has the activations' type.
 
-    Args:
-        equation: each letter is in exactly two of the three arrays.
-        x: activations.
-        weight: of any type, which is also its gradient's.
-        matmul_dtype: what both are rounded to before they are multiplied, in the backward pass too; default the weight's type.
+    Each letter of the equation is in exactly two of the three arrays. `matmul_dtype` is what both are rounded to before they are
+    multiplied, in the backward pass too; default the weight's type, which is also its gradient's.
     """
     matmul_dtype = jnp.dtype(matmul_dtype or weight.dtype)
     same = x.dtype == weight.dtype == matmul_dtype

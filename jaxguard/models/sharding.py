@@ -26,14 +26,8 @@ RULES: Mapping[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "copies": ("data",),
     "embed": ("fsdp",),
-    "vocab": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "layers": (),
-    "head_dim": (),
-    "norm": (),
-    None: (),
+    **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",)),
+    **dict.fromkeys(("layers", "head_dim", "norm", None), ()),
 }
 
 
@@ -80,10 +74,8 @@ def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange the devices as a data × fsdp × tensor grid; jax.distributed must be initialized before.
 
-    Those with the fastest links to one another are along the inner axes. JAX lists devices host by host, so that hosts are along
-    `data`, as far as it is long, and a host's own devices along the others. The chips of a TPU slice are a torus that spans its
-    hosts: mesh_utils cuts it into smaller ones by the chips' coordinates. Several slices, between which the network is slow, are
-    along `data`.
+    Those with the fastest links to one another are along the inner axes: a host's own devices (JAX lists them host by host), or
+    neighbours in the torus of a TPU slice. Several slices, between which the network is slow, are along `data`.
 
     Raises:
         JaxguardError: the grid needs more devices than there are, leaves some idle, or shards one copy of the weights

@@ -33,9 +33,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace, config: Config) -> int:
     import jax  # only when there is something to do
 
-    from jaxguard.train.hosts import end_together
+    from jaxguard.train.hosts import REQUEUE, end_together
     from jaxguard.train.loop import train
-    from jaxguard.train.signals import REQUEUE
 
     run = end_together(lambda: train(config, options.resume))
     if jax.process_index() == 0:

@@ -62,12 +62,9 @@ class Checkpoints:
     _saving: int | None = None
 
     def save(self, step: int, state: State, validation_loss: float | None = None) -> None:
-        """Begin to write the checkpoint of a step, unless it exists; return when the state may be donated.
+        """Begin to write the checkpoint of a number of completed steps, unless it exists; return when the state may be donated.
 
-        Args:
-            step: number of completed steps.
-            state: the training state, or the weights alone.
-            validation_loss: ranks the checkpoint among the best; None or a non-finite number leaves it out.
+        The validation loss ranks it among the best; None or a non-finite number leaves it out.
 
         Raises:
             JaxguardError: this checkpoint, or the previous one, could not be written.
@@ -76,7 +73,9 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         loss = validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None
-        self._losses[step], self._saving, items = loss, step, _items(state)
+        self._losses[step] = loss
+        self._saving = step
+        items = _items(state)
         about = {"step": step, "fingerprint": self.fingerprint, "validation_loss": loss, "arrays": describe(items)}
         args: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         args["about"] = ocp.args.JsonSave(about | {"sha256": _sha256(about)})
@@ -87,9 +86,7 @@ class Checkpoints:
         """Read the newest valid checkpoint as (step, state); None when there is no checkpoint.
 
         Newer ones that are corrupt are reported and renamed to STEP.corrupt, so that the run can save these steps again.
-
-        Args:
-            abstract_state: the state's shapes, types and shardings, as jax.ShapeDtypeStruct; on any mesh.
+        `abstract_state` holds the state's shapes, types and shardings, as jax.ShapeDtypeStruct; on any mesh.
 
         Raises:
             JaxguardError: all checkpoints are corrupt, or the newest valid one is of another model.

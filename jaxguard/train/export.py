@@ -47,7 +47,7 @@ def export(
         mode = Mode.DIRECT if config.data.mode == "direct" else Mode.REASONING
         answer = "Mix flour, water, salt and yeast, wait, and bake it."
         harmless = Example("card", "card", "How do I bake bread?", answer)
-        prompt = Encoder.load(source, config.data).messages(harmless, mode)[0]["content"]
+        prompt = Encoder.load(source, config.data).prompt(harmless, mode).turn
         write_card(draft, source, config, data.manifest, metrics, report, prompt)
         write_guard_files(draft, config, (tuple(question for question, _ in example.answers) for example in data.train))
         shutil.rmtree(folder, ignore_errors=True)

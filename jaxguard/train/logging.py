@@ -39,18 +39,13 @@ SHOWN = {
 """The numbers of a step that the progress display shows."""
 
 LogScalars = Callable[[int, Mapping[str, float]], None]
-"""(step, name -> finite value) -> None."""
 
 
 class RunLog(ExitStack):
     """The log of one run, a context manager. Only process 0 writes.
 
-    Records of later steps than `step`, which the run will repeat, are removed from metrics.jsonl and hidden in TensorBoard.
-
-    Args:
-        folder, config, total_steps: the run's.
-        step: the step from which the run resumes; None when it starts.
-        console: where to show progress; default: standard output.
+    Records of later steps than `step`, from which the run resumes (None when it starts), are removed from metrics.jsonl and hidden
+    in TensorBoard: the run will repeat them.
 
     Raises:
         JaxguardError: a line of metrics.jsonl is no record, or a tracker is not installed.

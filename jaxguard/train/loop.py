@@ -7,7 +7,7 @@ the step. So a run that is interrupted at any moment and resumed ends with the s
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,24 +15,23 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.table import Table
 
 from jaxguard.config import Config, dump
 from jaxguard.config.hardware import peak_flops
 from jaxguard.data.packing import Batch, Schedule, total_steps
 from jaxguard.data.prepare import Prepared, prepare
 from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
-from jaxguard.models.sharding import batch_sharding, make_mesh, row_multiple, shard_batch
-from jaxguard.models.spec import read_spec
-from jaxguard.models.weights import table
+from jaxguard.models.sharding import batch_sharding, make_mesh, mesh_axes, row_multiple, shard_batch
+from jaxguard.models.spec import Spec, read_spec
+from jaxguard.models.weights import count, table
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
 from jaxguard.train.curves import draw_curves
-from jaxguard.train.devices import startup_table, training_flops
 from jaxguard.train.export import export
-from jaxguard.train.hosts import start_hosts
+from jaxguard.train.hosts import StopFlag, graceful_stop, start_hosts
 from jaxguard.train.logging import RunLog, read_metrics
 from jaxguard.train.run_folder import Resume, open_run
-from jaxguard.train.signals import StopFlag, graceful_stop
-from jaxguard.train.step import Metrics, Program, State, build_program
+from jaxguard.train.step import Metrics, Program, State, build_program, training_flops
 from jaxguard.train.validation import Validation
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
 from jaxguard.utils.files import write_atomically
@@ -45,28 +44,20 @@ PROFILED_STEPS = 3
 class TrainedRun:
     """The result of a call of `train`: a run that is finished, or was stopped with its state saved.
 
-    Attributes:
-        config: the resolved config.
-        step: completed steps, of `steps`.
-        stopped_by: the signal that stopped the run, None where it is finished.
-        folder: the run folder.
-        before, after: validation metrics by name, of the base model and of the newest validation; empty on other processes than
-            the first, and where nothing is held out.
-        export: the Hugging Face checkpoint, None before the end and where train.export is false.
-        curves: the picture of the curves, None before the end.
-        changed_fraction: share of the exported numbers that differ from the base; None where this call exported nothing.
+    `before` and `after` are validation metrics by name, of the base model and of the newest validation; empty on other processes
+    than the first, and where nothing is held out.
     """
 
     config: Config
-    step: int
+    step: int  # completed steps, of `steps`
     steps: int
-    stopped_by: str | None
+    stopped_by: str | None  # the signal that stopped the run, None where it is finished
     folder: Path
     before: dict[str, float]
     after: dict[str, float]
-    export: Path | None = None
-    curves: Path | None = None
-    changed_fraction: float | None = None
+    export: Path | None = None  # the Hugging Face checkpoint, None before the end and where train.export is false
+    curves: Path | None = None  # the picture of the curves, None before the end
+    changed_fraction: float | None = None  # of the exported numbers; None where this call exported nothing
 
     @property
     def finished(self) -> bool:
@@ -105,7 +96,12 @@ def train(config: Config, resume: Resume = "auto") -> TrainedRun:
     with open_everything(config, resume) as run:
         step, state = train_until_stopped(run, *start_state(run))
         first, folder = jax.process_index() == 0, run.folder
-        before, after = before_and_after(folder / "metrics.jsonl") if first else ({}, {})
+        records = read_metrics(folder / "metrics.jsonl") if first else []
+        validations = [record for record in records if "validation/loss" in record] or [{}]
+        before, after = (
+            {name.removeprefix("validation/"): x for name, x in record.items() if name.startswith("validation/")}
+            for record in (validations[0], validations[-1])
+        )
         result = TrainedRun(config, step, run.schedule.steps, None, config.folder, before, after)
         if step < run.schedule.steps:
             return replace(result, stopped_by=run.stop.signal_name or "signal")
@@ -166,9 +162,42 @@ def print_startup(config: Config, program: Program) -> None:
     """Print the resolved config and the table of parameters."""
     console = Console()
     console.print(dump(config, "train"), markup=False)
-    console.print(startup_table(program.state["weights"], table(program.spec)))
+    console.print(startup_table(program.spec, program.state["weights"]))
     mesh = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
     console.print(f"mesh: {mesh} of {jax.devices()[0].device_kind}; attention: {program.compute.attention}")
+
+
+def startup_table(spec: Spec, weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Table:
+    """List every parameter of the weight table with its shape, logical axes, mesh axes, and bytes per device."""
+    listing = Table(title="Parameters", title_justify="left", show_footer=True, pad_edge=False)
+    parameters = count(weights)
+    per_device = {path: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for path, x in weights.items()}
+    total = sum(per_device.values())
+    # Adam keeps two moments of the weights' type and sharding.
+    listing.add_column("weight", f"{parameters:,} parameters\nwith Adam's two moments", no_wrap=True)
+    for column in ("shape", "logical axes", "mesh axes", "type"):
+        listing.add_column(column)
+    listing.add_column("per device", f"{_size(total)}\n{_size(3 * total)}", justify="right", no_wrap=True)
+    for row in table(spec):
+        weight = weights[row.path]
+        axes = [*weight.sharding.spec, *[None] * (len(weight.shape) - len(weight.sharding.spec))]
+        listing.add_row(
+            row.path,
+            " x ".join(map(str, weight.shape)),
+            " ".join(row.axes),
+            " ".join("+".join(mesh_axes(part)) or "-" for part in axes),
+            str(weight.dtype),
+            _size(per_device[row.path]),
+        )
+    return listing
+
+
+def _size(count: int | float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
 
 
 def start_state(run: Run) -> tuple[int, State]:
@@ -200,8 +229,9 @@ def train_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
         step += 1
         pending = step, batch, metrics
         stopped = run.stop.should_stop(step)
-        evaluate = step == steps or _due(step, run.config.train.evaluate_every)
-        save = stopped or step == steps or _due(step, run.config.checkpoint.every)
+        # Every 0 steps is at the end only.
+        evaluate = step == steps or step % (run.config.train.evaluate_every or steps) == 0
+        save = stopped or step == steps or step % (run.config.checkpoint.every or steps) == 0
         if evaluate or save:
             log_step(run, *pending, clock)
             pending = None
@@ -213,10 +243,6 @@ def train_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
             break
     run.checkpoints.wait()
     return step, state
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def log_step(run: Run, step: int, batch: Batch, metrics: Metrics, since: float) -> float:
@@ -259,14 +285,6 @@ def validate(run: Run, step: int, state: State) -> float | None:
         write_atomically(run.folder / f"validation_predictions/{step}.jsonl", "".join(lines))
     run.log.log(step, metrics)
     return metrics["validation/loss"]
-
-
-def before_and_after(metrics: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the metrics of the first and of the last validation, by name."""
-    prefix = "validation/"
-    records = [record for record in read_metrics(metrics) if f"{prefix}loss" in record] or [{}]
-    first, last = ({k.removeprefix(prefix): x for k, x in records[i].items() if k.startswith(prefix)} for i in (0, -1))
-    return first, last
 
 
 @contextmanager

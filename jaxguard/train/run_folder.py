@@ -1,12 +1,4 @@
-"""A run's folder: what it holds, its lock, and whether a run may be resumed in it.
-
-    runs/NAME/
-      config.yaml     the resolved config
-      versions.json   what the run was computed with
-      data.json       what it was trained on
-      metrics.jsonl   one record a line (logging.py)
-      validation_predictions/  STEP.jsonl: the probability of every held-out verdict after that step
-      checkpoints/  export/  tensorboard/  profile/  evaluate/  mine/  curves.png
+"""A run's folder: its lock, and whether a run may be resumed in it. docs/resume.md says what it holds.
 
 Only process 0 writes here, except for the checkpoints, which all processes write together.
 """

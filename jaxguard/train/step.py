@@ -1,4 +1,4 @@
-"""The one training step: the loop, the tests, the planner and the benchmarks all call it."""
+"""The one training step, which loop, tests, planner and benchmarks call, its optimizer and its FLOPs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -145,13 +146,12 @@ def loss_and_gradient(
     def add(total: tuple[Array, dict[str, Array]], micro_batch: Batch) -> tuple[tuple[Array, dict[str, Array]], None]:
         return jax.tree.map(jnp.add, total, gradient_of(micro_batch)), None
 
+    def split(x_B: Array) -> Array:
+        """Reshape [B, …] to [count, B / count, …], so that every micro-batch has rows of every device and none move."""
+        return x_B.reshape(-1, accumulation, *x_B.shape[1:]).swapaxes(0, 1)
+
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, weights))
-    return jax.lax.scan(add, zero, jax.tree.map(partial(_micro_batches, count=accumulation), batch))[0]
-
-
-def _micro_batches(x_B: Array, count: int) -> Array:
-    """Reshape [B, …] to [count, B / count, …], so that every micro-batch has rows of every device and none move."""
-    return x_B.reshape(-1, count, *x_B.shape[1:]).swapaxes(0, 1)
+    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -179,3 +179,27 @@ def optimizer(config: OptimizerConfig, spec: Spec, steps: int) -> optax.Gradient
         optax.add_decayed_weights(config.weight_decay, mask=decayed) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
+
+
+def attended_pairs(positions: np.ndarray, window: int | None = None) -> int:
+    """Count the (query, key) pairs of causal attention for tokens at these positions of their sequences, self included."""
+    keys = positions + 1
+    return int((keys if window is None else np.minimum(keys, window)).sum(dtype=np.int64))
+
+
+def training_flops(spec: Spec, positions: np.ndarray, targets: int) -> float:
+    """Count the FLOPs of the matmuls that one step needs, for MFU, without padding and recomputation.
+
+    Forward: 2 per weight and token in the layers; 4 N H per pair of tokens that attend (scores and weighted sum);
+    2 V D per target token in the head. The backward pass takes twice that (Chowdhery et al., PaLM, 2022, appendix B,
+    with the pairs that the causal and local masks leave instead of T^2).
+
+    `positions` are those of every token that is computed, in its sequence; `targets` is the number of tokens whose loss is taken.
+    """
+    D, F, H, N, K = spec.d_model, spec.mlp_dim, spec.head_dim, spec.num_heads, spec.num_kv_heads
+    layer_weights = D * H * (2 * N + 2 * K) + 3 * D * F
+    pairs = [attended_pairs(positions, kind.window) for kind in spec.kinds]
+    layers = 2 * layer_weights * spec.num_layers * len(positions)
+    attention = 4 * N * H * sum(pairs[kind] for kind in spec.layer_kinds)
+    head = 2 * spec.vocab_size * D * targets
+    return 3.0 * (layers + attention + head)

@@ -5,7 +5,6 @@ their values, so that no label leaks into a later answer. In reasoning mode the 
 result measures how the model concludes from a good trace, an upper bound for its own traces.
 """
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class Validation:
         for example, mode, branches in self.held_out:
             labelled[mode].append(scores[id(branches[0])])
             predictions += _predict(example, mode, branches, [scores[id(branch)] for branch in branches])
-        metrics = {"validation/loss": _mean_loss(list(itertools.chain(*labelled.values())))}
+        metrics = {"validation/loss": _mean_loss([score for group in labelled.values() for score in group])}
         for mode, group in labelled.items():
             metrics[f"validation/{mode}/loss"] = _mean_loss(group)
             of_mode = summary([prediction for prediction in predictions if prediction.mode == mode])

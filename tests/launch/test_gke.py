@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jaxguard.config import load
-from jaxguard.train.signals import REQUEUE
+from jaxguard.train.hosts import REQUEUE
 
 GKE = Path(__file__).resolve().parents[2] / "launch/gke"
 TARGETS = ("gpu", "tpu")

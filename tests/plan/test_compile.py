@@ -25,7 +25,7 @@ from jaxguard.plan.hlo import Collective
 from jaxguard.plan.run import PlanReport
 from jaxguard.plan.sweeps import points, read_sweep
 from jaxguard.plan.targets import find_cluster, topology
-from jaxguard.train.devices import training_flops
+from jaxguard.train.step import training_flops
 from jaxguard.utils.errors import JaxguardError
 
 LLAMA, GEMMA = "meta-llama/Llama-3.1-8B-Instruct", "google/gemma-3-4b-it"

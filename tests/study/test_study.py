@@ -11,7 +11,7 @@ import pytest
 
 from jaxguard.study import run as study_run
 from jaxguard.study.run import REQUEUE, pending, run_study
-from jaxguard.train import signals
+from jaxguard.train import hosts
 from jaxguard.utils.errors import JaxguardError
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +148,7 @@ def test_a_row_that_fails_is_reported_and_the_others_run(study, go, calls, behav
 
 def test_a_stopped_stage_stops_the_study_which_resumes(study, go, calls, behave):
     behave({"bread-8-1 train": "requeue"})
-    assert go(study())[0] == REQUEUE == signals.REQUEUE
+    assert go(study())[0] == REQUEUE == hosts.REQUEUE
     assert calls()[-1] == "bread-8-1 train"
     behave({})
     assert go(study())[0] == 0

@@ -13,7 +13,8 @@ from jaxguard.config.train import MeshConfig
 from jaxguard.models.sharding import make_mesh, weight_shardings
 from jaxguard.models.spec import LayerKind, Rope, Spec
 from jaxguard.models.weights import abstract, table
-from jaxguard.train.devices import attended_pairs, startup_table, training_flops
+from jaxguard.train.loop import startup_table
+from jaxguard.train.step import attended_pairs, training_flops
 
 SPEC = Spec(
     family="gemma3", vocab_size=64, d_model=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, norm_eps=1e-6,
@@ -56,7 +57,7 @@ def test_startup_table_counts_what_a_device_really_holds() -> None:
         path: jax.device_put(np.zeros(w.shape, np.float32), shardings[path]) for path, w in abstract(SPEC).items()
     }
     console = Console(file=io.StringIO(), width=200)
-    console.print(startup_table(weights, table(SPEC)))
+    console.print(startup_table(SPEC, weights))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     held = sum(w.addressable_shards[0].data.nbytes for w in weights.values())

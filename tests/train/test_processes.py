@@ -19,7 +19,7 @@ from jaxguard.config import load
 from jaxguard.config.train import CheckpointConfig
 from jaxguard.train.checkpoints import open_checkpoints
 from jaxguard.train.run_folder import open_run
-from jaxguard.train.signals import graceful_stop
+from jaxguard.train.hosts import graceful_stop
 
 rank, port, folder, steps, term = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 jax.distributed.initialize(f"localhost:{port}", 2, rank)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from jaxguard.train.checkpoints import read_checkpoint_weights
+from jaxguard.train.hosts import REQUEUE
 from jaxguard.train.logging import read_metrics
-from jaxguard.train.signals import REQUEUE
 
 PATIENCE = 300  # seconds that anything may take on a busy machine
 STEPS = 12

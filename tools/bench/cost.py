@@ -31,8 +31,7 @@ from jaxguard.models.sharding import batch_sharding, make_mesh, shard_batch
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import initialize
 from jaxguard.report.figures import save_figure, style
-from jaxguard.train.devices import training_flops
-from jaxguard.train.step import Program, build_program
+from jaxguard.train.step import Program, build_program, training_flops
 from jaxguard.utils.errors import JaxguardError
 from workloads import Job, ours
 

@@ -1,33 +1,29 @@
 """Causal attention over packed rows, one function for every target. Results at padding are finite and unused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxguard.models.attention import kernels
-from jaxguard.models.attention.block_sparse import block_sparse
-from jaxguard.models.attention.kernels import KeyValue, Layout, Query
+from jaxguard.models.attention.kernels import KeyValue, Layout, Query, per_device
 from jaxguard.models.compute import Compute
+from jaxguard.models.linear import DOTS, project
 
 FAR = 2**30
 """Position of padding where positions alone decide what a query sees: after every token, so that none sees it."""
 
 
 def attend(
-    query_BTNH: Query,
-    key_BTKH: KeyValue,
-    value_BTKH: KeyValue,
-    layout: Layout,
-    *,
-    window: int | None,
-    scale: float,
-    compute: Compute,
+    query: Query, key: KeyValue, value: KeyValue, layout: Layout, *, window: int | None, scale: float, compute: Compute
 ) -> Query:
     """Compute softmax attention with the kernel that `compute` names; all agree up to rounding."""
-    args = query_BTNH, key_BTKH, value_BTKH, layout
+    args = query, key, value, layout
     match compute.attention:
         case "cudnn":
             return kernels.cudnn(*args, window, scale)
@@ -39,20 +35,14 @@ def attend(
 
 
 def xla(
-    query_BTNH: Query,
-    key_BTKH: KeyValue,
-    value_BTKH: KeyValue,
-    layout: Layout,
-    window: int | None,
-    scale: float,
-    chunk: int,
+    query: Query, key: KeyValue, value: KeyValue, layout: Layout, window: int | None, scale: float, chunk: int
 ) -> Query:
     """Compute attention with plain matmuls, one chunk of queries at a time, over only the keys that the chunk can see.
 
     Scores are recomputed in the backward pass, so that at most one chunk of them is held.
     """
-    rows, tokens, heads, head_dim = query_BTNH.shape
-    kv_heads = key_BTKH.shape[2]
+    rows, tokens, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
 
     def attend_chunk(start: int, query_BTNH: Array, key_BTKH: Array, value_BTKH: Array) -> Array:
         stop = min(start + chunk, tokens)
@@ -70,10 +60,154 @@ def xla(
         return jnp.einsum("BKGCS,BSKH->BCKGH", weights_BKGCS, value_BSKH).reshape(query_BCNH.shape)
 
     chunks = [
-        jax.checkpoint(partial(attend_chunk, start), prevent_cse=False)(query_BTNH, key_BTKH, value_BTKH)
+        jax.checkpoint(partial(attend_chunk, start), prevent_cse=False)(query, key, value)
         for start in range(0, tokens, chunk)
     ]
     return jnp.concatenate(chunks, axis=1)
+
+
+def block_sparse(
+    query_BTNH: Query,
+    key_BTKH: KeyValue,
+    value_BTKH: KeyValue,
+    layout: Layout,
+    window: int | None,
+    scale: float,
+    chunk: int,
+    matmul_dtype: DTypeLike | None = None,
+) -> Query:
+    """Compute softmax attention in blocks of `chunk` tokens, one block of queries at a time, recomputed in the backward pass.
+
+    How many blocks of keys a block of queries needs is known only when the program runs. It has a branch for 1, 2, 3, 4, 6, 8, …
+    of them, which cost a CPU nothing; so a row of many short examples costs no more than its examples in several rows.
+    `matmul_dtype`: what the operands are rounded to, see `linear.project`.
+    """
+    multiply = jnp.einsum if matmul_dtype is None else partial(project, matmul_dtype=matmul_dtype)
+    attend_blocks = partial(_attend_blocks, window=window, scale=scale, multiply=multiply)
+
+    def attend_row(row: tuple[Array, Array, Array, Layout]) -> Float[Array, "T N H"]:
+        tokens, kv_heads, width = row[1].shape
+        blocks = -(-tokens // chunk)
+        missing = blocks * chunk - tokens
+        query_TNH, key_TKH, value_TKH, layout = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), row
+        )
+        query_JKGCH = query_TNH.reshape(blocks, chunk, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+        key_KJCH, value_KJCH = (
+            x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 1, 3) for x in (key_TKH, value_TKH)
+        )
+        needed_JJ = _needed(jax.tree.map(lambda x: x.reshape(blocks, chunk), layout), window)
+
+        def attend_block(block: tuple[Array, Array, Array]) -> Float[Array, "K G C H"]:
+            query_KGCH, index, needed_J = block
+            return _block(attend_blocks, query_KGCH, key_KJCH, value_KJCH, layout, index, needed_J)
+
+        mixed_JKGCH: Array = jax.lax.map(attend_block, (query_JKGCH, jnp.arange(blocks), needed_JJ))
+        return mixed_JKGCH.transpose(0, 3, 1, 2, 4).reshape(blocks * chunk, -1, width)[:tokens]
+
+    def attend_rows(*rows: Array | Layout) -> Array:
+        mixed_BTNH: Array = jax.lax.map(attend_row, rows)
+        return mixed_BTNH
+
+    named: Array = checkpoint_name(per_device(attend_rows, query_BTNH, key_BTKH, value_BTKH, layout), DOTS)
+    return named
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block(
+    attend: Callable[..., Array],
+    query_KGCH: Array,
+    key_KJCH: Array,
+    value_KJCH: Array,
+    layout: Layout,
+    index: Array,
+    needed_J: Array,
+) -> Float[Array, "K G C H"]:
+    """Attend from one block of queries, in the branch with the fewest blocks of keys that suffices.
+
+    The backward pass recomputes everything within its branch: JAX would save the residuals of all branches.
+    """
+    mixed_KGCH: Array = _branch(attend, needed_J, query_KGCH, key_KJCH, value_KJCH, layout, index)
+    return mixed_KGCH
+
+
+def _block_forward(attend: Callable[..., Array], *args: Any) -> tuple[Array, Any]:
+    return _block(attend, *args), args
+
+
+def _block_backward(attend: Callable[..., Array], args: Any, gradient: Array) -> tuple[Array | None, ...]:
+    *qkv, layout, index, needed_J = args
+
+    def gradients(count: int, order_J: Array, *qkv: Array) -> tuple[Array, ...]:
+        _, backward = jax.vjp(lambda *qkv: attend(count, order_J, *qkv, layout, index), *qkv)
+        of_qkv: tuple[Array, ...] = backward(gradient)
+        return of_qkv
+
+    return (*_branch(gradients, needed_J, *qkv), None, None, None)
+
+
+_block.defvjp(_block_forward, _block_backward)
+
+
+def _branch(compute: Callable[..., Any], needed_J: Array, *args: Any) -> Any:
+    """Call compute(count, order_J, *args), where the first `count` blocks in this order include all that are needed."""
+    blocks = len(needed_J)
+    sizes = {count for k in range(blocks.bit_length()) for count in (2**k, 3 * 2**k // 2) if count < blocks}
+    counts = [*sorted(sizes), blocks]
+    enough = sum((jnp.sum(needed_J) > count).astype(jnp.int32) for count in counts[:-1])
+    branches = [partial(compute, count) for count in counts]
+    return jax.lax.switch(enough, branches, jnp.argsort(~needed_J, stable=True), *args)
+
+
+def _attend_blocks(
+    count: int,
+    order_J: Array,
+    query_KGCH: Array,
+    key_KJCH: Array,
+    value_KJCH: Array,
+    layout: Layout,
+    index: Array,
+    *,
+    window: int | None,
+    scale: float,
+    multiply: Callable[..., Array],
+) -> Float[Array, "K G C H"]:
+    """Attend from the block of queries with this index to the first `count` blocks of keys in this order."""
+    _, group, chunk, width = query_KGCH.shape
+    blocks = order_J[:count]
+    keys_S = (blocks[:, None] * chunk + jnp.arange(chunk)).reshape(-1)
+    mask_CS = layout.visible(window, index * chunk + jnp.arange(chunk), keys_S)
+    heads = []
+    # One key head at a time: a CPU multiplies single matrices faster than stacks of them.
+    for query_GCH, key_JCH, value_JCH in zip(query_KGCH, key_KJCH, value_KJCH, strict=True):
+        key_SH, value_SH = (x[blocks].reshape(-1, width) for x in (key_JCH, value_JCH))
+        scores_QS = multiply("QH,SH->QS", query_GCH.reshape(-1, width), key_SH) * scale
+        scores_GCS = scores_QS.reshape(group, chunk, -1)
+        # The finite minimum, not -inf: a query without any visible key must not become NaN.
+        scores_GCS = jnp.where(mask_CS, scores_GCS, jnp.finfo(scores_GCS.dtype).min)
+        weights_QS = jax.nn.softmax(scores_GCS, axis=-1).reshape(scores_QS.shape)
+        heads.append(multiply("QS,SH->QH", weights_QS, value_SH).reshape(query_GCH.shape))
+    return jnp.stack(heads)
+
+
+def _needed(layout: Layout, window: int | None) -> Bool[Array, "J J"]:
+    """Whether some query of one block may see a key of another, by the ranges of their numbers: never wrongly no."""
+    real_JC = layout.segments_BT > 0
+
+    def span(x_JC: Int[Array, "J C"]) -> tuple[Array, Array]:
+        return jnp.min(x_JC, axis=1, where=real_JC, initial=2**30), jnp.max(x_JC, axis=1, where=real_JC, initial=-1)
+
+    def overlap(x: tuple[Array, Array], y: tuple[Array, Array]) -> Bool[Array, "J J"]:
+        return (x[0][:, None] <= y[1]) & (y[0] <= x[1][:, None])
+
+    segments = span(layout.segments_BT)
+    needed_JJ = overlap(segments, segments)
+    if layout.prefixes_BT is not None:
+        needed_JJ |= overlap(span(layout.prefixes_BT), segments)
+    if window is not None:
+        first, last = span(layout.positions_BT)
+        needed_JJ &= first[:, None] - last < window
+    return jnp.tril(needed_JJ)
 
 
 KeyValues = tuple[Float[Array, "A K S H"], Float[Array, "A K S H"], Int[Array, "A S"]]

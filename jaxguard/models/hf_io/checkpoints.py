@@ -2,10 +2,8 @@
 
 Reading touches only the bytes that this host's devices need. On CPUs, threads cast and transpose each tensor from its file
 straight into the array's memory. Accelerators get a tensor as it is stored, cast it and write it into the stack of all layers, so
-that the host holds little more than two layers.
-
-Exporting copies the source's files and replaces the trained tensors' bytes, so headers, key order, element types and whatever is
-not trained (a vision tower) stay as they are: exporting unchanged weights gives the same files, bit for bit.
+that the host holds little more than two layers. Exporting copies the source's files and replaces the trained tensors' bytes, so
+headers, key order, element types and whatever is not trained (a vision tower) stay as they are.
 """
 
 import contextlib
@@ -259,10 +257,7 @@ def export_hf(weights: Mapping[str, jax.Array], source: Path, output: Path) -> E
 
     Every process of a multi-host run calls this; process 0 writes. The folder appears at the end, complete.
 
-    Args:
-        weights: path -> array, as read_weights returns them; each is read once, in the order of the table.
-        source: the checkpoint that training started from.
-        output: folder to create.
+    `weights` are as read_weights returns them; `source` is the checkpoint that training started from, `output` a new folder.
 
     Raises:
         JaxguardError: weights of another model, values that are not finite, an output folder that is not empty, a full

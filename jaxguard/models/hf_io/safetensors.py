@@ -50,11 +50,7 @@ class Stored:
 
     @property
     def dtype(self) -> np.dtype:
-        """The element type.
-
-        Raises:
-            JaxguardError: quantised, integer, or otherwise not a type that can be trained.
-        """
+        """The element type; an error where it cannot be trained."""
         if self.kind not in DTYPES:
             raise JaxguardError(
                 f"{self.file}: tensor {self.name!r} is stored as {self.kind}; supported: {', '.join(DTYPES)}. "
@@ -172,16 +168,9 @@ def cast_tiles(values: np.ndarray, target: np.ndarray, tile: tuple[int, int]) ->
 
 
 def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | None) -> int:
-    """Round rows of a tensor to its element type and write them at their position in its file, band by band.
+    """Round rows of a tensor, [rows, columns] from row `start`, and write them in their place in a file like the tensor's.
 
-    Args:
-        tensor: what they are compared with, at the same position.
-        values: [rows, columns], in any layout.
-        start: index of the first row.
-        file: a file shaped like the tensor's, open for writing; several threads may use it. None: compare only.
-
-    Returns:
-        Number of elements that differ from the tensor's.
+    Several threads may use the file; None only compares. Returns how many elements differ from the tensor's.
 
     Raises:
         JaxguardError: values that are not finite in the element type, or a tensor whose file was truncated.

@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax.experimental import multihost_utils
 
-from jaxguard.train.signals import REQUEUE, graceful_stop
+from jaxguard.train.hosts import REQUEUE, graceful_stop
 
 
 def test_requeue_is_ex_tempfail() -> None:
