@@ -75,7 +75,11 @@ def build(config: Config) -> BuildResult:
     @cache
     def pool(sources: tuple[SourceConfig, ...]) -> Pool:
         examples, origins = load_sources(sources, "sources")
-        origins = [origin | _distillation(source) for origin, source in zip(origins, sources, strict=True)]
+        for origin, source in zip(origins, sources, strict=True):
+            path = Path(source.path or "").with_suffix(".summary.json")
+            if source.path and path.is_file():  # of the distillation that wrote it
+                summary = json.loads(path.read_text(encoding="utf-8"))
+                origin["distilled"] = {name: value for name, value in summary.items() if name != "never_passed"}
         return examples, origins, find_matches(examples, benchmarks, settings.similarity) if benchmarks else []
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,15 +104,6 @@ def build(config: Config) -> BuildResult:
         manifest = {"version": version, **manifest}
         _write_metadata(draft, manifest, contaminated)
         return BuildResult(_publish(draft, version), manifest)
-
-
-def _distillation(source: SourceConfig) -> dict[str, Any]:
-    """Return the summary of the distillation that wrote a source, if there is one."""
-    path = Path(source.path or "").with_suffix(".summary.json")
-    if source.path is None or not path.is_file():
-        return {}
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    return {"distilled": {name: value for name, value in summary.items() if name != "never_passed"}}
 
 
 def _build_set(
@@ -246,10 +241,7 @@ def _publish(draft: Path, version: str) -> Path:
     """Rename the finished folder to dataset; an existing one with other contents gets its version as a suffix."""
     output = draft.with_name("dataset")
     if output.is_dir():
-        try:
-            existing = str(json.loads((output / "manifest.json").read_text(encoding="utf-8"))["version"])
-        except (OSError, ValueError, KeyError, TypeError):
-            existing = "unknown"
+        existing = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["version"]
         if existing == version:
             shutil.rmtree(draft)
             return output

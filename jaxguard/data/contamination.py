@@ -1,9 +1,8 @@
 """Find training examples whose prompt is in a benchmark too, equal or nearly equal.
 
-Texts are compared without case, punctuation and spacing. They are nearly equal if the Jaccard similarity of their sets of
-five-character shingles reaches a threshold. MinHash with banding (Broder 1997; Indyk and Motwani 1998) proposes pairs, their
-sketches rule most of them out, and the rest is compared exactly: there are no false positives, and a pair at the threshold is
-missed with a probability of at most 2 × _MISSED, a more similar one less often.
+Texts are nearly equal if the Jaccard similarity of their sets of five-character shingles reaches a threshold. MinHash with banding
+(Broder 1997; Indyk and Motwani 1998) proposes pairs, their sketches rule most of them out, and the rest is compared exactly: there
+are no false positives, and a pair at the threshold is missed with a probability of at most 2 × _MISSED.
 """
 
 import math

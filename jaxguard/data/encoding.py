@@ -124,11 +124,6 @@ class Encoder:
             )
         return encoder
 
-    @property
-    def end_id(self) -> int:
-        """The end-of-turn token, at which generation stops."""
-        return self.template.end_id
-
     def encode(self, example: Example, mode: Mode) -> EncodedExample | None:
         """Encode an example with its labels, for training; None if its trace leaves no space for the text.
 
@@ -191,7 +186,7 @@ class Encoder:
                     positive, negative = (
                         completions[(*verdict[:i], (question, w), *verdict[i + 1 :])] for w in CHOICES[question]
                     )
-                    at = _first_difference(positive, negative)
+                    at = next(j for j, (p, n) in enumerate(zip(positive, negative, strict=False)) if p != n)
                     probes.append(Probe(question, len(prompt.ids) + at, positive[at], negative[at]))
             yield EncodedExample(
                 example_id=example.id,
@@ -233,7 +228,7 @@ class Encoder:
         )
         seams = 4  # tokens may split differently where texts meet
         texts = 2 * (MIN_KEPT + len(self.ids(CUT_MARK)) + seams)
-        return len(self.ids(render(self.tokenizer, turn) + self._closing(Mode.DIRECT))) + texts + longest
+        return len(self.ids(self._prompt_text(turn, Mode.DIRECT))) + texts + longest
 
     def ids(self, text: str) -> list[int]:
         """Tokenize a part of an answer."""
@@ -300,21 +295,12 @@ class Encoder:
             mode: self.template.reserved_in(self.ids(self._prompt_text(turn, mode))) for mode, turn in turns.items()
         }
 
-    def _closing(self, mode: Mode) -> str:
-        """Return what closes a think block that the template opened, in direct mode."""
-        return REASONING_END if self.template.reasoning_start and mode is Mode.DIRECT else ""
-
     def _prompt_text(self, turn: str, mode: Mode) -> str:
-        """Render a prompt; the template must not change the turn."""
+        """Render a prompt; direct mode closes a think block that the template opened."""
         text = render(self.tokenizer, turn)
         if text != self.template.before + turn + self.template.after:
             raise JaxguardError(f"the chat template changes the user turn; it renders {text[:200]!r}...")
-        return text + self._closing(mode)
-
-
-def _first_difference(a: list[int], b: list[int]) -> int:
-    """Return the index of the first difference of two completions; neither is a prefix of the other."""
-    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+        return text + REASONING_END if self.template.reasoning_start and mode is Mode.DIRECT else text
 
 
 def _cut(text: str, spans: list[tuple[int, int]], limit: int) -> str:

@@ -24,7 +24,6 @@ from jaxguard.utils.errors import JaxguardError
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".json.gz", ".json.xz", ".parquet", ".csv")
-_LONGEST_CELL = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class Table:
 
     Attributes:
         rows: (location, row); the location is shown in errors: `file:line`, or `name, row number`.
-        columns: every column of any row.
         origin: manifest entry: files with their hashes, or the hub's repository and revision.
     """
 
@@ -158,7 +156,7 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
     """Read cells as text, empty ones as null."""
-    csv.field_size_limit(_LONGEST_CELL)
+    csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:

@@ -31,7 +31,6 @@ class ExportManifest(Schema):
     version: str
     """Of jaxguard, when it was written."""
     name: str
-    """The run's."""
     base: str
     """The checkpoint that was fine-tuned: a repository on the hub, or a folder's name."""
     modes: tuple[Mode, ...]

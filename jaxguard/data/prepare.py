@@ -118,10 +118,7 @@ def assign_modes(examples: Sequence[Example], mode: str, share: float, seed: int
     """Assign each example's mode.
 
     In dual mode an example may have a mode of its own. Of the others, exactly round(share × number) get reasoning mode, selected
-    by a hash of (seed, id) from those with a trace.
-
-    Raises:
-        JaxguardError: dual mode, and too few examples have a trace.
+    by a hash of (seed, id) from those with a trace; it is an error if too few have one.
     """
     if mode != "dual":
         return [Mode(mode)] * len(examples)
@@ -203,11 +200,9 @@ def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropp
     return traced
 
 
-def _normalised(example: Example) -> tuple[str, str | None]:
-    def plain(text: str) -> str:
-        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-    return plain(example.prompt), None if example.response is None else plain(example.response)
+def _normalised(example: Example) -> tuple[str | None, ...]:
+    texts = (example.prompt, example.response)
+    return tuple(t and " ".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in texts)
 
 
 def _hash(purpose: str, seed: int, name: str) -> bytes:

@@ -21,8 +21,6 @@ from jaxguard.report.text import share, visible
 from jaxguard.utils.errors import JaxguardError
 
 PERCENTILES = (5, 50, 95, 99, 100)
-BARS = 12
-BAR_WIDTH = 40
 SAMPLED_STEPS = 200
 TRAINED = "black on green"
 OPEN, CLOSE = "⟦", "⟧"
@@ -125,11 +123,11 @@ def _labels(manifest: dict[str, Any]) -> Table:
 
 
 def _histogram(lengths: np.ndarray) -> RichTable:
-    """Plot lengths in bins of equal width."""
-    counts, edges = np.histogram(lengths, min(BARS, int(np.ptp(lengths)) + 1))
+    """Plot lengths in 12 bins of equal width, in bars of up to 40 characters."""
+    counts, edges = np.histogram(lengths, min(12, int(np.ptp(lengths)) + 1))
     table = RichTable.grid(padding=(0, 1))
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        bar = "█" * round(BAR_WIDTH * count / counts.max()) or ("▏" if count else "")
+        bar = "█" * round(40 * count / counts.max()) or ("▏" if count else "")
         table.add_row(Text(f"{low:,.0f}-{high:,.0f}", justify="right"), Text(bar, style="cyan"), f"{count:,}")
     return table
 

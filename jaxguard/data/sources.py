@@ -85,10 +85,8 @@ def load(source: SourceConfig) -> LoadedSource:
 
 def digest(examples: Iterable[Example]) -> str:
     """Hash the contents of examples, in order."""
-    total = hashlib.sha256()
-    for example in examples:
-        total.update(json.dumps(example.to_json(), sort_keys=True).encode())
-    return total.hexdigest()
+    contents = "".join(json.dumps(example.to_json(), sort_keys=True) for example in examples)
+    return hashlib.sha256(contents.encode()).hexdigest()
 
 
 def unique_ids(examples: list[Example]) -> list[Example]:

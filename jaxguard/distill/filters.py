@@ -88,7 +88,9 @@ class Filters:
 
     def _foreign(self, trace: str) -> str | None:
         """Say what is not in the config's script or language, if anything."""
-        inside = script_share(trace, self.config.script)
+        letters = [character for character in trace if character.isalpha()]
+        script = sum(unicodedata.name(letter, "").startswith(self.config.script) for letter in letters)
+        inside = script / len(letters) if letters else 1.0
         if inside < self.config.min_script_share:
             wanted = f"at least {self.config.min_script_share:.0%} are wanted"
             return f"{inside:.0%} of its letters are {self.config.script}; {wanted}"
@@ -174,14 +176,6 @@ def repeated_share(tokens: list[str], n: int) -> float:
     grams = Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
     total = sum(grams.values())
     return 1 - len(grams) / total if total else 0.0
-
-
-def script_share(text: str, script: str) -> float:
-    """Return the share of the letters whose Unicode name starts with `script`, such as LATIN; 1 for a text without letters."""
-    letters = Counter(character for character in text if character.isalpha())
-    total = sum(letters.values())
-    inside = sum(n for letter, n in letters.items() if unicodedata.name(letter, "").startswith(script))
-    return inside / total if total else 1.0
 
 
 def _quoted(text: str) -> str:

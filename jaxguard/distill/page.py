@@ -6,7 +6,6 @@ The page is a file that loads nothing. What a model wrote is escaped and stays h
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxguard.distill.filters import CHECKS, words
-from jaxguard.distill.store import Attempt, attempts_file, read_attempts
+from jaxguard.distill.store import attempts_file, read_attempts
 from jaxguard.report import (
     Beside,
     Cell,
@@ -49,7 +48,8 @@ def write_store_page(store: Path, path: Path, most: int = MOST_ATTEMPTS) -> None
     settings = read_settings(attempts_file(store))
     numbers = read_numbers(store)
     shown = sample(numbers, most)
-    attempts = sorted(_attempts(store, set(shown.index)), key=lambda attempt: attempt.key)
+    stored = enumerate(itertools.islice(read_attempts(store), len(numbers)))
+    attempts = sorted((each for i, each in stored if i in shown.index), key=lambda attempt: attempt.key)
     blocks = _blocks(numbers, shown) if len(numbers) else ["The store holds no attempts yet."]
     page = Page(
         f"Traces of {settings.get('teacher', 'a teacher')}",
@@ -82,12 +82,6 @@ def sample(numbers: pd.DataFrame, most: int) -> pd.DataFrame:
     accepted, failed = ranked[ranked.accepted], ranked[~ranked.accepted]
     good = min(len(accepted), max(most // 2, most - len(failed)))
     return pd.concat([accepted[:good], failed[: most - good]])
-
-
-def _attempts(store: Path, chosen: set[int]) -> Iterator[Attempt]:
-    """Yield the attempts at some positions of a store."""
-    attempts = itertools.islice(read_attempts(store), max(chosen, default=-1) + 1)
-    return (attempt for i, attempt in enumerate(attempts) if i in chosen)
 
 
 def _blocks(numbers: pd.DataFrame, shown: pd.DataFrame) -> list[Content]:
@@ -170,31 +164,19 @@ def _lengths(title: str, unit: str, numbers: pd.DataFrame) -> Section:
 
 @style()
 def _histograms(numbers: pd.DataFrame, unit: str) -> Figure:
+    """Draw both in at most BINS bins of whole numbers; the last one holds what lies beyond the 99th percentile."""
+    top = int(np.quantile(numbers[unit], 0.99, method="inverted_cdf"))
+    width = -(-(top + 1) // BINS)
     figure = Figure(figsize=(4.9, 2.8))
-    edges, counts = histogram(numbers[unit].to_numpy(), numbers.accepted.to_numpy())
     for i, kind in enumerate(("accepted", "failed")):
+        values = numbers[unit][numbers.accepted == (kind == "accepted")]
         axes = figure.add_subplot(2, 1, i + 1)
-        axes.stairs(counts[i], edges, fill=True, color=COLOURS[i])
+        axes.hist(values.clip(upper=top), np.arange(0, top + width + 1, width), histtype="stepfilled", color=COLOURS[i])
         axes.set_ylabel(kind)
         axes.grid(visible=False, axis="x")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     axes.set_xlabel(unit)
     return figure
-
-
-def histogram(values: np.ndarray, accepted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count accepted and failed values in at most BINS + 1 bins of a round width.
-
-    Returns:
-        the bins' edges [bins + 1], and counts [2, bins]; the last bin takes what lies beyond the 99th percentile.
-    """
-    top = np.quantile(values, 0.99, method="inverted_cdf")
-    widths = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
-    width = next(width for width in widths if width >= top / BINS)
-    last = int(top // width)
-    bins = np.minimum(values // width, last)
-    counts = [np.bincount(bins[chosen], minlength=last + 1) for chosen in (accepted, ~accepted)]
-    return width * np.arange(last + 2), np.array(counts)
 
 
 def _quantiles(values: pd.Series) -> np.ndarray:

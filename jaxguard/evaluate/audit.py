@@ -25,9 +25,8 @@ from jaxguard.data.format.dialogue import ABSENT, CHOICES, TITLES, Mode
 from jaxguard.data.policies import QUESTIONS, Question
 from jaxguard.data.prepare import subset
 from jaxguard.distill.filters import repeated_share, split_sentences, words
-from jaxguard.distill.generate import generate
 from jaxguard.distill.prompts import Task, TeacherPrompt, load_prompt
-from jaxguard.distill.run import load_job, provenance
+from jaxguard.distill.run import generate, load_job, provenance
 from jaxguard.distill.store import Attempt, read_attempts
 from jaxguard.evaluate.scores.metrics import Result, count_votes, measure
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE

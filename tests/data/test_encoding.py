@@ -47,7 +47,7 @@ def test_target_is_exactly_the_answer_and_its_end(encoder: Encoder, mode: Mode):
         assert sequence.loss_mask.tolist() == [False] * first + [True] * (len(sequence.tokens) - first)
         assert encoder.tokenizer.decode(sequence.tokens[first:]) == answer + encoder.template.end
         assert encoder.tokenizer.decode(sequence.tokens[:first]).endswith(encoder.template.after)
-        assert sequence.tokens[-1] == encoder.end_id
+        assert sequence.tokens[-1] == encoder.template.end_id
         assert (sequence.tokens.dtype, sequence.loss_mask.dtype, sequence.cut) == (np.int32, bool, False)
         assert (sequence.example_id, sequence.mode) == (example.id, mode)
 
@@ -345,6 +345,5 @@ def test_a_template_that_changes_the_turn_is_an_error(tiny_tokenizer_folder: Pat
     template = json.loads((tiny_tokenizer_folder / config).read_text())["chat_template"]
     upper = template.replace('message["content"] | trim', 'message["content"] | replace("Judge", "")')
     folder = edit(tiny_tokenizer_folder, tmp_path / "a", config, chat_template=upper)
-    encoder = Encoder.load(folder, data_config(), replace(SHORT, instruction="Judge this."))
     with pytest.raises(JaxguardError, match="changes the user turn"):
-        encoder.encode(BOTH, Mode.DIRECT)
+        Encoder.load(folder, data_config(), replace(SHORT, instruction="Judge this."))

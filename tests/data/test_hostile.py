@@ -147,7 +147,7 @@ def test_hostile_training_examples(encoder_of, name: str):
         hostile = replace(example, prompt=prompt * long, response=response * long, trace=f"He says {trace}")
         sequence = encoder.encode(hostile, Mode.REASONING)
         reserved = encoder.template.reserved_in(sequence.tokens.tolist())
-        assert reserved == (*frame, encoder.end_id)
+        assert reserved == (*frame, encoder.template.end_id)
         assert len(sequence.tokens) <= encoder.max_seq_len
         answer = encoder.tokenizer.decode(sequence.tokens[sequence.loss_mask][:-1])
         assert parse(answer, QUESTIONS, Mode.REASONING, has_response=True) == Verdict("harmful", "unharmful", "refusal")

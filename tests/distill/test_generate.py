@@ -18,8 +18,7 @@ from jaxguard.config.distill import DistillConfig, TeacherConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy
-from jaxguard.distill import generate as generate_module
-from jaxguard.distill.generate import Job
+from jaxguard.distill import run as run_module
 from jaxguard.distill.prompts import load_prompt, tasks_for
 from jaxguard.distill.store import read_attempts, summarize
 from jaxguard.utils import client as client_module
@@ -38,8 +37,8 @@ def examples(count):
 async def generate(folder, urls, count, rounds=3, candidates=1, **teacher):
     teacher = TeacherConfig(endpoints=urls, model="teacher", **teacher)
     settings = DistillConfig(teacher=teacher, rounds=rounds, candidates=candidates)
-    job = Job(settings, Dialogue(), POLICY, list(tasks_for(examples(count), POLICY)))
-    await generate_module.generate(job, load_prompt("trace"), job.tasks, folder, {"teacher": "teacher"})
+    job = run_module.Job(settings, Dialogue(), POLICY, list(tasks_for(examples(count), POLICY)))
+    await run_module.generate(job, load_prompt("trace"), job.tasks, folder, {"teacher": "teacher"})
     return summarize(folder, [task.example.id for task in job.tasks])[1]
 
 

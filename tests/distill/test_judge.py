@@ -10,8 +10,8 @@ from jaxguard.config.distill import DistillConfig, TeacherConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy
-from jaxguard.distill.generate import Job, Judge, generate
 from jaxguard.distill.prompts import load_prompt, tasks_for
+from jaxguard.distill.run import Job, Judge, generate
 from jaxguard.distill.store import read_attempts
 from jaxguard.distill.teacher import open_teacher
 

@@ -2,14 +2,12 @@
 
 import gc
 import html
-import itertools
 import re
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from page_examples import BREAKOUTS, DIFFERS, GOOD, LEAKED, SETTINGS, STORE, hostile
 
@@ -18,16 +16,7 @@ from jaxguard.config.distill import FilterConfig
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.distill.__main__ import main
 from jaxguard.distill.filters import Candidate, Filters
-from jaxguard.distill.page import (
-    BINS,
-    CHECKS,
-    funnel,
-    histogram,
-    read_numbers,
-    rounds,
-    sample,
-    write_store_page,
-)
+from jaxguard.distill.page import CHECKS, _histograms, funnel, read_numbers, rounds, sample, write_store_page
 from jaxguard.distill.store import attempts_file, open_traces
 from jaxguard.report.text import visible
 from jaxguard.utils.errors import JaxguardError
@@ -118,15 +107,13 @@ def test_two_accepted_candidates_are_one_example_with_a_trace(numbers):
     assert (cells(funnel(some))["examples with a trace"][0], some.accepted.sum()) == ("1", 2)
 
 
-@pytest.mark.parametrize("most", [0, 1, 7, 300, 801, 5000])
-def test_a_histogram_loses_nothing(most):
-    values = np.append(np.random.default_rng(most).integers(0, most, 1000, endpoint=True), 100 * (most + 1))
-    accepted = np.arange(1001) < 500
-    edges, counts = histogram(values, accepted)
-    assert counts.shape[1] == len(edges) - 1 <= BINS + 1
-    assert counts.sum(axis=1).tolist() == [500, 501]
-    for i, (low, high) in enumerate(itertools.pairwise(edges[:-1])):
-        assert counts[0, i] == np.sum((low <= values[accepted]) & (values[accepted] < high))
+@pytest.mark.parametrize("lengths", [[0], [5] * 3, [0, 7, 300, 300, 9000], [*range(200), 10**6]])
+def test_histograms_reach_from_nothing_to_the_longest(numbers, lengths):
+    some = numbers([replace(GOOD, example_id=f"x{i}", completion_tokens=n) for i, n in enumerate(lengths)])
+    accepted, failed = (axes.patches[0].get_xy() for axes in _histograms(some, "tokens").axes)
+    assert accepted[:, 0].min() == 0
+    assert sorted(lengths)[-2:][0] < accepted[:, 0].max()
+    assert (accepted[:, 1].max() > 0, failed[:, 1].max()) == (True, 0)
 
 
 @pytest.mark.parametrize(

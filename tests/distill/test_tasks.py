@@ -8,8 +8,8 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import answer_grammar, parse, split_verdict
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.distill.generate import split_reply
 from jaxguard.distill.prompts import tasks_for
+from jaxguard.distill.run import split_reply
 from jaxguard.distill.teacher import Reply
 
 POLICY = Policy("bread", rules="Nobody may speak of knives.", asks=("prompt_harm", "response_harm"))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jaxguard.data.format.dialogue import ABSENT, FAIL_CLOSED, REASONING_END, TAG, TITLES, Mode, loose, verdict_words
+from jaxguard.data.format.dialogue import ABSENT, FAIL_CLOSED, TAG, TITLES, Mode, loose, verdict_words
 from jaxguard.data.policies import Question
 
 _VALUES = {question: rf"{loose(title)}(?P<value>[^\n]*)" for question, title in TITLES.items()}
@@ -64,11 +64,6 @@ def verdict_prefix(text: str) -> str | None:
     """Return an answer up to the start of its verdict lines; None if its reasoning is not closed."""
     tags = list(TAG.finditer(text))
     return f"{text[: tags[-1].end()]}\n\n" if tags and "/" in tags[-1][0] else None
-
-
-def close_reasoning(text: str) -> str:
-    """Close the reasoning of an answer that ran out of tokens."""
-    return text.rstrip() + REASONING_END
 
 
 def split_verdict(text: str) -> tuple[str, str]:

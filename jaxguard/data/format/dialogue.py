@@ -23,13 +23,11 @@ The user turn:
 
     /think
 
-Text that all examples share comes first, so that it is computed once. The answer is reasoning in think tags, an empty
-line and the verdict lines; in direct mode only the verdict lines. If the chat template opens the think block, the opening
-tag is part of the prompt, and in direct mode so is the closing tag of an empty block.
+The answer is reasoning in think tags, an empty line and the verdict lines; in direct mode only the verdict lines. If the chat
+template opens the think block, the opening tag is part of the prompt, and in direct mode so is the closing tag of an empty block.
 
-Prompts, responses, traces and policies are untrusted. A string in them that could act as part of this format, or as a
-special token, gets a backslash before its last character: `<|eot_id|\>`, `Prompt harm\:`. The parser uses the same
-patterns. A server that renders the chat template and tokenizes the result as plain text gets the ids used in training.
+Prompts, responses, traces and policies are untrusted. A string in them that could act as part of this format, or as a special
+token, gets a backslash before its last character: `<|eot_id|\>`, `Prompt harm\:`. The parser uses the same patterns.
 """
 
 import re

@@ -8,8 +8,8 @@ from typing import Final
 
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.encoding import Encoder, PromptTooLongError
-from jaxguard.data.format.answer import close_reasoning, parse, verdict_prefix
-from jaxguard.data.format.dialogue import ABSENT, CHOICES, TITLES, Mode, questions
+from jaxguard.data.format.answer import parse, verdict_prefix
+from jaxguard.data.format.dialogue import ABSENT, CHOICES, REASONING_END, TITLES, Mode, questions
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
 from jaxguard.guards.formats.definition import VerdictLine, decision_tree
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Prompt, Request, UnsupportedError
@@ -76,7 +76,7 @@ class NativeFormat:
             return None
         prefix = verdict_prefix(text)
         if prefix is None:
-            return close_reasoning(text)
+            return text.rstrip() + REASONING_END
         return prefix if UNPARSABLE in self.parse(request, text).values() else None
 
     def decision_points(self, request: Request, text: str, /) -> Sequence[DecisionPoint]:
@@ -90,7 +90,7 @@ class NativeFormat:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        return (self.encoder.end_id,)
+        return (self.encoder.template.end_id,)
 
 
 def context_tokens(folder: Path) -> int:
