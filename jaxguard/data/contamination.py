@@ -92,7 +92,8 @@ def _near_texts(texts: Iterable[str], similarity: float) -> Callable[[str], list
         raise JaxguardError(
             f"the search for nearly equal prompts is not installed ({error}): pip install -e '.[distill]'"
         ) from None
-    empty = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=_hash)
+    # The hash is the same in every process; MinHash mixes the bits further.
+    empty = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=lambda text: zlib.crc32(text.encode("utf-8", "surrogatepass")))
     index = MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(similarity))
     known = [text for text in texts if len(text) >= SHORTEST]
     sketches = np.empty((len(known), _PERMUTATIONS), empty.hashvalues.dtype)
@@ -129,11 +130,6 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 
 def _shingles(text: str) -> frozenset[str]:
     return frozenset(text[i : i + SHINGLE] for i in range(len(text) - SHINGLE + 1))
-
-
-def _hash(shingle: str) -> int:
-    """Hash a shingle, equally in every process; MinHash mixes the bits further."""
-    return zlib.crc32(shingle.encode("utf-8", "surrogatepass"))
 
 
 def _bands(similarity: float) -> tuple[int, int]:

@@ -12,16 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxguard.config.data import DataConfig
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import (
-    ABSENT,
-    CHOICES,
-    REASONING_END,
-    Answers,
-    Dialogue,
-    Mode,
-    answers,
-    questions,
-)
+from jaxguard.data.format.dialogue import ABSENT, CHOICES, REASONING_END, Answers, Dialogue, Mode, answers, questions
 from jaxguard.data.format.template import Template, load_tokenizer, read_template, render, token_ids
 from jaxguard.data.policies import QUESTIONS, Policy, Question, load_policy, policy_for
 from jaxguard.utils.errors import JaxguardError

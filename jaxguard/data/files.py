@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub.errors
 import pyarrow
 import pyarrow.parquet
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from jaxguard.utils.errors import JaxguardError
 
@@ -72,11 +72,7 @@ def read_hub(repository: str, config: str | None, split: str, file: str | None) 
         else:
             reason = f"does not exist at {page}; if it is private or gated, get access there and {login}"
         raise JaxguardError(f"data set {repository} {reason}") from None
-    except (
-        ConnectionError,
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.OfflineModeIsEnabled,
-    ) as error:
+    except (ConnectionError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         raise JaxguardError(
             f"cannot reach data set {repository} on the hub ({error}); with a copy on disk, set the source's path"
         ) from None

@@ -38,7 +38,6 @@ class ExportManifest(Schema):
     reasoning_marker: str
     direct_marker: str
     max_seq_len: int
-    """Tokens of the longest training sequence."""
     questions: tuple[Question, ...]
     """All that its policy asks."""
     trained_together: tuple[tuple[Question, ...], ...]

@@ -56,7 +56,8 @@ def load(source: SourceConfig) -> LoadedSource:
         table = read_hub(kind.repository, config, source.split, kind.file)
     if not table.rows:
         raise JaxguardError(f"{name}: split {source.split!r} is empty")
-    for column in kind.required_columns(source):
+    named = [column for name, column in kind.columns.items() if name != "categories"]
+    for column in (*(kind.required or named), *kind.trace_columns(source)):
         if column not in table.columns:
             hint = nearest(column, table.columns)
             raise JaxguardError(f"{name}: no column {column!r}; {hint}found: {', '.join(table.columns)}")
@@ -103,9 +104,6 @@ def unique_ids(examples: list[Example]) -> list[Example]:
     return result
 
 
-Split = Callable[[Row, str, Counter[str]], Iterable[Row]]
-
-
 @dataclass(frozen=True)
 class _Kind:
     """A kind of source.
@@ -128,11 +126,7 @@ class _Kind:
     file: str | None = None
     clone: Mapping[str, str] = field(default_factory=dict)
     traces: Mapping[str, str] = field(default_factory=dict)
-    split: Split = lambda row, *_: (row,)
-
-    def required_columns(self, source: SourceConfig) -> tuple[str, ...]:
-        named = tuple(column for name, column in self.columns.items() if name != "categories")
-        return (*(self.required or named), *self.trace_columns(source))
+    split: Callable[[Row, str, Counter[str]], Iterable[Row]] = lambda row, *_: (row,)
 
     def trace_columns(self, source: SourceConfig) -> tuple[str, ...]:
         """Return the column of the trace, and of whether it disagrees with the label; () if no traces are wanted."""
