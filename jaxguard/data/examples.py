@@ -18,10 +18,8 @@ class Example:
     Attributes:
         id: unique within its source.
         source: name of the source in reports.
-        prompt: the user's text. Untrusted.
-        response: the assistant's text, or None if there is only a prompt. Untrusted.
-        prompt_label: whether the prompt is harmful; None if not labelled.
-        response_label: whether the response is harmful; None if there is none or it is not labelled.
+        prompt, response: untrusted texts of the user and the assistant; the response is None if there is only a prompt.
+        prompt_label, response_label: whether the prompt, the response is harmful; None if not labelled or absent.
         refusal_label: whether the response is a refusal; None likewise.
         categories: violated categories, as the source names them.
         policy: name of the policy to apply, or its rules as text; None for the run's policy.

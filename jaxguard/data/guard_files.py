@@ -58,11 +58,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def write_guard_files(folder: Path, config: Config, trained_together: Iterable[tuple[Question, ...]]) -> None:
-    """Write the three files into a folder with weights and tokenizer.
-
-    Raises:
-        JaxguardError: the policy cannot be read.
-    """
+    """Write the three files into a folder with weights and tokenizer."""
     policy, data = load_policy(config.data.policy), config.data
     local = Path(config.model.checkpoint).exists()
     manifest = ExportManifest(

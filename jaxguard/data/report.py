@@ -58,15 +58,14 @@ def packing(config: Config, sequences: Sequence[EncodedExample]) -> dict[str, fl
     `rows` and `tokens`: of a batch, and of a row. `padding`: share of tokens that belong to no example, including rows added
     for a bucketed shape. `shared`: share of the examples' tokens that are computed once for several examples.
     """
-    steps = total_steps(len(sequences), config.train.batch_size, config.train.epochs, config.train.max_steps)
+    train, max_seq_len = config.train, config.data.max_seq_len
+    steps = total_steps(len(sequences), train.batch_size, train.epochs, train.max_steps)
     if steps == 0:
         raise JaxguardError(
-            f"{len(sequences)} examples and train.epochs={config.train.epochs:g} make no whole batch of "
-            f"train.batch_size={config.train.batch_size}; raise epochs or lower batch_size"
+            f"{len(sequences)} examples and train.epochs={train.epochs:g} make no whole batch of "
+            f"train.batch_size={train.batch_size}; raise epochs or lower batch_size"
         )
-    schedule = Schedule(
-        sequences, config.train.batch_size, steps, config.data.max_seq_len, config.train.accumulation, config.seed
-    )
+    schedule = Schedule(sequences, train.batch_size, steps, max_seq_len, train.accumulation, config.seed)
     sampled = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int)).tolist()
     shapes = [schedule.shape(step) for step in sampled]
     unshared = sum(len(sequences[i].tokens) for step in sampled for i in schedule.examples(step))
@@ -87,9 +86,8 @@ def _sources(manifest: dict[str, Any]) -> Table:
     for source in manifest["sources"]:
         name = source.get("hub") or ", ".join(source["files"])
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in source["skipped"].items())
-        table.add(
-            source["role"], f"{source['kind']}: {name}", source["examples"], sum(source["skipped"].values()), reasons
-        )
+        skipped = sum(source["skipped"].values())
+        table.add(source["role"], f"{source['kind']}: {name}", source["examples"], skipped, reasons)
     return table
 
 

@@ -144,13 +144,8 @@ async def generate(
 ) -> None:
     """Work on the tasks until each is done, and show how far it is.
 
-    Args:
-        job: the teacher, and what is accepted.
-        prompt: the template of the requests.
-        tasks: one for each example.
-        folder: the store, whose attempts have `settings` in common.
-        settings: as of `provenance`.
-        exhaustive: request every candidate of every round, whatever was accepted.
+    The attempts in the store `folder` have the `settings` in common, as from `provenance`. With `exhaustive`, every candidate of
+    every round is requested, whatever was accepted.
 
     Raises:
         JaxguardError: a server refuses, does not answer or serves another model, or the store was begun with other settings

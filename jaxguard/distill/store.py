@@ -113,9 +113,8 @@ def summarize(folder: Path, examples: Sequence[str]) -> tuple[dict[str, str], di
     """Read a store through once; `examples` are the ids of those with a task.
 
     Returns:
-        Example id -> its first accepted trace; and the way there in numbers, as traces.summary.json has them. Of the latter,
-        "failed" counts attempts by failed check, of which one attempt may fail several; "never_passed" says why the last
-        attempt at an example failed, if none was accepted; tokens and seconds are those of all attempts.
+        Example id -> its first accepted trace; and the contents of traces.summary.json, where "failed" counts attempts by failed
+        check, "never_passed" says why an example's last attempt failed, and tokens and seconds are those of all attempts.
     """
     failed, totals = Counter[str](), Counter[str]()
     traces, last_failures = dict[str, str](), dict[str, dict[str, str]]()

@@ -97,8 +97,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
     """Derive a Template by rendering the chat template.
 
     Raises:
-        JaxguardError: the template changes or repeats the text, writes reasoning itself, or does not end the answer with a
-            token at which generation stops.
+        JaxguardError: it changes or repeats the text, writes reasoning, or ends the answer where generation does not stop.
     """
     try:
         prompt = render(tokenizer, _PROMPT)
