@@ -27,7 +27,6 @@ _PERMUTATIONS = 128
 _MISSED = 5e-5
 # Bound on similarity less the share of equal permutations (Hoeffding's inequality).
 _SLACK = math.sqrt(math.log(1 / _MISSED) / (2 * _PERMUTATIONS))
-_SEED = 1
 _CHUNK = 8192  # shingles that are permuted at a time: bounds the memory for a long text
 
 
@@ -93,7 +92,7 @@ def _near_texts(texts: Iterable[str], similarity: float) -> Callable[[str], list
             f"the search for nearly equal prompts is not installed ({error}): pip install -e '.[distill]'"
         ) from None
     # The hash is the same in every process; MinHash mixes the bits further.
-    empty = MinHash(_PERMUTATIONS, seed=_SEED, hashfunc=lambda text: zlib.crc32(text.encode("utf-8", "surrogatepass")))
+    empty = MinHash(_PERMUTATIONS, seed=1, hashfunc=lambda text: zlib.crc32(text.encode("utf-8", "surrogatepass")))
     index = MinHashLSH(num_perm=_PERMUTATIONS, params=_bands(similarity))
     known = [text for text in texts if len(text) >= SHORTEST]
     sketches = np.empty((len(known), _PERMUTATIONS), empty.hashvalues.dtype)

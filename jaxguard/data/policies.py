@@ -1,7 +1,6 @@
 """Policies: what counts as harmful, and which questions a guard answers.
 
-A policy is a YAML file with named categories, plain rules, or both, in configs/policies or anywhere. An example may also have
-rules of its own, as text.
+A policy is a YAML file with named categories, plain rules, or both. An example may also have rules of its own, as text.
 """
 
 import hashlib

@@ -256,10 +256,9 @@ class _Requests:
 
 
 def split_reply(task: Task, reply: Reply) -> tuple[str, str]:
-    """Return (trace, answer) of a reply.
+    """Return (trace, answer) of a reply: its reasoning, or what a teacher writes before the verdict.
 
-    The reasoning is the trace. A teacher that does not separate its reasoning writes it before the verdict; so does one that
-    shortens a trace, whose own reasoning is about the shortening.
+    A teacher that shortens a trace does the latter; its own reasoning is about the shortening.
     """
     if task.budget is None and reply.reasoning:
         return reply.reasoning, reply.answer

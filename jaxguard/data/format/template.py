@@ -16,8 +16,6 @@ TEMPLATE_KWARGS: Final[dict[str, Any]] = {"date_string": "26 Jul 2024"}
 date of Llama 3.1's. When serving, pass the same `chat_template_kwargs`, or the prompt differs from the trained one."""
 
 _PROMPT, _ANSWER = "jaxguardprompt", "jaxguardanswer"
-_OPENS = re.compile(r"<think>\s*\Z")
-_EMPTY = re.compile(r"<think>\s*</think>\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -104,12 +102,12 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
         full = render(tokenizer, _PROMPT, _ANSWER)
     except Exception as error:  # jinja's errors, and what templates raise themselves
         raise JaxguardError(f"{folder}: its chat template does not render one user turn: {error}") from None
-    reasoning_start = "".join(_OPENS.findall(prompt))
+    reasoning_start = "".join(re.findall(r"<think>\s*\Z", prompt))
     # Templates strip reasoning from earlier answers, so the opening tag appears for generation only. Qwen 3's puts an empty
     # block before an answer without reasoning, where generation starts without one: answers are trained as they are generated.
     head, _, tail = full.partition(_ANSWER)
     if not reasoning_start:
-        head = _EMPTY.sub("", head)
+        head = re.sub(r"<think>\s*</think>\s*\Z", "", head)
     if prompt.count(_PROMPT) != 1 or head not in (prompt, prompt.removesuffix(reasoning_start)):
         raise JaxguardError(
             f"{folder}: its chat template does not put the answer where generation starts; it renders {full!r}"
