@@ -81,18 +81,14 @@ class RunCost:
     price: float | None = None
     shapes: Mapping[Shape, int] = field(default_factory=dict)
 
-    def hours(self, seconds: float) -> float | None:
-        """Time of the run, at so many seconds a step."""
-        return None if self.steps is None else self.steps * seconds / 3600
-
-    def dollars(self, seconds: float, devices: int) -> float | None:
-        """Price of the run on all devices, at so many seconds a step."""
-        hours = self.hours(seconds)
-        return None if hours is None or self.price is None else hours * devices * self.price
+    def totals(self, seconds: float, devices: int) -> dict[str, float | None]:
+        """Hours, and dollars for all devices, at so many seconds a step."""
+        hours = None if self.steps is None else self.steps * seconds / 3600
+        return {"hours": hours, "dollars": hours and self.price and hours * devices * self.price}
 
     def describe(self, seconds: float, devices: int) -> str:
         """Steps, hours and dollars in words."""
-        hours, dollars = self.hours(seconds), self.dollars(seconds, devices)
+        hours, dollars = self.totals(seconds, devices).values()
         if hours is None:
             return "unknown: set data.subset or train.max_steps"
         price = "" if dollars is None else f", ${dollars:,.2f}"

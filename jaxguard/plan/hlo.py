@@ -83,15 +83,10 @@ class Instruction:
 
 def describe(op_name: str) -> str:
     """`jit(step)/transpose(jvp(mlp))/dot_general` -> `backward mlp: dot_general`: pass, named scope, operation."""
-    phase = (
-        "recomputed" if "rematted_computation" in op_name
-        else "backward" if "transpose(" in op_name
-        else "forward" if "jvp(" in op_name
-        else "step"
-    )  # fmt: skip
-    scopes, operation = _SCOPE.findall(op_name.rpartition("/")[0]), op_name.rpartition("/")[2]
-    where = [phase, *scopes[-1:]] if phase != "step" or not scopes else scopes[-1:]
-    return f"{' '.join(where)}: {operation}"
+    phases = {"rematted_computation": "recomputed", "transpose(": "backward", "jvp(": "forward"}
+    phase = [name for sign, name in phases.items() if sign in op_name][:1]
+    path, _, operation = op_name.rpartition("/")
+    return f"{' '.join([*phase, *_SCOPE.findall(path)[-1:]]) or 'step'}: {operation}"
 
 
 @dataclass(frozen=True)
@@ -214,8 +209,12 @@ class CompiledProgram:
         devices = math.prod(mesh.values())
         for instruction, times in self.instructions:
             kind = instruction.opcode.removesuffix("-start")
-            if between := _between_slices(instruction, devices // linked):
-                counts[between] += times
+            transfer = instruction.search(r'_xla_megascale_transfer_type="(\w+)"')
+            if instruction.opcode == "send" and transfer:
+                # Slices lie along `data` (models/sharding.py). Every device sends its part to its host; hosts do the rest.
+                between, slices = transfer[1].lower().replace("_", "-"), devices // linked
+                size = instruction.operands[0].bytes * (slices if between == "all-gather" else 1)
+                counts[Collective(between, "data", slices, 1, size, 1, "between slices")] += times
             # A TPU's program repeats a collective in every fusion that runs between its start and its end.
             channel = instruction.search(r"channel_id=(\d+)")
             if kind not in COLLECTIVES or (channel and channel[1] in channels):
@@ -286,20 +285,6 @@ def _flops(instruction: Instruction) -> int:
         return 2 * _convolution_products(instruction, shapes)
     sizes = (shapes[0][int(axis)] for axis in re.findall(r"\d+", contracted[1]))
     return 2 * math.prod(instruction.arrays[0][1]) * math.prod(sizes)
-
-
-def _between_slices(instruction: Instruction, slices: int) -> Collective | None:
-    """A collective between TPU slices, which hosts do over the network: every device sends its part to its own host.
-
-    All slices take part, since they are laid out along `data` (models/sharding.py).
-    """
-    transfer = instruction.search(r'_xla_megascale_transfer_type="(\w+)"')
-    if instruction.opcode != "send" or transfer is None:
-        return None
-    kind = transfer[1].lower().replace("_", "-")
-    part = instruction.operands[0].bytes
-    size = part * slices if kind == "all-gather" else part
-    return Collective(kind, "data", slices, 1, size, 1, "between slices")
 
 
 def _convolution_products(instruction: Instruction, shapes: Sequence[tuple[int, ...]]) -> int:

@@ -35,6 +35,7 @@ NOTHING_FITS = (
 )
 MOST_COLLECTIVES = 12
 """In a terminal."""
+NOTE = Paragraph([f"Estimate: {ASSUMPTIONS}."], faint=True)
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,8 @@ class PlanReport:
     def facts(self) -> Table:
         """What a reader wants to know first, a column for each plan."""
         columns = [facts(plan) for plan in self.plans]
-        table = Table(("", *(plan.name for plan in self.plans)), left=1 + len(columns))
-        for name in columns[0]:
-            table.add(name, *(column[name] for column in columns))
-        return table
+        rows = zip(columns[0], *(column.values() for column in columns), strict=True)
+        return Table.of(("", *(plan.name for plan in self.plans)), rows, left=1 + len(columns))
 
     def render(self) -> Group:
         """For a terminal: all of a single plan, several side by side, and last what does not fit, and why."""
@@ -128,7 +127,7 @@ class PlanReport:
         for plan in self.plans:
             title = f"{plan.name} on {plan.cluster.name}"
             blocks.append(Section(title, [collectives_table(plan), largest_table(plan.largest)]))
-        return Page(f"Plan of {' / '.join(names)}", [*blocks, estimate_note() if self.plans else None])
+        return Page(f"Plan of {' / '.join(names)}", [*blocks, NOTE if self.plans else None])
 
     @style()
     def _figure(self) -> Drawing:
@@ -200,10 +199,6 @@ def largest_table(largest: Sequence[Buffer], title: str = "Largest arrays that a
     return Table.of(("GiB", "array", "for"), rows, title=title, left=3)
 
 
-def estimate_note() -> Paragraph:
-    return Paragraph([f"Estimate: {ASSUMPTIONS}."], faint=True)
-
-
 def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan as data; see PlanReport.to_json."""
     guess, compute, cost = estimate(plan), plan.compute, plan.cost
@@ -224,8 +219,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "estimate": guess,
         "steps": cost.steps,
         "shapes": [shape._asdict() | {"steps": steps} for shape, steps in cost.shapes.items()] or None,
-        "hours": cost.hours(guess["step"]),
-        "dollars": cost.dollars(guess["step"], plan.cluster.devices),
+        **cost.totals(guess["step"], plan.cluster.devices),
     }
 
 

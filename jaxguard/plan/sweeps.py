@@ -19,7 +19,7 @@ from jaxguard.config import Config, dump, load
 from jaxguard.config.base import CONFIG_FOLDER, Positive, Schema, find_yaml, read_yaml, validate
 from jaxguard.config.hardware import GIB
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
-from jaxguard.plan.run import estimate_note, plan_json
+from jaxguard.plan.run import NOTE, plan_json
 from jaxguard.plan.targets import Cluster, find_cluster
 from jaxguard.report import Bullets, Drawing, Page, Table
 from jaxguard.report.figures import inline_svg, style
@@ -164,7 +164,7 @@ class SweepReport:
         figure = Drawing(title, inline_svg(self.figure(), "sweep", title))
         where = "Products take longer than the network:"
         note = "Efficiency: rows that a device trains in a second, relative to the smallest cluster of the series."
-        return Page(self.title, [figure, where, Bullets(self.limits()), table, note, estimate_note()])
+        return Page(self.title, [figure, where, Bullets(self.limits()), table, note, NOTE])
 
     @style()
     def figure(self) -> Figure:
