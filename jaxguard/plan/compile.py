@@ -38,8 +38,6 @@ ASSUMPTIONS = (
     "longest of the three alone"
 )
 MOST_SHAPES = 4
-STEPS = 1000
-"""Length of the learning rate's schedule; it does not change the program's size."""
 SHAPES = CONFIG_FOLDER / "shapes"
 _NEEDS = re.compile(
     r"Used (\S+) of (\S+) hbm|memory required for HLO temporaries \((\S+)\) exceeds available HBM \((\S+)\)"
@@ -208,7 +206,7 @@ def compile_step(
     else:
         rows = rows or bucket_size(config.train.batch_size, multiple)
         shape = Shape(rows, tokens, targets or tokens, config.data.share_prefixes)
-    program = build_program(config, spec, mesh, STEPS)
+    program = build_program(config, spec, mesh, steps=1000)  # their number does not change the program's size
     with jax.set_mesh(mesh), cudnn_attention_on_any_gpu():
         lowered = program.train_step.lower(program.state, program.batch(shape))
         try:

@@ -21,6 +21,10 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
 SLICES = {"dynamic-slice", "gather", "slice"}
 """Instructions that read only a part of their first operand."""
 
+CALLED = {"while": "body", "conditional": "(?:true|false)_computation"}
+CALLED |= dict.fromkeys(("fusion", "call", "async-start"), "(?:calls|to_apply)")
+"""Instruction -> the attribute that names the computations which it runs."""
+
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 # `%name = f32[8]{0} add(%a, %b), metadata={…}`; a result is one array, or several in brackets.
 _INSTRUCTION = re.compile(
@@ -69,11 +73,9 @@ class Instruction:
         """Computations that it runs."""
         if branches := self.search(r"branch_computations=\{([^}]*)\}"):
             return re.findall(r"[\w.\-]+", branches[1])
-        keys = {"while": "body", "conditional": "(?:true|false)_computation"}
-        keys |= dict.fromkeys(("fusion", "call", "async-start"), "(?:calls|to_apply)")
-        if self.opcode not in keys:
+        if self.opcode not in CALLED:
             return []
-        names = re.findall(rf"\b{keys[self.opcode]}=%?([\w.\-]+)", self.attributes)
+        names = re.findall(rf"\b{CALLED[self.opcode]}=%?([\w.\-]+)", self.attributes)
         return names[::-1] if self.opcode == "conditional" else names
 
     def search(self, pattern: str) -> re.Match[str] | None:

@@ -29,10 +29,6 @@ from jaxguard.report.figures import COLOURS, inline_svg, style
 
 REMAT = ("none", "dots", "full")
 """From the fastest and largest to the slowest and smallest."""
-NOTHING_FITS = (
-    "no setting that was tried does; take more devices or those with more memory, fewer rows (train.batch_size) or shorter "
-    "ones (data.max_seq_len)"
-)
 MOST_COLLECTIVES = 12
 """In a terminal."""
 NOTE = Paragraph([f"Estimate: {ASSUMPTIONS}."], faint=True)
@@ -339,7 +335,11 @@ def search(
                     break
             if fits and remat == REMAT[0]:
                 break
-    report = SearchReport(candidates, PlanReport(refusals=[Refusal(base.name, cluster.name, NOTHING_FITS)]))
+    reason = (
+        "no setting that was tried does; take more devices or those with more memory, fewer rows (train.batch_size) or shorter "
+        "ones (data.max_seq_len)"
+    )
+    report = SearchReport(candidates, PlanReport(refusals=[Refusal(base.name, cluster.name, reason)]))
     for overrides, best in report.ranking[:1]:
         cost = run_cost(load(base, overrides), cluster.devices, price)
         report = replace(report, best=PlanReport([replace(best, cost=cost)]))

@@ -33,7 +33,6 @@ class Cluster:
 
     Attributes:
         name: as on the command line, such as a100-80gb:2x8.
-        target: facts of one device.
         shape: hosts × GPUs of a host, or the chips of a slice along each dimension.
         slices: number of TPU slices, each of that shape, with only the network between them.
     """
@@ -81,16 +80,15 @@ def find_cluster(text: str) -> Cluster:
         return Cluster(text, target, _slice(text, sides, target.tpu), slices)
     if match[1]:
         raise JaxguardError(f"target {text!r}: GPUs have no slices; write hosts x GPUs of each, as in {name}:2x8")
-    if len(sides) > 2:
+    if len(sides) == 1:
+        hosts, rest = divmod(sides[0], GPUS_PER_HOST)
+        if hosts and rest:
+            raise JaxguardError(
+                f"target {text!r}: {sides[0]} GPUs are not whole hosts of {GPUS_PER_HOST}; write hosts x GPUs of each, as in 3x4"
+            )
+        sides = (hosts, GPUS_PER_HOST) if hosts else (1, rest)
+    elif len(sides) > 2:
         raise JaxguardError(f"target {text!r}: GPUs come as hosts x GPUs of each, as in 2x8")
-    if len(sides) == 1 and sides[0] <= GPUS_PER_HOST:
-        sides = (1, *sides)
-    elif len(sides) == 1 and sides[0] % GPUS_PER_HOST:
-        raise JaxguardError(
-            f"target {text!r}: {sides[0]} GPUs are not whole hosts of {GPUS_PER_HOST}; write hosts x GPUs of each, as in 3x4"
-        )
-    elif len(sides) == 1:
-        sides = (sides[0] // GPUS_PER_HOST, GPUS_PER_HOST)
     return Cluster(text, target, sides)
 
 
@@ -126,22 +124,18 @@ def _slice(text: str, sides: tuple[int, ...], tpu: Tpu) -> tuple[int, ...]:
         [side * 2**n for n in range(10) if side * 2**n <= most]
         for side, most in zip(tpu.chips_per_host, tpu.largest, strict=True)
     )
-    even = {
-        shape for shape in itertools.product(*doubled) if list(shape) == sorted(shape) and max(shape) <= 2 * min(shape)
-    }
+    even = (shape for shape in itertools.product(*doubled) if [*shape] == sorted(shape) and shape[-1] <= 2 * shape[0])
     built = sorted({tpu.chips_per_host, *even}, key=lambda shape: (math.prod(shape), shape))
-    if len(sides) == 1:
-        fitting = [shape for shape in built if math.prod(shape) == sides[0]]
-        if not fitting:
-            counts = sorted(set(map(math.prod, built)))
-            raise JaxguardError(
-                f"target {text!r}: it comes as {', '.join(map(str, counts))} chips; write several slices as 2*{counts[-1]}"
-            )
+    fitting = [shape for shape in built if sides in (shape, (math.prod(shape),))]
+    if fitting:
         return min(fitting, key=lambda shape: max(shape) / min(shape))
-    if sides not in built:
+    if len(sides) > 1:
         examples = ", ".join("x".join(map(str, shape)) for shape in built[:8])
         raise JaxguardError(f"target {text!r}: not one of its topologies, such as {examples}")
-    return sides
+    counts = sorted(set(map(math.prod, built)))
+    raise JaxguardError(
+        f"target {text!r}: it comes as {', '.join(map(str, counts))} chips; write several slices as 2*{counts[-1]}"
+    )
 
 
 def _gpu_config(target: Target, gpu: Gpu) -> str:

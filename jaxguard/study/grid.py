@@ -22,11 +22,9 @@ class Run:
     """One run of a study.
 
     Attributes:
-        key: the row's name; the run's own also holds the labels.
-        row: the row as written, with the study's `set`.
+        key, row: the row's name, and the row with the study's `set`.
         labels: axis -> label of its value.
         base, overrides: the config's name and what differs; `config` is the result.
-        cost: assumptions for its cost.
         prepared: makes data for several studies, and is done when its output exists.
         parents: earlier runs whose output this one reads.
     """
@@ -91,8 +89,7 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
     Raises:
         JaxguardError: no such study, or a run whose config is not valid; it names the row.
     """
-    own: dict[str, Any] = {}
-    cost: dict[str, Any] = {}
+    own: dict[str, Any] = {"cost": {}}
     changes: list[str] = []
     for text in overrides:
         key, separator, value = text.partition("=")
@@ -101,11 +98,11 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
         if key in ("name", "run_folder", "metric"):
             own[key] = scalar(value)
         elif key.startswith("cost."):
-            cost[key.removeprefix("cost.")] = scalar(value)
+            own["cost"][key.removeprefix("cost.")] = scalar(value)
         else:
             changes.append(text)
-    definition, study_name = read_study(name, scale, {"cost": cost})
-    definition = definition.model_copy(update={"metric": str(own.get("metric", definition.metric))})
+    settings = {field: value for field, value in own.items() if field in ("cost", "metric")}
+    definition, study_name = read_study(name, scale, settings)
     study_name = str(own.get("name", study_name))
     if not study_name or "/" in study_name or study_name in (".", ".."):
         raise JaxguardError(f"name={study_name!r} is the study's folder: it must not be empty or hold a slash")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedPoint
@@ -126,6 +125,7 @@ def _published_curve(study: Study, published: Published | None) -> Sequence[Publ
     return getattr(published, curve.published) if published and curve and curve.published else ()
 
 
+@style()
 def _figure(study: Study, scores: pd.DataFrame, metrics: Sequence[str], published: Published | None) -> Drawing | None:
     """Draw the study's metric, or the table's first column if no run has that."""
     curve, metric = study.definition.curve, study.definition.metric
@@ -140,31 +140,24 @@ def _figure(study: Study, scores: pd.DataFrame, metrics: Sequence[str], publishe
         caption.append("Dotted and black: what the paper reports, in reasoning mode.")
     if study.scale:
         caption.append("The paper's values are not comparable at this scale and not shown.")
-    points = scores[scores.metric == metric].dropna(subset="x")
-    return Drawing(" ".join(caption), draw(points, paper, curve.label, metric))
-
-
-@style()
-def draw(points: pd.DataFrame, published: Sequence[PublishedPoint], label: str, metric: str) -> Markup:
-    """Draw F1 over the curve's axis, a line for each series and mode."""
+    points = scores[scores.metric == metric].dropna(subset="x").sort_values(["x", "line"], kind="stable")
     figure = Figure(figsize=(8, 4.8))
     axes = figure.add_subplot()
-    series = points.sort_values(["x", "line"], kind="stable").groupby(["series", "mode"], sort=False)
-    for i, (name, part) in enumerate(series):
+    for i, (name, part) in enumerate(points.groupby(["series", "mode"], sort=False)):
         color = COLOURS[i % len(COLOURS)]
         at = part.groupby(["x", "line"]).f1.agg(["mean", "std"]).fillna(0.0).reset_index()
         look: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "capsize": 3, "label": ", ".join(name)}
         axes.errorbar(at.x, at["mean"], yerr=at["std"], **look)
         axes.scatter(part.x, part.f1, color=color, s=10, alpha=0.5)
-    if published:
-        xs, f1, deviations = zip(*((p.x, p.f1, p.deviation or 0.0) for p in published), strict=True)
+    if paper:
+        xs, f1, deviations = zip(*((p.x, p.f1, p.deviation or 0.0) for p in paper), strict=True)
         axes.errorbar(xs, f1, yerr=deviations, color=INK, linestyle=":", capsize=3, label="paper, reasoning")
-    ticks = sorted({*points.x, *(point.x for point in published)})
+    ticks = sorted({*points.x, *(point.x for point in paper)})
     if ticks and ticks[0] > 0 and ticks[-1] >= 5 * ticks[0]:
         axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{x:,g}" if x < 1e5 else f"{x:,.0f}" for x in ticks])
     axes.minorticks_off()
-    axes.set(xlabel=label, ylabel=f"F1, {metric}")
+    axes.set(xlabel=curve.label, ylabel=f"F1, {metric}")
     if ticks:
         axes.legend()
-    return inline_svg(figure, "curve", f"F1 by {label}")
+    return Drawing(" ".join(caption), inline_svg(figure, "curve", f"F1 by {curve.label}"))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxguard.config import READS, Config, read_by
 from jaxguard.config.data import BuildConfig
@@ -30,39 +30,31 @@ RECORD = "stages.json"
 """In a run's folder: stage -> the fingerprint that it was begun with, and whether it is done."""
 
 
-class StageSpec(NamedTuple):
-    """How a study runs a stage: the words after `jaxguard`, a key of READS, and the files of the run that it ends with."""
-
-    command: str
-    outputs: Callable[[Config], list[str]]
-
-
 def _traces(config: Config) -> list[str]:
     budgets = config.distill.budgets if config.distill else ()
     return ["traces.jsonl", *(f"traces_{budget}.jsonl" for budget in budgets)]
 
 
-STAGES: Mapping[Stage, StageSpec] = {
-    "distill": StageSpec("distill", _traces),
-    "build": StageSpec(
-        "data build", lambda c: [f"dataset/{s.name}/all.parquet" for s in (c.build or BuildConfig()).sets]
-    ),
-    "mine": StageSpec("mine", lambda _: ["mine/hard.jsonl"]),
-    "train": StageSpec("train", lambda c: ["export/jaxguard.json"] if c.train.export else []),
-    "evaluate": StageSpec("evaluate", lambda _: ["evaluate/results.json"]),
+STAGES: Mapping[Stage, tuple[str, Callable[[Config], list[str]]]] = {
+    "distill": ("distill", _traces),
+    "build": ("data build", lambda c: [f"dataset/{each.name}/all.parquet" for each in (c.build or BuildConfig()).sets]),
+    "mine": ("mine", lambda _: ["mine/hard.jsonl"]),
+    "train": ("train", lambda c: ["export/jaxguard.json"] if c.train.export else []),
+    "evaluate": ("evaluate", lambda _: ["evaluate/results.json"]),
 }
+"""The words after `jaxguard`, which are a key of READS, and the files of the run's folder that a finished stage has."""
 
 
 def command(run: Run, stage: Stage) -> list[str]:
     """Return a stage's command line, without the interpreter."""
-    words = STAGES[stage].command
+    words, _ = STAGES[stage]
     return [*ENTRY, *words.split(), "--config", run.base, *read_by(words, run.overrides)]
 
 
 def fingerprint(run: Run, stage: Stage) -> str:
     """Hash what a stage's result depends on: config and input files, those of earlier stages, and the rows that it follows."""
     stages = [each for each in run.stages[: run.stages.index(stage)] if each != "evaluate"] + [stage]
-    fields = {field for each in stages for field in READS[STAGES[each].command]} - {"log"}
+    fields = {field for each in stages for field in READS[STAGES[each][0]]} - {"log"}
     paths = {path for each in stages for path in run.inputs(each) if path.is_file()}
     rows = [parent for parent in run.parents if not parent.prepared]
     tree = {
@@ -99,7 +91,7 @@ def pending(run: Run) -> list[Stage]:
     record = read_record(run)
     for i, stage in enumerate(run.stages):
         done = run.prepared or record.get(stage) == {"fingerprint": fingerprint(run, stage), "done": True}
-        if not done or not all((run.folder / name).is_file() for name in STAGES[stage].outputs(run.config)):
+        if not done or not all((run.folder / name).is_file() for name in STAGES[stage][1](run.config)):
             return list(run.stages[i:])
     return []
 
