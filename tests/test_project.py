@@ -14,6 +14,7 @@ import document_config
 from generated import written
 from jaxguard.check.__main__ import main as check
 from jaxguard.cli import main, stages
+from jaxguard.plan.__main__ import main as plan
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jaxguard"
@@ -189,8 +190,9 @@ def test_documented_commands_parse(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     checked = set()
     for text, stage, words in stage_calls():
-        if stage == "check":  # asks at once
-            assert check.parser().parse_known_intermixed_args(words)[1] == [], text
+        if stage == "check" or words[0] == "sweep":  # these begin at once
+            command, words = (check, words) if stage == "check" else (plan.commands["sweep"], words[1:])
+            assert command.parser().parse_known_intermixed_args(words)[1] == [], text
         else:
             # A file of the reader's own stands for any that extends a shipped one.
             arguments = ["gemma4b_5k" if word.startswith("my/") else word for word in words]
