@@ -154,9 +154,15 @@ async def predict(
 
     Long texts come first, so that those that do not fit fail at once, and texts of similar length share a batch.
     """
+
+    def length(request: Request) -> int:
+        return sum(
+            len(text or "") for text in (request.example.prompt, request.example.response, request.example.policy)
+        )
+
     with open_predictions(path, key) as stored:
         waiting = [request for request in requests if request.example.id not in stored.answers]
-        waiting.sort(key=lambda request: -_length(request.example))
+        waiting.sort(key=length, reverse=True)
         done, tokens, unparsable = len(requests) - len(waiting), 0, 0
         with Progress(title, len(requests), done, Console(stderr=True)) as progress:
             last = time.monotonic()
@@ -214,10 +220,6 @@ def paper_data(config: Config) -> str | None:
     traces = {(source.teacher, source.trace) for source in config.data.train}
     plain = (config.train.epochs, config.train.max_steps) == (5, None)
     return names.pop() if plain and len(names) == 1 and traces == {("deepseek_r1_0528", "full")} else None
-
-
-def _length(example: Example) -> int:
-    return sum(len(text or "") for text in (example.prompt, example.response, example.policy))
 
 
 def _limited(examples: Sequence[Example], settings: EvaluateConfig) -> Sequence[Example]:

@@ -61,15 +61,11 @@ class Benchmark:
 def load_benchmark(name_or_path: str, local: Path | None = None) -> Benchmark:
     """Read a benchmark by name (a file in configs/benchmarks) or by the path of its YAML file.
 
-    Counts other than the published ones are logged as a warning.
-
-    Args:
-        name_or_path: which.
-        local: a file or folder with the source's columns, read instead of the source.
+    `local` is a file or folder with the source's columns, read instead of the source. Counts other than the published ones are
+    logged as a warning.
 
     Raises:
-        JaxguardError: the YAML or the rows are malformed, a column is absent, a row is neither positive nor negative, or
-            no example is left.
+        JaxguardError: the YAML or the rows are malformed, or no example is left.
     """
     definition = read_benchmark(name_or_path)
     name, question, policy = definition.name, definition.question, definition.policy
@@ -224,8 +220,7 @@ def _read_rows(definition: BenchmarkDefinition, local: Path | None) -> tuple[Row
     if path is not None:
         rows = _read_copy(path.expanduser(), source, definition.name)
     elif source.url or source.file:
-        origin = source.url or f"{hub}/{source.file}"
-        rows = _read_bytes(_fetch(source), PurePosixPath(origin).name, origin, source.keys_as)
+        rows = _read_remote(source)
     else:
         rows = _joined({split: read_hub(hub, source.config, split, None).rows for split in source.splits})
     if not rows:
@@ -262,36 +257,30 @@ def _read_files(path: Path, stems: list[str], keys_as: str | None) -> Rows:
     return rows
 
 
-def _read_bytes(data: bytes, name: str, origin: str, keys_as: str | None) -> Rows:
-    """Read the contents of a file, with `origin` in the rows' locations."""
+def _read_remote(source: BenchmarkSource) -> Rows:
+    """Read the file at a source's URL, or of its repository on the hub."""
+    origin = source.url or f"{source.hub}/{source.file}"
     with tempfile.TemporaryDirectory() as folder:
         # Some hubs call an array of rows .jsonl; what is called .json may be either.
-        path = Path(folder) / name.replace(".jsonl", ".json")
-        path.write_bytes(data)
+        path = Path(folder) / PurePosixPath(origin).name.replace(".jsonl", ".json")
         try:
-            rows = _read_files(path, [], keys_as)
+            if source.url:
+                with urllib.request.urlopen(source.url, timeout=60) as response:  # noqa: S310 (https, see BenchmarkSource)
+                    path.write_bytes(response.read())
+            else:
+                file, revision = source.file or "", source.revision
+                cached = huggingface_hub.hf_hub_download(source.hub or "", file, repo_type="dataset", revision=revision)
+                path.write_bytes(Path(cached).read_bytes())
+        except (OSError, HTTPException, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
+            page = f"https://huggingface.co/datasets/{source.hub}"
+            gated = f"if {page} is gated, accept its terms there and run `hf auth login`; " if source.hub else ""
+            copy = "with a copy on disk, give it as the benchmark's local file"
+            raise JaxguardError(f"cannot fetch {origin} ({error}); {gated}{copy}") from None
+        try:
+            rows = _read_files(path, [], source.keys_as)
         except JaxguardError as error:
             raise JaxguardError(str(error).replace(str(path), origin)) from None
         return [(location.replace(str(path), origin), row) for location, row in rows]
-
-
-def _fetch(source: BenchmarkSource) -> bytes:
-    """Read the file at a source's URL, or of its repository on the hub."""
-    try:
-        if source.url:
-            with urllib.request.urlopen(source.url, timeout=60) as response:  # noqa: S310 (https only, see BenchmarkSource)
-                data: bytes = response.read()
-                return data
-        path = huggingface_hub.hf_hub_download(
-            source.hub or "", source.file or "", repo_type="dataset", revision=source.revision
-        )
-        return Path(path).read_bytes()
-    except (OSError, HTTPException, errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
-        gated = f"if https://huggingface.co/datasets/{source.hub} is gated, accept its terms there and run `hf auth login`; "
-        raise JaxguardError(
-            f"cannot fetch {source.url or source.file} ({error}); {gated if source.hub else ''}with a copy on disk, give it as "
-            "the benchmark's local file"
-        ) from None
 
 
 def _joined(splits: dict[str, Rows]) -> Rows:

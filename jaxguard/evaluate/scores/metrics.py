@@ -140,10 +140,12 @@ def measure(votes: Votes, seed: Seed = 0, resamples: int = RESAMPLES) -> Result:
 def average_weights(*counts: int) -> tuple[float, ...]:
     """Weights of the benchmarks in an average: all equal for one group of benchmarks, the paper's for prompts and responses.
 
-    The safety average is (5 × mean F1 of the prompt benchmarks + 4 × mean F1 of the response benchmarks) / 9. Of the paper's 16
-    averages over benchmarks with their own policies, 11 are the plain mean to rounding; no other weights explain more, or all.
+    Empty where a group has none. Safety is (5 × mean F1 of the prompt benchmarks + 4 × mean F1 of the response benchmarks) / 9.
+    Of the paper's 16 averages over custom policies 11 are the plain mean to rounding; no other weights explain more, or all.
     """
     shares = (1.0,) if len(counts) == 1 else (PROMPT_SHARE, 1 - PROMPT_SHARE)
+    if not all(counts):
+        return ()
     return tuple(share / count for share, count in zip(shares, counts, strict=True) for _ in range(count))
 
 

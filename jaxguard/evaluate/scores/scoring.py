@@ -187,13 +187,15 @@ def _averages(
     for name, averaged in AVERAGED.items():
         labels = [label for group in averaged for label in groups if groups[label] == group]
         chosen = [label for label in labels if label in own]
-        weights = _weights(chosen, groups, averaged)
-        if weights is None:
-            continue
-        votes = [own[label].votes(settings) for label in chosen]
         common = [label for label in chosen if label in reference]
-        weights_of_common, versus = _weights(common, groups, averaged), None
-        if weights_of_common is not None:
+        weights, weights_of_common = (
+            metrics.average_weights(*(sum(groups[label] == group for label in some) for group in averaged))
+            for some in (chosen, common)
+        )
+        if not weights:
+            continue
+        votes, versus = [own[label].votes(settings) for label in chosen], None
+        if weights_of_common:
             pairs = ([guard[label] for label in common] for guard in (own, reference))
             missing = tuple(label for label in labels if label not in common)
             versus = replace(_versus(*pairs, weights_of_common, settings), missing=missing)
@@ -205,12 +207,6 @@ def _averages(
             versus=versus,
             missing=tuple(label for label in labels if label not in own),
         )
-
-
-def _weights(labels: Sequence[str], groups: Mapping[str, Group], averaged: Sequence[Group]) -> tuple[float, ...] | None:
-    """Of benchmarks in the order of the groups that are averaged; None where one of these has none."""
-    counts = [sum(groups[label] == group for label in labels) for group in averaged]
-    return metrics.average_weights(*counts) if all(counts) else None
 
 
 def _versus(
