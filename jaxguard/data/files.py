@@ -10,7 +10,7 @@ import hashlib
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the values of JSON lines or, in a file named .json, of an array."""
-    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    unpack: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with unpack(path, "rt", encoding="utf-8") as stream:
         if ".json" in path.suffixes[-2:]:
             text = stream.read()

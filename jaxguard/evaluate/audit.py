@@ -285,8 +285,8 @@ def report(audit: Audit) -> Page:
             confusion.add(words[i], *cells)
         confusions.append(confusion)
         by_category = Table(("category", "examples", "positive", *SCORES.values()), f"{title} by category")
-        for name, result in each.categories[:MOST_CATEGORIES]:
-            by_category.add(_category(name), *_scores(result))
+        for category, of_category in each.categories[:MOST_CATEGORIES]:
+            by_category.add(_category(category), *_scores(of_category))
         left_out = len(each.categories) - MOST_CATEGORIES
         more = f"{left_out} more categories are in audit.json." if left_out > 0 else None
         categories.append(Details(f"{title}: all scores by category", [by_category, more]))
@@ -313,7 +313,7 @@ def report(audit: Audit) -> Page:
         "Judge a response that is not there": f"{numbers['invented_responses']:,}",
         "Tokens": f"{numbers['prompt_tokens']:,} of prompts, {numbers['completion_tokens']:,} of completions",
     }
-    several = [_right(audit), own] if samples > 1 else ["One sample cannot disagree with itself."]
+    several: list[Content] = [_right(audit), own] if samples > 1 else ["One sample cannot disagree with itself."]
     return Page(f"Audit of {about['teacher']}", [
         f"{count(audit.examples, 'example')}, {count(samples, 'answer')} to each, requested without the labels of people.",
         Only("html", [Tiles(tiles)]),
@@ -350,9 +350,9 @@ def _f1(audit: Audit) -> Drawing:
     figure = Figure(figsize=(8.6, 0.9 + 0.26 * len(labels)))
     for i, (question, each) in enumerate(audit.questions.items()):
         axes, by_name = figure.add_subplot(1, len(audit.questions), i + 1), dict(each.categories)
-        for y, result in enumerate([each.result, *(by_name.get(name) for name in drawn)]):
+        for y, row in enumerate([each.result, *(by_name.get(name) for name in drawn)]):
             draw_interval(
-                axes, y, result and result.scores.f1, color=FAINT if y else COLOURS[0], marker="o", markersize=5
+                axes, y, row.scores.f1 if row else None, color=FAINT if y else COLOURS[0], marker="o", markersize=5
             )
         axes.set_yticks(range(len(labels)), labels if i == 0 else [""] * len(labels))
         axes.set(ylim=(len(labels) - 0.5, -0.5), xlim=(-0.03, 1.03), title=TITLES[question])

@@ -202,7 +202,7 @@ def paper_rows(settings: EvaluateConfig, config: Config) -> dict[str, str]:
             row = guard.paper_row
             if row is None and paper_set is not None and guard.format == "jaxguard" and guard.checkpoint is None:
                 nearest = nearest_row(published, config.model.checkpoint, paper_set, data.mode, mode, data.subset)
-                row = nearest and nearest.id
+                row = nearest.id if nearest else None
             if row is not None:
                 rows[f"{guard.name}/{mode}"] = row
     unknown = set(rows.values()) - {row.id for row in published.rows}

@@ -113,7 +113,10 @@ def _cell(
         name: float(np.mean([getattr(prediction, name) for prediction in predictions]))
         for name in ("seconds", "scoring", "prompt_tokens", "completion_tokens")
     }
-    versus = _versus([own], [reference], (1.0,), settings) if reference else None
+    versus = None
+    if reference is not None:
+        test = metrics.mcnemar(votes, reference.votes(settings))
+        versus = replace(_versus([own], [reference], (1.0,), settings), mcnemar=test)
     return Cell(
         guard=own.guard,
         mode=str(own.mode),
@@ -135,7 +138,7 @@ def _cell(
         slices={name: metrics.measure(votes[members], seed, resamples) for name, members in rows.items()},
         calibration=metrics.calibration(own.labels, own.filled(settings), seed, resamples) if scored else None,
         thresholded=_thresholded(own, validation, settings) if scored and validation else None,
-        versus=versus and reference and replace(versus, mcnemar=metrics.mcnemar(votes, reference.votes(settings))),
+        versus=versus,
         wrong=tuple(_wrong(own, votes, slices)),
     )
 
@@ -196,9 +199,9 @@ def _averages(
             continue
         votes, versus = [own[label].votes(settings) for label in chosen], None
         if weights_of_common:
-            pairs = ([guard[label] for label in common] for guard in (own, reference))
+            first, second = ([guard[label] for label in common] for guard in (own, reference))
             missing = tuple(label for label in labels if label not in common)
-            versus = replace(_versus(*pairs, weights_of_common, settings), missing=missing)
+            versus = replace(_versus(first, second, weights_of_common, settings), missing=missing)
         yield Average(
             guard=own[chosen[0]].guard,
             mode=str(own[chosen[0]].mode),
@@ -215,6 +218,6 @@ def _versus(
     weights: Sequence[float],
     settings: EvaluateConfig,
 ) -> Versus:
-    votes = ([each.votes(settings) for each in guard] for guard in (own, reference))
-    f1 = metrics.f1_difference(*votes, weights, settings.seed, settings.resamples)
+    first, second = ([each.votes(settings) for each in guard] for guard in (own, reference))
+    f1 = metrics.f1_difference(first, second, weights, settings.seed, settings.resamples)
     return Versus(reference[0].guard, str(reference[0].mode), f1)
