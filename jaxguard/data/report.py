@@ -137,12 +137,13 @@ def _example(selection: Selection, prepared: Prepared, encoder: Encoder, show_te
     sequence = next(s for s in reasoning if len(s.tokens) == median)
     example, mode = next((e, mode) for e, mode in selection.train if e.id == sequence.example_id)
     if not show_text:
+        placeholders: dict[str, Any] = {}
         for name in ("prompt", "response", "trace"):
             text = getattr(example, name)
             if text is not None:
                 words = len(re.findall(r"\w+", text))
-                hidden = f"({name}: {len(text):,} characters, {words:,} words, hidden)"
-                example = replace(example, **{name: hidden})
+                placeholders[name] = f"({name}: {len(text):,} characters, {words:,} words, hidden)"
+        example = replace(example, **placeholders)
     shown = encoder.encode(example, mode)
     if shown is None:
         raise JaxguardError(f"example {example.id!r}: the trace does not fit into data.max_seq_len")

@@ -167,11 +167,12 @@ def _histograms(numbers: pd.DataFrame, unit: str) -> Figure:
     """Draw both in at most BINS bins of whole numbers; the last one holds what lies beyond the 99th percentile."""
     top = int(np.quantile(numbers[unit], 0.99, method="inverted_cdf"))
     width = -(-(top + 1) // BINS)
+    edges = list(range(0, top + width + 1, width))
     figure = Figure(figsize=(4.9, 2.8))
     for i, kind in enumerate(("accepted", "failed")):
         values = numbers[unit][numbers.accepted == (kind == "accepted")]
         axes = figure.add_subplot(2, 1, i + 1)
-        axes.hist(values.clip(upper=top), np.arange(0, top + width + 1, width), histtype="stepfilled", color=COLOURS[i])
+        axes.hist(values.clip(upper=top), edges, histtype="stepfilled", color=COLOURS[i])
         axes.set_ylabel(kind)
         axes.grid(visible=False, axis="x")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))

@@ -97,13 +97,13 @@ def test_rendered_prompts_hold_only_the_templates_special_tokens(encoder_of, nam
         prompt, response = attack(rng, spelled), rng.choice([None, attack(rng, spelled)])
         rules = attack(rng, spelled) if index % 10 == 0 else None
         example = Example(str(index), "s", prompt, response, policy=rules)
-        ids = encoder.prompt(example, mode).ids
+        turn, ids, _ = encoder.prompt(example, mode)
         assert [i for i in ids if i in special] == allowed[mode], (prompt, response, rules)
         if index % 20 == 0:  # the rest is about text, which does not need every tokenizer's ids
             decoded = encoder.tokenizer.decode(ids)
             assert structure(decoded) == frame[mode], (prompt, response, rules)
             served = encoder.tokenizer.apply_chat_template(
-                encoder.messages(example, mode), add_generation_prompt=True, return_dict=False, **TEMPLATE_KWARGS
+                [{"role": "user", "content": turn}], add_generation_prompt=True, return_dict=False, **TEMPLATE_KWARGS
             )
             assert served == ids
 
