@@ -4,28 +4,18 @@ A scale holds what differs on a smaller machine. It is merged over the study, ro
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
-from jaxguard.config.base import (
-    CONFIG_FOLDER,
-    NonNegative,
-    Positive,
-    Schema,
-    Share,
-    find_yaml,
-    nearest,
-    read_yaml,
-    validate,
-)
+from jaxguard.config.base import NonNegative, Positive, Schema, Share, find_yaml, nearest, read_yaml, validate
 from jaxguard.utils.errors import JaxguardError
 
-STUDIES = CONFIG_FOLDER / "paper"
+STUDIES = Path("configs/paper")
 
 Stage = Literal["distill", "build", "mine", "train", "evaluate"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
-PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class CostConfig(Schema):
@@ -153,9 +143,6 @@ def read_study(
             known = ", ".join(scales) or "none"
             raise JaxguardError(f"{path}: no scale {scale!r}; {nearest(scale, scales)}known: {known}")
         tree, origin = merged(tree, scales[scale]), f"{path}, scale {scale}"
-    for part in ("prepare", "rows"):  # one by one, so that an error names the row
-        for key, row in tree.get(part, {}).items():
-            validate(RowConfig, row or {}, f"{origin}: {part}.{key}")
     return validate(StudyConfig, merged(tree, changes or {}), origin), f"{path.stem}-{scale}" if scale else path.stem
 
 

@@ -214,7 +214,7 @@ def test_the_metric_is_the_studys(study):
     [
         ({"rows": {"x": {"set": {"data.mod": 1}}}}, (), ["row x", "data.mod", "did you mean 'mode'"]),
         ({"rows": {"x": {"after": ["y"]}}}, (), ["rows.x.after", "'y' is not an earlier row"]),
-        ({"rows": {"x": {"axes": {"seed": [1, 1]}}}}, (), ["rows.x: axes", "only once"]),
+        ({"rows": {"x": {"axes": {"seed": [1, 1]}}}}, (), ["rows.x.axes", "only once"]),
         ({"rows": {"x": {"axes": {"data.train": [[]]}}}}, (), ["needs labels"]),
         ({"rows": {"x": {"stage": ["train"]}}}, (), ["unknown field", "did you mean 'stages'"]),
         ({"rows": {"x-1": {}}}, (), ["rows.x-1"]),
