@@ -85,9 +85,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     fsdp = config.fsdp if config.fsdp > 0 else max(1, len(devices) // (config.data * config.tensor))
     shape = (config.data, fsdp, config.tensor)
     if math.prod(shape) != len(devices):
-        grid = " × ".join(f"mesh.{name}={size}" for name, size in zip(AXES, shape, strict=True))
+        requested = " × ".join(f"mesh.{name}={size}" for name, size in zip(AXES, shape, strict=True))
         raise JaxguardError(
-            f"{grid} is {math.prod(shape)} devices, but there are {len(devices)} ({devices[0].device_kind}); "
+            f"{requested} is {math.prod(shape)} devices, but there are {len(devices)} ({devices[0].device_kind}); "
             "set mesh.fsdp=-1 to take all that are left, or change the mesh"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -152,12 +152,9 @@ def abstract_state(optimizer: optax.GradientTransformation, spec: Spec, mesh: Me
 
     shardings, whole = weight_shardings(spec, mesh), replicated(mesh)
     weights = {path: with_sharding(x, shardings[path]) for path, x in abstract(spec).items()}
+    empty = jax.eval_shape(optimizer.init, weights)
     moments = optax.tree.map_params(
-        optimizer,
-        with_sharding,
-        jax.eval_shape(optimizer.init, weights),
-        shardings,
-        transform_non_params=lambda x: with_sharding(x, whole),
+        optimizer, with_sharding, empty, shardings, transform_non_params=lambda x: with_sharding(x, whole)
     )
     step = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
     return {"weights": weights, "optimizer": moments, "step": step}

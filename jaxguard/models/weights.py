@@ -71,8 +71,6 @@ _MATRICES = (
     Weight("layers.down_proj", "layers.{i}.mlp.down_proj.weight", "D F -> F D", ("layers", "mlp", "embed")),
 )  # fmt: skip
 
-_FINAL_NORM = Weight("final_norm", "norm.weight", "D -> D", ("norm",))
-
 # The same Hugging Face name, post_attention_layernorm, is the norm before the MLP in Llama and the norm after
 # attention in Gemma 3; our names say where a norm is applied.
 _LLAMA_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -98,8 +96,9 @@ def table(spec: Spec) -> tuple[Weight, ...]:
         letter = "H" if name in _QK_NORMS else "D"
         return Weight(LAYER + name, f"layers.{{i}}.{hf}.weight", f"{letter} -> {letter}", ("layers", "norm"))
 
-    norms = (norm(*names) for names in _NORMS[spec.family].items())
-    return (EMBED, *_MATRICES, *norms, _FINAL_NORM, *(() if spec.tied else (HEAD,)))
+    norms = [norm(*names) for names in _NORMS[spec.family].items()]
+    norms.append(Weight("final_norm", "norm.weight", "D -> D", ("norm",)))
+    return (EMBED, *_MATRICES, *norms, *(() if spec.tied else (HEAD,)))
 
 
 def abstract(spec: Spec, dtype: jnp.dtype = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:

@@ -200,12 +200,10 @@ class _Preservation:
 def read_checkpoint_weights(
     folder: Path, shardings: Mapping[str, Sharding] | None = None, step: int | None = None
 ) -> dict[str, jax.Array]:
-    """Read the weights alone, by path, for export and evaluation. Changes nothing on disk.
+    """Read the weights alone, by path, of a run's folder or its checkpoints folder. Changes nothing on disk.
 
-    Args:
-        folder: a run's folder, or its checkpoints folder.
-        shardings: path -> sharding; None puts everything on the first local device.
-        step: which checkpoint; None takes the newest valid one, and reports those that are corrupt.
+    `shardings` is path -> sharding; None puts everything on the first local device. Without a step it is the newest valid
+    checkpoint, and those that are corrupt are reported.
 
     Raises:
         JaxguardError: no such checkpoint, or corrupt, or `shardings` names other weights.

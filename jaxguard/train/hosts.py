@@ -44,9 +44,9 @@ def start_hosts(config: MeshConfig) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_ALL_REDUCE_COMBINER}"
     sys.stderr.write(f"mesh.hosts={config.hosts}: waiting up to {START_TIMEOUT} s for all processes of the run\n")
     try:
-        explicit = config.hosts == "explicit"
-        others = (config.coordinator, config.processes, config.process) if explicit else ()
-        jax.distributed.initialize(*others, initialization_timeout=START_TIMEOUT)
+        explicit = (config.coordinator, config.processes, config.process)
+        cluster = explicit if config.hosts == "explicit" else (None, None, None)
+        jax.distributed.initialize(*cluster, initialization_timeout=START_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise JaxguardError(
             f"mesh.hosts={config.hosts}: jax.distributed could not start: {error}; under SLURM, GKE or on a TPU pod use "

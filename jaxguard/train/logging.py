@@ -145,11 +145,7 @@ def _import(field: str, name: str) -> Any:
 
 
 def rewind_metrics(path: Path, step: int | None) -> None:
-    """Remove the records after `step` (all, when it is None), and an incomplete last line. Other lines keep their bytes.
-
-    Raises:
-        JaxguardError: another line is no record.
-    """
+    """Remove the records after `step` (all, when it is None), and an incomplete last line. Other lines keep their bytes."""
     if path.is_file():
         records = [] if step is None else list(_records(path))
         write_atomically(path, "".join(line for line, record in records if record["step"] <= (step or 0)))

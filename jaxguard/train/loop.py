@@ -134,7 +134,11 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         stack.enter_context(jax.set_mesh(mesh))
         program = build_program(config, spec, mesh, steps)
         if jax.process_index() == 0:
-            print_startup(config, program)
+            console = Console()
+            console.print(dump(config, "train"), markup=False)
+            console.print(startup_table(spec, program.state["weights"]))
+            axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+            console.print(f"mesh: {axes} of {jax.devices()[0].device_kind}; attention: {program.compute.attention}")
         checkpoints = stack.enter_context(open_checkpoints(folder / "checkpoints", config.checkpoint, spec.fingerprint))
         stop = stack.enter_context(graceful_stop())
         restored = checkpoints.restore(program.state)
@@ -158,16 +162,7 @@ def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def print_startup(config: Config, program: Program) -> None:
-    """Print the resolved config and the table of parameters."""
-    console = Console()
-    console.print(dump(config, "train"), markup=False)
-    console.print(startup_table(program.spec, program.state["weights"]))
-    mesh = " × ".join(f"{name} {size}" for name, size in program.mesh.shape.items())
-    console.print(f"mesh: {mesh} of {jax.devices()[0].device_kind}; attention: {program.compute.attention}")
-
-
-def startup_table(spec: Spec, weights: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Table:
+def startup_table(spec: Spec, weights: Mapping[str, jax.ShapeDtypeStruct]) -> Table:
     """List every parameter of the weight table with its shape, logical axes, mesh axes, and bytes per device."""
     listing = Table(title="Parameters", title_justify="left", show_footer=True, pad_edge=False)
     parameters = count(weights)

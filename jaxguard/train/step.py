@@ -96,17 +96,12 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
     def score(weights: dict[str, Array], batch: Batch, ids_BMQ: Int[Array, "B M Q"]) -> Float[Array, "B M Q"]:
         return logprobs(weights, batch, ids_BMQ, spec=spec, compute=compute, loss_chunk=config.model.loss_chunk)
 
-    return Program(
-        spec=spec,
-        compute=compute,
-        mesh=mesh,
-        train_step=jax.jit(
-            train_step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0
-        ),
-        score=jax.jit(score, in_shardings=(weights, rows, rows), out_shardings=whole),
-        initialize=jax.jit(initialize, in_shardings=(weights,), out_shardings=shardings, donate_argnums=0),
-        state=state,
+    jitted = (
+        jax.jit(train_step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0),
+        jax.jit(score, in_shardings=(weights, rows, rows), out_shardings=whole),
+        jax.jit(initialize, in_shardings=(weights,), out_shardings=shardings, donate_argnums=0),
     )
+    return Program(spec, compute, mesh, *jitted, state)
 
 
 def logprobs(

@@ -66,15 +66,10 @@ def cudnn(query: Query, key: KeyValue, value: KeyValue, layout: Layout, window: 
     row_window = window if layout.prefixes_BT is None else None
 
     def attend(query: Array, key: Array, value: Array, layout: Layout) -> Array:
+        mask = layout.visible(None if row_window else window, ALL, ALL)[:, None]
+        local = None if row_window is None else (row_window - 1, 0)
         return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=layout.visible(None if row_window else window, ALL, ALL)[:, None],
-            scale=scale,
-            is_causal=True,
-            local_window_size=None if row_window is None else (row_window - 1, 0),
-            implementation="cudnn",
+            query, key, value, mask=mask, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
         )
 
     return per_device(attend, query, key, value, layout)

@@ -52,7 +52,8 @@ Tensors = dict[Weight, tuple[Stored, ...]]
 """For each row of the table, its tensors on disk: one per layer, or a single one."""
 
 Index = tuple[slice, ...]
-Shardings, Dtypes = Mapping[str, Sharding], Mapping[str, np.dtype]
+Shardings = Mapping[str, Sharding]
+Dtypes = Mapping[str, np.dtype]
 
 
 def read_weights(
@@ -158,7 +159,7 @@ def _load_onto_cpu(located: Tensors, spec: Spec, shardings: Shardings, dtypes: D
     # More threads than cores, since they also wait for the disk.
     for _ in in_turn(lambda rows: cast_tiles(*rows, _TILE), rows_to_fill(), threads=6, ahead=12):
         pass
-    weights = {}
+    weights: dict[str, jax.Array] = {}
     for weight, local in shards.items():
         arrays = [jax.device_put(memory, device) for memory, devices in local for device in devices]
         sharding = shardings[weight.path]
@@ -211,7 +212,8 @@ def _load_onto_accelerators(located: Tensors, spec: Spec, shardings: Shardings, 
 def _set_layer(stack: jax.Array, tensor: jax.Array, layer: jax.Array, sharding: Sharding) -> jax.Array:
     """Cast a tensor, and write it into the stack of all layers."""
     updated = jax.lax.dynamic_update_index_in_dim(stack, tensor.astype(stack.dtype), layer, 0)
-    return jax.lax.with_sharding_constraint(updated, sharding)
+    constrained: jax.Array = jax.lax.with_sharding_constraint(updated, sharding)
+    return constrained
 
 
 def check_vocabulary(folder: Path, spec: Spec) -> None:

@@ -79,7 +79,7 @@ def open_folder(folder: Path) -> dict[str, Stored]:
     """Map names to tensors of a whole checkpoint, single-file or sharded.
 
     Raises:
-        JaxguardError: as `shard_files` and `open_file`, or an index that disagrees with its files.
+        JaxguardError: no safetensors, a corrupt index, one that disagrees with its files, or a truncated file.
     """
     tensors = {name: tensor for file in shard_files(folder) for name, tensor in open_file(file).items()}
     for name, file in _weight_map(folder).items():
@@ -89,11 +89,7 @@ def open_folder(folder: Path) -> dict[str, Stored]:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """List the files that hold a checkpoint's weights.
-
-    Raises:
-        JaxguardError: no safetensors, corrupt index, or an index that names an absent file.
-    """
+    """List the files that hold a checkpoint's weights."""
     files = [folder / name for name in sorted(set(_weight_map(folder).values()))]
     for file in files:
         if not file.is_file():
@@ -125,11 +121,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def open_file(path: Path) -> dict[str, Stored]:
-    """Map names to tensors of one safetensors file, in the order of its header.
-
-    Raises:
-        JaxguardError: truncated, or not a safetensors file.
-    """
+    """Map names to tensors of one safetensors file, in the order of its header."""
     try:
         with safe_open(path, framework="numpy"):  # the library checks the header against the file's length
             pass
