@@ -32,12 +32,8 @@ class Decoder(nnx.Module):
 
     A flax nnx.Module, for other flax code: every row of the weight table is one nnx.Param, `embed`, `final_norm`, `lm_head` where
     untied, and in `layers` one stack [L, ...] per weight, which the loop over the layers scans. Our own code keeps the table's
-    flat dict, and builds the module under jit.
-
-    Args:
-        spec: what the model is.
-        weights: path -> array; where a training step differentiates, the layers' matrices are `Buffered`.
-        compute: how to compute it.
+    flat dict of weights by path, in which the layers' matrices are `Buffered` where a training step differentiates, and builds the
+    module under jit.
     """
 
     def __init__(self, spec: Spec, weights: Mapping[str, Array | Buffered], compute: Compute = REFERENCE):
@@ -92,12 +88,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Compute the hidden states of tokens that also see those in the caches, and the cache of these tokens alone.
 
-        Nothing is appended: a sequence may span several caches, and several rows may share one. Attention is XLA's.
-
-        Args:
-            tokens_BT: vocabulary indices, one sequence a row.
-            positions_BT: position of each token in its sequence, FAR for padding.
-            caches: earlier tokens; row a of a cache of A rows serves rows a B/A to (a + 1) B/A - 1.
+        Nothing is appended: a sequence may span several caches, and several rows may share one: row a of a cache of A rows serves
+        rows a B/A to (a + 1) B/A - 1. A position is that of a token in its sequence, FAR for padding. Attention is XLA's.
         """
         windows = jnp.asarray([FAR if kind.window is None else kind.window for kind in self.spec.kinds])
 

@@ -59,13 +59,9 @@ Dtypes = Mapping[str, np.dtype]
 def read_weights(
     folder: Path, spec: Spec, shardings: Mapping[str, Sharding] | None = None, dtype: Any = jnp.float32
 ) -> dict[str, jax.Array]:
-    """Read a checkpoint into a dict path -> array.
+    """Read a Hugging Face folder with safetensors into a dict path -> array; `dtype` is the matrices', norms are float32.
 
-    Args:
-        folder: a Hugging Face folder with safetensors.
-        spec: its spec.
-        shardings: path -> sharding, which never cuts along the layers; None puts everything on the default device.
-        dtype: element type of the matrices in memory; norms are float32.
+    `shardings` is path -> sharding, which never cuts along the layers; None puts everything on the default device.
 
     Raises:
         JaxguardError: missing, unknown, misshapen or quantised tensor, or corrupt files.
