@@ -56,15 +56,13 @@ class Prediction:
     """What a guard answers to a request.
 
     Attributes:
-        example_id: the example's.
         verdicts: question -> of each generation POSITIVE, NEGATIVE or UNPARSABLE.
         probabilities: question -> probability of the positive verdict, in reasoning mode the mean over the generations; None
             where the guard gives none.
         texts: each generation, a forced verdict included; empty where nothing was sampled. A format with a prompt for each
             question joins its answers by an empty line.
         forced: generations that ran out of tokens before their verdict, so that one was forced.
-        prompt_tokens: of all prompts.
-        completion_tokens: of all generations.
+        prompt_tokens, completion_tokens: of all prompts, and of all generations.
         seconds: from the request to the verdicts; of a batch, its share.
         wall: seconds since the prediction before it; their sum is the time that a benchmark took.
         unscored: question -> generations that are not in its probability, since their verdict cannot be located.
@@ -92,12 +90,10 @@ Predictor = Callable[[Sequence[Request]], AsyncIterator[Prediction]]
 
 @dataclass(frozen=True)
 class DecisionPoint:
-    """Where an answer continues with one of two tokens.
+    """Where an answer to a question continues with one of two tokens.
 
     Attributes:
         prefix: token ids of everything before it, prompt included.
-        positive_id, negative_id: the two tokens.
-        question: the one that it answers.
         earlier: the decisions that lead here, each with whether its positive token was taken.
     """
 

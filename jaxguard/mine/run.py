@@ -36,13 +36,11 @@ PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
 
 @dataclass(frozen=True)
 class Outcome:
-    """A training example and the guard's answers to it.
+    """A training example as trained, and the guard's answers to it.
 
     Attributes:
-        example, mode: as trained.
         labels: question by question: "prompt_harm harmful, response_harm unharmful".
-        texts: the answers.
-        right: how many of them agree with every label.
+        right: how many of the texts agree with every label.
         unparsable: how many of the others are unparsable.
     """
 
@@ -56,16 +54,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class MineResult:
-    """What mining found.
-
-    Attributes:
-        name: the run's.
-        folder: where its files are.
-        settings: what is hard, and how much of it is taken.
-        outcomes: of all training examples.
-        hard: those that are hard.
-        taken: those of them that were taken.
-    """
+    """What mining a run found: the outcomes of all training examples, those that are hard, and those of them that were taken."""
 
     name: str
     folder: Path

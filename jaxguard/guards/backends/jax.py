@@ -371,12 +371,9 @@ def nucleus(probability_RV: Float[Array, "R V"], top_p: float) -> Array:
 def next_log_odds(
     model: Model, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], *, max_seq_len: int
 ) -> list[float]:
-    """After each prompt, the log-probability of the first token of its pair less that of the second.
+    """After each prompt, the log-probability of the first token of its pair less that of the second. Raises as `generate`.
 
     Packed rows have `max_seq_len` tokens, more where a prompt is longer; each device computes one row at a time.
-
-    Raises:
-        JaxguardError: a prompt is empty, or too long for the model.
     """
     check_prompts(model.spec, prompts, 1)
     if not prompts:

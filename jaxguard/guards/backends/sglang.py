@@ -30,8 +30,6 @@ from jaxguard.utils.errors import JaxguardError
 _IMPOSSIBLE: Final = -1e30
 """Stands for minus infinity, so that differences are numbers."""
 _HOST = "127.0.0.1"
-_LINES = 15
-_END_SECONDS = 10
 
 # Asks the kernel for SIGKILL at the parent's death, since SGLang lets SIGTERM wait for its requests, and becomes the command.
 # A process of its own does this: code between fork and exec is unsafe beside JAX's threads.
@@ -43,12 +41,9 @@ _DIE_WITH_PARENT = (
 
 @dataclass(frozen=True)
 class SglangBackend:
-    """A server as a Backend; see protocol.py and `open_sglang`.
+    """A server as a Backend; see protocol.py and `open_sglang`. It makes its own batches, so `group` is one example.
 
-    Attributes:
-        version: SGLang's weight_version that every response must carry; None takes any.
-        seeded: whether the server's samples depend on a seed alone.
-        group: one example after the other: the server makes its own batches.
+    `version` is SGLang's weight_version that every response must carry; None takes any. `seeded`: samples depend on a seed alone.
     """
 
     settings: EvaluateConfig
@@ -120,11 +115,8 @@ async def open_sglang(
 ) -> AsyncIterator[SglangBackend]:
     """Connect to a server that runs. The environment variable JAXGUARD_API_KEY holds the key, if it wants one.
 
-    Args:
-        url: with or without /v1 at its end.
-        model: the name it must serve; None takes anything. After `swap_weights` SGLang calls it by the new folder.
-        settings: sampling, and how many requests may be under way.
-        version: see SglangBackend.
+    The server must serve `model`, unless that is None; after `swap_weights` SGLang calls it by the new folder. The settings say
+    how to sample, and how many requests may be under way; for `version` see SglangBackend.
 
     Raises:
         JaxguardError: it does not answer, or serves another model.
@@ -167,12 +159,9 @@ async def served(url: str) -> dict[str, Any]:
 
 
 async def swap_weights(url: str, folder: Path, version: str) -> None:
-    """Have a server load another checkpoint of the same shape, and see that its responses say so.
+    """Have a server, not a router, load a folder with a checkpoint of the same shape that it can read.
 
-    Args:
-        url: one server's, not a router's.
-        folder: a Hugging Face folder that the server can read.
-        version: the weight_version of its responses from then on.
+    Its responses must have this weight_version from then on.
 
     Raises:
         JaxguardError: it refuses, or still answers with other weights.
@@ -277,12 +266,8 @@ def started(
 
     It dies with the thread that started it, even where that is killed.
 
-    Args:
-        command: the path of a program, and its arguments.
-        health: an address that answers 200 once the server is ready.
-        log: where its output goes.
-        seconds: how long it may take to be ready.
-        environment: variables besides the inherited ones.
+    It is ready when the address `health` answers 200, for which it has so many seconds; `environment` holds variables besides the
+    inherited ones.
 
     Raises:
         JaxguardError: it ends early, or is not healthy in time; shows the end of the log.
@@ -299,12 +284,15 @@ def started(
         )
     try:
         end = time.monotonic() + seconds
-        while not _healthy(health):
+        while True:
+            with suppress(httpx2.RequestError):
+                if httpx2.get(health, timeout=30, trust_env=False).is_success:  # whatever proxy there is
+                    break
             problem = "" if time.monotonic() < end else f"was not ready in {seconds:g} s"
             if process.poll() is not None:
                 problem = f"ended with code {process.returncode}"
             if problem:
-                tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LINES:])
+                tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
                 raise JaxguardError(f"the server {problem}; the end of {log}:\n{tail}")
             time.sleep(0.5)
         yield process
@@ -313,11 +301,4 @@ def started(
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
-                process.wait(timeout=_END_SECONDS)
-
-
-def _healthy(health: str) -> bool:
-    try:
-        return httpx2.get(health, timeout=30, trust_env=False).is_success  # whatever proxy there is
-    except httpx2.RequestError:
-        return False
+                process.wait(timeout=10)

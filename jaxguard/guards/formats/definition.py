@@ -40,7 +40,6 @@ class VerdictLine(Schema):
     """The answer to one question."""
 
     question: Question
-    """What it answers."""
     label: Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\n:]*$")] = ""
     """What its line begins with, before a colon; without one the line is the word alone."""
     positive: tuple[Word, ...] = Field(min_length=1)
@@ -95,8 +94,9 @@ def decision_tree(
             negative = tokens(f"{before}{label}{line.negative[0]}{end}")
             for word in line.positive:
                 positive = tokens(f"{before}{label}{word}{end}")
-                pairs = enumerate(zip(positive, negative, strict=False))
-                at = next((j for j, (a, b) in pairs if a != b), None)
+                at = next(
+                    (j for j, pair in enumerate(zip(positive, negative, strict=False)) if pair[0] != pair[1]), None
+                )
                 if at is None:  # one is the beginning of the other
                     return points[:decided]
                 point = DecisionPoint((*prompt, *positive[:at]), positive[at], negative[at], line.question, earlier)
@@ -148,7 +148,6 @@ class ExternalGuard:
     """The format of an external guard. Functions of a request get one with a single question.
 
     Attributes:
-        name: of the models that use it.
         verdicts: the lines of an answer in order, if each has a label of its own; else an answer has the line of its question.
         turn: a request with quoted texts and a quoted policy -> the text to be tokenized, or the chat messages and options for
             the checkpoint's chat template. A response that is not to be shown is None.
@@ -158,8 +157,7 @@ class ExternalGuard:
         takes_policy: it can be shown a policy; else it judges by categories of its own.
         categories: what stands around its own categories in the prompt, if a policy's can take their place.
         prompt_alone: a question about the prompt is asked without the response.
-        modes: in which it can be prompted.
-        reasoning: goes with mode reasoning.
+        modes, reasoning: in which it can be prompted; how it reasons in mode reasoning.
         opening: what an answer begins with where the prompt does not end a line.
         parse_verdict: for answers that are not just verdict lines: POSITIVE, NEGATIVE or UNPARSABLE.
         locate: the answer up to the verdict line, where that is known only from an answer; None if it is not there.
@@ -272,16 +270,14 @@ class ReasoningTagsDefinition(Schema):
     """The tags around the reasoning."""
 
     open: OneLine
-    """Before it."""
     close: Annotated[str, StringConstraints(pattern=r"\S")]
-    """After it, with the white space up to the verdict. What follows its last occurrence is parsed."""
+    """With the white space up to the verdict. What follows its last occurrence is parsed."""
 
 
 class GuardFormatDefinition(Schema):
     """A guard's format as written in YAML."""
 
     name: OneLine
-    """Of the models that use it, for people."""
     description: str = ""
     """For people."""
     chat: str | None = None
@@ -294,9 +290,7 @@ class GuardFormatDefinition(Schema):
     prompt_alone: bool = True
     """A question about the prompt is asked without the response."""
     modes: tuple[Mode, ...] = Field((Mode.DIRECT,), min_length=1)
-    """In which it can be prompted."""
     reasoning: ReasoningTagsDefinition | None = None
-    """Goes with mode reasoning."""
     ends: tuple[OneLine, ...] = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "</s>")
     """Tokens that end an answer, besides the tokenizer's own; those that it does not have do not count."""
 

@@ -205,9 +205,10 @@ class ExternalFormat:
 
     def quote(self, text: str) -> str:
         """Untrusted text with every string broken that could act as part of the format or as a special token."""
-        text, broken = self._dialogue.quote(text), 1
+        dialogue, loose = self._marks
+        text, broken = dialogue.quote(text), 1
         while broken:  # a mark may overlap itself
-            text, broken = self._loose.subn(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)
+            text, broken = loose.subn(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)
         return text
 
     @cached_property
@@ -219,15 +220,14 @@ class ExternalFormat:
         }
 
     @cached_property
-    def _dialogue(self) -> Dialogue:
+    def _marks(self) -> tuple[Dialogue, re.Pattern[str]]:
+        """What is broken as in the native format, and tags and headings whatever their spacing and case."""
         tokens = {*self._reserved.values(), *self.guard.tags, *self.guard.ends}
-        return Dialogue(special_tokens=tuple(sorted(token for token in tokens if len(token.strip()) > 1)))
+        dialogue = Dialogue(special_tokens=tuple(sorted(token for token in tokens if len(token.strip()) > 1)))
 
-    @cached_property
-    def _loose(self) -> re.Pattern[str]:
         def spaced(text: str) -> str:
             return r"[\s\u2581]{1,4}".join(map(re.escape, text.split()))
 
         headings = (rf"^[\s\u2581>*_#-]{{0,8}}{spaced(heading)}[\s\u2581*_]{{0,4}}:" for heading in self.guard.headings)
         marks = [*map(spaced, self.guard.tags), *headings]
-        return re.compile("|".join(marks) if marks else "(?!)", re.IGNORECASE | re.MULTILINE)
+        return dialogue, re.compile("|".join(marks) if marks else "(?!)", re.IGNORECASE | re.MULTILINE)
