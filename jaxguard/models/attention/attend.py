@@ -210,8 +210,8 @@ def _needed(layout: Layout, window: int | None) -> Bool[Array, "J J"]:
     return jnp.tril(needed_JJ)
 
 
-KeyValues = tuple[Float[Array, "A K S H"], Float[Array, "A K S H"], Int[Array, "A S"]]
-"""Keys and values that A rows of queries, or A groups of as many rows each, attend to, and their positions."""
+KeyValues = tuple[Float[Array, "_ K _ H"], Float[Array, "_ K _ H"], Int[Array, "_ _"]]
+"""Keys and values [A K S H] that A rows of queries, or A groups of as many rows each, attend to, and their positions [A S]."""
 
 
 def attend_cached(
