@@ -21,7 +21,11 @@ from jaxguard.utils.errors import JaxguardError
 
 BASELINES: Final = ("tfidf", "majority")
 
-_OTHER_HARM: dict[Question, Question] = {"prompt_harm": "response_harm", "response_harm": "prompt_harm"}
+_FITTED_TO: Final[dict[Question, tuple[Question, ...]]] = {
+    "prompt_harm": ("prompt_harm", "response_harm"),
+    "response_harm": ("response_harm", "prompt_harm"),
+    "response_refusal": ("response_refusal",),
+}
 
 
 def fit_baseline(kind: str, examples: Sequence[Example], seed: int) -> Predictor:
@@ -39,7 +43,7 @@ def fit_baseline(kind: str, examples: Sequence[Example], seed: int) -> Predictor
     @lru_cache
     def model(question: Question) -> Callable[[Sequence[str]], np.ndarray]:
         """Texts to float[N]: of the positive answer."""
-        for fitted_to in filter(None, (question, _OTHER_HARM.get(question))):
+        for fitted_to in _FITTED_TO[question]:
             labelled = [example for example in examples if getattr(example, LABEL[fitted_to])]
             positive = np.array([getattr(each, LABEL[fitted_to]) == CHOICES[fitted_to][0] for each in labelled])
             if kind == "majority" and labelled:

@@ -95,29 +95,24 @@ async def open_guard(
     else:
         form = external_format(guard.format, load_tokenizer(folder, chat=False), policy)
     async with AsyncExitStack() as stack:
-        backend = await _backend(guard, folder, config, settings, stack)
+        backend: Backend
+        if guard.endpoint is None and settings.backend == "jax":
+            from jaxguard.guards.backends.jax import load_backend  # loads JAX
+
+            backend = load_backend(folder, config, settings)
+        else:
+            url, model, version = guard.endpoint, guard.model, None
+            if url is None:
+                log, model = config.folder / "evaluate" / f"{guard.name}.server.log", model or guard.name
+                url = stack.enter_context(serve(folder, model, log, settings.server))
+            elif guard.swap:
+                version = str(weights_digest(folder))[:16]
+                await swap_weights(url, folder, version)
+                model = None  # it is called by the folder from now on
+            else:  # others may swap its weights meanwhile
+                version = (await served(url)).get("weight_version")
+            backend = await stack.enter_async_context(open_sglang(url, model, settings, version))
         yield partial(predict, form=form, backend=backend, settings=settings, probabilities=probabilities)
-
-
-async def _backend(
-    guard: GuardConfig, folder: Path, config: Config, settings: EvaluateConfig, stack: AsyncExitStack
-) -> Backend:
-    if guard.endpoint is None and settings.backend == "jax":
-        from jaxguard.guards.backends.jax import load_backend  # loads JAX
-
-        return load_backend(folder, config, settings)
-    url, model, version = guard.endpoint, guard.model, None
-    if url is None:
-        log = config.folder / "evaluate" / f"{guard.name}.server.log"
-        model = model or guard.name
-        url = stack.enter_context(serve(folder, model, log, settings.server))
-    elif guard.swap:
-        version = str(weights_digest(folder))[:16]
-        await swap_weights(url, folder, version)
-        model = None  # it is called by the folder from now on
-    else:  # others may swap its weights meanwhile
-        version = (await served(url)).get("weight_version")
-    return await stack.enter_async_context(open_sglang(url, model, settings, version))
 
 
 async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:

@@ -223,11 +223,7 @@ class _Part:
 
 
 async def _predict_batch(
-    requests: Sequence[Request],
-    form: PromptFormat,
-    backend: Backend,
-    settings: EvaluateConfig,
-    probabilities: bool,
+    requests: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig, probabilities: bool
 ) -> list[Prediction]:
     started = time.monotonic()
     groups = [[_Part(part, form.prompt(part)) for part in form.split(request)] for request in requests]

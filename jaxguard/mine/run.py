@@ -76,13 +76,24 @@ class MineResult:
 
     @property
     def by(self) -> dict[str, dict[str, list[int]]]:
-        """Mode, label, source and category -> value -> as `right`; an example counts for each of its categories."""
-        return {
-            "mode": self.counts(lambda outcome: (outcome.mode.value,)),
-            "label": self.counts(lambda outcome: (outcome.labels,)),
-            "source": self.counts(lambda outcome: (outcome.example.source,)),
-            "category": self.counts(lambda outcome: categories(outcome.example)),
+        """Mode, label, source and category -> value -> as `right`, the most frequent value first.
+
+        An example counts for each of its categories.
+        """
+        values: dict[str, Callable[[Outcome], Iterable[str]]] = {
+            "mode": lambda outcome: (outcome.mode.value,),
+            "label": lambda outcome: (outcome.labels,),
+            "source": lambda outcome: (outcome.example.source,),
+            "category": lambda outcome: categories(outcome.example),
         }
+        views: dict[str, dict[str, list[int]]] = {}
+        for view, values_of in values.items():
+            groups: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (self.settings.generations + 1))
+            for outcome in self.outcomes:
+                for value in values_of(outcome):
+                    groups[value][outcome.right] += 1
+            views[view] = dict(sorted(groups.items(), key=lambda item: (-sum(item[1]), item[0])))
+        return views
 
     @property
     def taken_by_class(self) -> dict[str, int]:
@@ -90,15 +101,6 @@ class MineResult:
         # Which category of several is the rarest must not depend on what was taken: classes are those of all hard examples.
         names = dict(zip((each.example.id for each in self.hard), classes(self.hard, self.settings), strict=True))
         return dict(sorted(Counter(names[each.example.id] for each in self.taken).items()))
-
-    def counts(self, values: Callable[[Outcome], Iterable[str]]) -> dict[str, list[int]]:
-        """Value -> examples that have it, by number of right answers; the most frequent value first."""
-        groups: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        for outcome in self.outcomes:
-            for value in values(outcome):
-                groups[value][outcome.right] += 1
-        ordered = sorted(groups, key=lambda value: (-groups[value].total(), value))
-        return {value: [groups[value][right] for right in range(self.settings.generations + 1)] for value in ordered}
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON: examples by their ids, no path."""
@@ -311,13 +313,10 @@ def draw(result: MineResult, picture: Path) -> None:
         bars = axes.bar(numbers, shares, color=colour, label=label)
         axes.bar_label(bars, [f"{right[number]:,}" for number in numbers], fontsize=8)
     if k == PAPER_GENERATIONS:
-        ends = {"xmin": k - 0.45, "xmax": k + 0.45}
-        axes.hlines(PAPER_ALWAYS_RIGHT, **ends, colors=INK, linestyles="dashed", label="paper, always right")
-    axes.set_xlabel(f"right answers of {k}")
-    axes.set_ylabel("training examples")
+        label = "paper, always right"
+        axes.hlines(PAPER_ALWAYS_RIGHT, k - 0.45, k + 0.45, colors=INK, linestyles="dashed", label=label)
+    axes.set(xlabel=f"right answers of {k}", ylabel="training examples", xticks=range(k + 1), ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xticks(range(k + 1))
-    axes.set_ylim(0, 1)
     axes.grid(visible=False, axis="x")
     axes.legend(loc="upper left")
     save_figure(figure, picture)

@@ -60,7 +60,7 @@ def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBas
             f"{folder}: its tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): use an "
             "instruction-tuned checkpoint, or copy the template of one"
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     vocabulary = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     size = max(tokenizer.get_vocab().values()) + 1
     if vocabulary is not None and size > vocabulary:
@@ -91,6 +91,12 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id -> token that untrusted text must not contain: every added token that is not white space."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {i: token.content for i, token in added if token.special or any(c.isalnum() for c in token.content)}
+
+
 def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
     """Derive a Template by rendering the chat template.
 
@@ -115,11 +121,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
     before, after = prompt.split(_PROMPT)
     if "<think" in after.removesuffix(reasoning_start).lower():
         raise JaxguardError(f"{folder}: its chat template writes reasoning itself; the guard writes its own")
-    reserved = {
-        i: token.content
-        for i, token in tokenizer.added_tokens_decoder.items()
-        if token.special or any(c.isalnum() for c in token.content)
-    }
+    reserved = reserved_tokens(tokenizer)
     # The first special token after an answer; of several that start there, the longest.
     ends = [(tail.find(token), -len(token), i) for i, token in reserved.items() if token in tail]
     if not ends:
@@ -128,7 +130,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
         )
     start, length, end_id = min(ends)
     files = ("generation_config.json", "config.json")
-    configured = [tokenizer.eos_token_id, *(_read_json(folder / name).get("eos_token_id") for name in files)]
+    configured = [tokenizer.eos_token_id, *(read_json(folder / name).get("eos_token_id") for name in files)]
     stops = {i for ids in configured for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
     if end_id not in stops:
         raise JaxguardError(
@@ -138,7 +140,8 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
     return Template(before, after, reasoning_start, tail[: start - length], end_id, reserved)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields of one of a checkpoint's files; none where it is absent."""
     if not path.is_file():
         return {}
     try:

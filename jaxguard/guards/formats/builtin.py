@@ -144,16 +144,9 @@ def _parse_shieldgemma(_: Request, text: str) -> int:
 # Qwen3Guard-Gen
 
 _QWEN_CATEGORIES = {
-    "violent",
-    "non-violent illegal acts",
-    "sexual content or sexual acts",
-    "pii",
-    "suicide & self-harm",
-    "unethical acts",
-    "politically sensitive topics",
-    "copyright violation",
-    "jailbreak",
-}
+    "violent", "non-violent illegal acts", "sexual content or sexual acts", "pii", "suicide & self-harm", "unethical acts",
+    "politically sensitive topics", "copyright violation", "jailbreak",
+}  # fmt: skip
 
 
 def _qwen_lines(request: Request, text: str) -> dict[str, str] | None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxguard.config.base import find_yaml
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue, Mode
-from jaxguard.data.format.template import TEMPLATE_KWARGS, token_ids
+from jaxguard.data.format.template import TEMPLATE_KWARGS, reserved_tokens, token_ids
 from jaxguard.data.policies import Category, Policy, Question, policy_for
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
@@ -213,11 +213,7 @@ class ExternalFormat:
 
     @cached_property
     def _reserved(self) -> dict[int, str]:
-        return {
-            i: token.content
-            for i, token in self.tokenizer.added_tokens_decoder.items()
-            if token.special or any(c.isalnum() for c in token.content)
-        }
+        return reserved_tokens(self.tokenizer)
 
     @cached_property
     def _marks(self) -> tuple[Dialogue, re.Pattern[str]]:

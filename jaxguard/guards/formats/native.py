@@ -1,6 +1,5 @@
 """The format of our own guards: prompted and parsed as they were trained."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.encoding import Encoder, PromptTooLongError
 from jaxguard.data.format.answer import parse, verdict_prefix
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, REASONING_END, TITLES, Mode, questions
+from jaxguard.data.format.template import read_json
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
 from jaxguard.guards.formats.definition import VerdictLine, decision_tree
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Prompt, Request, UnsupportedError
-from jaxguard.utils.errors import JaxguardError
 
 MOST_TOKENS: Final = 8192
 """Text is judged whole up to here, where the model's context allows it, however short the rows of its training were."""
@@ -95,10 +94,6 @@ class NativeFormat:
 
 def context_tokens(folder: Path) -> int:
     """The context of the model in `folder`, at most MOST_TOKENS; JaxguardError: its config.json is not JSON."""
-    path = folder / "config.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise JaxguardError(f"{path}: not JSON: {error}") from None
+    tree = read_json(folder / "config.json")
     context = tree.get("max_position_embeddings") or (tree.get("text_config") or {}).get("max_position_embeddings")
     return min(int(context or MOST_TOKENS), MOST_TOKENS)
