@@ -201,9 +201,14 @@ class ExternalGuard:
             return [(line, ()) for line in self.verdicts]
         return [(line, line.absent) for line in self.verdicts if line.absent or line.question == "prompt_harm"]
 
+    def reasoning_in(self, mode: Mode) -> Reasoning | None:
+        """How an answer reasons in a mode; a guard that always reasons does so in any."""
+        return self.reasoning if mode is Mode.REASONING or Mode.DIRECT not in self.modes else None
+
     def split(self, request: Request, text: str) -> tuple[str, str] | None:
         """(an answer up to its verdict, the verdict); None if it does not get there."""
-        return ("", text) if self.reasoning is None or request.mode is Mode.DIRECT else self.reasoning.end(text)
+        reasoning = self.reasoning_in(request.mode)
+        return ("", text) if reasoning is None else reasoning.end(text)
 
     def parse(self, request: Request, text: str) -> int:
         """POSITIVE, NEGATIVE or UNPARSABLE: whatever is not exactly an answer of the format."""
@@ -228,12 +233,13 @@ class ExternalGuard:
 
     def close_reasoning(self, request: Request, text: str) -> str | None:
         """An answer that ran out of tokens, ready for the verdict; None if it has one, or cannot be closed."""
-        if self.reasoning is None or request.mode is Mode.DIRECT:
+        reasoning = self.reasoning_in(request.mode)
+        if reasoning is None:
             return None
-        parts = self.reasoning.end(text)
+        parts = reasoning.end(text)
         if parts is None:
-            return self.reasoning.close(text)
-        return parts[0] if self.reasoning.retry and self.parse(request, text) == UNPARSABLE else None
+            return reasoning.close(text)
+        return parts[0] if reasoning.retry and self.parse(request, text) == UNPARSABLE else None
 
 
 def filled_lines(text: str) -> list[str]:
