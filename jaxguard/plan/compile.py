@@ -100,16 +100,14 @@ class RunCost:
     @property
     def programs(self) -> str:
         """Number and shapes of the programs, in words; a run may have dozens."""
+        if not self.shapes:
+            return "unknown until tokenizer and data are local"
         names = [
             f"{shape.rows} rows of {shape.tokens:,} tokens, {shape.targets:,} targets ({count:,} steps)"
             for shape, count in Counter(self.shapes).most_common(MOST_SHAPES)
         ]
         more = [f"{len(self.shapes) - MOST_SHAPES} more"] if len(self.shapes) > MOST_SHAPES else []
-        return (
-            f"{len(self.shapes)}: {'; '.join([*names, *more])}"
-            if names
-            else "unknown until tokenizer and data are local"
-        )
+        return f"{len(self.shapes)}: {'; '.join([*names, *more])}"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from jaxguard.utils.files import write_atomically
 SWEEP_FOLDER = CONFIG_FOLDER / "sweeps"
 SWEEP_OUTPUT = Path("runs/sweeps")
 Result = dict[str, Any]
-"""A plan as data, with `series`, `devices` and `scaling`; one that the compiler refused has `error` instead of figures."""
+"""A plan as data, with `series` and `devices`; one that the compiler refused has `error` instead of figures."""
 
 
 class SeriesConfig(Schema):
@@ -67,7 +67,6 @@ class Point:
     """One point of a curve, not compiled yet."""
 
     series: str
-    scaling: str
     cluster: Cluster
     config: Config
     rows: int
@@ -107,7 +106,7 @@ def points(sweep: SweepConfig) -> Iterator[Point]:
                     "mesh.tensor": series.tensor,
                     "train.batch_size": rows,
                 }
-                yield Point(name, series.scaling, cluster, load(series.config, settings), rows)
+                yield Point(name, cluster, load(series.config, settings), rows)
         except JaxguardError as error:
             raise JaxguardError(f"series {name}: {error}") from None
 
@@ -209,7 +208,7 @@ def sweep(
         path = folder / f"{point.series}-{point.cluster.devices}.json"
         result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if result.get("key") != key:
-            result = {"key": key, "series": point.series, "devices": point.cluster.devices, "scaling": point.scaling}
+            result = {"key": key, "series": point.series, "devices": point.cluster.devices}
             try:
                 plan = compile_step(point.config, find_spec(point.config.model), point.cluster, point.rows)
                 result |= plan_json(plan)

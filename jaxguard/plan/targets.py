@@ -143,23 +143,13 @@ def _gpu_config(target: Target, gpu: Gpu) -> str:
     major, minor = gpu.compute_capability
     return f"""\
 gpu_device_info {{
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  threads_per_core_limit: 2048
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: {gpu.shared_memory_per_block}
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: {gpu.shared_memory_per_block}
   shared_memory_per_core: {gpu.shared_memory_per_core}
-  core_count: {gpu.cores}
-  fpus_per_core: {gpu.lanes_per_core}
-  clock_rate_ghz: {gpu.clock_ghz}
-  memory_bandwidth: {int(target.bandwidth)}
-  l2_cache_size: {gpu.l2_cache}
-  device_memory_size: {target.memory}
+  core_count: {gpu.cores}  fpus_per_core: {gpu.lanes_per_core}  clock_rate_ghz: {gpu.clock_ghz}
+  memory_bandwidth: {int(target.bandwidth)}  l2_cache_size: {gpu.l2_cache}  device_memory_size: {target.memory}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
 }}
 platform_name: "CUDA"

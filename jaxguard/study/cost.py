@@ -1,7 +1,6 @@
 """Estimate the cost of a study: steps, tokens, device-hours.
 
-Steps are exact. Tokens of an example and the speed are assumptions of the study's file, or measured in runs of the study that have
-trained.
+Steps are exact. Tokens of an example and the speed are assumptions of the study's file, or of runs that have trained.
 """
 
 import json

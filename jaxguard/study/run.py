@@ -1,7 +1,6 @@
 """Run a study, run by run and stage by stage, and record what is done beside its output.
 
-A stage resumes by itself, and refuses output of other settings or data. So a study that was killed at any moment resumes when it
-is started again, and a finished one does nothing.
+A stage resumes by itself, and refuses output of other settings or data. So a study resumes after a kill at any moment.
 """
 
 import hashlib
