@@ -34,12 +34,10 @@ class ExportManifest(Schema):
     base: str
     """The checkpoint that was fine-tuned: a repository on the hub, or a folder's name."""
     modes: tuple[Mode, ...]
-    """In which it was trained to answer."""
     reasoning_marker: str
     direct_marker: str
     max_seq_len: int
     questions: tuple[Question, ...]
-    """All that its policy asks."""
     trained_together: tuple[tuple[Question, ...], ...]
     """Every set of questions that one answer of the training data holds."""
 

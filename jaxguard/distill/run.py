@@ -96,11 +96,7 @@ def distill(config: Config) -> Distillation:
 
 
 def load_job(config: Config) -> Job:
-    """Load everything that requests to the teacher are made of.
-
-    Raises:
-        JaxguardError: no distill section, a source that is absent or malformed, no example with a label.
-    """
+    """Load everything that requests to the teacher are made of; it is an error if no example has a label."""
     if config.distill is None:
         raise JaxguardError("the config has no distill section: it needs at least distill.teacher.model")
     policy = load_policy(config.data.policy)
