@@ -129,8 +129,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the values of JSON lines or, in a file named .json, of an array."""
-    unpack: Callable[..., Any] = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with unpack(path, "rt", encoding="utf-8") as stream:
+    unpack: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    with unpack.get(path.suffix, open)(path, "rt", encoding="utf-8") as stream:
         if ".json" in path.suffixes[-2:]:
             text = stream.read()
             if text.lstrip().startswith("["):

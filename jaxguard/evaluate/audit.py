@@ -100,9 +100,8 @@ class Audit:
     Attributes:
         about: the run, the teacher, the sampling.
         examples: how many were judged.
-        completions: counts over all of them: `total`, `unparsable` (a verdict line is missing, malformed or contradictory), `cut`
-            by the server, `without_reasoning`, `invented_responses` (judge one that is not there), tokens, and `failed_checks`:
-            the filter's check -> how many fail it.
+        completions: counts over all of them: `total`, `unparsable`, `cut` by the server, `without_reasoning`,
+            `invented_responses` (judge one that is not there), tokens, and `failed_checks` of the filter.
         questions: those that an example has a label for.
         lengths: "words", "sentences" and "repeated_share" of the reasoning.
     """
@@ -273,16 +272,16 @@ def report(audit: Audit) -> Page:
         own.add(title, *(each.result.consistency[name] for each in audit.questions.values()))
     confusions, categories, disagreements = list[Content](), list[Content](), list[Content]()
     for question, each in audit.questions.items():
-        title, result, words = TITLES[question], each.result, (each.positive, each.negative)
+        title, result, pair = TITLES[question], each.result, (each.positive, each.negative)
         f1, kappa, fleiss = result.scores.f1, result.scores.kappa.value, result.consistency["fleiss"]
         notes = (interval(f1.low, f1.high), f"Cohen's κ {number(kappa)}", f"Fleiss' κ {number(fleiss)}")
         tiles.append((f"{title}, F1", number(f1.value), *filter(None, notes)))
         scores.add(title, *_scores(result))
-        confusion = Table((f"{title}: people say", *words, "unparsable"), f"{title}: verdicts")
+        confusion = Table((f"{title}: people say", *pair, "unparsable"), f"{title}: verdicts")
         for i, counts in enumerate(result.confusion):
             tones = ("bad", "good", "faint") if i else ("good", "bad", "faint")
             cells = (Cell(f"{n:,}", share(n, sum(counts)), tone=tone) for n, tone in zip(counts, tones, strict=True))
-            confusion.add(words[i], *cells)
+            confusion.add(pair[i], *cells)
         confusions.append(confusion)
         by_category = Table(("category", "examples", "positive", *SCORES.values()), f"{title} by category")
         for category, of_category in each.categories[:MOST_CATEGORIES]:

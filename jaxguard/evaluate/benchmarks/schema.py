@@ -128,7 +128,7 @@ class BenchmarkSource(Choice):
     file: str | None = None
     """One file of the repository instead, by its path in it."""
     revision: str | None = None
-    """Branch, tag or commit; goes with `file`."""
+    """Branch, tag or commit."""
     url: Annotated[str, StringConstraints(pattern=r"^https://[^\s]+$")] | None = None
     path: str | None = None
     data: SourceConfig | None = None
@@ -228,18 +228,16 @@ class Expected(Schema):
 
 
 class Sample(Schema):
-    """A seeded sample of the rows that `where` leaves; fewer are taken whole."""
+    """A sample of the rows that `where` leaves, by Python's random.sample; fewer are taken whole."""
 
     size: Annotated[int, Field(gt=0)]
     seed: Count = 0
-    """Of Python's random.sample."""
 
 
 class BenchmarkDefinition(Schema):
     """A benchmark as written in YAML."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    """Shown in reports; examples without an id of their own are called after it."""
     title: Text
     group: Group = "extra"
     question: Question

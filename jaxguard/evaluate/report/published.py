@@ -37,14 +37,12 @@ class PublishedRow(Schema):
 
 
 class PublishedPoint(Schema):
-    """A point of a curve: F1 at `x` training examples, or sentences of a trace."""
+    """F1 at `x` training examples, with its deviation over subsets, or at `x` sentences of a trace, of `words` in the mean."""
 
     x: float
     f1: Share
     deviation: Share | None = None
-    """Over several subsets."""
     words: float | None = None
-    """Of a trace, mean."""
 
 
 class LatencyPoint(Schema):

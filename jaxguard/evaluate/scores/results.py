@@ -1,7 +1,6 @@
 """The results of an evaluation as plain data, which runs/NAME/evaluate/results.json holds and the report is written from."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,11 +58,10 @@ class Thresholded:
 
 @dataclass(frozen=True)
 class Versus:
-    """A guard against the first one of the config.
+    """F1 of a guard less that of the first one of the config.
 
     Attributes:
         guard, mode: the first one, in the same mode where it has that, else in its first.
-        f1: of the guard less that of the first.
         mcnemar: of a single benchmark.
         missing: benchmarks of an average for which one of the two has no results; the difference is without them.
     """
@@ -77,10 +75,15 @@ class Versus:
     def row(self) -> dict[str, Any]:
         """The columns of a DataFrame."""
         f1, test = self.f1, self.mcnemar
-        difference = {"f1_difference": f1.value, "low": f1.low, "high": f1.high, "p": f1.p}
+        row = {
+            "first_guard": self.guard,
+            "first_mode": self.mode,
+            "f1_difference": f1.value,
+            "low": f1.low,
+            "high": f1.high,
+        }
         right = (test.only_first, test.only_second, test.p) if test else (None, None, None)
-        right_alone = dict(zip(("right_alone", "first_right_alone", "mcnemar_p"), right, strict=True))
-        return {"first_guard": self.guard, "first_mode": self.mode} | difference | right_alone
+        return row | dict(zip(("p", "right_alone", "first_right_alone", "mcnemar_p"), (f1.p, *right), strict=True))
 
 
 @dataclass(frozen=True)
@@ -238,27 +241,26 @@ class Evaluation:
             name = {"guard": cell.guard, "mode": cell.mode, "benchmark": cell.benchmark}
             size, result = {"examples": cell.examples}, cell.result
             counts = {"generations": result.generations, "unparsable": result.unparsable, "complete": cell.complete}
-            scores = _columns({score: getattr(result.scores, score) for score in SCORES})
+            scores = _columns(**{score: getattr(result.scores, score) for score in SCORES})
             tables["scores"].append(name | size | {"positives": result.scores.positives} | scores | counts)
             tables["cost"].append(name | size | asdict(cell.cost))
             if cell.calibration:
-                by_name = {score: getattr(cell.calibration, score) for score in ("auprc", "auroc", "brier")}
-                threshold = cell.thresholded.threshold if cell.thresholded else None
-                f1 = cell.thresholded.result.scores.f1 if cell.thresholded else Estimate(None)
-                row = name | _columns(by_name) | {"ece": cell.calibration.ece, "threshold": threshold}
-                tables["calibration"].append(row | _columns({"f1_at_threshold": f1}))
+                given, chosen = cell.calibration, cell.thresholded
+                row = name | _columns(auprc=given.auprc, auroc=given.auroc, brier=given.brier) | {"ece": given.ece}
+                f1 = chosen.result.scores.f1 if chosen else Estimate(None)
+                row |= {"threshold": chosen.threshold if chosen else None} | _columns(f1_at_threshold=f1)
+                tables["calibration"].append(row)
             if cell.versus:
                 tables["versus"].append(name | cell.versus.row())
         for average in self.averages:
             name = {"guard": average.guard, "mode": average.mode, "average": average.name}
-            missing = {"missing": ", ".join(average.missing)}
-            tables["averages"].append(name | _columns({"f1": average.f1}) | missing)
+            tables["averages"].append(name | _columns(f1=average.f1) | {"missing": ", ".join(average.missing)})
             if average.versus:
                 tables["versus"].append(name | average.versus.row())
         return {title: pd.DataFrame(rows) for title, rows in tables.items()}
 
 
-def _columns(scores: Mapping[str, Estimate]) -> dict[str, float | None]:
+def _columns(**scores: Estimate) -> dict[str, float | None]:
     parts = {"": "value", "_low": "low", "_high": "high", "_deviation": "deviation"}
     return {name + end: getattr(score, part) for name, score in scores.items() for end, part in parts.items()}
 
