@@ -32,11 +32,6 @@ from jaxguard.utils.errors import JaxguardError
 ATTENTION_BACKWARD = 2.5
 """Products of attention's backward pass over those of its forward pass: the scores again, and four of their size (Dao,
 FlashAttention-2, 2023, section 4.1). Attention in plain XLA does the same."""
-ASSUMPTIONS = (
-    "matrix products at the data sheet's dense peak; memory and links at the data sheet's rates; nothing overlaps. We assume "
-    "that two errors cancel out: products never reach their peak, and communication hides behind them. The bound is the "
-    "longest of the three alone"
-)
 MOST_SHAPES = 4
 SHAPES = CONFIG_FOLDER / "shapes"
 _NEEDS = re.compile(
@@ -120,14 +115,11 @@ class Plan:
         arguments: bytes of training state and batch; the new state reuses their memory.
         temporaries: bytes of the other arrays that the compiler's schedule holds at once, at its peak.
         peak: bytes of both, and of outputs that reuse no argument's memory.
-        largest: the largest arrays that the step makes.
         flops: analytic FLOPs of the step, as of step_flops.
         matmul_flops: FLOPs of one device's matrix products as compiled, without a vendor's attention kernel.
         traffic: bytes that one device reads from and writes to its memory.
-        collectives: what the devices exchange, the largest first.
         ideal_sent: bytes that a device must send under this sharding.
         kernels: names of the vendor's kernels -> how often they run.
-        cost: of a run that takes this step at every step.
     """
 
     name: str
@@ -316,7 +308,7 @@ def ideal_sent(spec: Spec, mesh: Mapping[str, int], compute: Compute) -> float:
 
 
 def estimate(plan: Plan) -> dict[str, float]:
-    """Estimate the seconds of one compiled step; see ASSUMPTIONS.
+    """Estimate the seconds of one compiled step by the roofline of its target's data sheet.
 
     Returns:
         compute: of the matrix products; memory: to read and write it; network: of the collectives; mfu: share of the devices'

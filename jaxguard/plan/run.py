@@ -12,23 +12,18 @@ from rich.text import Text
 from jaxguard.config import Source, load
 from jaxguard.config.hardware import GIB
 from jaxguard.models.spec import Spec
-from jaxguard.plan.compile import (
-    ASSUMPTIONS,
-    Buffer,
-    OutOfMemoryError,
-    Plan,
-    compile_step,
-    estimate,
-    find_spec,
-    rate,
-    run_cost,
-)
+from jaxguard.plan.compile import Buffer, OutOfMemoryError, Plan, compile_step, estimate, find_spec, rate, run_cost
 from jaxguard.plan.targets import Cluster, find_cluster
 from jaxguard.report import Bullets, Cell, Content, Drawing, Page, Paragraph, Section, Table
 from jaxguard.report.figures import COLOURS, inline_svg, style
 
 REMAT = ("none", "dots", "full")
 """From the fastest and largest to the slowest and smallest."""
+ASSUMPTIONS = (
+    "matrix products at the data sheet's dense peak; memory and links at the data sheet's rates; nothing overlaps. We assume "
+    "that two errors cancel out: products never reach their peak, and communication hides behind them. The bound is the "
+    "longest of the three alone"
+)
 MOST_COLLECTIVES = 12
 """In a terminal."""
 NOTE = Paragraph([f"Estimate: {ASSUMPTIONS}."], faint=True)
