@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
@@ -133,11 +134,9 @@ def render(result: CheckResult, example: Example | None = None) -> RenderableTyp
 
 def json_line(result: CheckResult) -> str:
     """One JSON object, ASCII only; a question that does not apply is null."""
-    applicable = {question: getattr(result.verdict, question) for question in result.questions}
-    tree = {
-        "id": result.id,
-        **dict.fromkeys(TITLES),
-        **applicable,
+    tree: dict[str, Any] = {"id": result.id}
+    tree |= {q: getattr(result.verdict, q) if q in result.questions else None for q in TITLES}
+    tree |= {
         "passes": result.passes,
         "probabilities": {q: None if p is None else round(p, 6) for q, p in result.probabilities.items()},
         "reasoning": result.reasoning,
