@@ -31,8 +31,8 @@ Evaluate the teacher on a seeded sample of data.train without telling it the lab
 agrees with people and with itself: runs/NAME/audit/audit.html, audit.md and audit.json. Resumes where it was stopped.
 """
 INSPECT = """\
-Write runs/NAME/traces.html: what failed and why, lengths, and a searchable table of attempts whose text stays hidden until it
-is clicked. One file that loads nothing; also while a distillation runs.
+Write runs/NAME/traces.html: what failed and why, lengths, and a searchable list of attempts whose text stays hidden until it
+is opened. One file that loads nothing; also while a distillation runs.
 """
 
 
