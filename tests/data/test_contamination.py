@@ -32,8 +32,8 @@ def matches(prompts, held, similarity=0.8):
     return find_matches(examples(*prompts), {"bench": examples(*held, name="b")}, similarity)
 
 
-def pairs(found):
-    return [(match.example_id, match.benchmark_id) for match in found]
+def pairs(contaminated):
+    return [(match.example_id, match.benchmark_id) for match in contaminated]
 
 
 # --- normalisation ----------------------------------------------------------------------------------------------------
@@ -96,14 +96,14 @@ def test_other_prompts_are_not_found():
 
 def test_equal_texts_come_before_similar_ones_and_every_holder_is_listed():
     benchmarks = {"one": examples(CHANGED, RECIPE, name="o"), "two": examples(RECIPE, RECIPE, name="w")}
-    found = find_matches(iter(examples(OTHER, RECIPE)), benchmarks, 0.8)
-    assert [(m.benchmark, m.benchmark_id, m.exact) for m in found] == [
+    contaminated = find_matches(iter(examples(OTHER, RECIPE)), benchmarks, 0.8)
+    assert [(m.benchmark, m.benchmark_id, m.exact) for m in contaminated] == [
         ("one", "o1", True),
         ("two", "w0", True),
         ("two", "w1", True),
         ("one", "o0", False),
     ]
-    assert {m.example_id for m in found} == {"t1"}
+    assert {m.example_id for m in contaminated} == {"t1"}
 
 
 def test_the_same_shingles_in_another_order_are_similar_but_not_equal():
@@ -167,15 +167,15 @@ def mutated(seed, number):
 @pytest.mark.parametrize("similarity", [0.5, 0.6, 0.8, 0.9])
 def test_it_finds_what_comparing_all_with_all_finds(similarity):
     held, prompts = mutated(7, 400)
-    found = {pair: match for match in matches(prompts, held, similarity) for pair in pairs([match])}
+    contaminated = {pair: match for match in matches(prompts, held, similarity) for pair in pairs([match])}
     want = {}
     for i, one in enumerate(map(normalise, prompts)):
         for j, two in enumerate(map(normalise, held)):
             likeness = jaccard(shingled(one), shingled(two))
             if one == two or (min(len(one), len(two)) >= SHORTEST and likeness >= similarity):
                 want[f"t{i}", f"b{j}"] = (1.0 if one == two else likeness, one == two)
-    assert {pair: (match.similarity, match.exact) for pair, match in found.items()} == want
-    assert sum(not match.exact for match in found.values()) >= 20
+    assert {pair: (match.similarity, match.exact) for pair, match in contaminated.items()} == want
+    assert sum(not match.exact for match in contaminated.values()) >= 20
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.55, 0.6, 0.7, 0.75, 0.8, 0.9, 0.99, 1])

@@ -52,13 +52,13 @@ def folder(tiny_tokenizer_folder, tmp_path):
     """folder(template): a tokenizer with that template, think tags being tokens of their own but not special."""
 
     def make(template):
-        place = tmp_path / "checkpoint"
-        shutil.copytree(tiny_tokenizer_folder, place)
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        checkpoint = tmp_path / "checkpoint"
+        shutil.copytree(tiny_tokenizer_folder, checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         tokenizer.add_tokens(["<think>", "</think>"])
         tokenizer.chat_template = template
-        tokenizer.save_pretrained(place)
-        return place
+        tokenizer.save_pretrained(checkpoint)
+        return checkpoint
 
     return make
 
@@ -139,16 +139,16 @@ def test_such_a_guard_is_evaluated_as_any_other(encoder):
 def test_a_text_is_cut_to_the_room_that_both_modes_leave(encoder):
     long = Example("long", "made up", "bread and butter " * 400, None, "unharmful")
     for mode in Mode:
-        found = encoder.prompt(long, mode, answer_tokens=40)
-        assert found.cut
-        assert len(found.ids) <= 512 - 40
+        encoded = encoder.prompt(long, mode, answer_tokens=40)
+        assert encoded.cut
+        assert len(encoded.ids) <= 512 - 40
 
 
 @pytest.mark.parametrize("written", ["<think>\\n\\n</think>\\n\\n", "<think>\\nHm. "])
 def test_reasoning_in_the_template_is_refused(folder, written):
-    place = folder(OPENS.replace("<think>\\n", written))
+    checkpoint = folder(OPENS.replace("<think>\\n", written))
     with pytest.raises(JaxguardError, match=r"(chat template writes reasoning|where generation starts)"):
-        read_template(load_tokenizer(place), place)
+        read_template(load_tokenizer(checkpoint), checkpoint)
 
 
 @pytest.mark.parametrize("mode", Mode)

@@ -53,16 +53,16 @@ def objection(answer, grammar=False):
     ],
 )
 def test_what_counts_as_consent(answer, expected):
-    (found, tokens), _ = objection(answer)
-    assert found == expected
+    (reason, tokens), _ = objection(answer)
+    assert reason == expected
     assert tokens == 20
 
 
 def test_the_trace_cannot_leave_its_place():
     _, request = objection(said(YES), grammar=True)
-    shown = request["messages"][0]["content"]
-    assert "[end of reasoning\\]" in shown
-    assert shown.count("[end of reasoning]") == 1
+    prompt = request["messages"][0]["content"]
+    assert "[end of reasoning\\]" in prompt
+    assert prompt.count("[end of reasoning]") == 1
     assert request["regex"].endswith("Fit: (yes|no)")
 
 

@@ -45,9 +45,9 @@ def test_a_shortened_trace_is_in_the_answer():
     ],
 )
 def test_where_the_verdict_begins(text, before):
-    found, rest = split_verdict(text)
-    assert found == before
-    assert "".join((found + rest).split()) == "".join(text.split())
+    reasoning, rest = split_verdict(text)
+    assert reasoning == before
+    assert "".join((reasoning + rest).split()) == "".join(text.split())
 
 
 def test_the_grammar_lets_through_what_the_parser_reads():

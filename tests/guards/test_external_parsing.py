@@ -160,17 +160,17 @@ def test_without_a_response_its_lines_may_say_so(form):
 def tree(form, ask, text=""):
     """Of each choice: what the answer holds before it, its two tokens, what it hangs on, whether it is the question's."""
     prompt = form.prompt(ask).ids
-    found = form.decision_points(ask, text)
-    assert all(one.prefix[: len(prompt)] == prompt for one in found)
+    points = form.decision_points(ask, text)
+    assert all(one.prefix[: len(prompt)] == prompt for one in points)
     return [
         (
             form.text(one.prefix[len(prompt) :]),
             form.text([one.positive_id]),
             form.text([one.negative_id]),
-            tuple((found.index(point), taken) for point, taken in one.earlier),
+            tuple((points.index(point), taken) for point, taken in one.earlier),
             one.question == ask.question,
         )
-        for one in found
+        for one in points
     ]
 
 
@@ -187,13 +187,13 @@ def test_choices_of_lines_hang_on_those_before(form):
         titles = ("Harmful request:", "Response refusal:", "Harmful response:")
         return "\n".join(f"{title} {word}".rstrip() for title, word in zip(titles, (*words, ""), strict=False))
 
-    found = tree(form("wildguard"), asked("response_harm"))
-    assert [one[0] for one in found] == [
+    points = tree(form("wildguard"), asked("response_harm"))
+    assert [one[0] for one in points] == [
         upto(), upto("yes"), upto("no"), upto("yes", "yes"), upto("yes", "no"), upto("no", "yes"), upto("no", "no"),
     ]  # fmt: skip
-    assert [one[3] for one in found[:3]] == [(), ((0, True),), ((0, False),)]
-    assert found[6][3:] == (((0, False), (2, False)), True)
-    assert [one[4] for one in found] == [False] * 3 + [True] * 4
+    assert [one[3] for one in points[:3]] == [(), ((0, True),), ((0, False),)]
+    assert points[6][3:] == (((0, False), (2, False)), True)
+    assert [one[4] for one in points] == [False] * 3 + [True] * 4
     lines = tree(form("nemotron_reasoning"), asked("response_harm"), "<think>\nx\n</think>\n\nPrompt harm: harmful")
     assert [one[0] for one in lines] == [
         "<think>\nx\n</think>\n\nPrompt harm:",
@@ -203,9 +203,9 @@ def test_choices_of_lines_hang_on_those_before(form):
 
 
 def test_controversial_is_a_second_way_of_being_harmful(form):
-    found = tree(form("qwen3guard"), asked())
-    assert [one[0] for one in found] == ["Safety:", "Safety:"]
-    assert [one[3:] for one in found] == [((), True), (((0, False),), True)]
+    points = tree(form("qwen3guard"), asked())
+    assert [one[0] for one in points] == ["Safety:", "Safety:"]
+    assert [one[3:] for one in points] == [((), True), (((0, False),), True)]
     refusal = tree(form("qwen3guard"), asked("response_refusal"), "Safety: Safe\nCategories: None\nRefusal: Yes")
     assert [one[0].strip() for one in refusal] == ["Safety: Safe\nCategories: None\nRefusal:"]
 

@@ -52,10 +52,10 @@ def test_what_is_asked(form, ask, example, question, asked):
 
 @pytest.mark.parametrize(("question", "places"), [("prompt_harm", 1), ("response_harm", 3), ("response_refusal", 7)])
 def test_a_choice_for_every_way_to_the_question(form, question, places):
-    found = form().decision_points(Request(BAKED, (question,), Mode.DIRECT), "")
-    assert len(found) == places
-    assert sum(point.question == question for point in found) == (places + 1) // 2
-    assert all(found.index(earlier) < place for place, point in enumerate(found) for earlier, _ in point.earlier)
+    points = form().decision_points(Request(BAKED, (question,), Mode.DIRECT), "")
+    assert len(points) == places
+    assert sum(point.question == question for point in points) == (places + 1) // 2
+    assert all(points.index(earlier) < place for place, point in enumerate(points) for earlier, _ in point.earlier)
 
 
 def test_training_begins_with_the_same_tokens(form):
@@ -113,11 +113,11 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
         return {a.example_id: a.probabilities[question] async for a in predict(asks, form, backend, settings)}
 
     for question in ("prompt_harm", "response_harm"):
-        found = asyncio.run(ask(question))
+        answer = asyncio.run(ask(question))
         expected = {j.example_id: j.probability for j in predictions if j.question == question}
         assert len(expected) > 2
         assert np.ptp(list(expected.values())) > 0.01
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert answer == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_long_text_is_judged_whole_where_the_context_allows(tiny_checkpoint, tmp_path):

@@ -68,9 +68,9 @@ def test_greedy_tokens_are_those_of_transformers(case, write_llama_config, write
     theirs.save_pretrained(tmp_path)
     spec = read_spec(tmp_path)
     prompts = ragged()
-    found = generate(place_model(spec, read_weights(tmp_path, spec), COMPUTE), prompts, GREEDY)
+    completions = generate(place_model(spec, read_weights(tmp_path, spec), COMPUTE), prompts, GREEDY)
     expected = [reference(torch, theirs.double(), prompt, GREEDY.max_tokens) for prompt in prompts]
-    assert [list(answer.tokens) for [answer] in found] == expected
+    assert [list(answer.tokens) for [answer] in completions] == expected
     assert len({token for row in expected for token in row}) > 10
 
 
@@ -101,19 +101,19 @@ def test_a_shared_prefix_changes_no_token(model):
 def test_a_prompt_may_be_the_beginning_of_another_or_a_single_token(model):
     [prompt] = ragged([50])
     prompts = [prompt[:1], prompt[:20], prompt, prompt]
-    found = generate(model, prompts, GREEDY)
-    assert found == [generate(model, [p], GREEDY, share_prefix=False)[0] for p in prompts]
-    assert len(set(found[2] + found[1] + found[0])) == 3
+    completions = generate(model, prompts, GREEDY)
+    assert completions == [generate(model, [p], GREEDY, share_prefix=False)[0] for p in prompts]
+    assert len(set(completions[2] + completions[1] + completions[0])) == 3
 
 
 def test_samples_differ_and_come_back_with_their_seed(model):
     prompts = ragged()
-    found = generate(model, prompts, HOT)
-    assert all(len(set(answers)) == 3 for answers in found)
-    assert generate(model, prompts, HOT) == found
-    assert generate(model, prompts, dataclasses.replace(HOT, seed=1)) != found
+    completions = generate(model, prompts, HOT)
+    assert all(len(set(answers)) == 3 for answers in completions)
+    assert generate(model, prompts, HOT) == completions
+    assert generate(model, prompts, dataclasses.replace(HOT, seed=1)) != completions
     fewer = generate(model, prompts, dataclasses.replace(HOT, n=2))
-    assert fewer == [answers[:2] for answers in found]
+    assert fewer == [answers[:2] for answers in completions]
 
 
 def test_little_temperature_and_a_tiny_nucleus_are_greedy(model):
@@ -127,21 +127,21 @@ def test_stop_tokens_end_an_answer_and_are_no_part_of_it(model):
     prompts = ragged()
     whole = [answer.tokens for [answer] in generate(model, prompts, GREEDY)]
     stops = (whole[0][5], whole[1][0])
-    found = generate(model, prompts, dataclasses.replace(GREEDY, stop_ids=stops))
-    for [answer], tokens in zip(found, whole, strict=True):
+    completions = generate(model, prompts, dataclasses.replace(GREEDY, stop_ids=stops))
+    for [answer], tokens in zip(completions, whole, strict=True):
         end = next((i for i, token in enumerate(tokens) if token in stops), None)
         assert answer.tokens == tokens[:end]
         assert answer.stopped == (end is not None)
-    assert found[1][0].tokens == ()
+    assert completions[1][0].tokens == ()
 
 
 def test_answers_end_at_the_limit(model):
     prompts = ragged()
     whole = generate(model, prompts, GREEDY)
     for limit in (1, 7):
-        found = generate(model, prompts, dataclasses.replace(GREEDY, max_tokens=limit))
-        assert [answer.tokens for [answer] in found] == [answer.tokens[:limit] for [answer] in whole]
-        assert {answer.stopped for [answer] in found} == {False}
+        completions = generate(model, prompts, dataclasses.replace(GREEDY, max_tokens=limit))
+        assert [answer.tokens for [answer] in completions] == [answer.tokens[:limit] for [answer] in whole]
+        assert {answer.stopped for [answer] in completions} == {False}
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
@@ -168,9 +168,9 @@ def test_bfloat16_mostly_agrees_on_the_first_token(model):
     small = place_model(model.spec, model.weights, dataclasses.replace(COMPUTE, dtype=jnp.dtype(jnp.bfloat16)))
     assert small.weights["layers.up_proj"].dtype == jnp.bfloat16
     assert small.weights["final_norm"].dtype == jnp.float32
-    found = [answer.tokens for [answer] in generate(small, ragged(), GREEDY)]
+    completions = [answer.tokens for [answer] in generate(small, ragged(), GREEDY)]
     expected = [answer.tokens for [answer] in generate(model, ragged(), GREEDY)]
-    assert sum(f[0] == e[0] for f, e in zip(found, expected, strict=True)) >= 3
+    assert sum(f[0] == e[0] for f, e in zip(completions, expected, strict=True)) >= 3
 
 
 PROBABILITIES = np.array([0.05, 0.4, 0.02, 0.3, 0.15, 0.08])
@@ -203,11 +203,11 @@ def test_the_nucleus_is_the_sorted_one():
     random = np.random.default_rng(0)
     probability = np.asarray(jax.nn.softmax(random.normal(0, 4, (50, 300)).astype(np.float32), axis=-1))
     for top_p in (0.01, 0.5, 0.95):
-        found = np.asarray(nucleus(jnp.asarray(probability), top_p))
+        completions = np.asarray(nucleus(jnp.asarray(probability), top_p))
         ordered = np.sort(probability.astype(np.float64), axis=-1)[:, ::-1]
         sizes = (np.cumsum(ordered, axis=-1) < top_p).sum(-1) + 1
-        assert found.sum(-1).tolist() == sizes.tolist()
-        assert np.all(np.where(found, probability, 1).min(-1) > np.where(found, 0, probability).max(-1))
+        assert completions.sum(-1).tolist() == sizes.tolist()
+        assert np.all(np.where(completions, probability, 1).min(-1) > np.where(completions, 0, probability).max(-1))
 
 
 def test_unusable_prompts_are_named(model):
@@ -242,7 +242,7 @@ def test_smollm2_writes_what_transformers_writes(tmp_path):
     prompts = [tokenizer(header + text).input_ids for text in TEXTS]
     spec = read_spec(folder)
     sampling = Sampling(temperature=0, max_tokens=48)
-    found = generate(place_model(spec, read_weights(folder, spec), Compute()), prompts, sampling)
+    completions = generate(place_model(spec, read_weights(folder, spec), Compute()), prompts, sampling)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     expected = [reference(torch, theirs, prompt, 48) for prompt in prompts]
-    assert [list(answer.tokens) for [answer] in found] == expected
+    assert [list(answer.tokens) for [answer] in completions] == expected

@@ -137,13 +137,13 @@ def test_null_in_a_scale_leaves_out_rows_but_is_a_value_of_a_field():
 
 
 def test_overrides_change_every_run_and_replace_axes(study):
-    found = study(
+    opened = study(
         "optimizer.learning_rate=0.5", "data.subset=[12]", "data.subset_seed=3", "name=loaves", "run_folder=out"
     )
-    assert [run.name for run in found.runs] == ["base", "bread-12-3", "more"]
-    assert {run.config.optimizer.learning_rate for run in found.runs} == {0.5}
-    assert found.runs[0].config.data.subset is None
-    assert {run.folder.parent for run in found.runs} == {Path("out/loaves")}
+    assert [run.name for run in opened.runs] == ["base", "bread-12-3", "more"]
+    assert {run.config.optimizer.learning_rate for run in opened.runs} == {0.5}
+    assert opened.runs[0].config.data.subset is None
+    assert {run.folder.parent for run in opened.runs} == {Path("out/loaves")}
 
 
 def test_overrides_leave_what_another_row_wrote(study):
@@ -160,11 +160,11 @@ def test_a_row_without_training_evaluates_the_model_itself(study):
 
 
 def test_only_overrides_of_preparing_reach_what_is_prepared(study):
-    found = study("data.mode=dual", "build.similarity=0.9", prepare={"sets": SETS}, rows={"y": {}, "x": READS_SETS})
-    (sets,) = found.prepared
+    opened = study("data.mode=dual", "build.similarity=0.9", prepare={"sets": SETS}, rows={"y": {}, "x": READS_SETS})
+    (sets,) = opened.prepared
     assert (sets.config.build.similarity, sets.config.data.mode) == (0.9, "direct")
     assert sets.folder == Path("runs/sets")
-    assert found.runs[1].config.build is None
+    assert opened.runs[1].config.build is None
 
 
 SETS = {"stages": ["build"], "set": {"data.train": [{"kind": "jsonl", "path": "runs/traces/traces.jsonl"}]}}
@@ -173,25 +173,25 @@ READS_SETS = {"set": {"data.train": [{"kind": "jsonl", "path": "runs/sets/datase
 
 def test_a_teachers_address_reaches_only_what_asks_a_teacher(study):
     distill = {"stages": ["distill"], "set": {"distill.teacher.model": "baker"}}
-    found = study(
+    opened = study(
         "distill.teacher.endpoints=[http://oven]",
         "model.checkpoint=mill",
         prepare={"traces": distill, "sets": SETS},
         rows={"x": READS_SETS},
     )
-    traces, sets = found.prepared
+    traces, sets = opened.prepared
     assert traces.config.distill.teacher.endpoints == ("http://oven",)
     assert sets.config.distill is None
-    assert {run.config.model.checkpoint for run in (*found.prepared, *found.runs)} == {"mill"}
+    assert {run.config.model.checkpoint for run in (*opened.prepared, *opened.runs)} == {"mill"}
 
 
 def test_only_what_a_run_reads_is_prepared(study):
     distill = {"stages": ["distill"], "set": {"distill.teacher.model": "baker"}}
     prepare = {"traces": distill, "sets": SETS, "other": SETS}
-    found = study(prepare=prepare, rows={"x": READS_SETS})
-    assert [run.name for run in found.prepared] == ["traces", "sets"]
-    found = study("data.train=[{kind: jsonl, path: bread.jsonl}]", prepare=prepare, rows={"x": READS_SETS})
-    assert found.prepared == ()
+    opened = study(prepare=prepare, rows={"x": READS_SETS})
+    assert [run.name for run in opened.prepared] == ["traces", "sets"]
+    opened = study("data.train=[{kind: jsonl, path: bread.jsonl}]", prepare=prepare, rows={"x": READS_SETS})
+    assert opened.prepared == ()
 
 
 def test_the_documented_studies_without_a_teacher_ask_for_none(monkeypatch):
@@ -204,9 +204,9 @@ def test_the_documented_studies_without_a_teacher_ask_for_none(monkeypatch):
 
 
 def test_the_metric_is_the_studys(study):
-    found = study("metric=safety")
-    assert found.definition.metric == "safety"
-    assert found.runs[1].config == study().runs[1].config
+    opened = study("metric=safety")
+    assert opened.definition.metric == "safety"
+    assert opened.runs[1].config == study().runs[1].config
 
 
 @pytest.mark.parametrize(
