@@ -9,7 +9,6 @@ from jaxguard.evaluate.benchmarks.schema import BenchmarkDefinition, Condition, 
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "guard_benchmarks.md"
-FOLDER = ROOT / "configs" / "benchmarks"
 GROUPS = {
     "safety_prompt": "Safety, prompts",
     "safety_response": "Safety, responses",
