@@ -25,7 +25,7 @@ help:
 	@echo "make distill-demo  get traces from a real SGLang server on this CPU, and train on them"
 	@echo "make plan-demo     compile two recipes for absent A100s and a TPU slice: do they fit, what do they cost?"
 	@echo "make bench         train beside TRL, LlamaFactory, Tunix and a torch loop on this CPU (hours; ARGS=--help)"
-	@echo "make bench-cost          an update as batch, policy, examples, vocabulary and model grow, beside what it must take"
+	@echo "make bench-cost          a step as batch, policy, examples, vocabulary and model grow, beside the least it can take"
 	@echo "make bench-evaluation    verdict probabilities and generated answers: our two backends beside transformers"
 	@echo "make bench-checkpoints   import and export of 2.5 GB beside raw disk and transformers"
 	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
