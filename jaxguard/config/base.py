@@ -32,11 +32,7 @@ Tree = TypeVar("Tree", bound=Schema)
 
 
 def validate(kind: type[Tree], tree: Mapping[str, Any], origin: str) -> Tree:
-    """Turn a plain tree into a schema; `origin` names it in errors.
-
-    Raises:
-        JaxguardError: unknown, missing or ill-typed field, impossible combination; one line for each.
-    """
+    """Turn a plain tree into a schema; JaxguardError has a line, with `origin`, for each field or combination that is wrong."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

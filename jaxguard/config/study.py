@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
 from jaxguard.config.base import NonNegative, Positive, Schema, Share, find_yaml, nearest, read_yaml, validate
 from jaxguard.utils.errors import JaxguardError
@@ -16,6 +16,27 @@ STUDIES = Path("configs/paper")
 
 Stage = Literal["distill", "build", "mine", "train", "evaluate"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+
+
+def labelled(values: Any) -> dict[str, Any]:
+    """Return label -> value of an axis; ValueError: a list or mapping without a label, or two values with one label."""
+    if isinstance(values, dict):
+        return {label(name): value for name, value in values.items()}
+    values = values if isinstance(values, list) else [values]
+    if any(isinstance(value, dict | list) for value in values):
+        raise ValueError("an axis of lists or mappings needs labels: write it as label: value")
+    by_label = {label(value): value for value in values}
+    if len(by_label) < len(values) or not values:
+        raise ValueError("an axis needs at least one value, and each only once")
+    return by_label
+
+
+def label(value: Any) -> str:
+    """Return a value's label in the name of a run's folder."""
+    if value is None:
+        return "all"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._") else "_" for c in text)
 
 
 class CostConfig(Schema):
@@ -54,7 +75,7 @@ class RowConfig(Schema):
     """A training config by name or path; null takes the study's."""
     set: dict[str, Any] = Field({})
     """Dotted field -> value. "{study}" in a string is the study's folder."""
-    axes: dict[str, dict[str, Any]] = Field({})
+    axes: dict[str, Annotated[dict[str, Any], BeforeValidator(labelled)]] = Field({})
     """Dotted field -> label -> value; values of a plain list are their own labels. Every combination is a run."""
     stages: tuple[Stage, ...] = Field(("train", "evaluate"), min_length=1)
     """Stages, in order."""
@@ -68,13 +89,6 @@ class RowConfig(Schema):
     """Name in the report; rows of one name are one curve. null takes the row's name."""
     published: dict[Literal["reasoning", "direct"], str] = Field({})
     """Mode -> the row of configs/published that it reproduces. Scales show none."""
-
-    @field_validator("axes", mode="before")
-    @classmethod
-    def _with_labels(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {field: labelled(values) for field, values in value.items()}
 
 
 class CurveConfig(Schema):
@@ -113,27 +127,20 @@ class StudyConfig(Schema):
 
     @model_validator(mode="after")
     def _check(self) -> "StudyConfig":
-        earlier: list[str] = []
-        for name, row in self.rows.items():
+        for position, (name, row) in enumerate(self.rows.items()):
             for other in row.after:
-                if other not in earlier:
+                if other not in list(self.rows)[:position]:
                     raise ValueError(f"rows.{name}.after: {other!r} is not an earlier row")
-            earlier.append(name)
         for name, row in self.prepare.items():
             if row.axes or set(row.stages) - {"distill", "build"}:
                 raise ValueError(f"prepare.{name}: only stages distill and build, and no axes, are possible")
         return self
 
 
-def read_study(
-    name: str, scale: str | None = None, changes: Mapping[str, Any] | None = None
-) -> tuple[StudyConfig, str]:
+def read_study(name: str, scale: str | None = None, changes: Mapping[str, Any] = {}) -> tuple[StudyConfig, str]:
     """Read a study at a scale, by its name in configs/paper or by its file's path; return it and the study's name.
 
-    `changes` is merged over it as a scale is.
-
-    Raises:
-        JaxguardError: no such study or scale; unknown, missing or ill-typed field.
+    `changes` is merged over it as a scale is. JaxguardError: no such study or scale; unknown, missing or ill-typed field.
     """
     path = find_yaml(name.removeprefix(f"{STUDIES.name}/"), STUDIES, "study")
     tree, origin = read_yaml(path), str(path)
@@ -143,7 +150,7 @@ def read_study(
             known = ", ".join(scales) or "none"
             raise JaxguardError(f"{path}: no scale {scale!r}; {nearest(scale, scales)}known: {known}")
         tree, origin = merged(tree, scales[scale]), f"{path}, scale {scale}"
-    return validate(StudyConfig, merged(tree, changes or {}), origin), f"{path.stem}-{scale}" if scale else path.stem
+    return validate(StudyConfig, merged(tree, changes), origin), f"{path.stem}-{scale}" if scale else path.stem
 
 
 def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,28 +165,3 @@ def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
-
-
-def labelled(values: Any) -> dict[str, Any]:
-    """Return label -> value of an axis.
-
-    Raises:
-        ValueError: a list or mapping without a label, or two values with one label.
-    """
-    if isinstance(values, dict):
-        return {label(name): value for name, value in values.items()}
-    values = values if isinstance(values, list) else [values]
-    if any(isinstance(value, dict | list) for value in values):
-        raise ValueError("an axis of lists or mappings needs labels: write it as label: value")
-    by_label = {label(value): value for value in values}
-    if len(by_label) < len(values) or not values:
-        raise ValueError("an axis needs at least one value, and each only once")
-    return by_label
-
-
-def label(value: Any) -> str:
-    """Return a value's label in the name of a run's folder."""
-    if value is None:
-        return "all"
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    return "".join(c if c.isascii() and (c.isalnum() or c in "._") else "_" for c in text)

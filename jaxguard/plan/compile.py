@@ -44,11 +44,7 @@ Buffer = tuple[int, str, str]
 
 
 class OutOfMemoryError(JaxguardError):
-    """The compiler found no schedule that fits. Only a TPU's says so, in many words.
-
-    Attributes:
-        largest: the largest arrays, where it had made a schedule and lists them.
-    """
+    """No schedule of the compiler fits: only a TPU's says so, and lists the `largest` arrays where it had made a schedule."""
 
     def __init__(self, error: str) -> None:
         numbers = _NEEDS.search(error)
@@ -236,11 +232,7 @@ def _branches(spec: Spec, tokens: int) -> list[float]:
 
 
 def find_spec(model: ModelConfig) -> Spec:
-    """Read the model's shape from the checkpoint if it is a local folder, else from the public facts in configs/shapes.
-
-    Raises:
-        JaxguardError: neither exists.
-    """
+    """Read the model's shape from a local checkpoint, or else from configs/shapes; JaxguardError if neither exists."""
     if Path(model.checkpoint).is_dir():
         return read_spec(Path(model.checkpoint))
     folder = locate(SHAPES / model.checkpoint.replace("/", "--"))
@@ -266,9 +258,8 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute) -> dict[str, float]:
     """
     D, F, H, N, K, L = spec.d_model, spec.mlp_dim, spec.head_dim, spec.num_heads, spec.num_kv_heads, spec.num_layers
     tokens = shape.rows * shape.tokens
-    last = D * F
     layer = D * H * (2 * N + 2 * K) + 3 * D * F
-    again = {"full": layer if spec.post_norm else layer - last, "dots": 0, "none": 0}[compute.remat]
+    again = {"full": layer if spec.post_norm else layer - D * F, "dots": 0, "none": 0}[compute.remat]
     layers = 2.0 * L * tokens * (3 * layer + again)
 
     # (query, key) pairs that the kernel may multiply, without the blocks that causality or the window empties. With shared
@@ -332,11 +323,7 @@ def rate(target: Target, collective: Collective) -> float:
 
 
 def run_cost(config: Config, devices: int, price: float | None = None) -> RunCost:
-    """Count a run's steps, and batch shapes where tokenizer and data are local files, on a mesh of so many devices.
-
-    Raises:
-        JaxguardError: the data are local, but cannot be trained on.
-    """
+    """Count a run's steps, and its batch shapes from local tokenizer and data; JaxguardError if it cannot train on those."""
     train, data, checkpoint = config.train, config.data, Path(config.model.checkpoint)
     paths = [source.path and Path(source.path) for source in (*data.train, *data.validation)]
     if (checkpoint / "tokenizer.json").is_file() and all(path and path.exists() for path in paths):

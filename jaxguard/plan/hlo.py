@@ -34,7 +34,6 @@ _INSTRUCTION = re.compile(
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _SCOPE = re.compile(r"\b(embed|attention|mlp|head|loss|optimizer)\b")
 
-
 Array = tuple[str, tuple[int, ...]]
 """Type and shape of an array in the program."""
 
@@ -96,13 +95,11 @@ class Collective:
     """Collectives of one kind, axis and size.
 
     Attributes:
-        kind: such as all-gather.
         axes: mesh axes that it runs over, joined by +; `?` where its groups are those of no axis.
         group: devices that take part.
         near: how many of them are linked, on one host of GPUs or in one TPU slice.
         size: bytes of the whole array that one device holds before or after it, whichever is larger.
         count: how often it runs in one step.
-        source: the JAX operation that it comes from.
     """
 
     kind: str
@@ -122,11 +119,9 @@ class Collective:
 
 
 class CompiledProgram:
-    """The program of one device.
+    """The program of one device, from `compiled.as_text()`.
 
-    Args:
-        text: `compiled.as_text()`.
-        branches: how often each branch of a conditional runs, as a share of the conditional's runs.
+    `branches`: how often each branch of a conditional runs, as a share of the conditional's runs.
     """
 
     def __init__(self, text: str, branches: Sequence[float] = ()) -> None:
@@ -167,11 +162,7 @@ class CompiledProgram:
         """Those whose results are in memory: not inside a fused kernel, and no mere names."""
 
     def _trip_count(self, loop: Instruction) -> float:
-        """How often a loop's body runs: as a GPU's program states it, or until its counter reaches its limit.
-
-        Raises:
-            JaxguardError: the program has neither.
-        """
+        """How often a loop's body runs: as a GPU's program states it, or until its counter reaches its limit."""
         if known := loop.search(r'known_trip_count":\{"n":"(\d+)"'):
             return float(known[1])
         condition = loop.search(r"\bcondition=%?([\w.\-]+)")
@@ -200,12 +191,7 @@ class CompiledProgram:
         return dict(counts)
 
     def collectives(self, mesh: Mapping[str, int], linked: int) -> list[Collective]:
-        """All collectives, the largest traffic first; equal ones are one entry.
-
-        Args:
-            mesh: axis -> devices.
-            linked: how many devices that follow one another in the mesh are linked.
-        """
+        """All collectives, the largest traffic first; equal ones are one. Of the mesh, `linked` devices in a row are linked."""
         counts: dict[Collective, float] = defaultdict(float)
         channels: set[str] = set()
         devices = math.prod(mesh.values())

@@ -44,19 +44,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Plans of a run for several targets or with several settings.
-
-    Attributes:
-        plans: compiled steps, fitting or not.
-        refusals: what the compiler did not compile because it does not fit.
-    """
+    """Plans of a run for several targets or settings, fitting or not, and what the compiler refused because it does not fit."""
 
     plans: Sequence[Plan] = ()
     refusals: Sequence[Refusal] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether all fit."""
         return not self.problems
 
     @property
@@ -75,10 +69,7 @@ class PlanReport:
         return [*problems, *self.refusals]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Plans as data: bytes, FLOPs and seconds are those of one device and one step unless their name says otherwise.
-
-        A refused run has `error` instead of figures.
-        """
+        """Plans as data, of one device and one step unless a name says otherwise; a refused run has `error`, no figures."""
         refusals = [{"run": r.name, "target": r.target, "fits": False, "error": r.reason} for r in self.refusals]
         return [*map(plan_json, self.plans), *refusals]
 
@@ -287,9 +278,8 @@ class SearchReport:
         table = Table(("", "overrides", "peak, GiB", "step, s", "MFU"), left=2)
         for rank, (overrides, plan) in enumerate(self.ranking, 1):
             guess = estimate(plan)
-            table.add(
-                rank, " ".join(overrides), f"{plan.peak / GIB:.1f}", f"{guess['step']:.3g}", f"{guess['mfu']:.0%}"
-            )
+            figures = (f"{plan.peak / GIB:.1f}", f"{guess['step']:.3g}", f"{guess['mfu']:.0%}")
+            table.add(rank, " ".join(overrides), *figures)
         return table
 
 

@@ -73,21 +73,13 @@ class Point:
 
 
 def read_sweep(name: str) -> SweepConfig:
-    """Read a file of configs/sweeps by name, or any YAML file by path.
-
-    Raises:
-        JaxguardError: no such file, or a field that is unknown, missing or ill-typed.
-    """
+    """Read a file of configs/sweeps by name, or any YAML file by path; JaxguardError if there is none or a field is wrong."""
     path = find_yaml(name, SWEEP_FOLDER, "sweep")
     return validate(SweepConfig, read_yaml(path), str(path))
 
 
 def points(sweep: SweepConfig) -> Iterator[Point]:
-    """All points of a sweep.
-
-    Raises:
-        JaxguardError: a config, target or shape that does not exist.
-    """
+    """All points of a sweep; JaxguardError for a config, target or shape that does not exist."""
     for name, series in sweep.series.items():
         try:
             width = find_spec(load(series.config, series.set).model).d_model

@@ -63,10 +63,7 @@ def find_cluster(text: str) -> Cluster:
 
     For GPUs SHAPE is hosts × GPUs of each, as in a100-80gb:2x8, or a number of GPUs, eight to a host. For a TPU it is a
     slice's topology, as in v5p:8x8x16, or a number of chips, whose topology is the squarest; the number of slices comes
-    before either, as in v5p:2*8x8x16. Without SHAPE it is 8.
-
-    Raises:
-        JaxguardError: no such target, or it is not built in that shape.
+    before either, as in v5p:2*8x8x16. Without SHAPE it is 8. JaxguardError: no such target, or it is not built in that shape.
     """
     name, _, shape = text.partition(":")
     known = read_hardware().targets
@@ -93,11 +90,7 @@ def find_cluster(text: str) -> Cluster:
 
 
 def topology(cluster: Cluster) -> Sequence[Any]:
-    """Make the devices, to build a mesh of and compile for; nothing can run on them.
-
-    Raises:
-        JaxguardError: their compiler is not installed, or does not know them.
-    """
+    """Make devices to compile for; nothing can run on them. JaxguardError if their compiler is missing or rejects them."""
     # Nothing runs, so no device of this host is claimed; without one, JAX's CUDA plugin would not load.
     jax.config.update("jax_platforms", "cpu")
     gpu, tpu, shape = cluster.target.gpu, cluster.target.tpu, "x".join(map(str, cluster.shape))

@@ -46,7 +46,7 @@ def _study(options: argparse.Namespace) -> int:
     study = open_study(options.study, options.scale, options.overrides)
     if options.dry_run:
         for run in (*study.prepared, *study.runs):
-            print(*(f"python {shlex.join(command(run, stage))}" for stage in run.stages), sep="\n")
+            print(*(f"python {shlex.join(command(run, stage))}" for stage in run.row.stages), sep="\n")
         return 0
     if options.command == "report":
         print(*write_report(study, read_results, read_published()), sep="\n")

@@ -41,7 +41,7 @@ def cost_table(study: Study) -> Table:
         amount = amounts[run.name]
         # A forward pass costs a third of a training step.
         seconds = (amount["trained"] + amount["read"] / 3) / trained + amount["generated"] / generated
-        amount["seconds"] = round(seconds + len(run.stages) * run.cost.start_seconds)
+        amount["seconds"] = round(seconds + len(run.row.stages) * run.cost.start_seconds)
     total = sum(amounts.values(), Counter[str]())
     for name, amount in (*amounts.items(), (f"{len(study.runs)} runs", total)):
         counts = [amount[kind] for kind in ("trained", "read", "generated")]
@@ -66,16 +66,16 @@ def work(run: Run) -> Counter[str]:
     if not data.subset and not data.validation:
         examples = max(0, examples - data.validation_size)
     traced = {"direct": 0.0, "reasoning": 1.0, "dual": data.dual_reasoning_share}[data.mode]
-    if {"train", "mine"} & set(run.stages):
+    if {"train", "mine"} & set(run.row.stages):
         total["assumed"] += not (local or data.subset)
     predictions: list[tuple[int, int, float]] = []  # examples, generations of each, share with a trace
-    if "train" in run.stages:
+    if "train" in run.row.stages:
         total["steps"] = total_steps(examples, config.train.batch_size, config.train.epochs, config.train.max_steps)
         tokens = cost.prompt_tokens + traced * cost.trace_tokens + cost.answer_tokens
         total["trained"] = round(total["steps"] * config.train.batch_size * tokens)
-    if "mine" in run.stages:
+    if "mine" in run.row.stages:
         predictions.append((examples, (config.mine or MineConfig()).generations, traced))
-    if "evaluate" in run.stages:
+    if "evaluate" in run.row.stages:
         settings = config.evaluate or EvaluateConfig()
         guards = [guard for guard in settings.guards if guard.format not in BASELINES]
         modes = [mode for guard in guards for mode in modes_of(guard, config)]

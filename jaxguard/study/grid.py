@@ -47,10 +47,6 @@ class Run:
     def folder(self) -> Path:
         return self.config.folder
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        return self.row.stages
-
     def inputs(self, stage: Stage) -> set[Path]:
         """Return the local paths that a stage reads, from the config fields that name them."""
         config = self.config
@@ -66,7 +62,7 @@ class Run:
         return {Path(path) for path in (*paths, *(source.path for source in sources)) if path}
 
     def reads(self, other: "Run") -> bool:
-        return any(path.is_relative_to(other.folder) for stage in self.stages for path in self.inputs(stage))
+        return any(path.is_relative_to(other.folder) for stage in self.row.stages for path in self.inputs(stage))
 
 
 @dataclass(frozen=True)
@@ -85,9 +81,7 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
 
     An override changes every run. One of an axis replaces its values in the rows that have it and leaves other rows alone.
     `name`, `run_folder`, `metric` and `cost.` belong to the study. Prepared runs that no run reads are left out.
-
-    Raises:
-        JaxguardError: no such study, or a run whose config is not valid; it names the row.
+    JaxguardError: no such study, or a run whose config is not valid; it names the row.
     """
     own: dict[str, Any] = {"cost": {}}
     changes: list[str] = []

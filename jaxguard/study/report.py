@@ -29,15 +29,9 @@ LEGEND = (
 
 
 def write_report(study: Study, read: Callable[[Path], Evaluation], published: Published | None) -> tuple[Path, Path]:
-    """Write report.md and report.html into the study's folder; return their paths.
+    """Write report.md and report.html into the study's folder and return their paths; JaxguardError if no run has results.
 
-    Args:
-        study: runs without results are listed as missing.
-        read: reads a results.json.
-        published: the published results, or None.
-
-    Raises:
-        JaxguardError: no run has results yet.
+    `read` reads a results.json; runs without one are listed as missing.
     """
     published = None if study.scale else published
     scores = gather(study, read)
@@ -54,7 +48,7 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
         cells = [spread(line.f1[line.metric == name].dropna(), expected.get(name)) for name in metrics]
         count = f"{line.run.nunique()} of {first.runs}" + ("" if line.complete.all() else " part")
         table.add(first["name"], mode, *cells, count)
-    absent = [run.name for run in study.runs if "evaluate" in run.stages and run.name not in set(scores.run)]
+    absent = [run.name for run in study.runs if "evaluate" in run.row.stages and run.name not in set(scores.run)]
     missing = f"Without results: {', '.join(absent)}." if absent else None
     blocks = [_figure(study, defined, metrics, published), table, Paragraph([LEGEND], faint=True), missing]
     page = Page(study.definition.title, [study.definition.about, *blocks])
@@ -76,7 +70,7 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
     lines: dict[tuple[Any, ...], int] = {}
     runs: Counter[int] = Counter()
     tables = []
-    for run in (run for run in study.runs if "evaluate" in run.stages):
+    for run in (run for run in study.runs if "evaluate" in run.row.stages):
         labels = {field: label for field, label in run.labels.items() if field not in REPEATS}
         line = lines.setdefault((run.key, *labels.items()), len(lines))
         runs[line] += 1
@@ -98,12 +92,9 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
 
 def spread(values: "pd.Series[float]", published: float | None = None) -> str:
     """Format mean ± standard deviation / published value."""
+    mean = number(values.mean() if len(values) else None)
     deviation = f" ± {values.std():.3f}" if len(values) > 1 else ""
-    return (
-        number(values.mean() if len(values) else None)
-        + deviation
-        + ("" if published is None else f" / {published:.3f}")
-    )
+    return mean + deviation + ("" if published is None else f" / {published:.3f}")
 
 
 def _published_scores(study: Study, published: Published | None, run: Run, mode: Any, x: float) -> Mapping[str, float]:

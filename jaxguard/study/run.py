@@ -29,13 +29,11 @@ RECORD = "stages.json"
 """In a run's folder: stage -> the fingerprint that it was begun with, and whether it is done."""
 
 
-def _traces(config: Config) -> list[str]:
-    budgets = config.distill.budgets if config.distill else ()
-    return ["traces.jsonl", *(f"traces_{budget}.jsonl" for budget in budgets)]
-
-
 STAGES: Mapping[Stage, tuple[str, Callable[[Config], list[str]]]] = {
-    "distill": ("distill", _traces),
+    "distill": (
+        "distill",
+        lambda c: ["traces.jsonl", *(f"traces_{budget}.jsonl" for budget in (c.distill.budgets if c.distill else ()))],
+    ),
     "build": ("data build", lambda c: [f"dataset/{each.name}/all.parquet" for each in (c.build or BuildConfig()).sets]),
     "mine": ("mine", lambda _: ["mine/hard.jsonl"]),
     "train": ("train", lambda c: ["export/jaxguard.json"] if c.train.export else []),
@@ -52,15 +50,15 @@ def command(run: Run, stage: Stage) -> list[str]:
 
 def fingerprint(run: Run, stage: Stage) -> str:
     """Hash what a stage's result depends on: config and input files, those of earlier stages, and the rows that it follows."""
-    stages = [each for each in run.stages[: run.stages.index(stage)] if each != "evaluate"] + [stage]
+    stages = [each for each in run.row.stages[: run.row.stages.index(stage)] if each != "evaluate"] + [stage]
     fields = {field for each in stages for field in READS[STAGES[each][0]]} - {"log"}
     paths = {path for each in stages for path in run.inputs(each) if path.is_file()}
-    rows = [parent for parent in run.parents if not parent.prepared]
+    followed = [parent for parent in run.parents if not parent.prepared]
     tree = {
         "stages": stages,
         "config": run.config.model_dump(mode="json", include=fields),
         "files": {str(path): _digest(path, path.stat().st_mtime_ns) for path in paths},
-        "rows": [fingerprint(row, each) for row in rows for each in row.stages if each != "evaluate"],
+        "rows": [fingerprint(other, each) for other in followed for each in other.row.stages if each != "evaluate"],
     }
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -83,15 +81,12 @@ def note(run: Run, stage: Stage, done: bool) -> None:
 
 
 def pending(run: Run) -> list[Stage]:
-    """Return the stages from the first on that is not done with this config and these files.
-
-    Of what is prepared, existing output is used as it is.
-    """
+    """Return the stages from the first one not done with this config and these files; prepared output is used as it is."""
     record = read_record(run)
-    for i, stage in enumerate(run.stages):
+    for i, stage in enumerate(run.row.stages):
         done = run.prepared or record.get(stage) == {"fingerprint": fingerprint(run, stage), "done": True}
         if not done or not all((run.folder / name).is_file() for name in STAGES[stage][1](run.config)):
-            return list(run.stages[i:])
+            return list(run.row.stages[i:])
     return []
 
 
@@ -119,11 +114,7 @@ class _Process:
 def run_study(study: Study, log: Callable[[str], object]) -> int:
     """Run every stage that is not done; a run that fails keeps only those from running that read its output.
 
-    Returns:
-        0 if all runs are done, 1 if some failed, REQUEUE if it was stopped.
-
-    Raises:
-        JaxguardError: another process works in the study.
+    Returns 0 if all runs are done, 1 if some failed, REQUEUE if it was stopped. JaxguardError: another process works in the study.
     """
     failed: dict[str, str] = {}
     study.folder.mkdir(parents=True, exist_ok=True)

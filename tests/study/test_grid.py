@@ -33,8 +33,8 @@ def test_every_shipped_row_resolves(name, scale, monkeypatch):
     assert len(set(names)) == len(names) >= 6
     for run in (*study.prepared, *study.runs):
         # The command line that is shown gives the config that was checked.
-        words = shlex.split(shlex.join(command(run, run.stages[0])))
-        stage = "data build" if run.stages[0] == "build" else run.stages[0]
+        words = shlex.split(shlex.join(command(run, run.row.stages[0])))
+        stage = "data build" if run.row.stages[0] == "build" else run.row.stages[0]
         config = load(run.base, words[words.index("--config") + 2 :], stage=stage)
         assert dump(config, stage) == dump(load(run.config, stage=stage), stage)
         for benchmark in run.config.evaluate.benchmarks if run.config.evaluate else ():
