@@ -21,8 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxguard.config.data import SourceConfig
-from jaxguard.config.distill import TeacherConfig
+from jaxguard.config.data import SourceConfig, TeacherConfig
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import load_policy
 from jaxguard.data.sources import load_examples

@@ -12,8 +12,7 @@ import yaml
 from pydantic import model_validator
 
 from jaxguard.config.base import CONFIG_FOLDER, NonNegative, Schema, find_yaml, read_yaml, scalar, validate
-from jaxguard.config.data import BuildConfig, DataConfig
-from jaxguard.config.distill import DistillConfig
+from jaxguard.config.data import BuildConfig, DataConfig, DistillConfig
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.train import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxguard.utils.errors import JaxguardError
@@ -83,10 +82,8 @@ def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER
     """Read a config and apply overrides, of which the last one given to a field wins.
 
     Names are looked up in `folder`; what a file `extends` lies beside it or in configs/. A `stage` (a key of READS) takes
-    overrides of what it reads only, and its absent schemas are filled in.
-
-    Raises:
-        JaxguardError: no such file, unknown or ill-typed field, impossible combination, override of what is not read.
+    overrides of what it reads only, and its absent schemas are filled in. JaxguardError: no such file, unknown or ill-typed
+    field, impossible combination, override of what is not read.
     """
     if isinstance(source, Config):
         tree, origin = source.model_dump(mode="json"), source.name

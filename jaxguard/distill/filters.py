@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from jaxguard.config.distill import FilterConfig
+from jaxguard.config.data import FilterConfig
 from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import Answers, Dialogue, Mode
 from jaxguard.utils.errors import JaxguardError

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxguard.config import Config
-from jaxguard.config.distill import DistillConfig, TeacherConfig
+from jaxguard.config.data import DistillConfig, TeacherConfig
 from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
 from jaxguard.data.format.answer import answer_grammar, split_verdict
 from jaxguard.data.format.dialogue import Dialogue

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxguard.config.distill import TeacherConfig
+from jaxguard.config.data import TeacherConfig
 from jaxguard.utils.client import Client, Limiter, RetryableError, connect, model_names
 from jaxguard.utils.errors import JaxguardError
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxguard.config import Config
-from jaxguard.config.distill import DistillConfig
+from jaxguard.config.data import DistillConfig
 from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, TITLES, Mode
 from jaxguard.data.policies import QUESTIONS, Question

@@ -185,9 +185,6 @@ def sweep(
         name: a file of configs/sweeps, or the path of any YAML file.
         folder: holds a JSON file for each point; default: runs/sweeps/NAME.
         on_point: called after every point.
-
-    Raises:
-        JaxguardError: see `read_sweep` and `points`.
     """
     fields, folder = read_sweep(name), folder or SWEEP_OUTPUT / Path(name).stem
     folder.mkdir(parents=True, exist_ok=True)

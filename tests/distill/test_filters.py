@@ -8,7 +8,7 @@ pytest.importorskip("py3langid", reason="what tells languages apart needs the di
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxguard.config.distill import FilterConfig
+from jaxguard.config.data import FilterConfig
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.distill.filters import Candidate, Filters, repeated_share, words
 from jaxguard.utils.errors import JaxguardError

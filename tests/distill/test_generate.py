@@ -14,7 +14,7 @@ import pytest
 from faulty_server import REASONING, VERDICT, completion, serve
 from tenacity import wait_none
 
-from jaxguard.config.distill import DistillConfig, TeacherConfig
+from jaxguard.config.data import DistillConfig, TeacherConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy

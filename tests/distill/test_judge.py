@@ -6,7 +6,7 @@ import json
 import pytest
 from faulty_server import completion, serve
 
-from jaxguard.config.distill import DistillConfig, TeacherConfig
+from jaxguard.config.data import DistillConfig, TeacherConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.policies import Policy

@@ -12,7 +12,7 @@ import pytest
 from page_examples import BREAKOUTS, DIFFERS, GOOD, LEAKED, SETTINGS, STORE, hostile
 
 from jaxguard.config import load
-from jaxguard.config.distill import FilterConfig
+from jaxguard.config.data import FilterConfig
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.distill.__main__ import main
 from jaxguard.distill.filters import Candidate, Filters

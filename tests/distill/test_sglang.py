@@ -11,7 +11,7 @@ import yaml
 from parrot import write_parrot
 
 import sglang_server
-from jaxguard.config.distill import TeacherConfig
+from jaxguard.config.data import TeacherConfig
 from jaxguard.data.__main__ import main as build_main
 from jaxguard.distill.__main__ import main
 from jaxguard.distill.store import read_attempts

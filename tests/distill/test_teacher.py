@@ -8,7 +8,7 @@ import pytest
 from faulty_server import VERDICT, completion, serve
 from tenacity import wait_none
 
-from jaxguard.config.distill import TeacherConfig
+from jaxguard.config.data import TeacherConfig
 from jaxguard.distill.teacher import open_teacher, split_reasoning
 from jaxguard.utils import client
 from jaxguard.utils.client import Limiter
