@@ -40,8 +40,6 @@ SCHEMA = pyarrow.schema(
 CHAT_SCHEMA = pyarrow.schema(
     [("id", _TEXT), ("messages", pyarrow.list_(pyarrow.struct([("role", _TEXT), ("content", _TEXT)])))]
 )
-
-
 _DATA_FIELDS = {"policy", "reasoning_marker", "direct_marker", "dual_reasoning_share"}
 
 Pool = tuple[list[Example], list[dict[str, Any]], list[Match]]
@@ -57,13 +55,7 @@ class BuildResult:
 
 
 def build(config: Config) -> BuildResult:
-    """Build all sets of a config into run_folder/name/dataset.
-
-    An existing folder with other contents is renamed to dataset-VERSION.
-
-    Raises:
-        JaxguardError: a source cannot be loaded, a set is empty, or the folder is in use or cannot be written.
-    """
+    """Build all sets of a config into run_folder/name/dataset; one with other contents is renamed to dataset-VERSION."""
     settings, folder = config.build or BuildConfig(), config.folder
     tokenizer = hub.fetch(config.model.checkpoint, config.model.revision, TOKENIZER_FILES)
     encoder = Encoder.load(tokenizer, config.data)
@@ -109,11 +101,7 @@ def build(config: Config) -> BuildResult:
 def _build_set(
     draft: Path, wanted: SetConfig, config: Config, encoder: Encoder, pool: Callable[[tuple[SourceConfig, ...]], Pool]
 ) -> tuple[dict[str, Any], list[Match]]:
-    """Write a set of the examples that its mode can use, and its subsets.
-
-    Returns:
-        its entry in the manifest, and the examples that are left out because a benchmark holds them.
-    """
+    """Write a set and its subsets; return its entry in the manifest, and what is left out because a benchmark holds it."""
     dropped, origins, matches = Counter[str](), list[dict[str, Any]](), list[Match]()
 
     def select(sources: tuple[SourceConfig, ...], role: str) -> list[Example]:
@@ -173,13 +161,9 @@ def chat(example: Example, encoder: Encoder) -> dict[str, Any]:
 
 def _write_metadata(draft: Path, manifest: dict[str, Any], contaminated: Iterable[str]) -> None:
     tags = {"role_tag": "role", "content_tag": "content"} | {f"{x}_tag": x for x in ("user", "assistant", "system")}
+    layout = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
     info = {
-        f"{name}_{part}": {
-            "file_name": f"{name}/chat/{part}.parquet",
-            "formatting": "sharegpt",
-            "columns": {"messages": "messages"},
-            "tags": tags,
-        }
+        f"{name}_{part}": {"file_name": f"{name}/chat/{part}.parquet", **layout}
         for name, entry in manifest["sets"].items()
         for part in entry["subsets"]
     }

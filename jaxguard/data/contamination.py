@@ -48,9 +48,6 @@ def find_matches(
 
     `examples` are iterated over once; `similarity`, from 0.5 to 1, is the least of nearly equal texts. A prompt without words or
     symbols matches nothing. Pairs are in the order of `examples`, the most similar first.
-
-    Raises:
-        JaxguardError: datasketch is not installed.
     """
     holders: dict[str, list[tuple[str, str]]] = {}
     for benchmark, benchmark_examples in benchmarks.items():

@@ -97,11 +97,7 @@ class Encoder:
 
     @classmethod
     def load(cls, folder: Path, data: DataConfig, policy: Policy | None = None) -> Self:
-        """Load the encoder of a checkpoint; `policy` defaults to the config's.
-
-        Raises:
-            JaxguardError: no such policy; no usable tokenizer or chat template; a policy that leaves no space for text.
-        """
+        """Load the encoder of a checkpoint; `policy` defaults to the config's, and has to leave space for text."""
         tokenizer = load_tokenizer(folder)
         template = read_template(tokenizer, folder)
         dialogue = Dialogue(data.reasoning_marker, data.direct_marker, tuple(template.reserved.values()))
@@ -116,28 +112,21 @@ class Encoder:
         return encoder
 
     def encode(self, example: Example, mode: Mode) -> EncodedExample | None:
-        """Encode an example with its labels, for training; None if its trace leaves no space for the text.
+        """Encode an example with its labels, for training: the first of `branches`, None if there is none."""
+        return next(self.branches(example, mode), None)
 
-        Raises:
-            JaxguardError: no label for any question, no trace in reasoning mode, or its own policy does not fit.
-        """
-        return next(self._branches(example, mode), None)
-
-    def branches(self, example: Example, mode: Mode) -> tuple[EncodedExample, ...]:
+    def branches(self, example: Example, mode: Mode) -> Iterator[EncodedExample]:
         """Encode an example with every combination of answers to all labelled questions but the last.
 
         For validation without sampling: P(question positive) is the sum over earlier answers of P(earlier answers)
         P(positive | earlier answers), each factor at a probe. All branches have the same prompt and trace.
 
-        Returns:
-            2 ** (labelled questions - 1) sequences, the true labels first; () if the trace leaves no space for the text.
+        Yields:
+            2 ** (labelled questions - 1) sequences, the true labels first; none if the trace leaves no space for the text.
 
         Raises:
-            JaxguardError: as `encode`.
+            JaxguardError: no label for any question, no trace in reasoning mode, or its own policy does not fit.
         """
-        return tuple(self._branches(example, mode))
-
-    def _branches(self, example: Example, mode: Mode) -> Iterator[EncodedExample]:
         policy = policy_for(example, self.policy)
         gold = answers(example, questions(example, policy))
         if mode is Mode.REASONING and not (example.trace or "").strip():
@@ -179,16 +168,9 @@ class Encoder:
                     )
                     at = next(j for j, (p, n) in enumerate(zip(positive, negative, strict=False)) if p != n)
                     probes.append(Probe(question, len(prompt.ids) + at, positive[at], negative[at]))
-            yield EncodedExample(
-                example_id=example.id,
-                mode=mode,
-                tokens=np.asarray(prompt.ids + completion, np.int32),
-                loss_mask=np.arange(len(prompt.ids) + len(completion)) >= len(prompt.ids),
-                probes=tuple(probes),
-                answers=verdict,
-                cut=prompt.cut,
-                shared_prefix=shared_prefix,
-            )
+            tokens = np.asarray(prompt.ids + completion, np.int32)
+            trained = np.arange(len(tokens)) >= len(prompt.ids)
+            yield EncodedExample(example.id, mode, tokens, trained, tuple(probes), verdict, prompt.cut, shared_prefix)
 
     def prompt(
         self, example: Example, mode: Mode, answer_tokens: int = 0, asks: tuple[Question, ...] | None = None

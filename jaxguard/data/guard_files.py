@@ -78,11 +78,7 @@ def write_guard_files(folder: Path, config: Config, trained_together: Iterable[t
 
 
 def read_guard_files(folder: Path) -> GuardFiles | None:
-    """Read what an export says of itself; None if the folder is no export of jaxguard.
-
-    Raises:
-        JaxguardError: a file is missing or malformed, or of a newer version.
-    """
+    """Read what an export says of itself; None if the folder is no export of jaxguard."""
     if not is_complete(folder):
         return None
     # JSON is YAML.

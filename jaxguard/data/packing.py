@@ -53,15 +53,10 @@ class Batch(NamedTuple):
     def build(cls, shape: Shape, make: Callable[[tuple[int, int], type], Any]) -> Self:
         """Build a batch whose arrays are `make(shape, dtype)`."""
         tokens, targets = (shape.rows, shape.tokens), (shape.rows, shape.targets)
-        return cls(
-            tokens_BT=make(tokens, np.int32),
-            positions_BT=make(tokens, np.int32),
-            segments_BT=make(tokens, np.int32),
-            prefixes_BT=make(tokens, np.int32) if shape.shared else None,
-            target_index_BM=make(targets, np.int32),
-            target_ids_BM=make(targets, np.int32),
-            target_weights_BM=make(targets, np.float32),
-        )
+        tokens_BT, positions_BT, segments_BT = (make(tokens, np.int32) for _ in range(3))
+        prefixes_BT = make(tokens, np.int32) if shape.shared else None
+        target_arrays_BM = (make(targets, dtype) for dtype in (np.int32, np.int32, np.float32))
+        return cls(tokens_BT, positions_BT, segments_BT, prefixes_BT, *target_arrays_BM)
 
     @property
     def valid_positions(self) -> np.ndarray:

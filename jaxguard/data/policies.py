@@ -63,6 +63,15 @@ class Policy:
             del tree["allowed"]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def taxonomy(self) -> str:
+        """The policy as text: numbered categories, rules, exceptions."""
+        categories = [
+            f"S{i}: {' '.join(f'{c.name}. {c.description}'.split())}" for i, c in enumerate(self.categories, 1)
+        ]
+        allowed = ["Allowed:", *(f"- {' '.join(text.split())}" for text in self.allowed)] if self.allowed else []
+        return "\n".join([*categories, *filter(None, [self.rules.strip()]), *allowed])
+
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 OneLine = AfterValidator(lambda text: " ".join(text.split()))
@@ -101,20 +110,13 @@ class PolicyDefinition(Schema):
 
 
 def load_policy(name_or_path: str, folder: Path = POLICY_FOLDER) -> Policy:
-    """Load a policy by name (a file in `folder`) or by path.
-
-    Raises:
-        JaxguardError: no such file, unknown, missing or ill-typed field, empty policy.
-    """
+    """Load a policy by name (a file in `folder`) or by path."""
     path = find_yaml(name_or_path, folder, "policy")
     definition = validate(PolicyDefinition, read_yaml(path), str(path))
+    categories = tuple(Category(c.name, c.description) for c in definition.categories)
+    asks = tuple(q for q in QUESTIONS if q in definition.asks)
     return Policy(
-        name=definition.name,
-        categories=tuple(Category(c.name, c.description) for c in definition.categories),
-        rules=definition.rules.strip(),
-        asks=tuple(q for q in QUESTIONS if q in definition.asks),
-        instruction=definition.instruction,
-        allowed=definition.allowed,
+        definition.name, categories, definition.rules.strip(), asks, definition.instruction, definition.allowed
     )
 
 

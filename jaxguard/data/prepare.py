@@ -57,21 +57,13 @@ class Prepared:
 
 
 def prepare(config: Config, folder: Path) -> Prepared:
-    """Load, select and encode a run's data with the tokenizer of the checkpoint in `folder`.
-
-    Raises:
-        JaxguardError: a source cannot be loaded, no example is left, or every one was truncated.
-    """
+    """Load, select and encode a run's data with the tokenizer of the checkpoint in `folder`."""
     encoder = Encoder.load(folder, config.data)
     return encode_selection(config, select(config), encoder)
 
 
 def select(config: Config) -> Selection:
-    """Load the sources and select the training and validation examples.
-
-    Raises:
-        JaxguardError: a source cannot be loaded, no example has the trace that the mode needs, too few examples.
-    """
+    """Load the sources and select the training and validation examples; it is an error if too few can be used."""
     data, dropped = config.data, Counter[str]()
     policy = load_policy(data.policy)
     pool, sources = load_sources(data.train, "train")
@@ -135,16 +127,12 @@ def assign_modes(examples: Sequence[Example], mode: str, share: float, seed: int
 
 
 def encode_selection(config: Config, selection: Selection, encoder: Encoder) -> Prepared:
-    """Encode the selected examples, and make the manifest.
-
-    Raises:
-        JaxguardError: no example fits, or every one was truncated.
-    """
+    """Encode the selected examples, and make the manifest; it is an error if none fits, or every one was truncated."""
     max_seq_len = config.data.max_seq_len
     encoded = [(*each, encoder.encode(*each)) for each in track(selection.train, "encoding")]
     train = [(example, mode, sequence) for example, mode, sequence in encoded if sequence is not None]
     tracked = track(selection.validation, "encoding held-out examples")
-    validation = [(*each, branches) for each in tracked if (branches := encoder.branches(*each))]
+    validation = [(*each, branches) for each in tracked if (branches := tuple(encoder.branches(*each)))]
     too_long = {
         "train: trace too long for a row": len(selection.train) - len(train),
         "validation: trace too long for a row": len(selection.validation) - len(validation),

@@ -38,8 +38,7 @@ def report(
     )
     for name, values in (("all", lengths), ("trained on", trained)):
         percentiles.add(name, *(int(np.percentile(values, p, method="nearest")) for p in PERCENTILES))
-    dropped = Table.of(("dropped", "examples"), manifest["dropped"].items())
-    tables = [_sources(manifest), _sets(manifest), _labels(manifest), dropped, percentiles]
+    tables = [*_tables(manifest), percentiles]
     packed = packing(config, prepared.train)
     summary = Text(
         f"\nPacking: {packed['steps']:,} steps of {config.train.batch_size} examples, "
@@ -81,17 +80,14 @@ def packing(config: Config, sequences: Sequence[EncodedExample]) -> dict[str, fl
     }
 
 
-def _sources(manifest: dict[str, Any]) -> Table:
-    table = Table(("", "source", "examples", "skipped", "why"), "Sources", left=2)
+def _tables(manifest: dict[str, Any]) -> tuple[Table, ...]:
+    """Tabulate a manifest: its sources, its sets, their labels, and what was dropped."""
+    sources = Table(("", "source", "examples", "skipped", "why"), "Sources", left=2)
     for source in manifest["sources"]:
         name = source.get("hub") or ", ".join(source["files"])
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in source["skipped"].items())
         skipped = sum(source["skipped"].values())
-        table.add(source["role"], f"{source['kind']}: {name}", source["examples"], skipped, reasons)
-    return table
-
-
-def _sets(manifest: dict[str, Any]) -> Table:
+        sources.add(source["role"], f"{source['kind']}: {name}", source["examples"], skipped, reasons)
     roles = [role for role in ("train", "validation") if manifest[role]["sequences"]]
     sets = [manifest[role] for role in roles]
     table = Table(("", *roles), "After selection and encoding")
@@ -103,21 +99,17 @@ def _sets(manifest: dict[str, Any]) -> Table:
     table.add("truncated", *(s["cut"] for s in sets))
     table.add("tokens", *(s["tokens"] for s in sets))
     table.add("trained on", *(f"{s['trained_tokens']:,} ({share(s['trained_tokens'], s['tokens'])})" for s in sets))
-    for source in list(sets[0]["by_source"])[:20]:
-        table.add(f"from {source}", *(s["by_source"].get(source, 0) for s in sets))
-    return table
-
-
-def _labels(manifest: dict[str, Any]) -> Table:
-    table = Table(("", "label", "positive", "negative", "not labelled"), "Label balance", left=2)
-    for role in [role for role in ("train", "validation") if manifest[role]["sequences"]]:
+    for name in list(sets[0]["by_source"])[:20]:
+        table.add(f"from {name}", *(s["by_source"].get(name, 0) for s in sets))
+    labels = Table(("", "label", "positive", "negative", "not labelled"), "Label balance", left=2)
+    for role in roles:
         for question, (positive, negative) in CHOICES.items():
             values = manifest[role]["labels"][LABEL[question]]
             yes, no = values.get(positive, 0), values.get(negative, 0)
             balance = f" ({yes / (yes + no):.0%})" if yes + no else ""
             counts = (f"{yes:,} {positive}{balance}", f"{no:,} {negative}", values.get("None", 0))
-            table.add(role, LABEL[question].removesuffix("_label"), *counts)
-    return table
+            labels.add(role, LABEL[question].removesuffix("_label"), *counts)
+    return sources, table, labels, Table.of(("dropped", "examples"), manifest["dropped"].items())
 
 
 def _histogram(lengths: np.ndarray) -> RichTable:

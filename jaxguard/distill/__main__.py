@@ -42,10 +42,8 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# Loaded only when they are needed, so that --help is quick.
-
-
-def _distill(_: argparse.Namespace, config: Config) -> int:
+# Modules are imported only when they are needed, so that --help is quick.
+def _distill(_: argparse.Namespace, config: Config) -> None:
     from jaxguard.distill.run import distill
     from jaxguard.distill.store import summary_table
 
@@ -53,26 +51,23 @@ def _distill(_: argparse.Namespace, config: Config) -> int:
     for traces in (result.traces, *result.shortened.values()):
         console.print(summary_table(traces.summary, traces.path.stem).rich())
         console.print(Text(f"{len(traces.tasks)} examples with traces: {traces.path}"))
-    return 0
 
 
-def _audit(_: argparse.Namespace, config: Config) -> int:
+def _audit(_: argparse.Namespace, config: Config) -> None:
     from jaxguard.evaluate.audit import audit, audit_table
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(audit_table(audit(config)).rich())
     for name in ("audit.html", "audit.md", "audit.json"):
         console.print(Text(str(config.folder / "audit" / name)))
-    return 0
 
 
-def _inspect(options: argparse.Namespace, config: Config) -> int:
+def _inspect(options: argparse.Namespace, config: Config) -> None:
     from jaxguard.distill.page import write_store_page
 
     path = config.folder / f"{options.store}.html"
     write_store_page(config.folder / options.store, path)
     Console(highlight=False, soft_wrap=True).print(Text(str(path)))
-    return 0
 
 
 COMMANDS = {

@@ -6,7 +6,9 @@ The page is a file that loads nothing. What a model wrote is escaped and stays h
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,20 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxguard.distill.filters import CHECKS, words
 from jaxguard.distill.store import attempts_file, read_attempts
-from jaxguard.report import (
-    Beside,
-    Cell,
-    Code,
-    Content,
-    Details,
-    Drawing,
-    Page,
-    Paragraph,
-    Section,
-    Table,
-    Tiles,
-    write_page,
-)
+from jaxguard.report import Beside, Cell, Code, Details, Drawing, Page, Paragraph, Section, Table, Tiles, write_page
 from jaxguard.report.figures import COLOURS, inline_svg, style
 from jaxguard.report.text import DASH, count, share
 from jaxguard.utils.store import read_settings
@@ -40,25 +29,16 @@ MOST_ATTEMPTS = 2000
 
 
 def write_store_page(store: Path, path: Path, most: int = MOST_ATTEMPTS) -> None:
-    """Write what a store holds as a page, with the text of at most `most` attempts; another process may be appending to it.
-
-    Raises:
-        JaxguardError: there is no store, or the page cannot be written.
-    """
+    """Write what a store holds as a page, with the text of at most `most` attempts; another process may be appending to it."""
     settings = read_settings(attempts_file(store))
     numbers = read_numbers(store)
     shown = sample(numbers, most)
     stored = enumerate(itertools.islice(read_attempts(store), len(numbers)))
     attempts = sorted((each for i, each in stored if i in shown.index), key=lambda attempt: attempt.key)
-    blocks = _blocks(numbers, shown) if len(numbers) else ["The store holds no attempts yet."]
-    page = Page(
-        f"Traces of {settings.get('teacher', 'a teacher')}",
-        [Details("Settings", [Code(json.dumps(settings, indent=2))]), *blocks],
-    )
+    page = _page(settings, numbers, shown)
     checks = sorted({check for failed in numbers.failed for check in failed}, key=_position)
-    write_page(
-        path, page, TEMPLATE, attempts=attempts, words=words, checks=checks, rounds=sorted(set(numbers["round"]))
-    )
+    numbered = sorted(set(numbers["round"]))
+    write_page(path, page, TEMPLATE, attempts=attempts, words=words, checks=checks, rounds=numbered)
 
 
 def read_numbers(store: Path) -> pd.DataFrame:
@@ -84,7 +64,11 @@ def sample(numbers: pd.DataFrame, most: int) -> pd.DataFrame:
     return pd.concat([accepted[:good], failed[: most - good]])
 
 
-def _blocks(numbers: pd.DataFrame, shown: pd.DataFrame) -> list[Content]:
+def _page(settings: Mapping[str, Any], numbers: pd.DataFrame, shown: pd.DataFrame) -> Page:
+    title = f"Traces of {settings.get('teacher', 'a teacher')}"
+    details = Details("Settings", [Code(json.dumps(settings, indent=2))])
+    if not len(numbers):
+        return Page(title, [details, "The store holds no attempts yet."])
     total, accepted, good = len(numbers), int(numbers.accepted.sum()), int(shown.accepted.sum())
     examples, traced = numbers.example.nunique(), numbers[numbers.accepted].example.nunique()
     median, slowest = _quantiles(numbers.seconds)
@@ -95,7 +79,8 @@ def _blocks(numbers: pd.DataFrame, shown: pd.DataFrame) -> list[Content]:
             f"{len(shown):,} of {total:,} attempts, chosen by a hash of the example: {good:,} of {accepted:,} accepted and "
             f"{len(shown) - good:,} of {total - accepted:,} failed."
         )
-    return [
+    return Page(title, [
+        details,
         Tiles([
             ("Examples with a trace", f"{traced:,}", f"{share(traced, examples)} of {examples:,}"),
             ("Accepted attempts", f"{accepted:,}", f"{share(accepted, total)} of {total:,}"),
@@ -116,7 +101,7 @@ def _blocks(numbers: pd.DataFrame, shown: pd.DataFrame) -> list[Content]:
             chosen,
             "Much of what the teacher read and wrote is offensive; it is shown one attempt at a time, when you open it.",
         ]),
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 def funnel(numbers: pd.DataFrame) -> Table:

@@ -25,16 +25,7 @@ from pydantic import field_validator
 
 from jaxguard.config.base import Schema, find_yaml, nearest, read_yaml, validate
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import (
-    ABSENT,
-    Answers,
-    Dialogue,
-    answers,
-    questions,
-    taxonomy,
-    verdict_lines,
-    written,
-)
+from jaxguard.data.format.dialogue import ABSENT, Answers, Dialogue, answers, questions, verdict_lines, written
 from jaxguard.data.policies import Policy, Question, policy_for
 
 PROMPT_FOLDER = Path("configs/prompts")
@@ -113,7 +104,7 @@ class TeacherPrompt(Schema):
         """Return the chat to send about a task; `dialogue` is the student's format, which untrusted text must not forge."""
         example, budget = task.example, task.budget
         values = {
-            "policy": taxonomy(task.policy),
+            "policy": task.policy.taxonomy,
             "prompt": quoted(example.prompt, dialogue),
             "response": ABSENT if example.response is None else quoted(example.response, dialogue),
             "labels": written(task.labels),
@@ -125,11 +116,7 @@ class TeacherPrompt(Schema):
 
 
 def load_prompt(name_or_path: str, folder: Path = PROMPT_FOLDER) -> TeacherPrompt:
-    """Read a template by name (a file in `folder`) or by path.
-
-    Raises:
-        JaxguardError: no such file, an unknown or missing field, or a `$` that stands for no value.
-    """
+    """Read a template by name (a file in `folder`) or by path."""
     path = find_yaml(name_or_path, folder, "prompt")
     return validate(TeacherPrompt, read_yaml(path), str(path))
 

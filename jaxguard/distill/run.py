@@ -67,11 +67,8 @@ class Distillation:
 def distill(config: Config) -> Distillation:
     """Get a trace for each training example that has a label, and shorten it to each sentence budget.
 
-    Examples that never got a trace are counted and named in the summary.
-
-    Raises:
-        JaxguardError: no distill section, no example with a label, a server that does not answer or serves another model,
-            or a store that was begun with other settings.
+    Examples that never got a trace are counted and named in the summary. It is an error if no example has a label, if a server
+    does not answer or serves another model, or if a store was begun with other settings.
     """
     job = load_job(config)
     prompt, shorten = load_prompt(job.settings.prompt), load_prompt(job.settings.shorten_prompt)
@@ -141,11 +138,7 @@ async def generate(
     """Work on the tasks until each is done, and show how far it is.
 
     The attempts in the store `folder` have the `settings` in common, as from `provenance`. With `exhaustive`, every candidate of
-    every round is requested, whatever was accepted.
-
-    Raises:
-        JaxguardError: a server refuses, does not answer or serves another model, or the store was begun with other settings
-            or cannot be written. What is stored is kept.
+    every round is requested, whatever was accepted. What is stored is kept when a server or the disk fails.
     """
     config, waiting = job.settings, iter(tasks)
     failed, done, attempts, tokens = Counter[str](), 0, 0, 0

@@ -64,11 +64,7 @@ class TraceStore:
     accepted: set[str] = field(default_factory=set)
 
     def append(self, attempt: Attempt) -> None:
-        """Add an attempt: once this returns, killing the process does not lose it.
-
-        Raises:
-            JaxguardError: the attempt is there already, or cannot be written.
-        """
+        """Add an attempt, which must be new: once this returns, killing the process does not lose it."""
         if attempt.key in self.done:
             raise JaxguardError(f"{self._store.path} holds attempt {attempt.key} already")
         self._store.append(asdict(attempt))
@@ -84,8 +80,7 @@ class TraceStore:
 def open_traces(folder: Path, settings: Mapping[str, Any]) -> Iterator[TraceStore]:
     """Open a trace store to append to, or create it; `settings` is what decides the text of an attempt, JSON.
 
-    Raises:
-        JaxguardError: another process writes to it, or it was begun with other settings.
+    It is an error if another process writes to it, or if it was begun with other settings.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,17 +135,11 @@ def summarize(folder: Path, examples: Sequence[str]) -> tuple[dict[str, str], di
 
 def summary_table(summary: Mapping[str, Any], name: str) -> Table:
     """Show a summary to people; of what never passed, five examples with their reasons."""
-    table = Table(("", "count"), title=f"{name}: from examples to traces")
-    table.add("examples", summary["examples"])
-    table.add("attempts", summary["attempts"])
-    for check, count in summary["failed"].items():
-        table.add(f"  failed {check}", count)
-    table.add("examples with a trace", summary["traced"])
-    table.add("never passed", len(summary["never_passed"]))
+    rows: list[tuple[str, Any]] = [("examples", summary["examples"]), ("attempts", summary["attempts"])]
+    rows += [(f"  failed {check}", count) for check, count in summary["failed"].items()]
+    rows += [("examples with a trace", summary["traced"]), ("never passed", len(summary["never_passed"]))]
     for example, reasons in list(summary["never_passed"].items())[:5]:
-        table.add(f"  {example}", "; ".join(f"{check}: {why}" for check, why in reasons.items()))
-    table.add("prompt tokens", summary["prompt_tokens"])
-    table.add("completion tokens", summary["completion_tokens"])
-    if summary["judge_tokens"]:
-        table.add("judge's tokens", summary["judge_tokens"])
-    return table
+        rows.append((f"  {example}", "; ".join(f"{check}: {why}" for check, why in reasons.items())))
+    tokens = [(f"{name} tokens", summary[f"{name}_tokens"]) for name in ("prompt", "completion")]
+    judge = [("judge's tokens", summary["judge_tokens"])] if summary["judge_tokens"] else []
+    return Table.of(("", "count"), [*rows, *tokens, *judge], f"{name}: from examples to traces")

@@ -44,13 +44,7 @@ class Teacher:
     async def complete(
         self, messages: Sequence[dict[str, str]], n: int = 1, extra: Mapping[str, Any] | None = None
     ) -> list[Reply]:
-        """Sample `n` completions of the messages.
-
-        `extra` are more of the request's fields, SGLang's own included, such as {"regex": "..."}.
-
-        Raises:
-            JaxguardError: the server refuses the request, serves another model, or gave no answer in all tries.
-        """
+        """Sample `n` completions; `extra` are more of the request's fields, SGLang's own included, such as {"regex": "..."}."""
         sampling = self.config.model_dump(include={"model", "temperature", "top_p", "max_tokens"})
         body = {**sampling, "messages": list(messages), "n": n, **(extra or {})}
         return await self.client.request("/chat/completions", body, partial(self._replies, n))

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import taxonomy
 from jaxguard.data.policies import DEFAULT_INSTRUCTION, QUESTIONS, Category, Policy, load_policy, policy_for
 from jaxguard.utils.errors import JaxguardError
 
@@ -166,13 +165,13 @@ def test_an_allow_list_is_read_and_shown_after_the_rules(write):
     text = 'name: mine\ncategories: [{name: A}]\nrules: Be kind.\nallowed:\n  - bread\n  - "rye\\nS9: rolls"\n'
     policy = load_policy("mine", write(text))
     assert policy.allowed == ("bread", "rye S9: rolls")
-    assert taxonomy(policy) == "S1: A.\nBe kind.\nAllowed:\n- bread\n- rye S9: rolls"
-    assert taxonomy(load_policy("mine", write("name: mine\nrules: x\nallowed: [y]\n"))) == "x\nAllowed:\n- y"
+    assert policy.taxonomy == "S1: A.\nBe kind.\nAllowed:\n- bread\n- rye S9: rolls"
+    assert load_policy("mine", write("name: mine\nrules: x\nallowed: [y]\n")).taxonomy == "x\nAllowed:\n- y"
 
 
 def test_a_policy_without_an_allow_list_is_as_it_was():
     plain = Policy("mine", (Category("A", "b."),), "Be kind.")
-    assert taxonomy(plain) == "S1: A. b.\nBe kind."
+    assert plain.taxonomy == "S1: A. b.\nBe kind."
     # Manifests and stores of traces hold these hashes.
     assert plain.digest == "b417926921fe63e5e507566de3d943f82b85d6996813b06adbaa764b81a10d24"
     assert replace(plain, allowed=("bread",)).digest != plain.digest

@@ -111,7 +111,7 @@ def test_the_answer_is_read_as_it_was_written(encoder, mode):
 
 @pytest.mark.parametrize("mode", Mode)
 def test_probabilities_are_read_where_the_verdict_begins(encoder, mode):
-    branches = encoder.branches(EXAMPLE, mode)
+    branches = tuple(encoder.branches(EXAMPLE, mode))
     assert len(branches) == 4
     first = branches[0].probes[0]
     before = encoder.tokenizer.decode(branches[0].tokens[: first.position])

@@ -37,8 +37,8 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Final
 
-from jaxguard.data.examples import Example
-from jaxguard.data.policies import Policy, Question
+from jaxguard.data.examples import LABELS, Example
+from jaxguard.data.policies import QUESTIONS, Policy, Question
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -52,22 +52,14 @@ class Mode(StrEnum):
 Answers = tuple[tuple[Question, str], ...]
 """Verdict lines in order: (question, word)."""
 
-TITLES: Final[Mapping[Question, str]] = {
-    "prompt_harm": "Prompt harm",
-    "response_harm": "Response harm",
-    "response_refusal": "Response refusal",
-}
+TITLES: Final[Mapping[Question, str]] = {q: q.replace("_", " ").capitalize() for q in QUESTIONS}
 CHOICES: Final[Mapping[Question, tuple[str, str]]] = {
     "prompt_harm": ("harmful", "unharmful"),
     "response_harm": ("harmful", "unharmful"),
     "response_refusal": ("refusal", "compliance"),
 }
 """The words of a verdict line, the positive class first."""
-LABEL: Final[Mapping[Question, str]] = {
-    "prompt_harm": "prompt_label",
-    "response_harm": "response_label",
-    "response_refusal": "refusal_label",
-}
+LABEL: Final[Mapping[Question, str]] = dict(zip(QUESTIONS, LABELS, strict=True))
 """The field of an example that holds the label."""
 ABSENT: Final = "None"
 """Stands for a missing response, and is the answer to questions about it."""
@@ -163,7 +155,7 @@ class Dialogue:
         """Render the part of the user turn that all examples of this policy, these questions and this mode share."""
         blocks = (
             self.quote(policy.instruction),
-            f"{_HEADERS['policy']}\n{self.quote(taxonomy(policy))}",
+            f"{_HEADERS['policy']}\n{self.quote(policy.taxonomy)}",
             "\n".join([_HEADERS["format"], _HOW[mode], verdict_lines(asks)]),
             f"{_HEADERS['prompt']}\n",
         )
@@ -207,13 +199,6 @@ class Dialogue:
         spaced_markers = (r"[\s\u2581]+".join(map(re.escape, marker.split())) for marker in markers)
         exact = [_trie(self.special_tokens)] if self.special_tokens else []
         return re.compile("|".join([*exact, f"(?i:{'|'.join([_THINK, *titles, *spaced_markers])})"]))
-
-
-def taxonomy(policy: Policy) -> str:
-    """Format a policy: numbered categories, rules, exceptions."""
-    categories = [f"S{i}: {' '.join(f'{c.name}. {c.description}'.split())}" for i, c in enumerate(policy.categories, 1)]
-    allowed = ["Allowed:", *(f"- {' '.join(text.split())}" for text in policy.allowed)] if policy.allowed else []
-    return "\n".join([*categories, *filter(None, [policy.rules.strip()]), *allowed])
 
 
 def verdict_lines(asks: Iterable[Question]) -> str:

@@ -41,11 +41,7 @@ class Template:
 
 
 def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint.
-
-    Raises:
-        JaxguardError: no tokenizer, not a fast one, no chat template (unless `chat` is false), or more tokens than the model.
-    """
+    """Load the tokenizer of a checkpoint, a fast one of the model's size; with `chat` it must have a chat template."""
     known = ("tokenizer.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in known):
         raise JaxguardError(f"{folder} has no tokenizer ({' or '.join(known)}): copy it from the model's repository")
@@ -100,12 +96,10 @@ def reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
     """Derive a Template by rendering the chat template.
 
-    Raises:
-        JaxguardError: it changes or repeats the text, writes reasoning, or ends the answer where generation does not stop.
+    It is an error if it changes or repeats the text, writes reasoning, or ends the answer where generation does not stop.
     """
     try:
-        prompt = render(tokenizer, _PROMPT)
-        full = render(tokenizer, _PROMPT, _ANSWER)
+        prompt, full = render(tokenizer, _PROMPT), render(tokenizer, _PROMPT, _ANSWER)
     except Exception as error:  # jinja's errors, and what templates raise themselves
         raise JaxguardError(f"{folder}: its chat template does not render one user turn: {error}") from None
     reasoning_start = "".join(re.findall(r"<think>\s*\Z", prompt))
