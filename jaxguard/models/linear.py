@@ -103,7 +103,8 @@ def _multiply(matmul_dtype: jnp.dtype, equation: str, x: Array, weight: Array) -
     In float32, where nothing is differentiated, sum pairwise: XLA on a CPU adds up to 512 terms in a row, and errs more.
     """
     if not x.dtype == weight.dtype == matmul_dtype:
-        return _rounded(matmul_dtype, equation, x, weight)
+        rounded_x, rounded_weight = x.astype(matmul_dtype), weight.astype(matmul_dtype)
+        return jnp.einsum(equation, rounded_x, rounded_weight, preferred_element_type=x.dtype)
     left, right, _ = equation.replace("->", ",").split(",")
     axes = next((left.index(letter), right.index(letter)) for letter in left if letter in right)
     terms = math.prod(x.shape[left.index(letter)] for letter in left if letter in right)
@@ -118,14 +119,11 @@ def _multiply(matmul_dtype: jnp.dtype, equation: str, x: Array, weight: Array) -
     return add(x, weight, terms)
 
 
-def _rounded(matmul_dtype: jnp.dtype, equation: str, x: Array, weight: Array) -> Array:
-    return jnp.einsum(equation, x.astype(matmul_dtype), weight.astype(matmul_dtype), preferred_element_type=x.dtype)
-
-
 def _multiply_forward(
     matmul_dtype: jnp.dtype, equation: str, x: Array, weight: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _rounded(matmul_dtype, equation, x, weight), (x, weight)
+    multiply = jnp.einsum if x.dtype == weight.dtype == matmul_dtype else partial(_multiply, matmul_dtype)
+    return multiply(equation, x, weight), (x, weight)
 
 
 def _multiply_backward(
