@@ -92,7 +92,7 @@ def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER
     else:
         path = find_yaml(str(source), folder, "config")
         tree, origin = {"name": path.stem, **_extended(read_yaml(path), path.parent, str(path))}, str(path)
-    for key, value, text in _parsed(overrides):
+    for key, value, text in parsed(overrides):
         field = key.partition(".")[0]
         if stage is not None and field in Config.model_fields and field not in READS[stage]:
             readers = " and ".join(reader for reader, fields in READS.items() if field in fields)
@@ -133,7 +133,7 @@ def _extended(tree: Mapping[str, Any], folder: Path, origin: str) -> dict[str, A
     return dict(_merged(extended, tree))
 
 
-def _parsed(overrides: Overrides) -> Iterator[tuple[str, Any, str]]:
+def parsed(overrides: Overrides) -> Iterator[tuple[str, Any, str]]:
     """Yield each override's dotted field, its value, and how it is quoted in errors."""
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():

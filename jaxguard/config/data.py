@@ -29,9 +29,7 @@ class SourceConfig(Schema):
         if self.kind == "jsonl" and self.path is None:
             raise ValueError("kind: jsonl needs a path")
         if not self.kind.startswith("nemotron") and (self.teacher, self.trace) != ("deepseek_r1_0528", "full"):
-            raise ValueError(
-                f"teacher and trace choose among a nemotron source's traces; {self.kind} has none to choose"
-            )
+            raise ValueError(f"teacher and trace choose among a nemotron source's traces; {self.kind} has none")
         return self
 
 

@@ -138,7 +138,5 @@ class MineConfig(Schema):
         if max(self.hard) > self.generations:
             raise ValueError(f"hard={self.hard}: of {self.generations} completions no more can be correct")
         if self.guard.format != "jaxguard" or self.guard.modes:
-            raise ValueError(
-                "guard: examples are mined in the format and the mode that they are trained in; leave format and modes out"
-            )
+            raise ValueError("guard: examples are mined in the format and mode of training; leave format and modes out")
         return self

@@ -34,9 +34,7 @@ ATTENTION_BACKWARD = 2.5
 FlashAttention-2, 2023, section 4.1). Attention in plain XLA does the same."""
 MOST_SHAPES = 4
 SHAPES = CONFIG_FOLDER / "shapes"
-_NEEDS = re.compile(
-    r"Used (\S+) of (\S+) hbm|memory required for HLO temporaries \((\S+)\) exceeds available HBM \((\S+)\)"
-)
+_NEEDS = re.compile(r"Used (\S+) of (\S+) hbm|for HLO temporaries \((\S+)\) exceeds available HBM \((\S+)\)")
 _ALLOCATION = re.compile(r'Size: ([\d.]+)([BKMG])\n(?:\s*Operator: .*?op_name="([^"[]*).*\n)?\s*Shape: (\w+\[[\d,]*\])')
 
 Buffer = tuple[int, str, str]
@@ -165,13 +163,8 @@ def compile_step(
 ) -> Plan:
     """Compile one training step of `config` for `cluster`.
 
-    Args:
-        config: the run; its mesh must fit the cluster's devices.
-        spec: shape of the model.
-        cluster: what to compile for.
-        rows: of the batch, each config.data.max_seq_len long; None for `largest`, or without it one row for each example.
-        targets: target positions of a row; None for all of them.
-        largest: the largest shape of the run's batches, where its data are available.
+    The batch has `rows` rows of config.data.max_seq_len tokens with `targets` target positions each, None for all; without rows it
+    has the shape `largest`, that of the run's largest batch where its data are available, or else one row for each example.
 
     Raises:
         JaxguardError: no compiler for the cluster, a mesh that does not fit it, rows that its devices cannot share, more

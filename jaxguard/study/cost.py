@@ -120,7 +120,5 @@ def speed_of(study: Study) -> tuple[float, float, str]:
         raise JaxguardError(f"cost.device={cost.device!r} is unknown; set cost.tokens_per_second")
     # 6 FLOPs for each parameter and token in training, 2 in generation.
     per_token = cost.devices * flops / (2 * cost.parameters)
-    assumption = (
-        f"at {cost.mfu:.0%} of {flops / 1e12:g} TFLOP/s, and {cost.generate_mfu:.0%} in generation: assumptions"
-    )
-    return per_token * cost.mfu / 3, per_token * cost.generate_mfu, assumption
+    source = f"at {cost.mfu:.0%} of {flops / 1e12:g} TFLOP/s, and {cost.generate_mfu:.0%} in generation: assumptions"
+    return per_token * cost.mfu / 3, per_token * cost.generate_mfu, source

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jaxguard.config import Config, load
+from jaxguard.config import Config, load, parsed
 from jaxguard.config.base import scalar, validate
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.study import CostConfig, RowConfig, Stage, StudyConfig, labelled, read_study
@@ -85,14 +85,11 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
     """
     own: dict[str, Any] = {"cost": {}}
     changes: list[str] = []
-    for text in overrides:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise JaxguardError(f"override {text!r}: write it as field=value, for example data.subset_seed=[0,1]")
+    for key, value, text in parsed(overrides):
         if key in ("name", "run_folder", "metric"):
-            own[key] = scalar(value)
+            own[key] = value
         elif key.startswith("cost."):
-            own["cost"][key.removeprefix("cost.")] = scalar(value)
+            own["cost"][key.removeprefix("cost.")] = value
         else:
             changes.append(text)
     settings = {field: value for field, value in own.items() if field in ("cost", "metric")}
