@@ -132,15 +132,9 @@ def audit(config: Config) -> Audit:
     examples = [task.example for task in labelled.values()]
     tasks = [labelled[x.id] for x in subset(examples, min(wanted.examples, len(examples)), wanted.seed)]
     asyncio.run(generate(job, prompt, tasks, folder / "attempts", provenance(job, prompt), exhaustive=True))
-    about = {
-        "run": config.name,
-        **provenance(job, prompt),
-        "prompt_name": prompt.name,
-        "policy_name": job.policy.name,
-        "seed": wanted.seed,
-        "samples": wanted.samples,
-        "available": len(labelled),
-    }
+    names = {"prompt_name": prompt.name, "policy_name": job.policy.name}
+    sample = {"seed": wanted.seed, "samples": wanted.samples, "available": len(labelled)}
+    about = {"run": config.name, **provenance(job, prompt), **names, **sample}
     result = score(tasks, read_answers(folder / "attempts", tasks, settings), about)
     page = report(result)
     write_atomically(folder / "audit.json", json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")
@@ -200,20 +194,17 @@ def _answer(attempt: Attempt, task: Task, ngram: int) -> dict[str, Any]:
 def score(tasks: Sequence[Task], answers: Sequence[dict[str, Any]], about: dict[str, Any]) -> Audit:
     """All numbers of the report, of the answers that read_answers gives."""
     counted = ("unparsable", "cut", "without_reasoning", "invented_responses", "prompt_tokens", "completion_tokens")
+    counts = {name: sum(answer[name] for answer in answers) for name in counted}
     failed = Counter(check for answer in answers for check in answer["failed_checks"])
     widths = {name: -(-(max(answer[name] for answer in answers) + 1) // BINS) for name in ("words", "sentences")}
+    widths |= {"repeated_share": 0.05}
     questions = {question: _question(question, tasks, answers, about["seed"]) for question in QUESTIONS}
     return Audit(
         about=about,
         examples=len(tasks),
-        completions={"total": len(answers)}
-        | {name: sum(answer[name] for answer in answers) for name in counted}
-        | {"failed_checks": dict(failed.most_common())},
+        completions={"total": len(answers), **counts, "failed_checks": dict(failed.most_common())},
         questions={question: result for question, result in questions.items() if result is not None},
-        lengths={
-            name: spread([answer[name] for answer in answers], width)
-            for name, width in {**widths, "repeated_share": 0.05}.items()
-        },
+        lengths={name: spread([answer[name] for answer in answers], width) for name, width in widths.items()},
     )
 
 
@@ -236,16 +227,10 @@ def _question(
     numbers = {"differ": (~votes.right).sum(axis=1), "unparsable": (~votes.parsed).sum(axis=1)}
     ids = [tasks[row].example.id for row in rows]
     each = pd.DataFrame({"id": ids, "label_positive": votes.labels, **numbers})
-    each = each[2 * each.differ > verdicts.shape[1]].sort_values(
-        ["unparsable", "differ", "id"], ascending=[True, False, True]
-    )
-    return QuestionAudit(
-        positive=positive,
-        negative=negative,
-        result=measure(votes, seed),
-        categories=[(name, measure(votes[np.array(members[name])], seed)) for name in by_size],
-        disagreements=each.to_dict("records"),
-    )
+    differ = each[2 * each.differ > verdicts.shape[1]]
+    differ = differ.sort_values(["unparsable", "differ", "id"], ascending=[True, False, True])
+    categories = [(name, measure(votes[np.array(members[name])], seed)) for name in by_size]
+    return QuestionAudit(positive, negative, measure(votes, seed), categories, differ.to_dict("records"))
 
 
 # The report: the same tables in both formats, figures for HTML only.
@@ -350,9 +335,8 @@ def _f1(audit: Audit) -> Drawing:
     for i, (question, each) in enumerate(audit.questions.items()):
         axes, by_name = figure.add_subplot(1, len(audit.questions), i + 1), dict(each.categories)
         for y, row in enumerate([each.result, *(by_name.get(name) for name in drawn)]):
-            draw_interval(
-                axes, y, row.scores.f1 if row else None, color=FAINT if y else COLOURS[0], marker="o", markersize=5
-            )
+            colour = FAINT if y else COLOURS[0]
+            draw_interval(axes, y, row.scores.f1 if row else None, color=colour, marker="o", markersize=5)
         axes.set_yticks(range(len(labels)), labels if i == 0 else [""] * len(labels))
         axes.set(ylim=(len(labels) - 0.5, -0.5), xlim=(-0.03, 1.03), title=TITLES[question])
         axes.grid(visible=False, axis="y")

@@ -30,14 +30,7 @@ from jaxguard.evaluate.report.published import nearest_row, read_published
 from jaxguard.evaluate.scores.results import Evaluation
 from jaxguard.evaluate.scores.scoring import PredictedExamples, score
 from jaxguard.guards.baselines import BASELINES
-from jaxguard.guards.loading import (
-    cache_key,
-    checkpoint_of,
-    examples_key,
-    modes_of,
-    open_guard,
-    open_predictions,
-)
+from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, modes_of, open_guard, open_predictions
 from jaxguard.guards.protocol import UNPARSABLE, Prediction, Predictor, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
@@ -64,7 +57,7 @@ def evaluate(config: Config) -> Evaluation:
     """
     settings, folder = config.evaluate or EvaluateConfig(), config.folder / "evaluate"
     check_settings(settings, config)
-    tasks = [*benchmark_tasks(settings), *validation_tasks(settings, config)]
+    tasks = list(read_tasks(settings, config))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder, "evaluation")
@@ -106,16 +99,12 @@ def check_settings(settings: EvaluateConfig, config: Config) -> None:
             )
 
 
-def benchmark_tasks(settings: EvaluateConfig) -> Iterator[Task]:
-    """Read all benchmarks of the config, before anything is computed."""
+def read_tasks(settings: EvaluateConfig, config: Config) -> Iterator[Task]:
+    """Read all benchmarks of the config, and the labelled validation examples of each question of the policy."""
     for each in settings.benchmarks:
         benchmark = load_benchmark(each.name, None if each.path is None else Path(each.path))
         definition, examples = benchmark.definition, _limited(benchmark.examples, settings)
         yield Task(each.label or definition.name, definition.question, examples, benchmark)
-
-
-def validation_tasks(settings: EvaluateConfig, config: Config) -> Iterator[Task]:
-    """The labelled validation examples of each question of the policy."""
     if settings.validation:
         examples = _limited(load_sources(settings.validation, "validation")[0], settings)
         for question in load_policy(config.data.policy).asks:
@@ -156,9 +145,8 @@ async def predict(
     """
 
     def length(request: Request) -> int:
-        return sum(
-            len(text or "") for text in (request.example.prompt, request.example.response, request.example.policy)
-        )
+        example = request.example
+        return sum(len(text or "") for text in (example.prompt, example.response, example.policy))
 
     with open_predictions(path, key) as stored:
         waiting = [request for request in requests if request.example.id not in stored.answers]

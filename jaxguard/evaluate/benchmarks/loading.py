@@ -99,13 +99,8 @@ def load_benchmark(name_or_path: str, local: Path | None = None) -> Benchmark:
         nouns = dict(zip(counts, (*CHOICES[question], "in all"), strict=True))
         published, actual = (", ".join(f"{n[what]:,} {nouns[what]}" for what in known) for n in (known, counts))
         logger.warning("benchmark %s: expected %s; found %s", name, published, actual)
-    return Benchmark(
-        definition=definition,
-        examples=tuple(examples),
-        slices={name: {v: frozenset(ids) for v, ids in sorted(values.items())} for name, values in slices.items()},
-        counts=counts,
-        skipped=skipped,
-    )
+    sliced = {name: {v: frozenset(ids) for v, ids in sorted(values.items())} for name, values in slices.items()}
+    return Benchmark(definition, tuple(examples), sliced, counts, skipped)
 
 
 def list_benchmarks() -> tuple[str, ...]:
@@ -122,13 +117,8 @@ def _check_columns(definition: BenchmarkDefinition, columns: tuple[str, ...], so
     named |= {f"where.{i}": condition.names for i, condition in enumerate(definition.where)}
     for i, part in enumerate(definition.examples):
         negative = part.negative.names if part.negative else ()
-        fields = {
-            "prompt": (part.prompt,),
-            "response": (part.response,),
-            "positive": part.positive.names,
-            "negative": negative,
-        }
-        named |= {f"examples.{i}.{field}": names for field, names in fields.items()}
+        named |= {f"examples.{i}.prompt": (part.prompt,), f"examples.{i}.response": (part.response,)}
+        named |= {f"examples.{i}.positive": part.positive.names, f"examples.{i}.negative": negative}
     if definition.policy and not definition.policy.optional:
         named["policy.column"] = (definition.policy.column,)
     named |= {f"slices.{i}": part_of.names for i, part_of in enumerate(definition.slices)}
@@ -218,7 +208,15 @@ def _read_rows(definition: BenchmarkDefinition, local: Path | None) -> tuple[Row
         return rows, tuple(field.name for field in dataclasses.fields(Example)), loaded.skipped
     path = local or (locate(Path(source.path)) if source.path else None)
     if path is not None:
-        rows = _read_copy(path.expanduser(), source, definition.name)
+        path = path.expanduser()
+        if source.file and (path / source.file).is_file():
+            path = path / source.file
+        if path.is_dir() and len(source.splits) > 1:
+            rows = _joined({split: read_local(path, [split]).rows for split in source.splits})
+        else:  # as a clone has it: named after the source's own file, the split, or the benchmark
+            own = PurePosixPath(source.file or source.url or "").name
+            stem = re.sub(r"\.(jsonl|json|parquet|csv)(\.gz|\.xz)?$", "", own)
+            rows = _read_files(path, [*filter(None, [stem]), *source.splits, definition.name], source.keys_as)
     elif source.url or source.file:
         rows = _read_remote(source)
     else:
@@ -226,17 +224,6 @@ def _read_rows(definition: BenchmarkDefinition, local: Path | None) -> tuple[Row
     if not rows:
         raise JaxguardError(f"{local or source.name}: no row for benchmark {definition.name!r}")
     return rows, tuple(dict.fromkeys(column for _, row in rows for column in row)), Counter()
-
-
-def _read_copy(path: Path, source: BenchmarkSource, name: str) -> Rows:
-    """Read a file, or a folder with a file named after the source's own file, the split, or the benchmark, as a clone has it."""
-    own = re.sub(r"\.(jsonl|json|parquet|csv)(\.gz|\.xz)?$", "", PurePosixPath(source.file or source.url or "").name)
-    stems = [*filter(None, [own]), *source.splits, name]
-    if source.file and (path / source.file).is_file():
-        path = path / source.file
-    if path.is_dir() and len(source.splits) > 1:
-        return _joined({split: read_local(path, [split]).rows for split in source.splits})
-    return _read_files(path, stems, source.keys_as)
 
 
 def _read_files(path: Path, stems: list[str], keys_as: str | None) -> Rows:

@@ -25,12 +25,9 @@ class Choice(Schema):
 
     @model_validator(mode="after")
     def _check_choice(self) -> Self:
-        fields = type(self).model_fields
-        given = {
-            name
-            for name, field in fields.items()
-            if getattr(self, name) != field.get_default(call_default_factory=True)
-        }
+        fields = type(self).model_fields.items()
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in fields}
+        given = {name for name, default in defaults.items() if getattr(self, name) != default}
         for group in self.ONE_OF:
             if len(given.intersection(group)) != 1:
                 raise ValueError(f"give exactly one of {', '.join(group)}")
@@ -75,14 +72,10 @@ class Condition(Choice):
         return tuple(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
 
     def holds(self, row: Row) -> bool:
-        number = sum(self._holds_for(plain(row.get(column))) for column in self.names)
+        named = [""] if self.empty is not None else [plain(value) for value in self.equals or self.not_equals]
+        number = sum((plain(row.get(column)) in named) == bool(self.empty or self.equals) for column in self.names)
         least = 1 if self.at_least is self.at_most is None else self.at_least or 0
         return self.always or (number >= least and (self.at_most is None or number <= self.at_most))
-
-    def _holds_for(self, value: str) -> bool:
-        if self.empty is not None:
-            return (value == "") == self.empty
-        return (value in map(plain, self.equals or self.not_equals)) == bool(self.equals)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -152,10 +152,10 @@ def _text(value: object) -> str:
 
 def cautions(evaluation: Evaluation, published: Published) -> list[str]:
     """What a reader must know before the numbers, a sentence each."""
-    return [*_unfinished(evaluation), *_odd_answers(evaluation), *_other_protocol(evaluation, published)]
+    return [*_unfinished_or_odd(evaluation), *_other_protocol(evaluation, published)]
 
 
-def _unfinished(evaluation: Evaluation) -> Iterator[str]:
+def _unfinished_or_odd(evaluation: Evaluation) -> Iterator[str]:
     if not evaluation.cells:
         yield "Nothing was evaluated."
         return
@@ -178,9 +178,6 @@ def _unfinished(evaluation: Evaluation) -> Iterator[str]:
             f"Averages of {', '.join(partly)} are over fewer benchmarks than those of others: compare it by the differences, "
             "which are over what both have results for."
         )
-
-
-def _odd_answers(evaluation: Evaluation) -> Iterator[str]:
     for guard_mode, cells in evaluation.by_guard.items():
         for warning, (limit, measure) in LIMITS.items():
             above = [f"{cell.benchmark} ({share(measure(cell))})" for cell in cells if measure(cell) > limit]

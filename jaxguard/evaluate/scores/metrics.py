@@ -157,9 +157,8 @@ def average_f1(
     `each` and the deviation are of the average by generation, where all benchmarks have as many of these. Benchmarks are
     drawn independently of each other, so an interval is somewhat narrow where two of them share examples.
     """
-    scored = [
-        statistics.f1_draws(votes.labels, votes.votes, (seed, i), resamples) for i, votes in enumerate(benchmarks)
-    ]
+    numbered = enumerate(benchmarks)
+    scored = [statistics.f1_draws(votes.labels, votes.votes, (seed, i), resamples) for i, votes in numbered]
     each, drawn = [f1 for f1, _ in scored], [by_draw.mean(axis=-1) for _, by_draw in scored]
     if len({len(f1) for f1 in each}) > 1:
         each = [f1.mean(keepdims=True) for f1 in each]

@@ -75,15 +75,10 @@ class Versus:
     def row(self) -> dict[str, Any]:
         """The columns of a DataFrame."""
         f1, test = self.f1, self.mcnemar
-        row = {
-            "first_guard": self.guard,
-            "first_mode": self.mode,
-            "f1_difference": f1.value,
-            "low": f1.low,
-            "high": f1.high,
-        }
         right = (test.only_first, test.only_second, test.p) if test else (None, None, None)
-        return row | dict(zip(("p", "right_alone", "first_right_alone", "mcnemar_p"), (f1.p, *right), strict=True))
+        first = {"first_guard": self.guard, "first_mode": self.mode}
+        numbers = {"f1_difference": f1.value, "low": f1.low, "high": f1.high, "p": f1.p}
+        return first | numbers | dict(zip(("right_alone", "first_right_alone", "mcnemar_p"), right, strict=True))
 
 
 @dataclass(frozen=True)
