@@ -8,10 +8,10 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -46,8 +46,7 @@ Pool = tuple[list[Example], list[dict[str, Any]], list[Match]]
 """The examples of some sources, the sources' manifest entries, and the examples that a benchmark holds too."""
 
 
-@dataclass(frozen=True)
-class BuildResult:
+class BuildResult(NamedTuple):
     """A built data set: its folder, and its manifest as in manifest.json."""
 
     folder: Path

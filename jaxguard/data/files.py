@@ -11,9 +11,8 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow
@@ -26,8 +25,7 @@ Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".json.gz", ".json.xz", ".parquet", ".csv")
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows and their locations.
 
     Attributes:
@@ -45,11 +43,7 @@ class Skip(Exception):  # noqa: N818 (not an error)
 
 
 def read_local(path: Path, stems: Iterable[str]) -> Table:
-    """Read a file, or the files of a folder named after one of `stems` (STEM.*, STEM-00000-of-00003.*, STEM/*).
-
-    Raises:
-        JaxguardError: no such file, unknown format, malformed line, truncated file.
-    """
+    """Read a file, or the files of a folder named after one of `stems` (STEM.*, STEM-00000-of-00003.*, STEM/*)."""
     files = find_files(path, stems)
     rows = [row for file in files for row in _read_file(file)]
     # In JSON lines any row may add a column.
@@ -58,11 +52,7 @@ def read_local(path: Path, stems: Iterable[str]) -> Table:
 
 
 def read_hub(repository: str, config: str | None, split: str, file: str | None) -> Table:
-    """Read one split, or one file, of a data set on the hub.
-
-    Raises:
-        JaxguardError: no such data set or split, terms not accepted, hub unreachable.
-    """
+    """Read one split, or one file, of a data set on the hub."""
     page, login = f"https://huggingface.co/datasets/{repository}", "run `hf auth login` or set HF_TOKEN"
     try:
         data = datasets.load_dataset(repository, name=config, split="train" if file else split, data_files=file)

@@ -128,9 +128,6 @@ def policy_for(example: Example, default: Policy, folder: Path = POLICY_FOLDER) 
 
     An example names a policy in `folder` (`novel/homework_answers`) or has rules in plain text. Such rules get the questions of
     the run's policy and the default instruction, since the run's may refer to its own taxonomy.
-
-    Raises:
-        JaxguardError: the example names a policy that does not exist.
     """
     if example.policy is None:
         return default

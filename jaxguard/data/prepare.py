@@ -9,9 +9,8 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxguard.config import Config
 from jaxguard.config.data import SourceConfig
@@ -26,8 +25,7 @@ from jaxguard.utils.progress import track
 ExampleAndMode = tuple[Example, Mode]
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """The selected examples with their modes, before encoding.
 
     Attributes:
@@ -42,8 +40,7 @@ class Selection:
     dropped: Counter[str]
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """The encoded data of a run.
 
     Attributes:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxguard.config.base import nearest
 from jaxguard.config.data import SourceConfig
@@ -24,8 +24,7 @@ REFUSAL = {"refusal": "refusal", "compliance": "compliance"}
 TOPIC = {"off-topic": "harmful", "on-topic": "unharmful"}
 
 
-@dataclass(frozen=True)
-class LoadedSource:
+class LoadedSource(NamedTuple):
     """A source's examples, its skipped rows (reason -> count), and its manifest entry."""
 
     examples: list[Example]
@@ -39,11 +38,7 @@ def load_examples(source: SourceConfig) -> list[Example]:
 
 
 def load(source: SourceConfig) -> LoadedSource:
-    """Convert the rows of a source into examples with unique ids.
-
-    Raises:
-        JaxguardError: it cannot be loaded, lacks a column, has an unknown label, or no usable row.
-    """
+    """Convert the rows of a source into examples with unique ids; it is an error if it has no usable row."""
     kind = _KINDS[source.kind]
     name = source.path or kind.repository
     if source.path is not None:

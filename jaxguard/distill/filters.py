@@ -38,11 +38,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Filters:
-    """Every check, with its thresholds and the student's format, which no trace may forge.
-
-    Raises:
-        JaxguardError: the language of the config is not one that can be identified.
-    """
+    """Every check, with its thresholds and the student's format, which no trace may forge."""
 
     config: FilterConfig
     dialogue: Dialogue

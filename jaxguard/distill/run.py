@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxguard.config import Config
 from jaxguard.config.data import DistillConfig, TeacherConfig
@@ -47,8 +47,7 @@ class Job:
     tasks: list[Task]
 
 
-@dataclass(frozen=True)
-class TraceSet:
+class TraceSet(NamedTuple):
     """The training file, tasks whose examples have their traces, and the counts that traces.summary.json holds."""
 
     path: Path
@@ -56,8 +55,7 @@ class TraceSet:
     summary: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Distillation:
+class Distillation(NamedTuple):
     """The traces as the teacher wrote them, and sentence budget -> those that were shortened to it."""
 
     traces: TraceSet

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxguard.config.data import TeacherConfig
 from jaxguard.utils.client import Client, Limiter, RetryableError, connect, model_names
@@ -18,8 +18,7 @@ _CLOSE = re.compile(r"<\s*/\s*think\s*>", re.IGNORECASE)
 _OPEN = re.compile(r"^\s*<\s*think\s*>", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """One completion; of several to one request, the prompt's tokens count for the first.
 
     Attributes:

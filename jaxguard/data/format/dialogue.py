@@ -106,11 +106,7 @@ def questions(example: Example, policy: Policy) -> tuple[Question, ...]:
 
 
 def answers(example: Example, asks: Iterable[Question]) -> Answers:
-    """Convert labels to verdict words.
-
-    Raises:
-        JaxguardError: a question without a label, or no question.
-    """
+    """Convert labels to verdict words; a question without a label, or no question, is an error."""
     pairs = tuple((q, _answer(example, q)) for q in asks)
     unknown = [q for q, answer in pairs if answer is None]
     if unknown or not pairs:
@@ -162,11 +158,7 @@ class Dialogue:
         return "\n\n".join(blocks).lstrip()
 
     def completion(self, answers: Answers, trace: str | None, mode: Mode, reasoning_open: bool = False) -> str:
-        """Render the answer without its end of turn; `reasoning_open` says that the prompt opens the think block.
-
-        Raises:
-            JaxguardError: reasoning mode without a trace.
-        """
+        """Render the answer without its end of turn; `reasoning_open` says that the prompt opens the think block."""
         verdict = written(answers)
         if mode is Mode.DIRECT:
             return verdict
