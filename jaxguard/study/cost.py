@@ -53,11 +53,9 @@ def cost_table(study: Study) -> Table:
 
 
 def work(run: Run) -> Counter[str]:
-    """Count the work of a run from the start.
+    """Count the work of a run from the start: steps of training; tokens trained, read and generated; predictions.
 
-    Returns:
-        steps of training; tokens trained, read and generated; predictions: examples, once for each mode; assumed: above 0 if a
-        number of examples is assumed, not counted.
+    Predictions are examples, once for each mode; `assumed` is above 0 if a number of examples is assumed, not counted.
     """
     config, cost, data, total = run.config, run.cost, run.config.data, Counter[str]()
     paths = [Path(source.path or "") for source in data.train]

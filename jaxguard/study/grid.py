@@ -101,21 +101,17 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
 
     prepared: list[Run] = []
     for key, row in definition.prepare.items():
-        run = _resolve(definition, None, key, row, {}, _of_sections(changes, ("model", *row.stages)))
+        own_changes = [text for text in changes if text.partition(".")[0] in ("model", *row.stages)]
+        run = _resolve(definition, None, key, row, {}, own_changes)
         prepared.append(replace(run, parents=tuple(filter(run.reads, prepared))))
-    preparing = _of_sections(changes, PREPARING)
     runs: list[Run] = []
-    for run in _grid(definition, folder, [text for text in changes if text not in preparing]):
+    for run in _grid(definition, folder, [text for text in changes if text.partition(".")[0] not in PREPARING]):
         rows = [other for other in runs if other.key in run.row.after]
         runs.append(replace(run, parents=(*filter(run.reads, prepared), *rows)))
     needed = {parent.folder for run in runs for parent in run.parents}
     for run in reversed(prepared):
         needed |= {parent.folder for parent in run.parents if run.folder in needed}
     return Study(folder, scale, definition, tuple(run for run in prepared if run.folder in needed), tuple(runs))
-
-
-def _of_sections(overrides: Iterable[str], sections: Sequence[str]) -> list[str]:
-    return [text for text in overrides if text.partition(".")[0] in sections]
 
 
 def _grid(study: StudyConfig, folder: Path, overrides: Sequence[str]) -> Iterator[Run]:

@@ -59,12 +59,10 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
 
 
 def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
-    """Read the results of the first guard of every run.
+    """Read the results of the first guard of every run: a row for each run, mode and metric, an average or a benchmark.
 
-    Returns:
-        A row for each run, mode and metric, an average or a benchmark: its f1 (NaN if undefined), and whether all of it was
-        evaluated (complete). Runs that differ only in what repeats them share a line, whose name, series, x on the curve's axis
-        and number of runs stand beside it.
+    It has the f1 (NaN if undefined) and whether all of it was evaluated (complete). Runs that differ only in what repeats them
+    share a line, whose name, series, x on the curve's axis and number of runs stand beside it.
     """
     axis = study.definition.curve.axis if study.definition.curve else ""
     lines: dict[tuple[Any, ...], int] = {}
