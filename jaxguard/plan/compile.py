@@ -56,12 +56,9 @@ class OutOfMemoryError(JaxguardError):
 
 @dataclass(frozen=True)
 class RunCost:
-    """A whole run.
+    """A whole run: steps, None where they depend on data that are not available, and dollars for a device and hour.
 
-    Attributes:
-        steps: how many; None where they depend on data that are not available.
-        price: dollars for a device and hour.
-        shapes: of batches, each a program to compile -> how many steps have it; empty where the data are not available.
+    `shapes` of batches, each a program to compile -> how many steps have it; empty where the data are not available.
     """
 
     steps: int | None = None

@@ -258,12 +258,7 @@ def plan(
 
 @dataclass(frozen=True)
 class SearchReport:
-    """The result of a search.
-
-    Attributes:
-        candidates: overrides of the config -> the plan, in order; None where the compiler found no schedule that fits.
-        best: the plan of the fastest that fits, or the refusal.
-    """
+    """The result of a search: overrides of the config -> plan, None where no schedule fits, and the best, or the refusal."""
 
     candidates: Mapping[tuple[str, ...], Plan | None]
     best: PlanReport

@@ -29,12 +29,9 @@ LIBTPU = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Devices of one target.
+    """Devices of one target, named as on the command line, such as a100-80gb:2x8.
 
-    Attributes:
-        name: as on the command line, such as a100-80gb:2x8.
-        shape: hosts × GPUs of a host, or the chips of a slice along each dimension.
-        slices: number of TPU slices, each of that shape, with only the network between them.
+    `shape` is hosts × GPUs of a host, or the chips along each dimension of one of the `slices`, which only the network connects.
     """
 
     name: str
