@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from jaxguard import report as blocks
 from jaxguard.config import Config
 from jaxguard.config.data import DistillConfig
 from jaxguard.data.format.answer import parse
@@ -30,30 +31,13 @@ from jaxguard.distill.run import generate, load_job, provenance
 from jaxguard.distill.store import Attempt, read_attempts
 from jaxguard.evaluate.scores.metrics import Result, count_votes, measure
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
-from jaxguard.report import (
-    Beside,
-    Cell,
-    Content,
-    Details,
-    Drawing,
-    Facts,
-    Only,
-    Page,
-    Section,
-    Table,
-    Tiles,
-    Value,
-    note,
-    write_markdown,
-    write_page,
-)
 from jaxguard.report.figures import COLOURS, FAINT, INK, draw_interval, inline_svg, style
 from jaxguard.report.text import count, interval, number, share, short
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.statistics import spread
 
-BINS = 24
+BINS, NO_CATEGORY = 24, "without a category"
 MOST_CATEGORIES, MOST_DRAWN, MOST_DISAGREEMENTS = 40, 16, 25
 SCORES = {"agreement": "agreement", "precision": "precision", "recall": "recall", "f1": "F1", "kappa": "Cohen's κ"}
 CONSISTENCY = {
@@ -68,6 +52,7 @@ ABOUT_SCORES = (
     "unparsable verdict counts as harmful, or as no refusal. n/a: the examples or the verdicts lack the class that the score is "
     "about."
 )
+ABOUT_LENGTHS = "Length of the reasoning, and the share of its runs of words that stood before. Dotted: the median."
 ABOUT_CATEGORIES = (
     "Categories are the source's own; an example may have several. Where all of a category's examples are positive, F1 says no "
     "more than recall. Intervals of a handful of examples are too narrow."
@@ -138,8 +123,8 @@ def audit(config: Config) -> Audit:
     result = score(tasks, read_answers(folder / "attempts", tasks, settings), about)
     page = report(result)
     write_atomically(folder / "audit.json", json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")
-    write_markdown(folder / "audit.md", page)
-    write_page(folder / "audit.html", page)
+    blocks.write_markdown(folder / "audit.md", page)
+    blocks.write_page(folder / "audit.html", page)
     return result
 
 
@@ -236,9 +221,9 @@ def _question(
 # The report: the same tables in both formats, figures for HTML only.
 
 
-def audit_table(audit: Audit) -> Table:
+def audit_table(audit: Audit) -> blocks.Table:
     """The scores of each question, for a terminal."""
-    table = Table(("", "examples", "F1 and 95 % interval", "Cohen's κ", "Fleiss' κ"), "The teacher and people")
+    table = blocks.Table(("", "examples", "F1 and 95 % interval", "Cohen's κ", "Fleiss' κ"), "The teacher and people")
     for question, each in audit.questions.items():
         scores, fleiss = each.result.scores, each.result.consistency["fleiss"]
         table.add(TITLES[question], scores.examples, scores.f1, number(scores.kappa.value), fleiss)
@@ -247,41 +232,41 @@ def audit_table(audit: Audit) -> Table:
     return table
 
 
-def report(audit: Audit) -> Page:
+def report(audit: Audit) -> blocks.Page:
     """The same numbers give the same page."""
     about, numbers, samples = audit.about, audit.completions, audit.about["samples"]
     tiles: list[Sequence[str]] = []
-    scores = Table(("question", "examples", "positive", *SCORES.values()), "Agreement with people")
-    own = Table(("", *(TITLES[question] for question in audit.questions)), "Agreement with itself")
+    scores = blocks.Table(("question", "examples", "positive", *SCORES.values()), "Agreement with people")
+    own = blocks.Table(("", *(TITLES[question] for question in audit.questions)), "Agreement with itself")
     for name, title in CONSISTENCY.items():
         own.add(title, *(each.result.consistency[name] for each in audit.questions.values()))
-    confusions, categories, disagreements = list[Content](), list[Content](), list[Content]()
+    confusions, categories, disagreements = list[blocks.Content](), list[blocks.Content](), list[blocks.Content]()
     for question, each in audit.questions.items():
         title, result, pair = TITLES[question], each.result, (each.positive, each.negative)
         f1, kappa, fleiss = result.scores.f1, result.scores.kappa.value, result.consistency["fleiss"]
         notes = (interval(f1.low, f1.high), f"Cohen's κ {number(kappa)}", f"Fleiss' κ {number(fleiss)}")
         tiles.append((f"{title}, F1", number(f1.value), *filter(None, notes)))
         scores.add(title, *_scores(result))
-        confusion = Table((f"{title}: people say", *pair, "unparsable"), f"{title}: verdicts")
+        confusion = blocks.Table((f"{title}: people say", *pair, "unparsable"), f"{title}: verdicts")
         for i, counts in enumerate(result.confusion):
             tones = ("bad", "good", "faint") if i else ("good", "bad", "faint")
-            cells = (Cell(f"{n:,}", share(n, sum(counts)), tone=tone) for n, tone in zip(counts, tones, strict=True))
-            confusion.add(pair[i], *cells)
+            toned = zip(counts, tones, strict=True)
+            confusion.add(pair[i], *(blocks.Cell(f"{n:,}", share(n, sum(counts)), tone=tone) for n, tone in toned))
         confusions.append(confusion)
-        by_category = Table(("category", "examples", "positive", *SCORES.values()), f"{title} by category")
+        by_category = blocks.Table(("category", "examples", "positive", *SCORES.values()), f"{title} by category")
         for category, of_category in each.categories[:MOST_CATEGORIES]:
-            by_category.add(_category(category), *_scores(of_category))
+            by_category.add(category or NO_CATEGORY, *_scores(of_category))
         left_out = len(each.categories) - MOST_CATEGORIES
         more = f"{left_out} more categories are in audit.json." if left_out > 0 else None
-        categories.append(Details(f"{title}: all scores by category", [by_category, more]))
-        differ = Table(("example", "people say", "samples that differ", "of them unparsable"), left=2)
+        categories.append(blocks.Details(f"{title}: all scores by category", [by_category, more]))
+        differ = blocks.Table(("example", "people say", "samples that differ", "of them unparsable"), left=2)
         for one in each.disagreements[:MOST_DISAGREEMENTS]:
             label = each.positive if one["label_positive"] else each.negative
             differ.add(one["id"], label, f"{one['differ']} of {samples}", one["unparsable"])
         left_out = len(each.disagreements) - MOST_DISAGREEMENTS
         more = f"{left_out} more examples are in audit.json." if left_out > 0 else None
         of = f"{len(each.disagreements):,} of {count(each.result.scores.examples, 'example')}"
-        disagreements.append(Details(f"{title}: {of}", [differ, more] if differ.rows else ["None."]))
+        disagreements.append(blocks.Details(f"{title}: {of}", [differ, more] if differ.rows else ["None."]))
     of_all = f"{numbers['unparsable']:,} of {numbers['total']:,}"
     part = share(numbers["unparsable"], numbers["total"])
     tiles.append(("Unparsable answers", part, of_all, f"{numbers['cut']:,} were cut"))
@@ -297,40 +282,36 @@ def report(audit: Audit) -> Page:
         "Judge a response that is not there": f"{numbers['invented_responses']:,}",
         "Tokens": f"{numbers['prompt_tokens']:,} of prompts, {numbers['completion_tokens']:,} of completions",
     }
-    several: list[Content] = [_right(audit), own] if samples > 1 else ["One sample cannot disagree with itself."]
-    return Page(f"Audit of {about['teacher']}", [
+    several: list[blocks.Content] = [_right(audit), own] if samples > 1 else ["One sample cannot disagree with itself."]
+    return blocks.Page(f"Audit of {about['teacher']}", [
         f"{count(audit.examples, 'example')}, {count(samples, 'answer')} to each, requested without the labels of people.",
-        Only("html", [Tiles(tiles)]),
-        Section("Agreement with people", [note(ABOUT_SCORES), scores, Beside(confusions)]),
-        Section("F1 by category", [note(ABOUT_CATEGORIES), _f1(audit), *categories]),
-        Section("Agreement with itself", several),
-        Section("Reasoning", _reasoning(audit)),
-        Section("Where most samples differ from people", [
-            note("By id, without texts. A label may be wrong as well as the teacher."), *disagreements,
+        blocks.Only("html", [blocks.Tiles(tiles)]),
+        blocks.Section("Agreement with people", [blocks.note(ABOUT_SCORES), scores, blocks.Beside(confusions)]),
+        blocks.Section("F1 by category", [blocks.note(ABOUT_CATEGORIES), _f1(audit), *categories]),
+        blocks.Section("Agreement with itself", several),
+        blocks.Section("Reasoning", _reasoning(audit)),
+        blocks.Section("Where most samples differ from people", [
+            blocks.note("By id, without texts. A label may be wrong as well as the teacher."), *disagreements,
         ]),
-        Section("Settings", [Facts(list(facts.items()))]),
+        blocks.Section("Settings", [blocks.Facts(list(facts.items()))]),
     ])  # fmt: skip
 
 
-def _scores(result: Result) -> list[Value]:
+def _scores(result: Result) -> list[blocks.Value]:
     scores = result.scores
     return [scores.examples, scores.positives, *(getattr(scores, name) for name in SCORES)]
 
 
-def _category(name: str | None) -> str:
-    return "without a category" if name is None else name
-
-
 @style()
-def _f1(audit: Audit) -> Drawing:
+def _f1(audit: Audit) -> blocks.Drawing:
     """F1 with its interval: all examples first, then the largest categories that have one."""
     sizes: dict[str | None, int] = {}
     for each in audit.questions.values():
         for name, result in each.categories:
             if result.scores.f1.value is not None:
                 sizes[name] = max(result.scores.examples, sizes.get(name, 0))
-    drawn = sorted(sizes, key=lambda name: (name is None, -sizes[name], _category(name)))[:MOST_DRAWN]
-    labels = ["all examples", *(short(_category(name), 34) for name in drawn)]
+    drawn = sorted(sizes, key=lambda name: (name is None, -sizes[name], name or NO_CATEGORY))[:MOST_DRAWN]
+    labels = ["all examples", *(short(name or NO_CATEGORY, 34) for name in drawn)]
     figure = Figure(figsize=(8.6, 0.9 + 0.26 * len(labels)))
     for i, (question, each) in enumerate(audit.questions.items()):
         axes, by_name = figure.add_subplot(1, len(audit.questions), i + 1), dict(each.categories)
@@ -341,11 +322,11 @@ def _f1(audit: Audit) -> Drawing:
         axes.set(ylim=(len(labels) - 0.5, -0.5), xlim=(-0.03, 1.03), title=TITLES[question])
         axes.grid(visible=False, axis="y")
     alt = "F1 with its interval of all examples and of the largest categories; the tables have the numbers"
-    return Drawing("", inline_svg(figure, "f1", alt), wide=True)
+    return blocks.Drawing("", inline_svg(figure, "f1", alt), wide=True)
 
 
 @style()
-def _right(audit: Audit) -> Drawing:
+def _right(audit: Audit) -> blocks.Drawing:
     """For each question, the share of the examples on which 0 … k samples say what people say."""
     questions, samples = audit.questions, audit.about["samples"]
     figure = Figure(figsize=(8.6, 0.9 + 0.45 * len(questions)))
@@ -364,12 +345,12 @@ def _right(audit: Audit) -> Drawing:
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(visible=False)
     alt = "Share of the examples by how many samples say what people say; the table has the agreement"
-    return Drawing(f"How many of {samples} samples say what people say", inline_svg(figure, "right", alt))
+    return blocks.Drawing(f"How many of {samples} samples say what people say", inline_svg(figure, "right", alt))
 
 
 @style()
-def _reasoning(audit: Audit) -> list[Content]:
-    table = Table(("per answer", "mean", "5 %", "median", "95 %", "most"), "Reasoning")
+def _reasoning(audit: Audit) -> list[blocks.Content]:
+    table = blocks.Table(("per answer", "mean", "5 %", "median", "95 %", "most"), "Reasoning")
     figure = Figure(figsize=(8.6, 2.4))
     for i, (name, title) in enumerate(LENGTHS.items(), start=1):
         axes, each, is_share = figure.add_subplot(1, len(LENGTHS), i), audit.lengths[name], name == "repeated_share"
@@ -384,14 +365,14 @@ def _reasoning(audit: Audit) -> list[Content]:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.grid(visible=False, axis="x")
     figure.supylabel("answers", fontsize=9)
-    failed = Table(("check", "answers", "share"), "What the filter would reject")
+    failed = blocks.Table(("check", "answers", "share"), "What the filter would reject")
     for check, n in audit.completions["failed_checks"].items():
         failed.add(check, n, share(n, audit.completions["total"]))
     leaks = "The teacher knew no labels, so what labels_leaked finds here are false alarms of that check."
     svg = inline_svg(figure, "lengths", "Histograms of the reasoning; the table has their percentiles")
     return [
-        note("Length of the reasoning, and the share of its runs of words that stood before. Dotted: the median."),
-        Drawing("", svg),
+        blocks.note(ABOUT_LENGTHS),
+        blocks.Drawing("", svg),
         table,
-        Section("What the filter would reject", [note(leaks), failed] if failed.rows else ["Nothing."]),
+        blocks.Section("What the filter would reject", [blocks.note(leaks), failed] if failed.rows else ["Nothing."]),
     ]

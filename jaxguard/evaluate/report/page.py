@@ -14,28 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from jaxguard import report as blocks
 from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.data.policies import Question
 from jaxguard.evaluate.report import tables
 from jaxguard.evaluate.report.published import Published, read_published
 from jaxguard.evaluate.scores.metrics import Bin
 from jaxguard.evaluate.scores.results import Cell, Evaluation, Wrong, write_results
-from jaxguard.report import (
-    Beside,
-    Bullets,
-    Details,
-    Drawing,
-    Facts,
-    Only,
-    Page,
-    Paragraph,
-    Quote,
-    Section,
-    note,
-    write_markdown,
-    write_page,
-)
-from jaxguard.report import Cell as TableCell
 from jaxguard.report.figures import BACK, COLOURS, FAINT, INK, LINE, draw_interval, inline_svg, style
 from jaxguard.report.text import DASH, count, number, seconds, share, short
 
@@ -92,40 +77,43 @@ def write_report(evaluation: Evaluation, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_results(evaluation, folder / "results.json")
     page = report(evaluation, read_published())
-    write_markdown(folder / "report.md", page)
-    write_page(folder / "report.html", page)
+    blocks.write_markdown(folder / "report.md", page)
+    blocks.write_page(folder / "report.html", page)
 
 
-def report(evaluation: Evaluation, published: Published) -> Page:
+def report(evaluation: Evaluation, published: Published) -> blocks.Page:
     """The report: tables in both formats; figures, and errors with their texts, for HTML only."""
-    link = TableCell(published.source, url=published.url)
-    paper = Paragraph([f"The paper: {published.title}, ", link, "."], faint=True)
+    link = blocks.Cell(published.source, url=published.url)
+    paper = blocks.Paragraph([f"The paper: {published.title}, ", link, "."], faint=True)
     groups = evaluation.by_benchmark.values()
     tabled = (
         ("benchmarks", ABOUT_SCORES, tables.score_table(evaluation)),
         ("cost", ABOUT_COST, tables.cost_table(evaluation)),
         ("versus", ABOUT_VERSUS, tables.versus_table(evaluation)),
     )
-    reliability = list(_reliability(evaluation))
-    slices = [Details(cells[0].heading, [tables.slice_table(cells)]) for cells in groups]
-    mistakes = [Section(cells[0].heading, [_mistakes(cell) for cell in cells]) for cells in groups]
+    settings = [(name, _text(value)) for name, value in evaluation.settings.items()]
+    figures, reliability = list(_figures(evaluation, published)), list(_reliability(evaluation))
+    slices = [blocks.Details(cells[0].heading, [tables.slice_table(cells)]) for cells in groups]
+    mistakes = [blocks.Section(cells[0].heading, [_mistakes(cell) for cell in cells]) for cells in groups]
     hidden = "Much of their text is offensive; it is hidden until you open it. A label may be wrong as well as a guard."
     any_errors = any(cell.wrong for cell in evaluation.cells)
-    return Page(f"Evaluation of {evaluation.name}", [
-        Facts(facts(evaluation)),
-        Bullets(cautions(evaluation, published), warning=True),
-        Only("html", [Details("All settings", [Facts([(name, _text(value)) for name, value in evaluation.settings.items()])])]),
-        Section("Averages", [
-            note(ABOUT_AVERAGES), tables.main_table(evaluation, published), paper, Beside(list(_figures(evaluation, published))),
+    return blocks.Page(f"Evaluation of {evaluation.name}", [
+        blocks.Facts(facts(evaluation)),
+        blocks.Bullets(cautions(evaluation, published), warning=True),
+        blocks.Only("html", [blocks.Details("All settings", [blocks.Facts(settings)])]),
+        blocks.Section("Averages", [
+            blocks.note(ABOUT_AVERAGES), tables.main_table(evaluation, published), paper, blocks.Beside(figures),
         ], "averages"),
-        *(Section(table.title, [note(about), table], anchor) for anchor, about, table in tabled if table.rows),
-        Section("Probabilities", [Only("html", [note(ABOUT_PROBABILITIES), Beside(reliability)])], "probabilities")
+        *(blocks.Section(table.title, [blocks.note(about), table], anchor) for anchor, about, table in tabled if table.rows),
+        blocks.Section("Probabilities", [
+            blocks.Only("html", [blocks.note(ABOUT_PROBABILITIES), blocks.Beside(reliability)]),
+        ], "probabilities")
         if reliability else None,
-        Section("Slices", slices, "slices"),
-        Section("Errors", [
-            note(ABOUT_ERRORS),
-            Only("html", [note(hidden), *mistakes] if any_errors else ["None."]),
-            Only("markdown", ["Texts are in report.html, hidden until they are opened.", tables.error_table(evaluation)]),
+        blocks.Section("Slices", slices, "slices"),
+        blocks.Section("Errors", [
+            blocks.note(ABOUT_ERRORS),
+            blocks.Only("html", [blocks.note(hidden), *mistakes] if any_errors else ["None."]),
+            blocks.Only("markdown", ["Texts are in report.html, hidden until they are opened.", tables.error_table(evaluation)]),
         ], "errors"),
     ])  # fmt: skip
 
@@ -187,11 +175,8 @@ def _unfinished_or_odd(evaluation: Evaluation) -> Iterator[str]:
 
 def _other_protocol(evaluation: Evaluation, published: Published) -> Iterator[str]:
     settings = evaluation.settings
-    different = [
-        f"{name} {settings[name]} (there {paper})"
-        for name, paper in published.protocol.items()
-        if name in settings and settings[name] != paper
-    ]
+    protocol = {name: paper for name, paper in published.protocol.items() if settings.get(name, paper) != paper}
+    different = [f"{name} {settings[name]} (there {paper})" for name, paper in protocol.items()]
     if different:
         yield f"Answers are not sampled as in the paper: {', '.join(different)}."
     titles_by_guards: dict[tuple[str, ...], list[str]] = {}
@@ -202,8 +187,7 @@ def _other_protocol(evaluation: Evaluation, published: Published) -> Iterator[st
             names = () if len(others) == len(averages) else tuple(_name(*each.guard_mode) for each in others)
             titles_by_guards.setdefault(names, []).append(title)
     for names, titles in titles_by_guards.items():
-        of = f" of {', '.join(names)}" if names else ""
-        verb = "is" if len(titles) == 1 else "are"
+        of, verb = f" of {', '.join(names)}" if names else "", "is" if len(titles) == 1 else "are"
         yield (
             f"{', '.join(titles)}{of} {verb} over other benchmarks than the paper's, or not over all of their examples: "
             "no difference to the paper is claimed."
@@ -214,19 +198,19 @@ def _name(guard: str, mode: str) -> str:
     return f"{guard} ({mode})"
 
 
-def _mistakes(cell: Cell) -> Details | None:
+def _mistakes(cell: Cell) -> blocks.Details | None:
     """The errors of a guard in a mode on a benchmark, by category."""
     if not cell.wrong:
         return None
     groups, left = [], MOST_WRONG
     for category, wrong in tables.by_category(cell).items():
-        listed = wrong[:left]
+        listed = [_mistake(each, cell.question) for each in wrong[:left]]
         left -= len(listed)
         if listed:
-            groups.append(Details(f"{category} ({len(listed)})", [_mistake(each, cell.question) for each in listed]))
+            groups.append(blocks.Details(f"{category} ({len(listed)})", listed))
     total, shown = max(errors(cell), len(cell.wrong)), MOST_WRONG - left
     of = f"{shown:,} of {total:,} errors" if shown < total else count(total, "error")
-    return Details(f"{_name(*cell.guard_mode)}: {of}", groups)
+    return blocks.Details(f"{_name(*cell.guard_mode)}: {of}", groups)
 
 
 def errors(cell: Cell) -> int:
@@ -235,41 +219,42 @@ def errors(cell: Cell) -> int:
     return sum(examples for i, examples in enumerate(right) if 2 * i <= len(right) - 1)
 
 
-def _mistake(wrong: Wrong, question: Question) -> Details:
+def _mistake(wrong: Wrong, question: Question) -> blocks.Details:
     """Its texts below what was said: verdict words, the most frequent first, and how often each where they differ."""
     example, said = wrong.example, Counter(wrong.said)
     words = [f"{word} ({times} of {said.total()})" if len(said) > 1 else word for word, times in said.most_common()]
     texts = {"Prompt": example.prompt, "Response": example.response, "Its first wrong answer": wrong.text or None,
              "Policy": example.policy}  # fmt: skip
-    quotes = [Quote(name, text, MOST_CHARACTERS, "in results.json") for name, text in texts.items() if text is not None]
+    known = [(name, text) for name, text in texts.items() if text is not None]
+    quotes = [blocks.Quote(name, text, MOST_CHARACTERS, "in results.json") for name, text in known]
     about = dict.fromkeys([example.id, *wrong.slices, *(f"category: {name}" for name in example.categories)])
     probability = f"P({CHOICES[question][0]}) {number(wrong.probability)}"
     title = f"labelled {wrong.label}, it says {', '.join(words)}; {probability}"
-    return Details(title, [*quotes, note(" · ".join(about))])
+    return blocks.Details(title, [*quotes, blocks.note(" · ".join(about))])
 
 
 # Figures; guards differ in their marks as well as in their colours.
 
 
-def _figures(evaluation: Evaluation, published: Published) -> Iterator[Drawing]:
+def _figures(evaluation: Evaluation, published: Published) -> Iterator[blocks.Drawing]:
     f1, latency = f1_figure(evaluation), latency_figure(evaluation, published)
     if f1 is not None:
         alt = "F1 of every guard and mode on every benchmark with its interval; the table of benchmarks has the numbers"
         caption = "F1 by benchmark; hollow marks answer in direct mode, a dash: no F1"
-        yield Drawing(caption, inline_svg(f1, "f1", alt), wide=True)
+        yield blocks.Drawing(caption, inline_svg(f1, "f1", alt), wide=True)
     if latency is not None:
         alt = "F1 against seconds an example; the tables of averages and of benchmarks have the numbers"
         where = f", here on {evaluation.hardware}" if evaluation.hardware else ""
-        yield Drawing(f"Seconds for an answer{where}", inline_svg(latency, "latency", alt))
+        yield blocks.Drawing(f"Seconds for an answer{where}", inline_svg(latency, "latency", alt))
 
 
-def _reliability(evaluation: Evaluation) -> Iterator[Drawing]:
+def _reliability(evaluation: Evaluation) -> Iterator[blocks.Drawing]:
     for i, ((guard, mode), cells) in enumerate(evaluation.by_guard.items()):
         figure = reliability_figure(cells, mark(evaluation, guard, mode)["color"])
         if figure is not None:
             ece = ", ".join(f"{c.benchmark} {number(c.calibration.ece)}" for c in cells if c.calibration)
             alt = f"Reliability of {_name(guard, mode)}. Expected calibration error: {ece}"
-            yield Drawing(_name(guard, mode), inline_svg(figure, f"reliability{i}", alt))
+            yield blocks.Drawing(_name(guard, mode), inline_svg(figure, f"reliability{i}", alt))
 
 
 @style()

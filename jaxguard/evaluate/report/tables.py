@@ -10,12 +10,7 @@ from jaxguard.report import Cell as TableCell
 from jaxguard.report import Table, estimate
 from jaxguard.report.text import ABSENT, DASH, count, interval, number, probability, seconds, share, signed
 
-AVERAGE_TITLES = {
-    "prompt": "Prompt F1",
-    "response": "Response F1",
-    "safety": "Safety (Avg)",
-    "custom": "Custom policies",
-}
+AVERAGE_TITLES = dict(zip(AVERAGES, ("Prompt F1", "Response F1", "Safety (Avg)", "Custom policies"), strict=True))
 CATEGORY = "category"
 """The slice that errors are grouped by; where a benchmark has no such slice, its first one."""
 
@@ -109,17 +104,13 @@ def versus_table(evaluation: Evaluation) -> Table:
             return []
         f1, test = cell.versus.f1, cell.versus.mcnemar
         p = ABSENT if f1.p is None else probability(f1.p).removeprefix("p = ").removeprefix("p ")
-        right = TableCell(ABSENT)
-        if test:
-            right = TableCell(f"{test.only_first:,} : {test.only_second:,}", probability(test.p))
+        alone = (f"{test.only_first:,} : {test.only_second:,}", probability(test.p)) if test else (ABSENT,)
         ends = interval(f1.low, f1.high, difference=True) or ABSENT
-        return [TableCell(difference(f1).text), TableCell(ends), TableCell(p), right]
+        return [TableCell(difference(f1).text), TableCell(ends), TableCell(p), TableCell(*alone)]
 
     first_of = {cell.guard_mode: cell.versus for cell in evaluation.cells if cell.versus}
-    names = {
-        (guard, mode): TableCell(guard, f"{mode}, less {first.guard} ({first.mode})")
-        for (guard, mode), first in first_of.items()
-    }
+    less = {guard_mode: f"less {first.guard} ({first.mode})" for guard_mode, first in first_of.items()}
+    names = {(guard, mode): TableCell(guard, f"{mode}, {first}") for (guard, mode), first in less.items()}
     return _by_benchmark(evaluation, "Compared with the first guard", columns, names, compared)
 
 

@@ -31,6 +31,7 @@ _DIGITS = 12
 """Of a difference; beyond these its sign is an error of rounding."""
 
 Labels = Bool[np.ndarray, "N"]
+Verdicts = Int8[np.ndarray, "N k"]
 Probabilities = Float[np.ndarray, "N"]
 
 
@@ -92,10 +93,7 @@ class McNemar:
 
 
 def count_votes(
-    labels: Labels,
-    verdicts: Int8[np.ndarray, "N k"],
-    question: Question = "prompt_harm",
-    unparsable: Unparsable = "harmful",
+    labels: Labels, verdicts: Verdicts, question: Question = "prompt_harm", unparsable: Unparsable = "harmful"
 ) -> Votes:
     """Decide what every verdict, POSITIVE, NEGATIVE or UNPARSABLE, counts as."""
     parsed = verdicts != UNPARSABLE

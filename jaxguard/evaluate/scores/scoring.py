@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -109,11 +110,11 @@ def _cell(
     slices = {f"{name}: {v}": ids for name, values in own.benchmark.slices.items() for v, ids in values.items()}
     # Sorted: the order of a set differs between processes, and with it the draws of the bootstrap.
     rows = {name: np.array(sorted(row[x] for x in ids if x in row), int) for name, ids in slices.items()}
-    mean = {
-        name: float(np.mean([getattr(prediction, name) for prediction in predictions]))
-        for name in ("seconds", "scoring", "prompt_tokens", "completion_tokens")
-    }
-    versus = None
+    mean = ("seconds", "scoring", "prompt_tokens", "completion_tokens")
+    costs: dict[str, Any] = {name: float(np.mean([getattr(each, name) for each in predictions])) for name in mean}
+    costs |= {name: sum(getattr(each, name) for each in predictions) for name in ("wall", "forced", "cut")}
+    unscored = sum(sum(each.unscored.values()) for each in predictions)
+    definition, versus = own.benchmark.definition, None
     if reference is not None:
         test = metrics.mcnemar(votes, reference.votes(settings))
         versus = replace(_versus([own], [reference], (1.0,), settings), mcnemar=test)
@@ -121,20 +122,14 @@ def _cell(
         guard=own.guard,
         mode=str(own.mode),
         benchmark=own.label,
-        source=own.benchmark.definition.name,
-        title=own.benchmark.definition.title,
-        group=own.benchmark.definition.group,
+        source=definition.name,
+        title=definition.title,
+        group=definition.group,
         question=own.question,
         examples=len(own.examples),
         complete=len(own.examples) == len(own.benchmark.examples),
         result=metrics.measure(votes, seed, resamples),
-        cost=Cost(
-            **mean,
-            wall=sum(prediction.wall for prediction in predictions),
-            forced=sum(prediction.forced for prediction in predictions),
-            unscored=sum(sum(prediction.unscored.values()) for prediction in predictions),
-            cut=sum(prediction.cut for prediction in predictions),
-        ),
+        cost=Cost(**costs, unscored=unscored),
         slices={name: metrics.measure(votes[members], seed, resamples) for name, members in rows.items()},
         calibration=metrics.calibration(own.labels, own.filled(settings), seed, resamples) if scored else None,
         thresholded=_thresholded(own, validation, settings) if scored and validation else None,
@@ -162,6 +157,7 @@ def _wrong(own: PredictedExamples, votes: Votes, slices: Mapping[str, frozenset[
     """Examples of which no more than half of the generations are right, the most certain first."""
     positive, negative = CHOICES[own.question]
     words = {POSITIVE: positive, NEGATIVE: negative}
+    rows = zip(own.examples, own.predictions, votes.labels, votes.right, strict=True)
     errors = [
         Wrong(
             example=example,
@@ -171,9 +167,7 @@ def _wrong(own: PredictedExamples, votes: Votes, slices: Mapping[str, frozenset[
             text=prediction.texts[int(right.argmin())] if prediction.texts else "",
             slices=tuple(name for name, ids in slices.items() if example.id in ids),
         )
-        for example, prediction, label, right in zip(
-            own.examples, own.predictions, votes.labels, votes.right, strict=True
-        )
+        for example, prediction, label, right in rows
         if right.mean() <= 0.5
     ]
     errors.sort(key=lambda wrong: -abs((0.5 if wrong.probability is None else wrong.probability) - 0.5))
