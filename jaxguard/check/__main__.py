@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
@@ -51,8 +50,18 @@ def _check(options: argparse.Namespace) -> int:
         # On a terminal the verdicts themselves are the progress, and a bar would be in their way.
         tracked = examples if console.is_terminal else track(examples, "checking", least=2)
         for example, result in zip(tracked, guard.stream(examples), strict=True):
-            if options.json:
-                print(json_line(result), flush=True)
+            if options.json:  # ASCII only; a question that does not apply is null
+                words = {str(q): getattr(result.verdict, q) if q in result.questions else None for q in TITLES}
+                tree = {
+                    "id": result.id,
+                    **words,
+                    "passes": result.passes,
+                    "probabilities": {q: None if p is None else round(p, 6) for q, p in result.probabilities.items()},
+                    "reasoning": result.reasoning,
+                    "problems": list(result.problems),
+                    "seconds": round(result.seconds, 3),
+                }
+                print(json.dumps(tree), flush=True)
             else:
                 console.print(render(result, example if several else None))
             passed = passed and result.passes
@@ -62,8 +71,7 @@ def _check(options: argparse.Namespace) -> int:
 def read_inputs(prompt: str | None, response: str | None, file: str | None) -> list[Example]:
     """The one exchange of the command line, or those of a file; `-` for either is standard input.
 
-    Raises:
-        JaxguardError: nothing to check, or both; an empty text; a line that is no exchange.
+    JaxguardError: nothing to check, or both; an empty text; a line that is no exchange.
     """
     if prompt == "-" and file is None:
         prompt, file = None, "-"
@@ -132,33 +140,16 @@ def render(result: CheckResult, example: Example | None = None) -> RenderableTyp
     return Group(*parts)
 
 
-def json_line(result: CheckResult) -> str:
-    """One JSON object, ASCII only; a question that does not apply is null."""
-    tree: dict[str, Any] = {"id": result.id}
-    tree |= {q: getattr(result.verdict, q) if q in result.questions else None for q in TITLES}
-    tree |= {
-        "passes": result.passes,
-        "probabilities": {q: None if p is None else round(p, 6) for q, p in result.probabilities.items()},
-        "reasoning": result.reasoning,
-        "problems": list(result.problems),
-        "seconds": round(result.seconds, 3),
-    }
-    return json.dumps(tree)
-
-
 def _options(parser: argparse.ArgumentParser) -> None:
     policies = names(CONFIG_FOLDER / "policies")
     parser.epilog = EPILOG.format(policies=", ".join(policies))
     add = parser.add_argument
     add("text", nargs="?", help="what the user wrote; - reads standard input")
     add("--model", required=True, help="an export, a run's folder, a repository on the hub, or a server's address")
-    policy = add(
-        "--policy", metavar="NAME|PATH", help="what is harmful; without, the policy that the model was trained on"
-    )
+    policy = add("--policy", metavar="NAME|PATH", help="what is harmful; without, the policy the model was trained on")
     suggest(policy, lambda _: policies)
-    add(
-        "--mode", choices=[str(mode) for mode in Mode], help="without, as it was trained; if both or unknown, reasoning"
-    )
+    modes = [str(mode) for mode in Mode]
+    add("--mode", choices=modes, help="without, as it was trained; if both or unknown, reasoning")
     add("--response", metavar="TEXT", help="what the assistant answered")
     add("--file", metavar="PATH", help="several texts; - reads standard input")
     add("--json", action="store_true", help="print a JSON object for each text")

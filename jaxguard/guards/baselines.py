@@ -51,9 +51,8 @@ def fit_baseline(kind: str, examples: Sequence[Example], seed: int) -> Predictor
                 return lambda texts: np.full(len(texts), share)
             if kind == "tfidf" and len(set(positive.tolist())) == 2:
                 words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")  # noqa: S106
-                letters = TfidfVectorizer(
-                    analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2, max_features=300_000
-                )
+                chars = {"analyzer": "char_wb", "ngram_range": (2, 5), "min_df": 2, "max_features": 300_000}
+                letters = TfidfVectorizer(**chars, sublinear_tf=True)
                 regression = LogisticRegression(C=5.0, class_weight="balanced", solver="liblinear", random_state=seed)
                 pipeline = make_pipeline(make_union(words, letters), regression)
                 pipeline.fit([_text(example, fitted_to) for example in labelled], positive)

@@ -154,34 +154,28 @@ class Guard:
         if policy is None:
             if run is None:
                 raise JaxguardError(
-                    "which policy? What this model was trained on is not known: name one, such as aegis2"
+                    "which policy? The one that this model was trained on is not known: name one, such as aegis2"
                 )
             policy = run.data.policy if export is None or config is not None else export.policy
         trained = "dual" if run is None else run.data.mode
         default = chosen or (Mode.DIRECT if trained == "direct" else Mode.REASONING)
         guard = GuardConfig(checkpoint=checkpoint, endpoint=endpoint, modes=(default.value,))
         settings = EvaluateConfig(guards=(guard,), generations=1, temperature=0.0, top_p=1.0)
-        # The mesh, attention and dtype were chosen for the machine that trained; the defaults fit this one.
-        own_model: dict[str, Any] = {} if run is None else run.model.model_dump()
-        own_data: dict[str, Any] = (
-            {"train": [{"kind": "jsonl", "path": "none"}]} if run is None else run.data.model_dump()
-        )
+        own: dict[str, Any] = {"model": {}, "data": {"train": [{"kind": "jsonl", "path": "none"}]}}
+        if run is not None:
+            own = run.model_dump(include={"model", "data"})
         tree = {
             "name": "check",
-            "model": {**own_model, "checkpoint": checkpoint, "revision": None, "attention": "auto"},
-            "data": {**own_data, "policy": str(policy), "subset": None},
+            # The mesh, attention and dtype were chosen for the machine that trained; the defaults fit this one.
+            "model": {**own["model"], "checkpoint": checkpoint, "revision": None, "attention": "auto"},
+            "data": {**own["data"], "policy": str(policy), "subset": None},
             "evaluate": settings.model_dump(),
         }
         warning = "" if trained in ("dual", default) else f"this model was trained to answer in {trained} mode only"
         return cls(load_config(tree), default, warning)
 
     def check(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:
-        """Check a prompt, or an exchange.
-
-        Args:
-            prompt: what the user wrote.
-            response: what the assistant answered; None judges the prompt alone.
-            mode: "reasoning" or "direct"; None takes the guard's own.
+        """Check what the user wrote, with what the assistant answered, in mode "reasoning" or "direct"; None: the guard's own.
 
         Raises:
             JaxguardError: no such mode, a policy that leaves no room for the text, or a server that fails.
@@ -263,22 +257,18 @@ class Guard:
         async for prediction in self._predict(requests):
             predictions[prediction.example_id] = prediction
             while str(done) in predictions:
-                yield _result(examples[done], predictions.pop(str(done)), mode)
+                example, answer = examples[done], predictions.pop(str(done))
+                text, questions = answer.texts[0] if answer.texts else "", tuple(answer.verdicts)
+                verdict = parse(text, questions, mode, example.response is not None)
+                cut = ("too long for the guard: the middle of the text was not read",) if answer.cut else ()
+                yield CheckResult(
+                    id=example.id,
+                    questions=questions,
+                    verdict=verdict,
+                    probabilities=dict(answer.probabilities),
+                    reasoning=reasoning_of(text) if mode is Mode.REASONING else None,
+                    problems=(*verdict.problems, *cut),
+                    text=text,
+                    seconds=answer.seconds,
+                )
                 done += 1
-
-
-def _result(example: Example, prediction: Prediction, mode: Mode) -> CheckResult:
-    text = prediction.texts[0] if prediction.texts else ""
-    questions = tuple(prediction.verdicts)
-    verdict = parse(text, questions, mode, example.response is not None)
-    cut = ("too long for the guard: the middle of the text was not read",) if prediction.cut else ()
-    return CheckResult(
-        id=example.id,
-        questions=questions,
-        verdict=verdict,
-        probabilities=dict(prediction.probabilities),
-        reasoning=reasoning_of(text) if mode is Mode.REASONING else None,
-        problems=(*verdict.problems, *cut),
-        text=text,
-        seconds=prediction.seconds,
-    )

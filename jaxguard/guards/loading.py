@@ -36,8 +36,7 @@ _SAMPLING: Final = {"temperature", "top_p", "generations", "reasoning_tokens", "
 def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
     """The modes of a guard: its own, else those that data.mode trains, as far as its format has them.
 
-    Raises:
-        JaxguardError: no such format, or one without that mode.
+    JaxguardError: no such format, or one without that mode.
     """
     if guard.format == "jaxguard":
         able = tuple(Mode)
@@ -76,10 +75,8 @@ async def open_guard(
 ) -> AsyncIterator[Predictor]:
     """Load a guard, or connect to it, or start its server; everything is closed at the end.
 
-    The config is its run's, or that of the run that evaluates it. For `probabilities` see protocol.predict.
-
-    Raises:
-        JaxguardError: no such checkpoint, a server that does not answer or serves another model.
+    The config is its run's, or that of the run that evaluates it. For `probabilities` see protocol.predict. JaxguardError: no
+    such checkpoint, a server that does not answer or serves another model.
     """
     if guard.format in BASELINES:
         examples, _ = load_sources(config.data.train, "train")
@@ -112,16 +109,14 @@ async def open_guard(
             else:  # others may swap its weights meanwhile
                 version = (await served(url)).get("weight_version")
             backend = await stack.enter_async_context(open_sglang(url, model, settings, version))
-        yield partial(predict, form=form, backend=backend, settings=settings, probabilities=probabilities)
+        yield partial(predict, form=form, backend=backend, settings=settings, score=probabilities)
 
 
 async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:
     """What tells a guard's predictions from another guard's; JSON.
 
-    A running server is known by what it serves, not by its address.
-
-    Raises:
-        JaxguardError: no such checkpoint or training data, or a server that does not answer.
+    A running server is known by what it serves, not by its address. JaxguardError: no such checkpoint or training data, or a
+    server that does not answer.
     """
     if guard.format in BASELINES:
         examples, _ = load_sources(config.data.train, "train")
@@ -191,9 +186,7 @@ def open_predictions(path: Path, settings: Mapping[str, Any]) -> Iterator[Predic
     """Open a file of predictions to add to, or begin it. The caller holds a lock on the folder.
 
     Its lines are checksummed; the first one holds `settings`, JSON that decides the predictions: guard, sampling, examples.
-
-    Raises:
-        JaxguardError: it was begun with other settings, or cannot be written.
+    JaxguardError: it was begun with other settings, or cannot be written.
     """
 
     def parse(record: dict[str, Any]) -> Prediction:

@@ -3,8 +3,7 @@
     prompt -> `generations` completions -> those whose reasoning ran out get a forced verdict -> parsed
            -> probability of each positive verdict, at the tokens where it is decided
 
-A PromptFormat renders and parses, a Backend computes. One generation answers all questions of a request that the format puts
-into one prompt; a format with one prompt for each question generates for each of them.
+A PromptFormat renders and parses, a Backend computes. One generation answers all questions that the format puts into one prompt.
 """
 
 import asyncio
@@ -92,9 +91,8 @@ Predictor = Callable[[Sequence[Request]], AsyncIterator[Prediction]]
 class DecisionPoint:
     """Where an answer to a question continues with one of two tokens.
 
-    Attributes:
-        prefix: token ids of everything before it, prompt included.
-        earlier: the decisions that lead here, each with whether its positive token was taken.
+    `prefix` holds the token ids before it, prompt included; `earlier` the decisions that lead here, each with whether its positive
+    token was taken.
     """
 
     prefix: tuple[int, ...]
@@ -179,23 +177,15 @@ def sample_digest(seed: int, prompt: Sequence[int], sample: int) -> bytes:
 
 
 async def predict(
-    requests: Sequence[Request],
-    form: PromptFormat,
-    backend: Backend,
-    settings: EvaluateConfig,
-    probabilities: bool = True,
+    requests: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig, *, score: bool = True
 ) -> AsyncIterator[Prediction]:
-    """Predict batch by batch; predictions come as their batch is done.
-
-    Requests have one mode and distinct example ids. Without `probabilities` verdicts are not scored, unless they come from their
-    probabilities.
-    """
+    """Predict batch by batch, as a Predictor; without `score`, verdicts have no probability unless they come from it."""
     batches = iter([requests[i : i + backend.group] for i in range(0, len(requests), backend.group)])
     tasks: set[asyncio.Task[list[Prediction]]] = set()
     try:
         while True:
             for batch in itertools.islice(batches, backend.workers - len(tasks)):
-                tasks.add(asyncio.create_task(_predict_batch(batch, form, backend, settings, probabilities)))
+                tasks.add(asyncio.create_task(_predict_batch(batch, form, backend, settings, score)))
             if not tasks:
                 return
             # No batch begins before the caller has stored these: a backend in this thread never waits.
@@ -223,7 +213,7 @@ class _Part:
 
 
 async def _predict_batch(
-    requests: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig, probabilities: bool
+    requests: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig, score: bool
 ) -> list[Prediction]:
     started = time.monotonic()
     groups = [[_Part(part, form.prompt(part)) for part in form.split(request)] for request in requests]
@@ -231,7 +221,7 @@ async def _predict_batch(
     if settings.generations:
         await _generate(parts, form, backend, settings)
     sampled = time.monotonic()
-    if probabilities or not settings.generations:
+    if score or not settings.generations:
         await _score(parts, form, backend)
     scored = time.monotonic()
     # Without sampling the probability is the answer.

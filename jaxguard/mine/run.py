@@ -5,8 +5,8 @@ select -> predict, storing every answer -> count the right ones -> choose -> wri
 
 import asyncio
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.data.prepare import Selection, select, subset
 from jaxguard.guards.loading import cache_key, examples_key, open_guard, open_predictions
 from jaxguard.guards.protocol import Request
-from jaxguard.report import Cell, Drawing, Page, Section, Table, write_markdown
+from jaxguard.report import Cell, Content, Drawing, Page, Section, Table, write_markdown
 from jaxguard.report.figures import COLOURS, INK, save_figure, style
 from jaxguard.utils.files import lock_folder, write_atomically
 from jaxguard.utils.progress import Progress
@@ -36,12 +36,9 @@ PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
 
 @dataclass(frozen=True)
 class Outcome:
-    """A training example as trained, and the guard's answers to it.
+    """A training example as trained, its labels ("prompt_harm harmful, response_harm unharmful"), and the guard's answers to it.
 
-    Attributes:
-        labels: question by question: "prompt_harm harmful, response_harm unharmful".
-        right: how many of the texts agree with every label.
-        unparsable: how many of the others are unparsable.
+    So many of the texts are `right` in every label, and so many of the others are unparsable.
     """
 
     example: Example
@@ -80,20 +77,16 @@ class MineResult:
 
         An example counts for each of its categories.
         """
-        values: dict[str, Callable[[Outcome], Iterable[str]]] = {
-            "mode": lambda outcome: (outcome.mode.value,),
-            "label": lambda outcome: (outcome.labels,),
-            "source": lambda outcome: (outcome.example.source,),
-            "category": lambda outcome: categories(outcome.example),
+        views: dict[str, dict[str, list[int]]] = {"mode": {}, "label": {}, "source": {}, "category": {}}
+        for outcome in self.outcomes:
+            one_of_each = (outcome.mode.value,), (outcome.labels,), (outcome.example.source,)
+            for groups, values in zip(views.values(), (*one_of_each, categories(outcome.example)), strict=True):
+                for value in values:
+                    groups.setdefault(value, [0] * (self.settings.generations + 1))[outcome.right] += 1
+        by_size = {
+            view: sorted(groups.items(), key=lambda item: (-sum(item[1]), item[0])) for view, groups in views.items()
         }
-        views: dict[str, dict[str, list[int]]] = {}
-        for view, values_of in values.items():
-            groups: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (self.settings.generations + 1))
-            for outcome in self.outcomes:
-                for value in values_of(outcome):
-                    groups[value][outcome.right] += 1
-            views[view] = dict(sorted(groups.items(), key=lambda item: (-sum(item[1]), item[0])))
-        return views
+        return {view: dict(groups) for view, groups in by_size.items()}
 
     @property
     def taken_by_class(self) -> dict[str, int]:
@@ -123,8 +116,7 @@ class MineResult:
 def mine(config: Config) -> MineResult:
     """Find the training examples that the run's guard judges right only sometimes, and write them into runs/NAME/mine.
 
-    Raises:
-        JaxguardError: there is no guard yet, the data cannot be read, or there are answers under other settings.
+    JaxguardError: there is no guard yet, the data cannot be read, or there are answers under other settings.
     """
     settings = config.mine or MineConfig()
     sampling = (config.evaluate or EvaluateConfig()).model_copy(
@@ -271,27 +263,23 @@ def page(result: MineResult) -> Page:
         about = "An example counts for each of its categories." if name == "category" else None
         views.append(Section(f"By {name}", [about, table]))
     taken = [(Cell(name, code=True), count) for name, count in result.taken_by_class.items()]
-    return Page(
-        f"Hard examples of {result.name}",
-        [
-            f"The guard answered each of its {examples:,} training examples {k} times. An answer is right if every label of "
-            "the example is; an unparsable one is not.",
-            Drawing("Examples by number of right answers", file="right.png"),
-            right_table(result),
-            f"Always right: {right[k] / examples:.1%}.{paper} Unparsable answers: {unparsable:,} of {examples * k:,}.",
-            Section(
-                "What was taken",
-                [
-                    f"Hard is what was right {' or '.join(map(str, settings.hard))} times: {len(result.hard):,} examples. Taken: "
-                    f"{len(result.taken):,} (balance {settings.balance}, most {settings.most or 'all'}), in hard.jsonl.",
-                    Table.of(("class", "taken"), taken),
-                    f"Never right: {right[0]:,}, in never_right.jsonl. Their labels may be wrong; look at them. They are still in "
-                    "train.jsonl.",
-                ],
-            ),
-            *views,
-        ],
-    )
+    choice: list[Content] = [
+        f"Hard is what was right {' or '.join(map(str, settings.hard))} times: {len(result.hard):,} examples. Taken: "
+        f"{len(result.taken):,} (balance {settings.balance}, most {settings.most or 'all'}), in hard.jsonl.",
+        Table.of(("class", "taken"), taken),
+        f"Never right: {right[0]:,}, in never_right.jsonl. Their labels may be wrong; look at them. They are still in "
+        "train.jsonl.",
+    ]
+    parts: list[Content] = [
+        f"The guard answered each of its {examples:,} training examples {k} times. An answer is right if every label of "
+        "the example is; an unparsable one is not.",
+        Drawing("Examples by number of right answers", file="right.png"),
+        right_table(result),
+        f"Always right: {right[k] / examples:.1%}.{paper} Unparsable answers: {unparsable:,} of {examples * k:,}.",
+        Section("What was taken", choice),
+        *views,
+    ]
+    return Page(f"Hard examples of {result.name}", parts)
 
 
 def right_table(result: MineResult) -> Table:

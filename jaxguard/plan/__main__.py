@@ -82,13 +82,19 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     name = parser.add_argument("sweep", metavar="NAME|PATH", help="a file of configs/sweeps, or any YAML file")
     suggest(name, lambda _: names(CONFIG_FOLDER / "sweeps"))
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/sweeps/NAME")
+    parser.add_argument("--dry-run", action="store_true", help="print the points and stop")
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from jaxguard.plan.sweeps import SWEEP_OUTPUT, Point, Result, sweep
+    from jaxguard.plan.sweeps import SWEEP_OUTPUT, Point, Result, points, read_sweep, sweep
 
     console = Console(soft_wrap=True)
     folder = options.output or SWEEP_OUTPUT / Path(options.sweep).stem
+    if options.dry_run:
+        for point in points(read_sweep(options.sweep)):
+            mesh = "×".join(map(str, (point.config.mesh.data, point.config.mesh.fsdp, point.config.mesh.tensor)))
+            console.print(f"{point.series}: {point.cluster.name}, mesh {mesh}, {point.rows:,} rows")
+        return 0
 
     def on_point(point: Point, result: Result) -> None:
         text = result.get("error") or f"{result['peak'] / GIB:.1f} GiB, {result['estimate']['step']:.3g} s a step"

@@ -54,10 +54,7 @@ class Limiter:
 
     A sign of overload halves the limit; requests that began before a cut do not cut again, since one burst of refusals is
     one sign. Until the first cut every answer raises the limit by one; from then on it takes a limit's worth of answers.
-
-    Attributes:
-        limit: requests that may be under way, a fraction counting as none.
-        active: requests that are.
+    `active` requests are under way, and `limit` may be, a fraction counting as none.
     """
 
     def __init__(self, start: int, most: int) -> None:
@@ -96,9 +93,7 @@ class Limiter:
 class Client:
     """Open connections to one or several servers of the same model; see `connect`.
 
-    Attributes:
-        active: endpoint -> requests under way.
-        resting_until: endpoint -> when it may be preferred again after its connection broke, by time.monotonic.
+    By endpoint: requests under way (`active`), and when it may be preferred again after its connection broke, by time.monotonic.
     """
 
     endpoints: tuple[str, ...]
@@ -135,12 +130,10 @@ class Client:
 
     async def _try(self, path: str, body: Any, parse: Callable[[Any, str], T], only: str | None) -> T:
         async with self.limiter.slot() as overload:
-            now = time.monotonic()
-            url = only or min(
-                self.endpoints, key=lambda url: (self.resting_until.get(url, now) > now, self.active[url])
-            )
+            now, method = time.monotonic(), "GET" if body is None else "POST"
+            free = sorted(self.endpoints, key=lambda url: (self.resting_until.get(url, now) > now, self.active[url]))
+            url = only or free[0]
             self.active[url] += 1
-            method = "GET" if body is None else "POST"
             try:
                 response = await self.http.request(method, url + path, json=body)
             except (httpx2.RequestError, httpx2.InvalidURL) as error:
@@ -155,28 +148,24 @@ class Client:
                 self.active[url] -= 1
             if response.status_code in _OVERLOAD_STATUS:
                 overload()
-            self._check_status(response, url, path)
+            status, words = response.status_code, _words(response)
+            if status in _TRANSIENT_STATUS or status >= 500:
+                pause = re.fullmatch(r"\d+(\.\d+)?", response.headers.get("retry-after", ""))  # or a date
+                raise RetryableError(f"{url}: status {status}: {words}", float(pause[0]) if pause else 0.0)
+            if status in (401, 403):
+                raise JaxguardError(f"{url} refuses the key: set {self.api_key_env}; it says: {words}")
+            if status == 404:
+                raise NotFoundError(
+                    f"{url} has no {path}: is it the right kind of server, and the address right? That of an OpenAI-style "
+                    f"server ends in /v1. It says: {words}"
+                )
+            if not response.is_success:
+                raise JaxguardError(f"{url} refuses {path}, and would again: status {status}: {words}")
             try:
                 return parse(response.json(), url)
             except (AttributeError, LookupError, TypeError, ValueError) as error:
-                text = f"{type(error).__name__}: {error}; it says: {_words(response)}"
+                text = f"{type(error).__name__}: {error}; it says: {words}"
                 raise RetryableError(f"{url} sent a malformed response: {text}") from None
-
-    def _check_status(self, response: httpx2.Response, url: str, path: str) -> None:
-        """Raise what a status that is no success means."""
-        status, words = response.status_code, _words(response)
-        if status in _TRANSIENT_STATUS or status >= 500:
-            pause = re.fullmatch(r"\d+(\.\d+)?", response.headers.get("retry-after", ""))  # or a date
-            raise RetryableError(f"{url}: status {status}: {words}", float(pause[0]) if pause else 0.0)
-        if status in (401, 403):
-            raise JaxguardError(f"{url} refuses the key: set {self.api_key_env}; it says: {words}")
-        if status == 404:
-            raise NotFoundError(
-                f"{url} has no {path}: is it the right kind of server, and the address right? That of an OpenAI-style "
-                f"server ends in /v1. It says: {words}"
-            )
-        if not response.is_success:
-            raise JaxguardError(f"{url} refuses {path}, and would again: status {status}: {words}")
 
 
 @asynccontextmanager

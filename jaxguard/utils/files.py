@@ -56,18 +56,15 @@ def write_atomically(path: Path, text: str) -> None:
 def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
     """Yield a scratch folder beside `output`, and rename it to `output` at the end, after everything in it is on the disk.
 
-    When the block raises, the scratch folder is removed and `output` stays as it was.
-
-    Raises:
-        JaxguardError: `output` is not empty, cannot be made, or the disk is full or has no room for about `size` bytes.
+    When the block raises, the scratch folder is removed and `output` stays as it was. JaxguardError: `output` is not empty,
+    cannot be made, or the disk is full or has no room for about `size` bytes.
     """
     output = output.absolute()
     check_free(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            ".partial", f".{output.name}.", output.parent, ignore_cleanup_errors=True
-        ) as name:
+        own, parent = f".{output.name}.", output.parent
+        with tempfile.TemporaryDirectory(".partial", own, parent, ignore_cleanup_errors=True) as name:
             scratch = Path(name)
             free = shutil.disk_usage(scratch).free
             if free < size:

@@ -60,5 +60,4 @@ def fetch(checkpoint: str, revision: str | None = None, only: Sequence[str] | No
         return Path(local)
     except tuple(_REFUSALS) as error:
         meaning = next(text for kind, text in _REFUSALS.items() if isinstance(error, kind))
-        text = meaning.format(name=checkpoint, revision=revision or "main", error=error)
-        raise JaxguardError(text) from None
+        raise JaxguardError(meaning.format(name=checkpoint, revision=revision or "main", error=error)) from None

@@ -20,9 +20,7 @@ Item = TypeVar("Item")
 class Progress:
     """A context manager that shows the newest numbers of a loop over `total` items, of which some were done before.
 
-    Args:
-        console: where to show it; default: standard output.
-        unit: what an item is, for the speed; None shows no speed.
+    It is shown on standard output, unless a console is given. `unit` is what an item is, for the speed; None shows no speed.
     """
 
     def __init__(

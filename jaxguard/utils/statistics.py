@@ -1,12 +1,10 @@
 """Agreement of sampled verdicts with labels, and with each other.
 
-Every example has one label and k sampled verdicts. Each of the k samples is scored over all examples, and the k scores are
-averaged: the paper's (arXiv 2505.20087) F1 over independent generations. Intervals are percentiles of a bootstrap that draws
-examples with replacement, each with all its samples.
+Each of an example's k sampled verdicts is scored over all examples, and the k scores are averaged, as in the paper (arXiv
+2505.20087). Intervals are percentiles of a bootstrap that draws examples with replacement, each with all its samples.
 
 A score is None if undefined: recall and F1 without a positive label, the false-positive rate without a negative one, precision
-and kappa without labels of both classes, precision without a positive verdict, consistency with one sample. One example has no
-interval.
+and kappa without labels of both classes, precision without a positive verdict, consistency with one sample.
 """
 
 import math

@@ -32,8 +32,7 @@ class Store:
     def append(self, record: Mapping[str, Any], name: str = "record") -> None:
         """Append a record of JSON values: once this returns, killing the process does not lose it.
 
-        Raises:
-            JaxguardError: it cannot be written; the file is as before.
+        JaxguardError: it cannot be written; the file is as before.
         """
         size, rest = os.fstat(self._file.fileno()).st_size, memoryview(_sealed(name, record))
         try:
@@ -81,8 +80,7 @@ def open_store(path: Path, settings: Mapping[str, Any], remedy: str) -> Iterator
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings that a file was begun with.
 
-    Raises:
-        JaxguardError: there is no such file, or its first line is damaged.
+    JaxguardError: there is no such file, or its first line is damaged.
     """
     try:
         with path.open("rb") as file:

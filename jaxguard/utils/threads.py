@@ -11,9 +11,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_turn(
-    work: Callable[[Item], Result], items: Iterable[Item], threads: int = 2, ahead: int = 2
-) -> Iterator[Result]:
+def in_turn(work: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
     """`work` of each item, in their order; threads compute up to `ahead` results before they are used."""
     following = iter(items)
     with ThreadPoolExecutor(threads) as pool:

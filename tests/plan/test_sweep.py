@@ -66,6 +66,16 @@ def test_weak_scaling_grows_the_batch_and_strong_scaling_shares_it(sweep_file):
     ]
 
 
+def test_a_dry_run_prints_the_points_and_compiles_nothing(sweep_file, tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert command.main(["sweep", str(sweep_file), "--output", str(folder), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["weak"] * 3 + ["strong"] * 2
+    assert "128 rows" in lines[1]
+    assert not compiled
+    assert not folder.exists()
+
+
 def test_weights_are_sharded_over_as_many_devices_as_divide_the_models_width(sweep_file):
     sweep_file.write_text(
         "title: Gemma\nseries:\n  4b: {config: gemma4b_full, target: v5p, devices: [8, 4096], scaling: weak, rows: 4}\n"

@@ -1,13 +1,10 @@
 """A Backend that computes in this process with our own decoder, over the training mesh.
 
-Generation: the tokens that all prompts of a call begin with (policy, chat header) are computed once, for one row. Each batch then
-computes the rest of its prompts, which all samples of a prompt share. Generated tokens go into a third cache, so that no cache is
-copied or overwritten, and the whole loop over new tokens runs on the devices. Samples depend on the seed, the prompt's tokens and
-the sample's number only: neither on the batch nor on the order of prompts.
+Generation: the common prefix of all prompts is computed once, for one row; each batch then computes the rest of its prompts, which
+the samples of a prompt share. Generated tokens go into a third cache, so that none is copied or overwritten. Samples depend on the
+seed, the prompt's tokens and the sample's number only: neither on the batch nor on the order of prompts.
 
-Log-odds of two next tokens, for the probabilities of verdicts, are computed as in training: prompts are packed into rows, which
-hold their common prefix once, and go through the same attention kernels. A prompt that is the beginning of another one is scored
-within it.
+Log-odds of two next tokens are computed as in training: packed prompts, their common prefix once, the same kernels.
 """
 
 import math
@@ -30,19 +27,12 @@ from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import KERNEL_MULTIPLE, Batch, assemble, bucket_size, bucketed, pack
 from jaxguard.guards.protocol import Completion, sample_digest
+from jaxguard.models import sharding
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import Compute, choose_compute
 from jaxguard.models.decoder import Cache, Decoder
 from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
-from jaxguard.models.sharding import (
-    batch_sharding,
-    constrain,
-    make_mesh,
-    partition,
-    replicated,
-    shard_batch,
-    weight_shardings,
-)
+from jaxguard.models.sharding import constrain
 from jaxguard.models.spec import Spec, UnsupportedModelError, read_spec
 from jaxguard.models.weights import table
 from jaxguard.utils.errors import JaxguardError
@@ -87,7 +77,9 @@ class Model:
         """Put arrays on the devices: rows over data and fsdp, or everything on each."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
-        return shard_batch(tree, replicated(self.mesh) if whole else batch_sharding(self.mesh))
+        return sharding.shard_batch(
+            tree, sharding.replicated(self.mesh) if whole else sharding.batch_sharding(self.mesh)
+        )
 
     def on_mesh(self) -> AbstractContextManager[Any]:
         """The mesh as the context's, while programs run."""
@@ -109,7 +101,7 @@ def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh
         if "norm" not in entry.axes:
             weight = weight.astype(compute.matmul_dtype or compute.dtype)
         if mesh is not None:
-            spread = partition(entry.axes, weight.shape, mesh.shape, without="fsdp")
+            spread = sharding.partition(entry.axes, weight.shape, mesh.shape, without="fsdp")
             weight = jax.device_put(weight, NamedSharding(mesh, spread))
         placed[entry.path] = weight
     return Model(placed, spec, replace(compute, remat="none"), mesh)
@@ -142,8 +134,7 @@ class JaxBackend:
 def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxBackend:
     """Read a checkpoint onto the config's mesh.
 
-    Raises:
-        JaxguardError: the checkpoint cannot be read, our decoder lacks its architecture, or the mesh does not fit the devices.
+    JaxguardError: the checkpoint cannot be read, our decoder lacks its architecture, or the mesh does not fit the devices.
     """
     try:
         spec = read_spec(folder)
@@ -153,9 +144,9 @@ def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxB
             "guard the server's endpoint"
         ) from None
     check_vocabulary(folder, spec)
-    mesh = make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh)
     compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
-    weights = read_weights(folder, spec, weight_shardings(spec, mesh), compute.matmul_dtype or compute.dtype)
+    weights = read_weights(folder, spec, sharding.weight_shardings(spec, mesh), compute.matmul_dtype or compute.dtype)
     return JaxBackend(place_model(spec, weights, compute, mesh), settings, config.data.max_seq_len)
 
 
@@ -164,10 +155,8 @@ def generate(
 ) -> list[list[Completion]]:
     """Sample `sampling.n` completions of each prompt, in the prompts' order, about `rows` of them at the same time.
 
-    The completions are the same without `share_prefix`, which computes the common prefix of all prompts once.
-
-    Raises:
-        JaxguardError: a prompt is empty, or too long for the model.
+    The completions are the same without `share_prefix`, which computes the common prefix of all prompts once. JaxguardError: a
+    prompt is empty, or too long for the model.
     """
     check_prompts(model.spec, prompts, sampling.max_tokens)
     if not prompts:
@@ -257,11 +246,11 @@ def _joined(parts: Sequence[tuple[Float[Array, "_ D"], Cache]]) -> tuple[Float[A
     longest = parts[0][1].positions_AS.shape[1]
 
     def whole(arrays: Sequence[Array], rows: int, tokens: int, padding: int) -> Array:
-        def long(x: Array) -> Array:
+        padded = []
+        for x in arrays:
             more = [(0, longest - x.shape[tokens] if axis == tokens else 0) for axis in range(x.ndim)]
-            return jnp.pad(x, more, constant_values=padding)
-
-        return jnp.concatenate([long(x) for x in arrays], axis=rows)
+            padded.append(jnp.pad(x, more, constant_values=padding))
+        return jnp.concatenate(padded, axis=rows)
 
     hidden, caches = zip(*parts, strict=True)
     keys, values, positions = zip(*caches, strict=True)
@@ -311,9 +300,7 @@ def _decode(
     def step(state: _State) -> _State:
         """Feed the last token, cache its keys and values, sample the next."""
         last = state.step - 1
-        last_R1, position_R1 = (
-            jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1) for x in (state.tokens_RG, positions_RG)
-        )
+        last_R1, position_R1 = (jax.lax.dynamic_slice_in_dim(x, last, 1, 1) for x in (state.tokens_RG, positions_RG))
         written_RG = jnp.where(jnp.arange(max_tokens) < last, positions_RG, FAR)
         new = Cache(state.key_LRKGH, state.value_LRKGH, written_RG)
         hidden_R1D, cache = decoder.cached(last_R1, position_R1, (*seen, new))

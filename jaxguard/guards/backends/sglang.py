@@ -1,9 +1,7 @@
 """SGLang: a server in a process of its own, and the backend behind one, by its own /generate: token ids in, token ids out.
 
-Nothing that a server says is used before it is checked; utils/client.py says what is tried again.
-
-A server samples as it likes by default, so that the run's seed means nothing; with --enable-deterministic-inference the seed
-decides.
+Nothing that a server says is used before it is checked; utils/client.py says what is tried again. By default a server samples as
+it likes; with --enable-deterministic-inference the run's seed decides.
 """
 
 import os
@@ -76,10 +74,8 @@ class SglangBackend:
             if self.seeded:  # n of one seed would be the same answer n times
                 digests = [sample_digest(self.settings.seed, prompt, i) for i in range(n)]
                 seeds = [int.from_bytes(digest[:4], "big") >> 1 for digest in digests]
-                body = {
-                    "input_ids": [prompt] * n,
-                    "sampling_params": [{**sampling, "sampling_seed": seed} for seed in seeds],
-                }
+                each = [{**sampling, "sampling_seed": seed} for seed in seeds]
+                body = {"input_ids": [prompt] * n, "sampling_params": each}
             return self.client.request("/generate", body, parse)
 
         return await gather(request(list(map(int, prompt))) for prompt in prompts)  # numpy's integers are no JSON
@@ -116,10 +112,8 @@ async def open_sglang(
     """Connect to a server that runs. The environment variable JAXGUARD_API_KEY holds the key, if it wants one.
 
     The server must serve `model`, unless that is None; after `swap_weights` SGLang calls it by the new folder. The settings say
-    how to sample, and how many requests may be under way; for `version` see SglangBackend.
-
-    Raises:
-        JaxguardError: it does not answer, or serves another model.
+    how to sample, and how many requests may be under way; for `version` see SglangBackend. JaxguardError: it does not answer,
+    or serves another model.
     """
     async with _connect(url, settings.batch) as (client, server):
         names = await client.request("/v1/models", None, model_names, server)
@@ -129,21 +123,17 @@ async def open_sglang(
                 "server with --served-model-name"
             )
 
-        def is_deterministic(body: Any, _: str) -> bool:
-            return isinstance(body, dict) and body.get("enable_deterministic_inference") is True
-
-        try:
-            seeded = await client.request("/server_info", None, is_deterministic, server)
-        except JaxguardError:  # a router, or an older server, has no such path
-            seeded = False
+        seeded = False
+        with suppress(JaxguardError):  # a router, or an older server, has no such path
+            info = await client.request("/server_info", None, lambda body, _: body, server)
+            seeded = isinstance(info, dict) and info.get("enable_deterministic_inference") is True
         yield SglangBackend(settings, client, version, seeded)
 
 
 async def served(url: str) -> dict[str, Any]:
     """What a server says of its model: `model_path` and `weight_version` of SGLang, or `models`, the names of any other.
 
-    Raises:
-        JaxguardError: it does not answer.
+    JaxguardError: it does not answer.
     """
 
     def parse(body: Any, _: str) -> dict[str, Any]:
@@ -161,10 +151,7 @@ async def served(url: str) -> dict[str, Any]:
 async def swap_weights(url: str, folder: Path, version: str) -> None:
     """Have a server, not a router, load a folder with a checkpoint of the same shape that it can read.
 
-    Its responses must have this weight_version from then on.
-
-    Raises:
-        JaxguardError: it refuses, or still answers with other weights.
+    Its responses must have this weight_version from then on. JaxguardError: it refuses, or still answers with other weights.
     """
 
     def check(body: Any, url: str) -> None:
@@ -222,8 +209,7 @@ def _completion(answer: Any, url: str, max_tokens: int, stop_ids: tuple[int, ...
 def serve(checkpoint: Path, name: str, log: Path, settings: ServerConfig) -> Iterator[str]:
     """Serve a Hugging Face folder under a name with the SGLang of `settings.python`; the value is the server's address.
 
-    Raises:
-        JaxguardError: no such interpreter, no SGLang in it, or the server does not come up.
+    JaxguardError: no such interpreter, no SGLang in it, or the server does not come up.
     """
     python, port = shutil.which(str(Path(settings.python).expanduser())), free_port()
     if python is None:
@@ -254,8 +240,7 @@ def free_port() -> int:
     """A port that nothing listens on at the moment."""
     with socket.socket() as listener:
         listener.bind((_HOST, 0))
-        port: int = listener.getsockname()[1]
-    return port
+        return int(listener.getsockname()[1])
 
 
 @contextmanager
@@ -264,13 +249,9 @@ def started(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server in a process group of its own, from its first healthy answer to the end of the block.
 
-    It dies with the thread that started it, even where that is killed.
-
-    It is ready when the address `health` answers 200, for which it has so many seconds; `environment` holds variables besides the
-    inherited ones.
-
-    Raises:
-        JaxguardError: it ends early, or is not healthy in time; shows the end of the log.
+    It dies with the thread that started it, even where that is killed. It is ready when the address `health` answers 200, for
+    which it has so many seconds; `environment` holds variables besides the inherited ones. JaxguardError: it ends early, or is
+    not healthy in time; shows the end of the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     no_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY"), _HOST)))  # servers also ask themselves how they are

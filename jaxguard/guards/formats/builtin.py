@@ -10,24 +10,14 @@ from typing import Final
 
 from jaxguard.data.format.dialogue import CHOICES, Mode
 from jaxguard.data.policies import Policy, Question
-from jaxguard.guards.formats.definition import (
-    Chat,
-    ExternalGuard,
-    Reasoning,
-    VerdictLine,
-    filled_lines,
-    numbered,
-    reasoning_tags,
-)
+from jaxguard.guards.formats.definition import Chat, ExternalGuard, Reasoning, VerdictLine, filled_lines, numbered
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request
 
 
 def _line(question: Question, label: str, positive: str, negative: str, absent: str = "") -> VerdictLine:
     """A verdict line; several positive words are joined by |."""
-    words = tuple(positive.split("|"))
-    return VerdictLine(
-        question=question, label=label, positive=words, negative=(negative,), absent=(absent,) if absent else ()
-    )
+    words, absences = tuple(positive.split("|")), (absent,) if absent else ()
+    return VerdictLine(question=question, label=label, positive=words, negative=(negative,), absent=absences)
 
 
 def _chat(request: Request, _: Policy) -> Chat:
@@ -97,17 +87,11 @@ output "Response harm: <harmful/unharmful>" as None. {{marker}}"""
 
 
 # A text may hold braces: format reads those of the template only.
-def _wildguard_turn(request: Request, _: Policy) -> str:
-    return _WILDGUARD.format(prompt=request.example.prompt, response=request.example.response or "")
-
-
 def _nemotron_turn(request: Request, policy: Policy) -> Chat:
     response = "None" if request.example.response is None else request.example.response
     marker = "/think" if request.mode is Mode.REASONING else "/no_think"
-    turn = _NEMOTRON.format(
-        categories=numbered(policy), prompt=request.example.prompt, response=response, marker=marker
-    )
-    return [{"role": "user", "content": turn}], {}
+    texts = {"categories": numbered(policy), "prompt": request.example.prompt, "response": response}
+    return [{"role": "user", "content": _NEMOTRON.format(**texts, marker=marker)}], {}
 
 
 # ShieldGemma
@@ -236,7 +220,9 @@ BUILT_IN_GUARDS: Final[Mapping[str, ExternalGuard]] = {
             _line("response_refusal", "Response refusal", "yes", "no", absent="n/a"),
             _line("response_harm", "Harmful response", "yes", "no", absent="n/a"),
         ),
-        turn=_wildguard_turn,
+        turn=lambda request, _: _WILDGUARD.format(
+            prompt=request.example.prompt, response=request.example.response or ""
+        ),
         takes_policy=False,
         ends=("</s>",),
         tags=("[INST]", "[/INST]", "<|user|>", "<|assistant|>", "<s>", "</s>"),
@@ -289,7 +275,7 @@ BUILT_IN_GUARDS: Final[Mapping[str, ExternalGuard]] = {
             _line("response_harm", "Response harm", "harmful", "unharmful", absent="none"),
         ),
         turn=_nemotron_turn,
-        reasoning=reasoning_tags("<think>", "</think>\n\n", strict=True),
+        reasoning=Reasoning.tags("<think>", "</think>\n\n", strict=True),
         modes=(Mode.REASONING, Mode.DIRECT),
         ends=("<end_of_turn>", "<eos>"),
         tags=("<start_of_turn>", "<end_of_turn>"),

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, Self
 
@@ -94,9 +95,8 @@ def decision_tree(
             negative = tokens(f"{before}{label}{line.negative[0]}{end}")
             for word in line.positive:
                 positive = tokens(f"{before}{label}{word}{end}")
-                at = next(
-                    (j for j, pair in enumerate(zip(positive, negative, strict=False)) if pair[0] != pair[1]), None
-                )
+                differ = (j for j, pair in enumerate(zip(positive, negative, strict=False)) if pair[0] != pair[1])
+                at = next(differ, None)
                 if at is None:  # one is the beginning of the other
                     return points[:decided]
                 point = DecisionPoint((*prompt, *positive[:at]), positive[at], negative[at], line.question, earlier)
@@ -123,24 +123,24 @@ class Reasoning(NamedTuple):
     close: Callable[[str], str | None]
     retry: bool = False
 
+    @classmethod
+    def tags(cls, opening: str, closing: str, *, strict: bool) -> Self:
+        """Reasoning between two tags; the white space up to the verdict belongs to `closing`.
 
-def reasoning_tags(opening: str, closing: str, *, strict: bool) -> Reasoning:
-    """Reasoning between two tags; the white space up to the verdict belongs to `closing`.
+        If strict, an answer that does not open with its tag is malformed, and a cut verdict is not sampled again.
+        """
 
-    If strict, an answer that does not open with its tag is malformed, and a cut verdict is not sampled again.
-    """
+        def opened(text: str) -> bool:
+            return not strict or text.lstrip().startswith(opening)
 
-    def opened(text: str) -> bool:
-        return not strict or text.lstrip().startswith(opening)
+        def end(text: str) -> tuple[str, str] | None:
+            before, tag, verdict = text.rpartition(closing.strip())
+            return (before + closing.lstrip(), verdict) if tag and opened(text) else None
 
-    def end(text: str) -> tuple[str, str] | None:
-        before, tag, verdict = text.rpartition(closing.strip())
-        return (before + closing.lstrip(), verdict) if tag and opened(text) else None
+        def close(text: str) -> str | None:
+            return f"{text.rstrip()}\n{closing.lstrip()}" if opened(text) else None
 
-    def close(text: str) -> str | None:
-        return f"{text.rstrip()}\n{closing.lstrip()}" if opened(text) else None
-
-    return Reasoning(end, close, retry=not strict)
+        return cls(end, close, retry=not strict)
 
 
 @dataclass(frozen=True)
@@ -318,8 +318,7 @@ class GuardFormatDefinition(Schema):
 def read_guard(path: Path) -> ExternalGuard:
     """The format that a file describes, tried in every way in which it can be prompted.
 
-    Raises:
-        JaxguardError: unknown, missing or ill-typed field; a template that does not render, or leaves a text out.
+    JaxguardError: unknown, missing or ill-typed field; a template that does not render, or leaves a text out.
     """
     form = validate(GuardFormatDefinition, read_yaml(path), str(path))
     where = f"{path}: {'chat' if form.text is None else 'text'}"
@@ -333,15 +332,14 @@ def read_guard(path: Path) -> ExternalGuard:
         )
     reasoning, tags = None, set[str]()
     if form.reasoning is not None:
-        reasoning = reasoning_tags(form.reasoning.open, form.reasoning.close, strict=False)
+        reasoning = Reasoning.tags(form.reasoning.open, form.reasoning.close, strict=False)
         tags = {form.reasoning.open.strip(), form.reasoning.close.strip()}
     headings = {line.label for line in form.verdicts if line.label}
     for _, text in trials:
         lines = text.split("\n")
-        marks = (mark.strip() for mark in (*_SECTION.findall(text), *lines))  # and lines such as `# Policy` and `---`
-        tags |= {
-            mark for mark in marks if len(mark) > 2 and not mark[0].isalnum() and mark[-1] != ":" and _MARK not in mark
-        }
+        # Sections, and lines such as `# Policy` and `---`.
+        marks = {mark.strip() for mark in (*_SECTION.findall(text), *lines) if _MARK not in mark}
+        tags |= {mark for mark in marks if len(mark) > 2 and not mark[0].isalnum() and mark[-1] != ":"}
         headings |= {opens[1] for line in lines if (opens := _HEADING.match(line)) and _MARK not in opens[1]}
     clash = next((tag for tag in sorted(tags) if "\\" in tag or len(tag) < 2), None)
     if clash is not None:
@@ -382,14 +380,12 @@ def _trials(form: GuardFormatDefinition, where: str) -> Iterator[tuple[Question,
     """Question and prompt, in every way in which it can be prompted, with marks in place of the texts."""
     for question in (line.question for line in form.verdicts):
         alone = (None,) if form.prompt_alone else (None, _RESPONSE)
-        for response in alone if question == "prompt_harm" else (_RESPONSE,):
-            for mode in form.modes:
-                request = Request(Example("a trial", "trial", _PROMPT, response), (question,), mode)
-                turn = _turn(form, where, request, _POLICY)
-                text = turn if isinstance(turn, str) else turn[0][0]["content"]
-                for name, mark in (("prompt", _PROMPT), ("response", response)):
-                    if mark is not None and mark not in text:
-                        raise JaxguardError(
-                            f"{where}: does not show {{{{ {name} }}}} as it is where question is {question}"
-                        )
-                yield question, text
+        responses = alone if question == "prompt_harm" else (_RESPONSE,)
+        for response, mode in product(responses, form.modes):
+            request = Request(Example("a trial", "trial", _PROMPT, response), (question,), mode)
+            turn = _turn(form, where, request, _POLICY)
+            text = turn if isinstance(turn, str) else turn[0][0]["content"]
+            for name, mark in (("prompt", _PROMPT), ("response", response)):
+                if mark is not None and mark not in text:
+                    raise JaxguardError(f"{where}: does not show {{{{ {name} }}}} as is where question is {question}")
+            yield question, text

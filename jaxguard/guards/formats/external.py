@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxguard.config.base import find_yaml
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import Dialogue, Mode
+from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.format.template import TEMPLATE_KWARGS, reserved_tokens, token_ids
 from jaxguard.data.policies import Category, Policy, Question, policy_for
 from jaxguard.guards.baselines import BASELINES
@@ -50,10 +50,8 @@ def external_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Polic
     """The PromptFormat of an external guard, tried once.
 
     The kind is a key of BUILT_IN_GUARDS, or a YAML file or its name in GUARD_FOLDER; the tokenizer that of the guard's
-    checkpoint, a fast one, with its chat template.
-
-    Raises:
-        JaxguardError: a tokenizer that does not belong to such a guard; as `external_guard`.
+    checkpoint, a fast one, with its chat template. JaxguardError: a tokenizer that does not belong to such a guard; as
+    `external_guard`.
     """
     guard = external_guard(kind)
     form = ExternalFormat(kind, guard, tokenizer, policy)
@@ -77,9 +75,7 @@ class ExternalFormat:
     guard: ExternalGuard
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
-    _expected: dict[tuple[tuple[Question, ...], Mode, bool], list[int]] = field(
-        default_factory=dict, init=False, compare=False
-    )
+    _expected: dict[tuple[object, ...], list[int]] = field(default_factory=dict, init=False, compare=False)
 
     def __str__(self) -> str:
         return f"format {self.kind} ({self.guard.name})"
@@ -179,18 +175,11 @@ class ExternalFormat:
         """What the checkpoint's chat template makes of the messages: contents are text, or parts where it knows images."""
         contents = [message["content"] for message in messages] + list(options.values())
         parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        template = _DATED + self.tokenizer.get_chat_template()
+        settings = {"chat_template": _DATED + self.tokenizer.get_chat_template(), **TEMPLATE_KWARGS, **options}
         problem = "it does not show all of the request; another model's?"
         for chat in (list[Any](messages), list[Any](parts)):
             try:
-                text = self.tokenizer.apply_chat_template(
-                    chat,
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **TEMPLATE_KWARGS,
-                    **options,
-                )
+                text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **settings)
             except Exception as error:  # jinja's errors, and what templates raise themselves
                 problem = str(error)
                 continue
