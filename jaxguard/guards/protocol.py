@@ -177,7 +177,7 @@ def sample_digest(seed: int, prompt: Sequence[int], sample: int) -> bytes:
 
 
 async def predict(
-    requests: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig, *, score: bool = True
+    requests: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig, score: bool = True
 ) -> AsyncIterator[Prediction]:
     """Predict batch by batch, as a Predictor; without `score`, verdicts have no probability unless they come from it."""
     batches = iter([requests[i : i + backend.group] for i in range(0, len(requests), backend.group)])
