@@ -65,7 +65,6 @@ class QuestionAudit:
 
     Attributes:
         positive, negative: its verdict words.
-        result: scores, confusion and consistency.
         categories: those of the source, the largest first; None are the examples without one, last.
         disagreements: examples on which most samples differ from people, the clearest first: `id`, `label_positive`, and how
             many samples `differ` and are `unparsable`.
@@ -83,8 +82,7 @@ class Audit:
     """What an audit found.
 
     Attributes:
-        about: the run, the teacher, the sampling.
-        examples: how many were judged.
+        about, examples: the run, the teacher, the sampling; how many were judged.
         completions: counts over all of them: `total`, `unparsable`, `cut` by the server, `without_reasoning`,
             `invented_responses` (judge one that is not there), tokens, and `failed_checks` of the filter.
         questions: those that an example has a label for.

@@ -57,7 +57,6 @@ class Result:
     """The scores of a benchmark, or of a slice of it, and how many of all verdicts are unparsable.
 
     Attributes:
-        generations: verdicts on each example.
         confusion: verdicts on positive, then on negative examples: [positive, negative, unparsable].
         right: examples by how many of their verdicts are right, from 0 to k.
     """

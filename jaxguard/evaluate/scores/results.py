@@ -107,8 +107,7 @@ class Cell:
     Attributes:
         benchmark, source: the label that the config gives the benchmark, and its name in configs/benchmarks.
         examples: how many were evaluated, and `complete` whether these are all.
-        result: scores of the sampled verdicts.
-        slices: "slice: value" -> the same.
+        result, slices: scores of the sampled verdicts; of each "slice: value".
         calibration: of the probabilities at face value; None where the guard gives none.
         thresholded: None without evaluate.validation, or without probabilities.
         versus: None for the first guard, and where that has no results for the benchmark.
@@ -178,8 +177,7 @@ class Evaluation:
     """A whole evaluation.
 
     Attributes:
-        models: guard -> its description.
-        benchmarks: the labels of all benchmarks of the config.
+        models, benchmarks: guard -> its description; the labels of all benchmarks of the config.
         cells, averages: in the config's order; what a guard does not support is left out.
         settings: the evaluate section of the config.
         finished: when, in UTC.
