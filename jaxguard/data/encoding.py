@@ -264,9 +264,8 @@ class Encoder:
     def _frame(self) -> dict[Mode, tuple[int, ...]]:
         """The reserved tokens of any prompt, in order: the template's, and the think tags of the format."""
         turns = {mode: self.dialogue.user_turn("", "", Policy("none"), QUESTIONS, mode) for mode in Mode}
-        return {
-            mode: self.template.reserved_in(self.ids(self._prompt_text(turn, mode))) for mode, turn in turns.items()
-        }
+        prompts = {mode: self.ids(self._prompt_text(turn, mode)) for mode, turn in turns.items()}
+        return {mode: self.template.reserved_in(ids) for mode, ids in prompts.items()}
 
     def _prompt_text(self, turn: str, mode: Mode) -> str:
         """Render a prompt; direct mode closes a think block that the template opened."""

@@ -155,12 +155,9 @@ def bucketed(rows: Sequence[Sequence[EncodedExample]], max_seq_len: int, row_mul
     """Return the smallest bucketed shape that holds these rows."""
     longest = max(map(packed_tokens, rows))
     targets = max(sum(int(s.loss_mask.sum()) for s in row) for row in rows)
-    return Shape(
-        rows=bucket_size(len(rows), row_multiple),
-        tokens=next(length for length in row_lengths(max_seq_len) if length >= longest),
-        targets=bucket_size(targets, TARGET_MULTIPLE),
-        shared=any(s.shared_prefix_len for row in rows for s in row),
-    )
+    tokens = next(length for length in row_lengths(max_seq_len) if length >= longest)
+    shared = any(s.shared_prefix_len for row in rows for s in row)
+    return Shape(bucket_size(len(rows), row_multiple), tokens, bucket_size(targets, TARGET_MULTIPLE), shared)
 
 
 def row_lengths(max_seq_len: int) -> list[int]:

@@ -115,9 +115,8 @@ def load_policy(name_or_path: str, folder: Path = POLICY_FOLDER) -> Policy:
     definition = validate(PolicyDefinition, read_yaml(path), str(path))
     categories = tuple(Category(c.name, c.description) for c in definition.categories)
     asks = tuple(q for q in QUESTIONS if q in definition.asks)
-    return Policy(
-        definition.name, categories, definition.rules.strip(), asks, definition.instruction, definition.allowed
-    )
+    rules = definition.rules.strip()
+    return Policy(definition.name, categories, rules, asks, definition.instruction, definition.allowed)
 
 
 _cached = lru_cache(maxsize=64)(load_policy)

@@ -60,7 +60,7 @@ class Teacher:
 
     def _replies(self, n: int, body: Any, url: str) -> list[Reply]:
         """Return the completions in a response; another number of them is retried, another model's are an error."""
-        choices = [_split_choice(choice) for choice in body["choices"]]
+        choices = [(*_texts(choice["message"]), str(choice["finish_reason"])) for choice in body["choices"]]
         version = (body.get("metadata") or {}).get("weight_version")
         usage = body.get("usage") or {}
         if body["model"] != self.config.model:
@@ -96,12 +96,10 @@ def split_reasoning(text: str) -> tuple[str, str]:
     return _OPEN.sub("", text[: closing[-1].start()]).strip(), text[closing[-1].end() :].strip()
 
 
-def _split_choice(choice: dict[str, Any]) -> tuple[str, str, str]:
-    """Return (reasoning, answer, finish reason)."""
-    message = choice["message"]
+def _texts(message: dict[str, Any]) -> tuple[str, str]:
+    """Return (reasoning, answer)."""
     content = message.get("content") or ""
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
     if not isinstance(content, str) or not isinstance(reasoning, str):
         raise TypeError("content is no text")
-    parts = (reasoning.strip(), content.strip()) if reasoning else split_reasoning(content)
-    return *parts, str(choice["finish_reason"])
+    return (reasoning.strip(), content.strip()) if reasoning else split_reasoning(content)
