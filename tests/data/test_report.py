@@ -135,7 +135,7 @@ def test_too_few_examples_for_one_batch(made):
 def test_one_length_for_all_examples_still_has_a_histogram(tree, made):
     config, selection, prepared, encoder = made
     same = [s for s in prepared.train if len(s.tokens) == len(prepared.train[0].tokens)]
-    object.__setattr__(prepared, "train", same * 4)
+    prepared = prepared._replace(train=same * 4)
     assert np.ptp([len(s.tokens) for s in prepared.train]) == 0
     assert "█" in shown((config, selection, prepared, encoder))
 

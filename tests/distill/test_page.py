@@ -188,6 +188,7 @@ def test_the_page_lies_beside_the_store(tmp_path):
     assert len(attempts(config.folder / "traces.html")) == 1
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_store(tmp_path):
     peaks = []
     for count in (10, 50, 500):  # the first loads matplotlib

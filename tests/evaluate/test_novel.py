@@ -92,6 +92,7 @@ def test_twins_are_judged_one_way_and_the_other():
     assert sum(len(same) == 2 for same in by_text.values()) == 18
 
 
+@pytest.mark.slow
 def test_no_two_texts_are_nearly_the_same():
     for field in ("prompt", "response"):
         texts = sorted({item[field] for item in ITEMS if item[field]})

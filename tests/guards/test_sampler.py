@@ -144,7 +144,7 @@ def test_answers_end_at_the_limit(model):
         assert {answer.stopped for [answer] in completions} == {False}
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_eight_devices_answer_as_one(model, sizes):
     mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
     prompts = ragged()
@@ -164,6 +164,7 @@ def test_few_programs_serve_many_lengths(model):
     assert (sampler._prefill._cache_size(), sampler._decode._cache_size()) == before
 
 
+@pytest.mark.slow
 def test_bfloat16_mostly_agrees_on_the_first_token(model):
     small = place_model(model.spec, model.weights, dataclasses.replace(COMPUTE, dtype=jnp.dtype(jnp.bfloat16)))
     assert small.weights["layers.up_proj"].dtype == jnp.bfloat16

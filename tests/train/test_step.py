@@ -118,7 +118,13 @@ def alike(count: int, seed: int = 0) -> list[EncodedExample]:
 
 @pytest.mark.parametrize(
     ("attention", "chunk", "accumulation"),
-    [("xla", 16, 1), ("xla", 64, 2), ("block_sparse", 16, 1), ("block_sparse", 16, 2), ("block_sparse", 64, 1)],
+    [
+        ("xla", 16, 1),
+        ("block_sparse", 16, 2),
+        pytest.param("xla", 64, 2, marks=pytest.mark.slow),
+        pytest.param("block_sparse", 16, 1, marks=pytest.mark.slow),
+        pytest.param("block_sparse", 64, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, attention, chunk, accumulation):
     examples = alike(16)
