@@ -1,6 +1,6 @@
 """Products of activations and weights. To read the decoder, it is enough to know that `project` is an einsum.
 
-Hidden here are types and gradients of a product, and how a weight that is cut over `fsdp` is gathered.
+It hides the types and gradients of a product, and the gathering of a weight that is sharded over `fsdp`.
 """
 
 import math

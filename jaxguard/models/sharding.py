@@ -1,4 +1,4 @@
-"""The mesh, and how weights, state and batches are cut over it.
+"""The mesh, and how weights, state and batches are sharded over it.
 
 Weights and activations name their dimensions by logical axes; one rule table says which mesh axes cut them: `data` holds copies of
 the weights, `fsdp` cuts the batch and every matrix along D, `tensor` cuts attention heads, the MLP's F and the vocabulary.
@@ -34,7 +34,7 @@ RULES: Mapping[str | None, tuple[str, ...]] = {
 def partition(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int], without: str | None = None
 ) -> PartitionSpec:
-    """Compute how an array with these logical axes is cut over a mesh of these axis sizes.
+    """Compute how an array with these logical axes is sharded over a mesh of these axis sizes.
 
     A mesh axis that does not divide a dimension is left out: each of its devices has that dimension whole.
     `without` names a mesh axis to gather over.
@@ -51,7 +51,7 @@ def partition(
 
 
 def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> jax.Array:
-    """Constrain how x is cut over the mesh of `jax.set_mesh`; without a mesh, return x as it is."""
+    """Constrain how x is sharded over the mesh of `jax.set_mesh`; without a mesh, return x as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

@@ -240,7 +240,7 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute) -> dict[str, float]:
 
     A forward pass, a backward pass of twice that, and what is computed again in between: full remat computes a layer's products
     once more, but for the last one where nothing needs its result (no norm follows it). The head's logits are always computed
-    again (train/loss.py).
+    again (train/objectives.py).
 
     Returns:
         layers: projections and MLPs; attention: scores and weighted sums, as the chosen kernel computes them; head: logits of the

@@ -226,7 +226,7 @@ def train_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
         stopped = run.stop.should_stop(step)
         # Every 0 steps is at the end only.
         evaluate = step == steps or step % (run.config.train.evaluate_every or steps) == 0
-        save = stopped or step == steps or step % (run.config.checkpoint.every or steps) == 0
+        save = stopped or step == steps or step % run.config.checkpoint.every == 0
         if evaluate or save:
             log_step(run, *pending, clock)
             pending = None

@@ -38,7 +38,7 @@ _UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedPr
 
 
 class RetryableError(Exception):
-    """A failure that another try may mend; `retry_after` is how many seconds the server asks to wait."""
+    """A failure that a retry may fix; `retry_after`: seconds that the server asks to wait."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)

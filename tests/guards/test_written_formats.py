@@ -196,7 +196,7 @@ MISTAKES = [
     ({"chat": None}, "either chat or text"),
     ({"modes": ["reasoning"]}, "go together"),
     ({"reasoning": TAGS}, "go together"),
-    ({"reasoning": TAGS | {"open": "x"}, "modes": ["reasoning"]}, "cannot be told from 'x'"),
+    ({"reasoning": TAGS | {"open": "x"}, "modes": ["reasoning"]}, "cannot be distinguished from 'x'"),
     ({"chat": "{{ promt }}"}, "chat: does not render: 'promt' is undefined"),
     ({"chat": "{% if %}"}, "chat: does not render: Expected an expression"),
     ({"chat": "{{ prompt }} {{ ''.__class__.__mro__ }}"}, "chat: does not render: .*unsafe"),

@@ -185,7 +185,7 @@ class Dialogue:
         for text in (*markers, *self.special_tokens):
             if len(text.strip()) < 2:
                 raise JaxguardError(
-                    f"{text!r} is a marker or special token of one character: text cannot be told from it"
+                    f"{text!r} is a marker or special token of one character: text cannot be distinguished from it"
                 )
         titles = map(loose, (*TITLES.values(), *_HEADERS.values()))
         spaced_markers = (r"[\s\u2581]+".join(map(re.escape, marker.split())) for marker in markers)

@@ -343,7 +343,9 @@ def read_guard(path: Path) -> ExternalGuard:
         headings |= {opens[1] for line in lines if (opens := _HEADING.match(line)) and _MARK not in opens[1]}
     clash = next((tag for tag in sorted(tags) if "\\" in tag or len(tag) < 2), None)
     if clash is not None:
-        raise JaxguardError(f"{path}: texts cannot be told from {clash!r}: use a longer mark without a backslash")
+        raise JaxguardError(
+            f"{path}: texts cannot be distinguished from {clash!r}: use a longer mark without a backslash"
+        )
     return ExternalGuard(
         name=form.name,
         verdicts=form.verdicts,
