@@ -17,7 +17,7 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints test test-slow test-aot test-sglang \
+.PHONY: help demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints test test-slow fuzz test-aot test-sglang \
 	test-latest sglang-cpu lint format docs wheel lock clean
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make bench-checkpoints   import and export of 2.5 GB beside raw disk and transformers"
 	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
 	@echo "make test-slow     those that take minutes"
+	@echo "make fuzz          every attack campaign at its full length (half an hour)"
 	@echo "make test-aot      those that compile for absent A100s and TPUs"
 	@echo "make test-sglang   those that start real SGLang servers"
 	@echo "make test-latest   the default tests with the newest releases that pyproject.toml allows"
@@ -69,6 +70,9 @@ test: $(VENV)/.fixtures
 
 test-slow: $(VENV)/.fixtures
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+fuzz: $(VENV)/.fixtures
+	JAXGUARD_FUZZ=full $(BIN)/python -m pytest tests/fuzz -n 2 --dist worksteal $(ARGS)
 
 test-aot: $(AOT)/.ready
 	$(AOT)/bin/python -m pytest -m aot tests/plan $(ARGS)
