@@ -6,7 +6,6 @@ Selections are by a hash of an example's id, so they depend neither on the platf
 """
 
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxguard.config import Config
 from jaxguard.config.data import SourceConfig
+from jaxguard.data.contamination import normalise
 from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
@@ -77,10 +77,10 @@ def select(config: Config) -> Selection:
         )
     # Independent of seeds, so that all runs on the same data have the same held-out examples.
     held_out = sorted(candidates, key=lambda example: _hash("held out", 0, example.id))[: data.validation_size]
-    members, texts = {id(example) for example in held_out}, {_normalised(example) for example in held_out}
+    members, prompts = {id(example) for example in held_out}, {_conversation(example) for example in held_out}
     rest = [example for example in pool if id(example) not in members]
-    train = [example for example in rest if _normalised(example) not in texts]
-    dropped["train: same text as a held-out example"] += len(rest) - len(train)
+    train = [example for example in rest if _conversation(example) not in prompts]
+    dropped["train: same prompt as a held-out example"] += len(rest) - len(train)
     if data.subset is not None:
         train = subset(train, data.subset, data.subset_seed)
     if len(train) < config.train.batch_size:
@@ -185,9 +185,9 @@ def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropp
     return traced
 
 
-def _normalised(example: Example) -> tuple[str | None, ...]:
-    texts = (example.prompt, example.response)
-    return tuple(t and " ".join(unicodedata.normalize("NFKC", t).casefold().split()) for t in texts)
+def _conversation(example: Example) -> str:
+    """What examples of one conversation share: the normalised prompt; a prompt of punctuation alone stays as it is."""
+    return normalise(example.prompt) or example.prompt
 
 
 def _hash(purpose: str, seed: int, name: str) -> bytes:

@@ -18,7 +18,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.format.template import load_tokenizer
 from jaxguard.data.guard_files import is_complete
 from jaxguard.data.policies import Policy, load_policy, policy_for
-from jaxguard.data.prepare import load_sources
+from jaxguard.data.prepare import select
 from jaxguard.data.sources import digest
 from jaxguard.guards.backends.sglang import open_sglang, serve, served, swap_weights
 from jaxguard.guards.baselines import BASELINES, fit_baseline
@@ -69,6 +69,11 @@ def checkpoint_of(guard: GuardConfig, config: Config) -> str:
     return str(export)
 
 
+def trained_examples(config: Config) -> list[Example]:
+    """What the run's own guard trains on: its sources without the held-out examples, its subset; baselines see no more."""
+    return [example for example, _ in select(config).train]
+
+
 @asynccontextmanager
 async def open_guard(
     guard: GuardConfig, config: Config, settings: EvaluateConfig, probabilities: bool = True
@@ -79,8 +84,7 @@ async def open_guard(
     such checkpoint, a server that does not answer or serves another model.
     """
     if guard.format in BASELINES:
-        examples, _ = load_sources(config.data.train, "train")
-        yield fit_baseline(guard.format, examples, config.seed)
+        yield fit_baseline(guard.format, trained_examples(config), config.seed)
         return
     remote = guard.endpoint is not None and not guard.swap
     folder = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES if remote else None)
@@ -119,8 +123,7 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
     server that does not answer.
     """
     if guard.format in BASELINES:
-        examples, _ = load_sources(config.data.train, "train")
-        return {"format": guard.format, "fitted_to": digest(examples), "seed": config.seed}
+        return {"format": guard.format, "fitted_to": digest(trained_examples(config)), "seed": config.seed}
     checkpoint = checkpoint_of(guard, config)
     form = guard.format if guard.format in BUILT_IN else file_digest(format_file(guard.format))
     known: dict[str, Any] = {"format": form, "checkpoint": checkpoint, "revision": guard.revision, "backend": "sglang"}

@@ -184,20 +184,31 @@ def test_held_out_examples_do_not_depend_on_seeds_and_hardly_on_the_data(configu
     assert len(held(100) & held(105)) >= 8
 
 
-def test_training_holds_no_text_of_the_held_out(configure):
+def test_training_holds_no_prompt_of_the_held_out(configure):
     examples = [replace(e, prompt=f"Question  {i % 10}" + " " * i) for i, e in enumerate(make(40))]
     selection = select(configure(examples, validation_size=3))
     texts = {example.prompt.split()[1] for example, _ in selection.validation}
     assert texts.isdisjoint(example.prompt.split()[1] for example, _ in selection.train)
-    assert selection.dropped["train: same text as a held-out example"] == 40 - 3 - len(selection.train) > 0
+    assert selection.dropped["train: same prompt as a held-out example"] == 40 - 3 - len(selection.train) > 0
 
 
-def test_text_is_compared_whatever_its_case_spacing_and_spelling(configure):
-    held = Example("v", "test", "ﬁne  Day", "Yes\n", prompt_label="harmful")
-    same = Example("a", "test", "FINE day", " yes ", prompt_label="harmful")
-    other = Example("b", "test", "fine day", None, prompt_label="harmful")
-    selection = select(configure([same, other, *make(2)], [held], mode="direct", validation_size=5))
-    assert sorted(ids(selection.train)) == ["b", "e0", "e1"]
+def test_a_prompt_is_the_same_whatever_its_case_spacing_spelling_and_response(configure):
+    prompts = {"v": "ﬁne  Day", "a": "FINE day", "b": "Fine, day!", "c": "fine \u200bday", "d": "a fine day", "e": "?"}
+    held, *train = (Example(id, "test", prompt, id, prompt_label="harmful") for id, prompt in prompts.items())
+    selection = select(
+        configure(train, [held, replace(train[-1], id="w", prompt="!")], mode="direct", validation_size=5)
+    )
+    assert sorted(ids(selection.train)) == ["d", "e"]
+    assert selection.dropped["train: same prompt as a held-out example"] == 3
+
+
+@pytest.mark.parametrize("responses", [1, 3])
+def test_a_conversation_is_trained_on_or_held_out_never_both(configure, responses):
+    examples = [replace(e, prompt=f"question {i // responses}", response="r" * i) for i, e in enumerate(make(60))]
+    selection = select(configure(examples, validation_size=8))
+    trained, held_out = ({example.prompt for example, _ in part} for part in (selection.train, selection.validation))
+    assert trained.isdisjoint(held_out)
+    assert len(selection.validation) == 8
 
 
 def test_a_validation_source_is_sampled(configure):

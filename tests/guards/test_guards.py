@@ -15,6 +15,7 @@ from jaxguard.data import policies
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
+from jaxguard.data.prepare import select
 from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, fingerprint, modes_of, open_guard
 from jaxguard.guards.protocol import Request
 from jaxguard.utils.errors import JaxguardError
@@ -156,6 +157,26 @@ def test_floors_are_known_by_their_data_and_seed(config):
     path = Path(str(config.data.train[0].path))
     path.write_text(path.read_text(encoding="utf-8").replace("tell me", "say", 1), encoding="utf-8")
     assert known_as(baseline, config) != first
+
+
+def test_floors_see_what_the_guard_trains_on(config):
+    """Its subset, without the held-out examples: the majority's probability is the share of harmful prompts among them."""
+
+    def share(**data):
+        changed = config.model_copy(update={"data": config.data.model_copy(update=data)})
+
+        async def ask():
+            async with open_guard(GuardConfig(format="majority"), changed, EvaluateConfig()) as predict:
+                return [answer async for answer in predict([Request(BREAD, ("prompt_harm",), Mode.DIRECT)])]
+
+        labels = [example.prompt_label for example, _ in select(changed).train]
+        (prediction,) = asyncio.run(ask())
+        assert prediction.probabilities["prompt_harm"] == labels.count("harmful") / len(labels)
+        return len(labels), known_as(GuardConfig(format="tfidf"), changed)["fitted_to"]
+
+    known = [share(**data) for data in ({}, {"subset": 9}, {"subset": 9, "subset_seed": 1}, {"validation_size": 1})]
+    assert [count for count, _ in known] == [40, 9, 9, 47]
+    assert len({digest for _, digest in known}) == 4
 
 
 def test_an_edited_policy_is_another_one(tmp_path, monkeypatch):
