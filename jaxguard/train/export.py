@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import is_complete, write_guard_files
 from jaxguard.data.prepare import Prepared
 from jaxguard.models.hf_io.checkpoints import ExportReport, export_hf
+from jaxguard.utils.files import whole_folder
 
 BASE_README = "BASE_README.md"
 
@@ -33,16 +35,15 @@ def export(
 ) -> ExportReport | None:
     """Write weights, tokenizer, the guard's own files and its model card, all or nothing; None if that was done before.
 
-    The files are written into a draft folder, which then takes the place of `folder`. `metrics` are for the card: stage -> name ->
-    number. Call it on every process.
+    `metrics` are for the card: stage -> name -> number. Call it on every process.
     """
     if is_complete(folder):
         return None
-    draft, first = folder.with_name(f".{folder.name}.draft"), jax.process_index() == 0
-    if first:
-        shutil.rmtree(draft, ignore_errors=True)
-    report = export_hf(weights, source, draft)
-    if first:
+    first = jax.process_index() == 0
+    with whole_folder(folder) if first else nullcontext(folder) as draft:
+        report = export_hf(weights, source, draft)
+        if not first:
+            return report
         # A user turn as the guard expects it, so that whoever serves it sees the format.
         mode = Mode.DIRECT if config.data.mode == "direct" else Mode.REASONING
         answer = "Mix flour, water, salt and yeast, wait, and bake it."
@@ -50,8 +51,6 @@ def export(
         prompt = Encoder.load(source, config.data).prompt(harmless, mode).turn
         write_card(draft, source, config, data.manifest, metrics, report, prompt)
         write_guard_files(draft, config, (tuple(question for question, _ in example.answers) for example in data.train))
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.replace(folder)
     return report
 
 

@@ -6,7 +6,6 @@ import fcntl
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -56,28 +55,34 @@ def write_atomically(path: Path, text: str) -> None:
 def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
     """Yield a scratch folder beside `output`, and rename it to `output` at the end, after everything in it is on the disk.
 
-    When the block raises, the scratch folder is removed and `output` stays as it was. JaxguardError: `output` is not empty,
-    cannot be made, or the disk is full or has no room for about `size` bytes.
+    When the block raises, the scratch folder is removed and `output` stays as it was; what a killed process left of it, the next
+    one removes. JaxguardError: `output` is not empty, cannot be made, or is written by another process; the disk is full or has
+    no room for about `size` bytes.
     """
     output = output.absolute()
-    check_free(output)
+    draft = output.with_name(f".{output.name}.partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        own, parent = f".{output.name}.", output.parent
-        with tempfile.TemporaryDirectory(".partial", own, parent, ignore_cleanup_errors=True) as name:
-            scratch = Path(name)
-            free = shutil.disk_usage(scratch).free
-            if free < size:
-                raise JaxguardError(
-                    f"no space for {output}: it takes about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
-                    "free some space or write elsewhere"
-                )
-            yield scratch
-            for path in [*scratch.rglob("*"), scratch]:
-                _to_disk(path)
-            scratch.chmod(0o755)
-            scratch.replace(output)
-            _to_disk(output.parent)
+        check_free(output)
+        draft.mkdir(parents=True, exist_ok=True)
+        with lock_folder(draft, "output"):
+            check_free(output)  # whoever held the lock before may have written it
+            try:
+                scratch = draft / "whole"
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir()
+                free = shutil.disk_usage(scratch).free
+                if free < size:
+                    raise JaxguardError(
+                        f"no space for {output}: it takes about {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; "
+                        "free some space or write elsewhere"
+                    )
+                yield scratch
+                for path in [*scratch.rglob("*"), scratch]:
+                    _to_disk(path)
+                scratch.replace(output)
+                _to_disk(output.parent)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise JaxguardError(
