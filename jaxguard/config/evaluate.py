@@ -63,6 +63,12 @@ class ServerConfig(Schema):
     ready_seconds: Positive = 600
     """Seconds that loading the weights may take."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if any(argument.startswith("--trust") for argument in self.arguments):
+            raise ValueError("arguments: code of a checkpoint is never run; leave --trust-remote-code out")
+        return self
+
 
 class EvaluateConfig(Schema):
     """Guards on benchmarks. Sampling is the paper's."""

@@ -55,7 +55,9 @@ def read_hub(repository: str, config: str | None, split: str, file: str | None) 
     """Read one split, or one file, of a data set on the hub."""
     page, login = f"https://huggingface.co/datasets/{repository}", "run `hf auth login` or set HF_TOKEN"
     try:
-        data = datasets.load_dataset(repository, name=config, split="train" if file else split, data_files=file)
+        data = datasets.load_dataset(
+            repository, name=config, split="train" if file else split, data_files=file, trust_remote_code=False
+        )
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error).casefold():
             reason = f"is gated: accept its terms at {page} with your account, then {login}"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PretrainedConfig
 
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.hub import load_pretrained
 
 SUPPORTED = {
     "llama": "Llama 3.x, SmolLM2",
@@ -101,10 +102,7 @@ def read_spec(folder: Path) -> Spec:
     path = folder / "config.json"
     if not path.is_file():
         raise JaxguardError(f"{folder} has no config.json: it is not a Hugging Face checkpoint")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise JaxguardError(f"{path}: transformers cannot read it: {error}") from None
+    config = load_pretrained(AutoConfig, folder, "config.json")
     if config.model_type not in SUPPORTED:
         known = ", ".join(f"{k} ({v})" for k, v in SUPPORTED.items())
         raise UnsupportedModelError(f"{path}: model_type {config.model_type!r} is not supported; supported: {known}")

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 from huggingface_hub import errors
 
 from jaxguard.utils.errors import JaxguardError
+
+if TYPE_CHECKING:
+    from transformers import AutoConfig, AutoTokenizer
 
 CHECKPOINT_FILES = (
     "*.safetensors", "*.json", "*.jinja", "*.yaml", "tokenizer*", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*",
@@ -26,6 +30,23 @@ _REFUSALS: dict[type[Exception], str] = {
     errors.HfHubHTTPError: "the hub refused {name} at revision {revision!r}: {error}",
 }
 """What the hub's errors mean, those of a subclass first."""
+
+
+def load_pretrained(auto: "type[AutoConfig] | type[AutoTokenizer]", folder: Path, what: str) -> Any:
+    """Read a checkpoint's config or tokenizer with transformers; code that the folder brings along is never run.
+
+    Raises:
+        JaxguardError: transformers cannot read it, or only with that code.
+    """
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of a broken file anything; the Rust side raises bare Exception
+        if "trust_remote_code" in str(error):
+            raise JaxguardError(
+                f"{folder} needs code of its own (auto_map in config.json or tokenizer_config.json), which jaxguard never "
+                "runs: use a checkpoint of a model type that transformers knows"
+            ) from None
+        raise JaxguardError(f"{folder}: transformers cannot read its {what}: {error}") from None
 
 
 def fetch(checkpoint: str, revision: str | None = None, only: Sequence[str] | None = None) -> Path:

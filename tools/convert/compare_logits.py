@@ -69,7 +69,7 @@ def _transformers(folder: Path, dtype: str) -> Any:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise JaxguardError("transformers computes with torch, which is not installed: pip install torch") from None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=getattr(torch, dtype)).eval()
 
     def logits(tokens: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

@@ -10,6 +10,7 @@ from typing import Any, Final
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.hub import load_pretrained
 
 TEMPLATE_KWARGS: Final[dict[str, Any]] = {"date_string": "26 Jul 2024"}
 """Passed to every chat template. Llama's writes today's date into the prompt unless one is passed; this is the default
@@ -45,10 +46,7 @@ def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBas
     known = ("tokenizer.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in known):
         raise JaxguardError(f"{folder} has no tokenizer ({' or '.join(known)}): copy it from the model's repository")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the Rust side raises bare Exception for a broken file
-        raise JaxguardError(f"{folder}: transformers cannot read its tokenizer: {error}") from None
+    tokenizer = load_pretrained(AutoTokenizer, folder, "tokenizer")
     if not tokenizer.is_fast:
         raise JaxguardError(f"{folder}: only fast tokenizers are supported; add the model's tokenizer.json")
     if chat and not tokenizer.chat_template:

@@ -43,7 +43,7 @@ def main(path: str) -> None:
     sys.stdout = sys.stderr
     folder, batch, packed = Path(job["output"]), job["batch_size"], job["setting"] == "packed"
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     form = template(tokenizer)
     sizes = [sum(map(len, form.encode_oneturn(tokenizer, messages))) for messages in chats]
     order = longest_first(sizes, batch)

@@ -39,10 +39,12 @@ def main(path: str) -> None:
     if job["setting"] != "padded":
         raise SystemExit(f"setting {job['setting']!r}: there is only 'padded'")
     batch, micro = job["batch_size"], MICRO_BATCH
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     rows = [encode(tokenizer, messages, job["max_seq_len"]) for messages in chats]
     rows = [rows[i] for i in longest_first([len(ids) for ids, _ in rows], batch)]
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["learning_rate"], weight_decay=0.0, fused=True)
     for step in range(job["steps"]):
         start, loss = time.perf_counter(), 0.0

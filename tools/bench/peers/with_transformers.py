@@ -20,7 +20,9 @@ SCORED, GENERATED = 8, 32
 
 def main(path: str) -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     started = time.perf_counter()
     with torch.inference_mode():
         odds = [] if job["new_tokens"] else score(model, job["prompts"], job["pairs"])

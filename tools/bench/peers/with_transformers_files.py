@@ -19,11 +19,11 @@ def main(what: str, folder: Path) -> None:
 
 
 def load(folder: Path) -> dict[str, float]:
-    return timed(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    return timed(lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32))
 
 
 def save(folder: Path) -> dict[str, float]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
     output = folder / "saved"
 
     def work() -> None:

@@ -27,7 +27,7 @@ def main(path: str) -> None:
     job, chats = read(path)
     sys.stdout = sys.stderr
     batch, micro = job["batch_size"], min(MICRO_BATCH[job["setting"]], job["batch_size"])
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     encoded = [encode(tokenizer, messages, job["max_seq_len"]) for messages in chats]
     rows = [{"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]} for ids, prompt in encoded]
     order = longest_first([len(ids) for ids, _ in encoded], batch)

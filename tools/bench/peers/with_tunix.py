@@ -59,7 +59,7 @@ def load_model(folder: Path) -> llama3.Llama3:
 
 def read_batches(job: dict[str, Any], chats: list[Messages]) -> list[TrainingInput]:
     """The micro-batches in the file's order, each of shape (MICRO_BATCH, T); the mask is true on target tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     rows = [encode(tokenizer, messages, job["max_seq_len"]) for messages in chats]
     lengths = [len(tokens) for tokens, _ in rows]
     widths = [-(-int(length) // ROUND_TO) * ROUND_TO for length in np.quantile(lengths, WIDEST, method="higher")]
