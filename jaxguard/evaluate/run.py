@@ -25,6 +25,7 @@ from jaxguard.data.format.dialogue import LABEL, Mode
 from jaxguard.data.policies import Question, load_policy
 from jaxguard.data.prepare import load_sources
 from jaxguard.evaluate.benchmarks.loading import Benchmark, load_benchmark
+from jaxguard.evaluate.report.card import refresh_cards
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
 from jaxguard.evaluate.scores.results import Evaluation
@@ -80,6 +81,7 @@ def evaluate(config: Config) -> Evaluation:
             left_out=left_out,
         )
         write_report(evaluation, folder)
+        refresh_cards(evaluation, config, {task.label: task.benchmark.definition for task in tasks if task.benchmark})
     return evaluation
 
 

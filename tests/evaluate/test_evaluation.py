@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from jaxguard.cli import PROVENANCE_CHANGED
 from jaxguard.config import load
@@ -79,6 +80,20 @@ def test_both_modes_and_the_baselines_are_scored(run):
     for name in ("report.md", "report.html"):
         assert "Lamps" in (folder / name).read_text()
     assert len(predictions(run)) == COUNT
+    card = ModelCard.load(run.parent / "runs/tiny/export/README.md").data
+    f1 = {r.task_name: r.metric_value for r in card.eval_results if (r.metric_type, r.dataset_name) == ("f1", "lamps")}
+    own = {f"Prompt harm, {cell.mode}": cell.result.scores.f1.value for cell in found.cells if cell.guard == "ours"}
+    assert f1 == pytest.approx(own, abs=1e-4)
+    assert len(f1) == 2
+    assert card.model_name == "tiny"
+
+
+def test_part_of_a_benchmark_does_not_change_the_card(run):
+    card = run.parent / "runs/tiny/export/README.md"
+    before = card.read_bytes()
+    name = "evaluate.guards=[{name: partly, modes: [direct]}]"
+    assert evaluate(run, name, "evaluate.generations=0", "evaluate.limit=3") == 0
+    assert card.read_bytes() == before
 
 
 def test_probabilities_alone_need_no_sampling(run):

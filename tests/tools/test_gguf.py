@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import metadata_load
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,6 +54,7 @@ def write(tmp_path, tiny_tokenizer_folder, hf_weights) -> Write:
     def write(kind=gguf.GGMLQuantizationType.Q8_0, tied=False, edit=None, architecture="llama", pre="smollm", extra=()):
         path = tmp_path / "tiny.gguf"
         writer = gguf.GGUFWriter(path, architecture)
+        writer.add_license("apache-2.0")
         writer.add_block_count(L)
         writer.add_context_length(256)
         writer.add_embedding_length(D)
@@ -146,6 +148,11 @@ def test_tokenizer_and_chat_template(write, tiny_tokenizer_folder, tmp_path):
     assert len(tokenizer("1889", add_special_tokens=False).input_ids) == 4  # digits stand alone
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 4, 1)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "user: x<|eot_id|>"
+
+
+def test_the_card_names_licence_and_base(write, tmp_path):
+    folder = gguf_to_hf(write(), tmp_path / "hf", base_model="owner/first")
+    assert metadata_load(folder / "README.md") == {"license": "apache-2.0", "base_model": "owner/first"}
 
 
 def test_llama3_words(write, tmp_path):

@@ -39,6 +39,16 @@ def test_the_folder_explains_itself(finished):
     assert "How do I bake bread?" in card
 
 
+@pytest.mark.slow
+def test_the_code_of_the_card_runs(finished, capsys):
+    pytest.importorskip("torch")
+    card = (finished / "export/README.md").read_text().replace("max_new_tokens=1024", "max_new_tokens=4")
+    with_jaxguard, with_transformers = (part.split("\n```\n")[0] for part in card.split("```python\n")[1:])
+    for code in (with_jaxguard, with_transformers):
+        exec(code.replace('MODEL = "tiny"', f"MODEL = {str(finished / 'export')!r}"), {})
+    assert "prompt_harm" in capsys.readouterr().out
+
+
 def test_the_export_says_how_it_is_asked(finished):
     export = finished / "export"
     files = read_guard_files(export)

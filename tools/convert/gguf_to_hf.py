@@ -12,6 +12,7 @@ from typing import Any
 import einops
 import ml_dtypes
 import numpy as np
+import yaml
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -38,13 +39,14 @@ _LLAMA3_WORDS = (
 )
 
 
-def gguf_to_hf(source: Path, output: Path, dtype: str = "float32") -> Path:
+def gguf_to_hf(source: Path, output: Path, dtype: str = "float32", base_model: str | None = None) -> Path:
     """Write the model of a GGUF file as a Hugging Face folder.
 
     Args:
         source: a GGUF file of llama architecture with a byte-level BPE tokenizer.
         output: folder to create.
         dtype: "float32" holds dequantised values exactly; "bfloat16" rounds them.
+        base_model: the repository on the hub that the file was made from, for the model card.
 
     Returns:
         The output folder.
@@ -65,6 +67,10 @@ def gguf_to_hf(source: Path, output: Path, dtype: str = "float32") -> Path:
         spec = read_spec(folder)
         _tokenizer(fields).save(str(folder / "tokenizer.json"))
         _write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
+        card = {"license": fields.get("general.license", "other"), **({"base_model": base_model} if base_model else {})}
+        (folder / "README.md").write_text(
+            f"---\n{yaml.safe_dump(card)}---\nConverted from {source.name}.\n", encoding="utf-8"
+        )
         _write_weights(folder / "model.safetensors", source, spec, tensors, DTYPES[dtype])
     return output
 
@@ -233,9 +239,12 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="the GGUF file")
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="float32 is exact")
+    parser.add_argument(
+        "--base-model", metavar="OWNER/NAME", help="the repository it was made from, for the model card"
+    )
     args = parser.parse_args()
     try:
-        gguf_to_hf(args.source, args.output, args.dtype)
+        gguf_to_hf(args.source, args.output, args.dtype, args.base_model)
     except JaxguardError as error:
         parser.exit(2, f"error: {error}\n")
     print(f"wrote {args.output}")

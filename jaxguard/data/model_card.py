@@ -1,0 +1,198 @@
+"""An export's model card: README.md, whose front matter the hub reads, with the scores of evaluations in its last section.
+
+It holds what describes the model and nothing else of the config: no paths, addresses or names of this machine.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import metadata_load
+
+from jaxguard.config import Config
+from jaxguard.report import Cell, Code, Page, Section, Table, page_markdown
+from jaxguard.utils.files import write_atomically
+
+CARD, BASE_CARD = "README.md", "BASE_README.md"
+BENCHMARKS = "Benchmarks"
+"""The last section: a table of the front matter's `model-index`."""
+
+_RECIPE: Mapping[str, Any] = {
+    "seed": True,
+    "model": {"compute_dtype"},
+    "data": {"mode", "dual_reasoning_share", "subset", "subset_seed", "max_seq_len"},
+    "optimizer": True,
+    "train": {"batch_size", "epochs", "max_steps"},
+}
+"""The fields of the config that the weights depend on, without those that name files or machines."""
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_card(
+    output: Path,
+    source: Path,
+    config: Config,
+    manifest: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, float]],
+    changes: str,
+    example: str,
+) -> None:
+    """Write README.md into an exported folder, and keep the base's own, which names its licence, as BASE_README.md.
+
+    `source`: the base's folder; `metrics`: stage -> name -> number, a column for each stage; `changes`: a sentence about the
+    weights; `example`: one rendered user turn.
+    """
+    data, readme, base = config.data, source / CARD, base_model(config.model.checkpoint, source)
+    datasets = list(dict.fromkeys(entry["hub"] for entry in manifest["sources"] if "hub" in entry))
+    front = {
+        **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
+        **base_licence(source),
+        **({"datasets": datasets} if datasets else {}),
+        "language": ["en"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["safety", "guardrail", "content-moderation", "jaxguard"],
+    }
+    policy = manifest.get("policy", {}).get("name", "")
+    reasoning = f"with {data.reasoning_marker} for an answer that reasons first, inside <think> tags"
+    direct = f"with {data.direct_marker} for the verdict lines alone"
+    ending = {"reasoning": reasoning, "direct": direct, "dual": f"{reasoning}; end it {direct}"}[data.mode]
+    names = dict.fromkeys(name for column in metrics.values() for name in column)
+    rows = [[name, *(Cell(f"{x[name]:.4f}" if name in x else "–") for x in metrics.values())] for name in names]
+    sources = [
+        [entry.get("hub") or ", ".join(Path(file).name for file in entry.get("files", {})) or entry.get("kind", ""),
+         entry.get("role", ""), entry.get("examples"), Cell(str(entry.get("examples_sha256", ""))[:16], code=True)]
+        for entry in manifest["sources"]
+    ]  # fmt: skip
+    licence = f"The licence of the base applies to these weights{'; see ' + BASE_CARD if readme.is_file() else ''}."
+    page = Page(config.name, [
+        "A safety guard model: it reads a conversation and a policy, and says whether the prompt and the response are "
+        f"harmful. Fine-tuned from {base or Path(config.model.checkpoint).name} with jaxguard. {licence}",
+        Section("How to run it", [
+            f"MODEL is this folder, or its repository on the hub. With jaxguard, which asks by the policy {policy} that it was "
+            "trained on, or by another:",
+            Code(_WITH_JAXGUARD.format(model=json.dumps(config.name)), "python"),
+            "With transformers: render one user turn (instruction, policy, conversation, answer format) and end it "
+            f"{ending}. Treat an answer that lacks a verdict line as harmful.",
+            Code(_with_transformers(config, example), "python"),
+        ]),
+        Section("Held-out examples", [Table.of(("metric", *metrics), rows)]),
+        Section("Training", [
+            changes,
+            Code(yaml.safe_dump(config.model_dump(mode="json", include=dict(_RECIPE)), sort_keys=False), "yaml"),
+            Table.of(("source", "role", "examples", "sha256"), sources),
+        ]),
+        Section(BENCHMARKS, [_NO_SCORES]),
+    ], front)  # fmt: skip
+    if readme.is_file():
+        shutil.copyfile(readme, output / BASE_CARD)
+    (output / CARD).write_text(page_markdown(page), encoding="utf-8")
+
+
+_NO_SCORES = "jaxguard evaluate adds its scores here."
+_WITH_JAXGUARD = """\
+import jaxguard
+
+MODEL = {model}
+with jaxguard.Guard.load(MODEL) as guard:
+    result = guard.check("How do I bake bread?", response="Mix flour, water, salt and yeast, wait, and bake it.")
+    print(result.passes, result.verdict, result.probabilities)
+"""
+_WITH_TRANSFORMERS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MODEL = {model}
+tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
+turn = {turn}
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": turn}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(**prompt, max_new_tokens={tokens}, do_sample=False)
+print(tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
+
+def _with_transformers(config: Config, turn: str) -> str:
+    """Code that asks about one user turn."""
+    quoted = (
+        turn.replace("\\", "\\\\").replace('"', '\\"')
+        if '"""' in turn or turn.endswith('"')
+        else turn.replace("\\", "\\\\")
+    )
+    tokens = 48 if config.data.mode == "direct" else 1024
+    return _WITH_TRANSFORMERS.format(model=json.dumps(config.name), turn=f'"""{quoted}"""', tokens=tokens)
+
+
+def base_model(checkpoint: str, folder: Path) -> str | None:
+    """The repository on the hub that a checkpoint is, or that its folder says it was made from; None where that is unknown.
+
+    A folder says so in jaxguard.json (an export), config.json (`_name_or_path`) or its model card (`base_model`).
+    """
+    if not Path(checkpoint).expanduser().exists():
+        return checkpoint if _REPOSITORY.fullmatch(checkpoint) else None
+    named = [_read_json(folder / "jaxguard.json").get("base"), _read_json(folder / "config.json").get("_name_or_path")]
+    bases = _front(folder / CARD).get("base_model")
+    named += bases if isinstance(bases, list) else [bases]
+    return next((name for name in named if isinstance(name, str) and _REPOSITORY.fullmatch(name)), None)
+
+
+def base_licence(folder: Path) -> dict[str, Any]:
+    """The licence fields of the base's model card; `other`, with its licence file if it has one, where the card names none."""
+    front = _front(folder / CARD)
+    if front.get("license"):
+        return {key: front[key] for key in ("license", "license_name", "license_link") if front.get(key)}
+    files = sorted(path.name for path in folder.glob("LICENSE*"))
+    return {"license": "other", **({"license_link": files[0]} if files else {})}
+
+
+def _front(card: Path) -> dict[str, Any]:
+    """The front matter of a model card; empty where there is none, or it is no YAML."""
+    try:
+        front = metadata_load(card) if card.is_file() else None
+    except (ValueError, yaml.YAMLError):
+        front = None
+    return front or {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        tree = None
+    return tree if isinstance(tree, dict) else {}
+
+
+def add_scores(folder: Path, results: Iterable[Mapping[str, Any]]) -> None:
+    """Add an evaluation to an export's card: the items of `model-index`, in place of those of the same task and data set.
+
+    A folder without a card of ours is left as it is. JaxguardError: the card cannot be written.
+    """
+    card = folder / CARD
+    front, text = _front(card), card.read_text(encoding="utf-8") if card.is_file() else ""
+    head, section, _ = text.rpartition(f"\n## {BENCHMARKS}\n")
+    if not section or not front:
+        return
+
+    def key(result: Mapping[str, Any]) -> tuple[str, str]:
+        return result["task"]["name"], result["dataset"]["name"]
+
+    known = [result for model in front.get("model-index", ()) for result in model["results"]]
+    merged = {key(result): dict(result) for result in [*known, *results]}
+    if not merged:
+        return
+    front["model-index"] = [
+        {"name": _read_json(folder / "jaxguard.json").get("name", folder.name), "results": list(merged.values())}
+    ]
+    columns = list(dict.fromkeys(metric["name"] for result in merged.values() for metric in result["metrics"]))
+    table = Table(("benchmark", "task", *columns), left=2)
+    for (task, dataset), result in merged.items():
+        values = {metric["name"]: metric["value"] for metric in result["metrics"]}
+        table.add(dataset, task, *(Cell(f"{values[column]:.3f}" if column in values else "–") for column in columns))
+    body = page_markdown(Page(BENCHMARKS, [table])).removeprefix(f"# {BENCHMARKS}\n")
+    _, _, kept = head.split("---\n", 2)
+    dumped = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    write_atomically(card, f"---\n{dumped}---\n{kept}{section}{body}")

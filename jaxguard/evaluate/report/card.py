@@ -1,0 +1,45 @@
+"""The scores of a guard on whole benchmarks as the `model-index` of its export's model card."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxguard.config import Config
+from jaxguard.data.format.dialogue import TITLES
+from jaxguard.data.model_card import add_scores
+from jaxguard.evaluate.benchmarks.schema import BenchmarkDefinition
+from jaxguard.evaluate.scores.results import Cell, Evaluation
+from jaxguard.guards.loading import checkpoint_of
+
+
+def refresh_cards(evaluation: Evaluation, config: Config, definitions: Mapping[str, BenchmarkDefinition]) -> None:
+    """Add the scores to the card of every export that was evaluated; `definitions`: label of a benchmark -> what it is.
+
+    Benchmarks of which only some examples were evaluated are left out. JaxguardError: a card cannot be written.
+    """
+    for guard in config.evaluate.guards if config.evaluate else ():
+        if guard.format == "jaxguard":
+            cells = [cell for cell in evaluation.cells if cell.guard == guard.name and cell.complete]
+            results = [_result(cell, definitions[cell.benchmark]) for cell in cells]
+            add_scores(Path(checkpoint_of(guard, config)), results)
+
+
+def _result(cell: Cell, definition: BenchmarkDefinition) -> dict[str, Any]:
+    """An item of `model-index`; data that are not on the hub have their name for a type."""
+    scores, chosen = cell.result.scores, cell.thresholded
+    metrics = [
+        ("f1", "F1", scores.f1),
+        ("precision", "Precision", scores.precision),
+        ("recall", "Recall", scores.recall),
+    ]
+    if cell.calibration:
+        metrics.append(("average_precision", "AUPRC", cell.calibration.auprc))
+    if chosen:
+        metrics.append(("f1", "F1 at the threshold chosen on validation", chosen.result.scores.f1))
+    return {
+        "task": {"type": "text-classification", "name": f"{TITLES[cell.question]}, {cell.mode}"},
+        "dataset": {"type": definition.source.hub or cell.source, "name": cell.benchmark},
+        "metrics": [
+            {"type": kind, "name": name, "value": round(x.value, 4)} for kind, name, x in metrics if x.value is not None
+        ],
+    }
