@@ -1,6 +1,5 @@
 """The export of a finished run: a Hugging Face checkpoint that explains itself."""
 
-import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
