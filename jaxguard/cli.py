@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import argcomplete
+from pydantic import BaseModel
 from rich.console import Console
 from rich.text import Text
 
 import jaxguard
 from jaxguard.config import READS, Config, dump, load
-from jaxguard.config.base import CONFIG_FOLDER, Schema, inner_schema, names, nearest
+from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
+from jaxguard.utils.parse import inner_schema, nearest
 
 USER_ERROR = 2
 PROVENANCE_CHANGED = 3
@@ -205,7 +207,7 @@ def _next_word(known: Iterable[str]) -> list[str]:
     return words
 
 
-def _assignments(schema: type[Schema], fields: Iterable[str], with_values: bool, prefix: str = "") -> Iterator[str]:
+def _assignments(schema: type[BaseModel], fields: Iterable[str], with_values: bool, prefix: str = "") -> Iterator[str]:
     """Yield `field=` for every dotted field, or `field=value` for each value of those that have few."""
     for name in fields:
         annotation = schema.model_fields[name].annotation

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from generated import rewrite
 from jaxguard.config import READS, Config
-from jaxguard.config.base import Schema, inner_schema
+from jaxguard.utils.parse import inner_schema
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -36,7 +37,7 @@ def readers(prefix: str) -> str:
 
 
 def walk(
-    schema: type[Schema], prefix: str, documented: dict[type[Schema], str], title: str = "The run"
+    schema: type[BaseModel], prefix: str, documented: dict[type[BaseModel], str], title: str = "The run"
 ) -> Iterator[tuple[str, str, str, FieldInfo, str]]:
     """Yield (schema's dotted prefix, its title, field, what is known of it, its values in words).
 

@@ -11,11 +11,12 @@ from typing import Any, Self, TypeAlias
 import yaml
 from pydantic import model_validator
 
-from jaxguard.config.base import CONFIG_FOLDER, NonNegative, Schema, find_yaml, read_yaml, scalar, validate
+from jaxguard.config.base import CONFIG_FOLDER, NonNegative, Schema, find_yaml, scalar
 from jaxguard.config.data import BuildConfig, DataConfig, DistillConfig
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.train import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import Fields, PathPart, check, read_yaml
 
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Config"
 """A config's name, its path, the tree that a file holds, or the config itself."""
@@ -39,7 +40,7 @@ READS: Mapping[str, tuple[str, ...]] = {
 class Config(Schema):
     """A whole run."""
 
-    name: str
+    name: PathPart
     """Name of the run and of its folder; by default the file's name."""
     run_folder: str = "runs"
     """The run's folder is run_folder/name."""
@@ -64,8 +65,6 @@ class Config(Schema):
     @model_validator(mode="after")
     def _check(self) -> Self:
         data = self.data
-        if self.name in {"", ".", ".."} or "/" in self.name:
-            raise ValueError(f"name={self.name!r} is also the run's folder: it must not be empty or hold a slash")
         if not data.reasoning_marker or not data.direct_marker or data.reasoning_marker == data.direct_marker:
             raise ValueError("data.reasoning_marker and data.direct_marker must differ and not be empty")
         if data.mode == "dual" and data.dual_reasoning_share in (0, 1):
@@ -91,7 +90,7 @@ def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER
         tree, origin = _extended(source, CONFIG_FOLDER, "config"), "config"
     else:
         path = find_yaml(str(source), folder, "config")
-        tree, origin = {"name": path.stem, **_extended(read_yaml(path), path.parent, str(path))}, str(path)
+        tree, origin = {"name": path.stem, **_extended(read_yaml(path, Fields), path.parent, str(path))}, str(path)
     for key, value, text in parsed(overrides):
         field = key.partition(".")[0]
         if stage is not None and field in Config.model_fields and field not in READS[stage]:
@@ -100,7 +99,7 @@ def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER
         tree = _put(tree, key.split("."), value, text)
     read = READS[stage] if stage else READS["train"]
     tree |= {field: {} for field in ("build", "evaluate", "mine") if field in read and tree.get(field) is None}
-    config = validate(Config, tree, origin)
+    config = check(tree, Config, origin)
     subset, batch_size = config.data.subset, config.train.batch_size
     if "train" in read and subset is not None and subset < batch_size:
         raise JaxguardError(f"{origin}: data.subset={subset} is smaller than train.batch_size={batch_size}")
@@ -125,7 +124,7 @@ def _extended(tree: Mapping[str, Any], folder: Path, origin: str) -> dict[str, A
         return tree
     name = str(tree.pop("extends"))
     path = find_yaml(name, folder if (folder / f"{name}.yaml").is_file() else CONFIG_FOLDER, "config")
-    extended = read_yaml(path)
+    extended = read_yaml(path, Fields)
     if "extends" in extended:
         text = f"extends {extended['extends']!r}, and {origin} extends it; inheritance has one level only"
         raise JaxguardError(f"{path}: {text}")

@@ -1,16 +1,13 @@
-"""Files of configs/ by name, frozen schemas read from them, and errors that name the field and the nearest valid one."""
+"""Files of configs/ by name, and the frozen schemas read from them; utils/parse.py reads and checks them."""
 
-import difflib
-import re
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import nearest, parse_yaml
 
 CONFIG_FOLDER = Path("configs")
 _PACKAGE = Path(__file__).parents[1]
@@ -28,91 +25,17 @@ class Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-Tree = TypeVar("Tree", bound=Schema)
-
-
-def validate(kind: type[Tree], tree: Mapping[str, Any], origin: str) -> Tree:
-    """Turn a plain tree into a schema; JaxguardError has a line, with `origin`, for each field or combination that is wrong."""
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        # Pydantic also calls a list too short when its only item is ill-formed; the item's own error says it better.
-        errors = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
-        raise JaxguardError("\n".join(f"{origin}: {_explain(kind, e)}" for e in errors)) from None
-
-
-def _explain(schema: type[Schema], error: Any) -> str:
-    path, kind, value = [str(part) for part in error["loc"]], error["type"], error["input"]
-    field = ".".join(path)
-    if kind == "extra_forbidden":
-        for part in path[:-1]:  # an index, or a key that the user chose, is no field
-            if part in schema.model_fields:
-                schema = inner_schema(schema.model_fields[part].annotation) or schema
-        known = list(schema.model_fields)
-        return f"unknown field {field!r}; {nearest(path[-1], known)}known here: {', '.join(known)}"
-    if kind == "missing":
-        return f"field {field!r} is missing"
-    message = _PLAIN.get(kind, error["msg"].removeprefix("Value error, "))
-    if not field:
-        return message
-    if not isinstance(value, dict | BaseModel):
-        message += f" (given: {value!r})"
-    hint = nearest(str(value), re.findall(r"'([^']*)'", error["ctx"]["expected"])) if kind == "literal_error" else ""
-    return f"{field}: {message}{'; ' + hint.strip() if hint else ''}"
-
-
-_PLAIN = {
-    "tuple_type": "expected a list",
-    "too_short": "expected at least one item",
-    "model_type": "expected fields",
-    "string_type": "expected text",
-}
-"""Where pydantic's own message speaks of Python's types."""
-
-
-def inner_schema(annotation: Any) -> type[Schema] | None:
-    """Return the schema that a field's annotation holds, also in a union or a tuple; None if it holds none."""
-    if isinstance(annotation, type) and issubclass(annotation, Schema):
-        return annotation
-    return next(filter(None, map(inner_schema, typing.get_args(annotation))), None)
-
-
 def first_repeated(values: Sequence[Any]) -> Any:
     """Return the first of the values that is there more than once, or None."""
     return next((value for value in values if values.count(value) > 1), None)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the fields of a YAML file."""
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JaxguardError(f"{path}: not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise JaxguardError(f"{path}: expected fields, found {type(tree).__name__}")
-    return tree
-
-
 def scalar(text: str) -> Any:
     """Parse a value as written on the command line."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError:
+        return parse_yaml(text, object, text)
+    except JaxguardError:
         return text
-
-
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader that reads 1e-6 as a number, which YAML 1.1 does not, and refuses a field that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        repeated = first_repeated([self.construct_object(key, deep=True) for key, _ in node.value])
-        if repeated is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"field {repeated!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def locate(path: Path) -> Path:
@@ -142,9 +65,3 @@ def find_yaml(name: str, folder: Path, what: str) -> Path:
     known = names(folder)
     direct = ", ".join(name for name in known if "/" not in name)
     raise JaxguardError(f"no {what} {name!r}: {nearest(name, known)}known in {folder}/: {direct or 'none'}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `did you mean 'x'? `, or nothing when nothing is near."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}? " if match else ""

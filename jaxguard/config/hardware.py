@@ -7,7 +7,8 @@ from typing import Annotated, Self
 
 from pydantic import ByteSize, Field, PositiveFloat, model_validator
 
-from jaxguard.config.base import CONFIG_FOLDER, Schema, locate, read_yaml, validate
+from jaxguard.config.base import CONFIG_FOLDER, Schema, locate
+from jaxguard.utils.parse import read_yaml
 
 HARDWARE_FILE = CONFIG_FOLDER / "hardware" / "targets.yaml"
 GIB = 1024**3
@@ -88,7 +89,7 @@ class Hardware(Schema):
 @cache
 def read_hardware(path: Path = HARDWARE_FILE) -> Hardware:
     """Read the file; JaxguardError for a field that is unknown, missing or ill-typed."""
-    return validate(Hardware, read_yaml(locate(path)), str(path))
+    return read_yaml(locate(path), Hardware)
 
 
 def peak_flops(device_kind: str) -> float | None:

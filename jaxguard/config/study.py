@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Schema, Share, find_yaml, nearest, read_yaml, validate
+from jaxguard.config.base import NonNegative, Positive, Schema, Share, find_yaml
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import Fields, check, nearest, read_yaml
 
 STUDIES = Path("configs/paper")
 
@@ -143,14 +144,14 @@ def read_study(name: str, scale: str | None = None, changes: Mapping[str, Any] =
     `changes` is merged over it as a scale is. JaxguardError: no such study or scale; unknown, missing or ill-typed field.
     """
     path = find_yaml(name.removeprefix(f"{STUDIES.name}/"), STUDIES, "study")
-    tree, origin = read_yaml(path), str(path)
+    tree, origin = read_yaml(path, Fields), str(path)
     scales = tree.pop("scales", None) or {}
     if scale is not None:
         if scale not in scales:
             known = ", ".join(scales) or "none"
             raise JaxguardError(f"{path}: no scale {scale!r}; {nearest(scale, scales)}known: {known}")
         tree, origin = merged(tree, scales[scale]), f"{path}, scale {scale}"
-    return validate(StudyConfig, merged(tree, changes), origin), f"{path.stem}-{scale}" if scale else path.stem
+    return check(merged(tree, changes), StudyConfig, origin), f"{path.stem}-{scale}" if scale else path.stem
 
 
 def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

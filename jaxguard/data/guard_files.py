@@ -15,9 +15,10 @@ from pydantic import Field
 
 import jaxguard
 from jaxguard.config import Config, dump, load
-from jaxguard.config.base import Schema, read_yaml, validate
+from jaxguard.config.base import Schema
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import PolicyDefinition, Question, load_policy
+from jaxguard.utils.parse import read_yaml
 
 MANIFEST, CONFIG, POLICY = "jaxguard.json", "config.yaml", "policy.yaml"
 FORMAT: Final = 1
@@ -82,5 +83,5 @@ def read_guard_files(folder: Path) -> GuardFiles | None:
     if not is_complete(folder):
         return None
     # JSON is YAML.
-    manifest = validate(ExportManifest, read_yaml(folder / MANIFEST), str(folder / MANIFEST))
+    manifest = read_yaml(folder / MANIFEST, ExportManifest)
     return GuardFiles(manifest, load(str(folder / CONFIG)), folder / POLICY)

@@ -13,9 +13,10 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from jaxguard.config.base import Schema, find_yaml, locate, names, nearest, read_yaml, validate
+from jaxguard.config.base import Schema, find_yaml, locate, names
 from jaxguard.data.examples import Example
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import nearest, read_yaml
 
 POLICY_FOLDER = Path("configs/policies")
 
@@ -112,7 +113,7 @@ class PolicyDefinition(Schema):
 def load_policy(name_or_path: str, folder: Path = POLICY_FOLDER) -> Policy:
     """Load a policy by name (a file in `folder`) or by path."""
     path = find_yaml(name_or_path, folder, "policy")
-    definition = validate(PolicyDefinition, read_yaml(path), str(path))
+    definition = read_yaml(path, PolicyDefinition)
     categories = tuple(Category(c.name, c.description) for c in definition.categories)
     asks = tuple(q for q in QUESTIONS if q in definition.asks)
     rules = definition.rules.strip()

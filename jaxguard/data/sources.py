@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxguard.config.base import nearest
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.files import Row, Skip, label, objects, read_hub, read_local, text, transcript, words
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import nearest
 
 HARM = {"harmful": "harmful", "unharmful": "unharmful"}
 SAFETY = {"unsafe": "harmful", "safe": "unharmful"}

@@ -23,10 +23,11 @@ from string import Template
 
 from pydantic import field_validator
 
-from jaxguard.config.base import Schema, find_yaml, nearest, read_yaml, validate
+from jaxguard.config.base import Schema, find_yaml
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import ABSENT, Answers, Dialogue, answers, questions, verdict_lines, written
 from jaxguard.data.policies import Policy, Question, policy_for
+from jaxguard.utils.parse import nearest, read_yaml
 
 PROMPT_FOLDER = Path("configs/prompts")
 PLACEHOLDERS = ("policy", "prompt", "response", "labels", "format", "trace", "sentences")
@@ -118,7 +119,7 @@ class TeacherPrompt(Schema):
 def load_prompt(name_or_path: str, folder: Path = PROMPT_FOLDER) -> TeacherPrompt:
     """Read a template by name (a file in `folder`) or by path."""
     path = find_yaml(name_or_path, folder, "prompt")
-    return validate(TeacherPrompt, read_yaml(path), str(path))
+    return read_yaml(path, TeacherPrompt)
 
 
 def quoted(text: str, dialogue: Dialogue) -> str:

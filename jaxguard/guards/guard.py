@@ -13,7 +13,6 @@ from typing import Any, Self, TypeAlias, TypeVar
 
 from jaxguard.config import Config
 from jaxguard.config import load as load_config
-from jaxguard.config.base import nearest
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import Verdict, parse, reasoning_of
@@ -26,6 +25,7 @@ from jaxguard.guards.protocol import Prediction, Request
 from jaxguard.utils import hub
 from jaxguard.utils.client import API_KEY
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import nearest
 from jaxguard.utils.threads import outside_event_loop
 
 Exchange: TypeAlias = Example | tuple[str, str | None] | str

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from pydantic import Field
 
 from jaxguard.config import Config, dump, load
-from jaxguard.config.base import CONFIG_FOLDER, Positive, Schema, find_yaml, read_yaml, validate
+from jaxguard.config.base import CONFIG_FOLDER, Positive, Schema, find_yaml
 from jaxguard.config.hardware import GIB
 from jaxguard.plan.compile import OutOfMemoryError, compile_step, find_spec
 from jaxguard.plan.run import NOTE, plan_json
@@ -25,6 +25,7 @@ from jaxguard.report import Bullets, Drawing, Page, Table
 from jaxguard.report.figures import inline_svg, style
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
+from jaxguard.utils.parse import read_yaml
 
 SWEEP_FOLDER = CONFIG_FOLDER / "sweeps"
 SWEEP_OUTPUT = Path("runs/sweeps")
@@ -75,7 +76,7 @@ class Point:
 def read_sweep(name: str) -> SweepConfig:
     """Read a file of configs/sweeps by name, or any YAML file by path; JaxguardError if there is none or a field is wrong."""
     path = find_yaml(name, SWEEP_FOLDER, "sweep")
-    return validate(SweepConfig, read_yaml(path), str(path))
+    return read_yaml(path, SweepConfig)
 
 
 def points(sweep: SweepConfig) -> Iterator[Point]:

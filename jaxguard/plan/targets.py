@@ -12,9 +12,9 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from jaxguard.config.base import nearest
 from jaxguard.config.hardware import Gpu, Target, Tpu, read_hardware
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import nearest
 
 GPUS_PER_HOST = 8
 """Where a target's shape is only a number."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxguard.config import Config, load, parsed
-from jaxguard.config.base import scalar, validate
+from jaxguard.config.base import scalar
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.study import CostConfig, RowConfig, Stage, StudyConfig, labelled, read_study
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import PathPart, check
 
 PREPARING = ("distill", "build")
 """Config sections that overrides change in prepared runs only."""
@@ -94,9 +95,7 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
             changes.append(text)
     settings = {field: value for field, value in own.items() if field in ("cost", "metric")}
     definition, study_name = read_study(name, scale, settings)
-    study_name = str(own.get("name", study_name))
-    if not study_name or "/" in study_name or study_name in (".", ".."):
-        raise JaxguardError(f"name={study_name!r} is the study's folder: it must not be empty or hold a slash")
+    study_name = check(own.get("name", study_name), PathPart, "name")
     folder = Path(str(own.get("run_folder", "runs"))) / study_name
 
     prepared: list[Run] = []
@@ -154,7 +153,7 @@ def _resolve(
             ]
             overrides.append(f"evaluate.guards={written(guards)}")
             config = load(base, overrides)
-        cost = validate(CostConfig, {**study.cost.model_dump(), **row.cost}, "cost")
+        cost = check({**study.cost.model_dump(), **row.cost}, CostConfig, "cost")
     except JaxguardError as error:
         raise JaxguardError(f"row {key}, run {name}: {error}") from None
     return Run(key, row, labels, base, tuple(overrides), config, cost, prepared=folder is None)

@@ -5,13 +5,13 @@ from collections import Counter
 
 import pytest
 
-from jaxguard.config.base import validate
 from jaxguard.config.evaluate import MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
 from jaxguard.mine.run import Outcome, choose, outcome_of
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import check
 
 POLICY = Policy("bread", rules="Speak of bread only.", asks=("prompt_harm", "response_harm", "response_refusal"))
 LOAF = Example("loaf", "baker", "How?", "Like this.", prompt_label="harmful", response_label="unharmful")
@@ -119,4 +119,4 @@ def test_nothing_hard_gives_nothing(balance):
 )
 def test_impossible_settings_are_refused(tree):
     with pytest.raises(JaxguardError, match="mine: "):
-        validate(MineConfig, tree, "mine")
+        check(tree, MineConfig, "mine")

@@ -221,7 +221,7 @@ def test_the_metric_is_the_studys(study):
         ({"prepare": {"x": {}}}, (), ["prepare.x", "distill and build"]),
         ({}, ("data.subset=[8, 8]",), ["override 'data.subset=[8, 8]'", "only once"]),
         ({}, ("data.subset",), ["field=value"]),
-        ({}, ("name=a/b",), ["name='a/b'"]),
+        ({}, ("name=a/b",), ["name", "'a/b'"]),
         ({}, ("cost.mfu=2",), ["cost.mfu"]),
         ({}, ("cost.mfv=0.2",), ["did you mean 'mfu'"]),
     ],

@@ -21,7 +21,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import errors
 
-from jaxguard.config.base import locate, names, nearest
+from jaxguard.config.base import locate, names
 from jaxguard.data.examples import Example
 from jaxguard.data.files import Row, Skip, find_files, objects, read_hub, read_local, text, transcript
 from jaxguard.data.format.dialogue import CHOICES, LABEL
@@ -36,6 +36,7 @@ from jaxguard.evaluate.benchmarks.schema import (
     read_benchmark,
 )
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import nearest
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from jaxguard.config.base import Schema, find_yaml, read_yaml, validate
+from jaxguard.config.base import Schema, find_yaml
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.files import Row
 from jaxguard.data.policies import Question
+from jaxguard.utils.parse import read_yaml
 
 BENCHMARK_FOLDER = Path("configs/benchmarks")
 
@@ -265,4 +266,4 @@ class BenchmarkDefinition(Schema):
 def read_benchmark(name_or_path: str) -> BenchmarkDefinition:
     """Read the YAML file of a benchmark, by its name in configs/benchmarks or its path."""
     path = find_yaml(name_or_path, BENCHMARK_FOLDER, "benchmark")
-    return validate(BenchmarkDefinition, read_yaml(path), str(path))
+    return read_yaml(path, BenchmarkDefinition)

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from jaxguard.config.base import Schema, Share, find_yaml, read_yaml, validate
+from jaxguard.config.base import Schema, Share, find_yaml
+from jaxguard.utils.parse import read_yaml
 
 AVERAGES = ("prompt", "response", "safety", "custom")
 """The averages of an evaluation and of the paper, in the order of their columns."""
@@ -88,7 +89,7 @@ class Published(Schema):
 def read_published() -> Published:
     """Read configs/published/paper.yaml."""
     path = find_yaml("paper", Path("configs/published"), "published results")
-    return validate(Published, read_yaml(path), str(path))
+    return read_yaml(path, Published)
 
 
 def nearest_row(

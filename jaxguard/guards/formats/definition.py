@@ -16,12 +16,13 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from jaxguard.config.base import Schema, first_repeated, read_yaml, validate
+from jaxguard.config.base import Schema, first_repeated
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Category, Policy, Question
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Request
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import read_yaml
 
 Chat = tuple[list[dict[str, str]], dict[str, Any]]
 """Messages for a checkpoint's chat template, and options that it takes."""
@@ -320,7 +321,7 @@ def read_guard(path: Path) -> ExternalGuard:
 
     JaxguardError: unknown, missing or ill-typed field; a template that does not render, or leaves a text out.
     """
-    form = validate(GuardFormatDefinition, read_yaml(path), str(path))
+    form = read_yaml(path, GuardFormatDefinition)
     where = f"{path}: {'chat' if form.text is None else 'text'}"
     trials = list(_trials(form, where))
     policies = {tuple(mark in text for mark in _PARTS) for question, text in trials if question != "response_refusal"}
