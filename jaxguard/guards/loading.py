@@ -194,7 +194,10 @@ def open_predictions(path: Path, settings: Mapping[str, Any]) -> Iterator[Predic
 
     def parse(record: dict[str, Any]) -> Prediction:
         verdicts = {question: tuple(each) for question, each in record["verdicts"].items()}
-        return Prediction(**{**record, "verdicts": verdicts, "texts": tuple(record["texts"])})
+        try:
+            return Prediction(**{**record, "verdicts": verdicts, "texts": tuple(record["texts"])})
+        except JaxguardError as error:  # made again, as any damaged record
+            raise ValueError(str(error)) from None
 
     remedy = "Take the old values back, give the guard or the run another name, or delete the file."
     with open_store(path, settings, remedy) as store:

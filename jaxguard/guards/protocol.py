@@ -67,6 +67,9 @@ class Prediction:
         unscored: question -> generations that are not in its probability, since their verdict cannot be located.
         cut: the text was too long for the model and was judged without its middle.
         scoring: seconds for the probabilities, of a batch its share; not part of `seconds`.
+
+    Raises:
+        JaxguardError: a probability is not a number from 0 to 1.
     """
 
     example_id: str
@@ -81,6 +84,14 @@ class Prediction:
     unscored: Mapping[Question, int] = field(default_factory=dict)
     cut: bool = False
     scoring: float = 0.0
+
+    def __post_init__(self) -> None:
+        for question, p in self.probabilities.items():
+            if p is not None and not (isinstance(p, float) and 0 <= p <= 1):  # NaN is not, either
+                raise JaxguardError(
+                    f"example {self.example_id!r}: the guard gives {question} the probability {p!r}, which is none: its weights "
+                    "or activations are not finite; use another checkpoint, or model.compute_dtype=float32"
+                )
 
 
 Predictor = Callable[[Sequence[Request]], AsyncIterator[Prediction]]
@@ -160,7 +171,10 @@ class Backend(Protocol):
         """`n` continuations of each prompt, by the run's temperature, top-p and seed."""
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
-        """After each prefix, the log-probability of the first token of its pair less that of the second, at temperature 1."""
+        """After each prefix, the log-probability of the first token of its pair less that of the second, at temperature 1.
+
+        What is not finite makes no prediction.
+        """
 
     @property
     def group(self) -> int:
@@ -284,7 +298,11 @@ async def _score(parts: Sequence[_Part], form: PromptFormat, backend: Backend) -
     trees = [[form.decision_points(part.request, text) for text in part.texts or ("",)] for part in parts]
     keys = list(dict.fromkeys(point.key for texts in trees for tree in texts for point in tree))
     odds = await backend.log_odds([prefix for prefix, _, _ in keys], [(positive, other) for _, positive, other in keys])
-    positive = {key: 1 / (1 + math.exp(-max(-700.0, o))) for key, o in zip(keys, odds, strict=True)}
+    # What is not finite becomes NaN, which no Prediction takes.
+    positive = {
+        key: 1 / (1 + math.exp(-max(-700.0, o))) if math.isfinite(o) else math.nan
+        for key, o in zip(keys, odds, strict=True)
+    }
 
     def probability(point: DecisionPoint) -> float:
         """P(the earlier decisions) P(positive | them)."""

@@ -21,6 +21,7 @@ from jaxguard.data.packing import assemble, bucketed, pack
 from jaxguard.data.policies import Question
 from jaxguard.models.sharding import batch_sharding, shard_batch
 from jaxguard.train.step import Program
+from jaxguard.utils.errors import JaxguardError
 
 THRESHOLD = 0.5
 HARM = ("prompt_harm", "response_harm")
@@ -98,6 +99,11 @@ class Validation:
                 loss = float(-logprobs_BMQ[row, targets, 0].sum())
                 positive, negative = logprobs_BMQ[row, probes, 1:].T
                 probabilities = (1 / (1 + np.exp(negative - positive))).tolist()
+                if not np.isfinite([loss, *probabilities]).all():
+                    raise JaxguardError(
+                        f"validation example {example.example_id!r}: its loss and probabilities are not finite: the weights "
+                        "diverged; lower optimizer.learning_rate"
+                    )
                 scores[id(example)] = Score(loss, targets.stop - targets.start, probabilities)
         return scores
 

@@ -1,5 +1,8 @@
 """Predictions on disk. tests/utils/test_store.py kills and damages their file."""
 
+import math
+from dataclasses import asdict
+
 import pytest
 
 from jaxguard.guards.loading import open_predictions
@@ -58,6 +61,16 @@ def test_a_record_of_another_shape_is_predicted_again(tmp_path):
     with open_store(path, SETTINGS, "") as store:
         store.append({"example_id": "a", "verdict": 1})
     assert read(path) == {}
+
+
+@pytest.mark.parametrize("probability", [math.nan, math.inf, -0.25, 1.5, "0.5", True])
+def test_what_is_no_probability_is_predicted_again(tmp_path, caplog, probability):
+    path = tmp_path / "answers.jsonl"
+    fill(path)
+    with open_store(path, SETTINGS, "") as store:
+        store.append(asdict(ANSWERS[1]) | {"example_id": "c", "probabilities": {"prompt_harm": probability}})
+    assert set(read(path)) == {"a", "b"}
+    assert "1 damaged" in caplog.text
 
 
 def test_other_settings_are_refused_by_name(tmp_path):

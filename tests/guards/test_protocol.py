@@ -10,6 +10,7 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Completion, DecisionPoint, Prompt, Request, predict
+from jaxguard.utils.errors import JaxguardError
 
 STOP = 0
 
@@ -240,3 +241,10 @@ def test_probabilities_may_be_left_out():
     backend = Script({"x": ["+"]})
     found = ask_all(backend, ["x"], Mode.DIRECT, probabilities=False, generations=1)["x"]
     assert (found.verdicts["prompt_harm"], found.probabilities["prompt_harm"]) == ((POSITIVE,), None)
+
+
+@pytest.mark.parametrize("odds", [math.nan, math.inf, -math.inf])
+def test_a_probability_that_is_not_a_number_is_an_error(odds):
+    backend = Script(odds=direct_odds("x") | direct_odds("z") | {"za": odds})
+    with pytest.raises(JaxguardError, match=r"'z'.*prompt_harm"):
+        ask_all(backend, "xz", Mode.DIRECT, generations=0)

@@ -247,3 +247,10 @@ def test_smollm2_writes_what_transformers_writes(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     expected = [reference(torch, theirs, prompt, 48) for prompt in prompts]
     assert [list(answer.tokens) for [answer] in completions] == expected
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_hidden_states_that_are_not_finite_are_an_error(model, temperature):
+    weights = model.weights | {"final_norm": model.weights["final_norm"].at[3].set(jnp.nan)}
+    with pytest.raises(JaxguardError, match=r"prompt 0.*not finite"):
+        generate(dataclasses.replace(model, weights=weights), [[5, 6]], Sampling(temperature, max_tokens=3))

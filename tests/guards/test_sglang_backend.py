@@ -226,14 +226,18 @@ def test_wrong_probabilities_are_asked_for_again(fault):
     [
         ((-math.inf, -2), -math.inf, -1e20),
         ((-2, -math.inf), 1e20, math.inf),
-        ((-3.4e38, -3.4e38), 0, 0),
-        ((-math.inf, -math.inf), 0, 0),
         ((-1, -1), 0, 0),
     ],
 )
 def test_impossible_tokens_are_no_crash(values, low, high):
     [odds] = score(lambda i: scored(values))[0]
     assert low <= odds <= high
+
+
+@pytest.mark.parametrize("values", [(-math.inf, -math.inf), (-3.4e38, -3.4e38)])
+def test_a_server_that_gives_neither_token_a_probability(values):
+    with pytest.raises(JaxguardError, match=r"http://.*neither.*7, 9"):
+        score(lambda i: scored(values))
 
 
 def test_the_key_is_sent(monkeypatch):

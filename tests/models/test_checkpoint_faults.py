@@ -92,6 +92,17 @@ def test_bad_checkpoints_are_explained(make, mistake):
         read_weights(source, spec)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_weights_that_are_not_finite_are_refused_by_name(make, monkeypatch, value, dtype, on_host):
+    monkeypatch.setattr(checkpoint_io, "in_host_memory", lambda sharding: on_host)
+    source = make("llama", dtype=dtype)
+    change(source, lambda tensors: tensors[Q].__setitem__((3, 5), value))
+    with pytest.raises(JaxguardError, match=rf"model\.safetensors.*'{Q}'.*not finite"):
+        read_weights(source, read_spec(source))
+
+
 def test_unsupported_architecture(make):
     source = make("llama")
     config = json.loads((source / "config.json").read_text())

@@ -1,6 +1,7 @@
 """Verdict probabilities without sampling equal those of every answer written out."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from jaxguard.models.sharding import make_mesh
 from jaxguard.models.spec import read_spec
 from jaxguard.train.step import build_program
 from jaxguard.train.validation import Mode, Validation, ValidationPrediction, summary
+from jaxguard.utils.errors import JaxguardError
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,13 @@ def test_f1_and_auprc():
     for labels in itertools.product((True, False), repeat=3):
         perfect = summary(predictions(*((y, float(y)) for y in labels)))
         assert perfect["harm_f1"] == float(any(labels))
+
+
+def test_a_probability_that_is_not_a_number_is_an_error(run, tiny_config):
+    spec, weights, held, *_ = run
+    config = load(str(tiny_config))
+    program = build_program(config, spec, make_mesh(config.mesh, jax.devices()[:1]), steps=1)
+    program = replace(program, score=lambda weights, batch, ids: np.full(ids.shape, np.nan))
+    validation = Validation(held[:1], batch_size=4, max_seq_len=512, row_multiple=1)
+    with pytest.raises(JaxguardError, match=rf"'{held[0][0].id}'.*not finite"):
+        validation.run(program, weights)

@@ -39,6 +39,9 @@ from jaxguard.utils.errors import JaxguardError
 
 LENGTH_MULTIPLE = 32
 
+_NOT_FINITE = -1
+"""Stands for a token that cannot be chosen, since the hidden state before it is not finite."""
+
 PREFILLS = 4
 """A batch's prompts are computed in this many parts of similar length, so that one long prompt does not pad all others."""
 
@@ -156,7 +159,7 @@ def generate(
     """Sample `sampling.n` completions of each prompt, in the prompts' order, about `rows` of them at the same time.
 
     The completions are the same without `share_prefix`, which computes the common prefix of all prompts once. JaxguardError: a
-    prompt is empty, or too long for the model.
+    prompt is empty, or too long for the model, or the model's hidden states are not finite.
     """
     check_prompts(model.spec, prompts, sampling.max_tokens)
     if not prompts:
@@ -190,6 +193,11 @@ def generate(
                 max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
             )  # fmt: skip
             for (i, _), tokens_G in zip(samples, np.asarray(generated_RG), strict=False):
+                if np.any(tokens_G == _NOT_FINITE):
+                    raise JaxguardError(
+                        f"prompt {i}: the model's hidden states are not finite, so its answer means nothing: use another "
+                        "checkpoint, or model.compute_dtype=float32"
+                    )
                 stops = np.flatnonzero(np.isin(tokens_G, sampling.stop_ids))
                 whole = tokens_G[: stops[0] if len(stops) else None].tolist()
                 completions.setdefault(i, []).append(Completion(tuple(whole), stopped=bool(len(stops))))
@@ -292,6 +300,7 @@ def _decode(
     def choose(hidden_RD: Array, step: Array | int, tokens_RG: Array, done_R: Array) -> tuple[Array, Array]:
         logits_RV = constrain(decoder.logits(hidden_RD[:, None])[:, 0], "batch", None)
         chosen_R = draw(logits_RV, keys_R2, step, temperature, top_p)
+        chosen_R = jnp.where(jnp.isfinite(hidden_RD).all(-1), chosen_R, _NOT_FINITE)
         return tokens_RG.at[:, step].set(chosen_R), done_R | jnp.isin(chosen_R, stop_Q)
 
     def more(state: _State) -> Array:

@@ -90,6 +90,10 @@ class SglangBackend:
                 positive, negative = (float(entry[0]) for entry in entries)
                 if not (positive < 1e-3 and negative < 1e-3):  # NaN is not, either
                     raise RetryableError(f"{url} sent {positive} and {negative}, which are no log-probabilities")
+                if max(positive, negative) <= _IMPOSSIBLE:
+                    raise JaxguardError(
+                        f"{url} gives neither of the tokens {pair} any probability: are its weights or activations finite?"
+                    )
                 return max(positive, _IMPOSSIBLE) - max(negative, _IMPOSSIBLE)
 
             body = {

@@ -23,7 +23,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tokenizers import Tokenizer
 
-from jaxguard.models.hf_io.safetensors import BLOCK, Stored, cast_tiles, open_folder, parts_of_rows, write_rows
+from jaxguard.models.hf_io.safetensors import (
+    BLOCK,
+    Stored,
+    all_finite,
+    cast_tiles,
+    open_folder,
+    parts_of_rows,
+    write_rows,
+)
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import EMBED, HEAD, Weight, table
 from jaxguard.utils.errors import JaxguardError
@@ -64,7 +72,7 @@ def read_weights(
     `shardings` is path -> sharding, which never cuts along the layers; None puts everything on the default device.
 
     Raises:
-        JaxguardError: missing, unknown, misshapen or quantised tensor, or corrupt files.
+        JaxguardError: missing, unknown, misshapen or quantised tensor, one with a value that is not finite, or corrupt files.
     """
     located = _locate(folder, spec, open_folder(folder))
     alone = SingleDeviceSharding(jax.local_devices()[0])
@@ -121,6 +129,15 @@ def read_piece(weight: Weight, tensor: Stored, spec: Spec, index: Index) -> np.n
     return weight.from_hf(tensor.view(), spec)[index]
 
 
+def _check_finite(tensor: Stored, values: np.ndarray) -> None:
+    """Refuse a tensor some of whose values are NaN or infinite: all that the model says would be, too."""
+    if not all_finite(values):
+        raise JaxguardError(
+            f"{tensor.file}: tensor {tensor.name!r} has values that are not finite (NaN or infinity): its training diverged, or "
+            "the file is damaged; use another checkpoint, or download it again"
+        )
+
+
 def _local_shards(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device]]]:
     """List the different shards of an array on this host, each with the devices that hold it."""
     shards: dict[tuple[tuple[int, int, int], ...], tuple[Index, list[jax.Device]]] = {}
@@ -143,17 +160,21 @@ def _load_onto_cpu(located: Tensors, spec: Spec, shardings: Shardings, dtypes: D
             parts += [(weight, tensor, index, out) for tensor, out in zip(tensors, layers, strict=True)]
     parts.sort(key=lambda part: (part[1].file, part[1].start))
 
-    def rows_to_fill() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (rows of a file, memory for them), so that threads share even the largest tensor."""
+    def rows_to_fill() -> Iterator[tuple[Stored, np.ndarray, np.ndarray]]:
+        """Yield (tensor, rows of it, memory for them), so that threads share even the largest tensor."""
         for weight, tensor, index, out in parts:
             piece = read_piece(weight, tensor, spec, index)
             values, target = (np.atleast_2d(weight.to_hf(x)) for x in (piece, out))
             assert np.may_share_memory(target, out), f"{weight.path}: {weight.rule} makes a copy"
             for rows in parts_of_rows(values, values.dtype):
-                yield values[rows], target[rows]
+                yield tensor, values[rows], target[rows]
+
+    def fill(tensor: Stored, values: np.ndarray, target: np.ndarray) -> None:
+        cast_tiles(values, target, _TILE)
+        _check_finite(tensor, values)
 
     # More threads than cores, since they also wait for the disk.
-    for _ in in_turn(lambda rows: cast_tiles(*rows, _TILE), rows_to_fill(), threads=6, ahead=12):
+    for _ in in_turn(lambda rows: fill(*rows), rows_to_fill(), threads=6, ahead=12):
         pass
     weights: dict[str, jax.Array] = {}
     for weight, local in shards.items():
@@ -185,8 +206,10 @@ def _load_onto_accelerators(located: Tensors, spec: Spec, shardings: Shardings, 
                 sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
         arrays = []
         for index, (first, *others) in _local_shards(sharding, shape):
+            view = read_piece(weight, tensor, spec, index)
+            _check_finite(tensor, view)
             # No alias: the file may be changed or removed later. device_put transposes a view with strides.
-            piece = jax.device_put(read_piece(weight, tensor, spec, index), first, may_alias=False)
+            piece = jax.device_put(view, first, may_alias=False)
             arrays += [piece, *(jax.device_put(piece, device, may_alias=False) for device in others)]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 

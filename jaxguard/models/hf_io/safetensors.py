@@ -159,6 +159,13 @@ def cast_tiles(values: np.ndarray, target: np.ndarray, tile: tuple[int, int]) ->
             target[cut] = values[cut].astype(dtype).view(bits)
 
 
+def all_finite(values: np.ndarray) -> bool:
+    """Whether no value is a NaN or an infinity. Compared as integers: NumPy does so faster, and NaNs are larger."""
+    size = values.dtype.itemsize
+    positive, negative = np.array([np.inf, -np.inf], values.dtype).view(f"u{size}")
+    return bool(np.max(values.view(f"u{size}")) < negative and np.max(values.view(f"i{size}")) < positive)
+
+
 def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | None) -> int:
     """Round rows of a tensor, [rows, columns] from row `start`, and write them in their place in a file like the tensor's.
 
@@ -168,7 +175,6 @@ def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | 
         JaxguardError: values that are not finite in the element type, or a tensor whose file was truncated.
     """
     bits = np.dtype(f"u{tensor.dtype.itemsize}")
-    infinite = np.array([np.inf, -np.inf], tensor.dtype).view(bits)  # as integers, NaNs are larger
     width = values.shape[1] * bits.itemsize
     begin, changed = tensor.start + start * width, 0
     buffer = np.empty((min(BAND, len(values)), values.shape[1]), tensor.dtype)
@@ -178,7 +184,7 @@ def write_rows(tensor: Stored, values: np.ndarray, start: int, file: BinaryIO | 
             rows = values[row : row + BAND]
             cast_tiles(rows, buffer[: len(rows)], (BAND, 128))
             band = buffer[: len(rows)].view(bits).reshape(-1)
-            if np.max(band) >= infinite[1] or np.max(band.view(f"i{bits.itemsize}")) >= infinite[0]:
+            if not all_finite(buffer[: len(rows)]):
                 raise JaxguardError(
                     f"tensor {tensor.name!r} has values that are not finite in {tensor.kind}: not exported"
                 )
