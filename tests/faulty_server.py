@@ -25,7 +25,7 @@ class FaultyServer:
         busiest: most requests under way at once.
     """
 
-    script: Callable[[int], str]
+    script: Callable[[int], str | bytes]
     model: str = "teacher"
     keep: bool = True
     starting: int = 0
@@ -56,10 +56,12 @@ class FaultyServer:
         finally:
             self._active -= 1
 
-    async def _answer(self, fault: str, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+    async def _answer(self, fault: str | bytes, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         """Send an answer; False if the connection is to be cut after it."""
         body = completion(request.get("n") or 1, self.model)
-        if fault.isdigit():
+        if isinstance(fault, bytes):
+            writer.write(http(200, fault))
+        elif fault.isdigit():
             writer.write(http(int(fault), {"error": {"message": f"status {fault}"}}))
         elif fault.startswith("wait "):
             writer.write(http(429, {"error": "busy"}, retry_after=fault.removeprefix("wait ")))
@@ -102,7 +104,9 @@ def completion(n: int, model: str = "teacher", content: str = REASONING + VERDIC
 
 
 @asynccontextmanager
-async def serve(script: Callable[[int], str], model: str = "teacher", keep: bool = True) -> AsyncIterator[FaultyServer]:
+async def serve(
+    script: Callable[[int], str | bytes], model: str = "teacher", keep: bool = True
+) -> AsyncIterator[FaultyServer]:
     faulty = FaultyServer(script, model, keep)
     async with listen(faulty.handle) as address:
         faulty.url = f"{address}/v1"

@@ -8,14 +8,54 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from jaxguard.config.data import TeacherConfig
-from jaxguard.utils.client import Client, Limiter, RetryableError, connect, model_names
+from jaxguard.utils.client import Client, Limiter, Models, RetryableError, connect
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import Fields
+
+Tokens = Annotated[int, Field(ge=0, lt=2**31)]
 
 _CLOSE = re.compile(r"<\s*/\s*think\s*>", re.IGNORECASE)
 _OPEN = re.compile(r"^\s*<\s*think\s*>", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a choice says; servers call its reasoning one or the other."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of ChatResponse."""
+
+    message: Message
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of the prompt, and of all completions."""
+
+    prompt_tokens: Tokens | None = None
+    completion_tokens: Tokens | None = None
+
+
+@dataclass(frozen=True)
+class ChatResponse:
+    """A response of /chat/completions, as far as it is used; `metadata` is SGLang's."""
+
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+    metadata: Fields | None = None
 
 
 class Reply(NamedTuple):
@@ -46,30 +86,29 @@ class Teacher:
         """Sample `n` completions; `extra` are more of the request's fields, SGLang's own included, such as {"regex": "..."}."""
         sampling = self.config.model_dump(include={"model", "temperature", "top_p", "max_tokens"})
         body = {**sampling, "messages": list(messages), "n": n, **(extra or {})}
-        return await self.client.request("/chat/completions", body, partial(self._replies, n))
+        return await self.client.request("/chat/completions", body, ChatResponse, partial(self._replies, n))
 
     async def check(self) -> None:
         """Raise a JaxguardError if an endpoint does not serve the model, or does not answer at all."""
         for endpoint in self.client.endpoints:
-            served = await self.client.request("/models", None, model_names, endpoint)
+            served = await self.client.request("/models", None, Models, Models.names, endpoint)
             if self.config.model not in served:
                 raise JaxguardError(
                     f"{endpoint} serves {', '.join(served) or 'nothing'}, not {self.config.model!r}; set the teacher's "
                     "model, or start the server with --served-model-name"
                 )
 
-    def _replies(self, n: int, body: Any, url: str) -> list[Reply]:
+    def _replies(self, n: int, body: ChatResponse, url: str) -> list[Reply]:
         """Return the completions in a response; another number of them is retried, another model's are an error."""
-        choices = [(*_texts(choice["message"]), str(choice["finish_reason"])) for choice in body["choices"]]
-        version = (body.get("metadata") or {}).get("weight_version")
-        usage = body.get("usage") or {}
-        if body["model"] != self.config.model:
-            raise JaxguardError(f"{url} answered as {body['model']!r}, not as {self.config.model!r}")
+        choices = [(*_texts(choice.message), str(choice.finish_reason)) for choice in body.choices]
+        version, usage = (body.metadata or {}).get("weight_version"), body.usage or Usage()
+        if body.model != self.config.model:
+            raise JaxguardError(f"{url} answered as {body.model!r}, not as {self.config.model!r}")
         if self.config.version is not None and version != self.config.version:
             raise JaxguardError(f"{url} answered with weights {version!r}, not {self.config.version!r}")
         if len(choices) != n:
             raise RetryableError(f"{url} sent {len(choices)} completions, not {n}")
-        prompt, total = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        prompt, total = usage.prompt_tokens or 0, usage.completion_tokens or 0
         shares = [total // n + (i < total % n) for i in range(n)]
         return [
             Reply(*choice, prompt if i == 0 else 0, share)
@@ -96,10 +135,7 @@ def split_reasoning(text: str) -> tuple[str, str]:
     return _OPEN.sub("", text[: closing[-1].start()]).strip(), text[closing[-1].end() :].strip()
 
 
-def _texts(message: dict[str, Any]) -> tuple[str, str]:
+def _texts(message: Message) -> tuple[str, str]:
     """Return (reasoning, answer)."""
-    content = message.get("content") or ""
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-    if not isinstance(content, str) or not isinstance(reasoning, str):
-        raise TypeError("content is no text")
+    content, reasoning = message.content or "", message.reasoning_content or message.reasoning or ""
     return (reasoning.strip(), content.strip()) if reasoning else split_reasoning(content)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
@@ -141,7 +142,9 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
 
 
 def weights_digest(folder: Path) -> str | None:
-    """Hash of a folder's weights; None where there are none."""
+    """Hash of a folder's weights; None where there are none that can be read."""
+    if not os.access(folder, os.R_OK):  # a server's own folder
+        return None
     stats = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
     digests = [_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None

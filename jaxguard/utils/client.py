@@ -19,7 +19,9 @@ import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import JSON_BYTES, Fields, parse_json
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 API_KEY: Final = "JAXGUARD_API_KEY"
@@ -104,14 +106,16 @@ class Client:
     active: Counter[str] = field(default_factory=Counter)
     resting_until: dict[str, float] = field(default_factory=dict)
 
-    async def request(self, path: str, body: Any, parse: Callable[[Any, str], T], only: str | None = None) -> T:
+    async def request(
+        self, path: str, body: Any, shape: type[S], parse: Callable[[S, str], T], only: str | None = None
+    ) -> T:
         """Send a request until it is answered.
 
         Args:
             path: behind an endpoint's address.
             body: JSON to POST; None sends a GET.
-            parse: makes the result of a response's JSON and the address that sent it. Its RetryableError, AttributeError,
-                LookupError, TypeError and ValueError mean a malformed response.
+            shape: of a response, as parse_json takes it; another one is malformed.
+            parse: makes the result of a response and the address that sent it; its RetryableError means a malformed response.
             only: the one endpoint to ask, which must be up; default: the least busy one.
 
         Raises:
@@ -124,18 +128,19 @@ class Client:
             reraise=True,
         )
         try:
-            return await retrying(self._try, path, body, parse, only)
+            return await retrying(self._try, path, body, shape, parse, only)
         except RetryableError as error:
             raise JaxguardError(f"no answer in {self.tries} tries, the last time: {error}") from error
 
-    async def _try(self, path: str, body: Any, parse: Callable[[Any, str], T], only: str | None) -> T:
+    async def _try(self, path: str, body: Any, shape: type[S], parse: Callable[[S, str], T], only: str | None) -> T:
         async with self.limiter.slot() as overload:
             now, method = time.monotonic(), "GET" if body is None else "POST"
             free = sorted(self.endpoints, key=lambda url: (self.resting_until.get(url, now) > now, self.active[url]))
             url = only or free[0]
             self.active[url] += 1
             try:
-                response = await self.http.request(method, url + path, json=body)
+                async with self.http.stream(method, url + path, json=body) as response:
+                    data = await _read(response)
             except (httpx2.RequestError, httpx2.InvalidURL) as error:
                 text = f"{url} does not answer: {type(error).__name__}: {error}"
                 if only is not None and isinstance(error, _UNREACHABLE):
@@ -148,7 +153,7 @@ class Client:
                 self.active[url] -= 1
             if response.status_code in _OVERLOAD_STATUS:
                 overload()
-            status, words = response.status_code, _words(response)
+            status, words = response.status_code, _words(data)
             if status in _TRANSIENT_STATUS or status >= 500:
                 pause = re.fullmatch(r"\d+(\.\d+)?", response.headers.get("retry-after", ""))  # or a date
                 raise RetryableError(f"{url}: status {status}: {words}", float(pause[0]) if pause else 0.0)
@@ -162,10 +167,10 @@ class Client:
             if not response.is_success:
                 raise JaxguardError(f"{url} refuses {path}, and would again: status {status}: {words}")
             try:
-                return parse(response.json(), url)
-            except (AttributeError, LookupError, TypeError, ValueError) as error:
-                text = f"{type(error).__name__}: {error}; it says: {words}"
-                raise RetryableError(f"{url} sent a malformed response: {text}") from None
+                reply = parse_json(data, shape, "its response", finite=False)
+            except JaxguardError as error:
+                raise RetryableError(f"{url} sent a malformed response: {error}; it says: {words}") from None
+            return parse(reply, url)
 
 
 @asynccontextmanager
@@ -193,9 +198,21 @@ async def connect(
         yield Client(endpoints, limiter, tries or TRIES, api_key_env, http)
 
 
-def model_names(body: Any, _: str) -> list[str]:
-    """Return the models in the response to GET /v1/models."""
-    return [str(model["id"]) for model in body["data"]]
+@dataclass(frozen=True)
+class Model:
+    """One of Models."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Models:
+    """The response to GET /v1/models."""
+
+    data: list[Model]
+
+    def names(self, _: str = "") -> list[str]:
+        return [model.id for model in self.data]
 
 
 async def gather(requests: Iterable[Awaitable[T]]) -> list[T]:
@@ -215,12 +232,22 @@ def _pause(state: RetryCallState) -> float:
     return max(BACKOFF(state), min(asked, _MOST_RETRY_AFTER))
 
 
-def _words(response: httpx2.Response) -> str:
+async def _read(response: httpx2.Response) -> bytes:
+    """Read a response, unpacked, up to one byte more than parse_json takes."""
+    data = bytearray()
+    async for part in response.aiter_bytes():
+        data += part
+        if len(data) > JSON_BYTES:
+            break
+    return bytes(data[: JSON_BYTES + 1])
+
+
+def _words(data: bytes) -> str:
     """Return a server's error message, or the beginning of its response."""
     try:
-        body = response.json()
+        body = parse_json(data, Fields, "")
         error = body.get("error", body)
         text = error.get("message", error) if isinstance(error, dict) else error
-    except (AttributeError, ValueError):
-        text = response.text
+    except JaxguardError:
+        text = data[:2000].decode("utf-8", "replace")
     return str(text)[:500]

@@ -65,17 +65,18 @@ def read_json(path: Path, shape: type[T], most: int = JSON_BYTES) -> T:
     return parse_json(read_text(path, most), shape, str(path), most)
 
 
-def parse_json(text: str | bytes, shape: type[T], origin: str, most: int = JSON_BYTES) -> T:
+def parse_json(text: str | bytes, shape: type[T], origin: str, most: int = JSON_BYTES, finite: bool = True) -> T:
     """Parse a JSON document of at most `most` bytes into a value of `shape`, as pydantic understands a type.
 
-    Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD. NaN and infinities are refused.
+    Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD. If `finite`, NaN and infinities are refused.
     """
     text = _decoded(text, origin, most) if isinstance(text, bytes) else text
     openings = text.count("[") + text.count("{")
     if len(text) > most or openings + text.count(",") > JSON_VALUES:
         raise JaxguardError(f"{origin}: too large: at most {most:,} bytes and {JSON_VALUES:,} values are read")
     try:
-        value = json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_float)
+        number = _finite if finite else float
+        value = json.loads(text, parse_int=_integer, parse_float=number, parse_constant=number)
         deep = openings > DEPTH and not _within(value, DEPTH)
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if "\n" in text.strip() else ""
@@ -258,7 +259,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _float(digits: str) -> float:
+def _finite(digits: str) -> float:
     value = float(digits)
     if value - value != 0:
         raise ValueError(f"the number {_cut(digits)} is not finite")

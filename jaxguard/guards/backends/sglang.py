@@ -14,16 +14,18 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import httpx2
+from pydantic import BeforeValidator, Field
 
 from jaxguard.config.evaluate import EvaluateConfig, ServerConfig
 from jaxguard.guards.protocol import Completion, sample_digest
-from jaxguard.utils.client import Client, Limiter, NotFoundError, RetryableError, connect, gather, model_names
+from jaxguard.utils.client import Client, Limiter, Models, NotFoundError, RetryableError, connect, gather
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import Fields
 
 _IMPOSSIBLE: Final = -1e30
 """Stands for minus infinity, so that differences are numbers."""
@@ -35,6 +37,64 @@ _DIE_WITH_PARENT = (
     "import ctypes, os, sys; parent = int(sys.argv[1]); ctypes.CDLL(None).prctl(1, 9); "
     "os.getppid() == parent and os.execv(sys.argv[2], sys.argv[2:])"
 )
+
+
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an answer ended, and at which token or text."""
+
+    type: str
+    matched: object = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """The weights of some of an answer's tokens."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What is said of an answer; an entry of `output_token_ids_logprobs` begins with log-probability and token id."""
+
+    finish_reason: Reason | None = None
+    weight_version: str | None = None
+    weight_versions: list[Span] | None = None
+    output_token_ids_logprobs: list[list[tuple[float, TokenId, object]]] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of /generate, as far as it is used."""
+
+    meta_info: Meta
+    output_ids: list[TokenId] | None = None
+
+
+Answers = Annotated[
+    list[Answer], BeforeValidator(lambda response: response if isinstance(response, list) else [response])
+]
+"""One comes as it is, several in a list."""
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The response of /get_model_info."""
+
+    model_path: Annotated[str, Field(pattern=r"^[^\x00]*$")]
+    weight_version: str | None = None
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """The response of /update_weights_from_disk."""
+
+    success: bool
+    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +125,7 @@ class SglangBackend:
             "skip_special_tokens": False,
         }
 
-        def parse(response: Any, url: str) -> list[Completion]:
+        def parse(response: list[Answer], url: str) -> list[Completion]:
             answers = _answers(response, url, n, self.version)
             return [_completion(answer, url, max_tokens, stop_ids) for answer in answers]
 
@@ -76,18 +136,18 @@ class SglangBackend:
                 seeds = [int.from_bytes(digest[:4], "big") >> 1 for digest in digests]
                 each = [{**sampling, "sampling_seed": seed} for seed in seeds]
                 body = {"input_ids": [prompt] * n, "sampling_params": each}
-            return self.client.request("/generate", body, parse)
+            return self.client.request("/generate", body, Answers, parse)
 
         return await gather(request(list(map(int, prompt))) for prompt in prompts)  # numpy's integers are no JSON
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
         def request(prefix: list[int], pair: list[int]) -> Awaitable[float]:
-            def parse(response: Any, url: str) -> float:
+            def parse(response: list[Answer], url: str) -> float:
                 [answer] = _answers(response, url, 1, self.version)
-                [entries] = answer["meta_info"]["output_token_ids_logprobs"]
-                if [entry[1] for entry in entries] != pair:
+                entries = answer.meta_info.output_token_ids_logprobs or []
+                if [[token for _, token, *_ in each] for each in entries] != [pair]:
                     raise RetryableError(f"{url} sent log-probabilities of other tokens than {pair}")
-                positive, negative = (float(entry[0]) for entry in entries)
+                positive, negative = (entry[0] for entry in entries[0])
                 if not (positive < 1e-3 and negative < 1e-3):  # NaN is not, either
                     raise RetryableError(f"{url} sent {positive} and {negative}, which are no log-probabilities")
                 if max(positive, negative) <= _IMPOSSIBLE:
@@ -103,7 +163,7 @@ class SglangBackend:
                 "return_logprob": True,
                 "token_ids_logprob": pair,
             }
-            return self.client.request("/generate", body, parse)
+            return self.client.request("/generate", body, Answers, parse)
 
         requests = zip(prefixes, pairs, strict=True)
         return await gather(request(list(map(int, prefix)), list(map(int, pair))) for prefix, pair in requests)
@@ -120,7 +180,7 @@ async def open_sglang(
     or serves another model.
     """
     async with _connect(url, settings.batch) as (client, server):
-        names = await client.request("/v1/models", None, model_names, server)
+        names = await client.request("/v1/models", None, Models, Models.names, server)
         if model is not None and model not in names:
             raise JaxguardError(
                 f"{server} serves {', '.join(names) or 'nothing'}, not {model!r}; set the guard's model, or start the "
@@ -129,8 +189,8 @@ async def open_sglang(
 
         seeded = False
         with suppress(JaxguardError):  # a router, or an older server, has no such path
-            info = await client.request("/server_info", None, lambda body, _: body, server)
-            seeded = isinstance(info, dict) and info.get("enable_deterministic_inference") is True
+            info = await client.request("/server_info", None, Fields, lambda body, _: body, server)
+            seeded = info.get("enable_deterministic_inference") is True
         yield SglangBackend(settings, client, version, seeded)
 
 
@@ -139,17 +199,13 @@ async def served(url: str) -> dict[str, Any]:
 
     JaxguardError: it does not answer.
     """
-
-    def parse(body: Any, _: str) -> dict[str, Any]:
-        return {"model_path": str(body["model_path"]), "weight_version": body.get("weight_version")}
-
     async with _connect(url, 1) as (client, server):
         for path in ("/get_model_info", "/model_info"):  # older servers know the first, newer ones will drop it
             try:
-                return await client.request(path, None, parse, server)
+                return await client.request(path, None, _Weights, lambda body, _: asdict(body), server)
             except NotFoundError:
                 continue
-        return {"models": await client.request("/v1/models", None, model_names, server)}
+        return {"models": await client.request("/v1/models", None, Models, Models.names, server)}
 
 
 async def swap_weights(url: str, folder: Path, version: str) -> None:
@@ -158,15 +214,15 @@ async def swap_weights(url: str, folder: Path, version: str) -> None:
     Its responses must have this weight_version from then on. JaxguardError: it refuses, or still answers with other weights.
     """
 
-    def check(body: Any, url: str) -> None:
-        if body["success"] is not True:
-            raise JaxguardError(f"{url} did not load the weights: {body.get('message')}")
+    def check(body: _Swap, url: str) -> None:
+        if not body.success:
+            raise JaxguardError(f"{url} did not load the weights: {body.message}")
 
     async with _connect(url, 1) as (client, server):
         weights = {"model_path": str(folder.resolve()), "weight_version": version}
-        await client.request("/update_weights_from_disk", weights, check, server)
+        await client.request("/update_weights_from_disk", weights, _Swap, check, server)
         probe = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
-        await client.request("/generate", probe, lambda response, url: _answers(response, url, 1, version), server)
+        await client.request("/generate", probe, Answers, lambda body, url: _answers(body, url, 1, version), server)
 
 
 @asynccontextmanager
@@ -176,30 +232,29 @@ async def _connect(url: str, requests: int) -> AsyncIterator[tuple[Client, str]]
         yield client, client.endpoints[0]
 
 
-def _answers(response: Any, url: str, count: int, version: str | None) -> list[Any]:
-    """The answers in a response of /generate: one comes as it is, several in a list."""
-    answers = response if isinstance(response, list) else [response]
+def _answers(answers: list[Answer], url: str, count: int, version: str | None) -> list[Answer]:
+    """Check how many answers came, and of which weights."""
     if len(answers) != count:
         raise RetryableError(f"{url} sent {len(answers)} answers, not {count}")
     for answer in answers:
-        meta = answer["meta_info"]
-        versions = {meta.get("weight_version"), *(span["version"] for span in meta.get("weight_versions") or ())}
+        meta = answer.meta_info
+        versions = {meta.weight_version, *(span.version for span in meta.weight_versions or ())}
         if version is not None and versions != {version}:
             text = " and ".join(sorted(map(repr, versions)))
             raise JaxguardError(f"{url} answered with weights {text}, not {version!r}")
     return answers
 
 
-def _completion(answer: Any, url: str, max_tokens: int, stop_ids: tuple[int, ...]) -> Completion:
-    ids, reason = answer["output_ids"], answer["meta_info"]["finish_reason"]
-    if not all(type(token) is int for token in ids) or len(ids) > max_tokens:
-        raise RetryableError(f"{url} sent {len(ids)} token ids of {max_tokens}, or something else")
+def _completion(answer: Answer, url: str, max_tokens: int, stop_ids: tuple[int, ...]) -> Completion:
+    ids, reason = answer.output_ids, answer.meta_info.finish_reason
+    if ids is None or reason is None or len(ids) > max_tokens:
+        raise RetryableError(f"{url} sent no completion of at most {max_tokens} tokens")
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    if end is None and reason["type"] == "stop" and ids and reason["matched"] == ids[-1]:
+    if end is None and reason.type == "stop" and ids and reason.matched == ids[-1]:
         end = len(ids) - 1  # an end that only the model's files name
     if end is not None:
         return Completion(tuple(ids[:end]), stopped=True)
-    if reason["type"] != "length":
+    if reason.type != "length":
         raise RetryableError(f"{url} ended an answer by {reason}")
     if len(ids) < max_tokens:
         raise JaxguardError(

@@ -26,7 +26,7 @@ class FaultySglang:
         busiest: most requests under way at once.
     """
 
-    script: Callable[[int], str]
+    script: Callable[[int], str | bytes]
     version: str = "default"
     model_path: str | None = None
     deterministic: bool | None = False
@@ -66,7 +66,7 @@ class FaultySglang:
         await writer.drain()
         return True
 
-    async def _answer(self, fault: str, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+    async def _answer(self, fault: str | bytes, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         """Send an answer; False if the connection is to be cut after it."""
         body = answers(request, self.version)
         if fault == "slow":
@@ -74,7 +74,9 @@ class FaultySglang:
         if fault in ("slow", "reset"):
             return False
         await asyncio.sleep(0.005)
-        if fault.isdigit():
+        if isinstance(fault, bytes):
+            writer.write(http(200, fault))
+        elif fault.isdigit():
             writer.write(http(int(fault), {"error": {"message": f"words of {fault}"}}))
         elif fault == "cut":
             writer.write(http(200, body)[:-40])
@@ -114,7 +116,7 @@ def places(ids: Any, values: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def serve(script: Callable[[int], str], **how: Any) -> AsyncIterator[FaultySglang]:
+async def serve(script: Callable[[int], str | bytes], **how: Any) -> AsyncIterator[FaultySglang]:
     faulty = FaultySglang(script, **how)
     async with listen(faulty.handle) as faulty.url:
         yield faulty
