@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from generated import rewrite
 from jaxguard.config import READS, Config
 from jaxguard.utils.parse import inner_schema
+from jaxguard.utils.secrets import Masked
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -68,7 +69,7 @@ def values(annotation: object) -> str:
         return values(args[0])
     if annotation is NoneType:
         return "`null`"
-    names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text"}
+    names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text", Masked: "text"}
     return names.get(typing.cast(type, annotation), "list")
 
 
@@ -76,6 +77,8 @@ def default(field: FieldInfo) -> str:
     if field.is_required():
         return "must be given"
     value = field.default
+    if isinstance(value, tuple):
+        value = tuple(str(each) if isinstance(each, Masked) else each for each in value)
     plain = {None: "null", True: "true", False: "false"}
     return f"`{plain[value] if value is None or isinstance(value, bool) else value}`"
 

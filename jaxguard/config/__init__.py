@@ -85,7 +85,7 @@ def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER
     field, impossible combination, override of what is not read.
     """
     if isinstance(source, Config):
-        tree, origin = source.model_dump(mode="json"), source.name
+        tree, origin = source.model_dump(), source.name
     elif isinstance(source, Mapping):
         tree, origin = _extended(source, CONFIG_FOLDER, "config"), "config"
     else:
@@ -107,7 +107,7 @@ def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER
 
 
 def dump(config: Config, stage: str | None = None) -> str:
-    """Return the resolved config, or what a stage reads of it, as YAML; loading it gives the same config."""
+    """Return the resolved config, or what a stage reads of it, as YAML; secrets are masked, else it loads as the same config."""
     include = set(READS[stage]) if stage else None
     return yaml.safe_dump(config.model_dump(mode="json", include=include), sort_keys=False, allow_unicode=True)
 
@@ -150,7 +150,7 @@ def _put(tree: Any, keys: list[str], value: Any, override: str) -> Any:
     if not keys:
         return _merged(tree, value)
     key, *rest = keys
-    if isinstance(tree, list):
+    if isinstance(tree, list | tuple):
         if not key.isdigit() or int(key) >= len(tree):
             raise JaxguardError(f"override {override!r}: {key!r} is no index into a list of {len(tree)}; count from 0")
         return [_put(item, rest, value, override) if i == int(key) else item for i, item in enumerate(tree)]

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from jaxguard.config.base import NonNegative, Positive, Schema, Share, first_repeated
+from jaxguard.utils.secrets import Masked
 
 Mode = Literal["reasoning", "direct", "dual"]
 Prompt = Annotated[str, Field(description="A name in configs/prompts or a YAML file.")]
@@ -103,14 +104,14 @@ class BuildConfig(Schema):
 class TeacherConfig(Schema):
     """A model behind an OpenAI-style server, and its sampling."""
 
-    endpoints: tuple[str, ...] = Field(("http://127.0.0.1:30000/v1",), min_length=1)
+    endpoints: tuple[Masked, ...] = Field((Masked("http://127.0.0.1:30000/v1"),), min_length=1)
     """Base addresses of OpenAI-style servers, or of one router before them."""
     model: str
     """The name it is served under."""
     version: str | None = None
     """SGLang's weight_version that completions must have; null accepts any."""
     api_key_env: str = "JAXGUARD_API_KEY"
-    """Environment variable with the API key; unset sends none."""
+    """Environment variable with the API key, which is sent to these endpoints alone; unset sends none."""
     temperature: NonNegativeFloat = 0.6
     """Sampling temperature; the one that DeepSeek recommends for R1."""
     top_p: Share = 0.95

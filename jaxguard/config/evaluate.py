@@ -1,11 +1,12 @@
 """Config schemas of evaluation and mining: guards, benchmarks, sampling, hard examples."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from jaxguard.config.base import NonNegative, Positive, Schema, first_repeated
 from jaxguard.config.data import SourceConfig
+from jaxguard.utils.secrets import Masked, is_secret
 
 Unparsable = Literal["harmful", "wrong"]
 """What an unparsable verdict counts as: `harmful` fails closed (harmful, and no refusal), `wrong` is never the label."""
@@ -34,8 +35,10 @@ class GuardConfig(Schema):
     """Its weights and tokenizer: a Hugging Face folder, a run's folder, or a hub repository; null takes this run's export."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    endpoint: str | None = None
+    endpoint: Masked | None = None
     """Address of an SGLang server that serves it, such as http://127.0.0.1:30000; its tokenizer is still the checkpoint's."""
+    api_key_env: str = "JAXGUARD_API_KEY"
+    """Environment variable with the API key, which is sent to this endpoint alone; unset sends none."""
     model: str | None = None
     """The name that it is served under; null takes whatever the endpoint serves."""
     swap: bool = False
@@ -58,16 +61,30 @@ class ServerConfig(Schema):
 
     python: str = "python3"
     """The interpreter of the environment that SGLang is installed in."""
-    arguments: tuple[str, ...] = ()
+    arguments: tuple[Masked, ...] = ()
     """More arguments of sglang.launch_server, such as --tp-size=8."""
     ready_seconds: Positive = 600
     """Seconds that loading the weights may take."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if any(argument.startswith("--trust") for argument in self.arguments):
+        if any(argument.get_secret_value().startswith("--trust") for argument in self.arguments):
             raise ValueError("arguments: code of a checkpoint is never run; leave --trust-remote-code out")
         return self
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _join(cls, arguments: Any) -> Any:
+        """Write `--api-key VALUE` as one argument, so that it is masked."""
+        if not isinstance(arguments, list | tuple):
+            return arguments
+        joined: list[Any] = []
+        for argument in arguments:
+            if joined and is_secret(str(joined[-1])):
+                joined[-1] = f"{joined[-1]}={argument}"
+            else:
+                joined.append(argument)
+        return joined
 
 
 class EvaluateConfig(Schema):

@@ -31,6 +31,7 @@ from jaxguard.report import Cell, Code, Content, Page, Paragraph, Section, Table
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
+from jaxguard.utils.secrets import published
 
 _TEXT = pyarrow.string()
 SCHEMA = pyarrow.schema(
@@ -82,15 +83,17 @@ def build(config: Config) -> BuildResult:
         for each in settings.sets:
             sets[each.name], matches = _build_set(draft, each, config, encoder, pool)
             contaminated |= {json.dumps({"set": each.name, **asdict(match)}) + "\n" for match in matches}
-        manifest = {
-            "jaxguard": jaxguard.__version__,
-            "checkpoint": config.model.checkpoint,
-            "data": config.data.model_dump(mode="json", include=_DATA_FIELDS),
-            "policy_sha256": load_policy(config.data.policy).digest,
-            "build": settings.model_dump(mode="json"),
-            "seed": config.seed,
-            "sets": sets,
-        }
+        manifest = published(
+            {
+                "jaxguard": jaxguard.__version__,
+                "checkpoint": config.model.checkpoint,
+                "data": config.data.model_dump(mode="json", include=_DATA_FIELDS),
+                "policy_sha256": load_policy(config.data.policy).digest,
+                "build": settings.model_dump(mode="json"),
+                "seed": config.seed,
+                "sets": sets,
+            }
+        )
         version = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
         manifest = {"version": version, **manifest}
         _write_metadata(draft, manifest, contaminated)

@@ -1,6 +1,6 @@
 """The files by which an exported guard explains itself, beside its weights and tokenizer.
 
-config.yaml     the resolved config of the run that trained it
+config.yaml     what describes the model of the resolved config of the run that trained it, without secrets and absolute paths
 policy.yaml     the policy that it was trained on, as a policy file
 jaxguard.json   format version, base checkpoint, modes, markers, and the questions that were asked together; written last
 """
@@ -14,14 +14,17 @@ import yaml
 from pydantic import Field
 
 import jaxguard
-from jaxguard.config import Config, dump, load
+from jaxguard.config import Config, load
 from jaxguard.config.base import Schema
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import PolicyDefinition, Question, load_policy
 from jaxguard.utils.parse import read_yaml
+from jaxguard.utils.secrets import published
 
 MANIFEST, CONFIG, POLICY = "jaxguard.json", "config.yaml", "policy.yaml"
 FORMAT: Final = 1
+_DESCRIBES = {"name", "seed", "model", "data", "optimizer", "train"}
+"""Fields of the config that describe the model; the others describe the machine, or other stages."""
 
 
 class ExportManifest(Schema):
@@ -73,7 +76,8 @@ def write_guard_files(folder: Path, config: Config, trained_together: Iterable[t
         trained_together=tuple(sorted(set(trained_together))),
     )
     definition = PolicyDefinition.model_validate(asdict(policy)).model_dump(mode="json", exclude={"description"})
-    (folder / CONFIG).write_text(dump(config), encoding="utf-8")
+    tree = published(config.model_dump(mode="json", include=_DESCRIBES))
+    (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / POLICY).write_text(yaml.safe_dump(definition, sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

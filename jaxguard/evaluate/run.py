@@ -36,6 +36,7 @@ from jaxguard.guards.protocol import UNPARSABLE, Prediction, Predictor, Request,
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
 from jaxguard.utils.progress import Progress
+from jaxguard.utils.secrets import published
 
 SET_NAMES = {"wildguardmix": "WildGuardMix", "aegis2": "Aegis 2.0", "nemotron_safety": "Aegis 2.0"}
 """Kind of source -> the paper's name for it."""
@@ -73,7 +74,7 @@ def evaluate(config: Config) -> Evaluation:
             benchmarks=tuple(task.label for task in tasks if task.benchmark),
             cells=cells,
             averages=averages,
-            settings=settings.model_dump(mode="json"),
+            settings=published(settings.model_dump(mode="json")),
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             hardware=hardware(settings),
             paper_rows=paper_rows(settings, config),
@@ -171,7 +172,7 @@ def describe(guard: GuardConfig, config: Config) -> str:
     if guard.format in BASELINES:
         return f"{guard.format}, fitted to the run's training examples"
     served = f" at {guard.endpoint}" if guard.endpoint else ""
-    return f"{checkpoint_of(guard, config)}{served}, format {guard.format}"
+    return f"{published(checkpoint_of(guard, config))}{served}, format {guard.format}"
 
 
 def hardware(settings: EvaluateConfig) -> str:

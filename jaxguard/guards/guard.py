@@ -26,6 +26,7 @@ from jaxguard.utils import hub
 from jaxguard.utils.client import API_KEY
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest
+from jaxguard.utils.secrets import Masked
 from jaxguard.utils.threads import outside_event_loop
 
 Exchange: TypeAlias = Example | tuple[str, str | None] | str
@@ -159,7 +160,8 @@ class Guard:
             policy = run.data.policy if export is None or config is not None else export.policy
         trained = "dual" if run is None else run.data.mode
         default = chosen or (Mode.DIRECT if trained == "direct" else Mode.REASONING)
-        guard = GuardConfig(checkpoint=checkpoint, endpoint=endpoint, modes=(default.value,))
+        address = None if endpoint is None else Masked(endpoint)
+        guard = GuardConfig(checkpoint=checkpoint, endpoint=address, modes=(default.value,))
         settings = EvaluateConfig(guards=(guard,), generations=1, temperature=0.0, top_p=1.0)
         own: dict[str, Any] = {"model": {}, "data": {"train": [{"kind": "jsonl", "path": "none"}]}}
         if run is not None:

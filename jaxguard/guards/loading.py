@@ -28,6 +28,7 @@ from jaxguard.guards.formats.native import NativeFormat, context_tokens
 from jaxguard.guards.protocol import Backend, Prediction, Predictor, PromptFormat, predict
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.secrets import Masked
 from jaxguard.utils.store import Store, open_store, read_records
 
 _SAMPLING: Final = {"temperature", "top_p", "generations", "reasoning_tokens", "verdict_tokens", "ask", "seed"}
@@ -103,17 +104,18 @@ async def open_guard(
 
             backend = load_backend(folder, config, settings)
         else:
-            url, model, version = guard.endpoint, guard.model, None
+            url: str | Masked | None = guard.endpoint
+            model, version = guard.model, None
             if url is None:
                 log, model = config.folder / "evaluate" / f"{guard.name}.server.log", model or guard.name
                 url = stack.enter_context(serve(folder, model, log, settings.server))
             elif guard.swap:
                 version = str(weights_digest(folder))[:16]
-                await swap_weights(url, folder, version)
+                await swap_weights(url, folder, version, guard.api_key_env)
                 model = None  # it is called by the folder from now on
             else:  # others may swap its weights meanwhile
-                version = (await served(url)).get("weight_version")
-            backend = await stack.enter_async_context(open_sglang(url, model, settings, version))
+                version = (await served(url, guard.api_key_env)).get("weight_version")
+            backend = await stack.enter_async_context(open_sglang(url, model, settings, version, guard.api_key_env))
         yield partial(predict, form=form, backend=backend, settings=settings, score=probabilities)
 
 
@@ -129,7 +131,7 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
     form = guard.format if guard.format in BUILT_IN else file_digest(format_file(guard.format))
     known: dict[str, Any] = {"format": form, "checkpoint": checkpoint, "revision": guard.revision, "backend": "sglang"}
     if guard.endpoint is not None and not guard.swap:
-        model = await served(guard.endpoint)
+        model = await served(guard.endpoint, guard.api_key_env)
         if "model_path" in model:  # the path may be this machine's too
             model["weights"] = weights_digest(Path(model["model_path"]))
         return known | {"served_as": guard.model} | model
@@ -137,7 +139,7 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
     if guard.endpoint is None and settings.backend == "jax":
         known |= {"backend": "jax", "compute_dtype": config.model.compute_dtype}
     elif guard.endpoint is None:
-        known["arguments"] = list(settings.server.arguments)
+        known["arguments"] = list(map(str, settings.server.arguments))
     return known
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from jaxguard.cli import Command, suggest
 from jaxguard.config.base import names
 from jaxguard.config.study import STUDIES
+from jaxguard.utils.secrets import mask
 
 DESCRIPTION = """\
 A study is a list of rows, each a training config with changes, and the grids that they span (configs/paper).
@@ -46,7 +47,7 @@ def _study(options: argparse.Namespace) -> int:
     study = open_study(options.study, options.scale, options.overrides)
     if options.dry_run:
         for run in (*study.prepared, *study.runs):
-            print(*(f"python {shlex.join(command(run, stage))}" for stage in run.row.stages), sep="\n")
+            print(*(mask(f"python {shlex.join(command(run, stage))}") for stage in run.row.stages), sep="\n")
         return 0
     if options.command == "report":
         print(*write_report(study, read_results, read_published()), sep="\n")

@@ -13,6 +13,7 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.study import CostConfig, RowConfig, Stage, StudyConfig, labelled, read_study
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import PathPart, check
+from jaxguard.utils.secrets import revealed
 
 PREPARING = ("distill", "build")
 """Config sections that overrides change in prepared runs only."""
@@ -148,7 +149,7 @@ def _resolve(
             # Without training, a guard is by default the model itself.
             model = {"checkpoint": config.model.checkpoint, "revision": config.model.revision}
             guards = [
-                guard.model_dump(mode="json", exclude_defaults=True) | ({} if guard.checkpoint else model)
+                guard.model_dump(exclude_defaults=True) | ({} if guard.checkpoint else model)
                 for guard in (config.evaluate or EvaluateConfig()).guards
             ]
             overrides.append(f"evaluate.guards={written(guards)}")
@@ -163,4 +164,4 @@ def written(value: Any) -> str:
     """Format a value as the command line parses it."""
     if isinstance(value, str) and scalar(value) == value:
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=revealed)

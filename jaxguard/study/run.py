@@ -21,6 +21,7 @@ from jaxguard.config.study import Stage
 from jaxguard.data.files import file_digest
 from jaxguard.study.grid import Run, Study
 from jaxguard.utils.files import lock_folder, write_atomically
+from jaxguard.utils.secrets import mask
 
 REQUEUE = 75
 """Exit code of a stage, or a study, that was stopped with its state saved."""
@@ -150,7 +151,7 @@ def _run(run: Run, process: _Process, log: Callable[[str], object]) -> str:
             return f"it was begun with other settings, or other output of {', '.join(run.row.after)}; move {run.folder} away"
         note(run, stage, done=False)
         words = command(run, stage)
-        log(f"$ python {shlex.join(words)}")
+        log(f"$ python {mask(shlex.join(words))}")
         code = process.run(words)
         if process.stopped:
             return ""

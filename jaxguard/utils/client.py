@@ -20,6 +20,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import JSON_BYTES, Fields, parse_json
+from jaxguard.utils.secrets import MASK, Masked, password, revealed, without
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -96,18 +97,20 @@ class Client:
     """Open connections to one or several servers of the same model; see `connect`.
 
     By endpoint: requests under way (`active`), and when it may be preferred again after its connection broke, by time.monotonic.
+    `secrets` are the key and passwords, which no error repeats though a server may.
     """
 
-    endpoints: tuple[str, ...]
+    endpoints: tuple[Masked, ...]
     limiter: Limiter
     tries: int
     api_key_env: str
+    secrets: tuple[str, ...]
     http: httpx2.AsyncClient
-    active: Counter[str] = field(default_factory=Counter)
-    resting_until: dict[str, float] = field(default_factory=dict)
+    active: Counter[Masked] = field(default_factory=Counter)
+    resting_until: dict[Masked, float] = field(default_factory=dict)
 
     async def request(
-        self, path: str, body: Any, shape: type[S], parse: Callable[[S, str], T], only: str | None = None
+        self, path: str, body: Any, shape: type[S], parse: Callable[[S, str], T], only: Masked | None = None
     ) -> T:
         """Send a request until it is answered.
 
@@ -115,7 +118,8 @@ class Client:
             path: behind an endpoint's address.
             body: JSON to POST; None sends a GET.
             shape: of a response, as parse_json takes it; another one is malformed.
-            parse: makes the result of a response and the address that sent it; its RetryableError means a malformed response.
+            parse: makes the result of a response and the address that sent it, masked; its RetryableError means a malformed
+                response.
             only: the one endpoint to ask, which must be up; default: the least busy one.
 
         Raises:
@@ -132,14 +136,14 @@ class Client:
         except RetryableError as error:
             raise JaxguardError(f"no answer in {self.tries} tries, the last time: {error}") from error
 
-    async def _try(self, path: str, body: Any, shape: type[S], parse: Callable[[S, str], T], only: str | None) -> T:
+    async def _try(self, path: str, body: Any, shape: type[S], parse: Callable[[S, str], T], only: Masked | None) -> T:
         async with self.limiter.slot() as overload:
             now, method = time.monotonic(), "GET" if body is None else "POST"
             free = sorted(self.endpoints, key=lambda url: (self.resting_until.get(url, now) > now, self.active[url]))
             url = only or free[0]
             self.active[url] += 1
             try:
-                async with self.http.stream(method, url + path, json=body) as response:
+                async with self.http.stream(method, url.get_secret_value() + path, json=body) as response:
                     data = await _read(response)
             except (httpx2.RequestError, httpx2.InvalidURL) as error:
                 text = f"{url} does not answer: {type(error).__name__}: {error}"
@@ -153,7 +157,7 @@ class Client:
                 self.active[url] -= 1
             if response.status_code in _OVERLOAD_STATUS:
                 overload()
-            status, words = response.status_code, _words(data)
+            status, words = response.status_code, without(_words(data), self.secrets)[:500]
             if status in _TRANSIENT_STATUS or status >= 500:
                 pause = re.fullmatch(r"\d+(\.\d+)?", response.headers.get("retry-after", ""))  # or a date
                 raise RetryableError(f"{url}: status {status}: {words}", float(pause[0]) if pause else 0.0)
@@ -169,13 +173,17 @@ class Client:
             try:
                 reply = parse_json(data, shape, "its response", finite=False)
             except JaxguardError as error:
-                raise RetryableError(f"{url} sent a malformed response: {error}; it says: {words}") from None
-            return parse(reply, url)
+                text = f"{without(str(error), self.secrets)}; it says: {words}"
+                raise RetryableError(f"{url} sent a malformed response: {text}") from None
+            try:
+                return parse(reply, str(url))
+            except (RetryableError, JaxguardError) as error:
+                raise type(error)(without(str(error), self.secrets)) from None
 
 
 @asynccontextmanager
 async def connect(
-    urls: Sequence[str],
+    urls: Sequence[str | Masked],
     limiter: Limiter,
     tries: int | None = None,
     seconds: float | None = None,
@@ -184,18 +192,23 @@ async def connect(
     """Open a client of servers of the same model, by their base addresses; nothing is sent yet.
 
     A request is sent up to `tries` times (default: TRIES), with `seconds` for each response (default: SECONDS), and with the
-    bearer key that the environment variable `api_key_env` holds, if it is set.
+    bearer key that the environment variable `api_key_env` holds, if it is set. Redirections are not followed: the key is for
+    these addresses. JaxguardError: an address was read from a file in which its secrets were masked.
     """
     key, timeout = os.environ.get(api_key_env), seconds or SECONDS
+    endpoints = tuple(Masked(revealed(url).rstrip("/")) for url in urls)
+    if masked := [url for url in endpoints if MASK in url.get_secret_value()]:
+        raise JaxguardError(f"{masked[0]} was masked where it was written; give the whole address")
     http = httpx2.AsyncClient(
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx2.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS)),
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
         mounts={"all://127.0.0.1": None, "all://localhost": None},  # whatever proxy there is
+        follow_redirects=False,
     )
-    endpoints = tuple(url.rstrip("/") for url in urls)
     async with http:
-        yield Client(endpoints, limiter, tries or TRIES, api_key_env, http)
+        secrets = tuple(filter(None, (key, *(password(url.get_secret_value()) for url in endpoints))))
+        yield Client(endpoints, limiter, tries or TRIES, api_key_env, secrets, http)
 
 
 @dataclass(frozen=True)
@@ -250,4 +263,4 @@ def _words(data: bytes) -> str:
         text = error.get("message", error) if isinstance(error, dict) else error
     except JaxguardError:
         text = data[:2000].decode("utf-8", "replace")
-    return str(text)[:500]
+    return str(text)

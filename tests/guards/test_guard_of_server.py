@@ -8,6 +8,7 @@ import pytest
 
 from jaxguard.guards.guard import Guard
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.secrets import Masked
 
 
 def opened(guard, *arguments, **options):
@@ -45,7 +46,7 @@ def serving():
 def test_a_local_server_says_what_it_serves(serving, run, guard):
     url = serving(run / "export")
     server, config = opened(guard, f"{url}/")
-    assert (server.endpoint, server.checkpoint) == (url, str(run / "export"))
+    assert (str(server.endpoint), server.checkpoint) == (url, str(run / "export"))
     assert config.data.direct_marker == "/verdict"
 
 
@@ -55,7 +56,7 @@ def test_a_server_that_wants_a_key_gets_it(serving, run, guard, monkeypatch):
     with pytest.raises(JaxguardError, match="set JAXGUARD_API_KEY"):
         Guard.load(url)
     monkeypatch.setenv("JAXGUARD_API_KEY", "k")
-    assert opened(guard, url)[0].endpoint == url
+    assert opened(guard, url)[0].endpoint == Masked(url)
 
 
 def test_a_model_elsewhere_needs_its_tokenizer_named(serving, run, guard):

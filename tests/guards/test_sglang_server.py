@@ -129,6 +129,6 @@ def test_the_overrides_for_a_cpu_are_those_of_the_tool(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sglang_server.py", "--overrides"])
     assert sglang_server.main() == 0
     config = load("tiny", capsys.readouterr().out.split())
-    assert config.evaluate.server.arguments == sglang_server.CPU_ARGUMENTS
+    assert tuple(map(str, config.evaluate.server.arguments)) == sglang_server.CPU_ARGUMENTS
     assert Path(config.evaluate.server.python).resolve() == sglang_server.CPU_PYTHON
     assert os.access(sglang_server.CPU_PYTHON, os.X_OK)

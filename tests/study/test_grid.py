@@ -16,6 +16,7 @@ from jaxguard.study.__main__ import main
 from jaxguard.study.grid import open_study, written
 from jaxguard.study.run import command
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.secrets import Masked
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = [
@@ -180,7 +181,7 @@ def test_a_teachers_address_reaches_only_what_asks_a_teacher(study):
         rows={"x": READS_SETS},
     )
     traces, sets = opened.prepared
-    assert traces.config.distill.teacher.endpoints == ("http://oven",)
+    assert traces.config.distill.teacher.endpoints == (Masked("http://oven"),)
     assert sets.config.distill is None
     assert {run.config.model.checkpoint for run in (*opened.prepared, *opened.runs)} == {"mill"}
 

@@ -23,9 +23,10 @@ from pydantic import BeforeValidator, Field
 
 from jaxguard.config.evaluate import EvaluateConfig, ServerConfig
 from jaxguard.guards.protocol import Completion, sample_digest
-from jaxguard.utils.client import Client, Limiter, Models, NotFoundError, RetryableError, connect, gather
+from jaxguard.utils.client import API_KEY, Client, Limiter, Models, NotFoundError, RetryableError, connect, gather
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import Fields
+from jaxguard.utils.secrets import Masked, revealed
 
 _IMPOSSIBLE: Final = -1e30
 """Stands for minus infinity, so that differences are numbers."""
@@ -171,15 +172,19 @@ class SglangBackend:
 
 @asynccontextmanager
 async def open_sglang(
-    url: str, model: str | None, settings: EvaluateConfig, version: str | None = None
+    url: str | Masked,
+    model: str | None,
+    settings: EvaluateConfig,
+    version: str | None = None,
+    api_key_env: str = API_KEY,
 ) -> AsyncIterator[SglangBackend]:
-    """Connect to a server that runs. The environment variable JAXGUARD_API_KEY holds the key, if it wants one.
+    """Connect to a server that runs. The environment variable `api_key_env` holds the key, if it wants one.
 
     The server must serve `model`, unless that is None; after `swap_weights` SGLang calls it by the new folder. The settings say
     how to sample, and how many requests may be under way; for `version` see SglangBackend. JaxguardError: it does not answer,
     or serves another model.
     """
-    async with _connect(url, settings.batch) as (client, server):
+    async with _connect(url, settings.batch, api_key_env) as (client, server):
         names = await client.request("/v1/models", None, Models, Models.names, server)
         if model is not None and model not in names:
             raise JaxguardError(
@@ -194,12 +199,12 @@ async def open_sglang(
         yield SglangBackend(settings, client, version, seeded)
 
 
-async def served(url: str) -> dict[str, Any]:
+async def served(url: str | Masked, api_key_env: str = API_KEY) -> dict[str, Any]:
     """What a server says of its model: `model_path` and `weight_version` of SGLang, or `models`, the names of any other.
 
     JaxguardError: it does not answer.
     """
-    async with _connect(url, 1) as (client, server):
+    async with _connect(url, 1, api_key_env) as (client, server):
         for path in ("/get_model_info", "/model_info"):  # older servers know the first, newer ones will drop it
             try:
                 return await client.request(path, None, _Weights, lambda body, _: asdict(body), server)
@@ -208,7 +213,7 @@ async def served(url: str) -> dict[str, Any]:
         return {"models": await client.request("/v1/models", None, Models, Models.names, server)}
 
 
-async def swap_weights(url: str, folder: Path, version: str) -> None:
+async def swap_weights(url: str | Masked, folder: Path, version: str, api_key_env: str = API_KEY) -> None:
     """Have a server, not a router, load a folder with a checkpoint of the same shape that it can read.
 
     Its responses must have this weight_version from then on. JaxguardError: it refuses, or still answers with other weights.
@@ -218,7 +223,7 @@ async def swap_weights(url: str, folder: Path, version: str) -> None:
         if not body.success:
             raise JaxguardError(f"{url} did not load the weights: {body.message}")
 
-    async with _connect(url, 1) as (client, server):
+    async with _connect(url, 1, api_key_env) as (client, server):
         weights = {"model_path": str(folder.resolve()), "weight_version": version}
         await client.request("/update_weights_from_disk", weights, _Swap, check, server)
         probe = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
@@ -226,9 +231,9 @@ async def swap_weights(url: str, folder: Path, version: str) -> None:
 
 
 @asynccontextmanager
-async def _connect(url: str, requests: int) -> AsyncIterator[tuple[Client, str]]:
-    base = re.sub(r"(/v1)?/*$", "", url.strip())
-    async with connect((base,), Limiter(start=requests, most=requests)) as client:
+async def _connect(url: str | Masked, requests: int, api_key_env: str) -> AsyncIterator[tuple[Client, Masked]]:
+    base = re.sub(r"(/v1)?/*$", "", revealed(url).strip())
+    async with connect((base,), Limiter(start=requests, most=requests), api_key_env=api_key_env) as client:
         yield client, client.endpoints[0]
 
 
@@ -288,11 +293,11 @@ def serve(checkpoint: Path, name: str, log: Path, settings: ServerConfig) -> Ite
         yield f"http://{_HOST}:{port}"
 
 
-def launch_command(python: str, checkpoint: Path, name: str, port: int, arguments: Sequence[str]) -> list[str]:
+def launch_command(python: str, checkpoint: Path, name: str, port: int, arguments: Sequence[str | Masked]) -> list[str]:
     """The command that starts an SGLang server on this machine."""
     flags = {"--model-path": checkpoint, "--served-model-name": name, "--host": _HOST, "--port": port}
     words = [str(word) for flag in flags.items() for word in flag]
-    return [python, "-m", "sglang.launch_server", *words, *arguments]
+    return [python, "-m", "sglang.launch_server", *words, *map(revealed, arguments)]
 
 
 def free_port() -> int:
@@ -314,6 +319,8 @@ def started(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     no_proxy = ",".join(filter(None, (os.environ.get("NO_PROXY"), _HOST)))  # servers also ask themselves how they are
+    log.unlink(missing_ok=True)
+    log.touch(mode=0o600)  # a server may write its arguments, a key among them
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 (the caller's own command)
             [sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid()), *command],
