@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import argcomplete
-from pydantic import BaseModel
 from rich.console import Console
 from rich.text import Text
 
 import jaxguard
 from jaxguard.config import READS, Config, dump, load
-from jaxguard.config.base import CONFIG_FOLDER, names
+from jaxguard.config.base import CONFIG_FOLDER, find_yaml, names
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
-from jaxguard.utils.parse import inner_schema, nearest
+from jaxguard.utils.parse import find_field, leaves, nearest
 
 USER_ERROR = 2
 PROVENANCE_CHANGED = 3
@@ -60,7 +59,7 @@ class Command:
     commands: Mapping[str, "Command"] = field(default_factory=dict)
 
     def parser(self) -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(
+        parser = _Parser(
             prog=f"jaxguard {self.name}",
             description=self.description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -80,16 +79,48 @@ class Command:
         argcomplete.autocomplete(parser)
 
         def parse_and_run() -> int | None:
-            options, unknown = parser.parse_known_intermixed_args(arguments)
+            try:
+                options, unknown = parser.parse_known_intermixed_args(arguments)
+            except _UsageError as error:
+                hints = (f"; a config is named by --config {word}" for word in arguments if _is_config(word))
+                hint = next(hints, "") if "--config" in str(error) else ""
+                raise JaxguardError(f"{error}{hint}; jaxguard {self.name} --help lists the options") from None
             if not unknown:
                 return self.run(options)
-            known = sorted(name for name in parser._option_string_actions if name.startswith("--"))
-            hint = f"known: {', '.join(known)}"
-            if "=" in unknown[0] and "." in unknown[0]:
-                hint = f"an override is written without dashes: {unknown[0].lstrip('-')}"
-            raise JaxguardError(f"unknown option {unknown[0]!r}; {hint}")
+            raise JaxguardError(f"unknown option {unknown[0]!r}; {self._option_hint(parser, unknown[0], arguments)}")
 
         return exit_code(parse_and_run)
+
+    def _option_hint(self, parser: argparse.ArgumentParser, unknown: str, arguments: Sequence[str]) -> str:
+        """Say how the field that an unknown option stands for is written, if there is one, else which options there are."""
+        known = sorted(name for name in parser._option_string_actions if name.startswith("--"))
+        name, equals, value = unknown.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        if any(action.dest == "overrides" for action in parser._actions):
+            field = name if "." in name else find_field(Config, name)
+            following = "".join(arguments[list(arguments).index(unknown) + 1 :][:1])
+            if field:
+                return f"an override is written without dashes: {field}={value if equals else following}"
+        return f"{nearest(unknown, known)}known: {', '.join(known)}"
+
+
+class _UsageError(Exception):
+    """What argparse says of a command line that it cannot parse."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises its message rather than to end the process."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise _UsageError(message)
+
+
+def _is_config(word: str) -> bool:
+    """Whether a word of the command line names a config."""
+    try:
+        return "=" not in word and bool(find_yaml(word, CONFIG_FOLDER, "config"))
+    except JaxguardError:
+        return False
 
 
 def stage(
@@ -117,7 +148,7 @@ def stage(
         overrides = parser.add_argument(
             "overrides", nargs="*", metavar="field=value", help="change a field of the config"
         )
-        suggest(overrides, lambda prefix: [*(commands or ()), *_assignments(Config, READS[reader], "=" in prefix)])
+        suggest(overrides, lambda prefix: [*(commands or ()), *_assignments(READS[reader], "=" in prefix)])
         add_options(parser)
 
     def load_and_run(options: argparse.Namespace) -> int | None:
@@ -207,16 +238,8 @@ def _next_word(known: Iterable[str]) -> list[str]:
     return words
 
 
-def _assignments(schema: type[BaseModel], fields: Iterable[str], with_values: bool, prefix: str = "") -> Iterator[str]:
+def _assignments(fields: Iterable[str], with_values: bool) -> Iterator[str]:
     """Yield `field=` for every dotted field, or `field=value` for each value of those that have few."""
-    for name in fields:
-        annotation = schema.model_fields[name].annotation
-        inner = inner_schema(annotation)
-        if inner is not None:
-            index = "0." if typing.get_origin(annotation) is tuple else ""
-            yield from _assignments(inner, inner.model_fields, with_values, f"{prefix}{name}.{index}")
-        elif with_values:
-            values = ("true", "false") if annotation is bool else typing.get_args(annotation)
-            yield from (f"{prefix}{name}={value}" for value in values if isinstance(value, str))
-        else:
-            yield f"{prefix}{name}="
+    for name, annotation in leaves(Config, fields):
+        values = ("true", "false") if annotation is bool else typing.get_args(annotation)
+        yield from (f"{name}={value}" for value in values if isinstance(value, str)) if with_values else (f"{name}=",)

@@ -116,7 +116,12 @@ def test_other_errors_keep_their_traceback(config):
         (["sed=3"], ["'seed'"]),
         (["--seed.x=3"], ["'--seed.x=3'", " seed.x=3"]),
         (["--dryrun"], ["'--dryrun'", "--config", "--dry-run", "--help"]),
+        (["--learning-rate=3e-4"], ["'--learning-rate=3e-4'", " optimizer.learning_rate=3e-4"]),
+        (["--learning-rate", "3e-4"], [" optimizer.learning_rate=3e-4"]),
+        (["--train.epochs", "3"], [" train.epochs=3"]),
         (["mine.most=3"], ["mine.most=3", "train"]),
+        (["learning_rate=3"], ["override 'learning_rate=3'", "'optimizer.learning_rate'"]),
+        (["data.train=[{kind: jsonl,", "path: x}]"], ["override 'data.train=[{kind: jsonl,'", "quote"]),
     ],
 )
 def test_bad_arguments(config, capsys, argv, words):
@@ -125,15 +130,28 @@ def test_bad_arguments(config, capsys, argv, words):
     assert all(word in error for word in words)
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"]])
-def test_argparse_ends_the_process(capsys, argv):
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["--config", "--help"]),
+        (["gemma4b_5k"], ["--config gemma4b_5k"]),
+        (["seed=3", "gemma4b_5k", "--dry-run"], ["--config gemma4b_5k"]),
+        (["--config"], ["--config"]),
+    ],
+)
+def test_a_command_line_without_a_config(capsys, argv, words):
+    assert command(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert all(word in error for word in words)
+
+
+def test_help_ends_the_process(capsys):
     with pytest.raises(SystemExit) as stop:
-        command(argv)
-    assert stop.value.code == (0 if argv else 2)
-    captured = capsys.readouterr()
-    assert "--config" in captured.out + captured.err
-    if argv:
-        assert all(word in captured.out for word in ("train.epochs=3", "Does things.", "gemma4b_5k"))
+        command(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("--config", "train.epochs=3", "Does things.", "gemma4b_5k"))
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,9 @@ def test_unknown_config(configs):
         (["optimizer.learning_rate=0"], ["optimizer.learning_rate", "greater than 0"]),
         (["log.tensorboard=perhaps"], ["log.tensorboard", "'perhaps'"]),
         (["model=3"], ["model", "fields"]),
+        (["learning_rate=3"], ["did you mean 'optimizer.learning_rate'?"]),
+        (["data.epochs=3"], ["did you mean 'train.epochs'?"]),
+        (["checkpoint=some/model"], ["checkpoint", "did you mean 'model.checkpoint'?"]),
         (["data.train=a.jsonl"], ["data.train", "list"]),
         (["data.train=[]"], ["data.train", "at least one"]),
         (["model.checkpoint=5"], ["model.checkpoint", "text", "5"]),
@@ -105,6 +108,8 @@ def test_bad_field(configs, overrides, words):
     text = message(configs, SMALL, *overrides)
     assert all(word in text for word in words), text
     assert len(text.splitlines()) == 1
+    assert text.startswith(f"override {overrides[-1]!r}")
+    assert "run.yaml" not in text
 
 
 def test_all_bad_fields(configs):
@@ -135,8 +140,40 @@ def test_missing_field(configs):
     ],
 )
 def test_impossible_combinations(configs, overrides, words):
-    text = message(configs, SMALL, *overrides)
+    text = message(configs, SMALL, "seed=1", *overrides)
     assert all(word in text for word in words), text
+    assert text.startswith(tuple(f"override {override!r}" for override in overrides))
+
+
+def test_an_error_of_the_file_names_the_file(configs):
+    text = message(configs, {**SMALL, "train": {"epochs": 0}}, "train.batch_size=64", "seed=3")
+    assert "run.yaml" in text
+    assert "override" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("{}/rn.yaml", ["'rn.yaml'", "'run.yaml'"]),
+        ("{}/absent/run.yaml", ["'absent'"]),
+        ("{}", ["is no YAML file"]),
+        ("{}/guard", ["guard/config.yaml"]),
+    ],
+)
+def test_an_absent_file(configs, name, words):
+    folder = configs("run", SMALL)
+    (folder / "guard").mkdir()
+    (folder / "guard/config.yaml").touch()
+    with pytest.raises(JaxguardError) as error:
+        load(name.format(folder))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_text_may_hold_brackets(configs):
+    folder = configs("run", SMALL)
+    assert load("run", ["model.checkpoint={study}/base"], folder).model.checkpoint == "{study}/base"
+    with pytest.raises(JaxguardError, match="bracket"):
+        load("run", ["data.train=[{kind: jsonl"], folder)
 
 
 def test_extends(configs):
@@ -193,7 +230,7 @@ def test_bad_overrides(configs, override):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("model: [", "not YAML"),
+        ("model: [", "run.yaml: not YAML"),
         ("- a\n- b\n", "expected fields, found list"),
         ("", "expected fields"),
         ("seed: 1\nseed: 2\n", "'seed' is given twice"),

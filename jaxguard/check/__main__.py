@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from jaxguard.cli import Command, suggest
-from jaxguard.config.base import CONFIG_FOLDER, names
+from jaxguard.config.base import CONFIG_FOLDER, names, nearest
 from jaxguard.data.examples import Example
 from jaxguard.data.files import SUFFIXES, Row, read_local, text
 from jaxguard.data.format.dialogue import TITLES, Mode
@@ -86,6 +86,9 @@ def read_inputs(prompt: str | None, response: str | None, file: str | None) -> l
     for number, (where, row) in enumerate(rows, 1):
         # Its policy is not read: who writes the texts must not choose what they are judged by.
         prompt, response, own_id = text(row, "prompt", where), text(row, "response", where), row.get("id")
+        if "prompt" not in row:
+            hint = nearest("prompt", row) or "rename the column that holds what the user wrote; "
+            raise JaxguardError(f"{where}: no column 'prompt'; {hint}it has: {', '.join(map(str, row))}")
         if prompt is None or not prompt.strip():
             raise JaxguardError(f"{where} is empty: there must be a prompt to judge")
         examples.append(Example(str(number if own_id is None else own_id), "check", prompt, response))

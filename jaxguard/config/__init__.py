@@ -5,13 +5,14 @@ A config file holds only what differs from the defaults, or from the one file th
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import yaml
 from pydantic import model_validator
 
-from jaxguard.config.base import CONFIG_FOLDER, NonNegative, Schema, find_yaml, scalar
+from jaxguard.config.base import CONFIG_FOLDER, NonNegative, Schema, find_yaml, origin_of, scalar
 from jaxguard.config.data import BuildConfig, DataConfig, DistillConfig
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.train import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -91,18 +92,20 @@ def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER
     else:
         path = find_yaml(str(source), folder, "config")
         tree, origin = {"name": path.stem, **_extended(read_yaml(path, Fields), path.parent, str(path))}, str(path)
+    given: dict[str, str] = {}
     for key, value, text in parsed(overrides):
         field = key.partition(".")[0]
         if stage is not None and field in Config.model_fields and field not in READS[stage]:
             readers = " and ".join(reader for reader, fields in READS.items() if field in fields)
             raise JaxguardError(f"override {text!r}: {stage} does not read {field!r}; it is read by {readers}")
-        tree = _put(tree, key.split("."), value, text)
+        tree, given[key] = _put(tree, key.split("."), value, text), text
     read = READS[stage] if stage else READS["train"]
     tree |= {field: {} for field in ("build", "evaluate", "mine") if field in read and tree.get(field) is None}
-    config = check(tree, Config, origin)
+    config = check(tree, Config, partial(origin_of, origin, given))
     subset, batch_size = config.data.subset, config.train.batch_size
     if "train" in read and subset is not None and subset < batch_size:
-        raise JaxguardError(f"{origin}: data.subset={subset} is smaller than train.batch_size={batch_size}")
+        message = f"data.subset={subset} is smaller than train.batch_size={batch_size}"
+        raise JaxguardError(f"{origin_of(origin, given, '', message)}: {message}")
     return config
 
 
@@ -142,7 +145,10 @@ def parsed(overrides: Overrides) -> Iterator[tuple[str, Any, str]]:
         key, separator, value = text.partition("=")
         if not separator:
             raise JaxguardError(f"override {text!r}: write it as field=value, for example train.epochs=3")
-        yield key.strip(), scalar(value), text
+        try:
+            yield key.strip(), scalar(value), text
+        except JaxguardError as error:
+            raise JaxguardError(f"override {text!r}: {error}") from None
 
 
 def _put(tree: Any, keys: list[str], value: Any, override: str) -> Any:

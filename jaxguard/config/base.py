@@ -1,6 +1,8 @@
 """Files of configs/ by name, and the frozen schemas read from them; utils/parse.py reads and checks them."""
 
-from collections.abc import Sequence
+import difflib
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,17 @@ class Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def origin_of(origin: str, overrides: Mapping[str, str], field: str, message: str) -> str:
+    """Name the overrides that an error comes from: of its field, or below it and named in its message; else its origin."""
+    unknown = message.startswith("unknown field")
+    for key, text in reversed(overrides.items()):
+        below = not field or key.startswith(f"{field}.")
+        named = unknown or re.search(rf"\b{re.escape(key.rpartition('.')[2])}\b", message)
+        if f"{field}.".startswith(f"{key}.") or (below and named):
+            return f"override {text!r}"
+    return origin
+
+
 def first_repeated(values: Sequence[Any]) -> Any:
     """Return the first of the values that is there more than once, or None."""
     return next((value for value in values if values.count(value) > 1), None)
@@ -35,6 +48,10 @@ def scalar(text: str) -> Any:
     try:
         return parse_yaml(text, object, text)
     except JaxguardError:
+        if any(text.count(opening) > text.count(closing) for opening, closing in ("[]", "{}")):
+            raise JaxguardError(
+                "a bracket is open; quote the whole override, so that the shell does not split it at spaces"
+            ) from None
         return text
 
 
@@ -62,6 +79,20 @@ def find_yaml(name: str, folder: Path, what: str) -> Path:
     for path in (Path(name), *(source / f"{name}.yaml" for source in folders(folder))):
         if path.suffix in {".yaml", ".yml"} and path.is_file():
             return path
-    known = names(folder)
+    known, path = names(folder), Path(name).expanduser()
     direct = ", ".join(name for name in known if "/" not in name)
-    raise JaxguardError(f"no {what} {name!r}: {nearest(name, known)}known in {folder}/: {direct or 'none'}")
+    hint = nearest(name, known)
+    if path.exists():
+        config = path / "config.yaml"
+        hint = f"{path} is no YAML file; {f'did you mean {str(config)!r}? ' if config.is_file() else ''}"
+    elif path.suffix in {".yaml", ".yml"}:
+        hint = f"{absent(path)}; "
+    raise JaxguardError(f"no {what} {name!r}: {hint}known in {folder}/: {direct or 'none'}")
+
+
+def absent(path: Path) -> str:
+    """Say of a path that is not there what is there instead: its folder, and the nearest name in it."""
+    missing = next(each for each in (*reversed(path.parents), path) if not each.exists())
+    siblings = [each.name for each in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    near = difflib.get_close_matches(missing.name, siblings, n=1)
+    return f"there is no {missing.name!r} in {missing.parent.resolve()}{f', but {near[0]!r}' if near else ''}"

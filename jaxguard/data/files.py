@@ -19,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from jaxguard.config.base import absent
 from jaxguard.utils.errors import JaxguardError
 
 Row = dict[str, Any]
@@ -88,7 +89,7 @@ def find_files(path: Path, stems: Iterable[str]) -> list[Path]:
             raise JaxguardError(f"{path}: unknown format; expected {', '.join(SUFFIXES)}")
         return [path]
     if not path.is_dir():
-        raise JaxguardError(f"no data file or folder {path}")
+        raise JaxguardError(f"no data file or folder {path}: {absent(path)}")
     usable = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
     for stem in stems:
         names = {stem + suffix for suffix in SUFFIXES}

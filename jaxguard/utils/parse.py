@@ -140,20 +140,25 @@ def read_packed(path: Path, most: int) -> str:
     return _decoded(bytes(data), str(path), most)
 
 
-def check(value: Any, shape: type[T], origin: str) -> T:
-    """Return a plain value as `shape`; the JaxguardError has a line, with `origin`, for each field that is wrong."""
+def check(value: Any, shape: type[T], origin: str | Callable[[str, str], str]) -> T:
+    """Return a plain value as `shape`; the JaxguardError has a line for each field that is wrong.
+
+    It begins with `origin`, or with what that returns for the field and the message.
+    """
+    named: Callable[[str, str], str] = (lambda *_: origin) if isinstance(origin, str) else origin
     if shape == Fields and isinstance(value, dict):  # pydantic would copy it
         bad = next((key for key in value if not isinstance(key, str)), None)
         if bad is None:
             return typing.cast("T", value)
-        raise JaxguardError(f"{origin}: the field {bad!r} is no text; put it in quotes")
+        raise JaxguardError(f"{named('', '')}: the field {bad!r} is no text; put it in quotes")
     try:
         return _adapter(typing.cast("Any", shape)).validate_python(value)
     except ValidationError as error:
         # Pydantic also calls a list too short when its only item is ill-formed; the item's own error says it better.
         errors = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
-        lines = [f"{origin}: {_explain(shape, e)}" for e in errors[:_MOST_ERRORS]]
-        more = [f"{origin}: {len(errors) - _MOST_ERRORS} more errors"] if len(errors) > _MOST_ERRORS else []
+        explained = [(".".join(map(str, e["loc"])), _explain(shape, e)) for e in errors[:_MOST_ERRORS]]
+        lines = [f"{named(field, message)}: {message}" for field, message in explained]
+        more = [f"{named('', '')}: {len(errors) - _MOST_ERRORS} more errors"] if len(errors) > _MOST_ERRORS else []
         raise JaxguardError("\n".join([*lines, *more])) from None
 
 
@@ -177,10 +182,12 @@ PathPart = Annotated[str, AfterValidator(path_part)]
 """A text that becomes the name of a file or folder."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `did you mean 'x'? `, or nothing when nothing is near."""
-    match = difflib.get_close_matches(name[:_SHOWN], list(known), n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}? " if match else ""
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return `did you mean 'x'? ` of those that begin with the name, else of the most similar one; nothing if none is near."""
+    known, name = list(known), name[:_SHOWN]
+    longer = [each for each in known if name and each.startswith(name)][:3]
+    match = longer or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {' or '.join(map(repr, match))}? " if match else ""
 
 
 def inner_schema(annotation: Any) -> type[BaseModel] | None:
@@ -190,15 +197,37 @@ def inner_schema(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(inner_schema, typing.get_args(annotation))), None)
 
 
+def leaves(schema: type[BaseModel], fields: Iterable[str] | None = None, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted field, its annotation) for every field of a schema, or of some of its fields, that holds no other schema."""
+    for name in schema.model_fields if fields is None else fields:
+        annotation = schema.model_fields[name].annotation
+        inner = inner_schema(annotation)
+        if inner is None:
+            yield f"{prefix}{name}", annotation
+        else:
+            index = "0." if typing.get_origin(annotation) is tuple else ""
+            yield from leaves(inner, None, f"{prefix}{name}.{index}")
+
+
+def find_field(schema: type[BaseModel], name: str) -> str | None:
+    """Return the dotted field that `name` is, or whose last part it is, nearly; None if there is none, or it is in a list."""
+    fields = [field for field, _ in leaves(schema) if ".0." not in field]
+    last = {field.rpartition(".")[2]: field for field in reversed(fields)} | {field: field for field in fields}
+    return next((last[each] for each in difflib.get_close_matches(name, last, n=1, cutoff=0.75)), None)
+
+
 def _explain(shape: Any, error: Any) -> str:
     path, kind, value = [str(part) for part in error["loc"]], error["type"], error["input"]
     field, schema = ".".join(path), inner_schema(shape)
-    if kind == "extra_forbidden" and schema is not None:
+    root = schema
+    if kind == "extra_forbidden" and root is not None and schema is not None:
         for part in path[:-1]:  # an index, or a key that the user chose, is no field
             if part in schema.model_fields:
                 schema = inner_schema(schema.model_fields[part].annotation) or schema
         known = list(schema.model_fields)
-        return f"unknown field {field!r}; {nearest(path[-1], known)}known here: {', '.join(known)}"
+        full = find_field(root, path[-1])
+        hint = nearest(path[-1], known, 0.75) or (f"did you mean {full!r}? " if full else nearest(path[-1], known))
+        return f"unknown field {field!r}; {hint}known here: {', '.join(known)}"
     if kind == "missing":
         return f"field {field!r} is missing"
     message = _PLAIN.get(kind, error["msg"].removeprefix("Value error, "))
@@ -207,6 +236,8 @@ def _explain(shape: Any, error: Any) -> str:
     if not isinstance(value, dict | BaseModel):
         message += f" (given: {_cut(repr(value))})"
     hint = nearest(str(value), re.findall(r"'([^']*)'", error["ctx"]["expected"])) if kind == "literal_error" else ""
+    if kind == "model_type" and root is not None and (full := find_field(root, path[-1])):
+        hint = f"did you mean {full!r}?"
     return f"{field}{': ' if field else ''}{message}{'; ' + hint.strip() if hint else ''}"
 
 

@@ -81,11 +81,16 @@ def test_files_are_judged_in_order_and_one_harm_is_enough(command, guard, tmp_pa
         ([" "], "the text is empty"),
         (["--file", "nowhere.jsonl"], "no data file or folder nowhere.jsonl"),
         (["--policy", "nosuch", "a"], "no policy 'nosuch'"),
-        (["--polcy", "x", "a"], "unknown option '--polcy'; known: --config, --file"),
+        (["--file", "{}/rows.csv"], "no column 'prompt'; rename the column"),
+        (["--file", "{}/near.csv"], "no column 'prompt'; did you mean 'prompts'? it has: prompts, label"),
+        (["--file", "{}/rows.cvs"], "but 'rows.csv'"),
+        (["--polcy", "x", "a"], "unknown option '--polcy'; did you mean '--policy'? known: --config, --file"),
     ],
 )
-def test_mistakes_are_code_2(command, guard, arguments, words):
-    code, out, err = command(*arguments)
+def test_mistakes_are_code_2(command, guard, tmp_path, arguments, words):
+    (tmp_path / "rows.csv").write_text("text,label\na,safe\n", encoding="utf-8")
+    (tmp_path / "near.csv").write_text("prompts,label\na,safe\n", encoding="utf-8")
+    code, out, err = command(*(argument.format(tmp_path) for argument in arguments))
     assert (code, out) == (2, "")
     assert words in err
     assert not guard.opened
@@ -114,7 +119,7 @@ def test_standard_input(monkeypatch):
     assert lines(monkeypatch, '\n{"prompt": "a", "response": "b", "id": 7}\n') == [("7", "a", "b")]
     with pytest.raises(JaxguardError, match="standard input:2: not JSON"):
         lines(monkeypatch, '{"prompt": "a"}\nb\n')
-    with pytest.raises(JaxguardError, match="standard input:2 is empty"):
+    with pytest.raises(JaxguardError, match=r"standard input:2: no column 'prompt'.* it has: response"):
         lines(monkeypatch, '{"prompt": "a"}\n{"response": "b"}\n')
     with pytest.raises(JaxguardError, match="standard input holds no text"):
         lines(monkeypatch, "\n")

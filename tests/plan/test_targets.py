@@ -34,6 +34,7 @@ def test_a_target_is_a_name_and_a_shape(text, shape, devices, linked):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("a100:8", "'a100-40gb' or 'a100-80gb'"),
         ("a100-80bg:8", "target 'a100-80bg' is unknown: did you mean 'a100-80gb'"),
         ("h100:x", "h100:8"),
         ("h100:0", "h100:8"),
