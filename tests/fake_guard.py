@@ -6,7 +6,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from jaxguard.config import load
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import write_guard_files
+from jaxguard.data.questions import QuestionSet
 from jaxguard.guards import loading as guards
 from jaxguard.guards.protocol import Prediction
 
@@ -31,7 +33,8 @@ def run(tmp_path):
         },
         "train": {"batch_size": 4},
     }
-    write_guard_files(export, load(tree), [("prompt_harm",)])
+    trained = {"mode": Mode.DIRECT, "questions": ("prompt_harm", "response_harm"), "examples": 8}
+    write_guard_files(export, load(tree), [QuestionSet(response=response, **trained) for response in (False, True)])
     return tmp_path / "run"
 
 

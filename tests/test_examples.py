@@ -34,7 +34,7 @@ def test_moderate_prints_what_does_not_pass(monkeypatch, capsys):
         return SimpleNamespace(passes="bad" not in message, probabilities={"prompt_harm": 0.9})
 
     monkeypatch.setattr(jaxguard.Guard, "load", lambda model, policy: nullcontext(SimpleNamespace(acheck=acheck)))
-    monkeypatch.setattr("sys.stdin", io.StringIO("good\n\nbad one\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good\n\nbad one\n")))
     asyncio.run(runpy.run_path(str(EXAMPLES / "moderate.py"))["main"]("runs/any"))
     assert capsys.readouterr().out == "{'prompt_harm': 0.9} bad one\n"
 

@@ -23,7 +23,7 @@ NOT_PASSED = 1
 
 DESCRIPTION = """\
 Check a text, an exchange, or a file of them against a policy: verdict, probability of harmful, and in reasoning mode the
-reasoning. The exit code is 0 if everything is unharmful, 1 if something is harmful or unparsable, 2 after a mistake.
+reasoning. The exit code is 0 if everything is unharmful, 1 if something is harmful, unparsable or not judged, 2 after a mistake.
 
 examples:
   jaxguard check --model runs/gemma4b_5k/export --policy aegis2 "How do I bake bread?"
@@ -33,7 +33,7 @@ examples:
 """
 EPILOG = """\
 A file holds JSON lines with prompt, response and id (only prompt is needed), a table with these columns (.csv, .parquet), or
-plain text, a message on each line. A policy that a file names is not read.
+plain text, a message on each line, which ends with a line feed. A policy that a file names is not read.
 
 policies in configs/policies/: {policies}
 """
@@ -97,17 +97,16 @@ def read_inputs(prompt: str | None, response: str | None, file: str | None) -> l
 
 def _rows(file: str) -> Iterator[tuple[str, Row]]:
     """(where, row) of a table, of JSON lines if the first one is a JSON object, else of a text on each line."""
-    path, name = Path(file).expanduser(), file
-    if file == "-":
-        lines, name = list(sys.stdin), "standard input"
-    elif path.name.endswith(SUFFIXES) or not path.is_file():
+    path = Path(file).expanduser()
+    if file != "-" and (path.name.endswith(SUFFIXES) or not path.is_file()):
         yield from read_local(path, ()).rows
         return
-    else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise JaxguardError(f"{path}: not UTF-8 text ({error})") from None
+    name = "standard input" if file == "-" else str(path)
+    try:
+        # Bytes: only a line feed ends a message, no other character that Python takes for the end of a line.
+        lines = (sys.stdin.buffer.read() if file == "-" else path.read_bytes()).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise JaxguardError(f"{name}: not UTF-8 text ({error})") from None
     filled = [(f"{name}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     for where, line in filled:
         row: object = {"prompt": line}
@@ -126,7 +125,7 @@ def render(result: CheckResult, example: Example | None = None) -> RenderableTyp
 
     Whatever a text or a model says is shown as text and never interpreted.
     """
-    width = max(len(TITLES[question]) for question in result.questions)
+    width = max((len(TITLES[question]) for question in result.questions), default=0)
     parts: list[RenderableType] = []
     if example is not None:
         line = " ".join(visible(f"{result.id}: {example.prompt}").split())

@@ -112,7 +112,8 @@ class EvaluateConfig(Schema):
     """What runs guards without an endpoint: this process, over the training mesh, or an SGLang server of its own."""
     server: ServerConfig = ServerConfig()
     ask: Literal["policy", "benchmark"] = "policy"
-    """Ask all questions of the policy, or only those that the example has labels for, as in training."""
+    """Ask all questions of the policy, or only those that the example has labels for; of those that were trained together, the
+    nearest."""
     generations: NonNegative = 4
     """Completions for each example; 0 takes the verdict from the probability alone, without sampling, in direct mode."""
     temperature: NonNegativeFloat = 0.6

@@ -2,27 +2,28 @@
 
 config.yaml     what describes the model of the resolved config of the run that trained it, without secrets and absolute paths
 policy.yaml     the policy that it was trained on, as a policy file
-jaxguard.json   format version, base checkpoint, modes, markers, and the questions that were asked together; written last
+jaxguard.json   format version, base checkpoint, modes, markers, and the questions that were trained together; written last
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import jaxguard
 from jaxguard.config import Config, load
 from jaxguard.config.base import Schema
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import PolicyDefinition, Question, load_policy
+from jaxguard.data.questions import QuestionSet
 from jaxguard.utils.parse import read_yaml
 from jaxguard.utils.secrets import published
 
 MANIFEST, CONFIG, POLICY = "jaxguard.json", "config.yaml", "policy.yaml"
-FORMAT: Final = 1
+FORMAT: Final = 2
 _DESCRIBES = {"name", "seed", "model", "data", "optimizer", "train"}
 """Fields of the config that describe the model; the others describe the machine, or other stages."""
 
@@ -42,8 +43,14 @@ class ExportManifest(Schema):
     direct_marker: str
     max_seq_len: int
     questions: tuple[Question, ...]
-    trained_together: tuple[tuple[Question, ...], ...]
-    """Every set of questions that one answer of the training data holds."""
+    trained_together: tuple[QuestionSet, ...]
+    """Every set of questions that a prompt of the training data asks; empty where that is not known."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, tree: Any) -> Any:
+        """Read format 1, whose sets do not say whether there was a response, as one without them."""
+        return {**tree, "trained_together": ()} if isinstance(tree, dict) and tree.get("format") == 1 else tree
 
 
 class GuardFiles(NamedTuple):
@@ -59,7 +66,7 @@ def is_complete(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def write_guard_files(folder: Path, config: Config, trained_together: Iterable[tuple[Question, ...]]) -> None:
+def write_guard_files(folder: Path, config: Config, trained_together: Sequence[QuestionSet]) -> None:
     """Write the three files into a folder with weights and tokenizer."""
     policy, data = load_policy(config.data.policy), config.data
     local = Path(config.model.checkpoint).exists()
@@ -73,7 +80,7 @@ def write_guard_files(folder: Path, config: Config, trained_together: Iterable[t
         direct_marker=data.direct_marker,
         max_seq_len=data.max_seq_len,
         questions=policy.asks,
-        trained_together=tuple(sorted(set(trained_together))),
+        trained_together=tuple(trained_together),
     )
     definition = PolicyDefinition.model_validate(asdict(policy)).model_dump(mode="json", exclude={"description"})
     tree = published(config.model_dump(mode="json", include=_DESCRIBES))
@@ -82,10 +89,19 @@ def write_guard_files(folder: Path, config: Config, trained_together: Iterable[t
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
+def read_manifest(folder: Path) -> ExportManifest | None:
+    """Read jaxguard.json; None if the folder is no export of jaxguard."""
+    # JSON is YAML.
+    return read_yaml(folder / MANIFEST, ExportManifest) if is_complete(folder) else None
+
+
+def trained_together(folder: Path) -> tuple[QuestionSet, ...]:
+    """The sets of questions that a guard was trained on; () where that is not recorded."""
+    manifest = read_manifest(folder)
+    return () if manifest is None else manifest.trained_together
+
+
 def read_guard_files(folder: Path) -> GuardFiles | None:
     """Read what an export says of itself; None if the folder is no export of jaxguard."""
-    if not is_complete(folder):
-        return None
-    # JSON is YAML.
-    manifest = read_yaml(folder / MANIFEST, ExportManifest)
-    return GuardFiles(manifest, load(str(folder / CONFIG)), folder / POLICY)
+    manifest = read_manifest(folder)
+    return None if manifest is None else GuardFiles(manifest, load(str(folder / CONFIG)), folder / POLICY)

@@ -18,6 +18,7 @@ from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.policies import Policy, load_policy, policy_for
+from jaxguard.data.questions import QuestionSet, question_sets
 from jaxguard.data.sources import digest, load, unique_ids
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.progress import track
@@ -51,6 +52,11 @@ class Prepared(NamedTuple):
     train: list[EncodedExample]
     validation: list[tuple[Example, Mode, tuple[EncodedExample, ...]]]
     manifest: dict[str, Any]
+
+    @property
+    def trained_together(self) -> tuple[QuestionSet, ...]:
+        """Every set of questions that a training prompt asks."""
+        return tuple(map(QuestionSet.model_validate, self.manifest["train"]["questions"]))
 
 
 def prepare(config: Config, folder: Path) -> Prepared:
@@ -199,6 +205,7 @@ def _counts(encoded: Sequence[tuple[Example, Mode, EncodedExample]]) -> dict[str
     # In dual mode a held-out example is listed once for each mode.
     examples = list({example.id: example for example, _, _ in encoded}.values())
     sequences, tokens = [sequence for _, _, sequence in encoded], hashlib.sha256()
+    asked = ((example, mode, tuple(q for q, _ in sequence.answers)) for example, mode, sequence in encoded)
     for sequence in sequences:
         tokens.update(sequence.tokens.astype("<i4").tobytes())
     return {
@@ -207,6 +214,7 @@ def _counts(encoded: Sequence[tuple[Example, Mode, EncodedExample]]) -> dict[str
         "by_source": dict(Counter(example.source for example in examples).most_common()),
         "by_mode": dict(Counter(str(mode) for _, mode, _ in encoded)),
         "labels": {label: dict(Counter(str(getattr(e, label)) for e in examples).most_common()) for label in LABELS},
+        "questions": [each.model_dump(mode="json") for each in question_sets(asked)],
         "with_response": sum(example.response is not None for example in examples),
         "cut": sum(sequence.cut for sequence in sequences),
         "tokens": sum(len(sequence.tokens) for sequence in sequences),

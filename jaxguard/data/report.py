@@ -16,6 +16,7 @@ from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.format.dialogue import CHOICES, LABEL
 from jaxguard.data.packing import Schedule, packed_tokens, total_steps
 from jaxguard.data.prepare import Prepared, Selection
+from jaxguard.data.questions import cautions
 from jaxguard.report import Table
 from jaxguard.report.text import share, visible
 from jaxguard.utils.errors import JaxguardError
@@ -48,7 +49,8 @@ def report(
         "before rounding up to the number of devices.\n"
     )
     shown = [table.rich() for table in tables if table.rows]
-    return Group(*shown, _histogram(lengths), summary, _example(selection, prepared, encoder, show_text))
+    warnings = [Text(visible(text), style="yellow") for text in cautions(prepared.trained_together, encoder.policy)]
+    return Group(*shown, *warnings, _histogram(lengths), summary, _example(selection, prepared, encoder, show_text))
 
 
 def packing(config: Config, sequences: Sequence[EncodedExample]) -> dict[str, float]:
@@ -109,7 +111,11 @@ def _tables(manifest: dict[str, Any]) -> tuple[Table, ...]:
             balance = f" ({yes / (yes + no):.0%})" if yes + no else ""
             counts = (f"{yes:,} {positive}{balance}", f"{no:,} {negative}", values.get("None", 0))
             labels.add(role, LABEL[question].removesuffix("_label"), *counts)
-    return sources, table, labels, Table.of(("dropped", "examples"), manifest["dropped"].items())
+    asked = Table(("mode", "prompts that ask", "about", "examples"), "Questions trained together", left=3)
+    for each in manifest["train"]["questions"]:
+        about = "an exchange" if each["response"] else "a prompt alone"
+        asked.add(each["mode"], ", ".join(each["questions"]), about, each["examples"])
+    return sources, table, labels, asked, Table.of(("dropped", "examples"), manifest["dropped"].items())
 
 
 def _histogram(lengths: np.ndarray) -> RichTable:

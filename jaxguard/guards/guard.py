@@ -3,7 +3,7 @@
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -18,9 +18,11 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import Verdict, parse, reasoning_of
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import read_guard_files
-from jaxguard.data.policies import Question, load_policy, policy_for
+from jaxguard.data.policies import Policy, Question, load_policy, policy_for
+from jaxguard.data.questions import QuestionSet, unasked
 from jaxguard.guards import loading
 from jaxguard.guards.backends.sglang import served
+from jaxguard.guards.formats.native import split_request
 from jaxguard.guards.protocol import Prediction, Request
 from jaxguard.utils import hub
 from jaxguard.utils.client import API_KEY
@@ -64,12 +66,13 @@ class CheckResult:
 
     Attributes:
         id: the example's, else its number.
-        questions: those of the policy that apply.
-        verdict: an answer to each; None where a question does not apply, harmful where the answer is unparsable.
+        questions: those of the policy that apply and that the guard was trained on.
+        verdict: an answer to each; None where a question does not apply or was not asked, harmful where the answer is unparsable.
         probabilities: of harmful (or of a refusal), for each question; None where the guard gives none.
         reasoning: what precedes the verdict, None in direct mode. Untrusted.
-        problems: why the verdict cannot be relied on: an unparsable line, or a text too long to be read whole.
-        text: the whole answer. Untrusted.
+        problems: why the verdict cannot be relied on: an unparsable line, what no question judged, or a text too long to be read
+            whole.
+        text: the whole answer; several are joined by an empty line. Untrusted.
         seconds: that the answer took; of a batch, its share.
     """
 
@@ -89,7 +92,7 @@ class CheckResult:
 
     @property
     def passes(self) -> bool:
-        """Nothing is harmful, and everything was read."""
+        """Nothing is harmful, and everything was judged and read."""
         return not self.harmful and not self.problems
 
 
@@ -104,11 +107,12 @@ class Guard:
         policy: what it judges by, unless an example brings its own policy.
         mode: how it answers by default.
         warning: what a user should know of it; empty if nothing.
+        trained: the sets of questions that it was trained on together; empty if that is not known.
     """
 
-    def __init__(self, config: Config, mode: Mode, warning: str = "") -> None:
+    def __init__(self, config: Config, mode: Mode, warning: str = "", trained: Sequence[QuestionSet] = ()) -> None:
         """Load the first guard of the config's evaluation, which answers in `mode` by default; see `load`."""
-        self.config, self.mode, self.warning = config, mode, warning
+        self.config, self.mode, self.warning, self.trained = config, mode, warning, tuple(trained)
         self.policy = load_policy(config.data.policy)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jaxguard", daemon=True)
@@ -173,8 +177,15 @@ class Guard:
             "data": {**own["data"], "policy": str(policy), "subset": None},
             "evaluate": settings.model_dump(),
         }
-        warning = "" if trained in ("dual", default) else f"this model was trained to answer in {trained} mode only"
-        return cls(load_config(tree), default, warning)
+        together = () if export is None else export.manifest.trained_together
+        warnings = []
+        if trained not in ("dual", default):
+            warnings.append(f"this model was trained to answer in {trained} mode only")
+        if run is not None and not together:
+            warnings.append(
+                "which questions this model was trained on together is not recorded: one prompt asks all that the policy asks"
+            )
+        return cls(load_config(tree), default, "; ".join(warnings), together)
 
     def check(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:
         """Check what the user wrote, with what the assistant answered, in mode "reasoning" or "direct"; None: the guard's own.
@@ -243,34 +254,66 @@ class Guard:
     async def _checked(self, exchanges: Iterable[Exchange], mode: str | Mode | None) -> AsyncIterator[CheckResult]:
         """The result of each exchange, in order, as soon as it and those before it are there."""
         mode = self.mode if mode is None else _known_mode(mode)
-        examples, requests = list[Example](), list[Request]()
+        examples, parts = list[Example](), list[list[Request]]()
         for i, exchange in enumerate(exchanges):
             if isinstance(exchange, Example):
                 example = exchange
             else:
                 prompt, response = (exchange, None) if isinstance(exchange, str) else exchange
                 example = Example(str(i + 1), "check", prompt, response)
-            asks = policy_for(example, self.policy).asks
-            applicable = tuple(q for q in asks if q == "prompt_harm" or example.response is not None)
+            policy = policy_for(example, self.policy)
+            request = Request(example, _applicable(example, policy), mode)
+            split = split_request(request, policy.asks, self.trained) if request.questions else []
             examples.append(example)
-            requests.append(Request(replace(example, id=str(i)), applicable or ("prompt_harm",), mode))
+            parts.append([replace(x, example=replace(x.example, id=f"{i}.{j}")) for j, (x, _) in enumerate(split)])
         predictions: dict[str, Prediction] = {}
         done = 0
-        async for prediction in self._predict(requests):
-            predictions[prediction.example_id] = prediction
-            while str(done) in predictions:
-                example, answer = examples[done], predictions.pop(str(done))
-                text, questions = answer.texts[0] if answer.texts else "", tuple(answer.verdicts)
-                verdict = parse(text, questions, mode, example.response is not None)
-                cut = ("too long for the guard: the middle of the text was not read",) if answer.cut else ()
-                yield CheckResult(
-                    id=example.id,
-                    questions=questions,
-                    verdict=verdict,
-                    probabilities=dict(answer.probabilities),
-                    reasoning=reasoning_of(text) if mode is Mode.REASONING else None,
-                    problems=(*verdict.problems, *cut),
-                    text=text,
-                    seconds=answer.seconds,
-                )
+
+        def ready() -> Iterator[CheckResult]:
+            nonlocal done
+            while done < len(examples) and all(part.example.id in predictions for part in parts[done]):
+                answers = [(part, predictions.pop(part.example.id)) for part in parts[done]]
+                yield self._result(examples[done], mode, answers)
                 done += 1
+
+        async for prediction in self._predict([part for each in parts for part in each]):
+            predictions[prediction.example_id] = prediction
+            for result in ready():
+                yield result
+        for result in ready():  # of which nothing is asked
+            yield result
+
+    def _result(self, example: Example, mode: Mode, answers: Sequence[tuple[Request, Prediction]]) -> CheckResult:
+        """Join the answers to the parts of a request."""
+        policy, has_response = policy_for(example, self.policy), example.response is not None
+        words: dict[Question, str | None] = {}
+        problems, texts = list[str](), [answer.texts[0] if answer.texts else "" for _, answer in answers]
+        for (part, _), text in zip(answers, texts, strict=True):
+            verdict = parse(text, part.questions, mode, part.example.response is not None)
+            words |= {question: getattr(verdict, question) for question in part.questions}
+            problems += verdict.problems
+        problems += [
+            f"{question}: not asked, since this guard was not trained on it in {mode} mode"
+            for question in unasked(_applicable(example, policy), has_response, mode, self.trained)
+        ]
+        if ("response_harm" if has_response else "prompt_harm") not in policy.asks:
+            judged, more = ("response", "") if has_response else ("prompt", "; give the response too")
+            problems.append(f"the {judged} was not judged: policy {policy.name!r} asks {', '.join(policy.asks)}{more}")
+        if any(answer.cut for _, answer in answers):
+            problems.append("too long for the guard: the middle of the text was not read")
+        reasonings = filter(None, map(reasoning_of, texts if mode is Mode.REASONING else ()))
+        return CheckResult(
+            id=example.id,
+            questions=tuple(words),
+            verdict=Verdict(**words, problems=tuple(problems)),
+            probabilities={question: p for _, answer in answers for question, p in answer.probabilities.items()},
+            reasoning="\n\n".join(reasonings) or None,
+            problems=tuple(problems),
+            text="\n\n".join(texts),
+            seconds=sum(answer.seconds for _, answer in answers),
+        )
+
+
+def _applicable(example: Example, policy: Policy) -> tuple[Question, ...]:
+    """The questions of a policy that apply to an example: without a response, those about the prompt."""
+    return tuple(q for q in policy.asks if q == "prompt_harm" or example.response is not None)

@@ -17,7 +17,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.files import file_digest
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.format.template import load_tokenizer
-from jaxguard.data.guard_files import is_complete
+from jaxguard.data.guard_files import is_complete, trained_together
 from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.prepare import select
 from jaxguard.data.sources import digest
@@ -94,7 +94,7 @@ async def open_guard(
     form: PromptFormat
     if guard.format == "jaxguard":
         data = config.data.model_copy(update={"max_seq_len": context_tokens(folder)})
-        form = NativeFormat(Encoder.load(folder, data, policy), settings)
+        form = NativeFormat(Encoder.load(folder, data, policy), settings, trained_together(folder))
     else:
         form = external_format(guard.format, load_tokenizer(folder, chat=False), policy)
     async with AsyncExitStack() as stack:
@@ -130,6 +130,10 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
     checkpoint = checkpoint_of(guard, config)
     form = guard.format if guard.format in BUILT_IN else file_digest(format_file(guard.format))
     known: dict[str, Any] = {"format": form, "checkpoint": checkpoint, "revision": guard.revision, "backend": "sglang"}
+    if guard.format == "jaxguard":
+        trained = trained_together(hub.fetch(checkpoint, guard.revision, TOKENIZER_FILES))
+        sets = [each.model_dump(mode="json", exclude={"examples"}) for each in trained]
+        known |= {"trained_together": sets} if sets else {}
     if guard.endpoint is not None and not guard.swap:
         model = await served(guard.endpoint, guard.api_key_env)
         if "model_path" in model:  # the path may be this machine's too

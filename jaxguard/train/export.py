@@ -47,5 +47,5 @@ def export(
             f"differ from the base. {report.tensors:,} tensors were trained; {report.carried:,} were carried over as bytes."
         )
         write_card(draft, source, config, data.manifest, metrics, changes, prompt)
-        write_guard_files(draft, config, (tuple(question for question, _ in example.answers) for example in data.train))
+        write_guard_files(draft, config, data.trained_together)
     return report

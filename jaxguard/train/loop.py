@@ -20,7 +20,9 @@ from rich.table import Table
 from jaxguard.config import Config, dump
 from jaxguard.config.hardware import peak_flops
 from jaxguard.data.packing import Batch, Schedule, total_steps
+from jaxguard.data.policies import load_policy
 from jaxguard.data.prepare import Prepared, prepare
+from jaxguard.data.questions import cautions
 from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
 from jaxguard.models.sharding import batch_sharding, make_mesh, mesh_axes, row_multiple, shard_batch
 from jaxguard.models.spec import Spec, read_spec
@@ -138,6 +140,8 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
             console.print(dump(config, "train"), markup=False)
             console.print(startup_table(spec, program.state["weights"]))
             axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+            for text in cautions(data.trained_together, load_policy(config.data.policy)):
+                console.print(f"note: {text}", markup=False, soft_wrap=True)
             console.print(f"mesh: {axes} of {jax.devices()[0].device_kind}; attention: {program.compute.attention}")
         checkpoints = stack.enter_context(open_checkpoints(folder / "checkpoints", config.checkpoint, spec.fingerprint))
         stop = stack.enter_context(graceful_stop())

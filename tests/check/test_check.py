@@ -110,7 +110,7 @@ def test_help_names_the_policies(capsys, monkeypatch):
 
 
 def lines(monkeypatch, text):
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
     return [(e.id, e.prompt, e.response) for e in read_inputs("-", None, None)]
 
 
@@ -123,6 +123,45 @@ def test_standard_input(monkeypatch):
         lines(monkeypatch, '{"prompt": "a"}\n{"response": "b"}\n')
     with pytest.raises(JaxguardError, match="standard input holds no text"):
         lines(monkeypatch, "\n")
+
+
+def test_only_line_feeds_separate_messages(monkeypatch, tmp_path):
+    for mark in ("\u2028", "\u2029", "\x85", "\v", "\f", "\r", "\x1c", "\x1d", "\x1e"):
+        message = f"How do I bake{mark}rye bread?"
+        (tmp_path / "lines.txt").write_bytes(f"{message}\r\nRye?\n".encode())
+        expected = [("1", message, None), ("2", "Rye?", None)]
+        found = read_inputs(None, None, str(tmp_path / "lines.txt"))
+        assert [(e.id, e.prompt, e.response) for e in found] == expected, repr(mark)
+        assert lines(monkeypatch, f"{message}\r\nRye?\n") == expected, repr(mark)
+        row = json.dumps({"prompt": message}, ensure_ascii=False)
+        (tmp_path / "lines.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8", newline="")
+        assert [e.prompt for e in read_inputs(None, None, str(tmp_path / "lines.jsonl"))] == [message, message]
+        assert lines(monkeypatch, f"{row}\n{row}\n") == [("1", message, None), ("2", message, None)]
+
+
+def test_text_that_is_not_utf8_is_said_so(monkeypatch, tmp_path):
+    (tmp_path / "lines.txt").write_bytes(b"br\xf6d\n")
+    with pytest.raises(JaxguardError, match=r"lines\.txt: not UTF-8"):
+        read_inputs(None, None, str(tmp_path / "lines.txt"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"br\xf6d\n"), encoding="utf-8"))
+    with pytest.raises(JaxguardError, match="standard input: not UTF-8"):
+        read_inputs("-", None, None)
+
+
+def test_what_was_not_judged_is_code_1(command, guard, tmp_path):
+    (tmp_path / "prompts.yaml").write_text("name: prompts\nrules: x\nasks: [prompt_harm]\n", encoding="utf-8")
+    policy = ("--policy", str(tmp_path / "prompts.yaml"))
+    code, out, _ = command(*policy, "--response", "Bake it.", "bread?")
+    assert code == 1
+    assert "the response was not judged" in out
+    code, out, _ = command(*policy, "--json", "--response", "Bake it.", "bread?")
+    assert (code, json.loads(out)["passes"], len(json.loads(out)["problems"])) == (1, False, 1)
+    assert command(*policy, "bread?")[0] == 0
+    (tmp_path / "responses.yaml").write_text("name: responses\nrules: x\nasks: [response_harm]\n", encoding="utf-8")
+    code, out, _ = command("--policy", str(tmp_path / "responses.yaml"), "bread?")
+    assert (code, len(guard.asks)) == (1, 3)
+    assert "the prompt was not judged" in out
+    assert "give the response" in out
 
 
 def test_tables_and_what_they_say_of_a_policy(tmp_path):

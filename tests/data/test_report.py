@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,20 @@ def test_the_report_holds_what_it_promises(made):
         assert words in text, words
     harmful = made[2].manifest["train"]["labels"]["prompt_label"]["harmful"]
     assert f"{harmful} harmful" in text
+
+
+def test_questions_that_are_not_labelled_together_are_said_before_training(tree, made, tiny_tokenizer_folder):
+    assert "Questions trained together" in shown(made)
+    assert "will be judged by" not in shown(made)
+    path = tree["data"]["train"][0]["path"]
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row["prompt_label"] = row.get("prompt_label") if row.get("response") is None else None
+    Path(path).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    config = load(tree)
+    encoder, selection = Encoder.load(tiny_tokenizer_folder, config.data), select(config)
+    text = " ".join(shown((config, selection, encode_selection(config, selection, encoder), encoder)).split())
+    assert "will be judged by 2 prompts (prompt_harm without the response; response_harm)" in text
 
 
 def test_untrusted_text_is_hidden_unless_asked_for(made):

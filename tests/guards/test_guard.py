@@ -1,13 +1,14 @@
 """The class Guard, with a made-up model."""
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
 
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.format.dialogue import TITLES, Mode
 from jaxguard.guards import loading
 from jaxguard.guards.guard import Guard
 from jaxguard.utils.errors import JaxguardError
@@ -110,7 +111,7 @@ def test_threads_share_it(run, guard):
 
 
 def test_results_come_as_they_are_there(run, guard):
-    guard.fails_at = "2"
+    guard.fails_at = "2.0"
     with Guard.load(run) as loaded:
         results = loaded.stream("abcd")
         assert next(results).passes
@@ -141,6 +142,101 @@ def test_a_model_is_asked_as_its_run_trained_it(run, guard):
 @pytest.mark.parametrize("named", ["run", "export"])
 def test_the_trained_policy_is_the_default(run, guard, named):
     assert loaded(run if named == "run" else run / "export").policy.name == "short"
+
+
+def one_label_an_example(run, *trained):
+    """The export as if its training prompts had asked these sets: (response, *questions)."""
+    path = run / "export/jaxguard.json"
+    sets = [{"mode": "direct", "response": r, "questions": q, "examples": 50} for r, *q in trained]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_together": sets}), encoding="utf-8")
+
+
+def only_about_one(request):
+    """What a guard answers that has never seen two questions about an exchange."""
+    first, *others = request.questions
+    verdicts = [f"{TITLES[first]}: unharmful", *(f"{TITLES[question]}: None" for question in others)]
+    return "\n".join(verdicts)
+
+
+def test_an_exchange_is_asked_as_it_was_trained(run, guard):
+    one_label_an_example(run, (False, "prompt_harm", "response_harm"), (True, "response_harm"), (True, "prompt_harm"))
+    guard.says = only_about_one
+    found = check("bread?", "Bake it.", model=run)
+    assert [(ask.questions, ask.example.response) for ask in guard.asks] == [
+        (("prompt_harm",), "Bake it."),
+        (("response_harm",), "Bake it."),
+    ]
+    assert (found.passes, found.harmful, found.problems) == (True, False, ())
+    assert found.probabilities == {"prompt_harm": 0.25, "response_harm": 0.125}
+    assert (found.seconds, found.text) == (1.0, "Prompt harm: unharmful\n\nResponse harm: unharmful")
+    guard.says = lambda ask: (
+        f"{TITLES[ask.questions[0]]}: {'harmful' if 'response_harm' in ask.questions else 'unharmful'}"
+    )
+    found = check("bread?", "Bake it.", model=run)
+    assert (found.verdict.prompt_harm, found.verdict.response_harm) == ("unharmful", "harmful")
+
+
+def test_a_question_about_prompts_alone_is_asked_without_the_response(run, guard):
+    one_label_an_example(run, (False, "prompt_harm"), (True, "response_harm"))
+    example = Example("x", "s", "bread?", "Bake it.", response_label="harmful")
+    [found] = check_many([example], model=run)
+    assert [(ask.questions, ask.example.response) for ask in guard.asks] == [
+        (("prompt_harm",), None),
+        (("response_harm",), "Bake it."),
+    ]
+    assert (found.id, found.passes) == ("x", True)
+
+
+def test_reasoning_of_several_prompts_is_joined(run, guard):
+    one_label_an_example(run, (True, "response_harm"), (True, "prompt_harm"))
+    guard.says = lambda ask: f"<think>\nOn {ask.questions[0]}.\n</think>\n\n{only_about_one(ask)}"
+    found = check("bread?", "Bake it.", model=run, mode="reasoning")
+    assert found.reasoning == "On prompt_harm.\n\nOn response_harm."
+    assert (found.passes, found.problems) == (True, ())
+
+
+def test_what_was_not_trained_is_not_asked_and_does_not_pass(run, guard):
+    one_label_an_example(run, (True, "response_harm"))
+    found = check_many(["bread?", ("bread?", "Bake it."), "rye?"], model=run)
+    assert [ask.questions for ask in guard.asks] == [("response_harm",)]
+    assert [(one.id, one.passes, one.harmful, one.questions) for one in found] == [
+        ("1", False, False, ()),
+        ("2", False, False, ("response_harm",)),
+        ("3", False, False, ()),
+    ]
+    for one in found:
+        (problem,) = one.problems
+        assert "prompt_harm" in problem
+        assert one.verdict.prompt_harm is None
+
+
+def test_what_no_question_covers_does_not_pass(run, guard, tmp_path):
+    for asks, exchange, what in (
+        ("prompt_harm", ("bread?", "Bake it."), "response"),
+        ("response_harm", ("bread?", None), "prompt"),
+        ("response_refusal", ("bread?", "Bake it."), "response"),
+    ):
+        (tmp_path / "short.yaml").write_text(f"name: short\nrules: x\nasks: [{asks}]\n", encoding="utf-8")
+        one_label_an_example(run, (False, asks), (True, asks))
+        guard.says = lambda ask: "Prompt harm: unharmful\nResponse harm: unharmful\nResponse refusal: compliance"
+        found = check(*exchange, model=run, policy=tmp_path / "short.yaml")
+        assert (found.passes, found.harmful) == (False, False)
+        (problem,) = found.problems
+        assert f"the {what} was not judged" in problem
+        assert asks in problem
+    # A question about the response covers the exchange.
+    (tmp_path / "short.yaml").write_text("name: short\nrules: x\nasks: [response_harm]\n", encoding="utf-8")
+    one_label_an_example(run, (True, "response_harm"))
+    assert check("bread?", "Bake it.", model=run, policy=tmp_path / "short.yaml").passes
+
+
+def test_without_a_record_everything_is_asked_at_once_and_this_is_said(run, guard):
+    path = run / "export/jaxguard.json"
+    old = {**json.loads(path.read_text()), "format": 1, "trained_together": [["prompt_harm", "response_harm"]]}
+    path.write_text(json.dumps(old), encoding="utf-8")
+    assert "not recorded" in loaded(run).warning
+    check("bread?", "Bake it.", model=run)
+    assert [ask.questions for ask in guard.asks] == [("prompt_harm", "response_harm")]
 
 
 def test_a_mode_that_was_not_trained_is_said_so(run, guard):

@@ -15,6 +15,7 @@ from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.prepare import prepare
+from jaxguard.data.questions import QuestionSet
 from jaxguard.guards.backends.jax import JaxBackend, place_model
 from jaxguard.guards.formats.native import MOST_TOKENS, NativeFormat, context_tokens
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request, UnsupportedError, predict
@@ -48,6 +49,36 @@ def form(encoder_of):
 )
 def test_what_is_asked(form, ask, example, question, asked):
     assert form(ask).lines(Request(example, (question,), Mode.DIRECT)) == asked
+
+
+@pytest.mark.parametrize(
+    ("example", "questions", "parts"),
+    [
+        (
+            BAKED,
+            ("prompt_harm", "response_harm"),
+            [(False, ("prompt_harm",)), (True, ("response_harm", "response_refusal"))],
+        ),
+        (BAKED, ("response_harm",), [(True, ("response_harm", "response_refusal"))]),
+        (BREAD, ("prompt_harm",), [(False, ("prompt_harm",))]),
+    ],
+)
+def test_a_request_is_split_into_prompts_that_were_trained(form, example, questions, parts):
+    trained = (
+        QuestionSet(mode=Mode.DIRECT, response=False, questions=("prompt_harm",), examples=9),
+        QuestionSet(mode=Mode.DIRECT, response=True, questions=("response_harm", "response_refusal"), examples=9),
+    )
+    own = replace(form(), trained=trained)
+    split = own.split(Request(example, questions, Mode.DIRECT))
+    assert [(part.example.response is not None, own.lines(part)) for part in split] == parts
+    assert [q for part in split for q in part.questions] == list(questions)
+    for part in split:
+        assert own.encoder.dialogue.shared_prefix(own.encoder.policy, own.lines(part), Mode.DIRECT) in (
+            own.encoder.tokenizer.decode(own.prompt(part).ids)
+        )
+        assert {point.question for point in own.decision_points(part, "")} >= {*part.questions}
+    with pytest.raises(UnsupportedError, match="response_harm"):
+        replace(form(), trained=trained[:1]).split(Request(BAKED, ("response_harm",), Mode.DIRECT))
 
 
 @pytest.mark.parametrize(("question", "places"), [("prompt_harm", 1), ("response_harm", 3), ("response_refusal", 7)])

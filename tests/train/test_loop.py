@@ -56,18 +56,20 @@ def test_the_export_says_how_it_is_asked(finished):
     assert files.config == run
     assert files.manifest.name == "tiny"
     assert files.manifest.questions == load_policy(run.data.policy).asks
-    assert set(files.manifest.trained_together) <= {
-        ("prompt_harm",),
-        ("response_harm",),
-        ("prompt_harm", "response_harm"),
-    }
+    trained = files.manifest.trained_together
+    assert {each.mode for each in trained} == set(Mode)
+    assert sum(each.examples for each in trained) == 40
+    assert all({"prompt_harm", "response_harm"} >= {*each.questions} > set() for each in trained)
+    assert [each.model_dump(mode="json") for each in trained] == json.loads((finished / "data.json").read_text())[
+        "train"
+    ]["questions"]
     assert load_policy(str(files.policy)).digest == load_policy(run.data.policy).digest
     assert not list(finished.glob(".export*"))
 
 
 def test_an_export_of_a_newer_format_is_refused(finished, tmp_path):
     manifest = json.loads((finished / "export/jaxguard.json").read_text())
-    (tmp_path / "jaxguard.json").write_text(json.dumps(manifest | {"format": 2}))
+    (tmp_path / "jaxguard.json").write_text(json.dumps(manifest | {"format": 3}))
     with pytest.raises(JaxguardError, match="format"):
         read_guard_files(tmp_path)
     (tmp_path / "jaxguard.json").unlink()

@@ -1,7 +1,7 @@
 """The format of our own guards: prompted and parsed as they were trained."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +11,7 @@ from jaxguard.data.format.answer import parse, verdict_prefix
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, REASONING_END, TITLES, Mode, questions
 from jaxguard.data.format.template import read_json
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
+from jaxguard.data.questions import QuestionSet, ask, unasked
 from jaxguard.guards.formats.definition import VerdictLine, decision_tree
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Prompt, Request, UnsupportedError
 
@@ -22,28 +23,53 @@ _LINES: Final = {
 }
 
 
+def split_request(
+    request: Request, lines: tuple[Question, ...], trained: Sequence[QuestionSet]
+) -> list[tuple[Request, tuple[Question, ...]]]:
+    """Split a request into parts that were trained, each with its verdict lines; questions that were not are left out."""
+    example = request.example
+    alone = replace(example, response=None, response_label=None, refusal_label=None)
+    return [
+        (replace(request, example=example if each.response else alone, questions=each.questions), each.lines)
+        for each in ask(request.questions, lines, example.response is not None, request.mode, trained)
+    ]
+
+
 @dataclass(frozen=True)
 class NativeFormat:
-    """Renders and parses as the guard was trained; one prompt answers all questions. Implements protocol.PromptFormat.
+    """Renders and parses as the guard was trained. Implements protocol.PromptFormat.
+
+    One prompt answers all questions that were trained together.
 
     Attributes:
         encoder: of the guard's checkpoint, with the run's policy and markers.
         settings: how much room is left for an answer, and which verdict lines a prompt asks for besides the request's: all of the
-            policy, or those that are known of the example (its labels, and those about a response that is not there), as in
-            training.
+            policy, or those that are known of the example (its labels, and those about a response that is not there).
+        trained: the sets of questions that it was trained on: of them, a prompt asks the one nearest to those lines. Empty: not
+            known, all lines are asked.
     """
 
     encoder: Encoder
     settings: EvaluateConfig
+    trained: tuple[QuestionSet, ...] = ()
 
-    def lines(self, request: Request) -> tuple[Question, ...]:
-        """The verdict lines that the prompt asks for."""
+    def _parts(self, request: Request) -> list[tuple[Request, tuple[Question, ...]]]:
         policy = policy_for(request.example, self.encoder.policy)
         others = policy.asks if self.settings.ask == "policy" else questions(request.example, policy)
-        return tuple(q for q in QUESTIONS if q in others or q in request.questions)
+        lines = tuple(q for q in QUESTIONS if q in others or q in request.questions)
+        missing = unasked(request.questions, request.example.response is not None, request.mode, self.trained)
+        if missing:
+            raise UnsupportedError(
+                f"example {request.example.id!r}: in {request.mode} mode this guard was not trained on {', '.join(missing)}"
+            )
+        return split_request(request, lines, self.trained)
+
+    def lines(self, request: Request) -> tuple[Question, ...]:
+        """The verdict lines that the prompt of one part of a request asks for."""
+        return self._parts(request)[0][1]
 
     def split(self, request: Request, /) -> Sequence[Request]:
-        return (request,)
+        return [part for part, _ in self._parts(request)]
 
     def prompt(self, request: Request, /) -> Prompt:
         room = self.settings.verdict_tokens
