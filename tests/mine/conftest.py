@@ -3,7 +3,8 @@
 import pytest
 from bakery import Baker, row, write, write_config
 
-from jaxguard.config import CONFIG_FOLDER
+from jaxguard.config import CONFIG_FOLDER, load
+from jaxguard.data.guard_files import write_guard_files
 from jaxguard.mine.__main__ import main
 
 COUNT = 60
@@ -26,7 +27,7 @@ def run(tmp_path, monkeypatch):
     export = tmp_path / "runs/first/export"
     export.mkdir(parents=True)
     (export / "model.safetensors").write_bytes(b"weights")
-    (export / "jaxguard.json").write_text("{}")
+    write_guard_files(export, load("first.yaml"), [])
     return tmp_path
 
 
