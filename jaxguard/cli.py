@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import argcomplete
-from rich.console import Console
 from rich.text import Text
 
 import jaxguard
@@ -23,6 +22,7 @@ from jaxguard.config import READS, Config, dump, load
 from jaxguard.config.base import CONFIG_FOLDER, find_yaml, names
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
 from jaxguard.utils.parse import find_field, leaves, nearest
+from jaxguard.utils.terminal import Console, show_warnings
 
 USER_ERROR = 2
 PROVENANCE_CHANGED = 3
@@ -201,6 +201,7 @@ def exit_code(run: Callable[[], int | None]) -> int:
 
     2 is a JaxguardError or a full disk, 3 a ProvenanceError, 130 is Ctrl-C.
     """
+    show_warnings()
     try:
         return run() or 0
     except JaxguardError as error:

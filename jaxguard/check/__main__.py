@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from jaxguard.cli import Command, suggest
@@ -18,6 +18,7 @@ from jaxguard.guards.guard import CheckResult, Guard
 from jaxguard.report.text import visible
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.progress import track
+from jaxguard.utils.terminal import Console
 
 NOT_PASSED = 1
 
@@ -43,7 +44,7 @@ _BEGINNING = 72
 
 def _check(options: argparse.Namespace) -> int:
     examples = read_inputs(options.text, options.response, options.file)
-    console, passed, several = Console(highlight=False, soft_wrap=True), True, options.file is not None
+    console, passed, several = Console(soft_wrap=True), True, options.file is not None
     with Guard.load(options.model, options.policy, options.mode, options.tokenizer, options.config) as guard:
         if guard.warning:
             Console(stderr=True).print(Text(f"note: {guard.warning}", style="yellow"))

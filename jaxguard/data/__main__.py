@@ -3,7 +3,6 @@
 import argparse
 import sys
 
-from rich.console import Console
 from rich.text import Text
 
 from jaxguard.cli import stage
@@ -13,6 +12,7 @@ from jaxguard.data.prepare import encode_selection, select
 from jaxguard.data.report import report
 from jaxguard.report import Table
 from jaxguard.utils import hub
+from jaxguard.utils.terminal import Console
 
 DESCRIPTION = """\
 Load, select and encode a run's data, and report on it: sources, what was skipped and why, label balance, lengths, packing,

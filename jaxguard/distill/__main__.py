@@ -3,11 +3,11 @@
 import argparse
 import sys
 
-from rich.console import Console
 from rich.text import Text
 
 from jaxguard.cli import stage
 from jaxguard.config import Config
+from jaxguard.utils.terminal import Console
 
 DESCRIPTION = """\
 Request a reasoning trace of every training example from a teacher behind an OpenAI-style server, such as SGLang; filter the
@@ -47,7 +47,7 @@ def _distill(_: argparse.Namespace, config: Config) -> None:
     from jaxguard.distill.run import distill
     from jaxguard.distill.store import summary_table
 
-    result, console = distill(config), Console(highlight=False, soft_wrap=True)
+    result, console = distill(config), Console(soft_wrap=True)
     for traces in (result.traces, *result.shortened.values()):
         console.print(summary_table(traces.summary, traces.path.stem).rich())
         console.print(Text(f"{len(traces.tasks)} examples with traces: {traces.path}"))
@@ -56,7 +56,7 @@ def _distill(_: argparse.Namespace, config: Config) -> None:
 def _audit(_: argparse.Namespace, config: Config) -> None:
     from jaxguard.evaluate.audit import audit, audit_table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(soft_wrap=True)
     console.print(audit_table(audit(config)).rich())
     for name in ("audit.html", "audit.md", "audit.json"):
         console.print(Text(str(config.folder / "audit" / name)))
@@ -67,7 +67,7 @@ def _inspect(options: argparse.Namespace, config: Config) -> None:
 
     path = config.folder / f"{options.store}.html"
     write_store_page(config.folder / options.store, path)
-    Console(highlight=False, soft_wrap=True).print(Text(str(path)))
+    Console(soft_wrap=True).print(Text(str(path)))
 
 
 COMMANDS = {

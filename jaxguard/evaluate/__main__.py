@@ -24,16 +24,15 @@ examples:
 
 
 def _evaluate(_: argparse.Namespace, config: Config) -> int:
-    from rich.console import Console
-
     from jaxguard.evaluate.report.tables import summary_table
     from jaxguard.evaluate.run import evaluate  # imported late: it loads JAX
+    from jaxguard.utils.terminal import Console
 
     evaluation, console = evaluate(config), Console()
     for title, reason in evaluation.left_out.items():
-        console.print(f"{title} is left out: {reason}", markup=False, highlight=False)
+        console.print(f"{title} is left out: {reason}")
     console.print(summary_table(evaluation).rich())
-    console.print(f"report: {evaluation.report}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {evaluation.report}", soft_wrap=True)
     return 0
 
 

@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
@@ -37,6 +35,7 @@ from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
 from jaxguard.utils.progress import Progress
 from jaxguard.utils.secrets import published
+from jaxguard.utils.terminal import Console
 
 SET_NAMES = {"wildguardmix": "WildGuardMix", "aegis2": "Aegis 2.0", "nemotron_safety": "Aegis 2.0"}
 """Kind of source -> the paper's name for it."""

@@ -3,11 +3,11 @@
 import argparse
 import sys
 
-from rich.console import Console
 from rich.text import Text
 
 from jaxguard.cli import stage
 from jaxguard.config import Config
+from jaxguard.utils.terminal import Console
 
 DESCRIPTION = """\
 Ask a trained guard about its own training examples, each several times, in the mode in which it was trained on them. Those that

@@ -14,7 +14,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from rich.console import Console
 
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
@@ -29,6 +28,7 @@ from jaxguard.report import Cell, Content, Drawing, Page, Section, Table, write_
 from jaxguard.report.figures import COLOURS, INK, save_figure, style
 from jaxguard.utils.files import lock_folder, write_atomically
 from jaxguard.utils.progress import Progress
+from jaxguard.utils.terminal import Console
 
 PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
 """arXiv 2505.20087: so many of its training prompts are judged right in all of 4 answers."""

@@ -6,8 +6,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from jaxguard.cli import Command, stage, suggest
 from jaxguard.config import Config
 from jaxguard.config.base import CONFIG_FOLDER, names
@@ -15,6 +13,7 @@ from jaxguard.config.hardware import GIB, read_hardware
 from jaxguard.report import write_markdown, write_page
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
+from jaxguard.utils.terminal import Console
 
 DESCRIPTION = "Compile the training step for hardware that is not attached. `sweep NAME` does so for growing clusters."
 SWEEP = "Compile a run's step for growing clusters. Points are compiled once, so it may be stopped at any time."

@@ -1,15 +1,14 @@
 """Format numbers, and make untrusted text safe to show: on one line, in Markdown, without control characters."""
 
 import re
-import unicodedata
+
+from jaxguard.utils.terminal import CONTROL
 
 ABSENT = "n/a"
 """Shown for a value that is not defined."""
 DASH = "–"
 """Shown for a value that was not measured."""
 
-_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_CONTROL = {"Cc", "Cs", "Co", "Zl", "Zp"}
 # First what stays: an interval of numbers in brackets that cannot be a link. Then what is markup, a link or the end of a
 # table cell: punctuation, an underscore at a word's edge, the dot of www., the colon of a scheme, a list marker at the start.
 _MARKUP = re.compile(
@@ -21,10 +20,7 @@ _MARKUP = re.compile(
 
 def visible(text: object) -> str:
     """Replace control characters and those that turn the writing direction by �; line breaks and tabs stay."""
-    return "".join(
-        "\ufffd" if c in _BIDI or (c not in "\n\t" and unicodedata.category(c) in _CONTROL) else c
-        for c in str(text).replace("\r\n", "\n")
-    )
+    return CONTROL.sub("\ufffd", str(text).replace("\r\n", "\n"))
 
 
 def plain(text: object) -> str:

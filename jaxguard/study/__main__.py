@@ -4,12 +4,11 @@ import argparse
 import shlex
 import sys
 
-from rich.console import Console
-
 from jaxguard.cli import Command, suggest
 from jaxguard.config.base import names
 from jaxguard.config.study import STUDIES
 from jaxguard.utils.secrets import mask
+from jaxguard.utils.terminal import Console
 
 DESCRIPTION = """\
 A study is a list of rows, each a training config with changes, and the grids that they span (configs/paper).
@@ -44,17 +43,17 @@ def _study(options: argparse.Namespace) -> int:
     from jaxguard.study.report import write_report
     from jaxguard.study.run import command, run_study
 
-    study = open_study(options.study, options.scale, options.overrides)
+    study, console = open_study(options.study, options.scale, options.overrides), Console(soft_wrap=True)
     if options.dry_run:
         for run in (*study.prepared, *study.runs):
-            print(*(mask(f"python {shlex.join(command(run, stage))}") for stage in run.row.stages), sep="\n")
+            console.print(*(mask(f"python {shlex.join(command(run, stage))}") for stage in run.row.stages), sep="\n")
         return 0
     if options.command == "report":
-        print(*write_report(study, read_results, read_published()), sep="\n")
+        console.print(*write_report(study, read_results, read_published()), sep="\n")
         return 0
-    Console().print(cost_table(study).rich())
-    print(study.definition.about.strip())
-    return run_study(study, lambda text: print(text, flush=True)) if options.command == "run" else 0
+    console.print(cost_table(study).rich(), soft_wrap=False)
+    console.print(study.definition.about.strip())
+    return run_study(study, console.print) if options.command == "run" else 0
 
 
 main = Command("study", DESCRIPTION, _study, _options)

@@ -4,10 +4,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from jaxguard.cli import stage
 from jaxguard.config import Config
+from jaxguard.utils.terminal import Console
 
 if TYPE_CHECKING:
     from jaxguard.train.loop import TrainedRun
@@ -44,7 +43,7 @@ def _train(options: argparse.Namespace, config: Config) -> int:
 
 def _print(run: "TrainedRun") -> None:
     """Print the validation metrics before and after, and where everything is."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(soft_wrap=True)
     if not run.finished:
         console.print(
             f"stopped by {run.stopped_by} after step {run.step} of {run.steps}; run the same command to resume"
@@ -56,7 +55,7 @@ def _print(run: "TrainedRun") -> None:
         console.print(f"{run.changed_fraction:.2%} of the exported weights differ from the base")
     for name, path in (("log", run.folder / "metrics.jsonl"), ("curves", run.curves), ("export", run.export)):
         if path is not None:
-            console.print(f"{name}: {path}", markup=False)
+            console.print(f"{name}: {path}")
 
 
 main = stage("train", DESCRIPTION, _train, _options)

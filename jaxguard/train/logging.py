@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from jaxguard.config import Config
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.progress import Progress
+from jaxguard.utils.terminal import Console
 
 SHOWN = {
     "loss": "loss {:.4f}",

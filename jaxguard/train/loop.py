@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from jaxguard.config import Config, dump
@@ -38,6 +37,7 @@ from jaxguard.train.validation import Validation
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.hub import fetch
+from jaxguard.utils.terminal import Console
 
 PROFILED_STEPS = 3
 
@@ -137,7 +137,7 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         program = build_program(config, spec, mesh, steps)
         if jax.process_index() == 0:
             console = Console()
-            console.print(dump(config, "train"), markup=False)
+            console.print(dump(config, "train"))
             console.print(startup_table(spec, program.state["weights"]))
             axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
             for text in cautions(data.trained_together, load_policy(config.data.policy)):

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+
+from jaxguard.utils.terminal import Console
 
 PLAIN_SECONDS = 30.0
 """Least time between two plain lines."""
@@ -77,7 +78,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line of its own, on a terminal above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
 
 def track(items: Sequence[Item], title: str, least: int = 1000) -> Iterator[Item]:

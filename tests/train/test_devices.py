@@ -7,7 +7,6 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
 
 from jaxguard.config.train import MeshConfig
 from jaxguard.models.sharding import make_mesh, weight_shardings
@@ -15,6 +14,7 @@ from jaxguard.models.spec import LayerKind, Rope, Spec
 from jaxguard.models.weights import abstract, table
 from jaxguard.train.loop import startup_table
 from jaxguard.train.step import attended_pairs, training_flops
+from jaxguard.utils.terminal import Console
 
 SPEC = Spec(
     family="gemma3", vocab_size=64, d_model=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, norm_eps=1e-6,

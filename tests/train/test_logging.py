@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxguard.config import Config, load
 from jaxguard.train.curves import draw_curves
 from jaxguard.train.logging import RunLog, read_metrics, rewind_metrics
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.terminal import Console
 
 
 def config_with(**log: Any) -> Config:

@@ -2,10 +2,9 @@
 
 import io
 
-from rich.console import Console
-
 from jaxguard.utils import progress as module
 from jaxguard.utils.progress import PLAIN_SECONDS, Progress, track
+from jaxguard.utils.terminal import Console
 
 
 class Clock:
