@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from jaxguard.config import READS, Config, dump, load, read_by
+from jaxguard.config import READS, Config, dump, load, read_by, read_dump
 from jaxguard.config.base import Schema
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import check, inner_schema
@@ -376,3 +376,84 @@ def test_a_bad_field_below_a_name_of_the_users_choice():
     assert len(lines) == 2
     for line, field in zip(lines, ("'items.bread.sise'", "'more.items.0.siez'"), strict=True):
         assert all(word in line for word in ("shelf.yaml", field, "'size'")), line
+
+
+PATHS = {
+    "model": {"checkpoint": "base"},
+    "data": {
+        "train": [{"kind": "jsonl", "path": "a.jsonl"}, {"kind": "aegis2", "path": None}],
+        "policy": "rules.yaml",
+    },
+    "distill": {"teacher": {"model": "m"}, "prompt": "rules.yaml"},
+    "evaluate": {
+        "guards": [{"checkpoint": "base"}, {"name": "b", "format": "rules.yaml"}],
+        "benchmarks": [{"name": "rules.yaml", "path": "a.jsonl"}],
+        "validation": [{"kind": "jsonl", "path": "a.jsonl"}],
+    },
+    "mine": {"guard": {"checkpoint": "base"}},
+    "build": {"benchmarks": [{"kind": "jsonl", "path": "a.jsonl"}]},
+}
+
+
+def paths_of(config):
+    evaluate = config.evaluate
+    return [
+        config.model.checkpoint, config.data.train[0].path, config.data.policy, config.distill.prompt,
+        evaluate.guards[0].checkpoint, evaluate.guards[1].format, evaluate.benchmarks[0].name, evaluate.benchmarks[0].path,
+        evaluate.validation[0].path, config.mine.guard.checkpoint, config.build.benchmarks[0].path,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def elsewhere(configs, tmp_path, monkeypatch):
+    """A config with paths of every kind, beside their files, seen from a folder with files of the same names."""
+    folder = configs("run", PATHS)
+    (tmp_path / "cwd").mkdir()
+    for place in (tmp_path, tmp_path / "cwd"):
+        (place / "base").mkdir()
+        (place / "wildguard").mkdir()
+        (place / "a.jsonl").touch()
+        (place / "rules.yaml").touch()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return folder
+
+
+def test_paths_in_a_file_are_beside_it(elsewhere):
+    config = load("../run.yaml")
+    assert all(Path(path).parent == Path("..") for path in paths_of(config))
+    assert config.data.reasoning_marker == "/think"
+    assert config.run_folder == "runs"
+
+
+def test_what_is_not_beside_a_file_is_in_the_working_directory(elsewhere):
+    for name in ("a.jsonl", "rules.yaml"):
+        (elsewhere / name).unlink()
+    (elsewhere / "base").rmdir()
+    assert all(Path(path).parent == Path() for path in paths_of(load("../run.yaml")))
+
+
+def test_paths_in_an_override_are_in_the_working_directory(elsewhere):
+    config = load("../run.yaml", ["data.train.0.path=a.jsonl", "model.checkpoint=base"])
+    assert (config.data.train[0].path, config.model.checkpoint) == ("a.jsonl", "base")
+
+
+def test_names_and_absolute_paths_stay(elsewhere, tmp_path):
+    tree = {"extends": "run", "data": {"policy": "wildguard", "train": [{"kind": "jsonl", "path": "/a.jsonl"}]}}
+    (elsewhere / "own.yaml").write_text(yaml.safe_dump(tree))
+    data = load("../own.yaml").data
+    assert (data.policy, data.train[0].path) == ("wildguard", "/a.jsonl")
+
+
+def test_each_file_has_its_own_paths(elsewhere, tmp_path):
+    (tmp_path / "cwd/configs").mkdir()
+    (tmp_path / "cwd/configs/lower.yaml").write_text(yaml.safe_dump(SMALL | {"data": PATHS["data"]}))
+    (tmp_path / "cwd/configs/a.jsonl").touch()
+    (elsewhere / "own.yaml").write_text(yaml.safe_dump({"extends": "lower", "data": {"policy": "rules.yaml"}}))
+    data = load("../own.yaml").data
+    assert (data.train[0].path, data.policy) == ("configs/a.jsonl", "../rules.yaml")
+
+
+def test_what_was_dumped_is_read_as_it_is(elsewhere, tmp_path):
+    config = load("../run.yaml", ["data.train.0.path=a.jsonl"])
+    (elsewhere / "config.yaml").write_text(dump(config))
+    assert read_dump(elsewhere / "config.yaml") == config

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-def test_book_club_holds_both_labels_of_its_policys_question(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_book_club_holds_both_labels_of_its_policys_question(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     data = load(str(EXAMPLES / "book_club" / "config.yaml")).data
     assert load_policy(data.policy).asks == ("prompt_harm",)
     for source, size in ((data.train[0], 32), (data.validation[0], 8)):

@@ -4,6 +4,7 @@ A config file holds only what differs from the defaults, or from the one file th
 (`optimizer.learning_rate=2e-6`) come last. A stage shows, and lets the command line change, only the schemas that it reads.
 """
 
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Self, TypeAlias
 import yaml
 from pydantic import model_validator
 
-from jaxguard.config.base import CONFIG_FOLDER, NonNegative, Schema, find_yaml, origin_of, scalar
+from jaxguard.config.base import CONFIG_FOLDER, NonNegative, Schema, beside, find_yaml, origin_of, scalar
 from jaxguard.config.data import BuildConfig, DataConfig, DistillConfig
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.train import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -81,7 +82,8 @@ class Config(Schema):
 def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER, stage: str | None = None) -> Config:
     """Read a config and apply overrides, of which the last one given to a field wins.
 
-    Names are looked up in `folder`; what a file `extends` lies beside it or in configs/. A `stage` (a key of READS) takes
+    Names are looked up in `folder`; what a file `extends`, and the paths that it holds, lie beside it or else in configs/ and in
+    the working directory. A `stage` (a key of READS) takes
     overrides of what it reads only, and its absent schemas are filled in. JaxguardError: no such file, unknown or ill-typed
     field, impossible combination, override of what is not read.
     """
@@ -91,7 +93,8 @@ def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER
         tree, origin = _extended(source, CONFIG_FOLDER, "config"), "config"
     else:
         path = find_yaml(str(source), folder, "config")
-        tree, origin = {"name": path.stem, **_extended(read_yaml(path, Fields), path.parent, str(path))}, str(path)
+        tree = {"name": path.stem, **_extended(_read(path), path.parent, str(path))}
+        origin = str(path)
     given: dict[str, str] = {}
     for key, value, text in parsed(overrides):
         field = key.partition(".")[0]
@@ -120,6 +123,16 @@ def read_by(stage: str, overrides: Iterable[str]) -> list[str]:
     return [text for text in overrides if text.partition("=")[0].partition(".")[0] in READS[stage]]
 
 
+def read_dump(path: Path) -> Config:
+    """Read what `dump` wrote: its paths are resolved."""
+    return check(read_yaml(path, Fields), Config, str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read the fields of a config file, with its paths resolved: they are beside the file, else in the working directory."""
+    return typing.cast("dict[str, Any]", beside(read_yaml(path, Fields), Config, path.parent))
+
+
 def _extended(tree: Mapping[str, Any], folder: Path, origin: str) -> dict[str, Any]:
     """Return a tree over the one that it extends: a file of `folder`, or else of configs/."""
     tree = dict(tree)
@@ -127,7 +140,7 @@ def _extended(tree: Mapping[str, Any], folder: Path, origin: str) -> dict[str, A
         return tree
     name = str(tree.pop("extends"))
     path = find_yaml(name, folder if (folder / f"{name}.yaml").is_file() else CONFIG_FOLDER, "config")
-    extended = read_yaml(path, Fields)
+    extended = _read(path)
     if "extends" in extended:
         text = f"extends {extended['extends']!r}, and {origin} extends it; inheritance has one level only"
         raise JaxguardError(f"{path}: {text}")

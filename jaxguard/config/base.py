@@ -1,15 +1,19 @@
 """Files of configs/ by name, and the frozen schemas read from them; utils/parse.py reads and checks them."""
 
+import contextlib
 import difflib
+import os
 import re
+import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.parse import nearest, parse_yaml
+from jaxguard.utils.parse import inner_schema, nearest, parse_yaml
 
 CONFIG_FOLDER = Path("configs")
 _PACKAGE = Path(__file__).parents[1]
@@ -25,6 +29,42 @@ class Schema(BaseModel):
     """Frozen, and strict about names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class _Path:
+    """Marks a field that holds a path, or a name where it ends with none of the suffixes."""
+
+    suffixes: tuple[str, ...] = ("",)
+
+
+LocalPath = Annotated[str, _Path()]
+"""A path, or a repository; in a file, it is looked for beside the file first."""
+NameOrYaml = Annotated[str, _Path((".yaml", ".yml"))]
+"""A name in a folder of configs/, or the path of a YAML file, which is looked for as that of LocalPath."""
+
+
+def beside(value: Any, shape: Any, folder: Path) -> Any:
+    """Return what a file of `folder` holds, a plain value of `shape`, with the paths of what lies beside the file."""
+    if isinstance(value, str):
+        suffixes, path = _suffixes(shape), folder / value
+        with contextlib.suppress(OSError, ValueError):  # no name of a file
+            if suffixes and value.endswith(suffixes) and path.exists():
+                return os.path.normpath(path)
+        return value
+    if isinstance(value, list):
+        return [beside(item, shape, folder) for item in value]
+    schema = inner_schema(shape) if isinstance(value, dict) else None
+    if schema is None:
+        return value
+    shapes = typing.get_type_hints(schema, include_extras=True)
+    return {key: beside(item, shapes.get(key), folder) for key, item in value.items()}
+
+
+def _suffixes(shape: Any) -> tuple[str, ...]:
+    """Return how the paths end that a field holds; nothing if it holds none."""
+    marks = [mark.suffixes for mark in getattr(shape, "__metadata__", ()) if isinstance(mark, _Path)]
+    return next(filter(None, [*marks, *map(_suffixes, typing.get_args(shape))]), ())
 
 
 def origin_of(origin: str, overrides: Mapping[str, str], field: str, message: str) -> str:

@@ -4,11 +4,11 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Schema, Share, first_repeated
+from jaxguard.config.base import LocalPath, NameOrYaml, NonNegative, Positive, Schema, Share, first_repeated
 from jaxguard.utils.secrets import Masked
 
 Mode = Literal["reasoning", "direct", "dual"]
-Prompt = Annotated[str, Field(description="A name in configs/prompts or a YAML file.")]
+Prompt = Annotated[NameOrYaml, Field(description="A name in configs/prompts or a YAML file.")]
 
 
 class SourceConfig(Schema):
@@ -16,7 +16,7 @@ class SourceConfig(Schema):
 
     kind: Literal["wildguardmix", "aegis2", "nemotron_safety", "nemotron_topics", "canttalkaboutthis", "jsonl"]
     """The data set whose columns it has. `jsonl` is jaxguard's format, see docs/data.md."""
-    path: str | None = None
+    path: LocalPath | None = None
     """A local file or folder with those columns; null reads the hub."""
     split: str = "train"
     """The split on the hub, or the file's stem inside a folder."""
@@ -43,7 +43,7 @@ class DataConfig(Schema):
     """Held-out sources; with none, `validation_size` examples are set aside from training."""
     validation_size: NonNegative = 256
     """Held-out examples scored at each evaluation, a seeded sample; 0 turns validation off."""
-    policy: str = "wildguard"
+    policy: NameOrYaml = "wildguard"
     """A name in configs/policies or a YAML file; an example may bring its own."""
     mode: Mode = "reasoning"
     """Train on completions with a trace, without, or a share of each."""

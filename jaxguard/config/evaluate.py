@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Schema, first_repeated
+from jaxguard.config.base import LocalPath, NameOrYaml, NonNegative, Positive, Schema, first_repeated
 from jaxguard.config.data import SourceConfig
 from jaxguard.utils.secrets import Masked, is_secret
 
@@ -15,9 +15,9 @@ Unparsable = Literal["harmful", "wrong"]
 class BenchmarkConfig(Schema):
     """One benchmark to evaluate on."""
 
-    name: str
+    name: NameOrYaml
     """A name in configs/benchmarks or a YAML file."""
-    path: str | None = None
+    path: LocalPath | None = None
     """A local file or folder with the source's columns; null reads the source that the YAML names."""
     label: str | None = None
     """Its name in the report, to tell it from others of the same name; null takes `name`."""
@@ -28,10 +28,10 @@ class GuardConfig(Schema):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "ours"
     """Its name in the report and the folder of its predictions: letters, digits and _.-"""
-    format: str = "jaxguard"
+    format: NameOrYaml = "jaxguard"
     """How prompts are rendered and completions parsed: `jaxguard`, one of docs/guards.md (`tfidf` and `majority` are baselines,
     fitted to data.train), or a format of your own: a YAML file or a name in configs/guards."""
-    checkpoint: str | None = None
+    checkpoint: LocalPath | None = None
     """Its weights and tokenizer: a Hugging Face folder, a run's folder, or a hub repository; null takes this run's export."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""

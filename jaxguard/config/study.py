@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Schema, Share, find_yaml
+from jaxguard.config.base import NameOrYaml, NonNegative, Positive, Schema, Share, beside, find_yaml
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import Fields, check, nearest, read_yaml
 
@@ -72,7 +72,7 @@ class CostConfig(Schema):
 class RowConfig(Schema):
     """One row: a config, what differs, and its stages."""
 
-    config: str | None = None
+    config: NameOrYaml | None = None
     """A training config by name or path; null takes the study's."""
     set: dict[str, Any] = Field({})
     """Dotted field -> value. "{study}" in a string is the study's folder."""
@@ -112,7 +112,7 @@ class StudyConfig(Schema):
     """Heading of the report."""
     about: str = ""
     """What the study shows, and what it does not; printed, and in the report."""
-    config: str
+    config: NameOrYaml
     """Training config of rows that name none."""
     set: dict[str, Any] = Field({})
     """Changes for every row."""
@@ -144,7 +144,7 @@ def read_study(name: str, scale: str | None = None, changes: Mapping[str, Any] =
     `changes` is merged over it as a scale is. JaxguardError: no such study or scale; unknown, missing or ill-typed field.
     """
     path = find_yaml(name.removeprefix(f"{STUDIES.name}/"), STUDIES, "study")
-    tree, origin = read_yaml(path, Fields), str(path)
+    tree, origin = beside(read_yaml(path, Fields), StudyConfig, path.parent), str(path)
     scales = tree.pop("scales", None) or {}
     if scale is not None:
         if scale not in scales:

@@ -4,13 +4,13 @@ from typing import Literal, Self
 
 from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 
-from jaxguard.config.base import NonNegative, Positive, Schema, Share
+from jaxguard.config.base import LocalPath, NonNegative, Positive, Schema, Share
 
 
 class ModelConfig(Schema):
     """The weights to train, and how to compute with them. Their shape is in the checkpoint's config.json."""
 
-    checkpoint: str
+    checkpoint: LocalPath
     """A Hugging Face directory, or a repository id on the hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""

@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field, model_validator
 
 import jaxguard
-from jaxguard.config import Config, load
+from jaxguard.config import Config, read_dump
 from jaxguard.config.base import Schema
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import PolicyDefinition, Question, load_policy
@@ -104,4 +104,4 @@ def trained_together(folder: Path) -> tuple[QuestionSet, ...]:
 def read_guard_files(folder: Path) -> GuardFiles | None:
     """Read what an export says of itself; None if the folder is no export of jaxguard."""
     manifest = read_manifest(folder)
-    return None if manifest is None else GuardFiles(manifest, load(str(folder / CONFIG)), folder / POLICY)
+    return None if manifest is None else GuardFiles(manifest, read_dump(folder / CONFIG), folder / POLICY)

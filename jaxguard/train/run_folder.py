@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import jaxguard
-from jaxguard.config import Config, dump, load
+from jaxguard.config import Config, dump, read_dump
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder, write_atomically
 from jaxguard.utils.store import differences, refuse_others
@@ -90,7 +90,7 @@ def _check_resume(folder: Path, config: Config, resume: Resume) -> None:
     if not path.is_file():
         return
     try:
-        before = load(str(path))
+        before = read_dump(path)
     except JaxguardError as error:
         raise JaxguardError(f"{folder} holds a run whose config is invalid, choose another name: {error}") from None
     changes = differences(before.model_dump(mode="json"), config.model_dump(mode="json"))

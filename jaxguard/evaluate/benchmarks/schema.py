@@ -5,11 +5,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from jaxguard.config.base import Schema, find_yaml
+from jaxguard.config.base import LocalPath, Schema, beside, find_yaml
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.files import Row
 from jaxguard.data.policies import Question
-from jaxguard.utils.parse import read_yaml
+from jaxguard.utils.parse import Fields, check, read_yaml
 
 BENCHMARK_FOLDER = Path("configs/benchmarks")
 
@@ -124,7 +124,7 @@ class BenchmarkSource(Choice):
     revision: str | None = None
     """Branch, tag or commit."""
     url: Annotated[str, StringConstraints(pattern=r"^https://[^\s]+$")] | None = None
-    path: str | None = None
+    path: LocalPath | None = None
     data: SourceConfig | None = None
     """A source as in `data.train`, read as there: its examples are the rows, with the columns of our JSON lines."""
     keys_as: Text | None = None
@@ -266,4 +266,4 @@ class BenchmarkDefinition(Schema):
 def read_benchmark(name_or_path: str) -> BenchmarkDefinition:
     """Read the YAML file of a benchmark, by its name in configs/benchmarks or its path."""
     path = find_yaml(name_or_path, BENCHMARK_FOLDER, "benchmark")
-    return read_yaml(path, BenchmarkDefinition)
+    return check(beside(read_yaml(path, Fields), BenchmarkDefinition, path.parent), BenchmarkDefinition, str(path))
