@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from jaxguard.config.base import LocalPath, NameOrYaml, NonNegative, Positive, Schema, first_repeated
 from jaxguard.config.data import SourceConfig
+from jaxguard.utils.parse import PathPart
 from jaxguard.utils.secrets import Masked, is_secret
 
 Unparsable = Literal["harmful", "wrong"]
@@ -19,14 +20,14 @@ class BenchmarkConfig(Schema):
     """A name in configs/benchmarks or a YAML file."""
     path: LocalPath | None = None
     """A local file or folder with the source's columns; null reads the source that the YAML names."""
-    label: str | None = None
-    """Its name in the report, to tell it from others of the same name; null takes `name`."""
+    label: PathPart | None = None
+    """Its name in the report and of its file of predictions, to tell it from others of the same name; null takes `name`."""
 
 
 class GuardConfig(Schema):
     """One guard to evaluate."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "ours"
+    name: Annotated[PathPart, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "ours"
     """Its name in the report and the folder of its predictions: letters, digits and _.-"""
     format: NameOrYaml = "jaxguard"
     """How prompts are rendered and completions parsed: `jaxguard`, one of docs/guards.md (`tfidf` and `majority` are baselines,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import shown
 
 HarmLabel = Literal["harmful", "unharmful"]
 RefusalLabel = Literal["refusal", "compliance"]
@@ -44,7 +45,7 @@ class Example:
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise JaxguardError(
-                    f"example {self.id!r}: {name} is {value!r}; expected one of {', '.join(allowed)} or null"
+                    f"example {self.id!r}: {name} is {shown(value)}; expected one of {', '.join(allowed)} or null"
                 )
         if self.response is None and (self.response_label or self.refusal_label):
             raise JaxguardError(f"example {self.id!r}: a response is labelled, but there is no response")

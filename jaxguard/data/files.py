@@ -5,12 +5,8 @@ errors do not name the line; hence local files are read here.
 """
 
 import csv
-import gzip
 import hashlib
-import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +17,22 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from jaxguard.config.base import absent
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import (
+    LINE_BYTES,
+    ROWS_BYTES,
+    check,
+    check_unpacked,
+    parse_json,
+    read_lines,
+    read_packed,
+    shown,
+    whole_text,
+)
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".json.gz", ".json.xz", ".parquet", ".csv")
+_BATCH = 64
+"""Rows of a parquet file that are read at once."""
 
 
 class Table(NamedTuple):
@@ -106,48 +115,49 @@ def find_files(path: Path, stems: Iterable[str]) -> list[Path]:
 def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         if path.name.endswith(".parquet"):
-            yield from ((f"{path}, row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist()))
+            yield from _parquet(path)
         elif path.name.endswith(".csv"):
             yield from _csv(path)
         else:
-            for location, row in _json(path):
-                if not isinstance(row, dict):
-                    raise JaxguardError(f"{location}: expected a JSON object, found {type(row).__name__}")
-                yield location, row
+            yield from _json(path)
     except UnicodeDecodeError as error:
         raise JaxguardError(f"{path}: not UTF-8 text ({error})") from None
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise JaxguardError(f"{path}: truncated or damaged file ({error}); fetch it again") from None
 
 
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the values of JSON lines or, in a file named .json, of an array."""
-    unpack: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    with unpack.get(path.suffix, open)(path, "rt", encoding="utf-8") as stream:
-        if ".json" in path.suffixes[-2:]:
-            text = stream.read()
-            if text.lstrip().startswith("["):
-                yield from ((f"{path}, row {i}", row) for i, row in enumerate(_parse(text, path, 1)))
-                return
-            stream.seek(0)
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parse(line.rstrip(), path, number)
+def _json(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the objects of JSON lines or, in a file named .json, of an array."""
+    if ".json" in path.suffixes[-2:]:
+        text = read_packed(path, ROWS_BYTES)
+        if text.lstrip().startswith("["):
+            rows = parse_json(text, list[Any], str(path), ROWS_BYTES)
+            yield from ((place, check(row, Row, place)) for place, row in _numbered(path, rows))
+            return
+    for number, line in read_lines(path):
+        if line.strip():
+            yield f"{path}:{number}", parse_json(line, Row, f"{path}:{number}", LINE_BYTES)
 
 
-def _parse(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise JaxguardError(f"{path}:{line}: not JSON: {error.msg} at column {error.colno}") from None
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield rows in small batches: a value may stand in the file once and in a million rows."""
+    total = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for place, row in _numbered(path, (row for batch in file.iter_batches(_BATCH) for row in batch.to_pylist())):
+            total += sum(len(cell) for cell in row.values() if isinstance(cell, str | bytes | list))
+            check_unpacked(path, total)
+            yield place, row
+
+
+def _numbered(path: Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
     """Read cells as text, empty ones as null."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(LINE_BYTES)
     with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+        reader = csv.reader(iter(lambda: stream.readline(LINE_BYTES), ""), strict=True)
         try:
             header = next(reader, [])
             for cells in filter(None, reader):
@@ -165,11 +175,8 @@ def text(row: Row, column: str, location: str) -> str | None:
     """Read a cell of text."""
     value = row.get(column)
     if value is not None and not isinstance(value, str):
-        raise JaxguardError(f"{location}: {column} is {value!r}; expected text or null")
-    if value is None or value.isascii():
-        return value
-    # JSON can hold half a surrogate pair, which tokenizers reject.
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        raise JaxguardError(f"{location}: {column} is {shown(value)}; expected text or null")
+    return None if value is None else whole_text(value)
 
 
 def label(row: Row, column: str, meaning: Mapping[str, str], location: str) -> str | None:
@@ -179,28 +186,27 @@ def label(row: Row, column: str, meaning: Mapping[str, str], location: str) -> s
         return None
     known = meaning.get(str(value).strip().casefold())
     if known is None:
-        name = f" (id {row['id']!r})" if row.get("id") is not None else ""
-        raise JaxguardError(f"{location}{name}: {column} is {value!r}; expected {', '.join(meaning)} or null")
+        name = f" (id {shown(row['id'])})" if row.get("id") is not None else ""
+        raise JaxguardError(f"{location}{name}: {column} is {shown(value)}; expected {', '.join(meaning)} or null")
     return known
 
 
 def words(value: Any, location: str) -> tuple[str, ...]:
     """Read categories: a list, or text separated by commas."""
-    parts = value.split(",") if isinstance(value, str) else (value or [])
-    if not all(isinstance(part, str) for part in parts):
-        raise JaxguardError(f"{location}: categories are {value!r}; expected a list of texts")
+    parts = value.split(",") if isinstance(value, str) else [] if value is None else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise JaxguardError(f"{location}: categories are {shown(value)}; expected a list of texts")
     return tuple(part.strip() for part in parts if part.strip())
 
 
 def objects(row: Row, column: str, keys: tuple[str, str], location: str) -> list[tuple[str, str]]:
     """Read a column of JSON objects, or their JSON text, as pairs of stripped texts; a missing one is empty."""
     value = row.get(column)
-    try:
-        value = json.loads(value) if isinstance(value, str) and value.strip() else value
-        pairs = [[(text(item, key, location) or "").strip() for key in keys] for item in value or ()]
-    except (AttributeError, TypeError, json.JSONDecodeError):
-        raise JaxguardError(f"{location}: {column} is not a list of objects with {keys[0]!r} and {keys[1]!r}") from None
-    return [(first, second) for first, second in pairs]
+    place = f"{location}, {column}"
+    value = parse_json(value, object, place) if isinstance(value, str) and value.strip() else value
+    items = check(value or [], list[Row], place)
+    first, second = keys
+    return [((text(item, first, place) or "").strip(), (text(item, second, place) or "").strip()) for item in items]
 
 
 def transcript(history: Any, last: str | None, location: str) -> str | None:
@@ -214,7 +220,7 @@ def transcript(history: Any, last: str | None, location: str) -> str | None:
         turns = [(str(turn["role"]), str(turn["content"])) for turn in history]
     except (TypeError, KeyError):
         raise JaxguardError(
-            f"{location}: conversation_history is {history!r}; expected a list of role and content"
+            f"{location}: conversation_history is {shown(history)}; expected a list of role and content"
         ) from None
     *earlier, message = (
         f"[{role}] " + "\n    ".join(content.strip().splitlines()) for role, content in [*turns, ("user", last or "")]

@@ -234,7 +234,7 @@ def _explain(shape: Any, error: Any) -> str:
     if kind in _PLAIN and not field:
         return f"{message}, found {type(value).__name__}"
     if not isinstance(value, dict | BaseModel):
-        message += f" (given: {_cut(repr(value))})"
+        message += f" (given: {shown(value)})"
     hint = nearest(str(value), re.findall(r"'([^']*)'", error["ctx"]["expected"])) if kind == "literal_error" else ""
     if kind == "model_type" and root is not None and (full := find_field(root, path[-1])):
         hint = f"did you mean {full!r}?"
@@ -253,6 +253,11 @@ _PLAIN = {
 """Where pydantic's own message speaks of Python's types."""
 
 
+def shown(value: object) -> str:
+    """Return a value as errors quote it: its beginning."""
+    return _cut(repr(value))
+
+
 def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
@@ -266,19 +271,21 @@ def _decoded(data: bytes, origin: str, most: int) -> str:
         raise JaxguardError(f"{origin}: not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
+def check_unpacked(path: Path, size: int) -> None:
+    """Refuse a packed file that holds many times its own size."""
+    if size > FREE_BYTES and size > EXPANSION * path.stat().st_size:
+        raise JaxguardError(f"{path}: unpacks to more than {size:,} bytes: unpack it yourself if you trust it")
+
+
 def _unpacked(path: Path) -> Iterator[bytes]:
     """Yield a file's bytes, unpacked; JaxguardError where it is damaged or unpacks to much more than its size."""
     opened: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    unpack, total = opened.get(path.suffix), 0
+    unpack, total = opened.get(path.suffix, open), 0
     try:
-        most = max(FREE_BYTES, EXPANSION * path.stat().st_size)
-        with (unpack or open)(path, "rb") as stream:
+        with unpack(path, "rb") as stream:
             while chunk := stream.read(2**20):
                 total += len(chunk)
-                if unpack is not None and total > most:
-                    raise JaxguardError(
-                        f"{path}: unpacks to more than {most:,} bytes: unpack it yourself if you trust it"
-                    )
+                check_unpacked(path, total)
                 yield chunk
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise JaxguardError(f"{path}: truncated or damaged file ({error}); fetch it again") from None

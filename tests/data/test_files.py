@@ -64,7 +64,7 @@ def test_a_folder_is_searched_for_the_split(lines, tmp_path):
     ("rows", "words"),
     [
         ([OURS, '{"prompt": '], "some.jsonl:2: not JSON"),
-        ([OURS, "", "[1]"], "some.jsonl:3: expected a JSON object, found list"),
+        ([OURS, "", "[1]"], "some.jsonl:3: expected fields, found list"),
         ([], "split 'train' is empty"),
     ],
 )

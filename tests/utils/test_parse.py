@@ -151,10 +151,11 @@ def test_front_matter(tmp_path):
 @pytest.mark.parametrize("packed", [gzip.open, lzma.open])
 def test_a_small_file_that_unpacks_to_much(tmp_path, packed):
     path = tmp_path / f"rows.jsonl.{'gz' if packed is gzip.open else 'xz'}"
-    with packed(path, "wb") as file:
+    fast = {"compresslevel": 1} if packed is gzip.open else {"preset": 0}
+    with packed(path, "wb", **fast) as file:
         for _ in range(80):
             file.write((b" " * 1023 + b"\n") * 1024)
-    assert path.stat().st_size < 300_000
+    assert path.stat().st_size < 1_000_000
     refused(lambda: sum(1 for _ in read_lines(path)), holds=[str(path), "bytes"], seconds=5)
 
 

@@ -36,7 +36,7 @@ from jaxguard.evaluate.benchmarks.schema import (
     read_benchmark,
 )
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.parse import nearest
+from jaxguard.utils.parse import ROWS_BYTES, nearest, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -233,14 +233,7 @@ def _read_files(path: Path, stems: list[str], keys_as: str | None) -> Rows:
         return read_local(path, stems).rows
     rows: Rows = []
     for file in find_files(path, stems):
-        try:
-            tree = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise JaxguardError(f"{file}: not JSON: {error}") from None
-        lists: dict[str, Any] = tree if isinstance(tree, dict) else {"": None}
-        if not all(isinstance(each, list) and all(isinstance(row, dict) for row in each) for each in lists.values()):
-            raise JaxguardError(f"{file}: source.keys_as expects one JSON object whose values are lists of rows")
-        for key, each in lists.items():
+        for key, each in read_json(file, dict[str, list[Row]], ROWS_BYTES).items():
             rows += [(f"{file}, {key!r} row {i}", {keys_as: key, **row}) for i, row in enumerate(each)]
     return rows
 
@@ -254,7 +247,7 @@ def _read_remote(source: BenchmarkSource) -> Rows:
         try:
             if source.url:
                 with urllib.request.urlopen(source.url, timeout=60) as response:  # noqa: S310 (https, see BenchmarkSource)
-                    path.write_bytes(response.read())
+                    path.write_bytes(response.read(ROWS_BYTES + 1))
             else:
                 file, revision = source.file or "", source.revision
                 cached = huggingface_hub.hf_hub_download(source.hub or "", file, repo_type="dataset", revision=revision)

@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, TITLES
 from jaxguard.data.policies import Question
@@ -14,6 +12,7 @@ from jaxguard.evaluate.benchmarks.schema import Group
 from jaxguard.evaluate.scores.metrics import Calibration, Difference, McNemar, Platt, Result
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
+from jaxguard.utils.parse import read_json
 from jaxguard.utils.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -278,13 +277,10 @@ def read_results(path: Path) -> Evaluation:
         JaxguardError: it is absent, malformed, or of another version.
     """
     again = "evaluate again, which reuses the predictions"
+    if not path.is_file():
+        raise JaxguardError(f"{path} is not there: evaluate first")
     try:
-        results = TypeAdapter(_Results).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise JaxguardError(f"{path} is not there: evaluate first") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise JaxguardError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {again}") from None
-    except (OSError, JaxguardError) as error:
-        raise JaxguardError(f"{path}: {error}; {again}") from None
+        results = read_json(path, _Results)
+    except JaxguardError as error:
+        raise JaxguardError(f"{error}; {again}") from None
     return replace(results.evaluation, folder=path.parent)
