@@ -153,6 +153,8 @@ def check(value: Any, shape: type[T], origin: str | Callable[[str, str], str]) -
         raise JaxguardError(f"{named('', '')}: the field {bad!r} is no text; put it in quotes")
     try:
         return _adapter(typing.cast("Any", shape)).validate_python(value)
+    except JaxguardError as error:  # what a dataclass says of its fields
+        raise JaxguardError(f"{origin}: {error}") from None
     except ValidationError as error:
         # Pydantic also calls a list too short when its only item is ill-formed; the item's own error says it better.
         errors = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]

@@ -77,7 +77,7 @@ def break_field(tree):
         (lambda tree: tree.update(version=0), "version"),
         (lambda tree: tree.pop("evaluation"), "evaluation"),
         (break_number, "cells.0.result.generations"),
-        (break_field, "averages.1.f1: Field required"),
+        (break_field, "evaluation.averages.1.f1"),
         (break_label, "example 'x0': a response is labelled, but there is no response"),
     ],
 )
