@@ -18,6 +18,8 @@ class SourceConfig(Schema):
     """The data set whose columns it has. `jsonl` is jaxguard's format, see docs/data.md."""
     path: LocalPath | None = None
     """A local file or folder with those columns; null reads the hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; the manifest says which commit was read."""
     split: str = "train"
     """The split on the hub, or the file's stem inside a folder."""
     teacher: Literal["deepseek_r1_0528", "gpt_oss_120b", "qwen3_32b"] = "deepseek_r1_0528"
@@ -29,6 +31,8 @@ class SourceConfig(Schema):
     def _check(self) -> Self:
         if self.kind == "jsonl" and self.path is None:
             raise ValueError("kind: jsonl needs a path")
+        if self.revision is not None and self.path is not None:
+            raise ValueError("revision goes with a source on the hub: leave it or path out")
         if not self.kind.startswith("nemotron") and (self.teacher, self.trace) != ("deepseek_r1_0528", "full"):
             raise ValueError(f"teacher and trace choose among a nemotron source's traces; {self.kind} has none")
         return self

@@ -6,11 +6,14 @@ errors do not name the line; hence local files are read here.
 
 import csv
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import httpx2
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -61,12 +64,19 @@ def read_local(path: Path, stems: Iterable[str]) -> Table:
     return Table(rows, columns, {"files": {str(file): file_digest(file) for file in files}})
 
 
-def read_hub(repository: str, config: str | None, split: str, file: str | None) -> Table:
-    """Read one split, or one file, of a data set on the hub."""
+def read_hub(repository: str, config: str | None, split: str, file: str | None, revision: str | None) -> Table:
+    """Read one split, or one file, of a data set on the hub, at a branch, tag or commit."""
     page, login = f"https://huggingface.co/datasets/{repository}", "run `hf auth login` or set HF_TOKEN"
     try:
+        if revision is not None and not re.fullmatch("[0-9a-f]{40}", revision):
+            revision = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
         data = datasets.load_dataset(
-            repository, name=config, split="train" if file else split, data_files=file, trust_remote_code=False
+            repository,
+            name=config,
+            split="train" if file else split,
+            data_files=file,
+            revision=revision,
+            trust_remote_code=False,
         )
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error).casefold():
@@ -74,15 +84,19 @@ def read_hub(repository: str, config: str | None, split: str, file: str | None) 
         else:
             reason = f"does not exist at {page}; if it is private or gated, get access there and {login}"
         raise JaxguardError(f"data set {repository} {reason}") from None
-    except (ConnectionError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+    except (ConnectionError, HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError) as error:
         raise JaxguardError(
             f"cannot reach data set {repository} on the hub ({error}); with a copy on disk, set the source's path"
         ) from None
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise JaxguardError(f"data set {repository}, split {split!r}: {error}") from None
     rows = [(f"{repository} {split}, row {i}", dict(row)) for i, row in enumerate(data)]
-    urls = sorted(data.info.download_checksums or {})  # they contain the revision
-    return Table(rows, tuple(data.column_names), {"hub": repository, "split": split, "urls": urls})
+    urls = sorted(data.info.download_checksums or {})
+    commits = sorted({commit for url in urls for commit in re.findall("@([0-9a-f]{40})/", url)})
+    commit = ", ".join(commits) or None
+    if revision not in (None, commit):  # without a connection `datasets` takes the newest copy of its cache
+        raise JaxguardError(f"data set {repository}: commit {revision} was asked for, but the local cache has {commit}")
+    return Table(rows, tuple(data.column_names), {"hub": repository, "commit": commit, "split": split, "urls": urls})
 
 
 def file_digest(path: Path) -> str:

@@ -48,7 +48,7 @@ def load(source: SourceConfig) -> LoadedSource:
     else:
         # WildGuardMix keeps its splits in configurations of their own: wildguardtrain/train and wildguardtest/test.
         config = f"wildguard{source.split}" if source.kind == "wildguardmix" else None
-        table = read_hub(kind.repository, config, source.split, kind.file)
+        table = read_hub(kind.repository, config, source.split, kind.file, source.revision)
     if not table.rows:
         raise JaxguardError(f"{name}: split {source.split!r} is empty")
     named = [column for name, column in kind.columns.items() if name != "categories"]

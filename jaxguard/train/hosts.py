@@ -1,22 +1,32 @@
 """The processes of a run, one on each host: how they find each other, stop together on a signal, and end together on an error."""
 
+import hashlib
+import json
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxguard.cli import exit_code
+from jaxguard.config import READS, Config
 from jaxguard.config.train import MeshConfig
+from jaxguard.data.encoding import TOKENIZER_FILES
+from jaxguard.data.files import file_digest
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.store import differences
 
 Result = TypeVar("Result")
 
@@ -25,6 +35,15 @@ REQUEUE = 75
 
 START_TIMEOUT = 300
 """Seconds in which all processes of a run must have started."""
+
+HOSTS_OWN: Final = {"mesh": {"coordinator", "process"}, "data": {"prefetch"}, "log": True}
+"""Fields in which the hosts may differ: no batch depends on them."""
+
+LAST_BYTES = 2**20
+"""Bytes at the end of a file of weights that are compared over the hosts."""
+
+MOST_DIFFERENCES = 20
+"""Lines of an error that says in what the hosts differ."""
 
 NO_ALL_REDUCE_COMBINER = "--xla_disable_hlo_passes=cpu-all-reduce-combiner"
 """For XLA_FLAGS. A CPU's all-reduce of several arrays continues with the next array when one has failed because a process
@@ -52,6 +71,49 @@ def start_hosts(config: MeshConfig) -> None:
             f"mesh.hosts={config.hosts}: jax.distributed could not start: {error}; under SLURM, GKE or on a TPU pod use "
             "mesh.hosts=auto, elsewhere mesh.hosts=explicit with mesh.coordinator, mesh.processes and mesh.process"
         ) from error
+
+
+def compare_hosts(config: Config, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare config, data and checkpoint over all processes, before the first step; call it on every one of them.
+
+    Of the checkpoint's weights only sizes and last bytes are compared: they may be hundreds of GB.
+
+    Raises:
+        JaxguardError: on every process, where one differs from most others; it says which one, in what.
+    """
+    if jax.process_count() == 1:
+        return
+    files = sorted({path for pattern in (*TOKENIZER_FILES, "*.safetensors") for path in checkpoint.glob(pattern)})
+    facts = {
+        "config": config.model_dump(mode="json", include=set(READS["train"]), exclude=HOSTS_OWN),
+        "data": manifest,
+        "checkpoint": {path.name: _file_fact(path) for path in files if path.is_file()},
+    }
+    own = np.frombuffer(json.dumps([socket.gethostname(), facts], sort_keys=True).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(own.size))
+    texts = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) - own.size)))
+    hosts = [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes, strict=True)]
+    usual = json.loads(Counter(json.dumps(each) for _, each in hosts).most_common(1)[0][0])
+    lines = [
+        f"  process {process} on {name}: {field} is {here!r}, elsewhere {there!r}"
+        for process, (name, each) in enumerate(hosts)
+        for field, (here, there) in differences(each, usual).items()
+    ]
+    if lines:
+        more = [f"  and {len(lines) - MOST_DIFFERENCES} more"] * (len(lines) > MOST_DIFFERENCES)
+        remedy = "Start every process with the same config, and copy the same files to all hosts."
+        raise JaxguardError(
+            "\n".join(["the processes would train on different batches:", *lines[:MOST_DIFFERENCES], *more, remedy])
+        )
+
+
+def _file_fact(path: Path) -> str:
+    """A small file's hash; of weights their size and the hash of their last bytes."""
+    if path.suffix != ".safetensors":
+        return file_digest(path)
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - LAST_BYTES))
+        return f"{path.stat().st_size} bytes, {hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
 @dataclass

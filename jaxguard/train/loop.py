@@ -29,7 +29,7 @@ from jaxguard.models.weights import count, table
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
 from jaxguard.train.curves import draw_curves
 from jaxguard.train.export import export
-from jaxguard.train.hosts import StopFlag, graceful_stop, start_hosts
+from jaxguard.train.hosts import StopFlag, compare_hosts, graceful_stop, start_hosts
 from jaxguard.train.logging import RunLog, read_metrics
 from jaxguard.train.run_folder import Resume, open_run
 from jaxguard.train.step import Metrics, Program, State, build_program, training_flops
@@ -130,6 +130,7 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         mesh = make_mesh(config.mesh)
         multiple = row_multiple(config, mesh)
         data = prepare(config, source)
+        compare_hosts(config, source, data.manifest)
         check_manifest(folder / "data.json", data.manifest)
         batch_size, max_seq_len = config.train.batch_size, config.data.max_seq_len
         steps = total_steps(len(data.train), batch_size, config.train.epochs, config.train.max_steps)

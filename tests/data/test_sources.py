@@ -2,8 +2,11 @@
 
 import gzip
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import httpx2
+import huggingface_hub
 import pytest
 
 from jaxguard.config.data import SourceConfig
@@ -292,14 +295,16 @@ def test_a_clone_of_the_published_traces_is_recognised(lines, tmp_path):
 def hub(monkeypatch):
     """hub(rows or exception): what load_dataset then gives; returns the list of calls."""
 
-    def answer(result):
+    def answer(result, commit="a" * 40):
         calls = []
 
         def load_dataset(repository, **options):
             calls.append((repository, options))
             if isinstance(result, Exception):
                 raise result
-            return datasets.Dataset.from_list(result)
+            data = datasets.Dataset.from_list(result)
+            data.info.download_checksums = {f"hf://datasets/{repository}@{commit}/train.parquet": {"num_bytes": 1}}
+            return data
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         return calls
@@ -325,7 +330,50 @@ def test_where_the_data_sets_lie(hub, kind, row, split, call):
     ((repository, options),) = calls
     assert (repository, options["name"], options["split"], options["data_files"]) == call
     assert len(loaded.examples) == 1
-    assert loaded.origin["hub"] == repository
+    assert (loaded.origin["hub"], loaded.origin["commit"]) == (repository, "a" * 40)
+
+
+@pytest.fixture
+def branches(monkeypatch):
+    """The commits that the hub says its branches are at; a question is noted."""
+    asked = []
+
+    def dataset_info(_, repository, revision, **options):
+        asked.append(revision)
+        if isinstance(answer := {"v1": "b" * 40, "lost": httpx2.ConnectError("no network")}[revision], Exception):
+            raise answer
+        return SimpleNamespace(sha=answer)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    return asked
+
+
+@pytest.mark.parametrize(("revision", "commit"), [("v1", "b" * 40), ("c" * 40, "c" * 40)])
+def test_a_revision_is_read_at_its_commit(hub, branches, revision, commit):
+    calls = hub([AEGIS], commit)
+    origin = load(SourceConfig(kind="aegis2", revision=revision)).origin
+    assert calls[0][1]["revision"] == commit == origin["commit"]
+    assert branches == [revision] * (revision == "v1")
+
+
+def test_without_a_revision_the_manifest_says_what_was_read(hub, branches):
+    calls = hub([AEGIS])
+    assert load(SourceConfig(kind="aegis2")).origin["commit"] == "a" * 40
+    assert (calls[0][1]["revision"], branches) == (None, [])
+
+
+def test_another_commit_than_the_one_asked_for(hub, branches):
+    """`datasets` takes the newest copy of its cache, whatever its revision, where the hub cannot be reached."""
+    hub([AEGIS], "a" * 40)
+    with pytest.raises(JaxguardError, match=f"Aegis.*{'c' * 40}.*{'a' * 40}"):
+        load(SourceConfig(kind="aegis2", revision="c" * 40))
+    with pytest.raises(JaxguardError, match=r"cannot reach.*Aegis"):
+        load(SourceConfig(kind="aegis2", revision="lost"))
+
+
+def test_a_local_source_has_no_revision():
+    with pytest.raises(ValueError, match="revision"):
+        SourceConfig(kind="aegis2", path="here", revision="v1")
 
 
 def test_the_hub_and_a_file_give_the_same_examples(hub, lines):

@@ -185,7 +185,7 @@ def test_where_it_lies_on_the_hub(monkeypatch):
     monkeypatch.setattr("jaxguard.data.sources.read_hub", read_hub)
     with pytest.raises(JaxguardError, match="no network"):
         load(SourceConfig(kind="canttalkaboutthis", split="test"))
-    assert calls == [("nvidia/CantTalkAboutThis-Topic-Control-Dataset", None, "test", None)]
+    assert calls == [("nvidia/CantTalkAboutThis-Topic-Control-Dataset", None, "test", None, None)]
 
 
 def test_a_topic_row_of_the_published_traces_needs_its_instruction(lines):

@@ -64,8 +64,8 @@ def test_the_human_test_set_of_a_clone_and_of_the_hub(write, tmp_path, monkeypat
         with pytest.raises(JaxguardError, match="no network"):
             load_benchmark(name)
     assert asked == [
-        ("nvidia/CantTalkAboutThis-Topic-Control-Dataset", None, "test", None),
-        ("nvidia/Nemotron-Content-Safety-Reasoning-Dataset", None, "train", "tf_efficient_reasoning.jsonl"),
+        ("nvidia/CantTalkAboutThis-Topic-Control-Dataset", None, "test", None, None),
+        ("nvidia/Nemotron-Content-Safety-Reasoning-Dataset", None, "train", "tf_efficient_reasoning.jsonl", None),
     ]
 
 

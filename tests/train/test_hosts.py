@@ -1,14 +1,22 @@
 """Stopping on SIGTERM and Ctrl-C."""
 
+import json
 import os
+import shutil
 import signal
+import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from jaxguard.train.hosts import REQUEUE, graceful_stop
+from jaxguard.config import load
+from jaxguard.data.prepare import prepare
+from jaxguard.train.hosts import REQUEUE, compare_hosts, graceful_stop
+from jaxguard.utils.errors import JaxguardError
 
 
 def test_requeue_is_ex_tempfail() -> None:
@@ -74,3 +82,85 @@ def test_other_threads_set_no_handlers() -> None:
     thread.start()
     thread.join()
     assert flags == [False]
+
+
+# --- the hosts are compared -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """compare([(config, checkpoint), ...]): what all processes with these say, each a thread and named node0, node1, ..."""
+    own = threading.local()
+
+    def compare(processes):
+        barrier, values = threading.Barrier(len(processes)), [None] * len(processes)
+
+        def gather(x):
+            values[own.process] = x
+            barrier.wait()
+            everyones = np.stack(values)
+            barrier.wait()
+            return everyones
+
+        def run(process):
+            own.process = process
+            config, checkpoint = processes[process]
+            try:
+                compare_hosts(config, checkpoint, prepare(config, checkpoint).manifest)
+            except JaxguardError as error:
+                return str(error)
+            return ""
+
+        monkeypatch.setattr(jax, "process_count", lambda: len(processes))
+        monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+        monkeypatch.setattr(socket, "gethostname", lambda: f"node{own.process}")
+        with ThreadPoolExecutor(len(processes)) as pool:
+            (message,) = set(pool.map(run, range(len(processes))))
+        return message
+
+    return compare
+
+
+def test_equal_hosts_agree_whatever_is_their_own(compare, tiny_config, tiny_checkpoint):
+    mesh = ["mesh.hosts=explicit", "mesh.processes=2"]
+    configs = [
+        load(str(tiny_config), [*mesh, f"mesh.process={i}", f"mesh.coordinator=node{i}:1", f"log.tensorboard={i == 0}"])
+        for i in range(2)
+    ]
+    assert compare([(config, tiny_checkpoint) for config in configs]) == ""
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+def test_the_host_with_another_seed_is_named(compare, tiny_config, tiny_checkpoint, odd):
+    configs = [load(str(tiny_config), [f"seed={7 if i == odd else 3}"]) for i in range(3)]
+    message = compare([(config, tiny_checkpoint) for config in configs])
+    assert f"process {odd} on node{odd}: config.seed is 7, elsewhere 3" in message
+    assert all(f"node{i}" not in message for i in range(3) if i != odd)
+
+
+def test_a_stale_file_is_named(compare, tiny_config, tiny_checkpoint, tmp_path):
+    """The same path on both hosts, with other contents: here a second file in the place of the first."""
+    config = load(str(tiny_config))
+    path = tiny_config.parent / "train.jsonl"
+    stale = tmp_path / "stale.jsonl"
+    stale.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    data = config.data.model_copy(update={"train": (config.data.train[0].model_copy(update={"path": str(stale)}),)})
+    message = compare([(config, tiny_checkpoint), (config.model_copy(update={"data": data}), tiny_checkpoint)])
+    assert "process 1 on node1" in message
+    assert "data.train.tokens_sha256" in message
+    assert "data.sources" in message
+
+
+def test_another_tokenizer_and_other_weights_are_named(compare, tiny_config, tiny_checkpoint, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    path = other / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "chat_template": fields["chat_template"].replace("user", "User")}))
+    config = load(str(tiny_config))
+    message = compare([(config, tiny_checkpoint), (config, other)])
+    assert "checkpoint.tokenizer_config.json" in message
+    assert "safetensors" not in message
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "checkpoint.model.safetensors" in compare([(config, tiny_checkpoint), (config, other)])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,10 @@ def log_rows(batch, sharding):
 loop.shard_batch = log_rows
 sys.exit(__main__.main(sys.argv[2:]))
 """
+
+
+CHANGES_FOLDER = "import os, sys; os.chdir(sys.argv[1]); sys.argv[1] += '/rows'\n"
+"""Before COMMAND: each process in a folder of its own."""
 
 
 def start(code: str, count: int, logs: Path, *arguments: str) -> list[subprocess.Popen]:
@@ -152,6 +157,34 @@ def test_four_go_on_after_the_first_of_them_was_killed(config, alone, tmp_path):
     resumed = finish(config, 4, tmp_path)
     assert 0 < len(resumed[1]) < UPDATES
     check_same(resumed, alone)
+
+
+@pytest.mark.parametrize("odd", ["seed", "file", "tokenizer"])
+def test_hosts_that_differ_do_not_train(config, tmp_path, odd):
+    """Two processes whose second has another seed, a stale file or another tokenizer at the same path."""
+    tree = yaml.safe_load(config.read_text()) | {"run_folder": str(tmp_path / "runs")}
+    places = {"file": Path(tree["data"]["train"][0]["path"]), "tokenizer": Path(tree["model"]["checkpoint"])}
+    for rank in range(2):
+        shutil.copytree(places["tokenizer"], tmp_path / f"{rank}/checkpoint")
+        shutil.copy(places["file"], tmp_path / f"{rank}/train.jsonl")
+    tree["data"]["train"][0]["path"], tree["model"]["checkpoint"] = "train.jsonl", "./checkpoint"
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    second = tmp_path / "1"
+    if odd == "file":
+        lines = (second / "train.jsonl").read_text().splitlines(keepends=True)
+        (second / "train.jsonl").write_text("".join(lines[1:]))
+    elif odd == "tokenizer":
+        path = second / "checkpoint/tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
+    seed = "seed={rank}" if odd == "seed" else "seed=0"
+    run = ["--config", str(tmp_path / "tiny.yaml"), "mesh.hosts=explicit", seed]
+    processes = start(CHANGES_FOLDER + COMMAND, 2, tmp_path / "logs", str(tmp_path / "{rank}"), *run)
+    assert end(processes, BOUND) == [2, 2], said(tmp_path / "logs")
+    expected = {"seed": "config.seed is 1", "file": "data.train.examples", "tokenizer": "checkpoint.tokenizer.json"}
+    for text in said(tmp_path / "logs"):
+        assert "process 1 on" in text
+        assert expected[odd] in text
+    assert not (tmp_path / "runs/tiny/data.json").exists()
 
 
 # Four processes that add numbers up, until one of them has a mistake to report, or stands still. They add up two arrays of

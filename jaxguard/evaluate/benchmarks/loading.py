@@ -221,7 +221,9 @@ def _read_rows(definition: BenchmarkDefinition, local: Path | None) -> tuple[Row
     elif source.url or source.file:
         rows = _read_remote(source)
     else:
-        rows = _joined({split: read_hub(hub, source.config, split, None).rows for split in source.splits})
+        rows = _joined(
+            {split: read_hub(hub, source.config, split, None, source.revision).rows for split in source.splits}
+        )
     if not rows:
         raise JaxguardError(f"{local or source.name}: no row for benchmark {definition.name!r}")
     return rows, tuple(dict.fromkeys(column for _, row in rows for column in row)), Counter()

@@ -112,7 +112,7 @@ class BenchmarkSource(Choice):
     """Where the rows are: on the hub, at a URL, in a local file, or in a source that is trained on too."""
 
     ONE_OF = (("hub", "url", "path", "data"),)
-    GOES_WITH = (("config", "hub"), ("file", "hub"), ("revision", "file"), ("splits", "hub", "url", "path"),
+    GOES_WITH = (("config", "hub"), ("file", "hub"), ("revision", "hub"), ("splits", "hub", "url", "path"),
                  ("keys_as", "file", "url", "path"))  # fmt: skip
 
     hub: Text | None = None
