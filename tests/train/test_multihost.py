@@ -43,7 +43,7 @@ sys.exit(__main__.main(sys.argv[2:]))
 """
 
 
-CHANGES_FOLDER = "import os, sys; os.chdir(sys.argv[1]); sys.argv[1] += '/rows'\n"
+CHANGES_FOLDER = "import os, sys; sys.path[0] = os.getcwd(); os.chdir(sys.argv[1]); sys.argv[1] += '/rows'\n"
 """Before COMMAND: each process in a folder of its own."""
 
 
