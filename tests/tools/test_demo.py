@@ -1,12 +1,17 @@
 """The demo's scores; `make demo` itself is run by hand."""
 
 import json
+import shlex
+import subprocess
 from dataclasses import replace
 
 import pytest
 
 import demo
+from jaxguard.check.__main__ import main as check
+from jaxguard.config import load
 from jaxguard.data.examples import Example
+from jaxguard.data.policies import load_policy
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -38,6 +43,28 @@ def test_word_counts_learn_the_words():
     training = [*examples(1, 1, 1, text="kick it"), *examples(0, 0, 0, text="lift it")]
     counts = demo.word_counts(training, [*examples(1, text="kick it"), *examples(0, start=1, text="lift it")])
     assert counts["0"] > 0.5 > counts["1"]
+
+
+def test_the_last_stage_is_a_check_that_its_policy_covers(monkeypatch, capfd, tmp_path):
+    """The command is the project's own: it runs, and its verdict is printed; harmful is no error of the demo."""
+    config = load("smollm_demo", [f"name={tmp_path.name}"])
+    asked = []
+
+    def run(command, **options):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, codes.pop())
+
+    monkeypatch.setattr(subprocess, "run", run)
+    codes = [2, 1, 0]
+    demo.check(config)
+    demo.check(config)
+    options = shlex.split(capfd.readouterr().out.split("$ jaxguard check ")[1].splitlines()[0])
+    assert asked[0][-len(options) :] == options
+    parsed = check.parser().parse_args(options)
+    assert (parsed.model, parsed.text, parsed.response) == (str(config.folder), demo.QUESTION, demo.ANSWER)
+    assert load_policy(config.data.policy).asks == ("response_harm",)
+    with pytest.raises(JaxguardError, match="code 2"):
+        demo.check(config)
 
 
 def test_validation_predictions_first_and_last(tmp_path):
