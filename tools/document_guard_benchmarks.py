@@ -49,8 +49,9 @@ def row(fields: BenchmarkDefinition) -> str:
 
 def source(fields: BenchmarkDefinition) -> str:
     at = fields.source
-    if at.path:
-        return f"`{at.path}`" if at.path.startswith("configs/") else f"[your own file]({fields.url})"
+    path = at.path or (at.data and at.data.path)
+    if path:
+        return f"`{path}`" if path.startswith("configs/") else f"[your own file]({fields.url})"
     if at.data:
         return f"[`{at.data.kind}`]({fields.url}) {at.data.split}"
     where = at.config or at.file or (", ".join(at.splits) if at.splits != ("test",) else "")

@@ -108,7 +108,7 @@ class EvaluateConfig(Schema):
     validation: tuple[SourceConfig, ...] = ()
     """Labelled examples to choose a threshold and calibrate probabilities on; none leaves both out."""
     limit: Positive | None = None
-    """Most examples of each benchmark, a seeded sample; for a quick look."""
+    """Most examples of each benchmark, a seeded sample; for a quick look. `validation` stays whole."""
     backend: Literal["jax", "sglang"] = "jax"
     """What runs guards without an endpoint: this process, over the training mesh, or an SGLang server of its own."""
     server: ServerConfig = ServerConfig()

@@ -11,18 +11,19 @@ import hashlib
 import itertools
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxguard.config import Config
+from jaxguard.config.base import first_repeated
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import LABEL, Mode
 from jaxguard.data.policies import Question, load_policy
 from jaxguard.data.prepare import load_sources
-from jaxguard.evaluate.benchmarks.loading import Benchmark, load_benchmark
+from jaxguard.evaluate.benchmarks.loading import Benchmark, load_benchmarks
 from jaxguard.evaluate.report.card import refresh_cards
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
@@ -58,7 +59,7 @@ def evaluate(config: Config) -> Evaluation:
     """
     settings, folder = config.evaluate or EvaluateConfig(), config.folder / "evaluate"
     check_settings(settings, config)
-    tasks = list(read_tasks(settings, config))
+    tasks = read_tasks(settings, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder, "evaluation")
@@ -101,18 +102,24 @@ def check_settings(settings: EvaluateConfig, config: Config) -> None:
             )
 
 
-def read_tasks(settings: EvaluateConfig, config: Config) -> Iterator[Task]:
+def read_tasks(settings: EvaluateConfig, config: Config) -> list[Task]:
     """Read all benchmarks of the config, and the labelled validation examples of each question of the policy."""
+    tasks = []
     for each in settings.benchmarks:
-        benchmark = load_benchmark(each.name, None if each.path is None else Path(each.path))
-        definition, examples = benchmark.definition, _limited(benchmark.examples, settings)
-        yield Task(each.label or definition.name, definition.question, examples, benchmark)
+        benchmarks = load_benchmarks(each.name, None if each.path is None else Path(each.path))
+        for benchmark in benchmarks:
+            definition, examples = benchmark.definition, _limited(benchmark.examples, settings)
+            label = each.label and each.label + (f"_{definition.question}" if len(benchmarks) > 1 else "")
+            tasks.append(Task(label or definition.name, definition.question, examples, benchmark))
+    if (repeated := first_repeated([task.label for task in tasks])) is not None:
+        raise JaxguardError(f"evaluate.benchmarks: {repeated!r} is given twice; give one of them a label")
     if settings.validation:
-        examples = _limited(load_sources(settings.validation, "validation")[0], settings)
+        examples = load_sources(settings.validation, "validation")[0]
         for question in load_policy(config.data.policy).asks:
             labelled = [example for example in examples if getattr(example, LABEL[question])]
             if labelled:
-                yield Task(f"validation-{question}", question, labelled)
+                tasks.append(Task(f"validation-{question}", question, labelled))
+    return tasks
 
 
 async def predict_all(

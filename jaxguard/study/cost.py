@@ -14,7 +14,7 @@ from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.hardware import peak_flops
 from jaxguard.data.files import read_local
 from jaxguard.data.packing import total_steps
-from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.evaluate.benchmarks.schema import read_benchmark, read_group
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.loading import modes_of
 from jaxguard.report import Table
@@ -78,8 +78,9 @@ def work(run: Run) -> Counter[str]:
         guards = [guard for guard in settings.guards if guard.format not in BASELINES]
         modes = [mode for guard in guards for mode in modes_of(guard, config)]
         for benchmark in settings.benchmarks:
-            expected, path = read_benchmark(benchmark.name).expected, Path(benchmark.path or "")
-            published = expected.total or (expected.positive or 0) + (expected.negative or 0)
+            path = Path(benchmark.path or "")
+            of_each = (read_benchmark(name).expected for name in read_group(benchmark.name))
+            published = sum(each.total or (each.positive or 0) + (each.negative or 0) for each in of_each)
             known = _rows(path) if path.is_file() else published
             count = min(known or cost.benchmark_examples, settings.limit or sys.maxsize)
             total["assumed"] += not known

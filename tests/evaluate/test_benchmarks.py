@@ -10,10 +10,12 @@ from benchmark_examples import HARM, ROOT, ROWS, SAFE, answers, shipped, texts
 
 import document_guard_benchmarks
 from generated import written
+from jaxguard.config import load
 from jaxguard.data.format.dialogue import LABEL
 from jaxguard.data.policies import POLICY_FOLDER, load_policy, policy_for
-from jaxguard.evaluate.benchmarks.loading import list_benchmarks, load_benchmark
+from jaxguard.evaluate.benchmarks.loading import list_benchmarks, load_benchmark, load_benchmarks
 from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.evaluate.run import read_tasks
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -82,6 +84,68 @@ def test_slices(write):
     scenarios = shipped("cosapien", write("cosapien")).slices["scenario"]
     assert {len(ids) for ids in scenarios.values()} == {4}
     assert "game_development" in scenarios
+
+
+def own_rows(tmp_path, *rows):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+LOAF = {"id": "loaf", "prompt": "A", "response": "a", "prompt_label": HARM, "response_label": SAFE, "source": "shop"}
+
+
+def test_own_examples_have_their_ids_and_slices(tmp_path):
+    path = own_rows(
+        tmp_path,
+        {**LOAF, "categories": ["bread", "cake"]},
+        {"prompt": "B", "prompt_label": SAFE},
+        {"id": "roll", "prompt": "C", "response": "c", "response_label": HARM, "categories": ["cake"]},
+    )
+    prompts, responses = load_benchmarks("own", path)
+    assert [e.id for e in responses.examples] == ["loaf", "roll"]
+    assert prompts.examples[0].id == "loaf"
+    assert len({e.id for e in prompts.examples}) == 2
+    assert responses.slices == {
+        "category": {"bread": {"loaf"}, "cake": {"loaf", "roll"}},
+        "source": {"shop": {"loaf"}, "mine": {"roll"}},
+    }
+    (tmp_path / "test.jsonl").write_bytes(path.read_bytes())
+    path.unlink()
+    assert [e.id for e in shipped("own_responses", tmp_path).examples] == ["loaf", "roll"]
+    with pytest.raises(JaxguardError, match="loaf"):
+        shipped("own_prompts", own_rows(tmp_path, LOAF, LOAF))
+
+
+def test_a_file_with_several_labels_is_named_once(tmp_path):
+    path = own_rows(tmp_path, LOAF, {"id": "b", "prompt": "B", "prompt_label": SAFE})
+    assert [each.definition.question for each in load_benchmarks("own", path)] == ["prompt_harm", "response_harm"]
+    assert [each.definition.name for each in load_benchmarks("own_prompts", path)] == ["own_prompts"]
+    path = own_rows(tmp_path, {"id": "b", "prompt": "B", "prompt_label": SAFE})
+    assert [each.definition.question for each in load_benchmarks("own", path)] == ["prompt_harm"]
+    path = own_rows(tmp_path, {"id": "b", "prompt": "B", "response": "b", "refusal_label": "refusal"})
+    with pytest.raises(JaxguardError, match="no example for benchmark 'own_responses'"):
+        load_benchmarks("own", path)
+
+
+def test_tasks_of_a_file_with_several_labels(tmp_path):
+    path = own_rows(tmp_path, LOAF, {"id": "b", "prompt": "B", "prompt_label": SAFE}, {**LOAF, "id": "c"})
+
+    def tasks(*benchmarks, **more):
+        evaluate = {"benchmarks": [{"path": str(path), **each} for each in benchmarks], **more}
+        config = load(
+            {"name": "t", "model": {"checkpoint": "x"}, "data": {"train": [OWN_SOURCE]}, "evaluate": evaluate}
+        )
+        return {task.label: len(task.examples) for task in read_tasks(config.evaluate, config)}
+
+    OWN_SOURCE = {"kind": "jsonl", "path": str(path)}
+    assert tasks({"name": "own"}) == {"own_prompts": 3, "own_responses": 2}
+    assert tasks({"name": "own", "label": "mine"}) == {"mine_prompt_harm": 3, "mine_response_harm": 2}
+    # Validation is whole: a threshold chosen on a few examples would be another one.
+    limited = tasks({"name": "own"}, limit=1, validation=[OWN_SOURCE])
+    assert limited == {"own_prompts": 1, "own_responses": 1, "validation-prompt_harm": 3, "validation-response_harm": 2}
+    with pytest.raises(JaxguardError, match="own_prompts"):
+        tasks({"name": "own"}, {"name": "own_prompts"})
 
 
 def test_policies_come_from_the_rows_or_from_the_yaml(write):

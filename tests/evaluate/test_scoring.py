@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from report_examples import PUBLISHED
+from report_examples import PUBLISHED, whole
 from rich.console import Console
 
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
@@ -216,23 +216,40 @@ def test_figures_and_report_without_some_results(partly):
         assert "1 benchmark left out" in text.replace("\xa0", " ")
 
 
-def printed(evaluation):
+def printed(evaluation, width=80):
     out = io.StringIO()
-    Console(width=240, file=out).print(summary_table(evaluation).rich())
+    Console(file=out, width=width).print(summary_table(evaluation).rich())
     return out.getvalue()
 
 
 def test_the_summary_without_some_results(partly):
-    text = printed(partly)
-    rows = {
-        line.split("│")[1].strip(): [x.strip() for x in line.split("│")[3:-1]]
-        for line in text.splitlines()
-        if line.startswith("│")
-    }
-    assert [cell == "-" for cell in rows["first"][:4]] == [True, False, False, True]
-    assert "*" in rows["first"][4]
-    assert [cell == "-" for cell in rows["other"]] == [False, False, True, True, False, True, True]
-    assert summary_table(partly).note in " ".join(text.split())
+    rows = [[part.strip() for part in line.split("│")[1:-1]] for line in printed(partly).splitlines() if "│" in line]
+    scores, name = {}, ""
+    for benchmark, guard, mode, f1 in rows:
+        name = benchmark or name
+        scores[name, guard, mode] = f1
+    assert [name for name, guard, _ in scores if guard == "first"][:4] == list(partly.benchmarks)
+    first, other = (
+        {name: score for (name, *guard_mode), score in scores.items() if guard_mode == [guard, mode]}
+        for guard, mode in (("first", "reasoning"), ("other", "direct"))
+    )
+    assert [first[name] == "-" for name in partly.benchmarks] == [True, False, False, True]
+    assert [other[name] == "-" for name in partly.benchmarks] == [False, False, True, True]
+    assert "*" in first["average: prompt"]
+    assert "*" not in other["average: prompt"]
+    assert summary_table(partly).note in printed(partly)
+
+
+def test_the_summary_of_twelve_benchmarks_fits_a_terminal():
+    text = printed(whole())
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [line for line in text.splitlines() if "│" in line]
+    assert len(whole().benchmarks) >= 11
+    for cell in whole().cells:
+        f1 = cell.result.scores.f1
+        score = f"{f1.value:.3f} [{f1.low:.3f}, {f1.high:.3f}]"
+        assert any(score in row and cell.guard in row and cell.mode in row for row in rows), score
+    assert all(sum(f" {name} " in row for row in rows) == 1 for name in whole().benchmarks)
 
 
 def test_a_first_guard_without_results_is_no_reference():

@@ -34,6 +34,7 @@ from jaxguard.evaluate.benchmarks.schema import (
     ExampleColumns,
     plain,
     read_benchmark,
+    read_group,
 )
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import ROWS_BYTES, nearest, read_json
@@ -57,6 +58,23 @@ class Benchmark:
     """How many are "positive" and "negative", and in "total"."""
     skipped: Counter[str]
     """Reason -> how many rows, or parts of rows, became no example."""
+
+
+class NoExampleError(JaxguardError):
+    """No row of a file is an example of a benchmark."""
+
+
+def load_benchmarks(name_or_path: str, local: Path | None = None) -> list[Benchmark]:
+    """Read a benchmark, or those of a group that have examples; see load_benchmark. JaxguardError: none has."""
+    names, loaded, problems = read_group(name_or_path), list[Benchmark](), list[str]()
+    for name in names:
+        try:
+            loaded.append(load_benchmark(name, local))
+        except NoExampleError as error:
+            problems.append(str(error))
+    if not loaded:
+        raise NoExampleError("\n".join(problems))
+    return loaded
 
 
 def load_benchmark(name_or_path: str, local: Path | None = None) -> Benchmark:
@@ -86,7 +104,7 @@ def load_benchmark(name_or_path: str, local: Path | None = None) -> Benchmark:
                 skipped[str(reason)] += 1
     if not pairs:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.items()) or "it is empty"
-        raise JaxguardError(f"{source}: no example for benchmark {name!r} ({reasons})")
+        raise NoExampleError(f"{source}: no example for benchmark {name!r} ({reasons})")
     examples = unique_ids([example for example, _ in pairs])
     slices: dict[str, dict[str, set[str]]] = {part.name: {} for part in definition.slices}
     for example, (_, row) in zip(examples, pairs, strict=True):
@@ -105,8 +123,8 @@ def load_benchmark(name_or_path: str, local: Path | None = None) -> Benchmark:
 
 
 def list_benchmarks() -> tuple[str, ...]:
-    """The names that `load_benchmark` knows."""
-    return tuple(name for name in names(BENCHMARK_FOLDER) if "/" not in name)
+    """The names that `load_benchmark` knows; groups of them are left out."""
+    return tuple(name for name in names(BENCHMARK_FOLDER) if "/" not in name and read_group(name) == (name,))
 
 
 # From rows to examples.

@@ -16,6 +16,7 @@ BENCHMARK_FOLDER = Path("configs/benchmarks")
 Group = Literal["safety_prompt", "safety_response", "custom_policy", "extra"]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Count = Annotated[int, Field(ge=0)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class Choice(Schema):
@@ -231,7 +232,7 @@ class Sample(Schema):
 class BenchmarkDefinition(Schema):
     """A benchmark as written in YAML."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: Name
     title: Text
     group: Group = "extra"
     question: Question
@@ -263,7 +264,22 @@ class BenchmarkDefinition(Schema):
         return self
 
 
+class BenchmarkGroup(Schema):
+    """Benchmarks of the same rows under one name: those whose question no row is labelled for are left out."""
+
+    name: Name
+    benchmarks: tuple[Text, ...] = Field(min_length=1)
+    """Names in configs/benchmarks, or YAML files."""
+
+
 def read_benchmark(name_or_path: str) -> BenchmarkDefinition:
     """Read the YAML file of a benchmark, by its name in configs/benchmarks or its path."""
     path = find_yaml(name_or_path, BENCHMARK_FOLDER, "benchmark")
     return check(beside(read_yaml(path, Fields), BenchmarkDefinition, path.parent), BenchmarkDefinition, str(path))
+
+
+def read_group(name_or_path: str) -> tuple[str, ...]:
+    """Return the names of a group's benchmarks; of a benchmark, its own."""
+    path = find_yaml(name_or_path, BENCHMARK_FOLDER, "benchmark")
+    tree = read_yaml(path, Fields)
+    return check(tree, BenchmarkGroup, str(path)).benchmarks if "benchmarks" in tree else (name_or_path,)

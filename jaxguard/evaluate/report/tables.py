@@ -1,6 +1,7 @@
 """The tables of an evaluation: averages beside the paper's, scores, comparison, cost, slices, errors."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from jaxguard.evaluate.report.published import AVERAGES, Published
 from jaxguard.evaluate.scores.metrics import Difference
@@ -193,17 +194,16 @@ def _part(part: int, whole: int) -> TableCell:
 
 
 def summary_table(evaluation: Evaluation) -> Table:
-    """F1 of every guard in every mode on every benchmark, and the averages; a dash where there is none."""
-    names = list(dict.fromkeys(average.name for average in evaluation.averages))
-    table = Table(("guard", "mode", *evaluation.benchmarks, *names), "F1 of the harmful class [95 % interval]", left=2)
-    averages = {(*each.guard_mode, each.name): each for each in evaluation.averages}
-    for guard_mode, cells in evaluation.by_guard.items():
-        scores = {cell.benchmark: cell.result.scores.f1 for cell in cells if cell.result.scores.f1.value is not None}
-        row = [estimate(scores[name]) if name in scores else TableCell("-") for name in evaluation.benchmarks]
-        for average in (averages.get((*guard_mode, name)) for name in names):
-            score = estimate(average.f1) if average else TableCell("-")
-            row.append(TableCell(score.text + "*", score.more) if average and average.missing else score)
-        table.add(*guard_mode, *row)
+    """F1 of every guard in every mode on every benchmark, and the averages, a row each; a dash where there is none."""
+    table = Table(("benchmark", "guard", "mode", "F1 [95 % interval]"), "F1 of the harmful class", left=3)
+    averages = list(dict.fromkeys(average.name for average in evaluation.averages))
+    scores = {(*cell.guard_mode, cell.benchmark): estimate(cell.result.scores.f1) for cell in evaluation.cells}
+    for each in evaluation.averages:
+        score = estimate(each.f1)
+        scores[*each.guard_mode, f"average: {each.name}"] = replace(score, text=score.text + "*" * bool(each.missing))
+    for name in (*evaluation.benchmarks, *(f"average: {average}" for average in averages)):
+        for i, guard_mode in enumerate(evaluation.by_guard):
+            table.add(name if i == 0 else "", *guard_mode, scores.get((*guard_mode, name), TableCell("-")))
     if any(average.missing for average in evaluation.averages):
         table.note = "* without the benchmarks that the guard has no predictions for"
     return table
