@@ -185,10 +185,14 @@ PathPart = Annotated[str, AfterValidator(path_part)]
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """Return `did you mean 'x'? ` of those that begin with the name, else of the most similar one; nothing if none is near."""
+    """Return `did you mean 'x'? `: a name that is all but equal, else those that begin with it, else the most similar one."""
     known, name = list(known), name[:_SHOWN]
     longer = [each for each in known if name and each.startswith(name)][:3]
-    match = longer or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    match = (
+        difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        or longer
+        or difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    )
     return f"did you mean {' or '.join(map(repr, match))}? " if match else ""
 
 
