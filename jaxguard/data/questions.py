@@ -16,6 +16,9 @@ from jaxguard.data.policies import Policy, Question
 
 RARE: Final = 0.01
 """Share of a mode's training examples below which a set is asked only where no other holds its question."""
+NOT_RECORDED: Final = (
+    "which questions this model was trained on together is not recorded: one prompt asks all that the policy asks"
+)
 
 
 class QuestionSet(Schema):

@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 from jaxguard.config import Config
 from jaxguard.config.base import first_repeated
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
+from jaxguard.data.encoding import TOKENIZER_FILES
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import LABEL, Mode
+from jaxguard.data.guard_files import trained_together
 from jaxguard.data.policies import Question, load_policy
 from jaxguard.data.prepare import load_sources
+from jaxguard.data.questions import NOT_RECORDED
 from jaxguard.evaluate.benchmarks.loading import Benchmark, load_benchmarks
 from jaxguard.evaluate.report.card import refresh_cards
 from jaxguard.evaluate.report.page import write_report
@@ -32,6 +35,7 @@ from jaxguard.evaluate.scores.scoring import PredictedExamples, score
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, modes_of, open_guard, open_predictions
 from jaxguard.guards.protocol import UNPARSABLE, Prediction, Predictor, Request, UnsupportedError
+from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
 from jaxguard.utils.progress import Progress
@@ -178,7 +182,10 @@ def describe(guard: GuardConfig, config: Config) -> str:
     if guard.format in BASELINES:
         return f"{guard.format}, fitted to the run's training examples"
     served = f" at {guard.endpoint}" if guard.endpoint else ""
-    return f"{published(checkpoint_of(guard, config))}{served}, format {guard.format}"
+    checkpoint, unknown = checkpoint_of(guard, config), ""
+    if guard.format == "jaxguard" and not trained_together(hub.fetch(checkpoint, guard.revision, TOKENIZER_FILES)):
+        unknown = f"; {NOT_RECORDED}"
+    return f"{published(checkpoint)}{served}, format {guard.format}{unknown}"
 
 
 def hardware(settings: EvaluateConfig) -> str:

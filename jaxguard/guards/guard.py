@@ -19,7 +19,7 @@ from jaxguard.data.format.answer import Verdict, parse, reasoning_of
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import read_guard_files
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
-from jaxguard.data.questions import QuestionSet, unasked
+from jaxguard.data.questions import NOT_RECORDED, QuestionSet, unasked
 from jaxguard.guards import loading
 from jaxguard.guards.backends.sglang import served
 from jaxguard.guards.formats.native import split_request
@@ -182,9 +182,7 @@ class Guard:
         if trained not in ("dual", default):
             warnings.append(f"this model was trained to answer in {trained} mode only")
         if run is not None and not together:
-            warnings.append(
-                "which questions this model was trained on together is not recorded: one prompt asks all that the policy asks"
-            )
+            warnings.append(NOT_RECORDED)
         return cls(load_config(tree), default, "; ".join(warnings), together)
 
     def check(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:

@@ -279,7 +279,7 @@ def positive(**condition):
         ({"source": {"hub": "a/b", "path": "c"}}, ["exactly one of hub, url, path, data"]),
         ({"source": {"hub": "a/b", "confg": "c"}}, ["'source.confg'", "did you mean 'config'?"]),
         ({"source": {"url": "http://a/b.csv"}}, ["source.url"]),
-        ({"source": {"hub": "a/b", "revision": "c"}}, ["revision goes with file"]),
+        ({"source": {"path": "a", "revision": "c"}}, ["revision goes with hub"]),
         ({"source": {"path": "a", "file": "c"}}, ["file goes with hub"]),
         ({"source": {"hub": "a/b", "data": {"kind": "aegis2"}}}, ["exactly one of hub, url, path, data"]),
         ({"source": {"data": {"kind": "aegis"}}}, ["source.data.kind", "'aegis'", "did you mean 'aegis2'?"]),

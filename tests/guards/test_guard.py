@@ -9,6 +9,7 @@ import pytest
 
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import TITLES, Mode
+from jaxguard.evaluate.run import describe
 from jaxguard.guards import loading
 from jaxguard.guards.guard import Guard
 from jaxguard.utils.errors import JaxguardError
@@ -232,9 +233,13 @@ def test_what_no_question_covers_does_not_pass(run, guard, tmp_path):
 
 def test_without_a_record_everything_is_asked_at_once_and_this_is_said(run, guard):
     path = run / "export/jaxguard.json"
+    recorded = loaded(run)
+    assert "not recorded" not in recorded.warning + describe(recorded.config.evaluate.guards[0], recorded.config)
     old = {**json.loads(path.read_text()), "format": 1, "trained_together": [["prompt_harm", "response_harm"]]}
     path.write_text(json.dumps(old), encoding="utf-8")
-    assert "not recorded" in loaded(run).warning
+    before = loaded(run)
+    assert "not recorded" in before.warning
+    assert "not recorded" in describe(before.config.evaluate.guards[0], before.config)
     check("bread?", "Bake it.", model=run)
     assert [ask.questions for ask in guard.asks] == [("prompt_harm", "response_harm")]
 
