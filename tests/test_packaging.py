@@ -1,6 +1,9 @@
 """What is installed: versions with hashes, and a package that has its configs with it."""
 
+import ast
+import importlib.metadata
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -11,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from jaxguard.utils.versions import install
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -51,6 +56,39 @@ def test_what_is_locked_has_hashes_and_no_addresses(name):
 def test_each_package_is_locked_at_one_version():
     pinned = {pin for text in CONSTRAINTS.values() for pin in pins(text).items()}
     assert len(pinned) == len({name for name, _ in pinned})
+
+
+def test_what_is_imported_is_installed():
+    """Of the base installation; what an extra holds is imported where it is needed, with a hint."""
+    distributions = importlib.metadata.packages_distributions()
+    groups = {"": PROJECT["project"]["dependencies"], **PROJECT["project"]["optional-dependencies"]}
+    names = {extra: {canonicalize_name(Requirement(text).name) for text in lines} for extra, lines in groups.items()}
+    optional = names["distill"] | names["trackio"] | names["wandb"]
+    base = names[""] | {"rich", "packaging", "jaxguard", "pyarrow", "tokenizers", "markupsafe"}  # those of dependencies
+    for path in (ROOT / "jaxguard").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for module in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names:
+                owners = {canonicalize_name(name) for name in distributions.get(module, [module])}
+                allowed = base if node in tree.body else base | optional
+                assert owners & allowed, f"{path}: {module}"
+
+
+@pytest.mark.parametrize("extra", ["aot", "distill", "gguf", "trackio", "wandb"])
+def test_hints_name_what_an_extra_holds(extra):
+    words = shlex.split(install(extra))
+    assert words[:4] == ["python", "-m", "pip", "install"]
+    wanted = {Requirement(text).name for text in PROJECT["project"]["optional-dependencies"][extra]}
+    assert {Requirement(word).name for word in words[4:]} == wanted
+
+
+def test_readme_installs_what_its_commands_need():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for command, extra in {"plan ": "aot", "distill ": "distill", "data build": "distill"}.items():
+        assert re.search(rf"^python -m jaxguard\.{command}", readme, re.MULTILINE)
+        assert f"pip install -e '.[{extra}]'" in readme, command
 
 
 def test_the_build_group_is_what_the_build_needs():

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxguard.data.examples import Example
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.versions import install
 
 SHINGLE = 5
 """Characters in a shingle."""
@@ -86,7 +87,7 @@ def _near_texts(texts: Iterable[str], similarity: float) -> Callable[[str], list
         from datasketch import MinHash, MinHashLSH
     except ImportError as error:
         raise JaxguardError(
-            f"the search for nearly equal prompts is not installed ({error}): pip install -e '.[distill]'"
+            f"the search for nearly equal prompts is not installed ({error}): {install('distill')}"
         ) from None
     # The hash is the same in every process; MinHash mixes the bits further.
     empty = MinHash(_PERMUTATIONS, seed=1, hashfunc=lambda text: zlib.crc32(text.encode("utf-8", "surrogatepass")))

@@ -15,6 +15,7 @@ from jaxguard.config.data import FilterConfig
 from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import Answers, Dialogue, Mode
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.versions import install
 
 CHECKS = (
     "cut", "empty", "too_long", "over_budget", "verdict_missing", "verdict_differs", "labels_leaked", "overthinking",
@@ -105,7 +106,7 @@ def _identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise JaxguardError(
-            f"the identifier of languages is not installed ({error}): pip install -e '.[distill]', or set "
+            f"the identifier of languages is not installed ({error}): {install('distill')}, or set "
             "distill.filter.language=null"
         ) from None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

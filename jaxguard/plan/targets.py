@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from jaxguard.config.hardware import Gpu, Target, Tpu, read_hardware
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest
+from jaxguard.utils.versions import install
 
 GPUS_PER_HOST = 8
 """Where a target's shape is only a number."""
@@ -92,7 +93,7 @@ def topology(cluster: Cluster) -> Sequence[Any]:
     jax.config.update("jax_platforms", "cpu")
     gpu, tpu, shape = cluster.target.gpu, cluster.target.tpu, "x".join(map(str, cluster.shape))
     if importlib.util.find_spec("jax_cuda12_plugin" if gpu else "libtpu") is None:
-        raise JaxguardError(f"target {cluster.name!r}: its compiler is not installed: pip install 'jaxguard[aot]'")
+        raise JaxguardError(f"target {cluster.name!r}: its compiler is not installed: {install('aot')}")
     if tpu:
         # libtpu must neither ask a metadata server where it runs nor claim a chip; without these it complains.
         os.environ.update(LIBTPU | os.environ)

@@ -20,11 +20,12 @@ from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import Weight, table
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import whole_folder
+from jaxguard.utils.versions import install
 
 try:
     import gguf
 except ModuleNotFoundError:
-    raise SystemExit("error: gguf is not installed: pip install 'jaxguard[gguf]'") from None
+    raise SystemExit(f"error: gguf is not installed: {install('gguf')}") from None
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
