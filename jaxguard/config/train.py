@@ -120,4 +120,4 @@ class LogConfig(Schema):
     project: str = "jaxguard"
     """Project name for trackio and wandb."""
     profile_step: Positive | None = None
-    """Profile three steps from this one with the JAX profiler."""
+    """Profile three steps from this one with the JAX profiler; none if the run ends before it, or resumes after them."""

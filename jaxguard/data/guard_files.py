@@ -19,6 +19,8 @@ from jaxguard.config.base import Schema
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import PolicyDefinition, Question, load_policy
 from jaxguard.data.questions import QuestionSet
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import disk_steps
 from jaxguard.utils.parse import read_yaml
 from jaxguard.utils.secrets import published
 
@@ -64,6 +66,20 @@ class GuardFiles(NamedTuple):
 def is_complete(folder: Path) -> bool:
     """Whether an export was finished there."""
     return (folder / MANIFEST).is_file()
+
+
+def find_export(run: Path) -> Path:
+    """Return the export in a run's folder; JaxguardError says how far the run is without one."""
+    if is_complete(run / "export"):
+        return run / "export"
+    steps = disk_steps(run / "checkpoints")
+    if steps:
+        state = f"training was stopped after step {steps[-1]}, or train.export is false. To finish it"
+    elif run.is_dir():
+        state = "no step was trained, as after a start that failed. To try again"
+    else:
+        state = "there is no such folder. To train it first"
+    raise JaxguardError(f"{run} holds no trained guard: {state}: jaxguard train with the run's config")
 
 
 def write_guard_files(folder: Path, config: Config, trained_together: Sequence[QuestionSet]) -> None:

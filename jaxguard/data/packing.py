@@ -17,6 +17,7 @@ import grain
 import numpy as np
 
 from jaxguard.data.encoding import EncodedExample
+from jaxguard.utils.errors import JaxguardError
 
 TARGET_MULTIPLE = 256
 ROW_LENGTHS = 4
@@ -105,8 +106,13 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | None) -> int:
-    """Return the number of steps in a run: 5,000 examples × 5 epochs / 32 = 781."""
+    """Return the number of steps in a run: 5,000 examples × 5 epochs / 32 = 781; JaxguardError: there would be none."""
     steps = int(examples * epochs / batch_size)
+    if not steps:
+        raise JaxguardError(
+            f"train.epochs={epochs:g} of {examples} training examples is less than one step of "
+            f"train.batch_size={batch_size}: raise train.epochs"
+        )
     return steps if max_steps is None else min(steps, max_steps)
 
 

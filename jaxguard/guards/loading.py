@@ -17,7 +17,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.files import file_digest
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.format.template import load_tokenizer
-from jaxguard.data.guard_files import is_complete, trained_together
+from jaxguard.data.guard_files import find_export, trained_together
 from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.prepare import select
 from jaxguard.data.sources import digest
@@ -53,22 +53,25 @@ def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
 
 
 def export_or(checkpoint: str) -> str:
-    """The export in a run's folder, or the checkpoint itself."""
-    export = Path(checkpoint).expanduser() / "export"
-    return str(export) if export.is_dir() else checkpoint
+    """The export in a run's folder, or the checkpoint itself; JaxguardError: the folder of a run without an export."""
+    folder = Path(checkpoint).expanduser()
+    export = folder / "export"
+    if export.is_dir() and any(export.iterdir()):  # also one that is not jaxguard's
+        return str(export)
+    of_run = any((folder / name).exists() for name in ("export", "checkpoints", ".lock"))
+    return str(find_export(folder)) if of_run else checkpoint
 
 
 def checkpoint_of(guard: GuardConfig, config: Config) -> str:
     """The folder or repository that holds a guard's weights and tokenizer; JaxguardError: this run has no export yet."""
     if guard.checkpoint is not None:
         return export_or(guard.checkpoint)
-    export = config.folder / "export"
-    if not is_complete(export):
+    try:
+        return str(find_export(config.folder))
+    except JaxguardError as error:
         raise JaxguardError(
-            f"guard {guard.name!r} is this run's export, but {export} is not there: train it first, "
-            f"python -m jaxguard.train with the same config, or name the guard's checkpoint"
-        )
-    return str(export)
+            f"guard {guard.name!r} is this run's export. {error}; or name the guard's checkpoint"
+        ) from None
 
 
 def trained_examples(config: Config) -> list[Example]:

@@ -37,6 +37,7 @@ from jaxtyping import Array, UInt32
 
 from jaxguard.config.train import CheckpointConfig
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import disk_steps, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,19 @@ class Checkpoints:
         args["about"] = ocp.args.JsonSave(about | {"sha256": _sha256(about)})
         with self._explain_errors():
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+
+    def rank(self, step: int, validation_loss: float) -> None:
+        """Note the validation loss of a checkpoint that was saved without one, if there is this checkpoint: a stop saves first."""
+        self.wait()
+        if step not in self._manager.all_steps():
+            return
+        path = self.folder / str(step)
+        about = read_description(path) | {
+            "validation_loss": validation_loss if math.isfinite(validation_loss) else None
+        }
+        self._losses[step] = about["validation_loss"]
+        if jax.process_index() == 0:
+            write_atomically(path / "about" / "metadata", json.dumps(about | {"sha256": _sha256(about)}))
 
     def restore(self, abstract_state: State) -> tuple[int, State] | None:
         """Read the newest valid checkpoint as (step, state); None when there is no checkpoint.
@@ -233,11 +247,6 @@ def write_checkpoint_weights(folder: Path, weights: Mapping[str, jax.Array], fin
     """Write weights alone as the checkpoint of step 0 in `folder`, for read_checkpoint_weights."""
     with open_checkpoints(folder, CheckpointConfig(), fingerprint) as checkpoints:
         checkpoints.save(0, {"weights": dict(weights)})
-
-
-def disk_steps(folder: Path) -> list[int]:
-    """List the steps of the complete checkpoints in a checkpoints folder, oldest first."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
 
 
 def _items(state: State) -> State:

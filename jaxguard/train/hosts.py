@@ -9,8 +9,9 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxguard.cli import exit_code
+from jaxguard.cli import INTERRUPTED, exit_code
 from jaxguard.config import READS, Config
 from jaxguard.config.train import MeshConfig
 from jaxguard.data.encoding import TOKENIZER_FILES
@@ -116,11 +117,16 @@ def _file_fact(path: Path) -> str:
         return f"{path.stat().st_size} bytes, {hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
+OWNS_PROCESS: ContextVar[bool] = ContextVar("owns_process", default=False)
+"""Whether the command line runs a training in this process, and nothing else."""
+
+
 @dataclass
 class StopFlag:
-    """Whether a signal asked the run to stop: the name of the one that this process received, or None."""
+    """Whether a signal asked the run to stop: the name of the one that this process received, or None; whether one was Ctrl-C."""
 
     signal_name: str | None = None
+    interrupted: bool = False
 
     def should_stop(self, step: int) -> bool:
         """Whether to stop after this step; call it once a step, on every process.
@@ -135,7 +141,10 @@ class StopFlag:
 
 @contextmanager
 def graceful_stop() -> Iterator[StopFlag]:
-    """Turn SIGTERM and the first SIGINT into a flag; the second SIGINT raises KeyboardInterrupt at once.
+    """Turn SIGTERM and the first SIGINT into a flag and answer at once; the second SIGINT stops now.
+
+    In a process that the command line owns it then ends the process, as SIGKILL would: nothing that is being written is lost by it.
+    Elsewhere, as in a notebook, it raises KeyboardInterrupt as soon as Python runs.
 
     With several processes, enter it after jax.distributed is initialized: SIGTERM then stays with JAX's own watcher, and a
     Ctrl-C (which only some launchers pass to every process) goes to that watcher as a SIGTERM. Python allows signal handlers
@@ -148,28 +157,55 @@ def graceful_stop() -> Iterator[StopFlag]:
     alone = jax.process_count() == 1
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and flag.signal_name == "SIGINT":
+        if number == signal.SIGINT and flag.interrupted:
             raise KeyboardInterrupt
         flag.signal_name = signal.Signals(number).name
+        flag.interrupted = flag.interrupted or number == signal.SIGINT
         if not alone:
             signal.raise_signal(signal.SIGTERM)
 
     watched = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
+    # Python calls a handler between two of its instructions, but a step or a compilation may take minutes. What it writes
+    # into this socket is written at once.
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    threading.Thread(target=_answer, args=(reader, watched, OWNS_PROCESS.get()), daemon=True).start()
+    wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     before = {number: signal.signal(number, on_signal) for number in watched}
     try:
         yield flag
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        writer.close()  # ends the thread
+
+
+def _answer(signals: socket.socket, watched: Sequence[int], owns_process: bool) -> None:
+    """Say what each signal does; the second SIGINT ends a process that the command line owns. Runs in a thread."""
+    interrupts, answered = 0, False
+    with signals:
+        while numbers := signals.recv(1):
+            interrupts += numbers[0] == signal.SIGINT
+            if interrupts == 2:
+                os.write(2, b"\nstopped without saving: the same command resumes from the last checkpoint\n")
+                if owns_process:
+                    if sys.stdout.isatty():
+                        os.write(1, b"\x1b[?25h")  # the cursor, which a progress bar hides
+                    os._exit(INTERRUPTED)
+            elif numbers[0] in watched and not answered:
+                answered, again = True, "; again: stop now without saving" if interrupts else ""
+                os.write(2, f"\n{signal.Signals(numbers[0]).name}: stopping after this step{again}\n".encode())
 
 
 def end_together(run: Callable[[], Result]) -> Result:
-    """Return what `run` returns; when it fails on one of several hosts, print why and end this process at once.
+    """Return what `run` returns, in a process that is this run's; when it fails on one of several hosts, print why and end at once.
 
     The usual exit waits for the other processes, and they wait for this one, in a collective; or one of them has died, and
     this process waits for it. A process that has exited makes the collectives and the heartbeat of the others fail, so they
     end too: all within JAX's 100 seconds.
     """
+    owns = OWNS_PROCESS.set(True)
     try:
         return run()
     except BaseException as error:
@@ -192,3 +228,5 @@ def end_together(run: Callable[[], Result]) -> Result:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    finally:
+        OWNS_PROCESS.reset(owns)

@@ -12,6 +12,7 @@ Floats are read back with the same bits; NaN and infinities, which JSON lacks, a
 """
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -22,8 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxguard.config import Config
+from jaxguard.config.train import LogConfig
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.progress import Progress
@@ -47,6 +51,9 @@ class RunLog(ExitStack):
     Records of later steps than `step`, from which the run resumes (None when it starts), are removed from metrics.jsonl and hidden
     in TensorBoard: the run will repeat them.
 
+    Attributes:
+        validated: the step of the newest validation that is logged; on every process.
+
     Raises:
         JaxguardError: a line of metrics.jsonl is no record, or a tracker is not installed.
     """
@@ -57,14 +64,19 @@ class RunLog(ExitStack):
         super().__init__()
         self._metrics, self._total_steps = folder / "metrics.jsonl", total_steps
         self._writes = jax.process_index() == 0
+        self.validated = -1
         if self._writes:
             rewind_metrics(self._metrics, step)
+            if self._metrics.is_file():
+                records = read_metrics(self._metrics)
+                self.validated = max((x["step"] for x in records if "validation/loss" in x), default=-1)
             self._outputs: list[LogScalars] = []
             for log, close in _trackers(folder, config, step):
                 self._outputs.append(log)
                 self.callback(close)
             self._file = self.enter_context(self._metrics.open("a", encoding="utf-8"))
             self._progress = self.enter_context(Progress(config.name, total_steps, step or 0, console, unit=None))
+        self.validated = int(multihost_utils.broadcast_one_to_all(np.int32(self.validated)))
 
     def log(self, step: int, values: Mapping[str, Any], speed: Mapping[str, Any] | None = None) -> None:
         """Record what config and data determine (`values`) and what the machine does (`speed`) after `step` completed steps.
@@ -72,6 +84,8 @@ class RunLog(ExitStack):
         Raises:
             JaxguardError: the disk is full.
         """
+        if "validation/loss" in values:
+            self.validated = step
         if not self._writes:
             return
         numbers, speeds = ({name: float(x) for name, x in group.items()} for group in (values, speed or {}))
@@ -104,6 +118,17 @@ class RunLog(ExitStack):
             self._progress.say(text)
 
 
+_TRACKERS = {"tensorboard": "tensorboardX", "trackio": "trackio", "wandb": "wandb"}
+"""Field of config.log -> the package that it needs."""
+
+
+def check_trackers(config: LogConfig) -> None:
+    """Raise a JaxguardError if the package of a tracker that the config names is not installed."""
+    for field, name in _TRACKERS.items():
+        if getattr(config, field) and importlib.util.find_spec(name) is None:
+            raise _not_installed(field, f"{name} is not installed")
+
+
 def _trackers(folder: Path, config: Config, step: int | None) -> Iterator[tuple[LogScalars, Callable[[], Any]]]:
     """Start the trackers of config.log; each is imported only here. Yields what logs scalars, and what closes it."""
     about = {"project": config.log.project, "name": config.name, "config": config.model_dump(mode="json")}
@@ -112,7 +137,7 @@ def _trackers(folder: Path, config: Config, step: int | None) -> Iterator[tuple[
         # out of one file, where the second would overwrite the first.
         first = 0 if step is None else step + 1
         options = {"purge_step": first, "flush_secs": 10, "filename_suffix": f".{first}.{os.getpid()}"}
-        writer = _import("tensorboard", "tensorboardX").SummaryWriter(str(folder / "tensorboard"), **options)
+        writer = _import("tensorboard").SummaryWriter(str(folder / "tensorboard"), **options)
 
         def log(step: int, values: Mapping[str, float]) -> None:
             for name, value in values.items():
@@ -120,28 +145,29 @@ def _trackers(folder: Path, config: Config, step: int | None) -> Iterator[tuple[
 
         yield log, writer.close
     if config.log.trackio:
-        trackio = _import("trackio", "trackio").init(**about, resume="allow")
+        trackio = _import("trackio").init(**about, resume="allow")
         yield lambda step, values: trackio.log(dict(values), step=step), trackio.finish
     if config.log.wandb:
         id_file = folder / "wandb_id.txt"
         if not id_file.is_file():
             write_atomically(id_file, uuid.uuid4().hex[:12])
         run_id = id_file.read_text(encoding="utf-8").strip()
-        wandb = _import("wandb", "wandb").init(**about, id=run_id, resume="allow", dir=str(folder))
+        wandb = _import("wandb").init(**about, id=run_id, resume="allow", dir=str(folder))
         # wandb's own step only increases, and would drop what a resumed run repeats; so the step is a value like the others.
         wandb.define_metric("*", step_metric="step")
         yield lambda step, values: wandb.log({"step": step, **values}), wandb.finish
 
 
-def _import(field: str, name: str) -> Any:
+def _import(field: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(_TRACKERS[field])
     except ImportError as error:
-        extra = f"jaxguard[{field}]" if field != "tensorboard" else name
-        raise JaxguardError(
-            f"log.{field} is true but {name} cannot be imported ({error}): "
-            f"pip install '{extra}', or set log.{field}=false"
-        ) from None
+        raise _not_installed(field, f"{_TRACKERS[field]} cannot be imported ({error})") from None
+
+
+def _not_installed(field: str, problem: str) -> JaxguardError:
+    extra = f"jaxguard[{field}]" if field != "tensorboard" else _TRACKERS[field]
+    return JaxguardError(f"log.{field} is true but {problem}: pip install '{extra}', or set log.{field}=false")
 
 
 def rewind_metrics(path: Path, step: int | None) -> None:

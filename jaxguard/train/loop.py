@@ -5,9 +5,10 @@ the step. So a run that is interrupted at any moment and resumed ends with the s
 """
 
 import json
+import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from jaxguard.config import Config, dump
 from jaxguard.config.hardware import peak_flops
+from jaxguard.data.inputs import check_inputs
 from jaxguard.data.packing import Batch, Schedule, total_steps
 from jaxguard.data.policies import load_policy
 from jaxguard.data.prepare import Prepared, prepare
@@ -30,14 +32,16 @@ from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
 from jaxguard.train.curves import draw_curves
 from jaxguard.train.export import export
 from jaxguard.train.hosts import StopFlag, compare_hosts, graceful_stop, start_hosts
-from jaxguard.train.logging import RunLog, read_metrics
-from jaxguard.train.run_folder import Resume, open_run
+from jaxguard.train.logging import RunLog, check_trackers, read_metrics
+from jaxguard.train.run_folder import Resume, begin_run, open_run
 from jaxguard.train.step import Metrics, Program, State, build_program, training_flops
 from jaxguard.train.validation import Validation
-from jaxguard.utils.errors import JaxguardError, ProvenanceError
+from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.hub import fetch
 from jaxguard.utils.terminal import Console
+
+logger = logging.getLogger(__name__)
 
 PROFILED_STEPS = 3
 
@@ -95,6 +99,7 @@ def train(config: Config, resume: Resume = "auto") -> TrainedRun:
         JaxguardError: anything that the user can correct.
     """
     start_hosts(config.mesh)
+    check(config)
     with open_everything(config, resume) as run:
         step, state = train_until_stopped(run, *start_state(run))
         first, folder = jax.process_index() == 0, run.folder
@@ -119,23 +124,31 @@ def train(config: Config, resume: Resume = "auto") -> TrainedRun:
         return result
 
 
+def check(config: Config) -> None:
+    """Check what costs nothing to check: policy, local paths, trackers and, where this process is the only one, the mesh."""
+    check_inputs(config, "train")
+    check_trackers(config.log)
+    if config.mesh.hosts == "single":
+        row_multiple(config, make_mesh(config.mesh))
+
+
 @contextmanager
 def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
-    """Open the run folder, read the data, define the jitted functions; close everything at the end."""
+    """Open the run folder, read the data, define the jitted functions, begin the run's records; close everything at the end."""
     with ExitStack() as stack:
+        mesh = make_mesh(config.mesh)
+        multiple = row_multiple(config, mesh)
         folder = stack.enter_context(open_run(config, resume))
         source = fetch(config.model.checkpoint, config.model.revision)
         spec = read_spec(source)
         check_vocabulary(source, spec)
-        mesh = make_mesh(config.mesh)
-        multiple = row_multiple(config, mesh)
         data = prepare(config, source)
         compare_hosts(config, source, data.manifest)
-        check_manifest(folder / "data.json", data.manifest)
         batch_size, max_seq_len = config.train.batch_size, config.data.max_seq_len
         steps = total_steps(len(data.train), batch_size, config.train.epochs, config.train.max_steps)
         stack.enter_context(jax.set_mesh(mesh))
         program = build_program(config, spec, mesh, steps)
+        begin_run(folder, config, data.manifest)
         if jax.process_index() == 0:
             console = Console()
             console.print(dump(config, "train"))
@@ -151,20 +164,6 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         schedule = Schedule(data.train, batch_size, steps, max_seq_len, multiple, config.seed)
         validation = Validation(data.validation, batch_size, max_seq_len, multiple)
         yield Run(config, source, folder, data, program, schedule, validation, checkpoints, stop, restored, log)
-
-
-def check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the data manifest of a new run; refuse to resume one with other data."""
-    if not path.is_file():
-        if jax.process_index() == 0:
-            write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False))
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before["train"]["tokens_sha256"] != manifest["train"]["tokens_sha256"]:
-        raise ProvenanceError(
-            f"{path.parent} was trained on other data: {path} does not match the config's sources. Restore "
-            "the data, or start a new run under another name"
-        )
 
 
 def startup_table(spec: Spec, weights: Mapping[str, jax.ShapeDtypeStruct]) -> Table:
@@ -203,12 +202,13 @@ def _size(count: int | float) -> str:
 def start_state(run: Run) -> tuple[int, State]:
     """Return completed steps and state, from the newest valid checkpoint or from the base weights."""
     if run.restored is not None:
-        run.log.print(f"resuming from the checkpoint of step {run.restored[0]} of {run.schedule.steps}")
-        return run.restored
-    shardings = {path: x.sharding for path, x in run.program.state["weights"].items()}
-    state = run.program.initialize(read_weights(run.source, run.program.spec, shardings))
-    validate(run, 0, state)
-    return 0, state
+        step, state = run.restored
+        run.log.print(f"resuming from the checkpoint of step {step} of {run.schedule.steps}")
+    else:
+        shardings = {path: x.sharding for path, x in run.program.state["weights"].items()}
+        step, state = 0, run.program.initialize(read_weights(run.source, run.program.spec, shardings))
+    validate_if_due(run, step, state)
+    return step, state
 
 
 def train_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
@@ -217,31 +217,36 @@ def train_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
     The metrics of a step are fetched while the next one runs, except where validation or a checkpoint needs them first: so the
     device never waits for the log.
     """
+    if run.stop.should_stop(step):
+        return step, state
     steps, sharding = run.schedule.steps, batch_sharding(run.program.mesh)
     pending: tuple[int, Batch, Metrics] | None = None
     clock = time.perf_counter()
-    for batch in run.schedule.read(step, run.config.data.prefetch):
-        sharded = shard_batch(batch, sharding)
-        with profiled(run, step), jax.transfer_guard("disallow"):
-            state, metrics = run.program.train_step(state, sharded)
-        if pending is not None:
-            clock = log_step(run, *pending, clock)
-        step += 1
-        pending = step, batch, metrics
-        stopped = run.stop.should_stop(step)
-        # Every 0 steps is at the end only.
-        evaluate = step == steps or step % (run.config.train.evaluate_every or steps) == 0
-        save = stopped or step == steps or step % run.config.checkpoint.every == 0
-        if evaluate or save:
-            log_step(run, *pending, clock)
-            pending = None
-            loss = validate(run, step, state) if evaluate else None
-            if save:
-                run.checkpoints.save(step, state, loss)
-            clock = time.perf_counter()  # the next step's time begins here
-        if stopped:
-            break
+    with profiler(run.folder / "profile", run.config.log.profile_step, steps) as profile:
+        for batch in run.schedule.read(step, run.config.data.prefetch):
+            profile(step)
+            sharded = shard_batch(batch, sharding)
+            with jax.transfer_guard("disallow"):
+                state, metrics = run.program.train_step(state, sharded)
+            if pending is not None:
+                clock = log_step(run, *pending, clock)
+            step += 1
+            pending = step, batch, metrics
+            stopped = run.stop.should_stop(step)
+            save = stopped or step == steps or step % run.config.checkpoint.every == 0
+            if save or evaluation_due(run, step):
+                log_step(run, *pending, clock)
+                pending = None
+                # Who stops a run may not wait for a validation: it is made after the save, or when the run resumes.
+                loss = None if stopped else validate_if_due(run, step, state)
+                if save:
+                    run.checkpoints.save(step, state, loss)
+                clock = time.perf_counter()  # the next step's time begins here
+            if stopped:
+                break
     run.checkpoints.wait()
+    if step == steps:
+        validate_if_due(run, step, state)
     return step, state
 
 
@@ -275,24 +280,41 @@ def log_step(run: Run, step: int, batch: Batch, metrics: Metrics, since: float) 
     return now
 
 
-def validate(run: Run, step: int, state: State) -> float | None:
-    """Score the held-out examples, save and log the result, and return the loss; None when nothing is held out."""
-    if not run.validation.held_out:
+def evaluation_due(run: Run, step: int) -> bool:
+    """Whether to validate after this step; every 0 steps is before the first and after the last step only."""
+    steps = run.schedule.steps
+    return bool(run.validation.held_out) and (step == steps or step % (run.config.train.evaluate_every or steps) == 0)
+
+
+def validate_if_due(run: Run, step: int, state: State) -> float | None:
+    """Score the held-out examples, save and log the result, and return the loss; None where that is not due, or was done."""
+    if not evaluation_due(run, step) or run.log.validated == step:
         return None
     metrics, predictions = run.validation.run(run.program, state["weights"])
     if jax.process_index() == 0:
         lines = [json.dumps(asdict(prediction)) + "\n" for prediction in predictions]
         write_atomically(run.folder / f"validation_predictions/{step}.jsonl", "".join(lines))
+    loss = metrics["validation/loss"]
+    run.checkpoints.rank(step, loss)
     run.log.log(step, metrics)
-    return metrics["validation/loss"]
+    return loss
 
 
 @contextmanager
-def profiled(run: Run, step: int) -> Iterator[None]:
-    """Trace a few steps from log.profile_step on."""
-    first = run.config.log.profile_step
-    if first is not None and step == first:
-        jax.profiler.start_trace(str(run.folder / "profile"))
-    yield
-    if first is not None and step == min(first + PROFILED_STEPS, run.schedule.steps) - 1:
-        jax.profiler.stop_trace()
+def profiler(folder: Path, first: int | None, steps: int) -> Iterator[Callable[[int], None]]:
+    """Yield what to call before each step: it traces PROFILED_STEPS steps from `first` on, as many of them as a run still does."""
+    wanted = range(0) if first is None else range(first, first + PROFILED_STEPS)
+    if first is not None and first >= steps:
+        logger.warning("log.profile_step=%d: the run has %d steps, so none is profiled", first, steps)
+    with ExitStack() as trace:
+        tracing = False
+
+        def before(step: int) -> None:
+            nonlocal tracing
+            if step not in wanted:
+                trace.close()
+            elif not tracing:
+                tracing = True
+                trace.enter_context(jax.profiler.trace(str(folder)))
+
+        yield before

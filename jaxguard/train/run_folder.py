@@ -1,4 +1,4 @@
-"""A run's folder: its lock, and whether a run may be resumed in it. docs/resume.md says what it holds.
+"""A run's folder: its lock, whether a run may be resumed in it, and its records. docs/resume.md says what it holds.
 
 Only process 0 writes here, except for the checkpoints, which all processes write together.
 """
@@ -20,8 +20,10 @@ from jax.experimental import multihost_utils
 
 import jaxguard
 from jaxguard.config import Config, dump, read_dump
-from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.files import lock_folder, write_atomically
+from jaxguard.data.guard_files import is_complete
+from jaxguard.train.logging import read_metrics
+from jaxguard.utils.errors import JaxguardError, ProvenanceError
+from jaxguard.utils.files import disk_steps, lock_folder, write_atomically
 from jaxguard.utils.store import differences, refuse_others
 
 logger = logging.getLogger(__name__)
@@ -42,10 +44,11 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 @contextmanager
 def open_run(config: Config, resume: Resume = "auto") -> Iterator[Path]:
-    """Create or reopen run_folder/name, and lock it for this process until the end.
+    """Lock run_folder/name for this process until the end, and refuse a run that `resume` does not allow there.
 
-    Call it on every process, after jax.distributed is initialized; process 0 does the work and the others wait for it.
-    `resume`: auto resumes the folder's run, if there is one; always requires a checkpoint, never a folder without a run.
+    Nothing is written but the lock: that is for `begin_run`, when nothing cheap can fail any more. Call it on every process, after
+    jax.distributed is initialized; process 0 does the work and the others wait for it. `resume`: auto resumes the folder's run, if
+    there is one; always requires a checkpoint, never a folder without a run.
 
     Raises:
         JaxguardError: the folder is locked by another process, holds another run, or is not what `resume` requires.
@@ -64,10 +67,6 @@ def open_run(config: Config, resume: Resume = "auto") -> Iterator[Path]:
                         f"cannot write to the run folder {folder}: {error}; choose another run_folder"
                     ) from None
                 _check_resume(folder, config, resume)
-                for name in ("validation_predictions", "checkpoints", "export", "tensorboard", "profile"):
-                    (folder / name).mkdir(exist_ok=True)
-                _write_versions(folder / "versions.json")
-                write_atomically(folder / "config.yaml", dump(config))
                 opened = True
         finally:
             opened = bool(multihost_utils.broadcast_one_to_all(np.int32(opened)))
@@ -76,18 +75,41 @@ def open_run(config: Config, resume: Resume = "auto") -> Iterator[Path]:
         yield folder
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a step was recorded, saved or exported in a run's folder; what a start that failed before left behind is no run."""
+    metrics = folder / "metrics.jsonl"
+    recorded = metrics.is_file() and any(record["step"] > 0 for record in read_metrics(metrics))
+    return recorded or bool(disk_steps(folder / "checkpoints")) or is_complete(folder / "export")
+
+
+def begin_run(folder: Path, config: Config, manifest: dict[str, Any]) -> None:
+    """Write config, versions and data manifest into an open run's folder; ProvenanceError: its run was trained on other data."""
+    path, resumes = folder / "data.json", holds_run(folder)
+    before = json.loads(path.read_text(encoding="utf-8")) if resumes and path.is_file() else manifest
+    if before["train"]["tokens_sha256"] != manifest["train"]["tokens_sha256"]:
+        raise ProvenanceError(
+            f"{folder} was trained on other data: {path} does not match the config's sources. Restore "
+            "the data, or start a new run under another name"
+        )
+    if jax.process_index() == 0:
+        (folder / "validation_predictions").mkdir(exist_ok=True)
+        _write_versions(folder / "versions.json", resumes)
+        write_atomically(path, json.dumps(before, indent=2, ensure_ascii=False))
+        write_atomically(folder / "config.yaml", dump(config))
+
+
 def _check_resume(folder: Path, config: Config, resume: Resume) -> None:
     """Refuse what `resume` does not allow, and to resume with a config of another run."""
-    path = folder / "config.yaml"
-    if resume == "never" and path.is_file():
+    path, resumes = folder / "config.yaml", holds_run(folder)
+    if resume == "never" and resumes:
         raise JaxguardError(
             f"{folder} already holds a run and --resume is never; choose another name, or delete the folder"
         )
-    if resume == "always" and not any(p.name.isdigit() for p in (folder / "checkpoints").glob("*")):
+    if resume == "always" and not disk_steps(folder / "checkpoints"):
         raise JaxguardError(
             f"{folder} holds no checkpoint to resume from and --resume is always; use --resume auto to start"
         )
-    if not path.is_file():
+    if not resumes or not path.is_file():
         return
     try:
         before = read_dump(path)
@@ -107,7 +129,7 @@ def _check_resume(folder: Path, config: Config, resume: Resume) -> None:
         )
 
 
-def _write_versions(path: Path) -> None:
+def _write_versions(path: Path, resumes: bool) -> None:
     """Record the versions of everything that can change a run's results; other ones of earlier starts stay under `before`."""
     now = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -120,7 +142,7 @@ def _write_versions(path: Path) -> None:
         "processes": jax.process_count(),
     }
     before: list[Any] = []
-    if path.is_file():
+    if resumes and path.is_file():
         last = json.loads(path.read_text(encoding="utf-8"))
         before = last.pop("before")
         changed = {k: v for k, v in differences(last, now).items() if k != "started"}

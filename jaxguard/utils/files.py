@@ -93,6 +93,11 @@ def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
         raise
 
 
+def disk_steps(folder: Path) -> list[int]:
+    """List the steps of the complete checkpoints in a checkpoints folder, oldest first."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit() and path.is_dir())
+
+
 def check_free(output: Path) -> None:
     """Raise a JaxguardError if `output` is a file, or a folder that is not empty."""
     if output.is_file() or (output.is_dir() and any(output.iterdir())):

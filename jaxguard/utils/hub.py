@@ -60,6 +60,21 @@ def fetch(checkpoint: str, revision: str | None = None, only: Sequence[str] | No
     Raises:
         JaxguardError: no such folder or repository or revision, a gated one without access, or no connection.
     """
+    folder = local_folder(checkpoint)
+    if folder is not None:
+        return folder
+    try:
+        local = huggingface_hub.snapshot_download(
+            checkpoint, revision=revision, allow_patterns=list(only or CHECKPOINT_FILES), ignore_patterns=_IGNORED
+        )
+        return Path(local)
+    except tuple(_REFUSALS) as error:
+        meaning = next(text for kind, text in _REFUSALS.items() if isinstance(error, kind))
+        raise JaxguardError(meaning.format(name=checkpoint, revision=revision or "main", error=error)) from None
+
+
+def local_folder(checkpoint: str) -> Path | None:
+    """Return a checkpoint's folder; None if it can only be on the hub. JaxguardError: it is neither folder nor repository id."""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
@@ -74,11 +89,4 @@ def fetch(checkpoint: str, revision: str | None = None, only: Sequence[str] | No
         raise JaxguardError(
             f"no folder {checkpoint!r}, and it is not a hub repository either: those are written owner/name"
         )
-    try:
-        local = huggingface_hub.snapshot_download(
-            checkpoint, revision=revision, allow_patterns=list(only or CHECKPOINT_FILES), ignore_patterns=_IGNORED
-        )
-        return Path(local)
-    except tuple(_REFUSALS) as error:
-        meaning = next(text for kind, text in _REFUSALS.items() if isinstance(error, kind))
-        raise JaxguardError(meaning.format(name=checkpoint, revision=revision or "main", error=error)) from None
+    return None

@@ -22,6 +22,7 @@ from jaxguard.data.packing import (
     row_lengths,
     total_steps,
 )
+from jaxguard.utils.errors import JaxguardError
 
 ROW = 32
 ORDER = {0: [0, 2, 9, 1, 8], 3: [4, 1, 0, 6, 9]}
@@ -166,3 +167,9 @@ def test_reading_from_the_middle_gives_the_batches_of_those_steps():
 def test_updates_of_the_recipe(examples, epochs, steps):
     assert total_steps(examples, 32, epochs, None) == steps
     assert total_steps(examples, 32, epochs, 7) == 7
+
+
+def test_a_run_has_a_step():
+    """Without one, the base would be exported as a trained guard."""
+    with pytest.raises(JaxguardError, match=r"train\.epochs=0\.5 .* train\.batch_size=32"):
+        total_steps(63, 32, 0.5, 7)

@@ -136,7 +136,7 @@ def test_killed_it_loses_only_what_is_under_way(run, mined, baker):
 def test_a_run_without_an_export_is_to_be_trained_first(run, baker, capsys):
     (run / "runs/first/export/jaxguard.json").unlink()
     assert main(["--config", "first.yaml"]) == 2
-    assert "train it first" in capsys.readouterr().err
+    assert "runs/first holds no trained guard" in capsys.readouterr().err
     assert not baker.asked
 
 

@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from jaxguard.cli import INTERRUPTED
 from jaxguard.config import load
 from jaxguard.data.prepare import prepare
 from jaxguard.train.hosts import REQUEUE, compare_hosts, graceful_stop
@@ -51,6 +54,61 @@ def test_repeated_sigterm_stays_graceful() -> None:
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)  # the first one by hand
         assert flag.should_stop(1)
+
+
+SLOW = """
+import ctypes, sys, time
+from jaxguard.cli import INTERRUPTED
+from jaxguard.train.hosts import end_together, graceful_stop
+
+def run():
+    with graceful_stop() as flag:
+        print("ready", flush=True)
+        sleep = ctypes.CDLL(None).usleep  # as XLA: the main thread runs no Python meanwhile
+        for _ in range(300):
+            sleep(1_000_000) if sys.argv[1] == "blocked" else None
+        while not flag.should_stop(1):
+            time.sleep(0.05)
+        print("saved", flush=True)
+
+end_together(run) if sys.argv[2] == "command" else run()
+"""
+
+
+def interrupt(blocked: str, owner: str) -> tuple[subprocess.Popen[str], str]:
+    """Start a run, send it a Ctrl-C, and return it with the lines of its answer."""
+    command = [sys.executable, "-c", SLOW, blocked, owner]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stderr
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    return process, process.stderr.readline()
+
+
+def test_ctrl_c_is_answered_in_the_midst_of_a_step_and_the_second_stops_it() -> None:
+    process, answer = interrupt("blocked", "command")
+    assert "stopping after this step" in answer
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)  # the step takes minutes
+    assert (process.returncode, out) == (INTERRUPTED, "")
+    assert "without saving" in err
+
+
+def test_ctrl_c_once_saves() -> None:
+    process, answer = interrupt("free", "command")
+    assert "stopping after this step" in answer
+    assert (process.communicate(timeout=10)[0], process.returncode) == ("saved\n", 0)
+
+
+def test_a_notebook_survives_the_second_ctrl_c() -> None:
+    process, _ = interrupt("blocked", "notebook")
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=2)
+    process.kill()
+    process.communicate()
 
 
 def test_processes_agree_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """A whole run in this process: what it leaves behind, and what it refuses."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -12,10 +14,14 @@ from jaxguard.config import load
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import read_guard_files
 from jaxguard.data.policies import load_policy
+from jaxguard.guards.guard import Guard
 from jaxguard.train.__main__ import main
+from jaxguard.train.checkpoints import Checkpoints, read_description
+from jaxguard.train.hosts import StopFlag
 from jaxguard.train.logging import read_metrics
-from jaxguard.train.loop import train
-from jaxguard.train.validation import ValidationPrediction, summary
+from jaxguard.train.loop import profiler, train
+from jaxguard.train.run_folder import begin_run, open_run
+from jaxguard.train.validation import Validation, ValidationPrediction, summary
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -107,6 +113,98 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(finished):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file() and "tensorboard" not in p.parts}
     assert main(["--config", str(finished.parents[1] / "tiny.yaml")]) == 0
     assert all(p.read_bytes() == before[p] for p in before if p.name not in (".lock", "versions.json", "config.yaml"))
+
+
+MISTAKES = {
+    "data.policy=lampz": "lampz",
+    "data.train.0.path=trian.jsonl": "trian.jsonl",
+    "model.checkpoint=./nowhere": "nowhere",
+    "mesh.fsdp=3": "mesh.fsdp=3",
+    "train.accumulation=9": "train.accumulation=9",
+    "data.validation_size=48": "data.validation_size=48",
+    "data.max_seq_len=16": "data.max_seq_len=16",
+    "train.epochs=0.01": "train.epochs=0.01",
+}
+
+
+def test_a_start_that_failed_does_not_own_the_name(tiny_config, capsys):
+    """Whatever can be known before the first step is said before anything is written, and the name stays free."""
+    folder = tiny_config.parent / "runs/tiny"
+    for mistake, word in MISTAKES.items():
+        assert main(["--config", str(tiny_config), "optimizer.learning_rate=1", "mesh.fsdp=-1", mistake]) == 2, mistake
+        assert word in capsys.readouterr().err
+        assert not folder.exists() or [path.name for path in folder.iterdir()] == [".lock"], mistake
+    config = load(str(tiny_config))
+    with open_run(config, "never") as opened:
+        begin_run(opened, config, {"train": {"tokens_sha256": ""}})
+    with pytest.raises(JaxguardError, match="no step"):
+        Guard.load(folder)
+
+
+def test_a_stop_on_an_evaluation_step_saves_first(finished, monkeypatch):
+    """The scheduler may not wait for a validation: it is made when the run resumes, with the same records as without a stop."""
+    config = load(str(finished / "config.yaml"), ["name=stopped"])
+    events = []
+
+    def noted(kind, name):
+        method = getattr(kind, name)
+
+        def note(self, *arguments):
+            events.append(name)
+            return method(self, *arguments)
+
+        monkeypatch.setattr(kind, name, note)
+
+    noted(Checkpoints, "save")
+    noted(Validation, "run")
+    monkeypatch.setattr(StopFlag, "should_stop", lambda _, step: step == 6)
+    run = train(config)
+    assert (run.step, run.finished) == (6, False)
+    assert events == ["run", "save", "save", "save"]  # before the first step; after steps 2, 4 and 6
+    assert read_description(run.folder / "checkpoints/6")["validation_loss"] is None
+    events.clear()
+    monkeypatch.setattr(
+        StopFlag, "should_stop", lambda _, step: step == 12
+    )  # on the last step too, but then it is finished
+    run = train(config)
+    assert run.finished
+    assert events == ["run", "save", "save", "save", "run"]
+    whole = read_metrics(finished / "metrics.jsonl")
+    assert [{**x, "speed": 0} for x in run.history] == [{**x, "speed": 0} for x in whole]
+    losses = {x["step"]: x["validation/loss"] for x in whole if "validation/loss" in x}
+    for step in (6, 12):
+        assert read_description(run.folder / f"checkpoints/{step}")["validation_loss"] == losses[step]
+    weights = (run.export / "model.safetensors").read_bytes()
+    assert weights == (finished / "export/model.safetensors").read_bytes()
+
+
+def test_a_stop_before_the_first_step_needs_no_step(tiny_config, monkeypatch):
+    monkeypatch.setattr(StopFlag, "should_stop", lambda *_: True)
+    run = train(load(str(tiny_config), ["mesh.fsdp=-1"]))
+    assert (run.step, run.finished, run.export) == (0, False, None)
+    assert not list((run.folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("first", "start", "traced"),
+    [(None, 0, []), (2, 0, [2, 3, 4]), (2, 3, [3, 4]), (2, 5, []), (8, 0, [8, 9]), (10, 0, []), (11, 0, [])],
+)
+def test_profiled_steps_are_those_that_the_run_does(tmp_path, monkeypatch, caplog, first, start, traced):
+    active, steps = [], []
+
+    @contextmanager
+    def trace(folder):
+        active.append(folder)
+        yield
+        active.pop()
+
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    with profiler(tmp_path, first, 10) as profile:
+        for step in range(start, 10):
+            profile(step)
+            steps += [step] * len(active)
+    assert (steps, active) == (traced, [])
+    assert ("profile_step" in caplog.text) == (first is not None and first >= 10)
 
 
 def test_a_run_that_diverges_stops_with_its_step_and_examples(tiny_config, capsys):

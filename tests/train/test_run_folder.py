@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from jaxguard.config import Config, load
-from jaxguard.train.run_folder import FREE, ROUNDING, Resume, open_run
-from jaxguard.utils.errors import JaxguardError
+from jaxguard.train.run_folder import FREE, ROUNDING, Resume, begin_run, open_run
+from jaxguard.utils.errors import JaxguardError, ProvenanceError
 from jaxguard.utils.store import differences
 
 
@@ -27,9 +27,16 @@ def config_in(folder: Path, **sections: dict[str, Any]) -> Config:
     return load(tree)
 
 
-def start(config: Config, resume: Resume = "auto") -> Path:
-    """Open a run's folder, and leave it."""
+def manifest(data: str = "bread") -> dict[str, Any]:
+    return {"train": {"tokens_sha256": data}}
+
+
+def start(config: Config, resume: Resume = "auto", data: str = "bread", steps: int = 1) -> Path:
+    """Begin a run in its folder, record a number of steps, and leave it."""
     with open_run(config, resume) as folder:
+        begin_run(folder, config, manifest(data))
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.writelines(f'{{"step": {step}}}\n' for step in range(steps + 1))
         return folder
 
 
@@ -37,8 +44,10 @@ def test_new_run_explains_itself(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     with open_run(config) as folder:
         assert folder == tmp_path / "tiny"
-        assert all((folder / name).is_dir() for name in ("checkpoints", "export", "tensorboard", "profile"))
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        begin_run(folder, config, manifest())
     assert load(str(folder / "config.yaml")) == config
+    assert json.loads((folder / "data.json").read_text()) == manifest()
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["devices"] == ["cpu"]
     assert versions["device_count"] == 8
@@ -55,12 +64,43 @@ def test_auto_goes_on_and_never_refuses(tmp_path: Path) -> None:
     start(config, "auto")  # the refusal let go of the lock
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_start_that_failed_is_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int) -> None:
+    """It may even have validated the base, before the first step: nothing was trained."""
+    failed = start(config_in(tmp_path, optimizer={"learning_rate": 2e-6}), data="cake", steps=steps)
+    (failed / "versions.json").write_text('{"jax": "0.0.1", "before": []}')
+    corrected = config_in(tmp_path)
+    start(corrected, "never", steps=steps)
+    assert load(str(failed / "config.yaml")) == corrected
+    assert json.loads((failed / "data.json").read_text()) == manifest()
+    assert json.loads((failed / "versions.json").read_text())["before"] == []
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("trace", ["checkpoints/10", "export/jaxguard.json"])
+def test_what_was_saved_or_exported_is_a_run(tmp_path: Path, trace: str) -> None:
+    folder = start(config_in(tmp_path), steps=0)
+    (folder / trace).mkdir(parents=True) if trace.startswith("check") else (folder / "export").mkdir()
+    (folder / "export/jaxguard.json").write_text("{}") if trace.startswith("export") else None
+    with pytest.raises(JaxguardError, match=r"optimizer\.learning_rate"):
+        start(config_in(tmp_path, optimizer={"learning_rate": 2e-6}))
+    with pytest.raises(JaxguardError, match="--resume is never"):
+        start(config_in(tmp_path), "never")
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    folder = start(config_in(tmp_path))
+    with pytest.raises(ProvenanceError, match=r"data\.json"):
+        start(config_in(tmp_path), data="cake")
+    assert json.loads((folder / "data.json").read_text()) == manifest()
+
+
 def test_always_needs_a_checkpoint(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     with pytest.raises(JaxguardError, match="--resume"):
         start(config, "always")
     folder = start(config)
-    (folder / "checkpoints/10.orbax-checkpoint-tmp").mkdir()
+    (folder / "checkpoints/10.orbax-checkpoint-tmp").mkdir(parents=True)
     with pytest.raises(JaxguardError, match="--resume"):
         start(config, "always")
     (folder / "checkpoints/10").mkdir()
@@ -168,7 +208,7 @@ def test_folder_that_cannot_be_one(tmp_path: Path) -> None:
 
 
 def test_unreadable_config_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "tiny").mkdir()
+    start(config_in(tmp_path))
     (tmp_path / "tiny" / "config.yaml").write_text("model: {nonsense: 1}")
     with pytest.raises(JaxguardError, match=r"model\.nonsense"):
         start(config_in(tmp_path))
