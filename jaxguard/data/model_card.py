@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 from jaxguard.config import Config
+from jaxguard.data.questions import table_of, trained_together
 from jaxguard.report import Cell, Code, Page, Section, Table, page_markdown
 from jaxguard.utils.files import write_atomically
 
@@ -68,6 +69,7 @@ def write_card(
          entry.get("role", ""), entry.get("examples"), Cell(str(entry.get("examples_sha256", ""))[:16], code=True)]
         for entry in manifest["sources"]
     ]  # fmt: skip
+    trained = trained_together(manifest)
     licence = f"The licence of the base applies to these weights{'; see ' + BASE_CARD if readme.is_file() else ''}."
     page = Page(config.name, [
         "A safety guard model: it reads a conversation and a policy, and says whether the prompt and the response are "
@@ -77,8 +79,9 @@ def write_card(
             "trained on, or by another:",
             Code(_WITH_JAXGUARD.format(model=json.dumps(config.name)), "python"),
             "With transformers: render one user turn (instruction, policy, conversation, answer format) and end it "
-            f"{ending}. Treat an answer that lacks a verdict line as harmful.",
+            f"{ending}. Ask only together what was trained together. Treat an answer that lacks a verdict line as harmful.",
             Code(_with_transformers(config, example), "python"),
+            *([table_of(trained)] if trained else []),
         ]),
         Section("Held-out examples", [Table.of(("metric", *metrics), rows)]),
         Section("Training", [

@@ -18,7 +18,7 @@ from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.policies import Policy, load_policy, policy_for
-from jaxguard.data.questions import QuestionSet, question_sets
+from jaxguard.data.questions import QuestionSet, question_sets, trained_together
 from jaxguard.data.sources import digest, load, unique_ids
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.progress import track
@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
     @property
     def trained_together(self) -> tuple[QuestionSet, ...]:
         """Every set of questions that a training prompt asks."""
-        return tuple(map(QuestionSet.model_validate, self.manifest["train"]["questions"]))
+        return trained_together(self.manifest)
 
 
 def prepare(config: Config, folder: Path) -> Prepared:

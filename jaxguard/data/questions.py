@@ -5,14 +5,15 @@ prompt that asks two about an exchange; such a request becomes two prompts. A qu
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from jaxguard.config.base import Positive, Schema
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, Question
+from jaxguard.report import Table
 
 RARE: Final = 0.01
 """Share of a mode's training examples below which a set is asked only where no other holds its question."""
@@ -52,6 +53,20 @@ def question_sets(prompts: Iterable[tuple[Example, Mode, tuple[Question, ...]]])
         QuestionSet(mode=mode, response=response, questions=questions, examples=count)
         for (mode, response, questions), count in sorted(counts.items())
     ]
+
+
+def trained_together(manifest: Mapping[str, Any]) -> tuple[QuestionSet, ...]:
+    """Return the sets of a data manifest's training prompts; () of one that does not list them."""
+    return tuple(map(QuestionSet.model_validate, manifest.get("train", {}).get("questions", ())))
+
+
+def table_of(trained: Iterable[QuestionSet]) -> Table:
+    """Tabulate the sets, for reports."""
+    table = Table(("mode", "prompts that ask", "about", "examples"), "Questions trained together", left=3)
+    for each in trained:
+        about = "an exchange" if each.response else "a prompt alone"
+        table.add(str(each.mode), ", ".join(each.questions), about, each.examples)
+    return table
 
 
 def ask(

@@ -16,7 +16,7 @@ from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.format.dialogue import CHOICES, LABEL
 from jaxguard.data.packing import Schedule, packed_tokens, total_steps
 from jaxguard.data.prepare import Prepared, Selection
-from jaxguard.data.questions import cautions
+from jaxguard.data.questions import cautions, table_of, trained_together
 from jaxguard.report import Table
 from jaxguard.report.text import share, visible
 from jaxguard.utils.errors import JaxguardError
@@ -111,10 +111,7 @@ def _tables(manifest: dict[str, Any]) -> tuple[Table, ...]:
             balance = f" ({yes / (yes + no):.0%})" if yes + no else ""
             counts = (f"{yes:,} {positive}{balance}", f"{no:,} {negative}", values.get("None", 0))
             labels.add(role, LABEL[question].removesuffix("_label"), *counts)
-    asked = Table(("mode", "prompts that ask", "about", "examples"), "Questions trained together", left=3)
-    for each in manifest["train"]["questions"]:
-        about = "an exchange" if each["response"] else "a prompt alone"
-        asked.add(each["mode"], ", ".join(each["questions"]), about, each["examples"])
+    asked = table_of(trained_together(manifest))
     return sources, table, labels, asked, Table.of(("dropped", "examples"), manifest["dropped"].items())
 
 

@@ -13,6 +13,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import is_complete, write_guard_files
 from jaxguard.data.model_card import write_card
 from jaxguard.data.prepare import Prepared
+from jaxguard.data.questions import Ask, ask
 from jaxguard.models.hf_io.checkpoints import ExportReport, export_hf
 from jaxguard.utils.files import whole_folder
 
@@ -40,8 +41,11 @@ def export(
         # A user turn as the guard expects it, so that whoever serves it sees the format.
         mode = Mode.DIRECT if config.data.mode == "direct" else Mode.REASONING
         answer = "Mix flour, water, salt and yeast, wait, and bake it."
-        harmless = Example("card", "card", "How do I bake bread?", answer)
-        prompt = Encoder.load(source, config.data).prompt(harmless, mode).turn
+        encoder = Encoder.load(source, config.data)
+        asks = encoder.policy.asks
+        shown = next(iter(ask(asks, asks, True, mode, data.trained_together)), Ask(asks, asks, True))
+        harmless = Example("card", "card", "How do I bake bread?", answer if shown.response else None)
+        prompt = encoder.prompt(harmless, mode, asks=shown.lines).turn
         changes = (
             f"{report.changed_fraction:.2%} of the {report.values:,} trained weights, as stored in {', '.join(report.dtypes)}, "
             f"differ from the base. {report.tensors:,} tensors were trained; {report.carried:,} were carried over as bytes."

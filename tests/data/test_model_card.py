@@ -113,6 +113,14 @@ def test_body_describes_recipe_data_change_and_prompt(tmp_path):
         assert text in body, text
 
 
+def test_body_says_what_may_be_asked_together(tmp_path):
+    sets = [{"mode": "direct", "response": True, "questions": ["prompt_harm", "response_harm"], "examples": 1234}]
+    _, body, _ = card(tmp_path, manifest={**MANIFEST, "train": {"questions": sets}})
+    (row,) = (line for line in body.splitlines() if line.startswith("|") and "1,234" in line)
+    assert "response" in row
+    assert "an exchange" in row
+
+
 def test_nothing_of_this_machine_is_published(tmp_path):
     _, _, output = card(tmp_path, None, "---\nlicense: mit\n---\n")
     text = (output / "README.md").read_text()
