@@ -25,6 +25,13 @@ from jaxguard.utils.parse import find_field, leaves, nearest
 from jaxguard.utils.terminal import Console, show_warnings
 
 USER_ERROR = 2
+_FILE_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space and run again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another path"),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), "choose another path"
+    ),
+}
 PROVENANCE_CHANGED = 3
 INTERRUPTED = 130
 COMPLETING = "_ARGCOMPLETE" in os.environ
@@ -199,7 +206,7 @@ def stages() -> dict[str, str]:
 def exit_code(run: Callable[[], int | None]) -> int:
     """Return what `run` returns, None meaning 0, or the code of what it raised, whose message goes to stderr.
 
-    2 is a JaxguardError or a full disk, 3 a ProvenanceError, 130 is Ctrl-C.
+    2 is a JaxguardError or a file that cannot be read or written, 3 a ProvenanceError, 130 is Ctrl-C.
     """
     show_warnings()
     try:
@@ -207,10 +214,10 @@ def exit_code(run: Callable[[], int | None]) -> int:
     except JaxguardError as error:
         return _complain(str(error), PROVENANCE_CHANGED if isinstance(error, ProvenanceError) else USER_ERROR)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _FILE_ERRORS:
             raise
         return _complain(
-            f"the disk is full: writing {error.filename or 'a file'} failed; free some space and run again"
+            f"cannot read or write {error.filename or 'a file'}: {error.strerror}; {_FILE_ERRORS[error.errno]}"
         )
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from jaxguard.report import Cell, Code, Content, Page, Paragraph, Section, Table
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder
+from jaxguard.utils.parse import Fields, PathPart, read_json
 from jaxguard.utils.secrets import published
 
 _TEXT = pyarrow.string()
@@ -45,6 +46,13 @@ _DATA_FIELDS = {"policy", "reasoning_marker", "direct_marker", "dual_reasoning_s
 
 Pool = tuple[list[Example], list[dict[str, Any]], list[Match]]
 """The examples of some sources, the sources' manifest entries, and the examples that a benchmark holds too."""
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What is read of a manifest.json: the version, which becomes a folder's name."""
+
+    version: PathPart
 
 
 class BuildResult(NamedTuple):
@@ -70,11 +78,10 @@ def build(config: Config) -> BuildResult:
         for origin, source in zip(origins, sources, strict=True):
             path = Path(source.path or "").with_suffix(".summary.json")
             if source.path and path.is_file():  # of the distillation that wrote it
-                summary = json.loads(path.read_text(encoding="utf-8"))
+                summary = read_json(path, Fields)
                 origin["distilled"] = {name: value for name, value in summary.items() if name != "never_passed"}
         return examples, origins, find_matches(examples, benchmarks, settings.similarity) if benchmarks else []
 
-    folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "run"):
         draft = folder / "dataset.partial"
         shutil.rmtree(draft, ignore_errors=True)
@@ -227,7 +234,7 @@ def _publish(draft: Path, version: str) -> Path:
     """Rename the finished folder to dataset; an existing one with other contents gets its version as a suffix."""
     output = draft.with_name("dataset")
     if output.is_dir():
-        existing = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["version"]
+        existing = read_json(output / "manifest.json", _Manifest).version
         if existing == version:
             shutil.rmtree(draft)
             return output

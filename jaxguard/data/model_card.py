@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import metadata_load
 
 from jaxguard.config import Config
 from jaxguard.data.questions import table_of, trained_together
 from jaxguard.report import Cell, Code, Page, Section, Table, page_markdown
+from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
+from jaxguard.utils.parse import Fields, front_matter, read_json
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
 BENCHMARKS = "Benchmarks"
@@ -153,20 +154,18 @@ def base_licence(folder: Path) -> dict[str, Any]:
 
 
 def _front(card: Path) -> dict[str, Any]:
-    """The front matter of a model card; empty where there is none, or it is no YAML."""
+    """The front matter of a model card; empty where there is none, or it cannot be read."""
     try:
-        front = metadata_load(card) if card.is_file() else None
-    except (ValueError, yaml.YAMLError):
-        front = None
-    return front or {}
+        return front_matter(card)
+    except JaxguardError:
+        return {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        tree = None
-    return tree if isinstance(tree, dict) else {}
+        return read_json(path, Fields)
+    except JaxguardError:
+        return {}
 
 
 def add_scores(folder: Path, results: Iterable[Mapping[str, Any]]) -> None:

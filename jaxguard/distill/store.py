@@ -82,13 +82,8 @@ def open_traces(folder: Path, settings: Mapping[str, Any]) -> Iterator[TraceStor
 
     It is an error if another process writes to it, or if it was begun with other settings.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder, "store")
-    except OSError as error:
-        raise JaxguardError(f"cannot write to the trace store {folder}: {error.strerror or error}") from None
     remedy = "Take the old values back, or choose another store."
-    with lock, open_store(attempts_file(folder), settings, remedy) as store:
+    with lock_folder(folder, "store"), open_store(attempts_file(folder), settings, remedy) as store:
         traces = TraceStore(store)
         for attempt in read_attempts(folder):
             traces.index(attempt)
@@ -97,7 +92,7 @@ def open_traces(folder: Path, settings: Mapping[str, Any]) -> Iterator[TraceStor
 
 def read_attempts(folder: Path) -> Iterator[Attempt]:
     """Yield all attempts of a trace store, oldest first; safe while another process appends."""
-    return read_records(attempts_file(folder), lambda record: Attempt(**record))
+    return read_records(attempts_file(folder), Attempt)
 
 
 def attempts_file(folder: Path) -> Path:

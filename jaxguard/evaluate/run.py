@@ -64,12 +64,7 @@ def evaluate(config: Config) -> Evaluation:
     settings, folder = config.evaluate or EvaluateConfig(), config.folder / "evaluate"
     check_settings(settings, config)
     tasks = read_tasks(settings, config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder, "evaluation")
-    except OSError as error:
-        raise JaxguardError(f"cannot write to {folder}: {error.strerror or error}") from None
-    with lock:
+    with lock_folder(folder, "evaluation"):
         predictions, left_out = asyncio.run(predict_all(tasks, config, settings, folder))
         cells, averages = score(predictions, settings)
         evaluation = Evaluation(

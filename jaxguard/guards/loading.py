@@ -203,14 +203,6 @@ def open_predictions(path: Path, settings: Mapping[str, Any]) -> Iterator[Predic
     Its lines are checksummed; the first one holds `settings`, JSON that decides the predictions: guard, sampling, examples.
     JaxguardError: it was begun with other settings, or cannot be written.
     """
-
-    def parse(record: dict[str, Any]) -> Prediction:
-        verdicts = {question: tuple(each) for question, each in record["verdicts"].items()}
-        try:
-            return Prediction(**{**record, "verdicts": verdicts, "texts": tuple(record["texts"])})
-        except JaxguardError as error:  # made again, as any damaged record
-            raise ValueError(str(error)) from None
-
     remedy = "Take the old values back, give the guard or the run another name, or delete the file."
     with open_store(path, settings, remedy) as store:
-        yield Predictions({prediction.example_id: prediction for prediction in read_records(path, parse)}, store)
+        yield Predictions({prediction.example_id: prediction for prediction in read_records(path, Prediction)}, store)

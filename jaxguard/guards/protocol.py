@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol
 
+from pydantic import StrictFloat
+
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
@@ -74,7 +76,7 @@ class Prediction:
 
     example_id: str
     verdicts: Mapping[Question, tuple[int, ...]]
-    probabilities: Mapping[Question, float | None]
+    probabilities: Mapping[Question, StrictFloat | None]
     texts: tuple[str, ...] = ()
     forced: int = 0
     prompt_tokens: int = 0

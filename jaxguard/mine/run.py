@@ -126,7 +126,6 @@ def mine(config: Config) -> MineResult:
     key = asyncio.run(cache_key(settings.guard, config, sampling))
     policy, selection = load_policy(config.data.policy), select(config)
     folder = config.folder / "mine"
-    folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder, "mining"):
         outcomes = asyncio.run(predict_all(config, sampling, selection, policy, key))
         hard = [outcome for outcome in outcomes if outcome.right in settings.hard]

@@ -25,7 +25,7 @@ from jaxguard.report import Bullets, Drawing, Page, Table
 from jaxguard.report.figures import inline_svg, style
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
-from jaxguard.utils.parse import read_yaml
+from jaxguard.utils.parse import Fields, read_json, read_yaml
 
 SWEEP_FOLDER = CONFIG_FOLDER / "sweeps"
 SWEEP_OUTPUT = Path("runs/sweeps")
@@ -196,7 +196,7 @@ def sweep(
         text = "\n".join([jax.__version__, point.cluster.name, str(point.rows), dump(point.config)])
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = folder / f"{point.series}-{point.cluster.devices}.json"
-        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        result = read_json(path, Fields) if path.is_file() else {}
         if result.get("key") != key:
             result = {"key": key, "series": point.series, "devices": point.cluster.devices}
             try:

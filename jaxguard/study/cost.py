@@ -3,9 +3,10 @@
 Steps are exact. Tokens of an example and the speed are assumptions of the study's file, or of runs that have trained.
 """
 
-import json
+import math
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,20 @@ from jaxguard.guards.loading import modes_of
 from jaxguard.report import Table
 from jaxguard.study.grid import Run, Study
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import ROWS_BYTES, parse_json, read_text
+
+
+@dataclass(frozen=True)
+class _Speed:
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A line of metrics.jsonl, as far as it is used."""
+
+    speed: _Speed | None = None
+
 
 WARMUP_STEPS = 2
 """The first steps of a run compile and are not timed."""
@@ -105,9 +120,10 @@ def speed_of(study: Study) -> tuple[float, float, str]:
     cost = study.definition.cost
     measured: list[float] = []
     for path in (run.folder / "metrics.jsonl" for run in study.runs):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be cut
-        measured += [record["speed"]["tokens_per_second"] for record in records if "speed" in record][WARMUP_STEPS:]
+        lines = read_text(path, ROWS_BYTES).split("\n")[:-1] if path.is_file() else []  # the last one may be cut
+        records = [parse_json(line, _Record, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+        speeds = [record.speed.tokens_per_second for record in records if record.speed]
+        measured += [speed for speed in speeds[WARMUP_STEPS:] if math.isfinite(speed)]
     if measured:
         rate = median(measured)
         return rate, cost.generated_per_second or rate, f"median of {len(measured)} steps of this study"

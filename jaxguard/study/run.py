@@ -11,9 +11,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from jaxguard.config import READS, Config, read_by
 from jaxguard.config.data import BuildConfig
@@ -21,6 +21,7 @@ from jaxguard.config.study import Stage
 from jaxguard.data.files import file_digest
 from jaxguard.study.grid import Run, Study
 from jaxguard.utils.files import lock_folder, write_atomically
+from jaxguard.utils.parse import read_json
 from jaxguard.utils.secrets import mask
 
 REQUEUE = 75
@@ -69,23 +70,33 @@ def _digest(path: Path, _changed: int) -> str:
     return file_digest(path)
 
 
-def read_record(run: Run) -> Any:
+@dataclass(frozen=True)
+class Progress:
+    """The fingerprint that a stage was begun with, and whether it is done."""
+
+    fingerprint: str
+    done: bool
+
+
+def read_record(run: Run) -> dict[str, Progress]:
     path = run.folder / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, dict[str, Progress]) if path.is_file() else {}
 
 
 def note(run: Run, stage: Stage, done: bool) -> None:
     """Record that a stage begins or is done."""
-    record = read_record(run) | {stage: {"fingerprint": fingerprint(run, stage), "done": done}}
+    record = read_record(run) | {stage: Progress(fingerprint(run, stage), done)}
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.folder / RECORD, json.dumps(record, indent=2) + "\n")
+    write_atomically(
+        run.folder / RECORD, json.dumps({name: asdict(each) for name, each in record.items()}, indent=2) + "\n"
+    )
 
 
 def pending(run: Run) -> list[Stage]:
     """Return the stages from the first one not done with this config and these files; prepared output is used as it is."""
     record = read_record(run)
     for i, stage in enumerate(run.row.stages):
-        done = run.prepared or record.get(stage) == {"fingerprint": fingerprint(run, stage), "done": True}
+        done = run.prepared or record.get(stage) == Progress(fingerprint(run, stage), done=True)
         if not done or not all((run.folder / name).is_file() for name in STAGES[stage][1](run.config)):
             return list(run.row.stages[i:])
     return []
@@ -118,7 +129,6 @@ def run_study(study: Study, log: Callable[[str], object]) -> int:
     Returns 0 if all runs are done, 1 if some failed, REQUEUE if it was stopped. JaxguardError: another process works in the study.
     """
     failed: dict[str, str] = {}
-    study.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(lock_folder(study.folder, "study"))
         process = _Process()
@@ -146,8 +156,8 @@ def _run(run: Run, process: _Process, log: Callable[[str], object]) -> str:
     """Run the pending stages of a run; return why it failed, or ""."""
     for stage in pending(run):
         # Stages refuse output of other config or data, but a training cannot tell that its base was trained again.
-        begun = read_record(run).get(stage, {}).get("fingerprint")
-        if stage == "train" and run.row.after and begun not in (None, fingerprint(run, stage)):
+        begun = read_record(run).get(stage)
+        if stage == "train" and run.row.after and begun and begun.fingerprint != fingerprint(run, stage):
             return f"it was begun with other settings, or other output of {', '.join(run.row.after)}; move {run.folder} away"
         note(run, stage, done=False)
         words = command(run, stage)

@@ -14,12 +14,18 @@ from jaxguard.utils.errors import JaxguardError
 
 
 def lock_folder(folder: Path, what: str) -> IO[str]:
-    """Hold a folder's lock until the returned file is closed; JaxguardError if another process holds it.
+    """Make a folder where there is none, and hold its lock until the returned file is closed.
 
-    A POSIX record lock ends with the process, however it ends, and is not handed on to forked workers, which
-    would otherwise keep it after a SIGKILL of their parent.
+    A POSIX record lock ends with the process, however it ends, and is not handed on to forked workers, which would otherwise keep
+    it after a SIGKILL of their parent. JaxguardError: another process holds it, or the folder cannot be written to.
     """
-    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise JaxguardError(
+            f"cannot write to the {what} folder {folder}: {error.strerror or error}; choose another folder or name"
+        ) from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -63,7 +69,6 @@ def whole_folder(output: Path, size: int = 0) -> Iterator[Path]:
     draft = output.with_name(f".{output.name}.partial")
     try:
         check_free(output)
-        draft.mkdir(parents=True, exist_ok=True)
         with lock_folder(draft, "output"):
             check_free(output)  # whoever held the lock before may have written it
             try:

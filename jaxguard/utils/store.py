@@ -7,8 +7,9 @@ never lost to a kill. A last line that was cut off is dropped when the file is o
 import json
 import logging
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
+from jaxguard.utils.parse import LINE_BYTES, Fields, check
 
 logger = logging.getLogger(__name__)
 
@@ -84,20 +86,20 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            return _unsealed("settings", file.readline())
+            return _unsealed("settings", file.readline(LINE_BYTES), Fields)
     except OSError as error:
         raise JaxguardError(f"cannot read {path}: {error.strerror or error}") from None
-    except (KeyError, TypeError, ValueError):
+    except JaxguardError:
         raise JaxguardError(
             f"{path} is damaged: its first line does not tell the settings of its records; move it away to begin anew"
         ) from None
 
 
-def read_records(path: Path, parse: Callable[[dict[str, Any]], Record]) -> Iterator[Record]:
-    """Yield the records of a file, oldest first, as `parse` makes them; none where there is no file.
+def read_records(path: Path, shape: type[Record]) -> Iterator[Record]:
+    """Yield the records of a file, oldest first, as `shape`, see parse_json; none where there is no file.
 
-    Damaged lines, and records for which `parse` raises KeyError, TypeError or ValueError, are skipped with a warning that
-    counts them. Safe while another process appends; memory does not grow with the file.
+    Damaged lines, and records of another shape, are skipped with a warning that counts them. Safe while another process
+    appends; memory does not grow with the file.
     """
     if not path.is_file():
         return
@@ -106,8 +108,8 @@ def read_records(path: Path, parse: Callable[[dict[str, Any]], Record]) -> Itera
         file.readline()
         for line in file:
             try:
-                record = parse(_unsealed("record", line))
-            except (KeyError, TypeError, ValueError):
+                record = _unsealed("record", line, shape)
+            except JaxguardError:
                 damaged += 1
             else:
                 yield record
@@ -121,12 +123,16 @@ def _sealed(name: str, record: Mapping[str, Any]) -> bytes:
     return f'{{"crc32": {zlib.crc32(body.encode())}, "{name}": {body}}}\n'.encode()
 
 
-def _unsealed(name: str, line: bytes) -> dict[str, Any]:
-    """Return the record of such a line; a damaged line raises KeyError, TypeError or ValueError."""
-    record: dict[str, Any] = json.loads(line)[name]
-    if _sealed(name, record) != line:
-        raise ValueError("the checksum is another")
-    return record
+def _unsealed(name: str, line: bytes, shape: type[Record]) -> Record:
+    """Return the record of such a line; JaxguardError: it is damaged, or of another shape."""
+    sealed = re.fullmatch(rb'\{"crc32": (\d{1,10}), "%b": (.*)\}\n' % name.encode(), line, re.DOTALL)
+    if sealed is None or zlib.crc32(sealed[2]) != int(sealed[1]):
+        raise JaxguardError("the checksum is another")
+    try:
+        record = json.loads(sealed[2])  # exactly what was appended, half a surrogate pair included
+    except (ValueError, RecursionError) as error:
+        raise JaxguardError(str(error)) from None
+    return check(record, shape, name)
 
 
 def differences(old: Any, new: Any, field: str = "") -> dict[str, tuple[Any, Any]]:

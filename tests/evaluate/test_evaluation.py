@@ -17,6 +17,7 @@ from jaxguard.evaluate.__main__ import main
 from jaxguard.evaluate.run import paper_data
 from jaxguard.evaluate.scores.results import read_results
 from jaxguard.train.__main__ import main as train
+from jaxguard.utils.parse import Fields
 from jaxguard.utils.store import read_records
 
 COUNT = 12
@@ -58,7 +59,7 @@ def evaluate(config, *overrides):
 
 def predictions(config, guard="ours", mode="direct", label="lamps"):
     path = config.parent / f"runs/tiny/evaluate/predictions/{guard}/{mode}/{label}.jsonl"
-    return list(read_records(path, dict))
+    return list(read_records(path, Fields))
 
 
 def test_both_modes_and_the_baselines_are_scored(run):

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
+from jaxguard.utils.parse import Fields
 from jaxguard.utils.store import open_store, read_records, read_settings
 
 SETTINGS = {"teacher": "r1", "template": "abc", "sampling": {"temperature": 0.6}}
@@ -26,7 +28,7 @@ def fill(path, records):
 
 
 def read(path):
-    return list(read_records(path, dict))
+    return list(read_records(path, Fields))
 
 
 def test_records_come_back_over_several_starts(tmp_path):
@@ -87,9 +89,14 @@ def test_a_damaged_header_is_refused(tmp_path):
         read_settings(tmp_path / "absent.jsonl")
 
 
+@dataclass
+class Number:
+    number: int
+
+
 def test_what_cannot_be_parsed_is_skipped_and_counted(tmp_path, caplog):
     fill(tmp_path / "records.jsonl", [{"number": "1"}, {"number": "one"}, {}, {"number": None}])
-    assert list(read_records(tmp_path / "records.jsonl", lambda record: int(record["number"]))) == [1]
+    assert list(read_records(tmp_path / "records.jsonl", Number)) == [Number(1)]
     assert "3 damaged" in caplog.text
 
 
@@ -127,10 +134,11 @@ def test_a_full_disk_keeps_what_is_there(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
+from jaxguard.utils.parse import Fields
 from jaxguard.utils.store import open_store, read_records
 path = Path(sys.argv[1])
 with open_store(path, {"a": 1}, "") as store:
-    for i in range(len(list(read_records(path, dict))), 100000):
+    for i in range(len(list(read_records(path, Fields))), 100000):
         store.append({"i": i})
         print(i, flush=True)
 """

@@ -4,20 +4,21 @@ Layout of a file: 8 bytes with the header's length (little endian), the header (
 after the header), then the bytes of all tensors.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from itertools import product
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import ml_dtypes
 import numpy as np
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import Fields, PathPart, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -104,20 +105,22 @@ def shard_files(folder: Path) -> list[Path]:
     raise JaxguardError(f"{folder} has neither {SINGLE} nor {INDEX}: no weights to read")
 
 
+@dataclass(frozen=True)
+class _Index:
+    """An index file: tensor -> file of the same folder."""
+
+    weight_map: Annotated[dict[str, PathPart], Field(min_length=1)]
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
     """Read the index of a sharded checkpoint, name -> file; empty without one."""
     path = folder / INDEX
     if not path.is_file():
         return {}
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError("weight_map is empty or not a mapping")
-        if any(not isinstance(file, str) or Path(file).name != file for file in weight_map.values()):
-            raise ValueError("weight_map must name files of this folder")
-    except (ValueError, KeyError, TypeError) as error:
-        raise JaxguardError(f"{path} is corrupt ({error}): download it again") from None
-    return weight_map
+        return read_json(path, _Index).weight_map
+    except JaxguardError as error:
+        raise JaxguardError(f"{error}; download it again") from None
 
 
 def open_file(path: Path) -> dict[str, Stored]:
@@ -127,7 +130,7 @@ def open_file(path: Path) -> dict[str, Stored]:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), Fields, str(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise JaxguardError(
             f"{path} is truncated or not a safetensors file ({error}): download or copy it again"
