@@ -82,7 +82,7 @@ def work(run: Run) -> Counter[str]:
     if {"train", "mine"} & set(run.row.stages):
         total["assumed"] += not (local or data.subset)
     predictions: list[tuple[int, int, float]] = []  # examples, generations of each, share with a trace
-    if "train" in run.row.stages:
+    if "train" in run.row.stages and examples:
         total["steps"] = total_steps(examples, config.train.batch_size, config.train.epochs, config.train.max_steps)
         tokens = cost.prompt_tokens + traced * cost.trace_tokens + cost.answer_tokens
         total["trained"] = round(total["steps"] * config.train.batch_size * tokens)
