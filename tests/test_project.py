@@ -35,6 +35,7 @@ BELOW = {
     "mine": {"guards"},
     "check": {"guards"},
     "study": {"evaluate"},
+    "push": {"data"},
     "init": set(),
     "env": set(),
 }

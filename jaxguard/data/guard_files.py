@@ -82,6 +82,16 @@ def find_export(run: Path) -> Path:
     raise JaxguardError(f"{run} holds no trained guard: {state}: jaxguard train with the run's config")
 
 
+def export_or(checkpoint: str) -> str:
+    """The export in a run's folder, or the checkpoint itself; JaxguardError: the folder of a run without an export."""
+    folder = Path(checkpoint).expanduser()
+    export = folder / "export"
+    if export.is_dir() and any(export.iterdir()):  # also one that is not jaxguard's
+        return str(export)
+    of_run = any((folder / name).exists() for name in ("export", "checkpoints", ".lock"))
+    return str(find_export(folder)) if of_run else checkpoint
+
+
 def write_guard_files(folder: Path, config: Config, trained_together: Sequence[QuestionSet]) -> None:
     """Write the three files into a folder with weights and tokenizer."""
     policy, data = load_policy(config.data.policy), config.data

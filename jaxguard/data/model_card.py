@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from jaxguard.config import Config
 from jaxguard.data.questions import table_of, trained_together
 from jaxguard.report import Cell, Code, Page, Section, Table, page_markdown
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
-from jaxguard.utils.parse import Fields, front_matter, read_json
+from jaxguard.utils.parse import Fields, check, front_matter, read_json, read_text
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
 BENCHMARKS = "Benchmarks"
@@ -153,6 +154,30 @@ def base_licence(folder: Path) -> dict[str, Any]:
     return {"license": "other", **({"license_link": files[0]} if files else {})}
 
 
+class Named(BaseModel):
+    """A task or a data set of `model-index`."""
+
+    type: str
+    name: str
+
+
+class Metric(Named):
+    value: float
+
+
+class Score(BaseModel):
+    """An item of `model-index`: what was measured on one data set."""
+
+    task: Named
+    dataset: Named
+    metrics: list[Metric]
+
+
+class _Model(BaseModel):
+    name: str
+    results: list[Score]
+
+
 def _front(card: Path) -> dict[str, Any]:
     """The front matter of a model card; empty where there is none, or it cannot be read."""
     try:
@@ -168,32 +193,34 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def add_scores(folder: Path, results: Iterable[Mapping[str, Any]]) -> None:
-    """Add an evaluation to an export's card: the items of `model-index`, in place of those of the same task and data set.
+def named_card(folder: Path, repository: str) -> str:
+    """Return an export's card, whose code names the repository that it is uploaded to."""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    own = json.dumps(_read_json(folder / "jaxguard.json").get("name", ""))
+    return text.replace(f"\nMODEL = {own}\n", f"\nMODEL = {json.dumps(repository)}\n")
 
-    A folder without a card of ours is left as it is. JaxguardError: the card cannot be written.
+
+def add_scores(folder: Path, scores: Iterable[Score]) -> None:
+    """Add an evaluation to an export's card, in place of the scores of the same task and data set.
+
+    A folder without a card of ours is left as it is. JaxguardError: the card cannot be read or written.
     """
     card = folder / CARD
-    front, text = _front(card), card.read_text(encoding="utf-8") if card.is_file() else ""
+    front, text = _front(card), read_text(card) if card.is_file() else ""
     head, section, _ = text.rpartition(f"\n## {BENCHMARKS}\n")
     if not section or not front:
         return
-
-    def key(result: Mapping[str, Any]) -> tuple[str, str]:
-        return result["task"]["name"], result["dataset"]["name"]
-
-    known = [result for model in front.get("model-index", ()) for result in model["results"]]
-    merged = {key(result): dict(result) for result in [*known, *results]}
+    known = [score for model in check(front.get("model-index", []), list[_Model], str(card)) for score in model.results]
+    merged = {(score.task.name, score.dataset.name): score for score in [*known, *scores]}
     if not merged:
         return
-    front["model-index"] = [
-        {"name": _read_json(folder / "jaxguard.json").get("name", folder.name), "results": list(merged.values())}
-    ]
-    columns = list(dict.fromkeys(metric["name"] for result in merged.values() for metric in result["metrics"]))
+    name = _read_json(folder / "jaxguard.json").get("name", folder.name)
+    front["model-index"] = [{"name": name, "results": [score.model_dump() for score in merged.values()]}]
+    columns = list(dict.fromkeys(metric.name for score in merged.values() for metric in score.metrics))
     table = Table(("benchmark", "task", *columns), left=2)
-    for (task, dataset), result in merged.items():
-        values = {metric["name"]: metric["value"] for metric in result["metrics"]}
-        table.add(dataset, task, *(Cell(f"{values[column]:.3f}" if column in values else "–") for column in columns))
+    for (task, dataset), score in merged.items():
+        values = {metric.name: Cell(f"{metric.value:.3f}") for metric in score.metrics}
+        table.add(dataset, task, *(values.get(column, Cell("–")) for column in columns))
     body = page_markdown(Page(BENCHMARKS, [table])).removeprefix(f"# {BENCHMARKS}\n")
     _, _, kept = head.split("---\n", 2)
     dumped = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)

@@ -17,7 +17,7 @@ from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import Verdict, parse, reasoning_of
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.data.guard_files import read_guard_files
+from jaxguard.data.guard_files import export_or, read_guard_files
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.data.questions import NOT_RECORDED, QuestionSet, unasked
 from jaxguard.guards import loading
@@ -153,7 +153,7 @@ class Guard:
         chosen = None if mode is None else _known_mode(mode)
         if policy is not None:
             load_policy(str(policy))  # before anything is downloaded
-        checkpoint = loading.export_or(str(tokenizer or _served_path(endpoint)) if endpoint else str(model))
+        checkpoint = export_or(str(tokenizer or _served_path(endpoint)) if endpoint else str(model))
         export = read_guard_files(hub.fetch(checkpoint, only=("*.json", "*.jinja", "tokenizer*", "*.yaml")))
         run = load_config(str(config)) if config is not None else None if export is None else export.config
         if policy is None:

@@ -17,7 +17,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.files import file_digest
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.format.template import load_tokenizer
-from jaxguard.data.guard_files import find_export, trained_together
+from jaxguard.data.guard_files import export_or, find_export, trained_together
 from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.prepare import select
 from jaxguard.data.sources import digest
@@ -50,16 +50,6 @@ def modes_of(guard: GuardConfig, config: Config) -> tuple[Mode, ...]:
         )
     trained = tuple(mode for mode in able if config.data.mode in ("dual", mode))
     return tuple(map(Mode, guard.modes)) or trained or able
-
-
-def export_or(checkpoint: str) -> str:
-    """The export in a run's folder, or the checkpoint itself; JaxguardError: the folder of a run without an export."""
-    folder = Path(checkpoint).expanduser()
-    export = folder / "export"
-    if export.is_dir() and any(export.iterdir()):  # also one that is not jaxguard's
-        return str(export)
-    of_run = any((folder / name).exists() for name in ("export", "checkpoints", ".lock"))
-    return str(find_export(folder)) if of_run else checkpoint
 
 
 def checkpoint_of(guard: GuardConfig, config: Config) -> str:

@@ -1,9 +1,10 @@
 """Checkpoints by name: a local folder, or a repository on the Hugging Face hub."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx2
 import huggingface_hub
 from huggingface_hub import errors
 
@@ -90,3 +91,37 @@ def local_folder(checkpoint: str) -> Path | None:
             f"no folder {checkpoint!r}, and it is not a hub repository either: those are written owner/name"
         )
     return None
+
+
+def push(files: Mapping[str, Path | bytes], repository: str, private: bool = True) -> str:
+    """Upload files (path in the repository -> file or contents) in one commit, into a repository that is made if need be.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        JaxguardError: not a repository's name, nobody is logged in or may write there, or no connection.
+    """
+    login = (
+        "run `hf auth login`, or set HF_TOKEN to a token that may write there (https://huggingface.co/settings/tokens)"
+    )
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        operations = [huggingface_hub.CommitOperationAdd(name, file) for name, file in files.items()]
+        return str(
+            api.create_commit(repository, operations, commit_message="Upload a guard trained with jaxguard").commit_url
+        )
+    except errors.HFValidationError as error:
+        raise JaxguardError(f"{repository!r} is no repository id: {error}") from None
+    except errors.LocalTokenNotFoundError:
+        raise JaxguardError(f"cannot upload to {repository}: you are not logged in; {login}") from None
+    except errors.HfHubHTTPError as error:
+        denied = error.response is not None and error.response.status_code in (401, 403, 404)
+        raise JaxguardError(f"the hub refused {repository}: {error}{f'; {login}' if denied else ''}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise JaxguardError(f"the hub's answer about {repository} is malformed: {error!r}") from None
+    except (errors.OfflineModeIsEnabled, OSError, httpx2.HTTPError) as error:
+        raise JaxguardError(
+            f"cannot upload to {repository}: {error}; what was uploaded is not uploaded again"
+        ) from None

@@ -8,7 +8,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from jaxguard.config import Config
-from jaxguard.data.model_card import add_scores, base_licence, base_model, write_card
+from jaxguard.data.model_card import Metric, Named, Score, add_scores, base_licence, base_model, named_card, write_card
+from jaxguard.utils.errors import JaxguardError
 
 CONFIG = Config.model_validate(
     {
@@ -149,12 +150,11 @@ def test_metrics_make_one_column_a_stage(tmp_path):
 
 
 def result(dataset, f1, task="Prompt harm"):
-    metric = {"type": "f1", "name": "F1", "value": f1}
-    return {
-        "task": {"type": "text-classification", "name": task},
-        "dataset": {"type": f"owner/{dataset}", "name": dataset},
-        "metrics": [metric],
-    }
+    return Score(
+        task=Named(type="text-classification", name=task),
+        dataset=Named(type=f"owner/{dataset}", name=dataset),
+        metrics=[Metric(type="f1", name="F1", value=f1)],
+    )
 
 
 def test_scores_are_added_and_replaced(tmp_path):
@@ -182,3 +182,20 @@ def test_another_card_is_left_alone(tmp_path, text):
     add_scores(tmp_path, [result("a", 0.5)])
     assert (tmp_path / "README.md").exists() == (text is not None)
     assert text is None or (tmp_path / "README.md").read_text() == text
+
+
+def test_scores_that_a_hand_broke_are_a_mistake(tmp_path):
+    _, _, output = card(tmp_path)
+    path = output / "README.md"
+    path.write_text(path.read_text().replace("license: gemma", "license: gemma\nmodel-index: [{name: x}]"))
+    with pytest.raises(JaxguardError, match=r"README\.md: .*0\.results"):
+        add_scores(output, [result("a", 0.5)])
+
+
+def test_an_uploaded_card_names_its_repository(tmp_path):
+    _, _, output = card(tmp_path)
+    (output / "jaxguard.json").write_text(json.dumps({"name": "tiny_guard"}))
+    text = named_card(output, "me/my-guard")
+    assert text.count('MODEL = "me/my-guard"') == 2
+    assert 'MODEL = "tiny_guard"' not in text
+    assert text.replace("me/my-guard", "tiny_guard") == (output / "README.md").read_text()

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jaxguard.config import Config
 from jaxguard.data.format.dialogue import TITLES
-from jaxguard.data.model_card import add_scores
+from jaxguard.data.model_card import Metric, Named, Score, add_scores
 from jaxguard.evaluate.benchmarks.schema import BenchmarkDefinition
 from jaxguard.evaluate.scores.results import Cell, Evaluation
 from jaxguard.guards.loading import checkpoint_of
@@ -20,26 +19,24 @@ def refresh_cards(evaluation: Evaluation, config: Config, definitions: Mapping[s
     for guard in config.evaluate.guards if config.evaluate else ():
         if guard.format == "jaxguard":
             cells = [cell for cell in evaluation.cells if cell.guard == guard.name and cell.complete]
-            results = [_result(cell, definitions[cell.benchmark]) for cell in cells]
-            add_scores(Path(checkpoint_of(guard, config)), results)
+            add_scores(
+                Path(checkpoint_of(guard, config)), [_score(cell, definitions[cell.benchmark]) for cell in cells]
+            )
 
 
-def _result(cell: Cell, definition: BenchmarkDefinition) -> dict[str, Any]:
-    """An item of `model-index`; data that are not on the hub have their name for a type."""
+def _score(cell: Cell, definition: BenchmarkDefinition) -> Score:
+    """A cell as an item of `model-index`; data that are not on the hub have their name for a type."""
     scores, chosen = cell.result.scores, cell.thresholded
     metrics = [
         ("f1", "F1", scores.f1),
         ("precision", "Precision", scores.precision),
         ("recall", "Recall", scores.recall),
+        ("average_precision", "AUPRC", cell.calibration.auprc if cell.calibration else None),
+        ("f1", "F1 at the threshold chosen on validation", chosen.result.scores.f1 if chosen else None),
     ]
-    if cell.calibration:
-        metrics.append(("average_precision", "AUPRC", cell.calibration.auprc))
-    if chosen:
-        metrics.append(("f1", "F1 at the threshold chosen on validation", chosen.result.scores.f1))
-    return {
-        "task": {"type": "text-classification", "name": f"{TITLES[cell.question]}, {cell.mode}"},
-        "dataset": {"type": definition.source.hub or cell.source, "name": cell.benchmark},
-        "metrics": [
-            {"type": kind, "name": name, "value": round(x.value, 4)} for kind, name, x in metrics if x.value is not None
-        ],
-    }
+    measured = [(kind, name, x.value) for kind, name, x in metrics if x is not None and x.value is not None]
+    return Score(
+        task=Named(type="text-classification", name=f"{TITLES[cell.question]}, {cell.mode}"),
+        dataset=Named(type=definition.source.hub or cell.source, name=cell.benchmark),
+        metrics=[Metric(type=kind, name=name, value=round(value, 4)) for kind, name, value in measured],
+    )
