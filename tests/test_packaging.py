@@ -20,7 +20,7 @@ from jaxguard.utils.versions import install
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONSTRAINTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "constraints").glob("*.txt"))}
-LOCKED_EXTRAS = ("distill", "gguf", "test", "lint", "docs", "aot")
+LOCKED_EXTRAS = ("distill", "gguf", "test", "lint", "docs", "aot", "gpu", "tpu")
 
 
 def pins(text):

@@ -1,14 +1,15 @@
 """launch/sglang/serve.sbatch on this machine: SLURM, curl and both Pythons are stand-ins, the shell scripts are real."""
 
+import ast
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "open 'sesame'"
@@ -59,14 +60,9 @@ esac
 SGLANG = """\
 #!/bin/bash
 trap 'echo "stopped ${NODE:-router}" >>"$CALLS"; exit 0' TERM
-echo "sglang ${NODE:-router} $*" >>"$CALLS"
-config=
-for arg in "$@"; do [[ $arg != *.yaml ]] || config=$arg; done
-if [ -n "$config" ]; then
-    stat -c 'config %a' "$config" >>"$CALLS"
-    cp "$config" "$(dirname "$CALLS")/${NODE}.yaml"
-    rm "$config"
-fi
+words=$*
+echo "sglang ${NODE:-router} ${words//$'\n'/ }" >>"$CALLS"
+[ -z "${NODE:-}" ] || echo "config" >>"$CALLS"
 [ "${NODE:-router}" != "${DIES:-}" ] || { echo "out of memory"; exit 3; }
 while :; do sleep 0.2; done
 """
@@ -195,15 +191,63 @@ def test_one_node_gets_no_leader(start):
     assert "--dist-init-addr" not in "".join(calls(job, "sglang n1"))
 
 
-def test_the_key_is_in_no_command_line_and_in_a_private_file(start):
+def test_the_key_is_in_no_command_line_and_no_file(start, tmp_path):
     job = start("qwen3-32b", "wildguard_traces")
     assert ended(job)[0] == 0
     assert "sesame" not in "".join(calls(job))
-    assert calls(job, "config") == ["config 600"]
-    written = yaml.safe_load((job.folder / "n1.yaml").read_text())
-    assert written.pop("api-key") == KEY
-    assert written == yaml.safe_load((ROOT / "launch/sglang/teachers/qwen3-32b.yaml").read_text())
     assert (job.folder / "runs/teacher-7").stat().st_mode & 0o077 == 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and "sesame" in path.read_text()] == []
+
+
+@pytest.mark.parametrize(("script", "module"), [("worker", "sglang.launch_server"), ("router", "sglang_router")])
+def test_a_server_gets_its_key_and_nobody_sees_it(script, module, tmp_path):
+    """A Python module in SGLang's place writes what it was started with, as itself and as everyone else sees it."""
+    code = "import sys; from pathlib import Path; print(sys.argv[1:]); print(Path('/proc/self/cmdline').read_bytes())"
+    for path, text in {
+        "sglang/launch_server.py": f"if __name__ == '__main__': {code}",
+        "sglang_router/launch_router.py": f"def main(): {code}",
+    }.items():
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text(
+            text.replace("; from", "\n    from").replace("; print", "\n    print").replace(": import", ":\n    import")
+        )
+    arguments = (
+        ["launch/sglang/teachers/qwen3-32b.yaml"] if script == "worker" else ["--worker-urls", "http://n1:30001"]
+    )
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"], "SGLANG_PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", f"launch/sglang/{script}.sh", *arguments],
+        cwd=ROOT, env={**environment, "JAXGUARD_API_KEY": KEY, "TMPDIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    argv, visible = done.stdout.splitlines()
+    words = ast.literal_eval(argv)
+    assert words[words.index("--api-key") + 1] == KEY
+    assert set(arguments) <= set(words)
+    assert "sesame" not in visible
+    assert list(tmp_path.rglob("*.yaml")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("model-path: owner/model\n", 1),
+        ("model-path: owner/model\nrevision: main\n", 1),
+        ("model-path: owner/model\nrevision: REVISION\n", 1),
+        (f"model-path: owner/model\nrevision: {'0123456789' * 4}\n", 0),
+        ("model-path: models/here\n", 0),
+        ("model-path: /models/here\n", 0),
+    ],
+)
+def test_a_teacher_from_the_hub_names_its_commit(text, code, tmp_path):
+    teacher = tmp_path / "teacher.yaml"
+    teacher.write_text(text)
+    environment = {"PATH": os.environ["PATH"], "SGLANG_PYTHON": "true", "JAXGUARD_API_KEY": KEY}
+    done = subprocess.run(
+        ["bash", "launch/sglang/worker.sh", str(teacher)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert (str(teacher) in done.stderr) == bool(code)
 
 
 @pytest.mark.parametrize("dead", ["n1", "n2", "n4"])
