@@ -17,6 +17,7 @@ from jaxguard.data.format.dialogue import TITLES, Mode
 from jaxguard.guards.guard import CheckResult, Guard
 from jaxguard.report.text import visible
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import parse_json
 from jaxguard.utils.progress import track
 from jaxguard.utils.terminal import Console
 
@@ -110,15 +111,7 @@ def _rows(file: str) -> Iterator[tuple[str, Row]]:
         raise JaxguardError(f"{name}: not UTF-8 text ({error})") from None
     filled = [(f"{name}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     for where, line in filled:
-        row: object = {"prompt": line}
-        if filled[0][1].startswith("{"):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise JaxguardError(f"{where}: not JSON ({error}), although the first line looks like it") from None
-        if not isinstance(row, dict):
-            raise JaxguardError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        yield where, row
+        yield where, parse_json(line, Row, where) if filled[0][1].startswith("{") else {"prompt": line}
 
 
 def render(result: CheckResult, example: Example | None = None) -> RenderableType:

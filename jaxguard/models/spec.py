@@ -2,14 +2,16 @@
 
 import hashlib
 import math
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from transformers import AutoConfig, PretrainedConfig
+from pydantic import Field
+from transformers import AutoConfig
 
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.hub import load_pretrained
+from jaxguard.utils.parse import check, shown
 
 SUPPORTED = {
     "llama": "Llama 3.x, SmolLM2",
@@ -49,6 +51,43 @@ class LayerKind:
 
     rope: Rope
     window: int | None = None
+
+
+Size = Annotated[int, Field(strict=True, gt=0, lt=2**31)]
+Number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The fields of a config.json that are used, as transformers fills them in."""
+
+    model_type: str
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    intermediate_size: Size
+    rms_norm_eps: Number
+    max_position_embeddings: Size
+    tie_word_embeddings: bool
+    rope_parameters: dict[str, Any]
+    layer_types: list[Literal["sliding_attention", "full_attention"]] | None
+    sliding_window: Size | None
+    query_pre_attn_scalar: Number | None
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """Those of one kind of layer."""
+
+    rope_theta: Number
+    rope_type: str = "default"
+    factor: Number | None = None
+    low_freq_factor: Number | None = None
+    high_freq_factor: Number | None = None
+    original_max_position_embeddings: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -106,11 +145,12 @@ def read_spec(folder: Path) -> Spec:
     if config.model_type not in SUPPORTED:
         known = ", ".join(f"{k} ({v})" for k, v in SUPPORTED.items())
         raise UnsupportedModelError(f"{path}: model_type {config.model_type!r} is not supported; supported: {known}")
-    family, c = config.model_type.removesuffix("_text"), config.get_text_config()
+    family, text = config.model_type.removesuffix("_text"), config.get_text_config()
     for option, wanted in REQUIRED[family].items():
-        value = getattr(c, option, None) or None
+        value = getattr(text, option, None) or None
         if value != wanted:
-            raise UnsupportedModelError(f"{path}: {option}={value!r} is not supported; only {wanted!r} is")
+            raise UnsupportedModelError(f"{path}: {option}={shown(value)} is not supported; only {wanted!r} is")
+    c = check({field.name: getattr(text, field.name, None) for field in fields(TextConfig)}, TextConfig, str(path))
     return Spec(
         family=family,
         vocab_size=c.vocab_size,
@@ -123,12 +163,12 @@ def read_spec(folder: Path) -> Spec:
         norm_eps=c.rms_norm_eps,
         tied=c.tie_word_embeddings,
         max_position_embeddings=c.max_position_embeddings,
-        dtype=str(c.dtype or "float32").removeprefix("torch."),
+        dtype=str(text.dtype or "float32").removeprefix("torch."),
         **(_gemma3 if family == "gemma3" else _llama)(c, path),
     )
 
 
-def _llama(c: PretrainedConfig, path: Path) -> dict[str, Any]:
+def _llama(c: TextConfig, path: Path) -> dict[str, Any]:
     """What Llama and Qwen3 have of their own: Qwen3 is Llama with norms of queries and keys."""
     return {
         "zero_centered_norm": False,
@@ -142,9 +182,11 @@ def _llama(c: PretrainedConfig, path: Path) -> dict[str, Any]:
     }
 
 
-def _gemma3(c: PretrainedConfig, path: Path) -> dict[str, Any]:
+def _gemma3(c: TextConfig, path: Path) -> dict[str, Any]:
     names = ("sliding_attention", "full_attention")
-    local, full = (_rope(c.rope_parameters[name], path) for name in names)
+    if c.query_pre_attn_scalar is None or c.layer_types is None or len(c.layer_types) != c.num_hidden_layers:
+        raise JaxguardError(f"{path}: needs query_pre_attn_scalar, and in layer_types {c.num_hidden_layers} names")
+    local, full = (_rope(c.rope_parameters.get(name), path) for name in names)
     return {
         "zero_centered_norm": True,
         "post_norm": True,
@@ -157,13 +199,19 @@ def _gemma3(c: PretrainedConfig, path: Path) -> dict[str, Any]:
     }
 
 
-def _rope(parameters: dict[str, Any], path: Path) -> Rope:
-    kind, theta = parameters.get("rope_type", "default"), float(parameters["rope_theta"])
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, factor=float(parameters["factor"]))
-    if kind == "llama3":
-        bands = (float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"]))
-        return Rope(theta, float(parameters["factor"]), (*bands, int(parameters["original_max_position_embeddings"])))
-    raise UnsupportedModelError(f"{path}: rope_type {kind!r} is not supported; supported: default, linear, llama3")
+def _rope(parameters: object, path: Path) -> Rope:
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    rope = check(parameters, RopeParameters, f"{path}: rope_parameters")
+    if rope.rope_type not in needed:
+        raise UnsupportedModelError(
+            f"{path}: rope_type {rope.rope_type!r} is not supported; supported: {', '.join(needed)}"
+        )
+    values = [getattr(rope, name) for name in needed[rope.rope_type]]
+    if None in values:
+        raise JaxguardError(f"{path}: rope_type {rope.rope_type!r} needs {', '.join(needed[rope.rope_type])}")
+    factor, *bands = values or (1.0,)
+    return Rope(rope.rope_theta, factor, (bands[0], bands[1], bands[2]) if bands else None)

@@ -38,6 +38,7 @@ from jaxtyping import Array, UInt32
 from jaxguard.config.train import CheckpointConfig
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import disk_steps, write_atomically
+from jaxguard.utils.parse import Fields, check, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -312,17 +313,37 @@ def _restore(path: Path, target: State) -> State:
     raise CorruptError(problem)
 
 
+@dataclass(frozen=True)
+class _Array:
+    """A saved array; the type is NumPy's or one of ml_dtypes."""
+
+    shape: list[int]
+    dtype: str
+    checksum: int
+
+
+@dataclass(frozen=True)
+class _Description:
+    """The shape of what read_description returns."""
+
+    step: int
+    fingerprint: str
+    validation_loss: float | None
+    arrays: dict[str, dict[str, _Array]]
+
+
 def read_description(path: Path) -> dict[str, Any]:
     """Read what a checkpoint holds: step, fingerprint, validation loss, and shape, type and checksum of each array."""
     try:
-        description: dict[str, Any] = json.loads((path / "about" / "metadata").read_text(encoding="utf-8"))
-        signature = description.pop("sha256")
+        text = (path / "about" / "metadata").read_text(encoding="utf-8")
+        description = parse_json(text, Fields, "its description", finite=False)
+        if description.pop("sha256", None) != _sha256(description):
+            raise CorruptError("its description changed on disk")
+        check(description, _Description, "its description")
     except PermissionError as error:
         raise JaxguardError(f"the checkpoint {path} cannot be opened: {error}") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CorruptError(f"its description is malformed: {type(error).__name__}: {_first_line(error)}") from error
-    if signature != _sha256(description):
-        raise CorruptError("its description changed on disk")
+    except (OSError, UnicodeDecodeError, JaxguardError) as error:
+        raise CorruptError(f"its description is malformed: {_first_line(error)}") from error
     if description["step"] != int(path.name):
         raise CorruptError(f"it is named {path.name} but was saved at step {description['step']}")
     return description

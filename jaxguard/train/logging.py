@@ -30,6 +30,7 @@ from jaxguard.config import Config
 from jaxguard.config.train import LogConfig
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
+from jaxguard.utils.parse import check, parse_json
 from jaxguard.utils.progress import Progress
 from jaxguard.utils.terminal import Console
 
@@ -170,6 +171,10 @@ def _not_installed(field: str, problem: str) -> JaxguardError:
     return JaxguardError(f"log.{field} is true but {problem}: pip install '{extra}', or set log.{field}=false")
 
 
+_Record = dict[str, int | float | dict[str, int | float]]
+"""A line of metrics.jsonl."""
+
+
 def rewind_metrics(path: Path, step: int | None) -> None:
     """Remove the records after `step` (all, when it is None), and an incomplete last line. Other lines keep their bytes."""
     if path.is_file():
@@ -188,21 +193,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (line, its record) of every complete line."""
-
-    def floats(numbers: dict[str, Any]) -> dict[str, Any]:
-        return {name: float(x) if isinstance(x, str) else x for name, x in numbers.items()}
-
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
             return
         try:
-            record = json.loads(line, object_hook=floats)
-            valid = isinstance(record["step"], int)
-        except (ValueError, KeyError, TypeError):
-            valid = False
-        if not valid:
-            raise JaxguardError(
-                f"{path}, line {number} is not a record of a step: {line.strip()[:80]!r}; correct or delete that line"
-            )
+            record = parse_json(line, _Record, f"{path}, line {number}")
+            check(record.get("step"), int, f"{path}, line {number}: step")
+        except JaxguardError as error:
+            raise JaxguardError(f"{error}; correct or delete that line") from None
         yield line, record

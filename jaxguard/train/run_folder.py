@@ -11,6 +11,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from jaxguard.data.guard_files import is_complete
 from jaxguard.train.logging import read_metrics
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
 from jaxguard.utils.files import disk_steps, lock_folder, write_atomically
+from jaxguard.utils.parse import Fields, check, read_json
 from jaxguard.utils.store import differences, refuse_others
 
 logger = logging.getLogger(__name__)
@@ -82,11 +84,23 @@ def holds_run(folder: Path) -> bool:
     return recorded or bool(disk_steps(folder / "checkpoints")) or is_complete(folder / "export")
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    tokens_sha256: str
+
+
+@dataclass(frozen=True)
+class _DataFile:
+    """What is compared of a data.json."""
+
+    train: _Tokens
+
+
 def begin_run(folder: Path, config: Config, manifest: dict[str, Any]) -> None:
     """Write config, versions and data manifest into an open run's folder; ProvenanceError: its run was trained on other data."""
     path, resumes = folder / "data.json", holds_run(folder)
-    before = json.loads(path.read_text(encoding="utf-8")) if resumes and path.is_file() else manifest
-    if before["train"]["tokens_sha256"] != manifest["train"]["tokens_sha256"]:
+    before = read_json(path, Fields) if resumes and path.is_file() else manifest
+    if check(before, _DataFile, str(path)).train.tokens_sha256 != manifest["train"]["tokens_sha256"]:
         raise ProvenanceError(
             f"{folder} was trained on other data: {path} does not match the config's sources. Restore "
             "the data, or start a new run under another name"
@@ -143,8 +157,8 @@ def _write_versions(path: Path, resumes: bool) -> None:
     }
     before: list[Any] = []
     if resumes and path.is_file():
-        last = json.loads(path.read_text(encoding="utf-8"))
-        before = last.pop("before")
+        last = read_json(path, Fields)
+        before = check(last.pop("before", []), list[Any], f"{path}: before")
         changed = {k: v for k, v in differences(last, now).items() if k != "started"}
         if changed:
             before = [*before, last]

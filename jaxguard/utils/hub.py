@@ -1,14 +1,17 @@
 """Checkpoints by name: a local folder, or a repository on the Hugging Face hub."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx2
 import huggingface_hub
 from huggingface_hub import errors
+from pydantic import Field
 
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import read_json
 
 if TYPE_CHECKING:
     from transformers import AutoConfig, AutoTokenizer
@@ -33,12 +36,29 @@ _REFUSALS: dict[type[Exception], str] = {
 """What the hub's errors mean, those of a subclass first."""
 
 
+@dataclass(frozen=True)
+class TextFields:
+    """Numbers of a config.json, or of its text_config; transformers makes lists of the layers before it looks at their number."""
+
+    num_hidden_layers: Annotated[int, Field(strict=True, ge=0, le=4096)] | None = None
+    max_position_embeddings: Annotated[int, Field(strict=True, gt=0)] | None = None
+
+
+@dataclass(frozen=True)
+class ConfigFile(TextFields):
+    """A config.json before transformers reads it."""
+
+    text_config: TextFields | None = None
+
+
 def load_pretrained(auto: "type[AutoConfig] | type[AutoTokenizer]", folder: Path, what: str) -> Any:
     """Read a checkpoint's config or tokenizer with transformers; code that the folder brings along is never run.
 
     Raises:
         JaxguardError: transformers cannot read it, or only with that code.
     """
+    if (path := folder / "config.json").is_file():
+        read_json(path, ConfigFile)
     try:
         return auto.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of a broken file anything; the Rust side raises bare Exception

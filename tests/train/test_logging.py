@@ -88,7 +88,7 @@ def test_rewind_keeps_lines_byte_for_byte(tmp_path: Path, half: str) -> None:
 def test_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(JaxguardError, match=r"metrics\.jsonl, line 2 is not a record"):
+    with pytest.raises(JaxguardError, match=r"metrics\.jsonl, line 2: not JSON"):
         rewind_metrics(path, 2)
     assert path.read_text().count("\n") == 3
 

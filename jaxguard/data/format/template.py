@@ -1,6 +1,5 @@
 """Read a checkpoint's chat template and tokenizer: the text around one user turn and one answer."""
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any, Final
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from jaxguard.utils import parse
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.hub import load_pretrained
 
@@ -136,8 +136,4 @@ def read_json(path: Path) -> dict[str, Any]:
     """The fields of one of a checkpoint's files; none where it is absent."""
     if not path.is_file():
         return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise JaxguardError(f"{path}: not JSON: {error}") from None
-    return tree if isinstance(tree, dict) else {}
+    return parse.read_json(path, parse.Fields)

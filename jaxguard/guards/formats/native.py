@@ -9,11 +9,12 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.encoding import Encoder, PromptTooLongError
 from jaxguard.data.format.answer import parse, verdict_prefix
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, REASONING_END, TITLES, Mode, questions
-from jaxguard.data.format.template import read_json
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
 from jaxguard.data.questions import QuestionSet, ask, unasked
 from jaxguard.guards.formats.definition import VerdictLine, decision_tree
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Prompt, Request, UnsupportedError
+from jaxguard.utils.hub import ConfigFile
+from jaxguard.utils.parse import read_json
 
 MOST_TOKENS: Final = 8192
 """Text is judged whole up to here, where the model's context allows it, however short the rows of its training were."""
@@ -119,7 +120,8 @@ class NativeFormat:
 
 
 def context_tokens(folder: Path) -> int:
-    """The context of the model in `folder`, at most MOST_TOKENS; JaxguardError: its config.json is not JSON."""
-    tree = read_json(folder / "config.json")
-    context = tree.get("max_position_embeddings") or (tree.get("text_config") or {}).get("max_position_embeddings")
-    return min(int(context or MOST_TOKENS), MOST_TOKENS)
+    """The context of the model in `folder`, at most MOST_TOKENS; JaxguardError: its config.json says no number."""
+    path = folder / "config.json"
+    config = read_json(path, ConfigFile) if path.is_file() else ConfigFile()
+    context = config.max_position_embeddings or (config.text_config or config).max_position_embeddings
+    return min(context or MOST_TOKENS, MOST_TOKENS)
