@@ -75,19 +75,20 @@ def ask(
     response: bool,
     mode: Mode,
     trained: Sequence[QuestionSet],
+    rare: float = RARE,
 ) -> list[Ask]:
     """Split questions about an exchange, or about a prompt without a `response`, into prompts as they were trained.
 
     Each prompt answers as many of the questions as possible; of equal ones it is that nearest to `lines`, which is asked where
     `trained` is empty. A question about the prompt that was trained without a response only is asked without it. Questions
-    that no set holds are in no prompt.
+    that no set holds are in no prompt. `rare` is the share of the mode's examples below which a set comes last.
     """
     if not trained:
         return [Ask(tuple(questions), lines, response)]
     own = [each for each in trained if each.mode is mode] or trained
-    least, left, asks = RARE * sum(each.examples for each in own), set(questions), list[Ask]()
-    for rare, shown in product((False, True), (response, not response)):
-        sets = [each for each in own if each.response is shown and (each.examples < least) is rare]
+    least, left, asks = rare * sum(each.examples for each in own), set(questions), list[Ask]()
+    for last, shown in product((False, True), (response, not response)):
+        sets = [each for each in own if each.response is shown and (each.examples < least) is last]
         while True:
             open_questions = left if shown is response else left & {"prompt_harm"}
             useful = [each for each in sets if open_questions.intersection(each.questions)]

@@ -61,6 +61,11 @@ def test_a_prompt_asks_what_was_trained_together(trained, questions, response, p
     )
 
 
+def test_a_training_example_is_asked_as_it_was_trained_however_rare_it_is():
+    trained = [*POOL, *sets(("exchange", *BOTH, 3))]
+    assert [each.lines for each in ask(BOTH, BOTH, True, Mode.DIRECT, trained, rare=0)] == [BOTH]
+
+
 def test_a_prompt_that_was_trained_alone_is_asked_without_the_response():
     trained = sets(("prompt", PROMPT), ("exchange", RESPONSE))
     assert ask(BOTH, BOTH, True, Mode.DIRECT, trained) == [

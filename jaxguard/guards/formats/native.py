@@ -10,7 +10,7 @@ from jaxguard.data.encoding import Encoder, PromptTooLongError
 from jaxguard.data.format.answer import parse, verdict_prefix
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, REASONING_END, TITLES, Mode, questions
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
-from jaxguard.data.questions import QuestionSet, ask, unasked
+from jaxguard.data.questions import RARE, QuestionSet, ask, unasked
 from jaxguard.guards.formats.definition import VerdictLine, decision_tree
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Prompt, Request, UnsupportedError
 from jaxguard.utils.hub import ConfigFile
@@ -25,14 +25,14 @@ _LINES: Final = {
 
 
 def split_request(
-    request: Request, lines: tuple[Question, ...], trained: Sequence[QuestionSet]
+    request: Request, lines: tuple[Question, ...], trained: Sequence[QuestionSet], rare: float = RARE
 ) -> list[tuple[Request, tuple[Question, ...]]]:
     """Split a request into parts that were trained, each with its verdict lines; questions that were not are left out."""
     example = request.example
     alone = replace(example, response=None, response_label=None, refusal_label=None)
     return [
         (replace(request, example=example if each.response else alone, questions=each.questions), each.lines)
-        for each in ask(request.questions, lines, example.response is not None, request.mode, trained)
+        for each in ask(request.questions, lines, example.response is not None, request.mode, trained, rare)
     ]
 
 
@@ -63,7 +63,8 @@ class NativeFormat:
             raise UnsupportedError(
                 f"example {request.example.id!r}: in {request.mode} mode this guard was not trained on {', '.join(missing)}"
             )
-        return split_request(request, lines, self.trained)
+        # Mining asks about a training example what its own prompt asked, however few were labelled so.
+        return split_request(request, lines, self.trained, RARE if self.settings.ask == "policy" else 0.0)
 
     def lines(self, request: Request) -> tuple[Question, ...]:
         """The verdict lines that the prompt of one part of a request asks for."""
