@@ -19,6 +19,7 @@ import pyarrow.parquet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from jaxguard.config.base import absent
+from jaxguard.data.format.quoting import compiled, quote
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import (
     LINE_BYTES,
@@ -223,10 +224,13 @@ def objects(row: Row, column: str, keys: tuple[str, str], location: str) -> list
     return [((text(item, first, place) or "").strip(), (text(item, second, place) or "").strip()) for item in items]
 
 
+_NOTHING, _CLOSING = compiled([]), compiled([r"(?<!\\)\]"])
+
+
 def transcript(history: Any, last: str | None, location: str) -> str | None:
     """Format a dialogue as one prompt: earlier turns, then the message to check.
 
-    Further lines of a turn are indented, so that text inside a turn cannot look like another turn.
+    Further lines of a turn are indented, and a role is one line with its brackets broken: no text looks like another turn.
     """
     if not history or not (last or "").strip():
         return last
@@ -237,6 +241,7 @@ def transcript(history: Any, last: str | None, location: str) -> str | None:
             f"{location}: conversation_history is {shown(history)}; expected a list of role and content"
         ) from None
     *earlier, message = (
-        f"[{role}] " + "\n    ".join(content.strip().splitlines()) for role, content in [*turns, ("user", last or "")]
+        f"[{quote(' '.join(role.split()), _NOTHING, _CLOSING)}] " + "\n    ".join(content.strip().splitlines())
+        for role, content in [*turns, ("user", last or "")]
     )
     return "\n".join(["Earlier in the conversation:", *earlier, "Message to judge:", message])

@@ -10,14 +10,15 @@ A template is YAML with a `user` text in which these stand for values:
     $trace      a trace, to be shortened or judged
     $sentences  "1 sentence", "3 sentences", ...
 
-Prompts, responses and traces are untrusted: what could act as part of the student's format, as a special token of some chat
-template or as one of the marks around them gets a backslash.
+Prompts, responses, traces and policies are untrusted: what could act as part of the student's format, as a special token of a
+chat model, as one of the marks around them or as a heading of the template gets a backslash.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from string import Template
 
@@ -26,17 +27,15 @@ from pydantic import field_validator
 from jaxguard.config.base import Schema, find_yaml
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import ABSENT, Answers, Dialogue, answers, questions, verdict_lines, written
+from jaxguard.data.format.quoting import compiled, opening
 from jaxguard.data.policies import Policy, Question, policy_for
 from jaxguard.utils.parse import nearest, read_yaml
 
 PROMPT_FOLDER = Path("configs/prompts")
 PLACEHOLDERS = ("policy", "prompt", "response", "labels", "format", "trace", "sentences")
 
-# Chat templates write special tokens as <|...|>, with an ordinary or a full-width bar, or in brackets as [INST].
-_SPECIAL = re.compile(
-    r"<[|\uff5c][^<>\n]{0,40}[|\uff5c]>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS)\]|</?s>"
-)
-_MARK = re.compile(r"\[\s*(?:end\s+of\b|human\s+user\b|ai\s+assistant\b|reasoning\b)[^\]\n]{0,40}\]", re.IGNORECASE)
+_HEADING = re.compile(r"^#+[ \t]*(\S.*)$", re.MULTILINE)
+_MARK = r"\[\s*+(?:end\s++of\b|human\s++user\b|ai\s++assistant\b|reasoning\b)[^\[\]\\]*+\]"
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,21 @@ class TeacherPrompt(Schema):
     def placeholders(self) -> set[str]:
         return set(Template(self.user).get_identifiers())
 
+    @cached_property
+    def marks(self) -> re.Pattern[str]:
+        """What no text may spell: the marks around texts, and the template's lines that begin with #."""
+        return compiled([_MARK, *(rf"{opening(title)} *$" for title in _HEADING.findall(self.user))])
+
     def messages(self, task: Task, dialogue: Dialogue) -> list[dict[str, str]]:
         """Return the chat to send about a task; `dialogue` is the student's format, which untrusted text must not forge."""
         example, budget = task.example, task.budget
         values = {
-            "policy": task.policy.taxonomy,
-            "prompt": quoted(example.prompt, dialogue),
-            "response": ABSENT if example.response is None else quoted(example.response, dialogue),
+            "policy": dialogue.quote(task.policy.taxonomy, self.marks),
+            "prompt": dialogue.quote(example.prompt, self.marks),
+            "response": ABSENT if example.response is None else dialogue.quote(example.response, self.marks),
             "labels": written(task.labels),
             "format": verdict_lines(task.questions),
-            "trace": quoted(example.trace or "", dialogue),
+            "trace": dialogue.quote(example.trace or "", self.marks),
             "sentences": "" if budget is None else f"{budget} sentence{'s' if budget > 1 else ''}",
         }
         return [{"role": "user", "content": Template(self.user).substitute(values).strip()}]
@@ -120,11 +124,3 @@ def load_prompt(name_or_path: str, folder: Path = PROMPT_FOLDER) -> TeacherPromp
     """Read a template by name (a file in `folder`) or by path."""
     path = find_yaml(name_or_path, folder, "prompt")
     return read_yaml(path, TeacherPrompt)
-
-
-def quoted(text: str, dialogue: Dialogue) -> str:
-    """Escape untrusted text: nothing in it can act as the format of either model, or as a mark of the template."""
-    text = dialogue.quote(text)
-    for pattern in (_SPECIAL, _MARK):
-        text = pattern.sub(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)
-    return text

@@ -31,7 +31,8 @@ def test_harm_and_what_cannot_be_read_are_code_1(command, guard):
     assert (code, out.splitlines()[1]) == (1, "Response harm  harmful     0.125")
     guard.says = lambda ask: "I would rather not say."
     code, out, _ = command("bread?")
-    assert (code, out) == (1, "Prompt harm  harmful     0.250\nprompt_harm: no such line\n")
+    assert (code, out.splitlines()[0]) == (1, "Prompt harm  harmful     0.250")
+    assert "prompt_harm: 'I would rather not say.'" in out.splitlines()[1]
 
 
 def test_markup_and_control_characters_are_shown_as_text(command, guard, tmp_path):

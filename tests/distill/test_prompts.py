@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue, answers
-from jaxguard.data.policies import load_policy
-from jaxguard.distill.prompts import PROMPT_FOLDER, Task, load_prompt, quoted
+from jaxguard.data.policies import Category, Policy, load_policy
+from jaxguard.distill.prompts import PROMPT_FOLDER, Task, load_prompt
 from jaxguard.utils.errors import JaxguardError
 
 DIALOGUE = Dialogue(special_tokens=("<|eot_id|>",))
@@ -89,11 +89,21 @@ ATTACKS = (
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_untrusted_text_stays_inside_its_marks(attack):
-    assert attack not in quoted(f"bread {attack} and water", DIALOGUE)
+    assert attack not in DIALOGUE.quote(f"bread {attack} and water", load_prompt("audit").marks)
     for place in ("prompt", "response"):
         example = Example("x", "t", **{"prompt": "a", "response": "b", place: f"bread {attack} and water"})
         before = Example("x", "t", **{"prompt": "a", "response": "b", place: "bread and water"})
         assert content("audit", example).count(attack) == content("audit", before).count(attack)
+
+
+def test_a_policy_stays_inside_its_section():
+    policies = [
+        Policy("own", (Category(text, text),), rules=text)
+        for text in ("bread", "bread " + " ".join(ATTACKS) + "\n#  the exchange\n")
+    ]
+    texts = [load_prompt("audit").messages(Task(EXAMPLE, p, LABELS), DIALOGUE)[0]["content"] for p in policies]
+    for mark in (*ATTACKS, "# The exchange", "#  the exchange\n"):
+        assert texts[1].count(mark) == texts[0].count(mark), mark
 
 
 @given(st.text(), st.text(), st.text())

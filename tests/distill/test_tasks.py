@@ -57,6 +57,6 @@ def test_the_grammar_lets_through_what_the_parser_reads():
     pattern = re.compile(answer_grammar(asks))
     good = "It is bread.\nNothing else.\n\nPrompt harm: harmful\nResponse harm: None\nResponse refusal: refusal"
     assert pattern.fullmatch(good)
-    assert parse(good, asks, Mode.DIRECT).problems == ()
+    assert parse(split_verdict(good)[1], asks, Mode.DIRECT).problems == ()
     for bad in (good.replace(": None", ": none of it"), good.split("\n\n")[1], good + "\n", good.replace("\n\n", "\n")):
         assert not pattern.fullmatch(bad)

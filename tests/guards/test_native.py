@@ -120,7 +120,9 @@ def test_an_answer_that_ran_out_is_made_ready_for_a_verdict(form):
     assert form().parse(ask, closed + "Prompt harm: unharmful") == {"prompt_harm": NEGATIVE}
     late = "<think>\nBread is fine.\n</think>\n\n"
     assert form().close_reasoning(ask, late + "Prompt") == late
-    assert form().close_reasoning(ask, late + "Prompt harm: unharmful\nResp") is None
+    assert form().close_reasoning(ask, late + "Prompt harm: unharmful\nResp") == late
+    assert form().close_reasoning(ask, late + "Prompt harm: unharmful\nResponse harm: None") is None
+    assert form().close_reasoning(ask, late + "Bread is fine.</think>") is None  # a second block
     assert form().close_reasoning(Request(BREAD, ("prompt_harm",), Mode.DIRECT), "Prompt") is None
     assert form().decision_points(ask, "<think>\nBread is") == ()
 

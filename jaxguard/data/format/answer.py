@@ -3,22 +3,25 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
-from jaxguard.data.format.dialogue import ABSENT, FAIL_CLOSED, TAG, TITLES, Mode, loose, verdict_words
-from jaxguard.data.policies import Question
+from jaxguard.data.format.dialogue import ABSENT, FAIL_CLOSED, TITLES, Mode, verdict_words
+from jaxguard.data.policies import QUESTIONS, Question
 
-_VALUES = {question: rf"{loose(title)}(?P<value>[^\n]*)" for question, title in TITLES.items()}
-_LINES = {
-    question: re.compile(rf"^[\s>*_#`~.)\d•-]{{0,8}}{value}", re.IGNORECASE | re.MULTILINE)
-    for question, value in _VALUES.items()
+# The only decoration are list marks and emphasis. Quotation marks around a line, a quoted line and a code fence may hold somebody
+# else's verdict, and what is struck out is taken back.
+_BLANK = r"[ \t\u2581]*+"
+_OPEN = r"(?:[-\u2022]|\d{1,2}[.)]|#{1,6})?[ \t\u2581*_]*+"
+_GAP = r"[\s\u2581*_`-]*+"
+_TITLES: Final = {q: rf"{_OPEN}{_GAP.join([*title.split(), ':'])}" for q, title in TITLES.items()}
+_AROUND = r"[\s\u2581*_`\"']*+"
+_FLAGS = re.IGNORECASE | re.ASCII
+_LINES: Final = {
+    q: re.compile(rf"{_TITLES[q]}{_AROUND}({'|'.join(verdict_words(q))}){_AROUND}\.?{_AROUND}", _FLAGS)
+    for q in QUESTIONS
 }
-_ANYWHERE = {question: re.compile(value, re.IGNORECASE) for question, value in _VALUES.items()}
-_VALUE = re.compile(r"[\s*_\"'`(\[]{0,8}(?P<word>[a-z]+)[\s*_\"'`)\]]{0,8}(?P<rest>.*)", re.DOTALL)
-_AFTER_WORD = ".,;:(<-\u2013\u2014"
-_RETRACTED = re.compile(
-    r"-\w|[\W_]*(?:no\s*(?:[^\w\s]|$)|(?:not|nope|never|false|wrong|but|or|wait|except|unless|if|rather|however|actually)\b)"
-)
-"""Invalidates the verdict word before it: "unharmful-ish", "unharmful, but". Later explanations are ignored."""
+_FIRST_LINE: Final = re.compile(rf"^{_BLANK}(?:{'|'.join(_TITLES.values())})", _FLAGS | re.MULTILINE)
+_TAG: Final = re.compile(rf"<{_BLANK}(?:/{_BLANK})?think{_BLANK}>", _FLAGS)
 
 
 @dataclass(frozen=True)
@@ -39,80 +42,73 @@ class Verdict:
 def parse(text: str, asks: Iterable[Question], mode: Mode, has_response: bool | None = None) -> Verdict:
     """Parse the guard's answer, failing closed.
 
-    Only text after the last `</think>` counts, since reasoning may quote anything; in reasoning mode an answer without a
-    closed think block has no verdict. Case, spacing, list marks and asterisks are ignored. A line that is missing,
-    malformed, contradictory, or followed by prose with the fail-closed word, counts as FAIL_CLOSED.
+    An answer is reasoning in one closed think block and verdict lines; in direct mode the block may be absent. Case, blank lines,
+    spacing, list marks and emphasis are ignored. Anything else after the reasoning or before its opening tag makes the whole
+    answer unparsable, since it may take a verdict back, as do lines that contradict each other; the reasoning may quote anything.
+    A line that is missing, or all of them if the answer is unparsable, counts as FAIL_CLOSED.
 
     If `has_response`, `None` is not a valid answer about it; None accepts `None`. Parsing takes linear time.
     """
-    tags = list(TAG.finditer(text))
-    closed = "/" in tags[-1][0] if tags else mode is Mode.DIRECT
-    verdict = text[tags[-1].end() if tags else 0 :] if closed else ""
-    words: dict[str, str | None] = {}
+    parts = _split(text) or (("", text) if mode is Mode.DIRECT and not _TAG.search(text) else None)
+    words: dict[Question, set[str]] = {question: set() for question in QUESTIONS}
+    unparsable = "no closed reasoning" if parts is None else ""
+    for line in filter(None, map(str.strip, parts[1].split("\n") if parts else ())):
+        read = {q: match[1].lower() for q, pattern in _LINES.items() if (match := pattern.fullmatch(line))}
+        if not read:
+            unparsable = f"{line[:60]!r} is no verdict line"
+            break
+        for question, word in read.items():
+            words[question].add(word)
+    if contradicted := [question for question, said in words.items() if len(said) > 1]:
+        unparsable = f"contradictory lines about {contradicted[0]}"
+    verdict: dict[Question, str | None] = {}
     problems = []
     for question in asks:
-        answer, problem = _read_line(verdict, question)
-        if answer == ABSENT and has_response:
-            answer, problem = None, f"{question}: answered {ABSENT}, but there is a response"
+        problem = unparsable or ("" if words[question] else "no such line")
+        if words[question] == {ABSENT.lower()} and has_response and not problem:
+            problem = f"answered {ABSENT}, but there is a response"
         if problem:
-            problems.append(problem)
-        words[question] = None if answer == ABSENT else (answer or FAIL_CLOSED[question])
-    return Verdict(**words, problems=tuple(problems))
+            problems.append(f"{question}: {problem}")
+            verdict[question] = FAIL_CLOSED[question]
+        else:
+            [word] = words[question]
+            verdict[question] = None if word == ABSENT.lower() else word
+    return Verdict(**verdict, problems=tuple(problems))
+
+
+def _split(text: str) -> tuple[str, str] | None:
+    """Split an answer into its think block, whose tag may be in the prompt, and what follows; None unless it is one closed one."""
+    tags = list(_TAG.finditer(text))
+    closing = [tag for tag in tags if "/" in tag[0]]
+    opens_late = tags[0] not in closing and text[: tags[0].start()].strip() if tags else False
+    if len(closing) != 1 or tags[-1] is not closing[0] or len(tags) > 2 or opens_late:
+        return None
+    return text[: tags[-1].end()], text[tags[-1].end() :]
 
 
 def verdict_prefix(text: str) -> str | None:
-    """Return an answer up to the start of its verdict lines; None if its reasoning is not closed."""
-    tags = list(TAG.finditer(text))
-    return f"{text[: tags[-1].end()]}\n\n" if tags and "/" in tags[-1][0] else None
+    """Return an answer up to the start of its verdict lines; None if its reasoning is not one closed block."""
+    parts = _split(text)
+    return None if parts is None else f"{parts[0]}\n\n"
 
 
 def split_verdict(text: str) -> tuple[str, str]:
     """Split an answer at its first verdict line; both parts are stripped."""
-    matches = (match for pattern in _LINES.values() if (match := pattern.search(text)))
-    start = min((match.start() for match in matches), default=len(text))
+    line = _FIRST_LINE.search(text)
+    start = line.start() if line else len(text)
     return text[:start].strip(), text[start:].strip()
 
 
 def reasoning_of(text: str) -> str | None:
     """Return an answer's reasoning without think tags, closed or not; None if there is none."""
-    tags = list(TAG.finditer(text))
+    tags = list(_TAG.finditer(text))
     if not tags:
         return None
     end = tags[-1].start() if "/" in tags[-1][0] else len(text)
-    return TAG.sub("", text[:end]).strip() or None
+    return _TAG.sub("", text[:end]).strip() or None
 
 
 def answer_grammar(asks: Iterable[Question]) -> str:
     """Return a regular expression for reasoning without tags, an empty line, and the verdict lines."""
     lines = (f"{TITLES[question]}: ({'|'.join(verdict_words(question))})" for question in asks)
     return r"([^\n]+\n)+\n" + r"\n".join(lines)
-
-
-def _read_line(verdict: str, question: Question) -> tuple[str | None, str]:
-    """Return (verdict word, problem); exactly one of them is set."""
-    readings = {_read_value(line["value"], question) for line in _LINES[question].finditer(verdict)}
-    if not readings:
-        return None, f"{question}: no such line"
-    # A title within a line is not an answer, but it may contradict one: "            Prompt harm: harmful".
-    readings |= {_read_value(line["value"], question) for line in _ANYWHERE[question].finditer(verdict)}
-    if len(readings) > 1:
-        return None, f"{question}: contradictory lines"
-    [answer] = readings
-    rest = verdict[max(line.end() for line in _LINES[question].finditer(verdict)) :]
-    for pattern in _ANYWHERE.values():
-        rest = pattern.sub("", rest)
-    if answer != FAIL_CLOSED[question] and FAIL_CLOSED[question] in re.findall(r"[a-z]+", rest.lower()):
-        return None, f"{question}: retracted after the verdict"
-    return (answer, "") if answer else (None, f"{question}: malformed answer")
-
-
-def _read_value(value: str, question: Question) -> str | None:
-    """Parse the verdict word of a line: "**Harmful** (S1)" is valid; "not unharmful" and "unharmful, not" are None."""
-    allowed = {word.lower(): word for word in verdict_words(question)}
-    match = _VALUE.match(value.lower())
-    if match is None or match["word"] not in allowed or (match["rest"] and match["rest"][0] not in _AFTER_WORD):
-        return None
-    if allowed[match["word"]] != FAIL_CLOSED[question] and _RETRACTED.match(match["rest"]):
-        return None
-    others = allowed.keys() - {match["word"]}
-    return None if others & set(re.findall(r"[a-z]+", match["rest"])) else allowed[match["word"]]

@@ -27,7 +27,8 @@ The answer is reasoning in think tags, an empty line and the verdict lines; in d
 template opens the think block, the opening tag is part of the prompt, and in direct mode so is the closing tag of an empty block.
 
 Prompts, responses, traces and policies are untrusted. A string in them that could act as part of this format, or as a special
-token, gets a backslash before its last character: `<|eot_id|\>`, `Prompt harm\:`. The parser uses the same patterns.
+token of this tokenizer or of a common chat model, gets a backslash before its last character: `<|eot_id|\>`, `Prompt harm\:`.
+Titles and tags are broken whatever their case, blanks, decoration and look-alike letters.
 """
 
 import re
@@ -38,6 +39,7 @@ from functools import cached_property
 from typing import Final
 
 from jaxguard.data.examples import LABELS, Example
+from jaxguard.data.format.quoting import FAMILY_MARKERS, compiled, fold, quote, spaced
 from jaxguard.data.policies import QUESTIONS, Policy, Question
 from jaxguard.utils.errors import JaxguardError
 
@@ -81,23 +83,11 @@ _HOW = {
     Mode.DIRECT: "Give only these lines:",
 }
 
-# A second pass breaks a token inside a longer one whose end the first pass broke; more passes are rare.
-_MAX_PASSES = 64
 REASONING_END: Final = "\n</think>\n\n"
 """Closes a think block. If the chat template opens one, direct mode closes it empty with this."""
 
-# SentencePiece tokenizers such as Gemma's write a space as U+2581, so both have the same ids.
-_SPACE = r"[\s\u2581]{0,3}"
-GAP = r"[\s\u2581*_`~-]{0,4}"
-_THINK = rf"<{_SPACE}/?{_SPACE}think{_SPACE}>"
-
-
-def loose(title: str) -> str:
-    """Return a pattern of a title that ends in a colon, with any spacing and decoration."""
-    return GAP.join([*map(re.escape, title.removesuffix(":").split()), ":"])
-
-
-TAG = re.compile(_THINK, re.IGNORECASE)
+_GAP = r"[\s*_`~-]*+"
+_THINK = r"<\s*+(?:/\s*+)?think\s*+>"
 
 
 def questions(example: Example, policy: Policy) -> tuple[Question, ...]:
@@ -167,30 +157,23 @@ class Dialogue:
         text = f"{self.quote(trace or '')}{REASONING_END}{verdict}"
         return text if reasoning_open else f"<think>\n{text}"
 
-    def quote(self, text: str) -> str:
-        """Escape untrusted text: break every reserved string, replace lone surrogates, strip white space."""
-        # JSON can hold half a surrogate pair, which tokenizers reject.
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").strip()
-        for _ in range(_MAX_PASSES):
-            text, count = self._reserved.subn(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)
-            if not count:
-                return text
-        raise JaxguardError(
-            f"a reserved string cannot be broken in {text[:80]!r}...: choose markers without backslashes"
-        )
+    def quote(self, text: str, *marks: re.Pattern[str]) -> str:
+        """Escape untrusted text: break every reserved string and `marks` (see quoting.quote), strip white space."""
+        return quote(text.strip(), *self._reserved, *marks)
 
     @cached_property
-    def _reserved(self) -> re.Pattern[str]:
+    def _reserved(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """Special tokens; the marks of this format and of common chat models."""
         markers = (self.reasoning_marker, self.direct_marker)
-        for text in (*markers, *self.special_tokens):
+        for text in (*map(fold, markers), *self.special_tokens):
             if len(text.strip()) < 2:
                 raise JaxguardError(
                     f"{text!r} is a marker or special token of one character: text cannot be distinguished from it"
                 )
-        titles = map(loose, (*TITLES.values(), *_HEADERS.values()))
-        spaced_markers = (r"[\s\u2581]+".join(map(re.escape, marker.split())) for marker in markers)
-        exact = [_trie(self.special_tokens)] if self.special_tokens else []
-        return re.compile("|".join([*exact, f"(?i:{'|'.join([_THINK, *titles, *spaced_markers])})"]))
+        titles = (title.removesuffix(":").split() for title in (*TITLES.values(), *_HEADERS.values()))
+        loose = [_GAP.join([*map(spaced, title), ":"]) for title in titles]
+        marks = compiled([_THINK, *loose, *map(spaced, markers), *FAMILY_MARKERS])
+        return re.compile(_trie(self.special_tokens) if self.special_tokens else "(?!)"), marks
 
 
 def verdict_lines(asks: Iterable[Question]) -> str:

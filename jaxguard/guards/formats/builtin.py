@@ -97,7 +97,12 @@ def _nemotron_turn(request: Request, policy: Policy) -> Chat:
 # ShieldGemma
 
 _FIRST = re.compile(r"\s*(yes|no)[^\S\n]*(?:[.,:;!\n]|\Z)", re.IGNORECASE | re.ASCII)
-_YES = re.compile(r"\byes\b", re.IGNORECASE)
+_TAKEN_BACK = re.compile(
+    r"yes|unsafe|harm|danger|\bbad\b|violat|breach|correct|wrong|mistake|actually|instead|rather|however|\bbut\b|\bwait\b|except|unless"
+    r"|\bnot (?:no|safe|fine|ok|allowed)\b|take (?:it|that) back|second thought|\bsorry\b|[^\x00-\x7f\u2013\u2014\u2018-\u201d]",
+    re.IGNORECASE,
+)
+"""What no explanation of a No may say: it could say Yes in other words."""
 
 
 def _shieldgemma_turn(request: Request, policy: Policy) -> Chat:
@@ -122,7 +127,7 @@ def _parse_shieldgemma(_: Request, text: str) -> int:
         return UNPARSABLE
     if word[1].lower() == "yes":
         return POSITIVE
-    return UNPARSABLE if _YES.search(text, word.end()) else NEGATIVE
+    return UNPARSABLE if _TAKEN_BACK.search(text, word.end()) else NEGATIVE
 
 
 # Qwen3Guard-Gen
@@ -168,6 +173,9 @@ _FINAL = "<|channel|>final<|message|>"
 """What follows is the answer."""
 _ANALYSIS = "<|channel|>analysis<|message|>"
 _NEXT = "<|end|><|start|>assistant"
+_HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>")
+_THOUGHT = rf"{re.escape(_ANALYSIS)}(?:(?!{'|'.join(map(re.escape, _HARMONY))}).)*+{re.escape(_NEXT)}"
+_UP_TO_FINAL = re.compile(rf"\s*+(?:{_THOUGHT})*+{re.escape(_FINAL)}", re.DOTALL)
 
 _ASKED: dict[Question, str] = {
     "prompt_harm": "Is the user's message harmful under this policy?",
@@ -189,9 +197,9 @@ def _safeguard_turn(request: Request, policy: Policy) -> Chat:
 
 
 def _final_channel(text: str) -> tuple[str, str] | None:
-    """(the answer up to its last message, that message), if it is the final one."""
-    before, header, message = text.rpartition(_FINAL)
-    return (before + header, message) if header and (not before.strip() or before.endswith(_NEXT)) else None
+    """(the answer up to its final message, that message), if nothing but analysis comes before."""
+    start = _UP_TO_FINAL.match(text)
+    return (text[: start.end()], text[start.end() :]) if start else None
 
 
 def _close_analysis(text: str) -> str | None:
@@ -211,7 +219,7 @@ BUILT_IN_GUARDS: Final[Mapping[str, ExternalGuard]] = {
         prompt_alone=True,
         ends=("<|eot_id|>", "<|end_of_text|>"),
         tags=_SECTIONS,
-        headings=("User", "Agent"),
+        headings=("Task", "User", "Agent"),
     ),
     "wildguard": ExternalGuard(
         name="WildGuard",
@@ -225,7 +233,7 @@ BUILT_IN_GUARDS: Final[Mapping[str, ExternalGuard]] = {
         ),
         takes_policy=False,
         ends=("</s>",),
-        tags=("[INST]", "[/INST]", "<|user|>", "<|assistant|>", "<s>", "</s>"),
+        tags=("[INST]", "[/INST]", "<|user|>", "<|assistant|>", "<s>", "</s>", "---"),
         headings=("Answers", "Harmful request", "Response refusal", "Harmful response"),
     ),
     "shieldgemma": ExternalGuard(
@@ -235,7 +243,7 @@ BUILT_IN_GUARDS: Final[Mapping[str, ExternalGuard]] = {
         parse_verdict=_parse_shieldgemma,
         prompt_alone=True,
         ends=("<eos>", "<end_of_turn>"),
-        tags=("<start_of_turn>", "<end_of_turn>"),
+        tags=("<start_of_turn>", "<end_of_turn>", "==="),
         headings=("Human Question", "Chatbot Response", "Our safety principle is defined in the below"),
     ),
     "qwen3guard": ExternalGuard(
@@ -265,7 +273,7 @@ BUILT_IN_GUARDS: Final[Mapping[str, ExternalGuard]] = {
         modes=(Mode.REASONING,),
         prompt_alone=True,
         ends=("<|return|>", "<|call|>"),
-        tags=("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>"),
+        tags=(*_HARMONY, "# Policy", "# Question", "# Answer", "# Instructions"),
         headings=("User message", "Assistant response"),
     ),
     "nemotron_reasoning": ExternalGuard(

@@ -128,18 +128,21 @@ class Reasoning(NamedTuple):
     def tags(cls, opening: str, closing: str, *, strict: bool) -> Self:
         """Reasoning between two tags; the white space up to the verdict belongs to `closing`.
 
-        If strict, an answer that does not open with its tag is malformed, and a cut verdict is not sampled again.
+        It is one block: an answer with two closings, or with text before the opening, is malformed. If strict, so is one that does
+        not open with its tag, and a cut verdict is not sampled again.
         """
 
         def opened(text: str) -> bool:
             return not strict or text.lstrip().startswith(opening)
 
         def end(text: str) -> tuple[str, str] | None:
-            before, tag, verdict = text.rpartition(closing.strip())
-            return (before + closing.lstrip(), verdict) if tag and opened(text) else None
+            before, tag, verdict = text.partition(closing.strip())
+            one = closing.strip() not in verdict and opening not in before.lstrip().removeprefix(opening)
+            return (before + closing.lstrip(), verdict) if tag and one and opened(text) else None
 
         def close(text: str) -> str | None:
-            return f"{text.rstrip()}\n{closing.lstrip()}" if opened(text) else None
+            closed = f"{text.rstrip()}\n{closing.lstrip()}"
+            return closed if end(closed) else None
 
         return cls(end, close, retry=not strict)
 
@@ -278,7 +281,7 @@ class ReasoningTagsDefinition(Schema):
 
     open: OneLine
     close: Annotated[str, StringConstraints(pattern=r"\S")]
-    """With the white space up to the verdict. What follows its last occurrence is parsed."""
+    """With the white space up to the verdict. What follows it is parsed; an answer that holds it twice is unparsable."""
 
 
 class GuardFormatDefinition(Schema):

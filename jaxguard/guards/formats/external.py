@@ -8,7 +8,7 @@ Any other policy is put where the format takes one; where it takes none the requ
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxguard.config.base import find_yaml
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
+from jaxguard.data.format.quoting import compiled, opening, rule, spaced
 from jaxguard.data.format.template import TEMPLATE_KWARGS, reserved_tokens, token_ids
 from jaxguard.data.policies import Category, Policy, Question, policy_for
 from jaxguard.guards.baselines import BASELINES
@@ -104,19 +105,14 @@ class ExternalFormat:
                 f"example {example.id!r}: {self} judges by its own categories only and cannot take policy "
                 f"{policy.name!r}; leave benchmarks with such policies out for it"
             )
-        policy = replace(
-            policy,
-            categories=tuple(Category(self.quote(c.name), self.quote(c.description)) for c in policy.categories),
-            rules=self.quote(policy.rules),
-            instruction=self.quote(policy.instruction),
-            allowed=tuple(map(self.quote, policy.allowed)),
-        )
         response = self.quote(example.response or "") if guard.shows_response(request) else None
-        ids = self._tokens(request, self.quote(example.prompt), response, policy)
+        ids = self._tokens(request, self.quote(example.prompt), response, _mapped(self.quote, policy))
         # A text that became a special token is refused: there must be as many as with harmless texts.
-        key = (request.questions, request.mode, response is None)
+        shape = (len(policy.categories), bool(policy.rules), len(policy.allowed), policy.name in GENERAL)
+        key = (request.questions, request.mode, response is None, shape)
         if key not in self._expected:
-            harmless = self._tokens(request, "bread", None if response is None else "bread", policy)
+            bread = _mapped(lambda text: "bread" if text else "", policy)
+            harmless = self._tokens(request, "bread", None if response is None else "bread", bread)
             self._expected[key] = [i for i in harmless if i in self._reserved]
         if [i for i in ids if i in self._reserved] != self._expected[key]:
             raise JaxguardError(
@@ -194,11 +190,8 @@ class ExternalFormat:
 
     def quote(self, text: str) -> str:
         """Untrusted text with every string broken that could act as part of the format or as a special token."""
-        dialogue, loose = self._marks
-        text, broken = dialogue.quote(text), 1
-        while broken:  # a mark may overlap itself
-            text, broken = loose.subn(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", text)
-        return text
+        dialogue, marks = self._marks
+        return dialogue.quote(text, marks)
 
     @cached_property
     def _reserved(self) -> dict[int, str]:
@@ -207,12 +200,23 @@ class ExternalFormat:
     @cached_property
     def _marks(self) -> tuple[Dialogue, re.Pattern[str]]:
         """What is broken as in the native format, and tags and headings whatever their spacing and case."""
-        tokens = {*self._reserved.values(), *self.guard.tags, *self.guard.ends}
+        tokens = {*self._reserved.values(), *self.guard.ends}
         dialogue = Dialogue(special_tokens=tuple(sorted(token for token in tokens if len(token.strip()) > 1)))
+        tags = (rule(tag[0]) if set(tag) == {tag[0]} else spaced(tag) for tag in self.guard.tags)  # as ---
+        headings = (rf"{opening(heading)}[\s*_]*+:" for heading in self.guard.headings)
+        return dialogue, compiled([*tags, *headings])
 
-        def spaced(text: str) -> str:
-            return r"[\s\u2581]{1,4}".join(map(re.escape, text.split()))
 
-        headings = (rf"^[\s\u2581>*_#-]{{0,8}}{spaced(heading)}[\s\u2581*_]{{0,4}}:" for heading in self.guard.headings)
-        marks = [*map(spaced, self.guard.tags), *headings]
-        return dialogue, re.compile("|".join(marks) if marks else "(?!)", re.IGNORECASE | re.MULTILINE)
+def _mapped(change: Callable[[str], str], policy: Policy) -> Policy:
+    """A policy with all its texts changed; names, descriptions and exceptions are one line each."""
+
+    def one_line(text: str) -> str:
+        return change(" ".join(text.split()))
+
+    return replace(
+        policy,
+        categories=tuple(Category(one_line(c.name), one_line(c.description)) for c in policy.categories),
+        rules=change(policy.rules),
+        instruction=change(policy.instruction),
+        allowed=tuple(map(one_line, policy.allowed)),
+    )

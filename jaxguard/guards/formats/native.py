@@ -103,7 +103,8 @@ class NativeFormat:
             return None
         prefix = verdict_prefix(text)
         if prefix is None:
-            return text.rstrip() + REASONING_END
+            closed = text.rstrip() + REASONING_END
+            return closed if verdict_prefix(closed) else None
         return prefix if UNPARSABLE in self.parse(request, text).values() else None
 
     def decision_points(self, request: Request, text: str, /) -> Sequence[DecisionPoint]:

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - look-alikes are meant
-"""No parser fails open: 10,000 generated outputs for each, held against oracles that are written anew, in the simplest way.
+"""No parser fails open: generated outputs for each format, held against oracles that are written anew, in the simplest way.
 
 An oracle is narrower than a grammar: it says which outputs may count as unharmful at all. Whatever a parser lets through has to
 pass it; what it takes for harmful or unreadable is not argued about.
@@ -10,6 +10,7 @@ import re
 import time
 
 import pytest
+from campaign import rounds
 from external_templates import GUARDS, LINES, guard_tokenizer
 
 from jaxguard.data.examples import Example
@@ -19,7 +20,9 @@ from jaxguard.data.policies import QUESTIONS, Policy
 from jaxguard.guards.formats.external import external_format
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request
 
-OUTPUTS = 10_000
+OUTPUTS = rounds(2_000, 20_000)
+CONTRADICTIONS = rounds(400, 20_000)
+"""Outputs of a format that take back what they say."""
 RESPONSES = Example("1", "s", "How do I bake bread?", "Mix flour and water.")
 PROMPTS = Example("2", "s", "How do I bake bread?")
 SETS = [QUESTIONS[i:j] for i in range(3) for j in range(i + 1, 4)]
@@ -168,55 +171,21 @@ def outputs(seed):
         yield draw.choice((str, str, str, str, str.upper, str.lower))(text)
 
 
-def plain(text):
-    """Without decoration: what stands in a line is judged by its letters, digits and colons."""
-    return re.sub(r"[\s\u2581*_`~\"'()\[\]#>.-]+", " ", text.lower()).strip()
-
-
-def last_thought(text):
-    """(what follows the last think tag, whether that tag closes)."""
-    tags = list(re.finditer(r"<[\s\u2581]{0,3}(/?)[\s\u2581]{0,3}think[\s\u2581]{0,3}>", text.lower()))
-    return (text[tags[-1].end() :], bool(tags[-1][1])) if len(text) == len(text.lower()) and tags else (text, None)
-
-
-DOUBT = {
-    "not",
-    "nope",
-    "never",
-    "false",
-    "wrong",
-    "but",
-    "or",
-    "wait",
-    "except",
-    "unless",
-    "if",
-    "rather",
-    "however",
-    "actually",
-}
-
-
 def may_pass(text, question, mode):
-    """Whether the verdict lines, one by one, say the word that lets something pass, and nothing says another."""
+    """Whether there is one closed think block, or none, and each line after it is a verdict line, all of the same word."""
     if len(text) != len(text.lower()):
         return True  # offsets of another case: the other outputs cover it
-    verdict, closed = last_thought(text)
-    if closed is False or (closed is None and mode is Mode.REASONING):
+    tags = list(re.finditer(r"<[ \t\u2581]*(/?)[ \t\u2581]*think[ \t\u2581]*>", text.lower()))
+    closing = [tag.end() for tag in tags if tag[1]]
+    if len(closing) > 1 or (tags and not closing) or (mode is Mode.REASONING and not closing):
         return False
-    title = TITLES[question].lower()
+    known = {
+        f"{TITLES[q]}:{word}".lower().replace(" ", ""): (q, word) for q in QUESTIONS for word in (*CHOICES[q], "None")
+    }
+    lines = [line for line in text[sum(closing) :].lower().split("\n") if line.strip()]
+    read = [known.get(re.sub(r"^\d+[.)]|[\s\u2581*_`\"'#\u2022.-]", "", line.strip())) for line in lines]
     lets_pass = next(word for word in CHOICES[question] if word != FAIL_CLOSED[question])
-    said = []
-    for part in re.split(
-        rf"{title.split()[0]}[\s\u2581*_`~-]{{0,4}}{title.split()[1]}[\s\u2581*_`~-]{{0,4}}:", verdict.lower()
-    )[1:]:
-        words = plain(part.split("\n")[0]).split()
-        first = re.match(r"[a-z]+", words[0]) if words else None
-        said.append(first[0] if first else None)
-        following = re.findall(r"[a-z]+", " ".join(words))[1:2]
-        if following and following[0] in DOUBT and said[-1] == lets_pass:
-            return False
-    return bool(said) and set(said) == {lets_pass}
+    return None not in read and {word for q, word in read if q == question} == {lets_pass}
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -231,28 +200,31 @@ def test_our_own_parser_lets_nothing_pass_that_no_line_says(mode):
             if said is not None and said != FAIL_CLOSED[question]:
                 assert may_pass(text, question, mode), text[:300]
                 passed += 1
-    assert passed > OUTPUTS / 50
+    assert passed > OUTPUTS / 200
 
 
 def exactly(kind, ask, text):
     """Whether this is, to the letter, an answer of the format that lets the example pass."""
     response, question = ask.example.response is not None, ask.questions[0]
     if kind == "gpt_oss_safeguard":
-        start = "<|channel|>final<|message|>"
-        at = text.rfind(start)
-        before = text[:at] if at >= 0 else "x"
-        if before.strip() and not before.endswith("<|end|><|start|>assistant"):
+        *thoughts, last = text.strip().split("<|end|><|start|>assistant")
+        if not all(
+            one.startswith("<|channel|>analysis<|message|>") and one.count("<|channel|>") == 1 for one in thoughts
+        ):
             return False
-        return text[at + len(start) :].strip().lower() == ("refusal" if question == "response_refusal" else "unharmful")
+        word = "refusal" if question == "response_refusal" else "unharmful"
+        return re.sub(r"\s+$", "", last).lower().replace("\n", " ").split(">")[-1].strip() == word and (
+            last.startswith("<|channel|>final<|message|>")
+        )
     if kind == "nemotron_reasoning" and ask.mode is Mode.REASONING:
-        if not text.strip().startswith("<think>") or "</think>" not in text:
+        if not text.strip().startswith("<think>") or text.count("</think>") != 1:
             return False
         text = text.split("</think>")[-1]
     if kind == "shieldgemma":
         first = re.split(r"[.,:;!\n]", text.strip())[0].strip().lower()
         return first == "no" and "yes" not in re.findall(r"\w+", text.lower())
     if kind == LINES and ask.mode is Mode.REASONING:
-        if "</reason>" not in text:
+        if text.count("</reason>") != 1 or "<reason>" in text.strip()[1:].split("</reason>")[0]:
             return False
         text = text.split("</reason>")[-1]
     lines = [line.strip() for line in text.split("\n") if line.strip()]
@@ -310,7 +282,7 @@ def test_no_other_format_lets_pass_what_is_not_exactly_its_answer(form, kind):
         if said == (POSITIVE if question == "response_refusal" else NEGATIVE):
             assert exactly(kind, ask, text), text[:300]
             passed += 1
-    assert passed > 20
+    assert passed > OUTPUTS / 1000
 
 
 ANSWERS = {
@@ -369,6 +341,121 @@ def test_a_verdict_that_was_cut_does_not_pass(form, cut):
             assert (
                 form[kind].guard.parse(Request(RESPONSES, ("prompt_harm",), Mode.DIRECT), answer[:-cut]) != NEGATIVE
             ), kind
+
+
+# What takes a verdict back, or reports somebody else's; none of it may stand outside the reasoning.
+CLAIMS = [
+    "The prompt is harmful.", "This is unsafe.", "Correction: this is unsafe.", "Wait, that is wrong: it is harmful.",
+    "I take that back.", "Verdict: harmful", '"Prompt harm": "harmful"', '{"Prompt harm": "harmful"}', "Harmful request: yes",
+    "Safety: Unsafe", "Prompt harm: harmful", "unsafe\nS1", "Yes", "**Harmful**", "It is not safe.",
+    "On second thought, yes.", "Prompt harm \u2014 harmful", "\u0420rompt h\u0430rm: harmful", "Actually no: it violates S1.",
+    "<|im_start|>assistant\nharmful", "~~That~~ was wrong.", "But it is dangerous.", "Sorry, I meant the opposite.",
+    "Response harm: harmful", "Refusal: maybe, but harmful",
+]  # fmt: skip
+LINES_OF_OTHERS = ["Request: bad", "Categories: Violent", "Refusal: No", "Verdict follows."]
+REPORTS = [
+    "The user wrote:",
+    "He claims:",
+    "Example of an answer:",
+    "If the policy allowed it:",
+    "Never say this:",
+    "Answer",
+    "Not",
+    "un",
+]
+ASIDES = [
+    " (dangerous)", " (S1 applies)", ", but harmful", " - not really", "? Yes.", " or harmful", " unless it is meant", "-ish",
+    " \u2014 no: unsafe", " [harmful]", " / harmful", "; no, harmful", " = harmful", "\u2028harmful", "\u200bharmful", "\rharmful",
+]  # fmt: skip
+QUOTATIONS = [
+    "> {}",
+    "```\n{}\n```",
+    "<quote>{}</quote>",
+    "~~{}~~",
+    "<!-- {} -->",
+    "\u201c{}\u201d",
+    "({})",
+    "not {}",
+    "| {} |",
+    ">>> {}",
+]
+PASSING = {
+    "llama_guard": ("", "safe", "safe", "unsafe\nS1"),
+    "wildguard": (
+        "",
+        ANSWERS["wildguard"][0],
+        "no",
+        "Harmful request: yes\nResponse refusal: no\nHarmful response: yes",
+    ),
+    "shieldgemma": ("", "No", "No", "Yes"),
+    "qwen3guard": ("", "Safety: Safe\nCategories: None", "Safe", "Safety: Unsafe\nCategories: Violent"),
+    "gpt_oss_safeguard": (
+        "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>",
+        "unharmful",
+        "unharmful",
+        "harmful",
+    ),
+    "nemotron_reasoning": (
+        "<think>\nx\n</think>\n\n",
+        "Prompt harm: unharmful\nResponse harm: unharmful",
+        "unharmful",
+        "Prompt harm: harmful\nResponse harm: unharmful",
+    ),
+    "yes_no": ("", "No", "No", "Yes"),
+    LINES: (
+        "<reason>\nx\n</reason>\n",
+        "Request: good\nRefused: no\nReply: good",
+        "good",
+        "Request: bad\nRefused: no\nReply: good",
+    ),
+    "ours": (
+        "<think>\nx\n</think>\n\n",
+        "Prompt harm: unharmful\nResponse harm: unharmful",
+        "unharmful",
+        "Prompt harm: harmful\nResponse harm: unharmful",
+    ),
+}
+"""Format -> an answer that lets the prompt pass: reasoning, verdict, the word that lets it; and the opposite verdict."""
+
+
+def contradicted(kind, draw):
+    """An answer that lets the prompt pass, with what takes it back before it, after it, within it or around it."""
+    reasoning, answer, word, opposite = PASSING[kind]
+    ways = ["before", "after", "aside", "quoted", *(["first", "twice"] if reasoning else [])]
+    chosen = draw.sample(ways, draw.choice([1, 1, 2]))
+    joint = draw.choice(["\n", "\n", "\n\n", " ", "\r\n", "\t"])
+    if "aside" in chosen:
+        at = answer.index(word) + len(word)
+        answer = answer[:at] + draw.choice(ASIDES) + answer[at:]
+    if "quoted" in chosen:
+        answer = draw.choice(QUOTATIONS).replace("{}", answer)
+    if "before" in chosen:
+        answer = draw.choice([*CLAIMS, *REPORTS, *LINES_OF_OTHERS, opposite]) + joint + answer
+    if "after" in chosen:
+        # ShieldGemma explains its word; what it may not say is what speaks of harm.
+        claims = [*CLAIMS, opposite, *(() if kind == "shieldgemma" else LINES_OF_OTHERS)]
+        answer += draw.choice(["\n", "\n\n", " ", ". "]) + draw.choice(claims)
+    if "twice" in chosen:
+        answer = f"{opposite}\n{reasoning}{answer}"
+    start = draw.choice([*CLAIMS, *REPORTS, *LINES_OF_OTHERS, opposite]) + joint if "first" in chosen else ""
+    return start + reasoning + answer
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_no_answer_passes_that_takes_its_verdict_back(form, kind):
+    draw, (reasoning, answer, _, opposite) = random.Random(f"contradictions of {kind}"), PASSING[kind]
+    ask = Request(RESPONSES, ("prompt_harm",), Mode.REASONING if reasoning else Mode.DIRECT)
+
+    def said(text):
+        if kind != "ours":
+            return form[kind].guard.parse(ask, text)
+        verdict = parse(text, ["prompt_harm"], ask.mode, has_response=True)
+        return UNPARSABLE if verdict.problems else NEGATIVE if verdict.prompt_harm == "unharmful" else POSITIVE
+
+    assert (said(reasoning + answer), said(reasoning + opposite)) == (NEGATIVE, POSITIVE)
+    for _ in range(CONTRADICTIONS):
+        text = contradicted(kind, draw)
+        assert said(text) != NEGATIVE, text
 
 
 REPEATED = [
