@@ -1,5 +1,6 @@
 """The report of an evaluation: what it says, what it does not claim, and that nothing in it is markup."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -8,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, hostile, some, whole
+from rich.console import Console
 
 from jaxguard.evaluate.report.page import (
     MOST_CHARACTERS,
@@ -20,7 +22,7 @@ from jaxguard.evaluate.report.page import (
     report,
     write_report,
 )
-from jaxguard.evaluate.report.tables import main_table, score_table, versus_table
+from jaxguard.evaluate.report.tables import main_table, score_table, summary_table, versus_table
 from jaxguard.evaluate.scores.metrics import Bin
 from jaxguard.evaluate.scores.results import read_results, write_results
 from jaxguard.report import Cell, page_html, page_markdown
@@ -313,3 +315,17 @@ def test_the_page_has_each_diagram_with_a_text():
         assert len(re.findall(r'<svg role="img" aria-label="[^"]{20,}"', page_html(report(found, PUBLISHED)))) == count
     assert len(some().cells) == 4 * len(FEW)
     assert some().cells[0].examples == SIZE
+
+
+def test_the_summary_of_twelve_benchmarks_fits_a_terminal():
+    out = io.StringIO()
+    Console(file=out, width=80).print(summary_table(whole()).rich())
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [line for line in text.splitlines() if "│" in line]
+    assert len(whole().benchmarks) >= 11
+    for cell in whole().cells:
+        f1 = cell.result.scores.f1
+        score = f"{f1.value:.3f} [{f1.low:.3f}, {f1.high:.3f}]"
+        assert any(score in row and cell.guard in row and cell.mode in row for row in rows), score
+    assert all(sum(f" {name} " in row for row in rows) == 1 for name in whole().benchmarks)
