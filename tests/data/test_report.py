@@ -143,7 +143,7 @@ def test_packing_agrees_with_counting_every_batch(made):
 def test_too_few_examples_for_one_batch(made):
     config, _, prepared, _ = made
     short = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 0.1})})
-    with pytest.raises(JaxguardError, match="epochs=0.1"):
+    with pytest.raises(JaxguardError, match=r"epochs=0\.1"):
         packing(short, prepared.train)
 
 
