@@ -1,7 +1,7 @@
 """Encode examples with the checkpoint's chat template: tokens, loss mask and probes."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxguard.config.data import DataConfig
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import ABSENT, CHOICES, REASONING_END, Answers, Dialogue, Mode, answers, questions
+from jaxguard.data.format.dialogue import (
+    ABSENT,
+    CHOICES,
+    REASONING_END,
+    Answers,
+    Dialogue,
+    Mode,
+    answers,
+    questions,
+    written,
+)
 from jaxguard.data.format.template import Template, load_tokenizer, read_template, render, token_ids
 from jaxguard.data.policies import QUESTIONS, Policy, Question, load_policy, policy_for
 from jaxguard.utils.errors import JaxguardError
@@ -22,6 +32,8 @@ TOKENIZER_FILES: Final = ("*.json", "*.jinja", "tokenizer*")
 MIN_KEPT: Final = 16
 """Least tokens of a prompt, and of a response, that truncation leaves."""
 CUT_MARK: Final = "\n[... the middle is left out ...]\n"
+BATCH: Final = 256
+"""Examples that are tokenized at once."""
 LONGEST_TOKEN: Final = 64
 """Characters of a token. Texts longer than this times max_seq_len are cut before tokenization, which bounds time and memory."""
 
@@ -66,6 +78,18 @@ class EncodedExample:
         return len(self.shared_prefix) // self.tokens.itemsize
 
 
+class _Turn(NamedTuple):
+    """A user turn before truncation, its untrusted texts, and the prompt that it makes in the chat template."""
+
+    example: Example
+    policy: Policy
+    asks: tuple[Question, ...]
+    mode: Mode
+    texts: list[str]
+    turn: str
+    prompt: str
+
+
 class PromptTooLongError(JaxguardError):
     """The policy and the answer leave no space for any text."""
 
@@ -92,7 +116,7 @@ class Encoder:
     policy: Policy
     max_seq_len: int
     share_prefixes: bool = True
-    _prefix_ids: dict[Any, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _prefix_ids: dict[Any, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
     _shared_prefixes: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -127,6 +151,23 @@ class Encoder:
         Raises:
             JaxguardError: no label for any question, no trace in reasoning mode, or its own policy does not fit.
         """
+        turn, gold, completions = self._draft(example, mode)
+        yield from self._encode(turn, gold, completions, {})
+
+    def encode_all(
+        self, examples: Iterable[tuple[Example, Mode]], most: int | None = None
+    ) -> Iterator[tuple[EncodedExample, ...]]:
+        """Yield the branches of each example, or the first `most` of them; threads share the tokenization. Errors as there."""
+        rest = iter(examples)
+        while drafts := [self._draft(*each) for each in itertools.islice(rest, BATCH)]:
+            texts = list(dict.fromkeys(text for turn, _, texts in drafts for text in (turn.prompt, *texts.values())))
+            encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            known = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+            for draft in drafts:
+                yield tuple(itertools.islice(self._encode(*draft, known), most))
+
+    def _draft(self, example: Example, mode: Mode) -> tuple[_Turn, Answers, dict[Answers, str]]:
+        """Return all of an example that is tokenized: the turn, the labels, and a completion for every combination of answers."""
         policy = policy_for(example, self.policy)
         gold = answers(example, questions(example, policy))
         if mode is Mode.REASONING and not (example.trace or "").strip():
@@ -136,9 +177,19 @@ class Encoder:
         asks = tuple(q for q, _ in gold)
         words = [(word,) if word == ABSENT else (word, *(w for w in CHOICES[q] if w != word)) for q, word in gold]
         verdicts = [tuple(zip(asks, combination, strict=True)) for combination in itertools.product(*words)]
-        completions = {verdict: self._completion(verdict, example.trace, mode) for verdict in verdicts}
+        reasoning = self._completion(gold, example.trace, mode).removesuffix(written(gold) + self.template.end)
+        completions = {verdict: reasoning + written(verdict) + self.template.end for verdict in verdicts}
+        return self._turn(example, policy, asks, mode), gold, completions
+
+    def _encode(
+        self, turn: _Turn, gold: Answers, texts: Mapping[Answers, str], known: Mapping[str, list[int]]
+    ) -> Iterator[EncodedExample]:
+        """Yield the branches of a draft; `known` are the tokens of texts."""
+        example, policy, asks, mode, *_ = turn
+        completions = {verdict: known.get(text) or self.ids(text) for verdict, text in texts.items()}
         # The prompt leaves space for the longest completion.
-        prompt = self._fit(example, policy, asks, mode, self.max_seq_len - max(map(len, completions.values())))
+        limit = self.max_seq_len - max(map(len, completions.values()))
+        prompt = self._fit(turn, known.get(turn.prompt) or self.ids(turn.prompt), limit)
         if prompt is None:
             needed = self.min_tokens(policy)
             if mode is Mode.DIRECT or needed > self.max_seq_len:
@@ -150,10 +201,10 @@ class Encoder:
             return
         shared_prefix = self._shared_prefix(policy, asks, mode, prompt.ids)
         last = next((q for q, word in reversed(gold) if word != ABSENT), None)
-        for verdict in verdicts:
+        for verdict, completion in completions.items():
             if last is not None and dict(verdict)[last] != dict(gold)[last]:
                 continue
-            completion, probes = completions[verdict], []
+            probes = []
             # In some vocabularies think tags are special tokens.
             reserved = [i for i in self.template.reserved_in(completion) if "think" not in self.template.reserved[i]]
             if reserved != [self.template.end_id] or completion[-1] != self.template.end_id:
@@ -184,7 +235,8 @@ class Encoder:
             JaxguardError: the text contains a special token that could not be escaped.
         """
         policy = policy_for(example, self.policy)
-        fitted = self._fit(example, policy, asks or policy.asks, mode, self.max_seq_len - answer_tokens)
+        turn = self._turn(example, policy, asks or policy.asks, mode)
+        fitted = self._fit(turn, self.ids(turn.prompt), self.max_seq_len - answer_tokens)
         if fitted is None:
             raise PromptTooLongError(
                 f"example {example.id!r}: its policy leaves no space for text in {self.max_seq_len} tokens"
@@ -196,7 +248,7 @@ class Encoder:
         """Return the length of the shortest useful sequence under a policy, with its verdict but no trace."""
         turn = self.dialogue.user_turn("", "", policy, policy.asks, Mode.REASONING)
         longest = max(
-            len(self._completion(tuple(zip(policy.asks, words, strict=True)), None, Mode.DIRECT))
+            len(self.ids(self._completion(tuple(zip(policy.asks, words, strict=True)), None, Mode.DIRECT)))
             for words in itertools.product(*(CHOICES[q] for q in policy.asks))
         )
         seams = 4  # tokens may split differently where texts meet
@@ -207,9 +259,8 @@ class Encoder:
         """Tokenize a part of an answer."""
         return token_ids(self.tokenizer, text)
 
-    def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> list[int]:
-        text = self.dialogue.completion(answers, trace, mode, bool(self.template.reasoning_start))
-        return self.ids(text + self.template.end)
+    def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> str:
+        return self.dialogue.completion(answers, trace, mode, bool(self.template.reasoning_start)) + self.template.end
 
     def _shared_prefix(self, policy: Policy, asks: tuple[Question, ...], mode: Mode, prompt: list[int]) -> bytes:
         """Return the prompt's first tokens that all prompts of this policy share, as one object for all examples."""
@@ -217,29 +268,31 @@ class Encoder:
             return b""
         key = policy, asks, mode
         if key not in self._prefix_ids:
-            self._prefix_ids[key] = self.ids(self.template.before + self.dialogue.shared_prefix(*key))
+            ids = self.ids(self.template.before + self.dialogue.shared_prefix(*key))
+            self._prefix_ids[key] = np.asarray(ids, np.int32)
         # The last one may differ when text follows.
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._prefix_ids[key], prompt, strict=False))
-        prefix = np.asarray([token for token, _ in same], np.int32).tobytes()
+        own, start = self._prefix_ids[key], np.asarray(prompt[: len(self._prefix_ids[key])], np.int32)
+        differs = np.flatnonzero(own[: len(start)] != start)
+        prefix = start[: differs[0] if len(differs) else len(start)].tobytes()
         return self._shared_prefixes.setdefault(prefix, prefix)
 
-    def _fit(
-        self, example: Example, policy: Policy, asks: tuple[Question, ...], mode: Mode, limit: int
-    ) -> Prompt | None:
-        """Fit a prompt into `limit` tokens; None if impossible.
-
-        The middle of the longer text is cut first, then both alike. The work is linear in the text's length.
-        """
-
-        def attempt(parts: Sequence[str]) -> tuple[str, list[int]]:
-            turn = self.dialogue.user_turn(parts[0], parts[1] if len(parts) > 1 else None, policy, asks, mode)
-            return turn, self.ids(self._prompt_text(turn, mode))
-
+    def _turn(self, example: Example, policy: Policy, asks: tuple[Question, ...], mode: Mode) -> _Turn:
         most = self.max_seq_len * LONGEST_TOKEN
         whole = [text for text in (example.prompt, example.response) if text is not None]
         texts = [text if len(text) <= most else text[: most // 2] + CUT_MARK + text[-(most // 2) :] for text in whole]
-        turn, ids = attempt(texts)
-        cut = texts != whole
+        turn = self._user_turn(texts, policy, asks, mode)
+        return _Turn(example, policy, asks, mode, texts, turn, self._prompt_text(turn, mode))
+
+    def _user_turn(self, texts: Sequence[str], policy: Policy, asks: tuple[Question, ...], mode: Mode) -> str:
+        return self.dialogue.user_turn(texts[0], texts[1] if len(texts) > 1 else None, policy, asks, mode)
+
+    def _fit(self, first: _Turn, ids: list[int], limit: int) -> Prompt | None:
+        """Fit a prompt, of which `ids` are the tokens as it is, into `limit` tokens; None if impossible.
+
+        The middle of the longer text is cut first, then both alike. The work is linear in the text's length.
+        """
+        example, policy, asks, mode, texts, turn, _ = first
+        cut = texts != [text for text in (example.prompt, example.response) if text is not None]
         if len(ids) > limit:
             cut, texts = True, [self.dialogue.quote(text) for text in texts]
             spans = [self.tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).offsets for t in texts]
@@ -250,7 +303,9 @@ class Encoder:
                     return None
                 # The largest limit with sum(min(count, limit)) <= keep: the longest text is cut first.
                 most = keep if len(counts) == 1 else max(keep // 2, keep - min(counts))
-                turn, ids = attempt([_cut(text, each, most) for text, each in zip(texts, spans, strict=True)])
+                parts = [_cut(text, each, most) for text, each in zip(texts, spans, strict=True)]
+                turn = self._user_turn(parts, policy, asks, mode)
+                ids = self.ids(self._prompt_text(turn, mode))
                 keep -= len(ids) - limit
         reserved = self.template.reserved_in(ids)
         if reserved != self._frame[mode]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jaxguard.config import Config
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.contamination import normalise
+from jaxguard.data.encoded_file import encode_once
 from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
@@ -21,7 +22,6 @@ from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.questions import QuestionSet, question_sets, trained_together
 from jaxguard.data.sources import digest, load, unique_ids
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.progress import track
 
 ExampleAndMode = tuple[Example, Mode]
 
@@ -59,10 +59,10 @@ class Prepared(NamedTuple):
         return trained_together(self.manifest)
 
 
-def prepare(config: Config, folder: Path) -> Prepared:
-    """Load, select and encode a run's data with the tokenizer of the checkpoint in `folder`."""
+def prepare(config: Config, folder: Path, cache: Path | None = None, write_cache: bool = True) -> Prepared:
+    """Load, select and encode a run's data with the tokenizer of the checkpoint in `folder`; see `encode_selection`."""
     encoder = Encoder.load(folder, config.data)
-    return encode_selection(config, select(config), encoder)
+    return encode_selection(config, select(config), encoder, cache, write_cache)
 
 
 def select(config: Config) -> Selection:
@@ -129,13 +129,19 @@ def assign_modes(examples: Sequence[Example], mode: str, share: float, seed: int
     return [Mode(example.mode or ("reasoning" if example.id in reasoning else "direct")) for example in examples]
 
 
-def encode_selection(config: Config, selection: Selection, encoder: Encoder) -> Prepared:
-    """Encode the selected examples, and make the manifest; it is an error if none fits, or every one was truncated."""
+def encode_selection(
+    config: Config, selection: Selection, encoder: Encoder, cache: Path | None = None, write_cache: bool = True
+) -> Prepared:
+    """Encode the selected examples, and make the manifest; it is an error if none fits, or every one was truncated.
+
+    What the folder `cache` holds of them is read instead; what it lacks is written there, unless another process does that.
+    """
     max_seq_len = config.data.max_seq_len
-    encoded = [(*each, encoder.encode(*each)) for each in track(selection.train, "encoding")]
-    train = [(example, mode, sequence) for example, mode, sequence in encoded if sequence is not None]
-    tracked = track(selection.validation, "encoding held-out examples")
-    validation = [(*each, branches) for each in tracked if (branches := tuple(encoder.branches(*each)))]
+    files = (None, None) if cache is None else (cache / "train.npz", cache / "validation.npz")
+    encoded = encode_once(selection.train, 1, encoder, "encoding", files[0], write_cache)
+    train = [(*each, first[0]) for each, first in zip(selection.train, encoded, strict=True) if first]
+    held_out = encode_once(selection.validation, None, encoder, "encoding held-out examples", files[1], write_cache)
+    validation = [(*each, branches) for each, branches in zip(selection.validation, held_out, strict=True) if branches]
     too_long = {
         "train: trace too long for a row": len(selection.train) - len(train),
         "validation: trace too long for a row": len(selection.validation) - len(validation),

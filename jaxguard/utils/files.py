@@ -42,11 +42,11 @@ def lock_folder(folder: Path, what: str) -> IO[str]:
     return file
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, contents: str | bytes) -> None:
     """Replace a file so that a crash leaves the old one or the new one; JaxguardError if it cannot be written."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(contents.encode() if isinstance(contents, str) else contents)
         _to_disk(draft)
         draft.replace(path)
     except OSError as error:

@@ -33,10 +33,10 @@ Titles and tags are broken whatever their case, blanks, decoration and look-alik
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.format.quoting import FAMILY_MARKERS, compiled, fold, quote, spaced
@@ -125,6 +125,7 @@ class Dialogue:
     reasoning_marker: str = "/think"
     direct_marker: str = "/no_think"
     special_tokens: tuple[str, ...] = ()
+    _prefixes: dict[Any, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def user_turn(
         self, prompt: str, response: str | None, policy: Policy, asks: tuple[Question, ...], mode: Mode
@@ -139,13 +140,16 @@ class Dialogue:
 
     def shared_prefix(self, policy: Policy, asks: tuple[Question, ...], mode: Mode) -> str:
         """Render the part of the user turn that all examples of this policy, these questions and this mode share."""
-        blocks = (
-            self.quote(policy.instruction),
-            f"{_HEADERS['policy']}\n{self.quote(policy.taxonomy)}",
-            "\n".join([_HEADERS["format"], _HOW[mode], verdict_lines(asks)]),
-            f"{_HEADERS['prompt']}\n",
-        )
-        return "\n\n".join(blocks).lstrip()
+        key = policy, asks, mode
+        if key not in self._prefixes:
+            blocks = (
+                self.quote(policy.instruction),
+                f"{_HEADERS['policy']}\n{self.quote(policy.taxonomy)}",
+                "\n".join([_HEADERS["format"], _HOW[mode], verdict_lines(asks)]),
+                f"{_HEADERS['prompt']}\n",
+            )
+            self._prefixes[key] = "\n\n".join(blocks).lstrip()
+        return self._prefixes[key]
 
     def completion(self, answers: Answers, trace: str | None, mode: Mode, reasoning_open: bool = False) -> str:
         """Render the answer without its end of turn; `reasoning_open` says that the prompt opens the think block."""

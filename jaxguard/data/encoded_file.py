@@ -1,0 +1,145 @@
+"""Encoded examples in a file, so that a run encodes its data once: numbers only, with a key of what decides them and a checksum.
+
+The file holds a line, the key and the SHA-256 of the rest; then NumPy's .npz. What is damaged, or has another key, is encoded anew.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+from zipfile import BadZipFile
+
+import numpy as np
+
+from jaxguard.data.encoding import EncodedExample, Encoder, Probe
+from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import ABSENT, CHOICES, Mode
+from jaxguard.data.policies import QUESTIONS, policy_for
+from jaxguard.data.sources import digest
+from jaxguard.utils.files import write_atomically
+from jaxguard.utils.progress import track
+
+logger = logging.getLogger(__name__)
+
+Branches = tuple[EncodedExample, ...]
+
+_WORDS: Final = tuple(dict.fromkeys((ABSENT, *(word for words in CHOICES.values() for word in words))))
+_PACKAGES: Final = ("transformers", "tokenizers", "jinja2", "numpy")
+
+
+def encode_once(
+    examples: Sequence[tuple[Example, Mode]],
+    most: int | None,
+    encoder: Encoder,
+    title: str,
+    file: Path | None,
+    write: bool,
+) -> list[Branches]:
+    """Return what Encoder.encode_all yields: as `file` has it, or encoded now and, with `write`, written there."""
+    key = encoding_key(examples, most, encoder) if file else ""
+    encoded = read_encoded(file, key, examples) if file else None
+    if encoded is None:
+        encoded = list(encoder.encode_all(track(examples, title), most))
+        if file and write:
+            write_encoded(file, key, encoded)
+    return encoded
+
+
+def encoding_key(examples: Sequence[tuple[Example, Mode]], most: int | None, encoder: Encoder) -> str:
+    """Hash what decides the encoding of examples: their contents and modes, tokenizer, format, policies, and this package's code."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    policies = {example.policy: policy_for(example, encoder.policy) for example, _ in examples}
+    facts = [
+        most,
+        code.hexdigest(),
+        [version(package) for package in _PACKAGES],
+        hashlib.sha256(encoder.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        repr((encoder.tokenizer.chat_template, encoder.template, encoder.dialogue)),
+        (encoder.max_seq_len, encoder.share_prefixes),
+        [(name, policy.digest) for name, policy in policies.items()],
+        digest(example for example, _ in examples),
+        [mode.value for _, mode in examples],
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def write_encoded(path: Path, key: str, encoded: Sequence[Branches]) -> None:
+    """Write the sequences of some examples; the file appears whole or not at all."""
+    sequences = [sequence for branches in encoded for sequence in branches]
+    probes = [probe for sequence in sequences for probe in sequence.probes]
+    answers = [answer for sequence in sequences for answer in sequence.answers]
+    arrays = {
+        "branches": [len(branches) for branches in encoded],
+        "lengths": [len(sequence.tokens) for sequence in sequences],
+        "targets": [int(sequence.loss_mask.sum()) for sequence in sequences],
+        "shared": [sequence.shared_prefix_len for sequence in sequences],
+        "cut": [sequence.cut for sequence in sequences],
+        "num_probes": [len(sequence.probes) for sequence in sequences],
+        "probes": [(QUESTIONS.index(p.question), p.position, p.positive_id, p.negative_id) for p in probes],
+        "num_answers": [len(sequence.answers) for sequence in sequences],
+        "answers": [(QUESTIONS.index(question), _WORDS.index(word)) for question, word in answers],
+    }
+    stream = io.BytesIO()
+    tokens = np.concatenate([np.zeros(0, np.int32), *(sequence.tokens for sequence in sequences)])
+    np.savez(stream, tokens=tokens, **{name: np.asarray(values, np.int32) for name, values in arrays.items()})
+    contents = stream.getvalue()
+    header = f"{key} {hashlib.sha256(contents).hexdigest()}\n"
+    write_atomically(path, header.encode() + contents)
+
+
+def read_encoded(path: Path, key: str, examples: Sequence[tuple[Example, Mode]]) -> list[Branches] | None:
+    """Read the sequences of some examples; None where there is no file, or one that is damaged or has another key."""
+    if not path.is_file():
+        return None
+    try:
+        header, _, contents = path.read_bytes().partition(b"\n")
+        known, checksum = header.decode("ascii").split(" ")
+        if checksum != hashlib.sha256(contents).hexdigest():
+            raise ValueError("its checksum is another")
+        return _parse(contents, examples) if known == key else None
+    except (OSError, LookupError, ValueError, StopIteration, BadZipFile) as error:
+        logger.warning("%s is damaged (%s): the data are encoded again", path, error)
+        return None
+
+
+def _parse(contents: bytes, examples: Sequence[tuple[Example, Mode]]) -> list[Branches]:
+    with np.load(io.BytesIO(contents), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+
+    def split(name: str, lengths: str) -> list[np.ndarray]:
+        counts = arrays[lengths]
+        return [arrays[name][end - count : end] for count, end in zip(counts, np.cumsum(counts), strict=True)]
+
+    sequences = zip(
+        split("tokens", "lengths"),
+        split("probes", "num_probes"),
+        split("answers", "num_answers"),
+        *(arrays[name].tolist() for name in ("targets", "shared", "cut")),
+        strict=True,
+    )
+    prefixes: dict[bytes, bytes] = {}  # one object for all examples
+
+    def sequence(example: Example, mode: Mode) -> EncodedExample:
+        tokens, probes, answers, targets, shared, cut = next(sequences)
+        prefix = tokens[:shared].tobytes()
+        return EncodedExample(
+            example.id,
+            mode,
+            tokens,
+            np.arange(len(tokens)) >= len(tokens) - targets,
+            tuple(Probe(QUESTIONS[question], *values) for question, *values in probes.tolist()),
+            tuple((QUESTIONS[question], _WORDS[word]) for question, word in answers.tolist()),
+            bool(cut),
+            prefixes.setdefault(prefix, prefix),
+        )
+
+    return [
+        tuple(sequence(*each) for _ in range(count))
+        for each, count in zip(examples, arrays["branches"].tolist(), strict=True)
+    ]
