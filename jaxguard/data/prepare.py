@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jaxguard.config import Config
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.contamination import normalise
-from jaxguard.data.encoded_file import encode_once
+from jaxguard.data.encoded_cache import EncodedCache
 from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
@@ -59,10 +59,10 @@ class Prepared(NamedTuple):
         return trained_together(self.manifest)
 
 
-def prepare(config: Config, folder: Path, cache: Path | None = None, write_cache: bool = True) -> Prepared:
-    """Load, select and encode a run's data with the tokenizer of the checkpoint in `folder`; see `encode_selection`."""
+def prepare(config: Config, folder: Path, cache: EncodedCache | None = None) -> Prepared:
+    """Load, select and encode a run's data with the tokenizer of the checkpoint in `folder`."""
     encoder = Encoder.load(folder, config.data)
-    return encode_selection(config, select(config), encoder, cache, write_cache)
+    return encode_selection(config, select(config), encoder, cache)
 
 
 def select(config: Config) -> Selection:
@@ -130,17 +130,14 @@ def assign_modes(examples: Sequence[Example], mode: str, share: float, seed: int
 
 
 def encode_selection(
-    config: Config, selection: Selection, encoder: Encoder, cache: Path | None = None, write_cache: bool = True
+    config: Config, selection: Selection, encoder: Encoder, cache: EncodedCache | None = None
 ) -> Prepared:
-    """Encode the selected examples, and make the manifest; it is an error if none fits, or every one was truncated.
-
-    What the folder `cache` holds of them is read instead; what it lacks is written there, unless another process does that.
-    """
+    """Encode the selected examples, and make the manifest; it is an error if none fits, or every one was truncated."""
     max_seq_len = config.data.max_seq_len
-    files = (None, None) if cache is None else (cache / "train.npz", cache / "validation.npz")
-    encoded = encode_once(selection.train, 1, encoder, "encoding", files[0], write_cache)
+    cache = cache or EncodedCache()
+    encoded = cache.encode("training", selection.train, encoder, 1)
     train = [(*each, first[0]) for each, first in zip(selection.train, encoded, strict=True) if first]
-    held_out = encode_once(selection.validation, None, encoder, "encoding held-out examples", files[1], write_cache)
+    held_out = cache.encode("held-out", selection.validation, encoder)
     validation = [(*each, branches) for each, branches in zip(selection.validation, held_out, strict=True) if branches]
     too_long = {
         "train: trace too long for a row": len(selection.train) - len(train),

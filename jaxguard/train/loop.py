@@ -19,6 +19,7 @@ from rich.table import Table
 
 from jaxguard.config import Config, dump
 from jaxguard.config.hardware import peak_flops
+from jaxguard.data.encoded_cache import EncodedCache
 from jaxguard.data.inputs import check_inputs
 from jaxguard.data.packing import Batch, Schedule, total_steps
 from jaxguard.data.policies import load_policy
@@ -142,7 +143,8 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         source = fetch(config.model.checkpoint, config.model.revision)
         spec = read_spec(source)
         check_vocabulary(source, spec)
-        data = prepare(config, source)
+        cache = EncodedCache(folder / "encoded")
+        data = prepare(config, source, cache)
         compare_hosts(config, source, data.manifest)
         batch_size, max_seq_len = config.train.batch_size, config.data.max_seq_len
         steps = total_steps(len(data.train), batch_size, config.train.epochs, config.train.max_steps)
@@ -150,6 +152,7 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         program = build_program(config, spec, mesh, steps)
         begin_run(folder, config, data.manifest)
         if jax.process_index() == 0:
+            cache.write()
             console = Console()
             console.print(dump(config, "train"))
             console.print(startup_table(spec, program.state["weights"]))

@@ -1,6 +1,7 @@
-"""Encoded examples in a file, so that a run encodes its data once: numbers only, with a key of what decides them and a checksum.
+"""Encoded examples in files of a run's folder, so that a run encodes its data once.
 
-The file holds a line, the key and the SHA-256 of the rest; then NumPy's .npz. What is damaged, or has another key, is encoded anew.
+A file holds a line, its key and the SHA-256 of the rest, and then numbers as NumPy's .npz. What is damaged or has another key is
+encoded anew.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import io
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -15,6 +17,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+import jaxguard
 from jaxguard.data.encoding import EncodedExample, Encoder, Probe
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, Mode
@@ -31,26 +34,37 @@ _WORDS: Final = tuple(dict.fromkeys((ABSENT, *(word for words in CHOICES.values(
 _PACKAGES: Final = ("transformers", "tokenizers", "jinja2", "numpy")
 
 
-def encode_once(
-    examples: Sequence[tuple[Example, Mode]],
-    most: int | None,
-    encoder: Encoder,
-    title: str,
-    file: Path | None,
-    write: bool,
-) -> list[Branches]:
-    """Return what Encoder.encode_all yields: as `file` has it, or encoded now and, with `write`, written there."""
-    key = encoding_key(examples, most, encoder) if file else ""
-    encoded = read_encoded(file, key, examples) if file else None
-    if encoded is None:
-        encoded = list(encoder.encode_all(track(examples, title), most))
-        if file and write:
-            write_encoded(file, key, encoded)
-    return encoded
+@dataclass
+class EncodedCache:
+    """The encoded examples that a folder holds; without a folder, none. Nothing is written before `write`."""
+
+    folder: Path | None = None
+    _unwritten: dict[Path, tuple[str, list[Branches]]] = field(default_factory=dict)
+
+    def encode(
+        self, name: str, examples: Sequence[tuple[Example, Mode]], encoder: Encoder, most: int | None = None
+    ) -> list[Branches]:
+        """Return what Encoder.encode_all yields, as the file of that name has it or encoded now."""
+        tracked = track(examples, f"encoding {name} examples")
+        if self.folder is None:
+            return list(encoder.encode_all(tracked, most))
+        path, key = self.folder / f"{name}.encoded", encoding_key(examples, encoder, most)
+        encoded = read_encoded(path, key, examples)
+        if encoded is None:
+            encoded = list(encoder.encode_all(tracked, most))
+            self._unwritten[path] = key, encoded
+        return encoded
+
+    def write(self) -> None:
+        """Write what was encoded; in one process of a run. JaxguardError: it cannot be written."""
+        for path, (key, encoded) in self._unwritten.items():
+            path.parent.mkdir(exist_ok=True)
+            write_encoded(path, key, encoded)
+        self._unwritten.clear()
 
 
-def encoding_key(examples: Sequence[tuple[Example, Mode]], most: int | None, encoder: Encoder) -> str:
-    """Hash what decides the encoding of examples: their contents and modes, tokenizer, format, policies, and this package's code."""
+def encoding_key(examples: Sequence[tuple[Example, Mode]], encoder: Encoder, most: int | None) -> str:
+    """Hash what decides the encoding of examples: contents and modes, tokenizer, format, policies, and this package's code."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(path.read_bytes())
@@ -58,7 +72,7 @@ def encoding_key(examples: Sequence[tuple[Example, Mode]], most: int | None, enc
     facts = [
         most,
         code.hexdigest(),
-        [version(package) for package in _PACKAGES],
+        [jaxguard.__version__, *map(version, _PACKAGES)],
         hashlib.sha256(encoder.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         repr((encoder.tokenizer.chat_template, encoder.template, encoder.dialogue)),
         (encoder.max_seq_len, encoder.share_prefixes),
