@@ -18,7 +18,7 @@ from jaxguard.config.data import BuildConfig, DataConfig, DistillConfig
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.train import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.parse import Fields, PathPart, check, read_yaml
+from jaxguard.utils.parse import Fields, PathPart, PathText, check, read_yaml
 
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Config"
 """A config's name, its path, the tree that a file holds, or the config itself."""
@@ -44,7 +44,7 @@ class Config(Schema):
 
     name: PathPart
     """Name of the run and of its folder; by default the file's name."""
-    run_folder: str = "runs"
+    run_folder: PathText = "runs"
     """The run's folder is run_folder/name."""
     seed: NonNegative = 0
     """Seed of the order of the examples, and of which keep their trace in dual mode."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.parse import inner_schema, nearest, parse_yaml
+from jaxguard.utils.parse import PathText, check, inner_schema, nearest, parse_yaml
 
 CONFIG_FOLDER = Path("configs")
 _PACKAGE = Path(__file__).parents[1]
@@ -38,9 +38,9 @@ class _Path:
     suffixes: tuple[str, ...] = ("",)
 
 
-LocalPath = Annotated[str, _Path()]
+LocalPath = Annotated[PathText, _Path()]
 """A path, or a repository; in a file, it is looked for beside the file first."""
-NameOrYaml = Annotated[str, _Path((".yaml", ".yml"))]
+NameOrYaml = Annotated[PathText, _Path((".yaml", ".yml"))]
 """A name in a folder of configs/, or the path of a YAML file, which is looked for as that of LocalPath."""
 
 
@@ -116,6 +116,7 @@ def names(folder: Path) -> list[str]:
 
 def find_yaml(name: str, folder: Path, what: str) -> Path:
     """Return the YAML file that a name in `folder`, or a path, stands for; JaxguardError lists those there are."""
+    check(name, PathText, what)
     for path in (Path(name), *(source / f"{name}.yaml" for source in folders(folder))):
         if path.suffix in {".yaml", ".yml"} and path.is_file():
             return path

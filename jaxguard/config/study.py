@@ -145,7 +145,7 @@ def read_study(name: str, scale: str | None = None, changes: Mapping[str, Any] =
     """
     path = find_yaml(name.removeprefix(f"{STUDIES.name}/"), STUDIES, "study")
     tree, origin = beside(read_yaml(path, Fields), StudyConfig, path.parent), str(path)
-    scales = tree.pop("scales", None) or {}
+    scales = check(tree.pop("scales", None) or {}, dict[str, Fields], f"{path}: scales")
     if scale is not None:
         if scale not in scales:
             known = ", ".join(scales) or "none"

@@ -67,7 +67,7 @@ def load_pretrained(auto: "type[AutoConfig] | type[AutoTokenizer]", folder: Path
                 f"{folder} needs code of its own (auto_map in config.json or tokenizer_config.json), which jaxguard never "
                 "runs: use a checkpoint of a model type that transformers knows"
             ) from None
-        raise JaxguardError(f"{folder}: transformers cannot read its {what}: {error}") from None
+        raise JaxguardError(f"{folder}: transformers cannot read its {what}: {str(error)[:1000]}") from None
 
 
 def fetch(checkpoint: str, revision: str | None = None, only: Sequence[str] | None = None) -> Path:

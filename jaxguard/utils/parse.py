@@ -9,6 +9,7 @@ import difflib
 import gzip
 import json
 import lzma
+import os
 import re
 import typing
 import zlib
@@ -158,7 +159,7 @@ def check(value: Any, shape: type[T], origin: str | Callable[[str, str], str]) -
     except ValidationError as error:
         # Pydantic also calls a list too short when its only item is ill-formed; the item's own error says it better.
         errors = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
-        explained = [(".".join(map(str, e["loc"])), _explain(shape, e)) for e in errors[:_MOST_ERRORS]]
+        explained = [(".".join(map(str, e["loc"])), _explain(shape, e)[:1000]) for e in errors[:_MOST_ERRORS]]
         lines = [f"{named(field, message)}: {message}" for field, message in explained]
         more = [f"{named('', '')}: {len(errors) - _MOST_ERRORS} more errors"] if len(errors) > _MOST_ERRORS else []
         raise JaxguardError("\n".join([*lines, *more])) from None
@@ -182,6 +183,22 @@ def path_part(name: str) -> str:
 
 PathPart = Annotated[str, AfterValidator(path_part)]
 """A text that becomes the name of a file or folder."""
+
+
+def path_text(path: str) -> str:
+    """Return a text that the system can take for a path; ValueError if it cannot."""
+    try:
+        longest = max((len(part) for part in os.fsencode(path).split(b"/")), default=0)
+        Path(path).expanduser()
+    except (UnicodeEncodeError, RuntimeError) as error:
+        raise ValueError(f"it is no path: {error}") from None
+    if longest > 255 or "\0" in path:
+        raise ValueError("it is no path: one of its parts has more than 255 bytes, or it holds NUL")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(path_text)]
+"""A text that is a path, or may be one."""
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
-from jaxguard.utils.parse import LINE_BYTES, Fields, check
+from jaxguard.utils.parse import LINE_BYTES, Fields, check, shown
 
 logger = logging.getLogger(__name__)
 
@@ -150,5 +150,5 @@ def differences(old: Any, new: Any, field: str = "") -> dict[str, tuple[Any, Any
 def refuse_others(changes: Mapping[str, tuple[Any, Any]], holds: str, remedy: str) -> None:
     """Raise a ProvenanceError that says what exists (`holds`), every change as from `differences`, and the remedy."""
     if changes:
-        lines = (f"  {field}: {old!r} there, {new!r} now" for field, (old, new) in changes.items())
+        lines = (f"  {field[:200]}: {shown(old)} there, {shown(new)} now" for field, (old, new) in changes.items())
         raise ProvenanceError("\n".join([holds, *lines, remedy]))

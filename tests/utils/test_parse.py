@@ -13,7 +13,17 @@ import yaml
 
 from jaxguard.utils import parse
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.parse import Fields, PathPart, check, front_matter, parse_json, parse_yaml, read_json, read_lines
+from jaxguard.utils.parse import (
+    Fields,
+    PathPart,
+    PathText,
+    check,
+    front_matter,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_lines,
+)
 
 
 @dataclass
@@ -192,3 +202,9 @@ def test_many_errors_are_cut():
 def test_any_value_passes_where_any_is_expected():
     value: Any = parse_json("[1]", object, "x")
     assert value == json.loads("[1]")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 256, "a/" + "é" * 128, "~nobody-of-this-name/x", "\ud800"])
+def test_texts_that_are_no_path(path):
+    refused(check, path, PathText, "data.train.0.path", holds=["data.train.0.path", "no path"])
+    assert check("~/a/../b", PathText, "x") == "~/a/../b"

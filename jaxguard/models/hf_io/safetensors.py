@@ -133,7 +133,7 @@ def open_file(path: Path) -> dict[str, Stored]:
             header = parse_json(file.read(length), Fields, str(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise JaxguardError(
-            f"{path} is truncated or not a safetensors file ({error}): download or copy it again"
+            f"{path} is truncated or not a safetensors file ({str(error)[:300]}): download or copy it again"
         ) from None
     header.pop("__metadata__", None)
     return {
