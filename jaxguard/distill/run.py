@@ -32,8 +32,8 @@ from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.progress import Progress
 
-_FIT = re.compile(r"^[\s*_#>-]*fit[\s*_]*:[\s*_]*(yes|no)\b", re.IGNORECASE | re.MULTILINE)
-_REASON = re.compile(r"^[\s*_#>-]*reason[\s*_]*:(?P<reason>[^\n]*)", re.IGNORECASE | re.MULTILINE)
+_FIT = re.compile(r"[\s*_#-]*fit[\s*_]*:[\s*_]*(yes|no)[\s*_.]*", re.IGNORECASE | re.ASCII)
+_REASON = re.compile(r"[\s*_#-]*reason[\s*_]*:(.*)", re.IGNORECASE | re.ASCII)
 _JUDGE_GRAMMAR = r"Reason: [^\n]+\nFit: (yes|no)"
 
 
@@ -191,12 +191,13 @@ class Judge:
         """Return (why the trace is unfit, or None; completion tokens). Fails closed: a malformed answer is an objection."""
         extra = {"regex": _JUDGE_GRAMMAR} if self.model.config.grammar else {}
         (reply,) = await self.model.complete(self.prompt.messages(task, dialogue), extra=extra)
-        verdicts = {match[1].lower() for match in _FIT.finditer(reply.answer)}
-        reason = _REASON.search(reply.answer)
-        if reply.finish_reason == "stop" and verdicts == {"yes"}:
+        lines = [line.strip() for line in reply.answer.split("\n") if line.strip()]
+        verdicts = [match[1].lower() for line in lines if (match := _FIT.fullmatch(line))]
+        reasons = [match[1].strip(" *_") for line in lines if (match := _REASON.fullmatch(line))]
+        if reply.finish_reason == "stop" and set(verdicts) == {"yes"} and len(verdicts) + len(reasons) == len(lines):
             return None, reply.completion_tokens
-        if verdicts == {"no"}:
-            return (reason["reason"].strip() if reason else "") or "gives no reason", reply.completion_tokens
+        if set(verdicts) == {"no"}:
+            return (reasons[0] if reasons else "") or "gives no reason", reply.completion_tokens
         return "its answer is malformed", reply.completion_tokens
 
 
