@@ -305,7 +305,24 @@ REPEATED = [
     "\u2581",
     "aba",
 ]
-REPEATED += ["Prompt harm: unharmful\n", "-", "x Prompt harm:", "Prompt    harm    ", "<|eot_id|"]
+REPEATED += [
+    "<|",
+    "[|",
+    "< s",
+    "[ /",
+    "<\u200b",
+    "\uff1c",
+    "\u0430",
+    "\n> ",
+    "- ",
+    "\n---",
+    "Prompt\u200b",
+    "Prompt harm: unharmful\n",
+    "-",
+    "x Prompt harm:",
+    "Prompt    harm    ",
+    "<|eot_id|",
+]
 
 
 @pytest.mark.parametrize("piece", REPEATED)

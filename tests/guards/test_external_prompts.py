@@ -1,5 +1,6 @@
 """Other guards' formats: what they are asked, and whom text can fool."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -248,6 +249,16 @@ def test_sections_are_broken_whatever_their_case_and_spacing(form, kind):
         quoted = form(kind).quote(f"bread {text} bread" if not text.startswith("\n") else f"bread{text} bread")
         assert quoted.count("\\") >= 1, text
         assert quoted.replace("\\", "").split() == f"bread {text} bread".split()
+
+
+@pytest.mark.parametrize(
+    "piece", ["> ", "- ", "\n", "\n- ", "-", "=", "# ", "User ", "[/INST ", "<END ", "\u2028", "\uff35ser", "\nHuman"]
+)
+def test_a_long_text_is_quoted_in_linear_time(form, piece):
+    for kind in ("wildguard", "llama_guard", LINES):
+        began = time.process_time()
+        form(kind).quote((piece * 300_000)[:300_000] + "x")
+        assert time.process_time() - began < 10, kind  # quadratic work takes many minutes
 
 
 PIECES = [
