@@ -95,7 +95,7 @@ GIVEN = "Prompt harm: unharmful\nResponse harm: harmful\nResponse refusal: compl
         GIVEN.replace("Prompt harm: unharmful", "**Prompt harm: unharmful.**  "),
         f"\n{GIVEN}\n\n{GIVEN}\n",
         f"<think>Prompt harm: harmful\n</think>{GIVEN}",
-        f"It is rude. < / THINK >\n{GIVEN}",
+        f"<think>It is rude. < / THINK >\n{GIVEN}",
     ],
 )  # fmt: skip
 def test_tolerant(text: str):
@@ -187,6 +187,12 @@ def test_unclosed_reasoning_has_no_verdict(text: str):
         "compliance",
     )
     assert len(verdict.problems) == 3
+
+
+def test_only_a_prompt_that_asks_for_reasoning_opens_a_block():
+    text = f"Prompt harm: harmful\n</think>{GIVEN}"
+    assert parse(text, QUESTIONS, Mode.REASONING) == GOLD
+    assert len(parse(text, QUESTIONS, Mode.DIRECT).problems) == 3
 
 
 def test_none_is_no_answer_about_a_response_that_is_there():

@@ -179,6 +179,8 @@ def may_pass(text, question, mode):
     closing = [tag.end() for tag in tags if tag[1]]
     if len(closing) > 1 or (tags and not closing) or (mode is Mode.REASONING and not closing):
         return False
+    if closing and text[: tags[0].start()].strip() and (len(tags) > 1 or mode is Mode.DIRECT):
+        return False
     known = {
         f"{TITLES[q]}:{word}".lower().replace(" ", ""): (q, word) for q in QUESTIONS for word in (*CHOICES[q], "None")
     }

@@ -49,9 +49,9 @@ def parse(text: str, asks: Iterable[Question], mode: Mode, has_response: bool | 
 
     If `has_response`, `None` is not a valid answer about it; None accepts `None`. Parsing takes linear time.
     """
-    parts = _split(text) or (("", text) if mode is Mode.DIRECT and not _TAG.search(text) else None)
+    parts = _split(text, mode)
     words: dict[Question, set[str]] = {question: set() for question in QUESTIONS}
-    unparsable = "no closed reasoning" if parts is None else ""
+    unparsable = "its reasoning is not one closed block" if parts is None else ""
     for line in filter(None, map(str.strip, parts[1].split("\n") if parts else ())):
         read = {q: match[1].lower() for q, pattern in _LINES.items() if (match := pattern.fullmatch(line))}
         if not read:
@@ -76,19 +76,23 @@ def parse(text: str, asks: Iterable[Question], mode: Mode, has_response: bool | 
     return Verdict(**verdict, problems=tuple(problems))
 
 
-def _split(text: str) -> tuple[str, str] | None:
-    """Split an answer into its think block, whose tag may be in the prompt, and what follows; None unless it is one closed one."""
+def _split(text: str, mode: Mode) -> tuple[str, str] | None:
+    """Split an answer into its think block and what follows; None unless it is one closed block.
+
+    In direct mode there may be none; in reasoning mode the prompt may hold the opening tag.
+    """
     tags = list(_TAG.finditer(text))
-    closing = [tag for tag in tags if "/" in tag[0]]
-    opens_late = tags[0] not in closing and text[: tags[0].start()].strip() if tags else False
-    if len(closing) != 1 or tags[-1] is not closing[0] or len(tags) > 2 or opens_late:
-        return None
-    return text[: tags[-1].end()], text[tags[-1].end() :]
+    if not tags:
+        return ("", text) if mode is Mode.DIRECT else None
+    *opening, closing = tags
+    closed = ["/" in tag[0] for tag in tags] in ([True], [False, True])
+    before = text[: tags[0].start()].strip() if opening or mode is Mode.DIRECT else ""
+    return (text[: closing.end()], text[closing.end() :]) if closed and not before else None
 
 
 def verdict_prefix(text: str) -> str | None:
     """Return an answer up to the start of its verdict lines; None if its reasoning is not one closed block."""
-    parts = _split(text)
+    parts = _split(text, Mode.REASONING)
     return None if parts is None else f"{parts[0]}\n\n"
 
 
