@@ -1,17 +1,23 @@
 """A model's shape and numerics, read from its Hugging Face config.json."""
 
 import hashlib
+import logging
 import math
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 from transformers import AutoConfig
 
+from jaxguard.models.hf_io.safetensors import open_folder
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.hub import load_pretrained
 from jaxguard.utils.parse import check, shown
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED = {
     "llama": "Llama 3.x, SmolLM2",
@@ -150,7 +156,9 @@ def read_spec(folder: Path) -> Spec:
         value = getattr(text, option, None) or None
         if value != wanted:
             raise UnsupportedModelError(f"{path}: {option}={shown(value)} is not supported; only {wanted!r} is")
-    c = check({field.name: getattr(text, field.name, None) for field in fields(TextConfig)}, TextConfig, str(path))
+    values = {field.name: getattr(text, field.name, None) for field in fields(TextConfig)}
+    values["tie_word_embeddings"] = config.tie_word_embeddings  # of a multimodal checkpoint the outer one counts
+    c = check(values, TextConfig, str(path))
     return Spec(
         family=family,
         vocab_size=c.vocab_size,
@@ -161,10 +169,33 @@ def read_spec(folder: Path) -> Spec:
         head_dim=c.head_dim,
         mlp_dim=c.intermediate_size,
         norm_eps=c.rms_norm_eps,
-        tied=c.tie_word_embeddings,
+        tied=c.tie_word_embeddings and not _stores_another_head(folder),
         max_position_embeddings=c.max_position_embeddings,
         dtype=str(text.dtype or "float32").removeprefix("torch."),
         **(_gemma3 if family == "gemma3" else _llama)(c, path),
+    )
+
+
+def _stores_another_head(folder: Path) -> bool:
+    """Whether the weights hold a head that is not the embedding: transformers uses it, even if it should be tied."""
+    with suppress(JaxguardError):  # no weights, or damaged ones: whoever reads them explains it
+        tensors, ends = open_folder(folder), ("embed_tokens.weight", "lm_head.weight")
+        stored = [tensor.view() for end in ends for name, tensor in tensors.items() if name.endswith(end)]
+        if len(stored) == 2 and not _equal(*stored):
+            logger.warning(
+                "%s: tie_word_embeddings is true, but a head is stored that is not the embedding: it is used and trained, as "
+                "transformers does. Set it to false, since other programs may ignore the head",
+                folder / "config.json",
+            )
+            return True
+    return False
+
+
+def _equal(embed_VD: np.ndarray, head_VD: np.ndarray) -> bool:
+    """Whether two matrices are equal, without memory for all of them."""
+    rows = range(0, len(embed_VD), 1024)
+    return embed_VD.shape == head_VD.shape and all(
+        np.array_equal(embed_VD[i : i + 1024], head_VD[i : i + 1024]) for i in rows
     )
 
 

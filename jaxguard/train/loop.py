@@ -25,7 +25,7 @@ from jaxguard.data.packing import Batch, Schedule, total_steps
 from jaxguard.data.policies import load_policy
 from jaxguard.data.prepare import Prepared, prepare
 from jaxguard.data.questions import cautions
-from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
+from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.sharding import batch_sharding, make_mesh, mesh_axes, row_multiple, shard_batch
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import count, table
@@ -142,7 +142,6 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         folder = stack.enter_context(open_run(config, resume))
         source = fetch(config.model.checkpoint, config.model.revision)
         spec = read_spec(source)
-        check_vocabulary(source, spec)
         cache = EncodedCache(folder / "encoded")
         data = prepare(config, source, cache)
         compare_hosts(config, source, data.manifest)

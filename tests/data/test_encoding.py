@@ -326,11 +326,21 @@ def test_folders_that_cannot_be_trained_with(tiny_tokenizer_folder: Path, tmp_pa
     assert "answer where generation starts" in load_error(edit(tiny, tmp_path / "c", config, chat_template=thinks))
     endless = template.replace('| trim + "<|eot_id|>"', "| trim")
     assert "does not end an answer" in load_error(edit(tiny, tmp_path / "d", config, chat_template=endless))
-    small = edit(tiny, tmp_path / "e", "config.json", vocab_size=511)
-    assert "has 512 tokens, but config.json says vocab_size=511" in load_error(small)
+    small = edit(tiny, tmp_path / "e", "config.json", model_type="llama", vocab_size=510)
+    assert all(word in load_error(small) for word in ("2 of", "510", "config.json"))
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "tokenizer.json").write_text("{")
     assert "cannot read its tokenizer" in load_error(tmp_path / "f")
+
+
+@pytest.mark.parametrize("kept", [(), ("<|end_header_id|>",)])
+def test_control_tokens_that_would_be_spelled_as_text_are_refused(tiny_tokenizer_folder: Path, tmp_path: Path, kept):
+    """The tokens of tokenizer_config.json, bos and eos, are added anyway; of the template's others, one is missing or two are."""
+    added = json.loads((tiny_tokenizer_folder / "tokenizer.json").read_text())["added_tokens"]
+    added = [token for token in added if token["content"] in kept]
+    message = load_error(edit(tiny_tokenizer_folder, tmp_path / "a", "tokenizer.json", added_tokens=added))
+    assert all(word in message for word in (str(tmp_path / "a"), "'<|start_header_id|>'", "added_tokens"))
+    assert ("'<|end_header_id|>'" in message) == (not kept)
 
 
 def test_generation_must_stop_at_the_end_of_turn(tiny_tokenizer_folder: Path, tmp_path: Path):

@@ -1,18 +1,20 @@
 """Other guards' formats: what they are asked, and whom text can fool."""
 
+import json
 import time
 from dataclasses import replace
 
 import pytest
 from external_examples import ALONE, BOTH, FIXED, GENERAL, HOUSE, asked, reserved, shown
-from external_templates import GUARDS, LINES, LLAMA_GUARD_PARTS
+from external_templates import GUARDS, LINES, LLAMA_GUARD_PARTS, guard_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Category, Policy
-from jaxguard.guards.formats.external import external_guard
+from jaxguard.guards.formats.external import external_format, external_guard
 from jaxguard.utils.errors import JaxguardError
 
 WILDGUARD = """\
@@ -333,3 +335,20 @@ def test_who_is_shown_a_policy_is_shown_what_it_allows(form, kind, before, after
     plain = shown(form(kind, replace(ALLOWED, allowed=("Toast.",))), asked())
     for token in reserved(kind):
         assert text.count(token) == plain.count(token), token
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (template, _) in GUARDS.items() if template and "<|" in template])
+def test_control_tokens_that_would_be_spelled_as_text_are_refused(tiny_tokenizer_folder, kind, tmp_path):
+    tokenizer = guard_tokenizer(tiny_tokenizer_folder, kind)
+    tokenizer.save_pretrained(tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokens = {t["content"]: t for t in tree["added_tokens"]}
+    end = next(token for token in external_guard(kind).ends if token in tokens)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree | {"added_tokens": [tokens[end]]}))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings = {k: v for k, v in settings.items() if k in ("tokenizer_class", "chat_template")} | {"eos_token": end}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = GUARDS[kind][0]
+    with pytest.raises(JaxguardError, match=rf"{kind}.*'<\|(im_)?start.*added_tokens"):
+        external_format(kind, tokenizer, GENERAL if kind in FIXED else HOUSE)

@@ -30,6 +30,8 @@ def make(tmp_path, tiny_tokenizer_folder, write_llama_config, write_gemma3_confi
                 "vision_config": VISION_CONFIG,
                 "mm_tokens_per_image": 4,
             }
+            if "tie_word_embeddings" in config:  # the outer one counts, and the inner one is true where it is absent
+                whole["tie_word_embeddings"] = text.pop("tie_word_embeddings")
             (folder / "config.json").write_text(json.dumps(whole))
             prefix, extra = prefix or "language_model.model.", {**VISION, **dict(extra)}
         spec = read_spec(folder)

@@ -26,6 +26,7 @@ KINDS = {
     "sharded": {"family": "llama", "shards": 3},
     "tied": {"family": "llama", "tie_word_embeddings": True},
     "tied with a stored head": {"family": "llama", "tie_word_embeddings": True, "extra": {"lm_head.weight": (512, 32)}},
+    "tied with another head": {"family": "llama", "tie_word_embeddings": True, "extra": {"lm_head.weight": (512, 32)}},
     "fp32": {"family": "llama", "dtype": np.dtype(np.float32)},
     "fp16": {"family": "llama", "dtype": np.dtype(np.float16)},
     "gemma3 text": {"family": "gemma3"},

@@ -33,10 +33,12 @@ VISION = {
 CASES = (
     "llama",
     "llama tied",
+    "llama tied, another head stored",
     "llama without scaling",
     "gemma3",
     "gemma3 of 8 layers, odd scale",
     "gemma3 multimodal",
+    "gemma3 multimodal, untied outside",
     "qwen3",
     "qwen3 tied",
 )
@@ -51,6 +53,8 @@ def models(request, write_llama_config, write_gemma3_config, tmp_path_factory):
             write_llama_config(folder, spelling=4)
         case "llama tied":
             write_llama_config(folder, tie_word_embeddings=True)
+        case "llama tied, another head stored":
+            write_llama_config(folder, tie_word_embeddings=False)
         case "llama without scaling":
             write_llama_config(folder, llama3_rope=False, num_key_value_heads=1)
         case "gemma3":
@@ -61,12 +65,24 @@ def models(request, write_llama_config, write_gemma3_config, tmp_path_factory):
             write_llama_config(folder, **QWEN3, spelling=4)
         case "qwen3 tied":
             write_llama_config(folder, **QWEN3, tie_word_embeddings=True)
-        case "gemma3 multimodal":
+        case "gemma3 multimodal" | "gemma3 multimodal, untied outside":
             text = json.loads((write_gemma3_config(folder) / "config.json").read_text())
             config = {"model_type": "gemma3", "text_config": text, "vision_config": VISION, "mm_tokens_per_image": 1}
-            (folder / "config.json").write_text(json.dumps(config | {"image_token_index": 500}))
+            config["image_token_index"] = 500
+            if request.param.endswith("outside"):
+                del text["tie_word_embeddings"]
+                config["tie_word_embeddings"] = False
+            (folder / "config.json").write_text(json.dumps(config))
+    written = json.loads((folder / "config.json").read_text())
     model = random_model(folder)
     model.save_pretrained(folder)
+    if (
+        "head stored" in request.param or "outside" in request.param
+    ):  # which head transformers takes is its own decision
+        written |= {"tie_word_embeddings": True} if "head stored" in request.param else {}
+        (folder / "config.json").write_text(json.dumps(written))
+        model = type(model).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
     spec = read_spec(folder)
     return model.double(), spec, read_weights(folder, spec)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxguard.models.hf_io.checkpoints import check_vocabulary, copy_companions, read_weights
+from jaxguard.data.format.template import load_tokenizer
+from jaxguard.models.hf_io.checkpoints import copy_companions, read_weights
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import abstract, count
 from jaxguard.train.checkpoints import write_checkpoint_weights
@@ -26,7 +27,7 @@ def main() -> None:
     try:
         source = fetch(args.source, args.revision)
         spec = read_spec(source)
-        check_vocabulary(source, spec)
+        load_tokenizer(source, chat=False)
         size = count(abstract(spec)) * jnp.dtype(args.dtype).itemsize
         with whole_folder(args.output, size) as folder:
             copy_companions(source, folder)

@@ -1,12 +1,12 @@
 """Read a checkpoint's chat template and tokenizer: the text around one user turn and one answer."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxguard.utils import parse
 from jaxguard.utils.errors import JaxguardError
@@ -15,6 +15,10 @@ from jaxguard.utils.hub import load_pretrained
 TEMPLATE_KWARGS: Final[dict[str, Any]] = {"date_string": "26 Jul 2024"}
 """Passed to every chat template. Llama's writes today's date into the prompt unless one is passed; this is the default
 date of Llama 3.1's. When serving, pass the same `chat_template_kwargs`, or the prompt differs from the trained one."""
+
+# The text-only Gemma 3 1B shares its tokenizer with the multimodal sizes: this token's id is just beyond its
+# vocabulary, and no text chat produces it.
+_IMAGE: Final = "<image_soft_token>"
 
 _PROMPT, _ANSWER = "jaxguardprompt", "jaxguardanswer"
 
@@ -54,17 +58,29 @@ def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBas
             f"{folder}: its tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): use an "
             "instruction-tuned checkpoint, or copy the template of one"
         )
-    config = read_json(folder / "config.json")
-    vocabulary = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    size = max(tokenizer.get_vocab().values()) + 1
-    if vocabulary is not None and size > vocabulary:
-        raise JaxguardError(
-            f"{folder}: the tokenizer has {size} tokens, but config.json says vocab_size={vocabulary}: they belong to "
-            "different models"
-        )
+    check_vocabulary(tokenizer, folder)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse a tokenizer with ids for which the checkpoint in `folder` has no embedding; nothing to check without its config."""
+    try:
+        size = load_pretrained(AutoConfig, folder, "config.json").get_text_config().vocab_size
+    except (JaxguardError, AttributeError):  # a server's tokenizer, or a model that jaxguard does not compute
+        return
+    beyond = {
+        token: i
+        for token, i in tokenizer.get_vocab().items()
+        if isinstance(size, int) and i >= size and token != _IMAGE
+    }
+    if beyond:
+        token = min(beyond, key=beyond.__getitem__)
+        raise JaxguardError(
+            f"{folder}: {len(beyond)} of the tokenizer's tokens have ids beyond the model's vocabulary of {size} (config.json), "
+            f"first {token!r} = {beyond[token]}: resize the model's embeddings, or use the tokenizer that belongs to it"
+        )
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turn: str, answer: str | None = None) -> str:
@@ -91,6 +107,12 @@ def reserved_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {i: token.content for i, token in added if token.special or any(c.isalnum() for c in token.content)}
 
 
+def spelled_markers(text: str, reserved: Mapping[int, str]) -> list[str]:
+    """What looks like a control token, such as `<|im_start|>`, in the text around a conversation, and is none."""
+    markers = dict.fromkeys(re.findall(r"<[^<>\s]+>", text))
+    return [marker for marker in markers if marker not in {*reserved.values(), "<think>", "</think>"}]
+
+
 def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
     """Derive a Template by rendering the chat template.
 
@@ -111,9 +133,15 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
             f"{folder}: its chat template does not put the answer where generation starts; it renders {full!r}"
         )
     before, after = prompt.split(_PROMPT)
+    reserved = reserved_tokens(tokenizer)
+    spelled = spelled_markers(before + after + tail, reserved)
+    if spelled:
+        raise JaxguardError(
+            f"{folder}: its tokenizer spells {', '.join(map(repr, spelled))} of its chat template as text, as a conversation "
+            "could: they must be added_tokens of tokenizer.json; copy that file from the model's repository"
+        )
     if "<think" in after.removesuffix(reasoning_start).lower():
         raise JaxguardError(f"{folder}: its chat template writes reasoning itself; the guard writes its own")
-    reserved = reserved_tokens(tokenizer)
     # The first special token after an answer; of several that start there, the longest.
     ends = [(tail.find(token), -len(token), i) for i, token in reserved.items() if token in tail]
     if not ends:

@@ -31,7 +31,7 @@ from jaxguard.models import sharding
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import Compute, choose_compute
 from jaxguard.models.decoder import Cache, Decoder
-from jaxguard.models.hf_io.checkpoints import check_vocabulary, read_weights
+from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.sharding import constrain
 from jaxguard.models.spec import Spec, UnsupportedModelError, read_spec
 from jaxguard.models.weights import table
@@ -146,7 +146,6 @@ def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxB
             f"{error}. JAX cannot compute this guard, SGLang may: set evaluate.backend=sglang, or serve it and give the "
             "guard the server's endpoint"
         ) from None
-    check_vocabulary(folder, spec)
     mesh = sharding.make_mesh(config.mesh)
     compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
     weights = read_weights(folder, spec, sharding.weight_shardings(spec, mesh), compute.matmul_dtype or compute.dtype)

@@ -20,7 +20,7 @@ from jaxguard.config.base import find_yaml
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.format.quoting import compiled, opening, rule, spaced
-from jaxguard.data.format.template import TEMPLATE_KWARGS, reserved_tokens, token_ids
+from jaxguard.data.format.template import TEMPLATE_KWARGS, reserved_tokens, spelled_markers, token_ids
 from jaxguard.data.policies import Category, Policy, Question, policy_for
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
@@ -64,7 +64,15 @@ def external_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Polic
         raise JaxguardError(f"{form}: its tokenizer has no chat template; take all files of the checkpoint")
     if not form.stop_ids:
         raise JaxguardError(f"{form}: its tokenizer has no token that ends an answer ({', '.join(guard.ends)})")
-    form.rendered(request, trial)
+    text = form.rendered(request, trial)
+    reserved = reserved_tokens(tokenizer)
+    spelled = [marker for marker in spelled_markers(text, reserved) if marker.startswith("<|")]
+    # WildGuard's own markers are text behind a token.
+    if not set(spelled) <= set(guard.tags) or (spelled and not any(token in text for token in reserved.values())):
+        raise JaxguardError(
+            f"{form}: its tokenizer spells {', '.join(map(repr, spelled))} of the prompt as text: they must be added_tokens of "
+            "tokenizer.json; take that file of the checkpoint"
+        )
     return form
 
 

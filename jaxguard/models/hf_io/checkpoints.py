@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from tokenizers import Tokenizer
 
 from jaxguard.models.hf_io.safetensors import (
     BLOCK,
@@ -48,10 +47,6 @@ CARRIED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "mo
 """Parts of a multimodal checkpoint that are not trained: copied as bytes."""
 
 WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
-
-# The text-only Gemma 3 1B shares its tokenizer with the multimodal sizes: this token's id is just beyond its
-# vocabulary, and no text chat produces it.
-_IMAGE_TOKEN = "<image_soft_token>"  # noqa: S105
 
 _TILE = (400, 400)
 """Rows and columns that are cast and transposed at once; not powers of two, for the reason that BAND gives."""
@@ -233,28 +228,6 @@ def _set_layer(stack: jax.Array, tensor: jax.Array, layer: jax.Array, sharding: 
     updated = jax.lax.dynamic_update_index_in_dim(stack, tensor.astype(stack.dtype), layer, 0)
     constrained: jax.Array = jax.lax.with_sharding_constraint(updated, sharding)
     return constrained
-
-
-def check_vocabulary(folder: Path, spec: Spec) -> None:
-    """Refuse a tokenizer with ids for which there is no embedding.
-
-    Raises:
-        JaxguardError: no tokenizer.json, or ids beyond the vocabulary.
-    """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise JaxguardError(f"{folder} has no tokenizer.json: download the checkpoint with its tokenizer")
-    try:
-        ids = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises bare Exception
-        raise JaxguardError(f"{path} is not a valid tokenizer: {error}") from None
-    beyond = {token: i for token, i in ids.items() if i >= spec.vocab_size and token != _IMAGE_TOKEN}
-    if beyond:
-        token = min(beyond, key=beyond.__getitem__)
-        raise JaxguardError(
-            f"{path}: {len(beyond)} tokens have ids beyond the model's vocabulary of {spec.vocab_size}, first {token!r} = "
-            f"{beyond[token]}: resize the model's embeddings, or use the tokenizer that belongs to it"
-        )
 
 
 @dataclass(frozen=True)
