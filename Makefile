@@ -43,10 +43,10 @@ help:
 	@echo "make clean         remove environments and fetched files; runs/ stays"
 
 demo: $(VENV)/.base
-	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py $(ARGS)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py $(ARGS)
 
 distill-demo: $(VENV)/.base $(SGLANG)/.ready
-	TRANSFORMERS_NO_ADVISORY_WARNINGS=1 $(BIN)/python tools/distill_demo.py $(ARGS)
+	$(BIN)/python tools/distill_demo.py $(ARGS)
 
 plan-demo: $(AOT)/.ready
 	for config in gemma4b_5k llama8b_5k; do \

@@ -4,6 +4,7 @@ Names are imported when they are first used: `import jaxguard` is quick, and loa
 """
 
 import importlib
+import logging
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ class _Stage(ModuleType):
 
         return getattr(api, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
+
+# transformers says at every start that its models need PyTorch; jaxguard takes its tokenizers and configs alone.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
 
 for _stage in ("distill", "evaluate", "mine", "plan", "train"):
     importlib.import_module(f"jaxguard.{_stage}").__class__ = _Stage

@@ -1,11 +1,13 @@
 """The package's own names: what `import jaxguard` offers, and what it costs."""
 
 import asyncio
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 import jaxguard
 from jaxguard.config import Config
@@ -70,3 +72,12 @@ def test_a_stage_runs_inside_an_event_loop():
 
     assert asyncio.run(notebook()) == "done"
     assert outside_event_loop(lambda: "done") == "done"
+
+
+def test_transformers_does_not_ask_for_torch(caplog):
+    """Its warning, which is in its sources as it is here, goes nowhere; others do."""
+    text = "PyTorch was not found"
+    assert text in Path(transformers.__file__).read_text(encoding="utf-8")
+    logger = logging.getLogger("transformers")
+    shown = [logger.filter(logging.makeLogRecord({"msg": message})) for message in (f"{text}. Models", "other")]
+    assert [bool(each) for each in shown] == [False, True]

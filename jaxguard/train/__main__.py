@@ -42,15 +42,18 @@ def _train(options: argparse.Namespace, config: Config) -> int:
 
 
 def _print(run: "TrainedRun") -> None:
-    """Print the validation metrics before and after, and where everything is."""
+    """Print the validation metrics and how training changed them, and where everything is."""
+    from jaxguard.train.logging import distinct
+
     console = Console(soft_wrap=True)
     if not run.finished:
         console.print(
             f"stopped by {run.stopped_by} after step {run.step} of {run.steps}; run the same command to resume"
         )
         return
-    for name, value in run.after.items():
-        console.print(f"{name:32} {run.before[name]:8.4f} -> {value:8.4f}")
+    before = distinct(run.before)
+    for name, value in distinct(run.after).items():
+        console.print(f"{name:32} {value:8.4f}  ({value - before[name]:+.4f})")
     if run.changed_fraction is not None:
         console.print(f"{run.changed_fraction:.2%} of the exported weights differ from the base")
     for name, path in (("log", run.folder / "metrics.jsonl"), ("curves", run.curves), ("export", run.export)):

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import textwrap
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from jaxguard.utils.files import write_atomically
 from jaxguard.utils.parse import check, parse_json
 from jaxguard.utils.progress import Progress
 from jaxguard.utils.terminal import Console
+from jaxguard.utils.versions import install
 
 SHOWN = {
     "loss": "loss {:.4f}",
@@ -106,9 +108,13 @@ class RunLog(ExitStack):
         for output in self._outputs:
             output(step, {name: value for name, value in scalars.items() if math.isfinite(value)})
         validation = {name: value for name, value in numbers.items() if name.startswith("validation")}
-        if validation:
-            text = "  ".join(f"{name.removeprefix('validation/')} {value:.4f}" for name, value in validation.items())
-            self.print(f"step {step}/{self._total_steps}  validation: {text}")
+        if validation and step < self._total_steps:  # the last one is the command's result
+            named = {name.removeprefix("validation/"): value for name, value in validation.items()}
+            texts = [f"{name}\N{NO-BREAK SPACE}{value:.4f}" for name, value in distinct(named).items()]
+            lines = textwrap.wrap(
+                f"step {step}/{self._total_steps}  validation: {'  '.join(texts)}", 80, subsequent_indent="  "
+            )
+            self.print("\n".join(lines).replace("\N{NO-BREAK SPACE}", " "))
         if len(validation) < len(numbers):
             shown = numbers | speeds
             self._progress.update(step, "  ".join(SHOWN[name].format(shown[name]) for name in SHOWN if name in shown))
@@ -117,6 +123,19 @@ class RunLog(ExitStack):
         """Print a line above the progress bar."""
         if self._writes:
             self._progress.say(text)
+
+
+def distinct(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out the metrics that repeat another: of the only mode, and of both harms where one is asked."""
+    modes = {name.partition("/")[0] for name in metrics if "/" in name}
+    kept = {}
+    for name, value in metrics.items():
+        mode, _, metric = name.rpartition("/")
+        alone = not all(f"{mode}/{question}_f1" in metrics for question in ("prompt_harm", "response_harm"))
+        repeats = "loss" in metrics and len(modes) == 1 and mode and metric == "loss"
+        if not repeats and not (metric.startswith("harm_") and alone):
+            kept[metric if len(modes) == 1 else name] = value
+    return kept
 
 
 _TRACKERS = {"tensorboard": "tensorboardX", "trackio": "trackio", "wandb": "wandb"}
@@ -167,8 +186,8 @@ def _import(field: str) -> Any:
 
 
 def _not_installed(field: str, problem: str) -> JaxguardError:
-    extra = f"jaxguard[{field}]" if field != "tensorboard" else _TRACKERS[field]
-    return JaxguardError(f"log.{field} is true but {problem}: pip install '{extra}', or set log.{field}=false")
+    command = install(field) if field != "tensorboard" else f"python -m pip install {_TRACKERS[field]}"
+    return JaxguardError(f"log.{field} is true but {problem}: {command}, or set log.{field}=false")
 
 
 _Record = dict[str, int | float | dict[str, int | float]]

@@ -8,16 +8,15 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.table import Table
 
-from jaxguard.config import Config, dump
+from jaxguard.config import Config
 from jaxguard.config.hardware import peak_flops
 from jaxguard.data.encoded_cache import EncodedCache
 from jaxguard.data.inputs import check_inputs
@@ -26,15 +25,15 @@ from jaxguard.data.policies import load_policy
 from jaxguard.data.prepare import Prepared, prepare
 from jaxguard.data.questions import cautions
 from jaxguard.models.hf_io.checkpoints import read_weights
-from jaxguard.models.sharding import batch_sharding, make_mesh, mesh_axes, row_multiple, shard_batch
-from jaxguard.models.spec import Spec, read_spec
-from jaxguard.models.weights import count, table
+from jaxguard.models.sharding import batch_sharding, make_mesh, row_multiple, shard_batch
+from jaxguard.models.spec import read_spec
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
 from jaxguard.train.curves import draw_curves
 from jaxguard.train.export import export
 from jaxguard.train.hosts import StopFlag, compare_hosts, graceful_stop, start_hosts
-from jaxguard.train.logging import RunLog, check_trackers, read_metrics
+from jaxguard.train.logging import RunLog, check_trackers, distinct, read_metrics
 from jaxguard.train.run_folder import Resume, begin_run, open_run
+from jaxguard.train.startup import WIDTH, list_weights, summarize
 from jaxguard.train.step import Metrics, Program, State, build_program, training_flops
 from jaxguard.train.validation import Validation
 from jaxguard.utils.errors import JaxguardError
@@ -114,7 +113,7 @@ def train(config: Config, resume: Resume = "auto") -> TrainedRun:
         if step < run.schedule.steps:
             return replace(result, stopped_by=run.stop.signal_name or "signal")
         if config.train.export:
-            metrics = {"before": before, "after": after}
+            metrics = {"before": distinct(before), "after": distinct(after)}
             report = export(
                 state["weights"], folder / "export", source=run.source, config=config, data=run.data, metrics=metrics
             )
@@ -153,12 +152,10 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         if jax.process_index() == 0:
             cache.write()
             console = Console()
-            console.print(dump(config, "train"))
-            console.print(startup_table(spec, program.state["weights"]))
-            axes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+            write_atomically(folder / "weights.txt", list_weights(spec, program.state["weights"]))
+            summarize(console, folder, config, data, program, steps)
             for text in cautions(data.trained_together, load_policy(config.data.policy)):
-                console.print(f"note: {text}", markup=False, soft_wrap=True)
-            console.print(f"mesh: {axes} of {jax.devices()[0].device_kind}; attention: {program.compute.attention}")
+                console.print(f"note: {text}", width=min(WIDTH, console.width))
         checkpoints = stack.enter_context(open_checkpoints(folder / "checkpoints", config.checkpoint, spec.fingerprint))
         stop = stack.enter_context(graceful_stop())
         restored = checkpoints.restore(program.state)
@@ -166,39 +163,6 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         schedule = Schedule(data.train, batch_size, steps, max_seq_len, multiple, config.seed)
         validation = Validation(data.validation, batch_size, max_seq_len, multiple)
         yield Run(config, source, folder, data, program, schedule, validation, checkpoints, stop, restored, log)
-
-
-def startup_table(spec: Spec, weights: Mapping[str, jax.ShapeDtypeStruct]) -> Table:
-    """List every parameter of the weight table with its shape, logical axes, mesh axes, and bytes per device."""
-    listing = Table(title="Parameters", title_justify="left", show_footer=True, pad_edge=False)
-    parameters = count(weights)
-    per_device = {path: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for path, x in weights.items()}
-    total = sum(per_device.values())
-    # Adam keeps two moments of the weights' type and sharding.
-    listing.add_column("weight", f"{parameters:,} parameters\nwith Adam's two moments", no_wrap=True)
-    for column in ("shape", "logical axes", "mesh axes", "type"):
-        listing.add_column(column)
-    listing.add_column("per device", f"{_size(total)}\n{_size(3 * total)}", justify="right", no_wrap=True)
-    for row in table(spec):
-        weight = weights[row.path]
-        axes = [*weight.sharding.spec, *[None] * (len(weight.shape) - len(weight.sharding.spec))]
-        listing.add_row(
-            row.path,
-            " x ".join(map(str, weight.shape)),
-            " ".join(row.axes),
-            " ".join("+".join(mesh_axes(part)) or "-" for part in axes),
-            str(weight.dtype),
-            _size(per_device[row.path]),
-        )
-    return listing
-
-
-def _size(count: int | float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} GiB"
 
 
 def start_state(run: Run) -> tuple[int, State]:

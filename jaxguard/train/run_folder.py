@@ -4,11 +4,8 @@ Only process 0 writes here, except for the checkpoints, which all processes writ
 """
 
 import datetime
-import importlib.metadata
 import json
 import logging
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +16,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-import jaxguard
 from jaxguard.config import Config, dump, read_dump
 from jaxguard.data.guard_files import is_complete
 from jaxguard.train.logging import read_metrics
@@ -27,6 +23,7 @@ from jaxguard.utils.errors import JaxguardError, ProvenanceError
 from jaxguard.utils.files import disk_steps, lock_folder, write_atomically
 from jaxguard.utils.parse import Fields, check, read_json
 from jaxguard.utils.store import differences, refuse_others
+from jaxguard.utils.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +37,6 @@ FREE = (
 
 ROUNDING = ("mesh.", "model.attention", "model.remat", "model.query_chunk", "model.loss_chunk", "train.accumulation")
 """Fields that a resumed run may change with an effect on rounding only: sums are added up in another order."""
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 
 @contextmanager
@@ -147,10 +142,7 @@ def _write_versions(path: Path, resumes: bool) -> None:
     """Record the versions of everything that can change a run's results; other ones of earlier starts stay under `before`."""
     now = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "jaxguard": jaxguard.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **versions(),
         "devices": sorted({device.device_kind for device in jax.devices()}),
         "device_count": jax.device_count(),
         "processes": jax.process_count(),
@@ -165,16 +157,3 @@ def _write_versions(path: Path, resumes: bool) -> None:
             listed = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changed.items())
             logger.warning("%s resumes with other versions, so rounding may differ: %s", path.parent, listed)
     write_atomically(path, json.dumps({**now, "before": before}, indent=2) + "\n")
-
-
-def _commit() -> str | None:
-    """Return the commit of the checkout that this package runs from; None outside of a checkout."""
-    checkout = Path(jaxguard.__file__).parents[1]
-    if not (checkout / ".git").exists():
-        return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 (fixed words)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from report_examples import FEW, HOSTILE, PUBLISHED, SIZE, evaluation, hostile, some, whole
@@ -23,7 +24,7 @@ from jaxguard.evaluate.report.page import (
     write_report,
 )
 from jaxguard.evaluate.report.tables import main_table, score_table, summary_table, versus_table
-from jaxguard.evaluate.scores.metrics import Bin
+from jaxguard.evaluate.scores.metrics import Bin, Platt
 from jaxguard.evaluate.scores.results import read_results, write_results
 from jaxguard.report import Cell, page_html, page_markdown
 from jaxguard.utils.errors import JaxguardError
@@ -189,10 +190,13 @@ def test_scores_of_a_benchmark():
     f1 = cell.result.scores.f1
     assert shown["F1"] == Cell(f"{f1.value:.3f}", f"[{f1.low:.3f}, {f1.high:.3f}] ± {f1.deviation:.3f}")
     assert shown["unparsable"] == Cell("1", "0.4%")
-    assert shown["F1 at threshold"].text == f"{cell.thresholded.result.scores.f1.value:.3f} at 0.400"
+    at_threshold = shown["F1 at chosen threshold"]
+    assert at_threshold.text == f"{cell.thresholded.result.scores.f1.value:.3f}"
+    assert at_threshold.more.endswith(f"at {cell.thresholded.scale}")
+    assert score_table(some()).columns[1:3] == ("F1", "F1 at chosen threshold")
     bare = score_table(with_cell(calibration=None, thresholded=None))
     shown = dict(zip(bare.columns, bare.rows[0].cells, strict=True))
-    assert [shown[head].text for head in ("AUPRC", "ECE", "F1 at threshold")] == ["n/a"] * 3
+    assert [shown[head].text for head in ("AUPRC", "ECE", "F1 at chosen threshold")] == ["n/a"] * 3
 
 
 def test_a_comparison_needs_two_guards():
@@ -329,3 +333,58 @@ def test_the_summary_of_twelve_benchmarks_fits_a_terminal():
         score = f"{f1.value:.3f} [{f1.low:.3f}, {f1.high:.3f}]"
         assert any(score in row and cell.guard in row and cell.mode in row for row in rows), score
     assert all(sum(f" {name} " in row for row in rows) == 1 for name in whole().benchmarks)
+
+
+@pytest.mark.parametrize(
+    ("platt", "scale"),
+    [
+        (None, "P > 0.400"),
+        (Platt(1.0, 0.0), "calibrated P > 0.400, 0.400 as given"),
+        (Platt(0.5, 1.0), "calibrated P > 0.400, 0.057 as given"),
+        (Platt(-1.0, 0.0), "calibrated P > 0.400"),
+    ],
+)
+def test_a_threshold_names_its_scale(platt, scale):
+    thresholded = replace(some().cells[0].thresholded, threshold=0.4, platt=platt)
+    assert thresholded.scale == scale
+    if platt is not None and platt.slope > 0:
+        given = float(scale.split()[-3])
+        assert platt(np.array([given])) == pytest.approx(0.4, abs=2e-3)
+
+
+def own(mixed=False):
+    """The same evaluation on data of one's own; if `mixed`, beside a benchmark of the averages."""
+    last = some().benchmarks[-1]
+    cells = [
+        replace(c, group="extra", benchmark="mine", source="own_prompts", title="Your prompts")
+        if c.benchmark == last
+        else c
+        for c in some().cells
+        if mixed or c.benchmark == last
+    ]
+    names = tuple(dict.fromkeys(cell.benchmark for cell in cells))
+    return replace(some(), cells=tuple(cells), benchmarks=names, averages=some().averages if mixed else ())
+
+
+def test_a_report_on_own_data_leads_with_them():
+    text = page_markdown(report(own(), PUBLISHED))
+    assert PUBLISHED.source not in text
+    assert "paper" not in text.casefold()
+    assert "## Averages" not in text
+    assert text.index("## Benchmarks") < text.index("## Time and tokens")
+    mixed = page_markdown(report(own(mixed=True), PUBLISHED))
+    assert mixed.index("## Benchmarks") < mixed.index("## Averages")
+    assert score_table(own(mixed=True)).rows[0].group.startswith("Your prompts")
+    usual = page_markdown(report(some(), PUBLISHED))
+    assert usual.index("## Averages") < usual.index("## Benchmarks")
+
+
+def test_the_summary_has_f1_at_both_thresholds():
+    table = summary_table(replace(own(), settings={**own().settings, "generations": 0}))
+    assert table.columns[-1] == "F1 at P > 0.5 [95 % interval]"
+    first, chosen = table.rows[:2]
+    at = own().cells[0].thresholded
+    assert first.cells[2].text == "reasoning"
+    assert chosen.cells[-1] == Cell(f"{at.result.scores.f1.value:.3f}", f"at {at.scale}")
+    bare = replace(own(), cells=tuple(replace(cell, thresholded=None) for cell in own().cells))
+    assert len(summary_table(bare).rows) == len(bare.cells)

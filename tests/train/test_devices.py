@@ -1,7 +1,5 @@
 """FLOPs against counts made another way, bytes per device."""
 
-import io
-
 import jax
 import numpy as np
 from hypothesis import given
@@ -12,9 +10,8 @@ from jaxguard.config.train import MeshConfig
 from jaxguard.models.sharding import make_mesh, weight_shardings
 from jaxguard.models.spec import LayerKind, Rope, Spec
 from jaxguard.models.weights import abstract, table
-from jaxguard.train.loop import startup_table
+from jaxguard.train.startup import list_weights
 from jaxguard.train.step import attended_pairs, training_flops
-from jaxguard.utils.terminal import Console
 
 SPEC = Spec(
     family="gemma3", vocab_size=64, d_model=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32, norm_eps=1e-6,
@@ -50,17 +47,14 @@ def test_local_layers_attend_to_their_window_only() -> None:
     assert with_attention == 3 * 4 * SPEC.num_heads * SPEC.head_dim * pairs
 
 
-def test_startup_table_counts_what_a_device_really_holds() -> None:
+def test_listed_weights_count_what_a_device_really_holds() -> None:
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     shardings = weight_shardings(SPEC, mesh)
     weights = {
         path: jax.device_put(np.zeros(w.shape, np.float32), shardings[path]) for path, w in abstract(SPEC).items()
     }
-    console = Console(file=io.StringIO(), width=200)
     shapes = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in weights.items()}
-    console.print(startup_table(SPEC, shapes))
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
+    text = list_weights(SPEC, shapes)
     held = sum(w.addressable_shards[0].data.nbytes for w in weights.values())
     assert f"{sum(w.size for w in weights.values()):,} parameters" in text
     assert f"{held / 1024:,.1f} KiB" in text

@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jaxguard.config import Config, load
 from jaxguard.train.curves import draw_curves
-from jaxguard.train.logging import RunLog, read_metrics, rewind_metrics
+from jaxguard.train.logging import RunLog, distinct, read_metrics, rewind_metrics
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.terminal import Console
 
@@ -175,19 +175,41 @@ def test_trackers_follow_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
 def test_missing_tracker_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(JaxguardError, match=rf"pip install 'jaxguard\[{name}\]', or set log.{name}=false"):
+    with pytest.raises(JaxguardError, match=rf"pip install '{name}>=.*', or set log.{name}=false"):
         open_log(tmp_path, **{name: True})
 
 
 def test_steps_and_validations_are_printed(tmp_path: Path) -> None:
     console = plain_console()
-    with RunLog(tmp_path, config_with(), 2, None, console) as log:
+    with RunLog(tmp_path, config_with(), 3, None, console) as log:
         speed = {"seconds": 1.0, "tokens_per_second": 12345.6, "examples_per_second": 32.1, "mfu": 0.4123}
-        log.log(2, {"loss": 0.5, "learning_rate": 1e-6}, speed)
-        log.log(2, {"validation/direct/loss": 0.25})
-    step, validation = shown(console).splitlines()
-    assert step.startswith("tiny 2/2  loss 0.5000  lr 1.00e-06  12,346 tokens/s  32.1 examples/s  MFU 41.2%")
-    assert validation == "step 2/2  validation: direct/loss 0.2500"
+        log.log(2, {"loss": 0.5})
+        log.log(2, {"validation/loss": 0.25, "validation/direct/loss": 0.25, "validation/direct/prompt_harm_f1": 0.5})
+        log.log(3, {"loss": 0.5, "learning_rate": 1e-6}, speed)
+        log.log(3, {"validation/loss": 0.125})
+    validation, step = shown(console).splitlines()
+    assert step.startswith("tiny 3/3  loss 0.5000  lr 1.00e-06  12,346 tokens/s  32.1 examples/s  MFU 41.2%")
+    assert validation == "step 2/3  validation: loss 0.2500  prompt_harm_f1 0.5000"
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [
+        ("loss direct/loss direct/prompt_harm_f1 direct/harm_f1", "loss prompt_harm_f1"),
+        ("loss direct/loss direct/response_refusal_f1", "loss response_refusal_f1"),
+        (
+            "loss direct/loss direct/prompt_harm_f1 direct/response_harm_f1 direct/harm_f1 direct/harm_auprc",
+            "loss prompt_harm_f1 response_harm_f1 harm_f1 harm_auprc",
+        ),
+        (
+            "loss direct/loss direct/prompt_harm_f1 direct/harm_f1 reasoning/loss reasoning/prompt_harm_f1",
+            "loss direct/loss direct/prompt_harm_f1 reasoning/loss reasoning/prompt_harm_f1",
+        ),
+        ("direct/loss", "loss"),
+    ],
+)
+def test_no_metric_is_shown_twice(names: str, kept: str) -> None:
+    assert list(distinct(dict.fromkeys(names.split(), 0.5))) == kept.split()
 
 
 def test_curves_are_drawn_from_the_record(tmp_path: Path) -> None:

@@ -34,7 +34,15 @@ def finished(tiny_files, tmp_path_factory) -> Path:
 
 
 def test_the_folder_explains_itself(finished):
-    for name in ("config.yaml", "versions.json", "data.json", "metrics.jsonl", "curves.png", "export/README.md"):
+    for name in (
+        "config.yaml",
+        "weights.txt",
+        "versions.json",
+        "data.json",
+        "metrics.jsonl",
+        "curves.png",
+        "export/README.md",
+    ):
         assert (finished / name).stat().st_size > 0, name
     assert list((finished / "tensorboard").glob("events*"))
     manifest = json.loads((finished / "data.json").read_text())
@@ -212,7 +220,10 @@ def test_a_run_that_diverges_stops_with_its_step_and_examples(tiny_config, capsy
         main(["--config", str(tiny_config), "mesh.fsdp=-1", "optimizer.learning_rate=1e30", "train.evaluate_every=0"])
         == 2
     )
-    message = capsys.readouterr().err
+    out, message = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80, "the summary fits a terminal"
+    assert "learning_rate:" not in out, "the config is in config.yaml"
+    assert "embed" not in out, "the weights are in weights.txt"
     assert "not finite" in message or "nan" in message
     assert "step 2" in message
     assert "example-" in message

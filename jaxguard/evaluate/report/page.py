@@ -34,7 +34,8 @@ ABOUT_AVERAGES = (
 )
 ABOUT_SCORES = (
     "n/a: the examples lack the class that the score is about, or the guard gives no probability. A dash: no results. "
-    "Probabilities are taken at face value for AUPRC and ECE; the threshold is chosen on other examples. Forced: the "
+    "Probabilities are taken at face value for AUPRC and ECE. The chosen threshold has the best F1 on the examples of "
+    "evaluate.validation; P is the probability of the positive answer, calibrated on these or as the guard gives it. Forced: the "
     "reasoning reached its limit, and the guard was made to give its verdict."
 )
 ABOUT_VERSUS = (
@@ -86,13 +87,25 @@ def report(evaluation: Evaluation, published: Published) -> blocks.Page:
     link = blocks.Cell(published.source, url=published.url)
     paper = blocks.Paragraph([f"The paper: {published.title}, ", link, "."], faint=True)
     groups = evaluation.by_benchmark.values()
+    figures, reliability = list(_figures(evaluation, published)), list(_reliability(evaluation))
+    scores, averaged = tables.score_table(evaluation), bool(evaluation.averages)
+    leading: list[blocks.Content] = [
+        blocks.Section("Averages", [
+            blocks.note(ABOUT_AVERAGES), tables.main_table(evaluation, published), paper, blocks.Beside(figures),
+        ], "averages")
+        if averaged else None,
+        blocks.Section(scores.title, [
+            blocks.note(ABOUT_SCORES), scores, None if averaged else blocks.Beside(figures),
+        ], "benchmarks")
+        if scores.rows else None,
+    ]  # fmt: skip
+    if any(cell.group == tables.OWN for cell in evaluation.cells):
+        leading.reverse()
     tabled = (
-        ("benchmarks", ABOUT_SCORES, tables.score_table(evaluation)),
         ("cost", ABOUT_COST, tables.cost_table(evaluation)),
         ("versus", ABOUT_VERSUS, tables.versus_table(evaluation)),
     )
     settings = [(name, _text(value)) for name, value in evaluation.settings.items()]
-    figures, reliability = list(_figures(evaluation, published)), list(_reliability(evaluation))
     slices = [blocks.Details(cells[0].heading, [tables.slice_table(cells)]) for cells in groups]
     mistakes = [blocks.Section(cells[0].heading, [_mistakes(cell) for cell in cells]) for cells in groups]
     hidden = "Much of their text is offensive; it is hidden until you open it. A label may be wrong as well as a guard."
@@ -101,9 +114,7 @@ def report(evaluation: Evaluation, published: Published) -> blocks.Page:
         blocks.Facts(facts(evaluation)),
         blocks.Bullets(cautions(evaluation, published), warning=True),
         blocks.Only("html", [blocks.Details("All settings", [blocks.Facts(settings)])]),
-        blocks.Section("Averages", [
-            blocks.note(ABOUT_AVERAGES), tables.main_table(evaluation, published), paper, blocks.Beside(figures),
-        ], "averages"),
+        *leading,
         *(blocks.Section(table.title, [blocks.note(about), table], anchor) for anchor, about, table in tabled if table.rows),
         blocks.Section("Probabilities", [
             blocks.Only("html", [blocks.note(ABOUT_PROBABILITIES), blocks.Beside(reliability)]),
@@ -177,7 +188,7 @@ def _other_protocol(evaluation: Evaluation, published: Published) -> Iterator[st
     settings = evaluation.settings
     protocol = {name: paper for name, paper in published.protocol.items() if settings.get(name, paper) != paper}
     different = [f"{name} {settings[name]} (there {paper})" for name, paper in protocol.items()]
-    if different:
+    if different and evaluation.averages:
         yield f"Answers are not sampled as in the paper: {', '.join(different)}."
     titles_by_guards: dict[tuple[str, ...], list[str]] = {}
     for name, title in tables.AVERAGE_TITLES.items():

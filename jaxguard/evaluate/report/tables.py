@@ -12,6 +12,9 @@ from jaxguard.report import Table, estimate
 from jaxguard.report.text import ABSENT, DASH, count, interval, number, probability, seconds, share, signed
 
 AVERAGE_TITLES = dict(zip(AVERAGES, ("Prompt F1", "Response F1", "Safety (Avg)", "Custom policies"), strict=True))
+OWN = "extra"
+"""The group of benchmarks that are in no average, those of one's own data among them; they lead the report."""
+AT_THRESHOLD = "F1 at chosen threshold"
 CATEGORY = "category"
 """The slice that errors are grouped by; where a benchmark has no such slice, its first one."""
 
@@ -71,22 +74,27 @@ def _less_paper(
     return TableCell(signed(average.f1.value - paper), interval(low, high, difference=True))
 
 
+def f1_title(evaluation: Evaluation) -> str:
+    """The heading of F1: of sampled verdicts, or of those that probabilities above a half give."""
+    return "F1" if evaluation.settings.get("generations", 1) else "F1 at P > 0.5"
+
+
 def score_table(evaluation: Evaluation) -> Table:
     """Every guard on every benchmark, with dashes where it has no results."""
-    columns = ("F1", "precision", "recall", "false-positive rate", "AUPRC", "ECE", "F1 at threshold", "unparsable", "forced",
-               "seconds")  # fmt: skip
+    columns = (f1_title(evaluation), AT_THRESHOLD, "precision", "recall", "false-positive rate", "AUPRC", "ECE", "unparsable",
+               "forced", "seconds")  # fmt: skip
 
     def scores(cell: Cell) -> list[TableCell]:
         values, calibration, at_threshold = cell.result.scores, cell.calibration, TableCell(ABSENT)
         if cell.thresholded is not None:
             f1 = estimate(cell.thresholded.result.scores.f1)
-            at_threshold = TableCell(f"{f1.text} at {cell.thresholded.threshold:.3f}", f1.more)
+            at_threshold = TableCell(f1.text, " ".join(filter(None, (f1.more, f"at {cell.thresholded.scale}"))))
         return [
             estimate(values.f1, deviation=True),
+            at_threshold,
             *map(estimate, (values.precision, values.recall, values.false_positive_rate)),
             estimate(calibration.auprc if calibration else None),
             TableCell(number(calibration.ece if calibration else None)),
-            at_threshold,
             _part(cell.result.unparsable, cell.verdicts),
             _part(cell.cost.forced, cell.verdicts),
             TableCell(seconds(cell.cost.seconds), f"{cell.cost.completion_tokens:,.0f} tokens"),
@@ -124,7 +132,7 @@ def _by_benchmark(
 ) -> Table:
     """A group of rows for each benchmark, with a row for each guard: its values, or dashes where it has none."""
     table = Table(("guard", *columns), title)
-    for cells in evaluation.by_benchmark.values():
+    for cells in sorted(evaluation.by_benchmark.values(), key=lambda cells: cells[0].group != OWN):
         values_of = {cell.guard_mode: values(cell) for cell in cells}
         for guard_mode, name in names.items():
             row = values_of.get(guard_mode) or [TableCell(DASH)] * len(columns)
@@ -194,8 +202,13 @@ def _part(part: int, whole: int) -> TableCell:
 
 
 def summary_table(evaluation: Evaluation) -> Table:
-    """F1 of every guard in every mode on every benchmark, and the averages, a row each; a dash where there is none."""
-    table = Table(("benchmark", "guard", "mode", "F1 [95 % interval]"), "F1 of the harmful class", left=3)
+    """F1 of every guard in every mode on every benchmark, and the averages, a row each; a dash where there is none.
+
+    Where a threshold was chosen, F1 at it stands below.
+    """
+    columns = ("benchmark", "guard", "mode", f"{f1_title(evaluation)} [95 % interval]")
+    table = Table(columns, "F1 of the harmful class", left=3)
+    chosen = {(*c.guard_mode, c.benchmark): c.thresholded for c in evaluation.cells if c.thresholded}
     averages = list(dict.fromkeys(average.name for average in evaluation.averages))
     scores = {(*cell.guard_mode, cell.benchmark): estimate(cell.result.scores.f1) for cell in evaluation.cells}
     for each in evaluation.averages:
@@ -204,6 +217,9 @@ def summary_table(evaluation: Evaluation) -> Table:
     for name in (*evaluation.benchmarks, *(f"average: {average}" for average in averages)):
         for i, guard_mode in enumerate(evaluation.by_guard):
             table.add(name if i == 0 else "", *guard_mode, scores.get((*guard_mode, name), TableCell("-")))
+            if at := chosen.get((*guard_mode, name)):
+                f1 = estimate(at.result.scores.f1)
+                table.add("", "", "threshold", TableCell(f1.text, f"at {at.scale}"), kind="detail")
     if any(average.missing for average in evaluation.averages):
         table.note = "* without the benchmarks that the guard has no predictions for"
     return table

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from scipy.special import expit, logit
+
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, TITLES
 from jaxguard.data.policies import Question
@@ -53,6 +55,15 @@ class Thresholded:
     platt: Platt | None
     result: Result
     calibration: Calibration
+
+    @property
+    def scale(self) -> str:
+        """The threshold and the scale that it is on: of calibrated probabilities, and of those that the guard gives."""
+        if self.platt is None:
+            return f"P > {self.threshold:.3f}"
+        slope, intercept = self.platt.slope, self.platt.intercept
+        given = f", {expit((logit(self.threshold) - intercept) / slope):.3f} as given" if slope > 0 else ""
+        return f"calibrated P > {self.threshold:.3f}{given}"
 
 
 @dataclass(frozen=True)
