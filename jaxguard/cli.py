@@ -136,11 +136,13 @@ def stage(
     run: Callable[[argparse.Namespace, Config], int | None],
     add_options: Callable[[argparse.ArgumentParser], None] = lambda _: None,
     commands: Mapping[str, Command] | None = None,
+    check: Callable[[Config], object] = lambda _: None,
 ) -> Command:
     """Return the command of a stage, `jaxguard NAME [COMMAND] --config NAME [field=value ...]`.
 
     Its name is a key of READS, or one with a command after it. `run` also gets the resolved config. Options are only for what
-    is not a property of the run, such as `--show-text`.
+    is not a property of the run, such as `--show-text`. `check` raises what is wrong and costs nothing to know: before `run`, and
+    after --dry-run has printed the config.
     """
     reader = name if name in READS else name.partition(" ")[0]  # `distill audit` reads what `distill` does
 
@@ -151,7 +153,11 @@ def stage(
             "--config", required=True, metavar="NAME|PATH", help="a file of configs/, by name, or any YAML file"
         )
         suggest(config, lambda _: configs)
-        parser.add_argument("--dry-run", action="store_true", help="print what the stage reads of the config, and stop")
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print what the stage reads of the config, check policy, local paths and mesh, and stop",
+        )
         overrides = parser.add_argument(
             "overrides", nargs="*", metavar="field=value", help="change a field of the config"
         )
@@ -162,8 +168,9 @@ def stage(
         config = load(options.config, options.overrides, stage=reader)
         if options.dry_run:
             sys.stdout.write(dump(config, reader))
-            return 0
-        return run(options, config)
+            sys.stdout.flush()
+        check(config)
+        return 0 if options.dry_run else run(options, config)
 
     return Command(name, description, load_and_run, add_all_options, commands or {})
 

@@ -28,8 +28,8 @@ def write(path, text):
 
 
 def test_a_command_runs_from_an_empty_folder(capsys):
-    assert main(["train", "--config", "tiny", "model.checkpoint=some/model", "--dry-run"]) == 0
-    assert "checkpoint: some/model" in capsys.readouterr().out
+    assert main(["train", "--config", "gemma4b_5k", "--dry-run"]) == 0
+    assert "checkpoint: google/gemma-3-4b-it" in capsys.readouterr().out
 
 
 def test_every_kind_of_file_is_found_by_name():

@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+from functools import partial
 
 from rich.text import Text
 
 from jaxguard.cli import stage
 from jaxguard.config import Config
 from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
+from jaxguard.data.inputs import check_inputs
 from jaxguard.data.prepare import encode_selection, select
 from jaxguard.data.report import report
 from jaxguard.report import Table
@@ -67,7 +69,8 @@ def _report(options: argparse.Namespace, config: Config) -> None:
     Console().print(report(config, selection, prepared, encoder, options.show_text))
 
 
-main = stage("data", DESCRIPTION, _report, _options, {"build": stage("data build", BUILD, _build)})
+BUILDING = stage("data build", BUILD, _build, check=partial(check_inputs, stage="data build"))
+main = stage("data", DESCRIPTION, _report, _options, {"build": BUILDING}, partial(check_inputs, stage="data"))
 
 if __name__ == "__main__":
     sys.exit(main())

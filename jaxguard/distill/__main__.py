@@ -70,11 +70,17 @@ def _inspect(options: argparse.Namespace, config: Config) -> None:
     Console(soft_wrap=True).print(Text(str(path)))
 
 
+def _check(config: Config) -> None:
+    from jaxguard.data.inputs import check_inputs
+
+    check_inputs(config, "distill")
+
+
 COMMANDS = {
-    "audit": stage("distill audit", AUDIT, _audit),
+    "audit": stage("distill audit", AUDIT, _audit, check=_check),
     "inspect": stage("distill inspect", INSPECT, _inspect, _inspect_options),
 }
-main = stage("distill", DESCRIPTION, _distill, commands=COMMANDS)
+main = stage("distill", DESCRIPTION, _distill, commands=COMMANDS, check=_check)
 
 if __name__ == "__main__":
     sys.exit(main())

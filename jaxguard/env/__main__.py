@@ -51,7 +51,10 @@ def _devices() -> str:
 
     try:
         kinds = [device.device_kind for device in jax.devices()]
-    except RuntimeError as error:
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # the latter where JAX_PLATFORMS=cuda and its plugin is not installed
         return f"none: {error}"
     return ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
 

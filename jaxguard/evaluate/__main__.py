@@ -36,7 +36,13 @@ def _evaluate(_: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-main = stage("evaluate", DESCRIPTION, _evaluate)
+def _check(config: Config) -> None:
+    from jaxguard.evaluate.run import check
+
+    check(config)
+
+
+main = stage("evaluate", DESCRIPTION, _evaluate, check=_check)
 
 if __name__ == "__main__":
     sys.exit(main())

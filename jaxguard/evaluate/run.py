@@ -23,10 +23,12 @@ from jaxguard.data.encoding import TOKENIZER_FILES
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import LABEL, Mode
 from jaxguard.data.guard_files import trained_together
+from jaxguard.data.inputs import check_inputs
 from jaxguard.data.policies import Question, load_policy
 from jaxguard.data.prepare import load_sources
 from jaxguard.data.questions import NOT_RECORDED
 from jaxguard.evaluate.benchmarks.loading import Benchmark, load_benchmarks
+from jaxguard.evaluate.benchmarks.schema import read_group
 from jaxguard.evaluate.report.card import refresh_cards
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
@@ -62,7 +64,7 @@ def evaluate(config: Config) -> Evaluation:
         JaxguardError: anything that the user can mend.
     """
     settings, folder = config.evaluate or EvaluateConfig(), config.folder / "evaluate"
-    check_settings(settings, config)
+    check(config)
     tasks = read_tasks(settings, config)
     with lock_folder(folder, "evaluation"):
         predictions, left_out = asyncio.run(predict_all(tasks, config, settings, folder))
@@ -85,8 +87,13 @@ def evaluate(config: Config) -> Evaluation:
     return evaluation
 
 
-def check_settings(settings: EvaluateConfig, config: Config) -> None:
-    """Check what the config's schemas cannot check by themselves."""
+def check(config: Config) -> None:
+    """Check what costs nothing to check: settings, policy, local paths, names of benchmarks, and that the guards are there."""
+    settings = config.evaluate or EvaluateConfig()
+    check_inputs(config, "evaluate")
+    for each in settings.benchmarks:
+        read_group(each.name)
+    paper_rows(settings, config)
     if config.mesh.hosts != "single" and settings.backend == "jax" and not all(g.endpoint for g in settings.guards):
         raise JaxguardError(
             f"mesh.hosts={config.mesh.hosts}: JAX evaluates on the devices of one host. Set mesh.hosts=single where the guard "
@@ -99,6 +106,12 @@ def check_settings(settings: EvaluateConfig, config: Config) -> None:
                 f"evaluate.generations=0 takes verdicts from probabilities alone, but in reasoning mode, in which guard "
                 f"{guard.name!r} is evaluated, they depend on the reasoning: set its modes=[direct], or sample"
             )
+        if guard.format not in BASELINES:
+            checkpoint_of(guard, config)
+    if settings.backend == "jax" and not all(guard.endpoint or guard.format in BASELINES for guard in settings.guards):
+        from jaxguard.models.sharding import make_mesh  # loads JAX
+
+        make_mesh(config.mesh)
 
 
 def read_tasks(settings: EvaluateConfig, config: Config) -> list[Task]:

@@ -26,6 +26,7 @@ from jaxguard.guards.baselines import BASELINES, fit_baseline
 from jaxguard.guards.formats.external import BUILT_IN, external_format, external_guard, format_file
 from jaxguard.guards.formats.native import NativeFormat, context_tokens
 from jaxguard.guards.protocol import Backend, Prediction, Predictor, PromptFormat, predict
+from jaxguard.models.devices import explain_memory, guard_remedy
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.secrets import Masked
@@ -95,7 +96,8 @@ async def open_guard(
         if guard.endpoint is None and settings.backend == "jax":
             from jaxguard.guards.backends.jax import load_backend  # loads JAX
 
-            backend = load_backend(folder, config, settings)
+            with explain_memory(guard_remedy(settings)):
+                backend = load_backend(folder, config, settings)
         else:
             url: str | Masked | None = guard.endpoint
             model, version = guard.model, None

@@ -21,6 +21,7 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Question
+from jaxguard.models.devices import explain_memory, guard_remedy
 from jaxguard.utils.errors import JaxguardError
 
 POSITIVE: Final = 1
@@ -207,7 +208,9 @@ async def predict(
             # No batch begins before the caller has stored these: a backend in this thread never waits.
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                for prediction in task.result():
+                with explain_memory(guard_remedy(settings)):
+                    predictions = task.result()
+                for prediction in predictions:
                     yield prediction
             tasks -= done
     finally:

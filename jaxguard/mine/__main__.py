@@ -41,7 +41,13 @@ def _mine(_: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-main = stage("mine", DESCRIPTION, _mine)
+def _check(config: Config) -> None:
+    from jaxguard.mine.run import check
+
+    check(config)
+
+
+main = stage("mine", DESCRIPTION, _mine, check=_check)
 
 if __name__ == "__main__":
     sys.exit(main())

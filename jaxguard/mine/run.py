@@ -20,9 +20,10 @@ from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
+from jaxguard.data.inputs import check_inputs
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.data.prepare import Selection, select, subset
-from jaxguard.guards.loading import cache_key, examples_key, open_guard, open_predictions
+from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, open_guard, open_predictions
 from jaxguard.guards.protocol import Request
 from jaxguard.report import Cell, Content, Drawing, Page, Section, Table, write_markdown
 from jaxguard.report.figures import COLOURS, INK, save_figure, style
@@ -113,11 +114,18 @@ class MineResult:
         }
 
 
+def check(config: Config) -> None:
+    """Check what costs nothing to check: policy, local paths, and that the guard is trained."""
+    check_inputs(config, "mine")
+    checkpoint_of((config.mine or MineConfig()).guard, config)
+
+
 def mine(config: Config) -> MineResult:
     """Find the training examples that the run's guard judges right only sometimes, and write them into runs/NAME/mine.
 
     JaxguardError: there is no guard yet, the data cannot be read, or there are answers under other settings.
     """
+    check(config)
     settings = config.mine or MineConfig()
     sampling = (config.evaluate or EvaluateConfig()).model_copy(
         # "benchmark" asks for the lines that have a label, as in training.

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxguard.config import Config
 from jaxguard.config.train import MeshConfig
+from jaxguard.models.devices import find_devices
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import abstract, table
 from jaxguard.utils.errors import JaxguardError
@@ -81,7 +82,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         JaxguardError: the grid needs more devices than there are, leaves some idle, or shards one copy of the weights
             over two TPU slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     fsdp = config.fsdp if config.fsdp > 0 else max(1, len(devices) // (config.data * config.tensor))
     shape = (config.data, fsdp, config.tensor)
     if math.prod(shape) != len(devices):

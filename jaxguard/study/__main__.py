@@ -41,12 +41,13 @@ def _study(options: argparse.Namespace) -> int:
     from jaxguard.study.cost import cost_table
     from jaxguard.study.grid import open_study
     from jaxguard.study.report import write_report
-    from jaxguard.study.run import command, run_study
+    from jaxguard.study.run import check_study, command, run_study
 
     study, console = open_study(options.study, options.scale, options.overrides), Console(soft_wrap=True)
     if options.dry_run:
         for run in (*study.prepared, *study.runs):
             console.print(*(mask(f"python {shlex.join(command(run, stage))}") for stage in run.row.stages), sep="\n")
+        check_study(study)
         return 0
     if options.command == "report":
         console.print(*write_report(study, read_results, read_published()), sep="\n")

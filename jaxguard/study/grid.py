@@ -11,12 +11,18 @@ from jaxguard.config import Config, load, parsed
 from jaxguard.config.base import scalar
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.study import CostConfig, RowConfig, Stage, StudyConfig, labelled, read_study
+from jaxguard.data.inputs import input_paths
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import PathPart, check
 from jaxguard.utils.secrets import revealed
 
 PREPARING = ("distill", "build")
 """Config sections that overrides change in prepared runs only."""
+
+
+def words(stage: Stage) -> str:
+    """Return what follows `jaxguard` on the command line of a row's stage: a key of READS."""
+    return "data build" if stage == "build" else stage
 
 
 @dataclass(frozen=True)
@@ -51,17 +57,7 @@ class Run:
 
     def inputs(self, stage: Stage) -> set[Path]:
         """Return the local paths that a stage reads, from the config fields that name them."""
-        config = self.config
-        sources = [*config.data.train, *config.data.validation]
-        paths = [config.model.checkpoint]
-        if stage == "build" and config.build is not None:
-            sources += [source for each in config.build.sets for source in (*each.sources, *each.append)]
-            sources += config.build.benchmarks
-        if stage == "evaluate" and config.evaluate is not None:
-            sources += config.evaluate.validation
-            paths += [benchmark.path or "" for benchmark in config.evaluate.benchmarks]
-            paths += [guard.checkpoint or "" for guard in config.evaluate.guards]
-        return {Path(path) for path in (*paths, *(source.path for source in sources)) if path}
+        return set(map(Path, input_paths(self.config, words(stage)).values()))
 
     def reads(self, other: "Run") -> bool:
         return any(path.is_relative_to(other.folder) for stage in self.row.stages for path in self.inputs(stage))

@@ -19,7 +19,9 @@ from jaxguard.config import READS, Config, read_by
 from jaxguard.config.data import BuildConfig
 from jaxguard.config.study import Stage
 from jaxguard.data.files import file_digest
-from jaxguard.study.grid import Run, Study
+from jaxguard.data.inputs import input_paths, missing_inputs
+from jaxguard.study.grid import Run, Study, words
+from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder, write_atomically
 from jaxguard.utils.parse import read_json
 from jaxguard.utils.secrets import mask
@@ -31,29 +33,28 @@ RECORD = "stages.json"
 """In a run's folder: stage -> the fingerprint that it was begun with, and whether it is done."""
 
 
-STAGES: Mapping[Stage, tuple[str, Callable[[Config], list[str]]]] = {
-    "distill": (
-        "distill",
-        lambda c: ["traces.jsonl", *(f"traces_{budget}.jsonl" for budget in (c.distill.budgets if c.distill else ()))],
-    ),
-    "build": ("data build", lambda c: [f"dataset/{each.name}/all.parquet" for each in (c.build or BuildConfig()).sets]),
-    "mine": ("mine", lambda _: ["mine/hard.jsonl"]),
-    "train": ("train", lambda c: ["export/jaxguard.json"] if c.train.export else []),
-    "evaluate": ("evaluate", lambda _: ["evaluate/results.json"]),
+FILES: Mapping[Stage, Callable[[Config], list[str]]] = {
+    "distill": lambda c: [
+        "traces.jsonl",
+        *(f"traces_{budget}.jsonl" for budget in (c.distill.budgets if c.distill else ())),
+    ],
+    "build": lambda c: [f"dataset/{each.name}/all.parquet" for each in (c.build or BuildConfig()).sets],
+    "mine": lambda _: ["mine/hard.jsonl"],
+    "train": lambda c: ["export/jaxguard.json"] if c.train.export else [],
+    "evaluate": lambda _: ["evaluate/results.json"],
 }
-"""The words after `jaxguard`, which are a key of READS, and the files of the run's folder that a finished stage has."""
+"""Stage -> the files of the run's folder that it has when it is finished."""
 
 
 def command(run: Run, stage: Stage) -> list[str]:
     """Return a stage's command line, without the interpreter."""
-    words, _ = STAGES[stage]
-    return [*ENTRY, *words.split(), "--config", run.base, *read_by(words, run.overrides)]
+    return [*ENTRY, *words(stage).split(), "--config", run.base, *read_by(words(stage), run.overrides)]
 
 
 def fingerprint(run: Run, stage: Stage) -> str:
     """Hash what a stage's result depends on: config and input files, those of earlier stages, and the rows that it follows."""
     stages = [each for each in run.row.stages[: run.row.stages.index(stage)] if each != "evaluate"] + [stage]
-    fields = {field for each in stages for field in READS[STAGES[each][0]]} - {"log"}
+    fields = {field for each in stages for field in READS[words(each)]} - {"log"}
     paths = {path for each in stages for path in run.inputs(each) if path.is_file()}
     followed = [parent for parent in run.parents if not parent.prepared]
     tree = {
@@ -97,9 +98,25 @@ def pending(run: Run) -> list[Stage]:
     record = read_record(run)
     for i, stage in enumerate(run.row.stages):
         done = run.prepared or record.get(stage) == Progress(fingerprint(run, stage), done=True)
-        if not done or not all((run.folder / name).is_file() for name in STAGES[stage][1](run.config)):
+        if not done or not all((run.folder / name).is_file() for name in FILES[stage](run.config)):
             return list(run.row.stages[i:])
     return []
+
+
+def check_study(study: Study) -> None:
+    """Raise a JaxguardError that names, once, every input of a run that is not there and that no run of the study makes."""
+    runs = (*study.prepared, *study.runs)
+    problems: dict[str, list[str]] = {}
+    for run in runs:
+        for stage in pending(run):
+            paths = input_paths(run.config, words(stage))
+            for name, problem in missing_inputs(run.config, words(stage)).items():
+                if not any(Path(paths.get(name, "")).is_relative_to(other.folder) for other in runs):
+                    problems.setdefault(f"{name}: {problem}", []).append(run.name)
+    if problems:
+        names = {problem: list(dict.fromkeys(names)) for problem, names in problems.items()}
+        lines = [f"{problem} (read by {', '.join(names[problem])})" for problem in problems]
+        raise JaxguardError("\n".join(["the study cannot run:", *lines]))
 
 
 class _Process:
@@ -126,8 +143,10 @@ class _Process:
 def run_study(study: Study, log: Callable[[str], object]) -> int:
     """Run every stage that is not done; a run that fails keeps only those from running that read its output.
 
-    Returns 0 if all runs are done, 1 if some failed, REQUEUE if it was stopped. JaxguardError: another process works in the study.
+    Returns 0 if all runs are done, 1 if some failed, REQUEUE if it was stopped. JaxguardError: another process works in the study,
+    or an input is missing.
     """
+    check_study(study)
     failed: dict[str, str] = {}
     with ExitStack() as stack:
         stack.enter_context(lock_folder(study.folder, "study"))

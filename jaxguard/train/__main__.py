@@ -61,7 +61,13 @@ def _print(run: "TrainedRun") -> None:
             console.print(f"{name}: {path}")
 
 
-main = stage("train", DESCRIPTION, _train, _options)
+def _check(config: Config) -> None:
+    from jaxguard.train.loop import check  # loads JAX
+
+    check(config)
+
+
+main = stage("train", DESCRIPTION, _train, _options, check=_check)
 
 if __name__ == "__main__":
     sys.exit(main())

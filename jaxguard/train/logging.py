@@ -119,6 +119,11 @@ class RunLog(ExitStack):
             shown = numbers | speeds
             self._progress.update(step, "  ".join(SHOWN[name].format(shown[name]) for name in SHOWN if name in shown))
 
+    def skip(self) -> None:
+        """Leave the time since the last step out of the time left: a program was compiled."""
+        if self._writes:
+            self._progress.skip()
+
     def print(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self._writes:

@@ -24,6 +24,7 @@ from jaxguard.data.packing import Batch, Schedule, total_steps
 from jaxguard.data.policies import load_policy
 from jaxguard.data.prepare import Prepared, prepare
 from jaxguard.data.questions import cautions
+from jaxguard.models.devices import explain_memory, training_remedy
 from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.sharding import batch_sharding, make_mesh, row_multiple, shard_batch
 from jaxguard.models.spec import read_spec
@@ -100,7 +101,7 @@ def train(config: Config, resume: Resume = "auto") -> TrainedRun:
     """
     start_hosts(config.mesh)
     check(config)
-    with open_everything(config, resume) as run:
+    with explain_memory(training_remedy(config)), open_everything(config, resume) as run:
         step, state = train_until_stopped(run, *start_state(run))
         first, folder = jax.process_index() == 0, run.folder
         records = read_metrics(folder / "metrics.jsonl") if first else []
@@ -187,13 +188,17 @@ def train_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
         return step, state
     steps, sharding = run.schedule.steps, batch_sharding(run.program.mesh)
     pending: tuple[int, Batch, Metrics] | None = None
-    clock = time.perf_counter()
+    clock, compiled = time.perf_counter(), set[tuple[tuple[int, ...], ...]]()
     with profiler(run.folder / "profile", run.config.log.profile_step, steps) as profile:
         for batch in run.schedule.read(step, run.config.data.prefetch):
             profile(step)
             sharded = shard_batch(batch, sharding)
             with jax.transfer_guard("disallow"):
                 state, metrics = run.program.train_step(state, sharded)
+            shape = tuple(x.shape for x in jax.tree.leaves(batch))
+            if shape not in compiled:
+                compiled.add(shape)
+                run.log.skip()
             if pending is not None:
                 clock = log_step(run, *pending, clock)
             step += 1

@@ -34,7 +34,8 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._unit, self._clock = unit, clock
-        self._started = self._printed = clock()
+        self._started = self._printed = self._updated = clock()
+        self._skipped = 0.0
         self._console = console or Console()
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),
@@ -43,7 +44,7 @@ class Progress:
             TextColumn("{task.fields[numbers]}", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
-            get_time=clock,
+            get_time=lambda: clock() - self._skipped,
             speed_estimate_period=SPEED_SECONDS,
         )
         self._bar.add_task(title, total=total, completed=done, numbers="")
@@ -62,6 +63,7 @@ class Progress:
         `counts` are totals since the start of this process, shown per second: `tokens=...` as tokens/s.
         """
         task, now = self._task, self._clock()
+        self._updated = now
         self._bar.update(task.id, completed=done)
         speeds = [f"{task.speed or 0:,.1f} {self._unit}/s"] if self._unit else []
         speeds += [f"{count / max(now - self._started, 1e-9):,.0f} {name}/s" for name, count in counts.items()]
@@ -71,6 +73,12 @@ class Progress:
         if self._bar.disable and (now - self._printed >= PLAIN_SECONDS or done == task.total):
             self._printed = now
             self.say(f"{task.description} {done:,}/{task.total:,}  {text}")
+
+    def skip(self) -> None:
+        """Leave the time since the last update out of the time left: something was compiled, once."""
+        now = self._clock()
+        self._skipped += now - self._updated
+        self._updated = now
 
     def advance(self, numbers: str = "") -> None:
         """Show that one more item is done."""

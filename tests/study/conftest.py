@@ -25,7 +25,7 @@ STUDY = {
     "scales": {"tiny": {"about": "Less bread.", "rows": {"more": None, "bread": {"axes": {"data.subset": [4]}}}}},
 }
 CONFIG = {
-    "model": {"checkpoint": "oven"},
+    "model": {"checkpoint": "baker/oven"},
     "data": {"train": [{"kind": "jsonl", "path": "bread.jsonl"}], "mode": "direct", "validation_size": 0},
     "train": {"batch_size": 4},
     "evaluate": {"benchmarks": [{"name": str(ROOT / "configs/benchmarks/own_responses.yaml"), "path": "bread.jsonl"}]},

@@ -155,7 +155,7 @@ def test_overrides_leave_what_another_row_wrote(study):
 
 def test_a_row_without_training_evaluates_the_model_itself(study):
     base, *others = study("evaluate.guards=[{name: flour, modes: [direct]}]").runs
-    assert base.config.evaluate.guards[0].checkpoint == "oven"
+    assert base.config.evaluate.guards[0].checkpoint == "baker/oven"
     assert base.config.evaluate.guards[0].name == "flour"
     assert others[0].config.evaluate.guards[0].checkpoint is None
 

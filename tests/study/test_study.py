@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxguard.study import run as study_run
+from jaxguard.study.__main__ import main
 from jaxguard.study.run import REQUEUE, pending, run_study
 from jaxguard.train import hosts
 from jaxguard.utils.errors import JaxguardError
@@ -131,6 +132,21 @@ def test_the_real_stages_refuse_output_of_other_data_and_say_what_to_do(
     code, said = go(real())
     assert (code, "train ended with code 3" in said) == (1, True)
     assert "runs/study/x" in capfd.readouterr().err
+
+
+def test_inputs_that_are_missing_are_said_once_before_anything_runs(study, go, calls, capsys):
+    """What another run of the study makes is not missing."""
+    Path("bread.jsonl").unlink()
+    with pytest.raises(JaxguardError) as caught:
+        go(study())
+    lines = [line for line in str(caught.value).splitlines() if "bread.jsonl" in line]
+    assert len(lines) == 2, "of the training, and of the benchmark"
+    assert all(line.count(run) == 1 for line in lines for run in ("bread-8-0", "bread-16-1", "more"))
+    assert "base/export" not in str(caught.value)
+    assert (calls(), Path("runs").exists()) == ([], False)
+    assert main(["run", "study.yaml", "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    assert (printed.err.count("data.train.0.path"), "bread-8-0" in printed.out) == (1, True)
 
 
 def test_a_row_that_fails_is_reported_and_the_others_run(study, go, calls, behave):

@@ -173,7 +173,7 @@ def test_trackers_follow_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
-def test_missing_tracker_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_missing_tracker_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(JaxguardError, match=rf"pip install '{name}>=.*', or set log.{name}=false"):
         open_log(tmp_path, **{name: True})

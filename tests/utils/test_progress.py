@@ -51,6 +51,19 @@ def test_time_left_does_not_count_what_came_before_the_first_result():
     assert lines(console)[-1].endswith("ETA 0:02:20")
 
 
+def test_time_left_does_not_count_what_is_skipped():
+    """As when the second step has another shape than the first, and is compiled too."""
+    clock, console = Clock(), plain_console()
+    with Progress("tiny", 100, 0, console, unit=None, clock=clock) as progress:
+        for done, compiling in ((1, 600), (2, 300), (3, 0), (4, 0)):
+            clock.now += compiling
+            if compiling:
+                progress.skip()
+            clock.now += 30
+            progress.update(done)
+    assert [line.split()[-1] for line in lines(console)] == ["-:--:--", "0:49:00", "0:48:30", "0:48:00"]
+
+
 def test_a_bar_on_a_terminal():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Progress("tiny", 4, 1, console, unit=None) as progress:
