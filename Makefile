@@ -11,7 +11,7 @@ LATEST := .venv-latest$(SUFFIX:python%=-%)
 PIP := -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --require-hashes --no-deps --requirement
 EDITABLE := $(PIP) --no-build-isolation --editable
-SCRIPTS := .ci/run tools/lock tools/sglang_cpu/python $(shell find launch -name '*.sbatch' -o -name '*.sh')
+SCRIPTS := .ci/run tests/walkthrough.sh tools/lock tools/sglang_cpu/python $(shell find launch -name '*.sbatch' -o -name '*.sh')
 PEERS := $(basename $(notdir $(wildcard tools/bench/peers/*.txt)))
 TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0.23'
 

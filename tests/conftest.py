@@ -93,7 +93,10 @@ def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Vocabulary TINY_VOCAB, bos 0, pad 1, end of turn 4. Shared by all tests: copy it (`shutil.copytree`) before adding
     a config.json and weights.
     """
-    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    return _write_tokenizer(tmp_path_factory.mktemp("tiny_tokenizer"))
+
+
+def _write_tokenizer(folder: Path) -> Path:
     tokenizer = _tiny_tokenizer()
     assert tokenizer.get_vocab_size() == TINY_VOCAB
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -261,10 +264,21 @@ WORDS = ("bread", "garden", "river", "lamp", "guitar", "window", "paper", "cloud
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(
-    tiny_tokenizer_folder: Path, write_llama_config: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tiny_checkpoint(tiny_tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 3 layers with its tokenizer, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    shutil.copytree(tiny_tokenizer_folder, folder)
+    return add_model(folder)
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """The same outside of tests."""
+    folder.mkdir()
+    return add_model(_write_tokenizer(folder))
+
+
+def add_model(folder: Path) -> Path:
+    """Add config.json and weights to a tokenizer's folder."""
     import einops
     import jax
     import numpy as np
@@ -273,9 +287,7 @@ def tiny_checkpoint(
     from jaxguard.models.spec import read_spec
     from jaxguard.models.weights import initialize, table
 
-    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    shutil.copytree(tiny_tokenizer_folder, folder)
-    write_llama_config(folder, spelling=4)  # as on the hub, so that transformers 4 reads it too
+    _write_llama_config(folder, spelling=4)  # as on the hub, so that transformers 4 reads it too
     spec = read_spec(folder)
     sizes, tensors = spec.sizes, {}
     for weight, array in zip(table(spec), initialize(spec, jax.random.key(0)).values(), strict=True):
