@@ -11,7 +11,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES_OUTSIDE = ("launch/README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PAGES_OUTSIDE = ("launch/README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("jaxguard/*/__init__.py"))
 
 

@@ -16,6 +16,7 @@ from jaxguard.plan.compile import Buffer, OutOfMemoryError, Plan, compile_step, 
 from jaxguard.plan.targets import Cluster, find_cluster
 from jaxguard.report import Bullets, Cell, Content, Drawing, Page, Paragraph, Section, Table
 from jaxguard.report.figures import COLOURS, inline_svg, style
+from jaxguard.report.text import short
 
 REMAT = ("none", "dots", "full")
 """From the fastest and largest to the slowest and smallest."""
@@ -115,7 +116,7 @@ class PlanReport:
     def _figure(self) -> Drawing:
         """Memory of a device beside what is usable, and where a step's time goes."""
         plans, guesses = self.plans, [estimate(plan) for plan in self.plans]
-        names = [f"{plan.name}\n{plan.cluster.name}" for plan in plans]
+        names = [f"{short(plan.name, 60)}\n{plan.cluster.name}" for plan in plans]
         memory = {
             "state and batch": [plan.arguments / GIB for plan in plans],
             "temporaries": [(plan.peak - plan.arguments) / GIB for plan in plans],

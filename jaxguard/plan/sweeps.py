@@ -23,6 +23,7 @@ from jaxguard.plan.run import NOTE, plan_json
 from jaxguard.plan.targets import Cluster, find_cluster
 from jaxguard.report import Bullets, Drawing, Page, Table
 from jaxguard.report.figures import inline_svg, style
+from jaxguard.report.text import short
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.parse import Fields, read_json, read_yaml
@@ -165,7 +166,9 @@ class SweepReport:
         figure = Figure(figsize=(11, 7.5))
         for axes, (label, value) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
             for name, results in self.series().items():
-                axes.plot([r["devices"] for r in results], [value(r) for r in results], marker="o", label=name)
+                axes.plot(
+                    [r["devices"] for r in results], [value(r) for r in results], marker="o", label=short(name, 60)
+                )
             axes.set_xscale("log", base=2)
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
             axes.set(xlabel="devices", ylabel=label)

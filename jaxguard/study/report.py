@@ -12,7 +12,7 @@ from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedPoi
 from jaxguard.evaluate.scores.results import Evaluation
 from jaxguard.report import Drawing, Page, Paragraph, Table, write_markdown, write_page
 from jaxguard.report.figures import COLOURS, INK, inline_svg, style
-from jaxguard.report.text import number
+from jaxguard.report.text import number, short
 from jaxguard.study.grid import Run, Study
 from jaxguard.utils.errors import JaxguardError
 
@@ -135,7 +135,13 @@ def _figure(study: Study, scores: pd.DataFrame, metrics: Sequence[str], publishe
     for i, (name, part) in enumerate(points.groupby(["series", "mode"], sort=False)):
         color = COLOURS[i % len(COLOURS)]
         at = part.groupby(["x", "line"]).f1.agg(["mean", "std"]).fillna(0.0).reset_index()
-        look: dict[str, Any] = {"color": color, "marker": "o", "markersize": 4, "capsize": 3, "label": ", ".join(name)}
+        look: dict[str, Any] = {
+            "color": color,
+            "marker": "o",
+            "markersize": 4,
+            "capsize": 3,
+            "label": short(", ".join(name), 60),
+        }
         axes.errorbar(at.x, at["mean"], yerr=at["std"], **look)
         axes.scatter(part.x, part.f1, color=color, s=10, alpha=0.5)
     if paper:
@@ -146,7 +152,7 @@ def _figure(study: Study, scores: pd.DataFrame, metrics: Sequence[str], publishe
         axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{x:,g}" if x < 1e5 else f"{x:,.0f}" for x in ticks])
     axes.minorticks_off()
-    axes.set(xlabel=curve.label, ylabel=f"F1, {metric}")
+    axes.set(xlabel=short(curve.label, 60), ylabel=short(f"F1, {metric}", 60))
     if ticks:
         axes.legend()
     return Drawing(" ".join(caption), inline_svg(figure, "curve", f"F1 by {curve.label}"))
