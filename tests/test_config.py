@@ -137,6 +137,10 @@ def test_missing_field(configs):
         (["mesh.process=0"], ["mesh", "hosts: explicit"]),
         (["model.attention=cudnn", "model.compute_dtype=float32"], ["model.attention=cudnn", "bfloat16"]),
         (["name=../elsewhere"], ["name", "'../elsewhere'", "folder"]),
+        (["name=a\x07b"], ["name", "control characters"]),
+        (["evaluate.guards=[{name: ..}]"], ["evaluate.guards.0.name", "'..'"]),
+        (["evaluate.benchmarks=[{name: own, label: ../../config}]"], ["benchmarks.0.label", "'../../config'"]),
+        (["data.policy=~nobody-of-this-name/x.yaml"], ["data.policy", "path"]),
     ],
 )
 def test_impossible_combinations(configs, overrides, words):

@@ -25,7 +25,7 @@ from jaxguard.data.policies import load_policy
 from jaxguard.data.prepare import Prepared, prepare
 from jaxguard.data.questions import cautions
 from jaxguard.models.devices import explain_memory, training_remedy
-from jaxguard.models.hf_io.checkpoints import read_weights
+from jaxguard.models.hf_io.checkpoints import companions, read_weights
 from jaxguard.models.sharding import batch_sharding, make_mesh, row_multiple, shard_batch
 from jaxguard.models.spec import read_spec
 from jaxguard.train.checkpoints import Checkpoints, open_checkpoints
@@ -142,6 +142,7 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         folder = stack.enter_context(open_run(config, resume))
         source = fetch(config.model.checkpoint, config.model.revision)
         spec = read_spec(source)
+        companions(source)  # what cannot be exported is not trained
         cache = EncodedCache(folder / "encoded")
         data = prepare(config, source, cache)
         compare_hosts(config, source, data.manifest)

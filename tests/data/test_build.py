@@ -183,6 +183,29 @@ def test_another_version_is_kept_aside(built, config):
     assert json.loads((built / "manifest.json").read_text())["version"] != version
 
 
+@pytest.mark.parametrize("version", ["../../outside", "", 1, None])
+def test_a_version_stays_in_the_runs_folder(built, config, capsys, version):
+    outside = built.parents[2] / "outside"
+    outside.mkdir()
+    path = built / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}), encoding="utf-8")
+    assert main(["build", "--config", str(config), "seed=1"]) == 2
+    assert "manifest.json: version" in capsys.readouterr().err
+    assert outside.is_dir()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(config, capsys):
+    (config.parent / "file").write_text("")
+    assert main(["build", "--config", str(config), f"run_folder={config.parent / 'file'}"]) == 2
+    assert str(config.parent / "file") in capsys.readouterr().err
+
+
+def test_a_cut_summary_is_named(config, capsys):
+    (config.parent / "traces.summary.json").write_text('{"attempts": 7')
+    assert main(["build", "--config", str(config)]) == 2
+    assert "traces.summary.json" in capsys.readouterr().err
+
+
 def test_what_a_kill_left_is_swept_away(built, config):
     before = contents(built)
     built.rename(built.with_name("dataset.partial"))

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from jaxguard.models.hf_io.checkpoints import ExportReport, export_hf, read_piec
 from jaxguard.models.hf_io.safetensors import open_file, open_folder
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import table
+from jaxguard.utils.errors import JaxguardError
 
 KINDS = {
     "single": {"family": "llama"},
@@ -81,6 +83,63 @@ def test_identity_export_is_byte_identical(any_kind, tmp_path):
     assert report.changed == 0
     assert report.changed_fraction == 0.0
     assert report.tensors + report.carried == len(open_folder(any_kind))
+
+
+def test_an_export_takes_over_neither_code_nor_pickles(make, tmp_path):
+    source = make("llama")
+    before = hashes(source)
+    for name in (
+        "modeling_own.py",
+        "tokenizer.pkl",
+        "optimizer.pt",
+        "training_args.bin",
+        "LICENSE.py",
+        ".env",
+        "run.sh",
+        "x.so",
+    ):
+        (source / name).write_bytes(b"x")
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (templates / "run.py").write_text("x", encoding="utf-8")
+    export_hf(read_weights(source, read_spec(source)), source, tmp_path / "out")
+    written = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
+    assert written == (set(before) - {"README.md"}) | {"additional_chat_templates/tool.jinja"}
+
+
+def test_an_export_follows_no_link_out_of_the_checkpoint(make, tmp_path):
+    source, secret = make("llama"), tmp_path / "secret.json"
+    secret.write_text("{}", encoding="utf-8")
+    weights = read_weights(source, read_spec(source))
+    (source / "keys.json").symlink_to(secret)
+    with pytest.raises(JaxguardError, match=r"keys\.json.*secret\.json"):
+        export_hf(weights, source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (source / "keys.json").unlink()
+    (source / "README.md").unlink(missing_ok=True)
+    (source / "README.md").symlink_to(secret)
+    with pytest.raises(JaxguardError, match=r"README\.md.*secret\.json"):
+        export_hf(weights, source, tmp_path / "out")
+    (source / "README.md").unlink()
+    (source / "additional_chat_templates").symlink_to(tmp_path)
+    (tmp_path / "own.jinja").write_text("x", encoding="utf-8")
+    with pytest.raises(JaxguardError, match=r"own\.jinja"):
+        export_hf(weights, source, tmp_path / "out")
+
+
+def test_the_links_of_the_hubs_cache_are_files(make, tmp_path):
+    source, blobs = make("llama"), tmp_path / "models--a--b" / "blobs"
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "commit"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(source, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    export_hf(read_weights(snapshot, read_spec(snapshot)), snapshot, tmp_path / "out")
+    assert hashes(tmp_path / "out") == {name: h for name, h in hashes(source).items() if name != "README.md"}
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
 def test_one_changed_weight_changes_only_its_bytes(make, tmp_path):

@@ -46,7 +46,9 @@ HEADS = (HEAD.hf, f"language_model.{HEAD.hf}")
 CARRIED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 """Parts of a multimodal checkpoint that are not trained: copied as bytes."""
 
-WEIGHT_FILES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Files that belong to a checkpoint beside its weights: texts and tables, no code and no pickles."""
+_TEXTS = {"", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".pdf"}
 
 _TILE = (400, 400)
 """Rows and columns that are cast and transposed at once; not powers of two, for the reason that BAND gives."""
@@ -338,11 +340,26 @@ def _copied_files(
         yield files
 
 
+def companions(source: Path) -> list[Path]:
+    """List a checkpoint's other files that an export takes over: config, tokenizer, chat templates, licence.
+
+    JaxguardError: one of them is a link that leads out of the checkpoint, or out of the hub's cache of it.
+    """
+    # In the hub's cache, REPOSITORY/snapshots/COMMIT/FILE links to REPOSITORY/blobs/HASH.
+    root = (source.parents[1] if source.parent.name == "snapshots" else source).resolve()
+    files = {path for pattern in (*COMPANIONS, "additional_chat_templates/*.jinja") for path in source.glob(pattern)}
+    chosen = sorted(path for path in files if path.is_file() and path.suffix in _TEXTS)
+    for path in (*chosen, source / "README.md"):
+        if not path.resolve().is_relative_to(root):
+            raise JaxguardError(
+                f"{path} is a link that leads to {path.resolve()}: an export would publish that file; copy it here"
+            )
+    return chosen
+
+
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy a checkpoint's other files, except for README.md: config, tokenizer, chat templates, licence."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in WEIGHT_FILES and path.name not in {"README.md", ".gitattributes"}:
-            shutil.copyfile(path, folder / path.name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, folder / templates.name)
+    """Copy the files of `companions`."""
+    for path in companions(source):
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
