@@ -1,7 +1,6 @@
 """Files of configs/ by name, and the frozen schemas read from them; utils/parse.py reads and checks them."""
 
 import contextlib
-import difflib
 import os
 import re
 import typing
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import absent
 from jaxguard.utils.parse import PathText, check, inner_schema, nearest, parse_yaml
 
 CONFIG_FOLDER = Path("configs")
@@ -70,7 +70,7 @@ def _suffixes(shape: Any) -> tuple[str, ...]:
 def origin_of(origin: str, overrides: Mapping[str, str], field: str, message: str) -> str:
     """Name the overrides that an error comes from: of its field, or below it and named in its message; else its origin."""
     unknown = message.startswith("unknown field")
-    for key, text in reversed(overrides.items()):
+    for key, text in reversed(list(overrides.items())):
         below = not field or key.startswith(f"{field}.")
         named = unknown or re.search(rf"\b{re.escape(key.rpartition('.')[2])}\b", message)
         if f"{field}.".startswith(f"{key}.") or (below and named):
@@ -129,11 +129,3 @@ def find_yaml(name: str, folder: Path, what: str) -> Path:
     elif path.suffix in {".yaml", ".yml"}:
         hint = f"{absent(path)}; "
     raise JaxguardError(f"no {what} {name!r}: {hint}known in {folder}/: {direct or 'none'}")
-
-
-def absent(path: Path) -> str:
-    """Say of a path that is not there what is there instead: its folder, and the nearest name in it."""
-    missing = next(each for each in (*reversed(path.parents), path) if not each.exists())
-    siblings = [each.name for each in missing.parent.iterdir()] if missing.parent.is_dir() else []
-    near = difflib.get_close_matches(missing.name, siblings, n=1)
-    return f"there is no {missing.name!r} in {missing.parent.resolve()}{f', but {near[0]!r}' if near else ''}"

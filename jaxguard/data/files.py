@@ -18,9 +18,9 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from jaxguard.config.base import absent
 from jaxguard.data.format.quoting import compiled, quote
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import absent
 from jaxguard.utils.parse import (
     LINE_BYTES,
     ROWS_BYTES,

@@ -8,6 +8,7 @@ from jaxguard.config import Config
 from jaxguard.config.base import Schema
 from jaxguard.data.policies import load_policy
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import absent
 from jaxguard.utils.hub import local_folder
 
 _READS = {
@@ -46,7 +47,7 @@ def missing_inputs(config: Config, stage: str) -> dict[str, str]:
             if field.endswith(".checkpoint"):
                 local_folder(value)
             elif not Path(value).exists():
-                problems[field] = f"no file or folder {value!r}"
+                problems[field] = f"no file or folder {value!r}: {absent(Path(value))}"
         except JaxguardError as error:
             problems[field] = str(error)
     try:

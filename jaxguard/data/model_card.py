@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from jaxguard.config import Config
 from jaxguard.data.questions import table_of, trained_together
-from jaxguard.report import Cell, Code, Page, Section, Table, page_markdown
+from jaxguard.report import Cell, Code, Page, Section, Table, Value, page_markdown
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.parse import Fields, check, front_matter, read_json, read_text
@@ -65,8 +65,10 @@ def write_card(
     direct = f"with {data.direct_marker} for the verdict lines alone"
     ending = {"reasoning": reasoning, "direct": direct, "dual": f"{reasoning}; end it {direct}"}[data.mode]
     names = dict.fromkeys(name for column in metrics.values() for name in column)
-    rows = [[name, *(Cell(f"{x[name]:.4f}" if name in x else "–") for x in metrics.values())] for name in names]
-    sources = [
+    rows: list[list[Value]] = [
+        [name, *(Cell(f"{x[name]:.4f}" if name in x else "–") for x in metrics.values())] for name in names
+    ]
+    sources: list[list[Value]] = [
         [entry.get("hub") or ", ".join(Path(file).name for file in entry.get("files", {})) or entry.get("kind", ""),
          entry.get("role", ""), entry.get("examples"), Cell(str(entry.get("examples_sha256", ""))[:16], code=True)]
         for entry in manifest["sources"]

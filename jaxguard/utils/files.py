@@ -1,6 +1,7 @@
 """Files and folders that survive a kill at any moment: they appear whole or not at all, and a folder has one writer."""
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import os
@@ -115,3 +116,11 @@ def _to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def absent(path: Path) -> str:
+    """Say of a path that is not there what is there instead: its folder, and the nearest name in it."""
+    missing = next((each for each in (*reversed(path.parents), path) if not each.exists()), path)
+    siblings = [each.name for each in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    near = difflib.get_close_matches(missing.name, siblings, n=1)
+    return f"there is no {missing.name!r} in {missing.parent.resolve()}{f', but {near[0]!r}' if near else ''}"

@@ -11,6 +11,7 @@ from huggingface_hub import errors
 from pydantic import Field
 
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.files import absent
 from jaxguard.utils.parse import read_json
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def local_folder(checkpoint: str) -> Path | None:
         raise JaxguardError(f"{checkpoint} is a file; a checkpoint is a folder with config.json and *.safetensors")
     if checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1:
         raise JaxguardError(
-            f"no folder {checkpoint!r}, and it is not a hub repository either: those are written owner/name"
+            f"no folder {checkpoint!r}, and it is not a hub repository either: {absent(folder)}; a repository is written owner/name"
         )
     return None
 
