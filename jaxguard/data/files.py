@@ -227,6 +227,11 @@ def objects(row: Row, column: str, keys: tuple[str, str], location: str) -> list
 _NOTHING, _CLOSING = compiled([]), compiled([r"(?<!\\)\]"])
 
 
+def _one_line(role: str) -> str:
+    """A role that neither ends its line nor closes or breaks its bracket."""
+    return quote(" ".join(role.split()).rstrip("\\ "), _NOTHING, _CLOSING)
+
+
 def transcript(history: Any, last: str | None, location: str) -> str | None:
     """Format a dialogue as one prompt: earlier turns, then the message to check.
 
@@ -241,7 +246,7 @@ def transcript(history: Any, last: str | None, location: str) -> str | None:
             f"{location}: conversation_history is {shown(history)}; expected a list of role and content"
         ) from None
     *earlier, message = (
-        f"[{quote(' '.join(role.split()), _NOTHING, _CLOSING)}] " + "\n    ".join(content.strip().splitlines())
+        f"[{_one_line(role)}] " + "\n    ".join(content.strip().splitlines())
         for role, content in [*turns, ("user", last or "")]
     )
     return "\n".join(["Earlier in the conversation:", *earlier, "Message to judge:", message])

@@ -27,7 +27,7 @@ from pydantic import field_validator
 from jaxguard.config.base import Schema, find_yaml
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import ABSENT, Answers, Dialogue, answers, questions, verdict_lines, written
-from jaxguard.data.format.quoting import compiled, opening
+from jaxguard.data.format.quoting import GAP, compiled, opening
 from jaxguard.data.policies import Policy, Question, policy_for
 from jaxguard.utils.parse import nearest, read_yaml
 
@@ -35,7 +35,7 @@ PROMPT_FOLDER = Path("configs/prompts")
 PLACEHOLDERS = ("policy", "prompt", "response", "labels", "format", "trace", "sentences")
 
 _HEADING = re.compile(r"^#+[ \t]*(\S.*)$", re.MULTILINE)
-_MARK = r"\[\s*+(?:end\s++of\b|human\s++user\b|ai\s++assistant\b|reasoning\b)[^\[\]\\]*+\]"
+_MARK = rf"\[{GAP}*+(?:end{GAP}++of\b|human{GAP}++user\b|ai{GAP}++assistant\b|reasoning\b)[^\[\]\\]*+\]"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from jaxguard.data.examples import LABELS, Example
-from jaxguard.data.format.quoting import FAMILY_MARKERS, compiled, fold, quote, spaced
+from jaxguard.data.format.quoting import FAMILY_MARKERS, GAP, compiled, fold, quote, spaced
 from jaxguard.data.policies import QUESTIONS, Policy, Question
 from jaxguard.utils.errors import JaxguardError
 
@@ -86,7 +86,6 @@ _HOW = {
 REASONING_END: Final = "\n</think>\n\n"
 """Closes a think block. If the chat template opens one, direct mode closes it empty with this."""
 
-_GAP = r"[\s*_`~-]*+"
 _THINK = r"<\s*+(?:/\s*+)?think\s*+>"
 
 
@@ -175,7 +174,7 @@ class Dialogue:
                     f"{text!r} is a marker or special token of one character: text cannot be distinguished from it"
                 )
         titles = (title.removesuffix(":").split() for title in (*TITLES.values(), *_HEADERS.values()))
-        loose = [_GAP.join([*map(spaced, title), ":"]) for title in titles]
+        loose = [f"{GAP}*+".join([*map(spaced, title), ":"]) for title in titles]
         marks = compiled([_THINK, *loose, *map(spaced, markers), *FAMILY_MARKERS])
         return re.compile(_trie(self.special_tokens) if self.special_tokens else "(?!)"), marks
 

@@ -83,6 +83,10 @@ def fold(text: str) -> str:
     return text.translate(_FOLDING)
 
 
+GAP: Final = r"[\s*_`~-]"
+"""Blanks and decoration between the words of a title, in folded text."""
+
+
 def spaced(text: str) -> str:
     """Return a pattern over folded text: these words with any blanks between them."""
     return r"\s++".join(re.escape(fold(word)) for word in text.split())
