@@ -86,7 +86,7 @@ _HOW = {
 REASONING_END: Final = "\n</think>\n\n"
 """Closes a think block. If the chat template opens one, direct mode closes it empty with this."""
 
-_THINK = r"<\s*+(?:/\s*+)?think\s*+>"
+_THINK = rf"<{GAP}*+(?:/{GAP}*+)?think{GAP}*+>"
 
 
 def questions(example: Example, policy: Policy) -> tuple[Question, ...]:
