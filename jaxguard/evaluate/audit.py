@@ -208,7 +208,7 @@ def _question(
             members.setdefault(name, []).append(i)
     by_size = sorted(members, key=lambda name: (name is None, -len(members[name]), name or ""))
     numbers = {"differ": (~votes.right).sum(axis=1), "unparsable": (~votes.parsed).sum(axis=1)}
-    ids = pd.Series([tasks[row].example.id for row in rows], dtype=object)  # half a character is no string of pandas
+    ids = [tasks[row].example.id for row in rows]
     each = pd.DataFrame({"id": ids, "label_positive": votes.labels, **numbers})
     differ = each[2 * each.differ > verdicts.shape[1]]
     differ = differ.sort_values(["unparsable", "differ", "id"], ascending=[True, False, True])

@@ -107,6 +107,7 @@ def evaluation_page(text, path):
 
 
 def audit_page(text, path):
+    text = text.replace("\ud800", "")  # rows are read without halves of characters
     labels = [("prompt_harm", "harmful"), ("response_harm", "harmful"), ("response_refusal", "refusal")]
     tasks = [
         SimpleNamespace(
