@@ -98,6 +98,9 @@ with jaxguard.Guard.load("runs/my_guard") as guard:
 run 2 "own_prompts" evaluate "${config[@]}" 'evaluate.benchmarks=[{name: own_promts, path: my_guard/held_out.jsonl}]'
 run 2 "hold_out.jsonl" evaluate "${config[@]}" 'evaluate.benchmarks=[{name: own_prompts, path: my_guard/hold_out.jsonl}]'
 run 0 "own_prompts|runs/my_guard/evaluate/report" evaluate "${config[@]}"
+expect 0 "model-index|own_prompts" cat runs/my_guard/export/README.md
+run 2 "my_guard is no export" push --model my_guard --to me/my-guard
+run 2 "me/my-guard" push --model runs/my_guard --to me/my-guard
 
 # Ctrl-C: an answer at once, the state is saved, and the same command goes on.
 steps=$((steps + 1))

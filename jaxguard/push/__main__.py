@@ -24,7 +24,8 @@ def _push(options: argparse.Namespace) -> None:
     folder = Path(export_or(options.model)).expanduser()
     if not is_complete(folder):
         raise JaxguardError(f"{folder} is no export of jaxguard: name a finished run's folder, or the export in it")
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    own = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink())
+    paths = {path.relative_to(folder).as_posix(): path for path in own}
     files: dict[str, Path | bytes] = {name: path for name, path in paths.items() if not name.startswith(".")}
     if CARD in files:
         files[CARD] = named_card(folder, options.to).encode()

@@ -57,6 +57,8 @@ def run(tmp_path):
     for name in ("model.safetensors", "config.json", "additional_chat_templates/x.jinja", ".hidden"):
         (export / name).write_text(name)
     (export / "README.md").write_text(CARD)
+    (tmp_path / "secret").write_text("a file of this machine")
+    (export / "LICENSE").symlink_to(tmp_path / "secret")
     (export / "jaxguard.json").write_text('{"name": "tiny"}')
     return export.parent
 
