@@ -22,6 +22,8 @@ CHECKS = (
     "repetition", "forged", "language",
 )  # fmt: skip
 """In the order in which reports show them."""
+_WORD = 100
+"""Characters of the longest word, on average: what is longer has too many, and is not looked at."""
 _SURE = 0.9
 """Least probability of another language to reject a trace: it rejects one of 4,000 English answers of over 60 characters."""
 
@@ -52,7 +54,10 @@ class Filters:
 
     def failures(self, candidate: Candidate) -> dict[str, str]:
         """Name of each check that the candidate fails -> what is wrong. Empty for a trace to keep."""
-        config, trace, tokens = self.config, candidate.trace, words(candidate.trace)
+        config, trace = self.config, candidate.trace
+        if len(trace) > _WORD * config.max_words:
+            return {"too_long": f"{len(trace):,} characters; at most {config.max_words} words are wanted"}
+        tokens = words(trace)
         verdict = parse(candidate.answer, [question for question, _ in candidate.labels], Mode.DIRECT)
         malformed = {problem.partition(":")[0] for problem in verdict.problems}
         verdicts = [(question, getattr(verdict, question) or "None", label) for question, label in candidate.labels]
@@ -141,7 +146,7 @@ _HESITATION = re.compile(
     re.IGNORECASE,
 )
 _END = re.compile(
-    r"""[.!?\u2026]+["'\u201d\u2019)\]*_]*(?=\s|$)"""
+    r"""(?<![.!?\u2026])[.!?\u2026]++["'\u201d\u2019)\]*_]*+(?=\s|$)"""
     r"|[\u3002\uff01\uff1f]+"
     r"|\n\s*\n"
     r"|\n(?=\s*(?:[-*\u2022]|\d{1,2}[.)])\s)"
@@ -151,15 +156,22 @@ _ABBREVIATION = re.compile(
 )
 
 
+_INK = re.compile(r"\S")
+_LONGEST_ABBREVIATION = 12
+"""Characters; at least one more than an abbreviation and its full stop have."""
+
+
 def split_sentences(text: str) -> list[str]:
     """Return the sentences of a text that hold a letter or digit; a list item and a paragraph end one too."""
-    sentences, start = [], 0
+    sentences, start, first = [], 0, len(text) - len(text.lstrip())
     for end in _END.finditer(text):
-        sentence = text[start : end.end()]
-        if end[0] == "." and _ABBREVIATION.search(sentence):
+        # The end alone tells, and a text of abbreviations is one sentence: whole ones would take quadratic time.
+        tail = max(first, end.end() - _LONGEST_ABBREVIATION)
+        if end[0] == "." and _ABBREVIATION.search(("" if tail == first else "x") + text[tail : end.end()]):
             continue
-        sentences.append(sentence.strip())
+        sentences.append(text[start : end.end()].strip())
         start = end.end()
+        first = next((match.start() for match in _INK.finditer(text, start)), len(text))
     return [sentence for sentence in [*sentences, text[start:].strip()] if re.search(r"\w", sentence)]
 
 

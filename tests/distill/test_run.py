@@ -139,3 +139,19 @@ def test_another_teacher_is_not_mixed_in(config, capsys):
     code, _ = distilled(config, lambda i: RIGHT, "distill.teacher.temperature=0")
     assert code == PROVENANCE_CHANGED
     assert "temperature" in capsys.readouterr().err
+
+
+def test_half_a_character_in_an_id_costs_nothing(config):
+    """It is replaced where the row is read: the traces are written, and the next start requests none again."""
+    data = config.parent / "data.jsonl"
+    rows = [
+        {"id": "x\ud800", "prompt": "How do I bake \udc00 bread?", "prompt_label": "unharmful"},
+        {"id": "y", "prompt": "How do I bake rye bread?", "prompt_label": "unharmful", "policy": "Be \ud83d kind."},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, server = distilled(config, lambda i: RIGHT)
+    assert (code, server.count) == (0, 2)
+    examples = load_examples(SourceConfig(kind="jsonl", path=str(config.parent / "runs/traces/traces.jsonl")))
+    assert [example.id for example in examples] == ["x\ufffd", "y"]
+    code, server = distilled(config, lambda i: RIGHT)
+    assert (code, server.count) == (0, 0)
