@@ -401,3 +401,51 @@ def test_probabilities_are_in_the_tables():
     assert tables["calibration"].loc[0, "auprc"] == 0.5
     assert tables["calibration"].loc[0, ["threshold", "f1_at_threshold"]].isna().all()
     assert tables["cost"].loc[0, "wall"] == 3.0
+
+
+def with_mean(one, mean):
+    """The same predictions on a benchmark with a slice of two values, whose F1 has this mean."""
+    ids = [example.id for example in one.examples]
+    slices = {"scene": {"a": frozenset(ids[:2] + ids[4:]), "b": frozenset(ids[2:4])}}
+    slice_of = {"name": "scene", "column": "scene", "mean": mean}
+    definition = one.benchmark.definition.model_copy(
+        update={"slices": BenchmarkDefinition.model_validate(RULES | {"slices": [slice_of]}).slices}
+    )
+    return replace(one, benchmark=replace(one.benchmark, definition=definition, slices=slices))
+
+
+RULES = benchmark_of("rules").definition.model_dump(exclude={"expected"})
+
+
+@pytest.mark.parametrize("verdicts", [POOR, (1, 0, 1, 1, 0, 1), [(1, 1), (0, 1), (1, 0), (0, 1), (0, 0), (1, 0)]])
+def test_a_benchmarks_f1_is_the_mean_of_its_subsets(verdicts):
+    main, beside, plain = (
+        predictions_of("first", R, "rules", verdicts),
+        with_mean(predictions_of("first", R, "rules", verdicts), "main"),
+        with_mean(predictions_of("first", R, "rules", verdicts), "beside"),
+    )
+    (over_all,), _ = score([main], SETTINGS)
+    (mean,), averages = score([beside], SETTINGS)
+    (both,), _ = score([plain], SETTINGS)
+    expected = np.mean([part.scores.f1.value for name, part in mean.slices.items() if name.startswith("scene")])
+    assert mean.result.scores.f1.value == pytest.approx(expected, abs=1e-12)
+    assert mean.result.scores.f1.value != over_all.result.scores.f1.value
+    assert mean.other_f1 == {"over all": over_all.result.scores.f1}
+    assert mean.result.scores.f1.low <= mean.result.scores.f1.value <= mean.result.scores.f1.high
+    assert mean.result.scores.recall == over_all.result.scores.recall
+    [custom] = [each for each in averages if each.name == "custom"]
+    assert custom.f1.value == pytest.approx(expected, abs=1e-12)
+    assert both.result == over_all.result
+    assert both.other_f1 == {"mean of scene": mean.result.scores.f1}
+
+
+def test_guards_are_compared_by_the_mean_of_the_subsets():
+    two = [with_mean(predictions_of(guard, R, "rules", x), "main") for guard, x in (("first", GOOD), ("other", POOR))]
+    cells, _ = score(two, SETTINGS)
+    first, other = (cell.result.scores.f1.value for cell in cells)
+    assert cells[1].versus.f1.value == pytest.approx(other - first, abs=1e-12)
+
+
+def test_both_f1_are_in_the_table():
+    evaluation = evaluated([with_mean(predictions_of("first", R, "rules", POOR), "beside")])
+    assert "mean of scene" in page_markdown(report(evaluation, PUBLISHED))

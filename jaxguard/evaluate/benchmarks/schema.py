@@ -187,6 +187,8 @@ class Slice(Choice):
     """Or a condition: the values are yes and no."""
     separator: Annotated[str, StringConstraints(min_length=1)] | None = None
     """With `column`: what stands between several values in one text."""
+    mean: Literal["main", "beside"] | None = None
+    """The mean of its values' F1 is the benchmark's F1 (main), or stands beside F1 over all examples."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -261,6 +263,8 @@ class BenchmarkDefinition(Schema):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"slices: {twice!r} is given twice")
+        if sum(each.mean is not None for each in self.slices) > 1:
+            raise ValueError("slices: only one of them can have a mean")
         return self
 
 

@@ -321,7 +321,7 @@ def latency_figure(evaluation: Evaluation, published: Published) -> Figure | Non
     if not axes.lines:
         return None
     points = [(point, published.row(point.row)) for point in published.latency.points] if whole else []
-    known = [(point, row.safety) for point, row in points if row is not None and row.safety is not None]
+    known = [(point, row.scores["safety"]) for point, row in points if row is not None and "safety" in row.scores]
     if known:
         xs, ys = [point.seconds for point, _ in known], [f1 for _, f1 in known]
         axes.plot(xs, ys, "x", color=FAINT, label=f"the paper ({published.latency.hardware})")

@@ -16,7 +16,7 @@ Trained = Literal["none", "direct", "reasoning", "dual"]
 
 
 class PublishedRow(Schema):
-    """A model of the paper, its training set and what else was different; a score is None where the paper gives none."""
+    """A model of the paper, its training set and what else was different."""
 
     id: str
     """The name that configs refer to."""
@@ -29,29 +29,30 @@ class PublishedRow(Schema):
     variant: str | None = None
     mode: Literal["reasoning", "direct"]
     """The mode of the evaluation."""
-    prompt: Share | None = None
-    response: Share | None = None
-    safety: Share | None = None
-    dynaguardrail: Share | None = None
-    cosapien: Share | None = None
-    custom: Share | None = None
+    scores: dict[str, Share]
+    """F1 of an average, a benchmark, or `benchmark/subset`."""
+    deviations: dict[str, Share] = Field({})
+    """Of the scores, over the generations."""
+    restated: dict[str, dict[str, Share]] = Field({})
+    """Table -> the scores for which it has other numbers."""
 
 
 class PublishedPoint(Schema):
     """F1 at `x` training examples, with its deviation over subsets, or at `x` sentences of a trace, of `words` in the mean."""
 
     x: float
-    f1: Share
-    deviation: Share | None = None
+    scores: dict[str, Share]
+    deviations: dict[str, Share] = Field({})
     words: float | None = None
 
 
 class LatencyPoint(Schema):
-    """Seconds that the model of a row takes for an example."""
+    """Seconds that the model of a row takes for an example, and how much slower than the first model that is."""
 
     name: str
-    seconds: float
     row: str
+    seconds: float
+    slower: float
 
 
 class Latency(Schema):
@@ -97,8 +98,8 @@ def nearest_row(
 ) -> PublishedRow | None:
     """The row to compare a guard with, or None: same base, training, mode and data, then the nearest size.
 
-    Of the base model's name, case, organisation, "-Instruct" and "-it" do not matter. Rows of unknown data are taken where no
-    other is there. Rows with a variant must be named in the config.
+    Of the base model's name, case, organisation, "-Instruct" and "-it" do not matter. Rows without data, such as those of
+    models that the paper did not train, and rows with a variant must be named in the config.
     """
 
     def plain(model: str | None) -> str:
@@ -107,10 +108,9 @@ def nearest_row(
 
     def matches(row: PublishedRow) -> bool:
         same_training = (row.trained, row.mode, row.variant) == (trained, mode, None)
-        return same_training and plain(row.base) == plain(base) and row.data in (data, None)
+        return same_training and plain(row.base) == plain(base) and row.data is not None and row.data == data
 
-    def distance(row: PublishedRow) -> tuple[bool, float]:
-        ratio = abs(math.log(row.examples / examples)) if row.examples and examples else math.inf
-        return row.data != data, ratio
+    def distance(row: PublishedRow) -> float:
+        return abs(math.log(row.examples / examples)) if row.examples and examples else math.inf
 
     return min(filter(matches, published.rows), key=distance, default=None)

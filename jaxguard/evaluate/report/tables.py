@@ -34,12 +34,11 @@ def main_table(evaluation: Evaluation, published: Published) -> Table:
             table.add(TableCell(f"less {first.guard}", first.mode), *differences, kind="detail")
         row = published.row(evaluation.paper_rows.get(f"{guard}/{mode}", ""))
         if row is not None:
-            papers = zip(averages, (getattr(row, name) for name in AVERAGES), strict=True)
+            papers = zip(averages, map(row.scores.get, AVERAGES), strict=True)
             less = (_less_paper(evaluation, published, average, paper) for average, paper in papers)
             table.add(TableCell("less the paper's", row.name), *less, kind="detail")
     for row in published.rows:
-        f1 = ("" if getattr(row, name) is None else getattr(row, name) for name in AVERAGES)
-        table.add(row.name, *f1, group=f"The paper ({published.source})", kind="faint")
+        table.add(row.name, *(row.scores.get(name, "") for name in AVERAGES), group=f"The paper ({published.source})", kind="faint")
     return table
 
 
@@ -87,10 +86,12 @@ def score_table(evaluation: Evaluation) -> Table:
     def scores(cell: Cell) -> list[TableCell]:
         values, calibration, at_threshold = cell.result.scores, cell.calibration, TableCell(ABSENT)
         if cell.thresholded is not None:
-            f1 = estimate(cell.thresholded.result.scores.f1)
-            at_threshold = TableCell(f1.text, " ".join(filter(None, (f1.more, f"at {cell.thresholded.scale}"))))
+            chosen = estimate(cell.thresholded.result.scores.f1)
+            at_threshold = TableCell(chosen.text, " ".join(filter(None, (chosen.more, f"at {cell.thresholded.scale}"))))
+        f1 = estimate(values.f1, deviation=True)
+        other = (f"{what} {number(score.value)}" for what, score in cell.other_f1.items())
         return [
-            estimate(values.f1, deviation=True),
+            TableCell(f1.text, "; ".join(filter(None, (f1.more, *other)))),
             at_threshold,
             *map(estimate, (values.precision, values.recall, values.false_positive_rate)),
             estimate(calibration.auprc if calibration else None),

@@ -117,7 +117,9 @@ class Cell:
     Attributes:
         benchmark, source: the label that the config gives the benchmark, and its name in configs/benchmarks.
         examples: how many were evaluated, and `complete` whether these are all.
-        result, slices: scores of the sampled verdicts; of each "slice: value".
+        result, slices: scores of the sampled verdicts; of each "slice: value". F1 is the mean over a slice's values where the
+            benchmark says so; precision and recall are over all examples.
+        other_f1: what F1 is as well: "over all", or "mean of SLICE".
         calibration: of the probabilities at face value; None where the guard gives none.
         thresholded: None without evaluate.validation, or without probabilities.
         versus: None for the first guard, and where that has no results for the benchmark.
@@ -136,6 +138,7 @@ class Cell:
     result: Result
     cost: Cost
     slices: dict[str, Result] = field(default_factory=dict)
+    other_f1: dict[str, Estimate] = field(default_factory=dict)
     calibration: Calibration | None = None
     thresholded: Thresholded | None = None
     versus: Versus | None = None

@@ -14,9 +14,10 @@ from jaxguard.data.policies import Question
 from jaxguard.evaluate.benchmarks.loading import Benchmark
 from jaxguard.evaluate.benchmarks.schema import Group
 from jaxguard.evaluate.scores import metrics
-from jaxguard.evaluate.scores.metrics import Platt, Votes
+from jaxguard.evaluate.scores.metrics import Platt, Result, Votes
 from jaxguard.evaluate.scores.results import UNPARSABLE_WORD, Average, Cell, Cost, Thresholded, Versus, Wrong
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Prediction
+from jaxguard.utils.statistics import Estimate
 
 MAX_ERRORS = 200
 """Of a guard on a benchmark in results.json; the others are in its predictions."""
@@ -51,6 +52,21 @@ class PredictedExamples:
         """Whether the label is the positive class."""
         positive = CHOICES[self.question][0]
         return np.array([getattr(example, LABEL[self.question]) == positive for example in self.examples], bool)
+
+    @property
+    def rows(self) -> dict[str, dict[str, np.ndarray]]:
+        """Slice -> value -> the rows of its examples, as int[n]."""
+        row = {example.id: i for i, example in enumerate(self.examples)}
+        # Sorted: the order of a set differs between processes, and with it the draws of the bootstrap.
+        return {
+            name: {value: np.array(sorted(row[x] for x in ids if x in row), int) for value, ids in values.items()}
+            for name, values in (self.benchmark.slices if self.benchmark else {}).items()
+        }
+
+    def parts(self, votes: Votes, mean: str = "main") -> list[Votes]:
+        """The votes whose F1 the benchmark's is the mean of: those of the values of its slice with that `mean`, or all."""
+        of = [each.name for each in self.benchmark.definition.slices if each.mean == mean] if self.benchmark else []
+        return [votes[rows] for name in of for rows in self.rows[name].values()] or [votes]
 
     def votes(self, settings: EvaluateConfig) -> Votes:
         """What the verdicts count as."""
@@ -106,10 +122,9 @@ def _cell(
     assert own.benchmark is not None
     seed, resamples, predictions = settings.seed, settings.resamples, own.predictions
     votes, scored = own.votes(settings), not np.isnan(own.probabilities).all()
-    row = {example.id: i for i, example in enumerate(own.examples)}
     slices = {f"{name}: {v}": ids for name, values in own.benchmark.slices.items() for v, ids in values.items()}
-    # Sorted: the order of a set differs between processes, and with it the draws of the bootstrap.
-    rows = {name: np.array(sorted(row[x] for x in ids if x in row), int) for name, ids in slices.items()}
+    rows = {f"{name}: {v}": members for name, values in own.rows.items() for v, members in values.items()}
+    result, other_f1 = _measured(own, votes, settings)
     mean = ("seconds", "scoring", "prompt_tokens", "completion_tokens")
     costs: dict[str, Any] = {name: float(np.mean([getattr(each, name) for each in predictions])) for name in mean}
     costs |= {name: sum(getattr(each, name) for each in predictions) for name in ("wall", "forced", "cut")}
@@ -128,14 +143,29 @@ def _cell(
         question=own.question,
         examples=len(own.examples),
         complete=len(own.examples) == len(own.benchmark.examples),
-        result=metrics.measure(votes, seed, resamples),
+        result=result,
         cost=Cost(**costs, unscored=unscored),
         slices={name: metrics.measure(votes[members], seed, resamples) for name, members in rows.items()},
+        other_f1=other_f1,
         calibration=metrics.calibration(own.labels, own.filled(settings), seed, resamples) if scored else None,
         thresholded=_thresholded(own, validation, settings) if scored and validation else None,
         versus=versus,
         wrong=tuple(_wrong(own, votes, slices)),
     )
+
+
+def _measured(own: PredictedExamples, votes: Votes, settings: EvaluateConfig) -> tuple[Result, dict[str, Estimate]]:
+    """The scores of the votes, and what else their F1 is; see Cell."""
+    assert own.benchmark is not None
+    result = metrics.measure(votes, settings.seed, settings.resamples)
+    for part_of in own.benchmark.definition.slices:
+        if part_of.mean is not None:
+            parts, over_all = own.parts(votes, part_of.mean), result.scores.f1
+            mean = metrics.average_f1(parts, [1 / len(parts)] * len(parts), settings.seed, settings.resamples)
+            if part_of.mean == "beside":
+                return result, {f"mean of {part_of.name}": mean}
+            return replace(result, scores=replace(result.scores, f1=mean)), {"over all": over_all}
+    return result, {}
 
 
 def _thresholded(
@@ -149,7 +179,7 @@ def _thresholded(
     labels, filled = test.labels, test.filled(settings, platt)
     verdicts = metrics.verdicts_at(np.where(np.isnan(test.probabilities), np.nan, filled), threshold)
     votes = metrics.count_votes(labels, verdicts, test.question, settings.unparsable)
-    result = metrics.measure(votes, settings.seed, settings.resamples)
+    result, _ = _measured(test, votes, settings)
     return Thresholded(threshold, platt, result, metrics.calibration(labels, filled, settings.seed, settings.resamples))
 
 
@@ -191,7 +221,7 @@ def _averages(
         )
         if not weights:
             continue
-        votes, versus = [own[label].votes(settings) for label in chosen], None
+        versus, (votes, weights) = None, _split([own[label] for label in chosen], weights, settings)
         if weights_of_common:
             first, second = ([guard[label] for label in common] for guard in (own, reference))
             missing = tuple(label for label in labels if label not in common)
@@ -212,6 +242,15 @@ def _versus(
     weights: Sequence[float],
     settings: EvaluateConfig,
 ) -> Versus:
-    first, second = ([each.votes(settings) for each in guard] for guard in (own, reference))
-    f1 = metrics.f1_difference(first, second, weights, settings.seed, settings.resamples)
+    (first, weights_of_parts), (second, _) = (_split(guard, weights, settings) for guard in (own, reference))
+    f1 = metrics.f1_difference(first, second, weights_of_parts, settings.seed, settings.resamples)
     return Versus(reference[0].guard, str(reference[0].mode), f1)
+
+
+def _split(
+    benchmarks: Sequence[PredictedExamples], weights: Sequence[float], settings: EvaluateConfig
+) -> tuple[list[Votes], list[float]]:
+    """The votes whose F1 make up the benchmarks', and their weights."""
+    parts = [each.parts(each.votes(settings)) for each in benchmarks]
+    of_parts = [weight / len(some) for some, weight in zip(parts, weights, strict=True) for _ in some]
+    return [votes for some in parts for votes in some], of_parts
