@@ -103,6 +103,8 @@ class CurveConfig(Schema):
     """The published curve to draw, of the reasoning mode. Scales show none."""
     series: str | None = None
     """The series that the published curve belongs to; null: all of them."""
+    levels: dict[str, str] = Field({})
+    """Title -> the row of configs/published to draw as a horizontal line beside the published curve."""
 
 
 class StudyConfig(Schema):

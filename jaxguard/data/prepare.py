@@ -208,6 +208,7 @@ def _counts(encoded: Sequence[tuple[Example, Mode, EncodedExample]]) -> dict[str
     # In dual mode a held-out example is listed once for each mode.
     examples = list({example.id: example for example, _, _ in encoded}.values())
     sequences, tokens = [sequence for _, _, sequence in encoded], hashlib.sha256()
+    words = [len((example.trace or "").split()) for example, mode, _ in encoded if mode is Mode.REASONING]
     asked = ((example, mode, tuple(q for q, _ in sequence.answers)) for example, mode, sequence in encoded)
     for sequence in sequences:
         tokens.update(sequence.tokens.astype("<i4").tobytes())
@@ -218,6 +219,7 @@ def _counts(encoded: Sequence[tuple[Example, Mode, EncodedExample]]) -> dict[str
         "by_mode": dict(Counter(str(mode) for _, mode, _ in encoded)),
         "labels": {label: dict(Counter(str(getattr(e, label)) for e in examples).most_common()) for label in LABELS},
         "questions": [each.model_dump(mode="json") for each in question_sets(asked)],
+        "trace_words": round(sum(words) / len(words), 1) if words else None,
         "with_response": sum(example.response is not None for example in examples),
         "cut": sum(sequence.cut for sequence in sequences),
         "tokens": sum(len(sequence.tokens) for sequence in sequences),

@@ -1,7 +1,7 @@
-"""Report on a study: F1 by row, axis and mode, mean and deviation over repeats, beside the published values."""
+"""Report on a study: F1 by row, axis and mode, mean and deviation over repeats, beside the published tables and figures."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,59 +10,87 @@ from matplotlib.figure import Figure
 
 from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedPoint
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.report import Drawing, Page, Paragraph, Table, write_markdown, write_page
-from jaxguard.report.figures import COLOURS, INK, inline_svg, style
-from jaxguard.report.text import number, short
-from jaxguard.study.grid import Run, Study
+from jaxguard.report import Drawing, Page, Paragraph, Section, Table, write_markdown, write_page
+from jaxguard.report.figures import COLOURS, FAINT, INK, inline_svg, style
+from jaxguard.report.text import number
+from jaxguard.study.grid import Study
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import Fields, read_json
 
 REPEATS = ("seed", "data.subset_seed")
 """Axes that repeat a run: results are averaged over them."""
 CUSTOM = ("dynaguardrail", "cosapien")
-PUBLISHED_METRIC = "safety"
-"""The metric of the published curves."""
+CURVES = ("prompt", "response", "safety")
+"""The metrics of the published curves."""
 LEGEND = (
     "F1 of the harmful class; mean ± standard deviation (divisor n - 1) over the runs that differ in seed or subset, with the "
     "published value behind a slash. The last column counts runs with results, of all; 'part' means that only a part of a "
     "benchmark was evaluated."
 )
+OVER_GENERATIONS = (
+    "Standard deviation over the generations of a run, its mean over runs, with the published value behind a slash."
+)
 
 
-def write_report(study: Study, read: Callable[[Path], Evaluation], published: Published | None) -> tuple[Path, Path]:
+def write_report(study: Study, read: Callable[[Path], Evaluation], published: Published) -> tuple[Path, Path]:
     """Write report.md and report.html into the study's folder and return their paths; JaxguardError if no run has results.
 
-    `read` reads a results.json; runs without one are listed as missing.
+    `read` reads a results.json; runs without one are listed as missing. Scales have the paper's columns without its values.
     """
-    published = None if study.scale else published
     scores = gather(study, read)
     if scores.empty:
         raise JaxguardError(f"{study.folder} has no results yet; run the study first")
-    defined, runs = scores.dropna(subset="f1"), {run.name: run for run in study.runs}
-    metrics = list(dict.fromkeys(defined.metric))
-    if set(AVERAGES) & set(metrics):
-        metrics = [name for name in (*AVERAGES, *CUSTOM) if name in metrics]
-    table = Table(("", "mode", *metrics, "runs"), left=2)
-    for (_, mode), line in scores.groupby(["line", "mode"], sort=False):
-        first = line.iloc[0]
-        expected = _published_scores(study, published, runs[first.run], mode, first.x)
-        cells = [spread(line.f1[line.metric == name].dropna(), expected.get(name)) for name in metrics]
-        count = f"{line.run.nunique()} of {first.runs}" + ("" if line.complete.all() else " part")
-        table.add(first["name"], mode, *cells, count)
+    columns = list(dict.fromkeys(scores.metric))
+    if set(AVERAGES) & set(columns):
+        columns = [name for name in (*AVERAGES, *CUSTOM) if name in columns]
+    else:
+        columns = [name for name in columns if "/" not in name]
+    lines = list(_lines(study, scores, published))
+    sections = [
+        Section(title, [table, *([Paragraph([note], faint=True)] if note else [])])
+        for title, names, value, note in _details(published)
+        if (table := _table(lines, [name for name in names if name in set(scores.metric)], value)).rows
+    ]
     absent = [run.name for run in study.runs if "evaluate" in run.row.stages and run.name not in set(scores.run)]
     missing = f"Without results: {', '.join(absent)}." if absent else None
-    blocks = [_figure(study, defined, metrics, published), table, Paragraph([LEGEND], faint=True), missing]
-    page = Page(study.definition.title, [study.definition.about, *blocks])
+    figures = [
+        _curves(study, scores, columns, published),
+        _words(study, scores, published),
+        _latency(lines, published),
+    ]
+    main = [figures[0], _table(lines, columns, "f1"), Paragraph([LEGEND], faint=True), missing]
+    page = Page(study.definition.title, [study.definition.about, *main, *sections, *figures[1:]])
     paths = study.folder / "report.md", study.folder / "report.html"
     write_markdown(paths[0], page)
     write_page(paths[1], page)
     return paths
 
 
-def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
-    """Read the results of the first guard of every run: a row for each run, mode and metric, an average or a benchmark.
+def _details(published: Published) -> Iterator[tuple[str, tuple[str, ...], str, str]]:
+    """The tables besides the main one: title, columns, the value of `gather` that they show, and a note."""
+    subsets = {name for row in published.rows for name in row.scores if "/" in name}
+    for average in ("prompt", "response"):
+        yield f"{average.capitalize()} benchmarks", (*published.averages[average], average), "f1", ""
+    parts = (part for name in published.averages["custom"] for part in (*sorted(subsets & _of(name, subsets)), name))
+    yield "Custom policies", (*parts, "custom"), "f1", ""
+    yield (
+        "Deviation over generations",
+        ("safety", "prompt", "response", *CUSTOM, "custom"),
+        "deviation",
+        OVER_GENERATIONS,
+    )
 
-    It has the f1 (NaN if undefined) and whether all of it was evaluated (complete). Runs that differ only in what repeats them
-    share a line, whose name, series, x on the curve's axis and number of runs stand beside it.
+
+def _of(benchmark: str, names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.startswith(f"{benchmark}/")}
+
+
+def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
+    """Read the results of the first guard of every run: a row for each run, mode and metric.
+
+    A metric is an average, a benchmark, or `benchmark/value` of a slice. It has the f1 (NaN if undefined), its deviation over
+    generations, the seconds an example, and whether all of it was evaluated (complete). Runs that differ only in what repeats
+    them share a line, whose name, series, x on the curve's axis and number of runs stand beside it.
     """
     axis = study.definition.curve.axis if study.definition.curve else ""
     lines: dict[tuple[Any, ...], int] = {}
@@ -76,16 +104,63 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
         if not path.is_file():
             continue
         evaluation = read(path)
-        rows = [(c.guard, c.mode, c.benchmark, c.result.scores.f1.value, c.complete) for c in evaluation.cells]
-        rows += [(a.guard, a.mode, a.name, a.f1.value, not a.missing) for a in evaluation.averages]
-        table = pd.DataFrame(rows, columns=["guard", "mode", "metric", "f1", "complete"]).astype({"f1": float})
+        rows: list[tuple[Any, ...]] = []
+        for cell in evaluation.cells:
+            of, f1 = (cell.guard, cell.mode), cell.result.scores.f1
+            rows.append((*of, cell.benchmark, f1.value, f1.deviation, cell.cost.seconds, cell.complete))
+            rows += [
+                (*of, f"{cell.benchmark}/{name.partition(': ')[2]}", part.scores.f1.value, None, None, cell.complete)
+                for name, part in cell.slices.items()
+            ]
+        rows += [
+            (a.guard, a.mode, a.name, a.f1.value, a.f1.deviation, None, not a.missing) for a in evaluation.averages
+        ]
+        names = ["guard", "mode", "metric", "f1", "deviation", "seconds", "complete"]
+        table = pd.DataFrame(rows, columns=names).astype(dict.fromkeys(names[3:6], float))
         # The column of modes shows data.mode.
-        names = [f"{field.split('.')[-1]} {label}" for field, label in labels.items() if field != "data.mode"]
-        table = table[table.guard == rows[0][0]].assign(line=line, name=", ".join([series, *names]), series=series)
+        titles = [f"{field.split('.')[-1]} {label}" for field, label in labels.items() if field != "data.mode"]
+        table = table[table.guard == rows[0][0]].assign(line=line, name=", ".join([series, *titles]), series=series)
         table["x"] = pd.to_numeric(run.row.examples if x == "all" else x, errors="coerce")
         tables.append(table.assign(run=run.name))
     scores = pd.concat(tables).sort_values("line", kind="stable") if tables else pd.DataFrame({"line": []})
     return scores.assign(runs=scores.line.map(runs))
+
+
+Line = tuple[pd.DataFrame, Mapping[str, float], Mapping[str, float], str | None]
+"""The scores of a row of the tables, the published scores and deviations, and the id of the published row."""
+
+
+def _lines(study: Study, scores: pd.DataFrame, published: Published) -> Iterator[Line]:
+    runs, curve = {run.name: run for run in study.runs}, study.definition.curve
+    for (_, mode), line in scores.groupby(["line", "mode"], sort=False):
+        first = line.iloc[0]
+        run = runs[first.run]
+        row = run.row.published.get(mode)
+        if study.scale is not None:
+            yield line, {}, {}, None
+        elif row is not None:
+            known = published.row(row)
+            if known is None:
+                raise JaxguardError(f"configs/published has no row {row!r}, which a row of this study names")
+            yield line, known.scores, known.deviations, row
+        else:
+            on_curve = mode == "reasoning" and curve is not None and curve.series in (None, run.row.series or run.key)
+            points = [point for point in _published_curve(study, published) if on_curve and point.x == first.x]
+            yield line, points[0].scores if points else {}, {}, None
+
+
+def _table(lines: Iterable[Line], columns: Sequence[str], value: str) -> Table:
+    """A row for each line that has a value in one of the columns."""
+    table = Table(("", "mode", *columns, "runs"), left=2)
+    for line, scores, deviations, _ in lines:
+        of = {name: line[value][line.metric == name].dropna() for name in columns}
+        if not any(len(values) for values in of.values()):
+            continue
+        expected, first = deviations if value == "deviation" else scores, line.iloc[0]
+        cells = [spread(values, expected.get(name)) for name, values in of.items()]
+        count = f"{line.run.nunique()} of {first.runs}" + ("" if line.complete.all() else " part")
+        table.add(first["name"], first["mode"], *cells, count)
+    return table
 
 
 def spread(values: "pd.Series[float]", published: float | None = None) -> str:
@@ -95,64 +170,113 @@ def spread(values: "pd.Series[float]", published: float | None = None) -> str:
     return mean + deviation + ("" if published is None else f" / {published:.3f}")
 
 
-def _published_scores(study: Study, published: Published | None, run: Run, mode: Any, x: float) -> Mapping[str, float]:
-    """Return the published scores of a run: of the row that its row names, else of the curve at x."""
-    if published is not None and mode in run.row.published:
-        name = run.row.published[mode]
-        row = published.row(name)
-        if row is None:
-            raise JaxguardError(f"configs/published has no row {name!r}, which a row of this study names")
-        return {metric: getattr(row, metric) for metric in (*AVERAGES, *CUSTOM)}
+def _published_curve(study: Study, published: Published) -> Sequence[PublishedPoint]:
     curve = study.definition.curve
-    on_curve = mode == "reasoning" and curve is not None and curve.series in (None, run.row.series or run.key)
-    at_x = [point.f1 for point in _published_curve(study, published) if on_curve and point.x == x]
-    return {PUBLISHED_METRIC: at_x[0]} if at_x else {}
-
-
-def _published_curve(study: Study, published: Published | None) -> Sequence[PublishedPoint]:
-    curve = study.definition.curve
-    return getattr(published, curve.published) if published and curve and curve.published else ()
+    return getattr(published, curve.published) if curve and curve.published and study.scale is None else ()
 
 
 @style()
-def _figure(study: Study, scores: pd.DataFrame, metrics: Sequence[str], published: Published | None) -> Drawing | None:
-    """Draw the study's metric, or the table's first column if no run has that."""
+def _curves(study: Study, scores: pd.DataFrame, columns: Sequence[str], published: Published) -> Drawing | None:
+    """Draw the study's metric, or the table's first column if no run has that; beside a published curve, all of its metrics."""
     curve, metric = study.definition.curve, study.definition.metric
     if curve is None:
         return None
     caption = ["A line is the mean over seeds and subsets, its bars one standard deviation; each dot is a run."]
-    if metrics and metric not in set(scores.metric):
-        caption.append(f"The figure shows {metrics[0]}: no run has a result for {metric}.")
-        metric = metrics[0]
-    paper = _published_curve(study, published) if metric == PUBLISHED_METRIC else ()
+    if columns and metric not in set(scores.dropna(subset="f1").metric):
+        caption.append(f"The figure shows {columns[0]}: no run has a result for {metric}.")
+        metric = columns[0]
+    paper = _published_curve(study, published) if metric in CURVES else ()
+    panels = [name for name in CURVES if name in set(scores.metric)] if paper else [metric]
     if paper:
         caption.append("Dotted and black: what the paper reports, in reasoning mode.")
+    levels = (
+        {title: row.scores for title, row in ((t, published.row(i)) for t, i in curve.levels.items()) if row}
+        if paper
+        else {}
+    )
+    if levels:
+        caption.append(f"Dashed: {', '.join(levels)}, of the paper.")
     if study.scale:
         caption.append("The paper's values are not comparable at this scale and not shown.")
-    points = scores[scores.metric == metric].dropna(subset="x").sort_values(["x", "line"], kind="stable")
-    figure = Figure(figsize=(8, 4.8))
-    axes = figure.add_subplot()
-    for i, (name, part) in enumerate(points.groupby(["series", "mode"], sort=False)):
-        color = COLOURS[i % len(COLOURS)]
-        at = part.groupby(["x", "line"]).f1.agg(["mean", "std"]).fillna(0.0).reset_index()
-        look: dict[str, Any] = {
-            "color": color,
-            "marker": "o",
-            "markersize": 4,
-            "capsize": 3,
-            "label": short(", ".join(name), 60),
-        }
-        axes.errorbar(at.x, at["mean"], yerr=at["std"], **look)
-        axes.scatter(part.x, part.f1, color=color, s=10, alpha=0.5)
-    if paper:
-        xs, f1, deviations = zip(*((p.x, p.f1, p.deviation or 0.0) for p in paper), strict=True)
-        axes.errorbar(xs, f1, yerr=deviations, color=INK, linestyle=":", capsize=3, label="paper, reasoning")
-    ticks = sorted({*points.x, *(point.x for point in paper)})
-    if ticks and ticks[0] > 0 and ticks[-1] >= 5 * ticks[0]:
-        axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{x:,g}" if x < 1e5 else f"{x:,.0f}" for x in ticks])
-    axes.minorticks_off()
-    axes.set(xlabel=short(curve.label, 60), ylabel=short(f"F1, {metric}", 60))
-    if ticks:
-        axes.legend()
+    figure = Figure(figsize=(8 if len(panels) == 1 else 12, 4.8))
+    every = [axes for row in figure.subplots(1, len(panels), squeeze=False) for axes in row]
+    for axes, name in zip(every, panels, strict=True):
+        points = scores[scores.metric == name].dropna(subset=["x", "f1"]).sort_values(["x", "line"], kind="stable")
+        for i, (label, part) in enumerate(points.groupby(["series", "mode"], sort=False)):
+            color = COLOURS[i % len(COLOURS)]
+            at = part.groupby(["x", "line"]).f1.agg(["mean", "std"]).fillna(0.0).reset_index()
+            look: dict[str, Any] = {
+                "color": color,
+                "marker": "o",
+                "markersize": 4,
+                "capsize": 3,
+                "label": ", ".join(label),
+            }
+            axes.errorbar(at.x, at["mean"], yerr=at["std"], **look)
+            axes.scatter(part.x, part.f1, color=color, s=10, alpha=0.5)
+        if paper:
+            xs, f1, deviations = zip(*((p.x, p.scores[name], p.deviations.get(name, 0)) for p in paper), strict=True)
+            axes.errorbar(xs, f1, yerr=deviations, color=INK, linestyle=":", capsize=3, label="paper, reasoning")
+        for i, (title, known) in enumerate(levels.items()):
+            axes.axhline(known[name], color=FAINT, linestyle="--" if i else "-.", linewidth=1, label=f"paper, {title}")
+        ticks = sorted({*points.x, *(point.x for point in paper)})
+        if ticks and ticks[0] > 0 and ticks[-1] >= 5 * ticks[0]:
+            axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{x:,g}" if x < 1e5 else f"{x:,.0f}" for x in ticks])
+        axes.minorticks_off()
+        axes.set(xlabel=curve.label, ylabel=f"F1, {name}")
+    if any(axes.get_legend_handles_labels()[0] for axes in every):
+        every[0].legend()
     return Drawing(" ".join(caption), inline_svg(figure, "curve", f"F1 by {curve.label}"))
+
+
+@style()
+def _words(study: Study, scores: pd.DataFrame, published: Published) -> Drawing | None:
+    """Draw the mean words of the traces that each point was trained on, where the paper's curve has them."""
+    curve = study.definition.curve
+    if curve is None or not any(p.words for p in getattr(published, curve.published or "", ())):
+        return None
+    folders = {run.name: run.folder for run in study.runs}
+    points = scores.dropna(subset="x").drop_duplicates("run")
+    own = [(x, _trace_words(folders[run])) for run, x in zip(points.run, points.x, strict=True)]
+    paper = [(point.x, point.words) for point in _published_curve(study, published)]
+    figure = Figure(figsize=(6, 3.6))
+    axes = figure.add_subplot()
+    for name, color, line, values in (("ours", COLOURS[0], "-", sorted(own)), ("the paper", INK, ":", paper)):
+        if values:
+            axes.plot(*zip(*values, strict=True), marker="o", markersize=4, color=color, linestyle=line, label=name)
+    axes.set(xlabel=curve.label, ylabel="mean words of a trace")
+    axes.legend()
+    return Drawing("Words of the traces that were trained on", inline_svg(figure, "words", f"Words by {curve.label}"))
+
+
+def _trace_words(folder: Path) -> float:
+    path = folder / "data.json"
+    words = read_json(path, Fields)["train"].get("trace_words") if path.is_file() else None
+    return float("nan") if words is None else float(words)
+
+
+@style()
+def _latency(lines: Sequence[Line], published: Published) -> Drawing | None:
+    """Draw seconds an example, the mean over benchmarks, as bars, and the paper's of the same rows beside them."""
+    papers = {point.row: point.seconds for point in published.latency.points}
+    bars = [
+        (f"{line.iloc[0]['name']}, {line.iloc[0]['mode']}", line.seconds.mean(), papers.get(row or ""))
+        for line, _, _, row in lines
+        if line.seconds.mean() > 0
+    ]
+    if not bars:
+        return None
+    figure = Figure(figsize=(7, 1 + 0.35 * len(bars)))
+    axes = figure.add_subplot()
+    for y, (_, seconds, paper) in enumerate(bars):
+        axes.barh(y - 0.2, seconds, 0.38, color=COLOURS[0], label="ours" if not y else None)
+        if paper is not None:
+            axes.barh(y + 0.2, paper, 0.38, color=FAINT)
+    if any(paper is not None for _, _, paper in bars):
+        axes.barh(0, 0, color=FAINT, label=f"the paper ({published.latency.hardware})")
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+    axes.set(xscale="log", xlabel="seconds an example of an offline batch (logarithmic)", ylim=(len(bars) - 0.5, -0.5))
+    axes.legend()
+    caption = "Seconds an example: a batch's time by its examples, not what one request waits."
+    return Drawing(caption, inline_svg(figure, "latency", "Seconds an example by row"))

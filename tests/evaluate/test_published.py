@@ -1,4 +1,4 @@
-"""The paper's results as shipped: they agree with each other, with the notes on the paper where these are at hand, and a mistake is named."""
+"""The paper's results as shipped agree with each other, and with notes on the paper where these are at hand."""
 
 import os
 import re

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from jaxguard.evaluate.report.published import Published
 from jaxguard.study.report import gather, write_report
 from jaxguard.utils.errors import JaxguardError
 
@@ -22,7 +23,7 @@ class Results:
         cells, averages = [], []
         for mode, scores in modes.items():
             for name, value in scores.items():
-                f1 = SimpleNamespace(value=value)
+                f1 = SimpleNamespace(value=value, deviation=0.004)
                 if name in ("prompt", "safety"):
                     missing = ("own",) if value == PARTIAL else ()
                     averages.append(SimpleNamespace(guard="ours", mode=mode, name=name, f1=f1, missing=missing))
@@ -34,25 +35,39 @@ class Results:
                         "benchmark": name,
                         "result": result,
                         "complete": name != "part",
+                        "cost": SimpleNamespace(seconds=0.25),
+                        "slices": {"scenario: film": result} if name == "cosapien" else {},
                     }
                     cells.append(SimpleNamespace(**cell))
-            worse = SimpleNamespace(scores=SimpleNamespace(f1=SimpleNamespace(value=0.01)))
-            cells.append(SimpleNamespace(guard="baseline", mode=mode, benchmark="own", result=worse, complete=False))
+            worse = SimpleNamespace(scores=SimpleNamespace(f1=SimpleNamespace(value=0.01, deviation=None)))
+            baseline = {"guard": "baseline", "mode": mode, "benchmark": "own", "result": worse, "complete": False}
+            cells.append(SimpleNamespace(**baseline, cost=SimpleNamespace(seconds=0.0), slices={}))
         return SimpleNamespace(cells=cells, averages=averages)
 
 
 PARTIAL = 0.123
 """An average that lacks a benchmark."""
-PUBLISHED = SimpleNamespace(
-    sample_efficiency=(
-        SimpleNamespace(x=8, f1=0.7, deviation=0.02),
-        SimpleNamespace(x=99, f1=0.9, deviation=None),
-    ),
-    row={
-        "oven": SimpleNamespace(
-            **dict.fromkeys(("prompt", "response", "custom", "dynaguardrail", "cosapien")), safety=0.5
-        )
-    }.get,
+PUBLISHED = Published(
+    title="Bread",
+    source="a book",
+    url="https://example.org",
+    protocol={},
+    averages={"prompt": ["rye", "oats"], "response": ["own_responses"], "custom": ["dynaguardrail", "cosapien"]},
+    rows=[
+        {
+            "id": "oven",
+            "name": "An oven",
+            "mode": "reasoning",
+            "scores": {"safety": 0.5, "rye": 0.4, "cosapien/film": 0.3},
+            "deviations": {"safety": 0.01},
+        }
+    ],
+    sample_efficiency=[
+        {"x": 8, "scores": {"safety": 0.7, "prompt": 0.72, "response": 0.68}, "deviations": {"safety": 0.02}},
+        {"x": 99, "scores": {"safety": 0.9, "prompt": 0.92, "response": 0.88}},
+    ],
+    sentence_budget=[{"x": 8, "scores": {"safety": 0.7, "prompt": 0.72, "response": 0.68}, "words": 41}],
+    latency={"hardware": "an oven", "points": [{"name": "An oven", "row": "oven", "seconds": 0.02, "slower": 0}]},
 )
 
 
@@ -83,7 +98,7 @@ def points(scores, metric):
 
 def test_seeds_are_averaged_and_axes_told_apart(report):
     study, read = report({"bread-8-0": direct(0.5), "bread-8-1": direct(0.7), "bread-16-0": direct(0.8)})
-    text = write_report(study, read, None)[0].read_text()
+    text = write_report(study, read, PUBLISHED)[0].read_text()
     assert "| bread, subset 8 | direct | 0.600 ± 0.141 | 2 of 2 |" in text  # √((0.1² + 0.1²) / 1)
     assert "| bread, subset 16 | direct | 0.800 | 1 of 2 |" in text
     assert "Without results: base, bread-16-1, more." in text
@@ -97,7 +112,7 @@ def test_seeds_are_averaged_and_axes_told_apart(report):
 def test_both_modes_of_a_run_are_lines_and_curves_of_their_own(report):
     both = {"direct": {"own_responses": 0.4}, "reasoning": {"own_responses": None, "part": 0.3}}
     study, read = report({"bread-8-0": both, "bread-8-1": direct(0.6, "own_responses")})
-    text = write_report(study, read, None)[0].read_text()
+    text = write_report(study, read, PUBLISHED)[0].read_text()
     assert "| bread, subset 8 | direct | 0.500 ± 0.141 | n/a | 2 of 2 |" in text
     assert "| bread, subset 8 | reasoning | n/a | 0.300 | 1 of 2 part |" in text
     assert points(gather(study, read), "own_responses") == [("bread", "direct", 8, 0.4), ("bread", "direct", 8, 0.6)]
@@ -106,7 +121,7 @@ def test_both_modes_of_a_run_are_lines_and_curves_of_their_own(report):
 def test_an_average_that_lacks_a_benchmark_is_marked_as_partial(report):
     results = {"bread-8-0": PARTIAL, "bread-16-0": 0.8}
     study, read = report({name: {"direct": {"own": 0.5, "safety": value}} for name, value in results.items()})
-    text = write_report(study, read, None)[0].read_text()
+    text = write_report(study, read, PUBLISHED)[0].read_text()
     assert "| bread, subset 8 | direct | 0.123 | 1 of 2 part |" in text
     assert "| bread, subset 16 | direct | 0.800 | 1 of 2 |" in text
 
@@ -140,9 +155,10 @@ def test_published_values_stand_beside_ours(report):
     markdown, page = write_report(made, read, PUBLISHED)
     text = markdown.read_text()
     assert "| base | reasoning | 0.250 | 0.600 / 0.500 | 1 of 1 |" in text
-    assert "| loaf, subset 8 | reasoning | 0.250 | 0.650 / 0.700 | 1 of 1 |" in text
+    assert "| base | reasoning | 0.004 / 0.010 | 0.004 | 1 of 1 |" in text
+    assert "| loaf, subset 8 | reasoning | 0.250 / 0.720 | 0.650 / 0.700 | 1 of 1 |" in text
     assert "| loaf, subset 16 | reasoning | 0.250 | 0.750 | 1 of 1 |" in text
-    assert "| loaf, subset all | reasoning | 0.250 | 0.850 / 0.900 | 1 of 1 |" in text
+    assert "| loaf, subset all | reasoning | 0.250 / 0.920 | 0.850 / 0.900 | 1 of 1 |" in text
     assert "| control, subset 8 | reasoning | 0.250 | 0.800 | 1 of 1 |" in text
     html = page.read_text()
     svg = ElementTree.fromstring(re.search(r"<svg.*?</svg>", html, re.DOTALL)[0])
@@ -155,7 +171,7 @@ def test_published_values_stand_beside_ours(report):
 def test_the_figure_shows_what_there_is_and_says_so(report):
     """The documented `name=mine` command evaluates on other benchmarks than the study's: no empty figure comes of it."""
     made, read = report({"bread-8-0": direct(0.5, "own_prompts"), "bread-8-1": direct(0.7, "own_prompts")})
-    html = write_report(made, read, None)[1].read_text()
+    html = write_report(made, read, PUBLISHED)[1].read_text()
     assert "The figure shows own_prompts: no run has a result for own_responses." in html
     assert "F1, own_prompts" in html
 
@@ -163,17 +179,50 @@ def test_the_figure_shows_what_there_is_and_says_so(report):
 def test_the_metric_can_be_chosen(report):
     both = {"direct": {"own": 0.5, "own_responses": 0.6}}
     made, read = report({"bread-8-0": both}, "metric=own")
-    html = write_report(made, read, None)[1].read_text()
+    html = write_report(made, read, PUBLISHED)[1].read_text()
     assert "F1, own<" in html
     assert "The figure shows" not in html
 
 
-def test_the_published_curve_is_of_safety_alone(report):
-    made, read = report({"bread-8": reasoned(0.65)}, rows=ROWS, curve=CURVE, metric="prompt")
+def test_the_published_curves_are_drawn_with_their_own_metrics(report):
+    made, read = report(
+        {"bread-8": reasoned(0.65)}, rows=ROWS, curve=CURVE | {"levels": {"oven": "oven"}}, metric="own"
+    )
     assert "paper, reasoning" not in write_report(made, read, PUBLISHED)[1].read_text()
     made = replace(made, definition=made.definition.model_copy(update={"metric": "safety"}))
-    assert "paper, reasoning" in write_report(made, read, PUBLISHED)[1].read_text()
-    assert "| loaf, subset 8 | reasoning | 0.250 | 0.650 / 0.700 |" in (made.folder / "report.md").read_text()
+    made.definition.curve.levels["oven"] = "oven"
+    PUBLISHED.row("oven").scores.update(prompt=0.1, response=0.1)
+    html = write_report(made, read, PUBLISHED)[1].read_text()
+    assert {"F1, prompt<", "F1, safety<"} <= set(re.findall("F1, [a-z]+<", html))
+    assert "paper, reasoning" in html
+    assert "paper, oven" in html
+
+
+def test_single_benchmarks_and_subsets_have_tables_of_their_own(report):
+    scores = {"reasoning": {"rye": 0.45, "cosapien": 0.6, "safety": 0.55}}
+    made, read = report({"base": scores}, rows=ROWS)
+    text = write_report(made, read, PUBLISHED)[0].read_text()
+    assert text.index("## Prompt benchmarks") < text.index("| base | reasoning | 0.450 / 0.400 | 1 of 1 |")
+    assert text.index("## Custom policies") < text.index("| base | reasoning | 0.600 / 0.300 | 0.600 | 1 of 1 |")
+    assert "## Response benchmarks" not in text
+
+
+def test_seconds_are_bars_beside_the_papers(report):
+    made, read = report({"base": reasoned(0.5)}, rows=ROWS)
+    html = write_report(made, read, PUBLISHED)[1].read_text()
+    assert "seconds an example of an offline batch" in html
+    assert "the paper (an oven)" in html
+
+
+@pytest.mark.parametrize("scale", [None, "tiny"])
+def test_words_of_a_budget_stand_beside_the_papers(report, study, scale):
+    curve, scales = CURVE | {"published": "sentence_budget"}, {"tiny": {"about": "Less bread."}}
+    made, read = report({"bread-8": reasoned(0.65)}, scale=scale, rows=ROWS, curve=curve, scales=scales)
+    [folder] = [run.folder for run in made.runs if run.name == "bread-8"]
+    (folder / "data.json").write_text('{"train": {"trace_words": 12.5}}')
+    html = write_report(made, read, PUBLISHED)[1].read_text()
+    assert "mean words of a trace" in html
+    assert ("the paper<" in html) == (scale is None)
 
 
 def test_a_scale_shows_nothing_published(report, study):
@@ -191,7 +240,7 @@ def test_a_scale_shows_nothing_published(report, study):
 
 def test_the_page_loads_nothing_and_titles_are_text(report):
     made, read = report({"base": direct(0.5)}, title="<b>Bread</b> | $x$", rows={"base": {"series": "<i>"}})
-    markdown, page = write_report(made, read, None)
+    markdown, page = write_report(made, read, PUBLISHED)
     assert "<b>" not in markdown.read_text()
     html = page.read_text()
     assert "<b>" not in html
@@ -202,7 +251,7 @@ def test_the_page_loads_nothing_and_titles_are_text(report):
 def test_without_results_there_is_no_report(report):
     made, read = report({})
     with pytest.raises(JaxguardError, match="no results yet"):
-        write_report(made, read, None)
+        write_report(made, read, PUBLISHED)
 
 
 def test_a_published_row_that_does_not_exist_is_named(report):

@@ -38,7 +38,12 @@ def main_table(evaluation: Evaluation, published: Published) -> Table:
             less = (_less_paper(evaluation, published, average, paper) for average, paper in papers)
             table.add(TableCell("less the paper's", row.name), *less, kind="detail")
     for row in published.rows:
-        table.add(row.name, *(row.scores.get(name, "") for name in AVERAGES), group=f"The paper ({published.source})", kind="faint")
+        table.add(
+            row.name,
+            *(row.scores.get(name, "") for name in AVERAGES),
+            group=f"The paper ({published.source})",
+            kind="faint",
+        )
     return table
 
 
