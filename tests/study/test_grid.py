@@ -56,7 +56,8 @@ def test_the_shipped_grid_is_the_papers(monkeypatch):
     assert runs["full-direct-all"].data.subset is None
     equal = [config for name, config in runs.items() if name.startswith("equal_updates")]
     assert {total_steps(c.data.subset, 32, c.train.epochs, c.train.max_steps) for c in equal} == {781}
-    assert len(runs) == 32 + 2 + 24
+    assert runs["full_labels-all"].data.train[0].kind == "wildguardmix"
+    assert len(runs) == 32 + 2 + 1 + 24
 
 
 def test_the_prepared_files_are_those_that_the_rows_read(monkeypatch):
