@@ -48,7 +48,7 @@ class CostConfig(Schema):
     devices: Positive = 8
     """Number of devices."""
     parameters: PositiveFloat = 8.03e9
-    """Of the model: a token costs 6 FLOPs for each in training, 2 in evaluation."""
+    """Of the model, unless its checkpoint is a local folder: a token costs 6 FLOPs for each in training, 2 in evaluation."""
     mfu: Share = 0.4
     """Share of the peak that training and reading prompts reach."""
     generate_mfu: Share = 0.04
@@ -61,12 +61,20 @@ class CostConfig(Schema):
     """Seconds to start a stage and to save at its end: loading, compiling."""
     prompt_tokens: Positive = 600
     """Tokens of an example without its answer: instruction, policy, prompt and response."""
+    policy_tokens: NonNegative = 500
+    """Of these, the tokens of instruction, policy and answer format, which the examples of a row share."""
     trace_tokens: Positive = 300
     """Tokens of a trace; the paper's are about this long."""
     answer_tokens: Positive = 16
     """Tokens of the verdict lines."""
     benchmark_examples: Positive = 1000
     """Examples of a benchmark that does not state its size."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CostConfig":
+        if self.policy_tokens >= self.prompt_tokens:
+            raise ValueError(f"policy_tokens={self.policy_tokens} is a part of prompt_tokens={self.prompt_tokens}")
+        return self
 
 
 class RowConfig(Schema):

@@ -44,7 +44,7 @@ def report(
     summary = Text(
         f"\nPacking: {packed['steps']:,} steps of {config.train.batch_size} examples, "
         f"{packed['rows']:.1f} rows of {packed['tokens']:,.0f} tokens a batch, {packed['padding']:.1%} padding, "
-        f"{packed['shared']:.1%} of the tokens shared and computed once, "
+        f"{packed['shared']:.1%} of the tokens shared and computed once, {packed['computed']:,.0f} computed an example, "
         f"{packed['shapes']:.0f} shape(s) in {min(SAMPLED_STEPS, int(packed['steps']))} sampled steps, "
         "before rounding up to the number of devices.\n"
     )
@@ -57,7 +57,8 @@ def packing(config: Config, sequences: Sequence[EncodedExample]) -> dict[str, fl
     """Measure the packing of evenly spaced steps on one device; more devices may add rows, since each gets equally many.
 
     `rows` and `tokens`: of a batch, and of a row. `padding`: share of tokens that belong to no example, including rows added
-    for a bucketed shape. `shared`: share of the examples' tokens that are computed once for several examples.
+    for a bucketed shape. `shared`: share of the examples' tokens that are computed once for several examples. `computed`: tokens
+    an example.
     """
     train, max_seq_len = config.train, config.data.max_seq_len
     steps = total_steps(len(sequences), train.batch_size, train.epochs, train.max_steps)
@@ -78,6 +79,7 @@ def packing(config: Config, sequences: Sequence[EncodedExample]) -> dict[str, fl
         "tokens": float(np.mean([shape.tokens for shape in shapes])),
         "padding": 1 - used / total,
         "shared": 1 - used / unshared,
+        "computed": used / (len(sampled) * train.batch_size),
         "shapes": len(set(shapes)),
     }
 

@@ -44,9 +44,10 @@ def cost_table(study: Study) -> Table:
     """Return the work and time of every run and of all, and the assumptions behind it; a teacher's work is not included."""
     cost, (trained, generated, source) = study.definition.cost, speed_of(study)
     note = (
-        "trained, read and generated are tokens; without a teacher's. *: the number of examples is an assumption of the study's "
-        f"file, or a default. Assumed: {cost.prompt_tokens} tokens a prompt, {cost.trace_tokens} a trace, {cost.answer_tokens} a "
-        f"verdict, and {cost.start_seconds} s to start a stage, unless a row says otherwise; {cost.devices} {cost.device} train "
+        "trained, read and generated are tokens, trained those that are computed; without a teacher's. *: the number of examples "
+        f"is an assumption of the study's file, or a default. Assumed: {cost.prompt_tokens} tokens a prompt, "
+        f"{cost.policy_tokens} of them the policy's, {cost.trace_tokens} a trace, {cost.answer_tokens} a verdict, "
+        f"and {cost.start_seconds} s to start a stage, unless a row says otherwise; {cost.devices} {cost.device} train "
         f"{trained:,.0f} tokens/s ({source}) and generate {generated:,.0f}."
     )
     columns = ("run", "steps", "trained", "predictions", "read", "generated", "device-h")
@@ -84,8 +85,7 @@ def work(run: Run) -> Counter[str]:
     predictions: list[tuple[int, int, float]] = []  # examples, generations of each, share with a trace
     if "train" in run.row.stages and examples:
         total["steps"] = total_steps(examples, config.train.batch_size, config.train.epochs, config.train.max_steps)
-        tokens = cost.prompt_tokens + traced * cost.trace_tokens + cost.answer_tokens
-        total["trained"] = round(total["steps"] * config.train.batch_size * tokens)
+        total["trained"] = round(total["steps"] * _batch_tokens(run, traced))
     if "mine" in run.row.stages:
         predictions.append((examples, (config.mine or MineConfig()).generations, traced))
     if "evaluate" in run.row.stages:
@@ -110,6 +110,14 @@ def work(run: Run) -> Counter[str]:
     return total
 
 
+def _batch_tokens(run: Run, traced: float) -> float:
+    """The tokens that a batch computes: those of the policy once a row, if they are shared."""
+    cost, data, batch = run.cost, run.config.data, run.config.train.batch_size
+    own = cost.prompt_tokens - cost.policy_tokens + traced * cost.trace_tokens + cost.answer_tokens
+    per_row = max(1, int((data.max_seq_len - cost.policy_tokens) / own)) if data.share_prefixes else 1
+    return batch * own + math.ceil(batch / per_row) * cost.policy_tokens
+
+
 @cache
 def _rows(path: Path) -> int:
     return len(read_local(path, ()).rows)
@@ -130,10 +138,22 @@ def speed_of(study: Study) -> tuple[float, float, str]:
     if cost.tokens_per_second:
         rate = cost.tokens_per_second
         return rate, cost.generated_per_second or rate, "an assumption of the study's file"
-    flops = peak_flops(cost.device)
+    flops, parameters = peak_flops(cost.device), _parameters(study, cost.parameters)
     if flops is None:
         raise JaxguardError(f"cost.device={cost.device!r} is unknown; set cost.tokens_per_second")
     # 6 FLOPs for each parameter and token in training, 2 in generation.
-    per_token = cost.devices * flops / (2 * cost.parameters)
+    per_token = cost.devices * flops / (2 * parameters)
     source = f"at {cost.mfu:.0%} of {flops / 1e12:g} TFLOP/s, and {cost.generate_mfu:.0%} in generation: assumptions"
     return per_token * cost.mfu / 3, per_token * cost.generate_mfu, source
+
+
+def _parameters(study: Study, assumed: float) -> float:
+    """Those of the checkpoint of the study's runs, where one is a local folder."""
+    folders = (Path(run.config.model.checkpoint) for run in study.runs)
+    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if folder is None:
+        return assumed
+    from jaxguard.models import weights  # loads JAX, for a local model alone
+    from jaxguard.models.spec import read_spec
+
+    return float(weights.count(weights.abstract(read_spec(folder))))

@@ -137,6 +137,7 @@ def test_packing_agrees_with_counting_every_batch(made):
     assert packed["tokens"] == np.mean([b.tokens_BT.shape[1] for b in batches])
     assert packed["padding"] == pytest.approx(1 - held / size)
     assert packed["shared"] == pytest.approx(1 - held / whole)
+    assert packed["computed"] == pytest.approx(held / (10 * 4))
     assert packed["shared"] > 0.2
 
 

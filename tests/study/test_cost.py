@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
+from jaxguard.data.prepare import prepare
+from jaxguard.data.report import packing
 from jaxguard.study.cost import cost_table, speed_of, work
 from jaxguard.study.grid import open_study
 
@@ -17,31 +20,31 @@ def rows(study):
 
 
 def test_the_5k_run_by_hand(monkeypatch):
-    """5,000 × 5 / 32 = 781 updates of 32 examples of 600 + 300 + 16 tokens, 6 FLOPs a parameter and token."""
+    """5,000 × 5 / 32 = 781 updates of 32 examples of 100 + 300 + 16 tokens, 3 in a row that holds the policy's 500 once."""
     monkeypatch.chdir(ROOT)
     study = open_study("paper/controls")
     run = next(run for run in study.runs if run.name == "seeds-reasoning-0")
     amount = work(run)
     assert amount["steps"] == 781
-    assert amount["trained"] == 781 * 32 * 916 == 22_892_672
+    assert amount["trained"] == 781 * (32 * 416 + 11 * 500) == 14_692_172
     # The benchmarks of both averages, once in the one mode that is trained, each with four answers.
     predicted = 1699 + 1964 + 1680 + 100 + 2853 + 1709 + 852 + 446 + 300 + 2362 + 200
     assert (amount["predictions"], amount["generated"]) == (predicted, 4 * 316 * predicted)
     # The prompt is read to generate, and after each of the four reasoning traces for P(harmful).
     assert amount["read"] == (600 + 4 * 900) * predicted
     assert not amount["assumed"]
-    train = 6 * 8.03e9 * 22_892_672 / (8 * 312e12 * 0.4)
+    train = 6 * 8.03e9 * 14_692_172 / (8 * 312e12 * 0.4)
     read = 2 * 8.03e9 * amount["read"] / (8 * 312e12 * 0.4)
     generate = 2 * 8.03e9 * amount["generated"] / (8 * 312e12 * 0.04)
     assert float(rows(study)[run.name][-1]) == pytest.approx((train + read + generate + 2 * 120) * 8 / 3600, abs=0.01)
-    assert train == pytest.approx(1104.8, abs=0.1)
+    assert train == pytest.approx(709.1, abs=0.1)
 
 
 def test_both_modes_of_a_dual_run_are_predicted(monkeypatch):
     monkeypatch.chdir(ROOT)
     runs = {run.name: run for run in open_study("paper/controls").runs}
     dual, reasoning, direct = (work(runs[f"seeds-{mode}-0"]) for mode in ("dual", "reasoning", "direct"))
-    assert dual["trained"] == (reasoning["trained"] + direct["trained"]) / 2
+    assert direct["trained"] < dual["trained"] < reasoning["trained"]
     assert dual["predictions"] == 2 * reasoning["predictions"]
     assert dual["generated"] == reasoning["generated"] + direct["generated"]
 
@@ -73,9 +76,9 @@ def test_speed_is_measured_or_assumed(study):
 
 def test_the_table_adds_up(study):
     bread = study("cost.tokens_per_second=1", "cost.generated_per_second=1", "cost.start_seconds=0", "cost.devices=2")
-    # 8 × 5 / 4 = 10 steps of 4 examples of 616 tokens; 20 examples predicted, 4 × 16 tokens generated for each, and its prompt
-    # read once to answer and once for the probability, at a third of a training step's cost.
-    one = 10 * 4 * 616 + 20 * 2 * 600 / 3 + 20 * 64
+    # 8 × 5 / 4 = 10 steps of 4 examples of 116 tokens in a row with the policy's 500; 20 examples predicted, 4 × 16 tokens
+    # generated for each, and its prompt read once to answer and once for the probability, at a third of a training step's cost.
+    one = 10 * (4 * 116 + 500) + 20 * 2 * 600 / 3 + 20 * 64
     table = rows(bread)
     assert table["bread-8-0"][-1] == f"{one * 2 / 3600:.2f}"
     assert float(table["6 runs"][-1]) == pytest.approx(sum(float(table[run.name][-1]) for run in bread.runs), abs=0.05)
@@ -100,3 +103,30 @@ def test_baselines_cost_nothing(study):
     baseline = {"evaluate.guards": [{"name": "most", "format": "majority"}]}
     (run,) = study(rows={"x": {"stages": ["evaluate"], "set": baseline}}).runs
     assert +work(run) == {}
+
+
+def test_trained_tokens_are_those_that_the_data_report_counts(study, tiny_checkpoint):
+    """With the data's own means in place of the assumptions, to a tenth: rows are filled better or worse than by a division."""
+    texts = [f"How do I bake {'a loaf of ' * (i % 5)}bread?" for i in range(40)]
+    rows = [{"id": str(i), "prompt": text, "prompt_label": "unharmful"} for i, text in enumerate(texts)]
+    Path("bread.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fields = [f"model.checkpoint={tiny_checkpoint}", "data.policy=bank_support", "data.max_seq_len=1024"]
+    made = study(*fields, rows={"x": {"stages": ["train"]}})
+    config = made.runs[0].config
+    prepared = prepare(config)
+    packed, encoded = packing(config, prepared.train), prepared.train
+    mean = sum(len(each.tokens) for each in encoded) / len(encoded)
+    answer = sum(int(each.loss_mask.sum()) for each in encoded) / len(encoded)
+    means = {"prompt_tokens": mean - answer, "policy_tokens": encoded[0].shared_prefix_len, "answer_tokens": answer}
+    run = study(
+        *fields, *(f"cost.{name}={round(x)}" for name, x in means.items()), rows={"x": {"stages": ["train"]}}
+    ).runs[0]
+    computed = packed["steps"] * config.train.batch_size * packed["computed"]
+    assert packed["shared"] > 0.3
+    assert work(run)["trained"] == pytest.approx(computed, rel=0.1)
+
+
+def test_a_local_model_costs_what_it_is(study, tiny_checkpoint):
+    weights = sum(array.size for path in tiny_checkpoint.glob("*.safetensors") for array in load_file(path).values())
+    assumed, local = speed_of(study("model.checkpoint=x/y")), speed_of(study(f"model.checkpoint={tiny_checkpoint}"))
+    assert local[0] / assumed[0] == pytest.approx(8.03e9 / weights)
