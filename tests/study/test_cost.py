@@ -109,11 +109,16 @@ def test_trained_tokens_are_those_that_the_data_report_counts(study, tiny_checkp
     """With the data's own means in place of the assumptions, to a tenth: rows are filled better or worse than by a division."""
     texts = [f"How do I bake {'a loaf of ' * (i % 5)}bread?" for i in range(40)]
     rows = [{"id": str(i), "prompt": text, "prompt_label": "unharmful"} for i, text in enumerate(texts)]
-    Path("bread.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    fields = [f"model.checkpoint={tiny_checkpoint}", "data.policy=bank_support", "data.max_seq_len=1024"]
+    Path("loaf.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fields = [
+        f"model.checkpoint={tiny_checkpoint}",
+        "data.policy=bank_support",
+        "data.max_seq_len=1024",
+        "data.train.0.path=loaf.jsonl",
+    ]
     made = study(*fields, rows={"x": {"stages": ["train"]}})
     config = made.runs[0].config
-    prepared = prepare(config)
+    prepared = prepare(config, tiny_checkpoint)
     packed, encoded = packing(config, prepared.train), prepared.train
     mean = sum(len(each.tokens) for each in encoded) / len(encoded)
     answer = sum(int(each.loss_mask.sum()) for each in encoded) / len(encoded)
