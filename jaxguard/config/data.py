@@ -57,6 +57,8 @@ class DataConfig(Schema):
     """Ends the user turn when reasoning is wanted."""
     direct_marker: str = "/no_think"
     """Ends the user turn when the verdict alone is wanted."""
+    answer_format: Literal["first", "last"] = "first"
+    """Where the user turn says how to answer: before the exchange, so that examples share it, or after it, as in the paper."""
     subset: Positive | None = None
     """Train on this many examples; smaller subsets of one seed are contained in larger ones."""
     subset_seed: NonNegative = 0

@@ -124,7 +124,8 @@ class Encoder:
         """Load the encoder of a checkpoint; `policy` defaults to the config's, and has to leave space for text."""
         tokenizer = load_tokenizer(folder)
         template = read_template(tokenizer, folder)
-        dialogue = Dialogue(data.reasoning_marker, data.direct_marker, tuple(template.reserved.values()))
+        tokens, last = tuple(template.reserved.values()), data.answer_format == "last"
+        dialogue = Dialogue(data.reasoning_marker, data.direct_marker, tokens, last)
         policy = policy or load_policy(data.policy)
         encoder = cls(tokenizer, template, dialogue, policy, data.max_seq_len, data.share_prefixes)
         needed = encoder.min_tokens(policy)

@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.files import transcript
 from jaxguard.data.format.answer import Verdict, parse
 from jaxguard.data.format.dialogue import Dialogue, Mode, answers, questions
-from jaxguard.data.policies import QUESTIONS, Category, Policy
+from jaxguard.data.policies import QUESTIONS, Category, Policy, load_policy
 from jaxguard.utils.errors import JaxguardError
 
 POLICY = Policy("test", (Category("Insults", "Demeans people."), Category("Spam")), rules="Be kind.", asks=QUESTIONS)
@@ -38,6 +39,24 @@ def test_user_turn(dialogue: Dialogue):
         "AI assistant:\nhi",
         "/think",
     ]
+
+
+def test_the_answer_format_may_follow_the_exchange(dialogue: Dialogue):
+    last = replace(dialogue, format_last=True)
+    of_both = [
+        each.user_turn(BOTH.prompt, BOTH.response, POLICY, POLICY.asks, Mode.DIRECT) for each in (dialogue, last)
+    ]
+    first, late = (turn.split("\n\n") for turn in of_both)
+    assert late == [*first[:2], *first[3:5], first[2], first[5]]
+    assert of_both[1].startswith(last.shared_prefix(POLICY, POLICY.asks, Mode.DIRECT))
+
+
+@pytest.mark.parametrize(("name", "of"), [("paper/wildguard", "wildguard"), ("paper/aegis2", "aegis2")])
+def test_the_papers_policies_have_names_alone(name: str, of: str):
+    names, full = load_policy(name), load_policy(of)
+    lines = [line for line in names.taxonomy.splitlines() if line.startswith("S")]
+    assert [line.rstrip(".") for line in lines] == [f"S{i}: {c.name}" for i, c in enumerate(full.categories, 1)]
+    assert names.asks == full.asks
 
 
 def test_only_what_is_asked_is_in_the_format(dialogue: Dialogue):

@@ -23,7 +23,8 @@ The user turn:
 
     /think
 
-The answer is reasoning in think tags, an empty line and the verdict lines; in direct mode only the verdict lines. If the chat
+With `data.answer_format: last`, as in the paper, the answer format stands before the marker. The answer is reasoning in think
+tags, an empty line and the verdict lines; in direct mode only the verdict lines. If the chat
 template opens the think block, the opening tag is part of the prompt, and in direct mode so is the closing tag of an empty block.
 
 Prompts, responses, traces and policies are untrusted. A string in them that could act as part of this format, or as a special
@@ -124,6 +125,8 @@ class Dialogue:
     reasoning_marker: str = "/think"
     direct_marker: str = "/no_think"
     special_tokens: tuple[str, ...] = ()
+    format_last: bool = False
+    """Whether the answer format stands before the marker rather than before the exchange."""
     _prefixes: dict[Any, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def user_turn(
@@ -133,6 +136,7 @@ class Dialogue:
         blocks = (
             f"{self.shared_prefix(policy, asks, mode)}{self.quote(prompt)}",
             f"{_HEADERS['response']}\n{ABSENT if response is None else self.quote(response)}",
+            *([_answer_format(asks, mode)] if self.format_last else []),
             self.reasoning_marker if mode is Mode.REASONING else self.direct_marker,
         )
         return "\n\n".join(blocks).strip()
@@ -144,7 +148,7 @@ class Dialogue:
             blocks = (
                 self.quote(policy.instruction),
                 f"{_HEADERS['policy']}\n{self.quote(policy.taxonomy)}",
-                "\n".join([_HEADERS["format"], _HOW[mode], verdict_lines(asks)]),
+                *([] if self.format_last else [_answer_format(asks, mode)]),
                 f"{_HEADERS['prompt']}\n",
             )
             self._prefixes[key] = "\n\n".join(blocks).lstrip()
@@ -177,6 +181,10 @@ class Dialogue:
         loose = [f"{GAP}*+".join([*map(spaced, title), ":"]) for title in titles]
         marks = compiled([_THINK, *loose, *map(spaced, markers), *FAMILY_MARKERS])
         return re.compile(_trie(self.special_tokens) if self.special_tokens else "(?!)"), marks
+
+
+def _answer_format(asks: Iterable[Question], mode: Mode) -> str:
+    return "\n".join([_HEADERS["format"], _HOW[mode], verdict_lines(asks)])
 
 
 def verdict_lines(asks: Iterable[Question]) -> str:

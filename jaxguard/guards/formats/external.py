@@ -31,7 +31,7 @@ from jaxguard.utils.errors import JaxguardError
 GUARD_FOLDER: Final = Path("configs/guards")
 BUILT_IN: Final = ("jaxguard", *BUILT_IN_GUARDS, *BASELINES)
 """Every format that needs no file: the native one, the external guards of builtin.py, the baselines."""
-GENERAL: Final = ("wildguard", "aegis2", "demo")
+GENERAL: Final = ("wildguard", "wildguard_names", "aegis2", "aegis2_names", "demo")
 """Policies of harm in general, by name."""
 # Some templates write the day's date into the prompt; an answer would then change from one day to the next.
 _DATED: Final = "{% macro strftime_now(format) %}2025-10-29{% endmacro %}"
