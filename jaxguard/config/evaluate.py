@@ -46,6 +46,8 @@ class GuardConfig(Schema):
     """First make the endpoint's server load the folder `checkpoint`, which it must see; accept completions of it only."""
     modes: tuple[Literal["reasoning", "direct"], ...] = ()
     """Modes to evaluate; none takes those that data.mode trains, as far as its format has them."""
+    ignore_policies: bool = False
+    """Ask a guard that takes no policy on benchmarks that have one too, without it, as the paper does; else they are left out."""
     paper_row: str | None = None
     """The id in configs/published/paper.yaml to compare it with; null takes the row nearest to this run's training, if its data
     are known by their kind and nothing else makes it a variant."""

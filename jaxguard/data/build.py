@@ -42,7 +42,7 @@ SCHEMA = pyarrow.schema(
 CHAT_SCHEMA = pyarrow.schema(
     [("id", _TEXT), ("messages", pyarrow.list_(pyarrow.struct([("role", _TEXT), ("content", _TEXT)])))]
 )
-_DATA_FIELDS = {"policy", "reasoning_marker", "direct_marker", "dual_reasoning_share"}
+_DATA_FIELDS = {"policy", "reasoning_marker", "direct_marker", "answer_format", "dual_reasoning_share"}
 
 Pool = tuple[list[Example], list[dict[str, Any]], list[Match]]
 """The examples of some sources, the sources' manifest entries, and the examples that a benchmark holds too."""

@@ -90,7 +90,7 @@ async def open_guard(
         data = config.data.model_copy(update={"max_seq_len": context_tokens(folder)})
         form = NativeFormat(Encoder.load(folder, data, policy), settings, trained_together(folder))
     else:
-        form = external_format(guard.format, load_tokenizer(folder, chat=False), policy)
+        form = external_format(guard.format, load_tokenizer(folder, chat=False), policy, guard.ignore_policies)
     async with AsyncExitStack() as stack:
         backend: Backend
         if guard.endpoint is None and settings.backend == "jax":
@@ -125,6 +125,7 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
     checkpoint = checkpoint_of(guard, config)
     form = guard.format if guard.format in BUILT_IN else file_digest(format_file(guard.format))
     known: dict[str, Any] = {"format": form, "checkpoint": checkpoint, "revision": guard.revision, "backend": "sglang"}
+    known |= {"ignore_policies": True} if guard.ignore_policies else {}
     if guard.format == "jaxguard":
         trained = trained_together(hub.fetch(checkpoint, guard.revision, TOKENIZER_FILES))
         sets = [each.model_dump(mode="json", exclude={"examples"}) for each in trained]
@@ -160,7 +161,7 @@ async def cache_key(guard: GuardConfig, config: Config, settings: EvaluateConfig
     """What decides a guard's predictions, whatever the examples; JSON for the first line of a file. Raises as `fingerprint`."""
     return {
         "guard": await fingerprint(guard, config, settings),
-        "format": config.data.model_dump(include={"reasoning_marker", "direct_marker"}),
+        "format": config.data.model_dump(include={"reasoning_marker", "direct_marker", "answer_format"}),
         **settings.model_dump(mode="json", include=_SAMPLING),
     }
 

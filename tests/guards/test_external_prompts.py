@@ -71,6 +71,16 @@ def test_wildguard_is_shown_the_prompt_of_its_card(form):
     assert shown(form("wildguard"), asked(example=ALONE)) == WILDGUARD.format(response="")
 
 
+def test_a_guard_that_takes_no_policy_can_be_asked_without_it(form):
+    """As the paper asks WildGuard on benchmarks with custom policies; one that takes policies is shown them all the same."""
+    asked_without = replace(form("wildguard"), ignore_policies=True)
+    own = replace(ALONE, policy="No bread at all.")
+    assert shown(asked_without, asked(example=own)) == WILDGUARD.format(response="")
+    tokenizer = form("llama_guard").tokenizer
+    shown_it = external_format("llama_guard", tokenizer, GENERAL, ignore_policies=True)
+    assert "No bread at all." in shown(shown_it, asked(example=own))
+
+
 def test_shieldgemma_is_shown_the_categories_as_guidelines(form):
     assert (
         shown(form("shieldgemma"), asked("response_harm"))

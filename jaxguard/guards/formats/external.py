@@ -47,15 +47,17 @@ def external_guard(kind: str) -> ExternalGuard:
     return BUILT_IN_GUARDS[kind] if kind in BUILT_IN_GUARDS else read_guard(format_file(kind))
 
 
-def external_format(kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> "ExternalFormat":
-    """The PromptFormat of an external guard, tried once.
+def external_format(
+    kind: str, tokenizer: PreTrainedTokenizerBase, policy: Policy, ignore_policies: bool = False
+) -> "ExternalFormat":
+    """The PromptFormat of an external guard, tried once; `ignore_policies`: one that takes none is asked without them.
 
     The kind is a key of BUILT_IN_GUARDS, or a YAML file or its name in GUARD_FOLDER; the tokenizer that of the guard's
     checkpoint, a fast one, with its chat template. JaxguardError: a tokenizer that does not belong to such a guard; as
     `external_guard`.
     """
     guard = external_guard(kind)
-    form = ExternalFormat(kind, guard, tokenizer, policy)
+    form = ExternalFormat(kind, guard, tokenizer, policy, ignore_policies and not guard.takes_policy)
     question = guard.questions[0]
     example = Example("a trial", kind, "bread", None if question == "prompt_harm" else "bread")
     request = Request(example, (question,), guard.modes[0])
@@ -84,6 +86,7 @@ class ExternalFormat:
     guard: ExternalGuard
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
+    ignore_policies: bool = False
     _expected: dict[tuple[object, ...], list[int]] = field(default_factory=dict, init=False, compare=False)
 
     def __str__(self) -> str:
@@ -107,7 +110,7 @@ class ExternalFormat:
             )
         if request.question != "prompt_harm" and example.response is None:
             raise JaxguardError(f"example {example.id!r}: {request.question} is asked, but there is no response")
-        policy = policy_for(example, self.policy)
+        policy = Policy(GENERAL[0]) if self.ignore_policies else policy_for(example, self.policy)
         if not guard.takes_policy and policy.name not in GENERAL:
             raise UnsupportedError(
                 f"example {example.id!r}: {self} judges by its own categories only and cannot take policy "
