@@ -93,7 +93,7 @@ def test_the_published_rows_exist(monkeypatch):
 
 
 def test_the_shipped_guards_of_others_can_be_asked(monkeypatch):
-    """Not by JAX, which computes Llama and Gemma only, and not by policies, where their format takes none."""
+    """Not by JAX, which computes Llama, Gemma and Qwen only, and without policies, where their format takes none."""
     monkeypatch.chdir(ROOT)
     external = [
         (run.config, guard)
@@ -106,7 +106,7 @@ def test_the_shipped_guards_of_others_can_be_asked(monkeypatch):
     for config, guard in external:
         assert config.evaluate.backend == "sglang"
         benchmarks = [read_benchmark(one.name) for one in config.evaluate.benchmarks]
-        assert {one.group for one in benchmarks} == {"safety_prompt", "safety_response"}
+        assert guard.ignore_policies or not any(one.policy for one in benchmarks)
         assert {one.question for one in benchmarks} <= set(BUILT_IN_GUARDS[guard.format].questions)
 
 

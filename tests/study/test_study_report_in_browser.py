@@ -19,9 +19,10 @@ WIDTHS = "return [innerWidth, document.documentElement.scrollWidth]"
 def made_up(path):
     """F1 that grows with the subset and differs between modes and seeds."""
     told = json.loads(path.read_text())
-    f1 = SimpleNamespace(value=told["f1"])
+    f1 = SimpleNamespace(value=told["f1"], deviation=0.004)
     result = SimpleNamespace(scores=SimpleNamespace(f1=f1))
-    cell = SimpleNamespace(guard="ours", mode=told["mode"], benchmark="own_responses", result=result, complete=True)
+    cell = SimpleNamespace(guard="ours", mode=told["mode"], benchmark="own_responses", result=result, complete=True,
+                           cost=SimpleNamespace(seconds=0.25), slices={})  # fmt: skip
     average = SimpleNamespace(guard="ours", mode=told["mode"], name="safety", f1=f1, missing=())
     return SimpleNamespace(cells=[cell], averages=[] if told["scale"] else [average])
 

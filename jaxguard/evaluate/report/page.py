@@ -320,8 +320,10 @@ def latency_figure(evaluation: Evaluation, published: Published) -> Figure | Non
         axes.plot(latency, f1, **mark(evaluation, guard, mode), linestyle="none", label=short(_name(guard, mode)))
     if not axes.lines:
         return None
+    compared = {row.data for row in map(published.row, evaluation.paper_rows.values()) if row}
     points = [(point, published.row(point.row)) for point in published.latency.points] if whole else []
-    known = [(point, row.scores["safety"]) for point, row in points if row is not None and "safety" in row.scores]
+    points = [(point, row) for point, row in points if row and (not compared or row.data in compared)]
+    known = [(point, row.scores["safety"]) for point, row in points if row and "safety" in row.scores]
     if known:
         xs, ys = [point.seconds for point, _ in known], [f1 for _, f1 in known]
         axes.plot(xs, ys, "x", color=FAINT, label=f"the paper ({published.latency.hardware})")

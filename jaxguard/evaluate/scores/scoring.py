@@ -221,7 +221,8 @@ def _averages(
         )
         if not weights:
             continue
-        versus, (votes, weights) = None, _split([own[label] for label in chosen], weights, settings)
+        votes, of_parts = _split([own[label] for label in chosen], weights, settings)
+        versus = None
         if weights_of_common:
             first, second = ([guard[label] for label in common] for guard in (own, reference))
             missing = tuple(label for label in labels if label not in common)
@@ -230,7 +231,7 @@ def _averages(
             guard=own[chosen[0]].guard,
             mode=str(own[chosen[0]].mode),
             name=name,
-            f1=metrics.average_f1(votes, weights, settings.seed, settings.resamples),
+            f1=metrics.average_f1(votes, of_parts, settings.seed, settings.resamples),
             versus=versus,
             missing=tuple(label for label in labels if label not in own),
         )

@@ -99,7 +99,7 @@ def _nemotron_turn(request: Request, policy: Policy) -> Chat:
 _FIRST = re.compile(r"\s*(yes|no)[^\S\n]*(?:[.,:;!\n]|\Z)", re.IGNORECASE | re.ASCII)
 _TAKEN_BACK = re.compile(
     r"yes|unsafe|harm|danger|\bbad\b|violat|breach|correct|wrong|mistake|actually|instead|rather|however|\bbut\b|\bwait\b|except|unless"
-    r"|\bnot (?:no|safe|fine|ok|allowed)\b|take (?:it|that) back|second thought|\bsorry\b|[^\x00-\x7f\u2013\u2014\u2018-\u201d]",
+    r"|\bnot (?:no|safe|fine|ok|allowed)\b|take (?:it|that) back|\bsorry\b|[^\x00-\x7f\u2013\u2014\u2018-\u201d]",
     re.IGNORECASE,
 )
 """What no explanation of a No may say: it could say Yes in other words."""
