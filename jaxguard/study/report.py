@@ -12,7 +12,7 @@ from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedPoi
 from jaxguard.evaluate.scores.results import Evaluation
 from jaxguard.report import Drawing, Page, Paragraph, Section, Table, write_markdown, write_page
 from jaxguard.report.figures import COLOURS, FAINT, INK, inline_svg, style
-from jaxguard.report.text import number
+from jaxguard.report.text import number, short
 from jaxguard.study.grid import Study
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import Fields, read_json
@@ -210,7 +210,7 @@ def _curves(study: Study, scores: pd.DataFrame, columns: Sequence[str], publishe
                 "marker": "o",
                 "markersize": 4,
                 "capsize": 3,
-                "label": ", ".join(label),
+                "label": short(", ".join(label), 60),
             }
             axes.errorbar(at.x, at["mean"], yerr=at["std"], **look)
             axes.scatter(part.x, part.f1, color=color, s=10, alpha=0.5)
@@ -218,13 +218,15 @@ def _curves(study: Study, scores: pd.DataFrame, columns: Sequence[str], publishe
             xs, f1, deviations = zip(*((p.x, p.scores[name], p.deviations.get(name, 0)) for p in paper), strict=True)
             axes.errorbar(xs, f1, yerr=deviations, color=INK, linestyle=":", capsize=3, label="paper, reasoning")
         for i, (title, known) in enumerate(levels.items()):
-            axes.axhline(known[name], color=FAINT, linestyle="--" if i else "-.", linewidth=1, label=f"paper, {title}")
+            axes.axhline(
+                known[name], color=FAINT, linestyle="--" if i else "-.", linewidth=1, label=short(f"paper, {title}", 60)
+            )
         ticks = sorted({*points.x, *(point.x for point in paper)})
         if ticks and ticks[0] > 0 and ticks[-1] >= 5 * ticks[0]:
             axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{x:,g}" if x < 1e5 else f"{x:,.0f}" for x in ticks])
         axes.minorticks_off()
-        axes.set(xlabel=curve.label, ylabel=f"F1, {name}")
+        axes.set(xlabel=short(curve.label, 60), ylabel=short(f"F1, {name}", 60))
     if any(axes.get_legend_handles_labels()[0] for axes in every):
         every[0].legend()
     return Drawing(" ".join(caption), inline_svg(figure, "curve", f"F1 by {curve.label}"))
@@ -245,7 +247,7 @@ def _words(study: Study, scores: pd.DataFrame, published: Published) -> Drawing 
     for name, color, line, values in (("ours", COLOURS[0], "-", sorted(own)), ("the paper", INK, ":", paper)):
         if values:
             axes.plot(*zip(*values, strict=True), marker="o", markersize=4, color=color, linestyle=line, label=name)
-    axes.set(xlabel=curve.label, ylabel="mean words of a trace")
+    axes.set(xlabel=short(curve.label, 60), ylabel="mean words of a trace")
     axes.legend()
     return Drawing("Words of the traces that were trained on", inline_svg(figure, "words", f"Words by {curve.label}"))
 
@@ -275,7 +277,7 @@ def _latency(lines: Sequence[Line], published: Published) -> Drawing | None:
             axes.barh(y + 0.2, paper, 0.38, color=FAINT)
     if any(paper is not None for _, _, paper in bars):
         axes.barh(0, 0, color=FAINT, label=f"the paper ({published.latency.hardware})")
-    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+    axes.set_yticks(range(len(bars)), [short(name, 60) for name, _, _ in bars])
     axes.set(xscale="log", xlabel="seconds an example of an offline batch (logarithmic)", ylim=(len(bars) - 0.5, -0.5))
     axes.legend()
     caption = "Seconds an example: a batch's time by its examples, not what one request waits."
