@@ -61,9 +61,10 @@ def test_both_modes_stand_beside_the_papers_points(browser, pages):
         assert wanted in texts
     assert {"500", "1,000", "2,500", "5,000", "86,759"} <= set(texts)
     rows = browser.execute_script("return [...document.querySelectorAll('tr')].map(one => one.innerText)")
-    [row] = [row for row in rows if row.startswith("5 epochs, subset 500\treasoning")]
+    row, deviations = [row for row in rows if row.startswith("5 epochs, subset 500\treasoning")]
     assert " ± 0.006 / 0.746" in row  # four subsets, 0.005 apart: 0.005 √(5 / 3)
-    [row] = [row for row in rows if row.startswith("5 epochs, subset 500\tdirect")]
+    assert "0.004 ± 0.000" in deviations
+    row, _ = [row for row in rows if row.startswith("5 epochs, subset 500\tdirect")]
     assert "/" not in row
     assert "Dotted and black" in browser.execute_script("return document.querySelector('figcaption').innerText")
 
@@ -79,12 +80,12 @@ def test_a_scale_is_not_laid_beside_the_paper(browser, pages):
 def test_the_figure_is_seen_and_nothing_in_it_is_cut_off(browser, pages):
     open_page(browser, pages[None])
     inside = """
-        const frame = document.querySelector('svg').getBoundingClientRect();
         return [...document.querySelectorAll('svg text')].every(one => {
-            const box = one.getBoundingClientRect();
+            const box = one.getBoundingClientRect(), frame = one.closest('svg').getBoundingClientRect();
             return box.width > 0 && box.left >= frame.left - 1 && box.right <= frame.right + 1
-                && box.top >= frame.top - 1 && box.bottom <= frame.bottom + 1;
-        }) && frame.width > 300 && frame.height > 150;"""
+                && box.top >= frame.top - 1 && box.bottom <= frame.bottom + 1
+                && frame.width > 300 && frame.height > 150;
+        });"""
     assert browser.execute_script(inside)
 
 
