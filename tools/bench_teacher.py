@@ -28,6 +28,7 @@ from jaxguard.data.sources import load_examples
 from jaxguard.distill.prompts import load_prompt, tasks_for
 from jaxguard.distill.teacher import open_teacher
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.secrets import Masked
 from sglang_server import PYTHON, Server, serve
 
 NAME = "teacher"
@@ -90,7 +91,7 @@ def ours(server: Server, bodies: list[dict[str, Any]], concurrency: int) -> floa
     async def run() -> float:
         first = bodies[0]
         config = TeacherConfig(
-            endpoints=(server.url,),
+            endpoints=(Masked(server.url),),
             model=NAME,
             concurrency=concurrency,
             temperature=first["temperature"],
