@@ -216,11 +216,14 @@ def test_profiled_steps_are_those_that_the_run_does(tmp_path, monkeypatch, caplo
 
 
 def test_a_run_that_diverges_stops_with_its_step_and_examples(tiny_config, capsys):
-    assert (
-        main(["--config", str(tiny_config), "mesh.fsdp=-1", "optimizer.learning_rate=1e30", "train.evaluate_every=0"])
-        == 2
-    )
+    """Before its first step it says what its guard will not be asked."""
+    policy = "name: all\nrules: No lamps.\nasks: [prompt_harm, response_harm, response_refusal]\n"
+    (tiny_config.parent / "all.yaml").write_text(policy)
+    overrides = ["optimizer.learning_rate=1e30", "train.evaluate_every=0", f"data.policy={tiny_config.parent}/all.yaml"]
+    assert main(["--config", str(tiny_config), "mesh.fsdp=-1", *overrides]) == 2
     out, message = capsys.readouterr()
+    said = " ".join(out.split())
+    assert "step 1" not in said[: said.index("response_refusal: policy 'all' asks this")]
     assert max(map(len, out.splitlines())) <= 80, "the summary fits a terminal"
     assert "learning_rate:" not in out, "the config is in config.yaml"
     assert "embed" not in out, "the weights are in weights.txt"
