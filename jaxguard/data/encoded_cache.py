@@ -58,7 +58,7 @@ class EncodedCache:
     def write(self) -> None:
         """Write what was encoded; in one process of a run. JaxguardError: it cannot be written."""
         for path, (key, encoded) in self._unwritten.items():
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_encoded(path, key, encoded)
         self._unwritten.clear()
 
