@@ -7,6 +7,7 @@ VENV := .venv$(SUFFIX:python%=-%)
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
 AOT := .venv-aot$(SUFFIX:python%=-%)
+LOWEST := .venv-lowest$(SUFFIX:python%=-%)
 LATEST := .venv-latest$(SUFFIX:python%=-%)
 PIP := -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --require-hashes --no-deps --requirement
@@ -18,7 +19,7 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: help demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints test test-slow fuzz test-aot test-sglang \
-	test-latest sglang-cpu lint format docs wheel lock clean
+	test-latest test-lowest sglang-cpu lint format docs wheel lock clean
 
 help:
 	@echo "make demo          train a real guard on this CPU and show what it learned"
@@ -34,6 +35,7 @@ help:
 	@echo "make test-aot      those that compile for absent A100s and TPUs"
 	@echo "make test-sglang   those that start real SGLang servers"
 	@echo "make test-latest   the default tests with the newest releases that pyproject.toml allows"
+	@echo "make test-lowest   the default tests with the oldest releases that pyproject.toml allows"
 	@echo "make sglang-cpu    the environment in which SGLang serves on this CPU"
 	@echo "make lint          ruff, mypy, shellcheck, hadolint, and the schemas of CITATION.cff and the workflow"
 	@echo "make format        let ruff rewrite what it can"
@@ -86,6 +88,14 @@ test-latest:
 	$(LATEST)/bin/python $(PIP) --upgrade --upgrade-strategy eager --editable '.[test,parity]'
 	$(call fixtures,$(LATEST)/bin/python)
 	$(LATEST)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# Old releases warn of what newer ones beside them have changed.
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python $(LOCKED) constraints/lowest.txt
+	$(LOWEST)/bin/python $(EDITABLE) '.[test]'
+	$(call fixtures,$(LOWEST)/bin/python)
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal -o filterwarnings=default $(ARGS)
 
 sglang-cpu: $(SGLANG)/.ready
 

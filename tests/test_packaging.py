@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from jaxguard.utils.versions import install
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONSTRAINTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "constraints").glob("*.txt"))}
+LOCKED = {name: text for name, text in CONSTRAINTS.items() if name != "lowest"}
 LOCKED_EXTRAS = ("distill", "gguf", "test", "lint", "docs", "aot", "gpu", "tpu")
 
 
@@ -34,12 +36,25 @@ def requirements():
 
 
 def test_what_is_locked_satisfies_the_ranges():
-    locked = {name: version for text in CONSTRAINTS.values() for name, version in pins(text).items()}
+    locked = {name: version for text in LOCKED.values() for name, version in pins(text).items()}
     for requirement in requirements():
         if requirement.name != PROJECT["project"]["name"]:
             version = locked.get(canonicalize_name(requirement.name))
             assert version is not None, f"{requirement}: run make lock"
             assert requirement.specifier.contains(version), f"{requirement}, but {version} is locked: run make lock"
+
+
+def test_the_lowest_releases_that_are_allowed_are_tested():
+    """Each lower bound is one of the versions of `make test-lowest`, and CI runs that."""
+    lowest, extras = pins(CONSTRAINTS["lowest"]), PROJECT["project"]["optional-dependencies"]
+    for line in (*PROJECT["project"]["dependencies"], *extras["distill"], *extras["gguf"], *extras["test"]):
+        requirement = Requirement(line)
+        if requirement.name == PROJECT["project"]["name"]:
+            continue
+        bounds = [Version(each.version) for each in requirement.specifier if each.operator == ">="]
+        assert bounds == [Version(lowest[canonicalize_name(requirement.name)])], f"{line}: run make lock"
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    assert {"test-lowest", "test-latest"} <= set(re.findall(r"target: ([\w-]+)", workflow))
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS)
@@ -54,7 +69,7 @@ def test_what_is_locked_has_hashes_and_no_addresses(name):
 
 
 def test_each_package_is_locked_at_one_version():
-    pinned = {pin for text in CONSTRAINTS.values() for pin in pins(text).items()}
+    pinned = {pin for text in LOCKED.values() for pin in pins(text).items()}
     assert len(pinned) == len({name for name, _ in pinned})
 
 

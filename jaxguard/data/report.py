@@ -158,7 +158,8 @@ def render_mask(sequence: EncodedExample, tokenizer: Any) -> Text:
     text = Text()
     edges = np.flatnonzero(np.diff(sequence.loss_mask.astype(np.int8))) + 1
     for run in np.split(np.arange(len(sequence.tokens)), edges):
-        piece = visible(tokenizer.decode(sequence.tokens[run].tolist(), skip_special_tokens=False))
+        ids = sequence.tokens[run].tolist()
+        piece = visible(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         if sequence.loss_mask[run[0]]:
             text.append(f"{OPEN}{piece}{CLOSE}", style=TRAINED)
         else:

@@ -37,6 +37,11 @@ def data_config(max_seq_len: int = 512) -> DataConfig:
     return DataConfig(train=(SourceConfig(kind="jsonl", path="absent.jsonl"),), max_seq_len=max_seq_len)
 
 
+def decode(encoder: Encoder, tokens: np.ndarray) -> str:
+    """The text of tokens as it is; older transformers would take out some of its spaces."""
+    return str(encoder.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 @pytest.mark.parametrize("mode", Mode)
 def test_target_is_exactly_the_answer_and_its_end(encoder: Encoder, mode: Mode):
     for example in EXAMPLES:
@@ -45,8 +50,8 @@ def test_target_is_exactly_the_answer_and_its_end(encoder: Encoder, mode: Mode):
         answer = encoder.dialogue.completion(answers(example, asks), example.trace, mode)
         first = int(np.argmax(sequence.loss_mask))
         assert sequence.loss_mask.tolist() == [False] * first + [True] * (len(sequence.tokens) - first)
-        assert encoder.tokenizer.decode(sequence.tokens[first:]) == answer + encoder.template.end
-        assert encoder.tokenizer.decode(sequence.tokens[:first]).endswith(encoder.template.after)
+        assert decode(encoder, sequence.tokens[first:]) == answer + encoder.template.end
+        assert decode(encoder, sequence.tokens[:first]).endswith(encoder.template.after)
         assert sequence.tokens[-1] == encoder.template.end_id
         assert (sequence.tokens.dtype, sequence.loss_mask.dtype, sequence.cut) == (np.int32, bool, False)
         assert (sequence.example_id, sequence.mode) == (example.id, mode)
@@ -60,7 +65,7 @@ def test_text_is_what_the_chat_template_renders(encoder: Encoder):
     answer = encoder.dialogue.completion(sequence.answers, BOTH.trace, Mode.REASONING)
     turns.append({"role": "assistant", "content": f"  {answer}\n "})
     whole = encoder.tokenizer.apply_chat_template(turns, tokenize=False, **TEMPLATE_KWARGS)
-    ours = encoder.tokenizer.decode(sequence.tokens)
+    ours = decode(encoder, sequence.tokens)
     if encoder.template.end == "<|im_end|>":  # SmolLM2's template alone does not trim
         whole = whole.replace("  <think>", "<think>").replace("\n <|im_end|>", "<|im_end|>")
     assert whole.startswith(ours)
@@ -160,7 +165,7 @@ def test_cuts_only_untrusted_text(encoder: Encoder, mode: Mode, prompt: int, res
     assert sequence.cut
     assert 512 - 24 <= len(sequence.tokens) <= 512
     whole = encoder.dialogue.user_turn("PROMPT", "RESPONSE", encoder.policy, QUESTIONS, mode)
-    text = encoder.tokenizer.decode(sequence.tokens[~sequence.loss_mask], skip_special_tokens=False)
+    text = decode(encoder, sequence.tokens[~sequence.loss_mask])
     frame, middle, rest = whole.partition("PROMPT")[0], *whole.partition("PROMPT")[2].split("RESPONSE")
     head, _, tail = text.removeprefix(encoder.template.before).removesuffix(encoder.template.after).partition(frame)
     assert head == ""
@@ -175,7 +180,7 @@ def test_cuts_only_untrusted_text(encoder: Encoder, mode: Mode, prompt: int, res
     if all(cut):  # cut alike
         assert len(kept_prompt) == pytest.approx(len(kept_response), rel=0.2)
     answer = encoder.dialogue.completion(sequence.answers, BOTH.trace, mode) + encoder.template.end
-    assert encoder.tokenizer.decode(sequence.tokens[sequence.loss_mask]) == answer
+    assert decode(encoder, sequence.tokens[sequence.loss_mask]) == answer
 
 
 def test_branches_of_a_cut_example_share_one_prompt(encoder: Encoder):
@@ -205,7 +210,7 @@ def test_examples_of_one_policy_share_its_tokens_and_nothing_of_the_text(encoder
     encoder = encoder_of(name)
     starts = ("hello", "1 2", "\u2581x", "\ud83d\ude00", "-", "Human user:", "<think>", ".\n.")
     sequences = [encoder.encode(replace(BOTH, prompt=text), Mode.DIRECT) for text in starts]
-    head = encoder.tokenizer.decode(np.frombuffer(sequences[0].shared_prefix, np.int32))
+    head = decode(encoder, np.frombuffer(sequences[0].shared_prefix, np.int32))
     assert "Response harm: harmful" in head
     for sequence in sequences:
         assert sequence.tokens[: sequence.shared_prefix_len].tobytes() == sequence.shared_prefix
@@ -225,7 +230,7 @@ def test_there_is_always_some_text(encoder_of):
         sequence = encoder.encode(replace(BOTH, response=LONG * 99, trace="so " * (100 + words)), Mode.REASONING)
         if sequence is None:
             break
-        response = encoder.tokenizer.decode(sequence.tokens).split(header)[1].split(footer)[0]
+        response = decode(encoder, sequence.tokens).split(header)[1].split(footer)[0]
         kept.append(sum(len(encoder.tokenizer(part)["input_ids"]) - 1 for part in response.split(CUT_MARK)))  # less bos
     assert kept[0] > kept[-1]
     assert MIN_KEPT <= min(kept) <= MIN_KEPT + 4
@@ -285,7 +290,7 @@ def test_policy_too_long_for_the_row(encoder_of, tiny_tokenizer_folder: Path):
 
 def test_an_example_uses_its_own_rules(encoder: Encoder):
     own = replace(BOTH, policy="Only talk about bread.")
-    text = encoder.tokenizer.decode(encoder.encode(own, Mode.DIRECT).tokens)
+    text = decode(encoder, encoder.encode(own, Mode.DIRECT).tokens)
     assert "Only talk about bread." in text
     assert "Insults" not in text
 
