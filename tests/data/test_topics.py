@@ -151,11 +151,11 @@ def test_an_unusable_dialogue_is_skipped_and_counted(lines, changes, skipped):
     ],
 )
 def test_a_column_of_another_shape_names_the_row(lines, column, value):
-    assert f"some.jsonl:2: {column} is not a list of objects with" in message(lines, **{column: value})
+    assert f"some.jsonl:2, {column}: " in message(lines, **{column: value})
 
 
 def test_a_turn_that_is_no_text_names_the_row(lines):
-    assert "some.jsonl:2: content is 5" in message(lines, conversation=[{"role": "user", "content": 5}])
+    assert "some.jsonl:2, conversation: content is 5" in message(lines, conversation=[{"role": "user", "content": 5}])
 
 
 def test_a_missing_column_is_named(lines):
