@@ -239,7 +239,7 @@ def test_a_scale_shows_nothing_published(report, study):
 
 
 def test_the_page_loads_nothing_and_titles_are_text(report):
-    made, read = report({"base": direct(0.5)}, title="<b>Bread</b> | $x$", rows={"base": {"series": "<i>"}})
+    made, read = report({"base": direct(0.5)}, title="<b>Bread</b> | $x$", rows={"base": {"series": "<i>$\\frac{x$"}})
     markdown, page = write_report(made, read, PUBLISHED)
     assert "<b>" not in markdown.read_text()
     html = page.read_text()

@@ -216,6 +216,8 @@ def test_curves_are_drawn_from_the_record(tmp_path: Path) -> None:
     train(tmp_path, None, 10)
     picture = tmp_path / "curves.png"
     assert draw_curves(tmp_path / "metrics.jsonl", picture, "tiny")
+    for title in ("$\\frac{x$", "$$", "<b>$x^2$ \\$"):  # no mathematics
+        assert draw_curves(tmp_path / "metrics.jsonl", picture, title)
     raw = picture.read_bytes()
     assert raw.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", raw[16:24])
