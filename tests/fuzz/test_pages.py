@@ -172,12 +172,9 @@ def study_page(text, path):
         (run.folder / "evaluate").mkdir(parents=True, exist_ok=True)
         (run.folder / "evaluate/results.json").touch()
 
-    def results(_):
-        result = SimpleNamespace(scores=SimpleNamespace(f1=SimpleNamespace(value=0.5)))
-        cell = SimpleNamespace(guard=shown, mode="direct", benchmark=shown, result=result, complete=False)
-        return SimpleNamespace(cells=[cell], averages=[])
-
-    write_report(study, results, read_published())[1].rename(path)
+    cell = replace(report_examples.some().cells[0], guard=shown, benchmark=shown, slices={})
+    evaluation = replace(report_examples.some(), cells=(cell,), averages=())
+    write_report(study, lambda _: evaluation, read_published())[1].rename(path)
 
 
 def blocks_page(text, path):
