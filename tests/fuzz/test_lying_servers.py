@@ -78,7 +78,7 @@ def test_a_teacher_that_lies():
                     reply = lie
                     return await teacher.complete([{"role": "user", "content": "hello"}], 2)
 
-                return await outcomes(lies(full, rounds(150, 1500), 1), ask)
+                return await outcomes(lies(full, rounds(60, 1500), 1), ask)
 
     values = asyncio.run(run())
     assert values
@@ -115,9 +115,9 @@ def test_a_guard_that_lies(tiny_tokenizer_folder, generations):
                 server.requests.clear()
                 return [prediction async for prediction in predict([request], form, backend, settings)]
 
-            values = await outcomes(lies(full if generations else scored, rounds(75, 750), 2), ask)
+            values = await outcomes(lies(full if generations else scored, rounds(30, 750), 2), ask)
             turn = 1
-            return values + (await outcomes(lies(scored, rounds(75, 750), 3), ask) if generations else [])
+            return values + (await outcomes(lies(scored, rounds(30, 750), 3), ask) if generations else [])
 
     for predictions in asyncio.run(run()):
         for prediction in predictions:
@@ -155,8 +155,8 @@ def test_a_server_that_lies_about_itself(tmp_path):
                 reply = lie
                 return await swap_weights(url, tmp_path, "1")
 
-            await outcomes(lies(full, rounds(50, 500), 4), ask)
-            await outcomes(lies(full, rounds(20, 200), 5), swap)
+            await outcomes(lies(full, rounds(25, 500), 4), ask)
+            await outcomes(lies(full, rounds(10, 200), 5), swap)
 
     asyncio.run(run())
 

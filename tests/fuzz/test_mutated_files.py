@@ -325,7 +325,7 @@ def test_a_mutated_file_is_read_or_named(world, tmp_path, name, monkeypatch):
     folder.mkdir()
     for support in ("tiny.yaml", "train.jsonl", "lamps.yaml"):
         shutil.copyfile(world / support, folder / support)
-    for number in range(max(3, rounds(8, 300) // SLOW.get(name, 1))):
+    for number in range(max(3, rounds(6, 150) // SLOW.get(name, 1))):
         if number == 0 or copy is shutil.copytree or name.endswith((".jsonl", ".md")):
             shutil.rmtree(folder / top, ignore_errors=True)
             copy(world / top, folder / top)
