@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from zipfile import BadZipFile
 
 import numpy as np
@@ -101,7 +101,8 @@ def write_encoded(path: Path, key: str, encoded: Sequence[Branches]) -> None:
     }
     stream = io.BytesIO()
     tokens = np.concatenate([np.zeros(0, np.int32), *(sequence.tokens for sequence in sequences)])
-    np.savez(stream, tokens=tokens, **{name: np.asarray(values, np.int32) for name, values in arrays.items()})
+    numbers: dict[str, Any] = {name: np.asarray(values, np.int32) for name, values in arrays.items()}
+    np.savez(stream, tokens=tokens, **numbers)
     contents = stream.getvalue()
     header = f"{key} {hashlib.sha256(contents).hexdigest()}\n"
     write_atomically(path, header.encode() + contents)

@@ -37,7 +37,7 @@ REQUEUE = 75
 START_TIMEOUT = 300
 """Seconds in which all processes of a run must have started."""
 
-HOSTS_OWN: Final = {"mesh": {"coordinator", "process"}, "data": {"prefetch"}, "log": True}
+HOSTS_OWN: Final[dict[str, Any]] = {"mesh": {"coordinator", "process"}, "data": {"prefetch"}, "log": True}
 """Fields in which the hosts may differ: no batch depends on them."""
 
 LAST_BYTES = 2**20

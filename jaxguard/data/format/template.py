@@ -50,7 +50,7 @@ def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBas
     known = ("tokenizer.json", "tokenizer.model")
     if not any((folder / name).is_file() for name in known):
         raise JaxguardError(f"{folder} has no tokenizer ({' or '.join(known)}): copy it from the model's repository")
-    tokenizer = load_pretrained(AutoTokenizer, folder, "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, folder, "tokenizer")
     if not tokenizer.is_fast:
         raise JaxguardError(f"{folder}: only fast tokenizers are supported; add the model's tokenizer.json")
     if chat and not tokenizer.chat_template:
