@@ -153,7 +153,9 @@ async def predict_all(
                 except UnsupportedError as error:
                     left_out[title] = str(error)
                 else:
-                    predicted.append(PredictedExamples(guard.name, mode, *task, predictions))
+                    known = key["guard"]
+                    precision = known.get("compute_dtype", known.get("backend", known["format"]))
+                    predicted.append(PredictedExamples(guard.name, mode, *task, predictions, precision))
     return predicted, left_out
 
 

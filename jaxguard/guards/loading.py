@@ -137,7 +137,9 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
         return known | {"served_as": guard.model} | model
     known["weights"] = weights_digest(hub.fetch(checkpoint, guard.revision))
     if guard.endpoint is None and settings.backend == "jax":
-        known |= {"backend": "jax", "compute_dtype": config.model.compute_dtype}
+        from jaxguard.guards.backends.jax import precision  # loads JAX
+
+        known |= {"backend": "jax", "compute_dtype": precision(config)}
     elif guard.endpoint is None:
         known["arguments"] = list(map(str, settings.server.arguments))
     return known

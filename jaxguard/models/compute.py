@@ -1,9 +1,12 @@
 """How a model is computed on a platform: types, attention kernel, rematerialization."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -26,6 +29,12 @@ class Compute:
     # Write RMSNorm as einsums, whose gradients are einsums too. The gradients of elementwise products are sums, which XLA computes
     # up to seventy times slower on CPUs.
     norm_by_einsum: bool = False
+    # Of float32 matmuls: GPUs would compute them in TF32, TPUs in bfloat16. None is the platform's own, which on CPUs is float32.
+    precision: str | None = None
+
+    def matmuls(self) -> AbstractContextManager[Any]:
+        """The context to trace programs in, so that their matmuls have this precision."""
+        return jax.default_matmul_precision(self.precision) if self.precision else nullcontext()
 
     def cast(self, weight: Array) -> Array:
         """Cast a weight for `project`, which rounds it by itself where there is a matmul_dtype."""
@@ -51,7 +60,8 @@ def choose_compute(config: ModelConfig, spec: Spec, mesh: Mesh, max_seq_len: int
     if cpu and dtype == jnp.bfloat16:
         # CPUs are fast in bfloat16 only at matmuls with float32 sums.
         dtype, matmul_dtype = jnp.dtype(jnp.float32), dtype if has_bfloat16_units() else None
-    return Compute(dtype, attention, config.remat, config.query_chunk, matmul_dtype, norm_by_einsum=cpu)
+    precision = "highest" if dtype == jnp.float32 and not cpu else None
+    return Compute(dtype, attention, config.remat, config.query_chunk, matmul_dtype, cpu, precision)
 
 
 def choose_kernel(

@@ -175,15 +175,21 @@ class Decoder(nnx.Module):
         return project(equation, x, weight, self.compute.matmul_dtype)
 
     def _norm(self, x: Float[Array, "*rows D"], weight: Float[Array, "D"]) -> Float[Array, "*rows D"]:
-        """Apply RMSNorm over the last dimension, in float32."""
-        weight = 1 + weight if self.spec.zero_centered_norm else weight.astype(x.dtype)
+        """Apply RMSNorm over the last dimension, in float32, where the weight's gradient is summed, too."""
         x32 = x.astype(jnp.float32)
+        if self.spec.zero_centered_norm:
+            weight = 1 + weight
+        elif x.dtype != weight.dtype:  # rounded as PyTorch does, but with the gradient of the float32 weight
+            weight = weight + jax.lax.stop_gradient(weight.astype(x.dtype).astype(jnp.float32) - weight)
         if self.compute.norm_by_einsum:
             squares = jnp.einsum("...D,...D->...", x32, x32) / x.shape[-1]
             x32 = jnp.einsum("...D,...->...D", x32, jax.lax.rsqrt(squares + self.spec.norm_eps))
-            return jnp.einsum("...D,D->...D", x32.astype(weight.dtype), weight).astype(x.dtype)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.norm_eps)
-        return (x32.astype(weight.dtype) * weight).astype(x.dtype)
+        else:
+            x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.norm_eps)
+        if not self.spec.zero_centered_norm:
+            x32 = x32.astype(x.dtype).astype(jnp.float32)
+        scaled = jnp.einsum("...D,D->...D", x32, weight) if self.compute.norm_by_einsum else x32 * weight
+        return scaled.astype(x.dtype)
 
     def _remat(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         """Apply the rematerialization policy. Under scan the compiler cannot undo it, so prevent_cse is not needed."""

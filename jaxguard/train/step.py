@@ -82,10 +82,11 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
         return {"weights": weights, "optimizer": transformation.init(weights), "step": jnp.int32(0)}
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        loss, gradient = loss_and_gradient(
-            state["weights"], batch, spec=spec, compute=compute, accumulation=config.train.accumulation,
-            loss_chunk=config.model.loss_chunk,
-        )  # fmt: skip
+        with compute.matmuls():
+            loss, gradient = loss_and_gradient(
+                state["weights"], batch, spec=spec, compute=compute, accumulation=config.train.accumulation,
+                loss_chunk=config.model.loss_chunk,
+            )  # fmt: skip
         with jax.named_scope("optimizer"):
             changes, moments = transformation.update(gradient, state["optimizer"], state["weights"])
             weights = optax.apply_updates(state["weights"], changes)
@@ -94,7 +95,8 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
         return {"weights": weights, "optimizer": moments, "step": state["step"] + 1}, metrics
 
     def score(weights: dict[str, Array], batch: Batch, ids_BMQ: Int[Array, "B M Q"]) -> Float[Array, "B M Q"]:
-        return logprobs(weights, batch, ids_BMQ, spec=spec, compute=compute, loss_chunk=config.model.loss_chunk)
+        with compute.matmuls():
+            return logprobs(weights, batch, ids_BMQ, spec=spec, compute=compute, loss_chunk=config.model.loss_chunk)
 
     jitted = (
         jax.jit(train_step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0),

@@ -287,7 +287,8 @@ def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
     one = predictions_of("first", R, "rye", [(1, 0)] * 6)
     answers = [scored(answer, 0.3, label) for answer, label in zip(one.predictions, TRUTH, strict=True)]
     one = replace(one, predictions=answers)
-    found = evaluated([one, held_out(one)]).cells[0].thresholded
+    found = evaluated([one, replace(held_out(one), precision="float32")]).cells[0].thresholded
+    assert found.precision == "float32"
     assert found.result.scores.f1.value == 1
     assert found.result.unparsable == 0
 

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 from faulty_sglang import serve
 
@@ -114,11 +115,15 @@ def test_who_computes_is_part_of_a_guards_answers(config, tiny_checkpoint):
         known_as(guard, config),
         known_as(guard, config, backend="sglang"),
         known_as(guard, config, backend="sglang", server={"arguments": ["--dtype=float32"]}),
-        known_as(
-            guard, config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": "bfloat16"})})
-        ),
     ]
     assert all(found.count(one) == 1 for one in found)
+
+
+@pytest.mark.parametrize(("platform", "computed_in"), [("cpu", "float32"), ("gpu", "bfloat16")])
+def test_the_precision_is_part_of_a_guards_answers(config, tiny_checkpoint, monkeypatch, platform, computed_in):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    rounded = config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": "bfloat16"})})
+    assert known_as(GuardConfig(checkpoint=str(tiny_checkpoint)), rounded)["compute_dtype"] == computed_in
 
 
 def test_a_server_is_known_by_what_it_serves(config, tiny_checkpoint):

@@ -1,13 +1,18 @@
 """Log-odds of packed prompts against those of each prompt alone."""
 
+import asyncio
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxguard.config import load
+from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.train import MeshConfig
 from jaxguard.data.packing import pack, packed_tokens
-from jaxguard.guards.backends.jax import _sequences, next_log_odds, place_model
+from jaxguard.guards.backends.jax import _sequences, load_backend, next_log_odds, place_model, precision
+from jaxguard.models import compute
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder
 from jaxguard.models.sharding import make_mesh, weight_shardings
@@ -88,3 +93,19 @@ def test_no_prompts_an_empty_one_and_one_too_long(spec, weights):
     for prompt, message in (([], "prompt 1 has no tokens"), ([5] * spec.max_position_embeddings, "shorten it")):
         with pytest.raises(JaxguardError, match=message):
             next_log_odds(model, [[5], prompt], PAIRS[:2], max_seq_len=64)
+
+
+def test_a_cpu_scores_in_float32_whatever_training_rounds(tiny_config, tiny_checkpoint, tmp_path, monkeypatch):
+    """Rounded weights would shift the log-odds of all prompts alike. The bound of docs/guards.md, against float64 in torch."""
+    torch = pytest.importorskip("torch", reason="torch is the reference")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(compute, "has_bfloat16_units", lambda: True)
+    config = load(str(tiny_config), ["model.compute_dtype=bfloat16", "mesh.data=8"])
+    backend = load_backend(tiny_checkpoint, config, EvaluateConfig())
+    odds = asyncio.run(backend.log_odds(tree(), PAIRS))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float64).eval()
+    with torch.no_grad():
+        logits = [theirs(torch.tensor([prompt]), use_cache=False).logits[0, -1] for prompt in tree()]
+    expected = [float(row[a] - row[b]) for row, (a, b) in zip(logits, PAIRS, strict=True)]
+    assert odds == pytest.approx(expected, abs=1e-5)
+    assert precision(config) == "float32"

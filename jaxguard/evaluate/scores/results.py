@@ -49,21 +49,26 @@ class Cost:
 
 @dataclass(frozen=True)
 class Thresholded:
-    """Verdicts from calibrated probabilities, at a threshold chosen on the validation examples."""
+    """Verdicts from calibrated probabilities, at a threshold chosen on the validation examples.
+
+    `precision`: the type that JAX computed those in, or what else computed them; at another one the threshold may not fit.
+    """
 
     threshold: float
     platt: Platt | None
     result: Result
     calibration: Calibration
+    precision: str = ""
 
     @property
     def scale(self) -> str:
-        """The threshold and the scale that it is on: of calibrated probabilities, and of those that the guard gives."""
+        """The threshold, the scale that it is on (calibrated probabilities, and those that the guard gives), and the precision."""
+        computed = f", in {self.precision}" if self.precision else ""
         if self.platt is None:
-            return f"P > {self.threshold:.3f}"
+            return f"P > {self.threshold:.3f}{computed}"
         slope, intercept = self.platt.slope, self.platt.intercept
         given = f", {expit((logit(self.threshold) - intercept) / slope):.3f} as given" if slope > 0 else ""
-        return f"calibrated P > {self.threshold:.3f}{given}"
+        return f"calibrated P > {self.threshold:.3f}{given}{computed}"
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,7 @@ class Evaluation:
                 row = name | _columns(auprc=given.auprc, auroc=given.auroc, brier=given.brier) | {"ece": given.ece}
                 f1 = chosen.result.scores.f1 if chosen else Estimate(None)
                 row |= {"threshold": chosen.threshold if chosen else None} | _columns(f1_at_threshold=f1)
+                row["threshold_precision"] = chosen.precision if chosen else None
                 tables["calibration"].append(row)
             if cell.versus:
                 tables["versus"].append(name | cell.versus.row())

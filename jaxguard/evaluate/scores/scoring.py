@@ -36,7 +36,7 @@ GuardMode = tuple[str, Mode]
 class PredictedExamples:
     """The predictions of a guard in a mode for examples, in the same order: of a benchmark, or validation examples (None).
 
-    `label` is the config's name of the benchmark.
+    `label` is the config's name of the benchmark, `precision` the type that JAX computed the predictions in, or what else did.
     """
 
     guard: str
@@ -46,6 +46,7 @@ class PredictedExamples:
     examples: Sequence[Example]
     benchmark: Benchmark | None
     predictions: Sequence[Prediction]
+    precision: str = ""
 
     @property
     def labels(self) -> Bool[np.ndarray, "N"]:
@@ -180,7 +181,8 @@ def _thresholded(
     verdicts = metrics.verdicts_at(np.where(np.isnan(test.probabilities), np.nan, filled), threshold)
     votes = metrics.count_votes(labels, verdicts, test.question, settings.unparsable)
     result, _ = _measured(test, votes, settings)
-    return Thresholded(threshold, platt, result, metrics.calibration(labels, filled, settings.seed, settings.resamples))
+    calibration = metrics.calibration(labels, filled, settings.seed, settings.resamples)
+    return Thresholded(threshold, platt, result, calibration, validation.precision)
 
 
 def _wrong(own: PredictedExamples, votes: Votes, slices: Mapping[str, frozenset[str]]) -> list[Wrong]:

@@ -8,8 +8,8 @@ Log-odds of two next tokens are computed as in training: packed prompts, their c
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -84,9 +84,11 @@ class Model:
             tree, sharding.replicated(self.mesh) if whole else sharding.batch_sharding(self.mesh)
         )
 
-    def on_mesh(self) -> AbstractContextManager[Any]:
-        """The mesh as the context's, while programs run."""
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The mesh and the precision of matmuls as the context's, while programs run."""
+        with nullcontext() if self.mesh is None else jax.set_mesh(self.mesh), self.compute.matmuls():
+            yield
 
     @property
     def row_multiple(self) -> int:
@@ -134,6 +136,11 @@ class JaxBackend:
         return next_log_odds(self.model, prefixes, pairs, max_seq_len=self.max_seq_len)
 
 
+def precision(config: Config) -> str:
+    """The type that `load_backend` computes in: a CPU in float32, whatever model.compute_dtype says."""
+    return "float32" if jax.default_backend() == "cpu" else config.model.compute_dtype
+
+
 def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxBackend:
     """Read a checkpoint onto the config's mesh.
 
@@ -148,7 +155,9 @@ def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxB
         ) from None
     mesh = sharding.make_mesh(config.mesh)
     compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
-    weights = read_weights(folder, spec, sharding.weight_shardings(spec, mesh), compute.matmul_dtype or compute.dtype)
+    # Weights that a CPU's products round to bfloat16, as training does for speed, are off alike in all examples: a bias.
+    compute = replace(compute, matmul_dtype=None)
+    weights = read_weights(folder, spec, sharding.weight_shardings(spec, mesh), compute.dtype)
     return JaxBackend(place_model(spec, weights, compute, mesh), settings, config.data.max_seq_len)
 
 
@@ -168,7 +177,7 @@ def generate(
     size = bucket_size(min(max(1, rows // sampling.n), len(prompts)), model.row_multiple)
     rows_at_once = model.row_multiple * math.ceil(size / model.row_multiple / PREFILLS)
     completions: dict[int, list[Completion]] = {}
-    with model.on_mesh():
+    with model.running():
         shared: tuple[Cache, ...] = ()
         if prefix:
             tokens, positions, _ = _rows([prompts[0][:prefix]], 0, 1)
@@ -379,7 +388,7 @@ def next_log_odds(
     max_seq_len = max(max_seq_len, bucket_size(longest, KERNEL_MULTIPLE))
     ends_in = {id(sequence): ends for sequence, ends in sequences}
     rows = pack([sequence for sequence, _ in sequences], max_seq_len, model.row_multiple)
-    with model.on_mesh():
+    with model.running():
         for start in range(0, len(rows), model.row_multiple):
             part = rows[start : start + model.row_multiple]
             batch = assemble(part, bucketed(part, max_seq_len, model.row_multiple))
