@@ -123,4 +123,5 @@ def absent(path: Path) -> str:
     missing = next((each for each in (*reversed(path.parents), path) if not each.exists()), path)
     siblings = [each.name for each in missing.parent.iterdir()] if missing.parent.is_dir() else []
     near = difflib.get_close_matches(missing.name, siblings, n=1)
-    return f"there is no {missing.name!r} in {missing.parent.resolve()}{f', but {near[0]!r}' if near else ''}"
+    what = "it is not" if missing == path else f"there is no {missing.name!r}"
+    return f"{what} in {missing.parent.resolve()}{f', but {near[0]!r} is' if near else ''}"

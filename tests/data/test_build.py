@@ -220,7 +220,7 @@ def test_what_a_kill_left_is_swept_away(built, config):
     [
         ("build.sets.0.name=../x", "build.sets.0.name"),
         ("build.sets.0.name=dual", "'dual' is given twice"),
-        ("build.sets.3.sources.0.path=absent.jsonl", "no data file or folder absent.jsonl"),
+        ("build.sets.3.sources.0.path=absent.jsonl", "sources.0.path: no file or folder 'absent.jsonl'"),
         ("build.similarity=0.1", "build.similarity"),
         ("data.train.0.path=benchmark.jsonl", "is empty: a benchmark holds all"),
     ],

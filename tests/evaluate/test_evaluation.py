@@ -154,7 +154,7 @@ def test_runs_stand_beside_the_paper_where_their_data_are_its(overrides, data):
 
 def test_without_an_export_it_says_to_train(run, capsys):
     assert evaluate(run, "name=untrained") == 2
-    assert "jaxguard.train" in capsys.readouterr().err
+    assert "jaxguard train" in capsys.readouterr().err
 
 
 KILLED = """

@@ -15,7 +15,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.format.template import load_tokenizer, render, token_ids
 from jaxguard.data.policies import Category, Policy, load_policy
-from jaxguard.evaluate.run import check_settings
+from jaxguard.evaluate.run import check
 from jaxguard.guards.backends import jax as jax_backend
 from jaxguard.guards.backends.jax import load_backend
 from jaxguard.guards.formats.external import external_format, external_guard
@@ -216,9 +216,9 @@ def test_a_mistake_names_the_file_and_the_field(write, changes, message):
 
 
 def test_no_such_format_is_found_before_anything_is_computed(tiny_config):
-    settings = EvaluateConfig(guards=(GuardConfig(format="yes_noo"),))
+    config = load(str(tiny_config), ["evaluate.guards=[{format: yes_noo}]"])
     with pytest.raises(JaxguardError, match=r"neither jaxguard, llama_guard.*'yes_noo'.*'yes_no'.*configs/guards"):
-        check_settings(settings, load(str(tiny_config)))
+        check(config)
 
 
 def test_a_guard_is_known_by_what_its_file_says(write, tiny_config, tiny_checkpoint):

@@ -105,10 +105,8 @@ def test_ctrl_c_once_saves() -> None:
 def test_a_notebook_survives_the_second_ctrl_c() -> None:
     process, _ = interrupt("blocked", "notebook")
     process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.communicate(timeout=2)
-    process.kill()
-    process.communicate()
+    _, err = process.communicate(timeout=30)
+    assert "\nKeyboardInterrupt\n" in err  # which a cell catches
 
 
 def test_processes_agree_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
