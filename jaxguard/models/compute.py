@@ -29,7 +29,7 @@ class Compute:
     # Write RMSNorm as einsums, whose gradients are einsums too. The gradients of elementwise products are sums, which XLA computes
     # up to seventy times slower on CPUs.
     norm_by_einsum: bool = False
-    # Of float32 matmuls: GPUs would compute them in TF32, TPUs in bfloat16. None is the platform's own, which on CPUs is float32.
+    # Of float32 matmuls: GPUs would compute them in TF32. None is the platform's own: float32 on CPUs, bfloat16 on TPUs.
     precision: str | None = None
 
     def matmuls(self) -> AbstractContextManager[Any]:
@@ -60,7 +60,8 @@ def choose_compute(config: ModelConfig, spec: Spec, mesh: Mesh, max_seq_len: int
     if cpu and dtype == jnp.bfloat16:
         # CPUs are fast in bfloat16 only at matmuls with float32 sums.
         dtype, matmul_dtype = jnp.dtype(jnp.float32), dtype if has_bfloat16_units() else None
-    precision = "highest" if dtype == jnp.float32 and not cpu else None
+    # XLA for TPUs takes minutes to compile two layers with "highest".
+    precision = "highest" if dtype == jnp.float32 and device.platform == "gpu" else None
     return Compute(dtype, attention, config.remat, config.query_chunk, matmul_dtype, cpu, precision)
 
 

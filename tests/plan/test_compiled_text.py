@@ -35,13 +35,13 @@ def test_gradients_of_norms_are_summed_in_float32(target):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("target", ["a100-80gb:8", "v5e:8"])
-def test_float32_is_the_type_of_matmuls_too(target):
-    """Without a precision a GPU takes TF32, and a TPU bfloat16."""
-    text = compiled(target, "model.compute_dtype=float32")
+@pytest.mark.parametrize(("target", "float32"), [("a100-80gb:8", True), ("v5e:8", False)])
+def test_float32_is_the_type_of_a_gpus_matmuls_too(target, float32):
+    """Without a precision a GPU takes TF32; a TPU multiplies in bfloat16, as documented."""
+    text = compiled(target, "model.compute_dtype=float32", "model.attention=xla")
     products = re.findall(r"= f32\[.* (?:dot|convolution)\(.*", text)
     assert products
-    assert all("operand_precision={highest,highest}" in product for product in products)
+    assert {"operand_precision={highest,highest}" in product for product in products} == {float32}
 
 
 @pytest.mark.aot
