@@ -158,7 +158,7 @@ def test_an_error_of_the_file_names_the_file(configs):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("{}/rn.yaml", ["'rn.yaml'", "'run.yaml'"]),
+        ("{}/rn.yaml", ["rn.yaml", "'run.yaml'"]),
         ("{}/absent/run.yaml", ["'absent'"]),
         ("{}", ["is no YAML file"]),
         ("{}/guard", ["guard/config.yaml"]),

@@ -110,6 +110,6 @@ def test_a_file_that_is_not_utf8(tmp_path):
 def test_no_such_file_and_no_such_format(tmp_path):
     (tmp_path / "train.jsonl").touch()
     said = message(str(tmp_path / "trian.jsonl"))
-    assert all(word in said for word in ("'trian.jsonl'", "'train.jsonl'", str(tmp_path)))
+    assert all(word in said for word in ("trian.jsonl", "'train.jsonl'", str(tmp_path)))
     (tmp_path / "some.xlsx").write_bytes(b"")
     assert "expected .jsonl" in message(str(tmp_path / "some.xlsx"))

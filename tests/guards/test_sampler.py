@@ -85,6 +85,7 @@ def reference(torch, model, prompt, max_tokens: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 def test_a_prompt_is_answered_in_a_batch_as_alone(model):
     prompts = ragged()
     together = generate(model, prompts, HOT)
@@ -93,6 +94,7 @@ def test_a_prompt_is_answered_in_a_batch_as_alone(model):
         assert together == generate(model, prompts[::-1], HOT, rows=rows)[::-1]
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_changes_no_token(model):
     for prompts in (ragged(), ragged(shared=1), ragged((38, 38, 38, 38, 38))):
         assert generate(model, prompts, HOT) == generate(model, prompts, HOT, share_prefix=False)

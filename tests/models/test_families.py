@@ -64,7 +64,13 @@ ENCODERS: dict[tuple[str, int], Encoder] = {}
 """Family and vocabulary size -> the encoder of its first checkpoint: a tokenizer takes seconds to read."""
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = ("0.6B", "gemma-3-1b-it", "gemma-3-4b-it", "3.2-1B-Instruct", "135M-Instruct")
+"""The end of the names of one size each; the others are slow."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name.endswith(QUICK) else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_a_listed_size_is_read_encoded_and_exported_with_its_own_tokenizer(name, checkpoint, tmp_path):
     folder = checkpoint(name)
     spec, key = read_spec(folder), (name.partition("--")[0], read_spec(folder).vocab_size)

@@ -213,6 +213,7 @@ def test_sigterm_is_handed_on_and_the_code_passed_on(study, behave, calls):
     assert calls() == ["base evaluate", "bread-8-0 train"]
 
 
+@pytest.mark.slow
 def test_a_killed_study_resumes(study, behave, calls):
     definition = study()
     behave({"bread-8-0 train": "hang"})

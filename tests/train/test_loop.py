@@ -153,6 +153,7 @@ def test_a_start_that_failed_does_not_own_the_name(tiny_config, capsys):
         Guard.load(folder)
 
 
+@pytest.mark.slow
 def test_a_stop_on_an_evaluation_step_saves_first(finished, monkeypatch):
     """The scheduler may not wait for a validation: it is made when the run resumes, with the same records as without a stop."""
     config = load(str(finished / "config.yaml"), ["name=stopped"])
