@@ -201,6 +201,7 @@ def wait_for_call(call):
     raise AssertionError(f"{call} was never begun")
 
 
+@pytest.mark.slow
 def test_sigterm_is_handed_on_and_the_code_passed_on(study, behave, calls):
     study()
     behave({"bread-8-0 train": "hang"})

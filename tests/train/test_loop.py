@@ -239,6 +239,7 @@ def test_a_run_that_diverges_stops_with_its_step_and_examples(tiny_config, capsy
     assert saved == []
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_config_is_refused(tiny_config, capsys):
     assert main(["--config", str(tiny_config), "mesh.fsdp=-1", "train.max_steps=2", "train.evaluate_every=0"]) == 0
     data = tiny_config.parent / "train.jsonl"
