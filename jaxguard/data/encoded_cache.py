@@ -1,7 +1,7 @@
 """Encoded examples in files of a run's folder, so that a run encodes its data once.
 
 A file holds a line, its key and the SHA-256 of the rest, and then numbers as NumPy's .npz. What is damaged or has another key is
-encoded anew.
+encoded again.
 """
 
 import hashlib

@@ -61,7 +61,7 @@ def evaluate(config: Config) -> Evaluation:
     """Predict every benchmark with every guard, and write the report; predictions on disk are reused.
 
     Raises:
-        JaxguardError: anything that the user can mend.
+        JaxguardError: anything that the user can correct.
     """
     settings, folder = config.evaluate or EvaluateConfig(), config.folder / "evaluate"
     check(config)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -126,40 +126,47 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
     return scores.assign(runs=scores.line.map(runs))
 
 
-Line = tuple[pd.DataFrame, Mapping[str, float], Mapping[str, float], str | None]
-"""The scores of a row of the tables, the published scores and deviations, and the id of the published row."""
+class Line(NamedTuple):
+    """A row of the tables: its scores, and what the paper reports: f1 and deviation by metric, and seconds an example."""
+
+    scores: pd.DataFrame
+    paper: Mapping[str, Mapping[str, float]]
+    seconds: float | None = None
+
+    @property
+    def title(self) -> tuple[str, str]:
+        """Its name and mode."""
+        return self.scores.iloc[0]["name"], self.scores.iloc[0]["mode"]
 
 
 def _lines(study: Study, scores: pd.DataFrame, published: Published) -> Iterator[Line]:
     runs, curve = {run.name: run for run in study.runs}, study.definition.curve
+    seconds = {point.row: point.seconds for point in published.latency.points}
     for (_, mode), line in scores.groupby(["line", "mode"], sort=False):
         first = line.iloc[0]
         run = runs[first.run]
-        row = run.row.published.get(mode)
-        if study.scale is not None:
-            yield line, {}, {}, None
-        elif row is not None:
+        row = None if study.scale is not None else run.row.published.get(mode)
+        if row is not None:
             known = published.row(row)
             if known is None:
                 raise JaxguardError(f"configs/published has no row {row!r}, which a row of this study names")
-            yield line, known.scores, known.deviations, row
+            yield Line(line, {"f1": known.scores, "deviation": known.deviations}, seconds.get(row))
         else:
             on_curve = mode == "reasoning" and curve is not None and curve.series in (None, run.row.series or run.key)
             points = [point for point in _published_curve(study, published) if on_curve and point.x == first.x]
-            yield line, points[0].scores if points else {}, {}, None
+            yield Line(line, {"f1": points[0].scores} if points else {})
 
 
 def _table(lines: Iterable[Line], columns: Sequence[str], value: str) -> Table:
     """A row for each line that has a value in one of the columns."""
     table = Table(("", "mode", *columns, "runs"), left=2)
-    for line, scores, deviations, _ in lines:
-        of = {name: line[value][line.metric == name].dropna() for name in columns}
-        if not any(len(values) for values in of.values()):
-            continue
-        expected, first = deviations if value == "deviation" else scores, line.iloc[0]
-        cells = [spread(values, expected.get(name)) for name, values in of.items()]
-        count = f"{line.run.nunique()} of {first.runs}" + ("" if line.complete.all() else " part")
-        table.add(first["name"], first["mode"], *cells, count)
+    for line in lines:
+        scores, paper = line.scores, line.paper.get(value, {})
+        values = {name: scores[value][scores.metric == name].dropna() for name in columns}
+        if any(map(len, values.values())):
+            cells = [spread(each, paper.get(name)) for name, each in values.items()]
+            part = "" if scores.complete.all() else " part"
+            table.add(*line.title, *cells, f"{scores.run.nunique()} of {scores.runs.iloc[0]}{part}")
     return table
 
 
@@ -261,12 +268,8 @@ def _trace_words(folder: Path) -> float:
 @style()
 def _latency(lines: Sequence[Line], published: Published) -> Drawing | None:
     """Draw seconds an example, the mean over benchmarks, as bars, and the paper's of the same rows beside them."""
-    papers = {point.row: point.seconds for point in published.latency.points}
-    bars = [
-        (f"{line.iloc[0]['name']}, {line.iloc[0]['mode']}", line.seconds.mean(), papers.get(row or ""))
-        for line, _, _, row in lines
-        if line.seconds.mean() > 0
-    ]
+    means = [(", ".join(line.title), line.scores.seconds.mean(), line.seconds) for line in lines]
+    bars = [bar for bar in means if bar[1] > 0]
     if not bars:
         return None
     figure = Figure(figsize=(7, 1 + 0.35 * len(bars)))

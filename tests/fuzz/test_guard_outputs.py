@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - look-alikes are meant
-"""No parser fails open: generated outputs for each format, held against oracles that are written anew, in the simplest way.
+"""No parser fails open: generated outputs for each format, held against independent oracles, written in the simplest way.
 
 An oracle is narrower than a grammar: it says which outputs may count as unharmful at all. Whatever a parser lets through has to
 pass it; what it takes for harmful or unreadable is not argued about.

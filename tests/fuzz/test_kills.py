@@ -74,7 +74,7 @@ def finish(processes: Any, job: Job, folder: Path) -> float:
 
 
 def attack(processes: Any, job: Job, tmp_path: Path, kills: int, seed: str) -> None:
-    """Kill so many processes of a job, each at a moment of its own; whenever one got to its end, compare and begin anew."""
+    """Kill so many processes of a job, each at a moment of its own; whenever one got to its end, compare and begin again."""
     moments, whole = random.Random(seed), tmp_path / "whole"
     job.begin(whole)
     finish(processes, job, whole)  # compiles

@@ -18,13 +18,13 @@ WIDTHS = "return [innerWidth, document.documentElement.scrollWidth]"
 
 def made_up(path):
     """F1 that grows with the subset and differs between modes and seeds."""
-    told = json.loads(path.read_text())
-    f1 = SimpleNamespace(value=told["f1"], deviation=0.004)
+    record = json.loads(path.read_text())
+    f1 = SimpleNamespace(value=record["f1"], deviation=0.004)
     result = SimpleNamespace(scores=SimpleNamespace(f1=f1))
-    cell = SimpleNamespace(guard="ours", mode=told["mode"], benchmark="own_responses", result=result, complete=True,
+    cell = SimpleNamespace(guard="ours", mode=record["mode"], benchmark="own_responses", result=result, complete=True,
                            cost=SimpleNamespace(seconds=0.25), slices={})  # fmt: skip
-    average = SimpleNamespace(guard="ours", mode=told["mode"], name="safety", f1=f1, missing=())
-    return SimpleNamespace(cells=[cell], averages=[] if told["scale"] else [average])
+    average = SimpleNamespace(guard="ours", mode=record["mode"], name="safety", f1=f1, missing=())
+    return SimpleNamespace(cells=[cell], averages=[] if record["scale"] else [average])
 
 
 def page(folder, scale):
@@ -34,8 +34,8 @@ def page(folder, scale):
         data = run.config.data
         grown = 0.05 * (data.subset or 80_000) ** 0.2 + 0.01 * data.subset_seed + 0.02 * (data.mode == "direct")
         (run.folder / "evaluate").mkdir(parents=True)
-        told = {"mode": data.mode, "f1": 0.4 + grown / 2, "scale": scale}
-        (run.folder / "evaluate/results.json").write_text(json.dumps(told))
+        record = {"mode": data.mode, "f1": 0.4 + grown / 2, "scale": scale}
+        (run.folder / "evaluate/results.json").write_text(json.dumps(record))
     return write_report(study, made_up, read_published())[1]
 
 
