@@ -7,10 +7,10 @@ from jaxguard.config import load
 from jaxguard.config.base import CONFIG_FOLDER, INSTALLED, find_yaml, locate, names
 from jaxguard.config.hardware import read_hardware
 from jaxguard.config.study import read_study
+from jaxguard.data.benchmarks.loading import list_benchmarks, load_benchmark
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import load_policy, policy_for
 from jaxguard.distill.prompts import load_prompt
-from jaxguard.evaluate.benchmarks.loading import list_benchmarks, load_benchmark
 from jaxguard.evaluate.report.published import read_published
 from jaxguard.plan.sweeps import read_sweep
 from jaxguard.utils.errors import JaxguardError

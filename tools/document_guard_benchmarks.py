@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from generated import rewrite
+from jaxguard.data.benchmarks.loading import list_benchmarks
+from jaxguard.data.benchmarks.schema import BenchmarkDefinition, Condition, Expected, read_benchmark
 from jaxguard.data.format.dialogue import CHOICES
-from jaxguard.evaluate.benchmarks.loading import list_benchmarks
-from jaxguard.evaluate.benchmarks.schema import BenchmarkDefinition, Condition, Expected, read_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "guard_benchmarks.md"

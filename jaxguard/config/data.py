@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Discriminator, Field, NonNegativeFloat, PositiveFloat, Tag, model_validator
 
 from jaxguard.config.base import LocalPath, NameOrYaml, NonNegative, Positive, Schema, Share, first_repeated
 from jaxguard.utils.secrets import Masked
@@ -36,6 +36,13 @@ class SourceConfig(Schema):
         if not self.kind.startswith("nemotron") and (self.teacher, self.trace) != ("deepseek_r1_0528", "full"):
             raise ValueError(f"teacher and trace choose among a nemotron source's traces; {self.kind} has none")
         return self
+
+
+BenchmarkOrSource = Annotated[
+    Annotated[NameOrYaml, Tag("name")] | Annotated[SourceConfig, Tag("")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else ""),
+]
+"""A name in configs/benchmarks or a YAML file, or a source."""
 
 
 class DataConfig(Schema):
@@ -95,8 +102,9 @@ class BuildConfig(Schema):
     """Sizes of random subsets of each set; one larger than the set is left out."""
     seeds: tuple[NonNegative, ...] = (0, 1, 2, 3)
     """Seeds of the subsets: for each seed, smaller subsets are contained in larger ones."""
-    benchmarks: tuple[SourceConfig, ...] = ()
-    """Benchmarks to decontaminate against: training examples that match one of their prompts are dropped and listed."""
+    benchmarks: tuple[BenchmarkOrSource, ...] = ()
+    """Benchmarks to decontaminate against, each a name in configs/benchmarks, a YAML file, or a source: training examples that
+    match one of their prompts are dropped and listed."""
     similarity: Annotated[float, Field(ge=0.5, le=1)] = 0.8
     """Jaccard similarity of five-character shingles from which two prompts match; at least 0.5."""
 

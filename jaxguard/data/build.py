@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ import pyarrow.parquet
 import jaxguard
 from jaxguard.config import Config
 from jaxguard.config.data import BuildConfig, SetConfig, SourceConfig
+from jaxguard.data.benchmarks.loading import load_benchmarks
 from jaxguard.data.contamination import Match, find_matches
 from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
 from jaxguard.data.examples import LABELS, Example
@@ -67,10 +68,12 @@ def build(config: Config) -> BuildResult:
     settings, folder = config.build or BuildConfig(), config.folder
     tokenizer = hub.fetch(config.model.checkpoint, config.model.revision, TOKENIZER_FILES)
     encoder = Encoder.load(tokenizer, config.data)
-    benchmarks = {
-        " ".join(filter(None, (source.kind, source.path, source.split))): load(source).examples
-        for source in settings.benchmarks
-    }
+    benchmarks: dict[str, Sequence[Example]] = {}
+    for source in settings.benchmarks:
+        if isinstance(source, str):
+            benchmarks |= {benchmark.definition.name: benchmark.examples for benchmark in load_benchmarks(source)}
+        else:
+            benchmarks[" ".join(filter(None, (source.kind, source.path, source.split)))] = load(source).examples
 
     @cache
     def pool(sources: tuple[SourceConfig, ...]) -> Pool:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from jaxguard.config import Config
 from jaxguard.config.base import first_repeated
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
+from jaxguard.data.benchmarks.loading import Benchmark, load_benchmarks
+from jaxguard.data.benchmarks.schema import read_group
 from jaxguard.data.encoding import TOKENIZER_FILES
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import LABEL, Mode
@@ -27,8 +29,6 @@ from jaxguard.data.inputs import check_inputs
 from jaxguard.data.policies import Question, load_policy
 from jaxguard.data.prepare import load_sources
 from jaxguard.data.questions import NOT_RECORDED
-from jaxguard.evaluate.benchmarks.loading import Benchmark, load_benchmarks
-from jaxguard.evaluate.benchmarks.schema import read_group
 from jaxguard.evaluate.report.card import refresh_cards
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published

@@ -13,9 +13,9 @@ from statistics import median
 
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.hardware import peak_flops
+from jaxguard.data.benchmarks.schema import read_benchmark, read_group
 from jaxguard.data.files import read_local
 from jaxguard.data.packing import total_steps
-from jaxguard.evaluate.benchmarks.schema import read_benchmark, read_group
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.loading import modes_of
 from jaxguard.report import Table

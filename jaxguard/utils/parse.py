@@ -159,7 +159,7 @@ def check(value: Any, shape: type[T], origin: str | Callable[[str, str], str]) -
     except ValidationError as error:
         # Pydantic also calls a list too short when its only item is ill-formed; the item's own error says it better.
         errors = [e for e in error.errors() if not (e["type"] == "too_short" and e["input"])]
-        explained = [(".".join(map(str, e["loc"])), _explain(shape, e)[:1000]) for e in errors[:_MOST_ERRORS]]
+        explained = [(".".join(_path(e)), _explain(shape, e)[:1000]) for e in errors[:_MOST_ERRORS]]
         lines = [f"{named(field, message)}: {message}" for field, message in explained]
         more = [f"{named('', '')}: {len(errors) - _MOST_ERRORS} more errors"] if len(errors) > _MOST_ERRORS else []
         raise JaxguardError("\n".join([*lines, *more])) from None
@@ -239,8 +239,12 @@ def find_field(schema: type[BaseModel], name: str) -> str | None:
     return next((last[each] for each in difflib.get_close_matches(name, last, n=1, cutoff=0.75)), None)
 
 
+def _path(error: Any) -> list[str]:
+    return [str(part) for part in error["loc"] if part != ""]  # an empty part is the tag of a union
+
+
 def _explain(shape: Any, error: Any) -> str:
-    path, kind, value = [str(part) for part in error["loc"]], error["type"], error["input"]
+    path, kind, value = _path(error), error["type"], error["input"]
     field, schema = ".".join(path), inner_schema(shape)
     root = schema
     if kind == "extra_forbidden" and root is not None and schema is not None:

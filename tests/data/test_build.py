@@ -14,6 +14,7 @@ import yaml
 from jaxguard.config import CONFIG_FOLDER, load
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.__main__ import main
+from jaxguard.data.build import build
 from jaxguard.data.encoding import Encoder
 from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import Mode
@@ -112,6 +113,17 @@ def test_what_a_benchmark_holds_is_dropped_and_listed(built):
     assert {entry["set"] for entry in listed} == {"reasoning", "direct", "dual", "mixed"}
     assert {(entry["example_id"], entry["benchmark_id"], entry["exact"]) for entry in listed} == {("x100", "b7", False)}
     assert all(0.8 <= entry["similarity"] < 1 for entry in listed)
+
+
+def test_a_benchmark_is_named(config):
+    (config.parent / "bench.yaml").write_text(
+        (CONFIG_FOLDER / "benchmarks/own_prompts.yaml").read_text().replace("runs/own", "benchmark")
+    )
+    tree = yaml.safe_load(config.read_text())
+    tree["build"] |= {"benchmarks": ["bench.yaml"], "sets": [{"name": "direct", "mode": "direct"}]}
+    config.write_text(yaml.safe_dump(tree))
+    listed = (build(load(str(config), stage="data build")).folder / "contaminated.jsonl").read_text()
+    assert (json.loads(listed)["example_id"], json.loads(listed)["benchmark"]) == ("x100", "own_prompts")
 
 
 def test_the_manifest_says_where_everything_comes_from(built):
@@ -222,6 +234,10 @@ def test_what_a_kill_left_is_swept_away(built, config):
         ("build.sets.0.name=dual", "'dual' is given twice"),
         ("build.sets.3.sources.0.path=absent.jsonl", "sources.0.path: no file or folder 'absent.jsonl'"),
         ("build.similarity=0.1", "build.similarity"),
+        ("build.benchmarks=[own_promts]", "did you mean 'own_prompts'?"),
+        ("build.benchmarks=[{kind: jsonl}]", "build.benchmarks.0: kind: jsonl needs a path"),
+        ("build.benchmarks=[{kind: aegis3}]", "build.benchmarks.0.kind: "),
+        ("build.benchmarks=[{kinds: aegis2}]", "'build.benchmarks.0.kinds'; did you mean 'kind'?"),
         ("data.train.0.path=benchmark.jsonl", "is empty: a benchmark holds all"),
     ],
 )

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from jaxguard.data.benchmarks.loading import load_benchmark
 from jaxguard.data.format.dialogue import LABEL
-from jaxguard.evaluate.benchmarks.loading import load_benchmark
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "configs" / "benchmarks"

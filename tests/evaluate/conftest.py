@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from benchmark_examples import ROWS
 
-from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.data.benchmarks.schema import read_benchmark
 
 
 @pytest.fixture

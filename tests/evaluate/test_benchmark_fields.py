@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxguard.evaluate.benchmarks.schema import Condition, Slice
+from jaxguard.data.benchmarks.schema import Condition, Slice
 
 
 def test_slices_of_lists_and_truths():

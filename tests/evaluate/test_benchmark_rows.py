@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 from benchmark_examples import ROWS, answers, shipped
 
-from jaxguard.evaluate.benchmarks.loading import load_benchmark
-from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.data.benchmarks.loading import load_benchmark
+from jaxguard.data.benchmarks.schema import read_benchmark
 from jaxguard.utils.errors import JaxguardError
 
 

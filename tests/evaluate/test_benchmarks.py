@@ -11,10 +11,10 @@ from benchmark_examples import HARM, ROOT, ROWS, SAFE, answers, shipped, texts
 import document_guard_benchmarks
 from generated import written
 from jaxguard.config import load
+from jaxguard.data.benchmarks.loading import list_benchmarks, load_benchmark, load_benchmarks
+from jaxguard.data.benchmarks.schema import read_benchmark
 from jaxguard.data.format.dialogue import LABEL
 from jaxguard.data.policies import POLICY_FOLDER, load_policy, policy_for
-from jaxguard.evaluate.benchmarks.loading import list_benchmarks, load_benchmark, load_benchmarks
-from jaxguard.evaluate.benchmarks.schema import read_benchmark
 from jaxguard.evaluate.run import read_tasks
 from jaxguard.utils.errors import JaxguardError
 

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from report_examples import some
 
 from jaxguard.config import load
-from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.data.benchmarks.schema import read_benchmark
 from jaxguard.evaluate.report.card import refresh_cards
 
 CARD = "---\nlicense: mit\n---\n\n# tiny\n\n## Benchmarks\n\nNone.\n"

@@ -16,9 +16,9 @@ from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from sklearn.pipeline import make_pipeline
 
 from jaxguard.config.data import SourceConfig
+from jaxguard.data.benchmarks.loading import load_benchmark
 from jaxguard.data.policies import POLICY_FOLDER, Policy, load_policy, policy_for
 from jaxguard.data.sources import load_examples
-from jaxguard.evaluate.benchmarks.loading import load_benchmark
 
 NOVEL = ROOT / POLICY_FOLDER / "novel"
 ITEMS = [json.loads(line) for line in (NOVEL / "items.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -9,8 +9,8 @@ import yaml
 from benchmark_examples import ROOT
 
 from jaxguard.config.base import find_yaml
-from jaxguard.evaluate.benchmarks.loading import list_benchmarks
-from jaxguard.evaluate.benchmarks.schema import read_benchmark
+from jaxguard.data.benchmarks.loading import list_benchmarks
+from jaxguard.data.benchmarks.schema import read_benchmark
 from jaxguard.evaluate.report.published import AVERAGES, nearest_row, read_published
 from jaxguard.evaluate.scores.metrics import PROMPT_SHARE
 from jaxguard.utils.errors import JaxguardError

@@ -10,10 +10,10 @@ from report_examples import PUBLISHED
 from rich.console import Console
 
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
+from jaxguard.data.benchmarks.loading import Benchmark
+from jaxguard.data.benchmarks.schema import BenchmarkDefinition
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
-from jaxguard.evaluate.benchmarks.loading import Benchmark
-from jaxguard.evaluate.benchmarks.schema import BenchmarkDefinition
 from jaxguard.evaluate.report.page import cautions, f1_figure, latency_figure, report
 from jaxguard.evaluate.report.tables import cost_table, main_table, score_table, summary_table, versus_table
 from jaxguard.evaluate.scores.results import Evaluation

@@ -5,10 +5,10 @@ import json
 import pytest
 from benchmark_examples import DIALOGUE, HARM, ROOT, ROWS, SAFE, SHIPPED, TOPIC, answers, shipped
 
+from jaxguard.data.benchmarks.loading import load_benchmark
+from jaxguard.data.benchmarks.schema import read_benchmark
 from jaxguard.data.policies import POLICY_FOLDER, load_policy, policy_for
 from jaxguard.data.sources import load
-from jaxguard.evaluate.benchmarks.loading import load_benchmark
-from jaxguard.evaluate.benchmarks.schema import read_benchmark
 from jaxguard.utils.errors import JaxguardError
 
 TOPICS = ("canttalkaboutthis", "nemotron_topics")

@@ -28,6 +28,7 @@ from jaxguard.config import load
 from jaxguard.config.data import DataConfig, SourceConfig
 from jaxguard.config.hardware import Hardware
 from jaxguard.config.train import CheckpointConfig
+from jaxguard.data.benchmarks.schema import read_benchmark
 from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
@@ -37,7 +38,6 @@ from jaxguard.data.policies import load_policy
 from jaxguard.data.sources import load as load_source
 from jaxguard.distill.prompts import load_prompt
 from jaxguard.distill.store import Attempt, open_traces, summarize
-from jaxguard.evaluate.benchmarks.schema import read_benchmark
 from jaxguard.evaluate.report.page import report
 from jaxguard.evaluate.report.published import Published, read_published
 from jaxguard.evaluate.scores.results import read_results, write_results

@@ -9,8 +9,8 @@ import yaml
 from jaxguard.config import dump, load
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.study import label, merged, read_study
+from jaxguard.data.benchmarks.schema import read_benchmark
 from jaxguard.data.packing import total_steps
-from jaxguard.evaluate.benchmarks.schema import read_benchmark
 from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
 from jaxguard.study.__main__ import main
 from jaxguard.study.grid import open_study, written

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxguard.config import Config
+from jaxguard.data.benchmarks.schema import BenchmarkDefinition
 from jaxguard.data.format.dialogue import TITLES
 from jaxguard.data.model_card import Metric, Named, Score, add_scores
-from jaxguard.evaluate.benchmarks.schema import BenchmarkDefinition
 from jaxguard.evaluate.report.tables import AT_THRESHOLD, f1_title
 from jaxguard.evaluate.scores.results import Cell, Evaluation
 from jaxguard.guards.loading import checkpoint_of

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scipy.special import expit, logit
 
+from jaxguard.data.benchmarks.schema import Group
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, TITLES
 from jaxguard.data.policies import Question
-from jaxguard.evaluate.benchmarks.schema import Group
 from jaxguard.evaluate.scores.metrics import Calibration, Difference, McNemar, Platt, Result
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically

@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.data.benchmarks.loading import Benchmark
+from jaxguard.data.benchmarks.schema import Group
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
 from jaxguard.data.policies import Question
-from jaxguard.evaluate.benchmarks.loading import Benchmark
-from jaxguard.evaluate.benchmarks.schema import Group
 from jaxguard.evaluate.scores import metrics
 from jaxguard.evaluate.scores.metrics import Platt, Result, Votes
 from jaxguard.evaluate.scores.results import UNPARSABLE_WORD, Average, Cell, Cost, Thresholded, Versus, Wrong

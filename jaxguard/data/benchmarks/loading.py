@@ -22,12 +22,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from jaxguard.config.base import locate, names
-from jaxguard.data.examples import Example
-from jaxguard.data.files import Row, Skip, find_files, objects, read_hub, read_local, text, transcript
-from jaxguard.data.format.dialogue import CHOICES, LABEL
-from jaxguard.data.policies import load_policy
-from jaxguard.data.sources import load, unique_ids
-from jaxguard.evaluate.benchmarks.schema import (
+from jaxguard.data.benchmarks.schema import (
     BENCHMARK_FOLDER,
     BenchmarkDefinition,
     BenchmarkSource,
@@ -36,6 +31,11 @@ from jaxguard.evaluate.benchmarks.schema import (
     read_benchmark,
     read_group,
 )
+from jaxguard.data.examples import Example
+from jaxguard.data.files import Row, Skip, find_files, objects, read_hub, read_local, text, transcript
+from jaxguard.data.format.dialogue import CHOICES, LABEL
+from jaxguard.data.policies import load_policy
+from jaxguard.data.sources import load, unique_ids
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import ROWS_BYTES, nearest, read_json
 
