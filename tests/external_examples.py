@@ -12,10 +12,14 @@ HOUSE = Policy("house", (Category("Burnt bread", "Recipes that burn."), Category
 GENERAL = Policy("wildguard", (Category("Fraud"),))
 BOTH = Example("1", "s", "How do I bake bread?", "Mix flour and water.")
 ALONE = Example("2", "s", "How do I bake bread?")
-FIXED = ("wildguard", "qwen3guard")
+FIXED = ("wildguard", "qwen3guard", "guardreasoner", "polyguard")
 THOUGHT = {
     "gpt_oss_safeguard": "<|channel|>analysis<|message|>Bread.<|end|><|start|>assistant<|channel|>final<|message|>",
     "nemotron_reasoning": "<think>\nBread.\n</think>\n\n",
+    "nemotron_35": "<think>\nBread.\n</think>\n",
+    "granite_guardian_33": "<think>\nBread.\n</think>\n",
+    "guardreasoner": "# Task 1\n\nBread.\n\n---\n\nAnswers: \n",
+    "dynaguard": "<think>\nBread.\n</think>\n",
     LINES: "<reason>\nBread.\n</reason>\n",
 }
 

@@ -70,6 +70,55 @@ GEMMA = """\
 {% endfor %}{% if add_generation_prompt %}<start_of_turn>model
 {% endif %}"""
 
+CHATML = """\
+{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+LLAMA_3 = """\
+<|begin_of_text|>{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>
+
+{{ message['content'] | trim }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>
+
+"""
+LLAMA_GUARD_4 = (
+    LLAMA_GUARD_PARTS.replace("start_header_id", "header_start").replace("end_header_id", "header_end")
+).replace("eot_id", "eot")
+NEMOTRON_35 = """\
+<bos><start_of_turn>user
+Guard by {{ custom_policy or 'its own categories' }}.
+
+{% for message in messages %}
+{{ message['role'] }}: {{ message['content'] }}
+{% endfor %}
+{{ request_categories }} {{ '/think' if enable_thinking else '/no_think' }}<end_of_turn>
+<start_of_turn>model
+"""
+GRANITE = """\
+<|start_of_role|>user<|end_of_role|>Guard.
+
+<start_of_turn>
+User Message: {{ messages[0]['content'] }}
+{% if messages | length > 1 %}
+Assistant Message: {{ messages[1]['content'] }}
+{% endif %}
+<end_of_turn>
+
+<start_of_risk_definition>
+* {{ guardian_config['risk_definition'] or 'Harm by common sense.' }}
+<end_of_risk_definition>
+
+Yes or No?<|end_of_text|>
+<|start_of_role|>assistant<|end_of_role|>"""
+GRANITE_33 = """\
+<|start_of_role|>judge_protocol<|end_of_role|>### Criteria: {{ guardian_config['custom_criteria'] or 'Universal harm.' }}
+
+### Scoring Schema: yes or no.<|end_of_text|>
+{% for message in messages %}
+<|start_of_role|>{{ message['role'] }}<|end_of_role|>{{ message['content'] }}<|end_of_text|>
+{% endfor %}
+<|start_of_role|>judge{{ '' if think else '{no_think}' }}<|end_of_role|>"""
+
 LINES = "tests/guards/thinking_lines.yaml"
 """A format that a user wrote."""
 GUARDS = {
@@ -84,6 +133,13 @@ GUARDS = {
     "yes_no": (GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")),
     LINES: (None, ("<s>", "</s>")),
     "nemotron_reasoning": (GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")),
+    "nemotron_35": (NEMOTRON_35, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")),
+    "granite_guardian": (GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>")),
+    "granite_guardian_33": (GRANITE_33, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>")),
+    "nemoguard": (LLAMA_3, ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "guardreasoner": (None, ("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>")),
+    "polyguard": (CHATML, ("<|im_start|>", "<|im_end|>", "<|endoftext|>")),
+    "dynaguard": (None, ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")),
 }
 
 

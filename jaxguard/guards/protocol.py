@@ -156,6 +156,10 @@ class PromptFormat(Protocol):
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
 
+    @property
+    def verdict_tokens(self) -> int | None:
+        """Most tokens of a verdict after which the guard would explain it; None if it would not."""
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -277,8 +281,9 @@ async def _predict_batch(
 async def _generate(parts: Sequence[_Part], form: PromptFormat, backend: Backend, settings: EvaluateConfig) -> None:
     """Sample the answers to each part's prompt, and force a verdict where the reasoning ran out of tokens."""
     reasoning = settings.reasoning_tokens if parts[0].request.mode is Mode.REASONING else 0
-    prompts, budget = [part.prompt.ids for part in parts], settings.verdict_tokens + reasoning
-    sampled = await backend.sample(prompts, settings.generations, budget, form.stop_ids)
+    limit = min(settings.verdict_tokens, form.verdict_tokens or settings.verdict_tokens)
+    prompts = [part.prompt.ids for part in parts]
+    sampled = await backend.sample(prompts, settings.generations, limit + reasoning, form.stop_ids)
     unfinished: list[tuple[_Part, int, str]] = []
     for part, completions in zip(parts, sampled, strict=True):
         for i, completion in enumerate(completions):
@@ -291,7 +296,7 @@ async def _generate(parts: Sequence[_Part], form: PromptFormat, backend: Backend
     if not unfinished:
         return
     prefixes = [(*part.prompt.ids, *form.tokens(closed)) for part, _, closed in unfinished]
-    verdicts = await backend.sample(prefixes, 1, settings.verdict_tokens, form.stop_ids)
+    verdicts = await backend.sample(prefixes, 1, limit, form.stop_ids)
     for (part, i, closed), [completion] in zip(unfinished, verdicts, strict=True):
         part.texts[i] = closed + form.text(completion.tokens)
         part.tokens += len(completion.tokens)

@@ -5,6 +5,7 @@ An oracle is narrower than a grammar: it says which outputs may count as unharmf
 pass it; what it takes for harmful or unreadable is not argued about.
 """
 
+import json
 import random
 import re
 import time
@@ -67,7 +68,53 @@ MARKS += [
     "<|return|>",
     "<end_of_turn>",
 ]
-LINE_PIECES = ["Request: good", "Request: bad", "Refused: none", "Refused: no", "Reply: good", "<reason>", "</reason>"]
+THINK = "<think>\nIt is bread.\n</think>\n\n"
+TASKS = "# Task 1\nIt is bread.\n\n---\n\nAnswers: \n"
+POLYGUARD = (
+    "Harmful request: no\nRequest safety violations: None\nResponse refusal: yes\nHarmful response: no\n"
+    "Response safety violations: None"
+)
+OWN = {
+    LINES: (
+        ["Request: good", "Request: bad", "Refused: none", "Refused: no", "Reply: good", "<reason>", "</reason>"],
+        ["Request: good\nRefused: yes\nReply: good", "Request: good\nRefused: none"],
+        "<reason>\nIt is bread.\n</reason>\n",
+    ),
+    "nemotron_35": (
+        ["User Safety: safe", "User Safety: unsafe", "Response Safety: safe", "Safety Categories: Violence"],
+        ["User Safety: safe\nResponse Safety: safe", "User Safety: safe"],
+        THINK,
+    ),
+    "granite_guardian_33": (["<score>", "</score>", "<score> yes </score>"], 2 * ["<score> no </score>"], THINK),
+    "nemoguard": (
+        ['"User Safety": "unsafe"', '"User Safety": "safe"', '"Safety Categories": "Violence"', ', "x": 1', "{", "}"],
+        [
+            '{"User Safety": "safe", "Response Safety": "safe"}',
+            '{"User Safety": "safe"}',
+            '{"User Safety": "unsafe", "Response Safety": "safe", "Safety Categories": "Threat, Sexual (minor)"}',
+        ],
+        "",
+    ),
+    "guardreasoner": (
+        ["Request: unharmful", "Request: harmful", "Completion: refusal", "Response: None", "Answers:", "---"],
+        [
+            "Request: unharmful\nCompletion: refusal\nResponse: unharmful",
+            "Request: unharmful\nCompletion: None\nResponse: None",
+        ],
+        TASKS,
+    ),
+    "polyguard": (
+        ["Request safety violations: S2", "Request safety violations: None", "Response safety violations: S1, S2"],
+        [POLYGUARD, POLYGUARD.replace("no\nRequest safety violations: None", "yes\nRequest safety violations: S1, S2")],
+        "",
+    ),
+    "dynaguard": (
+        ["<answer>", "</answer>", "PASS", "FAIL", "<explanation>", "</explanation>"],
+        2 * ["<answer>\nPASS\n</answer>"],
+        THINK,
+    ),
+}
+"""Format -> pieces of its answers; answers that let something pass, each with its own share of the outputs; reasoning."""
 NOISE = [
     "not ",
     "un",
@@ -136,7 +183,8 @@ NOISE += [
 def outputs(seed):
     """Random mixes: fragments in any order, lines that are nearly right, and right answers with something changed."""
     draw = random.Random(seed)
-    pieces = VERDICTS + MARKS + NOISE + (LINE_PIECES if seed == LINES else [])
+    own_pieces, own_right, own_thought = OWN.get(seed, ([], [], ""))
+    pieces = VERDICTS + MARKS + NOISE + own_pieces
     right = [
         "Prompt harm: unharmful\nResponse harm: unharmful\nResponse refusal: refusal",
         "Prompt harm: unharmful\nResponse harm: None",
@@ -151,10 +199,8 @@ def outputs(seed):
         "refusal",
     ]
     harmony = "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>"
-    thoughts = ["", "", "<think>\nIt is bread.\n</think>\n\n", harmony]
-    if seed == LINES:
-        right += 2 * ["Request: good\nRefused: yes\nReply: good", "Request: good\nRefused: none"]
-        thoughts += 2 * ["<reason>\nIt is bread.\n</reason>\n"]
+    thoughts = ["", "", THINK, harmony] + 2 * [own_thought]
+    right += 3 * own_right
     for i in range(OUTPUTS):
         if i % 2:
             text = draw.choice(thoughts) + draw.choice(right)
@@ -218,17 +264,38 @@ def exactly(kind, ask, text):
         return re.sub(r"\s+$", "", last).lower().replace("\n", " ").split(">")[-1].strip() == word and (
             last.startswith("<|channel|>final<|message|>")
         )
-    if kind == "nemotron_reasoning" and ask.mode is Mode.REASONING:
+    if kind in ("nemotron_reasoning", "granite_guardian_33") and ask.mode is Mode.REASONING:
         if not text.strip().startswith("<think>") or text.count("</think>") != 1:
             return False
         text = text.split("</think>")[-1]
-    if kind == "shieldgemma":
-        first = re.split(r"[.,:;!\n]", text.strip())[0].strip().lower()
-        return first == "no" and "yes" not in re.findall(r"\w+", text.lower())
-    if kind == LINES and ask.mode is Mode.REASONING:
-        if text.count("</reason>") != 1 or "<reason>" in text.strip()[1:].split("</reason>")[0]:
+    tag = {LINES: "reason", "nemotron_35": "think", "dynaguard": "think"}.get(kind)
+    if tag is not None and ask.mode is Mode.REASONING:
+        if text.count(f"</{tag}>") != 1 or f"<{tag}>" in text.strip()[1:].split(f"</{tag}>")[0]:
             return False
-        text = text.split("</reason>")[-1]
+        text = text.split(f"</{tag}>")[-1]
+    if kind == "guardreasoner":
+        if text.count("Answers:") != 1:
+            return False
+        text = text.split("Answers:")[-1]
+    if kind in ("shieldgemma", "granite_guardian"):
+        return text.strip().lower() == "no"
+    if kind in ("granite_guardian_33", "dynaguard"):
+        exact = {"granite_guardian_33": "<score>no</score>", "dynaguard": "<answer>pass</answer>"}[kind]
+        return "".join(text.lower().split()) == exact
+    if kind == "nemoguard":
+        try:
+            pairs = json.loads(text.lower(), object_pairs_hook=list)
+        except ValueError:
+            return False
+        (*said, last), words = [tuple(pair) for pair in pairs] or [()], {"safe", "unsafe"}
+        said, named = (said, last[1]) if last[:1] == ("safety categories",) else ([*said, last], "")
+        titles, values = [pair[0] for pair in said], [pair[1] for pair in said]
+        return (
+            titles == ["user safety", "response safety"][: 1 + response]
+            and set(values) <= words
+            and (not named or "unsafe" in values)
+            and values[question == "response_harm"] == "safe"
+        )
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if kind == "yes_no":
         return [line.lower().removesuffix(".") for line in lines] == ["yes" if question == "response_refusal" else "no"]
@@ -246,6 +313,21 @@ def exactly(kind, ask, text):
         wanted = wanted if response else wanted[:2]
         asked = {"prompt_harm": 0, "response_refusal": 1, "response_harm": 2}[question]
         word = "yes" if question == "response_refusal" else "good"
+    elif kind == "guardreasoner":
+        harm, done = ({"harmful", "unharmful"}, {"refusal", "compliance"})
+        said = set() if response else {"none"}
+        wanted = [("request", harm), ("completion", done | said), ("response", harm | said)]
+        asked = {"prompt_harm": 0, "response_refusal": 1, "response_harm": 2}[question]
+        word = "refusal" if question == "response_refusal" else "unharmful"
+    elif kind == "polyguard":
+        said = {"yes", "no"} if response else {"yes", "no", "none"}
+        wanted = [("harmful request", {"yes", "no"}), ("request safety violations", None), ("response refusal", said)]
+        wanted += [("harmful response", said), ("response safety violations", None)]
+        asked = {"prompt_harm": 0, "response_refusal": 2, "response_harm": 3}[question]
+        word = "yes" if question == "response_refusal" else "no"
+    elif kind == "nemotron_35":
+        wanted = [("user safety", {"safe", "unsafe"}), ("response safety", {"safe", "unsafe"})][: 1 + response]
+        asked, word = (0 if question == "prompt_harm" else 1), "safe"
     elif kind == "qwen3guard":
         wanted = [("safety", {"safe", "unsafe", "controversial"}), ("categories", None), ("refusal", {"yes", "no"})]
         wanted = wanted[:2] if question == "prompt_harm" else wanted
@@ -257,6 +339,8 @@ def exactly(kind, ask, text):
     if len(fields) != len(wanted) or any(len(field) != 2 for field in fields):
         return False
     if kind == "qwen3guard" and (fields[0][1] == "safe") != (fields[1][1] == "none"):
+        return False
+    if kind == "polyguard" and any(fields[i][1] != "yes" and fields[i + 1][1] != "none" for i in (0, 3)):
         return False
     names_fit = all(" ".join(field[0].split()) == title for field, (title, _) in zip(fields, wanted, strict=True))
     words_fit = all(words is None or field[1] in words for field, (_, words) in zip(fields, wanted, strict=True))
@@ -287,6 +371,11 @@ def test_no_other_format_lets_pass_what_is_not_exactly_its_answer(form, kind):
     assert passed > OUTPUTS / 1000
 
 
+def asked(form, mode):
+    """The first question that it answers, about an exchange."""
+    return Request(RESPONSES, form.guard.questions[:1], mode)
+
+
 ANSWERS = {
     "llama_guard": ("safe", "safe"),
     "wildguard": ("Harmful request: no\nResponse refusal: no\nHarmful response: no", "no"),
@@ -294,6 +383,13 @@ ANSWERS = {
     "qwen3guard": ("Safety: Safe\nCategories: None", "Safe"),
     "gpt_oss_safeguard": ("<|channel|>final<|message|>unharmful", "unharmful"),
     "nemotron_reasoning": ("Prompt harm: unharmful\nResponse harm: unharmful", "unharmful"),
+    "nemotron_35": ("User Safety: safe\nResponse Safety: safe", "safe"),
+    "granite_guardian": ("No", "No"),
+    "granite_guardian_33": ("<score> no </score>", "no"),
+    "nemoguard": ('{"User Safety": "safe", "Response Safety": "safe"}', "safe"),
+    "guardreasoner": (f"{TASKS}Request: unharmful\nCompletion: refusal\nResponse: unharmful", "unharmful"),
+    "polyguard": (POLYGUARD, "no"),
+    "dynaguard": ("<answer>\nPASS\n</answer>", "PASS"),
     "yes_no": ("No", "No"),
     LINES: ("Request: good\nRefused: no\nReply: good", "good"),
 }
@@ -320,7 +416,7 @@ INSTEAD = [
 @pytest.mark.parametrize("instead", INSTEAD)
 def test_an_unharmful_answer_with_its_verdict_altered_does_not_pass(form, kind, instead):
     answer, word = ANSWERS[kind]
-    ask = Request(RESPONSES, ("prompt_harm",), Mode.DIRECT)
+    ask = asked(form[kind], Mode.DIRECT)
     altered = answer[: answer.index(word)] + instead.replace("{}", word) + answer[answer.index(word) + len(word) :]
     assert form[kind].guard.parse(ask, answer) == NEGATIVE
     assert form[kind].guard.parse(ask, altered) != NEGATIVE
@@ -340,9 +436,7 @@ def test_our_own_unharmful_answer_with_its_verdict_altered_does_not_pass(mode, i
 def test_a_verdict_that_was_cut_does_not_pass(form, cut):
     for kind, (answer, _) in ANSWERS.items():
         if kind not in ("shieldgemma", "llama_guard") or cut == 1:
-            assert (
-                form[kind].guard.parse(Request(RESPONSES, ("prompt_harm",), Mode.DIRECT), answer[:-cut]) != NEGATIVE
-            ), kind
+            assert form[kind].guard.parse(asked(form[kind], Mode.DIRECT), answer[:-cut]) != NEGATIVE, kind
 
 
 # What takes a verdict back, or reports somebody else's; none of it may stand outside the reasoning.
@@ -403,6 +497,38 @@ PASSING = {
         "unharmful",
         "Prompt harm: harmful\nResponse harm: unharmful",
     ),
+    "nemotron_35": (
+        "<think>\nx\n</think>\n",
+        "User Safety: safe\nResponse Safety: safe",
+        "safe",
+        "User Safety: unsafe\nResponse Safety: safe",
+    ),
+    "granite_guardian": ("", "No", "No", "Yes"),
+    "granite_guardian_33": ("<think>\nx\n</think>\n", "<score> no </score>", "no", "<score> yes </score>"),
+    "nemoguard": (
+        "",
+        ANSWERS["nemoguard"][0],
+        "safe",
+        '{"User Safety": "unsafe", "Response Safety": "safe", "Safety Categories": "Violence"}',
+    ),
+    "guardreasoner": (
+        TASKS,
+        "Request: unharmful\nCompletion: refusal\nResponse: unharmful",
+        "unharmful",
+        "Request: harmful\nCompletion: refusal\nResponse: unharmful",
+    ),
+    "polyguard": (
+        "",
+        POLYGUARD,
+        "no",
+        POLYGUARD.replace("no\nRequest safety violations: None", "yes\nRequest safety violations: S1"),
+    ),
+    "dynaguard": (
+        "<think>\nx\n</think>\n",
+        "<answer>\nPASS\n</answer>",
+        "PASS",
+        "<answer>\nFAIL\n</answer>",
+    ),
     "yes_no": ("", "No", "No", "Yes"),
     LINES: (
         "<reason>\nx\n</reason>\n",
@@ -423,7 +549,14 @@ PASSING = {
 def contradicted(kind, draw):
     """An answer that lets the prompt pass, with what takes it back before it, after it, within it or around it."""
     reasoning, answer, word, opposite = PASSING[kind]
-    ways = ["before", "after", "aside", "quoted", *(["first", "twice"] if reasoning else [])]
+    # What stands before GuardReasoner's answers is reasoning: no tag opens it.
+    ways = [
+        "before",
+        "after",
+        "aside",
+        "quoted",
+        *(["first", "twice"] if reasoning and kind != "guardreasoner" else []),
+    ]
     chosen = draw.sample(ways, draw.choice([1, 1, 2]))
     joint = draw.choice(["\n", "\n", "\n\n", " ", "\r\n", "\t"])
     if "aside" in chosen:
@@ -434,9 +567,7 @@ def contradicted(kind, draw):
     if "before" in chosen:
         answer = draw.choice([*CLAIMS, *REPORTS, *LINES_OF_OTHERS, opposite]) + joint + answer
     if "after" in chosen:
-        # ShieldGemma explains its word; what it may not say is what speaks of harm.
-        claims = [*CLAIMS, opposite, *(() if kind == "shieldgemma" else LINES_OF_OTHERS)]
-        answer += draw.choice(["\n", "\n\n", " ", ". "]) + draw.choice(claims)
+        answer += draw.choice(["\n", "\n\n", " ", ". "]) + draw.choice([*CLAIMS, opposite, *LINES_OF_OTHERS])
     if "twice" in chosen:
         answer = f"{opposite}\n{reasoning}{answer}"
     start = draw.choice([*CLAIMS, *REPORTS, *LINES_OF_OTHERS, opposite]) + joint if "first" in chosen else ""
@@ -446,7 +577,8 @@ def contradicted(kind, draw):
 @pytest.mark.parametrize("kind", PASSING)
 def test_no_answer_passes_that_takes_its_verdict_back(form, kind):
     draw, (reasoning, answer, _, opposite) = random.Random(f"contradictions of {kind}"), PASSING[kind]
-    ask = Request(RESPONSES, ("prompt_harm",), Mode.REASONING if reasoning else Mode.DIRECT)
+    mode = Mode.REASONING if reasoning else Mode.DIRECT
+    ask = Request(RESPONSES, ("prompt_harm",), mode) if kind == "ours" else asked(form[kind], mode)
 
     def said(text):
         if kind != "ours":
@@ -487,7 +619,7 @@ def test_a_megabyte_is_read_in_linear_time(form, start):
             assert time.process_time() - began < 2, piece
         for kind, one in form.items():
             began = time.process_time()
-            ask = Request(RESPONSES, ("prompt_harm",), Mode.REASONING)
+            ask = asked(one, Mode.REASONING)
             one.parse(ask, text)
             one.close_reasoning(ask, text)
             assert time.process_time() - began < 2, (kind, piece)

@@ -9,6 +9,10 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.guards.formats.external import external_format
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
 
+POLYGUARD = (
+    "Harmful request: {}\nRequest safety violations: {}\nResponse refusal: {}\nHarmful response: {}\n"
+    "Response safety violations: {}"
+)
 READ = {
     "llama_guard": {
         "safe": NEGATIVE,
@@ -46,21 +50,15 @@ READ = {
     },
     "shieldgemma": {
         "No": NEGATIVE,
-        "no.\n\nThe prompt is about bread": NEGATIVE,
+        "\nno ": NEGATIVE,
         "Yes": POSITIVE,
-        " YES, no bread": POSITIVE,
+        "No.": UNPARSABLE,
+        "no.\n\nThe prompt is about bread": UNPARSABLE,
         "No\nYes": UNPARSABLE,
-        "No, wait: yes.": UNPARSABLE,
-        "No.\n\nThe user asks for a recipe \u2014 \u201cbread\u201d.": NEGATIVE,
-        "No.\nCorrection: this is unsafe.": UNPARSABLE,
-        "No. It is dangerous.": UNPARSABLE,
-        "No\nThis violates the principle": UNPARSABLE,
         "No\nOn second thought it is not fine": UNPARSABLE,
         "The prompt is unsafe.\nNo": UNPARSABLE,
         "Nothing": UNPARSABLE,
         "No way is this fine": UNPARSABLE,
-        "No-one": UNPARSABLE,
-        "The answer is No": UNPARSABLE,
         "**No**": UNPARSABLE,
     },
     "qwen3guard": {
@@ -144,6 +142,89 @@ READ = {
         "<think></think>Prompt harm: unharmful <think>\nResponse harm: unharmful": UNPARSABLE,
         "<think></think>Prompt harm: unharmful\nPrompt harm: harmful\nResponse harm: unharmful": UNPARSABLE,
     },
+    "nemotron_35": {
+        f"{THOUGHT['nemotron_35']}User Safety: safe\nResponse Safety: unsafe": NEGATIVE,
+        "The template opened it.</think>\n\nuser safety: UNSAFE\nResponse Safety: safe": POSITIVE,
+        "User Safety: safe\nResponse Safety: safe": UNPARSABLE,
+        f"{THOUGHT['nemotron_35']}User Safety: safe": UNPARSABLE,
+        f"{THOUGHT['nemotron_35']}User Safety: safe\nUser Safety: unsafe\nResponse Safety: safe": UNPARSABLE,
+        f"{THOUGHT['nemotron_35']}User Safety: safe; User Safety: unsafe\nResponse Safety: safe": UNPARSABLE,
+        f"{THOUGHT['nemotron_35']}User Safety: safe (no answer)\nResponse Safety: safe": UNPARSABLE,
+        f"{THOUGHT['nemotron_35']}User Safety: safe\nResponse Safety: safe\nSafety Categories: Violence": UNPARSABLE,
+        f"{THOUGHT['nemotron_35']}User Safety: unsafe\nResponse Safety: safe\nSafety Categories: Violence": UNPARSABLE,
+    },
+    "granite_guardian": {
+        "No": NEGATIVE,
+        " yes": POSITIVE,
+        "No\n<confidence> High </confidence>": UNPARSABLE,
+        "Failed": UNPARSABLE,
+        "No Yes": UNPARSABLE,
+    },
+    "granite_guardian_33": {
+        f"{THOUGHT['granite_guardian_33']}<score> no </score>": NEGATIVE,
+        "<think></think><score>\nYES\n</score>\n": POSITIVE,
+        "<score> no </score>": UNPARSABLE,
+        "<think><score> no </score>": UNPARSABLE,
+        f"{THOUGHT['granite_guardian_33']}no": UNPARSABLE,
+        f"{THOUGHT['granite_guardian_33']}<score> no": UNPARSABLE,
+        f"{THOUGHT['granite_guardian_33']}<score> no yes </score>": UNPARSABLE,
+        f"{THOUGHT['granite_guardian_33']}<score> no </score><score> yes </score>": UNPARSABLE,
+        f"<think><score> yes </score></think>{THOUGHT['granite_guardian_33']}<score> no </score>": UNPARSABLE,
+        f"{THOUGHT['granite_guardian_33']}<score> no </score> It is unsafe.": UNPARSABLE,
+    },
+    "nemoguard": {
+        '{"User Safety": "safe", "Response Safety": "safe"}': NEGATIVE,
+        '{\n "User Safety" : "SAFE",\n "Response Safety": "unsafe",\n "Safety Categories": "PII / Privacy, Threat"\n}\n': NEGATIVE,
+        '{"User Safety":"unsafe","Response Safety":"safe","Safety Categories":"Sexual (minor)"}': POSITIVE,
+        '{"User Safety": "unsafe", "Response Safety": "safe"}': POSITIVE,
+        '{"User Safety": "safe"}': UNPARSABLE,
+        '{"User Safety": "safe", "User Safety": "unsafe", "Response Safety": "safe"}': UNPARSABLE,
+        '{"Response Safety": "safe", "User Safety": "safe"}': UNPARSABLE,
+        '{"User Safety": "safe", "Response Safety": "safe", "Safety Categories": "Violence"}': UNPARSABLE,
+        '{"User Safety": "safe", "Response Safety": "unsafe", "Safety Categories": "The prompt too"}': UNPARSABLE,
+        '{"User Safety": "safe", "Response Safety": "safe", "Note": "unsafe"}': UNPARSABLE,
+        '{"User Safety": "safe", "Response Safety": "safe"': UNPARSABLE,
+        '{"User Safety": safe, "Response Safety": safe}': UNPARSABLE,
+        '[{"User Safety": "safe", "Response Safety": "safe"}]': UNPARSABLE,
+        '```json\n{"User Safety": "safe", "Response Safety": "safe"}\n```': UNPARSABLE,
+        '{"User Safety": "safe", "Response Safety": "safe"}{"User Safety": "unsafe"}': UNPARSABLE,
+        "User Safety: safe\nResponse Safety: safe": UNPARSABLE,
+    },
+    "guardreasoner": {
+        f"{THOUGHT['guardreasoner']}Request: unharmful\nCompletion: compliance\nResponse: harmful": NEGATIVE,
+        "answers follow\nAnswers:\n\nREQUEST: harmful\nCompletion: refusal\nResponse: unharmful": POSITIVE,
+        "Request: unharmful\nCompletion: compliance\nResponse: unharmful": UNPARSABLE,
+        "# Answers\n\nRequest: unharmful\nCompletion: compliance\nResponse: unharmful": UNPARSABLE,
+        f"{THOUGHT['guardreasoner']}Request: unharmful\nCompletion: None\nResponse: None": UNPARSABLE,
+        f"{THOUGHT['guardreasoner']}Request: unharmful\nCompletion: compliance": UNPARSABLE,
+        f"{THOUGHT['guardreasoner']}Request: unharmful\nRequest: harmful\nResponse: unharmful": UNPARSABLE,
+        f"{2 * THOUGHT['guardreasoner']}Request: unharmful\nCompletion: compliance\nResponse: unharmful": UNPARSABLE,
+        f"{THOUGHT['guardreasoner']}Request: unharmful\nCompletion: compliance\nResponse: unharmful\n\nIt is not.": UNPARSABLE,
+    },
+    "polyguard": {
+        POLYGUARD.format("no", "None", "no", "yes", "S2, S14"): NEGATIVE,
+        POLYGUARD.format("YES", "S2,S5", "no", "no", "None"): POSITIVE,
+        POLYGUARD.format("yes", "None", "yes", "no", "None"): POSITIVE,
+        POLYGUARD.format("no", "S2", "no", "no", "None"): UNPARSABLE,
+        POLYGUARD.format("no", "None", "no", "no", "S2"): UNPARSABLE,
+        POLYGUARD.format("no", "None", "None", "None", "None"): UNPARSABLE,
+        POLYGUARD.format("no", "None, but S2", "no", "no", "None"): UNPARSABLE,
+        POLYGUARD.format("no", "Violence", "no", "no", "None"): UNPARSABLE,
+        "Harmful request: no\nResponse refusal: no\nHarmful response: no": UNPARSABLE,
+        POLYGUARD.format("no", "None", "no", "no", "None").replace("Harmful response: no\n", ""): UNPARSABLE,
+        POLYGUARD.format("no", "None", "no", "no", "None") + "\nHarmful request: yes": UNPARSABLE,
+    },
+    "dynaguard": {
+        f"{THOUGHT['dynaguard']}<answer>\nPASS\n</answer>": NEGATIVE,
+        "<think></think><answer>fail</answer>\n": POSITIVE,
+        "<answer>\nPASS\n</answer>": UNPARSABLE,
+        f"{THOUGHT['dynaguard']}PASS": UNPARSABLE,
+        f"{THOUGHT['dynaguard']}<answer>\nPASS/FAIL\n</answer>": UNPARSABLE,
+        f"{THOUGHT['dynaguard']}<answer>\nPASS\n": UNPARSABLE,
+        f"{THOUGHT['dynaguard']}<answer>PASS</answer><answer>FAIL</answer>": UNPARSABLE,
+        f"{THOUGHT['dynaguard']}<answer>PASS</answer>\n<explanation>\nRule 1 is broken.\n</explanation>": UNPARSABLE,
+        f"<think><answer>FAIL</answer></think>{THOUGHT['dynaguard']}<answer>PASS</answer>": UNPARSABLE,
+    },
 }  # fmt: skip
 
 
@@ -151,7 +232,8 @@ READ = {
     ("kind", "text"), [(kind, text) for kind, table in READ.items() for text in (*table, "", " \n")]
 )
 def test_read(form, kind, text):
-    assert form(kind).guard.parse(asked(), text) == READ[kind].get(text, UNPARSABLE)
+    [question, *_] = form(kind).guard.questions
+    assert form(kind).guard.parse(asked(question), text) == READ[kind].get(text, UNPARSABLE)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +248,13 @@ def test_read(form, kind, text):
         ("gpt_oss_safeguard", "response_refusal", f"{THOUGHT['gpt_oss_safeguard']}compliance", NEGATIVE),
         ("gpt_oss_safeguard", "response_refusal", f"{THOUGHT['gpt_oss_safeguard']}unharmful", UNPARSABLE),
         ("nemotron_reasoning", "response_harm", "<think>x</think>Prompt harm: harmful\nResponse harm: unharmful", NEGATIVE),
+        ("nemotron_35", "response_harm", "<think>x</think>User Safety: safe\nResponse Safety: unsafe", POSITIVE),
+        ("nemoguard", "response_harm", '{"User Safety": "unsafe", "Response Safety": "safe"}', NEGATIVE),
+        ("guardreasoner", "response_refusal", "Answers:\nRequest: harmful\nCompletion: refusal\nResponse: unharmful", POSITIVE),
+        ("guardreasoner", "response_harm", "Answers:\nRequest: harmful\nCompletion: compliance\nResponse: harmful", POSITIVE),
+        ("polyguard", "response_refusal", POLYGUARD.format("yes", "S1", "no", "yes", "S1"), NEGATIVE),
+        ("polyguard", "response_harm", POLYGUARD.format("yes", "S1", "yes", "no", "None"), NEGATIVE),
+        ("polyguard", "response_harm", POLYGUARD.format("yes", "S1", "yes", "no", "S1"), UNPARSABLE),
     ],
 )  # fmt: skip
 def test_read_of_responses(form, kind, question, text, expected):
@@ -188,6 +277,35 @@ def test_without_a_response_its_lines_may_say_so(form):
         form("nemotron_reasoning").guard.parse(direct, "<think></think>Prompt harm: unharmful\nResponse harm: None")
         == UNPARSABLE
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "text"),
+    [
+        ("nemotron_35", Mode.DIRECT, "User Safety: safe"),
+        ("granite_guardian_33", Mode.DIRECT, "<score> no </score>"),
+        ("nemoguard", Mode.DIRECT, '{"User Safety": "safe"}'),
+        ("guardreasoner", Mode.REASONING, f"{THOUGHT['guardreasoner']}Request: unharmful\nCompletion: None\nResponse: None"),
+        ("polyguard", Mode.DIRECT, POLYGUARD.format("no", "None", "yes", "no", "None")),
+        ("polyguard", Mode.DIRECT, POLYGUARD.format("no", "None", "None", "None", "None")),
+    ],
+)  # fmt: skip
+def test_answers_about_a_prompt_alone(form, kind, mode, text):
+    assert form(kind).guard.parse(asked(example=ALONE, mode=mode), text) == NEGATIVE
+
+
+def test_an_answer_may_name_the_categories_of_the_policy_that_was_shown(form):
+    answer = '{"User Safety": "unsafe", "Response Safety": "safe", "Safety Categories": "Burnt bread, Against further rules"}'
+    ask = asked("response_harm")
+    assert form("nemoguard").parse(ask, answer) == {"response_harm": NEGATIVE}
+    assert form("nemoguard", GENERAL).parse(ask, answer) == {"response_harm": UNPARSABLE}
+
+
+@pytest.mark.parametrize("kind", GUARDS)
+def test_who_would_explain_a_verdict_is_not_sampled_beyond_it(form, kind):
+    answers = ["<answer>\nFAIL\n</answer>", "<answer>\nPASS\n</answer>"]
+    texts = {"shieldgemma": ["Yes", "No"], "granite_guardian": ["Yes", "No"], "dynaguard": answers}.get(kind, [])
+    assert form(kind).verdict_tokens == max((len(form(kind).tokens(text)) for text in texts), default=None)
 
 
 def tree(form, ask, text=""):
@@ -243,6 +361,31 @@ def test_controversial_is_a_second_way_of_being_harmful(form):
     assert [one[0].strip() for one in refusal] == ["Safety: Safe\nCategories: None\nRefusal:"]
 
 
+def test_choices_stand_within_what_is_around_an_answer(form):
+    opening = '{"User Safety": "'
+    points = tree(form("nemoguard"), asked("response_harm"))
+    assert [one[0] for one in points] == [
+        opening, f'{opening}unsafe", "Response Safety": "', f'{opening}safe", "Response Safety": "',
+    ]  # fmt: skip
+    [point] = tree(form("dynaguard"), asked("response_harm", mode=Mode.DIRECT))
+    assert point[:3] == ("<answer>\n", "F", "P")
+    [point] = tree(form("granite_guardian_33"), asked(), THOUGHT["granite_guardian_33"])
+    assert point[0] == f"{THOUGHT['granite_guardian_33']}<score>"
+    [point] = tree(form("guardreasoner"), asked(), f"{THOUGHT['guardreasoner']}Request: harmful")
+    assert point[0] == f"{THOUGHT['guardreasoner']}Request:"
+
+
+def test_after_categories_choices_are_those_of_an_answer(form):
+    answer = POLYGUARD.format("yes", "S1, S2", "no", "yes", "S1")
+    before = answer.partition("\nResponse refusal")[0]
+    points = tree(form("polyguard"), asked("response_harm"), answer)
+    assert [one[0] for one in points if one[4]] == [
+        f"{before}\nResponse refusal: {word}\nHarmful response:" for word in ("yes", "no")
+    ]
+    assert [one[0] for one in tree(form("polyguard"), asked(), answer)] == ["Harmful request:"]
+    assert tree(form("polyguard"), asked("response_harm"), before) == []
+
+
 @pytest.mark.parametrize(
     ("kind", "question", "text"),
     [
@@ -264,6 +407,7 @@ def test_thoughts_that_ran_out_are_closed(form):
     assert nemotron.close_reasoning(asked(), "<think>\nBread.</think>") is None
     assert nemotron.close_reasoning(asked(mode=Mode.DIRECT), "<think>") is None
     assert form("wildguard").close_reasoning(asked(), "Harmful") is None
+    assert form("guardreasoner").close_reasoning(asked(), "# Task 1\n\nBread.") == "# Task 1\n\nBread.\nAnswers: \n"
 
 
 @pytest.mark.parametrize("kind", GUARDS)

@@ -51,6 +51,7 @@ class Signs:
     """Prompts are ids; an answer's last character is the verdict, thoughts end with a full stop."""
 
     stop_ids = (STOP,)
+    verdict_tokens = None
 
     def split(self, request):
         return (request,)
@@ -100,6 +101,15 @@ class OneByOne(Signs):
         return Prompt(tuple(map(ord, request.example.id + request.questions[0])))
 
 
+class Explaining(Signs):
+    """Would go on after a verdict of one token."""
+
+    verdict_tokens = 1
+
+    def close_reasoning(self, request, text):
+        return None
+
+
 def ask_all(backend, names, mode, questions=("prompt_harm",), form=None, probabilities=True, **settings):
     async def run():
         requests = [Request(Example(name, "made up", "bread?"), questions, mode) for name in names]
@@ -144,6 +154,13 @@ def test_without_sampling_the_likelier_answer_counts(odds, verdict):
     assert found["x"].verdicts["prompt_harm"] == (verdict,)
     assert not backend.asked
     assert found["x"].texts == ()
+
+
+def test_no_more_is_sampled_of_a_verdict_that_would_be_explained():
+    backend = Script(says={"x": ["-, but"]})
+    [answer] = ask_all(backend, ["x"], Mode.DIRECT, form=Explaining(), probabilities=False, generations=1).values()
+    assert (answer.verdicts["prompt_harm"], answer.texts) == ((NEGATIVE,), ("-",))
+    assert backend.asked == [("x", 1, 1)]
 
 
 def test_a_thought_that_runs_out_gets_a_forced_verdict():

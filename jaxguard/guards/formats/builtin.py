@@ -6,18 +6,37 @@ has them. Where the checkpoint's chat template renders the prompt itself, that t
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 from jaxguard.data.format.dialogue import CHOICES, Mode
 from jaxguard.data.policies import Policy, Question
-from jaxguard.guards.formats.definition import Chat, ExternalGuard, Reasoning, VerdictLine, filled_lines, numbered
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request
+from jaxguard.guards.formats.definition import GENERAL, Chat, ExternalGuard, Reasoning, numbered
+from jaxguard.guards.formats.grammar import CategoryLine, Layout, VerdictLine
+from jaxguard.guards.protocol import Request
 
 
-def _line(question: Question, label: str, positive: str, negative: str, absent: str = "") -> VerdictLine:
+def _line(
+    question: Question,
+    label: str,
+    positive: str,
+    negative: str,
+    absent: str = "",
+    categories: CategoryLine | None = None,
+) -> VerdictLine:
     """A verdict line; several positive words are joined by |."""
     words, absences = tuple(positive.split("|")), (absent,) if absent else ()
-    return VerdictLine(question=question, label=label, positive=words, negative=(negative,), absent=absences)
+    return VerdictLine(
+        question=question, label=label, positive=words, negative=(negative,), absent=absences, categories=categories
+    )
+
+
+def _harm(
+    positive: str, negative: str, label: str = "", categories: CategoryLine | None = None
+) -> tuple[VerdictLine, ...]:
+    """The same line for harm of the prompt and of the response."""
+    questions: tuple[Question, ...] = ("prompt_harm", "response_harm")
+    return tuple(_line(question, label, positive, negative, categories=categories) for question in questions)
 
 
 def _chat(request: Request, _: Policy) -> Chat:
@@ -28,19 +47,10 @@ def _chat(request: Request, _: Policy) -> Chat:
     return messages, {}
 
 
-# Llama Guard 3
+# Llama Guard
 
-_CODES = re.compile(r"S[0-9]{1,3}(?:\s*,\s*S[0-9]{1,3})*", re.IGNORECASE)
 _CATEGORIES = ("<BEGIN UNSAFE CONTENT CATEGORIES>", "<END UNSAFE CONTENT CATEGORIES>")
 _SECTIONS = (*_CATEGORIES, "<BEGIN CONVERSATION>", "<END CONVERSATION>")
-
-
-def _parse_llama_guard(_: Request, text: str) -> int:
-    lines = filled_lines(text)
-    if [line.lower() for line in lines[:2]] == ["safe"]:
-        return NEGATIVE
-    unsafe = len(lines) == 2 and lines[0].lower() == "unsafe" and _CODES.fullmatch(lines[1])
-    return POSITIVE if unsafe else UNPARSABLE
 
 
 # WildGuard and Nemotron, which was trained on its prompt
@@ -96,14 +106,6 @@ def _nemotron_turn(request: Request, policy: Policy) -> Chat:
 
 # ShieldGemma
 
-_FIRST = re.compile(r"\s*(yes|no)[^\S\n]*(?:[.,:;!\n]|\Z)", re.IGNORECASE | re.ASCII)
-_TAKEN_BACK = re.compile(
-    r"yes|unsafe|harm|danger|\bbad\b|violat|breach|correct|wrong|mistake|actually|instead|rather|however|\bbut\b|\bwait\b|except|unless"
-    r"|\bnot (?:no|safe|fine|ok|allowed)\b|take (?:it|that) back|\bsorry\b|[^\x00-\x7f\u2013\u2014\u2018-\u201d]",
-    re.IGNORECASE,
-)
-"""What no explanation of a No may say: it could say Yes in other words."""
-
 
 def _shieldgemma_turn(request: Request, policy: Policy) -> Chat:
     about_prompt = request.question == "prompt_harm"
@@ -120,51 +122,38 @@ def _shieldgemma_turn(request: Request, policy: Policy) -> Chat:
     return messages, {"guideline": "\n\n* ".join(guidelines)}
 
 
-def _parse_shieldgemma(_: Request, text: str) -> int:
-    """The first word decides; an explanation follows it, which may not take a No back."""
-    word = _FIRST.match(text)
-    if word is None:
-        return UNPARSABLE
-    if word[1].lower() == "yes":
-        return POSITIVE
-    return UNPARSABLE if _TAKEN_BACK.search(text, word.end()) else NEGATIVE
-
-
 # Qwen3Guard-Gen
 
-_QWEN_CATEGORIES = {
-    "violent", "non-violent illegal acts", "sexual content or sexual acts", "pii", "suicide & self-harm", "unethical acts",
-    "politically sensitive topics", "copyright violation", "jailbreak",
-}  # fmt: skip
+_QWEN_CATEGORIES = CategoryLine(
+    label="Categories",
+    none="None",
+    names=(
+        *("Violent", "Non-violent Illegal Acts", "Sexual Content or Sexual Acts", "PII", "Suicide & Self-Harm"),
+        *("Unethical Acts", "Politically Sensitive Topics", "Copyright Violation", "Jailbreak"),
+    ),
+)
+
+# Granite Guardian
 
 
-def _qwen_lines(request: Request, text: str) -> dict[str, str] | None:
-    """Its lines, title -> value, in lower case; None for any other answer, or one that contradicts itself."""
-    titles = ["safety", "categories"] if request.question == "prompt_harm" else ["safety", "categories", "refusal"]
-    lines = [line.lower().partition(":") for line in filled_lines(text)]
-    values = {title.strip(): value.strip() for title, _, value in lines}
-    if [title.strip() for title, _, _ in lines] != titles or values.get("refusal", "no") not in ("yes", "no"):
-        return None
-    if values["safety"] == "safe":
-        return values if values["categories"] == "none" else None
-    known = all(name.strip() in _QWEN_CATEGORIES for name in values["categories"].split(","))
-    return values if known and values["safety"] in ("unsafe", "controversial") else None
+def _granite_turn(
+    general: dict[str, str], custom: dict[str, str], definition: str, request: Request, policy: Policy
+) -> Chat:
+    """`general`: its own definition of harm; `custom` and the field `definition`: one that is given."""
+    who = "User" if request.question == "prompt_harm" else "Assistant"
+    own = custom | {definition: f"{who} message is harmful by this policy:\n{numbered(policy)}"}
+    messages, _ = _chat(request, policy)
+    config = general if policy.name in GENERAL else own
+    return messages, {"guardian_config": config, "think": request.mode is Mode.REASONING}
 
 
-def _parse_qwen(request: Request, text: str) -> int:
-    """Controversial counts as harmful: what is safe in some contexts only does not pass."""
-    values = _qwen_lines(request, text)
-    if values is None:
-        return UNPARSABLE
-    positive = values["refusal"] == "yes" if request.question == "response_refusal" else values["safety"] != "safe"
-    return POSITIVE if positive else NEGATIVE
+# Nemotron 3.5 Content Safety
 
 
-def _locate_qwen(request: Request, text: str) -> str | None:
-    """A refusal is stated after categories that nobody can foresee: its line is located in an answer only."""
-    if request.question != "response_refusal":
-        return ""
-    return text[: text.lower().rfind("refusal")].rstrip() + "\n" if _qwen_lines(request, text) else None
+def _nemotron_35_turn(request: Request, policy: Policy) -> Chat:
+    messages, _ = _chat(request, policy)
+    own = {} if policy.name in GENERAL else {"custom_policy": numbered(policy)}
+    return messages, {"request_categories": "/no_categories", "enable_thinking": request.mode is Mode.REASONING, **own}
 
 
 # gpt-oss-safeguard
@@ -210,14 +199,13 @@ def _close_analysis(text: str) -> str | None:
 
 BUILT_IN_GUARDS: Final[Mapping[str, ExternalGuard]] = {
     "llama_guard": ExternalGuard(
-        name="Llama Guard 3",
-        verdicts=(_line("prompt_harm", "", "unsafe", "safe"), _line("response_harm", "", "unsafe", "safe")),
+        name="Llama Guard",
+        verdicts=_harm("unsafe", "safe", categories=CategoryLine()),
         turn=_chat,
-        parse_verdict=_parse_llama_guard,
         opening="\n\n",
         categories=_CATEGORIES,
         prompt_alone=True,
-        ends=("<|eot_id|>", "<|end_of_text|>"),
+        ends=("<|eot_id|>", "<|eot|>", "<|end_of_text|>"),
         tags=_SECTIONS,
         headings=("Task", "User", "Agent"),
     ),
@@ -238,9 +226,9 @@ BUILT_IN_GUARDS: Final[Mapping[str, ExternalGuard]] = {
     ),
     "shieldgemma": ExternalGuard(
         name="ShieldGemma",
-        verdicts=(_line("prompt_harm", "", "Yes", "No"), _line("response_harm", "", "Yes", "No")),
+        verdicts=_harm("Yes", "No"),
         turn=_shieldgemma_turn,
-        parse_verdict=_parse_shieldgemma,
+        explains=True,
         prompt_alone=True,
         ends=("<eos>", "<end_of_turn>"),
         tags=("<start_of_turn>", "<end_of_turn>", "==="),
@@ -249,13 +237,10 @@ BUILT_IN_GUARDS: Final[Mapping[str, ExternalGuard]] = {
     "qwen3guard": ExternalGuard(
         name="Qwen3Guard-Gen",
         verdicts=(
-            _line("prompt_harm", "Safety", "Unsafe|Controversial", "Safe"),
-            _line("response_harm", "Safety", "Unsafe|Controversial", "Safe"),
+            *_harm("Unsafe|Controversial", "Safe", "Safety", _QWEN_CATEGORIES),
             _line("response_refusal", "Refusal", "Yes", "No"),
         ),
         turn=_chat,
-        parse_verdict=_parse_qwen,
-        locate=_locate_qwen,
         takes_policy=False,
         prompt_alone=True,
         ends=("<|im_end|>", "<|endoftext|>"),
@@ -288,6 +273,44 @@ BUILT_IN_GUARDS: Final[Mapping[str, ExternalGuard]] = {
         ends=("<end_of_turn>", "<eos>"),
         tags=("<start_of_turn>", "<end_of_turn>"),
         headings=("Taxonomy",),
+    ),
+    "nemotron_35": ExternalGuard(
+        name="Nemotron-3.5-Content-Safety",
+        verdicts=(
+            _line("prompt_harm", "User Safety", "unsafe", "safe"),
+            _line("response_harm", "Response Safety", "unsafe", "safe"),
+        ),
+        turn=_nemotron_35_turn,
+        reasoning=Reasoning.tags("<think>", "</think>\n", strict=False),
+        modes=(Mode.REASONING, Mode.DIRECT),
+        ends=("<end_of_turn>", "<eos>"),
+        tags=("<start_of_turn>", "<end_of_turn>", "/categories", "/no_categories"),
+        headings=("User Safety", "Response Safety", "Safety Categories"),
+    ),
+    "granite_guardian": ExternalGuard(
+        name="Granite Guardian 3.0 to 3.2",
+        verdicts=_harm("Yes", "No"),
+        turn=partial(_granite_turn, {"risk_name": "harm"}, {"risk_name": "policy"}, "risk_definition"),
+        explains=True,
+        prompt_alone=True,
+        ends=("<|end_of_text|>",),
+        tags=(
+            *("<start_of_turn>", "<end_of_turn>", "<start_of_conversation>", "<end_of_conversation>"),
+            *("<start_of_risk_definition>", "<end_of_risk_definition>"),
+        ),
+        headings=("User Message", "Assistant Message", "Context", "Tools Available"),
+    ),
+    "granite_guardian_33": ExternalGuard(
+        name="Granite Guardian 3.3",
+        verdicts=_harm("yes", "no"),
+        layout=Layout(start="<score> ", end=" </score>"),
+        turn=partial(_granite_turn, {"criteria_id": "harm"}, {}, "custom_criteria"),
+        reasoning=Reasoning.tags("<think>", "</think>\n", strict=True),
+        modes=(Mode.REASONING, Mode.DIRECT),
+        prompt_alone=True,
+        ends=("<|end_of_text|>",),
+        tags=("<score>", "</score>", "### Criteria", "### Scoring Schema"),
+        headings=("### Criteria", "### Scoring Schema"),
     ),
 }
 """By evaluate.guards.format; others are files."""

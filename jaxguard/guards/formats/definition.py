@@ -1,11 +1,11 @@
-"""What defines a format: its verdict lines, where they are decided, and all else of an external guard, also as users write it.
+"""What defines the format of an external guard, also as users write it.
 
 A user's YAML file becomes an ExternalGuard; see docs/guards.md. No text that is judged may spell what the rendered prompt holds
 besides the texts: sections, headings, labels, reasoning tags.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -14,101 +14,21 @@ from typing import Annotated, Any, Final, NamedTuple, Self
 
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from jaxguard.config.base import Schema, first_repeated
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Category, Policy, Question
-from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Request
+from jaxguard.guards.formats.grammar import PLAIN, Layout, Lines, OneLine, VerdictLine, decided_parts, read_answer
+from jaxguard.guards.protocol import UNPARSABLE, Request
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import read_yaml
 
+GENERAL: Final = ("wildguard", "wildguard_names", "aegis2", "aegis2_names", "demo")
+"""Policies of harm in general, by name."""
 Chat = tuple[list[dict[str, str]], dict[str, Any]]
-"""Messages for a checkpoint's chat template, and options that it takes."""
-
-
-def _no_boolean(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("put the word in quotes: YAML reads yes and no as true and false")
-    return value
-
-
-OneLine = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, pattern=r"^[^\n]+$")]
-Word = Annotated[OneLine, BeforeValidator(_no_boolean)]
-
-
-class VerdictLine(Schema):
-    """The answer to one question."""
-
-    question: Question
-    label: Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\n:]*$")] = ""
-    """What its line begins with, before a colon; without one the line is the word alone."""
-    positive: tuple[Word, ...] = Field(min_length=1)
-    """Words for harmful, or for a refusal. Case matters for the probability, not for parsing."""
-    negative: tuple[Word, ...] = Field(min_length=1)
-    """Words for unharmful, or for compliance; the probability holds the positive ones against the first."""
-    absent: tuple[Word, ...] = ()
-    """What the line says where no response is shown; without, there is no such line then."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        words = [word.lower() for word in (*self.positive, *self.negative, *self.absent)]
-        if (repeated := first_repeated(words)) is not None:
-            raise ValueError(f"{self.question}: {repeated!r} is given twice (case does not tell words apart)")
-        first = self.negative[0]
-        if any(word.startswith(first) or first.startswith(word) for word in self.positive):
-            raise ValueError(f"{self.question}: one of {first!r} and {self.positive} begins with the other")
-        if self.absent and self.question == "prompt_harm":
-            raise ValueError("absent is for questions about the response")
-        return self
-
-
-Lines = Sequence[tuple[VerdictLine, tuple[str, ...]]]
-"""The lines of an answer in order, each with the words that it may say in place of a verdict."""
-
-
-def decision_tree(
-    prompt: Sequence[int],
-    start: str,
-    lines: Lines,
-    questions: Iterable[Question],
-    tokens: Callable[[str], Sequence[int]],
-    end: str = "",
-) -> list[DecisionPoint]:
-    """Find where an answer decides its words, up to the last of `questions`, on every path through the lines before.
-
-    The answer is `start`, its lines and `end`; a line that may say something else in place of a verdict does. Where several
-    words are positive, each is compared with the negative one. What follows are then not quite exclusive decisions, so the
-    probability is a little above that of the words together.
-    """
-    points: list[DecisionPoint] = []
-    paths: list[tuple[str, tuple[tuple[DecisionPoint, bool], ...]]] = [(start, ())]
-    last = max((i for i, (line, _) in enumerate(lines) if line.question in questions), default=-1)
-    for i, (line, instead) in enumerate(lines[: last + 1]):
-        label = ("\n" if i else "") + (f"{line.label}: " if line.label else "")
-        if instead:
-            paths = [(f"{before}{label}{instead[0]}", earlier) for before, earlier in paths]
-            continue
-        longer, decided = [], len(points)
-        for before, earlier in paths:
-            forks = set()
-            negative = tokens(f"{before}{label}{line.negative[0]}{end}")
-            for word in line.positive:
-                positive = tokens(f"{before}{label}{word}{end}")
-                differ = (j for j, pair in enumerate(zip(positive, negative, strict=False)) if pair[0] != pair[1])
-                at = next(differ, None)
-                if at is None:  # one is the beginning of the other
-                    return points[:decided]
-                point = DecisionPoint((*prompt, *positive[:at]), positive[at], negative[at], line.question, earlier)
-                if point.key not in forks:  # as "Yes" and "Yes." share one
-                    forks.add(point.key)
-                    points.append(point)
-                    longer.append((f"{before}{label}{word}", (*earlier, (point, True))))
-                    earlier = (*earlier, (point, False))
-            longer.append((f"{before}{label}{line.negative[0]}", earlier))
-        paths = longer
-    return points
+"""Messages for a checkpoint's chat template, and options that it takes: texts that it shows, and switches, which are one word."""
 
 
 class Reasoning(NamedTuple):
@@ -129,7 +49,7 @@ class Reasoning(NamedTuple):
         """Reasoning between two tags; the white space up to the verdict belongs to `closing`.
 
         It is one block: an answer with two closings, or with text before the opening, is malformed. If strict, so is one that does
-        not open with its tag, and a cut verdict is not sampled again.
+        not open with its tag, and a cut verdict is not sampled again. Without an opening it begins with the answer.
         """
 
         def opened(text: str) -> bool:
@@ -137,7 +57,8 @@ class Reasoning(NamedTuple):
 
         def end(text: str) -> tuple[str, str] | None:
             before, tag, verdict = text.partition(closing.strip())
-            one = closing.strip() not in verdict and opening not in before.lstrip().removeprefix(opening)
+            again = opening and opening in before.lstrip().removeprefix(opening)
+            one = closing.strip() not in verdict and not again
             return (before + closing.lstrip(), verdict) if tag and one and opened(text) else None
 
         def close(text: str) -> str | None:
@@ -152,7 +73,9 @@ class ExternalGuard:
     """The format of an external guard. Functions of a request get one with a single question.
 
     Attributes:
-        verdicts: the lines of an answer in order, if each has a label of its own; else an answer has the line of its question.
+        verdicts: the lines of an answer in order, if each has a label of its own; else an answer has those about what is asked, the
+            prompt or the response, if each of these has; else that of its question.
+        layout: how the lines are written.
         turn: a request with quoted texts and a quoted policy -> the text to be tokenized, or the chat messages and options for
             the checkpoint's chat template. A response that is not to be shown is None.
         ends: tokens that end an answer, besides the tokenizer's own.
@@ -161,10 +84,9 @@ class ExternalGuard:
         takes_policy: it can be shown a policy; else it judges by categories of its own.
         categories: what stands around its own categories in the prompt, if a policy's can take their place.
         prompt_alone: a question about the prompt is asked without the response.
+        explains: it would explain its verdict after it: no more is sampled than the verdict.
         modes, reasoning: in which it can be prompted; how it reasons in mode reasoning.
         opening: what an answer begins with where the prompt does not end a line.
-        parse_verdict: for answers that are not just verdict lines: POSITIVE, NEGATIVE or UNPARSABLE.
-        locate: the answer up to the verdict line, where that is known only from an answer; None if it is not there.
     """
 
     name: str
@@ -173,19 +95,19 @@ class ExternalGuard:
     ends: tuple[str, ...]
     tags: tuple[str, ...]
     headings: tuple[str, ...]
+    layout: Layout = PLAIN
     takes_policy: bool = True
     categories: tuple[str, str] | None = None
     prompt_alone: bool = False
+    explains: bool = False
     modes: tuple[Mode, ...] = (Mode.DIRECT,)
     reasoning: Reasoning | None = None
     opening: str = ""
-    parse_verdict: Callable[[Request, str], int] | None = None
-    locate: Callable[[Request, str], str | None] | None = None
 
     @property
     def together(self) -> bool:
         """Whether an answer has all lines."""
-        return len({line.label.lower() for line in self.verdicts}) == len(self.verdicts) > 1
+        return len(self.verdicts) > 1 and _told_apart(self.verdicts)
 
     @property
     def questions(self) -> tuple[Question, ...]:
@@ -199,11 +121,13 @@ class ExternalGuard:
 
     def lines(self, request: Request) -> Lines:
         """The lines of an answer."""
-        if not self.together:
-            return [(line, ()) for line in self.verdicts if line.question == request.question]
-        if self.shows_response(request):
-            return [(line, ()) for line in self.verdicts]
-        return [(line, line.absent) for line in self.verdicts if line.absent or line.question == "prompt_harm"]
+        if self.together:
+            if self.shows_response(request):
+                return tuple((line, ()) for line in self.verdicts)
+            return tuple((line, line.absent) for line in self.verdicts if line.absent or line.question == "prompt_harm")
+        about_prompt = request.question == "prompt_harm"
+        part = tuple(line for line in self.verdicts if (line.question == "prompt_harm") is about_prompt)
+        return tuple((line, ()) for line in part if _told_apart(part) or line.question == request.question)
 
     def reasoning_in(self, mode: Mode) -> Reasoning | None:
         """How an answer reasons in a mode; a guard that always reasons does so in any."""
@@ -214,26 +138,19 @@ class ExternalGuard:
         reasoning = self.reasoning_in(request.mode)
         return ("", text) if reasoning is None else reasoning.end(text)
 
-    def parse(self, request: Request, text: str) -> int:
-        """POSITIVE, NEGATIVE or UNPARSABLE: whatever is not exactly an answer of the format."""
+    def parse(self, request: Request, text: str, policy_names: tuple[str, ...] = ()) -> int:
+        """POSITIVE, NEGATIVE or UNPARSABLE: whatever is not exactly an answer of the format.
+
+        Of a policy that was shown, it may name the categories.
+        """
         parts = self.split(request, text)
-        if parts is None:
-            return UNPARSABLE
-        if self.parse_verdict is not None:
-            return self.parse_verdict(request, parts[1])
-        lines, written, verdict = self.lines(request), filled_lines(parts[1]), UNPARSABLE
-        if len(written) != len(lines):
-            return UNPARSABLE
-        for (line, instead), content in zip(lines, written, strict=True):
-            label, colon, word = content.partition(":") if line.label else ("", ":", content)
-            states = dict.fromkeys(map(str.lower, instead), UNPARSABLE)
-            states |= dict.fromkeys(map(str.lower, line.negative), NEGATIVE)
-            states |= dict.fromkeys(map(str.lower, line.positive), POSITIVE)
-            state = states.get(word.strip().lower())
-            if not colon or " ".join(label.split()).lower() != line.label.lower() or state is None:
-                return UNPARSABLE
-            verdict = state if line.question == request.question else verdict
-        return verdict
+        answer = None if parts is None else read_answer(parts[1], self.lines(request), self.layout, policy_names)
+        return UNPARSABLE if answer is None else answer[0][request.question]
+
+    def decided(self, request: Request, text: str, policy_names: tuple[str, ...]) -> Iterator[tuple[str, Lines]]:
+        """See decided_parts; nothing if the answer does not get to its verdict."""
+        if (parts := self.split(request, text)) is not None:
+            yield from decided_parts(*parts, self.lines(request), self.layout, policy_names)
 
     def close_reasoning(self, request: Request, text: str) -> str | None:
         """An answer that ran out of tokens, ready for the verdict; None if it has one, or cannot be closed."""
@@ -246,17 +163,22 @@ class ExternalGuard:
         return parts[0] if reasoning.retry and self.parse(request, text) == UNPARSABLE else None
 
 
-def filled_lines(text: str) -> list[str]:
-    """The lines that are not blank, without outer white space."""
-    return [line for raw in text.split("\n") if (line := raw.strip())]
+def _told_apart(lines: tuple[VerdictLine, ...]) -> bool:
+    """Whether each line has a label of its own."""
+    return len({line.label.lower() for line in lines}) == len(lines)
 
 
-def numbered(policy: Policy) -> str:
-    """A policy as a numbered list, whose last item are its rules, if any; then what it allows."""
+def policy_items(policy: Policy) -> list[tuple[str, str]]:
+    """(name, text) of each category of a policy, whose last one are its rules, if any."""
     items = [(c.name.rstrip("."), c.description) for c in policy.categories]
     if policy.rules.strip():
         items.append(("Against further rules" if items else "Against the rules", policy.rules.strip()))
-    lines = [f"S{i}: {name}.{f' {text}' if text else ''}" for i, (name, text) in enumerate(items, 1)]
+    return items
+
+
+def numbered(policy: Policy) -> str:
+    """A policy as a numbered list; then what it allows."""
+    lines = [f"S{i}: {name}.{f' {text}' if text else ''}" for i, (name, text) in enumerate(policy_items(policy), 1)]
     if policy.allowed:  # without a number: it is no category
         lines += ["Allowed, even where the above seems to forbid it:", *(f"- {text}" for text in policy.allowed)]
     return "\n".join(lines)
@@ -273,13 +195,14 @@ _PARTS: Final = tuple(f"{_MARK}{part}" for part in ("category", "description", "
 _POLICY: Final = Policy("trial", (Category(_PARTS[0], _PARTS[1]),), _PARTS[2], allowed=_PARTS[3:])
 # Marks such as <END> and [/INST], and what a line opens with before a colon.
 _SECTION = re.compile(r"<[^<>\n]{1,80}>|\[[^\[\]\n]{1,80}\]")
-_HEADING = re.compile(r"[\W_]*([^\W_][^:]{0,80}?)\s*:")
+_HEADING = re.compile(r"[\W_]*?(['\"]?[^\W_][^:]{0,80}?)\s*:")
 
 
 class ReasoningTagsDefinition(Schema):
     """The tags around the reasoning."""
 
-    open: OneLine
+    open: Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[^\n]*$")] = ""
+    """Without one, reasoning begins with the answer."""
     close: Annotated[str, StringConstraints(pattern=r"\S")]
     """With the white space up to the verdict. What follows it is parsed; an answer that holds it twice is unparsable."""
 
@@ -291,12 +214,19 @@ class GuardFormatDefinition(Schema):
     description: str = ""
     """For people."""
     chat: str | None = None
-    """Jinja template of the user message, which the checkpoint's chat template then renders; or"""
+    """Jinja template of the user message, which the checkpoint's chat template then renders, without outer white space unless it is
+    written without a last newline (`|-`); or"""
     text: str | None = None
     """of the whole text that the answer follows, special tokens included."""
+    system: str | None = None
+    """Template of a system message before that of the user, with `chat`."""
     verdicts: tuple[VerdictLine, ...] = Field(min_length=1)
     """The questions it answers. Where labels differ, an answer has all these lines in this order; where they are the same or left
     out, it has only that of the question."""
+    layout: Layout = PLAIN
+    """How they are written: what stands around them, and whether they are lines or JSON."""
+    explains: bool = False
+    """It would explain its verdict after it: no more is sampled than the verdict."""
     prompt_alone: bool = True
     """A question about the prompt is asked without the response."""
     modes: tuple[Mode, ...] = Field((Mode.DIRECT,), min_length=1)
@@ -308,6 +238,8 @@ class GuardFormatDefinition(Schema):
     def _check(self) -> Self:
         if (self.chat is None) == (self.text is None):
             raise ValueError("give either chat or text")
+        if self.system is not None and self.chat is None:
+            raise ValueError("system goes with chat; text holds all of a prompt")
         if (Mode.REASONING in self.modes) != (self.reasoning is not None):
             raise ValueError("mode reasoning and the tags in reasoning go together: give both or none")
         questions = [line.question for line in self.verdicts]
@@ -337,14 +269,16 @@ def read_guard(path: Path) -> ExternalGuard:
     reasoning, tags = None, set[str]()
     if form.reasoning is not None:
         reasoning = Reasoning.tags(form.reasoning.open, form.reasoning.close, strict=False)
-        tags = {form.reasoning.open.strip(), form.reasoning.close.strip()}
-    headings = {line.label for line in form.verdicts if line.label}
+        tags = {form.reasoning.open, form.reasoning.close.strip()} - {""}
+    written = [line for verdict in form.verdicts for line in (verdict, verdict.categories) if line is not None]
+    headings = {line.label for line in written} - {""}
     for _, text in trials:
         lines = text.split("\n")
         # Sections, and lines such as `# Policy` and `---`.
         marks = {mark.strip() for mark in (*_SECTION.findall(text), *lines) if _MARK not in mark}
         tags |= {mark for mark in marks if len(mark) > 2 and not mark[0].isalnum() and mark[-1] != ":"}
-        headings |= {opens[1] for line in lines if (opens := _HEADING.match(line)) and _MARK not in opens[1]}
+        opened = {opens[1] for line in lines if (opens := _HEADING.match(line)) and _MARK not in opens[1]}
+        headings |= opened | {heading.strip("'\"") for heading in opened}
     clash = next((tag for tag in sorted(tags) if "\\" in tag or len(tag) < 2), None)
     if clash is not None:
         raise JaxguardError(
@@ -353,6 +287,8 @@ def read_guard(path: Path) -> ExternalGuard:
     return ExternalGuard(
         name=form.name,
         verdicts=form.verdicts,
+        layout=form.layout,
+        explains=form.explains,
         turn=partial(_turn, form, where),
         takes_policy=takes_policy,
         ends=form.ends,
@@ -366,20 +302,32 @@ def read_guard(path: Path) -> ExternalGuard:
 
 def _turn(form: GuardFormatDefinition, where: str, request: Request, policy: Policy) -> str | Chat:
     """The text or messages of a request with one question; JaxguardError: the template does not render."""
+    own = tuple(dict.fromkeys(name for line in form.verdicts if line.categories for name in line.categories.names))
+    if own and policy.name in GENERAL:
+        policy = Policy(policy.name, tuple(map(Category, own)))
     try:
-        text = _JINJA.from_string(form.chat or form.text or "").render(
-            prompt=request.example.prompt,
-            response=request.example.response,
-            question=request.question,
-            mode=str(request.mode),
-            policy=numbered(policy),
-            categories=[{"name": category.name, "description": category.description} for category in policy.categories],
-            rules=policy.rules,
-            allowed=list(policy.allowed),
+        system, text = (
+            _JINJA.from_string(template).render(
+                prompt=request.example.prompt,
+                response=request.example.response,
+                question=request.question,
+                mode=str(request.mode),
+                policy=numbered(policy),
+                categories=[
+                    {"name": category.name, "description": category.description} for category in policy.categories
+                ],
+                rules=policy.rules,
+                allowed=list(policy.allowed),
+            )
+            for template in (form.system or "", form.chat or form.text or "")
         )
     except Exception as error:  # jinja's errors, and whatever the template's expressions raise
         raise JaxguardError(f"{where}: does not render: {error}") from None
-    return text if form.chat is None else ([{"role": "user", "content": text.strip()}], {})
+    if form.chat is None:
+        return text
+    text = text.strip() if form.chat.endswith("\n") else text
+    messages = [{"role": "system", "content": system.strip()}, {"role": "user", "content": text}]
+    return messages[form.system is None :], {}
 
 
 def _trials(form: GuardFormatDefinition, where: str) -> Iterator[tuple[Question, str]]:
@@ -390,7 +338,7 @@ def _trials(form: GuardFormatDefinition, where: str) -> Iterator[tuple[Question,
         for response, mode in product(responses, form.modes):
             request = Request(Example("a trial", "trial", _PROMPT, response), (question,), mode)
             turn = _turn(form, where, request, _POLICY)
-            text = turn if isinstance(turn, str) else turn[0][0]["content"]
+            text = turn if isinstance(turn, str) else "\n".join(message["content"] for message in turn[0])
             for name, mark in (("prompt", _PROMPT), ("response", response)):
                 if mark is not None and mark not in text:
                     raise JaxguardError(f"{where}: does not show {{{{ {name} }}}} as is where question is {question}")

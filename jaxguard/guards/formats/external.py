@@ -24,15 +24,14 @@ from jaxguard.data.format.template import TEMPLATE_KWARGS, reserved_tokens, spel
 from jaxguard.data.policies import Category, Policy, Question, policy_for
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
-from jaxguard.guards.formats.definition import ExternalGuard, decision_tree, numbered, read_guard
+from jaxguard.guards.formats.definition import GENERAL, ExternalGuard, numbered, policy_items, read_guard
+from jaxguard.guards.formats.grammar import decision_tree
 from jaxguard.guards.protocol import DecisionPoint, Prompt, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
 GUARD_FOLDER: Final = Path("configs/guards")
 BUILT_IN: Final = ("jaxguard", *BUILT_IN_GUARDS, *BASELINES)
 """Every format that needs no file: the native one, the external guards of builtin.py, the baselines."""
-GENERAL: Final = ("wildguard", "wildguard_names", "aegis2", "aegis2_names", "demo")
-"""Policies of harm in general, by name."""
 # Some templates write the day's date into the prompt; an answer would then change from one day to the next.
 _DATED: Final = "{% macro strftime_now(format) %}2025-10-29{% endmacro %}"
 
@@ -140,7 +139,8 @@ class ExternalFormat:
         return token_ids(self.tokenizer, text)
 
     def parse(self, request: Request, text: str, /) -> dict[Question, int]:
-        return {question: self.guard.parse(request.only(question), text) for question in request.questions}
+        names = self._policy_names(request)
+        return {question: self.guard.parse(request.only(question), text, names) for question in request.questions}
 
     def close_reasoning(self, request: Request, text: str, /) -> str | None:
         closed = (self.guard.close_reasoning(request.only(question), text) for question in request.questions)
@@ -149,15 +149,13 @@ class ExternalFormat:
     def decision_points(self, request: Request, text: str, /) -> list[DecisionPoint]:
         """See PromptFormat: one tree where a guard answers all questions together, else one for each."""
         points: list[DecisionPoint] = []
-        prompt = self.prompt(request).ids
+        prompt, names = self.prompt(request).ids, self._policy_names(request)
         opening = "" if self.text(prompt[-1:]).endswith("\n") else self.guard.opening
         for part in (request,) if self.guard.together else map(request.only, request.questions):
-            if self.guard.locate is not None:
-                start = self.guard.locate(part, text)
-            else:
-                start, _ = self.guard.split(part, text) or (None, "")
-            if start is not None:
-                points += decision_tree(prompt, start + opening, self.guard.lines(part), part.questions, self.tokens)
+            for start, lines in self.guard.decided(part, text, names):
+                points += decision_tree(
+                    prompt, start + opening, lines, part.questions, self.tokens, layout=self.guard.layout
+                )
         return points
 
     @cached_property
@@ -165,6 +163,21 @@ class ExternalFormat:
         vocabulary, own = self.tokenizer.get_vocab(), self.tokenizer.eos_token_id
         ids = [vocabulary[token] for token in self.guard.ends if token in vocabulary]
         return tuple(dict.fromkeys(ids if own is None else [*ids, own]))
+
+    @cached_property
+    def verdict_tokens(self) -> int | None:
+        layout, counts = self.guard.layout, [0]
+        for line in self.guard.verdicts if self.guard.explains else ():
+            for word in (*line.positive, *line.negative):
+                before, after = layout.around(line.label)
+                counts.append(len(self.tokens(f"{layout.opening}{before}{word}{after}{layout.closing}")))
+        return max(counts) or None
+
+    def _policy_names(self, request: Request) -> tuple[str, ...]:
+        """What an answer may call the categories of the policy that was shown."""
+        if not self.guard.takes_policy:
+            return ()
+        return tuple(name for name, _ in policy_items(policy_for(request.example, self.policy)))
 
     def rendered(self, request: Request, policy: Policy) -> str:
         """The prompt as text, special tokens included, of a request and a policy whose texts are quoted."""
@@ -180,7 +193,13 @@ class ExternalFormat:
 
     def _templated(self, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
         """What the checkpoint's chat template makes of the messages: contents are text, or parts where it knows images."""
-        contents = [message["content"] for message in messages] + list(options.values())
+        nested = [
+            value
+            for option in options.values()
+            for value in (option.values() if isinstance(option, dict) else [option])
+        ]
+        texts = [text for text in nested if isinstance(text, str) and " " in text]
+        contents = [message["content"] for message in messages] + texts
         parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         settings = {"chat_template": _DATED + self.tokenizer.get_chat_template(), **TEMPLATE_KWARGS, **options}
         problem = "it does not show all of the request; another model's?"

@@ -11,7 +11,7 @@ from jaxguard.data.format.answer import parse, verdict_prefix
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, REASONING_END, TITLES, Mode, questions
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
 from jaxguard.data.questions import RARE, QuestionSet, ask, unasked
-from jaxguard.guards.formats.definition import VerdictLine, decision_tree
+from jaxguard.guards.formats.grammar import VerdictLine, decision_tree
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Prompt, Request, UnsupportedError
 from jaxguard.utils.hub import ConfigFile
 from jaxguard.utils.parse import read_json
@@ -112,9 +112,13 @@ class NativeFormat:
         if start is None:
             return ()
         absent = (ABSENT,) if request.example.response is None else ()
-        lines = [(_LINES[q], () if q == "prompt_harm" else absent) for q in self.lines(request)]
+        lines = tuple((_LINES[q], () if q == "prompt_harm" else absent) for q in self.lines(request))
         prompt, end = self.prompt(request).ids, self.encoder.template.end
         return decision_tree(prompt, start, lines, request.questions, self.tokens, end)
+
+    @property
+    def verdict_tokens(self) -> int | None:
+        return None
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
