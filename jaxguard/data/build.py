@@ -39,6 +39,7 @@ _TEXT = pyarrow.string()
 SCHEMA = pyarrow.schema(
     [(name, _TEXT) for name in ("id", "source", "prompt", "response", *LABELS)]
     + [("categories", pyarrow.list_(_TEXT)), ("policy", _TEXT), ("trace", _TEXT), ("mode", _TEXT)]
+    + [("adversarial", pyarrow.bool_())]
 )
 CHAT_SCHEMA = pyarrow.schema(
     [("id", _TEXT), ("messages", pyarrow.list_(pyarrow.struct([("role", _TEXT), ("content", _TEXT)])))]

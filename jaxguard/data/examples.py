@@ -25,6 +25,7 @@ class Example:
         categories: violated categories, as the source names them.
         policy: name of the policy to apply, or its rules as text; None for the run's policy.
         trace: a teacher's reasoning towards the labels, without verdict lines.
+        adversarial: whether the prompt was written to mislead a model; None if unknown.
         mode: in a dual-mode set, whether the answer includes the trace; None leaves it to the run's seed.
     """
 
@@ -39,6 +40,7 @@ class Example:
     policy: str | None = None
     trace: str | None = None
     mode: AnswerMode | None = None
+    adversarial: bool | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -52,7 +54,10 @@ class Example:
 
     def to_json(self) -> dict[str, Any]:
         """Return the example as an object of our JSON-lines format."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        row = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.adversarial is None:
+            del row["adversarial"]  # hashes of data that do not have it stay what they were
+        return row
 
 
 _ALLOWED: dict[str, tuple[str, ...]] = {

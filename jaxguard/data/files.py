@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import httpx2
@@ -34,6 +34,7 @@ from jaxguard.utils.parse import (
 )
 
 Row = dict[str, Any]
+T = TypeVar("T")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".json.gz", ".json.xz", ".parquet", ".csv")
 _BATCH = 64
 """Rows of a parquet file that are read at once."""
@@ -194,7 +195,7 @@ def text(row: Row, column: str, location: str) -> str | None:
     return None if value is None else whole_text(value)
 
 
-def label(row: Row, column: str, meaning: Mapping[str, str], location: str) -> str | None:
+def label(row: Row, column: str, meaning: Mapping[str, T], location: str) -> T | None:
     """Read a label, one of the words of `meaning`."""
     value = row.get(column)
     if value is None or value == "":

@@ -32,6 +32,7 @@ _RECIPE: Mapping[str, Any] = {
     "train": {"batch_size", "epochs", "max_steps"},
 }
 """The fields of the config that the weights depend on, without those that name files or machines."""
+_TEACHERS = {"deepseek_r1_0528": "DeepSeek-R1-0528", "gpt_oss_120b": "gpt-oss-120b", "qwen3_32b": "Qwen3-32B"}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -74,6 +75,8 @@ def write_card(
         for entry in manifest["sources"]
     ]  # fmt: skip
     trained = trained_together(manifest)
+    traced = [source for source in data.train if source.kind.startswith("nemotron") and source.trace != "none"]
+    teachers = ", ".join(dict.fromkeys(_TEACHERS[source.teacher] for source in traced if data.mode != "direct"))
     licence = f"The licence of the base applies to these weights{'; see ' + BASE_CARD if readme.is_file() else ''}."
     page = Page(config.name, [
         "A safety guard model: it reads a conversation and a policy, and says whether the prompt and the response are "
@@ -92,6 +95,7 @@ def write_card(
             changes,
             Code(yaml.safe_dump(config.model_dump(mode="json", include=dict(_RECIPE)), sort_keys=False), "yaml"),
             Table.of(("source", "role", "examples", "sha256"), sources),
+            f"The published reasoning traces are of {teachers}." if teachers else None,
         ]),
         Section(BENCHMARKS, [_NO_SCORES]),
     ], front)  # fmt: skip

@@ -22,6 +22,9 @@ HARM = {"harmful": "harmful", "unharmful": "unharmful"}
 SAFETY = {"unsafe": "harmful", "safe": "unharmful"}
 REFUSAL = {"refusal": "refusal", "compliance": "compliance"}
 TOPIC = {"off-topic": "harmful", "on-topic": "unharmful"}
+FLAG = {"true": True, "false": False}
+OPTIONAL = ("categories", "adversarial")
+"""Fields whose column a public set may lack."""
 
 
 class LoadedSource(NamedTuple):
@@ -51,7 +54,7 @@ def load(source: SourceConfig) -> LoadedSource:
         table = read_hub(kind.repository, config, source.split, kind.file, source.revision)
     if not table.rows:
         raise JaxguardError(f"{name}: split {source.split!r} is empty")
-    named = [column for name, column in kind.columns.items() if name != "categories"]
+    named = [column for name, column in kind.columns.items() if name not in OPTIONAL]
     for column in (*(kind.required or named), *kind.trace_columns(source)):
         if column not in table.columns:
             hint = nearest(column, table.columns)
@@ -107,7 +110,7 @@ class _Kind:
         repository: on the hub.
         columns: field of Example -> its column; "history" are the turns before the prompt.
         harm: word of its harm labels -> ours.
-        required: columns that it must have; default: all of `columns` but the categories.
+        required: columns that it must have; default: all of `columns` but those of OPTIONAL.
         file: the repository's file, if only one belongs to this kind.
         clone: split -> file name in a clone of the repository.
         traces: source.trace -> its column, with the teacher's name.
@@ -140,6 +143,8 @@ def _convert(row: Row, kind: _Kind, source: SourceConfig, location: str) -> Exam
             values[name] = label(row, column, REFUSAL if name == "refusal_label" else kind.harm, location)
         elif name == "categories":
             values[name] = words(row.get(column), location)
+        elif name == "adversarial":
+            values[name] = label(row, column, FLAG, location)
         elif name in ("id", "mode", "history"):
             values[name] = row.get(column)
         else:
@@ -230,7 +235,7 @@ _KINDS = {
     "wildguardmix": _Kind(
         "allenai/wildguardmix",
         {
-            **_same("prompt", "response"),
+            **_same("prompt", "response", "adversarial"),
             **_HARM_COLUMNS,
             "refusal_label": "response_refusal_label",
             "categories": "subcategory",

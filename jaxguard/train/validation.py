@@ -6,8 +6,9 @@ result measures how the model concludes from a good trace, an upper bound for it
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -67,10 +68,11 @@ class Validation:
         for example, mode, branches in self.held_out:
             labelled[mode].append(scores[id(branches[0])])
             predictions += _predict(example, mode, branches, [scores[id(branch)] for branch in branches])
+        adversarial = {example.id: example.adversarial for example, _, _ in self.held_out}
         metrics = {"validation/loss": _mean_loss([score for group in labelled.values() for score in group])}
         for mode, group in labelled.items():
             metrics[f"validation/{mode}/loss"] = _mean_loss(group)
-            of_mode = summary([prediction for prediction in predictions if prediction.mode == mode])
+            of_mode = summary([prediction for prediction in predictions if prediction.mode == mode], adversarial)
             metrics |= {f"validation/{mode}/{name}": value for name, value in of_mode.items()}
         return metrics, predictions
 
@@ -134,9 +136,12 @@ def _mean_loss(scores: Sequence[Score]) -> float:
     return sum(score.loss for score in scores) / sum(score.targets for score in scores)
 
 
-def summary(predictions: Sequence[ValidationPrediction]) -> dict[str, float]:
+def summary(
+    predictions: Sequence[ValidationPrediction], adversarial: Mapping[str, bool | None] = MappingProxyType({})
+) -> dict[str, float]:
     """F1 of the positive class at THRESHOLD, and AUPRC, of each question and of both harm questions together.
 
+    The latter also apart for adversarial and other (vanilla) prompts, where `adversarial` says of an example's id which it is.
     AUPRC is left out where all labels are equal.
     """
     metrics: dict[str, float] = {}
@@ -145,6 +150,8 @@ def summary(predictions: Sequence[ValidationPrediction]) -> dict[str, float]:
         groups[prediction.question].append(prediction)
         if prediction.question in HARM:
             groups["harm"].append(prediction)
+            if (flag := adversarial.get(prediction.example_id)) is not None:
+                groups["adversarial_harm" if flag else "vanilla_harm"].append(prediction)
     for name, group in groups.items():
         labels = np.array([prediction.positive for prediction in group])
         probabilities = np.array([prediction.probability for prediction in group])

@@ -50,7 +50,7 @@ def config(tmp_path, tiny_tokenizer_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # One example is the benchmark's but for case and one word, one has no trace, one has no label for what is asked.
     contaminated = row(100, prompt=BENCHMARK.upper().replace("HEAVY", "heavyy"))
-    rows = [*map(row, range(COUNT)), contaminated, row(101, trace=None)]
+    rows = [row(0, adversarial=True), *map(row, range(1, COUNT)), contaminated, row(101, trace=None)]
     write(tmp_path / "traces.jsonl", [*rows, {"id": "y", "prompt": "?", "response": "!", "refusal_label": "refusal"}])
     write(tmp_path / "short.jsonl", [row(i, trace="Short.") for i in range(30)])
     write(tmp_path / "topics.jsonl", [row(i, policy="Speak of bread only.") for i in range(4)])
@@ -87,6 +87,7 @@ def test_what_is_in_each_set(built):
     assert all(e.trace and e.mode == "reasoning" for e in reasoning)
     assert [e.id for e in direct] == [*names, "x101"]
     assert all(e.trace is None and e.mode == "direct" for e in direct)
+    assert [e.adversarial for e in direct[:3]] == [True, None, None]
     assert sum(e.mode == "reasoning" for e in dual) == round((COUNT + 1) / 2)
     assert all((e.trace is None) == (e.mode == "direct") for e in dual)
     assert {e.trace for e in read(built, "short/all")} == {"Short."}

@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from jaxguard.config import Config
+from jaxguard.config.data import SourceConfig
 from jaxguard.data.model_card import Metric, Named, Score, add_scores, base_licence, base_model, named_card, write_card
 from jaxguard.utils.errors import JaxguardError
 
@@ -112,6 +113,16 @@ def test_body_describes_recipe_data_change_and_prompt(tmp_path):
     _, body, _ = card(tmp_path)
     for text in ("12.34% differ.", "/think", "/short", "f00d", "x.jsonl", "bread_only", "learning_rate: 1.0e-06"):
         assert text in body, text
+
+
+@pytest.mark.parametrize(
+    ("mode", "trace", "named"), [("dual", "full", True), ("dual", "none", False), ("direct", "full", False)]
+)
+def test_body_names_the_teacher_of_published_traces(tmp_path, monkeypatch, mode, trace, named):
+    train = (SourceConfig(kind="nemotron_safety", trace=trace), SourceConfig(kind="nemotron_topics", trace=trace))
+    data = CONFIG.data.model_copy(update={"train": train, "mode": mode})
+    monkeypatch.setitem(globals(), "CONFIG", CONFIG.model_copy(update={"data": data}))
+    assert card(tmp_path)[1].count("DeepSeek-R1-0528") == named
 
 
 def test_body_says_what_may_be_asked_together(tmp_path):

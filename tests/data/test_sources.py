@@ -1,6 +1,7 @@
 """Sources: public data sets and our JSON lines, good and bad, on small files that the tests write."""
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +88,16 @@ def test_wildguardmix(lines):
     assert (whole.response, whole.source, whole.categories) == ("mix flour and water", "wildguardmix", ())
     assert (prompt_only.response, prompt_only.response_label, prompt_only.refusal_label) == (None, None, None)
     assert prompt_only.categories == ("cyberattack",)
+
+
+def test_adversarial_prompts_are_known_as_such(lines):
+    unknown = {name: value for name, value in WILD.items() if name != "adversarial"}
+    rows = [WILD, {**WILD, "adversarial": True}, {**WILD, "adversarial": None}]
+    examples = load_examples(source(lines(rows), "wildguardmix"))
+    assert [example.adversarial for example in examples] == [False, True, None]
+    assert load_examples(source(lines([example.to_json() for example in examples]))) == examples
+    assert digest(examples[2:]) == digest([replace(one(lines([unknown]), "wildguardmix"), id=examples[2].id)])
+    assert "adversarial is 'maybe'" in message(lines([{**OURS, "adversarial": "maybe"}]))
 
 
 def test_wildguardmix_ids_are_hashes_of_the_text(lines):

@@ -100,7 +100,14 @@ def test_own_examples_have_their_ids_and_slices(tmp_path):
         tmp_path,
         {**LOAF, "categories": ["bread", "cake"]},
         {"prompt": "B", "prompt_label": SAFE},
-        {"id": "roll", "prompt": "C", "response": "c", "response_label": HARM, "categories": ["cake"]},
+        {
+            "id": "roll",
+            "prompt": "C",
+            "response": "c",
+            "response_label": HARM,
+            "categories": ["cake"],
+            "adversarial": True,
+        },
     )
     prompts, responses = load_benchmarks("own", path)
     assert [e.id for e in responses.examples] == ["loaf", "roll"]
@@ -109,6 +116,7 @@ def test_own_examples_have_their_ids_and_slices(tmp_path):
     assert responses.slices == {
         "category": {"bread": {"loaf"}, "cake": {"loaf", "roll"}},
         "source": {"shop": {"loaf"}, "mine": {"roll"}},
+        "adversarial": {"yes": {"roll"}},
     }
     (tmp_path / "test.jsonl").write_bytes(path.read_bytes())
     path.unlink()

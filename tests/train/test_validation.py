@@ -94,6 +94,12 @@ def test_f1_and_auprc():
     assert "prompt_harm_auprc" not in one_class
     assert one_class["harm_f1"] == pytest.approx(2 / 3)
     assert not summary([])
+    apart = summary(
+        predictions((True, 0.9), (True, 0.2), (True, 0.9), (False, 0.4)), {"0": True, "1": True, "2": False, "3": None}
+    )
+    assert apart["adversarial_harm_f1"] == pytest.approx(2 / 3)
+    assert apart["vanilla_harm_f1"] == 1
+    assert apart["harm_f1"] == pytest.approx(0.8)
     for labels in itertools.product((True, False), repeat=3):
         perfect = summary(predictions(*((y, float(y)) for y in labels)))
         assert perfect["harm_f1"] == float(any(labels))
