@@ -108,7 +108,7 @@ def choose_kernel(
 
 @cache
 def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32: with AMX, or AMD's with AVX-512 (Intel's AVX-512 is slower at it)."""
+    """Whether this CPU multiplies bfloat16 faster than float32: with AMX, or AVX-512 on AMD (on Intel that is slower)."""
     try:
         facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
