@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
+from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score, roc_curve
 
 from jaxguard.evaluate.scores.metrics import (
     BINS,
+    FALSE_POSITIVE_RATES,
+    auprc_difference,
     best_f1_threshold,
     calibration,
     count_votes,
@@ -51,6 +53,30 @@ def test_as_scikit_learn_scores_them(data):
     assert result.auprc.value == pytest.approx(average_precision_score(labels, probabilities))
     assert result.auroc.value == pytest.approx(roc_auc_score(labels, probabilities))
     assert result.brier.value == pytest.approx(brier_score_loss(labels, probabilities))
+
+
+@given(guard(least=2, both=True))
+def test_recall_at_a_false_positive_rate_is_on_the_roc_curve(data):
+    labels, probabilities = data
+    fpr, recall, _ = roc_curve(labels, probabilities, drop_intermediate=False)
+    result = calibration(labels, probabilities, resamples=0).recall_at
+    expected = {str(rate): pytest.approx(recall[fpr <= rate].max()) for rate in FALSE_POSITIVE_RATES}
+    assert {rate: estimate.value for rate, estimate in result.items()} == expected
+
+
+def test_a_difference_of_auprc_is_over_the_same_draws():
+    random = np.random.default_rng(0)
+    labels, first = overconfident(random, 80)
+    second = random.random(80)
+    found = auprc_difference(labels, first, second, seed=5, resamples=60)
+
+    def less(weights=None):
+        return np.subtract(*(average_precision_score(labels, p, sample_weight=weights) for p in (first, second)))
+
+    drawn = [less(weights) for weights in draws(80, seed=5, resamples=60)]
+    assert found.value == pytest.approx(less())
+    assert [found.low, found.high] == pytest.approx(np.percentile(drawn, (2.5, 97.5)).tolist())
+    assert auprc_difference(labels, first, first, resamples=60).p == 1
 
 
 def test_the_intervals_are_those_of_scikit_learns_scores():

@@ -192,7 +192,7 @@ def test_scores_of_a_benchmark():
     assert shown["unparsable"] == Cell("1", "0.4%")
     at_threshold = shown["F1 at chosen threshold"]
     assert at_threshold.text == f"{cell.thresholded.result.scores.f1.value:.3f}"
-    assert at_threshold.more.endswith(f"at {cell.thresholded.scale}")
+    assert f"at {cell.thresholded.scale}" in at_threshold.more
     assert score_table(some()).columns[1:3] == ("F1", "F1 at chosen threshold")
     bare = score_table(with_cell(calibration=None, thresholded=None))
     shown = dict(zip(bare.columns, bare.rows[0].cells, strict=True))
@@ -204,7 +204,7 @@ def test_a_comparison_needs_two_guards():
     row = versus_table(some()).rows[0]
     assert row.cells[0] == Cell("other", "reasoning, less ours (reasoning)")
     assert row.cells[1].text == f"{found.f1.value:+.3f}"
-    assert row.cells[-1].text == f"{found.mcnemar.only_first} : {found.mcnemar.only_second}"
+    assert row.cells[4].text == f"{found.mcnemar.only_first} : {found.mcnemar.only_second}"
     alone = replace(some(), cells=tuple(cell for cell in some().cells if cell.guard == "ours"))
     assert versus_table(alone).rows == []
     for text in (page_markdown(report(alone, PUBLISHED)), page_html(report(alone, PUBLISHED))):

@@ -301,6 +301,27 @@ def test_a_missing_probability_is_an_unparsable_verdict_at_any_threshold():
     assert (found.result.unparsable, found.result.scores.f1.value) == (1, 1)
 
 
+def test_guards_are_compared_by_auprc_and_at_their_own_thresholds():
+    """The other ranks alike on another scale, and errs at one example."""
+    chances = {"first": (0.9, 0.8, 0.7, 0.3, 0.2, 0.1), "other": (0.4, 0.3, 0.1, 0.2, 0.05, 0.04)}
+    found = []
+    for guard, values in chances.items():
+        one = predictions_of(guard, D, "rye", GOOD)
+        answers = [scored(answer, p) for answer, p in zip(one.predictions, values, strict=True)]
+        found += [replace(one, predictions=answers), held_out(replace(one, predictions=answers))]
+    results = evaluated(found)
+    first, other = results.cells
+    versus = other.versus
+    assert (versus.f1.value, first.versus) == (0, None)
+    assert versus.auprc.value == pytest.approx(other.calibration.auprc.value - 1)
+    gap = other.thresholded.result.scores.f1.value - first.thresholded.result.scores.f1.value
+    assert versus.f1_at_threshold.value == pytest.approx(gap)
+    assert gap < 0
+    table = results.tables["versus"].iloc[0]
+    assert table["auprc_difference"] == versus.auprc.value
+    assert table["f1_at_threshold_low"] == versus.f1_at_threshold.low
+
+
 def test_without_validation_there_is_no_threshold():
     one = predictions_of("first", D, "rye", GOOD, probability=0.4)
     assert evaluated([one, held_out(one, "response_harm")]).cells[0].thresholded is None

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from jaxguard.evaluate.report.published import AVERAGES, Published
-from jaxguard.evaluate.scores.metrics import Difference
+from jaxguard.evaluate.scores.metrics import FALSE_POSITIVE_RATES, Difference
 from jaxguard.evaluate.scores.results import Average, Cell, Evaluation, Wrong
 from jaxguard.evaluate.scores.scoring import AVERAGED
 from jaxguard.report import Cell as TableCell
@@ -85,14 +85,16 @@ def f1_title(evaluation: Evaluation) -> str:
 
 def score_table(evaluation: Evaluation) -> Table:
     """Every guard on every benchmark, with dashes where it has no results."""
-    columns = (f1_title(evaluation), AT_THRESHOLD, "precision", "recall", "false-positive rate", "AUPRC", "ECE", "unparsable",
-               "forced", "seconds")  # fmt: skip
+    recall_at = f"recall at {' / '.join(f'{rate:.1%}' for rate in FALSE_POSITIVE_RATES)} FPR"
+    columns = (f1_title(evaluation), AT_THRESHOLD, "precision", "recall", "false-positive rate", "AUPRC", recall_at, "ECE",
+               "unparsable", "forced", "seconds")  # fmt: skip
 
-    def scores(cell: Cell) -> list[TableCell]:
+    def scores(cell: Cell) -> list[TableCell | str]:
         values, calibration, at_threshold = cell.result.scores, cell.calibration, TableCell(ABSENT)
         if cell.thresholded is not None:
-            chosen = estimate(cell.thresholded.result.scores.f1)
-            at_threshold = TableCell(chosen.text, " ".join(filter(None, (chosen.more, f"at {cell.thresholded.scale}"))))
+            at = cell.thresholded.result.scores
+            chosen, rate = estimate(at.f1), f"false-positive rate {number(at.false_positive_rate.value)}"
+            at_threshold = TableCell(chosen.text, f"{chosen.more} at {cell.thresholded.scale}; {rate}".strip())
         f1 = estimate(values.f1, deviation=True)
         other = (f"{what} {number(score.value)}" for what, score in cell.other_f1.items())
         return [
@@ -100,6 +102,7 @@ def score_table(evaluation: Evaluation) -> Table:
             at_threshold,
             *map(estimate, (values.precision, values.recall, values.false_positive_rate)),
             estimate(calibration.auprc if calibration else None),
+            " / ".join(number(each.value) for each in calibration.recall_at.values()) if calibration else ABSENT,
             TableCell(number(calibration.ece if calibration else None)),
             _part(cell.result.unparsable, cell.verdicts),
             _part(cell.cost.forced, cell.verdicts),
@@ -112,16 +115,24 @@ def score_table(evaluation: Evaluation) -> Table:
 
 def versus_table(evaluation: Evaluation) -> Table:
     """Every guard against the first one on the same examples; no rows where there is only one."""
-    columns = ("F1 less the first's", "95 % interval", "p", "right alone (McNemar)")
+    columns = (
+        "F1 less the first's",
+        "95 % interval",
+        "p",
+        "right alone (McNemar)",
+        "F1 at chosen thresholds less",
+        "AUPRC less",
+    )
 
-    def compared(cell: Cell) -> list[TableCell]:
+    def compared(cell: Cell) -> list[TableCell | str]:
         if cell.versus is None:
             return []
         f1, test = cell.versus.f1, cell.versus.mcnemar
         p = ABSENT if f1.p is None else probability(f1.p).removeprefix("p = ").removeprefix("p ")
         alone = (f"{test.only_first:,} : {test.only_second:,}", probability(test.p)) if test else (ABSENT,)
         ends = interval(f1.low, f1.high, difference=True) or ABSENT
-        return [TableCell(difference(f1).text), TableCell(ends), TableCell(p), TableCell(*alone)]
+        others = (difference(each) if each else ABSENT for each in (cell.versus.f1_at_threshold, cell.versus.auprc))
+        return [TableCell(difference(f1).text), TableCell(ends), TableCell(p), TableCell(*alone), *others]
 
     first_of = {cell.guard_mode: cell.versus for cell in evaluation.cells if cell.versus}
     less = {guard_mode: f"less {first.guard} ({first.mode})" for guard_mode, first in first_of.items()}
@@ -134,7 +145,7 @@ def _by_benchmark(
     title: str,
     columns: Sequence[str],
     names: Mapping[tuple[str, str], TableCell],
-    values: Callable[[Cell], list[TableCell]],
+    values: Callable[[Cell], list[TableCell | str]],
 ) -> Table:
     """A group of rows for each benchmark, with a row for each guard: its values, or dashes where it has none."""
     table = Table(("guard", *columns), title)

@@ -73,7 +73,7 @@ class Thresholded:
 
 @dataclass(frozen=True)
 class Versus:
-    """F1 of a guard less that of the first one of the config.
+    """F1 of a guard less that of the first one of the config; of a single benchmark also AUPRC and F1 at the chosen thresholds.
 
     Attributes:
         guard, mode: the first one, in the same mode where it has that, else in its first.
@@ -86,6 +86,8 @@ class Versus:
     f1: Difference
     mcnemar: McNemar | None = None
     missing: tuple[str, ...] = ()
+    auprc: Difference | None = None
+    f1_at_threshold: Difference | None = None
 
     def row(self) -> dict[str, Any]:
         """The columns of a DataFrame."""
@@ -93,6 +95,9 @@ class Versus:
         right = (test.only_first, test.only_second, test.p) if test else (None, None, None)
         first = {"first_guard": self.guard, "first_mode": self.mode}
         numbers = {"f1_difference": f1.value, "low": f1.low, "high": f1.high, "p": f1.p}
+        for name, other in (("auprc", self.auprc), ("f1_at_threshold", self.f1_at_threshold)):
+            ends = (other.value, other.low, other.high, other.p) if other else (None,) * 4
+            numbers |= dict(zip((f"{name}_difference", f"{name}_low", f"{name}_high", f"{name}_p"), ends, strict=True))
         return first | numbers | dict(zip(("right_alone", "first_right_alone", "mcnemar_p"), right, strict=True))
 
 
@@ -258,8 +263,11 @@ class Evaluation:
             if cell.calibration:
                 given, chosen = cell.calibration, cell.thresholded
                 row = name | _columns(auprc=given.auprc, auroc=given.auroc, brier=given.brier) | {"ece": given.ece}
-                f1 = chosen.result.scores.f1 if chosen else Estimate(None)
-                row |= {"threshold": chosen.threshold if chosen else None} | _columns(f1_at_threshold=f1)
+                row |= _columns(**{f"recall_at_{rate}": recall for rate, recall in given.recall_at.items()})
+                at = chosen.result.scores if chosen else None
+                f1, rate = (at.f1, at.false_positive_rate) if at else (Estimate(None),) * 2
+                row |= {"threshold": chosen.threshold if chosen else None}
+                row |= _columns(f1_at_threshold=f1, false_positive_rate_at_threshold=rate)
                 row["threshold_precision"] = chosen.precision if chosen else None
                 tables["calibration"].append(row)
             if cell.versus:

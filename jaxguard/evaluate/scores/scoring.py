@@ -102,7 +102,8 @@ def score(
     for guard, own in by_guard.items():
         reference = by_guard[references[guard]] if guard in references else {}
         for label, each in own.items():
-            cells.append(_cell(each, reference.get(label), validation.get((*guard, each.question)), settings))
+            chosen_on = [validation.get((*key, each.question)) for key in (guard, references.get(guard, guard))]
+            cells.append(_cell(each, reference.get(label), chosen_on, settings))
         averages += _averages(own, reference, groups, settings)
     return tuple(cells), tuple(averages)
 
@@ -117,9 +118,10 @@ def references_of(guards: Sequence[GuardMode], first: str) -> dict[GuardMode, Gu
 def _cell(
     own: PredictedExamples,
     reference: PredictedExamples | None,
-    validation: PredictedExamples | None,
+    chosen_on: Sequence[PredictedExamples | None],
     settings: EvaluateConfig,
 ) -> Cell:
+    """`chosen_on` are the validation examples of the guard, and of its reference."""
     assert own.benchmark is not None
     seed, resamples, predictions = settings.seed, settings.resamples, own.predictions
     votes, scored = own.votes(settings), not np.isnan(own.probabilities).all()
@@ -131,9 +133,17 @@ def _cell(
     costs |= {name: sum(getattr(each, name) for each in predictions) for name in ("wall", "forced", "cut")}
     unscored = sum(sum(each.unscored.values()) for each in predictions)
     definition, versus = own.benchmark.definition, None
+    at, other_at = (_at_threshold(test, on, settings) for test, on in zip((own, reference), chosen_on, strict=True))
     if reference is not None:
-        test = metrics.mcnemar(votes, reference.votes(settings))
-        versus = replace(_versus([own], [reference], (1.0,), settings), mcnemar=test)
+        versus = _versus([own], [reference], (1.0,), settings)
+        versus = replace(versus, mcnemar=metrics.mcnemar(votes, reference.votes(settings)))
+        if scored and not np.isnan(reference.probabilities).all():
+            first, second = own.filled(settings), reference.filled(settings)
+            versus = replace(versus, auprc=metrics.auprc_difference(own.labels, first, second, seed, resamples))
+        if at and other_at:
+            parts, others = (own.parts(each.votes) for each in (at, other_at))
+            difference = metrics.f1_difference(parts, others, [1 / len(parts)] * len(parts), seed, resamples)
+            versus = replace(versus, f1_at_threshold=difference)
     return Cell(
         guard=own.guard,
         mode=str(own.mode),
@@ -149,7 +159,7 @@ def _cell(
         slices={name: metrics.measure(votes[members], seed, resamples) for name, members in rows.items()},
         other_f1=other_f1,
         calibration=metrics.calibration(own.labels, own.filled(settings), seed, resamples) if scored else None,
-        thresholded=_thresholded(own, validation, settings) if scored and validation else None,
+        thresholded=_thresholded(own, at, settings) if at else None,
         versus=versus,
         wrong=tuple(_wrong(own, votes, slices)),
     )
@@ -169,20 +179,38 @@ def _measured(own: PredictedExamples, votes: Votes, settings: EvaluateConfig) ->
     return result, {}
 
 
-def _thresholded(
-    test: PredictedExamples, validation: PredictedExamples, settings: EvaluateConfig
-) -> Thresholded | None:
-    """Calibrate and choose the threshold on the validation examples, then score the benchmark with both."""
+@dataclass(frozen=True)
+class _AtThreshold:
+    """Calibrated probabilities of a benchmark's examples, and the votes at the threshold that validation examples chose."""
+
+    threshold: float
+    platt: Platt | None
+    filled: Float[np.ndarray, "N"]
+    votes: Votes
+    precision: str
+
+
+def _at_threshold(
+    test: PredictedExamples | None, validation: PredictedExamples | None, settings: EvaluateConfig
+) -> _AtThreshold | None:
+    """Calibrate and choose the threshold on the validation examples; None without them, or without probabilities."""
+    if test is None or validation is None or np.isnan(test.probabilities).all():
+        return None
     platt = metrics.fit_platt(validation.labels, validation.probabilities)
     threshold = metrics.best_f1_threshold(validation.labels, validation.filled(settings, platt))
     if threshold is None:
         return None
-    labels, filled = test.labels, test.filled(settings, platt)
+    filled = test.filled(settings, platt)
     verdicts = metrics.verdicts_at(np.where(np.isnan(test.probabilities), np.nan, filled), threshold)
-    votes = metrics.count_votes(labels, verdicts, test.question, settings.unparsable)
-    result, _ = _measured(test, votes, settings)
-    calibration = metrics.calibration(labels, filled, settings.seed, settings.resamples)
-    return Thresholded(threshold, platt, result, calibration, validation.precision)
+    votes = metrics.count_votes(test.labels, verdicts, test.question, settings.unparsable)
+    return _AtThreshold(threshold, platt, filled, votes, validation.precision)
+
+
+def _thresholded(test: PredictedExamples, at: _AtThreshold, settings: EvaluateConfig) -> Thresholded:
+    """Score the benchmark at the threshold."""
+    result, _ = _measured(test, at.votes, settings)
+    calibration = metrics.calibration(test.labels, at.filled, settings.seed, settings.resamples)
+    return Thresholded(at.threshold, at.platt, result, calibration, at.precision)
 
 
 def _wrong(own: PredictedExamples, votes: Votes, slices: Mapping[str, frozenset[str]]) -> list[Wrong]:
