@@ -1,7 +1,7 @@
 """Other guards' formats: what is read of an answer, and where its verdict is chosen."""
 
 import pytest
-from external_examples import ALONE, GENERAL, HOUSE, THOUGHT, asked, reserved
+from external_examples import ALONE, BOTH, GENERAL, HOUSE, THOUGHT, asked, reserved
 from external_templates import GUARDS, LINES, guard_tokenizer
 
 from jaxguard.data.examples import Example
@@ -299,6 +299,13 @@ def test_an_answer_may_name_the_categories_of_the_policy_that_was_shown(form):
     ask = asked("response_harm")
     assert form("nemoguard").parse(ask, answer) == {"response_harm": NEGATIVE}
     assert form("nemoguard", GENERAL).parse(ask, answer) == {"response_harm": UNPARSABLE}
+
+
+@pytest.mark.parametrize("kind", GUARDS)
+@pytest.mark.parametrize("question", ["prompt_harm", "response_harm", "response_refusal"])
+def test_a_question_that_is_not_answered_is_unparsable(form, kind, question):
+    for example in (ALONE, BOTH):
+        assert form(kind).guard.parse(asked(question, example), "") == UNPARSABLE
 
 
 @pytest.mark.parametrize("kind", GUARDS)

@@ -145,7 +145,7 @@ class ExternalGuard:
         """
         parts = self.split(request, text)
         answer = None if parts is None else read_answer(parts[1], self.lines(request), self.layout, policy_names)
-        return UNPARSABLE if answer is None else answer[0][request.question]
+        return UNPARSABLE if answer is None else answer[0].get(request.question, UNPARSABLE)
 
     def decided(self, request: Request, text: str, policy_names: tuple[str, ...]) -> Iterator[tuple[str, Lines]]:
         """See decided_parts; nothing if the answer does not get to its verdict."""
