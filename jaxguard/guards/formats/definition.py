@@ -152,7 +152,7 @@ class ExternalGuard:
         if (parts := self.split(request, text)) is not None:
             yield from decided_parts(*parts, self.lines(request), self.layout, policy_names)
 
-    def close_reasoning(self, request: Request, text: str) -> str | None:
+    def close_reasoning(self, request: Request, text: str, policy_names: tuple[str, ...] = ()) -> str | None:
         """An answer that ran out of tokens, ready for the verdict; None if it has one, or cannot be closed."""
         reasoning = self.reasoning_in(request.mode)
         if reasoning is None:
@@ -160,7 +160,7 @@ class ExternalGuard:
         parts = reasoning.end(text)
         if parts is None:
             return reasoning.close(text)
-        return parts[0] if reasoning.retry and self.parse(request, text) == UNPARSABLE else None
+        return parts[0] if reasoning.retry and self.parse(request, text, policy_names) == UNPARSABLE else None
 
 
 def _told_apart(lines: tuple[VerdictLine, ...]) -> bool:

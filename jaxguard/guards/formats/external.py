@@ -143,7 +143,8 @@ class ExternalFormat:
         return {question: self.guard.parse(request.only(question), text, names) for question in request.questions}
 
     def close_reasoning(self, request: Request, text: str, /) -> str | None:
-        closed = (self.guard.close_reasoning(request.only(question), text) for question in request.questions)
+        names = self._policy_names(request)
+        closed = (self.guard.close_reasoning(request.only(question), text, names) for question in request.questions)
         return next((text for text in closed if text is not None), None)
 
     def decision_points(self, request: Request, text: str, /) -> list[DecisionPoint]:
