@@ -35,7 +35,7 @@ PROMPT_FOLDER = Path("configs/prompts")
 PLACEHOLDERS = ("policy", "prompt", "response", "labels", "format", "trace", "sentences")
 
 _HEADING = re.compile(r"^#+[ \t]*(\S.*)$", re.MULTILINE)
-_MARK = rf"\[{GAP}*+(?:end{GAP}++of\b|human{GAP}++user\b|ai{GAP}++assistant\b|reasoning\b)[^\[\]\\]*+\]"
+_MARK = rf"\[{GAP}*+(?:end{GAP}++of|human{GAP}++user|ai{GAP}++assistant|reasoning)(?![^\W_])[^\[\]\\]*+\]"
 
 
 @dataclass(frozen=True)

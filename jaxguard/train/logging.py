@@ -223,6 +223,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             return
         try:
             record = parse_json(line, _Record, f"{path}, line {number}")
+            numbers = {name: value for name, value in record.items() if name != "speed"}
+            check(numbers, dict[str, int | float], f"{path}, line {number}")
             check(record.get("step"), int, f"{path}, line {number}: step")
         except JaxguardError as error:
             raise JaxguardError(f"{error}; correct or delete that line") from None

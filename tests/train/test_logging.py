@@ -85,6 +85,14 @@ def test_rewind_keeps_lines_byte_for_byte(tmp_path: Path, half: str) -> None:
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize("value", ["{}", '{"a": 1}', "[1]", '"x"', "null"])
+def test_a_metric_that_is_no_number_is_named(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": "NaN", "speed": {{"mfu": 0.1}}}}\n{{"step": 2, "loss": {value}}}\n')
+    with pytest.raises(JaxguardError, match=r"metrics.jsonl, line 2: .*loss"):
+        read_metrics(path)
+
+
 def test_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
