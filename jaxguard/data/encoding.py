@@ -128,6 +128,9 @@ class Encoder:
         dialogue = Dialogue(data.reasoning_marker, data.direct_marker, tokens, last)
         policy = policy or load_policy(data.policy)
         encoder = cls(tokenizer, template, dialogue, policy, data.max_seq_len, data.share_prefixes)
+        turn = dialogue.user_turn("", "", policy, policy.asks, Mode.REASONING)
+        if (text := render(tokenizer, turn)) != encoder._prompt_text(turn, Mode.REASONING):
+            raise JaxguardError(f"{folder}: its chat template changes the user turn; it renders {text[:200]!r}...")
         needed = encoder.min_tokens(policy)
         if needed > data.max_seq_len:
             raise JaxguardError(
@@ -324,10 +327,8 @@ class Encoder:
         return {mode: self.template.reserved_in(ids) for mode, ids in prompts.items()}
 
     def _prompt_text(self, turn: str, mode: Mode) -> str:
-        """Render a prompt; direct mode closes a think block that the template opened."""
-        text = render(self.tokenizer, turn)
-        if text != self.template.before + turn + self.template.after:
-            raise JaxguardError(f"the chat template changes the user turn; it renders {text[:200]!r}...")
+        """Return a prompt as the chat template renders it; direct mode closes a think block that the template opened."""
+        text = self.template.before + turn + self.template.after
         return text + REASONING_END if self.template.reasoning_start and mode is Mode.DIRECT else text
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from campaign import rounds
+from hostile_templates import HOSTILE
 from mutate import damaged, mutated, spelled
 from report_examples import some
 
@@ -118,6 +119,19 @@ def sealed(line, rng):
     return b'{"crc32": %d, "%b": %b}\n' % (zlib.crc32(raw), name.encode("utf-8", "replace"), raw)
 
 
+def with_template(config, rng):
+    """A tokenizer's config whose chat template hangs, or is damaged."""
+    template = config["chat_template"]
+    at, size = rng.randrange(len(template)), rng.choice((1, 4, 20))
+    hostile = rng.choice((*HOSTILE.values(), ""))
+    template = (
+        hostile + template
+        if hostile
+        else template[:at] + rng.choice(("", template[at : at + size] * 2)) + template[at + size :]
+    )
+    return json.dumps(config | {"chat_template": template}).encode()
+
+
 def mutate(path, data, rng):
     """A mutated copy of a file's bytes: of its tree, where it has one, or of the bytes."""
     name, tree_wanted = path.name, rng.random() < 0.7
@@ -126,6 +140,8 @@ def mutate(path, data, rng):
     ):
         if not tree_wanted:
             return damaged(data, rng)
+        if name == "tokenizer_config.json" and rng.random() < 0.4:
+            return with_template(json.loads(data), rng)
         if name.endswith((".json", "metadata")):
             return spelled(mutated(json.loads(data), rng)).encode("utf-8", "surrogatepass")
         if name.endswith(".yaml"):

@@ -1,13 +1,18 @@
 """Read a checkpoint's chat template and tokenizer: the text around one user turn and one answer."""
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from jaxguard.data.format import chat_template
 from jaxguard.utils import parse
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.hub import load_pretrained
@@ -20,6 +25,8 @@ date of Llama 3.1's. When serving, pass the same `chat_template_kwargs`, or the 
 # vocabulary, and no text chat produces it.
 _IMAGE: Final = "<image_soft_token>"
 
+_PATIENCE: Final = 60
+"""Seconds that a process may wait for a busy machine."""
 _PROMPT, _ANSWER = "jaxguardprompt", "jaxguardanswer"
 
 
@@ -83,16 +90,43 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         )
 
 
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """Render a tokenizer's chat template, as `apply_chat_template` does, within limits on time, memory and size.
+
+    Messages are ours: texts of others take the place of placeholders afterwards, so that nothing in them can set a template off.
+    The same messages are rendered once.
+
+    Raises:
+        JaxguardError: the template fails, or exceeds a limit.
+    """
+    variables = {"chat_template": None, "tools": None, "documents": None, **tokenizer.special_tokens_map, **variables}
+    template = variables.pop("chat_template") or tokenizer.get_chat_template()
+    return _rendered(json.dumps({"template": template, "variables": {**variables, "messages": messages}}, default=str))
+
+
+@lru_cache(maxsize=256)
+def _rendered(request: str) -> str:
+    try:
+        command = [sys.executable, "-P", chat_template.__file__]
+        process = subprocess.run(  # noqa: S603 (a program of ours)
+            command, input=request.encode(), capture_output=True, timeout=_PATIENCE, check=True
+        )
+    except subprocess.SubprocessError:
+        raise JaxguardError(
+            f"it takes more than {chat_template.SECONDS} s or {chat_template.MEMORY >> 20} MiB to render"
+        ) from None
+    reply = json.loads(process.stdout)
+    if "text" not in reply:
+        raise JaxguardError(reply["error"])
+    return str(reply["text"])
+
+
 def render(tokenizer: PreTrainedTokenizerBase, turn: str, answer: str | None = None) -> str:
     """Render a user turn up to the start of generation, or with an answer and its end of turn."""
     messages = [{"role": "user", "content": turn}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=answer is None, **TEMPLATE_KWARGS
-    )
-    assert isinstance(text, str)
-    return text
+    return render_chat(tokenizer, messages, add_generation_prompt=answer is None, **TEMPLATE_KWARGS)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -120,7 +154,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Template:
     """
     try:
         prompt, full = render(tokenizer, _PROMPT), render(tokenizer, _PROMPT, _ANSWER)
-    except Exception as error:  # jinja's errors, and what templates raise themselves
+    except (JaxguardError, ValueError) as error:  # several templates, and none is the default
         raise JaxguardError(f"{folder}: its chat template does not render one user turn: {error}") from None
     reasoning_start = "".join(re.findall(r"<think>\s*\Z", prompt))
     # Templates strip reasoning from earlier answers, so the opening tag appears for generation only. Qwen 3's puts an empty

@@ -20,7 +20,7 @@ from jaxguard.config.base import find_yaml
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.format.quoting import compiled, opening, rule, spaced
-from jaxguard.data.format.template import TEMPLATE_KWARGS, reserved_tokens, spelled_markers, token_ids
+from jaxguard.data.format.template import TEMPLATE_KWARGS, render_chat, reserved_tokens, spelled_markers, token_ids
 from jaxguard.data.policies import Category, Policy, Question, policy_for
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
@@ -193,25 +193,34 @@ class ExternalFormat:
         return text
 
     def _templated(self, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
-        """What the checkpoint's chat template makes of the messages: contents are text, or parts where it knows images."""
-        nested = [
-            value
-            for option in options.values()
-            for value in (option.values() if isinstance(option, dict) else [option])
-        ]
-        texts = [text for text in nested if isinstance(text, str) and " " in text]
-        contents = [message["content"] for message in messages] + texts
-        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        settings = {"chat_template": _DATED + self.tokenizer.get_chat_template(), **TEMPLATE_KWARGS, **options}
+        """What the checkpoint's chat template makes of the messages: contents are text, or parts where it knows images.
+
+        It renders placeholders; the texts, which somebody else wrote, take their places in the result.
+        """
+        texts: dict[str, str] = {}
+
+        def placed(text: str) -> str:
+            place = f"jaxguardtext{len(texts)}x" if text else ""
+            texts[place] = text
+            return place
+
+        def option(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: option(inner) for key, inner in value.items()}
+            return placed(value) if isinstance(value, str) and " " in value else value  # a word is a setting
+
+        chat = [{**message, "content": placed(message["content"])} for message in messages]
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
+        settings = {"chat_template": _DATED + self.tokenizer.get_chat_template(), **TEMPLATE_KWARGS, **option(options)}
         problem = "it does not show all of the request; another model's?"
-        for chat in (list[Any](messages), list[Any](parts)):
+        for each in (chat, parts):
             try:
-                text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **settings)
-            except Exception as error:  # jinja's errors, and what templates raise themselves
+                text = render_chat(self.tokenizer, each, add_generation_prompt=True, **settings)
+            except JaxguardError as error:
                 problem = str(error)
                 continue
-            if all(content in str(text) for content in contents):
-                return str(text)
+            if all(place in text for place in texts):
+                return re.sub(r"jaxguardtext\d+x", lambda match: texts.get(match[0], match[0]), text)
         raise JaxguardError(f"{self}: its chat template does not render the request: {problem}")
 
     def _tokens(self, request: Request, prompt: str, response: str | None, policy: Policy) -> list[int]:
