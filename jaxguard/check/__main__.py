@@ -13,7 +13,7 @@ from jaxguard.cli import Command, suggest
 from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.data.examples import Example
 from jaxguard.data.files import SUFFIXES, Row, read_local, text
-from jaxguard.data.format.dialogue import TITLES, Mode
+from jaxguard.data.format.dialogue import TITLES, Mode, single_message
 from jaxguard.guards.guard import CheckResult, Guard
 from jaxguard.report.text import visible
 from jaxguard.utils.errors import JaxguardError
@@ -93,7 +93,7 @@ def read_inputs(prompt: str | None, response: str | None, file: str | None) -> l
             raise JaxguardError(f"{where}: no column 'prompt'; {hint}it has: {', '.join(map(str, row))}")
         if prompt is None or not prompt.strip():
             raise JaxguardError(f"{where} is empty: there must be a prompt to judge")
-        examples.append(Example(str(number if own_id is None else own_id), "check", prompt, response))
+        examples.append(Example(str(number if own_id is None else own_id), "check", single_message(prompt), response))
     return examples
 
 

@@ -298,7 +298,8 @@ class Encoder:
         example, policy, asks, mode, texts, turn, _ = first
         cut = texts != [text for text in (example.prompt, example.response) if text is not None]
         if len(ids) > limit:
-            cut, texts = True, [self.dialogue.quote(text) for text in texts]
+            quotes = (self.dialogue.quote_prompt, self.dialogue.quote)
+            cut, texts = True, [quote(text) for quote, text in zip(quotes, texts, strict=False)]
             spans = [self.tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).offsets for t in texts]
             counts = [len(each) for each in spans]
             keep = limit - (len(ids) - sum(counts))

@@ -18,7 +18,6 @@ import pyarrow
 import pyarrow.parquet
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from jaxguard.data.format.quoting import compiled, quote
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import absent
 from jaxguard.utils.parse import (
@@ -223,31 +222,3 @@ def objects(row: Row, column: str, keys: tuple[str, str], location: str) -> list
     items = check(value or [], list[Row], place)
     first, second = keys
     return [((text(item, first, place) or "").strip(), (text(item, second, place) or "").strip()) for item in items]
-
-
-_NOTHING, _CLOSING = compiled([]), compiled([r"(?<!\\)\]"])
-
-
-def _one_line(role: str) -> str:
-    """A role that neither ends its line nor closes or breaks its bracket."""
-    return quote(" ".join(role.split()).rstrip("\\ "), _NOTHING, _CLOSING)
-
-
-def transcript(history: Any, last: str | None, location: str) -> str | None:
-    """Format a dialogue as one prompt: earlier turns, then the message to check.
-
-    Further lines of a turn are indented, and a role is one line with its brackets broken: no text looks like another turn.
-    """
-    if not history or not (last or "").strip():
-        return last
-    try:
-        turns = [(str(turn["role"]), str(turn["content"])) for turn in history]
-    except (TypeError, KeyError):
-        raise JaxguardError(
-            f"{location}: conversation_history is {shown(history)}; expected a list of role and content"
-        ) from None
-    *earlier, message = (
-        f"[{_one_line(role)}] " + "\n    ".join(content.strip().splitlines())
-        for role, content in [*turns, ("user", last or "")]
-    )
-    return "\n".join(["Earlier in the conversation:", *earlier, "Message to judge:", message])

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.examples import LABELS, Example
-from jaxguard.data.files import Row, Skip, label, objects, read_hub, read_local, text, transcript, words
+from jaxguard.data.files import Row, Skip, label, objects, read_hub, read_local, text, words
+from jaxguard.data.format.dialogue import transcript
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest
 
@@ -157,7 +158,8 @@ def _convert(row: Row, kind: _Kind, source: SourceConfig, location: str) -> Exam
         values[name] = (values.get(name) or "").strip() or None
     if kind.columns.get("policy") == "system_instruction" and values["policy"] is None:
         raise Skip("no system instruction")  # the labels mean nothing under another policy
-    values["prompt"] = transcript(values.pop("history", None), values["prompt"], location)
+    if source.kind != "jsonl":  # which may hold transcripts that we wrote
+        values["prompt"] = transcript(values.pop("history", None), values["prompt"], location)
     if not (values["prompt"] or "").strip():
         raise Skip("empty prompt")
     if not any(values.get(label) for label in LABELS):

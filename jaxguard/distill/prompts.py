@@ -27,7 +27,7 @@ from pydantic import field_validator
 from jaxguard.config.base import Schema, find_yaml
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import ABSENT, Answers, Dialogue, answers, questions, verdict_lines, written
-from jaxguard.data.format.quoting import GAP, compiled, opening
+from jaxguard.data.format.quoting import GAP, compiled, opening, spaced
 from jaxguard.data.policies import Policy, Question, policy_for
 from jaxguard.utils.parse import nearest, read_yaml
 
@@ -35,6 +35,7 @@ PROMPT_FOLDER = Path("configs/prompts")
 PLACEHOLDERS = ("policy", "prompt", "response", "labels", "format", "trace", "sentences")
 
 _HEADING = re.compile(r"^#+[ \t]*(\S.*)$", re.MULTILINE)
+_BRACKETS = re.compile(r"^\[[^\[\]\n]+\](?=[ \t]*$)", re.MULTILINE)
 _MARK = rf"\[{GAP}*+(?:end{GAP}++of|human{GAP}++user|ai{GAP}++assistant|reasoning)(?![^\W_])[^\[\]\\]*+\]"
 
 
@@ -102,15 +103,16 @@ class TeacherPrompt(Schema):
 
     @cached_property
     def marks(self) -> re.Pattern[str]:
-        """What no text may spell: the marks around texts, and the template's lines that begin with #."""
-        return compiled([_MARK, *(rf"{opening(title)} *$" for title in _HEADING.findall(self.user))])
+        """What no text may spell: the marks around texts, and the template's lines that begin with # or are in brackets."""
+        headings = (rf"{opening(title)} *$" for title in _HEADING.findall(self.user))
+        return compiled([_MARK, *headings, *map(spaced, _BRACKETS.findall(self.user))])
 
     def messages(self, task: Task, dialogue: Dialogue) -> list[dict[str, str]]:
         """Return the chat to send about a task; `dialogue` is the student's format, which untrusted text must not forge."""
         example, budget = task.example, task.budget
         values = {
             "policy": dialogue.quote(task.policy.taxonomy, self.marks),
-            "prompt": dialogue.quote(example.prompt, self.marks),
+            "prompt": dialogue.quote_prompt(example.prompt, self.marks),
             "response": ABSENT if example.response is None else dialogue.quote(example.response, self.marks),
             "labels": written(task.labels),
             "format": verdict_lines(task.questions),

@@ -16,7 +16,7 @@ from jaxguard.config import load as load_config
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import Verdict, parse, reasoning_of
-from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.format.dialogue import Mode, single_message
 from jaxguard.data.guard_files import export_or, read_guard_files
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.data.questions import NOT_RECORDED, QuestionSet, unasked
@@ -258,7 +258,7 @@ class Guard:
                 example = exchange
             else:
                 prompt, response = (exchange, None) if isinstance(exchange, str) else exchange
-                example = Example(str(i + 1), "check", prompt, response)
+                example = Example(str(i + 1), "check", single_message(prompt), response)
             policy = policy_for(example, self.policy)
             request = Request(example, _applicable(example, policy), mode)
             split = split_request(request, policy.asks, self.trained) if request.questions else []

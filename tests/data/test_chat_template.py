@@ -1,8 +1,8 @@
 """Chat templates are programs of others: rendered as transformers renders them, and stopped where they do not end."""
 
 import json
+import resource
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -31,10 +31,10 @@ def test_a_template_that_does_not_end_is_refused(tiny_tokenizer_folder: Path, tm
     template = HOSTILE[name] + config["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
     tokenizer = load_tokenizer(folder)
-    start = time.monotonic()
+    start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with pytest.raises(JaxguardError, match="checkpoint: its chat template"):
         read_template(tokenizer, folder)
-    assert time.monotonic() - start < SECONDS
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start < SECONDS
 
 
 def test_an_external_guards_template_is_bounded_too(tiny_tokenizer_folder: Path):

@@ -6,13 +6,16 @@ import os
 import sys
 from pathlib import Path
 
+from campaign import MEMORY, peak
+
 
 def command(module: str, arguments: list[str], log: str) -> None:
     """Run a command of jaxguard; its output goes to a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.exit(importlib.import_module(module).main(arguments))
+    code = importlib.import_module(module).main(arguments)
+    sys.exit(code if peak() < MEMORY else f"took {peak() >> 20} MiB")
 
 
 def export(checkpoint: str, output: str, log: str) -> None:

@@ -8,9 +8,8 @@ import pytest
 from campaign import rounds
 
 from jaxguard.config.data import FilterConfig
-from jaxguard.data.files import transcript
 from jaxguard.data.format.answer import parse, split_verdict
-from jaxguard.data.format.dialogue import Dialogue, Mode
+from jaxguard.data.format.dialogue import Dialogue, Mode, transcript
 from jaxguard.data.policies import QUESTIONS
 from jaxguard.distill.filters import Candidate, Filters, repeated_share, split_sentences, words
 from jaxguard.distill.teacher import split_reasoning

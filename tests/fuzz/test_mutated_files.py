@@ -1,4 +1,4 @@
-"""Every kind of file that is read, mutated: a checked value or an error that names the file, in seconds, in bounded memory."""
+"""Every kind of file that is read, mutated: a checked value or an error that names the file, in seconds."""
 
 import contextlib
 import csv
@@ -8,7 +8,6 @@ import io
 import json
 import lzma
 import random
-import resource
 import shutil
 import time
 import zlib
@@ -58,7 +57,7 @@ from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import read_yaml
 
 ROOT = Path(__file__).parents[2]
-SECONDS, MEMORY = 10, 2 * 2**30
+SECONDS = 10
 BREAD = {"id": "1", "prompt": "How do I bake bread?", "prompt_label": "unharmful", "response": None, "trace": "Fine."}
 ROWS = [
     BREAD,
@@ -345,7 +344,7 @@ def test_a_mutated_file_is_read_or_named(world, tmp_path, name, monkeypatch):
     rng, folder, read = random.Random(name), tmp_path / "world", READERS[name]
     top = name.partition("/")[0]
     copy = shutil.copytree if (world / top).is_dir() else shutil.copyfile
-    accepted, messages, before = 0, [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    accepted, messages = 0, []
     folder.mkdir()
     for support in ("tiny.yaml", "train.jsonl", "lamps.yaml"):
         shutil.copyfile(world / support, folder / support)
@@ -369,4 +368,3 @@ def test_a_mutated_file_is_read_or_named(world, tmp_path, name, monkeypatch):
         assert time.monotonic() - start < SECONDS, path.read_bytes()[:3000]
         assert number or accepted, f"the original is refused: {messages}"
     assert not [message[:300] for message in messages if len(message) > 500_000]
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY

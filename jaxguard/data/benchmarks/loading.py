@@ -32,8 +32,8 @@ from jaxguard.data.benchmarks.schema import (
     read_group,
 )
 from jaxguard.data.examples import Example
-from jaxguard.data.files import Row, Skip, find_files, objects, read_hub, read_local, text, transcript
-from jaxguard.data.format.dialogue import CHOICES, LABEL
+from jaxguard.data.files import Row, Skip, find_files, objects, read_hub, read_local, text
+from jaxguard.data.format.dialogue import CHOICES, LABEL, transcript
 from jaxguard.data.policies import load_policy
 from jaxguard.data.sources import load, unique_ids
 from jaxguard.utils.errors import JaxguardError
@@ -179,6 +179,8 @@ def _example(definition: BenchmarkDefinition, part: ExampleColumns, row: Row, lo
         prompt = transcript(history, turns[-1][1], location)
     else:
         prompt = text(row, part.prompt, location)
+        if definition.source.data is None:  # whose prompts may be transcripts of ours
+            prompt = transcript(None, prompt, location)
     if prompt is None or not prompt.strip():
         raise Skip("empty prompt")
     response = text(row, part.response, location) if part.response else None

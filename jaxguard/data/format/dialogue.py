@@ -43,6 +43,7 @@ from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.format.quoting import FAMILY_MARKERS, GAP, compiled, fold, quote, spaced
 from jaxguard.data.policies import QUESTIONS, Policy, Question
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import shown
 
 
 class Mode(StrEnum):
@@ -73,12 +74,16 @@ FAIL_CLOSED: Final[Mapping[Question, str]] = {
 }
 """What a malformed answer counts as: the word that lets nothing pass (a refusal would)."""
 
-_HEADERS = {
+_SECTIONS: Final = {
     "policy": "Safety policy:",
     "prompt": "Human user:",
     "response": "AI assistant:",
     "format": "Answer format:",
+    "earlier": "Earlier in the conversation:",
+    "message": "Message to judge:",
 }
+PRINTED: Final = (*_SECTIONS.values(), *(f"{title}:" for title in TITLES.values()))
+"""Every title of a user turn or an answer. What is printed as a title stands here, so that no text can spell it."""
 _HOW = {
     Mode.REASONING: "First reason between <think> and </think>, then give these lines:",
     Mode.DIRECT: "Give only these lines:",
@@ -134,8 +139,8 @@ class Dialogue:
     ) -> str:
         """Render the user turn, without outer white space, since templates trim; long text is not truncated."""
         blocks = (
-            f"{self.shared_prefix(policy, asks, mode)}{self.quote(prompt)}",
-            f"{_HEADERS['response']}\n{ABSENT if response is None else self.quote(response)}",
+            f"{self.shared_prefix(policy, asks, mode)}{self.quote_prompt(prompt)}",
+            f"{_SECTIONS['response']}\n{ABSENT if response is None else self.quote(response)}",
             *([_answer_format(asks, mode)] if self.format_last else []),
             self.reasoning_marker if mode is Mode.REASONING else self.direct_marker,
         )
@@ -147,9 +152,9 @@ class Dialogue:
         if key not in self._prefixes:
             blocks = (
                 self.quote(policy.instruction),
-                f"{_HEADERS['policy']}\n{self.quote(policy.taxonomy)}",
+                f"{_SECTIONS['policy']}\n{self.quote(policy.taxonomy)}",
                 *([] if self.format_last else [_answer_format(asks, mode)]),
-                f"{_HEADERS['prompt']}\n",
+                f"{_SECTIONS['prompt']}\n",
             )
             self._prefixes[key] = "\n\n".join(blocks).lstrip()
         return self._prefixes[key]
@@ -168,6 +173,15 @@ class Dialogue:
         """Escape untrusted text: break every reserved string and `marks` (see quoting.quote), strip white space."""
         return quote(text.strip(), *self._reserved, *marks)
 
+    def quote_prompt(self, prompt: str, *marks: re.Pattern[str]) -> str:
+        """Escape a prompt as `quote` does, but for the two titles of a transcript."""
+        match = _TRANSCRIPT.fullmatch(prompt.strip())
+        if match is None:
+            return self.quote(prompt, *marks)
+        title, earlier, between, message = (part or "" for part in match.groups())
+        earlier, message = (quote(part, *self._reserved, *marks) for part in (earlier, message))
+        return title + earlier + between + message
+
     @cached_property
     def _reserved(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
         """Special tokens; the marks of this format and of common chat models."""
@@ -177,14 +191,56 @@ class Dialogue:
                 raise JaxguardError(
                     f"{text!r} is a marker or special token of one character: text cannot be distinguished from it"
                 )
-        titles = (title.removesuffix(":").split() for title in (*TITLES.values(), *_HEADERS.values()))
-        loose = [f"{GAP}*+".join([*map(spaced, title), ":"]) for title in titles]
-        marks = compiled([_THINK, *loose, *map(spaced, markers), *FAMILY_MARKERS])
+        marks = compiled([_THINK, *map(_loose, PRINTED), *map(spaced, markers), *FAMILY_MARKERS])
         return re.compile(_trie(self.special_tokens) if self.special_tokens else "(?!)"), marks
 
 
+def _loose(title: str) -> str:
+    """Return a pattern over folded text: a title with any blanks and decoration between its words."""
+    return f"{GAP}*+".join([*map(spaced, title.removesuffix(":").split()), ":"])
+
+
+_NOTHING, _CLOSING = compiled([]), compiled([r"(?<!\\)\]"])
+_TRANSCRIPT: Final = re.compile(rf"({_SECTIONS['earlier']}\n)(.*?)(?:(\n{_SECTIONS['message']}\n)(.*))?", re.DOTALL)
+"""One whose middle is cut out may lack its second title."""
+_TURNS: Final = compiled([_loose(_SECTIONS["earlier"]), _loose(_SECTIONS["message"])])
+
+
+def single_message(prompt: str) -> str:
+    """Break the titles of a transcript in a prompt that is none."""
+    return quote(prompt, _NOTHING, _TURNS)
+
+
+def transcript(history: Any, last: str | None, location: str) -> str | None:
+    """Format a dialogue as one prompt: earlier turns, then the message to check.
+
+    Further lines of a turn are indented, and a role is one line with its brackets broken: no text looks like another turn, and a
+    message without earlier turns not like a dialogue.
+    """
+    if not (last or "").strip():
+        return last
+    if not history:
+        return single_message(last or "")
+    try:
+        turns = [(str(turn["role"]), str(turn["content"])) for turn in history]
+    except (TypeError, KeyError):
+        raise JaxguardError(
+            f"{location}: conversation_history is {shown(history)}; expected a list of role and content"
+        ) from None
+    *earlier, message = (
+        f"[{_one_line(role)}] " + "\n    ".join(content.strip().splitlines())
+        for role, content in [*turns, ("user", last or "")]
+    )
+    return "\n".join([_SECTIONS["earlier"], *earlier, _SECTIONS["message"], message])
+
+
+def _one_line(role: str) -> str:
+    """A role that neither ends its line nor closes or breaks its bracket."""
+    return quote(" ".join(role.split()).rstrip("\\ "), _NOTHING, _CLOSING)
+
+
 def _answer_format(asks: Iterable[Question], mode: Mode) -> str:
-    return "\n".join([_HEADERS["format"], _HOW[mode], verdict_lines(asks)])
+    return "\n".join([_SECTIONS["format"], _HOW[mode], verdict_lines(asks)])
 
 
 def verdict_lines(asks: Iterable[Question]) -> str:

@@ -116,7 +116,9 @@ class ExternalFormat:
                 f"{policy.name!r}; leave benchmarks with such policies out for it"
             )
         response = self.quote(example.response or "") if guard.shows_response(request) else None
-        ids = self._tokens(request, self.quote(example.prompt), response, _mapped(self.quote, policy))
+        dialogue, marks = self._marks
+        prompt = dialogue.quote_prompt(example.prompt, marks)
+        ids = self._tokens(request, prompt, response, _mapped(self.quote, policy))
         # A text that became a special token is refused: there must be as many as with harmless texts.
         shape = (len(policy.categories), bool(policy.rules), len(policy.allowed), policy.name in GENERAL)
         key = (request.questions, request.mode, response is None, shape)
