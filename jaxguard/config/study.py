@@ -1,6 +1,7 @@
 """The config schema of a study: rows, each a training config with changes, and the grids that they span.
 
-A scale holds what differs on a smaller machine. It is merged over the study, row by row; a row that is null there is left out.
+A scale holds what differs on a smaller machine: for all studies in configs/scales, for one in its own file, which is merged last.
+It is merged over the study, row by row; a row that is null there is left out.
 """
 
 from collections.abc import Mapping
@@ -9,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
-from jaxguard.config.base import NameOrYaml, NonNegative, Positive, Schema, Share, beside, find_yaml
+from jaxguard.config.base import NameOrYaml, NonNegative, Positive, Schema, Share, beside, find_yaml, names
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import Fields, check, nearest, read_yaml
 
-STUDIES = Path("configs/paper")
+STUDIES, SCALES = Path("configs/paper"), Path("configs/scales")
 
 Stage = Literal["distill", "build", "mine", "train", "evaluate"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
@@ -126,6 +127,10 @@ class StudyConfig(Schema):
     """Training config of rows that name none."""
     set: dict[str, Any] = Field({})
     """Changes for every row."""
+    overrides: dict[str, Any] = Field({})
+    """Changes of every run, over its row's; those of the command line come after them and work as they do."""
+    keep_checkpoints: bool = True
+    """Keep the checkpoints of runs that are done, which nothing reads any more; false leaves their exports."""
     prepare: dict[Name, RowConfig] = Field({})
     """Data that rows read, in runs/NAME whatever run_folder is; existing output is used as it is."""
     rows: dict[Name, RowConfig] = Field(min_length=1)
@@ -154,14 +159,17 @@ def read_study(name: str, scale: str | None = None, changes: Mapping[str, Any] =
     `changes` is merged over it as a scale is. JaxguardError: no such study or scale; unknown, missing or ill-typed field.
     """
     path = find_yaml(name.removeprefix(f"{STUDIES.name}/"), STUDIES, "study")
-    tree, origin = beside(read_yaml(path, Fields), StudyConfig, path.parent), str(path)
+    tree, origin, stem = beside(read_yaml(path, Fields), StudyConfig, path.parent), str(path), path.stem
     scales = check(tree.pop("scales", None) or {}, dict[str, Fields], f"{path}: scales")
     if scale is not None:
-        if scale not in scales:
-            known = ", ".join(scales) or "none"
-            raise JaxguardError(f"{path}: no scale {scale!r}; {nearest(scale, scales)}known: {known}")
-        tree, origin = merged(tree, scales[scale]), f"{path}, scale {scale}"
-    return check(merged(tree, changes), StudyConfig, origin), f"{path.stem}-{scale}" if scale else path.stem
+        known = sorted({*scales, *names(SCALES)})
+        if scale not in known:
+            raise JaxguardError(f"{path}: no scale {scale!r}; {nearest(scale, known)}known: {', '.join(known)}")
+        if scale in names(SCALES):
+            tree = merged(tree, read_yaml(find_yaml(scale, SCALES, "scale"), Fields))
+        tree, origin, stem = merged(tree, scales.get(scale, {})), f"{path}, scale {scale}", f"{stem}-{scale}"
+    study = check(merged(tree, changes), StudyConfig, origin)
+    return study if scale is None else study.model_copy(update={"title": f"{study.title} (scale {scale})"}), stem
 
 
 def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,8 +77,8 @@ class Study:
 def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = ()) -> Study:
     """Read a study and resolve all of its runs.
 
-    An override changes every run. One of an axis replaces its values in the rows that have it and leaves other rows alone.
-    `name`, `run_folder`, `metric` and `cost.` belong to the study. Prepared runs that no run reads are left out.
+    An override changes every run, over the study's own. One of an axis replaces its values in the rows that have it and leaves
+    other rows alone. `name`, `run_folder`, `metric` and `cost.` belong to the study. Prepared runs that no run reads are left out.
     JaxguardError: no such study, or a run whose config is not valid; it names the row.
     """
     own: dict[str, Any] = {"cost": {}}
@@ -94,6 +94,7 @@ def open_study(name: str, scale: str | None = None, overrides: Iterable[str] = (
     definition, study_name = read_study(name, scale, settings)
     study_name = check(own.get("name", study_name), PathPart, "name")
     folder = Path(str(own.get("run_folder", "runs"))) / study_name
+    changes = [f"{field}={written(value)}" for field, value in definition.overrides.items()] + changes
 
     prepared: list[Run] = []
     for key, row in definition.prepare.items():

@@ -6,6 +6,7 @@ A stage resumes by itself, and refuses output of other settings or data. So a st
 import hashlib
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,7 +159,11 @@ def run_study(study: Study, log: Callable[[str], object]) -> int:
         for number, run in enumerate(waiting, 1):
             log(f"{number} of {len(waiting)}: {run.name}")
             parents = [parent.name for parent in run.parents if parent.name in failed]
-            failure = f"not begun: it reads the output of {', '.join(parents)}" if parents else _run(run, process, log)
+            failure = (
+                f"not begun: it reads the output of {', '.join(parents)}"
+                if parents
+                else _run(run, study.definition.keep_checkpoints, process, log)
+            )
             if process.stopped:
                 log("stopped; run the same command again to resume")
                 return REQUEUE
@@ -171,7 +176,7 @@ def run_study(study: Study, log: Callable[[str], object]) -> int:
     return 1 if failed else 0
 
 
-def _run(run: Run, process: _Process, log: Callable[[str], object]) -> str:
+def _run(run: Run, keep_checkpoints: bool, process: _Process, log: Callable[[str], object]) -> str:
     """Run the pending stages of a run; return why it failed, or ""."""
     for stage in pending(run):
         # Stages refuse output of other config or data, but a training cannot tell that its base was trained again.
@@ -187,4 +192,6 @@ def _run(run: Run, process: _Process, log: Callable[[str], object]) -> str:
         if code:
             return f"{stage} ended with code {code}; its message above says why"
         note(run, stage, done=True)
+    if not keep_checkpoints and not run.prepared:
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     return ""

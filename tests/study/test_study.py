@@ -70,6 +70,41 @@ def test_what_a_stage_depends_on_brings_it_back(study, go, calls):
     assert len(calls()) == 11
 
 
+def test_checkpoints_of_runs_that_are_done_can_be_left_out(study, go, calls, behave):
+    for keep in (True, False):
+        opened = study(rows={"x": {}, "y": {}}, keep_checkpoints=keep)
+        behave({"y evaluate": "requeue"})
+        folders = [run.folder / "checkpoints" for run in opened.runs]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        go(opened)
+        assert [folder.exists() for folder in folders] == [keep, True], "y is not done"
+        shutil.rmtree("runs/study")
+        calls()
+    assert (
+        go(study(rows={"x": {}}, keep_checkpoints=False))[0]
+        == go(study(rows={"x": {}}, keep_checkpoints=False))[0]
+        == 0
+    )
+    assert calls() == ["x train", "x evaluate"]
+
+
+@pytest.mark.slow
+def test_the_smallest_study_runs_at_scale_smollm(monkeypatch, tmp_path, tiny_checkpoint):
+    """Its stages are real, its weights are tiny ones."""
+    monkeypatch.chdir(ROOT)
+    changes = [f"run_folder={tmp_path}", f"model.checkpoint={tiny_checkpoint}", "data.max_seq_len=2048", "mesh.fsdp=1"]
+    arguments = ["paper/sentence_budget", "--scale", "smollm", *changes]
+    assert main(["run", *arguments]) == 0
+    assert main(["report", *arguments]) == 0
+    folder = tmp_path / "sentence_budget-smollm"
+    lines = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("| sentences, train ")]
+    assert len(lines) == 2 * 5, "main table, prompts, responses, custom policies, deviations"
+    assert not any("n/a" in line or "part" in line for line in lines)
+    assert "Words by sentences of a trace" in (folder / "report.html").read_text()
+    assert list(folder.rglob("checkpoints")) == []
+
+
 def test_a_row_is_done_again_when_what_it_reads_was(study, go, calls):
     """A training cannot tell by itself that its base was trained again: its path is the same."""
     rows = {"base": {"stages": ["train", "evaluate"]}, "more": {"after": ["base"]}}

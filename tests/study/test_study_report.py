@@ -1,13 +1,18 @@
 """The report, from made-up results."""
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
-from jaxguard.evaluate.report.published import Published
+from jaxguard.config.evaluate import GuardConfig
+from jaxguard.evaluate.report.published import AVERAGES, Published, read_published
+from jaxguard.guards.loading import modes_of
+from jaxguard.study.grid import open_study
 from jaxguard.study.report import gather, write_report
 from jaxguard.utils.errors import JaxguardError
 
@@ -24,11 +29,14 @@ class Results:
         for mode, scores in modes.items():
             for name, value in scores.items():
                 f1 = SimpleNamespace(value=value, deviation=0.004)
-                if name in ("prompt", "safety"):
+                if name in AVERAGES:
                     missing = ("own",) if value == PARTIAL else ()
                     averages.append(SimpleNamespace(guard="ours", mode=mode, name=name, f1=f1, missing=missing))
-                else:
+                elif "/" not in name:
                     result = SimpleNamespace(scores=SimpleNamespace(f1=f1))
+                    slices = {
+                        f"scenario: {key.partition('/')[2]}": result for key in scores if key.startswith(f"{name}/")
+                    }
                     cell = {
                         "guard": "ours",
                         "mode": mode,
@@ -36,7 +44,7 @@ class Results:
                         "result": result,
                         "complete": name != "part",
                         "cost": SimpleNamespace(seconds=0.25),
-                        "slices": {"scenario: film": result} if name == "cosapien" else {},
+                        "slices": slices,
                     }
                     cells.append(SimpleNamespace(**cell))
             worse = SimpleNamespace(scores=SimpleNamespace(f1=SimpleNamespace(value=0.01, deviation=None)))
@@ -199,7 +207,7 @@ def test_the_published_curves_are_drawn_with_their_own_metrics(report):
 
 
 def test_single_benchmarks_and_subsets_have_tables_of_their_own(report):
-    scores = {"reasoning": {"rye": 0.45, "cosapien": 0.6, "safety": 0.55}}
+    scores = {"reasoning": {"rye": 0.45, "cosapien": 0.6, "cosapien/film": 0.6, "safety": 0.55}}
     made, read = report({"base": scores}, rows=ROWS)
     text = write_report(made, read, PUBLISHED)[0].read_text()
     assert text.index("## Prompt benchmarks") < text.index("| base | reasoning | 0.450 / 0.400 | 1 of 1 |")
@@ -258,3 +266,60 @@ def test_a_published_row_that_does_not_exist_is_named(report):
     made, read = report({"base": reasoned(0.5)}, rows={"base": {"published": {"reasoning": "mill"}}})
     with pytest.raises(JaxguardError, match="no row 'mill'"):
         write_report(made, read, PUBLISHED)
+
+
+ROOT = Path(__file__).parents[2]
+TABLE, PROMPT, RESPONSE, CUSTOM = "F1", "## Prompt benchmarks", "## Response benchmarks", "## Custom policies"
+COUNTERPARTS = {
+    "main": {
+        "Table 1": TABLE,
+        "Table 3": "## Deviation over generations",
+        "Table 5": PROMPT,
+        "Table 6": RESPONSE,
+        "Tables 2, 7, 8": CUSTOM,
+        "Figure 4": "Seconds an example",
+    },
+    "gemma": {"Table 9": TABLE, "Table 10": PROMPT, "Table 11": RESPONSE, "Table 12": CUSTOM},
+    "sample_efficiency": {"Table 4": TABLE, "Figure 2": "F1 by training examples"},
+    "sentence_budget": {"Figure 3": "F1 by sentences of a trace", "Figure 5": "Words by sentences of a trace"},
+}
+"""Study -> a table or figure of the paper -> what its counterpart in the report is called."""
+
+
+@pytest.mark.parametrize("scale", [None, "smollm"])
+def test_every_published_table_and_figure_has_a_counterpart(monkeypatch, tmp_path, scale):
+    """Every published number stands in the line of the run that reproduces it; a scale has the same tables without them."""
+    monkeypatch.chdir(ROOT)
+    published = read_published()
+    names = dict.fromkeys(name for row in published.rows for name in row.scores)
+    reproduced, bars = set(), set()
+    for name, counterparts in COUNTERPARTS.items():
+        opened = open_study(f"paper/{name}", scale, [f"run_folder={tmp_path / str(scale)}"])
+        by_run = {}
+        for run in opened.runs:
+            [guard] = run.config.evaluate.guards if run.config.evaluate else [GuardConfig()]
+            by_run[run.name] = {mode: dict.fromkeys(names, 0.111) for mode in modes_of(guard, run.config)}
+            (run.folder / "evaluate").mkdir(parents=True)
+            (run.folder / "evaluate/results.json").touch()
+        text, html = (path.read_text() for path in write_report(opened, Results(by_run), published))
+        for counterpart in counterparts.values():
+            assert counterpart in html if counterpart[0] != "#" else counterpart in text, (name, counterpart)
+        assert "Without results" not in text
+        lines = defaultdict(str)
+        for line in text.splitlines():
+            key = tuple(cell.strip() for cell in line.split("|")[1:3])
+            lines[key] += line
+        for run in opened.runs:
+            for mode, row in run.row.published.items():
+                line, known = lines[run.row.series or run.key, mode], published.row(row)
+                reproduced.add(row)
+                for score in (*known.scores.values(), *known.deviations.values()):
+                    assert (f"/ {score:.3f} " in line) == (scale is None), (run.name, row, score)
+        if scale is None and opened.definition.curve:
+            for point in getattr(published, opened.definition.curve.published):
+                for score in point.scores.values():
+                    assert f"/ {score:.3f} " in text
+        bars |= reproduced & {point.row for point in published.latency.points}
+    absent = {"aegis2_guard"} | ({"wildguard"} if scale else set())  # an adapter, and what needs SGLang
+    assert reproduced == {row.id for row in published.rows} - absent
+    assert bars == {point.row for point in published.latency.points} - absent
