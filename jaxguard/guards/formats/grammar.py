@@ -122,14 +122,16 @@ def _loose(text: str, space: str) -> str:
 def _answer_pattern(lines: Lines, layout: Layout, policy_names: tuple[str, ...]) -> re.Pattern[str]:
     """Match a whole answer in lower case: group `v0` is the word of line 0, `c0` the categories after it."""
     json = layout.style == "json"
-    space = r"\s" if json else r"[^\S\n]"
-    separator = r"\s*+,\s*+" if json else rf"{space}*+\n\s*+"
+    blank, space = (r"[ \t\r\n]", " ") if json else (r"\s", r"[^\S\n]")
+    separator = rf"{blank}*+,{blank}*+" if json else rf"{space}*+\n\s*+"
 
     def written(label: str, group: str, words: str) -> str:
+        if json:
+            return rf'{blank}*+"{re.escape(label.lower())}"{blank}*+:{blank}*+"(?P<{group}>{words})"{blank}*+'
         before, after = layout.around(label)
         return f"{_loose(before, space)}(?P<{group}>{words}){_loose(after, space)}"
 
-    pattern = _loose(layout.opening, r"\s")
+    pattern = _loose(layout.opening, blank)
     for i, (line, instead) in enumerate(lines):
         words = "|".join(re.escape(word.lower()) for word in (*line.positive, *line.negative, *instead))
         pattern += (separator if i else "") + written(line.label, f"v{i}", words)
@@ -143,7 +145,7 @@ def _answer_pattern(lines: Lines, layout: Layout, policy_names: tuple[str, ...])
                 )
             else:
                 pattern += f"(?:{separator}{written(categories.label, f'c{i}', names)})?"
-    return re.compile(pattern + _loose(layout.closing, r"\s"))
+    return re.compile(pattern + _loose(layout.closing, blank))
 
 
 def read_answer(
