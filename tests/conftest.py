@@ -4,6 +4,7 @@ JAX reads its environment once, so it is set here, before anything imports jax.
 """
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -34,6 +35,13 @@ else:
 # The same examples on every machine, and no failure because a shared machine was slow.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections need not look at what imports left; they are many, and some tests ask for one."""
+    gc.collect()
+    gc.freeze()
+
 
 REAL_TOKENIZERS = Path(__file__).resolve().parent.parent / "build" / "tokenizers"
 TINY_VOCAB = 512
