@@ -67,8 +67,9 @@ bench-evaluation: $(VENV)/.base .venv-bench-trl/.ready $(SGLANG)/.ready
 bench-checkpoints: $(VENV)/.base .venv-bench-trl/.ready
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/checkpoints.py $(ARGS)
 
+# The default tests run each of their many programs once or twice, so XLA does not optimise them; all other targets let it.
 test: $(VENV)/.fixtures
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	XLA_FLAGS='--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false' $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.fixtures
 	$(BIN)/python -m pytest -m slow $(ARGS)

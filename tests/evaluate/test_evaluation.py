@@ -174,7 +174,8 @@ main(sys.argv[1:])
 def test_a_kill_loses_the_batch_in_flight_at_most(run):
     options = ["--config", str(run), *PLAIN, "evaluate.guards=[{name: killed, modes: [direct]}]", "evaluate.batch=4"]
     command = [sys.executable, "-c", KILLED, *options]
-    killed = subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL, check=False)
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
+    killed = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
     assert killed.returncode == -signal.SIGKILL
     stored = predictions(run, "killed")
     assert len(stored) == 3

@@ -5,6 +5,7 @@ bits of a run that nobody disturbed, and nothing half-written stays.
 import asyncio
 import json
 import multiprocessing
+import os
 import queue
 import random
 import shutil
@@ -50,7 +51,7 @@ class Job:
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Processes that have imported everything, and compile each program once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+        patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1")
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         context = multiprocessing.get_context("forkserver")

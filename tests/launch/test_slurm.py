@@ -264,7 +264,7 @@ def test_two_nodes_learn_what_one_process_learns_and_go_on_after_a_stop(slurm, t
     result = losses(run)
     assert len(result) == 80
 
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-m", "jaxguard.train", "--config", str(config), "name=one", "train.max_steps=12"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     assert result[:12] == pytest.approx(losses(tmp_path / "runs/one"), rel=1e-5)

@@ -51,7 +51,10 @@ def start(code: str, count: int, logs: Path, *arguments: str) -> list[subprocess
     """`count` Python processes that have four devices in all; rank, count and address come last in their arguments."""
     with socket.create_server(("localhost", 0)) as free:
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}"}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // count}",
+    }
     logs.mkdir(parents=True)
     processes = []
     for rank in range(count):

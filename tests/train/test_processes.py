@@ -64,7 +64,7 @@ def run_two(folder: Path, steps: int, term: int = 0) -> list[tuple[int, int]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(rank), str(port), str(folder), str(steps), str(term)],

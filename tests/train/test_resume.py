@@ -23,7 +23,7 @@ def start(config: Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
     """`python -m jaxguard.train`, with a compilation cache, since every start compiles the same programs."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(config.parent / f"programs-{devices}"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
