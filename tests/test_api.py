@@ -57,8 +57,10 @@ def test_a_stage_is_called_with_its_config(name, monkeypatch):
 
 
 def test_a_stage_is_callable_after_its_modules_were_imported():
-    python("import jaxguard.train.hosts, jaxguard; assert callable(jaxguard.train)")
-    python("from jaxguard.train import hosts; import jaxguard; assert jaxguard.train.hosts is hosts")
+    python(
+        "import jaxguard.train.hosts, jaxguard; assert callable(jaxguard.train)\n"
+        "from jaxguard.train import hosts; assert jaxguard.train.hosts is hosts"
+    )
 
 
 def test_a_stage_refuses_what_it_does_not_read():

@@ -4,8 +4,10 @@ import errno
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import argcomplete
 import pytest
 import yaml
 
@@ -154,6 +156,18 @@ def test_help_ends_the_process(capsys):
     assert all(word in out for word in ("--config", "train.epochs=3", "Does things.", "gemma4b_5k"))
 
 
+def shell_asks(line, answer):
+    """What a shell sets to have a line completed, in whose place `answer` gets the words."""
+    return {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -170,16 +184,24 @@ def test_help_ends_the_process(capsys):
         ("jaxguard study run paper/ma", ["paper/main"]),
     ],
 )
-def test_completion(tmp_path, line, words):
-    pytest.importorskip("argcomplete")
+def test_completion(tmp_path, monkeypatch, line, words):
     answer = tmp_path / "answer"
-    request = {
-        "_ARGCOMPLETE": "1",
-        "_ARGCOMPLETE_IFS": "\n",
-        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
-        "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
-        "COMP_LINE": line,
-        "COMP_POINT": str(len(line)),
-    }
-    subprocess.run([sys.executable, "-m", "jaxguard"], env={**os.environ, **request}, cwd=ROOT, check=True)
+    for name, value in shell_asks(line, answer).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("jaxguard.cli.COMPLETING", True)
+    monkeypatch.setattr(argcomplete.CompletionFinder, "_init_debug_stream", lambda _: None)  # a descriptor of pytest's
+    with answer.open("w") as stream:
+        complete = partial(argcomplete.autocomplete, exit_method=sys.exit, output_stream=stream)
+        monkeypatch.setattr(argcomplete, "autocomplete", complete)
+        with pytest.raises(SystemExit) as stop:
+            main([])
+    assert stop.value.code == 0
     assert answer.read_text().split() == words
+
+
+def test_completion_in_a_process(tmp_path):
+    answer = tmp_path / "answer"
+    request = shell_asks("jaxguard data build --config ti", answer)
+    subprocess.run([sys.executable, "-m", "jaxguard"], env={**os.environ, **request}, cwd=ROOT, check=True)
+    assert answer.read_text().split() == ["tiny"]

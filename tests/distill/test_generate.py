@@ -137,7 +137,7 @@ async def killed_again_and_again(folder: Path, count: int, kills: int) -> None:
             assert code_of == (-signal.SIGKILL if kill < kills else 0)
 
 
-@pytest.mark.parametrize(("count", "kills"), [(120, 2), pytest.param(2000, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "kills"), [(40, 2), pytest.param(2000, 5, marks=pytest.mark.slow)])
 def test_faults_and_kills_lose_nothing_and_repeat_nothing(tmp_path, count, kills):
     asyncio.run(killed_again_and_again(tmp_path, count, kills))
     found = list(read_attempts(tmp_path))
