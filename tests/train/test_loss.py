@@ -32,7 +32,7 @@ def gradients(function, hidden, head, *rest):
         actual = function(hidden, head, *rest)
         return jnp.sum(actual * jnp.cos(jnp.arange(actual.size).reshape(actual.shape)))
 
-    return jax.grad(total, argnums=(0, 1))(hidden, head)
+    return jax.jit(jax.grad(total, argnums=(0, 1)))(hidden, head)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 21, 1000])  # 21, 11, 5 and 1 blocks, of which only the last has no padding
@@ -40,7 +40,7 @@ def test_logprobs_and_gradients_are_those_of_all_logits(batch, chunk):
     def blocks(*args):
         return target_logprobs(*args, chunk)
 
-    np.testing.assert_allclose(blocks(*batch), plain(*batch), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(blocks)(*batch), jax.jit(plain)(*batch), atol=1e-5)
     for actual, expected in zip(gradients(blocks, *batch), gradients(plain, *batch), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
 

@@ -21,7 +21,7 @@ pytest.importorskip("torch", reason="transformers computes with torch")
 TRANSFORMERS_4 = Path(__file__).resolve().parents[2] / "build" / "transformers4"
 TOKENS = np.random.default_rng(0).integers(5, 500, size=(2, 90))
 
-# Runs outside of this process: two versions of transformers cannot be imported into one.
+# For 4, in another process: two versions of transformers cannot be imported into one.
 LOAD = """
 import json, sys
 import torch
@@ -51,15 +51,22 @@ def trained(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.mark.parametrize("version", ["4", "5"])
-def test_an_export_loads_in_transformers(trained, version):
+def test_an_export_loads_in_transformers(trained, version, monkeypatch, capsys):
     if version == "4" and not TRANSFORMERS_4.is_dir():
         pytest.skip("build/transformers4 is not there; `make test` fetches it")
     folder, ours = trained
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TRANSFORMERS_4) if version == "4" else ""}
-    command = [sys.executable, "-c", LOAD, str(folder), json.dumps(TOKENS.tolist())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    reply = json.loads(done.stdout.splitlines()[-1])
+    arguments = ["-c", str(folder), json.dumps(TOKENS.tolist())]
+    if version == "4":
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TRANSFORMERS_4)}
+        command = [sys.executable, "-c", LOAD, *arguments[1:]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        output = done.stdout
+    else:
+        monkeypatch.setattr(sys, "argv", arguments)
+        exec(LOAD, {})
+        output = capsys.readouterr().out
+    reply = json.loads(output.splitlines()[-1])
     assert reply["version"].startswith(f"{version}.")
     assert reply["wrong"] == {}
     assert np.abs(np.array(reply["logits"]) - ours).max() <= 1e-4
