@@ -23,13 +23,11 @@ CUSTOM = ("dynaguardrail", "cosapien")
 CURVES = ("prompt", "response", "safety")
 """The metrics of the published curves."""
 LEGEND = (
-    "F1 of the harmful class; mean ± standard deviation (divisor n - 1) over the runs that differ in seed or subset, with the "
-    "published value behind a slash. The last column counts runs with results, of all; 'part' means that only a part of a "
-    "benchmark was evaluated."
+    "F1 of the harmful class; mean ± standard deviation (divisor n - 1) over the runs that differ in seed or subset. The last "
+    "column counts runs with results, of all; 'part' means that only a part of a benchmark was evaluated."
 )
-OVER_GENERATIONS = (
-    "Standard deviation over the generations of a run, its mean over runs, with the published value behind a slash."
-)
+BEHIND_SLASH = " In every table, what stands behind a slash is the published value."
+OVER_GENERATIONS = "Standard deviation over the generations of a run, its mean over runs."
 
 
 def write_report(study: Study, read: Callable[[Path], Evaluation], published: Published) -> tuple[Path, Path]:
@@ -58,7 +56,8 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
         _words(study, scores, published),
         _latency(lines, published),
     ]
-    main = [figures[0], _table(lines, columns, "f1"), Paragraph([LEGEND], faint=True), missing]
+    legend = LEGEND + (BEHIND_SLASH if study.scale is None else "")
+    main = [figures[0], _table(lines, columns, "f1"), Paragraph([legend], faint=True), missing]
     page = Page(study.definition.title, [study.definition.about, *main, *sections, *figures[1:]])
     paths = study.folder / "report.md", study.folder / "report.html"
     write_markdown(paths[0], page)
@@ -92,7 +91,8 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
     generations, the seconds an example, and whether all of it was evaluated (complete). Runs that differ only in what repeats
     them share a line, whose name, series, x on the curve's axis and number of runs stand beside it.
     """
-    axis = study.definition.curve.axis if study.definition.curve else ""
+    curve = study.definition.curve
+    axis, of_axis = (curve.axis, curve.label) if curve else ("", "")
     lines: dict[tuple[Any, ...], int] = {}
     runs: Counter[int] = Counter()
     tables = []
@@ -118,7 +118,11 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
         names = ["guard", "mode", "metric", "f1", "deviation", "seconds", "complete"]
         table = pd.DataFrame(rows, columns=names).astype(dict.fromkeys(names[3:6], float))
         # The column of modes shows data.mode.
-        titles = [f"{field.split('.')[-1]} {label}" for field, label in labels.items() if field != "data.mode"]
+        titles = [
+            f"{label} {of_axis}" if field == axis else f"{field.split('.')[-1]} {label}"
+            for field, label in labels.items()
+            if field != "data.mode"
+        ]
         table = table[table.guard == rows[0][0]].assign(line=line, name=", ".join([series, *titles]), series=series)
         table["x"] = pd.to_numeric(run.row.examples if x == "all" else x, errors="coerce")
         tables.append(table.assign(run=run.name))
@@ -184,7 +188,7 @@ def _published_curve(study: Study, published: Published) -> Sequence[PublishedPo
 
 @style()
 def _curves(study: Study, scores: pd.DataFrame, columns: Sequence[str], published: Published) -> Drawing | None:
-    """Draw the study's metric, or the table's first column if no run has that; beside a published curve, all of its metrics."""
+    """Draw the study's metric, or the table's first column if no run has that; for a published curve, all of its metrics."""
     curve, metric = study.definition.curve, study.definition.metric
     if curve is None:
         return None
@@ -193,7 +197,8 @@ def _curves(study: Study, scores: pd.DataFrame, columns: Sequence[str], publishe
         caption.append(f"The figure shows {columns[0]}: no run has a result for {metric}.")
         metric = columns[0]
     paper = _published_curve(study, published) if metric in CURVES else ()
-    panels = [name for name in CURVES if name in set(scores.metric)] if paper else [metric]
+    of_paper = curve.published is not None and metric in CURVES
+    panels = [name for name in CURVES if name in set(scores.metric)] if of_paper else [metric]
     if paper:
         caption.append("Dotted and black: what the paper reports, in reasoning mode.")
     levels = (

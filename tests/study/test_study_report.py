@@ -13,7 +13,7 @@ from jaxguard.config.evaluate import GuardConfig
 from jaxguard.evaluate.report.published import AVERAGES, Published, read_published
 from jaxguard.guards.loading import modes_of
 from jaxguard.study.grid import open_study
-from jaxguard.study.report import gather, write_report
+from jaxguard.study.report import CURVES, gather, write_report
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -107,8 +107,8 @@ def points(scores, metric):
 def test_seeds_are_averaged_and_axes_told_apart(report):
     study, read = report({"bread-8-0": direct(0.5), "bread-8-1": direct(0.7), "bread-16-0": direct(0.8)})
     text = write_report(study, read, PUBLISHED)[0].read_text()
-    assert "| bread, subset 8 | direct | 0.600 ± 0.141 | 2 of 2 |" in text  # √((0.1² + 0.1²) / 1)
-    assert "| bread, subset 16 | direct | 0.800 | 1 of 2 |" in text
+    assert "| bread, 8 loaves | direct | 0.600 ± 0.141 | 2 of 2 |" in text  # √((0.1² + 0.1²) / 1)
+    assert "| bread, 16 loaves | direct | 0.800 | 1 of 2 |" in text
     assert "Without results: base, bread-16-1, more." in text
     assert points(gather(study, read), "own") == [
         ("bread", "direct", 8, 0.5),
@@ -121,8 +121,8 @@ def test_both_modes_of_a_run_are_lines_and_curves_of_their_own(report):
     both = {"direct": {"own_responses": 0.4}, "reasoning": {"own_responses": None, "part": 0.3}}
     study, read = report({"bread-8-0": both, "bread-8-1": direct(0.6, "own_responses")})
     text = write_report(study, read, PUBLISHED)[0].read_text()
-    assert "| bread, subset 8 | direct | 0.500 ± 0.141 | n/a | 2 of 2 |" in text
-    assert "| bread, subset 8 | reasoning | n/a | 0.300 | 1 of 2 part |" in text
+    assert "| bread, 8 loaves | direct | 0.500 ± 0.141 | n/a | 2 of 2 |" in text
+    assert "| bread, 8 loaves | reasoning | n/a | 0.300 | 1 of 2 part |" in text
     assert points(gather(study, read), "own_responses") == [("bread", "direct", 8, 0.4), ("bread", "direct", 8, 0.6)]
 
 
@@ -130,8 +130,8 @@ def test_an_average_that_lacks_a_benchmark_is_marked_as_partial(report):
     results = {"bread-8-0": PARTIAL, "bread-16-0": 0.8}
     study, read = report({name: {"direct": {"own": 0.5, "safety": value}} for name, value in results.items()})
     text = write_report(study, read, PUBLISHED)[0].read_text()
-    assert "| bread, subset 8 | direct | 0.123 | 1 of 2 part |" in text
-    assert "| bread, subset 16 | direct | 0.800 | 1 of 2 |" in text
+    assert "| bread, 8 loaves | direct | 0.123 | 1 of 2 part |" in text
+    assert "| bread, 16 loaves | direct | 0.800 | 1 of 2 |" in text
 
 
 ROWS = {
@@ -164,10 +164,10 @@ def test_published_values_stand_beside_ours(report):
     text = markdown.read_text()
     assert "| base | reasoning | 0.250 | 0.600 / 0.500 | 1 of 1 |" in text
     assert "| base | reasoning | 0.004 / 0.010 | 0.004 | 1 of 1 |" in text
-    assert "| loaf, subset 8 | reasoning | 0.250 / 0.720 | 0.650 / 0.700 | 1 of 1 |" in text
-    assert "| loaf, subset 16 | reasoning | 0.250 | 0.750 | 1 of 1 |" in text
-    assert "| loaf, subset all | reasoning | 0.250 / 0.920 | 0.850 / 0.900 | 1 of 1 |" in text
-    assert "| control, subset 8 | reasoning | 0.250 | 0.800 | 1 of 1 |" in text
+    assert "| loaf, 8 loaves | reasoning | 0.250 / 0.720 | 0.650 / 0.700 | 1 of 1 |" in text
+    assert "| loaf, 16 loaves | reasoning | 0.250 | 0.750 | 1 of 1 |" in text
+    assert "| loaf, all loaves | reasoning | 0.250 / 0.920 | 0.850 / 0.900 | 1 of 1 |" in text
+    assert "| control, 8 loaves | reasoning | 0.250 | 0.800 | 1 of 1 |" in text
     html = page.read_text()
     svg = ElementTree.fromstring(re.search(r"<svg.*?</svg>", html, re.DOTALL)[0])
     assert svg.tag.endswith("svg")
@@ -315,6 +315,8 @@ def test_every_published_table_and_figure_has_a_counterpart(monkeypatch, tmp_pat
                 reproduced.add(row)
                 for score in (*known.scores.values(), *known.deviations.values()):
                     assert (f"/ {score:.3f} " in line) == (scale is None), (run.name, row, score)
+        if opened.definition.curve:
+            assert {f"F1, {metric}<" for metric in CURVES} <= set(re.findall("F1, [a-z]+<", html))
         if scale is None and opened.definition.curve:
             for point in getattr(published, opened.definition.curve.published):
                 for score in point.scores.values():
