@@ -24,9 +24,10 @@ def run_splash(prepare):
 
 
 def test_splash_needs_the_flag_under_a_trace():
-    """When the first part fails, JAX has mended it: delete mark_mask_as_dynamic."""
-    with pytest.raises(jax.errors.TracerBoolConversionError):
-        run_splash(lambda kernel: None)
+    """When the first part fails, JAX no longer needs it: delete mark_mask_as_dynamic. It came with 0.10.2."""
+    if jax.__version_info__ >= (0, 10, 2):
+        with pytest.raises(jax.errors.TracerBoolConversionError):
+            run_splash(lambda kernel: None)
     assert run_splash(mark_mask_as_dynamic).shape == (2, 128, 128)
 
 

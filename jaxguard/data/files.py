@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import datasets
-import httpx2
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
@@ -20,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import absent
+from jaxguard.utils.hub import HTTP_ERROR
 from jaxguard.utils.parse import (
     LINE_BYTES,
     ROWS_BYTES,
@@ -85,7 +85,7 @@ def read_hub(repository: str, config: str | None, split: str, file: str | None, 
         else:
             reason = f"does not exist at {page}; if it is private or gated, get access there and {login}"
         raise JaxguardError(f"data set {repository} {reason}") from None
-    except (ConnectionError, HfHubHTTPError, OfflineModeIsEnabled, httpx2.HTTPError) as error:
+    except (ConnectionError, HfHubHTTPError, OfflineModeIsEnabled, HTTP_ERROR) as error:
         raise JaxguardError(
             f"cannot reach data set {repository} on the hub ({error}); with a copy on disk, set the source's path"
         ) from None

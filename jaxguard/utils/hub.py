@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import httpx2
 import huggingface_hub
 from huggingface_hub import errors
 from pydantic import Field
@@ -22,6 +21,8 @@ CHECKPOINT_FILES = (
 )  # fmt: skip
 """What a checkpoint needs; repositories often hold the same weights in other formats besides."""
 
+HTTP_ERROR: type[Exception] = next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+"""Of every failed request: httpx's or httpx2's, whichever this version of huggingface_hub uses."""
 _IGNORED = ["original/*", "consolidated*", "onnx/*", "runs/*"]
 _REFUSALS: dict[type[Exception], str] = {
     errors.GatedRepoError: "{name} is gated: accept its terms at https://huggingface.co/{name} while logged in, then set "
@@ -142,7 +143,7 @@ def push(files: Mapping[str, Path | bytes], repository: str, private: bool = Tru
         raise JaxguardError(f"the hub refused {repository}: {error}{f'; {login}' if denied else ''}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise JaxguardError(f"the hub's answer about {repository} is malformed: {error!r}") from None
-    except (errors.OfflineModeIsEnabled, OSError, httpx2.HTTPError) as error:
+    except (errors.OfflineModeIsEnabled, OSError, HTTP_ERROR) as error:
         raise JaxguardError(
             f"cannot upload to {repository}: {error}; what was uploaded is not uploaded again"
         ) from None

@@ -28,7 +28,7 @@ class Choice(Schema):
     @model_validator(mode="after")
     def _check_choice(self) -> Self:
         fields = type(self).model_fields.items()
-        defaults = {name: field.get_default(call_default_factory=True) for name, field in fields}
+        defaults = {name: field.get_default(call_default_factory=True, validated_data={}) for name, field in fields}
         given = {name for name, default in defaults.items() if getattr(self, name) != default}
         for group in self.ONE_OF:
             if len(given.intersection(group)) != 1:
