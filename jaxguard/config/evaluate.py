@@ -147,7 +147,12 @@ class EvaluateConfig(Schema):
 
 
 class MineConfig(Schema):
-    """Hard examples: training examples that the guard gets right in only some of its completions."""
+    """Hard examples: those that the guard gets right in only some of its completions."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Data to mine, without what has the prompt of a held-out example; none takes what the run was trained on."""
+    exclude_trained: bool = True
+    """With `sources`: also leave out what has the prompt of an example that the run was trained on. The paper does not."""
 
     guard: GuardConfig = GuardConfig()
     """A guard in jaxguard's format, by default this run's; it is sampled as evaluate.temperature and its neighbours say."""

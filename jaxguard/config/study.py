@@ -92,7 +92,7 @@ class RowConfig(Schema):
     after: tuple[str, ...] = ()
     """Earlier rows whose output this one reads; it is skipped if one of them failed."""
     examples: Positive | None = None
-    """Number of examples in data.train if there is no subset and the files are not local; for the cost only."""
+    """Examples in data.train if there is no subset, and in mine.sources, where the files are not local; for the cost only."""
     cost: dict[str, Any] = Field({})
     """Changes to the study's cost."""
     series: str | None = None

@@ -83,9 +83,9 @@ def select(config: Config) -> Selection:
         )
     # Independent of seeds, so that all runs on the same data have the same held-out examples.
     held_out = sorted(candidates, key=lambda example: _hash("held out", 0, example.id))[: data.validation_size]
-    members, prompts = {id(example) for example in held_out}, {_conversation(example) for example in held_out}
+    members, prompts = {id(example) for example in held_out}, {conversation(example) for example in held_out}
     rest = [example for example in pool if id(example) not in members]
-    train = [example for example in rest if _conversation(example) not in prompts]
+    train = [example for example in rest if conversation(example) not in prompts]
     dropped["train: same prompt as a held-out example"] += len(rest) - len(train)
     if data.subset is not None:
         train = subset(train, data.subset, data.subset_seed)
@@ -194,8 +194,8 @@ def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropp
     return traced
 
 
-def _conversation(example: Example) -> str:
-    """What examples of one conversation share: the normalised prompt; a prompt of punctuation alone stays as it is."""
+def conversation(example: Example) -> str:
+    """Return what examples of one conversation share: the normalised prompt; a prompt of punctuation alone stays as it is."""
     return normalise(example.prompt) or example.prompt
 
 

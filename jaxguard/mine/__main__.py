@@ -10,9 +10,9 @@ from jaxguard.config import Config
 from jaxguard.utils.terminal import Console
 
 DESCRIPTION = """\
-Ask a trained guard about its own training examples, each several times, in the mode in which it was trained on them. Those that
-it judges right in some answers only are hard: a second round of training takes them once more. Those that it never judges
-right may be labelled wrongly: look at them. Train first; then this writes into runs/NAME/mine:
+Ask a trained guard about its own training examples, each several times, in the mode in which it was trained on them; or about
+those of `mine.sources`. Those that it judges right in some answers only are hard: a second round of training takes them once more.
+Those that it never judges right may be labelled wrongly: look at them. Train first; then this writes into runs/NAME/mine:
 
   answers/MODE.jsonl   every answer, as soon as it is there: killed and started again, it resumes
   hard.jsonl           the hard examples with their traces, ready for data.train or build.sets[].append
@@ -25,6 +25,7 @@ The second round is a config that extends the first, starts from its export and 
 examples:
   jaxguard mine --config smollm_demo
   jaxguard train --config smollm_continual
+  jaxguard mine --config gemma4b_5k 'mine.sources=[{kind: nemotron_safety}]'
   jaxguard mine --config gemma4b_5k mine.balance=class mine.most=500
   jaxguard mine --config gemma4b_5k evaluate.backend=sglang evaluate.server.python=.venv-sglang/bin/python
 """

@@ -1,4 +1,4 @@
-"""Hard-example mining: the training examples as the trainer chose them, the guard's answers, the hard ones.
+"""Hard-example mining: the training examples as the trainer chose them, or others, the guard's answers, the hard ones.
 
 select -> predict, storing every answer -> count the right ones -> choose -> write; reports quote no example.
 """
@@ -22,11 +22,21 @@ from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.inputs import check_inputs
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
-from jaxguard.data.prepare import Selection, select, subset
+from jaxguard.data.prepare import (
+    ExampleAndMode,
+    Selection,
+    assign_modes,
+    conversation,
+    load_sources,
+    select,
+    subset,
+    usable,
+)
 from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, open_guard, open_predictions
 from jaxguard.guards.protocol import Request
 from jaxguard.report import Cell, Content, Drawing, Page, Section, Table, write_markdown
 from jaxguard.report.figures import COLOURS, INK, save_figure, style
+from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder, write_atomically
 from jaxguard.utils.progress import Progress
 from jaxguard.utils.terminal import Console
@@ -37,7 +47,7 @@ PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
 
 @dataclass(frozen=True)
 class Outcome:
-    """A training example as trained, its labels ("prompt_harm harmful, response_harm unharmful"), and the guard's answers to it.
+    """An example with its mode, its labels ("prompt_harm harmful, response_harm unharmful"), and the guard's answers to it.
 
     So many of the texts are `right` in every label, and so many of the others are unparsable.
     """
@@ -52,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class MineResult:
-    """What mining a run found: the outcomes of all training examples, those that are hard, and those of them that were taken."""
+    """What mining a run found: the outcomes of all mined examples, those that are hard, and those of them that were taken."""
 
     name: str
     folder: Path
@@ -60,6 +70,11 @@ class MineResult:
     outcomes: list[Outcome]
     hard: list[Outcome]
     taken: list[Outcome]
+
+    @property
+    def mined(self) -> str:
+        """How many examples were mined, and of what."""
+        return f"{len(self.outcomes):,} {'examples of mine.sources' if self.settings.sources else 'training examples'}"
 
     @property
     def never_right(self) -> list[Outcome]:
@@ -121,7 +136,7 @@ def check(config: Config) -> None:
 
 
 def mine(config: Config) -> MineResult:
-    """Find the training examples that the run's guard judges right only sometimes, and write them into runs/NAME/mine.
+    """Find the examples that the run's guard judges right only sometimes, and write them into runs/NAME/mine.
 
     JaxguardError: there is no guard yet, the data cannot be read, or there are answers under other settings.
     """
@@ -135,7 +150,8 @@ def mine(config: Config) -> MineResult:
     policy, selection = load_policy(config.data.policy), select(config)
     folder = config.folder / "mine"
     with lock_folder(folder, "mining"):
-        outcomes = asyncio.run(predict_all(config, sampling, selection, policy, key))
+        mined = to_mine(config, settings, policy, selection)
+        outcomes = asyncio.run(predict_all(config, sampling, mined, policy, key))
         hard = [outcome for outcome in outcomes if outcome.right in settings.hard]
         result = MineResult(config.name, folder, settings, outcomes, hard, choose(hard, settings, config.seed))
         write_examples(result, selection)
@@ -145,10 +161,24 @@ def mine(config: Config) -> MineResult:
     return result
 
 
+def to_mine(config: Config, settings: MineConfig, policy: Policy, selection: Selection) -> list[ExampleAndMode]:
+    """The examples that the run was trained on, or those of mine.sources, selected and with modes as in training."""
+    if not settings.sources:
+        return selection.train
+    data = config.data
+    examples = usable(load_sources(settings.sources, "mine")[0], "mine.sources", policy, data.mode, Counter())
+    excluded = [*selection.validation, *(selection.train if settings.exclude_trained else ())]
+    prompts = {conversation(example) for example, _ in excluded}
+    examples = [example for example in examples if conversation(example) not in prompts]
+    if not examples:
+        raise JaxguardError("mine.sources: the run was trained on all of its prompts, or holds them out")
+    return list(zip(examples, assign_modes(examples, data.mode, data.dual_reasoning_share, config.seed), strict=True))
+
+
 async def predict_all(
-    config: Config, sampling: EvaluateConfig, selection: Selection, policy: Policy, key: dict[str, Any]
+    config: Config, sampling: EvaluateConfig, mined: Sequence[ExampleAndMode], policy: Policy, key: dict[str, Any]
 ) -> list[Outcome]:
-    """Every training example with the guard's answers to it; what is on disk is not generated again."""
+    """Every mined example with the guard's answers to it; what is on disk is not generated again."""
     settings = config.mine or MineConfig()
     tally: Counter[int] = Counter()
     outcomes: dict[str, Outcome] = {}
@@ -160,7 +190,7 @@ async def predict_all(
     with ExitStack() as stack:
         stores, requests = {}, {}
         for mode in Mode:
-            if examples := [example for example, own in selection.train if own is mode]:
+            if examples := [example for example, own in mined if own is mode]:
                 path = config.folder / "mine/answers" / f"{mode}.jsonl"
                 stores[mode] = stack.enter_context(open_predictions(path, key | examples_key(examples, policy)))
                 stored = stores[mode].answers
@@ -170,9 +200,9 @@ async def predict_all(
                 waiting = (example for example in examples if example.id not in stored)
                 requests[mode] = [Request(example, tuple(labels_of(example, policy)), mode) for example in waiting]
         if any(requests.values()):
-            progress = Progress("mining", len(selection.train), tally.total(), Console(soft_wrap=True))
+            progress = Progress("mining", len(mined), tally.total(), Console(soft_wrap=True))
             stack.enter_context(progress)
-            by_id = {example.id: example for example, _ in selection.train}
+            by_id = {example.id: example for example, _ in mined}
             async with open_guard(settings.guard, config, sampling, probabilities=False) as predict:
                 for mode, unanswered in requests.items():
                     # What does not fit shows at once, and texts of like length share a batch.
@@ -183,7 +213,7 @@ async def predict_all(
                         k, hard = settings.generations, sum(tally[right] for right in set(settings.hard))
                         share = f"right {k}/{k} {tally[k] / tally.total():.0%}"
                         progress.update(tally.total(), f"{share}  hard {hard:,}  never {tally[0]:,}")
-    return [outcomes[example.id] for example, _ in selection.train]
+    return [outcomes[example.id] for example, _ in mined]
 
 
 def labels_of(example: Example, policy: Policy) -> dict[Question, str]:
@@ -222,7 +252,7 @@ def choose(hard: Sequence[Outcome], config: MineConfig, seed: int) -> list[Outco
 
 
 def write_examples(result: MineResult, selection: Selection) -> None:
-    """Write the run's own examples, and what mining found among them, in our format.
+    """Write the run's own examples, and what mining found, in our format.
 
     The second round reads the first one's choice from these files: of the sources, with the hard examples appended, it
     would hold out others, take another subset, and in dual mode train others to reason.
@@ -274,11 +304,11 @@ def page(result: MineResult) -> Page:
         f"Hard is what was right {' or '.join(map(str, settings.hard))} times: {len(result.hard):,} examples. Taken: "
         f"{len(result.taken):,} (balance {settings.balance}, most {settings.most or 'all'}), in hard.jsonl.",
         Table.of(("class", "taken"), taken),
-        f"Never right: {right[0]:,}, in never_right.jsonl. Their labels may be wrong; look at them. They are still in "
-        "train.jsonl.",
+        f"Never right: {right[0]:,}, in never_right.jsonl. Their labels may be wrong; look at them."
+        f"{'' if settings.sources else ' They are still in train.jsonl.'}",
     ]
     parts: list[Content] = [
-        f"The guard answered each of its {examples:,} training examples {k} times. An answer is right if every label of "
+        f"The guard answered each of {result.mined} {k} times. An answer is right if every label of "
         "the example is; an unparsable one is not.",
         Drawing("Examples by number of right answers", file="right.png"),
         right_table(result),
@@ -293,7 +323,7 @@ def right_table(result: MineResult) -> Table:
     """Examples by number of right answers."""
     k, total = result.settings.generations, len(result.outcomes)
     rows = [(f"{number} of {k}", count, f"{count / total:.1%}") for number, count in enumerate(result.right)]
-    return Table.of(("right answers", "examples", "share"), rows, f"{total:,} training examples")
+    return Table.of(("right answers", "examples", "share"), rows, result.mined)
 
 
 @style()
@@ -310,7 +340,7 @@ def draw(result: MineResult, picture: Path) -> None:
     if k == PAPER_GENERATIONS:
         label = "paper, always right"
         axes.hlines(PAPER_ALWAYS_RIGHT, k - 0.45, k + 0.45, colors=INK, linestyles="dashed", label=label)
-    axes.set(xlabel=f"right answers of {k}", ylabel="training examples", xticks=range(k + 1), ylim=(0, 1))
+    axes.set(xlabel=f"right answers of {k}", ylabel="examples", xticks=range(k + 1), ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(visible=False, axis="x")
     axes.legend(loc="upper left")

@@ -6,11 +6,13 @@ Steps are exact. Tokens of an example and the speed are assumptions of the study
 import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
 
+from jaxguard.config.data import SourceConfig
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.hardware import peak_flops
 from jaxguard.data.benchmarks.schema import read_benchmark, read_group
@@ -74,20 +76,22 @@ def work(run: Run) -> Counter[str]:
     Predictions are examples, once for each mode; `assumed` is above 0 if a number of examples is assumed, not counted.
     """
     config, cost, data, total = run.config, run.cost, run.config.data, Counter[str]()
-    paths = [Path(source.path or "") for source in data.train]
-    local = all(path.is_file() for path in paths)
-    examples = data.subset or (sum(map(_rows, paths)) if local else run.row.examples or 0)
+    known = _examples(data.train)
+    examples = data.subset or known or run.row.examples or 0
     if not data.subset and not data.validation:
         examples = max(0, examples - data.validation_size)
     traced = {"direct": 0.0, "reasoning": 1.0, "dual": data.dual_reasoning_share}[data.mode]
     if {"train", "mine"} & set(run.row.stages):
-        total["assumed"] += not (local or data.subset)
+        total["assumed"] += not (known or data.subset)
     predictions: list[tuple[int, int, float]] = []  # examples, generations of each, share with a trace
     if "train" in run.row.stages and examples:
         total["steps"] = total_steps(examples, config.train.batch_size, config.train.epochs, config.train.max_steps)
         total["trained"] = round(total["steps"] * _batch_tokens(run, traced))
     if "mine" in run.row.stages:
-        predictions.append((examples, (config.mine or MineConfig()).generations, traced))
+        mine = config.mine or MineConfig()
+        mined = _examples(mine.sources) if mine.sources else examples
+        total["assumed"] += not mined
+        predictions.append((mined or run.row.examples or 0, mine.generations, traced))
     if "evaluate" in run.row.stages:
         settings = config.evaluate or EvaluateConfig()
         guards = [guard for guard in settings.guards if guard.format not in BASELINES]
@@ -108,6 +112,12 @@ def work(run: Run) -> Counter[str]:
         total["read"] += round(count * read)
         total["generated"] += round(count * generations * (share * cost.trace_tokens + cost.answer_tokens))
     return total
+
+
+def _examples(sources: Sequence[SourceConfig]) -> int:
+    """How many rows the sources hold; 0 where that is unknown, since they are not local files."""
+    paths = [Path(source.path or "") for source in sources]
+    return sum(map(_rows, paths)) if all(path.is_file() for path in paths) else 0
 
 
 def _batch_tokens(run: Run, traced: float) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,22 @@ def test_every_training_example_is_asked_once_as_it_was_trained(mined, baker):
     assert baker.settings.generations == 4
     assert baker.settings.ask == "benchmark"
     assert baker.opened == 1
+
+
+def test_other_data_are_mined_without_what_was_trained_or_held_out(run, mined, baker, capsys):
+    write(run / "other.jsonl", map(row, range(40, 80)))
+    other, selection = "mine.sources=[{kind: jsonl, path: other.jsonl}]", select(load("first.yaml"))
+    folder = mined(other)
+    assert {ask.example.id for ask in baker.asked} == {f"x{i}" for i in range(60, 80)}
+    assert {one["id"] for one in lines(folder / "hard.jsonl")} == {f"x{i}" for i in range(60, 80) if i % 5 in (2, 3)}
+    assert len(lines(folder / "train.jsonl")) == len(selection.train)
+    shutil.rmtree(folder)
+    baker.asked.clear()
+    mined(other, "mine.exclude_trained=false")
+    held_out = {example.id for example, _ in selection.validation}
+    assert {ask.example.id for ask in baker.asked} == {f"x{i}" for i in range(40, 80)} - held_out
+    assert main(["--config", "first.yaml", "mine.sources=[{kind: jsonl, path: data.jsonl}]"]) == 2
+    assert "mine.sources: " in capsys.readouterr().err
 
 
 def test_examples_are_counted_and_the_hard_ones_written(mined, capsys):

@@ -97,6 +97,9 @@ def test_the_small_study_takes_the_minutes_that_the_documents_say(monkeypatch):
 def test_mining_reads_probabilities_too(study):
     (run,) = study(rows={"x": {"stages": ["mine"]}}).runs
     assert +work(run) == {"predictions": 20, "read": 20 * 2 * 600, "generated": 20 * 4 * 16}
+    other = {"mine.sources": [{"kind": "jsonl", "path": "absent.jsonl"}]}
+    (run,) = study(rows={"x": {"stages": ["mine"], "examples": 50, "set": other}}).runs
+    assert (work(run)["predictions"], work(run)["assumed"]) == (50, 1)
 
 
 def test_baselines_cost_nothing(study):
