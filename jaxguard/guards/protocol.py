@@ -70,6 +70,7 @@ class Prediction:
         unscored: question -> generations that are not in its probability, since their verdict cannot be located.
         cut: the text was too long for the model and was judged without its middle.
         scoring: seconds for the probabilities, of a batch its share; not part of `seconds`.
+        wait: seconds until the request had its verdicts, which all of a batch wait for; 0 if unknown.
 
     Raises:
         JaxguardError: a probability is not a number from 0 to 1.
@@ -87,6 +88,7 @@ class Prediction:
     unscored: Mapping[Question, int] = field(default_factory=dict)
     cut: bool = False
     scoring: float = 0.0
+    wait: float = 0.0
 
     def __post_init__(self) -> None:
         for question, p in self.probabilities.items():
@@ -273,6 +275,7 @@ async def _predict_batch(
                 completion_tokens=sum(part.tokens for part in group),
                 seconds=seconds / len(requests),
                 scoring=scoring / len(requests),
+                wait=seconds,
             )
         )
     return predictions

@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedPoint
-from jaxguard.evaluate.scores.results import Evaluation
+from jaxguard.evaluate.scores.results import WAITS, Evaluation
 from jaxguard.report import Drawing, Page, Paragraph, Section, Table, write_markdown, write_page
 from jaxguard.report.figures import COLOURS, FAINT, INK, inline_svg, style
-from jaxguard.report.text import number, short
+from jaxguard.report.text import number, seconds, short
 from jaxguard.study.grid import Study
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import Fields, read_json
@@ -28,6 +28,10 @@ LEGEND = (
 )
 BEHIND_SLASH = " In every table, what stands behind a slash is the published value."
 OVER_GENERATIONS = "Standard deviation over the generations of a run, its mean over runs."
+ABOUT_WAIT = (
+    "Percentiles of the seconds from sending a request to its answer, means over benchmarks and runs. At a server a request is "
+    "beside up to evaluate.batch others; in JAX it waits for the whole of its batch."
+)
 
 
 def write_report(study: Study, read: Callable[[Path], Evaluation], published: Published) -> tuple[Path, Path]:
@@ -58,6 +62,8 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
     ]
     legend = LEGEND + (BEHIND_SLASH if study.scale is None else "")
     main = [figures[0], _table(lines, columns, "f1"), Paragraph([legend], faint=True), missing]
+    if (waits := _waits(lines)).rows:
+        sections.append(Section("A request's own wait", [waits, Paragraph([ABOUT_WAIT], faint=True)]))
     page = Page(study.definition.title, [study.definition.about, *main, *sections, *figures[1:]])
     paths = study.folder / "report.md", study.folder / "report.html"
     write_markdown(paths[0], page)
@@ -88,8 +94,8 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
     """Read the results of the first guard of every run: a row for each run, mode and metric.
 
     A metric is an average, a benchmark, or `benchmark/value` of a slice. It has the f1 (NaN if undefined), its deviation over
-    generations, the seconds an example, and whether all of it was evaluated (complete). Runs that differ only in what repeats
-    them share a line, whose name, series, x on the curve's axis and number of runs stand beside it.
+    generations, whether all of it was evaluated (complete), the seconds an example, and percentiles of a request's wait. Runs that
+    differ only in what repeats them share a line, whose name, series, x on the curve's axis and number of runs stand beside it.
     """
     curve = study.definition.curve
     axis, of_axis = (curve.axis, curve.label) if curve else ("", "")
@@ -104,26 +110,27 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
         if not path.is_file():
             continue
         evaluation = read(path)
-        rows: list[tuple[Any, ...]] = []
+        rows: list[dict[str, Any]] = []
         for cell in evaluation.cells:
-            of, f1 = (cell.guard, cell.mode), cell.result.scores.f1
-            rows.append((*of, cell.benchmark, f1.value, f1.deviation, cell.cost.seconds, cell.complete))
-            rows += [
-                (*of, f"{cell.benchmark}/{name.partition(': ')[2]}", part.scores.f1.value, None, None, cell.complete)
-                for name, part in cell.slices.items()
-            ]
-        rows += [
-            (a.guard, a.mode, a.name, a.f1.value, a.f1.deviation, None, not a.missing) for a in evaluation.averages
-        ]
-        names = ["guard", "mode", "metric", "f1", "deviation", "seconds", "complete"]
-        table = pd.DataFrame(rows, columns=names).astype(dict.fromkeys(names[3:6], float))
+            of, f1 = {"guard": cell.guard, "mode": cell.mode, "complete": cell.complete}, cell.result.scores.f1
+            costs = {name: getattr(cell.cost, name) for name in ("seconds", *WAITS)}
+            rows.append(of | {"metric": cell.benchmark, "f1": f1.value, "deviation": f1.deviation} | costs)
+            for name, part in cell.slices.items():
+                rows.append(of | {"metric": f"{cell.benchmark}/{name.partition(': ')[2]}", "f1": part.scores.f1.value})
+        for each in evaluation.averages:
+            of = {"guard": each.guard, "mode": each.mode, "complete": not each.missing}
+            rows.append(of | {"metric": each.name, "f1": each.f1.value, "deviation": each.f1.deviation})
+        names = ["guard", "mode", "metric", "complete", "f1", "deviation", "seconds", *WAITS]
+        table = pd.DataFrame(rows, columns=names).astype(dict.fromkeys(names[4:], float))
         # The column of modes shows data.mode.
         titles = [
             f"{label} {of_axis}" if field == axis else f"{field.split('.')[-1]} {label}"
             for field, label in labels.items()
             if field != "data.mode"
         ]
-        table = table[table.guard == rows[0][0]].assign(line=line, name=", ".join([series, *titles]), series=series)
+        table = table[table.guard == rows[0]["guard"]].assign(
+            line=line, name=", ".join([series, *titles]), series=series
+        )
         table["x"] = pd.to_numeric(run.row.examples if x == "all" else x, errors="coerce")
         tables.append(table.assign(run=run.name))
     scores = pd.concat(tables).sort_values("line", kind="stable") if tables else pd.DataFrame({"line": []})
@@ -145,7 +152,7 @@ class Line(NamedTuple):
 
 def _lines(study: Study, scores: pd.DataFrame, published: Published) -> Iterator[Line]:
     runs, curve = {run.name: run for run in study.runs}, study.definition.curve
-    seconds = {point.row: point.seconds for point in published.latency.points}
+    latencies = {point.row: point.seconds for point in published.latency.points}
     for (_, mode), line in scores.groupby(["line", "mode"], sort=False):
         first = line.iloc[0]
         run = runs[first.run]
@@ -154,7 +161,7 @@ def _lines(study: Study, scores: pd.DataFrame, published: Published) -> Iterator
             known = published.row(row)
             if known is None:
                 raise JaxguardError(f"configs/published has no row {row!r}, which a row of this study names")
-            yield Line(line, {"f1": known.scores, "deviation": known.deviations}, seconds.get(row))
+            yield Line(line, {"f1": known.scores, "deviation": known.deviations}, latencies.get(row))
         else:
             on_curve = mode == "reasoning" and curve is not None and curve.series in (None, run.row.series or run.key)
             points = [point for point in _published_curve(study, published) if on_curve and point.x == first.x]
@@ -270,6 +277,16 @@ def _trace_words(folder: Path) -> float:
     return float("nan") if words is None else float(words)
 
 
+def _waits(lines: Iterable[Line]) -> Table:
+    """A row for each line whose requests' waits are known: their percentiles."""
+    table = Table(("", "mode", *(f"p{percentile}" for percentile in WAITS.values())), left=2)
+    for line in lines:
+        waits = [line.scores[name].mean() for name in WAITS]
+        if pd.notna(waits[0]):
+            table.add(*line.title, *map(seconds, waits))
+    return table
+
+
 @style()
 def _latency(lines: Sequence[Line], published: Published) -> Drawing | None:
     """Draw seconds an example, the mean over benchmarks, as bars, and the paper's of the same rows beside them."""
@@ -279,14 +296,18 @@ def _latency(lines: Sequence[Line], published: Published) -> Drawing | None:
         return None
     figure = Figure(figsize=(7, 1 + 0.35 * len(bars)))
     axes = figure.add_subplot()
-    for y, (_, seconds, paper) in enumerate(bars):
-        axes.barh(y - 0.2, seconds, 0.38, color=COLOURS[0], label="ours" if not y else None)
+    for y, (_, mean, paper) in enumerate(bars):
+        axes.barh(y - 0.2, mean, 0.38, color=COLOURS[0], label="ours" if not y else None)
         if paper is not None:
             axes.barh(y + 0.2, paper, 0.38, color=FAINT)
+    caption = (
+        "Seconds an example, with all generations: a batch's time, or at a server the time by the clock, by its examples, not what "
+        "one request waits."
+    )
     if any(paper is not None for _, _, paper in bars):
         axes.barh(0, 0, color=FAINT, label=f"the paper ({published.latency.hardware})")
+        caption += " The paper's are of one generation."
     axes.set_yticks(range(len(bars)), [short(name, 60) for name, _, _ in bars])
     axes.set(xscale="log", xlabel="seconds an example of an offline batch (logarithmic)", ylim=(len(bars) - 0.5, -0.5))
     axes.legend()
-    caption = "Seconds an example: a batch's time by its examples, not what one request waits."
     return Drawing(caption, inline_svg(figure, "latency", "Seconds an example by row"))

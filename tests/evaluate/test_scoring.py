@@ -15,7 +15,7 @@ from jaxguard.data.benchmarks.schema import BenchmarkDefinition
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
 from jaxguard.evaluate.report.page import cautions, f1_figure, latency_figure, report
-from jaxguard.evaluate.report.tables import cost_table, main_table, score_table, summary_table, versus_table
+from jaxguard.evaluate.report.tables import cost_table, main_table, score_table, summary_table, versus_table, wait_table
 from jaxguard.evaluate.scores.results import Evaluation
 from jaxguard.evaluate.scores.scoring import MAX_ERRORS, PredictedExamples, references_of, score
 from jaxguard.guards.protocol import Prediction
@@ -332,13 +332,13 @@ def test_what_judging_takes_is_by_guard_and_mode():
     costs = {"seconds": 0.5, "scoring": 0.25, "prompt_tokens": 100, "completion_tokens": 20, "forced": 1, "cut": True}
     found = evaluated(
         [
-            predictions_of("first", R, "rye", GOOD, **costs),
-            predictions_of("first", R, "oats", GOOD[:2], truth=TRUTH[:2], wall=5.0, **costs | {"seconds": 2.5}),
+            predictions_of("first", R, "rye", GOOD, wall=4.5, **costs),
+            predictions_of("first", R, "oats", GOOD[:2], truth=TRUTH[:2], wall=5.5, **costs | {"seconds": 2.5}),
             predictions_of("first", D, "rye", GOOD, wall=0.0),
         ]
     )
     cost = found.cells[0].cost
-    assert (cost.seconds, cost.scoring, cost.wall, cost.forced, cost.cut, cost.unscored) == (0.5, 0.25, 3.0, 6, 6, 0)
+    assert (cost.seconds, cost.scoring, cost.wall, cost.forced, cost.cut, cost.unscored) == (0.5, 0.25, 4.5, 6, 6, 0)
     table = cost_table(found)
     shown = dict(zip(table.columns, table.rows[0].cells, strict=True))
     assert shown["guard"] == Cell("first", "reasoning")
@@ -348,15 +348,28 @@ def test_what_judging_takes_is_by_guard_and_mode():
         "seconds for the probability": "0.25",
         "prompt tokens": "100",
         "generated tokens": "20",
-        "examples/s": "1",  # 8 in 3 + 5 seconds
-        "tokens/s": "120",
+        "examples/s": "0.8",  # 8 in 4.5 + 5.5 seconds
+        "tokens/s": "96",
     }
-    assert shown["tokens/s"].more == "20 generated"
+    assert shown["tokens/s"].more == "16 generated"
     shown = dict(zip(table.columns, table.rows[1].cells, strict=True))
     assert (shown["guard"].more, shown["examples/s"].text) == ("direct", "n/a")
     for text in (page_markdown(report(found, PUBLISHED)), page_html(report(found, PUBLISHED))):
-        assert "share of the batch" in text
         assert "Time and tokens" in text
+        assert "A request's own wait" not in text
+
+
+def test_requests_that_overlap_share_the_time_and_wait_for_themselves():
+    one = predictions_of("first", R, "rye", GOOD, wall=3.0, seconds=0.75, scoring=0.25)
+    waits = [replace(each, wait=float(i)) for i, each in enumerate(one.predictions)]  # the first one's is unknown
+    found = evaluated([replace(one, predictions=waits), predictions_of("baseline", R, "rye", GOOD)])
+    cost = found.cells[0].cost
+    assert (cost.seconds, cost.scoring) == (0.375, 0.125)  # 6 in 3 seconds
+    assert (cost.wait_p50, cost.wait_p95, cost.wait_p99) == pytest.approx((3, 4.8, 4.96))
+    (row,) = wait_table(found).rows
+    assert [cell.text for cell in row.cells[1:]] == ["3", "4.8", "4.96"]
+    assert "A request's own wait" in page_markdown(report(found, PUBLISHED))
+    assert found.tables["cost"].loc[0, "wait_p95"] == pytest.approx(4.8)
 
 
 # Errors.

@@ -272,7 +272,7 @@ def test_distillation(processes, tiny_tokenizer_folder, tmp_path):
 
 def test_evaluation(processes, tiny_files, tiny_checkpoint, tmp_path):
     """Predictions and scores but for the seconds that they took."""
-    clocks = ("seconds", "scoring", "wall", "finished", "cost")
+    clocks = ("seconds", "scoring", "wall", "wait", "finished", "cost")
 
     def begin(folder):
         folder.mkdir(parents=True)

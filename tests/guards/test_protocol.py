@@ -242,6 +242,12 @@ def test_one_generation_answers_all_questions():
     assert counted == [3]  # what the questions share is computed once
 
 
+def test_a_request_waits_for_its_batch():
+    backend = Script({"x": ["+"], "z": ["+"]}, group=2)
+    found = ask_all(backend, "xz", Mode.DIRECT, probabilities=False, generations=1)
+    assert all(each.wait == 2 * each.seconds > 0 for each in found.values())
+
+
 def test_a_format_with_a_prompt_for_each_question_generates_for_each():
     says = {"xprompt_harm": ["+", "-"], "xresponse_harm": ["-", "?"]}
     odds = {f"x{question}{letter}": 0.0 for question in BOTH for letter in "abc"}

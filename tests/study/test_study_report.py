@@ -43,13 +43,14 @@ class Results:
                         "benchmark": name,
                         "result": result,
                         "complete": name != "part",
-                        "cost": SimpleNamespace(seconds=0.25),
+                        "cost": SimpleNamespace(seconds=0.25, wait_p50=0.5, wait_p95=1.25, wait_p99=150.4),
                         "slices": slices,
                     }
                     cells.append(SimpleNamespace(**cell))
             worse = SimpleNamespace(scores=SimpleNamespace(f1=SimpleNamespace(value=0.01, deviation=None)))
             baseline = {"guard": "baseline", "mode": mode, "benchmark": "own", "result": worse, "complete": False}
-            cells.append(SimpleNamespace(**baseline, cost=SimpleNamespace(seconds=0.0), slices={}))
+            waits = dict.fromkeys(("wait_p50", "wait_p95", "wait_p99"))
+            cells.append(SimpleNamespace(**baseline, cost=SimpleNamespace(seconds=0.0, **waits), slices={}))
         return SimpleNamespace(cells=cells, averages=averages)
 
 
@@ -220,6 +221,8 @@ def test_seconds_are_bars_beside_the_papers(report):
     html = write_report(made, read, PUBLISHED)[1].read_text()
     assert "seconds an example of an offline batch" in html
     assert "the paper (an oven)" in html
+    page = (made.folder / "report.md").read_text()
+    assert "| base | reasoning | 0.5 | 1.25 | 150 |" in page[page.index("## A request's own wait") :]
 
 
 @pytest.mark.parametrize("scale", [None, "tiny"])

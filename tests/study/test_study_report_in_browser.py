@@ -22,7 +22,7 @@ def made_up(path):
     f1 = SimpleNamespace(value=record["f1"], deviation=0.004)
     result = SimpleNamespace(scores=SimpleNamespace(f1=f1))
     cell = SimpleNamespace(guard="ours", mode=record["mode"], benchmark="own_responses", result=result, complete=True,
-                           cost=SimpleNamespace(seconds=0.25), slices={})  # fmt: skip
+                           cost=SimpleNamespace(seconds=0.25, wait_p50=1, wait_p95=2, wait_p99=3), slices={})  # fmt: skip
     average = SimpleNamespace(guard="ours", mode=record["mode"], name="safety", f1=f1, missing=())
     return SimpleNamespace(cells=[cell], averages=[average])
 

@@ -44,10 +44,14 @@ ABOUT_VERSUS = (
     "generations, with McNemar's exact test."
 )
 ABOUT_COST = (
-    "Means of all examples of the guard. Seconds are from request to answer. JAX works in batches, and an example's "
-    "seconds are its share of the batch's; at a server they are its own wait, beside the others that are under way. Passes for "
-    "the probability alone are counted by themselves, but with evaluate.generations=0 they are the answer. Examples and tokens "
-    "a second are by the clock, with these passes; tokens are those of prompts and of all generations."
+    "Means of all examples of the guard. Seconds are an example's share of the time of offline batches, with all generations: in "
+    "JAX of its batch's; at a server, where requests overlap, of the time by the clock. Passes for the probability alone are "
+    "counted by themselves, but with evaluate.generations=0 they are the answer. Examples and tokens a second are by the clock, "
+    "with these passes; tokens are those of prompts and of all generations."
+)
+ABOUT_WAIT = (
+    "Seconds from sending a request to its answer, with all generations and without passes for the probability alone: no share of "
+    "a batch. At a server a request is beside up to evaluate.batch others; in JAX it waits for the whole of its batch."
 )
 ABOUT_ERRORS = (
     "An example is an error unless more than half of its generations are right: a tie is one. The most certain probabilities come "
@@ -103,6 +107,7 @@ def report(evaluation: Evaluation, published: Published) -> blocks.Page:
         leading.reverse()
     tabled = (
         ("cost", ABOUT_COST, tables.cost_table(evaluation)),
+        ("wait", ABOUT_WAIT, tables.wait_table(evaluation)),
         ("versus", ABOUT_VERSUS, tables.versus_table(evaluation)),
     )
     settings = [(name, _text(value)) for name, value in evaluation.settings.items()]
@@ -256,7 +261,10 @@ def _figures(evaluation: Evaluation, published: Published) -> Iterator[blocks.Dr
     if latency is not None:
         alt = "F1 against seconds an example; the tables of averages and of benchmarks have the numbers"
         where = f", here on {evaluation.hardware}" if evaluation.hardware else ""
-        yield blocks.Drawing(f"Seconds for an answer{where}", inline_svg(latency, "latency", alt))
+        paper = "; the paper's are of one generation" if evaluation.averages else ""
+        yield blocks.Drawing(
+            f"Seconds an example of an offline batch{where}{paper}", inline_svg(latency, "latency", alt)
+        )
 
 
 def _reliability(evaluation: Evaluation) -> Iterator[blocks.Drawing]:

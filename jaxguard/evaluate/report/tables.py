@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from jaxguard.evaluate.report.published import AVERAGES, Published
 from jaxguard.evaluate.scores.metrics import FALSE_POSITIVE_RATES, Difference
-from jaxguard.evaluate.scores.results import Average, Cell, Evaluation, Wrong
+from jaxguard.evaluate.scores.results import WAITS, Average, Cell, Evaluation, Wrong
 from jaxguard.evaluate.scores.scoring import AVERAGED
 from jaxguard.report import Cell as TableCell
 from jaxguard.report import Table, estimate
@@ -175,6 +175,19 @@ def cost_table(evaluation: Evaluation) -> Table:
         tokens = (f"{prompt:,.0f}", f"{generated:,.0f}")
         table.add(TableCell(*guard_mode), total, seconds(latency), seconds(scoring), *tokens, *rates)
     return table
+
+
+def wait_table(evaluation: Evaluation) -> Table:
+    """Percentiles of how long a request waits for its answer, in seconds; no rows where that is unknown."""
+
+    def waits(cell: Cell) -> list[TableCell | str]:
+        return [DASH if (wait := getattr(cell.cost, name)) is None else seconds(wait) for name in WAITS]
+
+    names = {
+        cell.guard_mode: TableCell(*cell.guard_mode) for cell in evaluation.cells if cell.cost.wait_p50 is not None
+    }
+    columns = [f"p{percentile}" for percentile in WAITS.values()]
+    return _by_benchmark(evaluation, "A request's own wait", columns, names, waits)
 
 
 def slice_table(cells: Sequence[Cell]) -> Table:

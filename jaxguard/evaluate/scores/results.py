@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCORES = ("f1", "precision", "recall", "false_positive_rate", "agreement", "kappa")
+WAITS = {"wait_p50": 50, "wait_p95": 95, "wait_p99": 99}
+"""Field of Cost -> percentile."""
 UNPARSABLE_WORD = "unparsable"
 """Stands for the word of an unparsable verdict."""
 
@@ -30,8 +32,10 @@ class Cost:
     """Time and tokens of a guard on a benchmark: means over the examples, counts, and seconds by the clock (`wall`).
 
     Attributes:
-        seconds: from request to prediction; of a batch, its share.
+        seconds: of an offline batch, an example's share of its time, with all generations; at a server, where requests overlap,
+            of the time by the clock.
         scoring: seconds for the probability, likewise; not part of `seconds`.
+        wait_p50, wait_p95, wait_p99: percentiles of the seconds from a request to its verdicts; None if unknown.
         completion_tokens: of all generations of an example together.
         forced, unscored: generations whose reasoning reached its limit, and those that are not in the probability.
         cut: examples whose text lacks its middle, since it does not fit the model.
@@ -45,6 +49,9 @@ class Cost:
     forced: int
     unscored: int
     cut: int
+    wait_p50: float | None = None
+    wait_p95: float | None = None
+    wait_p99: float | None = None
 
 
 @dataclass(frozen=True)
@@ -245,7 +252,8 @@ class Evaluation:
         Returns:
             scores: of the sampled verdicts on every benchmark.
             averages: F1 of prompt, response, safety and custom benchmarks; `missing` names those left out.
-            cost: means per example in seconds and tokens; `wall` is of all examples, forced, unscored and cut are counts.
+            cost: means per example in seconds and tokens; `wall` is of all examples, forced, unscored and cut are counts;
+                percentiles of a request's own wait.
             calibration: scores of probabilities, the threshold chosen on validation examples, and F1 at it.
             versus: F1 less that of the first guard, on benchmarks and averages, with p-values.
         """

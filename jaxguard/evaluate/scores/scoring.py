@@ -15,7 +15,7 @@ from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
 from jaxguard.data.policies import Question
 from jaxguard.evaluate.scores import metrics
 from jaxguard.evaluate.scores.metrics import Platt, Result, Votes
-from jaxguard.evaluate.scores.results import UNPARSABLE_WORD, Average, Cell, Cost, Thresholded, Versus, Wrong
+from jaxguard.evaluate.scores.results import UNPARSABLE_WORD, WAITS, Average, Cell, Cost, Thresholded, Versus, Wrong
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Prediction
 from jaxguard.utils.statistics import Estimate
 
@@ -131,6 +131,11 @@ def _cell(
     mean = ("seconds", "scoring", "prompt_tokens", "completion_tokens")
     costs: dict[str, Any] = {name: float(np.mean([getattr(each, name) for each in predictions])) for name in mean}
     costs |= {name: sum(getattr(each, name) for each in predictions) for name in ("wall", "forced", "cut")}
+    busy = (costs["seconds"] + costs["scoring"]) * len(predictions)
+    if 0 < costs["wall"] < busy:  # requests overlapped: each took its share of the time by the clock, as in a batch
+        costs |= {name: costs[name] * costs["wall"] / busy for name in ("seconds", "scoring")}
+    if waits := [each.wait for each in predictions if each.wait]:
+        costs |= {name: float(np.percentile(waits, percentile)) for name, percentile in WAITS.items()}
     unscored = sum(sum(each.unscored.values()) for each in predictions)
     definition, versus = own.benchmark.definition, None
     at, other_at = (_at_threshold(test, on, settings) for test, on in zip((own, reference), chosen_on, strict=True))
