@@ -266,6 +266,7 @@ def _words(study: Study, scores: pd.DataFrame, published: Published) -> Drawing 
     for name, color, line, values in (("ours", COLOURS[0], "-", sorted(own)), ("the paper", INK, ":", paper)):
         if values:
             axes.plot(*zip(*values, strict=True), marker="o", markersize=4, color=color, linestyle=line, label=name)
+    axes.set_xticks(sorted({x for x, _ in (*own, *paper)}))
     axes.set(xlabel=short(curve.label, 60), ylabel="mean words of a trace")
     axes.legend()
     return Drawing("Words of the traces that were trained on", inline_svg(figure, "words", f"Words by {curve.label}"))
@@ -308,6 +309,6 @@ def _latency(lines: Sequence[Line], published: Published) -> Drawing | None:
         axes.barh(0, 0, color=FAINT, label=f"the paper ({published.latency.hardware})")
         caption += " The paper's are of one generation."
     axes.set_yticks(range(len(bars)), [short(name, 60) for name, _, _ in bars])
-    axes.set(xscale="log", xlabel="seconds an example of an offline batch (logarithmic)", ylim=(len(bars) - 0.5, -0.5))
+    axes.set(xlabel="seconds an example of an offline batch", ylim=(len(bars) - 0.5, -0.5))
     axes.legend()
     return Drawing(caption, inline_svg(figure, "latency", "Seconds an example by row"))
