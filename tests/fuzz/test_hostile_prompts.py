@@ -224,7 +224,7 @@ def test_prompts_of_external_guards_hold_only_their_own_marks(tokenizer_folder, 
     def shown(place: str, text: str, question: Question, mode: Mode) -> Counter[str]:
         example, policy = attacked(place, text)
         asker = replace(form, policy=policy if form.guard.takes_policy else general)
-        vars(asker).update({"_marks": form._marks, "_reserved": form._reserved})
+        vars(asker).update({"_marks": form._marks, "_reserved": form._reserved, "_expected": form._expected})
         prompt = asker.text(asker.prompt(Request(example, (question,), mode)).ids)
         return marks(form, prompt) + structure(prompt)
 
