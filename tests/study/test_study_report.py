@@ -178,7 +178,7 @@ def test_published_values_stand_beside_ours(report):
 
 
 def test_the_figure_shows_what_there_is_and_says_so(report):
-    """The documented `name=mine` command evaluates on other benchmarks than the study's: no empty figure comes of it."""
+    """A study may be evaluated on other benchmarks than its own: no empty figure comes of it."""
     made, read = report({"bread-8-0": direct(0.5, "own_prompts"), "bread-8-1": direct(0.7, "own_prompts")})
     html = write_report(made, read, PUBLISHED)[1].read_text()
     assert "The figure shows own_prompts: no run has a result for own_responses." in html
