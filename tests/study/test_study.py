@@ -93,7 +93,7 @@ def test_checkpoints_of_runs_that_are_done_can_be_left_out(study, go, calls, beh
 def test_the_smallest_study_runs_at_scale_smollm(monkeypatch, tmp_path, tiny_checkpoint):
     """Its stages are real, its weights are tiny ones."""
     monkeypatch.chdir(ROOT)
-    changes = [f"run_folder={tmp_path}", f"model.checkpoint={tiny_checkpoint}", "data.max_seq_len=2048", "mesh.fsdp=1"]
+    changes = [f"run_folder={tmp_path}", f"model.checkpoint={tiny_checkpoint}", "data.max_seq_len=2048"]
     arguments = ["paper/sentence_budget", "--scale", "smollm", *changes]
     assert main(["run", *arguments]) == 0
     assert main(["report", *arguments]) == 0
