@@ -91,7 +91,8 @@ def test_checkpoints_of_runs_that_are_done_can_be_left_out(study, go, calls, beh
 
 @pytest.mark.slow
 def test_the_smallest_study_runs_at_scale_smollm(monkeypatch, tmp_path, tiny_checkpoint):
-    """Its stages are real, its weights are tiny ones."""
+    """Its stages are real, on the one device of a CPU; its weights are tiny ones."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.chdir(ROOT)
     changes = [f"run_folder={tmp_path}", f"model.checkpoint={tiny_checkpoint}", "data.max_seq_len=2048"]
     arguments = ["paper/sentence_budget", "--scale", "smollm", *changes]
