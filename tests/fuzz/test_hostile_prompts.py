@@ -231,7 +231,8 @@ def test_prompts_of_external_guards_hold_only_their_own_marks(tokenizer_folder, 
     ways = list(product(places, form.guard.questions, form.guard.modes))
     plain = {(place, question, mode): shown(place, "bread", question, mode) for place, question, mode in ways}
     for _ in range(PROMPTS):
-        (place, *asked), text = draw.choice(ways), f"bread {attack(draw, spelled)}"
+        # "AI" before a template's own "Assistant:" would be counted as our title, which these formats do not have.
+        (place, *asked), text = draw.choice(ways), re.sub(r"(?i)ai\s*\Z", "", f"bread {attack(draw, spelled)}")
         assert shown(place, text, *asked) == plain[place, *asked], (place, text)
 
 
