@@ -144,20 +144,6 @@ def test_a_cpu_multiplies_in_bfloat16_if_it_has_units_for_that(spec, monkeypatch
     assert (chosen.dtype, chosen.matmul_dtype, chosen.attention) == (jnp.float32, matmul_dtype, "block_sparse")
 
 
-@pytest.mark.parametrize(
-    ("facts", "units"),
-    [
-        ("vendor_id: GenuineIntel flags: avx512_bf16 amx_bf16", True),
-        ("vendor_id: AuthenticAMD flags: avx512_bf16", True),
-        ("vendor_id: GenuineIntel flags: avx512_bf16", False),
-        ("vendor_id: AuthenticAMD flags: avx2", False),
-    ],
-)
-def test_units_for_bfloat16_are_those_that_are_faster_than_float32(monkeypatch, facts, units):
-    monkeypatch.setattr(compute_module.Path, "read_text", lambda *_, **__: facts)
-    assert compute_module.has_bfloat16_units.__wrapped__() is units
-
-
 def test_operands_are_rounded_to_bfloat16_and_nothing_else(spec, weights):
     batch = packed(alike(16))
     loss, found = gradient(spec, weights, batch, attention="block_sparse", matmul_dtype=jnp.dtype(jnp.bfloat16))
