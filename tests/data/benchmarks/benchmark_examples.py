@@ -5,7 +5,7 @@ from pathlib import Path
 from jaxguard.data.benchmarks.loading import load_benchmark
 from jaxguard.data.format.dialogue import LABEL
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHIPPED = ROOT / "configs" / "benchmarks"
 
 HARM, SAFE = "harmful", "unharmful"

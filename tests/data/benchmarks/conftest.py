@@ -1,4 +1,4 @@
-"""What tests of evaluation share."""
+"""What tests of benchmarks share."""
 
 import csv
 import gzip
