@@ -121,7 +121,7 @@ def find_yaml(name: str, folder: Path, what: str) -> Path:
         if path.suffix in {".yaml", ".yml"} and path.is_file():
             return path
     known, path = names(folder), Path(name).expanduser()
-    direct = ", ".join(name for name in known if "/" not in name)
+    direct = ", ".join([name for name in known if "/" not in name] or known)
     hint = nearest(name, known)
     if path.exists():
         config = path / "config.yaml"

@@ -14,7 +14,7 @@ from jaxguard.config.base import NameOrYaml, NonNegative, Positive, Schema, Shar
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import Fields, check, nearest, read_yaml
 
-STUDIES, SCALES = Path("configs/paper"), Path("configs/scales")
+STUDIES, SCALES = Path("configs/studies"), Path("configs/scales")
 
 Stage = Literal["distill", "build", "mine", "train", "evaluate"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
@@ -154,11 +154,11 @@ class StudyConfig(Schema):
 
 
 def read_study(name: str, scale: str | None = None, changes: Mapping[str, Any] = {}) -> tuple[StudyConfig, str]:
-    """Read a study at a scale, by its name in configs/paper or by its file's path; return it and the study's name.
+    """Read a study at a scale, by its name in configs/studies or by its file's path; return it and the study's name.
 
     `changes` is merged over it as a scale is. JaxguardError: no such study or scale; unknown, missing or ill-typed field.
     """
-    path = find_yaml(name.removeprefix(f"{STUDIES.name}/"), STUDIES, "study")
+    path = find_yaml(name, STUDIES, "study")
     tree, origin, stem = beside(read_yaml(path, Fields), StudyConfig, path.parent), str(path), path.stem
     scales = check(tree.pop("scales", None) or {}, dict[str, Fields], f"{path}: scales")
     if scale is not None:

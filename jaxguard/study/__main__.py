@@ -11,7 +11,7 @@ from jaxguard.utils.secrets import mask
 from jaxguard.utils.terminal import Console
 
 DESCRIPTION = """\
-A study is a list of rows, each a training config with changes, and the grids that they span (configs/paper).
+A study is a list of rows, each a training config with changes, and the grids that they span (configs/studies).
 
   cost     print steps, tokens, device-hours, and the assumptions behind them
   run      print the cost, then prepare data, train and evaluate run after run, into runs/STUDY/RUN; finished stages are
@@ -28,7 +28,7 @@ exit codes: 0 all done, 1 some runs failed, 2 a mistake to fix, 75 stopped by SI
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("command", choices=("run", "report", "cost"))
     name = parser.add_argument("study", metavar="NAME|PATH", help="a study, such as paper/main, or any YAML file")
-    suggest(name, lambda _: [f"{STUDIES.name}/{study}" for study in names(STUDIES)])
+    suggest(name, lambda _: names(STUDIES))
     parser.add_argument("--scale", metavar="NAME", help="a smaller version that the study's file describes")
     parser.add_argument("--dry-run", action="store_true", help="print every command of the study, and stop")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="change a field of every run")

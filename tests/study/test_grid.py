@@ -8,10 +8,12 @@ import pytest
 import yaml
 
 from jaxguard.config import dump, load
+from jaxguard.config.base import names
 from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.config.study import label, merged, read_study
+from jaxguard.config.study import STUDIES, label, merged, read_study
 from jaxguard.data.benchmarks.schema import read_benchmark
 from jaxguard.data.packing import total_steps
+from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
 from jaxguard.study.__main__ import main
 from jaxguard.study.grid import open_study, written
@@ -20,13 +22,13 @@ from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.secrets import Masked
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = [(path.stem, scale) for path in sorted((ROOT / "configs/paper").glob("*.yaml")) for scale in (None, "smollm")]
+SHIPPED = [(name, scale) for name in names(STUDIES) for scale in (None, "smollm")]
 
 
 @pytest.mark.parametrize(("name", "scale"), SHIPPED)
 def test_every_shipped_row_resolves(name, scale, monkeypatch):
     monkeypatch.chdir(ROOT)
-    study = open_study(f"paper/{name}", scale)
+    study = open_study(name, scale)
     names = [run.name for run in study.runs]
     assert len(set(names)) == len(names) >= 2
     for run in (*study.prepared, *study.runs):
@@ -82,7 +84,7 @@ def test_the_published_rows_exist(monkeypatch):
     named = [
         one
         for name, scale in SHIPPED
-        for row in read_study(str(ROOT / f"configs/paper/{name}.yaml"), scale)[0].rows.values()
+        for row in read_study(name, scale)[0].rows.values()
         for one in row.published.values()
     ]
     assert set(named) <= known
@@ -95,9 +97,9 @@ def test_the_shipped_guards_of_others_can_be_asked(monkeypatch):
     external = [
         (run.config, guard)
         for name, scale in SHIPPED
-        for run in open_study(f"paper/{name}", scale).runs
+        for run in open_study(name, scale).runs
         for guard in (run.config.evaluate or EvaluateConfig()).guards
-        if guard.format != "jaxguard"
+        if guard.format not in ("jaxguard", *BASELINES)
     ]
     assert [guard.name for _, guard in external] == ["wildguard"]
     for config, guard in external:
@@ -256,7 +258,7 @@ def test_mistakes_are_named(study, changes, overrides, words):
 def test_an_unknown_study_or_scale_is_named_with_those_there_are(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["cost", "paper/mian"]) == 2
-    assert "did you mean 'main'" in capsys.readouterr().err
+    assert "did you mean 'paper/main'" in capsys.readouterr().err
     assert main(["cost", "paper/sample_efficiency", "--scale", "smolm"]) == 2
     assert "did you mean 'smollm'" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from jaxguard.utils.errors import JaxguardError
 
 
 def test_every_benchmark_of_the_papers_table_is_there():
-    ours = {"novel_policies", "novel_policies_response"}  # see test_novel.py
+    ours = {"novel_policies", "novel_policies_response", "pyrit_answers"}  # test_novel.py, test_pool_benchmarks.py
     assert set(list_benchmarks()) == set(ROWS) | ours
     fields = [read_benchmark(name) for name in ROWS]
     groups = [f.group for f in fields]

@@ -109,3 +109,15 @@ def test_topics(pool, mapped):
     assert [(e.prompt, e.policy, e.prompt_label) for e in own.examples] == [
         (e.prompt, e.policy, e.prompt_label) for e in benchmark.examples
     ]
+
+
+def test_pyrit_answers(pool):
+    """Each answer with its own definition of harm; borderline ones are left out."""
+    path, rows = pool("custom_policy_pyrit_harm")
+    benchmark = shipped("pyrit_answers", path)
+    chosen = [row for row in rows if row["label"] != "borderline"]
+    assert [(e.prompt, e.response, e.policy, e.response_label) for e in benchmark.examples] == [
+        (row["prompt"], row["response"], row["policy"].strip(), HARM if row["label"] == "violation" else SAFE)
+        for row in chosen
+    ]
+    assert benchmark.counts == {"positive": 525, "negative": 254, "total": 779}

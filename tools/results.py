@@ -1,0 +1,203 @@
+"""Rewrites the tables of docs/results.md and docs/results.svg from the runs of a study: `python tools/results.py`.
+
+First `jaxguard study run results/pool_sizes`, which takes hours on two cores and resumes; `--run-folder` says where its runs are.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from generated import rewrite
+from jaxguard.evaluate.scores.metrics import Difference
+from jaxguard.evaluate.scores.results import Cell, Evaluation, read_results
+from jaxguard.report import Cell as TableCell
+from jaxguard.report import Page, Section, Table, page_markdown
+from jaxguard.report.figures import COLOURS, style
+from jaxguard.report.text import ABSENT, interval, number, signed
+from jaxguard.study.grid import Run, open_study
+from jaxguard.utils.statistics import Estimate
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+OURS, WORDS = "ours", "words"
+OVER_REFUSAL = "xstest"
+"""Harmless prompts that sound alarming, and harmful ones that contrast with them."""
+
+
+class Result(NamedTuple):
+    """A run of the study with what came of it: the cells of both guards by benchmark, and the seconds of its training steps."""
+
+    run: Run
+    ours: dict[str, Cell]
+    words: dict[str, Cell]
+    seconds: list[float]
+
+    @property
+    def rows(self) -> int:
+        return int(self.run.labels["data.subset"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", default="results/pool_sizes")
+    parser.add_argument("--run-folder", default="runs")
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    options = parser.parse_args(arguments)
+    study = open_study(options.study, overrides=[f"run_folder={options.run_folder}"])
+    results = [result(run, read_results(run.folder / "evaluate" / "results.json")) for run in study.runs]
+    largest = [each for each in results if each.run.row.series == results[0].run.row.series]
+    largest = [each for each in largest if each.rows == max(each.rows for each in largest)]
+    sections = [
+        Section(f"Beside a bag of words, {largest[0].rows:,} rows", [beside(largest)]),
+        Section("Recall, and harmless texts called harmful", [rates(largest)]),
+        Section("By number of rows", [by_size(results)]),
+        Section("What it cost", [costs(results)]),
+    ]
+    figure(results).savefig(options.docs / "results.svg", metadata={"Date": None})
+    # The page's own title stands above the mark.
+    rewrite(options.docs / "results.md", page_markdown(Page("", sections)).partition("\n")[2].lstrip())
+
+
+def result(run: Run, evaluation: Evaluation) -> Result:
+    ours, words = ({c.benchmark: c for c in evaluation.cells if c.guard == guard} for guard in (OURS, WORDS))
+    lines = (json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return Result(run, ours, words, [line["speed"]["seconds"] for line in lines if "speed" in line])
+
+
+def beside(results: Iterable[Result]) -> Table:
+    """AUPRC and F1 of the guard and of the bag of words on every set, and the paired differences."""
+    columns = (
+        "set and subset",
+        "AUPRC",
+        "words",
+        "difference",
+        "F1 at P > 0.5",
+        "F1 at valid's threshold",
+        "words",
+        "difference",
+    )
+    table = Table(columns)
+    for each in results:
+        for name, ours in each.ours.items():
+            words = each.words[name]
+            versus = words.versus
+            assert versus is not None
+            table.add(
+                TableCell(f"subset {each.run.labels['data.subset_seed']}"),
+                *(value(cell.calibration.auprc if cell.calibration else None) for cell in (ours, words)),
+                turned(versus.auprc),
+                value(ours.result.scores.f1),
+                *(value(cell.thresholded.result.scores.f1 if cell.thresholded else None) for cell in (ours, words)),
+                turned(versus.f1_at_threshold),
+                group=ours.heading,
+            )
+    table.rows.sort(key=lambda row: [group for group, _ in table.groups()].index(row.group))
+    return table
+
+
+def rates(results: Iterable[Result]) -> Table:
+    """Recall at fixed false-positive rates, and the false-positive rate at the threshold that validation chose."""
+    columns = ("set and guard", "recall at 1 % FPR", "at 5 % FPR", "at the threshold: recall", "false-positive rate")
+    table = Table(columns)
+    for each in results:
+        for guard in (each.ours, each.words):
+            for cell in guard.values():
+                recall = cell.calibration.recall_at if cell.calibration else {}
+                at = cell.thresholded.result.scores if cell.thresholded else None
+                at_threshold = (at.recall, at.false_positive_rate) if at else (None, None)
+                shown = (recall.get("0.01"), recall.get("0.05"), *at_threshold)
+                name = TableCell(cell.guard, f"subset {each.run.labels['data.subset_seed']}")
+                table.add(name, *shown, group=cell.heading)
+    order = [group for group, _ in table.groups()]
+    table.rows.sort(key=lambda row: order.index(row.group))
+    return table
+
+
+def by_size(results: Sequence[Result]) -> Table:
+    """Means over subsets: AUPRC of both guards on every set, and over-refusal."""
+    names = list(results[0].ours)
+    table = Table(("rows and guard", *(f"AUPRC, {name}" for name in names), f"false-positive rate, {OVER_REFUSAL}"))
+    for series, size, group in series_of(results):
+        for guard in (OURS, WORDS):
+            cells = [each.ours if guard == OURS else each.words for each in group]
+            scores = [np.mean([auprc(each[name]) for each in cells]) for name in names]
+            refused = [each[OVER_REFUSAL].thresholded for each in cells if OVER_REFUSAL in each]
+            known = [at.result.scores.false_positive_rate.value for at in refused if at]
+            rate = np.mean([x for x in known if x is not None]) if known else None
+            table.add(
+                TableCell(f"{size:,}", guard), *map(float, scores), None if rate is None else float(rate), group=series
+            )
+    return table
+
+
+def costs(results: Sequence[Result]) -> Table:
+    """Steps and minutes of training, means over subsets."""
+    table = Table(("rows", "steps", "minutes of training"))
+    for series, size, group in series_of(results):
+        steps, minutes = np.mean([(len(each.seconds), sum(each.seconds) / 60) for each in group], axis=0)
+        table.add(f"{size:,}", int(steps), f"{minutes:.0f}", group=series)
+    return table
+
+
+def series_of(results: Iterable[Result]) -> list[tuple[str, int, list[Result]]]:
+    """Series, number of rows, and the runs that differ only in their subset."""
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for each in results:
+        groups.setdefault((each.run.row.series or each.run.key, each.rows), []).append(each)
+    return [(series, size, group) for (series, size), group in groups.items()]
+
+
+def auprc(cell: Cell) -> float:
+    known = cell.calibration.auprc.value if cell.calibration else None
+    return float("nan") if known is None else known
+
+
+def value(score: Estimate | None) -> TableCell:
+    """A score without its interval."""
+    return TableCell(number(None if score is None else score.value))
+
+
+def turned(difference: Difference | None) -> TableCell:
+    """The guard less the bag of words, where the results hold the opposite."""
+    if difference is None or difference.value is None or difference.low is None or difference.high is None:
+        return TableCell(ABSENT)
+    swapped = replace(difference, value=-difference.value, low=-difference.high, high=-difference.low)
+    assert swapped.value is not None
+    return TableCell(signed(swapped.value), interval(swapped.low, swapped.high, difference=True))
+
+
+@style()
+def figure(results: Sequence[Result]) -> Figure:
+    """AUPRC over rows on every set, a dot for each run."""
+    names = list(results[0].ours)
+    drawn = Figure(figsize=(2.4 * len(names), 3.2))
+    groups = series_of(results)
+    lines = [(OURS, series) for series in dict.fromkeys(series for series, _, _ in groups)] + [(WORDS, groups[0][0])]
+    for axes, name in zip(drawn.subplots(1, len(names)), names, strict=True):
+        for color, (guard, series) in zip(COLOURS, lines, strict=False):
+            runs = sorted(((x, group) for s, x, group in groups if s == series), key=lambda size: size[0])
+            points = [
+                (x, auprc((each.ours if guard == OURS else each.words)[name])) for x, group in runs for each in group
+            ]
+            means = [np.mean([y for at, y in points if at == x]) for x, _ in runs]
+            axes.plot(
+                [x for x, _ in runs], means, color=color, label=f"guard, {series}" if guard == OURS else "bag of words"
+            )
+            axes.scatter(*zip(*points, strict=True), color=color, s=12)
+        axes.set(xscale="log", title=name, xlabel="rows")
+        axes.set_xticks(
+            sorted({size for _, size, _ in groups}), [f"{x:,}" for x in sorted({s for _, s, _ in groups})], rotation=45
+        )
+        axes.minorticks_off()
+    drawn.axes[0].set_ylabel("AUPRC")
+    drawn.axes[0].legend()
+    return drawn
+
+
+if __name__ == "__main__":
+    main()
