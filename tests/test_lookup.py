@@ -1,5 +1,7 @@
 """Names of configs, policies and the rest are found from any folder."""
 
+from pathlib import Path
+
 import pytest
 
 from jaxguard.cli import main
@@ -43,6 +45,15 @@ def test_every_kind_of_file_is_found_by_name():
     assert read_sweep(names(CONFIG_FOLDER / "sweeps")[0]).series
     assert "a100-80gb" in read_hardware().targets
     assert read_study("paper/main")[0].rows
+
+
+def test_a_path_into_configs_is_found_from_any_folder(empty_folder):
+    shipped = "configs/scales/smollm/traces.jsonl"
+    [source] = load("tiny", [f"data.train=[{{kind: jsonl, path: {shipped}}}]"]).data.train
+    assert Path(source.path).is_file()
+    assert source.path.endswith(shipped)
+    write(empty_folder / shipped, "{}\n")
+    assert load("tiny", [f"data.train=[{{kind: jsonl, path: {shipped}}}]"]).data.train[0].path == shipped
 
 
 def test_an_own_file_wins(empty_folder):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import absent
@@ -38,9 +38,17 @@ class _Path:
     suffixes: tuple[str, ...] = ("",)
 
 
-LocalPath = Annotated[PathText, _Path()]
-"""A path, or a repository; in a file, it is looked for beside the file first."""
-NameOrYaml = Annotated[PathText, _Path((".yaml", ".yml"))]
+def locate(path: Path) -> Path:
+    """Return the installed copy of a file or folder of ./configs that does not exist; any other path as it is."""
+    if not path.exists() and path.is_relative_to(CONFIG_FOLDER):
+        return INSTALLED / path.relative_to(CONFIG_FOLDER)
+    return path
+
+
+_Located = AfterValidator(lambda text: str(locate(Path(text))) if text.startswith(f"{CONFIG_FOLDER}/") else text)
+LocalPath = Annotated[PathText, _Path(), _Located]
+"""A path, or a repository; in a file, it is looked for beside the file first. One in configs/ is found from any folder."""
+NameOrYaml = Annotated[PathText, _Path((".yaml", ".yml")), _Located]
 """A name in a folder of configs/, or the path of a YAML file, which is looked for as that of LocalPath."""
 
 
@@ -93,13 +101,6 @@ def scalar(text: str) -> Any:
                 "a bracket is open; quote the whole override, so that the shell does not split it at spaces"
             ) from None
         return text
-
-
-def locate(path: Path) -> Path:
-    """Return the installed copy of a file or folder of ./configs that does not exist; any other path as it is."""
-    if not path.exists() and path.is_relative_to(CONFIG_FOLDER):
-        return INSTALLED / path.relative_to(CONFIG_FOLDER)
-    return path
 
 
 def folders(folder: Path) -> list[Path]:
