@@ -7,6 +7,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args(arguments)
     study = open_study(options.study, overrides=[f"run_folder={options.run_folder}"])
-    results = [result(run, read_results(run.folder / "evaluate" / "results.json")) for run in study.runs]
+    files = {run: run.folder / "evaluate" / "results.json" for run in study.runs}
+    results = [result(run, read_results(path)) for run, path in files.items() if path.is_file()]
+    if not results:
+        raise SystemExit(f"{study.folder} has no results yet: jaxguard study run {options.study}")
     largest = [each for each in results if each.run.row.series == results[0].run.row.series]
     largest = [each for each in largest if each.rows == max(each.rows for each in largest)]
     sections = [
@@ -69,7 +73,7 @@ def result(run: Run, evaluation: Evaluation) -> Result:
     return Result(run, ours, words, [line["speed"]["seconds"] for line in lines if "speed" in line])
 
 
-def beside(results: Iterable[Result]) -> Table:
+def beside(results: Sequence[Result]) -> Table:
     """AUPRC and F1 of the guard and of the bag of words on every set, and the paired differences."""
     columns = (
         "set and subset",
@@ -82,39 +86,33 @@ def beside(results: Iterable[Result]) -> Table:
         "difference",
     )
     table = Table(columns)
-    for each in results:
-        for name, ours in each.ours.items():
-            words = each.words[name]
-            versus = words.versus
-            assert versus is not None
-            table.add(
-                TableCell(f"subset {each.run.labels['data.subset_seed']}"),
-                *(value(cell.calibration.auprc if cell.calibration else None) for cell in (ours, words)),
-                turned(versus.auprc),
-                value(ours.result.scores.f1),
-                *(value(cell.thresholded.result.scores.f1 if cell.thresholded else None) for cell in (ours, words)),
-                turned(versus.f1_at_threshold),
-                group=ours.heading,
-            )
-    table.rows.sort(key=lambda row: [group for group, _ in table.groups()].index(row.group))
+    for name, each in product(results[0].ours, results):
+        ours, words = each.ours[name], each.words[name]
+        versus = words.versus
+        assert versus is not None
+        table.add(
+            f"subset {each.run.labels['data.subset_seed']}",
+            *(value(cell.calibration.auprc if cell.calibration else None) for cell in (ours, words)),
+            turned(versus.auprc),
+            value(ours.result.scores.f1),
+            *(value(cell.thresholded.result.scores.f1 if cell.thresholded else None) for cell in (ours, words)),
+            turned(versus.f1_at_threshold),
+            group=ours.heading,
+        )
     return table
 
 
-def rates(results: Iterable[Result]) -> Table:
+def rates(results: Sequence[Result]) -> Table:
     """Recall at fixed false-positive rates, and the false-positive rate at the threshold that validation chose."""
     columns = ("set and guard", "recall at 1 % FPR", "at 5 % FPR", "at the threshold: recall", "false-positive rate")
     table = Table(columns)
-    for each in results:
-        for guard in (each.ours, each.words):
-            for cell in guard.values():
-                recall = cell.calibration.recall_at if cell.calibration else {}
-                at = cell.thresholded.result.scores if cell.thresholded else None
-                at_threshold = (at.recall, at.false_positive_rate) if at else (None, None)
-                shown = (recall.get("0.01"), recall.get("0.05"), *at_threshold)
-                name = TableCell(cell.guard, f"subset {each.run.labels['data.subset_seed']}")
-                table.add(name, *shown, group=cell.heading)
-    order = [group for group, _ in table.groups()]
-    table.rows.sort(key=lambda row: order.index(row.group))
+    for name, each, guard in product(results[0].ours, results, (OURS, WORDS)):
+        cell = (each.ours if guard == OURS else each.words)[name]
+        recall = cell.calibration.recall_at if cell.calibration else {}
+        at = cell.thresholded.result.scores if cell.thresholded else None
+        at_threshold = (at.recall, at.false_positive_rate) if at else (None, None)
+        subset = TableCell(guard, f"subset {each.run.labels['data.subset_seed']}")
+        table.add(subset, recall.get("0.01"), recall.get("0.05"), *at_threshold, group=cell.heading)
     return table
 
 
