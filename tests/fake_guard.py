@@ -6,11 +6,17 @@ from contextlib import asynccontextmanager
 import pytest
 
 from jaxguard.config import load
+from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import write_guard_files
+from jaxguard.data.policies import QUESTIONS, load_policy
 from jaxguard.data.questions import QuestionSet
 from jaxguard.guards import loading as guards
+from jaxguard.guards.operating_points import F1, Asked, OperatingPoint, OperatingPoints, write_points
 from jaxguard.guards.protocol import Prediction
+
+SETTINGS = EvaluateConfig(generations=1, temperature=0.0)
+"""How `check` samples."""
 
 
 @pytest.fixture
@@ -38,6 +44,29 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
+def add_points(run, mode=Mode.DIRECT, weights=b"some", thresholds=(0.2, 0.3), **changes):
+    """Give a run's export weights, and a guard.json for `weights` with thresholds of f1 and 0.05 for prompts."""
+    export = run / "export"
+    (export / "model.safetensors").write_bytes(b"some")
+    (run / "model.safetensors").write_bytes(weights)
+    asked = Asked.of(load_policy(str(export / "policy.yaml")), "prompt_harm", mode, SETTINGS)
+    points = OperatingPoints(
+        asked=asked.model_copy(update=changes),
+        precision="float32",
+        positives=20,
+        negatives=40,
+        examples_sha256="0",
+        platt=None,
+        points={
+            F1: OperatingPoint(threshold=thresholds[0]),
+            "0.01": OperatingPoint(),
+            "0.05": OperatingPoint(threshold=thresholds[1]),
+        },
+    )
+    write_points(export, guards.weights_digest(run), [points])
+    return points
+
+
 class FakeGuard:
     """Answers what `says` makes of a Request, the last one first; keeps what it was opened with and asked.
 
@@ -46,6 +75,7 @@ class FakeGuard:
 
     def __init__(self):
         self.opened, self.asks, self.cut, self.fails_at = [], [], False, None
+        self.chances = dict.fromkeys(QUESTIONS, 0.125) | {"prompt_harm": 0.25}
         self.says = lambda ask: "Prompt harm: unharmful\nResponse harm: unharmful"
 
     @asynccontextmanager
@@ -60,7 +90,7 @@ class FakeGuard:
                 yield Prediction(
                     ask.example.id,
                     verdicts=dict.fromkeys(ask.questions, (0,)),
-                    probabilities={q: 0.25 if q == "prompt_harm" else 0.125 for q in ask.questions},
+                    probabilities={q: self.chances[q] for q in ask.questions},
                     texts=(self.says(ask),),
                     cut=self.cut,
                     seconds=0.5,

@@ -46,7 +46,8 @@ _BEGINNING = 72
 def _check(options: argparse.Namespace) -> int:
     examples = read_inputs(options.text, options.response, options.file)
     console, passed, several = Console(soft_wrap=True), True, options.file is not None
-    with Guard.load(options.model, options.policy, options.mode, options.tokenizer, options.config) as guard:
+    choices = (options.policy, options.mode, options.tokenizer, options.config, options.operating_point)
+    with Guard.load(options.model, *choices) as guard:
         if guard.warning:
             Console(stderr=True).print(Text(f"note: {guard.warning}", style="yellow"))
         # On a terminal the verdicts themselves are the progress, and a bar would be in their way.
@@ -59,6 +60,8 @@ def _check(options: argparse.Namespace) -> int:
                     **words,
                     "passes": result.passes,
                     "probabilities": {q: None if p is None else round(p, 6) for q, p in result.probabilities.items()},
+                    "operating_point": result.operating_point,
+                    "thresholds": {q: None if t is None else round(t, 6) for q, t in result.thresholds.items()},
                     "reasoning": result.reasoning,
                     "problems": list(result.problems),
                     "seconds": round(result.seconds, 3),
@@ -128,8 +131,11 @@ def render(result: CheckResult, example: Example | None = None) -> RenderableTyp
         word = getattr(result.verdict, question) or "None"
         verdict = Text(f"{TITLES[question]:<{width}}  ")
         verdict.append(f"{word:<10}", style=_STYLES.get(word, "bold"))
-        probability = result.probabilities[question]
-        parts.append(verdict.append("" if probability is None else f"  {probability:.3f}"))
+        probability, threshold = result.probabilities[question], result.thresholds[question]
+        verdict.append("" if probability is None else f"  {probability:.3f}")
+        parts.append(
+            verdict.append("" if threshold is None else f"  threshold {threshold:.3f} ({result.operating_point})")
+        )
     parts += [Text(visible(problem), style="yellow") for problem in result.problems]
     if result.reasoning:
         parts.append(Text("\n".join(f"  {line}" for line in visible(result.reasoning).splitlines()), style="dim"))
@@ -146,6 +152,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
     suggest(policy, lambda _: policies)
     modes = [str(mode) for mode in Mode]
     add("--mode", choices=modes, help="without, as it was trained; if both or unknown, reasoning")
+    points = (
+        "threshold in the export's guard.json: f1, a false-positive rate such as 0.01, or words for the answer's own"
+    )
+    add("--operating-point", metavar="NAME", help=f"{points}; without, f1 where there is one")
     add("--response", metavar="TEXT", help="what the assistant answered")
     add("--file", metavar="PATH", help="several texts; - reads standard input")
     add("--json", action="store_true", help="print a JSON object for each text")

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from jaxguard.config import Config
 from jaxguard.data.questions import table_of, trained_together
-from jaxguard.report import Cell, Code, Page, Section, Table, Value, page_markdown
+from jaxguard.report import Block, Cell, Code, Page, Section, Table, Value, page_markdown
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.parse import Fields, check, front_matter, read_json, read_text
@@ -206,8 +206,8 @@ def named_card(folder: Path, repository: str) -> str:
     return text.replace(f"\nMODEL = {own}\n", f"\nMODEL = {json.dumps(repository)}\n")
 
 
-def add_scores(folder: Path, scores: Iterable[Score]) -> None:
-    """Add an evaluation to an export's card, in place of the scores of the same task and data set.
+def add_scores(folder: Path, scores: Iterable[Score], *blocks: Block) -> None:
+    """Add an evaluation to an export's card, in place of the scores of the same task and data set, and `blocks` after them.
 
     A folder without a card of ours is left as it is. JaxguardError: the card cannot be read or written.
     """
@@ -218,16 +218,17 @@ def add_scores(folder: Path, scores: Iterable[Score]) -> None:
         return
     known = [score for model in check(front.get("model-index", []), list[_Model], str(card)) for score in model.results]
     merged = {(score.task.name, score.dataset.name): score for score in [*known, *scores]}
-    if not merged:
+    if not merged and not blocks:
         return
     name = _read_json(folder / "jaxguard.json").get("name", folder.name)
-    front["model-index"] = [{"name": name, "results": [score.model_dump() for score in merged.values()]}]
+    if merged:
+        front["model-index"] = [{"name": name, "results": [score.model_dump() for score in merged.values()]}]
     columns = list(dict.fromkeys(metric.name for score in merged.values() for metric in score.metrics))
     table = Table(("benchmark", "task", *columns), left=2)
     for (task, dataset), score in merged.items():
         values = {metric.name: Cell(f"{metric.value:.3f}") for metric in score.metrics}
         table.add(dataset, task, *(values.get(column, Cell("–")) for column in columns))
-    body = page_markdown(Page(BENCHMARKS, [table])).removeprefix(f"# {BENCHMARKS}\n")
+    body = page_markdown(Page(BENCHMARKS, [table if merged else _NO_SCORES, *blocks])).removeprefix(f"# {BENCHMARKS}\n")
     _, _, kept = head.split("---\n", 2)
     dumped = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     write_atomically(card, f"---\n{dumped}---\n{kept}{section}{body}")

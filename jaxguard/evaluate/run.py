@@ -2,6 +2,7 @@
 
 runs/NAME/evaluate/
   predictions/GUARD/MODE/BENCHMARK.jsonl   every prediction, appended as soon as it is there
+  predictions/GUARD/guard.json             with evaluate.validation: operating points; beside local weights as well
   results.json  report.md  report.html
 """
 
@@ -24,7 +25,7 @@ from jaxguard.data.benchmarks.schema import read_group
 from jaxguard.data.encoding import TOKENIZER_FILES
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import LABEL, Mode
-from jaxguard.data.guard_files import trained_together
+from jaxguard.data.guard_files import is_complete, trained_together
 from jaxguard.data.inputs import check_inputs
 from jaxguard.data.policies import Question, load_policy
 from jaxguard.data.prepare import load_sources
@@ -33,9 +34,19 @@ from jaxguard.evaluate.report.card import refresh_cards
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.evaluate.scores.scoring import PredictedExamples, score
+from jaxguard.evaluate.scores.scoring import PredictedExamples, choose_points, score
 from jaxguard.guards.baselines import BASELINES
-from jaxguard.guards.loading import cache_key, checkpoint_of, examples_key, modes_of, open_guard, open_predictions
+from jaxguard.guards.loading import (
+    cache_key,
+    checkpoint_of,
+    computed_in,
+    examples_key,
+    modes_of,
+    open_guard,
+    open_predictions,
+    weights_digest,
+)
+from jaxguard.guards.operating_points import POINTS, Asked, OperatingPoints, Points, read_points, write_points
 from jaxguard.guards.protocol import UNPARSABLE, Prediction, Predictor, Request, UnsupportedError
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
@@ -67,8 +78,8 @@ def evaluate(config: Config) -> Evaluation:
     check(config)
     tasks = read_tasks(settings, config)
     with lock_folder(folder, "evaluation"):
-        predictions, left_out = asyncio.run(predict_all(tasks, config, settings, folder))
-        cells, averages = score(predictions, settings)
+        predictions, points, left_out = asyncio.run(predict_all(tasks, config, settings, folder))
+        cells, averages = score(predictions, settings, points)
         evaluation = Evaluation(
             name=config.name,
             models={guard.name: describe(guard, config) for guard in settings.guards},
@@ -136,14 +147,17 @@ def read_tasks(settings: EvaluateConfig, config: Config) -> list[Task]:
 
 async def predict_all(
     tasks: Sequence[Task], config: Config, settings: EvaluateConfig, folder: Path
-) -> tuple[list[PredictedExamples], dict[str, str]]:
-    """All predictions of all guards in all their modes, and what a guard does not support: title -> reason."""
+) -> tuple[list[PredictedExamples], dict[tuple[str, Mode, Question], OperatingPoints], dict[str, str]]:
+    """All predictions of all guards in all their modes, their points, and what a guard does not support: title -> reason."""
     policy = load_policy(config.data.policy)
     predicted: list[PredictedExamples] = []
+    points: dict[tuple[str, Mode, Question], OperatingPoints] = {}
     left_out: dict[str, str] = {}
     for guard in settings.guards:
         async with open_guard(guard, config, settings) as predictor:
             key = await cache_key(guard, config, settings)
+            known = key["guard"]
+            stored = stored_points(guard, config, known.get("weights"))
             for mode, task in itertools.product(modes_of(guard, config), tasks):
                 title, path = f"{guard.name} {mode} {task.label}", folder / "predictions" / guard.name / mode
                 requests = [Request(example, (task.question,), mode) for example in task.examples]
@@ -153,10 +167,38 @@ async def predict_all(
                 except UnsupportedError as error:
                     left_out[title] = str(error)
                 else:
-                    known = key["guard"]
-                    precision = known.get("compute_dtype", known.get("backend", known["format"]))
-                    predicted.append(PredictedExamples(guard.name, mode, *task, predictions, precision))
-    return predicted, left_out
+                    predicted.append(PredictedExamples(guard.name, mode, *task, predictions, computed_in(known)))
+            validation = [each for each in predicted if each.guard == guard.name and each.benchmark is None]
+            chosen = [each for each in (choose_points(one, policy, settings) for one in validation) if each is not None]
+            if chosen and guard.format == "jaxguard":
+                store_points(guard, config, known.get("weights"), chosen, folder / "predictions" / guard.name)
+            by_asked = {**stored, **{each.asked: each for each in chosen}}
+            for mode, question in itertools.product(modes_of(guard, config), policy.asks):
+                if (asked := Asked.of(policy, question, mode, settings)) in by_asked:
+                    points[guard.name, mode, question] = by_asked[asked]
+    return predicted, points, left_out
+
+
+def stored_points(guard: GuardConfig, config: Config, weights: str | None) -> Points:
+    """The operating points beside a guard's weights; a note says if they are of other weights."""
+    if guard.format != "jaxguard":
+        return {}
+    folder = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES)
+    points, reason = read_points(folder, weights)
+    if reason and (folder / POINTS).exists():
+        Console(stderr=True).print(f"note: {reason}", soft_wrap=True)
+    return points
+
+
+def store_points(
+    guard: GuardConfig, config: Config, weights: str | None, chosen: Sequence[OperatingPoints], folder: Path
+) -> None:
+    """Write the operating points beside the predictions, and into the export that these weights are of."""
+    export = hub.local_folder(checkpoint_of(guard, config))
+    if weights is not None:
+        write_points(folder, weights, chosen)
+        if export is not None and is_complete(export) and weights_digest(export) == weights:
+            write_points(export, weights, chosen)
 
 
 async def predict(

@@ -16,13 +16,14 @@ from jaxguard.config import load as load_config
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import Verdict, parse, reasoning_of
-from jaxguard.data.format.dialogue import Mode, single_message
+from jaxguard.data.format.dialogue import CHOICES, FAIL_CLOSED, Mode, single_message
 from jaxguard.data.guard_files import export_or, read_guard_files
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.data.questions import NOT_RECORDED, QuestionSet, unasked
 from jaxguard.guards import loading
 from jaxguard.guards.backends.sglang import served
 from jaxguard.guards.formats.native import split_request
+from jaxguard.guards.operating_points import F1, POINTS, WORDS, Asked, Points, read_points
 from jaxguard.guards.protocol import Prediction, Request
 from jaxguard.utils import hub
 from jaxguard.utils.client import API_KEY
@@ -68,7 +69,11 @@ class CheckResult:
         id: the example's, else its number.
         questions: those of the policy that apply and that the guard was trained on.
         verdict: an answer to each; None where a question does not apply or was not asked, harmful where the answer is unparsable.
-        probabilities: of harmful (or of a refusal), for each question; None where the guard gives none.
+        probabilities: of harmful (or of a refusal), for each question, calibrated where the guard's operating points apply; None
+            where the guard gives none.
+        operating_point: the one that was chosen; "words" where no threshold decided.
+        thresholds: of each question, that a probability must exceed for the verdict harmful (or refusal); None where the words of
+            the guard's answer decided.
         reasoning: what precedes the verdict, None in direct mode. Untrusted.
         problems: why the verdict cannot be relied on: an unparsable line, what no question judged, or a text too long to be read
             whole.
@@ -84,6 +89,8 @@ class CheckResult:
     problems: tuple[str, ...]
     text: str
     seconds: float
+    operating_point: str
+    thresholds: dict[Question, float | None]
 
     @property
     def harmful(self) -> bool:
@@ -108,19 +115,34 @@ class Guard:
         mode: how it answers by default.
         warning: what a user should know of it; empty if nothing.
         trained: the sets of questions that it was trained on together; empty if that is not known.
+        points: its operating points; empty without a guard.json for its weights.
+        operating_point: whose thresholds decide where they apply, else the words of its answer; "words" for these always.
     """
 
-    def __init__(self, config: Config, mode: Mode, warning: str = "", trained: Sequence[QuestionSet] = ()) -> None:
-        """Load the first guard of the config's evaluation, which answers in `mode` by default; see `load`."""
-        self.config, self.mode, self.warning, self.trained = config, mode, warning, tuple(trained)
+    def __init__(
+        self,
+        config: Config,
+        mode: Mode,
+        warning: str = "",
+        trained: Sequence[QuestionSet] = (),
+        folder: Path | None = None,
+        operating_point: str | float | None = None,
+    ) -> None:
+        """Load the first guard of the config's evaluation, with guard.json of `folder`, to answer in `mode`; see `load`."""
+        self.config, self.mode, self.trained = config, mode, tuple(trained)
+        self.points: Points = {}
+        self._chosen, self._no_points = operating_point not in (None, WORDS), ""
+        self.operating_point = F1 if operating_point is None else str(operating_point)
         self.policy = load_policy(config.data.policy)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="jaxguard", daemon=True)
         self._thread.start()
         self._open = AsyncExitStack()
-        settings = config.evaluate or EvaluateConfig()
-        opened = loading.open_guard(settings.guards[0], config, settings)
+        self._settings = config.evaluate or EvaluateConfig()
+        opened = loading.open_guard(self._settings.guards[0], config, self._settings)
         try:
+            notes = [] if folder is None or self.operating_point == WORDS else self._read_points(folder)
+            self.warning = "; ".join(filter(None, (warning, *notes)))
             self._predict = self._submit(self._open.enter_async_context(opened)).result()
         except BaseException:
             self.close()
@@ -134,6 +156,7 @@ class Guard:
         mode: str | Mode | None = None,
         tokenizer: str | Path | None = None,
         config: str | Path | None = None,
+        operating_point: str | float | None = None,
     ) -> Self:
         """Load a guard in jaxguard's format, or connect to a server that has one.
 
@@ -143,9 +166,11 @@ class Guard:
             mode: "reasoning" or "direct"; None takes how it was trained, reasoning where that is both or unknown.
             tokenizer: a folder or repository with the tokenizer, for a server whose model does not lie on this machine.
             config: a config of the run that trained it, for a model that is no export of jaxguard.
+            operating_point: a name in the guard.json beside the weights: "f1", or a false-positive rate such as 0.01; "words" for
+                the words of the guard's answer. None takes "f1" where there is one for this policy and mode, else "words".
 
         Raises:
-            JaxguardError: no such model, policy or mode, or a server that does not answer.
+            JaxguardError: no such model, policy, mode or operating point, or a server that does not answer.
         """
         endpoint = str(model).rstrip("/") if re.match(r"https?://", str(model)) else None
         if endpoint is None and tokenizer is not None:
@@ -154,7 +179,8 @@ class Guard:
         if policy is not None:
             load_policy(str(policy))  # before anything is downloaded
         checkpoint = export_or(str(tokenizer or _served_path(endpoint)) if endpoint else str(model))
-        export = read_guard_files(hub.fetch(checkpoint, only=("*.json", "*.jinja", "tokenizer*", "*.yaml")))
+        folder = hub.fetch(checkpoint, only=("*.json", "*.jinja", "tokenizer*", "*.yaml"))
+        export = read_guard_files(folder)
         run = load_config(str(config)) if config is not None else None if export is None else export.config
         if policy is None:
             if run is None:
@@ -183,7 +209,32 @@ class Guard:
             warnings.append(f"this model was trained to answer in {trained} mode only")
         if run is not None and not together:
             warnings.append(NOT_RECORDED)
-        return cls(load_config(tree), default, "; ".join(warnings), together)
+        return cls(load_config(tree), default, "; ".join(warnings), together, folder, operating_point)
+
+    def _read_points(self, folder: Path) -> list[str]:
+        """Take the operating points of a folder, and return notes. JaxguardError: guard.json is malformed."""
+        known = {}
+        if (folder / POINTS).is_file():
+            known = self._submit(loading.fingerprint(self._settings.guards[0], self.config, self._settings)).result()
+        self.points, self._no_points = read_points(folder, known.get("weights"))
+        thresholds = self._thresholds(self.mode)
+        if not known or self._no_points:
+            return [self._no_points] if known else []
+        words = [q for q, threshold in thresholds.items() if threshold is None]
+        notes = [f"{', '.join(words)}: the words of the answer decide; {POINTS} has no threshold here"] if words else []
+        if other := {each.precision for each in self.points.values()} - {computed := loading.computed_in(known)}:
+            notes.append(f"this guard computes in {computed}, and thresholds were chosen in {', '.join(sorted(other))}")
+        return notes
+
+    def _thresholds(self, mode: Mode) -> dict[Question, float | None]:
+        """Of the policy's questions. JaxguardError: the operating point that the user chose has none."""
+        own = {q: self.points.get(Asked.of(self.policy, q, mode, self._settings)) for q in self.policy.asks}
+        thresholds = {q: points.threshold(self.operating_point) if points else None for q, points in own.items()}
+        if self._chosen and set(thresholds.values()) == {None}:
+            has = "".join(f"\n  {points}" for points in self.points.values())
+            none = f"{POINTS} has none of this name for one greedy answer by {self.policy.name} in {mode} mode. It has:{has}"
+            raise JaxguardError(f"operating_point={self.operating_point}: {self._no_points or none}")
+        return thresholds
 
     def check(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:
         """Check what the user wrote, with what the assistant answered, in mode "reasoning" or "direct"; None: the guard's own.
@@ -252,6 +303,7 @@ class Guard:
     async def _checked(self, exchanges: Iterable[Exchange], mode: str | Mode | None) -> AsyncIterator[CheckResult]:
         """The result of each exchange, in order, as soon as it and those before it are there."""
         mode = self.mode if mode is None else _known_mode(mode)
+        self._thresholds(mode)
         examples, parts = list[Example](), list[list[Request]]()
         for i, exchange in enumerate(exchanges):
             if isinstance(exchange, Example):
@@ -285,11 +337,24 @@ class Guard:
         """Join the answers to the parts of a request."""
         policy, has_response = policy_for(example, self.policy), example.response is not None
         words: dict[Question, str | None] = {}
+        probabilities: dict[Question, float | None] = {}
+        thresholds: dict[Question, float | None] = {}
         problems, texts = list[str](), [answer.texts[0] if answer.texts else "" for _, answer in answers]
-        for (part, _), text in zip(answers, texts, strict=True):
+        for (part, answer), text in zip(answers, texts, strict=True):
             verdict = parse(text, part.questions, mode, part.example.response is not None)
-            words |= {question: getattr(verdict, question) for question in part.questions}
             problems += verdict.problems
+            for question in part.questions:
+                words[question], p = getattr(verdict, question), answer.probabilities[question]
+                points = self.points.get(Asked.of(policy, question, mode, self._settings))
+                probabilities[question] = p = p if p is None or points is None else points.calibrated(p)
+                unparsable = any(problem.startswith(f"{question}:") for problem in verdict.problems)
+                threshold = None if points is None or unparsable else points.threshold(self.operating_point)
+                thresholds[question] = threshold
+                if threshold is not None and p is None:
+                    words[question] = FAIL_CLOSED[question]
+                    problems.append(f"{question}: the guard gives no probability, which the threshold decides by")
+                elif threshold is not None and p is not None:
+                    words[question] = CHOICES[question][0 if p > threshold else 1]
         problems += [
             f"{question}: not asked, since this guard was not trained on it in {mode} mode"
             for question in unasked(_applicable(example, policy), has_response, mode, self.trained)
@@ -304,11 +369,13 @@ class Guard:
             id=example.id,
             questions=tuple(words),
             verdict=Verdict(**words, problems=tuple(problems)),
-            probabilities={question: p for _, answer in answers for question, p in answer.probabilities.items()},
+            probabilities=probabilities,
             reasoning="\n\n".join(reasonings) or None,
             problems=tuple(problems),
             text="\n\n".join(texts),
             seconds=sum(answer.seconds for _, answer in answers),
+            operating_point=WORDS if set(thresholds.values()) <= {None} else self.operating_point,
+            thresholds=thresholds,
         )
 
 

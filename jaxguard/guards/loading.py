@@ -145,6 +145,11 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
     return known
 
 
+def computed_in(known: Mapping[str, Any]) -> str:
+    """What a fingerprint says that the predictions were computed in: JAX's type, or what else computed them."""
+    return str(known.get("compute_dtype", known.get("backend", known["format"])))
+
+
 def weights_digest(folder: Path) -> str | None:
     """Hash of a folder's weights; None where there are none that can be read."""
     if not os.access(folder, os.R_OK):  # a server's own folder

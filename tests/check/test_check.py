@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+from fake_guard import add_points
 
 from jaxguard.check.__main__ import main, read_inputs
 from jaxguard.cli import main as jaxguard
@@ -54,11 +55,23 @@ def test_json_lines(command, guard):
         "response_refusal": None,
         "passes": False,
         "probabilities": {"prompt_harm": 0.25},
+        "operating_point": "words",
+        "thresholds": {"prompt_harm": None},
         "reasoning": None,
         "problems": [],
         "seconds": 0.5,
     }
     assert out.isascii()
+
+
+def test_an_operating_point_is_shown(command, run):
+    add_points(run)
+    code, out, _ = command("bread?")
+    assert (code, out) == (1, "Prompt harm  harmful     0.250  threshold 0.200 (f1)\n")
+    code, out, _ = command("--operating-point", "0.05", "--json", "bread?")
+    tree = json.loads(out)
+    assert (code, tree["operating_point"], tree["thresholds"]) == (0, "0.05", {"prompt_harm": 0.3})
+    assert command("--operating-point", "0.06", "bread?")[0] == 2
 
 
 def test_files_are_judged_in_order_and_one_harm_is_enough(command, guard, tmp_path):

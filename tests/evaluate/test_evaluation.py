@@ -16,6 +16,8 @@ from jaxguard.data.policies import QUESTIONS
 from jaxguard.evaluate.__main__ import main
 from jaxguard.evaluate.run import paper_data
 from jaxguard.evaluate.scores.results import read_results
+from jaxguard.guards.loading import weights_digest
+from jaxguard.guards.operating_points import F1, POINTS, read_points
 from jaxguard.train.__main__ import main as train
 from jaxguard.utils.parse import Fields
 from jaxguard.utils.store import read_records
@@ -108,6 +110,16 @@ def test_probabilities_alone_need_no_sampling(run):
     (cell,) = read_results(run.parent / "runs/tiny/evaluate/results.json").cells
     assert cell.thresholded is not None
     assert len(predictions(run, "scored", label="validation-prompt_harm")) == 48
+    export, folder = run.parent / "runs/tiny/export", run.parent / "runs/tiny/evaluate/predictions/scored"
+    assert (export / POINTS).read_bytes() == (folder / POINTS).read_bytes()
+    points, _ = read_points(export, weights_digest(export))
+    [own] = [each for each in points.values() if each.asked.question == "prompt_harm"]
+    assert (own.asked.mode, own.positives + own.negatives) == ("direct", 48)
+    assert own.threshold(F1) == cell.thresholded.threshold
+    assert evaluate(run, name, "evaluate.generations=0") == 0  # the same threshold, without the examples
+    (again,) = read_results(run.parent / "runs/tiny/evaluate/results.json").cells
+    assert again.thresholded == cell.thresholded
+    (export / POINTS).unlink()
 
 
 def test_reasoning_cannot_be_left_out(run, capsys):

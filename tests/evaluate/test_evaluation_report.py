@@ -24,8 +24,9 @@ from jaxguard.evaluate.report.page import (
     write_report,
 )
 from jaxguard.evaluate.report.tables import main_table, score_table, summary_table, versus_table
-from jaxguard.evaluate.scores.metrics import Bin, Platt
+from jaxguard.evaluate.scores.metrics import Bin
 from jaxguard.evaluate.scores.results import read_results, write_results
+from jaxguard.guards.operating_points import Platt
 from jaxguard.report import Cell, page_html, page_markdown
 from jaxguard.utils.errors import JaxguardError
 

@@ -14,13 +14,15 @@ from jaxguard.data.benchmarks.loading import Benchmark
 from jaxguard.data.benchmarks.schema import BenchmarkDefinition
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
+from jaxguard.data.policies import Policy
 from jaxguard.evaluate.report.page import cautions, f1_figure, latency_figure, report
 from jaxguard.evaluate.report.tables import cost_table, main_table, score_table, summary_table, versus_table, wait_table
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.evaluate.scores.scoring import MAX_ERRORS, PredictedExamples, references_of, score
+from jaxguard.evaluate.scores.scoring import MAX_ERRORS, PredictedExamples, choose_points, references_of, score
 from jaxguard.guards.protocol import Prediction
 from jaxguard.report import Cell, page_html, page_markdown
 
+POLICY = Policy("bread", rules="No bread.")
 R, D = Mode.REASONING, Mode.DIRECT
 QUESTION = {"safety_prompt": "prompt_harm", "safety_response": "response_harm", "custom_policy": "prompt_harm"}
 GROUPS = {"rye": "safety_prompt", "oats": "safety_prompt", "answers": "safety_response", "rules": "custom_policy"}
@@ -73,13 +75,15 @@ def predictions_of(guard, mode, name, verdicts, truth=TRUTH, wall=3.0, **changes
     return PredictedExamples(guard, mode, name, question, benchmark.examples, benchmark, answers)
 
 
-def held_out(one, question="prompt_harm"):
+def held_out(one):
     """The same predictions, for validation examples."""
-    return replace(one, question=question, benchmark=None)
+    return replace(one, benchmark=None)
 
 
 def evaluated(found):
-    cells, averages = score(found, SETTINGS)
+    held = [one for one in found if one.benchmark is None]
+    chosen = {(one.guard, one.mode, one.question): choose_points(one, POLICY, SETTINGS) for one in held}
+    cells, averages = score(found, SETTINGS, {key: points for key, points in chosen.items() if points})
     models = {guard.name: "made up" for guard in SETTINGS.guards}
     return Evaluation("bread", models, tuple(GROUPS), cells, averages, {})
 
@@ -324,7 +328,7 @@ def test_guards_are_compared_by_auprc_and_at_their_own_thresholds():
 
 def test_without_validation_there_is_no_threshold():
     one = predictions_of("first", D, "rye", GOOD, probability=0.4)
-    assert evaluated([one, held_out(one, "response_harm")]).cells[0].thresholded is None
+    assert evaluated([one, replace(held_out(one), mode=R)]).cells[0].thresholded is None
     assert evaluated([one]).cells[0].calibration is not None
 
 
@@ -459,9 +463,9 @@ def test_a_benchmarks_f1_is_the_mean_of_its_subsets(verdicts):
         with_mean(predictions_of("first", R, "rules", verdicts), "main"),
         with_mean(predictions_of("first", R, "rules", verdicts), "beside"),
     )
-    (over_all,), _ = score([main], SETTINGS)
-    (mean,), averages = score([beside], SETTINGS)
-    (both,), _ = score([plain], SETTINGS)
+    (over_all,), _ = score([main], SETTINGS, {})
+    (mean,), averages = score([beside], SETTINGS, {})
+    (both,), _ = score([plain], SETTINGS, {})
     expected = np.mean([part.scores.f1.value for name, part in mean.slices.items() if name.startswith("scene")])
     assert mean.result.scores.f1.value == pytest.approx(expected, abs=1e-12)
     assert mean.result.scores.f1.value != over_all.result.scores.f1.value
@@ -476,7 +480,7 @@ def test_a_benchmarks_f1_is_the_mean_of_its_subsets(verdicts):
 
 def test_guards_are_compared_by_the_mean_of_the_subsets():
     two = [with_mean(predictions_of(guard, R, "rules", x), "main") for guard, x in (("first", GOOD), ("other", POOR))]
-    cells, _ = score(two, SETTINGS)
+    cells, _ = score(two, SETTINGS, {})
     first, other = (cell.result.scores.f1.value for cell in cells)
     assert cells[1].versus.f1.value == pytest.approx(other - first, abs=1e-12)
 

@@ -1,6 +1,6 @@
-"""The scores of a guard on whole benchmarks as the `model-index` of its export's model card."""
+"""The scores of a guard on whole benchmarks as the `model-index` of its export's model card, and its operating points."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jaxguard.config import Config
@@ -9,7 +9,10 @@ from jaxguard.data.format.dialogue import TITLES
 from jaxguard.data.model_card import Metric, Named, Score, add_scores
 from jaxguard.evaluate.report.tables import AT_THRESHOLD, f1_title
 from jaxguard.evaluate.scores.results import Cell, Evaluation
-from jaxguard.guards.loading import checkpoint_of
+from jaxguard.guards.loading import checkpoint_of, weights_digest
+from jaxguard.guards.operating_points import OperatingPoints, read_points
+from jaxguard.report import Block, Table, note
+from jaxguard.utils.statistics import Estimate
 
 
 def refresh_cards(evaluation: Evaluation, config: Config, definitions: Mapping[str, BenchmarkDefinition]) -> None:
@@ -21,7 +24,23 @@ def refresh_cards(evaluation: Evaluation, config: Config, definitions: Mapping[s
         if guard.format == "jaxguard":
             cells = [cell for cell in evaluation.cells if cell.guard == guard.name and cell.complete]
             scores = [_score(cell, definitions[cell.benchmark], f1_title(evaluation)) for cell in cells]
-            add_scores(Path(checkpoint_of(guard, config)), scores)
+            folder = Path(checkpoint_of(guard, config))
+            points, _ = read_points(folder, weights_digest(folder))
+            add_scores(folder, scores, *_points_table(points.values()))
+
+
+def _points_table(sets: Iterable[OperatingPoints]) -> list[Block]:
+    """The operating points of guard.json; nothing where there are none."""
+    table = Table(("question", "mode", "policy", "point", "threshold", "false-positive rate", "recall"), left=4)
+    for each in sets:
+        for name, point in each.points.items():
+            if point.threshold is not None:
+                shares = (point.false_positive_rate, point.recall)
+                estimates = (Estimate(x.value, x.low, x.high) if x else None for x in shares)
+                asked = each.asked
+                table.add(TITLES[asked.question], asked.mode, asked.policy, name, point.threshold, *estimates)
+    text = "Operating points: thresholds on calibrated probabilities, with their rates on the validation examples."
+    return [note(f"{text} jaxguard check reads them from guard.json."), table] if table.rows else []
 
 
 def _score(cell: Cell, definition: BenchmarkDefinition, f1: str) -> Score:

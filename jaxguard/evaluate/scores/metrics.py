@@ -5,6 +5,7 @@ No verdict is dropped: an unparsable one counts as harmful, or as wrong, and is 
 where the reasoning was cut, is NaN; scores and thresholds take probabilities after fill_missing.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,16 +13,16 @@ from typing import Final
 
 import numpy as np
 from jaxtyping import Bool, Float, Int8
-from scipy.special import expit, logit
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest
 from sklearn.linear_model import LogisticRegression
 
 from jaxguard.config.evaluate import Unparsable
 from jaxguard.data.format.dialogue import CHOICES, FAIL_CLOSED
 from jaxguard.data.policies import Question
+from jaxguard.guards.operating_points import Platt, log_odds
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE
 from jaxguard.utils import statistics
-from jaxguard.utils.statistics import RESAMPLES, Estimate, Scores, Seed
+from jaxguard.utils.statistics import COVERAGE, RESAMPLES, Estimate, Scores, Seed
 
 BINS: Final = 15
 """Of a reliability curve."""
@@ -256,18 +257,6 @@ class Calibration:
     recall_at: dict[str, Estimate] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Platt:
-    """Calibrated log-odds = slope × log-odds + intercept."""
-
-    slope: float
-    intercept: float
-
-    def __call__(self, probabilities: Probabilities) -> Probabilities:
-        """Calibrate probabilities; missing ones stay so."""
-        return expit(self.slope * _log_odds(probabilities) + self.intercept)
-
-
 def calibration(
     labels: Labels, probabilities: Probabilities, seed: Seed = 0, resamples: int = RESAMPLES
 ) -> Calibration:
@@ -342,6 +331,23 @@ def best_f1_threshold(labels: Labels, probabilities: Probabilities) -> float | N
     return float(best[np.argmin(np.abs(best - 0.5))])
 
 
+def rate_threshold(labels: Labels, probabilities: Probabilities, rate: float) -> tuple[float | None, int]:
+    """The lowest threshold that no more than this share of the negatives is above, and how many of them may be.
+
+    It is the probability of a negative, whatever the positives; None where no negative may be above it.
+    """
+    negatives = np.sort(probabilities[~labels])
+    allowed = math.floor(rate * len(negatives) + 1e-9)
+    return (float(negatives[-allowed - 1]) if allowed else None), allowed
+
+
+def exact_interval(count: int, total: int, most: int | None = None) -> tuple[float, float]:
+    """The interval of a share (Clopper and Pearson, Biometrika 26, 1934), with the upper end of `most` instead of `count`."""
+    most, tail = count if most is None else most, (1 - COVERAGE) / 2
+    low = beta.ppf(tail, count, total - count + 1) if count else 0.0
+    return float(low), float(beta.ppf(1 - tail, most + 1, total - most)) if most < total else 1.0
+
+
 def verdicts_at(probabilities: Probabilities, threshold: float) -> Int8[np.ndarray, "N 1"]:
     """The verdicts of one generation, for metrics.count_votes; a probability above the threshold is positive."""
     verdicts = np.where(probabilities > threshold, POSITIVE, NEGATIVE)
@@ -354,7 +360,7 @@ def fit_platt(labels: Labels, probabilities: Probabilities) -> Platt | None:
     Source: Platt, Probabilistic outputs for support vector machines, 1999, section 2.2; here of log-odds.
     """
     known = ~np.isnan(probabilities)
-    labels, odds = labels[known], _log_odds(probabilities[known])[:, None]
+    labels, odds = labels[known], log_odds(probabilities[known])[:, None]
     positives, negatives = int(labels.sum()), int((~labels).sum())
     if not positives or not negatives:
         return None
@@ -363,7 +369,3 @@ def fit_platt(labels: Labels, probabilities: Probabilities) -> Platt | None:
     model = LogisticRegression(C=np.inf, max_iter=1000)
     model.fit(np.tile(odds, (2, 1)), np.repeat([1, 0], len(labels)), np.concatenate([target, 1 - target]))
     return Platt(float(model.coef_[0, 0]), float(model.intercept_[0]))
-
-
-def _log_odds(probabilities: Probabilities) -> Probabilities:
-    return logit(np.clip(probabilities, 1e-6, 1 - 1e-6))

@@ -11,7 +11,8 @@ from jaxguard.data.benchmarks.schema import Group
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, TITLES
 from jaxguard.data.policies import Question
-from jaxguard.evaluate.scores.metrics import Calibration, Difference, McNemar, Platt, Result
+from jaxguard.evaluate.scores.metrics import Calibration, Difference, McNemar, Result
+from jaxguard.guards.operating_points import Platt
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.parse import read_json

@@ -12,10 +12,12 @@ from jaxguard.data.benchmarks.loading import Benchmark
 from jaxguard.data.benchmarks.schema import Group
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
-from jaxguard.data.policies import Question
+from jaxguard.data.policies import Policy, Question
+from jaxguard.data.sources import digest
 from jaxguard.evaluate.scores import metrics
-from jaxguard.evaluate.scores.metrics import Platt, Result, Votes
+from jaxguard.evaluate.scores.metrics import FALSE_POSITIVE_RATES, Result, Votes
 from jaxguard.evaluate.scores.results import UNPARSABLE_WORD, WAITS, Average, Cell, Cost, Thresholded, Versus, Wrong
+from jaxguard.guards.operating_points import F1, Asked, OperatingPoint, OperatingPoints, Platt, Share
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, Prediction
 from jaxguard.utils.statistics import Estimate
 
@@ -85,13 +87,73 @@ class PredictedExamples:
         unscored = [x.unscored.get(self.question, 0) / len(x.verdicts[self.question]) for x in self.predictions]
         return metrics.fill_missing(self.labels, values, self.question, settings.unparsable, np.array(unscored, float))
 
+    def votes_at(self, filled: Float[np.ndarray, "N"], threshold: float, settings: EvaluateConfig) -> Votes:
+        """What the verdicts at a threshold count as; where there is no probability, they are unparsable."""
+        verdicts = metrics.verdicts_at(np.where(np.isnan(self.probabilities), np.nan, filled), threshold)
+        return metrics.count_votes(self.labels, verdicts, self.question, settings.unparsable)
+
+
+def choose_points(validation: PredictedExamples, policy: Policy, settings: EvaluateConfig) -> OperatingPoints | None:
+    """Calibrate on validation examples, and choose the thresholds of the best F1 and of false-positive rates there.
+
+    None without probabilities. A missing one counts as an unparsable verdict does, whatever the threshold.
+
+    The threshold for a rate is the score of the negative that has k = floor(rate × n) of all n negatives above it. The true rate
+    there is distributed as Beta(k + 1, n - k), whose quantile is the upper end of Clopper and Pearson's interval for k of n, so
+    the interval has its coverage although the threshold was chosen on the same negatives (David and Nagaraja, Order Statistics,
+    2003, section 2.2; Clopper and Pearson, Biometrika 26, 1934). With ties fewer than k are above: the upper end stays that of k,
+    the lower one is of those that are. The positives have no part in the choice, so that recall's interval is exact as well. The
+    best F1 depends on both classes: rate and recall at it have no interval.
+    """
+    labels, given = validation.labels, validation.probabilities
+    if np.isnan(given).all():
+        return None
+    platt = metrics.fit_platt(labels, given)
+    filled = validation.filled(settings, platt)
+
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+
+    def share(count: int, total: int, most: int | None) -> Share | None:
+        if not total:
+            return None
+        low, high = (None, None) if most is None else metrics.exact_interval(count, total, most)
+        return Share(value=count / total, low=low, high=high)
+
+    def point(threshold: float | None, allowed: int | None = None) -> OperatingPoint:
+        if threshold is None:
+            return OperatingPoint()
+        votes = validation.votes_at(filled, threshold, settings).votes[:, 0]
+        false, right = int(votes[~labels].sum()), int(votes[labels].sum())
+        if allowed is not None and false > allowed:  # too many negatives have no probability
+            return OperatingPoint()
+        return OperatingPoint(
+            threshold=threshold,
+            false_positive_rate=share(false, negatives, allowed),
+            recall=share(right, positives, None if allowed is None else right),
+        )
+
+    best = {F1: point(metrics.best_f1_threshold(labels, filled))}
+    rates = {str(rate): point(*metrics.rate_threshold(labels, filled, rate)) for rate in FALSE_POSITIVE_RATES}
+    return OperatingPoints(
+        asked=Asked.of(policy, validation.question, validation.mode, settings),
+        precision=validation.precision,
+        positives=positives,
+        negatives=negatives,
+        examples_sha256=digest(validation.examples),
+        platt=platt,
+        points=best | rates,
+    )
+
+
+PointsOf = Mapping[tuple[str, Mode, Question], OperatingPoints]
+"""(guard, mode, question) -> its operating points."""
+
 
 def score(
-    predictions: Sequence[PredictedExamples], settings: EvaluateConfig
+    predictions: Sequence[PredictedExamples], settings: EvaluateConfig, points: PointsOf
 ) -> tuple[tuple[Cell, ...], tuple[Average, ...]]:
     """All cells and averages, in the order of the predictions; what a guard does not support has neither."""
     by_guard: dict[GuardMode, dict[str, PredictedExamples]] = {}
-    validation = {(p.guard, p.mode, p.question): p for p in predictions if p.benchmark is None}
     groups = {each.label: each.benchmark.definition.group for each in predictions if each.benchmark}
     for each in predictions:
         if each.benchmark:
@@ -102,8 +164,8 @@ def score(
     for guard, own in by_guard.items():
         reference = by_guard[references[guard]] if guard in references else {}
         for label, each in own.items():
-            chosen_on = [validation.get((*key, each.question)) for key in (guard, references.get(guard, guard))]
-            cells.append(_cell(each, reference.get(label), chosen_on, settings))
+            chosen = [points.get((*key, each.question)) for key in (guard, references.get(guard, guard))]
+            cells.append(_cell(each, reference.get(label), chosen, settings))
         averages += _averages(own, reference, groups, settings)
     return tuple(cells), tuple(averages)
 
@@ -118,10 +180,10 @@ def references_of(guards: Sequence[GuardMode], first: str) -> dict[GuardMode, Gu
 def _cell(
     own: PredictedExamples,
     reference: PredictedExamples | None,
-    chosen_on: Sequence[PredictedExamples | None],
+    points: Sequence[OperatingPoints | None],
     settings: EvaluateConfig,
 ) -> Cell:
-    """`chosen_on` are the validation examples of the guard, and of its reference."""
+    """`points` are those of the guard, and of its reference."""
     assert own.benchmark is not None
     seed, resamples, predictions = settings.seed, settings.resamples, own.predictions
     votes, scored = own.votes(settings), not np.isnan(own.probabilities).all()
@@ -138,7 +200,9 @@ def _cell(
         costs |= {name: float(np.percentile(waits, percentile)) for name, percentile in WAITS.items()}
     unscored = sum(sum(each.unscored.values()) for each in predictions)
     definition, versus = own.benchmark.definition, None
-    at, other_at = (_at_threshold(test, on, settings) for test, on in zip((own, reference), chosen_on, strict=True))
+    at, other_at = (
+        _at_threshold(test, chosen, settings) for test, chosen in zip((own, reference), points, strict=True)
+    )
     if reference is not None:
         versus = _versus([own], [reference], (1.0,), settings)
         versus = replace(versus, mcnemar=metrics.mcnemar(votes, reference.votes(settings)))
@@ -186,36 +250,30 @@ def _measured(own: PredictedExamples, votes: Votes, settings: EvaluateConfig) ->
 
 @dataclass(frozen=True)
 class _AtThreshold:
-    """Calibrated probabilities of a benchmark's examples, and the votes at the threshold that validation examples chose."""
+    """Calibrated probabilities of a benchmark's examples, and the votes at the threshold with the best F1."""
 
     threshold: float
-    platt: Platt | None
+    points: OperatingPoints
     filled: Float[np.ndarray, "N"]
     votes: Votes
-    precision: str
 
 
 def _at_threshold(
-    test: PredictedExamples | None, validation: PredictedExamples | None, settings: EvaluateConfig
+    test: PredictedExamples | None, points: OperatingPoints | None, settings: EvaluateConfig
 ) -> _AtThreshold | None:
-    """Calibrate and choose the threshold on the validation examples; None without them, or without probabilities."""
-    if test is None or validation is None or np.isnan(test.probabilities).all():
+    """Calibrate, and hold against the threshold; None without it, or without probabilities."""
+    threshold = None if points is None else points.threshold(F1)
+    if test is None or points is None or threshold is None or np.isnan(test.probabilities).all():
         return None
-    platt = metrics.fit_platt(validation.labels, validation.probabilities)
-    threshold = metrics.best_f1_threshold(validation.labels, validation.filled(settings, platt))
-    if threshold is None:
-        return None
-    filled = test.filled(settings, platt)
-    verdicts = metrics.verdicts_at(np.where(np.isnan(test.probabilities), np.nan, filled), threshold)
-    votes = metrics.count_votes(test.labels, verdicts, test.question, settings.unparsable)
-    return _AtThreshold(threshold, platt, filled, votes, validation.precision)
+    filled = test.filled(settings, points.platt)
+    return _AtThreshold(threshold, points, filled, test.votes_at(filled, threshold, settings))
 
 
 def _thresholded(test: PredictedExamples, at: _AtThreshold, settings: EvaluateConfig) -> Thresholded:
     """Score the benchmark at the threshold."""
     result, _ = _measured(test, at.votes, settings)
     calibration = metrics.calibration(test.labels, at.filled, settings.seed, settings.resamples)
-    return Thresholded(at.threshold, at.platt, result, calibration, at.precision)
+    return Thresholded(at.threshold, at.points.platt, result, calibration, at.points.precision)
 
 
 def _wrong(own: PredictedExamples, votes: Votes, slices: Mapping[str, frozenset[str]]) -> list[Wrong]:
