@@ -108,7 +108,7 @@ class EvaluateConfig(Schema):
     )  # fmt: skip
     """Benchmarks; the default are those of the paper's two averages."""
     validation: tuple[SourceConfig, ...] = ()
-    """Labelled examples to choose a threshold and calibrate probabilities on; none leaves both out."""
+    """Labelled examples to calibrate probabilities and choose thresholds on, for guard.json too; none takes those of guard.json."""
     limit: Positive | None = None
     """Most examples of each benchmark, a seeded sample; for a quick look. `validation` stays whole."""
     backend: Literal["jax", "sglang"] = "jax"

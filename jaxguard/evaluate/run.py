@@ -34,7 +34,7 @@ from jaxguard.evaluate.report.card import refresh_cards
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
 from jaxguard.evaluate.scores.results import Evaluation
-from jaxguard.evaluate.scores.scoring import PredictedExamples, choose_points, score
+from jaxguard.evaluate.scores.scoring import PointsOf, PredictedExamples, choose_points, score
 from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.loading import (
     cache_key,
@@ -147,7 +147,7 @@ def read_tasks(settings: EvaluateConfig, config: Config) -> list[Task]:
 
 async def predict_all(
     tasks: Sequence[Task], config: Config, settings: EvaluateConfig, folder: Path
-) -> tuple[list[PredictedExamples], dict[tuple[str, Mode, Question], OperatingPoints], dict[str, str]]:
+) -> tuple[list[PredictedExamples], PointsOf, dict[str, str]]:
     """All predictions of all guards in all their modes, their points, and what a guard does not support: title -> reason."""
     policy = load_policy(config.data.policy)
     predicted: list[PredictedExamples] = []
@@ -157,7 +157,6 @@ async def predict_all(
         async with open_guard(guard, config, settings) as predictor:
             key = await cache_key(guard, config, settings)
             known = key["guard"]
-            stored = stored_points(guard, config, known.get("weights"))
             for mode, task in itertools.product(modes_of(guard, config), tasks):
                 title, path = f"{guard.name} {mode} {task.label}", folder / "predictions" / guard.name / mode
                 requests = [Request(example, (task.question,), mode) for example in task.examples]
@@ -170,35 +169,29 @@ async def predict_all(
                     predicted.append(PredictedExamples(guard.name, mode, *task, predictions, computed_in(known)))
             validation = [each for each in predicted if each.guard == guard.name and each.benchmark is None]
             chosen = [each for each in (choose_points(one, policy, settings) for one in validation) if each is not None]
-            if chosen and guard.format == "jaxguard":
-                store_points(guard, config, known.get("weights"), chosen, folder / "predictions" / guard.name)
-            by_asked = {**stored, **{each.asked: each for each in chosen}}
+            by_asked = keep_points(guard, config, known.get("weights"), chosen, folder / "predictions" / guard.name)
             for mode, question in itertools.product(modes_of(guard, config), policy.asks):
                 if (asked := Asked.of(policy, question, mode, settings)) in by_asked:
                     points[guard.name, mode, question] = by_asked[asked]
     return predicted, points, left_out
 
 
-def stored_points(guard: GuardConfig, config: Config, weights: str | None) -> Points:
-    """The operating points beside a guard's weights; a note says if they are of other weights."""
-    if guard.format != "jaxguard":
-        return {}
-    folder = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES)
-    points, reason = read_points(folder, weights)
-    if reason and (folder / POINTS).exists():
-        Console(stderr=True).print(f"note: {reason}", soft_wrap=True)
-    return points
-
-
-def store_points(
+def keep_points(
     guard: GuardConfig, config: Config, weights: str | None, chosen: Sequence[OperatingPoints], folder: Path
-) -> None:
-    """Write the operating points beside the predictions, and into the export that these weights are of."""
-    export = hub.local_folder(checkpoint_of(guard, config))
-    if weights is not None:
-        write_points(folder, weights, chosen)
-        if export is not None and is_complete(export) and weights_digest(export) == weights:
-            write_points(export, weights, chosen)
+) -> Points:
+    """Store the points that were chosen, in `folder` and beside local weights; return them, and others that were stored there."""
+    stored: Points = {}
+    if guard.format == "jaxguard":
+        source = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES)
+        stored, reason = read_points(source, weights)
+        if chosen and weights is not None:
+            write_points(folder, weights, chosen)
+            local = source == hub.local_folder(checkpoint_of(guard, config))
+            if local and is_complete(source) and weights_digest(source) == weights:
+                write_points(source, weights, chosen)
+        elif reason and (source / POINTS).exists():
+            Console(stderr=True).print(f"note: {reason}", soft_wrap=True)
+    return {**stored, **{each.asked: each for each in chosen}}
 
 
 async def predict(

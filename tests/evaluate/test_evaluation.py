@@ -119,7 +119,6 @@ def test_probabilities_alone_need_no_sampling(run):
     assert evaluate(run, name, "evaluate.generations=0") == 0  # the same threshold, without the examples
     (again,) = read_results(run.parent / "runs/tiny/evaluate/results.json").cells
     assert again.thresholded == cell.thresholded
-    (export / POINTS).unlink()
 
 
 def test_reasoning_cannot_be_left_out(run, capsys):

@@ -5,25 +5,32 @@ import functools
 import gzip
 import json
 import os
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from fake_guard import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import betabinom, binomtest
 
+from jaxguard.config import load
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
 from jaxguard.data.policies import Policy
 from jaxguard.data.sources import digest
+from jaxguard.evaluate.run import evaluate
 from jaxguard.evaluate.scores.metrics import FALSE_POSITIVE_RATES, exact_interval, rate_threshold
 from jaxguard.evaluate.scores.scoring import PredictedExamples, choose_points
 from jaxguard.guards.baselines import fit_baseline
-from jaxguard.guards.operating_points import F1
+from jaxguard.guards.loading import weights_digest
+from jaxguard.guards.operating_points import F1, POINTS, read_points, write_points
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Prediction, Request
 
+__all__ = ["run"]
 ROOT = Path(__file__).parents[2]
 POOL = Path(os.environ.get("JAXGUARD_POOL", ROOT.parent / "shared" / "data"))
 POLICY, SETTINGS = Policy("bread", rules="No bread."), EvaluateConfig()
@@ -170,3 +177,43 @@ def test_a_threshold_of_one_half_of_the_pool_holds_its_rate_on_the_other():
             n, k = points.negatives, round(point.false_positive_rate.value * points.negatives)
             low, high = betabinom.interval(0.95, len(others), k + 1, n - k)
             assert low <= above(points, others, name).sum() <= high
+
+
+def test_an_evaluation_keeps_them_and_the_next_one_takes_them(run, tmp_path, monkeypatch):
+    """The guard's probabilities are its examples' texts; the second evaluation has no validation examples."""
+    export, weights = run / "export", b"some"
+    (export / "model.safetensors").write_bytes(weights)
+    rows = [
+        {"id": str(i), "prompt": f"0.{i:02}", "prompt_label": "harmful" if i > 60 or i == 9 else "unharmful"}
+        for i in range(1, 100)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    @asynccontextmanager
+    async def open_guard(*_):
+        async def predict(requests):
+            for request in requests:
+                p = float(request.example.prompt)
+                yield Prediction(request.example.id, {"prompt_harm": (p > 0.5,)}, {"prompt_harm": p})
+
+        yield predict
+
+    def evaluated(**settings):
+        tree = yaml.safe_load((export / "config.yaml").read_text())
+        tree["data"]["policy"] = str(export / "policy.yaml")
+        benchmarks = [{"name": "own_prompts", "path": str(tmp_path / "rows.jsonl")}]
+        guards = [{"name": "ours", "checkpoint": str(run)}]
+        return evaluate(
+            load(tree | {"evaluate": {"guards": guards, "benchmarks": benchmarks, "resamples": 2, **settings}})
+        )
+
+    monkeypatch.setattr("jaxguard.evaluate.run.open_guard", open_guard)
+    monkeypatch.chdir(tmp_path)
+    first = evaluated(validation=[{"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}]).cells[0].thresholded
+    assert (export / POINTS).read_bytes() == (tmp_path / "runs/run/evaluate/predictions/ours" / POINTS).read_bytes()
+    [points] = read_points(export, weights_digest(export))[0].values()
+    assert (points.threshold(F1), points.platt, points.negatives) == (first.threshold, first.platt, 59)
+    assert points.points["0.05"].false_positive_rate.value == 2 / 59
+    assert evaluated().cells[0].thresholded == first
+    write_points(export, "other", [points])
+    assert evaluated().cells[0].thresholded is None

@@ -35,8 +35,8 @@ ABOUT_AVERAGES = (
 ABOUT_SCORES = (
     "n/a: the examples lack the class that the score is about, or the guard gives no probability. A dash: no results. "
     "Probabilities are taken at face value for AUPRC and ECE. The chosen threshold has the best F1 on the examples of "
-    "evaluate.validation; P is the probability of the positive answer, calibrated on these or as the guard gives it. Forced: the "
-    "reasoning reached its limit, and the guard was made to give its verdict."
+    "evaluate.validation, or on those of the export's guard.json; P is the probability of the positive answer, calibrated on these "
+    "or as the guard gives it. Forced: the reasoning reached its limit, and the guard was made to give its verdict."
 )
 ABOUT_VERSUS = (
     "Each mode with the same mode of the first guard, or with its first where it has no such mode; on the same examples, by a "
