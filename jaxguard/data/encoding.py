@@ -129,7 +129,7 @@ class Encoder:
         policy = policy or load_policy(data.policy)
         encoder = cls(tokenizer, template, dialogue, policy, data.max_seq_len, data.share_prefixes)
         turn = dialogue.user_turn("", "", policy, policy.asks, Mode.REASONING)
-        if (text := render(tokenizer, turn)) != encoder._prompt_text(turn, Mode.REASONING):
+        if (text := render(tokenizer, turn)) != encoder.prompt_text(turn, Mode.REASONING):
             raise JaxguardError(f"{folder}: its chat template changes the user turn; it renders {text[:200]!r}...")
         needed = encoder.min_tokens(policy)
         if needed > data.max_seq_len:
@@ -257,7 +257,7 @@ class Encoder:
         )
         seams = 4  # tokens may split differently where texts meet
         texts = 2 * (MIN_KEPT + len(self.ids(CUT_MARK)) + seams)
-        return len(self.ids(self._prompt_text(turn, Mode.DIRECT))) + texts + longest
+        return len(self.ids(self.prompt_text(turn, Mode.DIRECT))) + texts + longest
 
     def ids(self, text: str) -> list[int]:
         """Tokenize a part of an answer."""
@@ -285,7 +285,7 @@ class Encoder:
         whole = [text for text in (example.prompt, example.response) if text is not None]
         texts = [text if len(text) <= most else text[: most // 2] + CUT_MARK + text[-(most // 2) :] for text in whole]
         turn = self._user_turn(texts, policy, asks, mode)
-        return _Turn(example, policy, asks, mode, texts, turn, self._prompt_text(turn, mode))
+        return _Turn(example, policy, asks, mode, texts, turn, self.prompt_text(turn, mode))
 
     def _user_turn(self, texts: Sequence[str], policy: Policy, asks: tuple[Question, ...], mode: Mode) -> str:
         return self.dialogue.user_turn(texts[0], texts[1] if len(texts) > 1 else None, policy, asks, mode)
@@ -310,7 +310,7 @@ class Encoder:
                 most = keep if len(counts) == 1 else max(keep // 2, keep - min(counts))
                 parts = [_cut(text, each, most) for text, each in zip(texts, spans, strict=True)]
                 turn = self._user_turn(parts, policy, asks, mode)
-                ids = self.ids(self._prompt_text(turn, mode))
+                ids = self.ids(self.prompt_text(turn, mode))
                 keep -= len(ids) - limit
         reserved = self.template.reserved_in(ids)
         if reserved != self._frame[mode]:
@@ -324,11 +324,11 @@ class Encoder:
     def _frame(self) -> dict[Mode, tuple[int, ...]]:
         """The reserved tokens of any prompt, in order: the template's, and the think tags of the format."""
         turns = {mode: self.dialogue.user_turn("", "", Policy("none"), QUESTIONS, mode) for mode in Mode}
-        prompts = {mode: self.ids(self._prompt_text(turn, mode)) for mode, turn in turns.items()}
+        prompts = {mode: self.ids(self.prompt_text(turn, mode)) for mode, turn in turns.items()}
         return {mode: self.template.reserved_in(ids) for mode, ids in prompts.items()}
 
-    def _prompt_text(self, turn: str, mode: Mode) -> str:
-        """Return a prompt as the chat template renders it; direct mode closes a think block that the template opened."""
+    def prompt_text(self, turn: str, mode: Mode) -> str:
+        """Return a user turn as the chat template renders it; direct mode closes a think block that the template opened."""
         text = self.template.before + turn + self.template.after
         return text + REASONING_END if self.template.reasoning_start and mode is Mode.DIRECT else text
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from jaxguard.config import Config
-from jaxguard.data.questions import table_of, trained_together
+from jaxguard.data.questions import Ask, table_of, trained_together
 from jaxguard.report import Block, Cell, Code, Page, Section, Table, Value, page_markdown
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
@@ -43,12 +43,12 @@ def write_card(
     manifest: Mapping[str, Any],
     metrics: Mapping[str, Mapping[str, float]],
     changes: str,
-    example: str,
+    asked: Ask,
 ) -> None:
     """Write README.md into an exported folder, and keep the base's own, which names its licence, as BASE_README.md.
 
     `source`: the base's folder; `metrics`: stage -> name -> number, a column for each stage; `changes`: a sentence about the
-    weights; `example`: one rendered user turn.
+    weights; `asked`: what the code in the card asks about an exchange.
     """
     data, readme, base = config.data, source / CARD, base_model(config.model.checkpoint, source)
     datasets = list(dict.fromkeys(entry["hub"] for entry in manifest["sources"] if "hub" in entry))
@@ -62,9 +62,6 @@ def write_card(
         "tags": ["safety", "guardrail", "content-moderation", "jaxguard"],
     }
     policy = manifest.get("policy", {}).get("name", "")
-    reasoning = f"with {data.reasoning_marker} for an answer that reasons first, inside <think> tags"
-    direct = f"with {data.direct_marker} for the verdict lines alone"
-    ending = {"reasoning": reasoning, "direct": direct, "dual": f"{reasoning}; end it {direct}"}[data.mode]
     names = dict.fromkeys(name for column in metrics.values() for name in column)
     rows: list[list[Value]] = [
         [name, *(Cell(f"{x[name]:.4f}" if name in x else "–") for x in metrics.values())] for name in names
@@ -75,6 +72,7 @@ def write_card(
         for entry in manifest["sources"]
     ]  # fmt: skip
     trained = trained_together(manifest)
+    transformers, sglang, vllm = _calls(config, asked)
     traced = [source for source in data.train if source.kind.startswith("nemotron") and source.trace != "none"]
     teachers = ", ".join(dict.fromkeys(_TEACHERS[source.teacher] for source in traced if data.mode != "direct"))
     licence = f"The licence of the base applies to these weights{'; see ' + BASE_CARD if readme.is_file() else ''}."
@@ -85,9 +83,14 @@ def write_card(
             f"MODEL is this folder, or its repository on the hub. With jaxguard, which asks by the policy {policy} that it was "
             "trained on, or by another:",
             Code(_WITH_JAXGUARD.format(model=json.dumps(config.name)), "python"),
-            "With transformers: render one user turn (instruction, policy, conversation, answer format) and end it "
-            f"{ending}. Ask only together what was trained together. Treat an answer that lacks a verdict line as harmful.",
-            Code(_with_transformers(config, example), "python"),
+            "With other programs, the tokenizer's chat template renders a conversation as training did, under the same policy or, "
+            "with `policy`, under rules in words; what it cannot render so, it refuses. The last message is judged. Ask only "
+            "together what was trained together. Treat an answer that lacks a verdict line as harmful, and an error too. Who may "
+            "send `chat_template_kwargs` chooses the policy; no message does, not even of the system. With transformers:",
+            Code(transformers, "python"),
+            "With SGLang, and with vLLM:",
+            Code(sglang, "sh"),
+            Code(vllm, "sh"),
             *([table_of(trained)] if trained else []),
         ]),
         Section("Held-out examples", [Table.of(("metric", *metrics), rows)]),
@@ -118,24 +121,48 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MODEL = {model}
 tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
-turn = {turn}
+messages = [
+    {messages}
+]
 prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": turn}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    messages, {options}, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
 output = model.generate(**prompt, max_new_tokens={tokens}, do_sample=False)
 print(tokenizer.decode(output[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
 """
+_SERVERS = {
+    "python -m sglang.launch_server --model-path MODEL --served-model-name guard": 30000,
+    "vllm serve MODEL --served-model-name guard": 8000,
+}
+_WITH_SERVER = """\
+{launch} --port {port} &
+curl http://127.0.0.1:{port}/v1/chat/completions -H "Content-Type: application/json" -d '{{
+  "model": "guard", "temperature": 0, "max_tokens": {tokens},
+  "chat_template_kwargs": {options},
+  "messages": [
+    {messages}
+  ]
+}}'
+"""
 
 
-def _with_transformers(config: Config, turn: str) -> str:
-    """Code that asks about one user turn."""
-    quoted = (
-        turn.replace("\\", "\\\\").replace('"', '\\"')
-        if '"""' in turn or turn.endswith('"')
-        else turn.replace("\\", "\\\\")
-    )
-    tokens = 48 if config.data.mode == "direct" else 1024
-    return _WITH_TRANSFORMERS.format(model=json.dumps(config.name), turn=f'"""{quoted}"""', tokens=tokens)
+def _calls(config: Config, asked: Ask) -> list[str]:
+    """Code that judges an exchange, or a prompt alone: with transformers, SGLang and vLLM."""
+    direct = config.data.mode == "direct"
+    said = {"user": "How do I bake bread?", "assistant": "Mix flour, water, salt and yeast, wait, and bake it."}
+    if not asked.response:
+        del said["assistant"]
+    messages = ",\n    ".join(json.dumps({"role": role, "content": text}) for role, text in said.items())
+    options = {"enable_thinking": not direct, "questions": list(asked.questions)}
+    values = {"model": json.dumps(config.name), "messages": messages, "tokens": 48 if direct else 1024}
+    keywords = ", ".join(f"{name}={value}" for name, value in options.items())
+    return [
+        _WITH_TRANSFORMERS.format(options=keywords, **values),
+        *(
+            _WITH_SERVER.format(launch=x, port=port, options=json.dumps(options), **values)
+            for x, port in _SERVERS.items()
+        ),
+    ]
 
 
 def base_model(checkpoint: str, folder: Path) -> str | None:

@@ -8,9 +8,9 @@ import jax
 
 from jaxguard.config import Config
 from jaxguard.data.encoding import Encoder
-from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import is_complete, write_guard_files
+from jaxguard.data.guard_template import write_guard_template
 from jaxguard.data.model_card import write_card
 from jaxguard.data.prepare import Prepared
 from jaxguard.data.questions import Ask, ask
@@ -38,18 +38,15 @@ def export(
         report = export_hf(weights, source, draft)
         if not first:
             return report
-        # A user turn as the guard expects it, so that whoever serves it sees the format.
-        mode = Mode.DIRECT if config.data.mode == "direct" else Mode.REASONING
-        answer = "Mix flour, water, salt and yeast, wait, and bake it."
         encoder = Encoder.load(source, config.data)
+        modes = [mode for mode in Mode if config.data.mode in ("dual", mode)]
+        write_guard_template(draft, encoder, modes, data.trained_together)
         asks = encoder.policy.asks
-        shown = next(iter(ask(asks, asks, True, mode, data.trained_together)), Ask(asks, asks, True))
-        harmless = Example("card", "card", "How do I bake bread?", answer if shown.response else None)
-        prompt = encoder.prompt(harmless, mode, asks=shown.lines).turn
+        asked = next(iter(ask(asks, asks, True, modes[0], data.trained_together)), Ask(asks, asks, True))
         changes = (
             f"{report.changed_fraction:.2%} of the {report.values:,} trained weights, as stored in {', '.join(report.dtypes)}, "
             f"differ from the base. {report.tensors:,} tensors were trained; {report.carried:,} were carried over as bytes."
         )
-        write_card(draft, source, config, data.manifest, metrics, changes, prompt)
+        write_card(draft, source, config, data.manifest, metrics, changes, asked)
         write_guard_files(draft, config, data.trained_together)
     return report

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from jaxguard.config import Config
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.model_card import Metric, Named, Score, add_scores, base_licence, base_model, named_card, write_card
+from jaxguard.data.questions import Ask
 from jaxguard.utils.errors import JaxguardError
 
 CONFIG = Config.model_validate(
@@ -40,7 +41,7 @@ MANIFEST = {
     "policy": {"name": "bread_only", "sha256": "abc"},
 }
 BASE = "---\nlicense: gemma\nlicense_link: https://example.org/terms\nextra: {a: 1}\n---\n# Base\n"
-TURN = 'user: ```hello``` """x\\y"""\nassistant: "Prompt harm: unharmful"'
+ASKED = Ask(("prompt_harm", "response_harm"), ("prompt_harm", "response_harm"), True)
 
 
 def card(tmp_path, base="owner/base", readme=BASE, files={}, **options):  # noqa: B006
@@ -51,7 +52,7 @@ def card(tmp_path, base="owner/base", readme=BASE, files={}, **options):  # noqa
         (source / name).write_text(text)
     checkpoint = str(source) if base is None else base
     config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"checkpoint": checkpoint})})
-    defaults = {"manifest": MANIFEST, "metrics": {}, "changes": "12.34% differ.", "example": TURN}
+    defaults = {"manifest": MANIFEST, "metrics": {}, "changes": "12.34% differ.", "asked": ASKED}
     write_card(output, source, config, **{**defaults, **options})
     _, front, body = (output / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), body, output
@@ -111,7 +112,7 @@ def test_licence_of_a_strange_readme(tmp_path):
 
 def test_body_describes_recipe_data_change_and_prompt(tmp_path):
     _, body, _ = card(tmp_path)
-    for text in ("12.34% differ.", "/think", "/short", "f00d", "x.jsonl", "bread_only", "learning_rate: 1.0e-06"):
+    for text in ("12.34% differ.", "f00d", "x.jsonl", "bread_only", "learning_rate: 1.0e-06"):
         assert text in body, text
 
 
@@ -140,16 +141,27 @@ def test_nothing_of_this_machine_is_published(tmp_path):
     assert str(tmp_path) not in text
 
 
-def test_the_code_asks_with_the_rendered_turn(tmp_path):
-    _, body, _ = card(tmp_path)
+@pytest.mark.parametrize("response", [True, False])
+def test_code_for_every_program_asks_the_same(tmp_path, response):
+    _, body, _ = card(tmp_path, asked=Ask(("prompt_harm",), ("prompt_harm",), response))
     with_jaxguard, with_transformers = code(body)
     ast.parse(with_jaxguard)
+    tree = ast.parse(with_transformers)
     values = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.walk(ast.parse(with_transformers))
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        x.targets[0].id: x.value for x in ast.walk(tree) if isinstance(x, ast.Assign) and hasattr(x.targets[0], "id")
     }
-    assert values == {"MODEL": "tiny_guard", "turn": TURN}
+    assert ast.literal_eval(values["MODEL"]) == "tiny_guard"
+    options = {x.arg: ast.literal_eval(x.value) for x in values["prompt"].keywords}
+    kwargs = {"enable_thinking": True, "questions": ["prompt_harm"]}
+    assert options.items() >= {**kwargs, "add_generation_prompt": True}.items()
+    messages = ast.literal_eval(values["messages"])
+    assert [message["role"] for message in messages] == ["user", "assistant"][: 1 + response]
+    servers = [block.partition("\n```\n")[0] for block in body.split("```sh\n")[1:]]
+    assert [server.split()[0] for server in servers] == ["python", "vllm"]
+    for server in servers:
+        request = json.loads(server.partition(" -d '")[2].rstrip().removesuffix("'"))
+        assert (request["messages"], request["chat_template_kwargs"]) == (messages, kwargs)
+        assert len(server.strip().splitlines()) <= 10
 
 
 def test_metrics_make_one_column_a_stage(tmp_path):
@@ -169,7 +181,7 @@ def result(dataset, f1, task="Prompt harm"):
 
 
 def test_scores_are_added_and_replaced(tmp_path):
-    _, before, output = card(tmp_path, example="## Benchmarks\n\n---\nnone")
+    _, before, output = card(tmp_path, changes="## Benchmarks\n\n---\nnone")
     add_scores(output, [result("a", 0.5), result("b", 0.25)])
     add_scores(output, [result("a", 0.75)])
     text = (output / "README.md").read_text()

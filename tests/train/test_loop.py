@@ -7,10 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from guard_templates import Rendering, conversation
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from jaxguard.cli import PROVENANCE_CHANGED
 from jaxguard.config import load
+from jaxguard.data.encoding import Encoder
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.guard_files import read_guard_files
 from jaxguard.data.policies import load_policy
@@ -49,8 +52,18 @@ def test_the_folder_explains_itself(finished):
     assert manifest["train"]["examples"] == 40
     card = (finished / "export/README.md").read_text()
     assert "| direct/harm_f1 |" in card
-    assert "Nobody may talk about lamps." in card
     assert "How do I bake bread?" in card
+
+
+def test_the_export_is_rendered_by_others_as_in_training(finished):
+    """Also by a second round, whose checkpoint it is: jaxguard renders with the base's template."""
+    export, messages = finished / "export", conversation("user", "assistant", text="lamps")
+    data = load(str(finished / "config.yaml")).data
+    form = Rendering(Encoder.load(export, data), AutoTokenizer.from_pretrained(export).chat_template)
+    assert "Nobody may talk about lamps." in form.text(messages, questions=["response_harm"])
+    lines = {each.questions for each in read_guard_files(export).manifest.trained_together if each.response}
+    ids = form.ids(messages, questions=["response_harm"], enable_thinking=False)
+    assert ids in [form.trained(messages, Mode.DIRECT, asks=asks) for asks in lines]
 
 
 @pytest.mark.slow
@@ -117,8 +130,13 @@ def test_the_export_is_the_base_but_for_what_was_trained(finished, tiny_checkpoi
     assert list(base) == list(trained)
     assert all(base[k].shape == trained[k].shape and base[k].dtype == trained[k].dtype for k in base)
     assert all(not np.array_equal(base[k], trained[k]) for k in base)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert (finished / "export" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+    ours, theirs = (
+        json.loads((f / "tokenizer_config.json").read_text()) for f in (finished / "export", tiny_checkpoint)
+    )
+    assert theirs.pop("chat_template") == (finished / "export/chat_template.base.jinja").read_text()
+    assert ours == theirs
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(finished):

@@ -6,7 +6,7 @@ over `fold(text)`: whatever their case, look-alikes, blanks and invisible charac
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Final
 
@@ -108,24 +108,42 @@ def compiled(patterns: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(patterns) or "(?!)", re.MULTILINE)
 
 
-def _bracketed(opening: str, names: Iterable[str], closing: str) -> str:
-    return rf"{opening}\s*+/?\s*+(?:{'|'.join(map(fold, names))})\s*+{closing}"
+WILDCARD: Final = 64
+"""Most characters between the bars of a token such as <|im_start|>."""
+NAMED: Final[Mapping[str, tuple[str, ...]]] = {
+    "<<": ("SYS",),
+    "[": ("INST", "SYSTEM_PROMPT", "AVAILABLE_TOOLS", "TOOL_CALLS", "TOOL_RESULTS", "THINK", "multimodal"),
+    "<": (
+        *("s", "bos", "eos", "pad", "unk", "mask", "tool_call", "tool_response"),
+        *("start_of_turn", "end_of_turn", "start_of_image", "end_of_image", "image_soft_token"),
+        # Of models of code, as SmolLM2.
+        *("repo_name", "reponame", "file_sep", "filename", "gh_stars", "empty_output"),
+    ),
+}
+"""Opening bracket -> names of tokens, as in <bos>, </s>, [INST]."""
+LETTERED: Final = ("issue", "jupyter", "fim", "commit")
+"""Begin names that end in a word, as in <fim_prefix>."""
+NUMBERED: Final = ("extra_id", "special", "unused", "reserved")
+"""Begin names that end in a number, as in <unused42>."""
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return f"(?:{'|'.join(map(fold, names))})"
+
+
+def _named(opening: str, names: Iterable[str]) -> str:
+    closing = opening.translate({ord("<"): ">", ord("["): "]"})
+    return rf"{re.escape(opening)}\s*+/?\s*+{_any_of(names)}\s*+{re.escape(closing)}"
 
 
 FAMILY_MARKERS: Final = (
     # <|im_start|> of ChatML, Llama 3 and gpt-oss; DeepSeek's with full-width bars; with one bar as in Gemma 4.
-    r"<\|[^<>\n\\]{1,64}>",
-    r"<[^<>|\n\\]{1,64}\|>",
-    r"\[\|[^\[\]\n\\]{1,64}\|\]",
-    _bracketed(r"<<", ["SYS"], ">>"),
-    _bracketed(r"\[", ["INST", "SYSTEM_PROMPT", "AVAILABLE_TOOLS", "TOOL_CALLS", "TOOL_RESULTS", "THINK"], r"\]"),
-    _bracketed(r"\[", ["multimodal"], r"\]"),
-    _bracketed("<", ["s", "bos", "eos", "pad", "unk", "mask", "tool_call", "tool_response"], ">"),
-    _bracketed("<", ["start_of_turn", "end_of_turn", "start_of_image", "end_of_image", "image_soft_token"], ">"),
-    # Of models of code, as SmolLM2.
-    _bracketed("<", ["repo_name", "reponame", "file_sep", "filename", "gh_stars", "empty_output"], ">"),
-    rf"<\s*+(?:{'|'.join(map(fold, ['issue', 'jupyter', 'fim', 'commit']))})_[a-z]{{1,16}}\s*+>",
-    rf"<\s*+(?:{'|'.join(map(fold, ['extra_id', 'special', 'unused', 'reserved']))})_?[\doi]{{1,6}}\s*+>",
+    rf"<\|[^<>\n\\]{{1,{WILDCARD}}}>",
+    rf"<[^<>|\n\\]{{1,{WILDCARD}}}\|>",
+    rf"\[\|[^\[\]\n\\]{{1,{WILDCARD}}}\|\]",
+    *(_named(opening, names) for opening, names in NAMED.items()),
+    rf"<\s*+{_any_of(LETTERED)}_[a-z]{{1,16}}\s*+>",
+    rf"<\s*+{_any_of(NUMBERED)}_?[\doi]{{1,6}}\s*+>",
 )
 """Patterns over folded text: the special tokens of common chat models, whichever of them reads the text."""
 

@@ -25,6 +25,8 @@ date of Llama 3.1's. When serving, pass the same `chat_template_kwargs`, or the 
 # vocabulary, and no text chat produces it.
 _IMAGE: Final = "<image_soft_token>"
 
+BASE_TEMPLATE: Final = "chat_template.base.jinja"
+"""In an export, the base's chat template, by which it was trained; chat_template.jinja is the guard's."""
 _PATIENCE: Final = 60
 """Seconds that a process may wait for a busy machine."""
 _PROMPT, _ANSWER = "jaxguardprompt", "jaxguardanswer"
@@ -60,6 +62,8 @@ def load_tokenizer(folder: Path, *, chat: bool = True) -> PreTrainedTokenizerBas
     tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, folder, "tokenizer")
     if not tokenizer.is_fast:
         raise JaxguardError(f"{folder}: only fast tokenizers are supported; add the model's tokenizer.json")
+    if (folder / BASE_TEMPLATE).is_file():
+        tokenizer.chat_template = parse.read_text(folder / BASE_TEMPLATE)
     if chat and not tokenizer.chat_template:
         raise JaxguardError(
             f"{folder}: its tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json): use an "
