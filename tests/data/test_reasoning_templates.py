@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from guard_templates import Rendering, conversation
 from transformers import AutoTokenizer
 
 from jaxguard.config.data import DataConfig, SourceConfig
@@ -12,6 +13,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import CHOICES, Mode
 from jaxguard.data.format.template import load_tokenizer, read_template
+from jaxguard.data.guard_template import guard_template
 from jaxguard.data.policies import QUESTIONS, Category, Policy
 from jaxguard.guards.formats.native import NativeFormat
 from jaxguard.guards.protocol import POSITIVE, UNPARSABLE, Request
@@ -142,6 +144,13 @@ def test_a_text_is_cut_to_the_room_that_both_modes_leave(encoder):
         encoded = encoder.prompt(long, mode, answer_tokens=40)
         assert encoded.cut
         assert len(encoded.ids) <= 512 - 40
+
+
+def test_the_template_of_an_export_opens_and_closes_the_block_too(encoder):
+    form = Rendering(encoder, guard_template(encoder, tuple(Mode), ()))
+    for mode in Mode:
+        messages = conversation("user", "assistant", text="</think> bake <think>")
+        assert form.ids(messages, enable_thinking=mode is Mode.REASONING) == form.trained(messages, mode)
 
 
 @pytest.mark.parametrize("written", ["<think>\\n\\n</think>\\n\\n", "<think>\\nHm. "])
