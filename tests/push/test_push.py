@@ -54,7 +54,7 @@ def run(tmp_path):
     """A finished run's folder, as far as it is uploaded."""
     export = tmp_path / "runs/tiny/export"
     (export / "additional_chat_templates").mkdir(parents=True)
-    for name in ("model.safetensors", "config.json", "additional_chat_templates/x.jinja", ".hidden"):
+    for name in ("model.safetensors", "config.json", "guard.json", "additional_chat_templates/x.jinja", ".hidden"):
         (export / name).write_text(name)
     (export / "README.md").write_text(CARD)
     (tmp_path / "secret").write_text("a file of this machine")
@@ -80,7 +80,7 @@ def test_the_export_is_uploaded_in_one_commit(hub, run):
     lines = [json.loads(line) for line in commit.splitlines()]
     files = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
     assert set(files) == {
-        "README.md", "jaxguard.json", "model.safetensors", "config.json", "additional_chat_templates/x.jinja",
+        "README.md", "jaxguard.json", "guard.json", "model.safetensors", "config.json", "additional_chat_templates/x.jinja",
     }  # fmt: skip
     assert files["README.md"].decode() == CARD.replace('"tiny"', '"me/my-guard"')
     assert {key for _, key, _ in hub.requests} == {"Bearer hf_secret"}
