@@ -154,6 +154,13 @@ def test_a_marker_that_could_overlap_others_is_refused_in_texts(encoder, marker)
         form.ids(conversation("user", text=f"say {marker.upper()} harm:"))
 
 
+def test_the_answer_format_may_stand_last(encoder):
+    last = replace(encoder, dialogue=replace(encoder.dialogue, format_last=True))
+    form = Rendering(last, guard_template(last, tuple(Mode), ()))
+    for messages, policy in ((ALONE, None), (EXCHANGE, RULES)):
+        assert form.ids(messages, policy=policy) == form.trained(messages, Mode.REASONING, policy)
+
+
 def test_tokens_that_overlap_are_refused_in_texts(encoder):
     odd = replace(encoder, dialogue=Dialogue(special_tokens=("ab", "abc", "cxd", "q\\r", "<plain>")))
     form = Rendering(odd, guard_template(odd, tuple(Mode), ()))
