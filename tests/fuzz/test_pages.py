@@ -292,5 +292,5 @@ def test_every_page_has_the_same_policy(tmp_path):
     for path in (ROOT / "jaxguard").rglob("*"):
         if path.suffix in {".py", ".j2"} and path.name != "base.html.j2":
             assert not re.search(r"<html|<!doctype", path.read_text(), re.IGNORECASE), path
-    templates = [path for path in (ROOT / "jaxguard").rglob("*.j2") if path.parent.name != "report"]
+    templates = [path for path in (ROOT / "jaxguard").rglob("*.html.j2") if path.parent.name != "report"]
     assert all('{% extends "base.html.j2" %}' in path.read_text() for path in templates)
