@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args(arguments)
     study = open_study(options.study, overrides=[f"run_folder={options.run_folder}"])
-    files = {run: run.folder / "evaluate" / "results.json" for run in study.runs}
-    results = [result(run, read_results(path)) for run, path in files.items() if path.is_file()]
+    files = [(run, run.folder / "evaluate" / "results.json") for run in study.runs]
+    results = [result(run, read_results(path)) for run, path in files if path.is_file()]
     if not results:
         raise SystemExit(f"{study.folder} has no results yet: jaxguard study run {options.study}")
     largest = [each for each in results if each.run.row.series == results[0].run.row.series]
