@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from jaxguard.config.base import LocalPath, NameOrYaml, NonNegative, Positive, Schema, first_repeated
+from jaxguard.config.base import LocalPath, NameOrYaml, NonNegative, Positive, Schema, Share, first_repeated
 from jaxguard.config.data import SourceConfig
 from jaxguard.utils.parse import PathPart
 from jaxguard.utils.secrets import Masked, is_secret
@@ -90,6 +90,19 @@ class ServerConfig(Schema):
         return joined
 
 
+class AutoConfig(Schema):
+    """What mode `auto` may cost and get wrong: the thresholds between which it reasons are chosen by this, for guard.json."""
+
+    miss_rate: Share = 0.05
+    """Most harmful texts that may pass on the direct answer, at 95 % confidence."""
+    alarm_rate: Share = 0.01
+    """Most unharmful texts that may be blocked on the direct answer, at 95 % confidence."""
+    budget: Share = 0.2
+    """Share of the traffic that may be reasoned about; more is reported."""
+    prevalence: Share = 0.05
+    """Share of the traffic that is harmful."""
+
+
 class EvaluateConfig(Schema):
     """Guards on benchmarks. Sampling is the paper's."""
 
@@ -109,6 +122,8 @@ class EvaluateConfig(Schema):
     """Benchmarks; the default are those of the paper's two averages."""
     validation: tuple[SourceConfig, ...] = ()
     """Labelled examples to calibrate probabilities and choose thresholds on, for guard.json too; none takes those of guard.json."""
+    auto: AutoConfig = AutoConfig()
+    """Limits of mode `auto`, whose thresholds are chosen on `validation` where a guard is evaluated in both modes."""
     limit: Positive | None = None
     """Most examples of each benchmark, a seeded sample; for a quick look. `validation` stays whole."""
     backend: Literal["jax", "sglang"] = "jax"

@@ -168,7 +168,8 @@ async def predict_all(
                 else:
                     predicted.append(PredictedExamples(guard.name, mode, *task, predictions, computed_in(known)))
             validation = [each for each in predicted if each.guard == guard.name and each.benchmark is None]
-            chosen = [each for each in (choose_points(one, policy, settings) for one in validation) if each is not None]
+            both = len({each.mode for each in validation}) == len(Mode)
+            chosen = [x for x in (choose_points(each, policy, settings, both) for each in validation) if x is not None]
             by_asked = keep_points(guard, config, known.get("weights"), chosen, folder / "predictions" / guard.name)
             for mode, question in itertools.product(modes_of(guard, config), policy.asks):
                 if (asked := Asked.of(policy, question, mode, settings)) in by_asked:

@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 
 import jaxguard
 from jaxguard.config.base import NonNegative, Schema
-from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.config.evaluate import AutoConfig, EvaluateConfig
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy, Question
 from jaxguard.utils.errors import JaxguardError
@@ -27,6 +27,8 @@ POINTS: Final = "guard.json"
 FORMAT: Final = 1
 F1, WORDS = "f1", "words"
 """The operating point with the best F1; and the one that leaves verdicts to the words of the guard's answer."""
+AUTO: Final = "auto"
+"""The mode that answers directly where that is certified, and reasons elsewhere."""
 _AGAIN = "evaluate with evaluate.validation, which writes it"
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -65,6 +67,43 @@ class OperatingPoint(Schema):
     threshold: Probability | None = None
     false_positive_rate: Share | None = None
     recall: Share | None = None
+
+
+class AutoThresholds(Schema):
+    """Where mode `auto` trusts a direct answer, by its calibrated probability; null: nowhere on that side.
+
+    Chosen by jaxguard.evaluate.scores.cascade.certify; each of the two rates holds at 95 % confidence.
+    """
+
+    passes: Probability | None
+    """A text passes up to this probability."""
+    blocks: Probability | None
+    """A text is harmful from this probability on."""
+    miss_rate: Probability
+    """No more of the harmful texts pass; without a threshold, the lowest rate that the examples can certify."""
+    alarm_rate: Probability
+    """No more of the unharmful texts are blocked, likewise."""
+    escalated: Probability
+    """Share of traffic that is reasoned about, reweighted to limits.prevalence: as measured, not certified."""
+    limits: AutoConfig
+
+    def trusts(self, probability: float | None, positive: bool) -> bool:
+        """Whether a direct verdict with this calibrated probability stands."""
+        edge = self.blocks if positive else self.passes
+        return (
+            probability is not None and edge is not None and (probability >= edge if positive else probability <= edge)
+        )
+
+    def __str__(self) -> str:
+        limits, rates = self.limits, f"{self.miss_rate:.2%} missed and {self.alarm_rate:.2%} false alarms"
+        if self.passes is self.blocks is None:
+            wanted = f"{limits.miss_rate:.2%} and {limits.alarm_rate:.2%}"
+            return f"auto always reasons: no direct answer can be certified ({rates} at best; {wanted} are wanted)"
+        edges = {"passes up to": self.passes, "blocks from": self.blocks}
+        direct = " and ".join(f"{verb} {edge:.4g}" for verb, edge in edges.items() if edge is not None)
+        above = "" if self.escalated <= limits.budget else f", more than its budget of {limits.budget:.1%}"
+        share = f"{self.escalated:.1%} at {limits.prevalence:.1%} harmful{above}"
+        return f"auto {direct} directly (at most {rates}), and reasons about {share}"
 
 
 class Asked(Schema):
@@ -108,6 +147,9 @@ class OperatingPoints(Schema):
     """Null where the validation examples lack one of the labels: probabilities stay as the guard gives them."""
     points: dict[str, OperatingPoint]
     """`f1` has the best F1; a false-positive rate such as `0.01` the best recall without a higher one."""
+
+    auto: AutoThresholds | None = None
+    """Of direct mode, where reasoning mode was evaluated too."""
 
     def threshold(self, name: str) -> float | None:
         """The threshold of an operating point; None where it has none."""

@@ -5,12 +5,12 @@ import json
 import pytest
 from fake_guard import SETTINGS, add_points
 
-from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.config.evaluate import AutoConfig, EvaluateConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
 from jaxguard.guards.guard import Guard
-from jaxguard.guards.operating_points import POINTS, WORDS, Asked, Platt, read_points, write_points
+from jaxguard.guards.operating_points import POINTS, WORDS, Asked, AutoThresholds, Platt, read_points, write_points
 from jaxguard.utils.errors import JaxguardError
 
 
@@ -24,7 +24,8 @@ def text(run):
 
 
 def test_points_are_read_as_they_were_written(run):
-    points = add_points(run).model_copy(update={"platt": Platt(0.5, -1.25)})
+    auto = AutoThresholds(passes=0.1, blocks=None, miss_rate=0.05, alarm_rate=0.3, escalated=0.2, limits=AutoConfig())
+    points = add_points(run).model_copy(update={"platt": Platt(0.5, -1.25), "auto": auto})
     write_points(run, "a", [points])
     assert read_points(run, "a") == ({points.asked: points}, "")
     assert points.threshold("0.05") == 0.3

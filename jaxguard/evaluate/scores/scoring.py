@@ -15,6 +15,7 @@ from jaxguard.data.format.dialogue import CHOICES, LABEL, Mode
 from jaxguard.data.policies import Policy, Question
 from jaxguard.data.sources import digest
 from jaxguard.evaluate.scores import metrics
+from jaxguard.evaluate.scores.cascade import certify
 from jaxguard.evaluate.scores.metrics import FALSE_POSITIVE_RATES, Result, Votes
 from jaxguard.evaluate.scores.results import UNPARSABLE_WORD, WAITS, Average, Cell, Cost, Thresholded, Versus, Wrong
 from jaxguard.guards.operating_points import F1, Asked, OperatingPoint, OperatingPoints, Platt, Share
@@ -93,10 +94,13 @@ class PredictedExamples:
         return metrics.count_votes(self.labels, verdicts, self.question, settings.unparsable)
 
 
-def choose_points(validation: PredictedExamples, policy: Policy, settings: EvaluateConfig) -> OperatingPoints | None:
+def choose_points(
+    validation: PredictedExamples, policy: Policy, settings: EvaluateConfig, auto: bool = False
+) -> OperatingPoints | None:
     """Calibrate on validation examples, and choose the thresholds of the best F1 and of false-positive rates there.
 
-    None without probabilities. A missing one counts as an unparsable verdict does, whatever the threshold.
+    None without probabilities. A missing one counts as an unparsable verdict does, whatever the threshold. With `auto`, those
+    of mode `auto` are chosen too, by the direct answers.
 
     The threshold for a rate is the score of the negative that has k = floor(rate × n) of all n negatives above it. The true rate
     there is distributed as Beta(k + 1, n - k), whose quantile is the upper end of Clopper and Pearson's interval for k of n, so
@@ -132,7 +136,8 @@ def choose_points(validation: PredictedExamples, policy: Policy, settings: Evalu
             recall=share(right, positives, None if allowed is None else right),
         )
 
-    best = {F1: point(metrics.best_f1_threshold(labels, filled))}
+    best_f1 = metrics.best_f1_threshold(labels, filled)
+    calibrated = given if platt is None else platt(given)
     rates = {str(rate): point(*metrics.rate_threshold(labels, filled, rate)) for rate in FALSE_POSITIVE_RATES}
     return OperatingPoints(
         asked=Asked.of(policy, validation.question, validation.mode, settings),
@@ -141,7 +146,8 @@ def choose_points(validation: PredictedExamples, policy: Policy, settings: Evalu
         negatives=negatives,
         examples_sha256=digest(validation.examples),
         platt=platt,
-        points=best | rates,
+        points={F1: point(best_f1), **rates},
+        auto=certify(labels, calibrated, best_f1, settings.auto) if auto and validation.mode is Mode.DIRECT else None,
     )
 
 
