@@ -36,11 +36,12 @@ class FaultySglang:
     authorizations: set[str] = field(default_factory=set)
     busiest: int = 0
     url: str = ""
+    route: str = "/generate"
     _active: int = 0
 
     async def handle(self, path: str, headers: dict[str, str], body: Any, writer: asyncio.StreamWriter) -> bool:
         self.authorizations.add(headers.get("authorization", ""))
-        if path == "/generate":
+        if path == self.route:
             self._active += 1
             self.busiest = max(self.busiest, self._active)
             self.requests.append(body)
@@ -66,9 +67,15 @@ class FaultySglang:
         await writer.drain()
         return True
 
+    def good(self, request: dict[str, Any]) -> Any:
+        return answers(request, self.version)
+
+    def fewer(self, body: Any) -> Any:
+        return body[:-1] if isinstance(body, list) else []
+
     async def _answer(self, fault: str | bytes, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         """Send an answer; False if the connection is to be cut after it."""
-        body = answers(request, self.version)
+        body = self.good(request)
         if fault == "slow":
             await asyncio.sleep(5)
         if fault in ("slow", "reset"):
@@ -83,7 +90,7 @@ class FaultySglang:
         elif fault == "html":
             writer.write(http(200, b"<html>busy</html>", "text/html"))
         elif fault == "fewer":
-            writer.write(http(200, body[:-1] if isinstance(body, list) else []))
+            writer.write(http(200, self.fewer(body)))
         else:
             writer.write(http(200, json.loads(fault) if fault else body))
         await writer.drain()
@@ -116,7 +123,9 @@ def places(ids: Any, values: Any) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def serve(script: Callable[[int], str | bytes], **how: Any) -> AsyncIterator[FaultySglang]:
-    faulty = FaultySglang(script, **how)
+async def serve(
+    script: Callable[[int], str | bytes], kind: type[FaultySglang] = FaultySglang, **how: Any
+) -> AsyncIterator[FaultySglang]:
+    faulty = kind(script, **how)
     async with listen(faulty.handle) as faulty.url:
         yield faulty

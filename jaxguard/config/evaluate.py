@@ -37,7 +37,8 @@ class GuardConfig(Schema):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     endpoint: Masked | None = None
-    """Address of an SGLang server that serves it, such as http://127.0.0.1:30000; its tokenizer is still the checkpoint's."""
+    """Address of an SGLang or OpenAI-compatible server that serves it, such as http://127.0.0.1:30000; its tokenizer is still the
+    checkpoint's."""
     api_key_env: str = "JAXGUARD_API_KEY"
     """Environment variable with the API key, which is sent to this endpoint alone; unset sends none."""
     model: str | None = None

@@ -50,13 +50,13 @@ def _served_path(endpoint: str) -> str:
         path = outside_event_loop(lambda: asyncio.run(served(endpoint))).get("model_path")
     except JaxguardError as error:
         raise JaxguardError(
-            f"{endpoint} does not say what it serves ({error}): is it an SGLang server that is ready? If so, set {API_KEY} "
-            "where it wants a key, or name the model's folder or repository with --tokenizer"
+            f"{endpoint} does not say what it serves ({error}): is it a model server that is ready? If so, set {API_KEY} where it "
+            "wants a key, or name the model's folder or repository with --tokenizer"
         ) from None
     if not isinstance(path, str) or not Path(path).is_dir():
         raise JaxguardError(
-            f"{endpoint} serves {path!r}, which is no folder on this machine: name a folder or repository that has the "
-            "model's tokenizer with --tokenizer"
+            f"{endpoint} serves {path or 'a model whose folder it does not name'}, which is no folder on this machine: name a "
+            "folder or repository that has the model's tokenizer with --tokenizer"
         )
     return path
 
@@ -161,7 +161,7 @@ class Guard:
         """Load a guard in jaxguard's format, or connect to a server that has one.
 
         Args:
-            model: an export, a run's folder, a repository on the hub, or the address of an SGLang server that serves one.
+            model: an export, a run's folder, a repository on the hub, or the address of an SGLang or OpenAI-compatible server.
             policy: a name in configs/policies or a YAML file; None takes what the model was trained on.
             mode: "reasoning" or "direct"; None takes how it was trained, reasoning where that is both or unknown.
             tokenizer: a folder or repository with the tokenizer, for a server whose model does not lie on this machine.

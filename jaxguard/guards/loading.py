@@ -21,6 +21,7 @@ from jaxguard.data.guard_files import export_or, find_export, trained_together
 from jaxguard.data.policies import Policy, load_policy, policy_for
 from jaxguard.data.prepare import select
 from jaxguard.data.sources import digest
+from jaxguard.guards.backends.openai import open_openai
 from jaxguard.guards.backends.sglang import open_sglang, serve, served, swap_weights
 from jaxguard.guards.baselines import BASELINES, fit_baseline
 from jaxguard.guards.formats.external import BUILT_IN, external_format, external_guard, format_file
@@ -88,9 +89,11 @@ async def open_guard(
     form: PromptFormat
     if guard.format == "jaxguard":
         data = config.data.model_copy(update={"max_seq_len": context_tokens(folder)})
-        form = NativeFormat(Encoder.load(folder, data, policy), settings, trained_together(folder))
+        form = NativeFormat(encoder := Encoder.load(folder, data, policy), settings, trained_together(folder))
+        tokenizer = encoder.tokenizer
     else:
-        form = external_format(guard.format, load_tokenizer(folder, chat=False), policy, guard.ignore_policies)
+        tokenizer = load_tokenizer(folder, chat=False)
+        form = external_format(guard.format, tokenizer, policy, guard.ignore_policies)
     async with AsyncExitStack() as stack:
         backend: Backend
         if guard.endpoint is None and settings.backend == "jax":
@@ -100,7 +103,7 @@ async def open_guard(
                 backend = load_backend(folder, config, settings)
         else:
             url: str | Masked | None = guard.endpoint
-            model, version = guard.model, None
+            model, version, about = guard.model, None, dict[str, Any]()
             if url is None:
                 log, model = config.folder / "evaluate" / f"{guard.name}.server.log", model or guard.name
                 url = stack.enter_context(serve(folder, model, log, settings.server))
@@ -109,8 +112,15 @@ async def open_guard(
                 await swap_weights(url, folder, version, guard.api_key_env)
                 model = None  # it is called by the folder from now on
             else:  # others may swap its weights meanwhile
-                version = (await served(url, guard.api_key_env)).get("weight_version")
-            backend = await stack.enter_async_context(open_sglang(url, model, settings, version, guard.api_key_env))
+                about = await served(url, guard.api_key_env)
+                version = about.get("weight_version")
+            if about.get("backend") == "openai":
+                other = await stack.enter_async_context(open_openai(url, model, settings, tokenizer, guard.api_key_env))
+                if other.likeliest is None and not settings.generations:
+                    raise JaxguardError(f"{url} gives no log-probabilities: set evaluate.generations=1 or more")
+                backend, probabilities = other, probabilities and other.likeliest is not None
+            else:
+                backend = await stack.enter_async_context(open_sglang(url, model, settings, version, guard.api_key_env))
         yield partial(predict, form=form, backend=backend, settings=settings, score=probabilities)
 
 

@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import httpx2
+from pydantic import Field
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from jaxguard.utils.errors import JaxguardError
@@ -50,6 +51,10 @@ class RetryableError(Exception):
 
 class NotFoundError(JaxguardError):
     """The server has no such path."""
+
+
+class RefusedError(JaxguardError):
+    """The server does not take such a request."""
 
 
 class Limiter:
@@ -169,7 +174,7 @@ class Client:
                     f"server ends in /v1. It says: {words}"
                 )
             if not response.is_success:
-                raise JaxguardError(f"{url} refuses {path}, and would again: status {status}: {words}")
+                raise RefusedError(f"{url} refuses {path}, and would again: status {status}: {words}")
             try:
                 reply = parse_json(data, shape, "its response", finite=False)
             except JaxguardError as error:
@@ -213,9 +218,10 @@ async def connect(
 
 @dataclass(frozen=True)
 class Model:
-    """One of Models."""
+    """One of Models; vLLM says as `root` where it comes from."""
 
     id: str
+    root: Annotated[str, Field(pattern=r"^[^\x00]*$")] | None = None
 
 
 @dataclass(frozen=True)

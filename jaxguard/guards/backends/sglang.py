@@ -149,13 +149,7 @@ class SglangBackend:
                 if [[token for _, token, *_ in each] for each in entries] != [pair]:
                     raise RetryableError(f"{url} sent log-probabilities of other tokens than {pair}")
                 positive, negative = (entry[0] for entry in entries[0])
-                if not (positive < 1e-3 and negative < 1e-3):  # NaN is not, either
-                    raise RetryableError(f"{url} sent {positive} and {negative}, which are no log-probabilities")
-                if max(positive, negative) <= _IMPOSSIBLE:
-                    raise JaxguardError(
-                        f"{url} gives neither of the tokens {pair} any probability: are its weights or activations finite?"
-                    )
-                return max(positive, _IMPOSSIBLE) - max(negative, _IMPOSSIBLE)
+                return log_odds_of(positive, negative, pair, url)
 
             body = {
                 "input_ids": prefix,
@@ -184,14 +178,8 @@ async def open_sglang(
     how to sample, and how many requests may be under way; for `version` see SglangBackend. JaxguardError: it does not answer,
     or serves another model.
     """
-    async with _connect(url, settings.batch, api_key_env) as (client, server):
-        names = await client.request("/v1/models", None, Models, Models.names, server)
-        if model is not None and model not in names:
-            raise JaxguardError(
-                f"{server} serves {', '.join(names) or 'nothing'}, not {model!r}; set the guard's model, or start the "
-                "server with --served-model-name"
-            )
-
+    async with connect_server(url, settings.batch, api_key_env) as (client, server):
+        await served_name(client, server, model)
         seeded = False
         with suppress(JaxguardError):  # a router, or an older server, has no such path
             info = await client.request("/server_info", None, Fields, lambda body, _: body, server)
@@ -200,17 +188,21 @@ async def open_sglang(
 
 
 async def served(url: str | Masked, api_key_env: str = API_KEY) -> dict[str, Any]:
-    """What a server says of its model: `model_path` and `weight_version` of SGLang, or `models`, the names of any other.
+    """What a server says of its model: `model_path` and `weight_version` of SGLang.
 
-    JaxguardError: it does not answer.
+    Any other has the `backend` openai and `models`, their names, and vLLM of a single one also `model_path`. JaxguardError: it does
+    not answer.
     """
-    async with _connect(url, 1, api_key_env) as (client, server):
+    async with connect_server(url, 1, api_key_env) as (client, server):
         for path in ("/get_model_info", "/model_info"):  # older servers know the first, newer ones will drop it
             try:
                 return await client.request(path, None, _Weights, lambda body, _: asdict(body), server)
             except NotFoundError:
                 continue
-        return {"models": await client.request("/v1/models", None, Models, Models.names, server)}
+        models = await client.request("/v1/models", None, Models, lambda body, _: body.data, server)
+    root = models[0].root if len(models) == 1 else None
+    path = {"model_path": root} if root and Path(root).is_absolute() else {}
+    return {"backend": "openai", "models": [model.id for model in models], **path}
 
 
 async def swap_weights(url: str | Masked, folder: Path, version: str, api_key_env: str = API_KEY) -> None:
@@ -223,7 +215,7 @@ async def swap_weights(url: str | Masked, folder: Path, version: str, api_key_en
         if not body.success:
             raise JaxguardError(f"{url} did not load the weights: {body.message}")
 
-    async with _connect(url, 1, api_key_env) as (client, server):
+    async with connect_server(url, 1, api_key_env) as (client, server):
         weights = {"model_path": str(folder.resolve()), "weight_version": version}
         await client.request("/update_weights_from_disk", weights, _Swap, check, server)
         probe = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
@@ -231,10 +223,33 @@ async def swap_weights(url: str | Masked, folder: Path, version: str, api_key_en
 
 
 @asynccontextmanager
-async def _connect(url: str | Masked, requests: int, api_key_env: str) -> AsyncIterator[tuple[Client, Masked]]:
+async def connect_server(url: str | Masked, requests: int, api_key_env: str) -> AsyncIterator[tuple[Client, Masked]]:
+    """A client of a server, for so many requests at a time, and its address."""
     base = re.sub(r"(/v1)?/*$", "", revealed(url).strip())
     async with connect((base,), Limiter(start=requests, most=requests), api_key_env=api_key_env) as client:
         yield client, client.endpoints[0]
+
+
+async def served_name(client: Client, server: Masked, model: str | None) -> str:
+    """What a server calls its model, the first one unless `model` names another. JaxguardError: it does not serve that."""
+    names = await client.request("/v1/models", None, Models, Models.names, server)
+    if not names or model not in (None, *names):
+        raise JaxguardError(
+            f"{server} serves {', '.join(names) or 'nothing'}, not {model!r}; set the guard's model, or start the server with "
+            "--served-model-name"
+        )
+    return names[0] if model is None else model
+
+
+def log_odds_of(positive: float, negative: float, pair: Sequence[int], url: str) -> float:
+    """The difference of two tokens' log-probabilities that a server sent."""
+    if not (positive < 1e-3 and negative < 1e-3):  # NaN is not, either
+        raise RetryableError(f"{url} sent {positive} and {negative}, which are no log-probabilities")
+    if max(positive, negative) <= _IMPOSSIBLE:
+        raise JaxguardError(
+            f"{url} gives neither of the tokens {list(pair)} any probability: are its weights or activations finite?"
+        )
+    return max(positive, _IMPOSSIBLE) - max(negative, _IMPOSSIBLE)
 
 
 def _answers(answers: list[Answer], url: str, count: int, version: str | None) -> list[Answer]:
