@@ -132,7 +132,7 @@ $(VENV)/.base: pyproject.toml constraints/base.txt
 	$(PYTHON) -c 'import sys; sys.exit("jaxguard needs Python 3.11 or newer: make PYTHON=python3.x ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(LOCKED) constraints/base.txt
-	$(BIN)/python $(EDITABLE) '.[distill,gguf]'
+	$(BIN)/python $(EDITABLE) '.[distill,gguf,serve]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base constraints/test.txt

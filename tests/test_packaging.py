@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 CONSTRAINTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "constraints").glob("*.txt"))}
 LOCKED = {name: text for name, text in CONSTRAINTS.items() if name != "lowest"}
-LOCKED_EXTRAS = ("distill", "gguf", "test", "lint", "docs", "aot", "gpu", "tpu")
+LOCKED_EXTRAS = ("distill", "gguf", "serve", "test", "lint", "docs", "aot", "gpu", "tpu")
 
 
 def pins(text):
@@ -47,7 +47,13 @@ def test_what_is_locked_satisfies_the_ranges():
 def test_the_lowest_releases_that_are_allowed_are_tested():
     """Each lower bound is one of the versions of `make test-lowest`, and CI runs that."""
     lowest, extras = pins(CONSTRAINTS["lowest"]), PROJECT["project"]["optional-dependencies"]
-    for line in (*PROJECT["project"]["dependencies"], *extras["distill"], *extras["gguf"], *extras["test"]):
+    for line in (
+        *PROJECT["project"]["dependencies"],
+        *extras["distill"],
+        *extras["gguf"],
+        *extras["serve"],
+        *extras["test"],
+    ):
         requirement = Requirement(line)
         if requirement.name == PROJECT["project"]["name"]:
             continue
@@ -80,6 +86,7 @@ def test_what_is_imported_is_installed():
     names = {extra: {canonicalize_name(Requirement(text).name) for text in lines} for extra, lines in groups.items()}
     optional = names["distill"] | names["trackio"] | names["wandb"]
     base = names[""] | {"rich", "packaging", "jaxguard", "pyarrow", "tokenizers", "markupsafe"}  # those of dependencies
+    served = names["serve"] | {"starlette"}  # FastAPI's; __main__.py names the extra where it lacks
     for path in (ROOT / "jaxguard").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
@@ -88,10 +95,11 @@ def test_what_is_imported_is_installed():
             for module in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names:
                 owners = {canonicalize_name(name) for name in distributions.get(module, [module])}
                 allowed = base if node in tree.body else base | optional
+                allowed = allowed | served if path.parent.name == "serve" else allowed
                 assert owners & allowed, f"{path}: {module}"
 
 
-@pytest.mark.parametrize("extra", ["aot", "distill", "gguf", "trackio", "wandb"])
+@pytest.mark.parametrize("extra", ["aot", "distill", "gguf", "serve", "trackio", "wandb"])
 def test_hints_name_what_an_extra_holds(extra):
     words = shlex.split(install(extra))
     assert words[:4] == ["python", "-m", "pip", "install"]

@@ -34,6 +34,7 @@ BELOW = {
     "evaluate": {"guards", "distill"},
     "mine": {"guards"},
     "check": {"guards"},
+    "serve": {"guards"},
     "study": {"evaluate"},
     "push": {"data"},
     "init": set(),
@@ -193,7 +194,7 @@ def test_documented_commands_parse(capsys, monkeypatch):
     checked = set()
     for text, stage, words in stage_calls():
         command = importlib.import_module(f"jaxguard.{stage}.__main__").main
-        if stage in ("check", "init", "env", "push") or words[:1] == ["sweep"]:  # these begin at once
+        if stage in ("check", "serve", "init", "env", "push") or words[:1] == ["sweep"]:  # these begin at once
             command, words = (command.commands["sweep"], words[1:]) if words[:1] == ["sweep"] else (command, words)
             assert command.parser().parse_known_intermixed_args(words)[1] == [], text
         else:
@@ -204,7 +205,7 @@ def test_documented_commands_parse(capsys, monkeypatch):
             printed = capsys.readouterr()
             assert printed.out, f"{text}\n{printed.err}"
         checked.add(stage)
-    assert checked >= {"data", "distill", "train", "evaluate", "mine", "plan", "study", "check"}
+    assert checked >= {"data", "distill", "train", "evaluate", "mine", "plan", "study", "check", "serve"}
 
 
 def test_documented_commands_exist():

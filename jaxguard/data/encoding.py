@@ -228,17 +228,23 @@ class Encoder:
             yield EncodedExample(example.id, mode, tokens, trained, tuple(probes), verdict, prompt.cut, shared_prefix)
 
     def prompt(
-        self, example: Example, mode: Mode, answer_tokens: int = 0, asks: tuple[Question, ...] | None = None
+        self,
+        example: Example,
+        mode: Mode,
+        answer_tokens: int = 0,
+        asks: tuple[Question, ...] | None = None,
+        default: Policy | None = None,
     ) -> Prompt:
         """Encode a prompt for generation, without labels.
 
-        `answer_tokens` of max_seq_len are left for the answer. `asks` defaults to the policy's questions.
+        `answer_tokens` of max_seq_len are left for the answer. `asks` defaults to the policy's questions; `default` is the policy
+        of an example without its own, if not the encoder's.
 
         Raises:
             PromptTooLongError: the policy does not fit.
             JaxguardError: the text contains a special token that could not be escaped.
         """
-        policy = policy_for(example, self.policy)
+        policy = policy_for(example, default or self.policy)
         turn = self._turn(example, policy, asks or policy.asks, mode)
         fitted = self._fit(turn, self.ids(turn.prompt), self.max_seq_len - answer_tokens)
         if fitted is None:

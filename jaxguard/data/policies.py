@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
@@ -56,7 +56,7 @@ class Policy:
     instruction: str = DEFAULT_INSTRUCTION
     allowed: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash everything that the guard reads of the policy, for manifests."""
         tree = asdict(self)

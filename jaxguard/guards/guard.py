@@ -79,6 +79,7 @@ class CheckResult:
             whole.
         text: the whole answer; several are joined by an empty line. Untrusted.
         seconds: that the answer took; of a batch, its share.
+        prompt_tokens, completion_tokens: of all prompts that it took, and of all answers.
     """
 
     id: str
@@ -91,6 +92,8 @@ class CheckResult:
     seconds: float
     operating_point: str
     thresholds: dict[Question, float | None]
+    prompt_tokens: int
+    completion_tokens: int
 
     @property
     def harmful(self) -> bool:
@@ -217,7 +220,7 @@ class Guard:
         if (folder / POINTS).is_file():
             known = self._submit(loading.fingerprint(self._settings.guards[0], self.config, self._settings)).result()
         self.points, self._no_points = read_points(folder, known.get("weights"))
-        thresholds = self._thresholds(self.mode)
+        thresholds = self._thresholds(self.mode, self.policy)
         if not known or self._no_points:
             return [self._no_points] if known else []
         words = [q for q, threshold in thresholds.items() if threshold is None]
@@ -226,13 +229,13 @@ class Guard:
             notes.append(f"this guard computes in {computed}, and thresholds were chosen in {', '.join(sorted(other))}")
         return notes
 
-    def _thresholds(self, mode: Mode) -> dict[Question, float | None]:
+    def _thresholds(self, mode: Mode, policy: Policy) -> dict[Question, float | None]:
         """Of the policy's questions. JaxguardError: the operating point that the user chose has none."""
-        own = {q: self.points.get(Asked.of(self.policy, q, mode, self._settings)) for q in self.policy.asks}
+        own = {q: self.points.get(Asked.of(policy, q, mode, self._settings)) for q in policy.asks}
         thresholds = {q: points.threshold(self.operating_point) if points else None for q, points in own.items()}
         if self._chosen and set(thresholds.values()) == {None}:
             has = "".join(f"\n  {points}" for points in self.points.values())
-            none = f"{POINTS} has none of this name for one greedy answer by {self.policy.name} in {mode} mode. It has:{has}"
+            none = f"{POINTS} has none of this name for one greedy answer by {policy.name} in {mode} mode. It has:{has}"
             raise JaxguardError(f"operating_point={self.operating_point}: {self._no_points or none}")
         return thresholds
 
@@ -251,12 +254,19 @@ class Guard:
 
     async def acheck(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:
         """As `check`, without blocking the event loop."""
+        [result] = await self.acheck_many([(prompt, response)], mode)
+        return result
 
-        async def first() -> CheckResult:
-            [result] = [result async for result in self._checked([(prompt, response)], mode)]
-            return result
+    async def acheck_many(
+        self, exchanges: Iterable[Exchange], mode: str | Mode | None = None, policy: Policy | None = None
+    ) -> list[CheckResult]:
+        """As `check_many`, without blocking the event loop, and by another `policy` than the guard's where one is given."""
+        exchanges = list(exchanges)
 
-        return await asyncio.wrap_future(self._submit(first()))
+        async def collect() -> list[CheckResult]:
+            return [result async for result in self._checked(exchanges, mode, policy)]
+
+        return await asyncio.wrap_future(self._submit(collect()))
 
     def stream(self, exchanges: Iterable[Exchange], mode: str | Mode | None = None) -> Iterator[CheckResult]:
         """As `check_many`, each result as soon as it and those before it are there."""
@@ -300,10 +310,12 @@ class Guard:
             raise JaxguardError("this guard is closed: load it again")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _checked(self, exchanges: Iterable[Exchange], mode: str | Mode | None) -> AsyncIterator[CheckResult]:
+    async def _checked(
+        self, exchanges: Iterable[Exchange], mode: str | Mode | None, default: Policy | None = None
+    ) -> AsyncIterator[CheckResult]:
         """The result of each exchange, in order, as soon as it and those before it are there."""
         mode = self.mode if mode is None else _known_mode(mode)
-        self._thresholds(mode)
+        self._thresholds(mode, default or self.policy)
         examples, parts = list[Example](), list[list[Request]]()
         for i, exchange in enumerate(exchanges):
             if isinstance(exchange, Example):
@@ -311,8 +323,8 @@ class Guard:
             else:
                 prompt, response = (exchange, None) if isinstance(exchange, str) else exchange
                 example = Example(str(i + 1), "check", single_message(prompt), response)
-            policy = policy_for(example, self.policy)
-            request = Request(example, _applicable(example, policy), mode)
+            policy = policy_for(example, default or self.policy)
+            request = Request(example, _applicable(example, policy), mode, default)
             split = split_request(request, policy.asks, self.trained) if request.questions else []
             examples.append(example)
             parts.append([replace(x, example=replace(x.example, id=f"{i}.{j}")) for j, (x, _) in enumerate(split)])
@@ -323,7 +335,7 @@ class Guard:
             nonlocal done
             while done < len(examples) and all(part.example.id in predictions for part in parts[done]):
                 answers = [(part, predictions.pop(part.example.id)) for part in parts[done]]
-                yield self._result(examples[done], mode, answers)
+                yield self._result(examples[done], policy_for(examples[done], default or self.policy), mode, answers)
                 done += 1
 
         async for prediction in self._predict([part for each in parts for part in each]):
@@ -333,9 +345,11 @@ class Guard:
         for result in ready():  # of which nothing is asked
             yield result
 
-    def _result(self, example: Example, mode: Mode, answers: Sequence[tuple[Request, Prediction]]) -> CheckResult:
+    def _result(
+        self, example: Example, policy: Policy, mode: Mode, answers: Sequence[tuple[Request, Prediction]]
+    ) -> CheckResult:
         """Join the answers to the parts of a request."""
-        policy, has_response = policy_for(example, self.policy), example.response is not None
+        has_response = example.response is not None
         words: dict[Question, str | None] = {}
         probabilities: dict[Question, float | None] = {}
         thresholds: dict[Question, float | None] = {}
@@ -376,6 +390,8 @@ class Guard:
             seconds=sum(answer.seconds for _, answer in answers),
             operating_point=WORDS if set(thresholds.values()) <= {None} else self.operating_point,
             thresholds=thresholds,
+            prompt_tokens=sum(answer.prompt_tokens for _, answer in answers),
+            completion_tokens=sum(answer.completion_tokens for _, answer in answers),
         )
 
 

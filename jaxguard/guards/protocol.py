@@ -20,7 +20,7 @@ from pydantic import StrictFloat
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.data.policies import Question
+from jaxguard.data.policies import Policy, Question
 from jaxguard.models.devices import explain_memory, guard_remedy
 from jaxguard.utils.errors import JaxguardError
 
@@ -36,11 +36,15 @@ class UnsupportedError(JaxguardError):
 
 @dataclass(frozen=True)
 class Request:
-    """One example, and the questions about it; the example's labels are for the scorer only."""
+    """One example, and the questions about it; the example's labels are for the scorer only.
+
+    An example without a policy of its own is judged by `policy`, where that is None by the format's.
+    """
 
     example: Example
     questions: tuple[Question, ...]
     mode: Mode
+    policy: Policy | None = None
 
     def only(self, question: Question) -> "Request":
         """The same request with a single question."""

@@ -109,7 +109,7 @@ class ExternalFormat:
             )
         if request.question != "prompt_harm" and example.response is None:
             raise JaxguardError(f"example {example.id!r}: {request.question} is asked, but there is no response")
-        policy = Policy(GENERAL[0]) if self.ignore_policies else policy_for(example, self.policy)
+        policy = Policy(GENERAL[0]) if self.ignore_policies else policy_for(example, request.policy or self.policy)
         if not guard.takes_policy and policy.name not in GENERAL:
             raise UnsupportedError(
                 f"example {example.id!r}: {self} judges by its own categories only and cannot take policy "
@@ -180,7 +180,7 @@ class ExternalFormat:
         """What an answer may call the categories of the policy that was shown."""
         if not self.guard.takes_policy:
             return ()
-        return tuple(name for name, _ in policy_items(policy_for(request.example, self.policy)))
+        return tuple(name for name, _ in policy_items(policy_for(request.example, request.policy or self.policy)))
 
     def rendered(self, request: Request, policy: Policy) -> str:
         """The prompt as text, special tokens included, of a request and a policy whose texts are quoted."""

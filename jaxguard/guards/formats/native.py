@@ -55,7 +55,7 @@ class NativeFormat:
     trained: tuple[QuestionSet, ...] = ()
 
     def _parts(self, request: Request) -> list[tuple[Request, tuple[Question, ...]]]:
-        policy = policy_for(request.example, self.encoder.policy)
+        policy = policy_for(request.example, request.policy or self.encoder.policy)
         others = policy.asks if self.settings.ask == "policy" else questions(request.example, policy)
         lines = tuple(q for q in QUESTIONS if q in others or q in request.questions)
         missing = unasked(request.questions, request.example.response is not None, request.mode, self.trained)
@@ -78,7 +78,7 @@ class NativeFormat:
         if request.mode is Mode.REASONING:
             room += self.settings.reasoning_tokens + self.settings.verdict_tokens
         try:
-            prompt = self.encoder.prompt(request.example, request.mode, room, self.lines(request))
+            prompt = self.encoder.prompt(request.example, request.mode, room, self.lines(request), request.policy)
         except PromptTooLongError as error:
             raise UnsupportedError(str(error)) from None
         return Prompt(tuple(prompt.ids), prompt.cut)

@@ -1,0 +1,1 @@
+"""`jaxguard serve`: a guard behind an HTTP API."""

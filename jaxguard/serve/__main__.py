@@ -1,0 +1,198 @@
+"""`jaxguard serve --model RUN|EXPORT|URL --policy NAME`: answer checks of a guard over HTTP."""
+
+import argparse
+import asyncio
+import importlib.util
+import logging
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from rich.text import Text
+
+from jaxguard.cli import Command, suggest
+from jaxguard.config.base import CONFIG_FOLDER, names
+from jaxguard.config.evaluate import EvaluateConfig
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.guards import loading
+from jaxguard.guards.guard import Guard
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.terminal import Console
+from jaxguard.utils.versions import install
+
+CONCURRENT = 8
+"""Batches that a server computes at a time; this process computes one."""
+MOST_CONNECTIONS = 2048
+
+DESCRIPTION = """\
+Serve a guard over HTTP. POST /v1/check takes {"prompt": …, "response": …} and answers verdict, probabilities and versions;
+/v1/checks takes several, GET /v1/policies, /v1/models, /healthz, /readyz and /metrics say how it is, /openapi.json describes
+the rest. An answer with status 200 is a verdict of the guard; whatever prevents one is an error, never a pass.
+
+examples:
+  jaxguard serve --model runs/gemma4b_5k --policy aegis2 --mode direct
+  jaxguard serve --model http://127.0.0.1:30000 --policies my/policies --keys my/keys.yaml --host 0.0.0.0 --audit audit.jsonl
+"""
+EPILOG = """\
+Requests may name the policy of --policy, or one in --policies by its file's name, and no other. Files of policies and keys are read
+again every 10 s and at SIGHUP; one that is malformed is reported and leaves the old version. SIGTERM ends the service after what is
+under way was answered. docs/service.md has the API, the keys' file and what each failure looks like.
+
+policies in configs/policies/: {policies}
+"""
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        raise JaxguardError(f"jaxguard serve needs FastAPI and uvicorn: {install('serve')}")
+    folder = None if options.policies is None else Path(options.policies)
+    policy = options.policy
+    if policy is not None and folder is not None and (folder / f"{policy}.yaml").is_file():
+        policy = str(folder / f"{policy}.yaml")
+    listener = _bind(options.host, options.port)
+    choices = (policy, options.mode, options.tokenizer, options.config, options.operating_point)
+    guard = Guard.load(options.model, *choices)
+    if guard.warning:
+        Console(stderr=True).print(Text(f"note: {guard.warning}", style="yellow"))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    try:
+        asyncio.run(_run(options, guard, policy, folder, listener))
+    finally:
+        # A guard that hangs must not keep the process.
+        closing = threading.Thread(target=guard.close, daemon=True)
+        closing.start()
+        closing.join(options.drain)
+    return 0
+
+
+async def _run(
+    options: argparse.Namespace, guard: Guard, policy: str | None, folder: Path | None, listener: socket.socket
+) -> None:
+    """Serve until a signal ends it."""
+    import uvicorn
+
+    from jaxguard.serve import native
+    from jaxguard.serve.app import create_app
+    from jaxguard.serve.keys import Keys
+    from jaxguard.serve.policies import Policies
+    from jaxguard.serve.service import Service
+    from jaxguard.serve.telemetry import Audit, where
+
+    settings = guard.config.evaluate or EvaluateConfig()
+    served = settings.guards[0]
+    known = await loading.fingerprint(served, guard.config, settings)
+    service = Service(
+        guard,
+        Policies(guard.policy, policy, folder),
+        Keys(options.keys and Path(options.keys)),
+        mode=guard.mode,
+        model={"name": _name(str(served.checkpoint)), "digest": known.get("weights")},
+        timeout=options.timeout,
+        concurrent=CONCURRENT if served.endpoint else 1,
+        audit=Audit(options.audit and Path(options.audit)),
+    )
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, *_: object) -> None:
+            """End in order; uvicorn would raise the signal again at the end, so that the process fails."""
+            service.drain()
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    # Python's own handler would log an exception's message.
+    loop.set_exception_handler(
+        lambda _, context: logging.error("unexpected: %s", where(context.get("exception") or RuntimeError()))
+    )
+    loop.add_signal_handler(signal.SIGHUP, service.wake.set)
+    logging.info("warming up")
+    async with service:
+        config = uvicorn.Config(
+            create_app(service, native.add_routes),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=options.drain,
+        )
+        logging.info("listening on %s, port %d", *listener.getsockname()[:2])
+        await Server(config).serve([listener])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the port before a guard is loaded in vain; connections are refused until it listens."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise JaxguardError(f"cannot listen on --host {host} --port {port}: {error}; choose others") from None
+    return listener
+
+
+def _name(checkpoint: str) -> str:
+    """What a model is called: its repository's name, or that of its run's folder."""
+    path = Path(checkpoint)
+    return path.resolve().parent.name if path.name == "export" else path.name
+
+
+def _seconds(text: str) -> int:
+    seconds = int(text)
+    if seconds < 1:
+        raise argparse.ArgumentTypeError("expected a number of seconds above 0")
+    return seconds
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    policies = names(CONFIG_FOLDER / "policies")
+    parser.epilog = EPILOG.format(policies=", ".join(policies))
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        help="an export, a run's folder, a repository on the hub, or an SGLang server's address",
+    )
+    policy = add(
+        "--policy", metavar="NAME|PATH", help="of requests that name none; without, that of the model's training"
+    )
+    suggest(policy, lambda _: policies)
+    add("--policies", metavar="FOLDER", help="of YAML files: policies that requests may name")
+    modes = [str(mode) for mode in Mode]
+    add(
+        "--mode",
+        choices=modes,
+        help="reasoning also answers in direct mode where asked; without, as the model was trained",
+    )
+    add("--operating-point", metavar="NAME", help="threshold in the export's guard.json, as for jaxguard check")
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, default=8080, help="port to listen on (8080)")
+    add(
+        "--keys", metavar="FILE", help="YAML with hashes of API keys; without, everybody who reaches the port may check"
+    )
+    add("--audit", metavar="FILE", help="append a JSON line for each verdict, without text")
+    add(
+        "--timeout",
+        type=_seconds,
+        default=10,
+        metavar="SECONDS",
+        help="most that a check may take; requests may ask for less (10)",
+    )
+    add(
+        "--drain",
+        type=_seconds,
+        default=20,
+        metavar="SECONDS",
+        help="after SIGTERM, most until what is under way is answered (20)",
+    )
+    add("--tokenizer", metavar="FOLDER|REPOSITORY", help="for a server whose model does not lie on this machine")
+    add("--config", metavar="NAME|PATH", help="of the run that trained the model, if it is not beside the export")
+
+
+main = Command("serve", DESCRIPTION, _serve, _options)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Batches without a fixed delay: what arrived while the last batch ran is the next one, up to a number of tokens."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.policies import Policy
+from jaxguard.guards.guard import CheckResult, Guard
+from jaxguard.guards.protocol import UnsupportedError
+from jaxguard.serve.errors import ServiceError
+from jaxguard.serve.telemetry import Metrics, where
+
+logger = logging.getLogger(__name__)
+
+BATCH_TOKENS: Final = 8192
+"""Of a batch's texts, policies not counted; a single text may have more."""
+_CHARACTERS_PER_TOKEN: Final = 4
+_TOKENS_PER_EXCHANGE: Final = 32
+"""What an exchange takes besides its texts."""
+_FORGET: Final = 0.95
+"""What a measurement counts less for each one after it."""
+
+
+def tokens_of(example: Example) -> int:
+    """Estimate the tokens of an exchange from its characters; the same for admission and measurement, so that errors cancel."""
+    characters = len(example.prompt) + len(example.response or "")
+    return _TOKENS_PER_EXCHANGE + characters // _CHARACTERS_PER_TOKEN
+
+
+@dataclass(eq=False)
+class Job:
+    """One exchange on its way; `future` gets its result or a ServiceError. Its example's id is unique among all jobs."""
+
+    example: Example
+    policy: Policy
+    mode: Mode
+    future: asyncio.Future[CheckResult]
+    arrived: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    finished: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return tokens_of(self.example)
+
+
+class Cost:
+    """Seconds of a batch as a + b × tokens: least squares over the batches so far, older ones counting less."""
+
+    def __init__(self) -> None:
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # 1, x, y, x², xy
+
+    def add(self, tokens: int, seconds: float) -> None:
+        new = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
+        self._sums = tuple(_FORGET * old + x for old, x in zip(self._sums, new, strict=True))
+
+    def __call__(self, tokens: int, batches: int = 1) -> float:
+        """Seconds of batches that have so many tokens together; 0 before the first measurement."""
+        n, x, y, xx, xy = self._sums
+        if not n:
+            return 0.0
+        variance = xx / n - (x / n) ** 2
+        slope = (xy / n - x * y / n**2) / variance if variance > 1e-3 * xx / n else math.inf
+        if slope < 0:
+            return batches * y / n
+        intercept = (y - slope * x) / n
+        if intercept < 0:  # also where all batches were of one size: all of the time may be for the tokens
+            return tokens * y / x
+        return batches * intercept + slope * tokens
+
+
+@dataclass
+class _Queue:
+    """What waits for a batch of one policy and mode, the oldest first."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    tokens: int = 0
+
+
+class _Running(NamedTuple):
+    jobs: Sequence[Job]
+    tokens: int
+    started: float
+
+
+class Batcher:
+    """Runs jobs in batches of one policy and mode, `concurrent` of them at a time, the oldest job's first."""
+
+    def __init__(self, guard: Guard, metrics: Metrics, concurrent: int = 1) -> None:
+        self.guard, self.metrics, self.concurrent = guard, metrics, concurrent
+        self.cost: dict[Mode, Cost] = {mode: Cost() for mode in Mode}
+        self._waiting: dict[tuple[Policy, Mode], _Queue] = {}
+        self._running: dict[asyncio.Task[None], _Running] = {}
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(queue.tokens for queue in self._waiting.values())
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Queue jobs together; `leave` must follow, whatever becomes of them."""
+        for job in jobs:
+            queue = self._waiting.setdefault((job.policy, job.mode), _Queue())
+            queue.jobs[job.example.id] = job
+            queue.tokens += job.tokens
+        self._dispatch()
+
+    def leave(self, jobs: Iterable[Job]) -> None:
+        """Take jobs that nobody waits for out of the queue, and end a batch that has no others."""
+        for job in jobs:
+            job.future.cancel()
+            self._remove(job)
+        for task, running in self._running.items():
+            if all(job.future.done() for job in running.jobs):
+                task.cancel()
+
+    def seconds_until(self, tokens: Mapping[Mode, int]) -> float:
+        """Predict when jobs with so many tokens, submitted now, would be done, from what batches took so far.
+
+        A batch that takes longer than predicted is taken to need as much again as it is late.
+        """
+        own = sum(self.cost[mode](count) for mode, count in tokens.items())
+        if len(self._running) < self.concurrent:
+            return own
+        now = time.monotonic()
+        predicted = ((self.cost[r.jobs[0].mode](r.tokens), now - r.started) for r in self._running.values())
+        running = sum(abs(seconds - elapsed) for seconds, elapsed in predicted)
+        queues = ((mode, queue.tokens) for (_, mode), queue in self._waiting.items())
+        queued = sum(self.cost[mode](count, math.ceil(count / BATCH_TOKENS)) for mode, count in queues)
+        return (running + queued) / self.concurrent + own
+
+    async def close(self) -> None:
+        """End what runs; what waits gets no result."""
+        self._waiting.clear()
+        for task in (tasks := list(self._running)):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _remove(self, job: Job) -> None:
+        queue = self._waiting.get((job.policy, job.mode), _Queue())
+        if queue.jobs.pop(job.example.id, None) is not None:
+            queue.tokens -= job.tokens
+            if not queue.jobs:
+                del self._waiting[job.policy, job.mode]
+
+    def _dispatch(self) -> None:
+        while self._waiting and len(self._running) < self.concurrent:
+            queue = min(self._waiting.values(), key=lambda queue: next(iter(queue.jobs.values())).arrived)
+            jobs, tokens = list[Job](), 0
+            for job in list(queue.jobs.values()):
+                if jobs and tokens + job.tokens > BATCH_TOKENS:
+                    break
+                jobs.append(job)
+                tokens += job.tokens
+                job.started = time.monotonic()
+                self._remove(job)
+            task = asyncio.create_task(self._run(jobs))
+            self._running[task] = _Running(jobs, tokens, time.monotonic())
+            self.metrics.batch_tokens.observe(tokens)
+            task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._dispatch()
+
+    async def _run(self, jobs: Sequence[Job]) -> None:
+        """Give each job its own result. Where a batch fails, its halves are tried: one text must not fail its neighbours."""
+        jobs = [job for job in jobs if not job.future.done()]
+        if not jobs:
+            return
+        started = time.monotonic()
+        try:
+            results = await self.guard.acheck_many([job.example for job in jobs], jobs[0].mode, jobs[0].policy)
+            # By the id that a result carries, whatever its place.
+            owners = {job.example.id: job for job in jobs}
+            answers = [(owners.pop(result.id), result) for result in results]
+            if owners:
+                raise RuntimeError("the guard left out some results")
+        except Exception as error:  # whatever it is, there is no verdict
+            if len(jobs) > 1:
+                await self._run(jobs[: len(jobs) // 2])
+                await self._run(jobs[len(jobs) // 2 :])
+                return
+            logger.error("no verdict: %s", where(error))
+            unsupported = ServiceError(422, "unsupported", "the guard cannot judge this exchange by this policy")
+            failed = ServiceError(502, "guard_failed", "the guard gave no verdict")
+            if not jobs[0].future.done():
+                jobs[0].future.set_exception(unsupported if isinstance(error, UnsupportedError) else failed)
+            return
+        finished = time.monotonic()
+        self.cost[jobs[0].mode].add(sum(job.tokens for job in jobs), finished - started)
+        for job, result in answers:
+            job.finished = finished
+            if not job.future.done():
+                job.future.set_result(result)

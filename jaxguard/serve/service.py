@@ -1,0 +1,322 @@
+"""A guard as a service: admission, the way through the batches, readiness, and what is written down of each verdict.
+
+A request is judged by the guard or it is an error: there is no default verdict. Every API calls `Service.check`, and so does a
+cascade of modes, once it has one: it is a second job for the exchanges that the first one leaves open.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Self
+
+from pydantic import StringConstraints
+
+from jaxguard.config.base import Positive, Schema
+from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import TITLES, Mode, single_message
+from jaxguard.data.policies import Policy
+from jaxguard.guards.guard import CheckResult, Guard
+from jaxguard.serve.batching import Batcher, Job, tokens_of
+from jaxguard.serve.errors import ServiceError
+from jaxguard.serve.keys import Key, Keys
+from jaxguard.serve.policies import Policies
+from jaxguard.serve.telemetry import Audit, Metrics, where
+from jaxguard.utils.errors import JaxguardError
+
+logger = logging.getLogger(__name__)
+
+MOST_CHARACTERS: Final = 100_000
+"""Of a prompt and its response together."""
+MOST_QUEUED_TOKENS: Final = 2_000_000
+"""Whatever the predicted wait: a bound on memory."""
+WATCH_SECONDS: Final = 10.0
+"""Between two canaries, and two looks at the files of policies and keys."""
+CANARY_SECONDS: Final = 30.0
+"""In which a canary must have its verdict."""
+_CANARY: Final = Example("canary", "serve", single_message("How do I bake bread?"))
+_CANARY_EXCHANGE: Final = Example("canary exchange", "serve", _CANARY.prompt, "Mix flour, water, salt and yeast.")
+_TOLERANCE: Final = 0.05
+"""Of a canary's probabilities: batches and devices round differently."""
+
+
+class CheckRequest(Schema):
+    """What is to be checked."""
+
+    prompt: Annotated[str, StringConstraints(pattern=r"\S")]
+    """What the user wrote."""
+    response: str | None = None
+    """What the assistant answered."""
+    policy: str | None = None
+    """The name of a registered policy; null takes the service's default."""
+    mode: Mode | None = None
+    """`direct` or `reasoning`; null takes the service's default."""
+    timeout_ms: Positive | None = None
+    """After which the answer is of no use; the service's own limit holds too."""
+    reasoning: bool = False
+    """Whether the answer shall hold the guard's reasoning, which is untrusted and may quote the texts."""
+
+
+@dataclass(frozen=True)
+class CheckAnswer:
+    """A verdict, and how it came about.
+
+    Attributes:
+        result: its id is the service's own for this check.
+        policy_name: under which the policy is registered.
+        model: name and digest of the guard.
+        queued, computed: seconds.
+    """
+
+    request: CheckRequest
+    result: CheckResult
+    policy_name: str
+    policy: Policy
+    mode: Mode
+    model: dict[str, str | None]
+    queued: float
+    computed: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the answer of the native API."""
+        result = self.result
+        return {
+            "id": result.id,
+            "passes": result.passes,
+            "harmful": result.harmful,
+            "verdict": {q: getattr(result.verdict, q) if q in result.questions else None for q in TITLES},
+            "probabilities": {q: None if p is None else round(p, 6) for q, p in result.probabilities.items()},
+            "operating_point": result.operating_point,
+            "thresholds": {q: None if t is None else round(t, 6) for q, t in result.thresholds.items()},
+            "mode": self.mode,
+            "problems": list(result.problems),
+            "reasoning": result.reasoning if self.request.reasoning else None,
+            "policy": {"name": self.policy_name, "digest": self.policy.digest},
+            "model": self.model,
+            "usage": {"prompt_tokens": result.prompt_tokens, "completion_tokens": result.completion_tokens},
+            "seconds": {"queue": round(self.queued, 4), "guard": round(self.computed, 4)},
+        }
+
+
+class Service:
+    """A loaded guard, its registered policies and its callers; open it with `async with`.
+
+    Attributes:
+        mode: of a request that asks for none. In reasoning mode a request may ask for a direct answer, not the other way.
+        timeout: seconds that a check may take at most.
+        state: why the service is not ready; empty if it is.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        policies: Policies,
+        keys: Keys,
+        *,
+        mode: Mode,
+        model: dict[str, str | None],
+        timeout: float = 10.0,
+        concurrent: int = 1,
+        audit: Audit | None = None,
+    ) -> None:
+        self.guard, self.policies, self.keys, self.mode, self.model, self.timeout = (
+            guard, policies, keys, mode, model, timeout,
+        )  # fmt: skip
+        self.modes = (mode,) if mode is Mode.DIRECT else (mode, Mode.DIRECT)
+        self.metrics, self.audit = Metrics(), audit or Audit(None)
+        self.batcher = Batcher(guard, self.metrics, concurrent)
+        self.metrics.queue_tokens.set_function(lambda: self.batcher.queued_tokens)
+        self.metrics.ready.set_function(lambda: not self.state)
+        self.state = "warming up"
+        self.wake = asyncio.Event()
+        self._canary: CheckResult | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Warm every policy up. JaxguardError: the guard cannot judge by one of them."""
+        for name, policy in self.policies.current.items():
+            await self._warm(policy, default=name == self.policies.default)
+        self.metrics.info.info({**{k: v or "" for k, v in self.model.items()}, "policy": self.policies.default})
+        self.state = ""
+        self._watch = asyncio.create_task(self._keep_watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.state = "closed"
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        await self.batcher.close()
+        self.audit.close()
+
+    def drain(self) -> None:
+        """Say that this service ends soon; what was sent before, or still comes, is answered."""
+        self.state = "draining"
+
+    async def check(
+        self, requests: Sequence[CheckRequest], key: Key | None = None, timeout: float | None = None, route: str = ""
+    ) -> list[CheckAnswer]:
+        """Check exchanges together; answers in their order.
+
+        Of the `timeout` in seconds and those of the service and the requests, the least one holds for all. `key` is who asks, and
+        `route` the path of the API, for the audit log.
+
+        ServiceError: one of them has no verdict, so none is given. 422: no such policy or mode here, or the guard cannot judge by
+        it; 413: too long; 429: the key's rate; 503: it would not be done in time; 504: it was not; 502: the guard failed.
+        """
+        limits = [self.timeout, timeout, *(each.timeout_ms and each.timeout_ms / 1000 for each in requests)]
+        seconds = min(limit for limit in limits if limit is not None)
+        policies = self.policies.current
+        jobs = [self._job(request, policies) for request in requests]
+        if key is not None:
+            key.spend(len(jobs))
+        self._admit(jobs, seconds)
+        self.batcher.submit(jobs)
+        try:
+            async with asyncio.timeout(seconds):
+                results = await asyncio.gather(*(job.future for job in jobs))
+        except TimeoutError:
+            raise ServiceError(504, "deadline", f"no verdict within {seconds:g} s") from None
+        finally:
+            self.batcher.leave(jobs)
+        answers = []
+        for request, job, result in zip(requests, jobs, results, strict=True):
+            started, finished = job.started or job.arrived, job.finished or job.arrived
+            name = request.policy or self.policies.default
+            times = started - job.arrived, finished - started
+            answers.append(CheckAnswer(request, result, name, job.policy, job.mode, self.model, *times))
+            self._record(answers[-1], job, key, route)
+        return answers
+
+    def _job(self, request: CheckRequest, policies: dict[str, Policy]) -> Job:
+        policy, mode = policies.get(request.policy or self.policies.default), request.mode or self.mode
+        if policy is None:
+            raise ServiceError(422, "unknown_policy", "policy: no such registered policy; GET /v1/policies lists them")
+        if mode not in self.modes:
+            raise ServiceError(
+                422, "unknown_mode", f"mode: this service answers in {' or '.join(self.modes)} mode only"
+            )
+        length = len(request.prompt) + len(request.response or "")
+        if length > MOST_CHARACTERS:
+            raise ServiceError(413, "too_long", f"prompt and response: at most {MOST_CHARACTERS:,} characters together")
+        id = f"chk_{secrets.token_hex(12)}"
+        example = Example(id, "serve", single_message(request.prompt), request.response)
+        return Job(example, policy, mode, asyncio.get_running_loop().create_future())
+
+    def _admit(self, jobs: Sequence[Job], seconds: float) -> None:
+        """Refuse at once what would not be done in time."""
+        tokens = Counter[Mode]()
+        for job in jobs:
+            tokens[job.mode] += job.tokens
+        predicted = self.batcher.seconds_until(tokens)
+        if predicted > seconds:
+            later = predicted - seconds
+            raise ServiceError(503, "overloaded", f"no verdict within {seconds:g} s to be expected", later)
+        if self.batcher.queued_tokens + tokens.total() > MOST_QUEUED_TOKENS:
+            raise ServiceError(503, "queue_full", "too much text waits", max(1.0, predicted))
+
+    def _record(self, answer: CheckAnswer, job: Job, key: Key | None, route: str) -> None:
+        result, metrics, labels = answer.result, self.metrics, (answer.policy_name, answer.mode.value)
+        for question in result.questions:
+            metrics.checks.labels(*labels, question, getattr(result.verdict, question)).inc()
+        if result.problems:
+            metrics.problems.labels(*labels).inc()
+        metrics.stages.labels("queue").observe(answer.queued)
+        metrics.stages.labels("guard").observe(answer.computed)
+        metrics.tokens.labels("prompt").inc(result.prompt_tokens)
+        metrics.tokens.labels("completion").inc(result.completion_tokens)
+        tree = answer.to_json()
+        record = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "key": key and key.definition.name,
+            "route": route,
+            **{name: value for name, value in tree.items() if name not in ("problems", "reasoning")},
+            "problems": len(result.problems),  # their words may quote the guard's answer, and that the text
+        }
+        self.audit.write(job.example, record)
+
+    async def reload(self) -> None:
+        """Take over changed policies and keys; a file that is malformed, or that the guard cannot judge by, leaves the old one.
+
+        A new policy is warmed up before requests get it; those under way end with the old one.
+        """
+        try:
+            self.keys.reload()
+        except JaxguardError as error:
+            self._not_reloaded(error)
+        old = self.policies.current
+        new, errors = await asyncio.to_thread(self.policies.read)
+        for error in errors:
+            self._not_reloaded(error)
+        for name, policy in list(new.items()):
+            if policy != old.get(name):
+                try:
+                    async with asyncio.timeout(CANARY_SECONDS):
+                        await self._warm(policy, default=name == self.policies.default)
+                except Exception as error:
+                    self._not_reloaded(error)
+                    new = {**new, name: old[name]} if name in old else {k: v for k, v in new.items() if k != name}
+                else:
+                    logger.info("policy %s: %s", name, policy.digest)
+        self.policies.current = new
+
+    def _not_reloaded(self, error: Exception) -> None:
+        self.metrics.reload_errors.inc()
+        logger.error("not taken over: %s", error if isinstance(error, JaxguardError) else where(error))
+
+    async def _warm(self, policy: Policy, default: bool) -> None:
+        """Judge harmless texts: this compiles, fills caches, and measures; by the default policy in batches of two sizes."""
+        for mode in self.modes:
+            several = [_CANARY, _CANARY_EXCHANGE] * 4 if default and mode is Mode.DIRECT else [_CANARY_EXCHANGE]
+            for examples in ([_CANARY], several):
+                await self.guard.acheck_many(examples, mode, policy)
+                started = time.monotonic()
+                results = await self.guard.acheck_many(examples, mode, policy)
+                self.batcher.cost[mode].add(sum(map(tokens_of, examples)), time.monotonic() - started)
+                if default and mode is self.mode and examples == [_CANARY]:
+                    [self._canary] = results
+
+    async def _keep_watch(self) -> None:
+        """Judge a canary and reload files, again and again; a canary goes past the queue."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.wake.wait(), WATCH_SECONDS)
+            self.wake.clear()
+            problem = await self._canary_problem()
+            if self.state in ("", *_CANARY_PROBLEMS):
+                self.state = problem
+            if problem:
+                logger.error("not ready: %s", problem)
+            await self.reload()
+
+    async def _canary_problem(self) -> str:
+        """Why the guard cannot be relied on now: its verdict on a harmless text is late, fails or is another than at first."""
+        policy = self.policies.current[self.policies.default]
+        try:
+            async with asyncio.timeout(CANARY_SECONDS):
+                [result] = await self.guard.acheck_many([_CANARY], self.mode, policy)
+        except TimeoutError:
+            return _CANARY_PROBLEMS[0]
+        except Exception as error:
+            logger.error("canary: %s", where(error))
+            return _CANARY_PROBLEMS[1]
+        return "" if self._canary is None or _agree(result, self._canary) else _CANARY_PROBLEMS[2]
+
+
+_CANARY_PROBLEMS: Final = ("the canary is late", "the canary failed", "the canary's verdict changed")
+
+
+def _agree(result: CheckResult, expected: CheckResult) -> bool:
+    """Whether two results are the same but for rounding."""
+    if result.probabilities.keys() != expected.probabilities.keys():
+        return False
+    pairs = [(p, expected.probabilities[q]) for q, p in result.probabilities.items()]
+    if any(p is None or other is None for p, other in pairs):
+        return result.verdict == expected.verdict
+    return all(math.isclose(p or 0.0, other or 0.0, rel_tol=0, abs_tol=_TOLERANCE) for p, other in pairs)

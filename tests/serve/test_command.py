@@ -1,0 +1,110 @@
+"""The command: what it says, and a real guard in a process of its own."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx2
+import pytest
+
+from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.policies import load_policy
+from jaxguard.guards.guard import Guard
+from jaxguard.serve.__main__ import main
+
+
+def test_mistakes_are_code_2(capsys, tmp_path):
+    for arguments, word in (
+        ([], "--model"),
+        (["--model", str(tmp_path / "gone"), "--port", "0"], "gone"),
+        (["--model", "m", "--mode", "auto"], "auto"),
+        (["--model", "m", "--timeout", "0"], "--timeout"),
+        (["--model", "m", "--port", "70000"], "70000"),
+        (["--model", str(tmp_path / "gone"), "--port", "0", "--policy", "nosuch"], "nosuch"),
+    ):
+        assert main(arguments) == 2
+        assert word in capsys.readouterr().err
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_real_guard_over_http(tiny_checkpoint, tmp_path):
+    """Its verdicts are those of check_many, under load, by two policies; SIGTERM ends it in order."""
+    (tmp_path / "law").mkdir()
+    for name in ("lamps", "rivers"):
+        text = f"name: {name}\nrules: Nobody may talk about {name}.\n"
+        (tmp_path / "law" / f"{name}.yaml").write_text(text, encoding="utf-8")
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "jaxguard.serve",
+        "--model",
+        str(tiny_checkpoint),
+        "--policies",
+        str(tmp_path / "law"),
+    ]
+    command += ["--policy", "lamps", "--mode", "direct", "--port", str(port), "--timeout", "60"]
+    command += ["--audit", str(tmp_path / "audit.jsonl")]
+    bodies = [
+        {"prompt": f"{i} bread", "response": "A lamp." if i % 2 else None, "policy": ("lamps", "rivers")[i % 3 == 0]}
+        for i in range(24)
+    ]
+
+    async def ask():
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            answers = await asyncio.gather(*(client.post("/v1/check", json=body) for body in bodies))
+            return [answer.json() for answer in answers], (await client.get("/readyz")).status_code
+
+    log = (tmp_path / "log").open("wb")
+    process = subprocess.Popen(command, stderr=log, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    try:
+        for _ in range(600):
+            time.sleep(0.5)
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                httpx2.get(f"http://127.0.0.1:{port}/readyz", trust_env=False)
+                break
+            except httpx2.ConnectError:
+                continue
+        answers, ready = asyncio.run(ask())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    assert ready == 200
+    assert (
+        len({answer["id"] for answer in answers})
+        == len(bodies)
+        == len((tmp_path / "audit.jsonl").read_text().splitlines())
+    )
+    with Guard.load(tiny_checkpoint, tmp_path / "law" / "lamps.yaml", "direct") as guard:
+
+        async def offline():
+            return [
+                (
+                    await guard.acheck_many(
+                        [Example("x", "s", body["prompt"], body["response"])],
+                        Mode.DIRECT,
+                        load_policy(body["policy"], tmp_path / "law"),
+                    )
+                )[0]
+                for body in bodies
+            ]
+
+        for answer, expected in zip(answers, asyncio.run(offline()), strict=True):
+            assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-4)
+            assert answer["verdict"]["prompt_harm"] == expected.verdict.prompt_harm
+            assert answer["passes"] == expected.passes
+    assert json.loads((tmp_path / "audit.jsonl").read_text().splitlines()[0])["model"]["digest"]

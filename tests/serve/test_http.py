@@ -1,0 +1,213 @@
+"""Whatever is sent: no verdict that is none, no traceback, and nothing of it in errors, logs, metrics and the audit log."""
+
+import asyncio
+import hashlib
+import hmac
+import itertools
+import json
+import logging
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxguard.serve import app as api
+from jaxguard.serve.telemetry import AUDIT_KEY, Audit
+
+run = asyncio.run
+SECRET = "canary7f3a"
+
+
+def send(served, *bodies, headers=None, path="/v1/check"):
+    """The answers to bodies as bytes."""
+
+    async def test():
+        async with served() as s:
+            return [await s.client.post(path, content=body, headers=headers) for body in bodies]
+
+    return run(test())
+
+
+MALFORMED = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b'"text"',
+    b"\xff\xfe",
+    b'{"prompt": 1}',
+    b'{"prompt": null}',
+    b'{"prompt": ""}',
+    b'{"prompt": " \\n"}',
+    b'{"prompt": "a", "response": 1}',
+    b'{"prompt": "a", "canary7f3a": "canary7f3a"}',
+    b'{"canary7f3a": {"canary7f3a": 1}}',
+    b'{"prompt": "a", "policy": "canary7f3a"}',
+    b'{"prompt": "a", "mode": "canary7f3a"}',
+    b'{"prompt": "a", "timeout_ms": "canary7f3a"}',
+    b'{"prompt": "a", "timeout_ms": 0}',
+    b'{"prompt": "a", "timeout_ms": 1e400}',
+    b'{"prompt": "a", "timeout_ms": 1' + b"0" * 5000 + b"}",
+    b"[" * 100_000,
+    b'{"prompt": NaN}',
+]
+
+
+def test_malformed_bodies(served, guard):
+    answers = send(served, *MALFORMED)
+    for body, answer in zip(MALFORMED, answers, strict=True):
+        assert answer.status_code in (400, 422), body[:80]
+        assert set(answer.json()["error"]) == {"code", "message"}
+        assert SECRET not in answer.text
+    assert not guard.batches
+
+
+def test_errors_name_fields(served):
+    answers = send(served, b'{"prompt": "a", "timeout_ms": "x"}', b"{}")
+    assert "timeout_ms" in answers[0].json()["error"]["message"]
+    assert "prompt" in answers[1].json()["error"]["message"]
+    [answer] = send(served, b'{"checks": [{"prompt": "a"}, {"propt": "a"}]}', path="/v1/checks")
+    assert "checks.1" in answer.json()["error"]["message"]
+
+
+VALUES = [None, True, 0, -1, 3, 1e300, "", " ", "a", "a\x00\ud800", SECRET, "direct", [], [[]], {}, {SECRET: SECRET}]
+FIELDS = ["prompt", "response", "policy", "mode", "timeout_ms", "reasoning", "checks", SECRET]
+TREES = st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(VALUES), max_size=3)
+LISTS = TREES.map(lambda tree: {"checks": [{"prompt": "a"}, tree]})
+BODIES = st.binary(max_size=20) | (TREES | LISTS).map(lambda tree: json.dumps(tree).encode())
+
+
+def test_any_body_is_an_error_or_has_a_verdict(served):
+    async def test():
+        async with served() as s:
+
+            @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+            @given(BODIES)
+            def draw(body):
+                bodies.append(body)
+
+            bodies = []
+            draw()
+            for path, body in itertools.product(("/v1/check", "/v1/checks"), bodies):
+                answer = await s.client.post(path, content=body)
+                assert answer.status_code in (200, 400, 422), body
+                if answer.status_code == 200:
+                    for row in [answer.json()] if path == "/v1/check" else answer.json()["results"]:
+                        assert row["verdict"]["prompt_harm"] in ("harmful", "unharmful")
+                else:
+                    assert SECRET not in answer.text
+
+    run(test())
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "x", "1.5", "\u0661", SECRET])
+def test_a_malformed_deadline(served, value):
+    [answer] = send(served, b'{"prompt": "a"}', headers={"x-timeout-ms": value.encode()})
+    assert (answer.status_code, SECRET in answer.text) == (400, False)
+
+
+def test_sizes(served, monkeypatch):
+    monkeypatch.setattr(api, "MOST_BYTES", 1000)
+    small, large = b'{"prompt": "%b"}' % (b"a" * 900), b'{"prompt": "%b"}' % (b"a" * 2000)
+
+    async def chunks():
+        for start in range(0, len(large), 100):
+            yield large[start : start + 100]
+
+    answers = send(served, small, large, chunks())
+    assert [answer.status_code for answer in answers] == [200, 413, 413]
+    [answer] = send(served, small, headers={"content-length": "9" * 30})
+    assert answer.status_code == 413
+
+
+def test_long_texts(served, monkeypatch):
+    monkeypatch.setattr("jaxguard.serve.service.MOST_CHARACTERS", 10)
+    [answer, other] = send(served, b'{"prompt": "aaaaa", "response": "aaaaaa"}', b'{"prompt": "aaaaa"}')
+    assert (answer.status_code, other.status_code) == (413, 200)
+
+
+def test_slow_bodies(served, monkeypatch):
+    monkeypatch.setattr(api, "BODY_SECONDS", 0.02)
+    scope = {"type": "http", "method": "POST", "path": "/v1/check", "headers": [], "query_string": b""}
+
+    async def test():
+        async with served() as s:
+            sent = []
+
+            async def send(message):
+                sent.append(message)
+
+            await s.app(scope, asyncio.Event().wait, send)
+            assert sent[0]["status"] == 408
+
+    run(test())
+
+
+def test_paths_and_methods(served):
+    async def test():
+        async with served() as s:
+            for method, path, status in (
+                ("GET", f"/{SECRET}", 404),
+                ("GET", "/v1/check", 405),
+                ("POST", "/metrics", 405),
+            ):
+                answer = await s.client.request(method, path)
+                assert (answer.status_code, SECRET in answer.text) == (status, False)
+            schema = (await s.client.get("/openapi.json")).json()
+            assert "requestBody" in schema["paths"]["/v1/check"]["post"]
+
+    run(test())
+
+
+def test_texts_are_nowhere(served, guard, tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv(AUDIT_KEY, "k")
+    guard.fails = lambda prompt: ValueError(prompt) if "fails" in prompt else None
+    caplog.set_level(logging.DEBUG)
+
+    async def test():
+        async with served(audit=Audit(tmp_path / "audit.jsonl")) as s:
+            whole = s.service.check
+            answers = [await s.check(f"{SECRET}{end}", response=SECRET) for end in ("", " harm", " fails")]
+            headers = {"authorization": SECRET, "x-timeout-ms": SECRET}
+            answers.append(await s.check(SECRET, headers=headers))
+
+            async def broken(*_):
+                raise RuntimeError(SECRET)
+
+            s.service.check = broken
+            answers.append(await s.check(SECRET))
+            s.service.check = whole
+            assert [each.status_code for each in answers] == [200, 200, 502, 400, 500]
+            metrics = await s.client.get("/metrics")
+            assert all(SECRET not in each.text for each in [*answers, metrics])
+            for line in (
+                'jaxguard_checks_total{mode="direct",policy="short",question="prompt_harm",verdict="harmful"} 1.0',
+                'jaxguard_rejected_total{reason="guard_failed"} 1.0',
+                'jaxguard_request_seconds_count{route="/v1/check",status="500"} 1.0',
+                "jaxguard_ready 1.0",
+            ):
+                assert line in metrics.text
+
+    run(test())
+    audit = (tmp_path / "audit.jsonl").read_text()
+    assert SECRET not in audit + caplog.text
+    assert "RuntimeError in" in caplog.text
+    first, second = map(json.loads, audit.splitlines())
+    expected = hmac.new(b"k", json.dumps([SECRET, SECRET]).encode(), hashlib.sha256).hexdigest()
+    assert (first["hmac"], first["prompt_characters"], first["passes"]) == (expected, len(SECRET), True)
+    assert (second["probabilities"], second["policy"]["name"], second["route"]) == (
+        {"prompt_harm": 0.9},
+        "short",
+        "/v1/check",
+    )
+
+
+def test_an_audit_log_that_was_moved_away_is_begun_anew(tmp_path):
+    from jaxguard.data.examples import Example
+
+    audit = Audit(tmp_path / "a.jsonl")
+    audit.write(Example("1", "s", "a"), {"n": 1})
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    audit.write(Example("1", "s", "a"), {"n": 2})
+    audit.close()
+    assert [json.loads((tmp_path / f"{name}.jsonl").read_text())["n"] for name in "ba"] == [1, 2]
