@@ -9,6 +9,7 @@ import pytest
 
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import TITLES, Mode
+from jaxguard.data.policies import Policy
 from jaxguard.evaluate.run import describe
 from jaxguard.guards import loading
 from jaxguard.guards.guard import Guard
@@ -79,6 +80,19 @@ def test_many_keep_their_order_and_ids_whatever_the_labels(run, guard):
 def test_an_example_may_bring_its_policy(run, guard, tmp_path):
     check_many([Example("1", "s", "a", "b", policy="Only talk of trains.")], model=run)
     assert {ask.example.policy for ask in guard.asks} == {"Only talk of trains."}
+
+
+def test_many_by_another_policy(run, guard):
+    other = Policy("other", rules="x", asks=("response_harm",))
+
+    async def check():
+        with Guard.load(run) as loaded:
+            return await loaded.acheck_many([("a", "b"), "c"], policy=other)
+
+    judged, not_judged = asyncio.run(check())
+    assert [(ask.questions, ask.policy) for ask in guard.asks] == [(("response_harm",), other)]
+    assert (judged.passes, not_judged.passes) == (True, False)
+    assert "'other'" in not_judged.problems[0]
 
 
 def test_it_works_where_a_loop_is_running(run, guard):

@@ -14,6 +14,7 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.policies import Policy
 from jaxguard.data.prepare import prepare
 from jaxguard.data.questions import QuestionSet
 from jaxguard.guards.backends.jax import JaxBackend, place_model
@@ -49,6 +50,16 @@ def form(encoder_of):
 )
 def test_what_is_asked(form, ask, example, question, asked):
     assert form(ask).lines(Request(example, (question,), Mode.DIRECT)) == asked
+
+
+def test_a_request_may_bring_the_policy(form):
+    other = Policy("other", rules="Nobody may talk about lamps.", asks=("prompt_harm",))
+    asked = Request(BREAD, other.asks, Mode.DIRECT, other)
+    theirs = replace(form(), encoder=replace(form().encoder, policy=other))
+    assert form().prompt(asked) == theirs.prompt(replace(asked, policy=None))
+    assert form().prompt(asked) != form().prompt(replace(asked, policy=None))
+    own = replace(asked, example=replace(BREAD, policy="Only talk of trains."))  # an example's own comes first
+    assert form().prompt(own) == theirs.prompt(replace(own, policy=None))
 
 
 @pytest.mark.parametrize(
