@@ -51,20 +51,20 @@ def _serve(options: argparse.Namespace) -> int:
     policy = options.policy
     if policy is not None and folder is not None and (folder / f"{policy}.yaml").is_file():
         policy = str(folder / f"{policy}.yaml")
-    listener = _bind(options.host, options.port)
     choices = (policy, options.mode, options.tokenizer, options.config, options.operating_point)
-    guard = Guard.load(options.model, *choices)
-    if guard.warning:
-        Console(stderr=True).print(Text(f"note: {guard.warning}", style="yellow"))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
-    try:
-        asyncio.run(_run(options, guard, policy, folder, listener))
-    finally:
-        # A guard that hangs must not keep the process.
-        closing = threading.Thread(target=guard.close, daemon=True)
-        closing.start()
-        closing.join(options.drain)
+    with _bind(options.host, options.port) as listener:
+        guard = Guard.load(options.model, *choices)
+        if guard.warning:
+            Console(stderr=True).print(Text(f"note: {guard.warning}", style="yellow"))
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("httpx2").setLevel(logging.WARNING)
+        try:
+            asyncio.run(_run(options, guard, policy, folder, listener))
+        finally:
+            # A guard that hangs must not keep the process.
+            closing = threading.Thread(target=guard.close, daemon=True)
+            closing.start()
+            closing.join(options.drain)
     return 0
 
 
@@ -87,12 +87,12 @@ async def _run(
     service = Service(
         guard,
         Policies(guard.policy, policy, folder),
-        Keys(options.keys and Path(options.keys)),
+        Keys(None if options.keys is None else Path(options.keys)),
         mode=guard.mode,
         model={"name": _name(str(served.checkpoint)), "digest": known.get("weights")},
         timeout=options.timeout,
         concurrent=CONCURRENT if served.endpoint else 1,
-        audit=Audit(options.audit and Path(options.audit)),
+        audit=None if options.audit is None else Audit(Path(options.audit)),
     )
 
     class Server(uvicorn.Server):

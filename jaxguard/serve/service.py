@@ -129,7 +129,7 @@ class Service:
             guard, policies, keys, mode, model, timeout,
         )  # fmt: skip
         self.modes = (mode,) if mode is Mode.DIRECT else (mode, Mode.DIRECT)
-        self.metrics, self.audit = Metrics(), audit or Audit(None)
+        self.metrics, self.audit = Metrics(), audit
         self.batcher = Batcher(guard, self.metrics, concurrent)
         self.metrics.queue_tokens.set_function(lambda: self.batcher.queued_tokens)
         self.metrics.ready.set_function(lambda: not self.state)
@@ -153,7 +153,8 @@ class Service:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
         await self.batcher.close()
-        self.audit.close()
+        if self.audit is not None:
+            self.audit.close()
 
     def drain(self) -> None:
         """Say that this service ends soon; what was sent before, or still comes, is answered."""
@@ -188,14 +189,15 @@ class Service:
         answers = []
         for request, job, result in zip(requests, jobs, results, strict=True):
             started, finished = job.started or job.arrived, job.finished or job.arrived
-            name = request.policy or self.policies.default
+            name = self.policies.default if request.policy is None else request.policy
             times = started - job.arrived, finished - started
             answers.append(CheckAnswer(request, result, name, job.policy, job.mode, self.model, *times))
             self._record(answers[-1], job, key, route)
         return answers
 
     def _job(self, request: CheckRequest, policies: dict[str, Policy]) -> Job:
-        policy, mode = policies.get(request.policy or self.policies.default), request.mode or self.mode
+        policy = policies.get(self.policies.default if request.policy is None else request.policy)
+        mode = request.mode or self.mode
         if policy is None:
             raise ServiceError(422, "unknown_policy", "policy: no such registered policy; GET /v1/policies lists them")
         if mode not in self.modes:
@@ -231,6 +233,8 @@ class Service:
         metrics.stages.labels("guard").observe(answer.computed)
         metrics.tokens.labels("prompt").inc(result.prompt_tokens)
         metrics.tokens.labels("completion").inc(result.completion_tokens)
+        if self.audit is None:
+            return
         tree = answer.to_json()
         record = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -60,12 +60,12 @@ class Audit:
     the exchange, by which equal ones are found.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path) -> None:
         """JaxguardError: the file cannot be written."""
         self._key = os.environ.get(AUDIT_KEY, "").encode()
         self._logger = logging.Logger("jaxguard.audit")
         try:
-            self._handler = logging.NullHandler() if path is None else WatchedFileHandler(path, encoding="utf-8")
+            self._handler = WatchedFileHandler(path, encoding="utf-8")
         except OSError as error:
             raise JaxguardError(f"--audit {path}: {error.strerror or error}; name a file that can be written") from None
         self._logger.addHandler(self._handler)
