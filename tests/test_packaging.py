@@ -109,7 +109,7 @@ def test_hints_name_what_an_extra_holds(extra):
 
 def test_readme_installs_what_its_commands_need():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for command, extra in {"plan ": "aot", "distill ": "distill", "data build": "distill"}.items():
+    for command, extra in {"plan ": "aot", "distill ": "distill", "data build": "distill", "serve ": "serve"}.items():
         assert re.search(rf"^python -m jaxguard\.{command}", readme, re.MULTILINE)
         assert f"pip install -e '.[{extra}]'" in readme, command
 

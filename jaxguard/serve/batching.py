@@ -122,12 +122,12 @@ class Batcher:
     def seconds_until(self, tokens: Mapping[Mode, int]) -> float:
         """Predict when jobs with so many tokens, submitted now, would be done, from what batches took so far.
 
-        A batch that takes longer than predicted is taken to need as much again as it is late.
+        0 where a batch can begin at once: it is tried then, so that the cost is measured again. One that takes longer than
+        predicted is taken to need as much again as it is late.
         """
-        own = sum(self.cost[mode](count) for mode, count in tokens.items())
         if len(self._running) < self.concurrent:
-            return own
-        now = time.monotonic()
+            return 0.0
+        now, own = time.monotonic(), sum(self.cost[mode](count) for mode, count in tokens.items())
         predicted = ((self.cost[r.jobs[0].mode](r.tokens), now - r.started) for r in self._running.values())
         running = sum(abs(seconds - elapsed) for seconds, elapsed in predicted)
         queues = ((mode, queue.tokens) for (_, mode), queue in self._waiting.items())

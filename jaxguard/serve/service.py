@@ -125,9 +125,8 @@ class Service:
         concurrent: int = 1,
         audit: Audit | None = None,
     ) -> None:
-        self.guard, self.policies, self.keys, self.mode, self.model, self.timeout = (
-            guard, policies, keys, mode, model, timeout,
-        )  # fmt: skip
+        self.guard, self.policies, self.keys = guard, policies, keys
+        self.mode, self.model, self.timeout = mode, model, timeout
         self.modes = (mode,) if mode is Mode.DIRECT else (mode, Mode.DIRECT)
         self.metrics, self.audit = Metrics(), audit
         self.batcher = Batcher(guard, self.metrics, concurrent)
