@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 
-pytest.importorskip("fastapi")
-
 from jaxguard.data.format.answer import Verdict
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
