@@ -48,9 +48,7 @@ class Caller:
     async def check(self, requests: Sequence[CheckRequest]) -> list[CheckAnswer]:
         """Check exchanges within the caller's deadline, as long as the caller waits. Raises as `Service.check`."""
         work = asyncio.ensure_future(self.service.check(requests, self.key, self._timeout(), self.route))
-        gone = asyncio.ensure_future(
-            self.request.receive()
-        )  # the body was read: what comes is the end of the connection
+        gone = asyncio.ensure_future(self._gone())
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -60,6 +58,11 @@ class Caller:
             work.cancel()
             gone.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _gone(self) -> None:
+        """Wait for the end of the connection."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
 
     def _timeout(self) -> float | None:
         text = self.request.headers.get(TIMEOUT_HEADER)
