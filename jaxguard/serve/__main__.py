@@ -130,6 +130,7 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
+        listener.close()
         raise JaxguardError(f"cannot listen on --host {host} --port {port}: {error}; choose others") from None
     return listener
 
