@@ -95,8 +95,9 @@ class Api:
                 body = parse_body(await _read(request), shape)
                 return as_json(await handler(body, Caller(self.service, key, request, path)))
 
-            schema = {"content": {"application/json": {"schema": shape.model_json_schema()}}, "required": True}
-            self._add("POST", path, endpoint, handler.__doc__, {"requestBody": schema})
+            schema = {"$id": f"/schemas/{shape.__name__}", **shape.model_json_schema()}  # its $defs are its own
+            body = {"content": {"application/json": {"schema": schema}}, "required": True}
+            self._add("POST", path, endpoint, handler.__doc__, {"requestBody": body})
             return handler
 
         return register
