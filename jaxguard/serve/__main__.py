@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import importlib.util
 import logging
+import os
 import signal
 import socket
 import sys
@@ -56,15 +57,18 @@ def _serve(options: argparse.Namespace) -> int:
         guard = Guard.load(options.model, *choices)
         if guard.warning:
             Console(stderr=True).print(Text(f"note: {guard.warning}", style="yellow"))
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
         logging.getLogger("httpx2").setLevel(logging.WARNING)
+        closing = threading.Thread(target=guard.close, daemon=True)
         try:
             asyncio.run(_run(options, guard, policy, folder, listener))
         finally:
-            # A guard that hangs must not keep the process.
-            closing = threading.Thread(target=guard.close, daemon=True)
             closing.start()
             closing.join(options.drain)
+    if closing.is_alive():
+        logging.warning("the guard still computes what nobody waits for: it is left behind")
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

@@ -195,7 +195,7 @@ def parse_body(data: bytes, shape: type[Body]) -> Body:
     except ValidationError as error:
         known = _fields(shape)
         problems = dict.fromkeys(
-            ".".join(str(part) for part in each["loc"] if isinstance(part, int) or part in known)
+            (".".join(str(part) for part in each["loc"] if isinstance(part, int) or part in known) or "body")
             + (": unknown field" if each["type"] == "extra_forbidden" else f": {each['type']}")
             for each in error.errors(include_input=False, include_context=False, include_url=False)[:10]
         )

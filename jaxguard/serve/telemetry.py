@@ -11,7 +11,7 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
 from jaxguard.data.examples import Example
 from jaxguard.utils.errors import JaxguardError
@@ -32,6 +32,7 @@ class Metrics:
     """Metrics of one service. Labels are names of routes, policies, questions and reasons: nothing that a client writes."""
 
     def __init__(self) -> None:
+        disable_created_metrics()
         self.registry = registry = CollectorRegistry()
         checks = ("policy", "mode", "question", "verdict")
         self.checks = Counter("jaxguard_checks", "Verdicts, of each question.", checks, registry=registry)
