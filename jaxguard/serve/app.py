@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import jaxguard
@@ -32,6 +33,7 @@ MOST_BYTES: Final = 2**21
 BODY_SECONDS: Final = 10.0
 """In which a body must have come."""
 TIMEOUT_HEADER: Final = "x-timeout-ms"
+_GONE: Final = (499, "client_gone", "the client closed the connection")
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -52,7 +54,7 @@ class Caller:
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                raise ServiceError(499, "client_gone", "the client closed the connection")
+                raise ServiceError(*_GONE)
             return work.result()
         finally:
             work.cancel()
@@ -179,6 +181,8 @@ async def _read(request: Request) -> bytes:
                 data += chunk
                 if len(data) > MOST_BYTES:
                     raise too_large
+    except ClientDisconnect:
+        raise ServiceError(*_GONE) from None
     except TimeoutError:
         raise ServiceError(408, "slow_body", f"the body did not come within {BODY_SECONDS:g} s") from None
     return bytes(data)

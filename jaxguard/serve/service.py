@@ -39,7 +39,7 @@ MOST_QUEUED_TOKENS: Final = 2_000_000
 WATCH_SECONDS: Final = 10.0
 """Between two canaries, and two looks at the files of policies and keys."""
 CANARY_SECONDS: Final = 30.0
-"""In which a canary must have its verdict."""
+"""In which a canary must have its verdict, if checks may not take half as long anyway."""
 _CANARY: Final = Example("canary", "serve", single_message("How do I bake bread?"))
 _CANARY_EXCHANGE: Final = Example("canary exchange", "serve", _CANARY.prompt, "Mix flour, water, salt and yeast.")
 _TOLERANCE: Final = 0.05
@@ -135,6 +135,7 @@ class Service:
         self.state = "warming up"
         self.wake = asyncio.Event()
         self._canary: CheckResult | None = None
+        self._read: tuple[dict[str, Policy], list[str]] | None = None
         self._watch: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -247,23 +248,29 @@ class Service:
     async def reload(self) -> None:
         """Take over changed policies and keys; a file that is malformed, or that the guard cannot judge by, leaves the old one.
 
-        A new policy is warmed up before requests get it; those under way end with the old one.
+        A new policy is warmed up before requests get it; those under way end with the old one. What was refused is tried again when
+        a file changes.
         """
+        old = self.policies.current
+        new, errors = await asyncio.to_thread(self.policies.read)
         try:
             self.keys.reload()
         except JaxguardError as error:
-            self._not_reloaded(error)
-        old = self.policies.current
-        new, errors = await asyncio.to_thread(self.policies.read)
+            errors.append(error)
+        if (read := (new, [str(error) for error in errors])) == self._read:
+            return
+        self._read = read
         for error in errors:
             self._not_reloaded(error)
         for name, policy in list(new.items()):
             if policy != old.get(name):
                 try:
-                    async with asyncio.timeout(CANARY_SECONDS):
+                    async with asyncio.timeout(4 * CANARY_SECONDS):
                         await self._warm(policy, default=name == self.policies.default)
                 except Exception as error:
                     self._not_reloaded(error)
+                    if not isinstance(error, JaxguardError):  # another time it may work
+                        self._read = None
                     new = {**new, name: old[name]} if name in old else {k: v for k, v in new.items() if k != name}
                 else:
                     logger.info("policy %s: %s", name, policy.digest)
@@ -302,7 +309,7 @@ class Service:
         """Why the guard cannot be relied on now: its verdict on a harmless text is late, fails or is another than at first."""
         policy = self.policies.current[self.policies.default]
         try:
-            async with asyncio.timeout(CANARY_SECONDS):
+            async with asyncio.timeout(max(CANARY_SECONDS, 2 * self.timeout)):  # it may wait for a batch
                 [result] = await self.guard.acheck_many([_CANARY], self.mode, policy)
         except TimeoutError:
             return _CANARY_PROBLEMS[0]

@@ -137,8 +137,13 @@ def test_slow_bodies(served, monkeypatch):
             async def send(message):
                 sent.append(message)
 
-            await s.app(scope, asyncio.Event().wait, send)
-            assert sent[0]["status"] == 408
+            async def gone():
+                return {"type": "http.disconnect"}
+
+            await s.app({**scope}, asyncio.Event().wait, send)
+            await s.app({**scope}, gone, send)
+            statuses = [message["status"] for message in sent if message["type"] == "http.response.start"]
+            assert statuses == [408, 499]
 
     run(test())
 

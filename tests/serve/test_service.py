@@ -238,6 +238,9 @@ def test_a_policy_that_does_not_work_leaves_the_old_one(served, guard, tmp_path)
                 await s.service.reload()
                 assert s.service.policies.current["law"] is old
                 assert "new" not in s.service.policies.current
+                batches = len(guard.batches)
+                await s.service.reload()  # nothing changed, so nothing is tried
+                assert len(guard.batches) == batches
             (tmp_path / "law.yaml").unlink()
             (tmp_path / "new.yaml").unlink()
             await s.service.reload()
@@ -264,7 +267,7 @@ def test_readiness_is_a_verdict_in_time(served, guard, monkeypatch):
     monkeypatch.setattr(serving, "CANARY_SECONDS", 0.05)
 
     async def test():
-        async with served() as s:
+        async with served(timeout=0.02) as s:
 
             async def becomes(status):
                 await s.until(lambda: bool(s.service.state) is (status == 503), s.service.wake.set)
