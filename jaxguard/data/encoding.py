@@ -90,6 +90,10 @@ class _Turn(NamedTuple):
     prompt: str
 
 
+class SpecialTokenError(JaxguardError):
+    """A text holds a special token that could not be escaped."""
+
+
 class PromptTooLongError(JaxguardError):
     """The policy and the answer leave no space for any text."""
 
@@ -242,7 +246,7 @@ class Encoder:
 
         Raises:
             PromptTooLongError: the policy does not fit.
-            JaxguardError: the text contains a special token that could not be escaped.
+            SpecialTokenError: the text contains a special token that could not be escaped.
         """
         policy = policy_for(example, default or self.policy)
         turn = self._turn(example, policy, asks or policy.asks, mode)
@@ -320,7 +324,7 @@ class Encoder:
                 keep -= len(ids) - limit
         reserved = self.template.reserved_in(ids)
         if reserved != self._frame[mode]:
-            raise JaxguardError(
+            raise SpecialTokenError(
                 f"example {example.id!r}: its text contains a special token of this tokenizer that jaxguard could not escape; "
                 f"the prompt holds {[self.template.reserved[i] for i in reserved]}. Leave the example out and report it"
             )

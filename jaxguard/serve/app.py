@@ -76,6 +76,13 @@ class Caller:
 
 
 Handler = Callable[[Body, Caller], Awaitable[Any]]
+ErrorShape = Callable[[ServiceError], dict[str, Any]]
+
+
+def error_json(error: ServiceError) -> dict[str, Any]:
+    """Return an error in OpenAI's shape."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {"error": {"code": error.code, "message": error.message, "type": kind, "param": None}}
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,16 @@ class Api:
 
     app: FastAPI
     service: Service
+    errors: dict[str, ErrorShape]
 
-    def post(self, path: str, shape: type[Body]) -> Callable[[Handler[Body]], Handler[Body]]:
-        """Register an `async def handler(body: shape, caller: Caller)` that returns JSON.
+    def post(
+        self, path: str, shape: type[Body], error: ErrorShape = error_json
+    ) -> Callable[[Handler[Body]], Handler[Body]]:
+        """Register an `async def handler(body: shape, caller: Caller)` that returns JSON, and what an error looks like.
 
         It is called for known keys with bodies of that shape, and calls `caller.check`.
         """
+        self.errors[path] = error
 
         def register(handler: Handler[Body]) -> Handler[Body]:
             async def endpoint(request: Request) -> Response:
@@ -128,9 +139,10 @@ class Api:
 def create_app(service: Service, *apis: Callable[[Api], None]) -> FastAPI:
     """Return the ASGI application of an open service with the routes of some APIs, besides those of operators."""
     app = FastAPI(title="jaxguard", version=jaxguard.__version__, docs_url=None, redoc_url=None)
+    errors = dict[str, ErrorShape]()
     app.add_middleware(_Boundary, metrics=service.metrics)
     for add_routes in apis:
-        add_routes(Api(app, service))
+        add_routes(Api(app, service, errors))
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -148,18 +160,16 @@ def create_app(service: Service, *apis: Callable[[Api], None]) -> FastAPI:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(ServiceError)
-    async def refused(_: Request, error: ServiceError) -> Response:
+    async def refused(request: Request, error: ServiceError) -> Response:
         service.metrics.rejected.labels(error.code).inc()
         seconds = error.retry_after
         headers = {} if seconds is None else {"retry-after": str(max(1, math.ceil(seconds)))}
-        return as_json({"error": {"code": error.code, "message": error.message}}, error.status, headers)
+        return as_json(errors.get(request.url.path, error_json)(error), error.status, headers)
 
     @app.exception_handler(HTTPException)
     async def not_routed(_: Request, error: HTTPException) -> Response:
-        code, message = (
-            ("not_found", "no such path") if error.status_code == 404 else ("bad_request", "not accepted here")
-        )
-        return as_json({"error": {"code": code, "message": message}}, error.status_code)
+        reason = ("not_found", "no such path") if error.status_code == 404 else ("bad_request", "not accepted here")
+        return as_json(error_json(ServiceError(error.status_code, *reason)), error.status_code)
 
     return app
 
@@ -243,9 +253,8 @@ class _Boundary:
         except Exception as error:
             logger.error("error of the service: %s", where(error))
             if not status:
-                response = as_json(
-                    {"error": {"code": "internal", "message": "an error of the service; see its log"}}, 500
-                )
+                internal = ServiceError(500, "internal", "an error of the service; see its log")
+                response = as_json(error_json(internal), 500)
                 with contextlib.suppress(OSError):
                     await response(scope, receive, noting)
         route = getattr(scope.get("route"), "path", "other")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from jaxguard.data.encoding import SpecialTokenError
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
@@ -187,10 +188,13 @@ class Batcher:
                 await self._run(jobs[len(jobs) // 2 :])
                 return
             logger.error("no verdict: %s", where(error))
-            unsupported = ServiceError(422, "unsupported", "the guard cannot judge this exchange by this policy")
-            failed = ServiceError(502, "guard_failed", "the guard gave no verdict")
+            reason = 502, "guard_failed", "the guard gave no verdict"
+            if isinstance(error, UnsupportedError):
+                reason = 422, "unsupported", "the guard cannot judge this exchange by this policy"
+            elif isinstance(error, SpecialTokenError):
+                reason = 422, "unsupported", "the texts hold special tokens of the guard that cannot be escaped"
             if not jobs[0].future.done():
-                jobs[0].future.set_exception(unsupported if isinstance(error, UnsupportedError) else failed)
+                jobs[0].future.set_exception(ServiceError(*reason))
             return
         finished = time.monotonic()
         self.cost[jobs[0].mode].add(sum(job.tokens for job in jobs), finished - started)

@@ -7,11 +7,15 @@ import itertools
 import json
 import logging
 
+import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxguard.serve import app as api
+from jaxguard.serve.keys import Keys
+from jaxguard.serve.policies import Policies
+from jaxguard.serve.service import CheckRequest, Service
 from jaxguard.serve.telemetry import AUDIT_KEY, Audit
 
 run = asyncio.run
@@ -57,7 +61,7 @@ def test_malformed_bodies(served, guard):
     answers = send(served, *MALFORMED)
     for body, answer in zip(MALFORMED, answers, strict=True):
         assert answer.status_code in (400, 422), body[:80]
-        assert set(answer.json()["error"]) == {"code", "message"}
+        assert set(answer.json()["error"]) == {"code", "message", "type", "param"}
         assert SECRET not in answer.text
     assert not guard.batches
 
@@ -162,6 +166,22 @@ def test_paths_and_methods(served):
             assert "requestBody" in schema["paths"]["/v1/check"]["post"]
 
     run(test())
+
+
+def test_an_api_has_errors_of_its_own_shape(guard):
+    def add_routes(routes):
+        @routes.post("/own", CheckRequest, lambda error: {"reason": error.code})
+        async def own(body, caller):
+            """Check."""
+
+    async def test():
+        async with Service(guard, Policies(guard.policy), Keys(), mode=guard.mode, model={}) as service:
+            transport = httpx2.ASGITransport(api.create_app(service, add_routes))
+            async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.post("/own", content=b"{")
+
+    answer = run(test())
+    assert (answer.status_code, answer.json()) == (400, {"reason": "invalid_json"})
 
 
 def test_texts_are_nowhere(served, guard, tmp_path, caplog, monkeypatch):

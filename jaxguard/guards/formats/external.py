@@ -17,6 +17,7 @@ from typing import Any, Final
 from transformers import PreTrainedTokenizerBase
 
 from jaxguard.config.base import find_yaml
+from jaxguard.data.encoding import SpecialTokenError
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.format.quoting import compiled, opening, rule, spaced
@@ -127,7 +128,7 @@ class ExternalFormat:
             harmless = self._tokens(request, "bread", None if response is None else "bread", bread)
             self._expected[key] = [i for i in harmless if i in self._reserved]
         if [i for i in ids if i in self._reserved] != self._expected[key]:
-            raise JaxguardError(
+            raise SpecialTokenError(
                 f"example {example.id!r}: its text spells a special token of {self} in a way that jaxguard does not know. "
                 "Leave the example out and report it"
             )
