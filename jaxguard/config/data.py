@@ -70,6 +70,8 @@ class DataConfig(Schema):
     """Train on this many examples; smaller subsets of one seed are contained in larger ones."""
     subset_seed: NonNegative = 0
     """Seed of the random subset."""
+    subset_balance: Share = 0.0
+    """Evens out the sources in a subset: 0 draws each row alike, 1 each source; at b a source of n rows counts n^(1-b)."""
     max_seq_len: Positive = 2048
     """Tokens of the longest packed row; the untrusted text of a longer example is truncated."""
     share_prefixes: bool = True

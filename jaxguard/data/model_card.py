@@ -27,7 +27,7 @@ BENCHMARKS = "Benchmarks"
 _RECIPE: Mapping[str, Any] = {
     "seed": True,
     "model": {"compute_dtype"},
-    "data": {"mode", "dual_reasoning_share", "subset", "subset_seed", "max_seq_len"},
+    "data": {"mode", "dual_reasoning_share", "subset", "subset_seed", "subset_balance", "max_seq_len"},
     "optimizer": True,
     "train": {"batch_size", "epochs", "max_steps"},
 }

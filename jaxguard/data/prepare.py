@@ -6,6 +6,7 @@ Selections are by a hash of an example's id, so they depend neither on the platf
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ def select(config: Config) -> Selection:
     train = [example for example in rest if conversation(example) not in prompts]
     dropped["train: same prompt as a held-out example"] += len(rest) - len(train)
     if data.subset is not None:
-        train = subset(train, data.subset, data.subset_seed)
+        train = subset(train, data.subset, data.subset_seed, data.subset_balance)
     if len(train) < config.train.batch_size:
         raise JaxguardError(
             f"{len(train)} training examples are left after {len(held_out)} were held out, fewer than "
@@ -102,11 +103,21 @@ def select(config: Config) -> Selection:
     return Selection(list(zip(train, modes, strict=True)), validation, sources, +dropped)
 
 
-def subset(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
-    """Select the first `size` examples in the order of a hash of (seed, id): smaller subsets are inside larger ones."""
+def subset(examples: Sequence[Example], size: int, seed: int, balance: float = 0.0) -> list[Example]:
+    """Draw `size` examples without replacement by a hash of (seed, id): smaller subsets are inside larger ones.
+
+    An example of a source of n is drawn in proportion to n^-balance. Each gets an exponential waiting time of that rate; the first
+    are taken (Efraimidis and Spirakis 2006).
+    """
     if size > len(examples):
         raise JaxguardError(f"a subset of {size} needs more than the {len(examples)} examples there are")
-    return sorted(examples, key=lambda example: _hash("subset", seed, example.id))[:size]
+    count = Counter(example.source for example in examples)
+
+    def waiting_time(example: Example) -> tuple[float, bytes]:
+        drawn = _hash("subset", seed, example.id)
+        return -math.log1p(-int.from_bytes(drawn[:6]) / 2**48) * count[example.source] ** balance, drawn
+
+    return sorted(examples, key=waiting_time)[:size]
 
 
 def assign_modes(examples: Sequence[Example], mode: str, share: float, seed: int) -> list[Mode]:

@@ -99,7 +99,7 @@ def load_job(config: Config) -> Job:
     dialogue = Encoder.load(tokenizer, config.data).dialogue
     examples, _ = load_sources(config.data.train, "train")
     if config.data.subset is not None:
-        examples = subset(examples, config.data.subset, config.data.subset_seed)
+        examples = subset(examples, config.data.subset, config.data.subset_seed, config.data.subset_balance)
     tasks = list(tasks_for(examples, policy))
     if not tasks:
         raise JaxguardError(

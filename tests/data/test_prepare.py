@@ -62,10 +62,10 @@ def ids(chosen):
 # --- subsets ----------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 2**32), st.lists(st.integers(0, 60), min_size=2, max_size=6))
-def test_subsets_of_one_seed_are_nested(seed, sizes):
-    examples = make(60)
-    nested = [{e.id for e in subset(examples, size, seed)} for size in sorted(sizes)]
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 60), min_size=2, max_size=6), st.floats(0, 1))
+def test_subsets_of_one_seed_are_nested(seed, sizes, balance):
+    examples = make(20) + make(40, prefix="other")
+    nested = [{e.id for e in subset(examples, size, seed, balance)} for size in sorted(sizes)]
     assert [len(s) for s in nested] == sorted(sizes)
     assert all(small <= large for small, large in itertools.pairwise(nested))
 
@@ -73,6 +73,16 @@ def test_subsets_of_one_seed_are_nested(seed, sizes):
 @given(st.permutations(make(12)))
 def test_a_subset_does_not_depend_on_the_order_of_the_file(examples):
     assert subset(examples, 5, 3) == subset(make(12), 5, 3)
+
+
+@pytest.mark.parametrize(("balance", "expected"), [(0.0, 10), (0.5, 25), (1.0, 50)])
+def test_balance_evens_out_the_sources(balance, expected):
+    small, large = (replace(make(1, prefix=source)[0], source=source) for source in ("small", "large"))
+    examples = [replace(large, id=f"large{i}") for i in range(9000)] + [
+        replace(small, id=f"small{i}") for i in range(1000)
+    ]
+    drawn = subset(examples, 100, 0, balance) + subset(examples, 100, 1, balance)
+    assert sum(e.source == "small" for e in drawn) / 2 == pytest.approx(expected, abs=10)
 
 
 def test_subsets_are_the_same_on_every_machine():
