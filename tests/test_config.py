@@ -461,3 +461,11 @@ def test_what_was_dumped_is_read_as_it_is(elsewhere, tmp_path):
     config = load("../run.yaml", ["data.train.0.path=a.jsonl"])
     (elsewhere / "config.yaml").write_text(dump(config))
     assert read_dump(elsewhere / "config.yaml") == config
+
+
+def test_an_installed_file_is_dumped_as_a_path_that_every_installation_finds(elsewhere):
+    config = load("../run.yaml", ["data.policy=configs/policies/pool.yaml"])
+    assert Path(config.data.policy).is_absolute()
+    assert config.model_dump()["data"]["policy"] == "configs/policies/pool.yaml"
+    (elsewhere / "config.yaml").write_text(dump(config))
+    assert read_dump(elsewhere / "config.yaml") == config

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import absent
@@ -45,10 +45,16 @@ def locate(path: Path) -> Path:
     return path
 
 
+def _portable(text: str) -> str:
+    """Write an installed file as the path in configs/ that `locate` finds again, on whatever machine."""
+    return str(CONFIG_FOLDER / Path(text).relative_to(INSTALLED)) if Path(text).is_relative_to(INSTALLED) else text
+
+
 _Located = AfterValidator(lambda text: str(locate(Path(text))) if text.startswith(f"{CONFIG_FOLDER}/") else text)
-LocalPath = Annotated[PathText, _Path(), _Located]
+_Portable = PlainSerializer(_portable, return_type=str)
+LocalPath = Annotated[PathText, _Path(), _Located, _Portable]
 """A path, or a repository; in a file, it is looked for beside the file first. One in configs/ is found from any folder."""
-NameOrYaml = Annotated[PathText, _Path((".yaml", ".yml")), _Located]
+NameOrYaml = Annotated[PathText, _Path((".yaml", ".yml")), _Located, _Portable]
 """A name in a folder of configs/, or the path of a YAML file, which is looked for as that of LocalPath."""
 
 
