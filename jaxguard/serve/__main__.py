@@ -79,6 +79,7 @@ async def _run(
     import uvicorn
 
     from jaxguard.serve import native
+    from jaxguard.serve.adapters import ADAPTERS
     from jaxguard.serve.app import create_app
     from jaxguard.serve.keys import Keys
     from jaxguard.serve.policies import Policies
@@ -115,7 +116,7 @@ async def _run(
     logging.info("warming up")
     async with service:
         config = uvicorn.Config(
-            create_app(service, native.add_routes),
+            create_app(service, native.add_routes, *ADAPTERS),
             log_config=None,
             access_log=False,
             server_header=False,

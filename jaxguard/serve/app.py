@@ -33,6 +33,8 @@ MOST_BYTES: Final = 2**21
 BODY_SECONDS: Final = 10.0
 """In which a body must have come."""
 TIMEOUT_HEADER: Final = "x-timeout-ms"
+POLICY_HEADER: Final = "x-policy"
+"""Names the registered policy of requests that name none in their body."""
 _GONE: Final = (499, "client_gone", "the client closed the connection")
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -49,6 +51,8 @@ class Caller:
 
     async def check(self, requests: Sequence[CheckRequest]) -> list[CheckAnswer]:
         """Check exchanges within the caller's deadline, as long as the caller waits. Raises as `Service.check`."""
+        policy = self.request.headers.get(POLICY_HEADER)
+        requests = [each if each.policy else each.model_copy(update={"policy": policy}) for each in requests]
         work = asyncio.ensure_future(self.service.check(requests, self.key, self._timeout(), self.route))
         gone = asyncio.ensure_future(self._gone())
         try:

@@ -20,7 +20,7 @@ from pydantic import StringConstraints
 
 from jaxguard.config.base import Positive, Schema
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import TITLES, Mode, single_message
+from jaxguard.data.format.dialogue import TITLES, Mode, single_message, transcript
 from jaxguard.data.policies import Policy
 from jaxguard.guards.guard import CheckResult, Guard
 from jaxguard.serve.batching import Batcher, Job, tokens_of
@@ -46,6 +46,13 @@ _TOLERANCE: Final = 0.05
 """Of a canary's probabilities: batches and devices round differently."""
 
 
+class Turn(Schema):
+    """An earlier message of a conversation."""
+
+    role: str
+    content: str
+
+
 class CheckRequest(Schema):
     """What is to be checked."""
 
@@ -53,6 +60,8 @@ class CheckRequest(Schema):
     """What the user wrote."""
     response: str | None = None
     """What the assistant answered."""
+    history: tuple[Turn, ...] = ()
+    """What was said before the prompt; the guard reads it, and judges what follows."""
     policy: str | None = None
     """The name of a registered policy; null takes the service's default."""
     mode: Mode | None = None
@@ -204,11 +213,12 @@ class Service:
             raise ServiceError(
                 422, "unknown_mode", f"mode: this service answers in {' or '.join(self.modes)} mode only"
             )
-        length = len(request.prompt) + len(request.response or "")
-        if length > MOST_CHARACTERS:
-            raise ServiceError(413, "too_long", f"prompt and response: at most {MOST_CHARACTERS:,} characters together")
+        texts = request.prompt, request.response or "", *(text for turn in request.history for _, text in turn)
+        if sum(map(len, texts)) > MOST_CHARACTERS:
+            raise ServiceError(413, "too_long", f"an exchange may have at most {MOST_CHARACTERS:,} characters")
         id = f"chk_{secrets.token_hex(12)}"
-        example = Example(id, "serve", single_message(request.prompt), request.response)
+        prompt = transcript(list(map(dict, request.history)), request.prompt, "history") or ""
+        example = Example(id, "serve", prompt, request.response)
         return Job(example, policy, mode, asyncio.get_running_loop().create_future())
 
     def _admit(self, jobs: Sequence[Job], seconds: float) -> None:

@@ -12,6 +12,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
 from jaxguard.guards.guard import CheckResult
 from jaxguard.serve import native
+from jaxguard.serve.adapters import ADAPTERS
 from jaxguard.serve.app import create_app
 from jaxguard.serve.keys import Keys
 from jaxguard.serve.policies import Policies
@@ -19,9 +20,10 @@ from jaxguard.serve.service import Service
 
 
 class NullGuard:
-    """Calls a prompt harmful that has `harm` in it; keeps its batches; `gate` holds them up, `fails` says which prompts fail.
+    """Calls a text harmful that has `harm` in it; keeps its batches; `gate` holds them up, `fails` says which prompts fail.
 
-    The reasoning is the prompt, so that a mixed-up answer shows.
+    A prompt with `cut` in it has a problem, one with `words` no probability. The reasoning is the prompt, so that a mixed-up
+    answer shows.
     """
 
     def __init__(self):
@@ -41,18 +43,21 @@ class NullGuard:
         return results[::-1] if self.shuffle else results
 
     def result(self, example, policy):
-        word = "harmful" if "harm" in example.prompt else "unharmful"
+        texts = {"prompt_harm": example.prompt, "response_harm": example.response}
+        texts = {question: text for question, text in texts.items() if text is not None}
+        words = {question: "harmful" if "harm" in text else "unharmful" for question, text in texts.items()}
+        known = "words" not in example.prompt
         return CheckResult(
             id=example.id,
-            questions=("prompt_harm",),
-            verdict=Verdict(prompt_harm=word, response_harm=None),
-            probabilities={"prompt_harm": 0.9 if word == "harmful" else 0.1},
+            questions=tuple(words),
+            verdict=Verdict(**words),
+            probabilities={q: (0.9 if word == "harmful" else 0.1) if known else None for q, word in words.items()},
             reasoning=f"{policy.name}: {example.prompt}",
-            problems=(),
+            problems=("too long",) if "cut" in example.prompt else (),
             text="",
             seconds=0.0,
             operating_point="words",
-            thresholds={"prompt_harm": None},
+            thresholds=dict.fromkeys(words),
             prompt_tokens=7,
             completion_tokens=2,
         )
@@ -83,7 +88,7 @@ def served(guard, tmp_path):
         registered = Policies(guard.policy, None, policies)
         async with Service(guard, registered, Keys(keys), **options) as service:
             guard.batches.clear()
-            app = create_app(service, native.add_routes)
+            app = create_app(service, native.add_routes, *ADAPTERS)
             transport = httpx2.ASGITransport(app, raise_app_exceptions=True)
             async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
 

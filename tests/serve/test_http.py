@@ -221,7 +221,7 @@ def test_texts_are_nowhere(served, guard, tmp_path, caplog, monkeypatch):
     expected = hmac.new(b"k", json.dumps([SECRET, SECRET]).encode(), hashlib.sha256).hexdigest()
     assert (first["hmac"], first["prompt_characters"], first["passes"]) == (expected, len(SECRET), True)
     assert (second["probabilities"], second["policy"]["name"], second["route"]) == (
-        {"prompt_harm": 0.9},
+        {"prompt_harm": 0.9, "response_harm": 0.1},
         "short",
         "/v1/check",
     )
