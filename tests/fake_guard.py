@@ -76,6 +76,7 @@ class FakeGuard:
     def __init__(self):
         self.opened, self.asks, self.cut, self.fails_at = [], [], False, None
         self.chances = dict.fromkeys(QUESTIONS, 0.125) | {"prompt_harm": 0.25}
+        self.chance = lambda ask, question: self.chances[question]
         self.says = lambda ask: "Prompt harm: unharmful\nResponse harm: unharmful"
 
     @asynccontextmanager
@@ -90,7 +91,7 @@ class FakeGuard:
                 yield Prediction(
                     ask.example.id,
                     verdicts=dict.fromkeys(ask.questions, (0,)),
-                    probabilities={q: self.chances[q] for q in ask.questions},
+                    probabilities={q: self.chance(ask, q) for q in ask.questions},
                     texts=(self.says(ask),),
                     cut=self.cut,
                     seconds=0.5,

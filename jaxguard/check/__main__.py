@@ -13,8 +13,8 @@ from jaxguard.cli import Command, suggest
 from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.data.examples import Example
 from jaxguard.data.files import SUFFIXES, Row, read_local, text
-from jaxguard.data.format.dialogue import TITLES, Mode, single_message
-from jaxguard.guards.guard import CheckResult, Guard
+from jaxguard.data.format.dialogue import TITLES, single_message
+from jaxguard.guards.guard import MODES, CheckResult, Guard
 from jaxguard.report.text import visible
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest, parse_json
@@ -60,6 +60,8 @@ def _check(options: argparse.Namespace) -> int:
                     **words,
                     "passes": result.passes,
                     "probabilities": {q: None if p is None else round(p, 6) for q, p in result.probabilities.items()},
+                    "decided_by": result.decided_by,
+                    "direct_probabilities": {q: p and round(p, 6) for q, p in result.direct_probabilities.items()},
                     "operating_point": result.operating_point,
                     "thresholds": {q: None if t is None else round(t, 6) for q, t in result.thresholds.items()},
                     "reasoning": result.reasoning,
@@ -133,6 +135,8 @@ def render(result: CheckResult, example: Example | None = None) -> RenderableTyp
         verdict.append(f"{word:<10}", style=_STYLES.get(word, "bold"))
         probability, threshold = result.probabilities[question], result.thresholds[question]
         verdict.append("" if probability is None else f"  {probability:.3f}")
+        if (direct := result.direct_probabilities.get(question)) is not None:
+            verdict.append(f"  {direct:.3f} directly")
         parts.append(
             verdict.append("" if threshold is None else f"  threshold {threshold:.3f} ({result.operating_point})")
         )
@@ -150,8 +154,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="an export, a run's folder, a repository on the hub, or a server's address")
     policy = add("--policy", metavar="NAME|PATH", help="what is harmful; without, the policy the model was trained on")
     suggest(policy, lambda _: policies)
-    modes = [str(mode) for mode in Mode]
-    add("--mode", choices=modes, help="without, as it was trained; if both or unknown, reasoning")
+    add(
+        "--mode",
+        choices=list(map(str, MODES)),
+        help="auto: direct where certified; without, as it was trained, else reasoning",
+    )
     points = (
         "threshold in the export's guard.json: f1, a false-positive rate such as 0.01, or words for the answer's own"
     )

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequen
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
 from jaxguard.config import Config
 from jaxguard.config import load as load_config
@@ -22,8 +23,9 @@ from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.data.questions import NOT_RECORDED, QuestionSet, unasked
 from jaxguard.guards import loading
 from jaxguard.guards.backends.sglang import served
+from jaxguard.guards.cascade import cascade
 from jaxguard.guards.formats.native import split_request
-from jaxguard.guards.operating_points import F1, POINTS, WORDS, Asked, Points, read_points
+from jaxguard.guards.operating_points import AUTO, F1, POINTS, WORDS, Asked, AutoThresholds, Points, read_points
 from jaxguard.guards.protocol import Prediction, Request
 from jaxguard.utils import hub
 from jaxguard.utils.client import API_KEY
@@ -35,13 +37,15 @@ from jaxguard.utils.threads import outside_event_loop
 Exchange: TypeAlias = Example | tuple[str, str | None] | str
 """An example, a (prompt, response) pair, or a prompt."""
 
+AnyMode: TypeAlias = Mode | Literal["auto"]
+MODES: Final[tuple[AnyMode, ...]] = (*Mode, AUTO)
 Result = TypeVar("Result")
 
 
-def _known_mode(mode: str | Mode) -> Mode:
-    if mode not in tuple(Mode):
-        raise JaxguardError(f"mode {str(mode)!r}: {nearest(str(mode), map(str, Mode))}expected {' or '.join(Mode)}")
-    return Mode(mode)
+def _known_mode(mode: str | Mode) -> AnyMode:
+    if mode not in MODES:
+        raise JaxguardError(f"mode {str(mode)!r}: {nearest(str(mode), map(str, MODES))}expected {' or '.join(MODES)}")
+    return AUTO if mode == AUTO else Mode(mode)
 
 
 def _served_path(endpoint: str) -> str:
@@ -80,6 +84,9 @@ class CheckResult:
         text: the whole answer; several are joined by an empty line. Untrusted.
         seconds: that the answer took; of a batch, its share.
         prompt_tokens, completion_tokens: of all prompts that it took, and of all answers.
+        decided_by: the mode of the answer that this is.
+        direct_probabilities: in mode "auto", those of a direct answer that was not trusted, so that reasoning decided; else empty.
+            Seconds and tokens are then those of both answers.
     """
 
     id: str
@@ -94,6 +101,8 @@ class CheckResult:
     thresholds: dict[Question, float | None]
     prompt_tokens: int
     completion_tokens: int
+    decided_by: Mode
+    direct_probabilities: dict[Question, float | None]
 
     @property
     def harmful(self) -> bool:
@@ -115,7 +124,7 @@ class Guard:
     Attributes:
         config: of a run that is never trained, whose evaluation names the guard.
         policy: what it judges by, unless an example brings its own policy.
-        mode: how it answers by default.
+        mode: how it answers by default; "auto": directly where guard.json certifies that, else by reasoning.
         warning: what a user should know of it; empty if nothing.
         trained: the sets of questions that it was trained on together; empty if that is not known.
         points: its operating points; empty without a guard.json for its weights.
@@ -125,7 +134,7 @@ class Guard:
     def __init__(
         self,
         config: Config,
-        mode: Mode,
+        mode: AnyMode,
         warning: str = "",
         trained: Sequence[QuestionSet] = (),
         folder: Path | None = None,
@@ -144,7 +153,8 @@ class Guard:
         self._settings = config.evaluate or EvaluateConfig()
         opened = loading.open_guard(self._settings.guards[0], config, self._settings)
         try:
-            notes = [] if folder is None or self.operating_point == WORDS else self._read_points(folder)
+            unread = folder is None or (self.operating_point == WORDS and mode != AUTO)
+            notes = [] if folder is None or unread else self._read_points(folder)
             self.warning = "; ".join(filter(None, (warning, *notes)))
             self._predict = self._submit(self._open.enter_async_context(opened)).result()
         except BaseException:
@@ -166,14 +176,15 @@ class Guard:
         Args:
             model: an export, a run's folder, a repository on the hub, or the address of an SGLang or OpenAI-compatible server.
             policy: a name in configs/policies or a YAML file; None takes what the model was trained on.
-            mode: "reasoning" or "direct"; None takes how it was trained, reasoning where that is both or unknown.
+            mode: "reasoning", "direct" or "auto"; None takes how it was trained, reasoning where that is both or unknown.
             tokenizer: a folder or repository with the tokenizer, for a server whose model does not lie on this machine.
             config: a config of the run that trained it, for a model that is no export of jaxguard.
             operating_point: a name in the guard.json beside the weights: "f1", or a false-positive rate such as 0.01; "words" for
                 the words of the guard's answer. None takes "f1" where there is one for this policy and mode, else "words".
 
         Raises:
-            JaxguardError: no such model, policy, mode or operating point, or a server that does not answer.
+            JaxguardError: no such model, policy, mode or operating point, or a server that does not answer; mode "auto" without
+                thresholds for these weights and this policy.
         """
         endpoint = str(model).rstrip("/") if re.match(r"https?://", str(model)) else None
         if endpoint is None and tokenizer is not None:
@@ -194,7 +205,9 @@ class Guard:
         trained = "dual" if run is None else run.data.mode
         default = chosen or (Mode.DIRECT if trained == "direct" else Mode.REASONING)
         address = None if endpoint is None else Masked(endpoint)
-        guard = GuardConfig(checkpoint=checkpoint, endpoint=address, modes=(default.value,))
+        guard = GuardConfig(
+            checkpoint=checkpoint, endpoint=address, modes=(default.value,) if isinstance(default, Mode) else ()
+        )
         settings = EvaluateConfig(guards=(guard,), generations=1, temperature=0.0, top_p=1.0)
         own: dict[str, Any] = {"model": {}, "data": {"train": [{"kind": "jsonl", "path": "none"}]}}
         if run is not None:
@@ -220,27 +233,45 @@ class Guard:
         if (folder / POINTS).is_file():
             known = self._submit(loading.fingerprint(self._settings.guards[0], self.config, self._settings)).result()
         self.points, self._no_points = read_points(folder, known.get("weights"))
-        thresholds = self._thresholds(self.mode, self.policy)
+        decided = self._check_mode(self.mode, self.policy)
         if not known or self._no_points:
             return [self._no_points] if known else []
-        words = [q for q, threshold in thresholds.items() if threshold is None]
-        notes = [f"{', '.join(words)}: the words of the answer decide; {POINTS} has no threshold here"] if words else []
         if other := {each.precision for each in self.points.values()} - {computed := loading.computed_in(known)}:
-            notes.append(f"this guard computes in {computed}, and thresholds were chosen in {', '.join(sorted(other))}")
-        return notes
+            decided.append(
+                f"this guard computes in {computed}, and thresholds were chosen in {', '.join(sorted(other))}"
+            )
+        return decided
 
-    def _thresholds(self, mode: Mode, policy: Policy) -> dict[Question, float | None]:
-        """Of the policy's questions. JaxguardError: the operating point that the user chose has none."""
-        own = {q: self.points.get(Asked.of(policy, q, mode, self._settings)) for q in policy.asks}
-        thresholds = {q: points.threshold(self.operating_point) if points else None for q, points in own.items()}
-        if self._chosen and set(thresholds.values()) == {None}:
-            has = "".join(f"\n  {points}" for points in self.points.values())
-            none = f"{POINTS} has none of this name for one greedy answer by {policy.name} in {mode} mode. It has:{has}"
-            raise JaxguardError(f"operating_point={self.operating_point}: {self._no_points or none}")
-        return thresholds
+    def _check_mode(self, mode: AnyMode, policy: Policy) -> list[str]:
+        """Notes on questions that no threshold decides. JaxguardError: none has the chosen operating point, or those of auto."""
+        notes = []
+        for each in Mode if mode == AUTO else (mode,):
+            own = {q: self.points.get(Asked.of(policy, q, each, self._settings)) for q in policy.asks}
+            words = [q for q, points in own.items() if points is None or points.threshold(self.operating_point) is None]
+            if self._chosen and len(words) == len(own):
+                has = "".join(f"\n  {points}" for points in self.points.values())
+                none = f"{POINTS} has none of this name for one greedy answer by {policy.name} in {each} mode. It has:{has}"
+                raise JaxguardError(f"operating_point={self.operating_point}: {self._no_points or none}")
+            if words:
+                notes.append(
+                    f"{', '.join(words)}: the words of the answer decide; {POINTS} has no threshold for {each} mode"
+                )
+        autos = self._autos(policy, policy.asks) if mode == AUTO else {}
+        if autos and not any(autos.values()):
+            again = "evaluate in both modes, with evaluate.validation; or choose direct or reasoning"
+            raise JaxguardError(
+                f"mode=auto: {self._no_points or f'{POINTS} has no thresholds of auto by {policy.name}'}: {again}"
+            )
+        return notes + [
+            f"{q}: {auto or 'auto always reasons'}" for q, auto in autos.items() if not (auto and auto.direct)
+        ]
+
+    def _autos(self, policy: Policy, questions: Iterable[Question]) -> dict[Question, AutoThresholds | None]:
+        points = {q: self.points.get(Asked.of(policy, q, Mode.DIRECT, self._settings)) for q in questions}
+        return {q: None if own is None else own.auto for q, own in points.items()}
 
     def check(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:
-        """Check what the user wrote, with what the assistant answered, in mode "reasoning" or "direct"; None: the guard's own.
+        """Check what the user wrote, with what the assistant answered, in mode "reasoning", "direct" or "auto"; None: its own.
 
         Raises:
             JaxguardError: no such mode, a policy that leaves no room for the text, or a server that fails.
@@ -314,19 +345,30 @@ class Guard:
         self, exchanges: Iterable[Exchange], mode: str | Mode | None, default: Policy | None = None
     ) -> AsyncIterator[CheckResult]:
         """The result of each exchange, in order, as soon as it and those before it are there."""
-        mode = self.mode if mode is None else _known_mode(mode)
-        self._thresholds(mode, default or self.policy)
-        examples, parts = list[Example](), list[list[Request]]()
+        mode, examples = self.mode if mode is None else _known_mode(mode), list[Example]()
+        self._check_mode(mode, default or self.policy)
         for i, exchange in enumerate(exchanges):
-            if isinstance(exchange, Example):
-                example = exchange
-            else:
+            if not isinstance(exchange, Example):
                 prompt, response = (exchange, None) if isinstance(exchange, str) else exchange
-                example = Example(str(i + 1), "check", single_message(prompt), response)
-            policy = policy_for(example, default or self.policy)
+                exchange = Example(str(i + 1), "check", single_message(prompt), response)
+            examples.append(exchange)
+        answer = partial(self._answered, default=default or self.policy)
+        if mode == AUTO:
+            policies = [policy_for(example, default or self.policy) for example in examples]
+            autos = [self._autos(p, _applicable(x, p)) for x, p in zip(examples, policies, strict=True)]
+            results = cascade(examples, autos, answer)
+        else:
+            results = answer(examples, mode)
+        async for result in results:
+            yield result
+
+    async def _answered(self, examples: Sequence[Example], mode: Mode, default: Policy) -> AsyncIterator[CheckResult]:
+        """The answers in a mode, likewise."""
+        parts = list[list[Request]]()
+        for i, example in enumerate(examples):
+            policy = policy_for(example, default)
             request = Request(example, _applicable(example, policy), mode, default)
             split = split_request(request, policy.asks, self.trained) if request.questions else []
-            examples.append(example)
             parts.append([replace(x, example=replace(x.example, id=f"{i}.{j}")) for j, (x, _) in enumerate(split)])
         predictions: dict[str, Prediction] = {}
         done = 0
@@ -335,7 +377,7 @@ class Guard:
             nonlocal done
             while done < len(examples) and all(part.example.id in predictions for part in parts[done]):
                 answers = [(part, predictions.pop(part.example.id)) for part in parts[done]]
-                yield self._result(examples[done], policy_for(examples[done], default or self.policy), mode, answers)
+                yield self._result(examples[done], policy_for(examples[done], default), mode, answers)
                 done += 1
 
         async for prediction in self._predict([part for each in parts for part in each]):
@@ -388,6 +430,8 @@ class Guard:
             problems=tuple(problems),
             text="\n\n".join(texts),
             seconds=sum(answer.seconds for _, answer in answers),
+            decided_by=mode,
+            direct_probabilities={},
             operating_point=WORDS if set(thresholds.values()) <= {None} else self.operating_point,
             thresholds=thresholds,
             prompt_tokens=sum(answer.prompt_tokens for _, answer in answers),

@@ -87,6 +87,11 @@ class AutoThresholds(Schema):
     """Share of traffic that is reasoned about, reweighted to limits.prevalence: as measured, not certified."""
     limits: AutoConfig
 
+    @property
+    def direct(self) -> bool:
+        """Whether any direct answer stands."""
+        return self.passes is not None or self.blocks is not None
+
     def trusts(self, probability: float | None, positive: bool) -> bool:
         """Whether a direct verdict with this calibrated probability stands."""
         edge = self.blocks if positive else self.passes
@@ -96,7 +101,7 @@ class AutoThresholds(Schema):
 
     def __str__(self) -> str:
         limits, rates = self.limits, f"{self.miss_rate:.2%} missed and {self.alarm_rate:.2%} false alarms"
-        if self.passes is self.blocks is None:
+        if not self.direct:
             wanted = f"{limits.miss_rate:.2%} and {limits.alarm_rate:.2%}"
             return f"auto always reasons: no direct answer can be certified ({rates} at best; {wanted} are wanted)"
         edges = {"passes up to": self.passes, "blocks from": self.blocks}

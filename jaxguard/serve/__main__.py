@@ -16,9 +16,8 @@ from rich.text import Text
 from jaxguard.cli import Command, suggest
 from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.data.format.dialogue import Mode
 from jaxguard.guards import loading
-from jaxguard.guards.guard import Guard
+from jaxguard.guards.guard import MODES, Guard
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.terminal import Console
 from jaxguard.utils.versions import install
@@ -167,11 +166,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
     )
     suggest(policy, lambda _: policies)
     add("--policies", metavar="FOLDER", help="of YAML files: policies that requests may name")
-    modes = [str(mode) for mode in Mode]
     add(
         "--mode",
-        choices=modes,
-        help="reasoning also answers in direct mode where asked; without, as the model was trained",
+        choices=list(map(str, MODES)),
+        help="auto: direct where certified; it and reasoning also answer directly where asked; without, as trained",
     )
     add("--operating-point", metavar="NAME", help="threshold in the export's guard.json, as for jaxguard check")
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")

@@ -10,9 +10,8 @@ from typing import Final, NamedTuple
 
 from jaxguard.data.encoding import SpecialTokenError
 from jaxguard.data.examples import Example
-from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.guards.guard import CheckResult, Guard
+from jaxguard.guards.guard import MODES, AnyMode, CheckResult, Guard
 from jaxguard.guards.protocol import UnsupportedError
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.telemetry import Metrics, where
@@ -40,7 +39,7 @@ class Job:
 
     example: Example
     policy: Policy
-    mode: Mode
+    mode: AnyMode
     future: asyncio.Future[CheckResult]
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -95,8 +94,8 @@ class Batcher:
 
     def __init__(self, guard: Guard, metrics: Metrics, concurrent: int = 1) -> None:
         self.guard, self.metrics, self.concurrent = guard, metrics, concurrent
-        self.cost: dict[Mode, Cost] = {mode: Cost() for mode in Mode}
-        self._waiting: dict[tuple[Policy, Mode], _Queue] = {}
+        self.cost: dict[AnyMode, Cost] = {mode: Cost() for mode in MODES}
+        self._waiting: dict[tuple[Policy, AnyMode], _Queue] = {}
         self._running: dict[asyncio.Task[None], _Running] = {}
 
     @property
@@ -120,7 +119,7 @@ class Batcher:
             if all(job.future.done() for job in running.jobs):
                 task.cancel()
 
-    def seconds_until(self, tokens: Mapping[Mode, int]) -> float:
+    def seconds_until(self, tokens: Mapping[AnyMode, int]) -> float:
         """Predict when jobs with so many tokens, submitted now, would be done, from what batches took so far.
 
         0 where a batch can begin at once: it is tried then, so that the cost is measured again. One that takes longer than

@@ -22,7 +22,8 @@ from jaxguard.config.base import Positive, Schema
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import TITLES, Mode, single_message, transcript
 from jaxguard.data.policies import Policy
-from jaxguard.guards.guard import CheckResult, Guard
+from jaxguard.guards.guard import MODES, AnyMode, CheckResult, Guard
+from jaxguard.guards.operating_points import AUTO
 from jaxguard.serve.batching import Batcher, Job, tokens_of
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.keys import Key, Keys
@@ -64,8 +65,8 @@ class CheckRequest(Schema):
     """What was said before the prompt; the guard reads it, and judges what follows."""
     policy: str | None = None
     """The name of a registered policy; null takes the service's default."""
-    mode: Mode | None = None
-    """`direct` or `reasoning`; null takes the service's default."""
+    mode: AnyMode | None = None
+    """`direct`, `reasoning` or `auto`; null takes the service's default."""
     timeout_ms: Positive | None = None
     """After which the answer is of no use; the service's own limit holds too."""
     reasoning: bool = False
@@ -87,7 +88,7 @@ class CheckAnswer:
     result: CheckResult
     policy_name: str
     policy: Policy
-    mode: Mode
+    mode: AnyMode
     model: dict[str, str | None]
     queued: float
     computed: float
@@ -104,6 +105,8 @@ class CheckAnswer:
             "operating_point": result.operating_point,
             "thresholds": {q: None if t is None else round(t, 6) for q, t in result.thresholds.items()},
             "mode": self.mode,
+            "decided_by": result.decided_by,
+            "direct_probabilities": {q: p and round(p, 6) for q, p in result.direct_probabilities.items()},
             "problems": list(result.problems),
             "reasoning": result.reasoning if self.request.reasoning else None,
             "policy": {"name": self.policy_name, "digest": self.policy.digest},
@@ -117,7 +120,7 @@ class Service:
     """A loaded guard, its registered policies and its callers; open it with `async with`.
 
     Attributes:
-        mode: of a request that asks for none. In reasoning mode a request may ask for a direct answer, not the other way.
+        mode: of a request that asks for none. A request may ask for a direct answer, but in direct mode for no other.
         timeout: seconds that a check may take at most.
         state: why the service is not ready; empty if it is.
     """
@@ -128,7 +131,7 @@ class Service:
         policies: Policies,
         keys: Keys,
         *,
-        mode: Mode,
+        mode: AnyMode,
         model: dict[str, str | None],
         timeout: float = 10.0,
         concurrent: int = 1,
@@ -223,7 +226,7 @@ class Service:
 
     def _admit(self, jobs: Sequence[Job], seconds: float) -> None:
         """Refuse at once what would not be done in time."""
-        tokens = Counter[Mode]()
+        tokens = Counter[AnyMode]()
         for job in jobs:
             tokens[job.mode] += job.tokens
         predicted = self.batcher.seconds_until(tokens)
@@ -234,7 +237,7 @@ class Service:
             raise ServiceError(503, "queue_full", "too much text waits", max(1.0, predicted))
 
     def _record(self, answer: CheckAnswer, job: Job, key: Key | None, route: str) -> None:
-        result, metrics, labels = answer.result, self.metrics, (answer.policy_name, answer.mode.value)
+        result, metrics, labels = answer.result, self.metrics, (answer.policy_name, str(answer.mode))
         for question in result.questions:
             metrics.checks.labels(*labels, question, getattr(result.verdict, question)).inc()
         if result.problems:
@@ -292,7 +295,7 @@ class Service:
 
     async def _warm(self, policy: Policy, default: bool) -> None:
         """Judge harmless texts: this compiles, fills caches, and measures; by the default policy in batches of two sizes."""
-        for mode in self.modes:
+        for mode in MODES if self.mode == AUTO else self.modes:
             several = [_CANARY, _CANARY_EXCHANGE] * 4 if default and mode is Mode.DIRECT else [_CANARY_EXCHANGE]
             for examples in ([_CANARY], several):
                 await self.guard.acheck_many(examples, mode, policy)

@@ -55,6 +55,8 @@ def test_json_lines(command, guard):
         "response_refusal": None,
         "passes": False,
         "probabilities": {"prompt_harm": 0.25},
+        "decided_by": "direct",
+        "direct_probabilities": {},
         "operating_point": "words",
         "thresholds": {"prompt_harm": None},
         "reasoning": None,

@@ -60,6 +60,8 @@ class NullGuard:
             thresholds=dict.fromkeys(words),
             prompt_tokens=7,
             completion_tokens=2,
+            decided_by=Mode.DIRECT,
+            direct_probabilities={},
         )
 
 

@@ -28,6 +28,8 @@ def test_an_answer(served, guard):
                 "operating_point": "words",
                 "thresholds": {"prompt_harm": None},
                 "mode": "direct",
+                "decided_by": "direct",
+                "direct_probabilities": {},
                 "problems": [],
                 "reasoning": "short: harm",
                 "policy": {"name": "short", "digest": guard.policy.digest},
