@@ -28,8 +28,9 @@ MOST_CONNECTIONS = 2048
 
 DESCRIPTION = """\
 Serve a guard over HTTP. POST /v1/check takes {"prompt": …, "response": …} and answers verdict, probabilities and versions;
-/v1/checks takes several, GET /v1/policies, /v1/models, /healthz, /readyz and /metrics say how it is, /openapi.json describes
-the rest. An answer with status 200 is a verdict of the guard; whatever prevents one is an error, never a pass.
+/v1/checks takes several, /v1/check/stream a response that is still written; GET /v1/policies, /v1/models, /healthz, /readyz
+and /metrics say how it is, /openapi.json describes the rest. An answer with status 200 is a verdict of the guard; whatever
+prevents one is an error, never a pass.
 
 examples:
   jaxguard serve --model runs/gemma4b_5k --policy aegis2 --mode direct

@@ -6,9 +6,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import jaxguard
@@ -32,10 +33,13 @@ MOST_BYTES: Final = 2**21
 """Of a request's body."""
 BODY_SECONDS: Final = 10.0
 """In which a body must have come."""
+LINE_SECONDS: Final = 60.0
+"""In which a stream's next line must have come."""
 TIMEOUT_HEADER: Final = "x-timeout-ms"
 POLICY_HEADER: Final = "x-policy"
 """Names the registered policy of requests that name none in their body."""
 _GONE: Final = (499, "client_gone", "the client closed the connection")
+_INTERNAL: Final = (500, "internal", "an error of the service; see its log")
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -48,13 +52,14 @@ class Caller:
     key: Key | None
     request: Request
     route: str
+    gone: Callable[[], Awaitable[None]]
 
     async def check(self, requests: Sequence[CheckRequest]) -> list[CheckAnswer]:
         """Check exchanges within the caller's deadline, as long as the caller waits. Raises as `Service.check`."""
         policy = self.request.headers.get(POLICY_HEADER)
         requests = [each if each.policy else each.model_copy(update={"policy": policy}) for each in requests]
         work = asyncio.ensure_future(self.service.check(requests, self.key, self._timeout(), self.route))
-        gone = asyncio.ensure_future(self._gone())
+        gone = asyncio.ensure_future(self.gone())
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -64,11 +69,6 @@ class Caller:
             work.cancel()
             gone.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
-
-    async def _gone(self) -> None:
-        """Wait for the end of the connection."""
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
 
     def _timeout(self) -> float | None:
         text = self.request.headers.get(TIMEOUT_HEADER)
@@ -80,6 +80,7 @@ class Caller:
 
 
 Handler = Callable[[Body, Caller], Awaitable[Any]]
+StreamHandler = Callable[[AsyncIterator[bytes], Caller], AsyncIterator[Any]]
 ErrorShape = Callable[[ServiceError], dict[str, Any]]
 
 
@@ -110,14 +111,54 @@ class Api:
             async def endpoint(request: Request) -> Response:
                 key = self.service.keys.authenticate(request.headers)
                 body = parse_body(await _read(request), shape)
-                return as_json(await handler(body, Caller(self.service, key, request, path)))
+                caller = Caller(self.service, key, request, path, partial(_closed, request))
+                return as_json(await handler(body, caller))
 
             schema = {"$id": f"/schemas/{shape.__name__}", **shape.model_json_schema()}  # its $defs are its own
-            body = {"content": {"application/json": {"schema": schema}}, "required": True}
-            self._add("POST", path, endpoint, handler.__doc__, {"requestBody": body})
+            self._add("POST", path, endpoint, handler.__doc__, _body("application/json", schema))
             return handler
 
         return register
+
+    def stream(self, path: str) -> Callable[[StreamHandler], StreamHandler]:
+        """Register a `handler(lines, caller)` that yields JSON for the lines of a body, while they come.
+
+        An error before the first value has its status; a later one is the last line, since the status was sent.
+        """
+
+        def register(handler: StreamHandler) -> StreamHandler:
+            async def endpoint(request: Request) -> Response:
+                key = self.service.keys.authenticate(request.headers)
+                lines = _Lines(request)
+                values = handler(lines, Caller(self.service, key, request, path, lines.closed))
+                try:
+                    first = await anext(values)
+                except BaseException as error:
+                    lines.close()
+                    if isinstance(error, StopAsyncIteration):
+                        raise ServiceError(400, "invalid_json", "the body has no line") from None
+                    raise
+                return _Stream(self._written(first, values, lines), media_type="application/x-ndjson")
+
+            self._add("POST", path, endpoint, handler.__doc__, _body("application/x-ndjson", {}))
+            return handler
+
+        return register
+
+    async def _written(self, first: Any, values: AsyncIterator[Any], lines: "_Lines") -> AsyncIterator[str]:
+        """Write values as lines, and an error as the last one."""
+        try:
+            yield json.dumps(first) + "\n"
+            async for value in values:
+                yield json.dumps(value) + "\n"
+        except Exception as error:
+            if not isinstance(error, ServiceError):
+                logger.error("error of the service: %s", where(error))
+                error = ServiceError(*_INTERNAL)
+            self.service.metrics.rejected.labels(error.code).inc()
+            yield json.dumps(error_json(error)) + "\n"
+        finally:
+            lines.close()
 
     def get(self, path: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
         """Register a function that returns JSON to known keys."""
@@ -183,18 +224,95 @@ def as_json(tree: Any, status: int = 200, headers: dict[str, str] | None = None)
     return Response(json.dumps(tree), status, headers, "application/json")
 
 
+def _body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI says of a body."""
+    return {"requestBody": {"content": {media_type: {"schema": schema}}, "required": True}}
+
+
+async def _closed(request: Request) -> None:
+    """Wait for the end of the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Lines:
+    """The lines of a body as they come, blank ones left out; read ahead, so that the end of the connection is seen.
+
+    ServiceError: the body is too large, or the next line comes too slowly, or never.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._lines = asyncio.Queue[bytes | ServiceError | None]()
+        self._reader = asyncio.create_task(self._read(request))
+
+    def __aiter__(self) -> "_Lines":
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            async with asyncio.timeout(LINE_SECONDS):
+                line = await self._lines.get()
+        except TimeoutError:
+            raise ServiceError(408, "slow_body", f"no line came within {LINE_SECONDS:g} s") from None
+        if isinstance(line, ServiceError):
+            raise line
+        if line is None:
+            raise StopAsyncIteration
+        return line
+
+    async def closed(self) -> None:
+        """Wait for the end of the connection."""
+        await asyncio.wait({self._reader})
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._reader.cancel()
+
+    async def _read(self, request: Request) -> None:
+        size, rest = 0, bytearray()
+        try:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > MOST_BYTES:
+                    raise _too_large()
+                rest += chunk
+                if b"\n" in chunk:
+                    *lines, rest = rest.split(b"\n")
+                    for line in filter(bytes.strip, map(bytes, lines)):
+                        self._lines.put_nowait(line)
+            if rest.strip():
+                self._lines.put_nowait(bytes(rest))
+            self._lines.put_nowait(None)
+        except ClientDisconnect:
+            self._lines.put_nowait(ServiceError(*_GONE))
+            return
+        except ServiceError as error:
+            self._lines.put_nowait(error)
+        await _closed(request)
+
+
+class _Stream(StreamingResponse):
+    """Starlette's own waits for the end of the connection, and so takes the body's messages."""
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await self.stream_response(send)
+
+
+def _too_large() -> ServiceError:
+    return ServiceError(413, "too_large", f"a body may have at most {MOST_BYTES:,} bytes")
+
+
 async def _read(request: Request) -> bytes:
     """Return the body; ServiceError: it is too large, or comes too slowly."""
     length, data = request.headers.get("content-length", ""), bytearray()
-    too_large = ServiceError(413, "too_large", f"a body may have at most {MOST_BYTES:,} bytes")
     if length.isdigit() and (len(length) > 12 or int(length) > MOST_BYTES):
-        raise too_large
+        raise _too_large()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 data += chunk
                 if len(data) > MOST_BYTES:
-                    raise too_large
+                    raise _too_large()
     except ClientDisconnect:
         raise ServiceError(*_GONE) from None
     except TimeoutError:
@@ -257,8 +375,7 @@ class _Boundary:
         except Exception as error:
             logger.error("error of the service: %s", where(error))
             if not status:
-                internal = ServiceError(500, "internal", "an error of the service; see its log")
-                response = as_json(error_json(internal), 500)
+                response = as_json(error_json(ServiceError(*_INTERNAL)), 500)
                 with contextlib.suppress(OSError):
                     await response(scope, receive, noting)
         route = getattr(scope.get("route"), "path", "other")

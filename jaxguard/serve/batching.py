@@ -54,7 +54,7 @@ class Cost:
     """Seconds of a batch as a + b × tokens: least squares over the batches so far, older ones counting less."""
 
     def __init__(self) -> None:
-        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # 1, x, y, x², xy
+        self._sums: tuple[float, ...] = (0.0,) * 5  # 1, x, y, x², xy
 
     def add(self, tokens: int, seconds: float) -> None:
         new = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)

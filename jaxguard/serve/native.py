@@ -1,11 +1,12 @@
 """The native API: what a guard says, whole."""
 
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from jaxguard.config.base import Schema
-from jaxguard.serve.app import Api, Caller
+from jaxguard.serve.app import Api, Caller, parse_body
 from jaxguard.serve.service import CheckRequest
 
 
@@ -13,6 +14,13 @@ class CheckRequests(Schema):
     """Several exchanges; they are judged together, and all of them or none."""
 
     checks: Annotated[tuple[CheckRequest, ...], Field(min_length=1, max_length=256)]
+
+
+class Growth(Schema):
+    """A line of a stream after the first."""
+
+    append: str
+    """What the assistant wrote since the last line."""
 
 
 def add_routes(api: Api) -> None:
@@ -29,6 +37,19 @@ def add_routes(api: Api) -> None:
     async def checks(body: CheckRequests, caller: Caller) -> dict[str, Any]:
         """Check several exchanges."""
         return {"results": [answer.to_json() for answer in await caller.check(body.checks)]}
+
+    @api.stream("/v1/check/stream")
+    async def stream(lines: AsyncIterator[bytes], caller: Caller) -> AsyncIterator[dict[str, Any]]:
+        """Check a response while it grows: a line with an exchange, then lines with what was appended; a verdict for each."""
+        request: CheckRequest | None = None
+        async for line in lines:
+            if request is None:
+                request = parse_body(line, CheckRequest)
+            else:
+                response = (request.response or "") + parse_body(line, Growth).append
+                request = request.model_copy(update={"response": response})
+            [answer] = await caller.check([request])
+            yield answer.to_json()
 
     @api.get("/v1/policies")
     def policies() -> dict[str, Any]:

@@ -273,8 +273,8 @@ class Service:
         if (read := (new, [str(error) for error in errors])) == self._read:
             return
         self._read = read
-        for error in errors:
-            self._not_reloaded(error)
+        for each in errors:
+            self._not_reloaded(each)
         for name, policy in list(new.items()):
             if policy != old.get(name):
                 try:

@@ -38,6 +38,21 @@ def free_port():
         return listener.getsockname()[1]
 
 
+async def stream(port, *values):
+    """The verdict of each line, sent after that of the one before it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST /v1/check/stream HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+    answers = []
+    for value in values:
+        line = json.dumps(value).encode() + b"\n"
+        writer.write(b"%x\r\n%b\r\n" % (len(line), line))
+        while not (line := await asyncio.wait_for(reader.readline(), 60)).startswith(b"{"):
+            assert line
+        answers.append(json.loads(line))
+    writer.close()
+    return answers
+
+
 @pytest.mark.slow
 def test_a_real_guard_over_http(tiny_checkpoint, tmp_path):
     """Its verdicts are those of check_many, under load, by two policies; SIGTERM ends it in order."""
@@ -65,6 +80,9 @@ def test_a_real_guard_over_http(tiny_checkpoint, tmp_path):
     async def ask():
         async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             answers = await asyncio.gather(*(client.post("/v1/check", json=body) for body in bodies))
+            grown = await stream(port, {"prompt": "1 bread"}, {"append": "A "}, {"append": "lamp."})
+            assert grown[-1]["probabilities"] == pytest.approx(answers[1].json()["probabilities"], abs=1e-4)
+            assert len({answer["id"] for answer in grown}) == 3
             return [answer.json() for answer in answers], (await client.get("/readyz")).status_code
 
     log = (tmp_path / "log").open("wb")
@@ -87,7 +105,7 @@ def test_a_real_guard_over_http(tiny_checkpoint, tmp_path):
     assert (
         len({answer["id"] for answer in answers})
         == len(bodies)
-        == len((tmp_path / "audit.jsonl").read_text().splitlines())
+        == len((tmp_path / "audit.jsonl").read_text().splitlines()) - 3
     )
     with Guard.load(tiny_checkpoint, tmp_path / "law" / "lamps.yaml", "direct") as guard:
 
