@@ -57,7 +57,7 @@ class Caller:
     async def check(self, requests: Sequence[CheckRequest]) -> list[CheckAnswer]:
         """Check exchanges within the caller's deadline, as long as the caller waits. Raises as `Service.check`."""
         policy = self.request.headers.get(POLICY_HEADER)
-        requests = [each if each.policy else each.model_copy(update={"policy": policy}) for each in requests]
+        requests = [each.model_copy(update={"policy": policy}) if each.policy is None else each for each in requests]
         work = asyncio.ensure_future(self.service.check(requests, self.key, self._timeout(), self.route))
         gone = asyncio.ensure_future(self.gone())
         try:
