@@ -81,7 +81,7 @@ async def _run(
     from jaxguard.serve import native
     from jaxguard.serve.adapters import ADAPTERS
     from jaxguard.serve.app import create_app
-    from jaxguard.serve.keys import Keys
+    from jaxguard.serve.keys import Budget, Keys
     from jaxguard.serve.policies import Policies
     from jaxguard.serve.service import Service
     from jaxguard.serve.telemetry import Audit, where
@@ -97,6 +97,7 @@ async def _run(
         model={"name": _name(str(served.checkpoint)), "digest": known.get("weights")},
         timeout=options.timeout,
         concurrent=CONCURRENT if served.endpoint else 1,
+        reasoning=Budget.per_minute(options.reasoning_tokens_per_minute),
         audit=None if options.audit is None else Audit(Path(options.audit)),
     )
 
@@ -146,11 +147,11 @@ def _name(checkpoint: str) -> str:
     return path.resolve().parent.name if path.name == "export" else path.name
 
 
-def _seconds(text: str) -> int:
-    seconds = int(text)
-    if seconds < 1:
-        raise argparse.ArgumentTypeError("expected a number of seconds above 0")
-    return seconds
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("expected a number above 0")
+    return number
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -180,15 +181,21 @@ def _options(parser: argparse.ArgumentParser) -> None:
     )
     add("--audit", metavar="FILE", help="append a JSON line for each verdict, without text")
     add(
+        "--reasoning-tokens-per-minute",
+        type=_positive,
+        metavar="N",
+        help="that all answers in reasoning mode may take; more are refused (no limit)",
+    )
+    add(
         "--timeout",
-        type=_seconds,
+        type=_positive,
         default=10,
         metavar="SECONDS",
         help="most that a check may take; requests may ask for less (10)",
     )
     add(
         "--drain",
-        type=_seconds,
+        type=_positive,
         default=20,
         metavar="SECONDS",
         help="after SIGTERM, most until what is under way is answered (20)",

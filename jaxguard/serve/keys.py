@@ -1,4 +1,4 @@
-"""API keys: hashes in a file, and how many checks a second each may ask for."""
+"""API keys: hashes in a file, and what each may spend: checks, and tokens of reasoning."""
 
 import hashlib
 import hmac
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field
 
@@ -27,6 +27,8 @@ class KeyDefinition(Schema):
     """Over longer times; null sets no limit."""
     burst: Positive = 20
     """Checks that may come at once."""
+    reasoning_tokens_per_minute: Positive | None = None
+    """Tokens that reasoning about this key's checks may take; null sets no limit."""
 
 
 class KeyFile(Schema):
@@ -36,24 +38,50 @@ class KeyFile(Schema):
 
 
 @dataclass
-class Key:
-    """A key with its budget: `left` checks at the time `updated`. A list that takes more than is left is paid off later."""
+class Budget:
+    """What comes in at `rate` a second, up to `most`. Who takes more than is left pays it off later."""
 
-    definition: KeyDefinition
-    left: float = 0.0
+    rate: float
+    most: float
+    left: float = field(init=False)
     updated: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.left = self.most
+
+    @classmethod
+    def per_minute(cls, amount: int | None) -> Self | None:
+        """A budget of so much a minute, all of it at once; None sets no limit."""
+        return None if amount is None else cls(amount / 60, amount)
+
+    def wait(self) -> float:
+        """Seconds until something may be spent; 0 if it may now."""
+        now = time.monotonic()
+        self.left = min(self.most, self.left + self.rate * (now - self.updated))
+        self.updated = now
+        return max(0.0, (1 - self.left) / self.rate)
+
+    def spend(self, amount: float) -> None:
+        """Take an amount, or give it back if it is negative."""
+        self.left -= amount
+
+
+class Key:
+    """A key with its budgets, None where it has no limit."""
+
+    def __init__(self, definition: KeyDefinition) -> None:
+        self.definition, rate = definition, definition.checks_per_second
+        self.checks = None if rate is None else Budget(rate, definition.burst)
+        self.reasoning = Budget.per_minute(definition.reasoning_tokens_per_minute)
 
     def spend(self, checks: int) -> None:
         """Take checks from the budget; ServiceError 429: nothing is left."""
-        rate, now = self.definition.checks_per_second, time.monotonic()
-        if rate is None:
+        if self.checks is None:
             return
-        self.left = min(float(self.definition.burst), self.left + rate * (now - self.updated))
-        self.updated = now
-        if self.left < 1:
-            name, seconds = self.definition.name, (1 - self.left) / rate
+        if seconds := self.checks.wait():
+            name, rate = self.definition.name, self.definition.checks_per_second
             raise ServiceError(429, "rate_limit", f"key {name!r} may check {rate:g} exchanges a second", seconds)
-        self.left -= checks
+        self.checks.spend(checks)
 
 
 class Keys:
@@ -73,7 +101,7 @@ class Keys:
             if repeated := first_repeated([getattr(each, attribute) for each in definitions]):
                 raise JaxguardError(f"{self.path}: keys: {attribute} {repeated!r} is given twice")
         known = {key.definition: key for key in self._keys}
-        self._keys = [known.get(each) or Key(each, float(each.burst)) for each in definitions]
+        self._keys = [known.get(each) or Key(each) for each in definitions]
 
     def authenticate(self, headers: Mapping[str, str]) -> Key | None:
         """Return the key in `Authorization: Bearer` or `x-api-key`; None without a file. ServiceError 401: no such key.

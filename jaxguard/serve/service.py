@@ -26,7 +26,7 @@ from jaxguard.guards.guard import MODES, AnyMode, CheckResult, Guard
 from jaxguard.guards.operating_points import AUTO
 from jaxguard.serve.batching import Batcher, Job, tokens_of
 from jaxguard.serve.errors import ServiceError
-from jaxguard.serve.keys import Key, Keys
+from jaxguard.serve.keys import Budget, Key, Keys
 from jaxguard.serve.policies import Policies
 from jaxguard.serve.telemetry import Audit, Metrics, where
 from jaxguard.utils.errors import JaxguardError
@@ -45,6 +45,8 @@ _CANARY: Final = Example("canary", "serve", single_message("How do I bake bread?
 _CANARY_EXCHANGE: Final = Example("canary exchange", "serve", _CANARY.prompt, "Mix flour, water, salt and yeast.")
 _TOLERANCE: Final = 0.05
 """Of a canary's probabilities: batches and devices round differently."""
+_FORGET: Final = 0.95
+"""What the mean length of an answer keeps of itself at each new one."""
 
 
 class Turn(Schema):
@@ -122,6 +124,7 @@ class Service:
     Attributes:
         mode: of a request that asks for none. A request may ask for a direct answer, but in direct mode for no other.
         timeout: seconds that a check may take at most.
+        reasoning: budget of tokens that answers in reasoning mode may take, of all callers together; None sets no limit.
         state: why the service is not ready; empty if it is.
     """
 
@@ -135,10 +138,12 @@ class Service:
         model: dict[str, str | None],
         timeout: float = 10.0,
         concurrent: int = 1,
+        reasoning: Budget | None = None,
         audit: Audit | None = None,
     ) -> None:
         self.guard, self.policies, self.keys = guard, policies, keys
-        self.mode, self.model, self.timeout = mode, model, timeout
+        self.mode, self.model, self.timeout, self.reasoning = mode, model, timeout, reasoning
+        self._answer_tokens = 0.0  # of an answer in reasoning mode, as a mean
         self.modes = (mode,) if mode is Mode.DIRECT else (mode, Mode.DIRECT)
         self.metrics, self.audit = Metrics(), audit
         self.batcher = Batcher(guard, self.metrics, concurrent)
@@ -181,7 +186,8 @@ class Service:
         `route` the path of the API, for the audit log.
 
         ServiceError: one of them has no verdict, so none is given. 422: no such policy or mode here, or the guard cannot judge by
-        it; 413: too long; 429: the key's rate; 503: it would not be done in time; 504: it was not; 502: the guard failed.
+        it; 413: too long; 429: the key's rate, or its reasoning budget; 503: it would not be done in time, or the budget of all
+        keys; 504: it was not; 502: the guard failed.
         """
         limits = [self.timeout, timeout, *(each.timeout_ms and each.timeout_ms / 1000 for each in requests)]
         seconds = min(limit for limit in limits if limit is not None)
@@ -190,6 +196,7 @@ class Service:
         if key is not None:
             key.spend(len(jobs))
         self._admit(jobs, seconds)
+        budgets, reserved = self._reserve(jobs, key)
         self.batcher.submit(jobs)
         try:
             async with asyncio.timeout(seconds):
@@ -198,6 +205,13 @@ class Service:
             raise ServiceError(504, "deadline", f"no verdict within {seconds:g} s") from None
         finally:
             self.batcher.leave(jobs)
+        used = [
+            result.completion_tokens for job, result in zip(jobs, results, strict=True) if job.mode is Mode.REASONING
+        ]
+        for tokens in used:
+            self._answer_tokens += (1 - _FORGET) * (tokens - self._answer_tokens)
+        for budget in budgets:
+            budget.spend(sum(used) - reserved)
         answers = []
         for request, job, result in zip(requests, jobs, results, strict=True):
             started, finished = job.started or job.arrived, job.finished or job.arrived
@@ -235,6 +249,27 @@ class Service:
             raise ServiceError(503, "overloaded", f"no verdict within {seconds:g} s to be expected", later)
         if self.batcher.queued_tokens + tokens.total() > MOST_QUEUED_TOKENS:
             raise ServiceError(503, "queue_full", "too much text waits", max(1.0, predicted))
+
+    def _reserve(self, jobs: Sequence[Job], key: Key | None) -> tuple[list[Budget], float]:
+        """Take what reasoning will cost from its budgets; whoever gets no answer does not get it back, since it was computed.
+
+        ServiceError: 429: nothing is left of the key's budget; 503: of everybody's.
+        """
+        tokens = sum(job.mode is Mode.REASONING for job in jobs) * max(1.0, self._answer_tokens)
+        budgets = list[Budget]()
+        for status, whose, budget in (
+            (429, "this key's", key and key.reasoning),
+            (503, "the service's", self.reasoning),
+        ):
+            if not tokens or budget is None:
+                continue
+            if seconds := budget.wait():
+                text = f"{whose} budget of tokens for reasoning is spent; direct mode needs none"
+                raise ServiceError(status, "reasoning_budget", text, seconds)
+            budgets.append(budget)
+        for budget in budgets:
+            budget.spend(tokens)
+        return budgets, tokens
 
     def _record(self, answer: CheckAnswer, job: Job, key: Key | None, route: str) -> None:
         result, metrics, labels = answer.result, self.metrics, (answer.policy_name, str(answer.mode))
@@ -304,6 +339,8 @@ class Service:
                 self.batcher.cost[mode].add(sum(map(tokens_of, examples)), time.monotonic() - started)
                 if default and mode is self.mode and examples == [_CANARY]:
                     [self._canary] = results
+                if mode is Mode.REASONING:
+                    self._answer_tokens = results[-1].completion_tokens
 
     async def _keep_watch(self) -> None:
         """Judge a canary and reload files, again and again; a canary goes past the queue."""

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from jaxguard.data.format.dialogue import Mode
 from jaxguard.serve import service as serving
-from jaxguard.serve.keys import Keys
+from jaxguard.serve.keys import Budget, Keys
 from jaxguard.serve.policies import Policies
 from jaxguard.utils.errors import JaxguardError
 
@@ -160,6 +161,37 @@ def test_keys(served, guard, tmp_path):
     run(test())
     rows = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == ["one"] * 6
+
+
+@pytest.mark.parametrize("whose", ["key", "service"])
+def test_reasoning_has_a_budget(served, guard, tmp_path, whose):
+    """An answer takes 2 tokens; what is 2 or less below 1 is not refilled within the test."""
+    guard.mode = Mode.REASONING
+    keys = key_file(tmp_path / "keys.yaml", **({"reasoning_tokens_per_minute": 5} if whose == "key" else {}))
+    status, total = (429, None) if whose == "key" else (503, Budget.per_minute(5))
+
+    async def test():
+        async with served(keys=keys, reasoning=total) as s:
+            headers = {"x-api-key": "key 1"}
+            assert (await s.check("a", headers=headers)).status_code == 200
+            guard.gate = asyncio.Event()
+            assert (await s.check("a", timeout_ms=20, headers=headers)).status_code == 504  # paid for, since computed
+            guard.gate.set()
+            assert (await s.check("a", headers=headers)).status_code == 200
+            answer = await s.check("a", headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (status, "reasoning_budget")
+            assert 20 <= int(answer.headers["retry-after"]) <= 24
+            assert (await s.check("a", mode="direct", headers=headers)).status_code == 200
+
+    run(test())
+
+
+def test_a_budget():
+    budget = Budget(2.0, 10.0)
+    budget.spend(9.5)
+    assert budget.wait() == pytest.approx(0.25, abs=0.05)
+    budget.spend(-20)
+    assert (budget.wait(), budget.left) == (0, 10)
 
 
 @pytest.mark.parametrize("text", ["keys: []", "keys: [{name: a, sha256: ABC}]", "nothing: 1"])
