@@ -133,16 +133,18 @@ class OpenAIBackend:
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
         async def request(prefix: list[int], pair: tuple[int, int]) -> float:
-            return await self._next(prefix, lambda choice, url: self._log_odds(choice, url, prefix, pair))
+            def read(choice: Choice, url: str) -> float:
+                return self._log_odds(choice, url, prefix, pair)
+
+            return await self._next(prefix, read, logprob_token_ids=pair)  # which vLLM then gives instead of the likeliest
 
         requests = zip(prefixes, pairs, strict=True)
         return await gather(request(list(map(int, prefix)), (int(a), int(b))) for prefix, (a, b) in requests)
 
-    async def _next(self, prefix: list[int], read: Callable[[Choice, str], T]) -> T:
+    async def _next(self, prefix: list[int], read: Callable[[Choice, str], T], **more: Any) -> T:
         """Ask for the next token's log-probabilities, at temperature 1."""
-        return await self._complete(
-            prefix, 1, read, temperature=1.0, logprobs=self.likeliest, return_tokens_as_token_ids=True, **_PLAIN
-        )
+        sampling = {"temperature": 1.0, "logprobs": self.likeliest, "return_tokens_as_token_ids": True, **_PLAIN, **more}
+        return await self._complete(prefix, 1, read, **sampling)
 
     async def _complete(self, ids: list[int], max_tokens: int, read: Callable[[Choice, str], T], **sampling: Any) -> T:
         """Send a request, and read its answer once it is checked."""
