@@ -139,6 +139,7 @@ class Guard:
         trained: Sequence[QuestionSet] = (),
         folder: Path | None = None,
         operating_point: str | float | None = None,
+        deadline: float | None = None,
     ) -> None:
         """Load the first guard of the config's evaluation, with guard.json of `folder`, to answer in `mode`; see `load`."""
         self.config, self.mode, self.trained = config, mode, tuple(trained)
@@ -151,7 +152,7 @@ class Guard:
         self._thread.start()
         self._open = AsyncExitStack()
         self._settings = config.evaluate or EvaluateConfig()
-        opened = loading.open_guard(self._settings.guards[0], config, self._settings)
+        opened = loading.open_guard(self._settings.guards[0], config, self._settings, deadline=deadline)
         try:
             unread = folder is None or (self.operating_point == WORDS and mode != AUTO)
             notes = [] if folder is None or unread else self._read_points(folder)
@@ -170,6 +171,7 @@ class Guard:
         tokenizer: str | Path | None = None,
         config: str | Path | None = None,
         operating_point: str | float | None = None,
+        deadline: float | None = None,
     ) -> Self:
         """Load a guard in jaxguard's format, or connect to a server that has one.
 
@@ -181,6 +183,8 @@ class Guard:
             config: a config of the run that trained it, for a model that is no export of jaxguard.
             operating_point: a name in the guard.json beside the weights: "f1", or a false-positive rate such as 0.01; "words" for
                 the words of the guard's answer. None takes "f1" where there is one for this policy and mode, else "words".
+            deadline: seconds after which a server's answer is of no use: it is asked once, and `model` may be several addresses
+                with commas between them. None: it is asked again and again, as suits offline work.
 
         Raises:
             JaxguardError: no such model, policy, mode or operating point, or a server that does not answer; mode "auto" without
@@ -225,7 +229,7 @@ class Guard:
             warnings.append(f"this model was trained to answer in {trained} mode only")
         if run is not None and not together:
             warnings.append(NOT_RECORDED)
-        return cls(load_config(tree), default, "; ".join(warnings), together, folder, operating_point)
+        return cls(load_config(tree), default, "; ".join(warnings), together, folder, operating_point, deadline)
 
     def _read_points(self, folder: Path) -> list[str]:
         """Take the operating points of a folder, and return notes. JaxguardError: guard.json is malformed."""

@@ -73,11 +73,16 @@ def trained_examples(config: Config) -> list[Example]:
 
 @asynccontextmanager
 async def open_guard(
-    guard: GuardConfig, config: Config, settings: EvaluateConfig, probabilities: bool = True
+    guard: GuardConfig,
+    config: Config,
+    settings: EvaluateConfig,
+    probabilities: bool = True,
+    deadline: float | None = None,
 ) -> AsyncIterator[Predictor]:
     """Load a guard, or connect to it, or start its server; everything is closed at the end.
 
-    The config is its run's, or that of the run that evaluates it. For `probabilities` see protocol.predict. JaxguardError: no
+    The config is its run's, or that of the run that evaluates it. For `probabilities` see protocol.predict, for `deadline`
+    open_sglang. JaxguardError: no
     such checkpoint, a server that does not answer or serves another model.
     """
     if guard.format in BASELINES:
@@ -115,12 +120,14 @@ async def open_guard(
                 about = await served(url, guard.api_key_env)
                 version = about.get("weight_version")
             if about.get("backend") == "openai":
-                other = await stack.enter_async_context(open_openai(url, model, settings, tokenizer, guard.api_key_env))
+                opened = open_openai(url, model, settings, tokenizer, guard.api_key_env, deadline)
+                other = await stack.enter_async_context(opened)
                 if other.likeliest is None and not settings.generations:
                     raise JaxguardError(f"{url} gives no log-probabilities: set evaluate.generations=1 or more")
                 backend, probabilities = other, probabilities and other.likeliest is not None
             else:
-                backend = await stack.enter_async_context(open_sglang(url, model, settings, version, guard.api_key_env))
+                native = open_sglang(url, model, settings, version, guard.api_key_env, deadline)
+                backend = await stack.enter_async_context(native)
         yield partial(predict, form=form, backend=backend, settings=settings, score=probabilities)
 
 

@@ -54,7 +54,7 @@ def _serve(options: argparse.Namespace) -> int:
         policy = str(folder / f"{policy}.yaml")
     choices = (policy, options.mode, options.tokenizer, options.config, options.operating_point)
     with _bind(options.host, options.port) as listener:
-        guard = Guard.load(options.model, *choices)
+        guard = Guard.load(options.model, *choices, deadline=options.timeout)
         if guard.warning:
             Console(stderr=True).print(Text(f"note: {guard.warning}", style="yellow"))
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)

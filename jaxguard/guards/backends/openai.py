@@ -10,6 +10,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Annotated, Any, Final, TypeVar
 
@@ -136,17 +137,32 @@ class OpenAIBackend:
             def read(choice: Choice, url: str) -> float:
                 return self._log_odds(choice, url, prefix, pair)
 
-            return await self._next(prefix, read, logprob_token_ids=pair)  # which vLLM then gives instead of the likeliest
+            return await self.next_token(
+                prefix, read, logprob_token_ids=pair
+            )  # which vLLM then gives instead of the likeliest
 
         requests = zip(prefixes, pairs, strict=True)
         return await gather(request(list(map(int, prefix)), (int(a), int(b))) for prefix, (a, b) in requests)
 
-    async def _next(self, prefix: list[int], read: Callable[[Choice, str], T], **more: Any) -> T:
+    async def next_token(self, prefix: list[int], read: Callable[[Choice, str], T], **more: Any) -> T:
         """Ask for the next token's log-probabilities, at temperature 1."""
-        sampling = {"temperature": 1.0, "logprobs": self.likeliest, "return_tokens_as_token_ids": True, **_PLAIN, **more}
+        sampling = {
+            "temperature": 1.0,
+            "logprobs": self.likeliest,
+            "return_tokens_as_token_ids": True,
+            **_PLAIN,
+            **more,
+        }
         return await self._complete(prefix, 1, read, **sampling)
 
-    async def _complete(self, ids: list[int], max_tokens: int, read: Callable[[Choice, str], T], **sampling: Any) -> T:
+    async def _complete(
+        self,
+        ids: list[int],
+        max_tokens: int,
+        read: Callable[[Choice, str], T],
+        only: Masked | None = None,
+        **sampling: Any,
+    ) -> T:
         """Send a request, and read its answer once it is checked."""
 
         def parse(reply: Reply, url: str) -> T:
@@ -178,7 +194,7 @@ class OpenAIBackend:
             "skip_special_tokens": False,
             **sampling,
         }
-        return await self.client.request("/v1/completions", body, Reply, parse)
+        return await self.client.request("/v1/completions", body, Reply, parse, only, tokens=len(ids))
 
     def _text(self, ids: list[int]) -> str:
         """A prompt as text, without what tokenizers put before a text by themselves. JaxguardError: its tokens would be others."""
@@ -244,19 +260,31 @@ async def open_openai(
     settings: EvaluateConfig,
     tokenizer: PreTrainedTokenizerBase,
     api_key_env: str = API_KEY,
+    deadline: float | None = None,
 ) -> AsyncIterator[OpenAIBackend]:
     """Connect to a server that runs, and try what it understands; `tokenizer` is the guard's.
 
-    As `open_sglang`; a `model` of None is the only one that it serves. JaxguardError: it does not answer, serves another model, or
+    As `open_sglang`; without a `model`, the first one that it serves. JaxguardError: it does not answer, serves another model, or
     its answers are no OpenAI-compatible completions.
     """
-    async with connect_server(url, settings.batch, api_key_env) as (client, server):
-        backend = OpenAIBackend(settings, client, tokenizer, await served_name(client, server, model))
-        yield await _tried(backend)
+    async with connect_server(url, settings.batch, api_key_env, deadline) as (client, server):
+        model = await served_name(client, server, model)
+        backend = await _tried(OpenAIBackend(settings, client, tokenizer, model), server)
+        for other in client.endpoints[1:]:
+            await _check(backend, other)
+        if deadline is not None:
+            client.canary = partial(_check, backend)
+        yield backend
 
 
-async def _tried(backend: OpenAIBackend) -> OpenAIBackend:
-    """The backend that asks as its server understands it."""
+async def _check(backend: OpenAIBackend, server: Masked) -> None:
+    """JaxguardError: a server does not answer, or not as the backend asks."""
+    if await _tried(backend, server) != backend:
+        raise JaxguardError(f"{server} does not understand the same requests as {backend.client.endpoints[0]}")
+
+
+async def _tried(backend: OpenAIBackend, server: Masked) -> OpenAIBackend:
+    """The backend that asks as a server understands it."""
     ids, refused = list(backend.tokenizer(PROBE).input_ids), None
     for as_text, likeliest in product((False, True), LIKELIEST):
         trial = replace(backend, as_text=as_text, likeliest=likeliest)
@@ -269,7 +297,7 @@ async def _tried(backend: OpenAIBackend) -> OpenAIBackend:
             return trial
 
         try:
-            return await trial._next(ids, read)
+            return await trial.next_token(ids, read, only=server)
         except RefusedError as error:
             refused = refused or error
     raise refused or AssertionError

@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -137,7 +138,7 @@ class SglangBackend:
                 seeds = [int.from_bytes(digest[:4], "big") >> 1 for digest in digests]
                 each = [{**sampling, "sampling_seed": seed} for seed in seeds]
                 body = {"input_ids": [prompt] * n, "sampling_params": each}
-            return self.client.request("/generate", body, Answers, parse)
+            return self.client.request("/generate", body, Answers, parse, tokens=n * len(prompt))
 
         return await gather(request(list(map(int, prompt))) for prompt in prompts)  # numpy's integers are no JSON
 
@@ -158,7 +159,7 @@ class SglangBackend:
                 "return_logprob": True,
                 "token_ids_logprob": pair,
             }
-            return self.client.request("/generate", body, Answers, parse)
+            return self.client.request("/generate", body, Answers, parse, tokens=len(prefix))
 
         requests = zip(prefixes, pairs, strict=True)
         return await gather(request(list(map(int, prefix)), list(map(int, pair))) for prefix, pair in requests)
@@ -171,19 +172,25 @@ async def open_sglang(
     settings: EvaluateConfig,
     version: str | None = None,
     api_key_env: str = API_KEY,
+    deadline: float | None = None,
 ) -> AsyncIterator[SglangBackend]:
     """Connect to a server that runs. The environment variable `api_key_env` holds the key, if it wants one.
+
+    A service gives a `deadline` in seconds, and may give several addresses with commas between them; see utils/client.py.
 
     The server must serve `model`, unless that is None; after `swap_weights` SGLang calls it by the new folder. The settings say
     how to sample, and how many requests may be under way; for `version` see SglangBackend. JaxguardError: it does not answer,
     or serves another model.
     """
-    async with connect_server(url, settings.batch, api_key_env) as (client, server):
-        await served_name(client, server, model)
+    async with connect_server(url, settings.batch, api_key_env, deadline) as (client, server):
+        for each in client.endpoints:
+            await served_name(client, each, model)
         seeded = False
         with suppress(JaxguardError):  # a router, or an older server, has no such path
             info = await client.request("/server_info", None, Fields, lambda body, _: body, server)
             seeded = info.get("enable_deterministic_inference") is True
+        if deadline is not None:
+            client.canary = partial(_probe, client, version)
         yield SglangBackend(settings, client, version, seeded)
 
 
@@ -218,15 +225,28 @@ async def swap_weights(url: str | Masked, folder: Path, version: str, api_key_en
     async with connect_server(url, 1, api_key_env) as (client, server):
         weights = {"model_path": str(folder.resolve()), "weight_version": version}
         await client.request("/update_weights_from_disk", weights, _Swap, check, server)
-        probe = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
-        await client.request("/generate", probe, Answers, lambda body, url: _answers(body, url, 1, version), server)
+        await _probe(client, version, server)
+
+
+async def _probe(client: Client, version: str | None, server: Masked) -> None:
+    """Have a server generate a token. JaxguardError: it does not, or with other weights."""
+
+    def check(answers: list[Answer], url: str) -> None:
+        if not all(answer.output_ids for answer in _answers(answers, url, 1, version)):
+            raise RetryableError(f"{url} generated nothing")
+
+    probe = {"input_ids": [0], "sampling_params": {"temperature": 0, "max_new_tokens": 1}}
+    await client.request("/generate", probe, Answers, check, server)
 
 
 @asynccontextmanager
-async def connect_server(url: str | Masked, requests: int, api_key_env: str) -> AsyncIterator[tuple[Client, Masked]]:
-    """A client of a server, for so many requests at a time, and its address."""
-    base = re.sub(r"(/v1)?/*$", "", revealed(url).strip())
-    async with connect((base,), Limiter(start=requests, most=requests), api_key_env=api_key_env) as client:
+async def connect_server(
+    url: str | Masked, requests: int, api_key_env: str, deadline: float | None = None
+) -> AsyncIterator[tuple[Client, Masked]]:
+    """A client of a server, or of several with commas between, for so many requests at a time, and the first one's address."""
+    urls = [re.sub(r"(/v1)?/*$", "", each.strip()) for each in re.split(r",(?=\s*https?://)", revealed(url))]
+    limiter = Limiter(start=requests, most=requests)
+    async with connect(urls, limiter, api_key_env=api_key_env, deadline=deadline) as client:
         yield client, client.endpoints[0]
 
 
