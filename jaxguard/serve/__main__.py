@@ -161,7 +161,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add(
         "--model",
         required=True,
-        help="an export, a run's folder, a repository on the hub, or an SGLang server's address",
+        help="an export, a run's folder, a repository on the hub, or the addresses of model servers with commas between them",
     )
     policy = add(
         "--policy", metavar="NAME|PATH", help="of requests that name none; without, that of the model's training"
