@@ -205,9 +205,7 @@ class Service:
             raise ServiceError(504, "deadline", f"no verdict within {seconds:g} s") from None
         finally:
             self.batcher.leave(jobs)
-        used = [
-            result.completion_tokens for job, result in zip(jobs, results, strict=True) if job.mode is Mode.REASONING
-        ]
+        used = [result.completion_tokens for result in results if result.decided_by is Mode.REASONING]
         for tokens in used:
             self._answer_tokens += (1 - _FORGET) * (tokens - self._answer_tokens)
         for budget in budgets:
@@ -255,10 +253,10 @@ class Service:
 
         ServiceError: 429: nothing is left of the key's budget; 503: of everybody's.
         """
-        tokens = sum(job.mode is Mode.REASONING for job in jobs) * max(1.0, self._answer_tokens)
+        tokens = sum(job.mode is not Mode.DIRECT for job in jobs) * max(1.0, self._answer_tokens)
         budgets = list[Budget]()
         for status, whose, budget in (
-            (429, "this key's", key and key.reasoning),
+            (429, "this key's", None if key is None else key.reasoning),
             (503, "the service's", self.reasoning),
         ):
             if not tokens or budget is None:
@@ -339,7 +337,7 @@ class Service:
                 self.batcher.cost[mode].add(sum(map(tokens_of, examples)), time.monotonic() - started)
                 if default and mode is self.mode and examples == [_CANARY]:
                     [self._canary] = results
-                if mode is Mode.REASONING:
+                if results[-1].decided_by is Mode.REASONING:
                     self._answer_tokens = results[-1].completion_tokens
 
     async def _keep_watch(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx2
@@ -39,7 +40,8 @@ class NullGuard:
         for example in examples:
             if error := self.fails(example.prompt):
                 raise error
-        results = [self.result(example, policy) for example in examples]
+        decided_by = Mode.REASONING if mode is Mode.REASONING else Mode.DIRECT
+        results = [replace(self.result(example, policy), decided_by=decided_by) for example in examples]
         return results[::-1] if self.shuffle else results
 
     def result(self, example, policy):

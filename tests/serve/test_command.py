@@ -23,7 +23,7 @@ def test_mistakes_are_code_2(capsys, tmp_path):
     for arguments, word in (
         ([], "--model"),
         (["--model", str(tmp_path / "gone"), "--port", "0"], "gone"),
-        (["--model", "m", "--mode", "auto"], "auto"),
+        (["--model", "m", "--mode", "careful"], "careful"),
         (["--model", "m", "--timeout", "0"], "--timeout"),
         (["--model", "m", "--port", "70000"], "70000"),
         (["--model", str(tmp_path / "gone"), "--port", "0", "--policy", "nosuch"], "nosuch"),
