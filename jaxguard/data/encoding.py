@@ -99,11 +99,15 @@ class PromptTooLongError(JaxguardError):
 
 
 class Prompt(NamedTuple):
-    """A prompt for generation: the user turn's text, its tokens in the chat template, whether text was truncated."""
+    """A prompt for generation: the user turn's text, its tokens in the chat template, whether text was truncated.
+
+    The first `shared` tokens are those of the policy, which other prompts share.
+    """
 
     turn: str
     ids: list[int]
     cut: bool
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,14 +253,16 @@ class Encoder:
             SpecialTokenError: the text contains a special token that could not be escaped.
         """
         policy = policy_for(example, default or self.policy)
-        turn = self._turn(example, policy, asks or policy.asks, mode)
+        asks = asks or policy.asks
+        turn = self._turn(example, policy, asks, mode)
         fitted = self._fit(turn, self.ids(turn.prompt), self.max_seq_len - answer_tokens)
         if fitted is None:
             raise PromptTooLongError(
                 f"example {example.id!r}: its policy leaves no space for text in {self.max_seq_len} tokens"
                 + (f" less {answer_tokens} for the answer" if answer_tokens else "")
             )
-        return fitted
+        prefix = np.frombuffer(self._shared_prefix(policy, asks, mode, fitted.ids), np.int32)
+        return fitted._replace(shared=len(prefix))
 
     def min_tokens(self, policy: Policy) -> int:
         """Return the length of the shortest useful sequence under a policy, with its verdict but no trace."""

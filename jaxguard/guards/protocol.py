@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol
 
+import numpy as np
 from pydantic import StrictFloat
 
 from jaxguard.config.evaluate import EvaluateConfig
@@ -38,13 +39,15 @@ class UnsupportedError(JaxguardError):
 class Request:
     """One example, and the questions about it; the example's labels are for the scorer only.
 
-    An example without a policy of its own is judged by `policy`, where that is None by the format's.
+    An example without a policy of its own is judged by `policy`, where that is None by the format's. `growing`: the next request has
+    more of the same text, as of a response that is still written, so what is computed is kept.
     """
 
     example: Example
     questions: tuple[Question, ...]
     mode: Mode
     policy: Policy | None = None
+    growing: bool = False
 
     def only(self, question: Question) -> "Request":
         """The same request with a single question."""
@@ -128,10 +131,14 @@ class DecisionPoint:
 
 
 class Prompt(NamedTuple):
-    """Token ids that generation starts from; `cut`: untrusted text was left out to fit the model."""
+    """Token ids that generation starts from; `cut`: untrusted text was left out to fit the model.
+
+    The first `shared` ids come before any text, so that other prompts share them.
+    """
 
     ids: tuple[int, ...]
     cut: bool = False
+    shared: int = 0
 
 
 class PromptFormat(Protocol):
@@ -189,6 +196,12 @@ class Backend(Protocol):
         What is not finite makes no prediction.
         """
 
+    async def declare(self, beginnings: Sequence[Sequence[int]], /) -> None:
+        """Say with what prompts begin, each time that one does. It is for speed only.
+
+        What is declared again, or continues what was declared before, may be computed apart and kept.
+        """
+
     @property
     def group(self) -> int:
         """Requests in a batch."""
@@ -196,6 +209,13 @@ class Backend(Protocol):
     @property
     def workers(self) -> int:
         """Batches under way at once."""
+
+
+def common_length(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
+    """Tokens that both sequences begin with."""
+    shorter = min(len(a), len(b))
+    differ = np.flatnonzero(np.not_equal(a[:shorter], b[:shorter]))
+    return int(differ[0]) if len(differ) else shorter
 
 
 def sample_digest(seed: int, prompt: Sequence[int], sample: int) -> bytes:
@@ -247,6 +267,8 @@ async def _predict_batch(
     started = time.monotonic()
     groups = [[_Part(part, form.prompt(part)) for part in form.split(request)] for request in requests]
     parts = [part for group in groups for part in group]
+    growing = [part.prompt.ids for part in parts if part.request.growing]
+    await backend.declare([*(part.prompt.ids[: part.prompt.shared] for part in parts), *growing])
     if settings.generations:
         await _generate(parts, form, backend, settings)
     sampled = time.monotonic()

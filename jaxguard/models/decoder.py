@@ -84,12 +84,19 @@ class Decoder(nnx.Module):
         return self._run(tokens_BT, positions_BT, attend_kind, None)[0]
 
     def cached(
-        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Sequence[Cache] = ()
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        caches: Sequence[Cache] = (),
+        ends_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Compute the hidden states of tokens that also see those in the caches, and the cache of these tokens alone.
 
         Nothing is appended: a sequence may span several caches, and several rows may share one: row a of a cache of A rows serves
         rows a B/A to (a + 1) B/A - 1. A position is that of a token in its sequence, FAR for padding. Attention is XLA's.
+
+        A row may hold several sequences, and what they share once, as trees in depth-first order: `ends_BT` is then the last
+        index in the row of a token that continues this one, its own where none does.
         """
         windows = jnp.asarray([FAR if kind.window is None else kind.window for kind in self.spec.kinds])
 
@@ -98,7 +105,9 @@ class Decoder(nnx.Module):
             parts = [(k, v, cache.positions_AS) for (k, v), cache in zip(earlier, caches, strict=True)]
             parts.append((*new, positions_BT))
             scale, chunk = self.spec.query_scale, self.compute.query_chunk
-            return attend_cached(query, positions_BT, parts, window=windows[kind], scale=scale, chunk=chunk), new
+            return attend_cached(
+                query, positions_BT, parts, window=windows[kind], scale=scale, chunk=chunk, ends_BT=ends_BT
+            ), new
 
         earlier = [(cache.key_LAKSH, cache.value_LAKSH) for cache in caches]
         hidden_BTD, (key_LBKTH, value_LBKTH) = self._run(tokens_BT, positions_BT, attend_caches, earlier)

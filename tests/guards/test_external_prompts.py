@@ -65,6 +65,15 @@ Safe or unsafe?<|eot_id|><|start_header_id|>assistant<|end_header_id|>"""
     )
 
 
+@pytest.mark.parametrize("kind", ["llama_guard", "wildguard"])
+def test_prompts_know_what_those_of_other_texts_begin_with(form, kind):
+    own = form(kind)
+    one, other = (own.prompt(asked(example=replace(ALONE, prompt=text))) for text in ("Bread?", "a cake"))
+    assert 0 < one.shared == other.shared < len(other.ids)
+    assert one.ids[: one.shared] == other.ids[: other.shared]
+    assert "cake" not in own.text(other.ids[: other.shared])
+
+
 def test_wildguard_is_shown_the_prompt_of_its_card(form):
     for question in ("prompt_harm", "response_harm", "response_refusal"):
         assert shown(form("wildguard"), asked(question)) == WILDGUARD.format(response="Mix flour and water.")

@@ -1,4 +1,4 @@
-"""Log-odds of packed prompts against those of each prompt alone."""
+"""Log-odds of prompts that share what is computed, against those of each prompt alone."""
 
 import asyncio
 
@@ -10,8 +10,9 @@ import pytest
 from jaxguard.config import load
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.train import MeshConfig
-from jaxguard.data.packing import pack, packed_tokens
-from jaxguard.guards.backends.jax import _sequences, load_backend, next_log_odds, place_model, precision
+from jaxguard.guards.backends.jax import load_backend, precision
+from jaxguard.guards.backends.jax_model import PrefixCache, place_model
+from jaxguard.guards.backends.jax_scoring import _calls, _packed, _Tree, next_log_odds, shapes
 from jaxguard.models import compute
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder
@@ -20,6 +21,9 @@ from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialize
 from jaxguard.utils.errors import JaxguardError
 
+LONGEST = 200
+OWN = 1 + 25 + 64
+"""Tokens of the tree after what all begin with, where a prompt of one token more is a tree of its own."""
 PAIRS = [(7, 300), (8, 9), (7, 300), (11, 12), (300, 7), (40, 41), (42, 43)]
 
 
@@ -42,57 +46,143 @@ def weights(spec):
     return {path: x if "norm" in path else 6 * x for path, x in initialize(spec, jax.random.key(0)).items()}
 
 
-@pytest.fixture(scope="module")
-def alone(spec, weights):
-    """Log-odds of each prompt of the tree in a row of its own."""
-    longest = max(map(len, tree()))
-    rows = jnp.asarray([prompt + [0] * (longest - len(prompt)) for prompt in tree()])
+def reference(spec, weights, prompts, pairs):
+    """Log-odds of prompts, each in a row of its own, by the forward pass of training."""
+    rows = jnp.asarray([[*prompt, *[0] * (LONGEST - len(prompt))] for prompt in prompts])
 
     @jax.jit
     def logits(weights, rows):
         decoder = Decoder(spec, weights, Compute())
         return decoder.logits(decoder(rows))
 
-    found = logits(weights, rows)
-    return [float(row[len(p) - 1, a] - row[len(p) - 1, b]) for row, p, (a, b) in zip(found, tree(), PAIRS, strict=True)]
+    of_all = logits(weights, rows)
+    return [
+        float(row[len(p) - 1, a] - row[len(p) - 1, b]) for row, p, (a, b) in zip(of_all, prompts, pairs, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("attention", ["xla", "block_sparse"])
-@pytest.mark.parametrize("max_seq_len", [64, 256])
-def test_packed_prompts_have_the_odds_of_each_alone(spec, weights, alone, attention, max_seq_len):
-    """Gemma's window of 16 ends inside the prompts; the shorter rows hold one sequence, the longer ones all."""
-    model = place_model(spec, weights, Compute(attention=attention, query_chunk=32))
-    found = next_log_odds(model, tree(), PAIRS, max_seq_len=max_seq_len)
-    assert found == pytest.approx(alone, abs=2e-5)
-    assert np.ptp(found) > 1
+@pytest.fixture(scope="module")
+def alone(spec, weights):
+    return reference(spec, weights, tree(), PAIRS)
+
+
+@pytest.mark.parametrize("most_tokens", [pytest.param(64, marks=pytest.mark.slow), 256])
+def test_prompts_have_the_odds_of_each_alone(spec, weights, alone, most_tokens):
+    """Gemma's window of 16 ends inside the prompts. In a row, what they share is computed once; declared twice, not again."""
+    kept, computed = PrefixCache(place_model(spec, weights, Compute(query_chunk=32))), []
+    for _ in range(4):
+        odds = next_log_odds(kept, tree(), PAIRS, most_tokens=most_tokens)
+        assert odds == pytest.approx(alone, abs=2e-5)
+        assert np.ptp(odds) > 1
+        kept.declare([tree()[0][:37]])
+        computed.append(kept.computed - sum(computed))
+    together = 37 + OWN - 1 if most_tokens == 256 else computed[0]
+    assert computed == [together, together + 37, OWN, OWN]
 
 
 @pytest.mark.parametrize("shape", [MeshConfig(data=8, fsdp=1), MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_on_a_mesh_too(spec, weights, alone, shape):
     mesh = make_mesh(shape, jax.devices()[:8])
     placed = jax.device_put(weights, weight_shardings(spec, mesh))
-    model = place_model(spec, placed, Compute(attention="block_sparse", query_chunk=32), mesh)
-    found = next_log_odds(model, tree(), PAIRS, max_seq_len=128)
-    assert found == pytest.approx(alone, abs=2e-5)
+    kept = PrefixCache(place_model(spec, placed, Compute(attention="block_sparse", query_chunk=32), mesh))
+    kept.declare([tree()[0][:37]] * 2)
+    assert next_log_odds(kept, tree(), PAIRS, most_tokens=128) == pytest.approx(alone, abs=2e-5)
+    assert kept.reused > 0
 
 
-def test_what_prompts_share_is_computed_once():
-    """Of a row; and a prompt that another goes on from costs nothing."""
-    prompts = tree()
-    packed = _sequences(prompts)
-    assert sorted(len(ends) for _, ends in packed) == [1, 1, 2, 3]
-    [row] = pack([sequence for sequence, _ in packed], 512, 1)
-    # head; the second copy of a prompt; the rest of the two longest; the other; and a token to predict after each.
-    assert packed_tokens(row) == 37 + 40 + (60 + 2) + (60 + 3) + 25 + 4
-    assert sum(map(len, prompts)) == 550
+def random_prompts(random, heads, texts):
+    """Prompts of a few checks: a policy, a text or the beginning of one, and branches of an answer."""
+    prompts = []
+    for _ in range(random.integers(1, 4)):
+        head, text = heads[random.integers(len(heads))], texts[random.integers(len(texts))]
+        text = text[: random.integers(1, len(text) + 1)] if random.random() < 0.5 else text
+        branches = [random.integers(5, 7, random.integers(0, 9)).tolist() for _ in range(random.integers(1, 4))]
+        prompts += [[*head, *text, *branch] for branch in branches]
+    return prompts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [6, 60])
+def test_odds_depend_neither_on_the_batch_nor_on_what_is_kept(spec, weights, rounds):
+    """Policies that begin alike, texts that are there twice, grow or begin others, in a cache that drops some of them."""
+    random = np.random.default_rng(rounds)
+    head = random.integers(5, 400, 60).tolist()
+    heads = [head, head[:45] + random.integers(5, 400, 20).tolist(), random.integers(5, 400, 40).tolist()]
+    texts = [random.integers(5, 400, n).tolist() for n in (1, 20, 45, 90)]
+    model = place_model(spec, weights, Compute(query_chunk=32))
+    token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
+    kept = PrefixCache(model, most_bytes=200 * token)
+    prompts, pairs, odds = [], [], []
+    for _ in range(rounds):
+        own = random_prompts(random, heads, texts)
+        begin = own[0][: random.integers(20, len(own[0]) + 1)]
+        kept.declare([heads[random.integers(3)], *([begin] * int(random.integers(3)))])
+        assert kept.bytes <= kept.most_bytes
+        prompts += own
+        pairs += random.integers(5, 400, (len(own), 2)).tolist()
+        odds += next_log_odds(kept, own, pairs[-len(own) :], most_tokens=128)
+    assert kept.reused > kept.computed / 4
+    assert odds == pytest.approx(reference(spec, weights, prompts, pairs), abs=2e-5)
+    again = next_log_odds(PrefixCache(model), prompts, pairs, most_tokens=512)
+    assert odds == pytest.approx(again, abs=1e-5)
+
+
+def test_a_growing_text_costs_its_new_tokens_and_is_kept_once(spec, weights):
+    kept = PrefixCache(place_model(spec, weights, Compute(query_chunk=32)))
+    text, end = np.random.default_rng(1).integers(10, 400, 124).tolist(), [9, 8, 7]
+    prompts, odds = [[*text[:length], *end, 6, 5] for length in (106, 115, 124)], []
+    kept.declare([text[:97]] * 2)
+    for prompt in prompts:
+        before = kept.computed
+        kept.declare([text[:97], prompt[:-2]])
+        odds += next_log_odds(kept, [prompt], PAIRS[:1], most_tokens=128)
+        assert kept.computed - before == 9 + len(end) + 2
+    assert kept.tokens == 97 + 124 + len(end)
+    assert odds == pytest.approx(reference(spec, weights, prompts, PAIRS[:1] * 3), abs=2e-5)
+
+
+def test_what_is_used_least_goes_first(spec, weights):
+    """There is room for two; what is larger than both is not kept."""
+    model = place_model(spec, weights, Compute(query_chunk=32))
+    one, other, third = (np.random.default_rng(i).integers(5, 400, 40).tolist() for i in range(3))
+    kept = PrefixCache(model)
+    kept.declare([one] * 2)
+    kept = PrefixCache(model, most_bytes=2 * kept.bytes)
+    kept.declare([one, other] * 2)
+    next_log_odds(kept, [[*one, 7]], PAIRS[:1], most_tokens=64)
+    kept.declare([third] * 2)
+    before = kept.computed
+    next_log_odds(kept, [[*one, 7], [*third, 7], [*other, 7]], PAIRS[:3], most_tokens=64)
+    assert kept.computed - before == 1 + 1 + 41
+    kept.declare([[5] * 500] * 2)
+    assert kept.tokens == len(one) + len(third)
 
 
 def test_no_prompts_an_empty_one_and_one_too_long(spec, weights):
-    model = place_model(spec, weights, Compute())
-    assert next_log_odds(model, [], [], max_seq_len=64) == []
+    kept = PrefixCache(place_model(spec, weights, Compute()))
+    assert next_log_odds(kept, [], [], most_tokens=64) == []
     for prompt, message in (([], "prompt 1 has no tokens"), ([5] * spec.max_position_embeddings, "shorten it")):
         with pytest.raises(JaxguardError, match=message):
-            next_log_odds(model, [[5], prompt], PAIRS[:2], max_seq_len=64)
+            next_log_odds(kept, [[5], prompt], PAIRS[:2], most_tokens=64)
+
+
+@pytest.mark.parametrize("row_multiple", [1, 4])
+@pytest.mark.parametrize("most_tokens", [200, 1024, 3000])
+def test_calls_have_few_shapes(row_multiple, most_tokens):
+    random = np.random.default_rng(0)
+    known = shapes(most_tokens, row_multiple)
+    assert len(known) == len(set(known)) <= 24
+    for _ in range(100):
+        lengths = random.integers(1, min(most_tokens, random.integers(2, 3001)), random.integers(1, 40))
+        trees = [_Tree(tokens=[0] * int(n), targets={i: 0}) for i, n in enumerate(lengths)]
+        calls = list(_calls(_packed(trees), most_tokens, row_multiple))
+        assert sorted(i for rows, _ in calls for row in rows for tree in row for i in tree.targets) == [
+            *range(len(trees))
+        ]
+        for rows, (count, length) in calls:
+            assert (count, length) in known
+            assert len(rows) <= count < len(rows) + row_multiple
+            assert max(sum(len(tree.tokens) for tree in row) for row in rows) <= length
 
 
 def test_a_cpu_scores_in_float32_whatever_training_rounds(tiny_config, tiny_checkpoint, tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
 from jaxguard.data.prepare import prepare
 from jaxguard.data.questions import QuestionSet
-from jaxguard.guards.backends.jax import JaxBackend, place_model
+from jaxguard.guards.backends.jax import JaxBackend
+from jaxguard.guards.backends.jax_model import PrefixCache, place_model
 from jaxguard.guards.formats.native import MOST_TOKENS, NativeFormat, context_tokens
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request, UnsupportedError, predict
 from jaxguard.models.compute import Compute
@@ -148,7 +149,7 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
     _, predictions = Validation(held, batch_size=4, max_seq_len=512, row_multiple=1).run(program, weights)
     encoder = Encoder.load(tiny_checkpoint, config.data)
     settings = EvaluateConfig(generations=0, ask="benchmark", batch=8)
-    backend = JaxBackend(place_model(spec, weights, Compute()), settings, max_seq_len=256)
+    backend = JaxBackend(PrefixCache(place_model(spec, weights, Compute())), settings, most_tokens=256)
     form = NativeFormat(encoder, settings)
     known = {example.id: example for example, _, _ in held}
 

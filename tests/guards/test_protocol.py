@@ -24,6 +24,7 @@ class Script:
     group: int = 2
     workers: int = 1
     asked: list[tuple[str, int, int]] = field(default_factory=list)
+    declared: list[str] = field(default_factory=list)
     broken: str = ""
 
     async def sample(self, prompts, n, max_tokens, stop_ids):
@@ -37,6 +38,9 @@ class Script:
         self.asked.append((prompt, n, limit))
         said = self.says[prompt][i]
         return Completion(tuple(map(ord, said[:limit])), len(said) < limit)
+
+    async def declare(self, beginnings):
+        self.declared += map(text, beginnings)
 
     async def log_odds(self, prefixes, pairs):
         assert all(pair == (ord("+"), ord("-")) for pair in pairs)
@@ -57,7 +61,7 @@ class Signs:
         return (request,)
 
     def prompt(self, request):
-        return Prompt(tuple(map(ord, request.example.id)), cut=request.example.id == "y")
+        return Prompt(tuple(map(ord, request.example.id)), cut=request.example.id == "y", shared=1)
 
     def text(self, ids):
         return text(ids)
@@ -240,6 +244,20 @@ def test_one_generation_answers_all_questions():
     assert found.probabilities["prompt_harm"] == pytest.approx(0.2)
     assert found.probabilities["response_harm"] == pytest.approx(0.2 * 0.9 + 0.8 * 0.3)
     assert counted == [3]  # what the questions share is computed once
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_what_prompts_share_and_a_growing_text_are_declared(growing):
+    requests = [
+        Request(Example(name, "made up", "bread?"), ("prompt_harm",), Mode.DIRECT, growing=growing) for name in ("xy", "xz")
+    ]
+    backend = Script(odds={key: 0.0 for name in ("xy", "xz") for key in direct_odds(name)})
+
+    async def run():
+        return [p async for p in predict(requests, Signs(), backend, EvaluateConfig(generations=0))]
+
+    asyncio.run(run())
+    assert backend.declared == ["x", "x", *(["xy", "xz"] if growing else [])]
 
 
 def test_a_request_waits_for_its_batch():

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from jaxguard.config.train import MeshConfig
-from jaxguard.guards.backends.jax import Sampling, draw, generate, nucleus, place_model
+from jaxguard.guards.backends import jax as sampler
+from jaxguard.guards.backends.jax import Sampling, draw, nucleus
+from jaxguard.guards.backends.jax_model import PrefixCache, place_model, prefill
 from jaxguard.models.compute import Compute
 from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.sharding import make_mesh, weight_shardings
@@ -21,6 +23,15 @@ from jaxguard.utils.errors import JaxguardError
 COMPUTE = Compute(query_chunk=16)
 GREEDY = Sampling(temperature=0, max_tokens=24)
 HOT = Sampling(temperature=1.0, top_p=0.9, max_tokens=12, n=3)
+
+
+def generate(model, prompts, sampling, rows=32, shared=0):
+    """Sample with a cache that keeps the first `shared` tokens of the first prompt."""
+    kept = PrefixCache(model)
+    kept.declare([prompts[0][:shared]] * 2 if prompts else [])
+    completions = sampler.generate(kept, prompts, sampling, rows=rows)
+    assert kept.reused >= shared
+    return completions
 
 
 def ragged(lengths=(70, 41, 90, 42, 77), shared: int = 37, seed: int = 0) -> list[list[int]]:
@@ -92,23 +103,23 @@ def reference(torch, model, prompt, max_tokens: int) -> list[int]:
 @pytest.mark.slow
 def test_a_prompt_is_answered_in_a_batch_as_alone(model):
     prompts = ragged()
-    together = generate(model, prompts, HOT)
-    assert together == [generate(model, [prompt], HOT, share_prefix=False)[0] for prompt in prompts]
+    together = generate(model, prompts, HOT, shared=37)
+    assert together == [generate(model, [prompt], HOT)[0] for prompt in prompts]
     for rows in (6, 4):  # all of one batch, and one that is left over
-        assert together == generate(model, prompts[::-1], HOT, rows=rows)[::-1]
+        assert together == generate(model, prompts[::-1], HOT, rows=rows, shared=37)[::-1]
 
 
 @pytest.mark.slow
 def test_a_shared_prefix_changes_no_token(model):
-    for prompts in (ragged(), ragged(shared=1), ragged((38, 38, 38, 38, 38))):
-        assert generate(model, prompts, HOT) == generate(model, prompts, HOT, share_prefix=False)
+    for prompts, shared in ((ragged(), 37), (ragged(), 60), (ragged((38, 38, 38, 38, 38)), 38)):
+        assert generate(model, prompts, HOT, shared=shared) == generate(model, prompts, HOT)
 
 
 def test_a_prompt_may_be_the_beginning_of_another_or_a_single_token(model):
     [prompt] = ragged([50])
     prompts = [prompt[:1], prompt[:20], prompt, prompt]
     completions = generate(model, prompts, GREEDY)
-    assert completions == [generate(model, [p], GREEDY, share_prefix=False)[0] for p in prompts]
+    assert completions == [generate(model, [p], GREEDY)[0] for p in prompts]
     assert len(set(completions[2] + completions[1] + completions[0])) == 3
 
 
@@ -155,19 +166,17 @@ def test_eight_devices_answer_as_one(model, sizes):
     mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
     prompts = ragged()
     cut = random_model(model.spec, mesh)
-    assert generate(cut, prompts, GREEDY) == generate(model, prompts, GREEDY)
-    assert generate(cut, prompts, HOT) == generate(model, prompts, HOT)
+    assert generate(cut, prompts, GREEDY, shared=37) == generate(model, prompts, GREEDY)
+    assert generate(cut, prompts, HOT, shared=37) == generate(model, prompts, HOT)
     assert len(cut.weights["layers.up_proj"].sharding.device_set) == 8
 
 
 def test_few_programs_serve_many_lengths(model):
-    from jaxguard.guards.backends import jax as sampler
-
-    generate(model, ragged((70, 41)), GREEDY, rows=2)
-    before = sampler._prefill._cache_size(), sampler._decode._cache_size()
+    generate(model, ragged((70, 41)), GREEDY, rows=2, shared=37)
+    before = prefill._cache_size(), sampler._decode._cache_size()
     for lengths in ((72, 48), (71, 44), (80, 80, 75, 45)):
-        generate(model, ragged(lengths, seed=3), GREEDY, rows=2)
-    assert (sampler._prefill._cache_size(), sampler._decode._cache_size()) == before
+        generate(model, ragged(lengths, seed=3), GREEDY, rows=2, shared=37)
+    assert (prefill._cache_size(), sampler._decode._cache_size()) == before
 
 
 @pytest.mark.slow

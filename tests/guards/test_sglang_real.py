@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 import sglang_server
 from jaxguard.config.evaluate import EvaluateConfig, ServerConfig
-from jaxguard.guards.backends.jax import Sampling, generate, place_model
+from jaxguard.guards.backends.jax import Sampling, generate
+from jaxguard.guards.backends.jax_model import PrefixCache, place_model
 from jaxguard.guards.backends.sglang import open_sglang, serve, swap_weights
 from jaxguard.guards.protocol import Completion
 from jaxguard.models.compute import Compute
@@ -100,7 +101,7 @@ def draw(url, given, n=1, max_tokens=NEW, stop_ids=(END,), **how):
 def ours(path, given, max_tokens=NEW, stop_ids=(END,)):
     spec = read_spec(path)
     model = place_model(spec, read_weights(path, spec), Compute(query_chunk=16))
-    return generate(model, given, Sampling(temperature=0, max_tokens=max_tokens, stop_ids=stop_ids))
+    return generate(PrefixCache(model), given, Sampling(temperature=0, max_tokens=max_tokens, stop_ids=stop_ids))
 
 
 def theirs(path, given, max_tokens=NEW, stop=END):

@@ -101,6 +101,7 @@ def write(workload: str, examples: Sequence[Example]) -> Path:
     mode = Mode.REASONING if answers else Mode.DIRECT
     requests = [Request(e, ("prompt_harm" if e.prompt_label else "response_harm",), mode) for e in examples]
     job: dict[str, Any] = {"model": str(MODEL), "new_tokens": NEW_TOKENS if answers else 0, "stop_ids": form.stop_ids}
+    job["shared"] = [form.prompt(request).shared for request in requests]
     if answers:
         job |= {"prompts": [form.prompt(request).ids for request in requests], "pairs": []}
     else:
@@ -136,6 +137,7 @@ async def _do(job: dict[str, Any], backend: str) -> Result:
 
 async def _answer(job: dict[str, Any], backend: Backend) -> Result:
     started = time.perf_counter()
+    await backend.declare([prompt[:shared] for prompt, shared in zip(job["prompts"], job["shared"], strict=True)])
     if job["new_tokens"]:
         sampled = await backend.sample(job["prompts"], 1, job["new_tokens"], tuple(job["stop_ids"]))
         odds, answers = [], [list(completion.tokens) for [completion] in sampled]

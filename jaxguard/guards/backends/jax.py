@@ -1,16 +1,14 @@
 """A Backend that computes in this process with our own decoder, over the training mesh.
 
-Generation: the common prefix of all prompts is computed once, for one row; each batch then computes the rest of its prompts, which
-the samples of a prompt share. Generated tokens go into a third cache, so that none is copied or overwritten. Samples depend on the
-seed, the prompt's tokens and the sample's number only: neither on the batch nor on the order of prompts.
-
-Log-odds of two next tokens are computed as in training: packed prompts, their common prefix once, the same kernels.
+What prompts share is kept from call to call (jax_model.PrefixCache), for log-odds (jax_scoring.py) as for generation: each
+batch computes the rest of its prompts, which the samples of a prompt share. Generated tokens go into a third cache, so that none is
+copied or overwritten. Samples depend on the seed, the prompt's tokens and the sample's number only: neither on the batch nor on the
+order of prompts.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,24 +16,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.data.encoding import EncodedExample
-from jaxguard.data.format.dialogue import Mode
-from jaxguard.data.packing import KERNEL_MULTIPLE, Batch, assemble, bucket_size, bucketed, pack
+from jaxguard.data.packing import bucket_size
+from jaxguard.guards.backends.jax_model import Model, Prefix, PrefixCache, check_prompts, place_model, prefill
+from jaxguard.guards.backends.jax_scoring import next_log_odds, warm_up
 from jaxguard.guards.protocol import Completion, sample_digest
 from jaxguard.models import sharding
 from jaxguard.models.attention.attend import FAR
-from jaxguard.models.compute import Compute, choose_compute
-from jaxguard.models.decoder import Cache, Decoder
+from jaxguard.models.compute import choose_compute
+from jaxguard.models.decoder import Cache
 from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.sharding import constrain
-from jaxguard.models.spec import Spec, UnsupportedModelError, read_spec
-from jaxguard.models.weights import table
+from jaxguard.models.spec import UnsupportedModelError, read_spec
 from jaxguard.utils.errors import JaxguardError
+
+WARM_TOKENS = 1024
+"""Tokens of the largest call that a warm-up compiles."""
 
 LENGTH_MULTIPLE = 32
 
@@ -62,63 +61,13 @@ class Sampling:
     n: int = 1
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Model:
-    """A decoder ready to generate, made by `place_model`: a pytree of its weights."""
-
-    weights: dict[str, Array]
-    spec: Spec = field(metadata={"static": True})
-    compute: Compute = field(metadata={"static": True})
-    mesh: Mesh | None = field(metadata={"static": True})
-
-    @property
-    def decoder(self) -> Decoder:
-        return Decoder(self.spec, self.weights, self.compute)
-
-    def put(self, tree: Any, *, whole: bool = False) -> Any:
-        """Put arrays on the devices: rows over data and fsdp, or everything on each."""
-        if self.mesh is None:
-            return jax.tree.map(jnp.asarray, tree)
-        return sharding.shard_batch(
-            tree, sharding.replicated(self.mesh) if whole else sharding.batch_sharding(self.mesh)
-        )
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """The mesh and the precision of matmuls as the context's, while programs run."""
-        with nullcontext() if self.mesh is None else jax.set_mesh(self.mesh), self.compute.matmuls():
-            yield
-
-    @property
-    def row_multiple(self) -> int:
-        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
-
-def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh: Mesh | None = None) -> Model:
-    """Cast to the compute type and gather over fsdp, once instead of at each token; tensor stays sharded.
-
-    The weights are anywhere on the mesh; without one, on the default device.
-    """
-    placed = {}
-    for entry in table(spec):
-        weight = weights[entry.path]
-        if "norm" not in entry.axes:
-            weight = weight.astype(compute.matmul_dtype or compute.dtype)
-        if mesh is not None:
-            spread = sharding.partition(entry.axes, weight.shape, mesh.shape, without="fsdp")
-            weight = jax.device_put(weight, NamedSharding(mesh, spread))
-        placed[entry.path] = weight
-    return Model(placed, spec, replace(compute, remat="none"), mesh)
-
-
 @dataclass(frozen=True)
 class JaxBackend:
-    """Implements protocol.Backend; `max_seq_len` is that of the packed rows in which verdicts are scored."""
+    """Implements protocol.Backend; each device scores verdicts in rows of about `most_tokens` tokens together."""
 
-    model: Model
+    kept: PrefixCache
     settings: EvaluateConfig
-    max_seq_len: int
+    most_tokens: int
     workers: int = 1
 
     @property
@@ -130,10 +79,17 @@ class JaxBackend:
     ) -> list[list[Completion]]:
         settings = self.settings
         sampling = Sampling(settings.temperature, settings.top_p, max_tokens, stop_ids, settings.seed, n)
-        return generate(self.model, prompts, sampling, rows=settings.batch)
+        return generate(self.kept, prompts, sampling, rows=settings.batch)
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
-        return next_log_odds(self.model, prefixes, pairs, max_seq_len=self.max_seq_len)
+        return next_log_odds(self.kept, prefixes, pairs, most_tokens=self.most_tokens)
+
+    async def declare(self, beginnings: Sequence[Sequence[int]], /) -> None:
+        self.kept.declare(beginnings)
+
+    def warm_up(self) -> None:
+        """Compile what scores few checks at a time, after the prefixes that are kept now."""
+        warm_up(self.kept, min(self.most_tokens, WARM_TOKENS))
 
 
 def precision(config: Config) -> str:
@@ -158,77 +114,64 @@ def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxB
     # Weights that a CPU's products round to bfloat16, as training does for speed, are off alike in all examples: a bias.
     compute = replace(compute, matmul_dtype=None)
     weights = read_weights(folder, spec, sharding.weight_shardings(spec, mesh), compute.dtype)
-    return JaxBackend(place_model(spec, weights, compute, mesh), settings, config.data.max_seq_len)
+    return JaxBackend(PrefixCache(place_model(spec, weights, compute, mesh)), settings, config.data.max_seq_len)
 
 
 def generate(
-    model: Model, prompts: Sequence[Sequence[int]], sampling: Sampling, *, rows: int = 32, share_prefix: bool = True
+    kept: PrefixCache, prompts: Sequence[Sequence[int]], sampling: Sampling, *, rows: int = 32
 ) -> list[list[Completion]]:
     """Sample `sampling.n` completions of each prompt, in the prompts' order, about `rows` of them at the same time.
 
-    The completions are the same without `share_prefix`, which computes the common prefix of all prompts once. JaxguardError: a
-    prompt is empty, or too long for the model, or the model's hidden states are not finite.
+    JaxguardError: a prompt is empty, or too long for the model, or the model's hidden states are not finite.
     """
+    model = kept.model
     check_prompts(model.spec, prompts, sampling.max_tokens)
-    if not prompts:
-        return []
-    prefix = common_prefix(prompts) if share_prefix else 0
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    size = bucket_size(min(max(1, rows // sampling.n), len(prompts)), model.row_multiple)
-    rows_at_once = model.row_multiple * math.ceil(size / model.row_multiple / PREFILLS)
     completions: dict[int, list[Completion]] = {}
-    with model.running():
-        shared: tuple[Cache, ...] = ()
-        if prefix:
-            tokens, positions, _ = _rows([prompts[0][:prefix]], 0, 1)
-            shared = (_prefill(model, (), *model.put((tokens, positions), whole=True), None)[1],)
+    for prefix, group in kept.groups(prompts):
+        kept.computed += sum(len(prompts[i]) - prefix.length for i in group)
+        kept.reused += prefix.length * len(group)
+        order = sorted(group, key=lambda i: -len(prompts[i]))
+        size = bucket_size(min(max(1, rows // sampling.n), len(order)), model.row_multiple)
         for batch in (order[start : start + size] for start in range(0, len(order), size)):
-            parts, ends = [], []
-            for first in range(0, size, rows_at_once):  # longest first; rows without a prompt are done from the start
-                suffixes = [prompts[i][prefix:] for i in batch[first : first + rows_at_once]]
-                tokens, positions, lengths = _rows(suffixes, prefix, min(rows_at_once, size - first))
-                parts.append(_prefill(model, shared, *model.put((tokens, positions, lengths - prefix - 1))))
-                ends.append(lengths)
-            hidden_BD, own = parts[0] if len(parts) == 1 else _joined(parts)
-            samples = [(i, sample) for i in batch for sample in range(sampling.n)]
-            keys = np.zeros((size * sampling.n, 2), np.uint32)
-            for row, (i, sample) in enumerate(samples):
-                keys[row] = np.frombuffer(sample_digest(sampling.seed, prompts[i], sample)[:8], np.uint32)
-            done = np.arange(len(keys)) >= len(samples)
-            stop = model.put(np.asarray(sampling.stop_ids or (-1,), np.int32), whole=True)
-            generated_RG = _decode(
-                model, (*shared, own), hidden_BD, *model.put((np.concatenate(ends), keys, done)), stop,
-                max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-            )  # fmt: skip
-            for (i, _), tokens_G in zip(samples, np.asarray(generated_RG), strict=False):
-                if np.any(tokens_G == _NOT_FINITE):
-                    raise JaxguardError(
-                        f"prompt {i}: the model's hidden states are not finite, so its answer means nothing: use another "
-                        "checkpoint, or model.compute_dtype=float32"
-                    )
-                stops = np.flatnonzero(np.isin(tokens_G, sampling.stop_ids))
-                whole = tokens_G[: stops[0] if len(stops) else None].tolist()
-                completions.setdefault(i, []).append(Completion(tuple(whole), stopped=bool(len(stops))))
+            completions |= _generate_batch(model, prefix, prompts, batch, size, sampling)
     return [completions[i] for i in range(len(prompts))]
 
 
-def check_prompts(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    """Refuse prompts that are empty, or leave no room for the new tokens."""
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise JaxguardError(f"prompt {i} has no tokens")
-        if len(prompt) + max_tokens > spec.max_position_embeddings:
+def _generate_batch(
+    model: Model, prefix: Prefix, prompts: Sequence[Sequence[int]], batch: Sequence[int], size: int, sampling: Sampling
+) -> dict[int, list[Completion]]:
+    """Sample the completions of these prompts, longest first, which have the prefix in common, with `size` prompts' rows."""
+    rows_at_once = model.row_multiple * math.ceil(size / model.row_multiple / PREFILLS)
+    parts, ends = [], []
+    with model.running():
+        for first in range(0, size, rows_at_once):  # rows without a prompt are done from the start
+            suffixes = [prompts[i][prefix.length :] for i in batch[first : first + rows_at_once]]
+            tokens, positions, lengths = _rows(suffixes, prefix.length, min(rows_at_once, size - first))
+            last = lengths - prefix.length - 1
+            parts.append(prefill(model, prefix.caches, *model.put((tokens, positions, last))))
+            ends.append(lengths)
+        hidden_BD, own = parts[0] if len(parts) == 1 else _joined(parts)
+        samples = [(i, sample) for i in batch for sample in range(sampling.n)]
+        keys = np.zeros((size * sampling.n, 2), np.uint32)
+        for row, (i, sample) in enumerate(samples):
+            keys[row] = np.frombuffer(sample_digest(sampling.seed, prompts[i], sample)[:8], np.uint32)
+        done = np.arange(len(keys)) >= len(samples)
+        stop = model.put(np.asarray(sampling.stop_ids or (-1,), np.int32), whole=True)
+        generated_RG = _decode(
+            model, (*prefix.caches, own), hidden_BD, *model.put((np.concatenate(ends), keys, done)), stop,
+            max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
+        )  # fmt: skip
+    completions: dict[int, list[Completion]] = {}
+    for (i, _), tokens_G in zip(samples, np.asarray(generated_RG), strict=False):
+        if np.any(tokens_G == _NOT_FINITE):
             raise JaxguardError(
-                f"prompt {i} has {len(prompt)} tokens, which with max_tokens={max_tokens} is more than the model's context of "
-                f"{spec.max_position_embeddings}: shorten it, or lower max_tokens"
+                f"prompt {i}: the model's hidden states are not finite, so its answer means nothing: use another "
+                "checkpoint, or model.compute_dtype=float32"
             )
-
-
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, without the last one of any prompt."""
-    shortest = min(prompts, key=len)
-    differ = (i for i, token in enumerate(shortest) if any(prompt[i] != token for prompt in prompts))
-    return min(next(differ, len(shortest)), len(shortest) - 1)
+        stops = np.flatnonzero(np.isin(tokens_G, sampling.stop_ids))
+        whole = tokens_G[: stops[0] if len(stops) else None].tolist()
+        completions.setdefault(i, []).append(Completion(tuple(whole), stopped=bool(len(stops))))
+    return completions
 
 
 def _rows(suffixes: Sequence[Sequence[int]], start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -241,19 +184,6 @@ def _rows(suffixes: Sequence[Sequence[int]], start: int, size: int) -> tuple[np.
         positions[row, : len(suffix)] = np.arange(start, start + len(suffix))
         lengths[row] = start + len(suffix)
     return tokens, positions, lengths
-
-
-@jax.jit
-def _prefill(
-    model: Model,
-    seen: tuple[Cache, ...],
-    tokens_BT: Int[Array, "B T"],
-    positions_BT: Int[Array, "B T"],
-    last_B: Int[Array, "B"] | None,
-) -> tuple[Float[Array, "B D"] | None, Cache]:
-    """Hidden state of each row's last token, and the rows' cache."""
-    hidden_BTD, cache = model.decoder.cached(tokens_BT, positions_BT, seen)
-    return None if last_B is None else jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0], cache
 
 
 @jax.jit
@@ -370,67 +300,3 @@ def nucleus(probability_RV: Float[Array, "R V"], top_p: float) -> Array:
     least_R1, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top_R1), top_R1 + 1))
     inside_RV: Array = bits_RV >= least_R1
     return inside_RV
-
-
-def next_log_odds(
-    model: Model, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], *, max_seq_len: int
-) -> list[float]:
-    """After each prompt, the log-probability of the first token of its pair less that of the second. Raises as `generate`.
-
-    Packed rows have `max_seq_len` tokens, more where a prompt is longer; each device computes one row at a time.
-    """
-    check_prompts(model.spec, prompts, 1)
-    if not prompts:
-        return []
-    odds = np.zeros(len(prompts))
-    sequences = _sequences(prompts)
-    longest = max(len(sequence.tokens) for sequence, _ in sequences)
-    max_seq_len = max(max_seq_len, bucket_size(longest, KERNEL_MULTIPLE))
-    ends_in = {id(sequence): ends for sequence, ends in sequences}
-    rows = pack([sequence for sequence, _ in sequences], max_seq_len, model.row_multiple)
-    with model.running():
-        for start in range(0, len(rows), model.row_multiple):
-            part = rows[start : start + model.row_multiple]
-            batch = assemble(part, bucketed(part, max_seq_len, model.row_multiple))
-            pairs_BM2 = np.zeros((*batch.target_ids_BM.shape, 2), np.int32)
-            targets = {r: [i for sequence in row for i in ends_in[id(sequence)]] for r, row in enumerate(part) if row}
-            for r, own in targets.items():
-                pairs_BM2[r, : len(own)] = [pairs[i] for i in own]
-            odds_BM = np.asarray(_log_odds(model, *model.put((batch, pairs_BM2))))
-            for r, own in targets.items():
-                odds[own] = odds_BM[r, : len(own)]
-    return odds.tolist()
-
-
-def _sequences(prompts: Sequence[Sequence[int]]) -> list[tuple[EncodedExample, list[int]]]:
-    """Few sequences in which every prompt ends somewhere before the last token; with each, the prompts that do, in order.
-
-    A sequence is the longest of its prompts and a token after it, whichever; targets are the tokens after each.
-    """
-    prefix = np.asarray(prompts[0][: common_prefix(prompts)], np.int32).tobytes()
-    # Backwards, so that what continues a prompt comes before it.
-    order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]), reverse=True)
-    groups: list[list[int]] = []
-    for i in order:
-        shortest = prompts[groups[-1][0]] if groups else ()
-        if len(prompts[i]) < len(shortest) and tuple(shortest[: len(prompts[i])]) == tuple(prompts[i]):
-            groups[-1].insert(0, i)
-        else:
-            groups.append([i])
-    sequences = []
-    for group in groups:
-        tokens = np.asarray([*prompts[group[-1]], 0], np.int32)
-        target = np.isin(np.arange(len(tokens)), [len(prompts[i]) for i in group])
-        example = EncodedExample("", Mode.DIRECT, tokens, target, (), (), cut=False, shared_prefix=prefix)
-        sequences.append((example, group))
-    return sequences
-
-
-@jax.jit
-def _log_odds(model: Model, batch: Batch, pairs_BM2: Int[Array, "B M 2"]) -> Float[Array, "B M"]:
-    """From the difference of the two tokens' rows of the head: the other logits cancel out."""
-    decoder = model.decoder
-    hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.prefixes_BT)
-    hidden_BMD = jnp.take_along_axis(hidden_BTD, batch.target_index_BM[..., None], axis=1)
-    pairs_BM2D = jnp.take(decoder.head_VD, pairs_BM2, axis=0).astype(jnp.float32)
-    return jnp.sum(hidden_BMD * (pairs_BM2D[:, :, 0] - pairs_BM2D[:, :, 1]), axis=-1)

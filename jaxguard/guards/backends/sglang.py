@@ -164,6 +164,9 @@ class SglangBackend:
         requests = zip(prefixes, pairs, strict=True)
         return await gather(request(list(map(int, prefix)), list(map(int, pair))) for prefix, pair in requests)
 
+    async def declare(self, beginnings: Sequence[Sequence[int]], /) -> None:
+        """Nothing to do: a server keeps what it computes."""
+
 
 @asynccontextmanager
 async def open_sglang(

@@ -27,7 +27,7 @@ from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
 from jaxguard.guards.formats.definition import GENERAL, ExternalGuard, numbered, policy_items, read_guard
 from jaxguard.guards.formats.grammar import decision_tree
-from jaxguard.guards.protocol import DecisionPoint, Prompt, Request, UnsupportedError
+from jaxguard.guards.protocol import DecisionPoint, Prompt, Request, UnsupportedError, common_length
 from jaxguard.utils.errors import JaxguardError
 
 GUARD_FOLDER: Final = Path("configs/guards")
@@ -88,6 +88,7 @@ class ExternalFormat:
     policy: Policy
     ignore_policies: bool = False
     _expected: dict[tuple[object, ...], list[int]] = field(default_factory=dict, init=False, compare=False)
+    _beginnings: dict[tuple[object, ...], list[int]] = field(default_factory=dict, init=False, compare=False)
 
     def __str__(self) -> str:
         return f"format {self.kind} ({self.guard.name})"
@@ -132,7 +133,11 @@ class ExternalFormat:
                 f"example {example.id!r}: its text spells a special token of {self} in a way that jaxguard does not know. "
                 "Leave the example out and report it"
             )
-        return Prompt(tuple(ids))
+        key = (request.questions, request.mode, response is None, policy)
+        if key not in self._beginnings:
+            a, b = (self._tokens(request, text, response and text, _mapped(self.quote, policy)) for text in "ab")
+            self._beginnings[key] = a[: common_length(a, b)]
+        return Prompt(tuple(ids), shared=common_length(self._beginnings[key], ids))
 
     def text(self, ids: Sequence[int], /) -> str:
         """Special tokens stay visible: one inside an answer makes it unparsable."""

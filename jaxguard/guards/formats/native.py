@@ -81,7 +81,7 @@ class NativeFormat:
             prompt = self.encoder.prompt(request.example, request.mode, room, self.lines(request), request.policy)
         except PromptTooLongError as error:
             raise UnsupportedError(str(error)) from None
-        return Prompt(tuple(prompt.ids), prompt.cut)
+        return Prompt(tuple(prompt.ids), prompt.cut, prompt.shared)
 
     def text(self, ids: Sequence[int], /) -> str:
         return str(self.encoder.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

@@ -222,26 +222,34 @@ def attend_cached(
     window: Int[Array, ""],
     scale: float,
     chunk: int,
+    ends_BT: Int[Array, "B T"] | None = None,
 ) -> Query:
     """Compute softmax attention over all `parts` together, one chunk of queries at a time; for decoding, not differentiated.
 
     A query sees the keys at or before its position, at most `window` of them. Keys that several rows share are stored once
-    and multiplied with all those rows' queries in one matmul.
+    and multiplied with all those rows' queries in one matmul. With `ends_BT` the rows hold trees, see Decoder.cached: of the
+    last part, a query sees those keys alone that it continues.
     """
     rows, tokens, heads, width = query_BTNH.shape
     kv_heads = parts[0][0].shape[1]
     grouped = (kv_heads, heads // kv_heads)
 
-    def attend_chunk(query_BCNH: Array, positions_BC: Array) -> Float[Array, "B C N H"]:
+    def attend_chunk(block: slice) -> Float[Array, "B C N H"]:
+        query_BCNH, positions_BC = query_BTNH[:, block], positions_BT[:, block]
         queries, scores = query_BCNH.shape[1], []
-        for key_AKSH, _, positions_AS in parts:
+        for part, (key_AKSH, _, positions_AS) in enumerate(parts, start=1):
             groups, size = positions_AS.shape
             query_ARCKGH = query_BCNH.reshape(groups, -1, queries, *grouped, width)
             scores_ARCKGS = jnp.einsum(
                 "ARCKGH,AKSH->ARCKGS", query_ARCKGH, key_AKSH, preferred_element_type=jnp.float32
             )
             distance_ARCS = positions_BC.reshape(groups, -1, queries, 1) - positions_AS[:, None, None]
-            visible_ARC11S = ((distance_ARCS >= 0) & (distance_ARCS < window))[:, :, :, None, None]
+            visible_ARCS = (distance_ARCS >= 0) & (distance_ARCS < window)
+            if ends_BT is not None and part == len(parts):
+                slot_T = jnp.arange(tokens)
+                slot_C1 = slot_T[block, None]
+                visible_ARCS &= ((slot_T <= slot_C1) & (slot_C1 <= ends_BT[:, None]))[:, None]
+            visible_ARC11S = visible_ARCS[:, :, :, None, None]
             scores_ARCKGS = jnp.where(visible_ARC11S, scores_ARCKGS * scale, jnp.finfo(jnp.float32).min)
             scores.append(scores_ARCKGS.reshape(rows, queries, *grouped, size))
         weights_BCKGS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query_BCNH.dtype)
@@ -256,5 +264,4 @@ def attend_cached(
             start += size
         return mixed_BCKGH.astype(query_BCNH.dtype).reshape(query_BCNH.shape)
 
-    blocks = [slice(start, start + chunk) for start in range(0, tokens, chunk)]
-    return jnp.concatenate([attend_chunk(query_BTNH[:, block], positions_BT[:, block]) for block in blocks], axis=1)
+    return jnp.concatenate([attend_chunk(slice(start, start + chunk)) for start in range(0, tokens, chunk)], axis=1)
