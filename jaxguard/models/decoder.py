@@ -104,10 +104,9 @@ class Decoder(nnx.Module):
             new = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
             parts = [(k, v, cache.positions_AS) for (k, v), cache in zip(earlier, caches, strict=True)]
             parts.append((*new, positions_BT))
-            scale, chunk = self.spec.query_scale, self.compute.query_chunk
-            return attend_cached(
-                query, positions_BT, parts, window=windows[kind], scale=scale, chunk=chunk, ends_BT=ends_BT
-            ), new
+            scale, chunk, window = self.spec.query_scale, self.compute.query_chunk, windows[kind]
+            mixed = attend_cached(query, positions_BT, parts, window=window, scale=scale, chunk=chunk, ends_BT=ends_BT)
+            return mixed, new
 
         earlier = [(cache.key_LAKSH, cache.value_LAKSH) for cache in caches]
         hidden_BTD, (key_LBKTH, value_LBKTH) = self._run(tokens_BT, positions_BT, attend_caches, earlier)

@@ -21,7 +21,15 @@ from jaxtyping import Array, Float, Int, UInt32
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.packing import bucket_size
-from jaxguard.guards.backends.jax_model import Model, Prefix, PrefixCache, check_prompts, place_model, prefill
+from jaxguard.guards.backends.jax_model import (
+    LENGTH_MULTIPLE,
+    Model,
+    Prefix,
+    PrefixCache,
+    check_prompts,
+    place_model,
+    prefill,
+)
 from jaxguard.guards.backends.jax_scoring import next_log_odds, warm_up
 from jaxguard.guards.protocol import Completion, sample_digest
 from jaxguard.models import sharding
@@ -35,8 +43,6 @@ from jaxguard.utils.errors import JaxguardError
 
 WARM_TOKENS = 1024
 """Tokens of the largest call that a warm-up compiles."""
-
-LENGTH_MULTIPLE = 32
 
 _NOT_FINITE = -1
 """Stands for a token that cannot be chosen, since the hidden state before it is not finite."""

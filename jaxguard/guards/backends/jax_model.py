@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
+from jaxguard.data.packing import bucket_size
 from jaxguard.guards.protocol import common_length
 from jaxguard.models import sharding
 from jaxguard.models.attention.attend import FAR
@@ -23,6 +24,8 @@ from jaxguard.models.spec import Spec
 from jaxguard.models.weights import table
 from jaxguard.utils.errors import JaxguardError
 
+LENGTH_MULTIPLE: Final = 32
+"""Tokens that lengths are rounded up by, more where they are long, since each is compiled."""
 CACHE_BYTES: Final = 2**30
 """Most bytes of keys and values that a PrefixCache keeps: 23,000 tokens of SmolLM2-135M in float32, 8,000 of Llama-3.1-8B in
 bfloat16."""
@@ -94,12 +97,6 @@ def check_prompts(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int)
                 f"prompt {i} has {len(prompt)} tokens, which with max_tokens={max_tokens} is more than the model's context of "
                 f"{spec.max_position_embeddings}: shorten it, or lower max_tokens"
             )
-
-
-def bucket_length(tokens: int) -> int:
-    """The smallest of 24, 32, 48, 64, 96, 128, … that is at least `tokens`: each length is compiled."""
-    power = 1 << max(5, (tokens - 1).bit_length())
-    return power * 3 // 4 if tokens <= power * 3 // 4 else power
 
 
 @jax.jit
@@ -217,11 +214,11 @@ class PrefixCache:
     def _keep(self, tokens: np.ndarray) -> None:
         """Compute what is not kept yet, and make it an entry."""
         entry, start = self._longest(tokens)
-        spec, size = self.model.spec, bucket_length(len(tokens))
+        spec, size = self.model.spec, bucket_size(len(tokens), LENGTH_MULTIPLE)
         token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.compute.dtype.itemsize
         if start + MIN_GROWTH > len(tokens) or size * token_bytes > self.most_bytes:
             return
-        width = bucket_length(len(tokens) - start)
+        width = bucket_size(len(tokens) - start, LENGTH_MULTIPLE)
         padded_1T, positions_1T = np.zeros((1, width), np.int32), np.full((1, width), FAR, np.int32)
         padded_1T[0, : len(tokens) - start] = tokens[start:]
         positions_1T[0, : len(tokens) - start] = np.arange(start, len(tokens))

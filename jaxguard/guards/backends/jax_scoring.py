@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxguard.guards.backends.jax_model import Model, PrefixCache, bucket_length, check_prompts
+from jaxguard.data.packing import bucket_size
+from jaxguard.guards.backends.jax_model import LENGTH_MULTIPLE, Model, PrefixCache, check_prompts
 from jaxguard.guards.protocol import common_length
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.decoder import Cache
 
-MIN_SHARED: Final = 16
-"""Tokens that prompts must share to be computed as one tree."""
+MIN_SHARED: Final = 0.25
+"""Share of a prompt's tokens that it must have in common with a tree to be one of its branches."""
 ROW: Final = 256
 """Tokens of a row for several trees: attention grows with the square of longer ones, and shorter ones have more padding."""
 
@@ -73,7 +74,7 @@ def warm_up(kept: PrefixCache, most_tokens: int) -> None:
 
 def shapes(most_tokens: int, row_multiple: int) -> list[tuple[int, int]]:
     """Rows and tokens of all calls with at most `most_tokens` tokens for each device, which `row_multiple` counts."""
-    lengths = sorted({bucket_length(tokens) for tokens in range(1, most_tokens + 1)})
+    lengths = sorted({bucket_size(tokens, LENGTH_MULTIPLE) for tokens in range(1, most_tokens + 1)})
     several = [
         (2**k, length) for length in lengths if length >= ROW for k in range(1, (most_tokens // length).bit_length())
     ]
@@ -86,7 +87,7 @@ def _trees(suffixes: dict[int, np.ndarray], start: int, most_tokens: int) -> lis
     path, last = list[int](), np.zeros(0, np.int32)
     for i in sorted(suffixes, key=lambda i: suffixes[i].tolist()):  # each shares most with the one before it
         suffix, shared = suffixes[i], common_length(last, suffixes[i])
-        if shared < MIN_SHARED or len(trees[-1].tokens) + len(suffix) - shared > most_tokens:
+        if not trees or shared < MIN_SHARED * len(suffix) or len(trees[-1].tokens) + len(suffix) - shared > most_tokens:
             trees.append(_Tree())
             path, shared = [], 0
         tree = trees[-1]
@@ -107,7 +108,7 @@ def _packed(trees: Sequence[_Tree]) -> list[tuple[int, list[_Tree]]]:
         fitting = (own for space, own in rows if _tokens(own) + len(tree.tokens) <= space)
         own = next(fitting, None)
         if own is None:
-            rows.append((max(ROW, bucket_length(len(tree.tokens))), [tree]))
+            rows.append((max(ROW, bucket_size(len(tree.tokens), LENGTH_MULTIPLE)), [tree]))
         else:
             own.append(tree)
     return rows
@@ -128,7 +129,7 @@ def _calls(
         # A power of two, at most what there is: no row is padding, unless each device has one.
         each = 1 << (min(-(-alike // row_multiple), max(1, most_tokens // space)).bit_length() - 1)
         part = [row for _, row in rows[first : first + min(alike, each * row_multiple)]]
-        yield part, (each * row_multiple, bucket_length(max(map(_tokens, part))) if each == 1 else space)
+        yield part, (each * row_multiple, bucket_size(max(map(_tokens, part)), LENGTH_MULTIPLE) if each == 1 else space)
         first += len(part)
 
 
@@ -141,7 +142,7 @@ def _arrays(
     targets = [[i for tree in row for i in tree.targets] for row in rows]
     most = max(map(len, targets), default=0)
     usual = max(8, length // 4)
-    index_BM = np.zeros((count, usual if most <= usual else bucket_length(most)), np.int32)
+    index_BM = np.zeros((count, usual if most <= usual else bucket_size(most, LENGTH_MULTIPLE)), np.int32)
     pairs_BM2 = np.zeros((*index_BM.shape, 2), np.int32)
     for r, row in enumerate(rows):
         start, indices = 0, list[int]()

@@ -133,11 +133,11 @@ class ExternalFormat:
                 f"example {example.id!r}: its text spells a special token of {self} in a way that jaxguard does not know. "
                 "Leave the example out and report it"
             )
-        key = (request.questions, request.mode, response is None, policy)
-        if key not in self._beginnings:
+        begins = (request.questions, request.mode, response is None, policy)
+        if begins not in self._beginnings:
             a, b = (self._tokens(request, text, response and text, _mapped(self.quote, policy)) for text in "ab")
-            self._beginnings[key] = a[: common_length(a, b)]
-        return Prompt(tuple(ids), shared=common_length(self._beginnings[key], ids))
+            self._beginnings[begins] = a[: common_length(a, b)]
+        return Prompt(tuple(ids), shared=common_length(self._beginnings[begins], ids))
 
     def text(self, ids: Sequence[int], /) -> str:
         """Special tokens stay visible: one inside an answer makes it unparsable."""
