@@ -262,7 +262,9 @@ class Encoder:
                 + (f" less {answer_tokens} for the answer" if answer_tokens else "")
             )
         prefix = np.frombuffer(self._shared_prefix(policy, asks, mode, fitted.ids), np.int32)
-        return fitted._replace(shared=len(prefix))
+        # Without the token that the text may change, so that it is the same for all texts.
+        own = self._prefix_ids.get((policy, asks, mode), prefix)
+        return fitted._replace(shared=min(len(prefix), len(own[:-1])))
 
     def min_tokens(self, policy: Policy) -> int:
         """Return the length of the shortest useful sequence under a policy, with its verdict but no trace."""

@@ -197,10 +197,7 @@ class Backend(Protocol):
         """
 
     async def declare(self, beginnings: Sequence[Sequence[int]], /) -> None:
-        """Say with what prompts begin, each time that one does. It is for speed only.
-
-        What is declared again, or continues what was declared before, may be computed apart and kept.
-        """
+        """Say with what prompts to come begin, which may be computed apart and kept: for speed only."""
 
     @property
     def group(self) -> int:

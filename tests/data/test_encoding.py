@@ -216,8 +216,8 @@ def test_examples_of_one_policy_share_its_tokens_and_nothing_of_the_text(encoder
         assert sequence.tokens[: sequence.shared_prefix_len].tobytes() == sequence.shared_prefix
         assert sequence.shared_prefix_len < np.argmax(sequence.loss_mask)
         prompt = encoder.prompt(replace(BOTH, prompt="Bread?"), Mode.DIRECT, asks=tuple(q for q, _ in sequence.answers))
-        assert abs(prompt.shared - sequence.shared_prefix_len) <= 1
-        assert prompt.ids[: prompt.shared - 1] == sequence.tokens[: prompt.shared - 1].tolist()
+        assert sequence.shared_prefix_len - 1 <= prompt.shared <= sequence.shared_prefix_len
+        assert prompt.ids[: prompt.shared] == sequence.tokens[: prompt.shared].tolist()
     assert len({id(s.shared_prefix) for s in sequences}) <= 2
     other = encoder.encode(BOTH, Mode.REASONING)
     assert other.shared_prefix != sequences[0].shared_prefix

@@ -12,7 +12,7 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.train import MeshConfig
 from jaxguard.guards.backends.jax import load_backend, precision
 from jaxguard.guards.backends.jax_model import PrefixCache, place_model
-from jaxguard.guards.backends.jax_scoring import _calls, _packed, _Tree, next_log_odds, shapes
+from jaxguard.guards.backends.jax_scoring import _arrays, _calls, _packed, _Tree, _trees, next_log_odds, shapes
 from jaxguard.models import compute
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder
@@ -68,16 +68,16 @@ def alone(spec, weights):
 
 @pytest.mark.parametrize("most_tokens", [pytest.param(64, marks=pytest.mark.slow), 256])
 def test_prompts_have_the_odds_of_each_alone(spec, weights, alone, most_tokens):
-    """Gemma's window of 16 ends inside the prompts. In a row, what they share is computed once; declared twice, not again."""
+    """Gemma's window of 16 ends inside the prompts. In a row, what they share is computed once; if declared, once at all."""
     kept, computed = PrefixCache(place_model(spec, weights, Compute(query_chunk=32))), []
-    for _ in range(4):
+    for _ in range(3):
         odds = next_log_odds(kept, tree(), PAIRS, most_tokens=most_tokens)
         assert odds == pytest.approx(alone, abs=2e-5)
         assert np.ptp(odds) > 1
         kept.declare([tree()[0][:37]])
         computed.append(kept.computed - sum(computed))
-    together = 37 + OWN - 1 if most_tokens == 256 else computed[0]
-    assert computed == [together, together + 37, OWN, OWN]
+    together = 37 + OWN - 1 if most_tokens == 256 else computed[0] - 37
+    assert computed == [together + 37, OWN, OWN]
 
 
 @pytest.mark.parametrize("shape", [MeshConfig(data=8, fsdp=1), MeshConfig(data=2, fsdp=2, tensor=2)])
@@ -85,7 +85,7 @@ def test_on_a_mesh_too(spec, weights, alone, shape):
     mesh = make_mesh(shape, jax.devices()[:8])
     placed = jax.device_put(weights, weight_shardings(spec, mesh))
     kept = PrefixCache(place_model(spec, placed, Compute(attention="block_sparse", query_chunk=32), mesh))
-    kept.declare([tree()[0][:37]] * 2)
+    kept.declare([tree()[0][:37]])
     assert next_log_odds(kept, tree(), PAIRS, most_tokens=128) == pytest.approx(alone, abs=2e-5)
     assert kept.reused > 0
 
@@ -99,6 +99,34 @@ def random_prompts(random, heads, texts):
         branches = [random.integers(5, 7, random.integers(0, 9)).tolist() for _ in range(random.integers(1, 4))]
         prompts += [[*head, *text, *branch] for branch in branches]
     return prompts
+
+
+def test_a_token_sees_its_own_prompt_alone():
+    """Of trees of any size in a row, at the positions that it has in the prompt; and every prompt is there once."""
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        heads, texts = ([random.integers(5, 400, n).tolist() for n in sizes] for sizes in ((60, 60), (1, 20, 45, 90)))
+        prompts = [prompt for _ in range(3) for prompt in random_prompts(random, heads, texts)]
+        pairs = [(i, i + 1) for i in range(len(prompts))]
+        trees = _trees({i: np.asarray(prompt) for i, prompt in enumerate(prompts)}, 0, int(random.integers(30, 400)))
+        scored = []
+        for rows, (count, length) in _calls(_packed(trees), 256, 1):
+            (tokens, positions, ends, index, own_pairs), targets = _arrays(rows, count, length, pairs)
+            for r, own in enumerate(targets):
+                for i, last, pair in zip(own, index[r], own_pairs[r], strict=False):
+                    sees = (np.arange(length) <= last) & (last <= ends[r])
+                    assert tokens[r][sees].tolist() == prompts[i]
+                    assert positions[r][sees].tolist() == [*range(len(prompts[i]))]
+                    assert tuple(pair) == pairs[i]
+                scored += own
+        assert sorted(scored) == [*range(len(prompts))]
+
+
+def test_policies_that_begin_alike_are_computed_alone(spec, weights):
+    """Their bits would otherwise depend on which came first, and those of a stopped evaluation on where it stopped."""
+    kept = PrefixCache(place_model(spec, weights, Compute(query_chunk=32)))
+    kept.declare([tree()[2][:40], [*tree()[2][:36], 9, 9, 9, 9]])
+    assert kept.computed == kept.tokens == 80
 
 
 @pytest.mark.slow
@@ -116,12 +144,12 @@ def test_odds_depend_neither_on_the_batch_nor_on_what_is_kept(spec, weights, rou
     for _ in range(rounds):
         own = random_prompts(random, heads, texts)
         begin = own[0][: random.integers(20, len(own[0]) + 1)]
-        kept.declare([heads[random.integers(3)], *([begin] * int(random.integers(3)))])
+        kept.declare([heads[random.integers(3)], *([begin] if random.random() < 0.5 else [])])
         assert kept.bytes <= kept.most_bytes
         prompts += own
         pairs += random.integers(5, 400, (len(own), 2)).tolist()
         odds += next_log_odds(kept, own, pairs[-len(own) :], most_tokens=128)
-    assert kept.reused > kept.computed / 4
+    assert kept.reused > 0
     assert odds == pytest.approx(reference(spec, weights, prompts, pairs), abs=2e-5)
     again = next_log_odds(PrefixCache(model), prompts, pairs, most_tokens=512)
     assert odds == pytest.approx(again, abs=1e-5)
@@ -131,7 +159,7 @@ def test_a_growing_text_costs_its_new_tokens_and_is_kept_once(spec, weights):
     kept = PrefixCache(place_model(spec, weights, Compute(query_chunk=32)))
     text, end = np.random.default_rng(1).integers(10, 400, 124).tolist(), [9, 8, 7]
     prompts, odds = [[*text[:length], *end, 6, 5] for length in (106, 115, 124)], []
-    kept.declare([text[:97]] * 2)
+    kept.declare([text[:97]])
     for prompt in prompts:
         before = kept.computed
         kept.declare([text[:97], prompt[:-2]])
@@ -146,15 +174,15 @@ def test_what_is_used_least_goes_first(spec, weights):
     model = place_model(spec, weights, Compute(query_chunk=32))
     one, other, third = (np.random.default_rng(i).integers(5, 400, 40).tolist() for i in range(3))
     kept = PrefixCache(model)
-    kept.declare([one] * 2)
+    kept.declare([one])
     kept = PrefixCache(model, most_bytes=2 * kept.bytes)
-    kept.declare([one, other] * 2)
+    kept.declare([one, other])
     next_log_odds(kept, [[*one, 7]], PAIRS[:1], most_tokens=64)
-    kept.declare([third] * 2)
+    kept.declare([third])
     before = kept.computed
     next_log_odds(kept, [[*one, 7], [*third, 7], [*other, 7]], PAIRS[:3], most_tokens=64)
     assert kept.computed - before == 1 + 1 + 41
-    kept.declare([[5] * 500] * 2)
+    kept.declare([[5] * 500])
     assert kept.tokens == len(one) + len(third)
 
 

@@ -28,7 +28,7 @@ HOT = Sampling(temperature=1.0, top_p=0.9, max_tokens=12, n=3)
 def generate(model, prompts, sampling, rows=32, shared=0):
     """Sample with a cache that keeps the first `shared` tokens of the first prompt."""
     kept = PrefixCache(model)
-    kept.declare([prompts[0][:shared]] * 2 if prompts else [])
+    kept.declare([prompt[:shared] for prompt in prompts[:1]])
     completions = sampler.generate(kept, prompts, sampling, rows=rows)
     assert kept.reused >= shared
     return completions

@@ -1,6 +1,5 @@
 """A decoder that computes prompts in this process, and the keys and values that it keeps of what prompts share."""
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,10 +30,6 @@ CACHE_BYTES: Final = 2**30
 bfloat16."""
 MIN_PREFIX: Final = 32
 """Least tokens of a prefix: prompts with different ones are computed apart."""
-MIN_GROWTH: Final = 8
-"""Least tokens beyond what is kept that are worth another sequence: texts move the end of a policy's tokens by one."""
-MOST_DECLARED: Final = 256
-"""Beginnings of prompts that are remembered, as tokens only."""
 
 
 @jax.tree_util.register_dataclass
@@ -147,21 +142,12 @@ class PrefixCache:
     computed: int = 0
     reused: int = 0
     _entries: list[_Entry] = field(default_factory=list)
-    _declared: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
     def declare(self, beginnings: Sequence[Sequence[int]]) -> None:
-        """Say with what prompts to come begin; see protocol.Backend."""
-        for beginning in beginnings:
-            tokens = np.asarray(beginning, np.int32)
-            key = tokens.tobytes()
-            if len(tokens) < MIN_PREFIX:
-                continue
-            if any(key.startswith(earlier) for earlier in self._declared):
-                self._keep(tokens)
-            self._declared[key] = None
-            self._declared.move_to_end(key)
-            if len(self._declared) > MOST_DECLARED:
-                self._declared.popitem(last=False)
+        """Compute and keep the beginnings of prompts to come, unless they are kept; see protocol.Backend."""
+        for beginning in dict.fromkeys(map(tuple, beginnings)):
+            if len(beginning) >= MIN_PREFIX:
+                self._keep(np.asarray(beginning, np.int32))
 
     def groups(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Prefix, list[int]]]:
         """Which prompts continue the same prefix, the longest that is kept, but at most all of a prompt but its last token."""
@@ -212,12 +198,17 @@ class PrefixCache:
         )
 
     def _keep(self, tokens: np.ndarray) -> None:
-        """Compute what is not kept yet, and make it an entry."""
+        """Compute a sequence, after what is kept only where it continues the whole of a beginning.
+
+        Else the bits of what is kept would depend on what was declared before.
+        """
         entry, start = self._longest(tokens)
         spec, size = self.model.spec, bucket_size(len(tokens), LENGTH_MULTIPLE)
         token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.compute.dtype.itemsize
-        if start + MIN_GROWTH > len(tokens) or size * token_bytes > self.most_bytes:
+        if start == len(tokens) or size * token_bytes > self.most_bytes:
             return
+        if entry is not None and start < (entry.grown or len(entry.tokens)):
+            entry, start = None, 0
         width = bucket_size(len(tokens) - start, LENGTH_MULTIPLE)
         padded_1T, positions_1T = np.zeros((1, width), np.int32), np.full((1, width), FAR, np.int32)
         padded_1T[0, : len(tokens) - start] = tokens[start:]
@@ -229,7 +220,7 @@ class PrefixCache:
                 cache = _joined(entry.cache, cache, start, size=size)
         self.computed += len(tokens) - start
         grown = 0
-        if entry is not None and start >= (entry.grown or len(entry.tokens)):
+        if entry is not None:
             grown = entry.grown or start
             if entry.grown and start + MIN_PREFIX > len(entry.tokens):
                 self._entries.pop()  # a text that grows is kept once; what stood behind it is not worth more
