@@ -69,13 +69,13 @@ def alone(spec, weights):
 @pytest.mark.parametrize("most_tokens", [pytest.param(64, marks=pytest.mark.slow), 256])
 def test_prompts_have_the_odds_of_each_alone(spec, weights, alone, most_tokens):
     """Gemma's window of 16 ends inside the prompts. In a row, what they share is computed once; if declared, once at all."""
-    kept, computed = PrefixCache(place_model(spec, weights, Compute(query_chunk=32))), []
+    prefix_cache, computed = PrefixCache(place_model(spec, weights, Compute(query_chunk=32))), []
     for _ in range(3):
-        odds = next_log_odds(kept, tree(), PAIRS, most_tokens=most_tokens)
+        odds = next_log_odds(prefix_cache, tree(), PAIRS, most_tokens=most_tokens)
         assert odds == pytest.approx(alone, abs=2e-5)
         assert np.ptp(odds) > 1
-        kept.declare([tree()[0][:37]])
-        computed.append(kept.computed - sum(computed))
+        prefix_cache.declare([tree()[0][:37]])
+        computed.append(prefix_cache.computed - sum(computed))
     together = 37 + OWN - 1 if most_tokens == 256 else computed[0] - 37
     assert computed == [together + 37, OWN, OWN]
 
@@ -84,10 +84,10 @@ def test_prompts_have_the_odds_of_each_alone(spec, weights, alone, most_tokens):
 def test_on_a_mesh_too(spec, weights, alone, shape):
     mesh = make_mesh(shape, jax.devices()[:8])
     placed = jax.device_put(weights, weight_shardings(spec, mesh))
-    kept = PrefixCache(place_model(spec, placed, Compute(attention="block_sparse", query_chunk=32), mesh))
-    kept.declare([tree()[0][:37]])
-    assert next_log_odds(kept, tree(), PAIRS, most_tokens=128) == pytest.approx(alone, abs=2e-5)
-    assert kept.reused > 0
+    prefix_cache = PrefixCache(place_model(spec, placed, Compute(attention="block_sparse", query_chunk=32), mesh))
+    prefix_cache.declare([tree()[0][:37]])
+    assert next_log_odds(prefix_cache, tree(), PAIRS, most_tokens=128) == pytest.approx(alone, abs=2e-5)
+    assert prefix_cache.reused > 0
 
 
 def random_prompts(random, heads, texts):
@@ -124,14 +124,14 @@ def test_a_token_sees_its_own_prompt_alone():
 
 def test_policies_that_begin_alike_are_computed_alone(spec, weights):
     """Their bits would otherwise depend on which came first, and those of a stopped evaluation on where it stopped."""
-    kept = PrefixCache(place_model(spec, weights, Compute(query_chunk=32)))
-    kept.declare([tree()[2][:40], [*tree()[2][:36], 9, 9, 9, 9]])
-    assert kept.computed == kept.tokens == 80
+    prefix_cache = PrefixCache(place_model(spec, weights, Compute(query_chunk=32)))
+    prefix_cache.declare([tree()[2][:40], [*tree()[2][:36], 9, 9, 9, 9]])
+    assert prefix_cache.computed == prefix_cache.tokens == 80
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rounds", [6, 60])
-def test_odds_depend_neither_on_the_batch_nor_on_what_is_kept(spec, weights, rounds):
+def test_odds_depend_neither_on_the_batch_nor_on_what_is_cached(spec, weights, rounds):
     """Policies that begin alike, texts that are there twice, grow or begin others, in a cache that drops some of them."""
     random = np.random.default_rng(rounds)
     head = random.integers(5, 400, 60).tolist()
@@ -139,59 +139,59 @@ def test_odds_depend_neither_on_the_batch_nor_on_what_is_kept(spec, weights, rou
     texts = [random.integers(5, 400, n).tolist() for n in (1, 20, 45, 90)]
     model = place_model(spec, weights, Compute(query_chunk=32))
     token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4
-    kept = PrefixCache(model, most_bytes=200 * token)
+    prefix_cache = PrefixCache(model, most_bytes=200 * token)
     prompts, pairs, odds = [], [], []
     for _ in range(rounds):
         own = random_prompts(random, heads, texts)
         begin = own[0][: random.integers(20, len(own[0]) + 1)]
-        kept.declare([heads[random.integers(3)], *([begin] if random.random() < 0.5 else [])])
-        assert kept.bytes <= kept.most_bytes
+        prefix_cache.declare([heads[random.integers(3)], *([begin] if random.random() < 0.5 else [])])
+        assert prefix_cache.bytes <= prefix_cache.most_bytes
         prompts += own
         pairs += random.integers(5, 400, (len(own), 2)).tolist()
-        odds += next_log_odds(kept, own, pairs[-len(own) :], most_tokens=128)
-    assert kept.reused > 0
+        odds += next_log_odds(prefix_cache, own, pairs[-len(own) :], most_tokens=128)
+    assert prefix_cache.reused > 0
     assert odds == pytest.approx(reference(spec, weights, prompts, pairs), abs=2e-5)
     again = next_log_odds(PrefixCache(model), prompts, pairs, most_tokens=512)
     assert odds == pytest.approx(again, abs=1e-5)
 
 
-def test_a_growing_text_costs_its_new_tokens_and_is_kept_once(spec, weights):
-    kept = PrefixCache(place_model(spec, weights, Compute(query_chunk=32)))
+def test_a_growing_text_costs_its_new_tokens_and_is_cached_once(spec, weights):
+    prefix_cache = PrefixCache(place_model(spec, weights, Compute(query_chunk=32)))
     text, end = np.random.default_rng(1).integers(10, 400, 124).tolist(), [9, 8, 7]
     prompts, odds = [[*text[:length], *end, 6, 5] for length in (106, 115, 124)], []
-    kept.declare([text[:97]])
+    prefix_cache.declare([text[:97]])
     for prompt in prompts:
-        before = kept.computed
-        kept.declare([text[:97], prompt[:-2]])
-        odds += next_log_odds(kept, [prompt], PAIRS[:1], most_tokens=128)
-        assert kept.computed - before == 9 + len(end) + 2
-    assert kept.tokens == 97 + 124 + len(end)
+        before = prefix_cache.computed
+        prefix_cache.declare([text[:97], prompt[:-2]])
+        odds += next_log_odds(prefix_cache, [prompt], PAIRS[:1], most_tokens=128)
+        assert prefix_cache.computed - before == 9 + len(end) + 2
+    assert prefix_cache.tokens == 97 + 124 + len(end)
     assert odds == pytest.approx(reference(spec, weights, prompts, PAIRS[:1] * 3), abs=2e-5)
 
 
 def test_what_is_used_least_goes_first(spec, weights):
-    """There is room for two; what is larger than both is not kept."""
+    """There is room for two; what is larger than both is not cached."""
     model = place_model(spec, weights, Compute(query_chunk=32))
     one, other, third = (np.random.default_rng(i).integers(5, 400, 40).tolist() for i in range(3))
-    kept = PrefixCache(model)
-    kept.declare([one])
-    kept = PrefixCache(model, most_bytes=2 * kept.bytes)
-    kept.declare([one, other])
-    next_log_odds(kept, [[*one, 7]], PAIRS[:1], most_tokens=64)
-    kept.declare([third])
-    before = kept.computed
-    next_log_odds(kept, [[*one, 7], [*third, 7], [*other, 7]], PAIRS[:3], most_tokens=64)
-    assert kept.computed - before == 1 + 1 + 41
-    kept.declare([[5] * 500])
-    assert kept.tokens == len(one) + len(third)
+    prefix_cache = PrefixCache(model)
+    prefix_cache.declare([one])
+    prefix_cache = PrefixCache(model, most_bytes=2 * prefix_cache.bytes)
+    prefix_cache.declare([one, other])
+    next_log_odds(prefix_cache, [[*one, 7]], PAIRS[:1], most_tokens=64)
+    prefix_cache.declare([third])
+    before = prefix_cache.computed
+    next_log_odds(prefix_cache, [[*one, 7], [*third, 7], [*other, 7]], PAIRS[:3], most_tokens=64)
+    assert prefix_cache.computed - before == 1 + 1 + 41
+    prefix_cache.declare([[5] * 500])
+    assert prefix_cache.tokens == len(one) + len(third)
 
 
 def test_no_prompts_an_empty_one_and_one_too_long(spec, weights):
-    kept = PrefixCache(place_model(spec, weights, Compute()))
-    assert next_log_odds(kept, [], [], most_tokens=64) == []
+    prefix_cache = PrefixCache(place_model(spec, weights, Compute()))
+    assert next_log_odds(prefix_cache, [], [], most_tokens=64) == []
     for prompt, message in (([], "prompt 1 has no tokens"), ([5] * spec.max_position_embeddings, "shorten it")):
         with pytest.raises(JaxguardError, match=message):
-            next_log_odds(kept, [[5], prompt], PAIRS[:2], most_tokens=64)
+            next_log_odds(prefix_cache, [[5], prompt], PAIRS[:2], most_tokens=64)
 
 
 @pytest.mark.parametrize("row_multiple", [1, 4])

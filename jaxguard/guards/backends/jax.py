@@ -1,6 +1,6 @@
 """A Backend that computes in this process with our own decoder, over the training mesh.
 
-What prompts share is kept from call to call (jax_model.PrefixCache), for log-odds (jax_scoring.py) as for generation: each
+What prompts share stays in a jax_model.PrefixCache from call to call, for log-odds (jax_scoring.py) as for generation: each
 batch computes the rest of its prompts, which the samples of a prompt share. Generated tokens go into a third cache, so that none is
 copied or overwritten. Samples depend on the seed, the prompt's tokens and the sample's number only: neither on the batch nor on the
 order of prompts.
@@ -71,7 +71,7 @@ class Sampling:
 class JaxBackend:
     """Implements protocol.Backend; each device scores verdicts in rows of about `most_tokens` tokens together."""
 
-    kept: PrefixCache
+    prefix_cache: PrefixCache
     settings: EvaluateConfig
     most_tokens: int
     workers: int = 1
@@ -85,17 +85,17 @@ class JaxBackend:
     ) -> list[list[Completion]]:
         settings = self.settings
         sampling = Sampling(settings.temperature, settings.top_p, max_tokens, stop_ids, settings.seed, n)
-        return generate(self.kept, prompts, sampling, rows=settings.batch)
+        return generate(self.prefix_cache, prompts, sampling, rows=settings.batch)
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
-        return next_log_odds(self.kept, prefixes, pairs, most_tokens=self.most_tokens)
+        return next_log_odds(self.prefix_cache, prefixes, pairs, most_tokens=self.most_tokens)
 
     async def declare(self, beginnings: Sequence[Sequence[int]], /) -> None:
-        self.kept.declare(beginnings)
+        self.prefix_cache.declare(beginnings)
 
     def warm_up(self) -> None:
-        """Compile what scores few checks at a time, after the prefixes that are kept now."""
-        warm_up(self.kept, min(self.most_tokens, WARM_TOKENS))
+        """Compile what scores few checks at a time, after the prefixes that are cached now."""
+        warm_up(self.prefix_cache, min(self.most_tokens, WARM_TOKENS))
 
 
 def precision(config: Config) -> str:
@@ -124,20 +124,25 @@ def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxB
 
 
 def generate(
-    kept: PrefixCache, prompts: Sequence[Sequence[int]], sampling: Sampling, *, rows: int = 32
+    prefix_cache: PrefixCache, prompts: Sequence[Sequence[int]], sampling: Sampling, *, rows: int = 32
 ) -> list[list[Completion]]:
     """Sample `sampling.n` completions of each prompt, in the prompts' order, about `rows` of them at the same time.
 
     JaxguardError: a prompt is empty, or too long for the model, or the model's hidden states are not finite.
     """
-    model = kept.model
+    model = prefix_cache.model
     check_prompts(model.spec, prompts, sampling.max_tokens)
+    rows = max(1, rows // sampling.n)
+    groups = prefix_cache.groups(prompts)
+    # A step takes about as long for few rows as for many: small groups are sampled together, their prefixes computed again.
+    small = [i for _, group in groups if len(group) < min(rows, len(prompts)) for i in group]
+    groups = [(prefix, group) for prefix, group in groups if len(group) >= min(rows, len(prompts))]
     completions: dict[int, list[Completion]] = {}
-    for prefix, group in kept.groups(prompts):
-        kept.computed += sum(len(prompts[i]) - prefix.length for i in group)
-        kept.reused += prefix.length * len(group)
+    for prefix, group in [*groups, *([(Prefix(), small)] if small else [])]:
+        prefix_cache.computed += sum(len(prompts[i]) - prefix.length for i in group)
+        prefix_cache.reused += prefix.length * len(group)
         order = sorted(group, key=lambda i: -len(prompts[i]))
-        size = bucket_size(min(max(1, rows // sampling.n), len(order)), model.row_multiple)
+        size = bucket_size(min(rows, len(order)), model.row_multiple)
         for batch in (order[start : start + size] for start in range(0, len(order), size)):
             completions |= _generate_batch(model, prefix, prompts, batch, size, sampling)
     return [completions[i] for i in range(len(prompts))]

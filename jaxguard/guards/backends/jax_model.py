@@ -1,9 +1,8 @@
-"""A decoder that computes prompts in this process, and the keys and values that it keeps of what prompts share."""
+"""A decoder that computes prompts in this process, and a cache of the keys and values of what prompts share."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Final
 
 import jax
@@ -26,7 +25,7 @@ from jaxguard.utils.errors import JaxguardError
 LENGTH_MULTIPLE: Final = 32
 """Tokens that lengths are rounded up by, more where they are long, since each is compiled."""
 CACHE_BYTES: Final = 2**30
-"""Most bytes of keys and values that a PrefixCache keeps: 23,000 tokens of SmolLM2-135M in float32, 8,000 of Llama-3.1-8B in
+"""Most bytes of keys and values in a PrefixCache: 23,000 tokens of SmolLM2-135M in float32, 8,000 of Llama-3.1-8B in
 bfloat16."""
 MIN_PREFIX: Final = 32
 """Least tokens of a prefix: prompts with different ones are computed apart."""
@@ -109,7 +108,7 @@ def prefill(
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """What is kept of one sequence: of a beginning, or of one that is `grown` and continues a beginning of so many tokens."""
+    """A sequence with its keys and values. `grown`: it continues a beginning of so many tokens; 0 if it is a beginning."""
 
     tokens: np.ndarray
     cache: Cache
@@ -118,7 +117,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first `length` tokens of a prompt, with the cache of a sequence that begins with them; () if they are none."""
+    """The first `length` tokens of a prompt, with their cache; () if they are none."""
 
     length: int = 0
     caches: tuple[Cache, ...] = ()
@@ -128,13 +127,12 @@ class Prefix:
 class PrefixCache:
     """Keys and values of sequences with which prompts begin; the least recently used go first.
 
-    A sequence serves every prompt that shares its beginning, up to where they differ: later tokens get the position FAR, which no
-    token sees. For one thread. What is kept changes results by rounding only.
+    For one thread. What is cached changes results by rounding only.
 
     Attributes:
         most_bytes: bound of all keys and values together.
         computed: tokens computed so far, without padding; for a scorer and a sampler to count up.
-        reused: tokens of prompts that were not computed, since they were kept.
+        reused: tokens of prompts that were not computed, since they were cached.
     """
 
     model: Model
@@ -144,36 +142,29 @@ class PrefixCache:
     _entries: list[_Entry] = field(default_factory=list)
 
     def declare(self, beginnings: Sequence[Sequence[int]]) -> None:
-        """Compute and keep the beginnings of prompts to come, unless they are kept; see protocol.Backend."""
+        """Compute the beginnings of prompts to come, unless they are cached; see protocol.Backend."""
         for beginning in dict.fromkeys(map(tuple, beginnings)):
             if len(beginning) >= MIN_PREFIX:
-                self._keep(np.asarray(beginning, np.int32))
+                self._add(np.asarray(beginning, np.int32))
 
     def groups(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Prefix, list[int]]]:
-        """Which prompts continue the same prefix, the longest that is kept, but at most all of a prompt but its last token."""
-        groups: dict[tuple[int, int], tuple[Prefix, list[int]]] = {}
-        known: dict[tuple[int, ...], tuple[_Entry | None, int]] = {}
-        most = max((len(entry.tokens) for entry in self._entries), default=0)
+        """Which prompts continue the same prefix, the longest that is cached and leaves at least one token."""
+        groups: dict[int, tuple[Prefix, list[int]]] = {}
         for i, prompt in enumerate(prompts):
-            begins = tuple(prompt[:-1][:most])
-            if begins not in known:
-                known[begins] = self._longest(np.asarray(begins, np.int32))
-            entry, length = known[begins]
-            key = id(entry), length
-            if key not in groups:
-                caches = () if entry is None else (self._masked(entry, length),)
-                groups[key] = Prefix(length, caches), []
-            groups[key][1].append(i)
+            tokens = np.asarray(prompt, np.int32)
+            entry = self._use(tokens[:-1], lambda entry, common: common == len(entry.tokens))
+            prefix = Prefix() if entry is None else Prefix(len(entry.tokens), (entry.cache,))
+            groups.setdefault(id(entry), (prefix, []))[1].append(i)
         return list(groups.values())
 
     def distinct(self) -> list[Prefix]:
-        """A prefix of each shape that programs are compiled for; an empty one where nothing is kept."""
-        entries = {entry.cache.positions_AS.shape[1]: entry for entry in self._entries}
-        return [Prefix(0, (self._masked(entry, 0),)) for entry in entries.values()] or [Prefix()]
+        """A prefix of each shape that programs are compiled for; an empty one where nothing is cached."""
+        caches = {entry.cache.positions_AS.shape[1]: entry.cache for entry in self._entries}
+        return [Prefix(0, (cache,)) for cache in caches.values()] or [Prefix()]
 
     @property
     def tokens(self) -> int:
-        """Tokens that are kept."""
+        """Tokens that are cached."""
         return sum(len(entry.tokens) for entry in self._entries)
 
     @property
@@ -182,56 +173,60 @@ class PrefixCache:
         arrays = (array for entry in self._entries for array in entry.cache[:2])
         return sum(int(array.nbytes) for array in arrays)
 
-    def _longest(self, tokens: np.ndarray) -> tuple[_Entry | None, int]:
-        ranked = [(common_length(entry.tokens, tokens), -len(entry.tokens), i) for i, entry in enumerate(self._entries)]
-        length, _, i = max(ranked, default=(0, 0, 0))
-        if length < MIN_PREFIX:
-            return None, 0
-        entry = self._entries.pop(i)
-        self._entries.append(entry)
-        return entry, length
+    def _use(self, tokens: np.ndarray, serves: Callable[[_Entry, int], bool]) -> _Entry | None:
+        """The entry that has most tokens in common with these, of those that serve; now the most recently used."""
+        common = [common_length(entry.tokens, tokens) for entry in self._entries]
+        serving = [(c, i) for i, (entry, c) in enumerate(zip(self._entries, common, strict=True)) if serves(entry, c)]
+        if not serving:
+            return None
+        self._entries.append(self._entries.pop(max(serving)[1]))
+        return self._entries[-1]
 
-    def _masked(self, entry: _Entry, length: int) -> Cache:
-        slots = np.arange(entry.cache.positions_AS.shape[1], dtype=np.int32)
-        return entry.cache._replace(
-            positions_AS=self.model.put(np.where(slots < length, slots, FAR)[None].astype(np.int32), whole=True)
-        )
+    def _add(self, tokens: np.ndarray) -> None:
+        """Compute a sequence, after a beginning that it continues, or what it has in common with one that has grown from that.
 
-    def _keep(self, tokens: np.ndarray) -> None:
-        """Compute a sequence, after what is kept only where it continues the whole of a beginning.
-
-        Else the bits of what is kept would depend on what was declared before.
+        Were it computed after the common part of another beginning, its bits would depend on what was declared before.
         """
-        entry, start = self._longest(tokens)
         spec, size = self.model.spec, bucket_size(len(tokens), LENGTH_MULTIPLE)
         token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.compute.dtype.itemsize
-        if start == len(tokens) or size * token_bytes > self.most_bytes:
+        if size * token_bytes > self.most_bytes:
             return
-        if entry is not None and start < (entry.grown or len(entry.tokens)):
-            entry, start = None, 0
+        entry = self._use(tokens, lambda entry, common: common >= (entry.grown or len(entry.tokens)))
+        start = 0 if entry is None else common_length(entry.tokens, tokens)
+        if start == len(tokens):
+            return
         width = bucket_size(len(tokens) - start, LENGTH_MULTIPLE)
-        padded_1T, positions_1T = np.zeros((1, width), np.int32), np.full((1, width), FAR, np.int32)
-        padded_1T[0, : len(tokens) - start] = tokens[start:]
-        positions_1T[0, : len(tokens) - start] = np.arange(start, len(tokens))
-        seen = () if entry is None else (self._masked(entry, start),)
+        own_1T, positions_1T = np.zeros((1, width), np.int32), _positions(start, len(tokens), width)
+        own_1T[0, : len(tokens) - start] = tokens[start:]
+        seen = ()
+        if entry is not None:  # later tokens of the entry get a position that no token sees
+            seen_1S = self.model.put(_positions(0, start, entry.cache.positions_AS.shape[1]), whole=True)
+            seen = (entry.cache._replace(positions_AS=seen_1S),)
+        own, positions, all_positions = self.model.put(
+            (own_1T, positions_1T, _positions(0, len(tokens), size)), whole=True
+        )
         with self.model.running():
-            _, cache = prefill(self.model, seen, *self.model.put((padded_1T, positions_1T), whole=True), None)
+            _, cache = prefill(self.model, seen, own, positions, None)
             if entry is not None:
-                cache = _joined(entry.cache, cache, start, size=size)
+                cache = _joined(entry.cache, cache, start, all_positions)
         self.computed += len(tokens) - start
-        grown = 0
-        if entry is not None:
-            grown = entry.grown or start
-            if entry.grown and start + MIN_PREFIX > len(entry.tokens):
-                self._entries.pop()  # a text that grows is kept once; what stood behind it is not worth more
-        self._entries.append(_Entry(tokens, cache, grown))
+        if entry is not None and entry.grown and start + MIN_PREFIX > len(entry.tokens):
+            self._entries.pop()  # a text that grows is cached once; what stood behind it is not worth more
+        self._entries.append(_Entry(tokens, cache, 0 if entry is None else entry.grown or start))
         while self.bytes > self.most_bytes:
             self._entries.pop(0)
 
 
-@partial(jax.jit, static_argnames="size")
-def _joined(first: Cache, second: Cache, start: Int[Array, ""] | int, *, size: int) -> Cache:
-    """The first `start` tokens of one cache and those of another behind them, in one of this size."""
+def _positions(start: int, stop: int, size: int) -> np.ndarray:
+    """Positions [1, size] of the tokens from `start` to `stop`, then of padding."""
+    slots = np.arange(start, start + size, dtype=np.int32)
+    return np.where(slots < stop, slots, np.int32(FAR))[None]
+
+
+@jax.jit
+def _joined(first: Cache, second: Cache, start: Int[Array, ""] | int, positions_1S: Int[Array, "1 S"]) -> Cache:
+    """The first `start` tokens of one cache and those of another behind them, at these positions."""
+    size = positions_1S.shape[1]
 
     def joined(x: Array, y: Array) -> Array:
         most = max(size, x.shape[3]) + y.shape[3]  # an update must fit, or XLA shifts it
@@ -242,4 +237,4 @@ def _joined(first: Cache, second: Cache, start: Int[Array, ""] | int, *, size: i
         constrain(joined(*pair), "layers", "batch", "kv_heads", None, "head_dim")
         for pair in zip(first[:2], second[:2], strict=True)
     )
-    return Cache(key_LAKSH, value_LAKSH, jnp.full((1, size), FAR))
+    return Cache(key_LAKSH, value_LAKSH, positions_1S)

@@ -1,6 +1,6 @@
 """Log-odds of two next tokens after each of many prompts, where each token is computed once.
 
-What a PrefixCache keeps of the prompts is not computed. Of the rest, prompts that go on alike, as the branches of an answer after
+What a PrefixCache holds of the prompts is not computed. Of the rest, prompts that go on alike, as the branches of an answer after
 one text do, form a tree, in which a token sees its ancestors. Trees are packed into rows of few lengths and counts: each shape is
 compiled.
 """
@@ -37,22 +37,22 @@ class _Tree:
 
 
 def next_log_odds(
-    kept: PrefixCache, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], *, most_tokens: int
+    prefix_cache: PrefixCache, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], *, most_tokens: int
 ) -> list[float]:
     """After each prompt, the log-probability of the first token of its pair less that of the second.
 
-    A device computes at most `most_tokens` tokens at a time, more where a prompt is longer. JaxguardError: a prompt is empty, or
+    A device computes at most `most_tokens` tokens at a time, more where they are less than a row's or a prompt is longer. JaxguardError: a prompt is empty, or
     too long for the model.
     """
-    model = kept.model
+    model = prefix_cache.model
     check_prompts(model.spec, prompts, 1)
     odds = np.zeros(len(prompts))
-    for prefix, group in kept.groups(prompts):
+    for prefix, group in prefix_cache.groups(prompts):
         trees = _trees(
             {i: np.asarray(prompts[i][prefix.length :], np.int32) for i in group}, prefix.length, most_tokens
         )
-        kept.computed += sum(len(tree.tokens) for tree in trees)
-        kept.reused += prefix.length * len(trees)
+        prefix_cache.computed += sum(len(tree.tokens) for tree in trees)
+        prefix_cache.reused += prefix.length * len(trees)
         for rows, (count, length) in _calls(_packed(trees), most_tokens, model.row_multiple):
             arrays, targets = _arrays(rows, count, length, pairs)
             with model.running():
@@ -62,10 +62,10 @@ def next_log_odds(
     return odds.tolist()
 
 
-def warm_up(kept: PrefixCache, most_tokens: int) -> None:
-    """Compile the programs for up to so many tokens at a time, after whatever `kept` keeps now."""
-    model = kept.model
-    for prefix in kept.distinct():
+def warm_up(prefix_cache: PrefixCache, most_tokens: int) -> None:
+    """Compile the programs for up to so many tokens at a time, after the prefixes that are cached now."""
+    model = prefix_cache.model
+    for prefix in prefix_cache.distinct():
         for count, length in shapes(most_tokens, model.row_multiple):
             arrays, _ = _arrays([], count, length, [])
             with model.running():
@@ -74,7 +74,7 @@ def warm_up(kept: PrefixCache, most_tokens: int) -> None:
 
 def shapes(most_tokens: int, row_multiple: int) -> list[tuple[int, int]]:
     """Rows and tokens of all calls with at most `most_tokens` tokens for each device, which `row_multiple` counts."""
-    lengths = sorted({bucket_size(tokens, LENGTH_MULTIPLE) for tokens in range(1, most_tokens + 1)})
+    lengths = sorted({bucket_size(tokens, LENGTH_MULTIPLE) for tokens in range(1, max(most_tokens, ROW) + 1)})
     several = [
         (2**k, length) for length in lengths if length >= ROW for k in range(1, (most_tokens // length).bit_length())
     ]
