@@ -39,8 +39,8 @@ class UnsupportedError(JaxguardError):
 class Request:
     """One example, and the questions about it; the example's labels are for the scorer only.
 
-    An example without a policy of its own is judged by `policy`, where that is None by the format's. `growing`: the next request has
-    more of the same text, as of a response that is still written, so what is computed is kept.
+    An example without a policy of its own is judged by `policy`, where that is None by the format's. `growing`: a later request has
+    more of the same text, as of a response that is being written, so what is computed of it is cached.
     """
 
     example: Example

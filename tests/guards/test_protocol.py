@@ -249,7 +249,8 @@ def test_one_generation_answers_all_questions():
 @pytest.mark.parametrize("growing", [False, True])
 def test_what_prompts_share_and_a_growing_text_are_declared(growing):
     requests = [
-        Request(Example(name, "made up", "bread?"), ("prompt_harm",), Mode.DIRECT, growing=growing) for name in ("xy", "xz")
+        Request(Example(name, "made up", "bread?"), ("prompt_harm",), Mode.DIRECT, growing=growing)
+        for name in ("xy", "xz")
     ]
     backend = Script(odds={key: 0.0 for name in ("xy", "xz") for key in direct_odds(name)})
 

@@ -198,7 +198,7 @@ class PrefixCache:
         width = bucket_size(len(tokens) - start, LENGTH_MULTIPLE)
         own_1T, positions_1T = np.zeros((1, width), np.int32), _positions(start, len(tokens), width)
         own_1T[0, : len(tokens) - start] = tokens[start:]
-        seen = ()
+        seen: tuple[Cache, ...] = ()
         if entry is not None:  # later tokens of the entry get a position that no token sees
             seen_1S = self.model.put(_positions(0, start, entry.cache.positions_AS.shape[1]), whole=True)
             seen = (entry.cache._replace(positions_AS=seen_1S),)

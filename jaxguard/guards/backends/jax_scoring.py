@@ -41,8 +41,8 @@ def next_log_odds(
 ) -> list[float]:
     """After each prompt, the log-probability of the first token of its pair less that of the second.
 
-    A device computes at most `most_tokens` tokens at a time, more where they are less than a row's or a prompt is longer. JaxguardError: a prompt is empty, or
-    too long for the model.
+    A device computes at most `most_tokens` tokens at a time, or one row. JaxguardError: a prompt is empty, or too long for the
+    model.
     """
     model = prefix_cache.model
     check_prompts(model.spec, prompts, 1)

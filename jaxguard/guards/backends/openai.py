@@ -144,6 +144,9 @@ class OpenAIBackend:
         requests = zip(prefixes, pairs, strict=True)
         return await gather(request(list(map(int, prefix)), (int(a), int(b))) for prefix, (a, b) in requests)
 
+    async def declare(self, beginnings: Sequence[Sequence[int]], /) -> None:
+        """Nothing to do: a server caches what it computes."""
+
     async def next_token(self, prefix: list[int], read: Callable[[Choice, str], T], **more: Any) -> T:
         """Ask for the next token's log-probabilities, at temperature 1."""
         sampling = {

@@ -165,7 +165,7 @@ class SglangBackend:
         return await gather(request(list(map(int, prefix)), list(map(int, pair))) for prefix, pair in requests)
 
     async def declare(self, beginnings: Sequence[Sequence[int]], /) -> None:
-        """Nothing to do: a server keeps what it computes."""
+        """Nothing to do: a server caches what it computes."""
 
 
 @asynccontextmanager
