@@ -153,7 +153,13 @@ def _cell(random, name, group, guard, mode, labels, found, complete, hostile, wr
         cost=Cost(SECONDS[mode], 0.01, SIZE * SECONDS[mode], 300.0, 120.0 if mode == "reasoning" else 9.0, 5, 0, 0),
         slices={name: measure(mine[rows], resamples=DRAWS) for name, rows in slices.items()},
         calibration=calibration(labels, probabilities, resamples=DRAWS),
-        thresholded=Thresholded(0.4, platt, chosen, calibration(labels, after, resamples=DRAWS)),
+        thresholded=Thresholded(
+            0.4,
+            platt,
+            chosen,
+            calibration(labels, after, resamples=DRAWS),
+            points={"f1": chosen.scores, "0.01": chosen.scores},
+        ),
         versus=None if guard == "ours" else _versus(mine, found["ours", mode][name], mode),
         wrong=tuple(_wrong(i, question, list(slices), hostile) for i in range(wrong)),
     )

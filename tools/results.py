@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from generated import rewrite
 from jaxguard.evaluate.scores.metrics import Difference
 from jaxguard.evaluate.scores.results import Cell, Evaluation, read_results
+from jaxguard.guards.operating_points import F1
 from jaxguard.report import Cell as TableCell
 from jaxguard.report import Page, Section, Table, page_markdown
 from jaxguard.report.figures import COLOURS, style
@@ -103,16 +104,24 @@ def beside(results: Sequence[Result]) -> Table:
 
 
 def rates(results: Sequence[Result]) -> Table:
-    """Recall at fixed false-positive rates, and the false-positive rate at the threshold that validation chose."""
-    columns = ("set and guard", "recall at 1 % FPR", "at 5 % FPR", "at the threshold: recall", "false-positive rate")
+    """Recall at fixed false-positive rates, and recall and false-positive rate at thresholds that validation chose."""
+    columns = (
+        "set and guard",
+        "recall at 1 % FPR",
+        "at 5 % FPR",
+        "at valid's best F1: recall",
+        "false-positive rate",
+        "at valid's 1 % FPR: recall",
+        "false-positive rate",
+    )
     table = Table(columns)
     for name, each, guard in product(results[0].ours, results, (OURS, WORDS)):
         cell = (each.ours if guard == OURS else each.words)[name]
         recall = cell.calibration.recall_at if cell.calibration else {}
-        at = cell.thresholded.result.scores if cell.thresholded else None
-        at_threshold = (at.recall, at.false_positive_rate) if at else (None, None)
+        points = [cell.thresholded.points.get(point) if cell.thresholded else None for point in (F1, "0.01")]
+        at_points = [score for at in points for score in ((at.recall, at.false_positive_rate) if at else (None, None))]
         subset = TableCell(guard, f"subset {each.run.labels['data.subset_seed']}")
-        table.add(subset, recall.get("0.01"), recall.get("0.05"), *at_threshold, group=cell.heading)
+        table.add(subset, recall.get("0.01"), recall.get("0.05"), *at_points, group=cell.heading)
     return table
 
 

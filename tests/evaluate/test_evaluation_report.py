@@ -23,7 +23,7 @@ from jaxguard.evaluate.report.page import (
     report,
     write_report,
 )
-from jaxguard.evaluate.report.tables import main_table, score_table, summary_table, versus_table
+from jaxguard.evaluate.report.tables import main_table, points_table, score_table, summary_table, versus_table
 from jaxguard.evaluate.scores.metrics import Bin
 from jaxguard.evaluate.scores.results import read_results, write_results
 from jaxguard.guards.operating_points import Platt
@@ -200,6 +200,15 @@ def test_scores_of_a_benchmark():
     assert [shown[head].text for head in ("AUPRC", "ECE", "F1 at chosen threshold")] == ["n/a"] * 3
 
 
+def test_recall_and_false_positive_rate_at_each_operating_point():
+    table = points_table(some())
+    scores = some().cells[0].thresholded.points["0.01"]
+    assert table.columns[1:] == ("best F1", "1.0% FPR")
+    assert table.rows[0].cells[2].text == f"{scores.recall.value:.3f} / {scores.false_positive_rate.value:.3f}"
+    without = replace(some(), cells=tuple(replace(cell, thresholded=None) for cell in some().cells))
+    assert points_table(without).rows == []
+
+
 def test_a_comparison_needs_two_guards():
     found = next(cell.versus for cell in some().cells if cell.versus)
     row = versus_table(some()).rows[0]
@@ -258,7 +267,7 @@ def test_hostile_names_are_text_in_markdown():
     assert "table_open" in kinds
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 5 + len(FEW)  # averages, scores, costs, comparison, errors, and slices
+    assert len(tables) == 6 + len(FEW)  # averages, scores, points, costs, comparison, errors, and slices
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
 

@@ -294,6 +294,7 @@ def test_a_threshold_is_of_probabilities_that_lack_what_is_not_scored():
     found = evaluated([one, replace(held_out(one), precision="float32")]).cells[0].thresholded
     assert found.precision == "float32"
     assert found.result.scores.f1.value == 1
+    assert found.points == {"f1": found.result.scores}  # rates need more negatives than there are
     assert found.result.unparsable == 0
 
 

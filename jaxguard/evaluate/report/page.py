@@ -38,6 +38,10 @@ ABOUT_SCORES = (
     "evaluate.validation, or on those of the export's guard.json; P is the probability of the positive answer, calibrated on these "
     "or as the guard gives it. Forced: the reasoning reached its limit, and the guard was made to give its verdict."
 )
+ABOUT_POINTS = (
+    "Recall / false-positive rate here, at the thresholds that were chosen on the validation examples for their best F1 and for "
+    "their false-positive rates. Where a rate here is far from the one in the heading, these examples are of another kind."
+)
 ABOUT_VERSUS = (
     "Each mode with the same mode of the first guard, or with its first where it has no such mode; on the same examples, by a "
     "paired bootstrap. Right alone: examples that only this guard, and only the first, gets right in more than half of its "
@@ -106,6 +110,7 @@ def report(evaluation: Evaluation, published: Published) -> blocks.Page:
     if any(cell.group == tables.OWN for cell in evaluation.cells):
         leading.reverse()
     tabled = (
+        ("points", ABOUT_POINTS, tables.points_table(evaluation)),
         ("cost", ABOUT_COST, tables.cost_table(evaluation)),
         ("wait", ABOUT_WAIT, tables.wait_table(evaluation)),
         ("versus", ABOUT_VERSUS, tables.versus_table(evaluation)),

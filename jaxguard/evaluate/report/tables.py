@@ -7,6 +7,7 @@ from jaxguard.evaluate.report.published import AVERAGES, Published
 from jaxguard.evaluate.scores.metrics import FALSE_POSITIVE_RATES, Difference
 from jaxguard.evaluate.scores.results import WAITS, Average, Cell, Evaluation, Wrong
 from jaxguard.evaluate.scores.scoring import AVERAGED
+from jaxguard.guards.operating_points import F1
 from jaxguard.report import Cell as TableCell
 from jaxguard.report import Table, estimate
 from jaxguard.report.text import ABSENT, DASH, count, interval, number, probability, seconds, share, signed
@@ -111,6 +112,23 @@ def score_table(evaluation: Evaluation) -> Table:
 
     names = {guard_mode: TableCell(*guard_mode) for guard_mode in evaluation.by_guard}
     return _by_benchmark(evaluation, "Benchmarks", columns, names, scores)
+
+
+def points_table(evaluation: Evaluation) -> Table:
+    """Recall and false-positive rate at each operating point of guard.json; no rows where none was chosen."""
+    chosen = [cell.thresholded for cell in evaluation.cells if cell.thresholded]
+    points = list(dict.fromkeys(name for each in chosen for name in each.points))
+    titles = ["best F1" if name == F1 else f"{float(name):.1%} FPR" for name in points]
+
+    def rates(cell: Cell) -> list[TableCell | str]:
+        scores = cell.thresholded.points if cell.thresholded else {}
+        at = [scores.get(name) for name in points]
+        return [
+            f"{number(each.recall.value)} / {number(each.false_positive_rate.value)}" if each else DASH for each in at
+        ]
+
+    names = {guard_mode: TableCell(*guard_mode) for guard_mode in evaluation.by_guard} if points else {}
+    return _by_benchmark(evaluation, "Operating points", titles, names, rates)
 
 
 def versus_table(evaluation: Evaluation) -> Table:

@@ -16,7 +16,7 @@ from jaxguard.guards.operating_points import Platt
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.parse import read_json
-from jaxguard.utils.statistics import Estimate
+from jaxguard.utils.statistics import Estimate, Scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,9 +57,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Thresholded:
-    """Verdicts from calibrated probabilities, at a threshold chosen on the validation examples.
+    """Verdicts from calibrated probabilities, at the threshold of the best F1 on the validation examples.
 
-    `precision`: the type that JAX computed those in, or what else computed them; at another one the threshold may not fit.
+    Attributes:
+        precision: the type that JAX computed the probabilities in, or what else did; at another one the threshold may not fit.
+        points: each operating point of guard.json that has a threshold -> scores at that.
     """
 
     threshold: float
@@ -67,6 +69,7 @@ class Thresholded:
     result: Result
     calibration: Calibration
     precision: str = ""
+    points: dict[str, Scores] = field(default_factory=dict)
 
     @property
     def scale(self) -> str:

@@ -276,10 +276,13 @@ def _at_threshold(
 
 
 def _thresholded(test: PredictedExamples, at: _AtThreshold, settings: EvaluateConfig) -> Thresholded:
-    """Score the benchmark at the threshold."""
+    """Score the benchmark at the threshold, and at those of the other operating points."""
     result, _ = _measured(test, at.votes, settings)
+    thresholds = {name: at.points.threshold(name) for name in at.points.points}
+    votes = {name: test.votes_at(at.filled, x, settings) for name, x in thresholds.items() if x is not None}
+    points = {name: metrics.measure(each, settings.seed, settings.resamples).scores for name, each in votes.items()}
     calibration = metrics.calibration(test.labels, at.filled, settings.seed, settings.resamples)
-    return Thresholded(at.threshold, at.points.platt, result, calibration, at.points.precision)
+    return Thresholded(at.threshold, at.points.platt, result, calibration, at.points.precision, points)
 
 
 def _wrong(own: PredictedExamples, votes: Votes, slices: Mapping[str, frozenset[str]]) -> list[Wrong]:
