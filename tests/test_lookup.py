@@ -87,3 +87,11 @@ def test_another_folder_is_the_only_one(empty_folder):
         load_policy("aegis2", empty_folder)
     assert locate(empty_folder / "absent") == empty_folder / "absent"
     assert locate(CONFIG_FOLDER / "policies") == INSTALLED / "policies"
+
+
+def test_hidden_files_have_no_names(empty_folder):
+    """A ConfigMap that is mounted links its files to those of a hidden folder."""
+    write(empty_folder / "laws/..2026/law.yaml", "name: law\nrules: No bread.\n")
+    (empty_folder / "laws/..data").symlink_to("..2026")
+    (empty_folder / "laws/law.yaml").symlink_to("..data/law.yaml")
+    assert names(empty_folder / "laws") == ["law"]

@@ -116,9 +116,9 @@ def folders(folder: Path) -> list[Path]:
 
 
 def names(folder: Path) -> list[str]:
-    """List the names of the YAML files of `folder`, those of its own folders as `folder/name`."""
-    files = ((source, path) for source in folders(folder) for path in source.rglob("*.yaml"))
-    return sorted({path.relative_to(source).with_suffix("").as_posix() for source, path in files})
+    """List the names of the YAML files of `folder`, those of its own folders as `folder/name`, hidden ones left out."""
+    files = (path.relative_to(source) for source in folders(folder) for path in source.rglob("*.yaml"))
+    return sorted({path.with_suffix("").as_posix() for path in files if not str(path).startswith(".")})
 
 
 def find_yaml(name: str, folder: Path, what: str) -> Path:

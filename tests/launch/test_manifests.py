@@ -11,7 +11,7 @@ from jaxguard.config import load
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
-MANIFESTS = sorted(path for path in LAUNCH.rglob("*.yaml") if path.parent.name != "teachers")
+MANIFESTS = sorted(path for path in LAUNCH.rglob("*.yaml") if path.parent.name in {"gke", "kubernetes"})
 TEACHERS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((LAUNCH / "sglang/teachers").glob("*.yaml"))}
 VERSIONS = ("1.31", "1.34")
 PARSERS = {"deepseek-ai": "deepseek-r1", "meituan": "deepseek-r1", "Qwen": "qwen3", "openai": "gpt-oss"}
