@@ -13,6 +13,7 @@ import pytest
 from campaign import rounds
 from external_examples import HOUSE
 from external_templates import guard_tokenizer
+from faulty_openai import FaultyOpenAI
 from mutate import damaged, mutated, spelled
 from tenacity import wait_none
 
@@ -20,7 +21,9 @@ from jaxguard.config.data import TeacherConfig
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.format.template import load_tokenizer
 from jaxguard.distill.teacher import open_teacher
+from jaxguard.guards.backends.openai import open_openai
 from jaxguard.guards.backends.sglang import open_sglang, served, swap_weights
 from jaxguard.guards.formats.external import external_format
 from jaxguard.guards.loading import weights_digest
@@ -123,6 +126,30 @@ def test_a_guard_that_lies(tiny_tokenizer_folder, generations):
         for prediction in predictions:
             for p in prediction.probabilities.values():
                 assert p is None or (math.isfinite(p) and 0 <= p <= 1)
+
+
+def test_an_openai_compatible_server_that_lies(tiny_tokenizer_folder):
+    tokenizer = load_tokenizer(tiny_tokenizer_folder)
+    full = FaultyOpenAI(str, likely={7: -0.25, 9: -2.0}).good({"prompt": [5, 6], "max_tokens": 1, "logprobs": 20})
+    reply: str | bytes = ""
+
+    async def run():
+        async with (
+            faulty_sglang.serve(lambda i: reply, FaultyOpenAI) as server,
+            open_openai(server.url, "guard", EvaluateConfig(), tokenizer) as backend,
+        ):
+
+            async def ask(lie):
+                nonlocal reply
+                reply = lie
+                [[answer]] = await backend.sample([(5, 6)], 1, 1, (4,))
+                return answer, *await backend.log_odds([(5, 6)], [(7, 9)])
+
+            return await outcomes(lies(full, rounds(60, 1500), 6), ask)
+
+    for answer, odds in asyncio.run(run()):
+        assert len(answer.tokens) < 1000
+        assert math.isfinite(odds)
 
 
 def test_a_server_that_lies_about_itself(tmp_path):

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 
 import sglang_server
 from jaxguard.config.evaluate import EvaluateConfig, ServerConfig
+from jaxguard.data.format.template import load_tokenizer, token_ids
 from jaxguard.guards.backends.jax import Sampling, generate
 from jaxguard.guards.backends.jax_model import PrefixCache, place_model
+from jaxguard.guards.backends.openai import open_openai
 from jaxguard.guards.backends.sglang import open_sglang, serve, swap_weights
 from jaxguard.guards.protocol import Completion
 from jaxguard.models.compute import Compute
@@ -153,6 +155,26 @@ def test_log_odds_of_gemma(gemma, checkpoint):
 
 def test_log_odds_of_llama(llama, checkpoint):
     check_odds(checkpoint("llama"), llama, prompts())
+
+
+def test_its_openai_api_gives_the_same(llama, checkpoint):
+    tokenizer = load_tokenizer(checkpoint("llama"), chat=False)
+    pairs = [tuple(token_ids(tokenizer, letter)[0] for letter in letters) for letters in ("ab", "cd", "ef")]
+
+    async def use(backend):
+        sampled = await backend.sample(prompts(), 1, NEW, (END,))
+        texts = [(tokenizer.decode(one.tokens), one.stopped) for [one] in sampled]
+        return texts, await backend.log_odds(prompts(), pairs)
+
+    async def both():
+        async with open_sglang(llama, None, GREEDY) as native, open_openai(llama, None, GREEDY, tokenizer) as openai:
+            assert openai.likeliest == 100
+            whole = dataclasses.replace(openai, likeliest=len(tokenizer))  # of random weights any token is likely
+            return await use(native), await use(whole)
+
+    (texts, odds), (their_texts, their_odds) = asyncio.run(both())
+    assert their_texts == texts
+    np.testing.assert_allclose(their_odds, odds, rtol=0, atol=1e-4)
 
 
 def test_stop_tokens_end_an_answer_and_are_no_part_of_it(llama, checkpoint):
