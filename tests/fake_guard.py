@@ -80,7 +80,7 @@ class FakeGuard:
         self.says = lambda ask: "Prompt harm: unharmful\nResponse harm: unharmful"
 
     @asynccontextmanager
-    async def open(self, guard, config, settings):
+    async def open(self, guard, config, settings, **_):
         self.opened.append((guard, config, settings))
 
         async def judge(asks):

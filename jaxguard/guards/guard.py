@@ -22,17 +22,14 @@ from jaxguard.data.guard_files import export_or, read_guard_files
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
 from jaxguard.data.questions import NOT_RECORDED, QuestionSet, unasked
 from jaxguard.guards import loading
-from jaxguard.guards.backends.sglang import served
 from jaxguard.guards.cascade import cascade
 from jaxguard.guards.formats.native import split_request
 from jaxguard.guards.operating_points import AUTO, F1, POINTS, WORDS, Asked, AutoThresholds, Points, read_points
 from jaxguard.guards.protocol import Prediction, Request
 from jaxguard.utils import hub
-from jaxguard.utils.client import API_KEY
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest
 from jaxguard.utils.secrets import Masked
-from jaxguard.utils.threads import outside_event_loop
 
 Exchange: TypeAlias = Example | tuple[str, str | None] | str
 """An example, a (prompt, response) pair, or a prompt."""
@@ -46,23 +43,6 @@ def _known_mode(mode: str | Mode) -> AnyMode:
     if mode not in MODES:
         raise JaxguardError(f"mode {str(mode)!r}: {nearest(str(mode), map(str, MODES))}expected {' or '.join(MODES)}")
     return AUTO if mode == AUTO else Mode(mode)
-
-
-def _served_path(endpoint: str) -> str:
-    """Where the model that a server serves lies on this machine."""
-    try:
-        path = outside_event_loop(lambda: asyncio.run(served(endpoint))).get("model_path")
-    except JaxguardError as error:
-        raise JaxguardError(
-            f"{endpoint} does not say what it serves ({error}): is it a model server that is ready? If so, set {API_KEY} where it "
-            "wants a key, or name the model's folder or repository with --tokenizer"
-        ) from None
-    if not isinstance(path, str) or not Path(path).is_dir():
-        raise JaxguardError(
-            f"{endpoint} serves {path or 'a model whose folder it does not name'}, which is no folder on this machine: name a "
-            "folder or repository that has the model's tokenizer with --tokenizer"
-        )
-    return path
 
 
 @dataclass(frozen=True)
@@ -196,7 +176,7 @@ class Guard:
         chosen = None if mode is None else _known_mode(mode)
         if policy is not None:
             load_policy(str(policy))  # before anything is downloaded
-        checkpoint = export_or(str(tokenizer or _served_path(endpoint)) if endpoint else str(model))
+        checkpoint = export_or(str(tokenizer or loading.served_path(endpoint)) if endpoint else str(model))
         folder = hub.fetch(checkpoint, only=("*.json", "*.jinja", "tokenizer*", "*.yaml"))
         export = read_guard_files(folder)
         run = load_config(str(config)) if config is not None else None if export is None else export.config
@@ -293,15 +273,31 @@ class Guard:
         return result
 
     async def acheck_many(
-        self, exchanges: Iterable[Exchange], mode: str | Mode | None = None, policy: Policy | None = None
+        self,
+        exchanges: Iterable[Exchange],
+        mode: str | Mode | None = None,
+        policy: Policy | None = None,
+        growing: bool = False,
     ) -> list[CheckResult]:
-        """As `check_many`, without blocking the event loop, and by another `policy` than the guard's where one is given."""
+        """As `check_many`, without blocking the event loop, and by another `policy` than the guard's where one is given.
+
+        `growing`: later exchanges will have more of the same texts, so what is computed of these is cached.
+        """
         exchanges = list(exchanges)
 
         async def collect() -> list[CheckResult]:
-            return [result async for result in self._checked(exchanges, mode, policy)]
+            return [result async for result in self._checked(exchanges, mode, policy, growing)]
 
         return await asyncio.wrap_future(self._submit(collect()))
+
+    async def awarm_up(self) -> None:
+        """Compile what the scores of a few exchanges need, after the policies that were judged by so far."""
+
+        async def compile_programs() -> None:
+            if isinstance(self._predict, partial) and hasattr(backend := self._predict.keywords["backend"], "warm_up"):
+                backend.warm_up()
+
+        await asyncio.wrap_future(self._submit(compile_programs()))
 
     def stream(self, exchanges: Iterable[Exchange], mode: str | Mode | None = None) -> Iterator[CheckResult]:
         """As `check_many`, each result as soon as it and those before it are there."""
@@ -346,7 +342,11 @@ class Guard:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _checked(
-        self, exchanges: Iterable[Exchange], mode: str | Mode | None, default: Policy | None = None
+        self,
+        exchanges: Iterable[Exchange],
+        mode: str | Mode | None,
+        default: Policy | None = None,
+        growing: bool = False,
     ) -> AsyncIterator[CheckResult]:
         """The result of each exchange, in order, as soon as it and those before it are there."""
         mode, examples = self.mode if mode is None else _known_mode(mode), list[Example]()
@@ -356,7 +356,7 @@ class Guard:
                 prompt, response = (exchange, None) if isinstance(exchange, str) else exchange
                 exchange = Example(str(i + 1), "check", single_message(prompt), response)
             examples.append(exchange)
-        answer = partial(self._answered, default=default or self.policy)
+        answer = partial(self._answered, default=default or self.policy, growing=growing)
         if mode == AUTO:
             policies = [policy_for(example, default or self.policy) for example in examples]
             autos = [self._autos(p, _applicable(x, p)) for x, p in zip(examples, policies, strict=True)]
@@ -366,12 +366,14 @@ class Guard:
         async for result in results:
             yield result
 
-    async def _answered(self, examples: Sequence[Example], mode: Mode, default: Policy) -> AsyncIterator[CheckResult]:
+    async def _answered(
+        self, examples: Sequence[Example], mode: Mode, default: Policy, growing: bool
+    ) -> AsyncIterator[CheckResult]:
         """The answers in a mode, likewise."""
         parts = list[list[Request]]()
         for i, example in enumerate(examples):
             policy = policy_for(example, default)
-            request = Request(example, _applicable(example, policy), mode, default)
+            request = Request(example, _applicable(example, policy), mode, default, growing)
             split = split_request(request, policy.asks, self.trained) if request.questions else []
             parts.append([replace(x, example=replace(x.example, id=f"{i}.{j}")) for j, (x, _) in enumerate(split)])
         predictions: dict[str, Prediction] = {}

@@ -1,5 +1,6 @@
 """Open the guards that a config names: checkpoint, prompt format and backend become a Predictor, whose predictions are stored."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -29,9 +30,11 @@ from jaxguard.guards.formats.native import NativeFormat, context_tokens
 from jaxguard.guards.protocol import Backend, Prediction, Predictor, PromptFormat, predict
 from jaxguard.models.devices import explain_memory, guard_remedy
 from jaxguard.utils import hub
+from jaxguard.utils.client import API_KEY
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.secrets import Masked
 from jaxguard.utils.store import Store, open_store, read_records
+from jaxguard.utils.threads import outside_event_loop
 
 _SAMPLING: Final = {"temperature", "top_p", "generations", "reasoning_tokens", "verdict_tokens", "ask", "seed"}
 """Settings that change a guard's predictions."""
@@ -64,6 +67,23 @@ def checkpoint_of(guard: GuardConfig, config: Config) -> str:
         raise JaxguardError(
             f"guard {guard.name!r} is this run's export. {error}; or name the guard's checkpoint"
         ) from None
+
+
+def served_path(endpoint: str) -> str:
+    """Where the model that a server serves lies on this machine; JaxguardError: it does not say, or not here."""
+    try:
+        path = outside_event_loop(lambda: asyncio.run(served(endpoint))).get("model_path")
+    except JaxguardError as error:
+        raise JaxguardError(
+            f"{endpoint} does not say what it serves ({error}): is it a model server that is ready? If so, set {API_KEY} where it "
+            "wants a key, or name the model's folder or repository with --tokenizer"
+        ) from None
+    if not isinstance(path, str) or not Path(path).is_dir():
+        raise JaxguardError(
+            f"{endpoint} serves {path or 'a model whose folder it does not name'}, which is no folder on this machine: name a "
+            "folder or repository that has the model's tokenizer with --tokenizer"
+        )
+    return path
 
 
 def trained_examples(config: Config) -> list[Example]:

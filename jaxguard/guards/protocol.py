@@ -264,7 +264,7 @@ async def _predict_batch(
     started = time.monotonic()
     groups = [[_Part(part, form.prompt(part)) for part in form.split(request)] for request in requests]
     parts = [part for group in groups for part in group]
-    growing = [part.prompt.ids for part in parts if part.request.growing]
+    growing = [part.prompt.ids[:-1] for part in parts if part.request.growing]
     await backend.declare([*(part.prompt.ids[: part.prompt.shared] for part in parts), *growing])
     if settings.generations:
         await _generate(parts, form, backend, settings)

@@ -54,11 +54,11 @@ class Caller:
     route: str
     gone: Callable[[], Awaitable[None]]
 
-    async def check(self, requests: Sequence[CheckRequest]) -> list[CheckAnswer]:
+    async def check(self, requests: Sequence[CheckRequest], growing: bool = False) -> list[CheckAnswer]:
         """Check exchanges within the caller's deadline, as long as the caller waits. Raises as `Service.check`."""
         policy = self.request.headers.get(POLICY_HEADER)
         requests = [each.model_copy(update={"policy": policy}) if each.policy is None else each for each in requests]
-        work = asyncio.ensure_future(self.service.check(requests, self.key, self._timeout(), self.route))
+        work = asyncio.ensure_future(self.service.check(requests, self.key, self._timeout(), self.route, growing))
         gone = asyncio.ensure_future(self.gone())
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)

@@ -35,11 +35,15 @@ def tokens_of(example: Example) -> int:
 
 @dataclass(eq=False)
 class Job:
-    """One exchange on its way; `future` gets its result or a ServiceError. Its example's id is unique among all jobs."""
+    """One exchange on its way; `future` gets its result or a ServiceError. Its example's id is unique among all jobs.
+
+    `growing`: a later job has more of the same text.
+    """
 
     example: Example
     policy: Policy
     mode: AnyMode
+    growing: bool
     future: asyncio.Future[CheckResult]
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -95,7 +99,7 @@ class Batcher:
     def __init__(self, guard: Guard, metrics: Metrics, concurrent: int = 1) -> None:
         self.guard, self.metrics, self.concurrent = guard, metrics, concurrent
         self.cost: dict[AnyMode, Cost] = {mode: Cost() for mode in MODES}
-        self._waiting: dict[tuple[Policy, AnyMode], _Queue] = {}
+        self._waiting: dict[tuple[Policy, AnyMode, bool], _Queue] = {}
         self._running: dict[asyncio.Task[None], _Running] = {}
 
     @property
@@ -105,7 +109,7 @@ class Batcher:
     def submit(self, jobs: Iterable[Job]) -> None:
         """Queue jobs together; `leave` must follow, whatever becomes of them."""
         for job in jobs:
-            queue = self._waiting.setdefault((job.policy, job.mode), _Queue())
+            queue = self._waiting.setdefault((job.policy, job.mode, job.growing), _Queue())
             queue.jobs[job.example.id] = job
             queue.tokens += job.tokens
         self._dispatch()
@@ -130,7 +134,7 @@ class Batcher:
         now, own = time.monotonic(), sum(self.cost[mode](count) for mode, count in tokens.items())
         predicted = ((self.cost[r.jobs[0].mode](r.tokens), now - r.started) for r in self._running.values())
         running = sum(abs(seconds - elapsed) for seconds, elapsed in predicted)
-        queues = ((mode, queue.tokens) for (_, mode), queue in self._waiting.items())
+        queues = ((mode, queue.tokens) for (_, mode, _), queue in self._waiting.items())
         queued = sum(self.cost[mode](count, math.ceil(count / BATCH_TOKENS)) for mode, count in queues)
         return (running + queued) / self.concurrent + own
 
@@ -142,11 +146,11 @@ class Batcher:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _remove(self, job: Job) -> None:
-        queue = self._waiting.get((job.policy, job.mode), _Queue())
+        queue = self._waiting.get((job.policy, job.mode, job.growing), _Queue())
         if queue.jobs.pop(job.example.id, None) is not None:
             queue.tokens -= job.tokens
             if not queue.jobs:
-                del self._waiting[job.policy, job.mode]
+                del self._waiting[job.policy, job.mode, job.growing]
 
     def _dispatch(self) -> None:
         while self._waiting and len(self._running) < self.concurrent:
@@ -175,7 +179,8 @@ class Batcher:
             return
         started = time.monotonic()
         try:
-            results = await self.guard.acheck_many([job.example for job in jobs], jobs[0].mode, jobs[0].policy)
+            examples, alike = [job.example for job in jobs], jobs[0]
+            results = await self.guard.acheck_many(examples, alike.mode, alike.policy, alike.growing)
             # By the id that a result carries, whatever its place.
             owners = {job.example.id: job for job in jobs}
             answers = [(owners.pop(result.id), result) for result in results]

@@ -48,7 +48,7 @@ def add_routes(api: Api) -> None:
             else:
                 response = (request.response or "") + parse_body(line, Growth).append
                 request = request.model_copy(update={"response": response})
-            [answer] = await caller.check([request])
+            [answer] = await caller.check([request], growing=True)
             yield answer.to_json()
 
     @api.get("/v1/policies")

@@ -159,6 +159,7 @@ class Service:
         """Warm every policy up. JaxguardError: the guard cannot judge by one of them."""
         for name, policy in self.policies.current.items():
             await self._warm(policy, default=name == self.policies.default)
+        await self.guard.awarm_up()
         self.metrics.info.info({**{k: v or "" for k, v in self.model.items()}, "policy": self.policies.default})
         self.state = ""
         self._watch = asyncio.create_task(self._keep_watch())
@@ -178,12 +179,17 @@ class Service:
         self.state = "draining"
 
     async def check(
-        self, requests: Sequence[CheckRequest], key: Key | None = None, timeout: float | None = None, route: str = ""
+        self,
+        requests: Sequence[CheckRequest],
+        key: Key | None = None,
+        timeout: float | None = None,
+        route: str = "",
+        growing: bool = False,
     ) -> list[CheckAnswer]:
         """Check exchanges together; answers in their order.
 
         Of the `timeout` in seconds and those of the service and the requests, the least one holds for all. `key` is who asks, and
-        `route` the path of the API, for the audit log.
+        `route` the path of the API, for the audit log. `growing`: the caller will check the same with a longer response.
 
         ServiceError: one of them has no verdict, so none is given. 422: no such policy or mode here, or the guard cannot judge by
         it; 413: too long; 429: the key's rate, or its reasoning budget; 503: it would not be done in time, or the budget of all
@@ -192,7 +198,7 @@ class Service:
         limits = [self.timeout, timeout, *(each.timeout_ms and each.timeout_ms / 1000 for each in requests)]
         seconds = min(limit for limit in limits if limit is not None)
         policies = self.policies.current
-        jobs = [self._job(request, policies) for request in requests]
+        jobs = [self._job(request, policies, growing) for request in requests]
         if key is not None:
             key.spend(len(jobs))
         self._admit(jobs, seconds)
@@ -219,7 +225,7 @@ class Service:
             self._record(answers[-1], job, key, route)
         return answers
 
-    def _job(self, request: CheckRequest, policies: dict[str, Policy]) -> Job:
+    def _job(self, request: CheckRequest, policies: dict[str, Policy], growing: bool) -> Job:
         policy = policies.get(self.policies.default if request.policy is None else request.policy)
         mode = request.mode or self.mode
         if policy is None:
@@ -234,7 +240,7 @@ class Service:
         id = f"chk_{secrets.token_hex(12)}"
         prompt = transcript(list(map(dict, request.history)), request.prompt, "history") or ""
         example = Example(id, "serve", prompt, request.response)
-        return Job(example, policy, mode, asyncio.get_running_loop().create_future())
+        return Job(example, policy, mode, growing, asyncio.get_running_loop().create_future())
 
     def _admit(self, jobs: Sequence[Job], seconds: float) -> None:
         """Refuse at once what would not be done in time."""

@@ -137,7 +137,7 @@ def test_results_come_as_they_are_there(run, guard):
 
 def test_an_error_of_loading_is_raised(run, monkeypatch):
     @asynccontextmanager
-    async def broken(*_):
+    async def broken(*_, **__):
         raise JaxguardError("no such weights")
         yield
 

@@ -32,7 +32,10 @@ class NullGuard:
         self.batches, self.seconds, self.fails, self.gate = [], 0.0, lambda prompt: None, None
         self.shuffle = False
 
-    async def acheck_many(self, examples, mode, policy):
+    async def awarm_up(self):
+        """There is nothing to compile."""
+
+    async def acheck_many(self, examples, mode, policy, growing=False):
         self.batches.append(([example.prompt for example in examples], mode, policy))
         await asyncio.sleep(self.seconds)
         if self.gate is not None:

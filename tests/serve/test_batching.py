@@ -103,8 +103,8 @@ def test_results_that_are_nobodys_are_no_verdict(served, guard, change):
     async def test():
         async with served() as s:
 
-            async def wrong(examples, mode, policy):
-                return change(await whole(examples, mode, policy))
+            async def wrong(*call):
+                return change(await whole(*call))
 
             guard.acheck_many = wrong
             answers = await s.client.post("/v1/checks", json={"checks": [{"prompt": "a"}, {"prompt": "b"}]})

@@ -7,7 +7,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from jaxguard.guards.guard import Guard
 from jaxguard.serve import app as api
+from jaxguard.serve.app import create_app
+from jaxguard.serve.keys import Keys
+from jaxguard.serve.native import add_routes
+from jaxguard.serve.policies import Policies
+from jaxguard.serve.service import Service
 
 run = asyncio.run
 FIRST = {"prompt": "bread?"}
@@ -191,3 +197,30 @@ def test_a_key_pays_for_each_verdict(connected, tmp_path):
             assert await known.error() == "rate_limit"
 
     run(test())
+
+
+@pytest.mark.slow
+def test_what_was_computed_of_a_response_is_not_again(tiny_checkpoint, tmp_path):
+    """Counted in tokens, a stream costs at most 1.3 times a check of the whole response, and the last verdict is the same."""
+    (tmp_path / "law.yaml").write_text("name: law\nrules: Nobody may talk about lamps.\n", encoding="utf-8")
+    words = ("bread near the river and the lamp " * 24).split()
+    chunks = [" ".join(words[start : start + 42]) + " " for start in range(0, len(words), 42)]
+
+    async def judged(*values):
+        with Guard.load(tiny_checkpoint, tmp_path / "law.yaml", "direct") as guard:
+            guard.awarm_up = lambda: asyncio.sleep(0)
+            cache = guard._predict.keywords["backend"].prefix_cache
+            async with Service(
+                guard, Policies(guard.policy), Keys(), mode=guard.mode, model={}, timeout=600
+            ) as service:
+                computed, connection = cache.computed, Connection(create_app(service, add_routes))
+                connection.send(*values, more=False)
+                answers = [await asyncio.wait_for(connection.lines.get(), 600) for _ in values]
+                connection.leave()
+                await connection.task
+                return cache.computed - computed, answers[-1]["probabilities"]
+
+    whole, expected = run(judged({**FIRST, "response": "".join(chunks)}))
+    grown, last = run(judged({**FIRST, "response": chunks[0]}, *({"append": chunk} for chunk in chunks[1:])))
+    assert grown <= 1.3 * whole
+    assert last == pytest.approx(expected, abs=1e-3)
