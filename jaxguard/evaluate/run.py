@@ -33,6 +33,7 @@ from jaxguard.data.questions import NOT_RECORDED
 from jaxguard.evaluate.report.card import refresh_cards
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
+from jaxguard.evaluate.scores.escalation import compare_modes
 from jaxguard.evaluate.scores.results import Evaluation
 from jaxguard.evaluate.scores.scoring import PointsOf, PredictedExamples, choose_points, score
 from jaxguard.guards.baselines import BASELINES
@@ -86,6 +87,7 @@ def evaluate(config: Config) -> Evaluation:
             benchmarks=tuple(task.label for task in tasks if task.benchmark),
             cells=cells,
             averages=averages,
+            cascades=tuple(compare_modes(predictions, cells, settings, points)),
             settings=published(settings.model_dump(mode="json")),
             finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             hardware=hardware(settings),

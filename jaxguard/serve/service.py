@@ -1,7 +1,7 @@
 """A guard as a service: admission, the way through the batches, readiness, and what is written down of each verdict.
 
-A request is judged by the guard or it is an error: there is no default verdict. Every API calls `Service.check`, and so does a
-cascade of modes, once it has one: it is a second job for the exchanges that the first one leaves open.
+A request is judged by the guard or it is an error: there is no default verdict. Every API calls `Service.check`. In mode
+`auto` a batch is one job for both stages of the guard's cascade.
 """
 
 import asyncio
@@ -341,7 +341,7 @@ class Service:
                 started = time.monotonic()
                 results = await self.guard.acheck_many(examples, mode, policy)
                 self.batcher.cost[mode].add(sum(map(tokens_of, examples)), time.monotonic() - started)
-                if default and mode is self.mode and examples == [_CANARY]:
+                if default and mode == self.mode and examples == [_CANARY]:
                     [self._canary] = results
                 if results[-1].decided_by is Mode.REASONING:
                     self._answer_tokens = results[-1].completion_tokens

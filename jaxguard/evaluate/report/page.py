@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from jaxguard import report as blocks
 from jaxguard.data.format.dialogue import CHOICES
 from jaxguard.data.policies import Question
-from jaxguard.evaluate.report import tables
+from jaxguard.evaluate.report import cascade, tables
 from jaxguard.evaluate.report.published import Published, read_published
 from jaxguard.evaluate.scores.metrics import Bin
 from jaxguard.evaluate.scores.results import Cell, Evaluation, Wrong, write_results
@@ -126,6 +126,7 @@ def report(evaluation: Evaluation, published: Published) -> blocks.Page:
         blocks.Only("html", [blocks.Details("All settings", [blocks.Facts(settings)])]),
         *leading,
         *(blocks.Section(table.title, [blocks.note(about), table], anchor) for anchor, about, table in tabled if table.rows),
+        cascade.section(evaluation),
         blocks.Section("Probabilities", [
             blocks.Only("html", [blocks.note(ABOUT_PROBABILITIES), blocks.Beside(reliability)]),
         ], "probabilities")

@@ -183,7 +183,7 @@ def f1_difference(
         f1, by_draw = statistics.f1_draws(a.labels, np.concatenate([a.votes, b.votes], axis=1), (seed, i), resamples)
         values.append(f1[None, :k].mean(axis=1) - f1[None, k:].mean(axis=1))
         drawn.append(by_draw[:, :k].mean(axis=1) - by_draw[:, k:].mean(axis=1))
-    return _difference(_weighted(values, weights), _weighted(drawn, weights))
+    return difference(_weighted(values, weights), _weighted(drawn, weights))
 
 
 def auprc_difference(
@@ -194,10 +194,10 @@ def auprc_difference(
     weights = [np.ones(len(labels)), *statistics.draws(len(labels), seed, resamples)]
     auprc = np.array([[curve.scores(each)[0] for curve in curves] for each in weights])
     differences = auprc[:, 0] - auprc[:, 1]
-    return _difference(differences[:1], differences[1:])
+    return difference(differences[:1], differences[1:])
 
 
-def _difference(value: np.ndarray, drawn: np.ndarray) -> Difference:
+def difference(value: np.ndarray, drawn: np.ndarray) -> Difference:
     """The difference as observed, float[1], and in every draw, with its two-sided p."""
     drawn = drawn.round(_DIGITS)
     score = statistics.estimate(value, drawn)

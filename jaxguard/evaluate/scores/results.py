@@ -207,6 +207,46 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Arm:
+    """A way to choose the examples that are reasoned about; the others have direct answers.
+
+    Attributes:
+        f1: over all of the benchmark's examples.
+        escalated: share of the benchmark that is reasoned about; `traffic`: at the prevalence of evaluate.auto.
+        seconds, tokens: mean time and generated tokens of an example, divided by those of reasoning mode; None if unknown.
+        less: F1 of the cascade less this F1; None for the cascade itself.
+    """
+
+    f1: Estimate
+    escalated: float
+    traffic: float
+    seconds: float | None
+    tokens: float | None
+    less: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """The two modes of a guard combined on a benchmark, from their predictions.
+
+    Attributes:
+        heading: of its cells.
+        certified: what guard.json says of mode `auto`; empty without it, where as many are reasoned about as its budget allows.
+        arms: "direct", "reasoning", "cascade", "random", and "value" where it can be fitted; the last three reason about as many.
+        curve: arm -> F1 by the share that is reasoned about, in equal steps from 0 to 1.
+        verdict: what can be said of the cascade beyond the noise.
+    """
+
+    guard: str
+    benchmark: str
+    heading: str
+    certified: str
+    arms: dict[str, Arm]
+    curve: dict[str, tuple[float | None, ...]]
+    verdict: Literal["dominates", "inside the noise", "worse"]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A whole evaluation.
 
@@ -215,6 +255,7 @@ class Evaluation:
         cells, averages: in the config's order; what a guard does not support is left out.
         settings: the evaluate section of the config.
         finished: when, in UTC.
+        cascades: of guards that have both modes on a benchmark.
         paper_rows: "guard/mode" -> the row of configs/published/paper.yaml that it is compared with.
         folder: where results.json, report.html and report.md are; None: they are not written.
         left_out: predictions that a guard does not support -> why.
@@ -228,6 +269,7 @@ class Evaluation:
     settings: dict[str, object]
     finished: str = ""
     hardware: str = ""
+    cascades: tuple[Cascade, ...] = ()
     paper_rows: dict[str, str] = field(default_factory=dict)
     folder: Path | None = field(default=None, compare=False)
     left_out: dict[str, str] = field(default_factory=dict, compare=False)
