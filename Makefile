@@ -18,7 +18,7 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints test test-slow fuzz test-aot test-sglang \
+.PHONY: help demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints bench-serve test test-slow fuzz test-aot test-sglang \
 	test-latest test-lowest sglang-cpu lint format docs wheel lock clean
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-cost          a step as batch, policy, examples, vocabulary and model grow, beside the least it can take"
 	@echo "make bench-evaluation    verdict probabilities and generated answers: our two backends beside transformers"
 	@echo "make bench-checkpoints   import and export of 2.5 GB beside raw disk and transformers"
+	@echo "make bench-serve         a service under open-loop traffic: HTTP alone, a real guard in JAX and behind SGLang"
 	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
 	@echo "make test-slow     those that take minutes"
 	@echo "make fuzz          every attack campaign at its full length (half an hour)"
@@ -66,6 +67,9 @@ bench-evaluation: $(VENV)/.base .venv-bench-trl/.ready $(SGLANG)/.ready
 
 bench-checkpoints: $(VENV)/.base .venv-bench-trl/.ready
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/checkpoints.py $(ARGS)
+
+bench-serve: $(VENV)/.base
+	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/serving.py $(ARGS)
 
 # The default tests run each of their many programs once or twice, so XLA does not optimise them; all other targets let it.
 test: $(VENV)/.fixtures

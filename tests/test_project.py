@@ -35,6 +35,7 @@ BELOW = {
     "mine": {"guards"},
     "check": {"guards"},
     "serve": {"guards"},
+    "load": {"data"},
     "study": {"evaluate"},
     "push": {"data"},
     "init": set(),
@@ -194,7 +195,7 @@ def test_documented_commands_parse(capsys, monkeypatch):
     checked = set()
     for text, stage, words in stage_calls():
         command = importlib.import_module(f"jaxguard.{stage}.__main__").main
-        if stage in ("check", "serve", "init", "env", "push") or words[:1] == ["sweep"]:  # these begin at once
+        if stage in ("check", "serve", "load", "init", "env", "push") or words[:1] == ["sweep"]:  # these begin at once
             command, words = (command.commands["sweep"], words[1:]) if words[:1] == ["sweep"] else (command, words)
             assert command.parser().parse_known_intermixed_args(words)[1] == [], text
         else:

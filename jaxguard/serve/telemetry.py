@@ -11,7 +11,15 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
 
 from jaxguard.data.examples import Example
 from jaxguard.utils.errors import JaxguardError
@@ -34,6 +42,7 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         checks = ("policy", "mode", "question", "verdict")
         self.checks = Counter("jaxguard_checks", "Verdicts, of each question.", checks, registry=registry)
         self.problems = Counter("jaxguard_problems", "Checks with a problem.", ("policy", "mode"), registry=registry)

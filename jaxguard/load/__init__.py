@@ -1,0 +1,1 @@
+"""`jaxguard load`: how a service behaves under traffic that does not wait for it."""
