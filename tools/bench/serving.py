@@ -64,7 +64,10 @@ class NullGuard:
     policy = Policy("null", rules="Nothing is forbidden.")
     mode = Mode.DIRECT
 
-    async def acheck_many(self, examples: Sequence[Example], *_: object) -> list[CheckResult]:
+    async def awarm_up(self) -> None:
+        """Nothing to compile."""
+
+    async def acheck_many(self, examples: Sequence[Example], *_: object, **__: object) -> list[CheckResult]:
         return [self._result(example) for example in examples]
 
     def _result(self, example: Example) -> CheckResult:
