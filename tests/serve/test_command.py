@@ -46,7 +46,7 @@ async def stream(port, *values):
     for value in values:
         line = json.dumps(value).encode() + b"\n"
         writer.write(b"%x\r\n%b\r\n" % (len(line), line))
-        while not (line := await asyncio.wait_for(reader.readline(), 60)).startswith(b"{"):
+        while not (line := await asyncio.wait_for(reader.readline(), 300)).startswith(b"{"):
             assert line
         answers.append(json.loads(line))
     writer.close()
@@ -70,7 +70,7 @@ def test_a_real_guard_over_http(tiny_checkpoint, tmp_path):
         "--policies",
         str(tmp_path / "law"),
     ]
-    command += ["--policy", "lamps", "--mode", "direct", "--port", str(port), "--timeout", "60"]
+    command += ["--policy", "lamps", "--mode", "direct", "--port", str(port), "--timeout", "300"]
     command += ["--audit", str(tmp_path / "audit.jsonl")]
     bodies = [
         {"prompt": f"{i} bread", "response": "A lamp." if i % 2 else None, "policy": ("lamps", "rivers")[i % 3 == 0]}
@@ -78,7 +78,7 @@ def test_a_real_guard_over_http(tiny_checkpoint, tmp_path):
     ]
 
     async def ask():
-        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
             answers = await asyncio.gather(*(client.post("/v1/check", json=body) for body in bodies))
             grown = await stream(port, {"prompt": "1 bread"}, {"append": "A "}, {"append": "lamp."})
             assert grown[-1]["probabilities"] == pytest.approx(answers[1].json()["probabilities"], abs=1e-4)
@@ -88,7 +88,7 @@ def test_a_real_guard_over_http(tiny_checkpoint, tmp_path):
     log = (tmp_path / "log").open("wb")
     process = subprocess.Popen(command, stderr=log, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     try:
-        for _ in range(600):
+        for _ in range(2400):
             time.sleep(0.5)
             assert process.poll() is None, (tmp_path / "log").read_text()
             try:

@@ -9,6 +9,7 @@ import pytest
 
 from jaxguard.guards.guard import Guard
 from jaxguard.serve import app as api
+from jaxguard.serve import service as serving
 from jaxguard.serve.app import create_app
 from jaxguard.serve.keys import Keys
 from jaxguard.serve.native import add_routes
@@ -200,15 +201,18 @@ def test_a_key_pays_for_each_verdict(connected, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_computed_of_a_response_is_not_again(tiny_checkpoint, tmp_path):
+def test_what_was_computed_of_a_response_is_not_again(tiny_checkpoint, tmp_path, monkeypatch):
     """Counted in tokens, a stream costs at most 1.3 times a check of the whole response, and the last verdict is the same."""
+    monkeypatch.setattr(serving, "WATCH_SECONDS", 3600.0)
+    monkeypatch.setattr(Service, "_warm", lambda *_, **__: asyncio.sleep(0))
+    monkeypatch.setattr(Guard, "awarm_up", lambda _: asyncio.sleep(0))
     (tmp_path / "law.yaml").write_text("name: law\nrules: Nobody may talk about lamps.\n", encoding="utf-8")
     words = ("bread near the river and the lamp " * 24).split()
     chunks = [" ".join(words[start : start + 42]) + " " for start in range(0, len(words), 42)]
 
     async def judged(*values):
         with Guard.load(tiny_checkpoint, tmp_path / "law.yaml", "direct") as guard:
-            guard.awarm_up = lambda: asyncio.sleep(0)
+            await guard.acheck_many([("bread?", "a")])  # which computes the policy
             cache = guard._predict.keywords["backend"].prefix_cache
             async with Service(
                 guard, Policies(guard.policy), Keys(), mode=guard.mode, model={}, timeout=600
