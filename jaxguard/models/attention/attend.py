@@ -1,7 +1,7 @@
 """Causal attention over packed rows, one function for every target. Results at padding are finite and unused."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -226,42 +226,47 @@ def attend_cached(
 ) -> Query:
     """Compute softmax attention over all `parts` together, one chunk of queries at a time; for decoding, not differentiated.
 
-    A query sees the keys at or before its position, at most `window` of them. Keys that several rows share are stored once
-    and multiplied with all those rows' queries in one matmul. With `ends_BT` the rows hold trees, see Decoder.cached: of the
-    last part, a query sees those keys alone that it continues.
+    The last part is that of the queries' own tokens, in the order of their positions. A query sees the keys at or before its
+    position, at most `window` of them. With `ends_BT` the rows hold trees, see Decoder.cached: of the last part, a query sees those
+    keys alone that it continues. Keys that several rows share are stored once and multiplied with all those rows' queries in one
+    matmul.
     """
     rows, tokens, heads, width = query_BTNH.shape
     kv_heads = parts[0][0].shape[1]
-    grouped = (kv_heads, heads // kv_heads)
+    *earlier, (own_key_BKTH, own_value_BKTH, own_positions_BT) = parts
 
     def attend_chunk(block: slice) -> Float[Array, "B C N H"]:
         query_BCNH, positions_BC = query_BTNH[:, block], positions_BT[:, block]
-        queries, scores = query_BCNH.shape[1], []
-        for part, (key_AKSH, _, positions_AS) in enumerate(parts, start=1):
-            groups, size = positions_AS.shape
-            query_ARCKGH = query_BCNH.reshape(groups, -1, queries, *grouped, width)
-            scores_ARCKGS = jnp.einsum(
-                "ARCKGH,AKSH->ARCKGS", query_ARCKGH, key_AKSH, preferred_element_type=jnp.float32
-            )
-            distance_ARCS = positions_BC.reshape(groups, -1, queries, 1) - positions_AS[:, None, None]
+        queries, sums, seen = query_BCNH.shape[1], [], slice(0, block.stop)
+        own = own_key_BKTH[:, :, seen], own_value_BKTH[:, :, seen], own_positions_BT[:, seen]
+        for key_AKSH, value_AKSH, positions_AS in [*earlier, own]:
+            distance_ARCS = positions_BC.reshape(len(key_AKSH), -1, queries, 1) - positions_AS[:, None, None]
             visible_ARCS = (distance_ARCS >= 0) & (distance_ARCS < window)
-            if ends_BT is not None and part == len(parts):
-                slot_T = jnp.arange(tokens)
-                slot_C1 = slot_T[block, None]
-                visible_ARCS &= ((slot_T <= slot_C1) & (slot_C1 <= ends_BT[:, None]))[:, None]
-            visible_ARC11S = visible_ARCS[:, :, :, None, None]
-            scores_ARCKGS = jnp.where(visible_ARC11S, scores_ARCKGS * scale, jnp.finfo(jnp.float32).min)
-            scores.append(scores_ARCKGS.reshape(rows, queries, *grouped, size))
-        weights_BCKGS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query_BCNH.dtype)
-        mixed_BCKGH = jnp.zeros((rows, queries, *grouped, width), jnp.float32)
-        start = 0
-        for _, value_AKSH, positions_AS in parts:
-            groups, size = positions_AS.shape
-            weights_ARCKGS = weights_BCKGS[..., start : start + size].reshape(groups, -1, queries, *grouped, size)
+            if ends_BT is not None and key_AKSH is own[0]:
+                slots_T = jnp.arange(tokens)
+                slots_C1 = slots_T[block, None]
+                visible_ARCS &= ((slots_T[seen] <= slots_C1) & (slots_C1 <= ends_BT[:, None, seen]))[:, None]
+            # Batch axes first: a CPU multiplies other layouts at less than half the speed.
+            query_ARCKGH = query_BCNH.reshape(len(key_AKSH), -1, queries, kv_heads, heads // kv_heads, width)
+            query_AKRCGH = query_ARCKGH.transpose(0, 3, 1, 2, 4, 5)
+            scores_AKRCGS = jnp.einsum(
+                "AKRCGH,AKSH->AKRCGS", query_AKRCGH, key_AKSH, preferred_element_type=jnp.float32
+            )
+            scores_AKRCGS = jnp.where(
+                visible_ARCS[:, None, :, :, None], scores_AKRCGS * scale, jnp.finfo(jnp.float32).min
+            )
+            most_AKRCG1 = jnp.max(scores_AKRCGS, axis=-1, keepdims=True)
+            weights_AKRCGS = jnp.exp(scores_AKRCGS - most_AKRCG1)
+            total_AKRCG1 = jnp.sum(weights_AKRCGS, axis=-1, keepdims=True)
             # In the compute type: XLA on a CPU has no such product from bfloat16 to float32.
-            mixed_ARCKGH = jnp.einsum("ARCKGS,AKSH->ARCKGH", weights_ARCKGS, value_AKSH)
-            mixed_BCKGH += mixed_ARCKGH.reshape(mixed_BCKGH.shape)
-            start += size
-        return mixed_BCKGH.astype(query_BCNH.dtype).reshape(query_BCNH.shape)
+            mixed_AKRCGH = jnp.einsum("AKRCGS,AKSH->AKRCGH", weights_AKRCGS.astype(query_BCNH.dtype), value_AKSH)
+            of_part = most_AKRCG1, total_AKRCG1, mixed_AKRCGH.astype(jnp.float32)
+            sums.append([x.transpose(0, 2, 3, 1, 4, 5).reshape(rows, queries, heads, -1) for x in of_part])
+        # The weights of each part are relative to its own greatest score.
+        most_BCN1 = reduce(jnp.maximum, (most for most, _, _ in sums))
+        scaled = [(jnp.exp(most - most_BCN1), total, mixed) for most, total, mixed in sums]
+        total_BCN1 = reduce(jnp.add, (factor * total for factor, total, _ in scaled))
+        mixed_BCNH = reduce(jnp.add, (factor * mixed for factor, _, mixed in scaled))
+        return (mixed_BCNH / total_BCN1).astype(query_BCNH.dtype)
 
     return jnp.concatenate([attend_chunk(slice(start, start + chunk)) for start in range(0, tokens, chunk)], axis=1)
