@@ -1,0 +1,123 @@
+"""Real clients in an environment of their own, against a service with real weights: `make test-serve`."""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-clients" / "bin" / "python"
+SMOLLM2 = ROOT / "runs" / "demo" / "base"
+EXPORT = "JAXGUARD_SERVE_EXPORT"
+"""The environment variable with an export to serve in place of SmolLM2, which was not trained as a guard."""
+TEXT, RESPONSE = "How do I bake bread?", "Mix flour, water, salt and yeast, wait, and bake it."
+POLICY = "name: bread\nrules: Nobody may talk about bread.\nasks: [prompt_harm, response_harm]\n"
+
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.skipif(not PYTHON.is_file(), reason="no clients: run `make test-serve`"),
+]
+
+
+@contextmanager
+def running(log, *arguments):
+    """Run the command with a real guard, and yield its address once it is ready."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "jaxguard.serve", *map(str, arguments), "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(command, stderr=errors, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    try:
+        for _ in range(600):
+            time.sleep(0.5)
+            assert process.poll() is None, log.read_text()
+            try:
+                httpx2.get(f"{url}/readyz", trust_env=False)
+                break
+            except httpx2.ConnectError:
+                continue
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    """A guard in direct mode."""
+    folder = tmp_path_factory.mktemp("service")
+    (folder / "bread.yaml").write_text(POLICY, encoding="utf-8")
+    model = os.environ.get(EXPORT) or SMOLLM2
+    config = [] if model != SMOLLM2 else ["--config", "smollm_demo"]
+    options = ["--policy", folder / "bread.yaml", "--mode", "direct", "--timeout", "60"]
+    with running(folder / "log", "--model", model, *config, *options) as address:
+        yield address
+
+
+def ask(url, name, *arguments):
+    """What a client of clients.py made of the service."""
+    command = [PYTHON, Path(__file__).with_name("clients.py"), name, url, TEXT, RESPONSE, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@functools.lru_cache
+def check(url, prompt=TEXT, response=None):
+    """The verdict of the native API."""
+    body = {"prompt": prompt, "response": response}
+    answer = httpx2.post(f"{url}/v1/check", json=body, timeout=60, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def close(probability):
+    return pytest.approx(probability, abs=1e-3)
+
+
+def test_openai(url):
+    answers = ask(url, "openai")
+    prompt, whole = check(url), check(url, TEXT, RESPONSE)
+    assert answers["flagged"] == [prompt["harmful"]] * 2
+    assert answers["violence"] == close(prompt["probabilities"]["prompt_harm"])
+    predicates = [["predicate", q, close(whole["probabilities"][q])] for q in ("prompt_harm", "response_harm")]
+    assert answers["decided"] == [*predicates, ["refusal", "unknown", None]]
+    assert answers["tokens"] == whole["usage"]["prompt_tokens"]
+    verdict = whole["verdict"]
+    assert answers["said"] == f"Prompt harm: {verdict['prompt_harm']}\nResponse harm: {verdict['response_harm']}"
+    assert answers["refused"] == [422, "invalid_request"]
+
+
+def test_litellm(url):
+    answers = ask(url, "litellm")
+    for kind, text, words in (("request", TEXT, "by policy bread"), ("response", RESPONSE, "without its prompt")):
+        assert (words in answers[kind]) == (not check(url, text)["passes"])
+        assert (answers[kind] == "passed") == check(url, text)["passes"]
+    blocked, passed = "400", "passed"
+    assert [answer[: len(passed)] == passed for answer in answers["decisions"]] == [False, True] * 2
+    assert all(answer.startswith(blocked) for answer in answers["decisions"][::2])
+    assert passed not in (answers["image"], answers["unknown"])
+
+
+def test_nemo(url):
+    answers = ask(url, "nemo")
+    whole, alone = check(url, TEXT, RESPONSE)["verdict"], [check(url, text) for text in (TEXT, RESPONSE)]
+    harmful = [each["harmful"] for each in alone]
+    assert answers["content_safety"] == {"direct": [harmful[0], whole["response_harm"] == "harmful"]}
+    assert answers["vllm"] == harmful
+    assert answers["vllm_unharmful"] == [not each for each in harmful]
+    assert answers["fms"] == [[True, True], [False, False]]
+
+
+def test_nemo_with_reasoning(tiny_checkpoint, tmp_path):
+    """A tiny model of random weights: SmolLM2 reasons for half a minute a time here."""
