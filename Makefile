@@ -6,6 +6,7 @@ SUFFIX := $(filter-out python3,$(notdir $(PYTHON)))
 VENV := .venv$(SUFFIX:python%=-%)
 BIN := $(VENV)/bin
 SGLANG := .venv-sglang
+CLIENTS := .venv-clients
 AOT := .venv-aot$(SUFFIX:python%=-%)
 LOWEST := .venv-lowest$(SUFFIX:python%=-%)
 LATEST := .venv-latest$(SUFFIX:python%=-%)
@@ -19,7 +20,7 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: help demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints bench-serve test test-slow fuzz test-aot test-sglang \
-	test-latest test-lowest sglang-cpu lint format docs wheel lock clean
+	test-serve test-latest test-lowest sglang-cpu lint format docs wheel lock clean
 
 help:
 	@echo "make demo          train a real guard on this CPU and show what it learned"
@@ -35,6 +36,7 @@ help:
 	@echo "make fuzz          every attack campaign at its full length (half an hour)"
 	@echo "make test-aot      those that compile for absent A100s and TPUs"
 	@echo "make test-sglang   those that start real SGLang servers"
+	@echo "make test-serve    those that call the service with real clients"
 	@echo "make test-latest   the default tests with the newest releases that pyproject.toml allows"
 	@echo "make test-lowest   the default tests with the oldest releases that pyproject.toml allows"
 	@echo "make sglang-cpu    the environment in which SGLang serves on this CPU"
@@ -86,6 +88,9 @@ test-aot: $(AOT)/.ready
 
 test-sglang: $(VENV)/.fixtures $(SGLANG)/.ready
 	$(BIN)/python -m pytest -m sglang tests/distill tests/guards $(ARGS)
+
+test-serve: $(VENV)/.test $(CLIENTS)/.ready
+	$(BIN)/python -m pytest -m serve tests/serve $(ARGS)
 
 # Always asks for what is newest today.
 test-latest:
@@ -171,6 +176,12 @@ $(AOT)/.ready: pyproject.toml constraints/base.txt constraints/test.txt constrai
 .venv-bench-%/.ready: tools/bench/peers/%.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python $(PIP) --requirement $<
+	touch $@
+
+# What calls the service in tests/serve/clients.py.
+$(CLIENTS)/.ready: tests/serve/clients.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python $(PIP) --requirement $<
 	touch $@
 
 # SGLang's pins differ from ours, and on a CPU it wants other builds than it asks for.

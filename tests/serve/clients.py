@@ -1,6 +1,6 @@
 """Run in the environment of `make test-serve`: call a service with real clients, and print what they made of it as JSON.
 
-    python tests/serve/clients.py openai|litellm|nemo URL TEXT RESPONSE
+python tests/serve/clients.py openai|litellm|nemo URL TEXT RESPONSE
 """
 
 import asyncio
@@ -114,7 +114,7 @@ rails:
 """
 
 
-def use_nemo(url, text, response, modes="direct"):
+def use_nemo(url, text, response, mode="direct"):
     from nemoguardrails import LLMRails, RailsConfig
 
     exchange = [{"role": "user", "content": text}, {"role": "assistant", "content": response}]
@@ -131,11 +131,11 @@ def use_nemo(url, text, response, modes="direct"):
     def classifier(engine, label, threshold):
         return blocked(CLASSIFIER.format(url=url, engine=engine, label=label, threshold=threshold))
 
+    safety = blocked(CONTENT_SAFETY.format(url=url, reasoning=str(mode == "reasoning").lower()))
+    if mode == "reasoning":
+        return {"content_safety": {mode: safety}}
     return {
-        "content_safety": {
-            mode: blocked(CONTENT_SAFETY.format(url=url, reasoning=str(mode == "reasoning").lower()))
-            for mode in modes.split(",")
-        },
+        "content_safety": {mode: safety},
         "vllm": classifier("vllm", "harmful", 0.5),
         "vllm_unharmful": classifier("vllm", "unharmful", 0.5),
         "fms": [classifier("fms", "prompt_harm", threshold) for threshold in (0.0, 1.0)],

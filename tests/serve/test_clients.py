@@ -1,4 +1,7 @@
-"""Real clients in an environment of their own, against a service with real weights: `make test-serve`."""
+"""Real clients in an environment of their own, against a service with trained weights: `make test-serve`.
+
+The guard is a tiny one that is trained here, unless JAXGUARD_SERVE_EXPORT names an export.
+"""
 
 import functools
 import json
@@ -13,13 +16,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from jaxguard.data.policies import QUESTIONS
+
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
-SMOLLM2 = ROOT / "runs" / "demo" / "base"
-EXPORT = "JAXGUARD_SERVE_EXPORT"
-"""The environment variable with an export to serve in place of SmolLM2, which was not trained as a guard."""
-TEXT, RESPONSE = "How do I bake bread?", "Mix flour, water, salt and yeast, wait, and bake it."
-POLICY = "name: bread\nrules: Nobody may talk about bread.\nasks: [prompt_harm, response_harm]\n"
+TEXT, RESPONSE = "tell me about lamp", "here is a word about river"
 
 pytestmark = [
     pytest.mark.serve,
@@ -53,14 +54,23 @@ def running(log, *arguments):
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    """A guard in direct mode."""
-    folder = tmp_path_factory.mktemp("service")
-    (folder / "bread.yaml").write_text(POLICY, encoding="utf-8")
-    model = os.environ.get(EXPORT) or SMOLLM2
-    config = [] if model != SMOLLM2 else ["--config", "smollm_demo"]
-    options = ["--policy", folder / "bread.yaml", "--mode", "direct", "--timeout", "60"]
-    with running(folder / "log", "--model", model, *config, *options) as address:
+def export(tiny_files, tmp_path_factory):
+    """Of a guard that calls harmful what mentions a lamp, in both modes."""
+    if name := os.environ.get("JAXGUARD_SERVE_EXPORT"):
+        return Path(name)
+    folder = tmp_path_factory.mktemp("guard")
+    changes = {"max_steps": 200, "epochs": 1000, "evaluate_every": 0}
+    config = tiny_files(folder, train=changes, checkpoint={"every": 1000})
+    command = [sys.executable, "-m", "jaxguard.train", "--config", config]
+    subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, check=True)
+    return folder / "runs" / "tiny" / "export"
+
+
+@pytest.fixture(scope="module")
+def url(export, tmp_path_factory):
+    """A service in direct mode."""
+    log = tmp_path_factory.mktemp("service") / "log"
+    with running(log, "--model", export, "--mode", "direct", "--timeout", "60") as address:
         yield address
 
 
@@ -90,7 +100,7 @@ def test_openai(url):
     prompt, whole = check(url), check(url, TEXT, RESPONSE)
     assert answers["flagged"] == [prompt["harmful"]] * 2
     assert answers["violence"] == close(prompt["probabilities"]["prompt_harm"])
-    predicates = [["predicate", q, close(whole["probabilities"][q])] for q in ("prompt_harm", "response_harm")]
+    predicates = [["predicate", q, close(whole["probabilities"][q])] for q in QUESTIONS[:2]]
     assert answers["decided"] == [*predicates, ["refusal", "unknown", None]]
     assert answers["tokens"] == whole["usage"]["prompt_tokens"]
     verdict = whole["verdict"]
@@ -100,13 +110,11 @@ def test_openai(url):
 
 def test_litellm(url):
     answers = ask(url, "litellm")
-    for kind, text, words in (("request", TEXT, "by policy bread"), ("response", RESPONSE, "without its prompt")):
+    for kind, text, words in (("request", TEXT, "by policy"), ("response", RESPONSE, "without its prompt")):
         assert (words in answers[kind]) == (not check(url, text)["passes"])
         assert (answers[kind] == "passed") == check(url, text)["passes"]
-    blocked, passed = "400", "passed"
-    assert [answer[: len(passed)] == passed for answer in answers["decisions"]] == [False, True] * 2
-    assert all(answer.startswith(blocked) for answer in answers["decisions"][::2])
-    assert passed not in (answers["image"], answers["unknown"])
+    assert [answer[:3] for answer in answers["decisions"]] == ["400", "pas"] * 2
+    assert "passed" not in (answers["image"], answers["unknown"])
 
 
 def test_nemo(url):
@@ -119,5 +127,10 @@ def test_nemo(url):
     assert answers["fms"] == [[True, True], [False, False]]
 
 
-def test_nemo_with_reasoning(tiny_checkpoint, tmp_path):
-    """A tiny model of random weights: SmolLM2 reasons for half a minute a time here."""
+def test_nemo_with_reasoning(export, tmp_path):
+    with running(tmp_path / "log", "--model", export, "--mode", "reasoning", "--timeout", "60") as address:
+        answers = ask(address, "nemo", "reasoning")
+        verdicts = check(address)["verdict"], check(address, TEXT, RESPONSE)["verdict"]
+        assert check(address)["mode"] == "reasoning"
+    harmful = [each[question] == "harmful" for each, question in zip(verdicts, QUESTIONS, strict=False)]
+    assert answers["content_safety"] == {"reasoning": harmful}
