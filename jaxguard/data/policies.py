@@ -6,6 +6,7 @@ A policy is a YAML file with named categories, plain rules, or both. An example 
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -121,6 +122,15 @@ def load_policy(name_or_path: str, folder: Path = POLICY_FOLDER) -> Policy:
 
 
 _cached = lru_cache(maxsize=64)(load_policy)
+
+
+@lru_cache(maxsize=64)
+def policy_column(name: str, policy: Policy) -> str:
+    """Return what an example says to be judged by a policy: its name if it is the one in `configs/policies`, else its rules."""
+    with suppress(JaxguardError):
+        if policy_for(Example("", "", "", policy=name), Policy("")) == policy:
+            return name
+    return policy.taxonomy
 
 
 def policy_for(example: Example, default: Policy, folder: Path = POLICY_FOLDER) -> Policy:

@@ -17,7 +17,7 @@ from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.files import Row, Skip, label, objects, read_hub, read_local, text, words
 from jaxguard.data.format.dialogue import transcript
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.parse import nearest
+from jaxguard.utils.parse import nearest, shown
 
 HARM = {"harmful": "harmful", "unharmful": "unharmful"}
 SAFETY = {"unsafe": "harmful", "safe": "unharmful"}
@@ -66,7 +66,7 @@ def load(source: SourceConfig) -> LoadedSource:
             f"{name}: no label column; expected one of {', '.join(LABELS)}, found: {', '.join(table.columns)}.{hint}"
         )
     skipped, examples = Counter[str](), list[Example]()
-    for location, row in table.rows:
+    for location, row in _with_labels(table.rows) if source.kind == "jsonl" else table.rows:
         for message in kind.split(row, location, skipped):
             try:
                 examples.append(_convert(message, kind, source, location))
@@ -81,6 +81,21 @@ def load(source: SourceConfig) -> LoadedSource:
     examples = unique_ids(examples)
     origin = {"kind": source.kind, **table.origin, "examples_sha256": digest(examples)}
     return LoadedSource(examples, skipped, origin)
+
+
+def _with_labels(rows: Iterable[tuple[str, Row]]) -> list[tuple[str, Row]]:
+    """Add each row without a prompt, a reviewer's labels, to the row of its id."""
+    texts, labels = list[tuple[str, Row]](), dict[str, tuple[str, Row]]()
+    for location, row in rows:
+        if "prompt" in row or row.get("id") is None:
+            texts.append((location, row))
+        elif (earlier := labels.setdefault(str(row["id"]), (location, row)))[0] != location:
+            raise JaxguardError(f"{location}: {earlier[0]} labels the id {shown(row['id'])} too; leave one of them out")
+    ids = {str(row.get("id")) for _, row in texts}
+    for name, (location, _) in labels.items():
+        if name not in ids:
+            raise JaxguardError(f"{location}: no field 'prompt', and no row of the id {shown(name)} that has it")
+    return [(location, row | labels.get(str(row.get("id")), ("", {}))[1]) for location, row in texts]
 
 
 def digest(examples: Iterable[Example]) -> str:

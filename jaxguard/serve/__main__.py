@@ -48,6 +48,8 @@ policies in configs/policies/: {policies}
 def _serve(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise JaxguardError(f"jaxguard serve needs FastAPI and uvicorn: {install('serve')}")
+    if options.audit_texts and options.audit is None:
+        raise JaxguardError("--audit-texts needs --audit FILE")
     folder = None if options.policies is None else Path(options.policies)
     policy = options.policy
     if policy is not None and folder is not None and (folder / f"{policy}.yaml").is_file():
@@ -98,7 +100,7 @@ async def _run(
         timeout=options.timeout,
         concurrent=CONCURRENT if served.endpoint else 1,
         reasoning=Budget.per_minute(options.reasoning_tokens_per_minute),
-        audit=None if options.audit is None else Audit(Path(options.audit)),
+        audit=None if options.audit is None else Audit(Path(options.audit), options.audit_texts),
     )
 
     class Server(uvicorn.Server):
@@ -180,6 +182,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--keys", metavar="FILE", help="YAML with hashes of API keys; without, everybody who reaches the port may check"
     )
     add("--audit", metavar="FILE", help="append a JSON line for each verdict, without text")
+    add(
+        "--audit-texts",
+        action="store_true",
+        help="also write prompts and responses into it, as rows that a reviewer can label; they may be personal data",
+    )
     add(
         "--reasoning-tokens-per-minute",
         type=_positive,

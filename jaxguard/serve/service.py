@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Self
 
@@ -21,7 +21,7 @@ from pydantic import StringConstraints
 from jaxguard.config.base import Positive, Schema
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import TITLES, Mode, single_message, transcript
-from jaxguard.data.policies import Policy
+from jaxguard.data.policies import Policy, policy_column
 from jaxguard.guards.guard import MODES, AnyMode, CheckResult, Guard
 from jaxguard.guards.operating_points import AUTO
 from jaxguard.serve.batching import Batcher, Job, tokens_of
@@ -295,7 +295,7 @@ class Service:
             **{name: value for name, value in tree.items() if name not in ("problems", "reasoning")},
             "problems": len(result.problems),  # their words may quote the guard's answer, and that the text
         }
-        self.audit.write(job.example, record)
+        self.audit.write(replace(job.example, policy=policy_column(answer.policy_name, job.policy)), record)
 
     async def reload(self) -> None:
         """Take over changed policies and keys; a file that is malformed, or that the guard cannot judge by, leaves the old one.

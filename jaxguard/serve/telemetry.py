@@ -1,10 +1,11 @@
-"""What a service tells its operators: Prometheus metrics, and an audit log that holds no text."""
+"""What a service tells its operators: Prometheus metrics, and an audit log that holds no text unless they ask for it."""
 
 import hashlib
 import hmac
 import json
 import logging
 import os
+import sys
 import traceback
 from collections.abc import Mapping
 from logging.handlers import WatchedFileHandler
@@ -63,29 +64,39 @@ class Metrics:
         self.info = Info("jaxguard", "Weights and default policy.", registry=registry)
 
 
+class _Handler(WatchedFileHandler):
+    """Reports what cannot be written without quoting it, as Python's own handlers would."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger(record.name).error("a verdict was not written: %s", where(sys.exception() or RuntimeError()))
+
+
 class Audit:
     """A log of verdicts as JSON lines: who asked, by which policy and weights, lengths and probabilities, no text.
 
+    With `texts` a line is a row of a `jsonl` source, its labels null, and holds the above as `audit`.
     A file that was moved away, as logrotate does, is begun anew. With AUDIT_KEY in the environment a line has the HMAC-SHA-256 of
     the exchange, by which equal ones are found.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, texts: bool = False) -> None:
         """JaxguardError: the file cannot be written."""
+        self._texts = texts
         self._key = os.environ.get(AUDIT_KEY, "").encode()
         self._logger = logging.Logger("jaxguard.audit")
         try:
-            self._handler = WatchedFileHandler(path, encoding="utf-8")
+            self._handler = _Handler(path, encoding="utf-8")
         except OSError as error:
             raise JaxguardError(f"--audit {path}: {error.strerror or error}; name a file that can be written") from None
         self._logger.addHandler(self._handler)
 
     def write(self, example: Example, record: Mapping[str, Any]) -> None:
-        """Append a record, with lengths of the example and its hash."""
+        """Append a record, with lengths of the example and its hash, or inside the example."""
         lengths = {"prompt_characters": len(example.prompt), "response_characters": len(example.response or "")}
         exchange = json.dumps([example.prompt, example.response]).encode()
         hashed = {"hmac": hmac.new(self._key, exchange, hashlib.sha256).hexdigest()} if self._key else {}
-        self._logger.info(json.dumps({**record, **lengths, **hashed}))
+        line = {**record, **lengths, **hashed}
+        self._logger.info(json.dumps({**example.to_json(), "audit": line} if self._texts else line))
 
     def close(self) -> None:
         self._handler.close()

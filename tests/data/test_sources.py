@@ -268,6 +268,23 @@ def test_a_line_without_a_prompt_is_named(lines):
     assert "some.jsonl:2: no field 'prompt'" in message(lines([OURS, {"prompt_label": "harmful"}]))
 
 
+def test_labels_come_in_rows_of_their_own(lines):
+    text = {"id": 1, "prompt": "hello", "prompt_label": None, "source": "log"}
+    label = {"id": "1", "prompt_label": "harmful", "categories": ["a"]}
+    for rows in ([text, label], [label, text]):
+        example = one(lines(rows))
+        assert (example.prompt, example.prompt_label, example.categories, example.source) == (
+            "hello",
+            "harmful",
+            ("a",),
+            "log",
+        )
+    assert "some.jsonl:2: " in message(lines([text, {**label, "id": "2"}]))
+    assert all(f"some.jsonl:{line}" in message(lines([text, label, label])) for line in (2, 3))
+    assert "2 examples have the id '1'" in message(lines([text, text, label]))
+    assert "no column 'prompt'" in message(lines([label]))
+
+
 def test_ids_given_twice_are_an_error(lines):
     assert "2 examples have the id 'x'" in message(lines([OURS, OURS]))
 

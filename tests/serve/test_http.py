@@ -227,6 +227,21 @@ def test_texts_are_nowhere(served, guard, tmp_path, caplog, monkeypatch):
     )
 
 
+def test_a_full_disk_quotes_no_text(tmp_path, capsys, caplog, monkeypatch):
+    from jaxguard.data.examples import Example
+
+    def full(*_):
+        raise OSError(28, SECRET)
+
+    audit = Audit(tmp_path / "audit.jsonl", texts=True)
+    monkeypatch.setattr(audit._handler.stream, "flush", full)
+    audit.write(Example("1", "s", SECRET), {"n": 1})
+    monkeypatch.undo()
+    audit.close()
+    assert "OSError in" in caplog.text
+    assert SECRET not in caplog.text + "".join(capsys.readouterr())
+
+
 def test_an_audit_log_that_was_moved_away_is_begun_anew(tmp_path):
     from jaxguard.data.examples import Example
 
