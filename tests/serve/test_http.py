@@ -184,13 +184,14 @@ def test_an_api_has_errors_of_its_own_shape(guard):
     assert (answer.status_code, answer.json()) == (400, {"reason": "invalid_json"})
 
 
-def test_texts_are_nowhere(served, guard, tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("texts", [False, True])
+def test_texts_are_nowhere_but_where_asked_for(served, guard, tmp_path, caplog, monkeypatch, texts):
     monkeypatch.setenv(AUDIT_KEY, "k")
     guard.fails = lambda prompt: ValueError(prompt) if "fails" in prompt else None
     caplog.set_level(logging.DEBUG)
 
     async def test():
-        async with served(audit=Audit(tmp_path / "audit.jsonl")) as s:
+        async with served(audit=Audit(tmp_path / "audit.jsonl", texts)) as s:
             whole = s.service.check
             answers = [await s.check(f"{SECRET}{end}", response=SECRET) for end in ("", " harm", " fails")]
             headers = {"authorization": SECRET, "x-timeout-ms": SECRET}
@@ -215,9 +216,12 @@ def test_texts_are_nowhere(served, guard, tmp_path, caplog, monkeypatch):
 
     run(test())
     audit = (tmp_path / "audit.jsonl").read_text()
-    assert SECRET not in audit + caplog.text
+    assert SECRET not in caplog.text
+    assert (SECRET in audit) is texts
     assert "RuntimeError in" in caplog.text
-    first, second = map(json.loads, audit.splitlines())
+    rows = list(map(json.loads, audit.splitlines()))
+    first, second = (row["audit"] for row in rows) if texts else rows
+    assert SECRET not in json.dumps([first, second])
     expected = hmac.new(b"k", json.dumps([SECRET, SECRET]).encode(), hashlib.sha256).hexdigest()
     assert (first["hmac"], first["prompt_characters"], first["passes"]) == (expected, len(SECRET), True)
     assert (second["probabilities"], second["policy"]["name"], second["route"]) == (
