@@ -19,11 +19,12 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints bench-serve test test-slow fuzz test-aot test-sglang \
+.PHONY: help demo serve-demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints bench-serve test test-slow fuzz test-aot test-sglang \
 	test-serve test-latest test-lowest sglang-cpu lint format docs wheel lock clean
 
 help:
 	@echo "make demo          train a real guard on this CPU and show what it learned"
+	@echo "make serve-demo    the same guard as a service on 127.0.0.1, with a page on which to try texts"
 	@echo "make distill-demo  get traces from a real SGLang server on this CPU, and train on them"
 	@echo "make plan-demo     compile two recipes for absent A100s and a TPU slice: do they fit, what do they cost?"
 	@echo "make bench         train beside TRL, LlamaFactory, Tunix and a torch loop on this CPU (hours; ARGS=--help)"
@@ -49,6 +50,9 @@ help:
 
 demo: $(VENV)/.base
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py $(ARGS)
+
+serve-demo: $(VENV)/.base
+	PYTHONPATH=tools GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/serve_demo.py $(ARGS)
 
 distill-demo: $(VENV)/.base $(SGLANG)/.ready
 	$(BIN)/python tools/distill_demo.py $(ARGS)

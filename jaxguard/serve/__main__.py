@@ -80,7 +80,7 @@ async def _run(
     """Serve until a signal ends it."""
     import uvicorn
 
-    from jaxguard.serve import native
+    from jaxguard.serve import native, page
     from jaxguard.serve.adapters import ADAPTERS
     from jaxguard.serve.app import create_app
     from jaxguard.serve.keys import Budget, Keys
@@ -119,7 +119,7 @@ async def _run(
     logging.info("warming up")
     async with service:
         config = uvicorn.Config(
-            create_app(service, native.add_routes, *ADAPTERS),
+            create_app(service, native.add_routes, *ADAPTERS, *[page.add_routes] * options.demo_page),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -182,6 +182,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--keys", metavar="FILE", help="YAML with hashes of API keys; without, everybody who reaches the port may check"
     )
     add("--audit", metavar="FILE", help="append a JSON line for each verdict, without text")
+    add("--demo-page", action="store_true", help="GET / is a page on which people try texts (none)")
     add(
         "--audit-texts",
         action="store_true",
