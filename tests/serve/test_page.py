@@ -1,4 +1,4 @@
-"""The page on which people try texts: a text under judgement is an attack on it."""
+"""The page on which people try texts: a text to be checked may attack it."""
 
 import asyncio
 import base64
