@@ -202,7 +202,8 @@ async def predict(
 ) -> list[Prediction]:
     """Predictions in the order of the requests; those in the file are reused, others are appended to it.
 
-    Long texts come first, so that those that do not fit fail at once, and texts of similar length share a batch.
+    Long texts come first, so that those that do not fit fail at once. Examples of one policy, of which each token is computed
+    once, and among these texts of similar length share a batch.
     """
 
     def length(request: Request) -> int:
@@ -212,6 +213,10 @@ async def predict(
     with open_predictions(path, key) as stored:
         waiting = [request for request in requests if request.example.id not in stored.answers]
         waiting.sort(key=length, reverse=True)
+        longest: dict[str | None, int] = {}
+        for request in waiting:
+            longest.setdefault(request.example.policy, length(request))
+        waiting.sort(key=lambda request: (-longest[request.example.policy], request.example.policy or ""))
         done, tokens, unparsable = len(requests) - len(waiting), 0, 0
         with Progress(title, len(requests), done, Console(stderr=True)) as progress:
             last = time.monotonic()

@@ -31,6 +31,10 @@ MIN_PREFIX: Final = 32
 """Least tokens of a prefix: prompts with different ones are computed apart."""
 
 
+MIN_SIZE: Final = 64
+"""Least space of a cached sequence, in tokens."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Model:
@@ -187,7 +191,8 @@ class PrefixCache:
 
         Were it computed after the common part of another beginning, its bits would depend on what was declared before.
         """
-        spec, size = self.model.spec, bucket_size(len(tokens), LENGTH_MULTIPLE)
+        # Powers of two: programs are compiled for each size, and keys of padding cost little.
+        spec, size = self.model.spec, max(MIN_SIZE, 1 << (len(tokens) - 1).bit_length())
         token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.compute.dtype.itemsize
         if size * token_bytes > self.most_bytes:
             return
