@@ -65,7 +65,9 @@ def test_absent_results_are_dashes(browser, pages):
     open_page(browser, pages["partly"])
     assert "toxic_chat has no results of other (direct)." in visible(browser)
     cells = "[...document.querySelectorAll('#benchmarks ~ .scroll td')].filter(one => one.innerText === '–').length"
-    assert browser.execute_script(f"return {cells}") == 11 + 6  # of the scores and of the comparison
+    assert (
+        browser.execute_script(f"return {cells}") == 11 + 2 + 6
+    )  # of the scores, the operating points and the comparison
 
 
 @pytest.mark.parametrize("name", ["plain", "partly", "hostile"])

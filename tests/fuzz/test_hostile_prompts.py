@@ -147,8 +147,8 @@ def test_rendered_prompts_hold_only_the_templates_special_tokens(encoder_of, nam
         example, policy = attacked(place, text)
         asker = replace(encoder, policy=policy)
         vars(asker)["_frame"] = encoder._frame  # of no policy
-        turn, ids, _ = asker.prompt(example, mode)
-        return turn, ids
+        prompt = asker.prompt(example, mode)
+        return prompt.turn, prompt.ids
 
     plain = {(place, mode): asked(place, "bread", mode) for place in PLACES for mode in Mode}
     for index in range(PROMPTS):

@@ -60,7 +60,7 @@ def test_a_server_that_wants_a_key_gets_it(serving, run, guard, monkeypatch):
 
 
 def test_a_model_elsewhere_needs_its_tokenizer_named(serving, run, guard):
-    with pytest.raises(JaxguardError, match=r"'/nowhere/at/all', which is no folder on this machine.*--tokenizer"):
+    with pytest.raises(JaxguardError, match=r"/nowhere/at/all, which is no folder on this machine.*--tokenizer"):
         Guard.load(serving("/nowhere/at/all"))
     # Nothing is downloaded because a server says so.
     with pytest.raises(JaxguardError, match="no folder on this machine"):

@@ -118,7 +118,7 @@ def points_table(evaluation: Evaluation) -> Table:
     """Recall and false-positive rate at each operating point of guard.json; no rows where none was chosen."""
     chosen = [cell.thresholded for cell in evaluation.cells if cell.thresholded]
     points = list(dict.fromkeys(name for each in chosen for name in each.points))
-    titles = ["best F1" if name == F1 else f"{float(name):.1%} FPR" for name in points]
+    titles = {F1: "best F1"} | {str(rate): f"{rate:.1%} FPR" for rate in FALSE_POSITIVE_RATES}
 
     def rates(cell: Cell) -> list[TableCell | str]:
         scores = cell.thresholded.points if cell.thresholded else {}
@@ -128,7 +128,7 @@ def points_table(evaluation: Evaluation) -> Table:
         ]
 
     names = {guard_mode: TableCell(*guard_mode) for guard_mode in evaluation.by_guard} if points else {}
-    return _by_benchmark(evaluation, "Operating points", titles, names, rates)
+    return _by_benchmark(evaluation, "Operating points", [titles.get(name, name) for name in points], names, rates)
 
 
 def versus_table(evaluation: Evaluation) -> Table:
