@@ -85,8 +85,8 @@ def test_a_real_guard_over_http(tiny_checkpoint, tmp_path):
             assert len({answer["id"] for answer in grown}) == 3
             return [answer.json() for answer in answers], (await client.get("/readyz")).status_code
 
-    log = (tmp_path / "log").open("wb")
-    process = subprocess.Popen(command, stderr=log, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     try:
         for _ in range(2400):
             time.sleep(0.5)
