@@ -137,9 +137,8 @@ class OpenAIBackend:
             def read(choice: Choice, url: str) -> float:
                 return self._log_odds(choice, url, prefix, pair)
 
-            return await self.next_token(
-                prefix, read, logprob_token_ids=pair
-            )  # which vLLM then gives instead of the likeliest
+            # vLLM gives those of these tokens instead of the likeliest.
+            return await self.next_token(prefix, read, logprob_token_ids=pair)
 
         requests = zip(prefixes, pairs, strict=True)
         return await gather(request(list(map(int, prefix)), (int(a), int(b))) for prefix, (a, b) in requests)

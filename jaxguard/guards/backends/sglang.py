@@ -211,8 +211,8 @@ async def served(url: str | Masked, api_key_env: str = API_KEY) -> dict[str, Any
                 continue
         models = await client.request("/v1/models", None, Models, lambda body, _: body.data, server)
     root = models[0].root if len(models) == 1 else None
-    place = {"model_path": root} if root and Path(root).is_absolute() else {}
-    return {"backend": "openai", "models": [model.id for model in models], **place}
+    path_known = {"model_path": root} if root and Path(root).is_absolute() else {}
+    return {"backend": "openai", "models": [model.id for model in models], **path_known}
 
 
 async def swap_weights(url: str | Masked, folder: Path, version: str, api_key_env: str = API_KEY) -> None:
