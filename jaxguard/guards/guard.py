@@ -25,7 +25,7 @@ from jaxguard.guards import loading
 from jaxguard.guards.cascade import cascade
 from jaxguard.guards.formats.native import split_request
 from jaxguard.guards.operating_points import AUTO, F1, POINTS, WORDS, Asked, AutoThresholds, Points, read_points
-from jaxguard.guards.protocol import Prediction, Request
+from jaxguard.guards.protocol import LocalBackend, Prediction, Request
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest
@@ -257,8 +257,7 @@ class Guard:
     def check(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:
         """Check what the user wrote, with what the assistant answered, in mode "reasoning", "direct" or "auto"; None: its own.
 
-        Raises:
-            JaxguardError: no such mode, a policy that leaves no room for the text, or a server that fails.
+        JaxguardError: no such mode, a policy that leaves no room for the text, or a server that fails.
         """
         [result] = self.check_many([(prompt, response)], mode)
         return result
@@ -294,7 +293,8 @@ class Guard:
         """Compile what the scores of a few exchanges need, after the policies that were judged by so far."""
 
         async def compile_programs() -> None:
-            if isinstance(self._predict, partial) and hasattr(backend := self._predict.keywords["backend"], "warm_up"):
+            backend = self._predict.keywords["backend"] if isinstance(self._predict, partial) else None
+            if isinstance(backend, LocalBackend):
                 backend.warm_up()
 
         await asyncio.wrap_future(self._submit(compile_programs()))

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from pydantic import StrictFloat
@@ -165,6 +165,9 @@ class PromptFormat(Protocol):
     def decision_points(self, request: Request, text: str, /) -> Sequence[DecisionPoint]:
         """Where the verdicts are decided after this answer's reasoning; () if that cannot be said."""
 
+    def answers(self, request: Request, /) -> Sequence[str]:
+        """Likely answers, word for word; () if they cannot be foreseen. Decision points then do not depend on the text."""
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
@@ -206,6 +209,26 @@ class Backend(Protocol):
     @property
     def workers(self) -> int:
         """Batches under way at once."""
+
+
+class Draft(NamedTuple):
+    """A prompt, and a likely answer with the token that ends it: as token ids."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@runtime_checkable
+class LocalBackend(Backend, Protocol):
+    """One that computes in this process, and can do so at once what is foreseen."""
+
+    async def score(
+        self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], drafts: Sequence[Draft], /
+    ) -> tuple[list[float], list[bool]]:
+        """As `log_odds`, and whether each draft is the answer that would be sampled at temperature 0."""
+
+    def warm_up(self) -> None:
+        """Compile what scores few prompts at a time, after the beginnings that were declared."""
 
 
 def common_length(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
@@ -252,6 +275,7 @@ class _Part:
 
     request: Request
     prompt: Prompt
+    drafts: list[Draft] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     tokens: int = 0
     forced: int = 0
@@ -266,11 +290,16 @@ async def _predict_batch(
     parts = [part for group in groups for part in group]
     growing = [part.prompt.ids[:-1] for part in parts if part.request.growing]
     await backend.declare([*(part.prompt.ids[: part.prompt.shared] for part in parts), *growing])
+    if score and settings.generations == 1 and settings.temperature == 0 and isinstance(backend, LocalBackend):
+        for part in parts:  # one pass over all likely answers is cheaper than an answer token by token
+            answers = ((*form.tokens(text), form.stop_ids[0]) for text in form.answers(part.request))
+            part.drafts = [Draft(part.prompt.ids, ids) for ids in answers if len(ids) <= settings.verdict_tokens]
+        await _score([part for part in parts if part.drafts], form, backend)
     if settings.generations:
-        await _generate(parts, form, backend, settings)
+        await _generate([part for part in parts if not part.texts], form, backend, settings)
     sampled = time.monotonic()
     if score or not settings.generations:
-        await _score(parts, form, backend)
+        await _score([part for part in parts if not part.scores], form, backend)
     scored = time.monotonic()
     # Without sampling the probability is the answer.
     seconds, scoring = (sampled - started, scored - sampled) if settings.generations else (scored - started, 0.0)
@@ -306,6 +335,8 @@ async def _predict_batch(
 
 async def _generate(parts: Sequence[_Part], form: PromptFormat, backend: Backend, settings: EvaluateConfig) -> None:
     """Sample the answers to each part's prompt, and force a verdict where the reasoning ran out of tokens."""
+    if not parts:
+        return
     reasoning = settings.reasoning_tokens if parts[0].request.mode is Mode.REASONING else 0
     limit = min(settings.verdict_tokens, form.verdict_tokens or settings.verdict_tokens)
     prompts = [part.prompt.ids for part in parts]
@@ -330,10 +361,19 @@ async def _generate(parts: Sequence[_Part], form: PromptFormat, backend: Backend
 
 
 async def _score(parts: Sequence[_Part], form: PromptFormat, backend: Backend) -> None:
-    """Score the verdicts of each part: the mean over its generations, each point computed once."""
+    """Score the verdicts of each part: the mean over its generations, each point computed once. A draft may be its answer."""
+    if not parts:
+        return
     trees = [[form.decision_points(part.request, text) for text in part.texts or ("",)] for part in parts]
     keys = list(dict.fromkeys(point.key for texts in trees for tree in texts for point in tree))
-    odds = await backend.log_odds([prefix for prefix, _, _ in keys], [(positive, other) for _, positive, other in keys])
+    drafts = [(part, draft) for part in parts for draft in part.drafts]
+    asked = [prefix for prefix, _, _ in keys], [(positive, other) for _, positive, other in keys]
+    if drafts and isinstance(backend, LocalBackend):
+        odds, greedy = await backend.score(*asked, [draft for _, draft in drafts])
+        for part, draft in itertools.compress(drafts, greedy):
+            part.texts, part.tokens = [form.text(draft.answer[:-1])], len(draft.answer) - 1
+    else:
+        odds = await backend.log_odds(*asked)
     # What is not finite becomes NaN, which no Prediction takes.
     positive = {
         key: 1 / (1 + math.exp(-max(-700.0, o))) if math.isfinite(o) else math.nan

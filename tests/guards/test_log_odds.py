@@ -10,9 +10,10 @@ import pytest
 from jaxguard.config import load
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.train import MeshConfig
-from jaxguard.guards.backends.jax import load_backend, precision
+from jaxguard.guards.backends.jax import Sampling, generate, load_backend, precision
 from jaxguard.guards.backends.jax_model import PrefixCache, place_model
-from jaxguard.guards.backends.jax_scoring import _arrays, _calls, _packed, _Tree, _trees, next_log_odds, shapes
+from jaxguard.guards.backends.jax_scoring import _arrays, _calls, _packed, _Tree, _trees, score, shapes
+from jaxguard.guards.protocol import Draft
 from jaxguard.models import compute
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder
@@ -80,13 +81,28 @@ def test_prompts_have_the_odds_of_each_alone(spec, weights, alone, most_tokens):
     assert computed == [together + 37, OWN, OWN]
 
 
+def test_a_draft_is_greedy_if_every_token_is_the_likeliest(spec, weights):
+    """Beside the log-odds; for drafts of a prompt that begin alike, and for one of a prompt that begins as another draft does."""
+    prefix_cache, prompt = PrefixCache(place_model(spec, weights, Compute(query_chunk=32))), tuple(tree()[0])
+    [[completion]] = generate(prefix_cache, [prompt], Sampling(temperature=0, max_tokens=5))
+    answer, continued = completion.tokens, Draft(prompt + completion.tokens[:2], completion.tokens[2:])
+    others = [Draft(prompt, (*answer[:end], 7, *answer[end + 1 :])) for end in range(5)]
+    drafts = [others[0], Draft(prompt, answer), *others[1:], continued]
+    odds, greedy = score(prefix_cache, [prompt], PAIRS[:1], drafts, most_tokens=256)
+    assert greedy == [False, True, *[False] * 4, True]
+    assert odds == pytest.approx(next_log_odds(prefix_cache, [prompt], PAIRS[:1], most_tokens=256), abs=2e-5)
+    prefix_cache.declare([prompt + answer[:3]])  # so that the first tokens of the answer are not computed again
+    assert score(prefix_cache, [], [], drafts, most_tokens=256) == ([], [False] * 7)
+
+
 @pytest.mark.parametrize("shape", [MeshConfig(data=8, fsdp=1), MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_on_a_mesh_too(spec, weights, alone, shape):
     mesh = make_mesh(shape, jax.devices()[:8])
     placed = jax.device_put(weights, weight_shardings(spec, mesh))
     prefix_cache = PrefixCache(place_model(spec, placed, Compute(attention="block_sparse", query_chunk=32), mesh))
     prefix_cache.declare([tree()[0][:37]])
-    assert next_log_odds(prefix_cache, tree(), PAIRS, most_tokens=128) == pytest.approx(alone, abs=2e-5)
+    draft = Draft(tuple(tree()[0]), (7, 8))
+    assert score(prefix_cache, tree(), PAIRS, [draft], most_tokens=128) == (pytest.approx(alone, abs=2e-5), [False])
     assert prefix_cache.reused > 0
 
 
@@ -101,6 +117,10 @@ def random_prompts(random, heads, texts):
     return prompts
 
 
+def next_log_odds(prefix_cache, prompts, pairs, **how):
+    return score(prefix_cache, prompts, pairs, (), **how)[0]
+
+
 def test_a_token_sees_its_own_prompt_alone():
     """Of trees of any size in a row, at the positions that it has in the prompt; and every prompt is there once."""
     for seed in range(100):
@@ -108,16 +128,21 @@ def test_a_token_sees_its_own_prompt_alone():
         heads, texts = ([random.integers(5, 400, n).tolist() for n in sizes] for sizes in ((60, 60), (1, 20, 45, 90)))
         prompts = [prompt for _ in range(3) for prompt in random_prompts(random, heads, texts)]
         pairs = [(i, i + 1) for i in range(len(prompts))]
-        trees = _trees({i: np.asarray(prompt) for i, prompt in enumerate(prompts)}, 0, int(random.integers(30, 400)))
+        suffixes = {i: np.asarray(prompt) for i, prompt in enumerate(prompts)}
+        asked = {i: int(random.integers(len(prompt))) for i, prompt in enumerate(prompts)}
+        trees = _trees(suffixes, asked, 0, int(random.integers(30, 400)))
         scored = []
         for rows, (count, length) in _calls(_packed(trees), 256, 1):
             (tokens, positions, ends, index, own_pairs), targets = _arrays(rows, count, length, pairs)
             for r, own in enumerate(targets):
-                for i, last, pair in zip(own, index[r], own_pairs[r], strict=False):
-                    sees = (np.arange(length) <= last) & (last <= ends[r])
-                    assert tokens[r][sees].tolist() == prompts[i]
-                    assert positions[r][sees].tolist() == [*range(len(prompts[i]))]
-                    assert tuple(pair) == pairs[i]
+                for i, slots in own.items():
+                    assert len(slots) == len(prompts[i]) - asked[i]
+                    for end, slot in enumerate(slots, asked[i] + 1):
+                        last = index[r, slot]
+                        sees = (np.arange(length) <= last) & (last <= ends[r])
+                        assert tokens[r][sees].tolist() == prompts[i][:end]
+                        assert positions[r][sees].tolist() == [*range(end)]
+                        assert tuple(own_pairs[r, slot]) == pairs[i]
                 scored += own
         assert sorted(scored) == [*range(len(prompts))]
 
@@ -202,7 +227,7 @@ def test_calls_have_few_shapes(row_multiple, most_tokens):
     assert len(known) == len(set(known)) <= 48
     for _ in range(100):
         lengths = random.integers(1, min(most_tokens, random.integers(2, 3001)), random.integers(1, 40))
-        trees = [_Tree(tokens=[0] * int(n), targets={i: 0}) for i, n in enumerate(lengths)]
+        trees = [_Tree(tokens=[0] * int(n), targets={i: [0]}) for i, n in enumerate(lengths)]
         calls = list(_calls(_packed(trees), most_tokens, row_multiple))
         assert sorted(i for rows, _ in calls for row in rows for tree in row for i in tree.targets) == [
             *range(len(trees))

@@ -165,6 +165,25 @@ def test_probabilities_are_those_of_validation(tiny_checkpoint, tiny_files, tmp_
         assert answer == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("response", [None, "Gladly."])
+def test_answers_are_all_that_training_writes(form, response):
+    """Every combination of verdicts is foreseen, word for word, with the token that ends it."""
+    asked = ("prompt_harm",) if response is None else ("prompt_harm", "response_harm", "response_refusal")
+    request = Request(replace(BREAD, response=response), asked, Mode.DIRECT)
+    answers = form().answers(request)
+    verdicts = [form().parse(request, answer) for answer in answers]
+    assert len(answers) == len({str(verdict) for verdict in verdicts}) == 2 ** len(asked)
+    assert UNPARSABLE not in {state for verdict in verdicts for state in verdict.values()}
+    whole, prompt = [form().tokens(answer) for answer in answers], form().prompt(request).ids
+    for point in form().decision_points(request, ""):
+        begun = [*point.prefix[len(prompt) :]]
+        assert all(
+            [*begun, token] in [ids[: len(begun) + 1] for ids in whole]
+            for token in (point.positive_id, point.negative_id)
+        )
+    assert form().answers(replace(request, mode=Mode.REASONING)) == ()
+
+
 def test_a_long_text_is_judged_whole_where_the_context_allows(tiny_checkpoint, tmp_path):
     """Training cuts texts to its rows; an evaluation that did so as well would judge something else."""
     settings = EvaluateConfig(reasoning_tokens=64, verdict_tokens=24)

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -45,6 +45,20 @@ class Script:
     async def log_odds(self, prefixes, pairs):
         assert all(pair == (ord("+"), ord("-")) for pair in pairs)
         return [self.odds[text(p)] for p in prefixes]
+
+
+@dataclass
+class Foreseeing(Script):
+    """One that checks drafts, as a backend in this process does."""
+
+    async def score(self, prefixes, pairs, drafts):
+        assert all(draft.answer[-1] == STOP for draft in drafts)
+        greedy = [text(draft.answer[:-1]) == self.says[text(draft.prompt)][0] for draft in drafts]
+        self.asked.append(("drafts", 1, len(drafts)))
+        return await self.log_odds(prefixes, pairs), greedy
+
+    def warm_up(self):
+        raise AssertionError
 
 
 def text(ids):
@@ -93,6 +107,9 @@ class Signs:
             return ()
         prefix = (*ids, *map(ord, text.partition(".")[0]))
         return [DecisionPoint(prefix, ord("+"), ord("-"), question) for question in request.questions]
+
+    def answers(self, request):
+        return ["+", "-", "+" * 3] if request.mode is Mode.DIRECT else ()
 
 
 class OneByOne(Signs):
@@ -143,6 +160,36 @@ def test_verdicts_are_those_of_each_generation():
     assert found["x"].completion_tokens == 3
     assert found["z"].prompt_tokens == 1
     assert (found["x"].cut, found["y"].cut) == (False, True)
+
+
+def test_what_was_foreseen_is_not_sampled_and_nothing_is_scored_twice():
+    """Drafts of three tokens do not fit into two, and "?" was not foreseen."""
+    says = {"x": ["-"], "z": ["?"]}
+    odds = {k: v for name in says for k, v in direct_odds(name, 0.2).items()}
+    sampled, checked = Script(says, odds), Foreseeing(says, odds)
+    found = [
+        {name: replace(each, seconds=0.0, wall=0.0, scoring=0.0, wait=0.0) for name, each in answers.items()}
+        for answers in (ask_all(one, says, Mode.DIRECT, generations=1, temperature=0) for one in (sampled, checked))
+    ]
+    assert found[0] == found[1]
+    assert found[0]["x"].texts == ("-",)
+    assert sampled.asked == [("x", 1, 2), ("z", 1, 2)]
+    assert checked.asked == [("drafts", 1, 4), ("z", 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        (Mode.REASONING, {"temperature": 0, "generations": 1}),
+        (Mode.DIRECT, {"temperature": 0, "generations": 2}),
+        (Mode.DIRECT, {"temperature": 0.6, "generations": 1}),
+    ],
+)
+def test_samples_are_never_foreseen(mode, settings):
+    backend = Foreseeing({"x": ["-.-", "-.+"]}, {"x-": 0.0, **direct_odds("x")})
+    ask_all(backend, ["x"], mode, verdict_tokens=4, **settings)
+    assert ("x", settings["generations"], 4 + 4 * (mode is Mode.REASONING)) in backend.asked
+    assert not any(name == "drafts" for name, _, _ in backend.asked)
 
 
 def test_the_probability_sums_over_earlier_answers():

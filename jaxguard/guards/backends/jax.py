@@ -30,8 +30,8 @@ from jaxguard.guards.backends.jax_model import (
     place_model,
     prefill,
 )
-from jaxguard.guards.backends.jax_scoring import next_log_odds, warm_up
-from jaxguard.guards.protocol import Completion, sample_digest
+from jaxguard.guards.backends.jax_scoring import score, warm_up
+from jaxguard.guards.protocol import Completion, Draft, sample_digest
 from jaxguard.models import sharding
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import choose_compute
@@ -69,7 +69,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class JaxBackend:
-    """Implements protocol.Backend; each device scores verdicts in rows of about `most_tokens` tokens together."""
+    """Implements protocol.LocalBackend; each device scores verdicts in rows of about `most_tokens` tokens together."""
 
     prefix_cache: PrefixCache
     settings: EvaluateConfig
@@ -88,7 +88,12 @@ class JaxBackend:
         return generate(self.prefix_cache, prompts, sampling, rows=settings.batch)
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
-        return next_log_odds(self.prefix_cache, prefixes, pairs, most_tokens=self.most_tokens)
+        return (await self.score(prefixes, pairs, ()))[0]
+
+    async def score(
+        self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], drafts: Sequence[Draft], /
+    ) -> tuple[list[float], list[bool]]:
+        return score(self.prefix_cache, prefixes, pairs, drafts, most_tokens=self.most_tokens)
 
     async def declare(self, beginnings: Sequence[Sequence[int]], /) -> None:
         self.prefix_cache.declare(beginnings)

@@ -1,4 +1,4 @@
-"""Log-odds of two next tokens after each of many prompts, where each token is computed once.
+"""Log-odds of two next tokens after each of many prompts, and whether drafts are greedy, where each token is computed once.
 
 What a PrefixCache holds of the prompts is not computed. Of the rest, prompts that go on alike, as the branches of an answer after
 one text do, form a tree, in which a token sees its ancestors. Trees are packed into rows of few lengths and counts: each shape is
@@ -7,6 +7,7 @@ compiled.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import jax
@@ -16,50 +17,69 @@ from jaxtyping import Array, Float, Int
 
 from jaxguard.data.packing import bucket_size
 from jaxguard.guards.backends.jax_model import LENGTH_MULTIPLE, Model, PrefixCache, check_prompts
-from jaxguard.guards.protocol import common_length
+from jaxguard.guards.protocol import Draft, common_length
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.decoder import Cache
+from jaxguard.models.sharding import constrain
 
 MIN_SHARED: Final = 0.25
 """Share of a prompt's tokens that it must have in common with a tree to be one of its branches."""
+ASKED: Final = 16
+"""Tokens of a row after which the next one may be asked for, at least; logits are computed after so many at a time."""
 ROW: Final = 256
 """Tokens of a row for several trees: attention grows with the square of longer ones, and shorter ones have more padding."""
 
 
 @dataclass
 class _Tree:
-    """Tokens in depth-first order, with their positions; `ends` as in Decoder.cached; prompt -> index of its last token."""
+    """Tokens in depth-first order, with their positions; `ends` as in Decoder.cached.
+
+    `targets`: sequence -> indices of the tokens after which the next one is asked for.
+    """
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
-    targets: dict[int, int] = field(default_factory=dict)
+    targets: dict[int, list[int]] = field(default_factory=dict)
 
 
-def next_log_odds(
-    prefix_cache: PrefixCache, prompts: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], *, most_tokens: int
-) -> list[float]:
-    """After each prompt, the log-probability of the first token of its pair less that of the second.
+def score(
+    prefix_cache: PrefixCache,
+    prompts: Sequence[Sequence[int]],
+    pairs: Sequence[tuple[int, int]],
+    drafts: Sequence[Draft],
+    *,
+    most_tokens: int,
+) -> tuple[list[float], list[bool]]:
+    """After each prompt, the log-probability of the first token of its pair less that of the second; and which drafts are greedy.
 
-    A device computes at most `most_tokens` tokens at a time, or one row. JaxguardError: a prompt is empty, or too long for the
-    model.
+    That is, each token of the answer is the likeliest one. A device computes at most `most_tokens` tokens at a time, or one row.
+    JaxguardError: a prompt is empty, or too long for the model.
     """
     model = prefix_cache.model
-    check_prompts(model.spec, prompts, 1)
-    odds = np.zeros(len(prompts))
-    for prefix, group in prefix_cache.groups(prompts):
-        trees = _trees(
-            {i: np.asarray(prompts[i][prefix.length :], np.int32) for i in group}, prefix.length, most_tokens
-        )
+    sequences = [*prompts, *((*draft.prompt, *draft.answer[:-1]) for draft in drafts)]
+    check_prompts(model.spec, sequences, 1)
+    asked = [len(prompt) - 1 for prompt in (*prompts, *(draft.prompt for draft in drafts))]
+    pairs = [*pairs, *[(0, 0)] * len(drafts)]
+    odds, greedy = np.zeros(len(prompts)), [False] * len(drafts)
+    for prefix, group in prefix_cache.groups(sequences):
+        suffixes = {i: np.asarray(sequences[i][prefix.length :], np.int32) for i in group}
+        trees = _trees(suffixes, {i: max(0, asked[i] - prefix.length) for i in group}, prefix.length, most_tokens)
         prefix_cache.computed += sum(len(tree.tokens) for tree in trees)
         prefix_cache.reused += prefix.length * len(trees)
         for rows, (count, length) in _calls(_packed(trees), most_tokens, model.row_multiple):
             arrays, targets = _arrays(rows, count, length, pairs)
             with model.running():
-                odds_BM = np.asarray(_log_odds(model, prefix.caches, *model.put(arrays)))
+                scored = _next_tokens(model, prefix.caches, *model.put(arrays), likeliest=bool(drafts))
+            odds_BM, likeliest_BM = map(np.asarray, scored)
             for row, own in enumerate(targets):
-                odds[own] = odds_BM[row, : len(own)]
-    return odds.tolist()
+                for i, slots in own.items():
+                    if i < len(prompts):
+                        odds[i] = odds_BM[row, slots[-1]]
+                    else:
+                        answer = drafts[i - len(prompts)].answer
+                        greedy[i - len(prompts)] = tuple(likeliest_BM[row, slots].tolist()) == answer
+    return odds.tolist(), greedy
 
 
 def warm_up(prefix_cache: PrefixCache, most_tokens: int) -> None:
@@ -69,7 +89,7 @@ def warm_up(prefix_cache: PrefixCache, most_tokens: int) -> None:
         for count, length in shapes(most_tokens, model.row_multiple):
             arrays, _ = _arrays([], count, length, [])
             with model.running():
-                jax.block_until_ready(_log_odds(model, prefix.caches, *model.put(arrays)))
+                jax.block_until_ready(_next_tokens(model, prefix.caches, *model.put(arrays), likeliest=True))
 
 
 def shapes(most_tokens: int, row_multiple: int) -> list[tuple[int, int]]:
@@ -81,8 +101,11 @@ def shapes(most_tokens: int, row_multiple: int) -> list[tuple[int, int]]:
     return [(count * row_multiple, length) for count, length in [*((1, length) for length in lengths), *several]]
 
 
-def _trees(suffixes: dict[int, np.ndarray], start: int, most_tokens: int) -> list[_Tree]:
-    """What follows the first `start` tokens of prompts, as trees of at most `most_tokens`, unless a prompt has more."""
+def _trees(suffixes: dict[int, np.ndarray], asked: dict[int, int], start: int, most_tokens: int) -> list[_Tree]:
+    """What follows the first `start` tokens of sequences, as trees of at most `most_tokens`, unless one has more.
+
+    Next tokens are asked for from the index `asked` of a suffix on.
+    """
     trees: list[_Tree] = []
     path, last = list[int](), np.zeros(0, np.int32)
     for i in sorted(suffixes, key=lambda i: suffixes[i].tolist()):  # each shares most with the one before it
@@ -97,7 +120,7 @@ def _trees(suffixes: dict[int, np.ndarray], start: int, most_tokens: int) -> lis
         tree.ends += path[shared:]
         for index in path:
             tree.ends[index] = len(tree.tokens) - 1
-        tree.targets[i], last = path[-1], suffix
+        tree.targets[i], last = path[asked[i] :], suffix
     return trees
 
 
@@ -135,30 +158,36 @@ def _calls(
 
 def _arrays(
     rows: Sequence[Sequence[_Tree]], count: int, length: int, pairs: Sequence[tuple[int, int]]
-) -> tuple[tuple[Any, ...], list[list[int]]]:
-    """Tokens, positions and ends [B T], targets' indices [B M] and pairs [B M 2]; of each row its prompts, in that order."""
+) -> tuple[tuple[Any, ...], list[dict[int, list[int]]]]:
+    """Tokens, positions and ends [B T], indices [B M] and pairs [B M 2] of what is asked for.
+
+    And of each row sequence -> where in M its own stand, which those of others may share.
+    """
     tokens_BT, positions_BT = np.zeros((count, length), np.int32), np.full((count, length), FAR, np.int32)
     ends_BT = np.tile(np.arange(length, dtype=np.int32), (count, 1))
-    targets = [[i for tree in row for i in tree.targets] for row in rows]
-    most = max(map(len, targets), default=0)
-    usual = max(8, length // 4)
-    index_BM = np.zeros((count, usual if most <= usual else bucket_size(most, LENGTH_MULTIPLE)), np.int32)
-    pairs_BM2 = np.zeros((*index_BM.shape, 2), np.int32)
+    slots = [dict[tuple[int, tuple[int, int]], int]() for _ in rows]
+    targets = [dict[int, list[int]]() for _ in rows]
     for r, row in enumerate(rows):
-        start, indices = 0, list[int]()
+        start = 0
         for tree in row:
             span = slice(start, start + len(tree.tokens))
             tokens_BT[r, span], positions_BT[r, span] = tree.tokens, tree.positions
             ends_BT[r, span] = np.add(tree.ends, start)
-            indices += [start + index for index in tree.targets.values()]
+            for i, indices in tree.targets.items():
+                own = [(start + index, pairs[i]) for index in indices]
+                targets[r][i] = [slots[r].setdefault(each, len(slots[r])) for each in own]
             start = span.stop
-        index_BM[r, : len(indices)] = indices
-        pairs_BM2[r, : len(indices)] = [pairs[i] for i in targets[r]]
+    most, usual = max(map(len, slots), default=0), max(ASKED, length // 4)
+    index_BM = np.zeros((count, usual if most <= usual else bucket_size(most, LENGTH_MULTIPLE)), np.int32)
+    pairs_BM2 = np.zeros((*index_BM.shape, 2), np.int32)
+    for r, own in enumerate(slots):
+        if own:
+            index_BM[r, : len(own)], pairs_BM2[r, : len(own)] = map(list, zip(*own, strict=True))
     return (tokens_BT, positions_BT, ends_BT, index_BM, pairs_BM2), targets
 
 
-@jax.jit
-def _log_odds(
+@partial(jax.jit, static_argnames="likeliest")
+def _next_tokens(
     model: Model,
     seen: tuple[Cache, ...],
     tokens_BT: Int[Array, "B T"],
@@ -166,10 +195,20 @@ def _log_odds(
     ends_BT: Int[Array, "B T"],
     index_BM: Int[Array, "B M"],
     pairs_BM2: Int[Array, "B M 2"],
-) -> Float[Array, "B M"]:
-    """From the difference of the two tokens' rows of the head: the other logits cancel out."""
+    *,
+    likeliest: bool,
+) -> tuple[Float[Array, "B M"], Int[Array, "B M"] | Int[Array, "0"]]:
+    """Log-odds, from the difference of two rows of the head, since other logits cancel out; and the likeliest tokens if wanted."""
     decoder = model.decoder
     hidden_BTD, _ = decoder.cached(tokens_BT, positions_BT, seen, ends_BT)
     hidden_BMD = jnp.take_along_axis(hidden_BTD, index_BM[..., None], axis=1)
     pairs_BM2D = jnp.take(decoder.head_VD, pairs_BM2, axis=0).astype(jnp.float32)
-    return jnp.sum(hidden_BMD * (pairs_BM2D[:, :, 0] - pairs_BM2D[:, :, 1]), axis=-1)
+    odds_BM = jnp.sum(hidden_BMD * (pairs_BM2D[:, :, 0] - pairs_BM2D[:, :, 1]), axis=-1)
+    if not likeliest:
+        return odds_BM, jnp.zeros(0, jnp.int32)
+
+    def best(hidden_BCD: Array) -> Array:
+        return jnp.argmax(constrain(decoder.logits(hidden_BCD), "batch", None, None), axis=-1)
+
+    parts = jnp.split(hidden_BMD, [*range(ASKED, hidden_BMD.shape[1], ASKED)], axis=1)
+    return odds_BM, jnp.concatenate([best(part) for part in parts], axis=1)

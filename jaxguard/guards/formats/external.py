@@ -167,6 +167,10 @@ class ExternalFormat:
                 )
         return points
 
+    def answers(self, _request: Request, /) -> Sequence[str]:
+        """None: most go on after their verdict."""
+        return ()
+
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         vocabulary, own = self.tokenizer.get_vocab(), self.tokenizer.eos_token_id

@@ -7,7 +7,7 @@ lines + layout -> one pattern of the whole answer -> a verdict of each question,
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
@@ -171,6 +171,14 @@ def read_answer(
                 return None
             ends[i], harmful = match.end(f"c{i}"), False
     return verdicts, ends
+
+
+def whole_answers(lines: Lines, layout: Layout = PLAIN) -> list[str]:
+    """Write every answer that states a verdict in each line, by its first word for it, and no categories."""
+    words = [instead[:1] or (line.positive[0], line.negative[0]) for line, instead in lines]
+    labels = [layout.around(line.label) for line, _ in lines]
+    written = [[word.join(around) for word in own] for own, around in zip(words, labels, strict=True)]
+    return [f"{layout.opening}{layout.separator.join(each)}{layout.closing}" for each in product(*written)]
 
 
 def decided_parts(

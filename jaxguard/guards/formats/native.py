@@ -11,7 +11,7 @@ from jaxguard.data.format.answer import parse, verdict_prefix
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, REASONING_END, TITLES, Mode, questions
 from jaxguard.data.policies import QUESTIONS, Question, policy_for
 from jaxguard.data.questions import RARE, QuestionSet, ask, unasked
-from jaxguard.guards.formats.grammar import VerdictLine, decision_tree
+from jaxguard.guards.formats.grammar import Lines, VerdictLine, decision_tree, whole_answers
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, DecisionPoint, Prompt, Request, UnsupportedError
 from jaxguard.utils.hub import ConfigFile
 from jaxguard.utils.parse import read_json
@@ -111,10 +111,15 @@ class NativeFormat:
         start = verdict_prefix(text) if request.mode is Mode.REASONING else ""
         if start is None:
             return ()
-        absent = (ABSENT,) if request.example.response is None else ()
-        lines = tuple((_LINES[q], () if q == "prompt_harm" else absent) for q in self.lines(request))
         prompt, end = self.prompt(request).ids, self.encoder.template.end
-        return decision_tree(prompt, start, lines, request.questions, self.tokens, end)
+        return decision_tree(prompt, start, self._verdict_lines(request), request.questions, self.tokens, end)
+
+    def answers(self, request: Request, /) -> Sequence[str]:
+        return whole_answers(self._verdict_lines(request)) if request.mode is Mode.DIRECT else ()
+
+    def _verdict_lines(self, request: Request) -> Lines:
+        absent = (ABSENT,) if request.example.response is None else ()
+        return tuple((_LINES[q], () if q == "prompt_harm" else absent) for q in self.lines(request))
 
     @property
     def verdict_tokens(self) -> int | None:
