@@ -9,9 +9,6 @@ from functools import lru_cache
 from typing import Final
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline, make_union
 
 from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.format.dialogue import CHOICES, LABEL
@@ -39,6 +36,11 @@ def fit_baseline(kind: str, examples: Sequence[Example], seed: int) -> Predictor
     """
     if not any(getattr(example, label) for example in examples for label in LABELS):
         raise JaxguardError(f"format {kind}: no example of data.train has a label to fit it to")
+
+    # Imported late: it takes a second, and few guards need it.
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline, make_union
 
     @lru_cache
     def model(question: Question) -> Callable[[Sequence[str]], np.ndarray]:

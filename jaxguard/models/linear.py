@@ -22,7 +22,7 @@ from jaxguard.models.weights import table
 DOTS = "dots"
 """The name of the results that `model.remat=dots` keeps."""
 
-MAX_TERMS = 192
+MAX_TERMS = 768
 """Most terms that a float32 product adds up in one sum, approximately."""
 
 

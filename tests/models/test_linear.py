@@ -14,9 +14,9 @@ SHAPES = [
     ("BMD,CD->BMC", (2, 5, 8), (7, 8)),
 ]
 LONG = [
-    ("BTF,FD->BTD", (2, 5, 500), (500, 6)),  # summed in four parts
-    ("BTNH,NHD->BTD", (2, 5, 7, 80), (7, 80, 6)),  # of 2, 2, 2 and 1 heads
-    ("BTD,DF->BTF", (2, 5, 400), (400, 401)),  # in two, since it is wide
+    ("BTF,FD->BTD", (2, 5, 2000), (2000, 6)),  # summed in four parts
+    ("BTNH,NHD->BTD", (2, 5, 7, 320), (7, 320, 6)),  # of 2, 2, 2 and 1 heads
+    ("BTD,DF->BTF", (2, 5, 1600), (1600, 401)),  # in two, since it is wide
 ]
 
 
@@ -69,7 +69,7 @@ def test_operands_are_rounded():
 
 
 def test_pairwise_sums_are_more_accurate():
-    hidden, weight = operands((200, 1536), (1536, 300))
+    hidden, weight = operands((200, 2304), (2304, 300))
     exact = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64)
     ours, plain = (
         np.square(np.asarray(x) - exact).mean() for x in (project("TF,FD->TD", hidden, weight), hidden @ weight)

@@ -83,13 +83,21 @@ def score(
 
 
 def warm_up(prefix_cache: PrefixCache, most_tokens: int) -> None:
-    """Compile the programs for up to so many tokens at a time, after the prefixes that are cached now."""
-    model = prefix_cache.model
+    """Compile the programs for up to so many tokens at a time, after the prefixes that are cached now.
+
+    Where JAX has a compilation cache, they are taken from there, and put there; else each runs once.
+    """
+    model, cached = prefix_cache.model, bool(jax.config.jax_compilation_cache_dir)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones take long together
     for prefix in prefix_cache.distinct():
         for count, length in shapes(most_tokens, model.row_multiple):
             arrays, _ = _arrays([], count, length, [])
             with model.running():
-                jax.block_until_ready(_next_tokens(model, prefix.caches, *model.put(arrays), likeliest=True))
+                args = (model, prefix.caches, *model.put(arrays))
+                if cached:
+                    _next_tokens.lower(*args, likeliest=True).compile()
+                else:
+                    jax.block_until_ready(_next_tokens(*args, likeliest=True))
 
 
 def shapes(most_tokens: int, row_multiple: int) -> list[tuple[int, int]]:
