@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import importlib.util
 import ipaddress
 import json
 import os
@@ -18,6 +19,7 @@ from jaxguard.utils.client import API_KEY
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.terminal import Console
+from jaxguard.utils.versions import install
 
 DESCRIPTION = f"""\
 Send checks to a service at times drawn beforehand, whatever became of the ones before, as independent users do. Latency counts
@@ -36,6 +38,8 @@ SHARES = ("exchanges", "harmful", "repeats", "long")
 
 
 def _load(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("httptools") is None:
+        raise JaxguardError(f"jaxguard load needs httptools: {install('serve')}")
     # Imported late: this loads matplotlib and datasets.
     from jaxguard.data.sources import load_examples
     from jaxguard.load.page import page

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Self
+from urllib.parse import urlsplit
 
-import httpx2
+import httptools
 
 from jaxguard.load.traffic import Planned
 
@@ -46,19 +48,93 @@ class Outcome:
         return bool(self.answer) and all(verdict.get(question) == label for question, label in self.labels.items())
 
 
-def client(url: str, headers: Mapping[str, str]) -> httpx2.AsyncClient:
-    """Open a client of the service at a base address, without a limit of connections."""
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx2.AsyncClient(
-        base_url=url,
-        headers={**headers, "content-type": "application/json"},
-        limits=limits,
-        timeout=None,
-        trust_env=False,
-    )
+class _Connection(asyncio.Protocol):
+    """A connection for one request at a time. The parser calls the methods that begin with `on_`."""
+
+    def __init__(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self._body = bytearray()
+        self._transport: Any = None
+        self.open = True
+
+    async def request(self, request: bytes) -> tuple[int, bytes]:
+        self._answer = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        return await self._answer
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.close()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.open = False
+        if self._answer and not self._answer.done():
+            self._answer.set_exception(ConnectionError("the connection ended"))
+
+    def on_body(self, data: bytes) -> None:
+        self._body += data
+
+    def on_message_complete(self) -> None:
+        self.open = self.open and self._parser.should_keep_alive()
+        body, self._body = bytes(self._body), bytearray()
+        if self._answer and not self._answer.done():
+            self._answer.set_result((self._parser.get_status_code(), body))
 
 
-async def send(http: httpx2.AsyncClient, planned: Iterable[Planned], seconds: float) -> list[Outcome]:
+class Client:
+    """Sends small requests to a service, over as many connections as are under way; close it, or use it in `async with`.
+
+    httpx would take longer than a quick service does, on a machine that has to run both.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+        address = urlsplit(url)
+        self._tls = ssl.create_default_context() if address.scheme == "https" else None
+        self._host, self._port = address.hostname or "", address.port or (443 if self._tls else 80)
+        self._path = address.path.rstrip("/")
+        lines = {"host": address.netloc.rpartition("@")[2], "content-type": "application/json", **headers}
+        self._head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        self._free = list[_Connection]()
+
+    async def request(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """Status and body of the answer; OSError: there is none."""
+        while self._free:
+            connection = self._free.pop()
+            if connection.open:
+                break
+        else:
+            loop = asyncio.get_running_loop()
+            _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls)
+        head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._head}content-length: {len(body)}\r\n\r\n"
+        try:
+            answer = await connection.request(head.encode() + body)
+        except asyncio.CancelledError:
+            connection.close()  # an answer that still came would be taken for that of the next request
+            raise
+        if connection.open:
+            self._free.append(connection)
+        else:
+            connection.close()
+        return answer
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for connection in self._free:
+            connection.close()
+
+
+async def send(http: Client, planned: Iterable[Planned], seconds: float) -> list[Outcome]:
     """Send each request at its time, and give each up after `seconds`; outcomes in the order of the requests."""
     loop, active, tasks = asyncio.get_running_loop(), 0, list[asyncio.Task[Outcome]]()
     start = loop.time()
@@ -71,9 +147,8 @@ async def send(http: httpx2.AsyncClient, planned: Iterable[Planned], seconds: fl
         active += 1
         try:
             async with asyncio.timeout(seconds):
-                response = await http.post(PATH, content=plan.body)
-            status, content = response.status_code, response.content
-        except (httpx2.RequestError, TimeoutError):
+                status, content = await http.request("POST", PATH, plan.body)
+        except (OSError, TimeoutError):
             pass
         finally:
             active -= 1

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Final
 
-import httpx2
 import numpy as np
 
 from jaxguard.data.examples import Example
-from jaxguard.load.client import Outcome, client, send
+from jaxguard.load.client import Client, Outcome, send
 from jaxguard.load.summary import HELD, knee, summarize
 from jaxguard.load.traffic import Mix, Source, arrivals
 from jaxguard.utils.errors import JaxguardError
@@ -70,7 +69,7 @@ class Simulation:
         self._random = np.random.default_rng(plan.seed)
         self._source = Source(examples, mix, self._random)
         self._patience = max(5.0, 4 * plan.slo)
-        self.http = client(plan.url, {**plan.headers, "x-timeout-ms": str(max(1, round(1000 * plan.slo)))})
+        self.http = Client(plan.url, {**plan.headers, "x-timeout-ms": str(max(1, round(1000 * plan.slo)))})
         self.rate = 0.0
         self.results: dict[str, Any] = {"url": plan.url, "slo_seconds": plan.slo, "price_per_hour": plan.price}
         self.results |= {"seed": plan.seed, "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
@@ -168,7 +167,10 @@ class Simulation:
     async def _process(self) -> dict[str, float]:
         """What /metrics says of the service's process."""
         try:
-            text = (await self.http.get("/metrics", timeout=10.0)).text
-        except httpx2.RequestError:
+            async with asyncio.timeout(10.0):
+                _, text = await self.http.request("GET", "/metrics")
+        except (OSError, TimeoutError):
             return {}
-        return {name: float(value) for name, value in re.findall(r"^(process_\w+) (\S+)$", text, re.MULTILINE)}
+        return {
+            name.decode(): float(value) for name, value in re.findall(rb"^(process_\w+) (\S+)$", text, re.MULTILINE)
+        }

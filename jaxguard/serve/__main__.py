@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import importlib.util
 import logging
 import os
@@ -118,6 +119,7 @@ async def _run(
     loop.add_signal_handler(signal.SIGHUP, service.wake.set)
     logging.info("warming up")
     async with service:
+        gc.freeze()  # what is loaded stays: to look through it again and again would stop the service for many milliseconds
         config = uvicorn.Config(
             create_app(service, native.add_routes, *ADAPTERS, *[page.add_routes] * options.demo_page),
             log_config=None,

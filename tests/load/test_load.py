@@ -1,15 +1,15 @@
 """Arrivals, what is sent at their times, and what is made of the answers."""
 
 import asyncio
+import contextlib
 import json
 
-import httpx2
 import numpy as np
 import pytest
 
 from jaxguard.data.examples import Example
 from jaxguard.load.__main__ import main
-from jaxguard.load.client import Outcome, send
+from jaxguard.load.client import Client, Outcome, send
 from jaxguard.load.page import page
 from jaxguard.load.run import Plan, Simulation
 from jaxguard.load.summary import knee, percentiles, summarize
@@ -66,9 +66,23 @@ def test_a_wrong_mix(wrong):
         Source([], Mix(), random())
 
 
-def answering(handle):
-    """A client whose requests `handle` answers."""
-    return httpx2.AsyncClient(transport=httpx2.MockTransport(handle), base_url="http://test")
+class Answering:
+    """A client whose requests `handle(path, body)` answers, with an object or a status."""
+
+    def __init__(self, handle):
+        self.handle = handle
+
+    async def request(self, _, path, body=b""):
+        answer = await self.handle(path, body)
+        if isinstance(answer, int):
+            return answer, b""
+        return 200, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
 
 
 def verdict(id, word="unharmful"):
@@ -82,12 +96,11 @@ def test_latency_counts_from_the_scheduled_time():
     async def run():
         stalled = asyncio.get_running_loop().time() + 0.4
 
-        async def handle(request):
+        async def handle(*_):
             await asyncio.sleep(max(0.0, stalled - asyncio.get_running_loop().time()))
-            return httpx2.Response(200, json=verdict(1))
+            return verdict(1)
 
-        async with answering(handle) as http:
-            return await send(http, [Planned(i / 50, b"{}", {}) for i in range(30)], 5.0)
+        return await send(Answering(handle), [Planned(i / 50, b"{}", {}) for i in range(30)], 5.0)
 
     outcomes = asyncio.run(run())
     assert len(outcomes) == 30
@@ -99,22 +112,17 @@ def test_latency_counts_from_the_scheduled_time():
 
 def test_outcomes_of_a_bad_server():
     async def run():
-        async def handle(request):
-            kind = json.loads(request.content)["prompt"]
+        async def handle(_, body):
+            kind = json.loads(body)["prompt"]
             if kind == "hangs":
                 await asyncio.sleep(5)
             if kind == "breaks":
-                raise httpx2.ReadError("broken")
-            return {
-                "refuses": httpx2.Response(503),
-                "empty": httpx2.Response(200, content=b""),
-                "no verdict": httpx2.Response(200, json={"id": "a"}),
-            }.get(kind) or httpx2.Response(200, json=verdict(1, kind))
+                raise ConnectionError
+            return {"refuses": 503, "empty": b"", "no verdict": {"id": "a"}}.get(kind, verdict(1, kind))
 
         kinds = ("hangs", "breaks", "refuses", "empty", "no verdict", "harmful", "unharmful")
         planned = [Planned(0.0, json.dumps({"prompt": kind}).encode(), {"prompt_harm": "harmful"}) for kind in kinds]
-        async with answering(handle) as http:
-            return await send(http, planned, 0.1)
+        return await send(Answering(handle), planned, 0.1)
 
     outcomes = asyncio.run(run())
     assert [each.status for each in outcomes] == [0, 0, 503, 200, 200, 200, 200]
@@ -126,6 +134,49 @@ def test_outcomes_of_a_bad_server():
     assert summary["accuracy"] == 0.5
     assert summary["accuracy_within_slo"] == pytest.approx(1 / 7)
     assert summary["statuses"] == {"0": 2, "200": 4, "503": 1}
+
+
+def test_the_client_reads_what_servers_send():
+    """Bodies in parts, in chunks, and without a length; a connection that is kept, one that ends, and answers that are none."""
+    answers = {
+        b"/parts": [b"HTTP/1.1 200 OK\r\ncontent-le", b"ngth: 4\r\n\r\nab", b"cd"],
+        b"/chunks": [b"HTTP/1.1 503 Busy\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n", b"2\r\ncd\r\n0\r\n\r\n"],
+        b"/closes": [b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 4\r\n\r\nabcd", None],
+        b"/ends": [b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabcd", None],
+        b"/none": [b"no HTTP", None],
+    }
+    connections = []
+
+    async def serve(reader, writer):
+        connections.append(writer)
+        with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert b"x-key: 7\r\n" in head
+                assert await reader.readexactly(2) == b"{}"
+                for part in answers[head.split(b" ")[1].removeprefix(b"/base")]:
+                    if part is None:
+                        return
+                    writer.write(part)
+                    await asyncio.sleep(0.01)
+
+    async def run():
+        async with (
+            await asyncio.start_server(serve, "127.0.0.1", 0) as server,
+            Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/base/", {"x-key": "7"}) as client,
+        ):
+            for path, expected in (("/parts", 200), ("/chunks", 503), ("/closes", 200), ("/parts", 200)):
+                assert await client.request("POST", path, b"{}") == (expected, b"abcd")
+            assert len(connections) == 2  # the third answer ended the first
+            for path in ("/ends", "/none"):
+                with pytest.raises(OSError, match="ended"):
+                    await client.request("POST", path, b"{}")
+            hanging = asyncio.create_task(client.request("POST", "/parts", b"{}"))
+            await asyncio.sleep(0.005)
+            hanging.cancel()  # its answer is nobody's
+            assert await client.request("POST", "/chunks", b"{}") == (503, b"abcd")
+
+    asyncio.run(run())
 
 
 def test_percentiles():
@@ -176,7 +227,7 @@ def test_knee():
 def simulated(plan, handle):
     """The results of a simulation against a handler."""
     simulation = Simulation(plan, EXAMPLES, Mix(), lambda *_: None)
-    simulation.http = answering(handle)
+    simulation.http = Answering(handle)
     return asyncio.run(simulation.run())
 
 
@@ -185,19 +236,19 @@ def test_a_simulation(monkeypatch):
     monkeypatch.setattr("jaxguard.load.summary.MOST_LATE", 10.0)  # a busy machine is no reason to fail
     free, count, memory = 0.0, 0, 0
 
-    async def handle(request):
+    async def handle(path, _):
         nonlocal free, count, memory
-        if request.url.path == "/metrics":
+        if path == "/metrics":
             memory += 1000
-            return httpx2.Response(200, text=f"process_resident_memory_bytes {memory}\nprocess_cpu_seconds_total 1.0\n")
+            return f"process_resident_memory_bytes {memory}\nprocess_cpu_seconds_total 1.0\n".encode()
         now = asyncio.get_running_loop().time()
         if free - now > 0.05:
-            return httpx2.Response(503)
+            return 503
         free = max(free, now) + 0.005
         count += 1
         id = count
         await asyncio.sleep(free - now)
-        return httpx2.Response(200, json=verdict(id))
+        return verdict(id)
 
     plan = Plan("http://test", phases=("steady", "overload"), seconds=0.4, slo=0.5, price=1.0)
     results = simulated(plan, handle)
@@ -216,8 +267,12 @@ def test_a_simulation(monkeypatch):
 
 def test_a_service_that_gives_no_verdict():
     plan = Plan("http://test", seconds=0.1)
+
+    async def refuse(*_):
+        return 422
+
     with pytest.raises(JaxguardError, match="422"):
-        simulated(plan, lambda request: httpx2.Response(422))
+        simulated(plan, refuse)
 
 
 def test_the_command_asks_before_it_loads_another_machine(capsys, tmp_path):

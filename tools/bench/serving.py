@@ -8,6 +8,7 @@ the service killed -9 and started again. Writes serving.json, report.html and la
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -259,6 +260,7 @@ async def serve_null(port: int) -> None:
     guard: Any = NullGuard()
     policies = Policies(guard.policy, None, None)
     async with Service(guard, policies, Keys(None), mode=guard.mode, model={"name": "null", "digest": ""}) as service:
+        gc.freeze()  # as jaxguard serve does
         config = uvicorn.Config(
             create_app(service, native.add_routes), port=port, access_log=False, log_level="warning"
         )
