@@ -37,7 +37,7 @@ help:
 	@echo "make fuzz          every attack campaign at its full length (half an hour)"
 	@echo "make test-aot      those that compile for absent A100s and TPUs"
 	@echo "make test-sglang   those that start real SGLang servers"
-	@echo "make test-serve    those that call the service with real clients"
+	@echo "make test-serve    those that call the service with real clients, load it, attack it and kill it"
 	@echo "make test-latest   the default tests with the newest releases that pyproject.toml allows"
 	@echo "make test-lowest   the default tests with the oldest releases that pyproject.toml allows"
 	@echo "make sglang-cpu    the environment in which SGLang serves on this CPU"
@@ -94,7 +94,7 @@ test-sglang: $(VENV)/.fixtures $(SGLANG)/.ready
 	$(BIN)/python -m pytest -m sglang tests/distill tests/guards $(ARGS)
 
 test-serve: $(VENV)/.test $(CLIENTS)/.ready
-	$(BIN)/python -m pytest -m serve tests/serve $(ARGS)
+	XLA_FLAGS='--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false' $(BIN)/python -m pytest -m serve tests/serve $(ARGS)
 
 # Always asks for what is newest today.
 test-latest:

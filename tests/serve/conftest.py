@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
+from real_service import export
 
 from jaxguard.data.format.answer import Verdict
 from jaxguard.data.format.dialogue import Mode
@@ -18,6 +19,8 @@ from jaxguard.serve.app import create_app
 from jaxguard.serve.keys import Keys
 from jaxguard.serve.policies import Policies
 from jaxguard.serve.service import Service
+
+__all__ = ["export"]
 
 
 class NullGuard:

@@ -5,16 +5,12 @@ The guard is a tiny one that is trained here, unless JAXGUARD_SERVE_EXPORT names
 
 import functools
 import json
-import os
-import socket
 import subprocess
-import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
+from real_service import running
 
 from jaxguard.data.policies import QUESTIONS
 
@@ -28,50 +24,12 @@ pytestmark = [
 ]
 
 
-@contextmanager
-def running(log, *arguments):
-    """Run the command with a real guard, and yield its address once it is ready."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "jaxguard.serve", *map(str, arguments), "--port", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with log.open("wb") as errors:
-        process = subprocess.Popen(command, stderr=errors, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    try:
-        for _ in range(600):
-            time.sleep(0.5)
-            assert process.poll() is None, log.read_text()
-            try:
-                httpx2.get(f"{url}/readyz", trust_env=False)
-                break
-            except httpx2.ConnectError:
-                continue
-        yield url
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def export(tiny_files, tmp_path_factory):
-    """Of a guard that calls harmful what mentions a lamp, in both modes."""
-    if name := os.environ.get("JAXGUARD_SERVE_EXPORT"):
-        return Path(name)
-    folder = tmp_path_factory.mktemp("guard")
-    changes = {"max_steps": 200, "epochs": 1000, "evaluate_every": 0}
-    config = tiny_files(folder, train=changes, checkpoint={"every": 1000})
-    command = [sys.executable, "-m", "jaxguard.train", "--config", config]
-    subprocess.run(command, env={**os.environ, "XLA_FLAGS": ""}, check=True)
-    return folder / "runs" / "tiny" / "export"
-
-
 @pytest.fixture(scope="module")
 def url(export, tmp_path_factory):
     """A service in direct mode."""
     log = tmp_path_factory.mktemp("service") / "log"
-    with running(log, "--model", export, "--mode", "direct", "--timeout", "60") as address:
-        yield address
+    with running(log, "--model", export, "--mode", "direct", "--timeout", "60") as served:
+        yield served.url
 
 
 def ask(url, name, *arguments):
@@ -128,7 +86,8 @@ def test_nemo(url):
 
 
 def test_nemo_with_reasoning(export, tmp_path):
-    with running(tmp_path / "log", "--model", export, "--mode", "reasoning", "--timeout", "60") as address:
+    with running(tmp_path / "log", "--model", export, "--mode", "reasoning", "--timeout", "60") as served:
+        address = served.url
         answers = ask(address, "nemo", "reasoning")
         verdicts = check(address)["verdict"], check(address, TEXT, RESPONSE)["verdict"]
         assert check(address)["mode"] == "reasoning"
