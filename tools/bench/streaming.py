@@ -56,7 +56,7 @@ def judged(guard: Guard, example: Example, words: int) -> tuple[float, ...]:
         """Seconds of the checks, without those of programs that are compiled, and their verdicts."""
         seconds, found = 0.0, list[bool]()
         for response in responses:
-            exchange = [(f"{example.prompt}", response)]
+            exchange = [(example.prompt, response)]
             started = time.perf_counter()
             [result] = asyncio.run(guard.acheck_many(exchange, growing=growing))
             seconds += time.perf_counter() - started
@@ -72,24 +72,22 @@ def judged(guard: Guard, example: Example, words: int) -> tuple[float, ...]:
 def report(examples: Sequence[Example], rows: np.ndarray) -> None:
     harmful = np.array([example.response_label == "harmful" for example in examples])
     count, alone, together, whole, alarmed, last = rows.T
-    drawn = list(draws(len(rows), 0))
+    drawn = np.array([np.ones(len(rows)), *draws(len(rows), 0)])
 
-    def share(values: np.ndarray, of: np.ndarray) -> str:
-        many = [np.mean(values[d][of[d]]) for d in drawn if of[d].any()]
-        low, high = np.quantile(many, (0.025, 0.975))
-        return f"{np.mean(values[of]):.2f} [{low:.2f}, {high:.2f}]"
+    def ratio(above: np.ndarray, below: np.ndarray) -> str:
+        """Of sums, with the 95 % interval of a bootstrap over the responses."""
+        sums = drawn @ below
+        ratios = (drawn @ above)[sums > 0] / sums[sums > 0]
+        low, high = np.quantile(ratios, (0.025, 0.975))
+        return f"{ratios[0]:.2f} [{low:.2f}, {high:.2f}]"
 
-    ratios = [together[d].sum() / alone[d].sum() for d in drawn]
     table = Table("", "whole", "any piece", "last piece")
-    table.add_row("recall", *(share(each, harmful) for each in (whole, alarmed, last)))
-    table.add_row("false-positive rate", *(share(each, ~harmful) for each in (whole, alarmed, last)))
+    for name, of in (("recall", harmful.astype(float)), ("false-positive rate", 1.0 - harmful)):
+        table.add_row(name, *(ratio(each * of, of) for each in (whole, alarmed, last)))
     console = Console()
     console.print(f"{len(rows)} responses, {count.mean():.1f} pieces each, {harmful.mean():.0%} harmful", table)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    console.print(
-        f"all pieces take {together.sum() / alone.sum():.2f} [{low:.2f}, {high:.2f}] of the seconds of one check"
-    )
-    console.print(f"one piece of a stream takes {together.sum() / count.sum():.3f} s, one check {alone.mean():.3f} s")
+    console.print(f"all pieces together take {ratio(together, alone)} of the seconds of one check")
+    console.print(f"a piece takes {together.sum() / count.sum():.3f} s, one check {alone.mean():.3f} s")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def warm_up(prefix_cache: PrefixCache, most_tokens: int) -> None:
 
     Where JAX has a compilation cache, they are taken from there, and put there; else each runs once.
     """
-    model, cached = prefix_cache.model, bool(jax.config.jax_compilation_cache_dir)
+    model, cached = prefix_cache.model, bool(jax.config.values["jax_compilation_cache_dir"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones take long together
     for prefix in prefix_cache.distinct():
         for count, length in shapes(most_tokens, model.row_multiple):
@@ -188,9 +188,9 @@ def _arrays(
     most, usual = max(map(len, slots), default=0), max(ASKED, length // 4)
     index_BM = np.zeros((count, usual if most <= usual else bucket_size(most, LENGTH_MULTIPLE)), np.int32)
     pairs_BM2 = np.zeros((*index_BM.shape, 2), np.int32)
-    for r, own in enumerate(slots):
-        if own:
-            index_BM[r, : len(own)], pairs_BM2[r, : len(own)] = map(list, zip(*own, strict=True))
+    for r, of_row in enumerate(slots):
+        for slot, (index, pair) in enumerate(of_row):
+            index_BM[r, slot], pairs_BM2[r, slot] = index, pair
     return (tokens_BT, positions_BT, ends_BT, index_BM, pairs_BM2), targets
 
 
