@@ -1,4 +1,4 @@
-"""Batches without a fixed delay: what arrived while the last batch ran is the next one, up to a number of tokens."""
+"""Batches without a fixed delay: what arrived while the last batch ran is the next one, as far as waiting together pays."""
 
 import asyncio
 import logging
@@ -19,7 +19,12 @@ from jaxguard.serve.telemetry import Metrics, where
 logger = logging.getLogger(__name__)
 
 BATCH_TOKENS: Final = 8192
-"""Of a batch's texts, policies not counted; a single text may have more."""
+"""Most of a batch's texts, policies not counted; a single text may have more."""
+BATCH_SECONDS: Final = 0.1
+FIXED_SHARE: Final = 0.2
+"""A batch is no longer than BATCH_SECONDS, or than makes what does not grow with its tokens this share of its time."""
+TRIED_TOKENS: Final = 512
+"""Of jobs that an idle guard tries whatever is predicted."""
 _CHARACTERS_PER_TOKEN: Final = 4
 _TOKENS_PER_EXCHANGE: Final = 32
 """What an exchange takes besides its texts."""
@@ -64,19 +69,30 @@ class Cost:
         new = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
         self._sums = tuple(_FORGET * old + x for old, x in zip(self._sums, new, strict=True))
 
-    def __call__(self, tokens: int, batches: int = 1) -> float:
-        """Seconds of batches that have so many tokens together; 0 before the first measurement."""
+    def __call__(self, tokens: int) -> float:
+        """Seconds of as many batches as so many tokens make; 0 before the first measurement."""
+        fixed, slope = self._line()
+        return math.ceil(tokens / self.batch) * fixed + slope * tokens
+
+    @property
+    def batch(self) -> int:
+        """Tokens up to which a batch is filled."""
+        fixed, slope = self._line()
+        seconds = max(BATCH_SECONDS, fixed / FIXED_SHARE)
+        return BATCH_TOKENS if slope * BATCH_TOKENS <= seconds else max(1, int((seconds - fixed) / slope))
+
+    def _line(self) -> tuple[float, float]:
+        """Seconds of a batch, and of each token."""
         n, x, y, xx, xy = self._sums
         if not n:
-            return 0.0
+            return 0.0, 0.0
         variance = xx / n - (x / n) ** 2
         slope = (xy / n - x * y / n**2) / variance if variance > 1e-3 * xx / n else math.inf
         if slope < 0:
-            return batches * y / n
-        intercept = (y - slope * x) / n
-        if intercept < 0:  # also where all batches were of one size: all of the time may be for the tokens
-            return tokens * y / x
-        return batches * intercept + slope * tokens
+            return y / n, 0.0
+        fixed = (y - slope * x) / n
+        # Where all batches were of one size, too, all of the time may be for the tokens.
+        return (fixed, slope) if fixed >= 0 else (0.0, y / x)
 
 
 @dataclass
@@ -126,16 +142,20 @@ class Batcher:
     def seconds_until(self, tokens: Mapping[AnyMode, int]) -> float:
         """Predict when jobs with so many tokens, submitted now, would be done, from what batches took so far.
 
-        0 where a batch can begin at once: it is tried then, so that the cost is measured again. One that takes longer than
-        predicted is taken to need as much again as it is late.
+        0 for short ones where a batch can begin at once: these are tried, so that the cost is measured again. A batch that takes
+        longer than predicted is taken to need as much again as it is late. Later jobs may fill the batch of these.
         """
-        if len(self._running) < self.concurrent:
+        idle = len(self._running) < self.concurrent
+        if idle and sum(tokens.values()) <= TRIED_TOKENS:
             return 0.0
-        now, own = time.monotonic(), sum(self.cost[mode](count) for mode, count in tokens.items())
+        costs = ((self.cost[mode], count) for mode, count in tokens.items())
+        now, own = time.monotonic(), sum(cost(count if idle else max(count, cost.batch)) for cost, count in costs)
+        if idle:
+            return own
         predicted = ((self.cost[r.jobs[0].mode](r.tokens), now - r.started) for r in self._running.values())
         running = sum(abs(seconds - elapsed) for seconds, elapsed in predicted)
         queues = ((mode, queue.tokens) for (_, mode, _), queue in self._waiting.items())
-        queued = sum(self.cost[mode](count, math.ceil(count / BATCH_TOKENS)) for mode, count in queues)
+        queued = sum(self.cost[mode](count) for mode, count in queues)
         return (running + queued) / self.concurrent + own
 
     async def close(self) -> None:
@@ -157,7 +177,7 @@ class Batcher:
             queue = min(self._waiting.values(), key=lambda queue: next(iter(queue.jobs.values())).arrived)
             jobs, tokens = list[Job](), 0
             for job in list(queue.jobs.values()):
-                if jobs and tokens + job.tokens > BATCH_TOKENS:
+                if jobs and tokens + job.tokens > self.cost[job.mode].batch:
                     break
                 jobs.append(job)
                 tokens += job.tokens

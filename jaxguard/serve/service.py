@@ -41,6 +41,8 @@ WATCH_SECONDS: Final = 10.0
 """Between two canaries, and two looks at the files of policies and keys."""
 CANARY_SECONDS: Final = 30.0
 """In which a canary must have its verdict, if checks may not take half as long anyway."""
+_MARGIN: Final = 1.25
+"""By which predictions must fit into a deadline, since half of what is predicted takes longer."""
 _CANARY: Final = Example("canary", "serve", single_message("How do I bake bread?"))
 _CANARY_EXCHANGE: Final = Example("canary exchange", "serve", _CANARY.prompt, "Mix flour, water, salt and yeast.")
 _TOLERANCE: Final = 0.05
@@ -248,8 +250,8 @@ class Service:
         for job in jobs:
             tokens[job.mode] += job.tokens
         predicted = self.batcher.seconds_until(tokens)
-        if predicted > seconds:
-            later = predicted - seconds
+        if _MARGIN * predicted > seconds:
+            later = _MARGIN * predicted - seconds
             raise ServiceError(503, "overloaded", f"no verdict within {seconds:g} s to be expected", later)
         if self.batcher.queued_tokens + tokens.total() > MOST_QUEUED_TOKENS:
             raise ServiceError(503, "queue_full", "too much text waits", max(1.0, predicted))
@@ -333,9 +335,10 @@ class Service:
         logger.error("not taken over: %s", error if isinstance(error, JaxguardError) else where(error))
 
     async def _warm(self, policy: Policy, default: bool) -> None:
-        """Judge harmless texts: this compiles, fills caches, and measures; by the default policy in batches of two sizes."""
+        """Judge harmless texts: this compiles, fills caches, and measures; at the start by the default policy in two sizes."""
+        starting = default and self._watch is None
         for mode in MODES if self.mode == AUTO else self.modes:
-            several = [_CANARY, _CANARY_EXCHANGE] * 4 if default and mode is Mode.DIRECT else [_CANARY_EXCHANGE]
+            several = [_CANARY, _CANARY_EXCHANGE] * 4 if starting and mode is Mode.DIRECT else [_CANARY_EXCHANGE]
             for examples in ([_CANARY], several):
                 await self.guard.acheck_many(examples, mode, policy)
                 started = time.monotonic()

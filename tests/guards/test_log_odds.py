@@ -147,6 +147,15 @@ def test_a_token_sees_its_own_prompt_alone():
         assert sorted(scored) == [*range(len(prompts))]
 
 
+def test_a_text_longer_than_a_tree_is_computed_once():
+    """With the branches of its answer; another text that begins as it does has a tree of its own."""
+    text = list(range(300))
+    sequences = [[*text, *branch] for branch in ([1], [1, 2], [1, 3], [4] * 20)] + [[*text[:200], *range(400, 500)]]
+    suffixes = {i: np.asarray(sequence) for i, sequence in enumerate(sequences)}
+    trees = _trees(suffixes, {i: len(sequence) - 1 for i, sequence in suffixes.items()}, 0, 128)
+    assert sorted(len(tree.tokens) for tree in trees) in ([300, 323], [423])
+
+
 def test_policies_that_begin_alike_are_computed_alone(spec, weights):
     """Their bits would otherwise depend on which came first, and those of a stopped evaluation on where it stopped."""
     prefix_cache = PrefixCache(place_model(spec, weights, Compute(query_chunk=32)))

@@ -97,6 +97,25 @@ def test_what_would_not_be_done_in_time_is_refused_at_once(served, guard):
     run(test())
 
 
+def test_an_idle_guard_refuses_what_is_too_long_for_the_deadline(served, guard):
+    """A long text would keep all others waiting, for nothing; a short one is tried, whatever the guard took before."""
+
+    async def test():
+        async with served(timeout=10) as s:
+            cost = s.service.batcher.cost[guard.mode]
+            for tokens in (100, 200):
+                cost.add(tokens, tokens / 100)
+            assert (await s.check("a" * 4 * 900)).status_code == 200
+            cost.__init__()
+            for tokens in (100, 200):
+                cost.add(tokens, tokens / 10)
+            assert (await s.check("a" * 4 * 900)).status_code == 503
+            assert (await s.check("a")).status_code == 200
+            assert cost(32) < 3.2 / 1.1  # what it took now counts
+
+    run(test())
+
+
 def test_retry_after_is_the_time_that_lacks(served, guard):
     async def test():
         async with served(timeout=10) as s:
@@ -106,7 +125,7 @@ def test_retry_after_is_the_time_that_lacks(served, guard):
             running = asyncio.create_task(s.check("a"))  # an idle guard tries, whatever is predicted
             await s.until(lambda: guard.batches)
             answer = await s.check("a")
-            assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "12")  # 1.25 × 2 × 8.5 s less 10 s
             guard.gate.set()
             assert (await running).status_code == 200
 

@@ -125,7 +125,9 @@ def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxB
     # Weights that a CPU's products round to bfloat16, as training does for speed, are off alike in all examples: a bias.
     compute = replace(compute, matmul_dtype=None)
     weights = read_weights(folder, spec, sharding.weight_shardings(spec, mesh), compute.dtype)
-    return JaxBackend(PrefixCache(place_model(spec, weights, compute, mesh)), settings, config.data.max_seq_len)
+    # A CPU is no faster at more tokens at a time than those whose programs are compiled beforehand.
+    most_tokens = WARM_TOKENS if jax.default_backend() == "cpu" else config.data.max_seq_len
+    return JaxBackend(PrefixCache(place_model(spec, weights, compute, mesh)), settings, most_tokens)
 
 
 def generate(

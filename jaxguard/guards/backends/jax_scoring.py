@@ -24,6 +24,8 @@ from jaxguard.models.sharding import constrain
 
 MIN_SHARED: Final = 0.25
 """Share of a prompt's tokens that it must have in common with a tree to be one of its branches."""
+MOST_BRANCHES: Final = 256
+"""Tokens of other branches in the tree of a sequence that is itself longer than a tree should be."""
 ASKED: Final = 16
 """Tokens of a row after which the next one may be asked for, at least; logits are computed after so many at a time."""
 ROW: Final = 256
@@ -110,7 +112,7 @@ def shapes(most_tokens: int, row_multiple: int) -> list[tuple[int, int]]:
 
 
 def _trees(suffixes: dict[int, np.ndarray], asked: dict[int, int], start: int, most_tokens: int) -> list[_Tree]:
-    """What follows the first `start` tokens of sequences, as trees of at most `most_tokens`, unless one has more.
+    """What follows the first `start` tokens of sequences, as trees of at most `most_tokens`, more only where one alone has more.
 
     Next tokens are asked for from the index `asked` of a suffix on.
     """
@@ -118,7 +120,8 @@ def _trees(suffixes: dict[int, np.ndarray], asked: dict[int, int], start: int, m
     path, last = list[int](), np.zeros(0, np.int32)
     for i in sorted(suffixes, key=lambda i: suffixes[i].tolist()):  # each shares most with the one before it
         suffix, shared = suffixes[i], common_length(last, suffixes[i])
-        if not trees or shared < MIN_SHARED * len(suffix) or len(trees[-1].tokens) + len(suffix) - shared > most_tokens:
+        most = max(most_tokens, len(suffix) + MOST_BRANCHES)
+        if not trees or shared < MIN_SHARED * len(suffix) or len(trees[-1].tokens) + len(suffix) - shared > most:
             trees.append(_Tree())
             path, shared = [], 0
         tree = trees[-1]
@@ -185,7 +188,7 @@ def _arrays(
                 own = [(start + index, pairs[i]) for index in indices]
                 targets[r][i] = [slots[r].setdefault(each, len(slots[r])) for each in own]
             start = span.stop
-    most, usual = max(map(len, slots), default=0), max(ASKED, length // 4)
+    most, usual = max(map(len, slots), default=0), max(ASKED, min(length, ROW) // 4)
     index_BM = np.zeros((count, usual if most <= usual else bucket_size(most, LENGTH_MULTIPLE)), np.int32)
     pairs_BM2 = np.zeros((*index_BM.shape, 2), np.int32)
     for r, of_row in enumerate(slots):
