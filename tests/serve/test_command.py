@@ -16,7 +16,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import load_policy
 from jaxguard.guards.guard import Guard
-from jaxguard.serve.__main__ import main
+from jaxguard.serve.__main__ import _bind, main
 
 
 def test_mistakes_are_code_2(capsys, tmp_path):
@@ -126,3 +126,19 @@ def test_a_real_guard_over_http(tiny_checkpoint, tmp_path):
             assert answer["verdict"]["prompt_harm"] == expected.verdict.prompt_harm
             assert answer["passes"] == expected.passes
     assert json.loads((tmp_path / "audit.jsonl").read_text().splitlines()[0])["model"]["digest"]
+
+
+def test_an_answer_does_not_wait_for_an_acknowledgement():
+    """asyncio turns Nagle's algorithm off only where the listening socket names its protocol."""
+
+    async def run():
+        accepted = asyncio.get_running_loop().create_future()
+        with _bind("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener):
+                _, own = await asyncio.open_connection(*listener.getsockname())
+                writer = await accepted
+                assert writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                for each in (own, writer):
+                    each.close()
+
+    asyncio.run(run())
