@@ -95,7 +95,7 @@ def test_what_is_imported_is_installed():
             for module in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names:
                 owners = {canonicalize_name(name) for name in distributions.get(module, [module])}
                 allowed = base if node in tree.body else base | optional
-                allowed = allowed | served if path.parent.name == "serve" else allowed
+                allowed = allowed | served if path.parent.name in ("load", "serve") else allowed
                 assert owners & allowed, f"{path}: {module}"
 
 
