@@ -1,6 +1,7 @@
 """The phases of a simulation: find the rate that a service holds, then its steady state, and what disturbs it."""
 
 import asyncio
+import gc
 import os
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -85,6 +86,7 @@ class Simulation:
 
     async def start(self) -> None:
         """Measure the idle service, and find the knee. JaxguardError: no service there, or no rate is held."""
+        gc.freeze()  # to look through everything that is loaded, again and again, would make the client late
         idle = await self._idle()
         self.rate = self.plan.rate or STEADY * await self._ramp(idle)
 
