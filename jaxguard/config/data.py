@@ -75,7 +75,10 @@ class DataConfig(Schema):
     max_seq_len: Positive = 2048
     """Tokens of the longest packed row; the untrusted text of a longer example is truncated."""
     share_prefixes: bool = True
-    """Compute the prefix that the examples of a row share, the policy, once; the gradient does not change."""
+    """Compute what the examples of a row begin with, as the policy or one prompt, once; the gradient does not change."""
+    keep_together: bool = False
+    """Put examples that share half of their prompt, such as several traces of one or the turns of a dialogue, into the same steps,
+    which computes it once. Steps are then less varied."""
     prefetch: Positive = 8
     """Batches that grain prepares in advance."""
 

@@ -75,7 +75,7 @@ def encoding_key(examples: Sequence[tuple[Example, Mode]], encoder: Encoder, mos
         [jaxguard.__version__, *map(version, _PACKAGES)],
         hashlib.sha256(encoder.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         repr((encoder.tokenizer.chat_template, encoder.template, encoder.dialogue)),
-        (encoder.max_seq_len, encoder.share_prefixes),
+        encoder.max_seq_len,
         [(name, policy.digest) for name, policy in policies.items()],
         digest(example for example, _ in examples),
         [mode.value for _, mode in examples],
@@ -92,7 +92,7 @@ def write_encoded(path: Path, key: str, encoded: Sequence[Branches]) -> None:
         "branches": [len(branches) for branches in encoded],
         "lengths": [len(sequence.tokens) for sequence in sequences],
         "targets": [int(sequence.loss_mask.sum()) for sequence in sequences],
-        "shared": [sequence.shared_prefix_len for sequence in sequences],
+        "shared": [sequence.shared for sequence in sequences],
         "cut": [sequence.cut for sequence in sequences],
         "num_probes": [len(sequence.probes) for sequence in sequences],
         "probes": [(QUESTIONS.index(p.question), p.position, p.positive_id, p.negative_id) for p in probes],
@@ -138,11 +138,9 @@ def _parse(contents: bytes, examples: Sequence[tuple[Example, Mode]]) -> list[Br
         *(arrays[name].tolist() for name in ("targets", "shared", "cut")),
         strict=True,
     )
-    prefixes: dict[bytes, bytes] = {}  # one object for all examples
 
     def sequence(example: Example, mode: Mode) -> EncodedExample:
         tokens, probes, answers, targets, shared, cut = next(sequences)
-        prefix = tokens[:shared].tobytes()
         return EncodedExample(
             example.id,
             mode,
@@ -151,7 +149,7 @@ def _parse(contents: bytes, examples: Sequence[tuple[Example, Mode]]) -> list[Br
             tuple(Probe(QUESTIONS[question], *values) for question, *values in probes.tolist()),
             tuple((QUESTIONS[question], _WORDS[word]) for question, word in answers.tolist()),
             bool(cut),
-            prefixes.setdefault(prefix, prefix),
+            shared,
         )
 
     return [

@@ -61,7 +61,7 @@ class EncodedExample:
         loss_mask: bool [n]; True for the tokens of the completion.
         probes: one for each labelled verdict line, in order.
         cut: untrusted text was truncated.
-        shared_prefix: bytes of the first tokens, those of the policy, which other examples share; never all of the prompt.
+        shared: the first so many tokens are those of the policy, which other examples share; never all of the prompt.
     """
 
     example_id: str
@@ -71,11 +71,7 @@ class EncodedExample:
     probes: tuple[Probe, ...]
     answers: Answers
     cut: bool
-    shared_prefix: bytes = b""
-
-    @property
-    def shared_prefix_len(self) -> int:
-        return len(self.shared_prefix) // self.tokens.itemsize
+    shared: int = 0
 
 
 class _Turn(NamedTuple):
@@ -114,8 +110,7 @@ class Prompt(NamedTuple):
 class Encoder:
     """Render and tokenize examples into sequences of at most `max_seq_len` tokens.
 
-    `policy` is that of examples without their own. `share_prefixes` marks the first tokens that examples share, so that packing
-    computes them once.
+    `policy` is that of examples without their own.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -123,9 +118,7 @@ class Encoder:
     dialogue: Dialogue
     policy: Policy
     max_seq_len: int
-    share_prefixes: bool = True
     _prefix_ids: dict[Any, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _shared_prefixes: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def load(cls, folder: Path, data: DataConfig, policy: Policy | None = None) -> Self:
@@ -135,7 +128,7 @@ class Encoder:
         tokens, last = tuple(template.reserved.values()), data.answer_format == "last"
         dialogue = Dialogue(data.reasoning_marker, data.direct_marker, tokens, last)
         policy = policy or load_policy(data.policy)
-        encoder = cls(tokenizer, template, dialogue, policy, data.max_seq_len, data.share_prefixes)
+        encoder = cls(tokenizer, template, dialogue, policy, data.max_seq_len)
         turn = dialogue.user_turn("", "", policy, policy.asks, Mode.REASONING)
         if (text := render(tokenizer, turn)) != encoder.prompt_text(turn, Mode.REASONING):
             raise JaxguardError(f"{folder}: its chat template changes the user turn; it renders {text[:200]!r}...")
@@ -211,7 +204,7 @@ class Encoder:
                     "or shorten the policy"
                 )
             return
-        shared_prefix = self._shared_prefix(policy, asks, mode, prompt.ids)
+        shared = self._shared(policy, asks, mode, prompt.ids)
         last = next((q for q, word in reversed(gold) if word != ABSENT), None)
         for verdict, completion in completions.items():
             if last is not None and dict(verdict)[last] != dict(gold)[last]:
@@ -233,7 +226,7 @@ class Encoder:
                     probes.append(Probe(question, len(prompt.ids) + at, positive[at], negative[at]))
             tokens = np.asarray(prompt.ids + completion, np.int32)
             trained = np.arange(len(tokens)) >= len(prompt.ids)
-            yield EncodedExample(example.id, mode, tokens, trained, tuple(probes), verdict, prompt.cut, shared_prefix)
+            yield EncodedExample(example.id, mode, tokens, trained, tuple(probes), verdict, prompt.cut, shared)
 
     def prompt(
         self,
@@ -261,10 +254,9 @@ class Encoder:
                 f"example {example.id!r}: its policy leaves no space for text in {self.max_seq_len} tokens"
                 + (f" less {answer_tokens} for the answer" if answer_tokens else "")
             )
-        prefix = np.frombuffer(self._shared_prefix(policy, asks, mode, fitted.ids), np.int32)
+        shared = self._shared(policy, asks, mode, fitted.ids)
         # Without the token that the text may change, so that it is the same for all texts.
-        own = self._prefix_ids.get((policy, asks, mode), prefix)
-        return fitted._replace(shared=min(len(prefix), len(own[:-1])))
+        return fitted._replace(shared=min(shared, len(self._prefix_ids[policy, asks, mode]) - 1))
 
     def min_tokens(self, policy: Policy) -> int:
         """Return the length of the shortest useful sequence under a policy, with its verdict but no trace."""
@@ -284,19 +276,14 @@ class Encoder:
     def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> str:
         return self.dialogue.completion(answers, trace, mode, bool(self.template.reasoning_start)) + self.template.end
 
-    def _shared_prefix(self, policy: Policy, asks: tuple[Question, ...], mode: Mode, prompt: list[int]) -> bytes:
-        """Return the prompt's first tokens that all prompts of this policy share, as one object for all examples."""
-        if not self.share_prefixes:
-            return b""
+    def _shared(self, policy: Policy, asks: tuple[Question, ...], mode: Mode, prompt: list[int]) -> int:
+        """Return how many of the prompt's first tokens are those that all prompts of this policy begin with."""
         key = policy, asks, mode
         if key not in self._prefix_ids:
             ids = self.ids(self.template.before + self.dialogue.shared_prefix(*key))
             self._prefix_ids[key] = np.asarray(ids, np.int32)
         # The last one may differ when text follows.
-        own, start = self._prefix_ids[key], np.asarray(prompt[: len(self._prefix_ids[key])], np.int32)
-        differs = np.flatnonzero(own[: len(start)] != start)
-        prefix = start[: differs[0] if len(differs) else len(start)].tobytes()
-        return self._shared_prefixes.setdefault(prefix, prefix)
+        return common_length(self._prefix_ids[key], np.asarray(prompt, np.int32))
 
     def _turn(self, example: Example, policy: Policy, asks: tuple[Question, ...], mode: Mode) -> _Turn:
         most = self.max_seq_len * LONGEST_TOKEN
@@ -349,6 +336,13 @@ class Encoder:
         """Return a user turn as the chat template renders it; direct mode closes a think block that the template opened."""
         text = self.template.before + turn + self.template.after
         return text + REASONING_END if self.template.reasoning_start and mode is Mode.DIRECT else text
+
+
+def common_length(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
+    """Return how many tokens both sequences begin with."""
+    shorter = min(len(a), len(b))
+    differ = np.flatnonzero(np.not_equal(a[:shorter], b[:shorter]))
+    return int(differ[0]) if len(differ) else shorter
 
 
 def _cut(text: str, spans: list[tuple[int, int]], limit: int) -> str:

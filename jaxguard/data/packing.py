@@ -3,20 +3,23 @@
 Everything is a function of (seed, step), so resuming needs only the step, on any number of hosts. Row counts, row lengths and
 target counts are rounded up to a few distinct shapes, since each shape is compiled.
 
-Examples that start with the same tokens, those of the policy, share this prefix: a row holds it once, as a segment that the
-examples' segments continue. Attention sees both (models/attention/kernels.py), so loss and gradient are those of whole examples.
+Examples that begin with the same tokens, such as those of one policy or of one prompt, form a tree: a row holds these tokens once,
+and a token sees its ancestors alone (models/attention/kernels.py). So loss and gradient are those of whole examples.
 """
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import grain
 import numpy as np
 
-from jaxguard.data.encoding import EncodedExample
+from jaxguard.config import Config
+from jaxguard.data.encoding import EncodedExample, common_length
 from jaxguard.utils.errors import JaxguardError
 
 TARGET_MULTIPLE = 256
@@ -27,25 +30,24 @@ KERNEL_MULTIPLE = 128
 
 
 class Shape(NamedTuple):
-    """Static sizes of a batch: B rows of T tokens with M targets each; `shared` if examples share prefixes."""
+    """Static sizes of a batch: B rows of T tokens with M targets each."""
 
     rows: int
     tokens: int
     targets: int
-    shared: bool = False
 
 
 class Batch(NamedTuple):
-    """Packed rows. Segment 0 is padding; positions restart in each segment, or continue those of its prefix.
+    """Packed rows of trees in depth-first order.
 
-    `prefixes_BT` is the segment that a token's segment continues, or its own; None if no segment of the batch continues
-    another. The token at `target_index` predicts `target_ids`; `target_weights` is 1, or 0 for padding.
+    `positions_BT` are those of tokens in their own sequences, -1 for padding; `ends_BT` is the last index in the row of a token
+    that continues this one, its own where none does. The token at `target_index` predicts `target_ids`; `target_weights` is 1, or
+    0 for padding.
     """
 
     tokens_BT: Any
     positions_BT: Any
-    segments_BT: Any
-    prefixes_BT: Any
+    ends_BT: Any
     target_index_BM: Any
     target_ids_BM: Any
     target_weights_BM: Any
@@ -54,20 +56,69 @@ class Batch(NamedTuple):
     def build(cls, shape: Shape, make: Callable[[tuple[int, int], type], Any]) -> Self:
         """Build a batch whose arrays are `make(shape, dtype)`."""
         tokens, targets = (shape.rows, shape.tokens), (shape.rows, shape.targets)
-        tokens_BT, positions_BT, segments_BT = (make(tokens, np.int32) for _ in range(3))
-        prefixes_BT = make(tokens, np.int32) if shape.shared else None
+        token_arrays_BT = (make(tokens, np.int32) for _ in range(3))
         target_arrays_BM = (make(targets, dtype) for dtype in (np.int32, np.int32, np.float32))
-        return cls(tokens_BT, positions_BT, segments_BT, prefixes_BT, *target_arrays_BM)
+        return cls(*token_arrays_BT, *target_arrays_BM)
 
     @property
     def valid_positions(self) -> np.ndarray:
         """Positions of all tokens that are not padding; for arrays on the host."""
-        return np.asarray(self.positions_BT[self.segments_BT > 0])
+        return np.asarray(self.positions_BT[self.positions_BT >= 0])
+
+
+class Order:
+    """Sequences sorted by their tokens, which is depth-first order: each shares most with its neighbours.
+
+    `common[i]` is the number of tokens that sequence i has in common with the one before it; 0 where nothing shall be shared.
+    """
+
+    def __init__(self, sequences: Sequence[EncodedExample], share: bool = True):
+        self.sequences = sorted(sequences, key=lambda s: s.tokens.tobytes()) if share else list(sequences)
+        common = [common_length(a.tokens, b.tokens) if share else 0 for a, b in pairwise(self.sequences)]
+        self.common = np.asarray([0, *common])
+        self.lengths = np.asarray([len(s.tokens) for s in self.sequences])
+
+    def shared(self, first: int, second: int) -> int:
+        """Tokens that two sequences begin with."""
+        return int(self.common[first + 1 : second + 1].min())
+
+
+class Row:
+    """Some sequences of an order, each token that several begin with counted, and computed, once."""
+
+    def __init__(self, order: Order, members: Sequence[int] = ()):
+        self.order = order
+        self.members = list(members)
+        self.tokens = int(order.lengths[self.members].sum()) - sum(self.shared)
+
+    @property
+    def sequences(self) -> list[EncodedExample]:
+        return [self.order.sequences[i] for i in self.members]
+
+    @property
+    def shared(self) -> list[int]:
+        """Tokens that each sequence has in common with the one before it."""
+        return [0, *(self.order.shared(*both) for both in pairwise(self.members))] if self.members else []
+
+    def tokens_with(self, i: int) -> int:
+        """Return the row's tokens if it also had sequence i, of which all that a neighbour begins with is there."""
+        at = bisect(self.members, i)
+        before = self.order.shared(self.members[at - 1], i) if at else 0
+        after = self.order.shared(i, self.members[at]) if at < len(self.members) else 0
+        return self.tokens + int(self.order.lengths[i]) - max(before, after)
+
+    def add(self, i: int) -> None:
+        self.tokens = self.tokens_with(i)
+        self.members.insert(bisect(self.members, i), i)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The batches of a run: exactly `batch_size` examples a step, in an order of `seed`, in a multiple of `row_multiple` rows."""
+    """The batches of a run: exactly `batch_size` examples a step, in an order of `seed`, in a multiple of `row_multiple` rows.
+
+    `share`: compute what the examples of a row begin with once. `together`: examples that begin alike beyond their policy, such as
+    the traces of one prompt or the turns of a dialogue, follow each other, so that a step has all of them, or two steps do.
+    """
 
     sequences: Sequence[EncodedExample]
     batch_size: int
@@ -75,16 +126,37 @@ class Schedule:
     max_seq_len: int
     row_multiple: int
     seed: int
+    share: bool = True
+    together: bool = False
+
+    @classmethod
+    def of(cls, config: Config, sequences: Sequence[EncodedExample], steps: int, row_multiple: int) -> Self:
+        """The batches that a config asks for."""
+        data, batch_size = config.data, config.train.batch_size
+        sharing = data.share_prefixes, data.keep_together
+        return cls(sequences, batch_size, steps, data.max_seq_len, row_multiple, config.seed, *sharing)
 
     def examples(self, step: int) -> list[int]:
         """Return the indices of a step's examples: the next `batch_size` of the concatenated permutations of all epochs."""
         count = len(self.sequences)
         indices = (divmod(i, count) for i in range(step * self.batch_size, (step + 1) * self.batch_size))
-        return [int(_permutation(self.seed, epoch, count)[i]) for epoch, i in indices]
+        return [int(self._order(epoch)[i]) for epoch, i in indices]
 
-    def rows(self, step: int) -> list[list[EncodedExample]]:
+    @cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        """The order of the examples in an epoch: that of their groups, which are in a random one."""
+        groups = np.asarray(similar(self.sequences)) if self.together else np.arange(len(self.sequences))
+
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> np.ndarray:
+            ranks = np.argsort(_permutation(self.seed, epoch, int(groups.max()) + 1))
+            return np.argsort(ranks[groups], kind="stable")
+
+        return order
+
+    def rows(self, step: int) -> list[Row]:
         """Pack the sequences of a step."""
-        return pack([self.sequences[i] for i in self.examples(step)], self.max_seq_len, self.row_multiple)
+        return pack([self.sequences[i] for i in self.examples(step)], self.max_seq_len, self.row_multiple, self.share)
 
     def shape(self, step: int) -> Shape:
         return bucketed(self.rows(step), self.max_seq_len, self.row_multiple)
@@ -99,7 +171,19 @@ class Schedule:
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
 
 
-@lru_cache(maxsize=2)
+def similar(sequences: Sequence[EncodedExample]) -> list[int]:
+    """Number the groups of sequences that have half of a prompt in common beyond the policy, in the order of their first ones."""
+    prompts = [int(np.argmax(s.loss_mask)) for s in sequences]
+    first_of = list(range(len(sequences)))
+    for a, b in pairwise(sorted(first_of, key=lambda i: sequences[i].tokens.tobytes())):
+        policy = max(sequences[a].shared, sequences[b].shared)
+        common = common_length(sequences[a].tokens, sequences[b].tokens)
+        if common - policy >= (min(prompts[a], prompts[b]) - policy) / 2 > 0:
+            first_of[b] = first_of[a]
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(group, len(numbers)) for group in first_of]
+
+
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """Return a random order. numpy guarantees only the raw generator output to stay the same across versions."""
     return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(count), kind="stable")
@@ -116,54 +200,59 @@ def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | 
     return steps if max_steps is None else min(steps, max_steps)
 
 
-@dataclass
-class _Row:
-    """A row being filled, with each shared prefix once."""
+def pack(sequences: Sequence[EncodedExample], max_seq_len: int, row_multiple: int, share: bool = True) -> list[Row]:
+    """Pack into the rows of first-fit decreasing, rounded up to a bucketed number, and about equally long.
 
-    sequences: list[EncodedExample] = field(default_factory=list)
-    prefixes: set[bytes] = field(default_factory=set)
-    tokens: int = 0
-
-    def tokens_with(self, sequence: EncodedExample) -> int:
-        shared = sequence.shared_prefix_len if sequence.shared_prefix in self.prefixes else 0
-        return self.tokens + len(sequence.tokens) - shared
-
-    def add(self, sequence: EncodedExample) -> None:
-        self.tokens = self.tokens_with(sequence)
-        self.prefixes.add(sequence.shared_prefix)
-        self.sequences.append(sequence)
-
-
-def pack(sequences: Sequence[EncodedExample], max_seq_len: int, row_multiple: int) -> list[list[EncodedExample]]:
-    """Pack into the rows of first-fit decreasing, rounded up to a bucketed number, and about equally long."""
-    longest_first = sorted(sequences, key=lambda s: -len(s.tokens))
-    few: list[_Row] = []
-    for sequence in longest_first:  # into the row with space that it lengthens least
-        fitting = [row for row in few if row.tokens_with(sequence) <= max_seq_len]
+    `share`: compute what sequences begin with once a row.
+    """
+    order = Order(sequences, share)
+    longest_first = sorted(range(len(sequences)), key=lambda i: -order.lengths[i])
+    few: list[Row] = []
+    for i in longest_first:  # into the row with space that it lengthens least
+        fitting = [row for row in few if row.tokens_with(i) <= max_seq_len]
         if not fitting:
-            fitting = [_Row()]
+            fitting = [Row(order)]
             few += fitting
-        min(fitting, key=lambda row: row.tokens_with(sequence) - row.tokens).add(sequence)
-    even = [_Row() for _ in range(bucket_size(len(few), row_multiple))]
-    for sequence in longest_first:  # into the row that is then the shortest
-        min(even, key=lambda row: row.tokens_with(sequence)).add(sequence)
-    rows = even if max(row.tokens for row in even) <= max_seq_len else few
-    return [row.sequences for row in rows]
+        min(fitting, key=lambda row: row.tokens_with(i) - row.tokens).add(i)
+    count = bucket_size(len(few), row_multiple)
+    even = [Row(order) for _ in range(count)]
+    for i in longest_first:  # into the row that is then the shortest
+        min(even, key=lambda row: row.tokens_with(i)).add(i)
+    rows = min(even, _in_order(order, count), key=_longest)
+    return rows if _longest(rows) <= max_seq_len else few
 
 
-def packed_tokens(row: Sequence[EncodedExample]) -> int:
-    """Return the length of a row without padding, each prefix counted once."""
-    prefixes = {sequence.shared_prefix: sequence.shared_prefix_len for sequence in row}
-    return sum(len(s.tokens) - s.shared_prefix_len for s in row) + sum(prefixes.values())
+def _in_order(order: Order, count: int) -> list[Row]:
+    """Cut an order into `count` rows whose longest is as short as possible, which keeps subtrees together."""
+    new = order.lengths - order.common
+
+    def cut(most: int) -> list[Row]:
+        cuts, tokens = [0], 0
+        for i, length in enumerate(order.lengths):
+            tokens += new[i]
+            if tokens > most:
+                cuts.append(i)
+                tokens = length
+        return [Row(order, range(*each)) for each in pairwise([*cuts, len(new)])]
+
+    low, high = int(order.lengths.max()), int(new.sum())
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= count else (middle + 1, high)
+    rows = cut(low)
+    return rows + [Row(order)] * (count - len(rows))
 
 
-def bucketed(rows: Sequence[Sequence[EncodedExample]], max_seq_len: int, row_multiple: int) -> Shape:
+def _longest(rows: Sequence[Row]) -> int:
+    return max(row.tokens for row in rows)
+
+
+def bucketed(rows: Sequence[Row], max_seq_len: int, row_multiple: int) -> Shape:
     """Return the smallest bucketed shape that holds these rows."""
-    longest = max(map(packed_tokens, rows))
-    targets = max(sum(int(s.loss_mask.sum()) for s in row) for row in rows)
+    longest = _longest(rows)
+    targets = max(sum(int(s.loss_mask.sum()) for s in row.sequences) for row in rows)
     tokens = next(length for length in row_lengths(max_seq_len) if length >= longest)
-    shared = any(s.shared_prefix_len for row in rows for s in row)
-    return Shape(bucket_size(len(rows), row_multiple), tokens, bucket_size(targets, TARGET_MULTIPLE), shared)
+    return Shape(bucket_size(len(rows), row_multiple), tokens, bucket_size(targets, TARGET_MULTIPLE))
 
 
 def row_lengths(max_seq_len: int) -> list[int]:
@@ -179,30 +268,25 @@ def bucket_size(count: int, unit: int) -> int:
     return unit * -(-units // step) * step
 
 
-def assemble(rows: Sequence[Sequence[EncodedExample]], shape: Shape) -> Batch:
+def assemble(rows: Sequence[Row], shape: Shape) -> Batch:
     """Write packed sequences into the arrays of a batch."""
     batch = Batch.build(shape, np.zeros)
+    batch.positions_BT[:] = -1
+    batch.ends_BT[:] = np.arange(shape.tokens)
     for r, row in enumerate(rows):
-        shared = {s.shared_prefix: s.tokens[: s.shared_prefix_len] for s in row if s.shared_prefix_len}
-        numbers = {prefix: number for number, prefix in enumerate(shared, start=1)}
-        # (tokens, first position, segment that it continues): prefixes come first, near to what attends to them.
-        segments: list[tuple[np.ndarray, int, int | None]] = [(tokens, 0, None) for tokens in shared.values()]
-        segments += [(s.tokens[s.shared_prefix_len :], s.shared_prefix_len, numbers.get(s.shared_prefix)) for s in row]
-        starts = np.cumsum([0, *(len(tokens) for tokens, _, _ in segments)])
-        for number, (start, (tokens, position, prefix)) in enumerate(zip(starts, segments, strict=False), start=1):
-            span = slice(start, start + len(tokens))
-            batch.tokens_BT[r, span] = tokens
-            batch.positions_BT[r, span] = np.arange(position, position + len(tokens))
-            batch.segments_BT[r, span] = number
-            if batch.prefixes_BT is not None:
-                batch.prefixes_BT[r, span] = prefix or number
-        targets = 0
-        for start, sequence in zip(starts[len(shared) :], row, strict=False):
+        path = np.zeros(0, np.int64)  # indices in the row of a sequence's tokens
+        stop = targets = 0
+        for sequence, shared in zip(row.sequences, row.shared, strict=True):
+            start, stop = stop, stop + len(sequence.tokens) - shared
+            path = np.concatenate([path[:shared], np.arange(start, stop)])
+            batch.tokens_BT[r, start:stop] = sequence.tokens[shared:]
+            batch.positions_BT[r, start:stop] = np.arange(shared, len(path))
+            batch.ends_BT[r, path] = stop - 1
             indices = np.flatnonzero(sequence.loss_mask)
             span = slice(targets, targets + len(indices))
-            # The first token of a segment is never a target, since prompts come first: its predecessor is not in the segment.
-            batch.target_index_BM[r, span] = start + indices - sequence.shared_prefix_len - 1
+            # The first token is never a target, since prompts come first.
+            batch.target_index_BM[r, span] = path[indices - 1]
             batch.target_ids_BM[r, span] = sequence.tokens[indices]
             batch.target_weights_BM[r, span] = 1
-            targets += len(indices)
+            targets = span.stop
     return batch

@@ -14,7 +14,7 @@ from rich.text import Text
 from jaxguard.config import Config
 from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.format.dialogue import CHOICES, LABEL
-from jaxguard.data.packing import Schedule, packed_tokens, total_steps
+from jaxguard.data.packing import Schedule, total_steps
 from jaxguard.data.prepare import Prepared, Selection
 from jaxguard.data.questions import cautions, table_of, trained_together
 from jaxguard.report import Table
@@ -60,18 +60,18 @@ def packing(config: Config, sequences: Sequence[EncodedExample]) -> dict[str, fl
     for a bucketed shape. `shared`: share of the examples' tokens that are computed once for several examples. `computed`: tokens
     an example.
     """
-    train, max_seq_len = config.train, config.data.max_seq_len
+    train = config.train
     steps = total_steps(len(sequences), train.batch_size, train.epochs, train.max_steps)
     if steps == 0:
         raise JaxguardError(
             f"{len(sequences)} examples and train.epochs={train.epochs:g} make no whole batch of "
             f"train.batch_size={train.batch_size}; raise epochs or lower batch_size"
         )
-    schedule = Schedule(sequences, train.batch_size, steps, max_seq_len, train.accumulation, config.seed)
+    schedule = Schedule.of(config, sequences, steps, train.accumulation)
     sampled = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int)).tolist()
     shapes = [schedule.shape(step) for step in sampled]
     unshared = sum(len(sequences[i].tokens) for step in sampled for i in schedule.examples(step))
-    used = sum(packed_tokens(row) for step in sampled for row in schedule.rows(step))
+    used = sum(row.tokens for step in sampled for row in schedule.rows(step))
     total = sum(shape.rows * shape.tokens for shape in shapes)
     return {
         "steps": steps,

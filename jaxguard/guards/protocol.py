@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 from pydantic import StrictFloat
 
 from jaxguard.config.evaluate import EvaluateConfig
@@ -229,13 +228,6 @@ class LocalBackend(Backend, Protocol):
 
     def warm_up(self) -> None:
         """Compile what scores few prompts at a time, after the beginnings that were declared."""
-
-
-def common_length(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
-    """Tokens that both sequences begin with."""
-    shorter = min(len(a), len(b))
-    differ = np.flatnonzero(np.not_equal(a[:shorter], b[:shorter]))
-    return int(differ[0]) if len(differ) else shorter
 
 
 def sample_digest(seed: int, prompt: Sequence[int], sample: int) -> bytes:

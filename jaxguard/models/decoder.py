@@ -58,18 +58,13 @@ class Decoder(nnx.Module):
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"] | None = None,
-        segments_BT: Int[Array, "B T"] | None = None,
-        prefixes_BT: Int[Array, "B T"] | None = None,
+        ends_BT: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Compute the hidden states after the final norm, of packed rows: see Layout.
-
-        Positions are by default 0, 1, 2, …; each row is one segment, and none continues another.
-        """
+        """Compute the hidden states after the final norm, of packed rows: see Layout. By default each row is one sequence."""
+        last = tokens_BT.shape[1] - 1
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        if segments_BT is None:
-            segments_BT = jnp.ones_like(tokens_BT)
-        layout = Layout(segments_BT, positions_BT, prefixes_BT)
+            positions_BT = jnp.broadcast_to(jnp.arange(last + 1), tokens_BT.shape)
+        layout = Layout(jnp.full_like(tokens_BT, last) if ends_BT is None else ends_BT, positions_BT)
 
         # One branch for each window in use. A window as long as the row is none.
         windows = [k.window if k.window and k.window < tokens_BT.shape[1] else None for k in self.spec.kinds]

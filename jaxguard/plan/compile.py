@@ -181,7 +181,7 @@ def compile_step(
         shape = largest if targets is None else largest._replace(targets=targets)
     else:
         rows = rows or bucket_size(config.train.batch_size, multiple)
-        shape = Shape(rows, tokens, targets or tokens, config.data.share_prefixes)
+        shape = Shape(rows, tokens, targets or tokens)
     program = build_program(config, spec, mesh, steps=1000)  # their number does not change the program's size
     with jax.set_mesh(mesh), cudnn_attention_on_any_gpu():
         lowered = program.train_step.lower(program.state, program.batch(shape))
@@ -252,20 +252,22 @@ def step_flops(spec: Spec, shape: Shape, compute: Compute) -> dict[str, float]:
     again = {"full": layer if spec.post_norm else layer - D * F, "dots": 0, "none": 0}[compute.remat]
     layers = 2.0 * L * tokens * (3 * layer + again)
 
-    # (query, key) pairs that the kernel may multiply, without the blocks that causality or the window empties. With shared
-    # prefixes a window is a mask: it leaves nothing out.
+    # (query, key) pairs in blocks of the kernel's size that causality does not empty. Which ones trees and windows empty depends on
+    # the data: nothing else is left out, but that of the model's own count, each row is one sequence.
     chunk = compute.query_chunk if compute.attention in ("xla", "block_sparse") else 128
-    pairs = 0
-    for window in (None if shape.shared else spec.kinds[kind].window for kind in spec.layer_kinds):
-        for start in range(0, shape.tokens, chunk):
-            stop = min(start + chunk, shape.tokens)
-            first = 0 if window is None or window >= shape.tokens else max(0, start - window + 1)
-            pairs += shape.rows * (stop - start) * (stop - first)
-    forward = 4.0 * N * H * pairs
+
+    def pairs(window: int | None) -> int:
+        starts = range(0, shape.tokens, chunk)
+        stops = [min(start + chunk, shape.tokens) for start in starts]
+        first = [max(0, start - (window or stop) + 1) for start, stop in zip(starts, stops, strict=True)]
+        return shape.rows * sum((b - a) * (b - c) for a, b, c in zip(starts, stops, first, strict=True))
+
+    forward = 4.0 * N * H * L * pairs(None)
+    needed = 4.0 * N * H * sum(pairs(spec.kinds[kind].window) for kind in spec.layer_kinds)
     repeats = 1 + (compute.remat != "none") + ATTENTION_BACKWARD
 
     head = 2.0 * spec.vocab_size * D * shape.rows * shape.targets
-    model = 3 * (2.0 * L * tokens * layer + forward + head)
+    model = 3 * (2.0 * L * tokens * layer + needed + head)
     return {"layers": layers, "attention": forward * repeats, "head": 4 * head, "model": model}
 
 
@@ -320,7 +322,7 @@ def run_cost(config: Config, devices: int, price: float | None = None) -> RunCos
         examples = prepare(config, checkpoint).train
         steps = total_steps(len(examples), train.batch_size, train.epochs, train.max_steps)
         multiple = max(1, devices // config.mesh.tensor) * train.accumulation
-        schedule = Schedule(examples, train.batch_size, steps, data.max_seq_len, multiple, config.seed)
+        schedule = Schedule.of(config, examples, steps, multiple)
         return RunCost(steps, price, Counter(schedule.shape(step) for step in range(steps)))
     if data.subset is None:
         return RunCost(train.max_steps, price)

@@ -93,7 +93,6 @@ def points(sweep: SweepConfig) -> Iterator[Point]:
                     copies = max(1, cluster.devices // cluster.linked)
                 rows = series.rows * (shards if series.scaling == "weak" else 1)
                 settings = {
-                    "data.share_prefixes": False,  # rows are full, whatever the data
                     **series.set,
                     "mesh.data": copies,
                     "mesh.fsdp": shards // copies,

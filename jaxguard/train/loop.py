@@ -162,7 +162,7 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         stop = stack.enter_context(graceful_stop())
         restored = checkpoints.restore(program.state)
         log = stack.enter_context(RunLog(folder, config, steps, None if restored is None else restored[0]))
-        schedule = Schedule(data.train, batch_size, steps, max_seq_len, multiple, config.seed)
+        schedule = Schedule.of(config, data.train, steps, multiple)
         validation = Validation(data.validation, batch_size, max_seq_len, multiple)
         yield Run(config, source, folder, data, program, schedule, validation, checkpoints, stop, restored, log)
 

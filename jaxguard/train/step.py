@@ -111,7 +111,7 @@ def logprobs(
 ) -> Float[Array, "B M Q"]:
     """Compute the log-probabilities of ids at the batch's target positions."""
     decoder = Decoder(spec, weights, compute)
-    hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.prefixes_BT)
+    hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.ends_BT)
     return target_logprobs(
         hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk, compute.matmul_dtype
     )

@@ -86,9 +86,9 @@ class Validation:
             # The targets, and at each probe's target the positive and the negative answer.
             ids_BMQ = np.stack([batch.target_ids_BM, *np.zeros((2, *batch.target_ids_BM.shape), np.int32)], axis=-1)
             located = []
-            for row, examples in enumerate(rows):
+            for row, packed in enumerate(rows):
                 first = 0
-                for example in examples:
+                for example in packed.sequences:
                     probes = [first + int(example.loss_mask[: probe.position].sum()) for probe in example.probes]
                     for probe, target in zip(example.probes, probes, strict=True):
                         ids_BMQ[row, target, 1:] = probe.positive_id, probe.negative_id

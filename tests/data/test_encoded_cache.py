@@ -82,7 +82,6 @@ def test_what_was_encoded_is_read_bit_for_bit(encoder, tmp_path, monkeypatch):
     assert plain(again) == plain(first)
     pairs = [(x, y) for a, b in zip(again, first, strict=True) for x, y in zip(a, b, strict=True)]
     assert all((x.tokens.dtype, x.loss_mask.dtype) == (y.tokens.dtype, y.loss_mask.dtype) for x, y in pairs)
-    assert len({id(x.shared_prefix) for x, _ in pairs}) == len({y.shared_prefix for _, y in pairs})
 
 
 @pytest.mark.parametrize("examples", [[], make(1)])
@@ -110,7 +109,6 @@ def test_whatever_decides_the_encoding_decides_the_key(encoder, tmp_path):
         key([(first, Mode.DIRECT if mode is Mode.REASONING else Mode.REASONING), *rest]),
         key([*rest, (first, mode)]),
         key(max_seq_len=699),
-        key(share_prefixes=False),
         key(policy=replace(POLICY, rules="No bread.")),
         key(dialogue=Dialogue("/reason", "/no_think", encoder.dialogue.special_tokens)),
         key(template=replace(encoder.template, after=encoder.template.after + " ")),

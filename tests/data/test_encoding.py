@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxguard.config.data import DataConfig, SourceConfig
-from jaxguard.data.encoding import CUT_MARK, MIN_KEPT, Encoder, PromptTooLongError
+from jaxguard.data.encoding import CUT_MARK, MIN_KEPT, Encoder, PromptTooLongError, common_length
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.format.template import TEMPLATE_KWARGS
@@ -210,18 +210,22 @@ def test_examples_of_one_policy_share_its_tokens_and_nothing_of_the_text(encoder
     encoder = encoder_of(name)
     starts = ("hello", "1 2", "\u2581x", "\ud83d\ude00", "-", "Human user:", "<think>", ".\n.")
     sequences = [encoder.encode(replace(BOTH, prompt=text), Mode.DIRECT) for text in starts]
-    head = decode(encoder, np.frombuffer(sequences[0].shared_prefix, np.int32))
+    head = decode(encoder, sequences[0].tokens[: sequences[0].shared])
     assert "Response harm: harmful" in head
     for sequence in sequences:
-        assert sequence.tokens[: sequence.shared_prefix_len].tobytes() == sequence.shared_prefix
-        assert sequence.shared_prefix_len < np.argmax(sequence.loss_mask)
+        assert common_length(sequence.tokens, sequences[0].tokens) >= sequence.shared - 1
+        assert sequence.shared < np.argmax(sequence.loss_mask)
         prompt = encoder.prompt(replace(BOTH, prompt="Bread?"), Mode.DIRECT, asks=tuple(q for q, _ in sequence.answers))
-        assert sequence.shared_prefix_len - 1 <= prompt.shared <= sequence.shared_prefix_len
+        assert sequence.shared - 1 <= prompt.shared <= sequence.shared
         assert prompt.ids[: prompt.shared] == sequence.tokens[: prompt.shared].tolist()
-    assert len({id(s.shared_prefix) for s in sequences}) <= 2
     other = encoder.encode(BOTH, Mode.REASONING)
-    assert other.shared_prefix != sequences[0].shared_prefix
-    assert replace(encoder, share_prefixes=False).encode(BOTH, Mode.DIRECT).shared_prefix == b""
+    assert common_length(other.tokens, sequences[0].tokens) < other.shared - 1
+
+
+def test_with_the_format_last_both_modes_share_the_exchange(encoder):
+    last = replace(encoder, dialogue=replace(encoder.dialogue, format_last=True))
+    direct, reasoning = (last.encode(BOTH, mode) for mode in (Mode.DIRECT, Mode.REASONING))
+    assert BOTH.response in decode(last, direct.tokens[: common_length(direct.tokens, reasoning.tokens)])
 
 
 def test_there_is_always_some_text(encoder_of):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 from jaxguard.models.attention import attend as attention
@@ -14,87 +16,98 @@ from jaxguard.models.compute import choose_kernel
 from jaxguard.utils.errors import JaxguardError
 
 
-def reference(query, key, value, layout, window, scale):
-    """The definition, one score at a time in matrix form."""
-    query, key, value, layout = jax.tree.map(np.asarray, (query, key, value, layout))
-    index = np.arange(query.shape[1])
+def reference(query, key, value, layout, sees, window, scale):
+    """The definition, one score at a time in matrix form; `sees` [B T T] says which tokens are whose ancestors."""
     distance = layout.positions_BT[:, :, None] - layout.positions_BT[:, None, :]
-    segments = layout.segments_BT
-    prefixes = segments if layout.prefixes_BT is None else layout.prefixes_BT
-    sees = (segments[:, :, None] == segments[:, None, :]) | (prefixes[:, :, None] == segments[:, None, :])
-    sees &= (index[:, None] >= index) & (distance < (window or query.shape[1]))
+    sees = sees & (distance < (window or query.shape[1]))
     key, value = (np.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     scores = np.where(sees[:, None], np.einsum("btnh,bsnh->bnts", query, key) * scale, -1e30)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
 
 
-def packed(rows, tokens, heads=4, kv_heads=2, head_dim=128, seed=0, shared=False):
-    """Random rows of three segments and padding; where they are `shared`, the second and the third continue the first."""
+def packed(rows, tokens, heads=4, kv_heads=2, head_dim=128, seed=0, trees=True):
+    """Random rows of trees, or of sequences that share nothing, and padding; and which tokens are whose ancestors."""
     random = np.random.default_rng(seed)
     query, key, value = (
         random.normal(size=(rows, tokens, n, head_dim)).astype(np.float32) for n in (heads, kv_heads, kv_heads)
     )
-    segments, positions, prefixes = np.zeros((3, rows, tokens), np.int32)
+    positions, ends = np.full((rows, tokens), -1), np.tile(np.arange(tokens), (rows, 1))
+    sees = np.tile(np.eye(tokens, dtype=bool), (rows, 1, 1))
     for row in range(rows):
-        first, *_ = cuts = np.sort(random.choice(np.arange(1, tokens), 3, replace=False))
-        for i, (start, end) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True)):
-            segments[row, start:end] = i + 1  # the rest is padding
-            prefixes[row, start:end] = 1
-            positions[row, start:end] = np.arange(end - start) + (first if shared and i else 0)
-    return query, key, value, Layout(segments, positions, prefixes if shared else None)
+        path, start, last = np.zeros(0, int), 0, tokens - int(random.integers(0, max(1, tokens // 4)))
+        while start < last:
+            path = path[: random.integers(0, len(path) + 1)] if trees else path[:0]
+            for index in range(start, min(last, start + int(random.integers(1, max(2, tokens // 4))))):
+                path = np.append(path, index)
+                positions[row, index], start = len(path) - 1, index + 1
+                sees[row, index, path], ends[row, path] = True, index
+    return query, key, value, Layout(ends, positions), sees
 
 
-@pytest.mark.parametrize(
-    ("window", "shared"), [(None, False), (1, False), (40, False), (1000, False), (None, True), (40, True)]
-)
-def test_splash_is_packed_causal_attention(window, shared):
-    query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=256, shared=shared))
-    got = attention_kernels.splash(query, key, value, layout, window, 0.1, interpret=True)
-    expected = reference(query, key, value, layout, window, 0.1)
-    real = layout.segments_BT > 0
-    np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=2e-5)
+def assert_real(got, expected, layout, tolerance=2e-5):
+    real = layout.positions_BT >= 0
+    np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=tolerance)
     assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("trees", [False, True])
+@pytest.mark.parametrize("window", [None, 40])
+def test_splash_is_attention_to_ancestors(window, trees):
+    *arrays, sees = packed(rows=2, tokens=256, trees=trees)
+    got = attention_kernels.splash(*jax.tree.map(jnp.asarray, arrays), window, 0.1, interpret=True)
+    assert_real(got, reference(*arrays, sees, window, 0.1), arrays[-1])
+
+
+@pytest.mark.parametrize("trees", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])
-def test_what_cudnn_is_asked_for_is_packed_causal_attention(monkeypatch, window, shared):
+def test_what_cudnn_is_asked_for_is_attention_to_ancestors(monkeypatch, window, trees):
     """cuDNN itself needs a GPU; JAX computes the same request, to the letter, without it."""
     ask = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **k: ask(*a, **k | {"implementation": "xla"}))
-    query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=64, head_dim=16, shared=shared))
-    got = attention_kernels.cudnn(query, key, value, layout, window, 0.1)
-    real = layout.segments_BT > 0
-    np.testing.assert_allclose(got[real], reference(query, key, value, layout, window, 0.1)[real], atol=2e-5)
-    assert np.isfinite(got).all()
+    *arrays, sees = packed(rows=2, tokens=64, head_dim=16, trees=trees)
+    got = attention_kernels.cudnn(*jax.tree.map(jnp.asarray, arrays), window, 0.1)
+    assert_real(got, reference(*arrays, sees, window, 0.1), arrays[-1])
 
 
 @pytest.mark.parametrize("compute", [attention.xla, block_sparse])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("trees", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])
 @pytest.mark.parametrize("chunk", [4, 24])
-def test_attention_in_xla_is_packed_causal_attention(chunk, window, shared, compute):
-    query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=44, head_dim=16, shared=shared))
-    got = jax.jit(partial(compute, window=window, scale=0.1, chunk=chunk))(query, key, value, layout)
-    real = layout.segments_BT > 0
-    np.testing.assert_allclose(got[real], reference(query, key, value, layout, window, 0.1)[real], atol=2e-5)
+def test_attention_in_xla_is_attention_to_ancestors(chunk, window, trees, compute):
+    *arrays, sees = packed(rows=2, tokens=44, head_dim=16, trees=trees)
+    got = jax.jit(partial(compute, window=window, scale=0.1, chunk=chunk))(*jax.tree.map(jnp.asarray, arrays))
+    assert_real(got, reference(*arrays, sees, window, 0.1), arrays[-1])
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 7, 13, 18])
 def test_block_sparse_with_every_block_needed(blocks):
-    """The last queries of one long segment see every block of the row."""
-    query, key, value, _ = jax.tree.map(jnp.asarray, packed(rows=1, tokens=4 * blocks, head_dim=16))
-    layout = Layout(jnp.ones((1, 4 * blocks), int), jnp.arange(4 * blocks)[None])
+    """The last queries of one long sequence see every block of the row."""
+    query, key, value, *_ = packed(rows=1, tokens=4 * blocks, head_dim=16)
+    layout = Layout(np.full((1, 4 * blocks), 4 * blocks - 1), np.arange(4 * blocks)[None])
     got = jax.jit(partial(block_sparse, window=None, scale=0.1, chunk=4))(query, key, value, layout)
-    np.testing.assert_allclose(got, reference(query, key, value, layout, None, 0.1), atol=2e-5)
+    sees = np.tril(np.ones((1, 4 * blocks, 4 * blocks), bool))
+    np.testing.assert_allclose(got, reference(query, key, value, layout, sees, None, 0.1), atol=2e-5)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@given(st.integers(0, 2**31), st.sampled_from([None, 3, 12]))
+def test_no_block_is_needed_in_vain(seed, window):
+    *_, layout, sees = packed(rows=1, tokens=64, head_dim=1, seed=seed)
+    blocks = Layout(*(jnp.asarray(x).reshape(16, 4) for x in layout))
+    distance = layout.positions_BT[0, :, None] - layout.positions_BT[0]
+    sees = sees[0] & (distance < (window or 64))
+    truly = sees.reshape(16, 4, 16, 4).any(axis=(1, 3))
+    needed = np.asarray(attention._needed(blocks, window))
+    assert needed[truly].all()
+    if window is None:
+        np.testing.assert_array_equal(needed, truly)
+
+
+@pytest.mark.parametrize("trees", [False, True])
 @pytest.mark.parametrize("window", [None, 20])
-def test_block_sparse_gradients_equal_xla(window, shared):
-    query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=2, tokens=60, head_dim=16, shared=shared))
-    real = (layout.segments_BT > 0)[..., None, None]
+def test_block_sparse_gradients_equal_xla(window, trees):
+    query, key, value, layout, _ = jax.tree.map(jnp.asarray, packed(rows=2, tokens=60, head_dim=16, trees=trees))
+    real = (layout.positions_BT >= 0)[..., None, None]
 
     def gradients(compute):
         def total(*qkv):
@@ -109,12 +122,13 @@ def test_block_sparse_gradients_equal_xla(window, shared):
 @pytest.mark.parametrize(("window", "poisoned"), [(None, slice(32, 96)), (16, slice(0, 96))])
 def test_block_sparse_skips_invisible_blocks(window, poisoned):
     """Values that must not be multiplied are NaN: a weight of zero would not hide them."""
-    query, key, value, _ = jax.tree.map(jnp.asarray, packed(rows=1, tokens=128, head_dim=16))
-    branches = np.arange(128) // 8 + 1
-    # Without a window everyone continues the first; with one, all are one long segment.
-    layout = Layout(*jnp.asarray([branches, np.arange(128) % 8 + 8 * (branches > 1), np.ones(128, int)])[:, None])
+    query, key, value, *_ = jax.tree.map(jnp.asarray, packed(rows=1, tokens=128, head_dim=16))
+    index = np.arange(128)
+    # Without a window all branches of eight tokens continue the first; with one, all are one long sequence.
+    ends, positions = np.where(index < 8, 127, index // 8 * 8 + 7), index % 8 + 8 * (index >= 8)
     if window:
-        layout = Layout(*jnp.asarray([np.ones(128, int), np.arange(128)])[:, None])
+        ends, positions = np.full(128, 127), index
+    layout = Layout(jnp.asarray(ends[None]), jnp.asarray(positions[None]))
     nan = value.at[:, poisoned].set(jnp.nan)
 
     @partial(jax.jit, static_argnums=0)
@@ -125,20 +139,16 @@ def test_block_sparse_skips_invisible_blocks(window, poisoned):
 
 
 def test_block_sparse_over_a_mesh():
-    query, key, value, layout = packed(rows=4, tokens=64, head_dim=16, shared=True)
-    expected = reference(query, key, value, layout, None, 0.1)
+    *arrays, sees = packed(rows=4, tokens=64, head_dim=16)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     compute = jax.jit(partial(block_sparse, window=None, scale=0.1, chunk=16))
     with jax.set_mesh(mesh):
-        got = compute(*jax.tree.map(jnp.asarray, (query, key, value, layout)))
-    real = layout.segments_BT > 0
-    np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=2e-5)
+        got = compute(*jax.tree.map(jnp.asarray, arrays))
+    assert_real(got, reference(*arrays, sees, None, 0.1), arrays[-1])
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_splash_over_a_mesh_is_splash_on_one_device(shared):
-    arrays = packed(rows=4, tokens=128, shared=shared)
-    expected = reference(*arrays, None, 0.1)
+def test_splash_over_a_mesh_is_splash_on_one_device():
+    *arrays, sees = packed(rows=4, tokens=128)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
     def run(query, key, value, layout):
@@ -147,14 +157,12 @@ def test_splash_over_a_mesh_is_splash_on_one_device(shared):
     with jax.set_mesh(mesh):
         got = jax.jit(run)(*arrays)
     assert got.sharding.shard_shape(got.shape) == (1, 128, 2, 128)
-    real = arrays[-1].segments_BT > 0
-    np.testing.assert_allclose(np.asarray(got)[real], expected[real], atol=2e-5)
+    assert_real(got, reference(*arrays, sees, None, 0.1), arrays[-1])
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_splash_gradient(shared):
-    query, key, value, layout = jax.tree.map(jnp.asarray, packed(rows=1, tokens=128, shared=shared))
-    real = (layout.segments_BT > 0)[..., None, None]
+def test_splash_gradient():
+    query, key, value, layout, _ = jax.tree.map(jnp.asarray, packed(rows=1, tokens=128))
+    real = (layout.positions_BT >= 0)[..., None, None]
 
     def loss(attend, *qkv):
         return jnp.sum(jnp.where(real, attend(*qkv), 0) ** 2)

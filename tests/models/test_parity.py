@@ -10,11 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 from small_checkpoints import QWEN3
 
-from jaxguard.models.attention.attend import xla
-from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import Compute
 from jaxguard.models.decoder import Decoder
 from jaxguard.models.hf_io.checkpoints import read_weights
@@ -156,20 +153,3 @@ def test_frequencies_are_those_of_transformers_to_the_bit(rope, head_dim, parame
     ours = rope_frequencies(rope, head_dim)
     np.testing.assert_allclose(ours, theirs, rtol=2e-7)
     assert np.count_nonzero(ours != theirs) <= head_dim // 2 // 100, np.flatnonzero(ours != theirs)
-
-
-def test_a_local_layer_computes_only_its_window():
-    """Scores of a chunk reach over chunk + window - 1 keys at most, however long the row."""
-    query, key = (jax.ShapeDtypeStruct((1, 512, heads, 8), np.float32) for heads in (4, 2))
-    local = partial(xla, window=16, scale=1.0, chunk=32)
-    places = jax.ShapeDtypeStruct((1, 512), np.int32)
-    program = jax.make_jaxpr(local)(query, key, key, Layout(places, places))
-    scores = [shape for shape in _shapes(program.jaxpr) if len(shape) == 5]
-    assert max(size for shape in scores for size in shape) == 32 + 16 - 1
-
-
-def _shapes(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from (v.aval.shape for v in equation.outvars)
-        for inner in jaxprs_in_params(equation.params):
-            yield from _shapes(inner)

@@ -22,7 +22,7 @@ def compiled(target: str, *overrides: str, **options: bool) -> str:
     mesh = make_mesh(config.mesh, topology(find_cluster(target)))
     program = build_program(config, spec, mesh, steps=10)
     with jax.set_mesh(mesh), cudnn_attention_on_any_gpu():
-        lowered = program.train_step.lower(program.state, program.batch(Shape(8, 512, 128, config.data.share_prefixes)))
+        lowered = program.train_step.lower(program.state, program.batch(Shape(8, 512, 128)))
         return lowered.compile(compiler_options=options).as_text()
 
 

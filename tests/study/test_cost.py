@@ -125,7 +125,7 @@ def test_trained_tokens_are_those_that_the_data_report_counts(study, tiny_checkp
     packed, encoded = packing(config, prepared.train), prepared.train
     mean = sum(len(each.tokens) for each in encoded) / len(encoded)
     answer = sum(int(each.loss_mask.sum()) for each in encoded) / len(encoded)
-    means = {"prompt_tokens": mean - answer, "policy_tokens": encoded[0].shared_prefix_len, "answer_tokens": answer}
+    means = {"prompt_tokens": mean - answer, "policy_tokens": encoded[0].shared, "answer_tokens": answer}
     run = study(
         *fields, *(f"cost.{name}={round(x)}" for name, x in means.items()), rows={"x": {"stages": ["train"]}}
     ).runs[0]

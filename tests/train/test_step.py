@@ -11,7 +11,7 @@ import pytest
 from jaxguard.config import load
 from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.data.packing import Batch, Shape, assemble, bucketed, pack
+from jaxguard.data.packing import Batch, Order, Row, Shape, assemble, bucketed, pack
 from jaxguard.models import compute as compute_module
 from jaxguard.models.compute import Compute, choose_compute
 from jaxguard.models.sharding import batch_sharding, make_mesh, row_multiple, shard_batch
@@ -85,7 +85,7 @@ def packed(examples, row_multiple: int = 1) -> Batch:
 
 
 def unpacked(examples) -> Batch:
-    rows = [[s] for s in examples]
+    rows = [row for s in examples for row in pack([s], ROW_TOKENS, 1)]
     return assemble(rows, bucketed(rows, ROW_TOKENS, 1))
 
 
@@ -105,14 +105,16 @@ def test_packed_gradient_equals_the_unpacked_one(spec, weights):
 
 
 def alike(count: int, seed: int = 0) -> list[EncodedExample]:
-    """Examples of which every third begins with nothing known, and the others with one of two policies."""
+    """Every third example begins with nothing known, the others with one of two policies; each prompt has two answers."""
     random = np.random.default_rng(seed)
-    heads = [b"", *(random.integers(0, 512, n).astype(np.int32).tobytes() for n in (9, 17))]
+    policies = [random.integers(0, 512, n).astype(np.int32) for n in (0, 9, 17)]
     out = []
-    for i, s in enumerate(sequences(count, seed=seed)):
-        head = np.frombuffer(heads[i % 3], np.int32)
-        tokens, target = np.concatenate([head, s.tokens]), np.concatenate([head < 0, s.loss_mask])
-        out.append(dataclasses.replace(s, tokens=tokens, loss_mask=target, shared_prefix=heads[i % 3]))
+    for i, s in enumerate(sequences(count // 2, seed=seed)):
+        policy, targets = policies[i % 3], int(s.loss_mask.sum())
+        for answer in (s.tokens[-targets:], random.integers(0, 512, targets).astype(np.int32)):
+            tokens = np.concatenate([policy, s.tokens[:-targets], answer])
+            mask = np.concatenate([np.zeros(len(policy), bool), s.loss_mask])
+            out.append(dataclasses.replace(s, tokens=tokens, loss_mask=mask))
     return out
 
 
@@ -126,15 +128,12 @@ def alike(count: int, seed: int = 0) -> list[EncodedExample]:
         pytest.param("block_sparse", 64, 1, marks=pytest.mark.slow),
     ],
 )
-def test_gradient_with_shared_prefixes_equals_the_unpacked_one(spec, weights, attention, chunk, accumulation):
+def test_gradient_of_trees_equals_the_unpacked_one(spec, weights, attention, chunk, accumulation):
     examples = alike(16)
     batch = packed(examples, accumulation)
-    assert batch.prefixes_BT is not None
-    assert batch.segments_BT.astype(bool).sum() < sum(len(s.tokens) for s in examples)
-    plain = unpacked([dataclasses.replace(s, shared_prefix=b"") for s in examples])
-    assert plain.prefixes_BT is None
+    assert len(batch.valid_positions) < 0.8 * sum(len(s.tokens) for s in examples)
     found = gradient(spec, weights, batch, accumulation, attention=attention, query_chunk=chunk)
-    assert_same(found, gradient(spec, weights, plain))
+    assert_same(found, gradient(spec, weights, unpacked(examples)))
 
 
 @pytest.mark.parametrize(("units", "matmul_dtype"), [(True, jnp.bfloat16), (False, None)])
@@ -200,7 +199,8 @@ def test_gradient_of_padding_and_of_other_examples_does_not_leak(spec, weights):
         ]
 
     shape = Shape(3, 128, 64)
-    a, b = (gradient(spec, weights, assemble([[*neighbours(t), *ours]], shape)) for t in (others, different))
+    rows = [Row(Order([*neighbours(t), *ours], share=False), range(3)) for t in (others, different)]
+    a, b = (gradient(spec, weights, assemble([row], shape)) for row in rows)
     assert_same(a, b, 1e-6)
     assert float(a[0]) > 0
 

@@ -161,7 +161,7 @@ def _examples(case: Case) -> list[EncodedExample]:
     own = random.integers(0, case.vocabulary, (case.examples, case.own)).astype(np.int32)
     target = np.arange(case.policy + case.own) >= case.policy + case.own - TARGETS
     return [
-        EncodedExample(str(i), Mode.DIRECT, np.concatenate([policy, own[i]]), target, (), (), False, policy.tobytes())
+        EncodedExample(str(i), Mode.DIRECT, np.concatenate([policy, own[i]]), target, (), (), False, len(policy))
         for i in range(case.examples)
     ]
 

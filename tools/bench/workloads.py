@@ -122,9 +122,7 @@ def ours(job: Job, *overrides: str) -> Config:
 def _order(config: Config, model: Path, steps: int) -> list[str]:
     """Ids of the examples of the first steps, in the training loop's order."""
     train = prepare(config, model).train
-    schedule = Schedule(
-        train, config.train.batch_size, steps, max_seq_len=config.data.max_seq_len, row_multiple=1, seed=config.seed
-    )
+    schedule = Schedule.of(config, train, steps, row_multiple=1)
     return [train[i].example_id for step in range(steps) for i in schedule.examples(step)]
 
 

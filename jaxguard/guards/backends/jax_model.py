@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
+from jaxguard.data.encoding import common_length
 from jaxguard.data.packing import bucket_size
-from jaxguard.guards.protocol import common_length
 from jaxguard.models import sharding
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import Compute

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxguard.data.encoding import common_length
 from jaxguard.data.packing import bucket_size
 from jaxguard.guards.backends.jax_model import LENGTH_MULTIPLE, Model, PrefixCache, check_prompts
-from jaxguard.guards.protocol import Draft, common_length
+from jaxguard.guards.protocol import Draft
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.decoder import Cache
 from jaxguard.models.sharding import constrain

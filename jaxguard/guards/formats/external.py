@@ -17,7 +17,7 @@ from typing import Any, Final
 from transformers import PreTrainedTokenizerBase
 
 from jaxguard.config.base import find_yaml
-from jaxguard.data.encoding import SpecialTokenError
+from jaxguard.data.encoding import SpecialTokenError, common_length
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Dialogue
 from jaxguard.data.format.quoting import compiled, opening, rule, spaced
@@ -27,7 +27,7 @@ from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.formats.builtin import BUILT_IN_GUARDS
 from jaxguard.guards.formats.definition import GENERAL, ExternalGuard, numbered, policy_items, read_guard
 from jaxguard.guards.formats.grammar import decision_tree
-from jaxguard.guards.protocol import DecisionPoint, Prompt, Request, UnsupportedError, common_length
+from jaxguard.guards.protocol import DecisionPoint, Prompt, Request, UnsupportedError
 from jaxguard.utils.errors import JaxguardError
 
 GUARD_FOLDER: Final = Path("configs/guards")

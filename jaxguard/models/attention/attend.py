@@ -37,7 +37,7 @@ def attend(
 def xla(
     query: Query, key: KeyValue, value: KeyValue, layout: Layout, window: int | None, scale: float, chunk: int
 ) -> Query:
-    """Compute attention with plain matmuls, one chunk of queries at a time, over only the keys that the chunk can see.
+    """Compute attention with plain matmuls, one chunk of queries at a time, over the keys that are not after the chunk.
 
     Scores are recomputed in the backward pass, so that at most one chunk of them is held.
     """
@@ -46,10 +46,9 @@ def xla(
 
     def attend_chunk(start: int, query_BTNH: Array, key_BTKH: Array, value_BTKH: Array) -> Array:
         stop = min(start + chunk, tokens)
-        # A prefix may be anywhere before the segments that continue it.
-        first = 0 if window is None or layout.prefixes_BT is not None else max(0, start - window + 1)
-        mask_BCS = layout.visible(window, slice(start, stop), slice(first, stop))
-        query_BCNH, key_BSKH, value_BSKH = query_BTNH[:, start:stop], key_BTKH[:, first:stop], value_BTKH[:, first:stop]
+        # An ancestor may be anywhere before a token, also in a window.
+        mask_BCS = layout.visible(window, slice(start, stop), slice(stop))
+        query_BCNH, key_BSKH, value_BSKH = query_BTNH[:, start:stop], key_BTKH[:, :stop], value_BTKH[:, :stop]
         query_BCKGH = query_BCNH.reshape(rows, stop - start, kv_heads, heads // kv_heads, head_dim)
         scores_BKGCS = (
             jnp.einsum("BCKGH,BSKH->BKGCS", query_BCKGH, key_BSKH, preferred_element_type=jnp.float32) * scale
@@ -89,9 +88,8 @@ def block_sparse(
         tokens, kv_heads, width = row[1].shape
         blocks = -(-tokens // chunk)
         missing = blocks * chunk - tokens
-        query_TNH, key_TKH, value_TKH, layout = jax.tree.map(
-            lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), row
-        )
+        query_TNH, key_TKH, value_TKH = (jnp.pad(x, [(0, missing), (0, 0), (0, 0)]) for x in row[:3])
+        layout = jax.tree.map(lambda x_T: jnp.pad(x_T, (0, missing), constant_values=-1), row[3])
         query_JKGCH = query_TNH.reshape(blocks, chunk, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
         key_KJCH, value_KJCH = (
             x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 1, 3) for x in (key_TKH, value_TKH)
@@ -191,23 +189,17 @@ def _attend_blocks(
 
 
 def _needed(layout: Layout, window: int | None) -> Bool[Array, "J J"]:
-    """Whether some query of one block may see a key of another, by the ranges of their numbers: never wrongly no."""
-    real_JC = layout.segments_BT > 0
+    """Whether some query of one block may see a key of another: of an earlier block, if the other's first query continues one.
 
-    def span(x_JC: Int[Array, "J C"]) -> tuple[Array, Array]:
-        return jnp.min(x_JC, axis=1, where=real_JC, initial=2**30), jnp.max(x_JC, axis=1, where=real_JC, initial=-1)
-
-    def overlap(x: tuple[Array, Array], y: tuple[Array, Array]) -> Bool[Array, "J J"]:
-        return (x[0][:, None] <= y[1]) & (y[0] <= x[1][:, None])
-
-    segments = span(layout.segments_BT)
-    needed_JJ = overlap(segments, segments)
-    if layout.prefixes_BT is not None:
-        needed_JJ |= overlap(span(layout.prefixes_BT), segments)
+    Exact without a window; with one, by the ranges of positions, so never wrongly no.
+    """
+    blocks, chunk = layout.ends_BT.shape
+    needed_JJ = jnp.max(layout.ends_BT, axis=1) >= chunk * jnp.arange(blocks)[:, None]
     if window is not None:
-        first, last = span(layout.positions_BT)
-        needed_JJ &= first[:, None] - last < window
-    return jnp.tril(needed_JJ)
+        positions_JC = layout.positions_BT
+        first_J = jnp.min(positions_JC, axis=1, where=positions_JC >= 0, initial=FAR)
+        needed_JJ &= first_J[:, None] - jnp.max(positions_JC, axis=1) < window
+    return jnp.tril(needed_JJ) | jnp.eye(blocks, dtype=bool)
 
 
 KeyValues = tuple[Float[Array, "_ K _ H"], Float[Array, "_ K _ H"], Int[Array, "_ _"]]

@@ -24,52 +24,40 @@ ALL = slice(None)
 
 
 class Layout(NamedTuple):
-    """Which keys a query sees in packed rows.
+    """Which keys a query sees in rows of trees in depth-first order.
 
-    A token sees the tokens of its own segment, and of the prefix that the segment continues, which are at or before it in the
-    row and, in a local layer, less than `window` positions back.
+    A token sees itself and its ancestors: the tokens before it that it continues; in a local layer, those less than `window`
+    positions back.
 
     Attributes:
-        segments_BT: the segment that a token belongs to, 0 for padding.
-        positions_BT: position of each token in its own sequence, which continue those of a prefix.
-        prefixes_BT: the segment that a token's segment continues, else its own; None where no segment continues another.
+        ends_BT: the last index in the row of a token that continues this one, its own where none does, as for padding.
+        positions_BT: position of each token in its own sequence.
     """
 
-    segments_BT: Int[Array, "B T"]
+    ends_BT: Int[Array, "B T"]
     positions_BT: Int[Array, "B T"]
-    prefixes_BT: Int[Array, "B T"] | None = None
 
     def visible(self, window: int | None, queries: slice | Array, keys: slice | Array) -> Bool[Array, "*B C S"]:
         """Whether the tokens at `queries` see those at `keys`; also of a single row."""
-
-        def query(x: Array) -> Array:
-            return x[..., queries, None]
-
-        def key(x: Array) -> Array:
-            return x[..., None, keys]
-
-        visible = query(self.segments_BT) == key(self.segments_BT)
-        if self.prefixes_BT is not None:
-            visible |= query(self.prefixes_BT) == key(self.segments_BT)
+        index_T = jnp.arange(self.ends_BT.shape[-1])
+        query_C1, key_S = index_T[queries, None], index_T[keys]
+        visible = (key_S <= query_C1) & (query_C1 <= self.ends_BT[..., None, keys])
         if window is not None:
-            visible &= query(self.positions_BT) - key(self.positions_BT) < window
-        columns = jnp.arange(self.segments_BT.shape[-1])
-        return visible & (key(columns) <= query(columns))
+            visible &= self.positions_BT[..., queries, None] - self.positions_BT[..., None, keys] < window
+        return visible
 
 
 def cudnn(query: Query, key: KeyValue, value: KeyValue, layout: Layout, window: int | None, scale: float) -> Query:
     """Compute cuDNN's flash attention, in bfloat16, on an NVIDIA GPU.
 
-    The kernel itself knows causality, and the window where distance in the row is distance in the sequence, and skips blocks
-    for them. The rest is a mask (B T T, bfloat16): cuDNN's packed layout would need none, but exists only since Hopper.
+    The kernel itself knows causality, and skips blocks for it. The rest is a mask (B T T, bfloat16): cuDNN's packed layout would
+    need none, but exists only since Hopper, and knows no trees.
     """
-    row_window = window if layout.prefixes_BT is None else None
 
     def attend(query: Array, key: Array, value: Array, layout: Layout) -> Array:
-        mask = layout.visible(None if row_window else window, ALL, ALL)[:, None]
-        local = None if row_window is None else (row_window - 1, 0)
+        mask = layout.visible(window, ALL, ALL)[:, None]
         return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+            query, key, value, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
         )
 
     return per_device(attend, query, key, value, layout)
@@ -86,8 +74,7 @@ def splash(
 ) -> Query:
     """Compute splash attention on a TPU; with `interpret`, emulate the kernel anywhere, slowly.
 
-    The kernel skips blocks without any visible key: by the causal or local mask alone where no segment continues another, else
-    by each row's own mask.
+    The kernel skips blocks without any visible key, by each row's own mask.
     """
 
     def attend(query: Array, key: Array, value: Array, layout: Layout) -> Array:
@@ -95,13 +82,6 @@ def splash(
         q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (scaled, key, value))
         heads, tokens = q_BNTH.shape[1:3]
         size = (tokens, tokens)
-        if layout.prefixes_BT is None:
-            causal, local = splash_attention.CausalMask, splash_attention.LocalMask
-            mask = causal(size) if window is None else local(size, window_size=(window - 1, 0), offset=0)
-            kernel = _splash_kernel(splash_attention.MultiHeadMask([mask] * heads), tokens, interpret)
-            segments = splash_attention.SegmentIds(layout.segments_BT, layout.segments_BT)
-            by_causality: Array = jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)
-            return by_causality.swapaxes(1, 2)
 
         def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:
             q_NTH, k_KTH, v_KTH, visible_TT = row
@@ -116,7 +96,7 @@ def splash(
     return per_device(attend, query, key, value, layout)
 
 
-def _splash_kernel(mask: splash_attention.MultiHeadMask | Array, tokens: int, interpret: bool) -> Any:
+def _splash_kernel(mask: Array, tokens: int, interpret: bool) -> Any:
     """Make the kernel with the largest blocks, up to 512 tokens, that divide a row; they fit on chip for H = 256."""
     block = next(size for size in (512, 256, LANES) if tokens % size == 0)
     names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
@@ -135,7 +115,7 @@ def per_device(attend: Callable[..., Array], query: Array, key: Array, value: Ar
         return attend(query, key, value, layout)
     # Query heads are sharded as the key heads are, so that a group of them stays with its key.
     by_head = partition(("batch", None, "kv_heads", None), key.shape, mesh.shape)
-    by_row = partition(("batch", None), layout.segments_BT.shape, mesh.shape)
+    by_row = partition(("batch", None), layout.ends_BT.shape, mesh.shape)
     run = partial(jax.shard_map, mesh=mesh, in_specs=(by_head, by_head, by_head, by_row), out_specs=by_head)
     # The kernels do not say over which axes their results vary, hence no check.
     mixed: Array = run(attend, check_vma=False)(query, key, value, layout)
