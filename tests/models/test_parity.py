@@ -126,8 +126,8 @@ def test_packed_rows_match_transformers(models):
     model, spec, weights = models
     tokens, lengths = random_tokens(1, seed=1), (40, 31, 29)
     positions = np.concatenate([np.arange(n) for n in lengths])[None]
-    segments = np.repeat(np.arange(1, 4), lengths)[None]
-    ours = our_logits(spec, Compute(query_chunk=512), weights, tokens, positions, segments)
+    ends = np.repeat(np.cumsum(lengths) - 1, lengths)[None]
+    ours = our_logits(spec, Compute(query_chunk=512), weights, tokens, positions, ends)
     np.testing.assert_allclose(ours, hf_logits(model, tokens, positions), rtol=0, atol=TOLERANCE)
 
 

@@ -110,7 +110,7 @@ def test_baselines_cost_nothing(study):
 
 def test_trained_tokens_are_those_that_the_data_report_counts(study, tiny_checkpoint):
     """With the data's own means in place of the assumptions, to a tenth: rows are filled better or worse than by a division."""
-    texts = [f"How do I bake {'a loaf of ' * (i % 5)}bread?" for i in range(40)]
+    texts = [f"{i} times: how do I bake {'a loaf of ' * (i % 5)}bread?" for i in range(40)]
     rows = [{"id": str(i), "prompt": text, "prompt_label": "unharmful"} for i, text in enumerate(texts)]
     Path("loaf.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     fields = [
