@@ -104,32 +104,33 @@ def test_packed_gradient_equals_the_unpacked_one(spec, weights):
     assert_same(gradient(spec, weights, packed(examples)), gradient(spec, weights, unpacked(examples)))
 
 
-def alike(count: int, seed: int = 0) -> list[EncodedExample]:
-    """Every third example begins with nothing known, the others with one of two policies; each prompt has two answers."""
+def alike(count: int, seed: int = 0, answers: int = 2) -> list[EncodedExample]:
+    """Every third prompt begins with nothing known, the others with one of two policies; each has so many answers."""
     random = np.random.default_rng(seed)
     policies = [random.integers(0, 512, n).astype(np.int32) for n in (0, 9, 17)]
     out = []
-    for i, s in enumerate(sequences(count // 2, seed=seed)):
+    for i, s in enumerate(sequences(count // answers, seed=seed)):
         policy, targets = policies[i % 3], int(s.loss_mask.sum())
-        for answer in (s.tokens[-targets:], random.integers(0, 512, targets).astype(np.int32)):
-            tokens = np.concatenate([policy, s.tokens[:-targets], answer])
+        for _ in range(answers):
+            tokens = np.int32([*policy, *s.tokens[:-targets], *random.integers(0, 512, targets)])
             mask = np.concatenate([np.zeros(len(policy), bool), s.loss_mask])
             out.append(dataclasses.replace(s, tokens=tokens, loss_mask=mask))
     return out
 
 
 @pytest.mark.parametrize(
-    ("attention", "chunk", "accumulation"),
+    ("attention", "chunk", "accumulation", "answers"),
     [
-        ("xla", 16, 1),
-        ("block_sparse", 16, 2),
-        pytest.param("xla", 64, 2, marks=pytest.mark.slow),
-        pytest.param("block_sparse", 16, 1, marks=pytest.mark.slow),
-        pytest.param("block_sparse", 64, 1, marks=pytest.mark.slow),
+        ("xla", 16, 1, 8),
+        ("block_sparse", 16, 2, 2),
+        pytest.param("xla", 64, 2, 2, marks=pytest.mark.slow),
+        pytest.param("block_sparse", 16, 1, 8, marks=pytest.mark.slow),
+        pytest.param("block_sparse", 64, 1, 2, marks=pytest.mark.slow),
     ],
 )
-def test_gradient_of_trees_equals_the_unpacked_one(spec, weights, attention, chunk, accumulation):
-    examples = alike(16)
+def test_gradient_of_trees_equals_the_unpacked_one(spec, weights, attention, chunk, accumulation, answers):
+    """Pairs and groups of eight answers to a prompt, after policies that several prompts share."""
+    examples = alike(16, answers=answers)
     batch = packed(examples, accumulation)
     assert len(batch.valid_positions) < 0.8 * sum(len(s.tokens) for s in examples)
     found = gradient(spec, weights, batch, accumulation, attention=attention, query_chunk=chunk)
