@@ -3,7 +3,7 @@
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -33,6 +33,9 @@ from jaxguard.utils.secrets import Masked
 
 Exchange: TypeAlias = Example | tuple[str, str | None] | str
 """An example, a (prompt, response) pair, or a prompt."""
+
+Answered: TypeAlias = dict[tuple[Mode, int], tuple[Request, Prediction]]
+"""The answers to the parts of a request about a text that grows. A later part that is the same is not asked again."""
 
 AnyMode: TypeAlias = Mode | Literal["auto"]
 MODES: Final[tuple[AnyMode, ...]] = (*Mode, AUTO)
@@ -276,11 +279,12 @@ class Guard:
         exchanges: Iterable[Exchange],
         mode: str | Mode | None = None,
         policy: Policy | None = None,
-        growing: bool = False,
+        growing: Sequence[Answered] = (),
     ) -> list[CheckResult]:
         """As `check_many`, without blocking the event loop, and by another `policy` than the guard's where one is given.
 
-        `growing`: later exchanges will have more of the same texts, so what is computed of these is cached.
+        `growing`, one for each exchange: later ones will have more of the same texts, so what is computed of these is cached. Each
+        holds what was answered about that exchange so far, is empty at first, and is updated.
         """
         exchanges = list(exchanges)
 
@@ -346,7 +350,7 @@ class Guard:
         exchanges: Iterable[Exchange],
         mode: str | Mode | None,
         default: Policy | None = None,
-        growing: bool = False,
+        growing: Sequence[Answered] = (),
     ) -> AsyncIterator[CheckResult]:
         """The result of each exchange, in order, as soon as it and those before it are there."""
         mode, examples = self.mode if mode is None else _known_mode(mode), list[Example]()
@@ -356,7 +360,8 @@ class Guard:
                 prompt, response = (exchange, None) if isinstance(exchange, str) else exchange
                 exchange = Example(str(i + 1), "check", single_message(prompt), response)
             examples.append(exchange)
-        answer = partial(self._answered, default=default or self.policy, growing=growing)
+        answered = dict(zip(map(id, examples), growing, strict=True)) if growing else {}
+        answer = partial(self._answered, default=default or self.policy, growing=answered)
         if mode == AUTO:
             policies = [policy_for(example, default or self.policy) for example in examples]
             autos = [self._autos(p, _applicable(x, p)) for x, p in zip(examples, policies, strict=True)]
@@ -367,16 +372,25 @@ class Guard:
             yield result
 
     async def _answered(
-        self, examples: Sequence[Example], mode: Mode, default: Policy, growing: bool
+        self, examples: Sequence[Example], mode: Mode, default: Policy, growing: Mapping[int, Answered]
     ) -> AsyncIterator[CheckResult]:
-        """The answers in a mode, likewise."""
-        parts = list[list[Request]]()
+        """The answers in a mode, likewise; `growing` by the id() of the example."""
+        parts, predictions = list[list[Request]](), dict[str, Prediction]()
+        kept = dict[str, tuple[Answered, tuple[Mode, int], Request]]()
         for i, example in enumerate(examples):
-            policy = policy_for(example, default)
-            request = Request(example, _applicable(example, policy), mode, default, growing)
+            policy, answered = policy_for(example, default), growing.get(id(example))
+            request = Request(example, _applicable(example, policy), mode, default, answered is not None)
             split = split_request(request, policy.asks, self.trained) if request.questions else []
             parts.append([replace(x, example=replace(x.example, id=f"{i}.{j}")) for j, (x, _) in enumerate(split)])
-        predictions: dict[str, Prediction] = {}
+            if answered is not None:
+                for j, (part, own) in enumerate(zip(split, parts[-1], strict=True)):
+                    asked = replace(part[0], example=replace(part[0].example, id=""))
+                    kept[own.example.id] = answered, (mode, j), asked
+                    earlier, prediction = answered.get((mode, j), (None, None))
+                    if prediction is not None and earlier == asked:
+                        predictions[own.example.id] = replace(
+                            prediction, example_id=own.example.id, prompt_tokens=0, completion_tokens=0, seconds=0.0
+                        )
         done = 0
 
         def ready() -> Iterator[CheckResult]:
@@ -386,8 +400,11 @@ class Guard:
                 yield self._result(examples[done], policy_for(examples[done], default), mode, answers)
                 done += 1
 
-        async for prediction in self._predict([part for each in parts for part in each]):
+        async for prediction in self._predict([x for each in parts for x in each if x.example.id not in predictions]):
             predictions[prediction.example_id] = prediction
+            if prediction.example_id in kept:
+                answered, place, asked = kept[prediction.example_id]
+                answered[place] = asked, prediction
             for result in ready():
                 yield result
         for result in ready():  # of which nothing is asked

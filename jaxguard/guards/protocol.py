@@ -222,9 +222,17 @@ class LocalBackend(Backend, Protocol):
     """One that computes in this process, and can do so at once what is foreseen."""
 
     async def score(
-        self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], drafts: Sequence[Draft], /
+        self,
+        prefixes: Sequence[Sequence[int]],
+        pairs: Sequence[tuple[int, int]],
+        drafts: Sequence[Draft] = (),
+        growing: Sequence[Sequence[int]] = (),
+        /,
     ) -> tuple[list[float], list[bool]]:
-        """As `log_odds`, and whether each draft is the answer that would be sampled at temperature 0."""
+        """As `log_odds`, and whether each draft is the answer that would be sampled at temperature 0.
+
+        `growing` are beginnings of the prefixes that those of later calls have more of: what is computed of them is kept.
+        """
 
     def warm_up(self) -> None:
         """Compile what scores few prompts at a time, after the beginnings that were declared."""
@@ -280,8 +288,7 @@ async def _predict_batch(
     started = time.monotonic()
     groups = [[_Part(part, form.prompt(part)) for part in form.split(request)] for request in requests]
     parts = [part for group in groups for part in group]
-    growing = [part.prompt.ids[:-1] for part in parts if part.request.growing]
-    await backend.declare([*(part.prompt.ids[: part.prompt.shared] for part in parts), *growing])
+    await backend.declare([part.prompt.ids[: part.prompt.shared] for part in parts])
     if score and settings.generations == 1 and settings.temperature == 0 and isinstance(backend, LocalBackend):
         for part in parts:  # one pass over all likely answers is cheaper than an answer token by token
             answers = ((*form.tokens(text), form.stop_ids[0]) for text in form.answers(part.request))
@@ -359,9 +366,10 @@ async def _score(parts: Sequence[_Part], form: PromptFormat, backend: Backend) -
     trees = [[form.decision_points(part.request, text) for text in part.texts or ("",)] for part in parts]
     keys = list(dict.fromkeys(point.key for texts in trees for tree in texts for point in tree))
     drafts = [(part, draft) for part in parts for draft in part.drafts]
+    growing = [part.prompt.ids for part in parts if part.request.growing]
     asked = [prefix for prefix, _, _ in keys], [(positive, other) for _, positive, other in keys]
-    if drafts and isinstance(backend, LocalBackend):
-        odds, greedy = await backend.score(*asked, [draft for _, draft in drafts])
+    if isinstance(backend, LocalBackend):
+        odds, greedy = await backend.score(*asked, [draft for _, draft in drafts], growing)
         for part, draft in itertools.compress(drafts, greedy):
             part.texts, part.tokens = [form.text(draft.answer[:-1])], len(draft.answer) - 1
     else:

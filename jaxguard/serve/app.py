@@ -20,6 +20,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import jaxguard
+from jaxguard.guards.guard import Answered
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.keys import Key
 from jaxguard.serve.service import CheckAnswer, CheckRequest, Service
@@ -54,7 +55,7 @@ class Caller:
     route: str
     gone: Callable[[], Awaitable[None]]
 
-    async def check(self, requests: Sequence[CheckRequest], growing: bool = False) -> list[CheckAnswer]:
+    async def check(self, requests: Sequence[CheckRequest], growing: Sequence[Answered] = ()) -> list[CheckAnswer]:
         """Check exchanges within the caller's deadline, as long as the caller waits. Raises as `Service.check`."""
         policy = self.request.headers.get(POLICY_HEADER)
         requests = [each.model_copy(update={"policy": policy}) if each.policy is None else each for each in requests]

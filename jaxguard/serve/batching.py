@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from jaxguard.data.encoding import SpecialTokenError
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy
-from jaxguard.guards.guard import MODES, AnyMode, CheckResult, Guard
+from jaxguard.guards.guard import MODES, Answered, AnyMode, CheckResult, Guard
 from jaxguard.guards.protocol import UnsupportedError
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.telemetry import Metrics, where
@@ -42,13 +42,13 @@ def tokens_of(example: Example) -> int:
 class Job:
     """One exchange on its way; `future` gets its result or a ServiceError. Its example's id is unique among all jobs.
 
-    `growing`: a later job has more of the same text.
+    `growing`, of one with more of whose text a later job comes, is what was answered so far.
     """
 
     example: Example
     policy: Policy
     mode: AnyMode
-    growing: bool
+    growing: Answered | None
     future: asyncio.Future[CheckResult]
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -57,6 +57,11 @@ class Job:
     @property
     def tokens(self) -> int:
         return tokens_of(self.example)
+
+    @property
+    def kind(self) -> tuple[Policy, AnyMode, bool]:
+        """What those of a batch have in common."""
+        return self.policy, self.mode, self.growing is not None
 
 
 class Cost:
@@ -125,7 +130,7 @@ class Batcher:
     def submit(self, jobs: Iterable[Job]) -> None:
         """Queue jobs together; `leave` must follow, whatever becomes of them."""
         for job in jobs:
-            queue = self._waiting.setdefault((job.policy, job.mode, job.growing), _Queue())
+            queue = self._waiting.setdefault(job.kind, _Queue())
             queue.jobs[job.example.id] = job
             queue.tokens += job.tokens
         self._dispatch()
@@ -166,11 +171,11 @@ class Batcher:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _remove(self, job: Job) -> None:
-        queue = self._waiting.get((job.policy, job.mode, job.growing), _Queue())
+        queue = self._waiting.get(job.kind, _Queue())
         if queue.jobs.pop(job.example.id, None) is not None:
             queue.tokens -= job.tokens
             if not queue.jobs:
-                del self._waiting[job.policy, job.mode, job.growing]
+                del self._waiting[job.kind]
 
     def _dispatch(self) -> None:
         while self._waiting and len(self._running) < self.concurrent:
@@ -200,7 +205,8 @@ class Batcher:
         started = time.monotonic()
         try:
             examples, alike = [job.example for job in jobs], jobs[0]
-            results = await self.guard.acheck_many(examples, alike.mode, alike.policy, alike.growing)
+            growing = [job.growing for job in jobs if job.growing is not None]
+            results = await self.guard.acheck_many(examples, alike.mode, alike.policy, growing)
             # By the id that a result carries, whatever its place.
             owners = {job.example.id: job for job in jobs}
             answers = [(owners.pop(result.id), result) for result in results]
@@ -212,13 +218,14 @@ class Batcher:
                 await self._run(jobs[len(jobs) // 2 :])
                 return
             logger.error("no verdict: %s", where(error))
-            reason = 502, "guard_failed", "the guard gave no verdict"
+            failure = ServiceError(502, "guard_failed", "the guard gave no verdict")
             if isinstance(error, UnsupportedError):
-                reason = 422, "unsupported", "the guard cannot judge this exchange by this policy"
+                failure = ServiceError(422, "unsupported", "the guard cannot judge this exchange by this policy")
             elif isinstance(error, SpecialTokenError):
-                reason = 422, "unsupported", "the texts hold special tokens of the guard that cannot be escaped"
+                text = "the texts hold special tokens of the guard that cannot be escaped"
+                failure = ServiceError(422, "unsupported", text)
             if not jobs[0].future.done():
-                jobs[0].future.set_exception(ServiceError(*reason))
+                jobs[0].future.set_exception(failure)
             return
         finished = time.monotonic()
         self.cost[jobs[0].mode].add(sum(job.tokens for job in jobs), finished - started)

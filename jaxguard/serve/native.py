@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from jaxguard.config.base import Schema
+from jaxguard.guards.guard import Answered
 from jaxguard.serve.app import Api, Caller, parse_body
 from jaxguard.serve.service import CheckRequest
 
@@ -42,13 +43,14 @@ def add_routes(api: Api) -> None:
     async def stream(lines: AsyncIterator[bytes], caller: Caller) -> AsyncIterator[dict[str, Any]]:
         """Check a response while it grows: a line with an exchange, then lines with what was appended; a verdict for each."""
         request: CheckRequest | None = None
+        answered: Answered = {}
         async for line in lines:
             if request is None:
                 request = parse_body(line, CheckRequest)
             else:
                 response = (request.response or "") + parse_body(line, Growth).append
                 request = request.model_copy(update={"response": response})
-            [answer] = await caller.check([request], growing=True)
+            [answer] = await caller.check([request], growing=[answered])
             yield answer.to_json()
 
     @api.get("/v1/policies")

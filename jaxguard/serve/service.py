@@ -22,7 +22,7 @@ from jaxguard.config.base import Positive, Schema
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import TITLES, Mode, single_message, transcript
 from jaxguard.data.policies import Policy, policy_column
-from jaxguard.guards.guard import MODES, AnyMode, CheckResult, Guard
+from jaxguard.guards.guard import MODES, Answered, AnyMode, CheckResult, Guard
 from jaxguard.guards.operating_points import AUTO
 from jaxguard.serve.batching import Batcher, Job, tokens_of
 from jaxguard.serve.errors import ServiceError
@@ -186,12 +186,12 @@ class Service:
         key: Key | None = None,
         timeout: float | None = None,
         route: str = "",
-        growing: bool = False,
+        growing: Sequence[Answered] = (),
     ) -> list[CheckAnswer]:
         """Check exchanges together; answers in their order.
 
         Of the `timeout` in seconds and those of the service and the requests, the least one holds for all. `key` is who asks, and
-        `route` the path of the API, for the audit log. `growing`: the caller will check the same with a longer response.
+        `route` the path of the API, for the audit log. `growing` is as in `Guard.acheck_many`.
 
         ServiceError: one of them has no verdict, so none is given. 422: no such policy or mode here, or the guard cannot judge by
         it; 413: too long; 429: the key's rate, or its reasoning budget; 503: it would not be done in time, or the budget of all
@@ -200,7 +200,8 @@ class Service:
         limits = [self.timeout, timeout, *(each.timeout_ms and each.timeout_ms / 1000 for each in requests)]
         seconds = min(limit for limit in limits if limit is not None)
         policies = self.policies.current
-        jobs = [self._job(request, policies, growing) for request in requests]
+        each: Sequence[Answered | None] = growing or [None] * len(requests)
+        jobs = [self._job(request, policies, answered) for request, answered in zip(requests, each, strict=True)]
         if key is not None:
             key.spend(len(jobs))
         self._admit(jobs, seconds)
@@ -227,7 +228,7 @@ class Service:
             self._record(answers[-1], job, key, route)
         return answers
 
-    def _job(self, request: CheckRequest, policies: dict[str, Policy], growing: bool) -> Job:
+    def _job(self, request: CheckRequest, policies: dict[str, Policy], growing: Answered | None) -> Job:
         policy = policies.get(self.policies.default if request.policy is None else request.policy)
         mode = request.mode or self.mode
         if policy is None:

@@ -202,6 +202,33 @@ def test_a_question_about_prompts_alone_is_asked_without_the_response(run, guard
     assert (found.id, found.passes) == ("x", True)
 
 
+def test_of_a_text_that_grows_what_changed_is_asked(run, guard):
+    """About each of several: a question about the prompt alone once, until the prompt is another."""
+    one_label_an_example(run, (False, "prompt_harm"), (True, "response_harm"))
+    guard.says = only_about_one
+    streams = [{}, {}]
+
+    async def pieces():
+        with Guard.load(run) as loaded:
+            for prompts, text in ((("a", "b"), "1"), (("a", "b"), "1 2"), (("a", "b"), "1 2"), (("c", "b"), "1 2")):
+                yield await loaded.acheck_many([(prompt, text) for prompt in prompts], growing=streams)
+
+    async def collect():
+        asked, free = [], []
+        async for results in pieces():
+            assert [sorted(result.probabilities) for result in results] == [["prompt_harm", "response_harm"]] * 2
+            asked.append([(ask.example.prompt, ask.example.response) for ask in guard.asks])
+            free.append([result.seconds for result in results])
+            guard.asks.clear()
+        return asked, free
+
+    asked, seconds = asyncio.run(collect())
+    assert [len(each) for each in asked] == [4, 2, 0, 2]
+    assert {response for _, response in asked[1]} == {"1 2"}
+    assert all("c" in prompt for prompt, _ in asked[3])
+    assert seconds == [[1.0, 1.0], [0.5, 0.5], [0.0, 0.0], [1.0, 0.0]]
+
+
 def test_reasoning_of_several_prompts_is_joined(run, guard):
     one_label_an_example(run, (True, "response_harm"), (True, "prompt_harm"))
     guard.says = lambda ask: f"<think>\nOn {ask.questions[0]}.\n</think>\n\n{only_about_one(ask)}"

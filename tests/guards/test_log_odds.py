@@ -22,7 +22,7 @@ from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialize
 from jaxguard.utils.errors import JaxguardError
 
-LONGEST = 200
+LONGEST, GROWN = 200, 33
 OWN = 1 + 25 + 64
 """Tokens of the tree after what all begin with, where a prompt of one token more is a tree of its own."""
 PAIRS = [(7, 300), (8, 9), (7, 300), (11, 12), (300, 7), (40, 41), (42, 43)]
@@ -133,7 +133,7 @@ def test_a_token_sees_its_own_prompt_alone():
         trees = _trees(suffixes, asked, 0, int(random.integers(30, 400)))
         scored = []
         for rows, (count, length) in _calls(_packed(trees), 256, 1):
-            (tokens, positions, ends, index, own_pairs), targets = _arrays(rows, count, length, pairs)
+            (tokens, positions, ends, index, own_pairs), targets, _ = _arrays(rows, count, length, pairs)
             for r, own in enumerate(targets):
                 for i, slots in own.items():
                     assert len(slots) == len(prompts[i]) - asked[i]
@@ -191,16 +191,34 @@ def test_odds_depend_neither_on_the_batch_nor_on_what_is_cached(spec, weights, r
 
 def test_a_growing_text_costs_its_new_tokens_and_is_cached_once(spec, weights):
     prefix_cache = PrefixCache(place_model(spec, weights, Compute(query_chunk=32)))
-    text, end = np.random.default_rng(1).integers(10, 400, 124).tolist(), [9, 8, 7]
-    prompts, odds = [[*text[:length], *end, 6, 5] for length in (106, 115, 124)], []
-    prefix_cache.declare([text[:97]])
+    text, end = np.random.default_rng(1).integers(10, 400, 60 + 3 * GROWN).tolist(), [9, 8, 7]
+    prompts, odds = [[*text[: 60 + i * GROWN], *end, 6, 5] for i in range(1, 4)], []
+    prefix_cache.declare([text[:60]])
     for prompt in prompts:
         before = prefix_cache.computed
-        prefix_cache.declare([text[:97], prompt[:-2]])
-        odds += next_log_odds(prefix_cache, [prompt], PAIRS[:1], most_tokens=128)
-        assert prefix_cache.computed - before == 9 + len(end) + 2
-    assert prefix_cache.tokens == 97 + 124 + len(end)
-    assert odds == pytest.approx(reference(spec, weights, prompts, PAIRS[:1] * 3), abs=2e-5)
+        odds += next_log_odds(prefix_cache, [prompt], PAIRS[:1], growing=[prompt[:-2]], most_tokens=128)
+        assert prefix_cache.computed - before == GROWN + len(end) + 2
+        assert prefix_cache.tokens == 60 + len(prompt) - 2
+    assert odds == pytest.approx(reference(spec, weights, prompts, PAIRS[:1] * len(prompts)), abs=2e-5)
+    before = prefix_cache.computed
+    next_log_odds(prefix_cache, [[*text[:60], 9]], PAIRS[:1], most_tokens=128)  # what others share is not split
+    assert prefix_cache.computed - before == 1
+
+
+def test_texts_that_grow_are_kept_from_rows_of_several(spec, weights):
+    """Whatever shares their batch, with branches and drafts; and where a text is shorter than it was, too."""
+    prefix_cache, random = PrefixCache(place_model(spec, weights, Compute(query_chunk=32))), np.random.default_rng(2)
+    head, *texts = (random.integers(10, 400, n).tolist() for n in (40, 120, 90, 100))
+    prefix_cache.declare([head])
+    for length in (80, 60, 120):
+        grown = [[*head, *text[:length]] for text in texts]
+        prompts = [[*text, *branch] for text in grown for branch in ([7], [8, 9])]
+        pairs = [(i + 5, i + 6) for i in range(len(prompts))]
+        drafts = [Draft(tuple(text), (5, 6)) for text in grown]
+        odds, greedy = score(prefix_cache, prompts, pairs, drafts, grown, most_tokens=512)
+        assert odds == pytest.approx(reference(spec, weights, prompts, pairs), abs=2e-5)
+        assert greedy == [False] * 3
+    assert prefix_cache.reused > 3 * 60
 
 
 def test_what_is_used_least_goes_first(spec, weights):

@@ -51,10 +51,13 @@ class Script:
 class Foreseeing(Script):
     """One that checks drafts, as a backend in this process does."""
 
-    async def score(self, prefixes, pairs, drafts):
+    grown: list[str] = field(default_factory=list)
+
+    async def score(self, prefixes, pairs, drafts=(), growing=()):
         assert all(draft.answer[-1] == STOP for draft in drafts)
         greedy = [text(draft.answer[:-1]) == self.says[text(draft.prompt)][0] for draft in drafts]
-        self.asked.append(("drafts", 1, len(drafts)))
+        self.asked += [("drafts", 1, len(drafts))] if drafts else []
+        self.grown += map(text, growing)
         return await self.log_odds(prefixes, pairs), greedy
 
     def warm_up(self):
@@ -294,18 +297,19 @@ def test_one_generation_answers_all_questions():
 
 
 @pytest.mark.parametrize("growing", [False, True])
-def test_what_prompts_share_and_a_growing_text_are_declared(growing):
+def test_what_prompts_share_is_declared_and_a_growing_text_is_kept(growing):
     requests = [
         Request(Example(name, "made up", "bread?"), ("prompt_harm",), Mode.DIRECT, growing=growing)
         for name in ("xya", "xza")
     ]
-    backend = Script(odds={key: 0.0 for name in ("xya", "xza") for key in direct_odds(name)})
+    backend = Foreseeing(odds={key: 0.0 for name in ("xya", "xza") for key in direct_odds(name)})
 
     async def run():
         return [p async for p in predict(requests, Signs(), backend, EvaluateConfig(generations=0))]
 
     asyncio.run(run())
-    assert backend.declared == ["x", "x", *(["xy", "xz"] if growing else [])]  # one token is left to compute
+    assert backend.declared == ["x", "x"]
+    assert backend.grown == (["xya", "xza"] if growing else [])
 
 
 def test_a_request_waits_for_its_batch():

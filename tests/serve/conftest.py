@@ -38,7 +38,7 @@ class NullGuard:
     async def awarm_up(self):
         """There is nothing to compile."""
 
-    async def acheck_many(self, examples, mode, policy, growing=False):
+    async def acheck_many(self, examples, mode, policy, growing=()):
         self.batches.append(([example.prompt for example in examples], mode, policy))
         await asyncio.sleep(self.seconds)
         if self.gate is not None:

@@ -277,7 +277,7 @@ def test_a_policy_that_does_not_work_leaves_the_old_one(served, guard, tmp_path)
     write_policy(tmp_path, "law", "version 0")
     judge, tried = guard.acheck_many, []
 
-    async def cannot(examples, mode, policy, growing=False):
+    async def cannot(examples, mode, policy, growing=()):
         tried.append(policy)
         if "too long" in policy.rules:
             raise JaxguardError("no room")

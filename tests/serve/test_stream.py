@@ -6,6 +6,7 @@ import json
 from contextlib import asynccontextmanager
 
 import pytest
+from scipy.special import logit
 
 from jaxguard.guards.guard import Guard
 from jaxguard.serve import app as api
@@ -202,7 +203,7 @@ def test_a_key_pays_for_each_verdict(connected, tmp_path):
 
 @pytest.mark.slow
 def test_what_was_computed_of_a_response_is_not_again(tiny_checkpoint, tmp_path, monkeypatch):
-    """Counted in tokens, a stream costs at most 1.3 times a check of the whole response, and the last verdict is the same."""
+    """Counted in tokens, a stream costs at most 1.3 times a check of the whole response; each verdict is that of a whole check."""
     monkeypatch.setattr(serving, "WATCH_SECONDS", 3600.0)
     monkeypatch.setattr(Service, "_warm", lambda *_, **__: asyncio.sleep(0))
     monkeypatch.setattr(Guard, "awarm_up", lambda _: asyncio.sleep(0))
@@ -210,21 +211,27 @@ def test_what_was_computed_of_a_response_is_not_again(tiny_checkpoint, tmp_path,
     words = ("bread near the river and the lamp " * 24).split()
     chunks = [" ".join(words[start : start + 42]) + " " for start in range(0, len(words), 42)]
 
-    async def judged(*values):
+    lines = [{**FIRST, "response": chunks[0]}, *({"append": chunk} for chunk in chunks[1:])]
+
+    async def judged():
         with Guard.load(tiny_checkpoint, tmp_path / "law.yaml", "direct") as guard:
-            await guard.acheck_many([("bread?", "a")])  # which computes the policy
+            await guard.acheck_many([(FIRST["prompt"], "a")])  # which computes the policy
             cache = guard._predict.keywords["backend"].prefix_cache
             async with Service(
                 guard, Policies(guard.policy), Keys(), mode=guard.mode, model={}, timeout=600
             ) as service:
                 computed, connection = cache.computed, Connection(create_app(service, add_routes))
-                connection.send(*values, more=False)
-                answers = [await asyncio.wait_for(connection.lines.get(), 600) for _ in values]
+                connection.send(*lines, more=False)
+                answers = [await asyncio.wait_for(connection.lines.get(), 600) for _ in lines]
                 connection.leave()
                 await connection.task
-                return cache.computed - computed, answers[-1]["probabilities"]
+                grown = cache.computed - computed
+            cache._entries.pop()  # the text, so that it is computed again
+            for end, answer in enumerate(answers, 1):
+                computed = cache.computed
+                [whole] = await guard.acheck_many([(FIRST["prompt"], "".join(chunks[:end]))])
+                expected = {question: logit(p) for question, p in whole.probabilities.items()}
+                assert {q: logit(p) for q, p in answer["probabilities"].items()} == pytest.approx(expected, abs=1e-3)
+            assert grown <= 1.3 * (cache.computed - computed)
 
-    whole, expected = run(judged({**FIRST, "response": "".join(chunks)}))
-    grown, last = run(judged({**FIRST, "response": chunks[0]}, *({"append": chunk} for chunk in chunks[1:])))
-    assert grown <= 1.3 * whole
-    assert last == pytest.approx(expected, abs=1e-3)
+    run(judged())

@@ -3,7 +3,8 @@
     python tools/bench/streaming.py --model runs/smollm_pool/export --examples runs/pool/eval_diasafety_test.jsonl.gz
 
 Judges every response after each so many words, as /v1/check/stream does where a client appends them, and once whole. An alarm is
-a verdict harmful on the response of any piece. Wants an idle machine.
+a verdict harmful on the response of any piece. Wants an idle machine. With --untrained a guard that has not learned to answer costs
+what a trained one does; what it finds means nothing.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -21,6 +23,9 @@ from jaxguard import Guard
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.sources import load_examples
+from jaxguard.guards.backends.jax import JaxBackend
+from jaxguard.guards.guard import Answered
+from jaxguard.guards.protocol import Draft
 from jaxguard.utils.statistics import draws
 
 QUESTION = "response_harm"
@@ -33,7 +38,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, default=100, help="of responses, drawn at random (100)")
     parser.add_argument("--least", type=int, default=0, help="words that a response must have")
     parser.add_argument("--words", type=int, default=32, help="of a piece (32)")
+    parser.add_argument("--untrained", action="store_true", help="take a likely answer for the guard's own")
     chosen = parser.parse_args(arguments)
+    if chosen.untrained:
+        answer_as_if_trained()
     known = [e for e in load_examples(SourceConfig(kind="jsonl", path=chosen.examples)) if e.response_label]
     known = [e for e in known if len(str(e.response).split()) >= chosen.least]
     picked = np.random.default_rng(0).permutation(len(known))[: chosen.count]
@@ -43,6 +51,21 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def answer_as_if_trained() -> None:
+    """Take the first draft of an answer where the guard would write another, token by token."""
+    computed = JaxBackend.score
+
+    async def score(backend: JaxBackend, *asked: Any) -> tuple[list[float], list[bool]]:
+        odds, greedy = await computed(backend, *asked)
+        drafts: Sequence[Draft] = asked[2]
+        for prompt in {draft.prompt for draft in drafts}:
+            own = [i for i, draft in enumerate(drafts) if draft.prompt == prompt]
+            greedy[own[0]] |= not any(greedy[i] for i in own)
+        return odds, greedy
+
+    JaxBackend.score = score  # type: ignore[method-assign]
+
+
 def pieces(text: str, words: int) -> list[str]:
     """A text up to every so many words, and whole."""
     split = text.split(" ")
@@ -50,28 +73,32 @@ def pieces(text: str, words: int) -> list[str]:
 
 
 def judged(guard: Guard, example: Example, words: int) -> tuple[float, ...]:
-    """Number of pieces, seconds of one check and of all pieces, verdicts of one check, of any piece, and of the last."""
+    """Number of pieces; seconds, then tokens that were computed, of one check and of all pieces; verdicts of one, any and the last."""
+    backend: JaxBackend = vars(guard)["_predict"].keywords["backend"]
 
-    def alarms(responses: Sequence[str], growing: bool) -> tuple[float, list[bool]]:
-        """Seconds of the checks, without those of programs that are compiled, and their verdicts."""
-        seconds, found = 0.0, list[bool]()
+    def alarms(prompt: str, responses: Sequence[str], growing: Sequence[Answered]) -> tuple[float, int, list[bool]]:
+        """Seconds of the checks, their tokens, and their verdicts."""
+        seconds, found, before = 0.0, list[bool](), backend.prefix_cache.computed
         for response in responses:
-            exchange = [(example.prompt, response)]
             started = time.perf_counter()
-            [result] = asyncio.run(guard.acheck_many(exchange, growing=growing))
+            [result] = asyncio.run(guard.acheck_many([(prompt, response)], growing=growing))
             seconds += time.perf_counter() - started
             found.append(result.verdict.response_harm == "harmful")
-        return seconds, found
+        return seconds, backend.prefix_cache.computed - before, found
 
     parts = pieces(str(example.response), words)
-    for _ in range(2):  # the first time compiles
-        (alone, [whole]), (together, grown) = alarms(parts[-1:], False), alarms(parts, True)
-    return len(parts), alone, together, whole, any(grown), grown[-1]
+    for prompt in (
+        f"1. {example.prompt}",
+        example.prompt,
+    ):  # the first compiles; of its texts nothing serves the second
+        alone, tokens, [whole] = alarms(prompt, parts[-1:], ())
+        together, of_all, grown = alarms(prompt, parts, [{}])
+    return len(parts), alone, together, tokens, of_all, whole, any(grown), grown[-1]
 
 
 def report(examples: Sequence[Example], rows: np.ndarray) -> None:
     harmful = np.array([example.response_label == "harmful" for example in examples])
-    count, alone, together, whole, alarmed, last = rows.T
+    count, alone, together, tokens, of_all, whole, alarmed, last = rows.T
     drawn = np.array([np.ones(len(rows)), *draws(len(rows), 0)])
 
     def ratio(above: np.ndarray, below: np.ndarray) -> str:
@@ -86,7 +113,9 @@ def report(examples: Sequence[Example], rows: np.ndarray) -> None:
         table.add_row(name, *(ratio(each * of, of) for each in (whole, alarmed, last)))
     console = Console()
     console.print(f"{len(rows)} responses, {count.mean():.1f} pieces each, {harmful.mean():.0%} harmful", table)
-    console.print(f"all pieces together take {ratio(together, alone)} of the seconds of one check")
+    console.print(
+        f"all pieces together take {ratio(together, alone)} of the seconds of one check, {ratio(of_all, tokens)} of its tokens"
+    )
     console.print(f"a piece takes {together.sum() / count.sum():.3f} s, one check {alone.mean():.3f} s")
 
 

@@ -88,12 +88,17 @@ class JaxBackend:
         return generate(self.prefix_cache, prompts, sampling, rows=settings.batch)
 
     async def log_odds(self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], /) -> list[float]:
-        return (await self.score(prefixes, pairs, ()))[0]
+        return (await self.score(prefixes, pairs))[0]
 
     async def score(
-        self, prefixes: Sequence[Sequence[int]], pairs: Sequence[tuple[int, int]], drafts: Sequence[Draft], /
+        self,
+        prefixes: Sequence[Sequence[int]],
+        pairs: Sequence[tuple[int, int]],
+        drafts: Sequence[Draft] = (),
+        growing: Sequence[Sequence[int]] = (),
+        /,
     ) -> tuple[list[float], list[bool]]:
-        return score(self.prefix_cache, prefixes, pairs, drafts, most_tokens=self.most_tokens)
+        return score(self.prefix_cache, prefixes, pairs, drafts, growing, most_tokens=self.most_tokens)
 
     async def declare(self, beginnings: Sequence[Sequence[int]], /) -> None:
         self.prefix_cache.declare(beginnings)

@@ -1,6 +1,6 @@
 """A decoder that computes prompts in this process, and a cache of the keys and values of what prompts share."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -112,19 +112,20 @@ def prefill(
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """A sequence with its keys and values. `grown`: it continues a beginning of so many tokens; 0 if it is a beginning."""
+    """A sequence with its keys and values, which serves prompts that have at least its first `least` tokens."""
 
     tokens: np.ndarray
     cache: Cache
-    grown: int = 0
+    least: int
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first `length` tokens of a prompt, with their cache; () if they are none."""
+    """The first `length` tokens of a prompt, with their cache; () if they are none. `least`: as of the entry that it is from."""
 
     length: int = 0
     caches: tuple[Cache, ...] = ()
+    least: int = 0
 
 
 @dataclass
@@ -149,17 +150,40 @@ class PrefixCache:
         """Compute the beginnings of prompts to come, unless they are cached; see protocol.Backend."""
         for beginning in dict.fromkeys(map(tuple, beginnings)):
             if len(beginning) >= MIN_PREFIX:
-                self._add(np.asarray(beginning, np.int32))
+                self._compute(np.asarray(beginning, np.int32))
 
     def groups(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Prefix, list[int]]]:
         """Which prompts continue the same prefix, the longest that is cached and leaves at least one token."""
-        groups: dict[int, tuple[Prefix, list[int]]] = {}
+        groups: dict[tuple[int, int], tuple[Prefix, list[int]]] = {}
         for i, prompt in enumerate(prompts):
-            tokens = np.asarray(prompt, np.int32)
-            entry = self._use(tokens[:-1], lambda entry, common: common == len(entry.tokens))
-            prefix = Prefix() if entry is None else Prefix(len(entry.tokens), (entry.cache,))
-            groups.setdefault(id(entry), (prefix, []))[1].append(i)
+            entry, common = self._use(np.asarray(prompt, np.int32)[:-1])
+            if (id(entry), common) not in groups:
+                groups[id(entry), common] = (Prefix() if entry is None else self._prefix(entry, common)), []
+            groups[id(entry), common][1].append(i)
         return list(groups.values())
+
+    def keep(self, tokens: Sequence[int], prefix: Prefix, computed: Cache, row: int, indices: Sequence[int]) -> None:
+        """Cache a text that grows: `prefix`, and what was just computed behind it, at these indices of a row.
+
+        What is cached of the same text already is replaced, unless it has much more.
+        """
+        new, start, least = np.asarray(tokens, np.int32), prefix.length, prefix.least or MIN_PREFIX
+        # Powers of two: programs are compiled for each size, and keys of padding cost little.
+        size = max(MIN_SIZE, 1 << (len(new) - 1).bit_length())
+        if len(new) <= least or size * self._token_bytes > self.most_bytes:
+            return
+        space = sum(cache.positions_AS.shape[1] for cache in prefix.caches)
+        slots_S = np.zeros(size, np.int32)
+        slots_S[: len(new)] = [*range(start), *(space + index for index in indices)]
+        with self.model.running():
+            arrays = self.model.put((slots_S, _positions(len(new), size)), whole=True)
+            cache = _gathered(prefix.caches, computed, row, *arrays)
+        self._entries = [
+            entry
+            for entry in self._entries
+            if entry.least == len(entry.tokens) or common_length(entry.tokens, new) + MIN_PREFIX <= len(entry.tokens)
+        ]
+        self._append(_Entry(new, cache, least))
 
     def distinct(self) -> list[Prefix]:
         """A prefix of each shape that programs are compiled for; an empty one where nothing is cached."""
@@ -177,69 +201,78 @@ class PrefixCache:
         arrays = (array for entry in self._entries for array in entry.cache[:2])
         return sum(int(array.nbytes) for array in arrays)
 
-    def _use(self, tokens: np.ndarray, serves: Callable[[_Entry, int], bool]) -> _Entry | None:
-        """The entry that has most tokens in common with these, of those that serve; now the most recently used."""
-        common = [common_length(entry.tokens, tokens) for entry in self._entries]
-        serving = [(c, i) for i, (entry, c) in enumerate(zip(self._entries, common, strict=True)) if serves(entry, c)]
-        if not serving:
-            return None
-        self._entries.append(self._entries.pop(max(serving)[1]))
-        return self._entries[-1]
+    @property
+    def _token_bytes(self) -> int:
+        spec = self.model.spec
+        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.compute.dtype.itemsize
 
-    def _add(self, tokens: np.ndarray) -> None:
-        """Compute a sequence, after a beginning that it continues, or what it has in common with one that has grown from that.
+    def _use(self, tokens: np.ndarray) -> tuple[_Entry | None, int]:
+        """The entry that has most tokens in common with these, and how many; now the most recently used.
 
-        Were it computed after the common part of another beginning, its bits would depend on what was declared before.
+        A part of a text must have MIN_PREFIX more than what is whole, or each text that grows would split what others share.
         """
-        # Powers of two: programs are compiled for each size, and keys of padding cost little.
-        spec, size = self.model.spec, max(MIN_SIZE, 1 << (len(tokens) - 1).bit_length())
-        token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.compute.dtype.itemsize
-        if size * token_bytes > self.most_bytes:
+        serving = list[tuple[int, int, int]]()
+        for i, entry in enumerate(self._entries):
+            common = common_length(entry.tokens, tokens)
+            if common >= entry.least:
+                serving.append((common if common == len(entry.tokens) else common - MIN_PREFIX, i, common))
+        if not serving:
+            return None, 0
+        _, i, common = max(serving)
+        self._entries.append(self._entries.pop(i))
+        return self._entries[-1], common
+
+    def _prefix(self, entry: _Entry, length: int) -> Prefix:
+        """The first tokens of an entry; later ones get a position that no token sees."""
+        cache = entry.cache
+        if length < len(entry.tokens):
+            positions_1S = self.model.put(_positions(length, cache.positions_AS.shape[1]), whole=True)
+            cache = cache._replace(positions_AS=positions_1S)
+        return Prefix(length, (cache,), entry.least)
+
+    def _compute(self, tokens: np.ndarray) -> None:
+        """Compute a beginning, unless it is cached.
+
+        All of it: after what it has in common with another its bits would depend on what was declared before.
+        """
+        width = bucket_size(len(tokens), LENGTH_MULTIPLE)
+        if self._use(tokens)[1] == len(tokens) or width * self._token_bytes > self.most_bytes:
             return
-        entry = self._use(tokens, lambda entry, common: common >= (entry.grown or len(entry.tokens)))
-        start = 0 if entry is None else common_length(entry.tokens, tokens)
-        if start == len(tokens):
-            return
-        width = bucket_size(len(tokens) - start, LENGTH_MULTIPLE)
-        own_1T, positions_1T = np.zeros((1, width), np.int32), _positions(start, len(tokens), width)
-        own_1T[0, : len(tokens) - start] = tokens[start:]
-        seen: tuple[Cache, ...] = ()
-        if entry is not None:  # later tokens of the entry get a position that no token sees
-            seen_1S = self.model.put(_positions(0, start, entry.cache.positions_AS.shape[1]), whole=True)
-            seen = (entry.cache._replace(positions_AS=seen_1S),)
-        own, positions, all_positions = self.model.put(
-            (own_1T, positions_1T, _positions(0, len(tokens), size)), whole=True
-        )
+        tokens_1T = np.zeros((1, width), np.int32)
+        tokens_1T[0, : len(tokens)] = tokens
         with self.model.running():
-            _, cache = prefill(self.model, seen, own, positions, None)
-            if entry is not None:
-                cache = _joined(entry.cache, cache, start, all_positions)
-        self.computed += len(tokens) - start
-        if entry is not None and entry.grown and start + MIN_PREFIX > len(entry.tokens):
-            self._entries.pop()  # a text that grows is cached once; what stood behind it is not worth more
-        self._entries.append(_Entry(tokens, cache, 0 if entry is None else entry.grown or start))
+            arrays = self.model.put((tokens_1T, _positions(len(tokens), width)), whole=True)
+            _, cache = prefill(self.model, (), *arrays, None)
+        self.computed += len(tokens)
+        self._append(_Entry(tokens, cache, len(tokens)))
+
+    def _append(self, entry: _Entry) -> None:
+        self._entries.append(entry)
         while self.bytes > self.most_bytes:
             self._entries.pop(0)
 
 
-def _positions(start: int, stop: int, size: int) -> np.ndarray:
-    """Positions [1, size] of the tokens from `start` to `stop`, then of padding."""
-    slots = np.arange(start, start + size, dtype=np.int32)
-    return np.where(slots < stop, slots, np.int32(FAR))[None]
+def _positions(count: int, size: int) -> np.ndarray:
+    """Positions [1, size] of so many tokens, then of padding."""
+    slots = np.arange(size, dtype=np.int32)
+    return np.where(slots < count, slots, np.int32(FAR))[None]
 
 
 @jax.jit
-def _joined(first: Cache, second: Cache, start: Int[Array, ""] | int, positions_1S: Int[Array, "1 S"]) -> Cache:
-    """The first `start` tokens of one cache and those of another behind them, at these positions."""
-    size = positions_1S.shape[1]
+def _gathered(
+    seen: tuple[Cache, ...],
+    computed: Cache,
+    row: Int[Array, ""] | int,
+    slots_S: Int[Array, "S"],
+    positions_1S: Int[Array, "1 S"],
+) -> Cache:
+    """The tokens at these slots of caches and of a row behind them, at these positions."""
 
-    def joined(x: Array, y: Array) -> Array:
-        most = max(size, x.shape[3]) + y.shape[3]  # an update must fit, or XLA shifts it
-        x = jnp.pad(x, [(0, most - x.shape[3]) if axis == 3 else (0, 0) for axis in range(5)])
-        return jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=3)[:, :, :, :size]
+    def gathered(*parts: Array) -> Array:
+        *earlier, of_rows = parts
+        own = jax.lax.dynamic_slice_in_dim(of_rows, row, 1, axis=1)
+        taken = jnp.take(jnp.concatenate([*earlier, own], axis=3), slots_S, axis=3)
+        return constrain(taken, "layers", "batch", "kv_heads", None, "head_dim")
 
-    key_LAKSH, value_LAKSH = (
-        constrain(joined(*pair), "layers", "batch", "kv_heads", None, "head_dim")
-        for pair in zip(first[:2], second[:2], strict=True)
-    )
-    return Cache(key_LAKSH, value_LAKSH, positions_1S)
+    keys, values = zip(*(cache[:2] for cache in (*seen, computed)), strict=True)
+    return Cache(gathered(*keys), gathered(*values), positions_1S)

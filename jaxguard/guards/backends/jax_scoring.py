@@ -37,12 +37,13 @@ ROW: Final = 256
 class _Tree:
     """Tokens in depth-first order, with their positions; `ends` as in Decoder.cached.
 
-    `targets`: sequence -> indices of the tokens after which the next one is asked for.
+    `paths`: sequence -> indices of its tokens; `targets`: of those after which the next one is asked for.
     """
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
+    paths: dict[int, list[int]] = field(default_factory=dict)
     targets: dict[int, list[int]] = field(default_factory=dict)
 
 
@@ -51,12 +52,14 @@ def score(
     prompts: Sequence[Sequence[int]],
     pairs: Sequence[tuple[int, int]],
     drafts: Sequence[Draft],
+    growing: Sequence[Sequence[int]] = (),
     *,
     most_tokens: int,
 ) -> tuple[list[float], list[bool]]:
     """After each prompt, the log-probability of the first token of its pair less that of the second; and which drafts are greedy.
 
     That is, each token of the answer is the likeliest one. A device computes at most `most_tokens` tokens at a time, or one row.
+    Of `growing`, beginnings of prompts that later prompts have more of, the keys and values are cached.
     JaxguardError: a prompt is empty, or too long for the model.
     """
     model = prefix_cache.model
@@ -65,17 +68,26 @@ def score(
     asked = [len(prompt) - 1 for prompt in (*prompts, *(draft.prompt for draft in drafts))]
     pairs = [*pairs, *[(0, 0)] * len(drafts)]
     odds, greedy = np.zeros(len(prompts)), [False] * len(drafts)
+    texts = dict[int, Sequence[int]]()  # of the first sequence that continues it
+    for text in dict.fromkeys(map(tuple, growing)):
+        first = next((i for i, sequence in enumerate(sequences) if tuple(sequence[: len(text)]) == text), None)
+        if first is not None:
+            texts[first] = text
     for prefix, group in prefix_cache.groups(sequences):
         suffixes = {i: np.asarray(sequences[i][prefix.length :], np.int32) for i in group}
         trees = _trees(suffixes, {i: max(0, asked[i] - prefix.length) for i in group}, prefix.length, most_tokens)
         prefix_cache.computed += sum(len(tree.tokens) for tree in trees)
         prefix_cache.reused += prefix.length * len(trees)
-        for rows, (count, length) in _calls(_packed(trees), most_tokens, model.row_multiple):
-            arrays, targets = _arrays(rows, count, length, pairs)
+        # A call of one row for each device returns its keys and values.
+        for rows, (count, length) in _calls(_packed(trees), 0 if texts else most_tokens, model.row_multiple):
+            arrays, targets, paths = _arrays(rows, count, length, pairs)
             with model.running():
-                scored = _next_tokens(model, prefix.caches, *model.put(arrays), likeliest=bool(drafts))
+                *scored, cache = _next_tokens(model, prefix.caches, *model.put(arrays), likeliest=bool(drafts))
             odds_BM, likeliest_BM = map(np.asarray, scored)
             for row, own in enumerate(targets):
+                for i in (i for i in texts.keys() & own.keys() if len(texts[i]) > prefix.length):
+                    behind = paths[row][i][: len(texts[i]) - prefix.length]
+                    prefix_cache.keep(texts[i], prefix, cache, row, behind)
                 for i, slots in own.items():
                     if i < len(prompts):
                         odds[i] = odds_BM[row, slots[-1]]
@@ -94,7 +106,7 @@ def warm_up(prefix_cache: PrefixCache, most_tokens: int) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones take long together
     for prefix in prefix_cache.distinct():
         for count, length in shapes(most_tokens, model.row_multiple):
-            arrays, _ = _arrays([], count, length, [])
+            arrays, _, _ = _arrays([], count, length, [])
             with model.running():
                 args = (model, prefix.caches, *model.put(arrays))
                 if cached:
@@ -132,7 +144,7 @@ def _trees(suffixes: dict[int, np.ndarray], asked: dict[int, int], start: int, m
         tree.ends += path[shared:]
         for index in path:
             tree.ends[index] = len(tree.tokens) - 1
-        tree.targets[i], last = path[asked[i] :], suffix
+        tree.paths[i], tree.targets[i], last = path.copy(), path[asked[i] :], suffix
     return trees
 
 
@@ -170,21 +182,22 @@ def _calls(
 
 def _arrays(
     rows: Sequence[Sequence[_Tree]], count: int, length: int, pairs: Sequence[tuple[int, int]]
-) -> tuple[tuple[Any, ...], list[dict[int, list[int]]]]:
+) -> tuple[tuple[Any, ...], list[dict[int, list[int]]], list[dict[int, list[int]]]]:
     """Tokens, positions and ends [B T], indices [B M] and pairs [B M 2] of what is asked for.
 
-    And of each row sequence -> where in M its own stand, which those of others may share.
+    And of each row sequence -> where in M its own stand, which those of others may share; and the indices of its tokens in T.
     """
     tokens_BT, positions_BT = np.zeros((count, length), np.int32), np.full((count, length), FAR, np.int32)
     ends_BT = np.tile(np.arange(length, dtype=np.int32), (count, 1))
     slots = [dict[tuple[int, tuple[int, int]], int]() for _ in rows]
-    targets = [dict[int, list[int]]() for _ in rows]
+    targets, paths = ([dict[int, list[int]]() for _ in rows] for _ in range(2))
     for r, row in enumerate(rows):
         start = 0
         for tree in row:
             span = slice(start, start + len(tree.tokens))
             tokens_BT[r, span], positions_BT[r, span] = tree.tokens, tree.positions
             ends_BT[r, span] = np.add(tree.ends, start)
+            paths[r] |= {i: [start + index for index in path] for i, path in tree.paths.items()}
             for i, indices in tree.targets.items():
                 own = [(start + index, pairs[i]) for index in indices]
                 targets[r][i] = [slots[r].setdefault(each, len(slots[r])) for each in own]
@@ -195,7 +208,7 @@ def _arrays(
     for r, of_row in enumerate(slots):
         for slot, (index, pair) in enumerate(of_row):
             index_BM[r, slot], pairs_BM2[r, slot] = index, pair
-    return (tokens_BT, positions_BT, ends_BT, index_BM, pairs_BM2), targets
+    return (tokens_BT, positions_BT, ends_BT, index_BM, pairs_BM2), targets, paths
 
 
 @partial(jax.jit, static_argnames="likeliest")
@@ -209,18 +222,22 @@ def _next_tokens(
     pairs_BM2: Int[Array, "B M 2"],
     *,
     likeliest: bool,
-) -> tuple[Float[Array, "B M"], Int[Array, "B M"] | Int[Array, "0"]]:
-    """Log-odds, from the difference of two rows of the head, since other logits cancel out; and the likeliest tokens if wanted."""
+) -> tuple[Float[Array, "B M"], Int[Array, "B M"] | Int[Array, "0"], Cache | None]:
+    """Log-odds, from the difference of two rows of the head, since other logits cancel out; and the likeliest tokens if wanted.
+
+    And of one row for each device the cache, which is small.
+    """
     decoder = model.decoder
-    hidden_BTD, _ = decoder.cached(tokens_BT, positions_BT, seen, ends_BT)
+    hidden_BTD, cache = decoder.cached(tokens_BT, positions_BT, seen, ends_BT)
     hidden_BMD = jnp.take_along_axis(hidden_BTD, index_BM[..., None], axis=1)
     pairs_BM2D = jnp.take(decoder.head_VD, pairs_BM2, axis=0).astype(jnp.float32)
     odds_BM = jnp.sum(hidden_BMD * (pairs_BM2D[:, :, 0] - pairs_BM2D[:, :, 1]), axis=-1)
+    kept = cache if len(tokens_BT) == model.row_multiple else None
     if not likeliest:
-        return odds_BM, jnp.zeros(0, jnp.int32)
+        return odds_BM, jnp.zeros(0, jnp.int32), kept
 
     def best(hidden_BCD: Array) -> Array:
         return jnp.argmax(constrain(decoder.logits(hidden_BCD), "batch", None, None), axis=-1)
 
     parts = jnp.split(hidden_BMD, [*range(ASKED, hidden_BMD.shape[1], ASKED)], axis=1)
-    return odds_BM, jnp.concatenate([best(part) for part in parts], axis=1)
+    return odds_BM, jnp.concatenate([best(part) for part in parts], axis=1), kept
