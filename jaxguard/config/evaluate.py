@@ -180,6 +180,11 @@ class MineConfig(Schema):
     """Take equally many hard examples of each combination of labels, or of each category; none takes all."""
     most: Positive | None = None
     """Most hard examples to take, a seeded sample."""
+    pairs: Literal["length", "longest", "random"] = "length"
+    """Which right and which wrong answer to an example make a preference pair: those that differ least in length, the longest of
+    both as GuardReasoner does, which teaches length, or any."""
+    pair_weights: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """A pair's weight is up to this much above 1 if most of the example's answers were wrong, and below if most were right."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

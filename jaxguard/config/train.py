@@ -1,8 +1,8 @@
 """Config schemas of a training run: model, optimizer, loop, mesh, checkpoints, logging."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from jaxguard.config.base import LocalPath, NonNegative, Positive, Schema, Share
 
@@ -51,8 +51,25 @@ class OptimizerConfig(Schema):
     """Limit of the global gradient norm; null turns clipping off."""
 
 
+class ObjectiveConfig(Schema):
+    """What training minimizes."""
+
+    kind: Literal["sft", "dpo", "ipo"] = "sft"
+    """sft: the negative log-likelihood of the answers. dpo, ipo: direct preference optimisation, on examples that have an answer to
+    reject."""
+    beta: PositiveFloat = 0.1
+    """Preferences: how strongly the model is held to the one that it starts from."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """dpo: share of the preferences that may be the wrong way round."""
+    sft_weight: NonNegativeFloat = 0.0
+    """Preferences: weight of the chosen answer's mean negative log-likelihood, which keeps it likely."""
+
+
 class TrainConfig(Schema):
     """The training loop."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What a step minimizes."""
 
     batch_size: Positive = 32
     """Examples per optimizer step."""

@@ -1,19 +1,16 @@
 """Encoded examples in files of a run's folder, so that a run encodes its data once.
 
-A file holds a line, its key and the SHA-256 of the rest, and then numbers as NumPy's .npz. What is damaged or has another key is
-encoded again.
+What is damaged or has another key is encoded again.
 """
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
-from zipfile import BadZipFile
+from typing import Final
 
 import numpy as np
 
@@ -23,7 +20,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import ABSENT, CHOICES, Mode
 from jaxguard.data.policies import QUESTIONS, policy_for
 from jaxguard.data.sources import digest
-from jaxguard.utils.files import write_atomically
+from jaxguard.utils.arrays import read_arrays, write_arrays
 from jaxguard.utils.progress import track
 
 logger = logging.getLogger(__name__)
@@ -85,7 +82,8 @@ def encoding_key(examples: Sequence[tuple[Example, Mode]], encoder: Encoder, mos
 
 def write_encoded(path: Path, key: str, encoded: Sequence[Branches]) -> None:
     """Write the sequences of some examples; the file appears whole or not at all."""
-    sequences = [sequence for branches in encoded for sequence in branches]
+    # A rejected answer follows the chosen one.
+    sequences = [sequence for branches in encoded for each in branches for sequence in each.sequences]
     probes = [probe for sequence in sequences for probe in sequence.probes]
     answers = [answer for sequence in sequences for answer in sequence.answers]
     arrays = {
@@ -94,39 +92,29 @@ def write_encoded(path: Path, key: str, encoded: Sequence[Branches]) -> None:
         "targets": [int(sequence.loss_mask.sum()) for sequence in sequences],
         "shared": [sequence.shared for sequence in sequences],
         "cut": [sequence.cut for sequence in sequences],
+        "rejected": [sequence.rejected is not None for sequence in sequences],
         "num_probes": [len(sequence.probes) for sequence in sequences],
         "probes": [(QUESTIONS.index(p.question), p.position, p.positive_id, p.negative_id) for p in probes],
         "num_answers": [len(sequence.answers) for sequence in sequences],
         "answers": [(QUESTIONS.index(question), _WORDS.index(word)) for question, word in answers],
     }
-    stream = io.BytesIO()
     tokens = np.concatenate([np.zeros(0, np.int32), *(sequence.tokens for sequence in sequences)])
-    numbers: dict[str, Any] = {name: np.asarray(values, np.int32) for name, values in arrays.items()}
-    np.savez(stream, tokens=tokens, **numbers)
-    contents = stream.getvalue()
-    header = f"{key} {hashlib.sha256(contents).hexdigest()}\n"
-    write_atomically(path, header.encode() + contents)
+    weights = np.asarray([sequence.weight for sequence in sequences])
+    numbers = {name: np.asarray(values, np.int32) for name, values in arrays.items()}
+    write_arrays(path, key, {"tokens": tokens, "weights": weights, **numbers})
 
 
 def read_encoded(path: Path, key: str, examples: Sequence[tuple[Example, Mode]]) -> list[Branches] | None:
     """Read the sequences of some examples; None where there is no file, or one that is damaged or has another key."""
-    if not path.is_file():
-        return None
     try:
-        header, _, contents = path.read_bytes().partition(b"\n")
-        known, checksum = header.decode("ascii").split(" ")
-        if checksum != hashlib.sha256(contents).hexdigest():
-            raise ValueError("its checksum is another")
-        return _parse(contents, examples) if known == key else None
-    except (OSError, LookupError, ValueError, StopIteration, BadZipFile) as error:
-        logger.warning("%s is damaged (%s): the data are encoded again", path, error)
+        arrays = read_arrays(path, key)
+        return None if arrays is None else _parse(arrays, examples)
+    except (LookupError, ValueError, StopIteration) as error:
+        logger.warning("%s cannot be read (%s): the data are encoded again", path, error)
         return None
 
 
-def _parse(contents: bytes, examples: Sequence[tuple[Example, Mode]]) -> list[Branches]:
-    with np.load(io.BytesIO(contents), allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-
+def _parse(arrays: dict[str, np.ndarray], examples: Sequence[tuple[Example, Mode]]) -> list[Branches]:
     def split(name: str, lengths: str) -> list[np.ndarray]:
         counts = arrays[lengths]
         return [arrays[name][end - count : end] for count, end in zip(counts, np.cumsum(counts), strict=True)]
@@ -135,12 +123,12 @@ def _parse(contents: bytes, examples: Sequence[tuple[Example, Mode]]) -> list[Br
         split("tokens", "lengths"),
         split("probes", "num_probes"),
         split("answers", "num_answers"),
-        *(arrays[name].tolist() for name in ("targets", "shared", "cut")),
+        *(arrays[name].tolist() for name in ("targets", "shared", "cut", "weights", "rejected")),
         strict=True,
     )
 
     def sequence(example: Example, mode: Mode) -> EncodedExample:
-        tokens, probes, answers, targets, shared, cut = next(sequences)
+        tokens, probes, answers, targets, shared, cut, weight, rejected = next(sequences)
         return EncodedExample(
             example.id,
             mode,
@@ -150,6 +138,8 @@ def _parse(contents: bytes, examples: Sequence[tuple[Example, Mode]]) -> list[Br
             tuple((QUESTIONS[question], _WORDS[word]) for question, word in answers.tolist()),
             bool(cut),
             shared,
+            weight,
+            sequence(example, mode) if rejected else None,
         )
 
     return [

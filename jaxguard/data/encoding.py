@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
@@ -62,6 +62,9 @@ class EncodedExample:
         probes: one for each labelled verdict line, in order.
         cut: untrusted text was truncated.
         shared: the first so many tokens are those of the policy, which other examples share; never all of the prompt.
+        weight: of the example, or of its preference, in the loss.
+        rejected: the same prompt with the answer to which this one is preferred.
+        reference: log-probabilities of the completion's tokens by the model that a preference is relative to.
     """
 
     example_id: str
@@ -72,6 +75,14 @@ class EncodedExample:
     answers: Answers
     cut: bool
     shared: int = 0
+    weight: float = 1.0
+    rejected: Self | None = None
+    reference: np.ndarray | None = None
+
+    @property
+    def sequences(self) -> tuple[Self, ...]:
+        """What a batch has of the example: itself, and what it is preferred to."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
 
 class _Turn(NamedTuple):
@@ -166,6 +177,7 @@ class Encoder:
         rest = iter(examples)
         while drafts := [self._draft(*each) for each in itertools.islice(rest, BATCH)]:
             texts = list(dict.fromkeys(text for turn, _, texts in drafts for text in (turn.prompt, *texts.values())))
+            texts += [self._rejected(turn.example) for turn, _, _ in drafts if turn.example.rejected]
             encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             known = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
             for draft in drafts:
@@ -192,8 +204,10 @@ class Encoder:
         """Yield the branches of a draft; `known` are the tokens of texts."""
         example, policy, asks, mode, *_ = turn
         completions = {verdict: known.get(text) or self.ids(text) for verdict, text in texts.items()}
+        rejected_text = self._rejected(example) if example.rejected else ""
+        rejected = known.get(rejected_text) or self.ids(rejected_text)
         # The prompt leaves space for the longest completion.
-        limit = self.max_seq_len - max(map(len, completions.values()))
+        limit = self.max_seq_len - max(map(len, (*completions.values(), rejected)))
         prompt = self._fit(turn, known.get(turn.prompt) or self.ids(turn.prompt), limit)
         if prompt is None:
             needed = self.min_tokens(policy)
@@ -210,13 +224,7 @@ class Encoder:
             if last is not None and dict(verdict)[last] != dict(gold)[last]:
                 continue
             probes = []
-            # In some vocabularies think tags are special tokens.
-            reserved = [i for i in self.template.reserved_in(completion) if "think" not in self.template.reserved[i]]
-            if reserved != [self.template.end_id] or completion[-1] != self.template.end_id:
-                raise JaxguardError(
-                    f"example {example.id!r}: its answer should hold one special token, the end of turn, but holds "
-                    f"{[self.template.reserved[i] for i in reserved]}"
-                )
+            self._check_answer(example, completion)
             for i, (question, word) in enumerate(verdict):
                 if word != ABSENT:
                     positive, negative = (
@@ -226,7 +234,18 @@ class Encoder:
                     probes.append(Probe(question, len(prompt.ids) + at, positive[at], negative[at]))
             tokens = np.asarray(prompt.ids + completion, np.int32)
             trained = np.arange(len(tokens)) >= len(prompt.ids)
-            yield EncodedExample(example.id, mode, tokens, trained, tuple(probes), verdict, prompt.cut, shared)
+            weight = 1.0 if example.weight is None else example.weight
+            chosen = EncodedExample(
+                example.id, mode, tokens, trained, tuple(probes), verdict, prompt.cut, shared, weight
+            )
+            if rejected and verdict == gold:
+                self._check_answer(example, rejected)
+                tokens = np.asarray(prompt.ids + rejected, np.int32)
+                trained = np.arange(len(tokens)) >= len(prompt.ids)
+                chosen = replace(
+                    chosen, rejected=replace(chosen, tokens=tokens, loss_mask=trained, probes=(), answers=())
+                )
+            yield chosen
 
     def prompt(
         self,
@@ -272,6 +291,19 @@ class Encoder:
     def ids(self, text: str) -> list[int]:
         """Tokenize a part of an answer."""
         return token_ids(self.tokenizer, text)
+
+    def _check_answer(self, example: Example, completion: Sequence[int]) -> None:
+        """Refuse an answer with another special token than the end of turn, its last one."""
+        # In some vocabularies think tags are special tokens.
+        reserved = [i for i in self.template.reserved_in(completion) if "think" not in self.template.reserved[i]]
+        if reserved != [self.template.end_id] or completion[-1] != self.template.end_id:
+            raise JaxguardError(
+                f"example {example.id!r}: its answer should hold one special token, the end of turn, but holds "
+                f"{[self.template.reserved[i] for i in reserved]}"
+            )
+
+    def _rejected(self, example: Example) -> str:
+        return f"{example.rejected}{self.template.end}"
 
     def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> str:
         return self.dialogue.completion(answers, trace, mode, bool(self.template.reasoning_start)) + self.template.end

@@ -26,6 +26,8 @@ class Example:
         policy: name of the policy to apply, or its rules as text; None for the run's policy.
         trace: a teacher's reasoning towards the labels, without verdict lines.
         adversarial: whether the prompt was written to mislead a model; None if unknown.
+        rejected: an answer that is worse than the one that trace and labels make, for preference optimisation.
+        weight: of the example, or of its preference, in the loss; None is 1.
         mode: in a dual-mode set, whether the answer includes the trace; None leaves it to the run's seed.
     """
 
@@ -41,6 +43,8 @@ class Example:
     trace: str | None = None
     mode: AnswerMode | None = None
     adversarial: bool | None = None
+    rejected: str | None = None
+    weight: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -55,8 +59,9 @@ class Example:
     def to_json(self) -> dict[str, Any]:
         """Return the example as an object of our JSON-lines format."""
         row = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.adversarial is None:
-            del row["adversarial"]  # hashes of data that do not have it stay what they were
+        for name in ("adversarial", "rejected", "weight"):
+            if row[name] is None:
+                del row[name]  # hashes of data that do not have it stay what they were
         return row
 
 

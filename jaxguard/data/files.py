@@ -6,8 +6,11 @@ errors do not name the line; hence local files are read here.
 
 import csv
 import hashlib
+import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -186,6 +189,20 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
             raise JaxguardError(f"{path}:{reader.line_num}: not CSV: {error}") from None
 
 
+def weights_digest(folder: Path) -> str | None:
+    """Hash of a folder's weights; None where there are none that can be read."""
+    if not os.access(folder, os.R_OK):  # a server's own folder
+        return None
+    stats = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    digests = [_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
+
+
+@lru_cache
+def _digest(path: Path, _size: int, _changed: int) -> str:
+    return file_digest(path)
+
+
 def text(row: Row, column: str, location: str) -> str | None:
     """Read a cell of text."""
     value = row.get(column)
@@ -204,6 +221,14 @@ def label(row: Row, column: str, meaning: Mapping[str, T], location: str) -> T |
         name = f" (id {shown(row['id'])})" if row.get("id") is not None else ""
         raise JaxguardError(f"{location}{name}: {column} is {shown(value)}; expected {', '.join(meaning)} or null")
     return known
+
+
+def positive(row: Row, column: str, location: str) -> float | None:
+    """Read a positive, finite number."""
+    value = row.get(column)
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
+        return value
+    raise JaxguardError(f"{location}: {column} is {shown(value)}; expected a positive number or null")
 
 
 def words(value: Any, location: str) -> tuple[str, ...]:

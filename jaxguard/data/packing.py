@@ -23,6 +23,7 @@ from jaxguard.data.encoding import EncodedExample, common_length
 from jaxguard.utils.errors import JaxguardError
 
 TARGET_MULTIPLE = 256
+PAIR_MULTIPLE = 8
 ROW_LENGTHS = 4
 """Number of row lengths, the longest of which is `max_seq_len`."""
 KERNEL_MULTIPLE = 128
@@ -30,19 +31,25 @@ KERNEL_MULTIPLE = 128
 
 
 class Shape(NamedTuple):
-    """Static sizes of a batch: B rows of T tokens with M targets each."""
+    """Static sizes of a batch: B rows of T tokens with M targets each, of P pairs."""
 
     rows: int
     tokens: int
     targets: int
+    pairs: int = 0
 
 
 class Batch(NamedTuple):
     """Packed rows of trees in depth-first order.
 
     `positions_BT` are those of tokens in their own sequences, -1 for padding; `ends_BT` is the last index in the row of a token
-    that continues this one, its own where none does. The token at `target_index` predicts `target_ids`; `target_weights` is 1, or
-    0 for padding.
+    that continues this one, its own where none does. The token at `target_index` predicts `target_ids`; `target_weights` is its
+    example's weight, or 0 for padding.
+
+    With preferences, pairs of a chosen and a rejected answer in one row: `target_pairs` is p for the chosen answer of the row's
+    pair p = 1, 2, …, -p for its rejected one, and 0 for padding; `target_reference` is the target's log-probability by the
+    reference model. `target_weights` are then 1 / length for the chosen answer and 0 for the rejected one, and the pair's weight
+    is in `pair_weights`, 0 for padding. Else these three are None.
     """
 
     tokens_BT: Any
@@ -51,29 +58,47 @@ class Batch(NamedTuple):
     target_index_BM: Any
     target_ids_BM: Any
     target_weights_BM: Any
+    target_pairs_BM: Any = None
+    target_reference_BM: Any = None
+    pair_weights_BP: Any = None
 
     @classmethod
     def build(cls, shape: Shape, make: Callable[[tuple[int, int], type], Any]) -> Self:
         """Build a batch whose arrays are `make(shape, dtype)`."""
         tokens, targets = (shape.rows, shape.tokens), (shape.rows, shape.targets)
         token_arrays_BT = (make(tokens, np.int32) for _ in range(3))
-        target_arrays_BM = (make(targets, dtype) for dtype in (np.int32, np.int32, np.float32))
-        return cls(*token_arrays_BT, *target_arrays_BM)
+        dtypes = (np.int32, np.int32, np.float32, *((np.int32, np.float32) if shape.pairs else ()))
+        target_arrays_BM = (make(targets, dtype) for dtype in dtypes)
+        pairs = (make((shape.rows, shape.pairs), np.float32),) if shape.pairs else ()
+        return cls(*token_arrays_BT, *target_arrays_BM, *pairs)
 
     @property
     def valid_positions(self) -> np.ndarray:
         """Positions of all tokens that are not padding; for arrays on the host."""
         return np.asarray(self.positions_BT[self.positions_BT >= 0])
 
+    @property
+    def num_targets(self) -> int:
+        """Targets that are not padding; for arrays on the host."""
+        return int(np.count_nonzero(self.target_weights_BM if self.target_pairs_BM is None else self.target_pairs_BM))
+
 
 class Order:
     """Sequences sorted by their tokens, which is depth-first order: each shares most with its neighbours.
 
     `common[i]` is the number of tokens that sequence i has in common with the one before it; 0 where nothing shall be shared.
+    `example_of[i]` is the example of sequence i; `examples` are the sequences of each: two of a preference, which stay in one row.
     """
 
-    def __init__(self, sequences: Sequence[EncodedExample], share: bool = True):
-        self.sequences = sorted(sequences, key=lambda s: s.tokens.tobytes()) if share else list(sequences)
+    def __init__(self, examples: Sequence[EncodedExample], share: bool = True):
+        numbered = [(sequence, number) for number, example in enumerate(examples) for sequence in example.sequences]
+        if share:
+            numbered.sort(key=lambda each: each[0].tokens.tobytes())
+        self.sequences = [sequence for sequence, _ in numbered]
+        self.example_of = [number for _, number in numbered]
+        self.examples: list[tuple[int, ...]] = [()] * len(examples)
+        for i, number in enumerate(self.example_of):
+            self.examples[number] += (i,)
         common = [common_length(a.tokens, b.tokens) if share else 0 for a, b in pairwise(self.sequences)]
         self.common = np.asarray([0, *common])
         self.lengths = np.asarray([len(s.tokens) for s in self.sequences])
@@ -100,16 +125,19 @@ class Row:
         """Tokens that each sequence has in common with the one before it."""
         return [0, *(self.order.shared(*both) for both in pairwise(self.members))] if self.members else []
 
-    def tokens_with(self, i: int) -> int:
-        """Return the row's tokens if it also had sequence i, of which all that a neighbour begins with is there."""
-        at = bisect(self.members, i)
-        before = self.order.shared(self.members[at - 1], i) if at else 0
-        after = self.order.shared(i, self.members[at]) if at < len(self.members) else 0
-        return self.tokens + int(self.order.lengths[i]) - max(before, after)
+    def tokens_with(self, example: tuple[int, ...]) -> int:
+        """Return the row's tokens if it also had these sequences, of which all that a neighbour begins with is there."""
+        tokens, last = self.tokens, -1
+        for i in example:
+            at = bisect(self.members, i)
+            before = self.order.shared(max(last, self.members[at - 1] if at else -1), i) if at or last >= 0 else 0
+            after = self.order.shared(i, self.members[at]) if at < len(self.members) else 0
+            tokens, last = tokens + int(self.order.lengths[i]) - max(before, after), i
+        return tokens
 
-    def add(self, i: int) -> None:
-        self.tokens = self.tokens_with(i)
-        self.members.insert(bisect(self.members, i), i)
+    def add(self, example: tuple[int, ...]) -> None:
+        self.tokens = self.tokens_with(example)
+        self.members = sorted((*self.members, *example))
 
 
 @dataclass(frozen=True)
@@ -200,42 +228,53 @@ def total_steps(examples: int, batch_size: int, epochs: float, max_steps: int | 
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def pack(sequences: Sequence[EncodedExample], max_seq_len: int, row_multiple: int, share: bool = True) -> list[Row]:
+def pack(examples: Sequence[EncodedExample], max_seq_len: int, row_multiple: int, share: bool = True) -> list[Row]:
     """Pack into the rows of first-fit decreasing, rounded up to a bucketed number, and about equally long.
 
-    `share`: compute what sequences begin with once a row.
+    `share`: compute what sequences begin with once a row. JaxguardError: a preference is longer than a row.
     """
-    order = Order(sequences, share)
-    longest_first = sorted(range(len(sequences)), key=lambda i: -order.lengths[i])
+    order = Order(examples, share)
+    longest_first = sorted(order.examples, key=lambda each: -Row(order, each).tokens)
     few: list[Row] = []
-    for i in longest_first:  # into the row with space that it lengthens least
-        fitting = [row for row in few if row.tokens_with(i) <= max_seq_len]
+    for each in longest_first:  # into the row with space that it lengthens least
+        fitting = [row for row in few if row.tokens_with(each) <= max_seq_len]
         if not fitting:
             fitting = [Row(order)]
             few += fitting
-        min(fitting, key=lambda row: row.tokens_with(i) - row.tokens).add(i)
+        min(fitting, key=lambda row: row.tokens_with(each) - row.tokens).add(each)
+    if _longest(few) > max_seq_len:
+        name = next(row.sequences[0].example_id for row in few if row.tokens > max_seq_len)
+        raise JaxguardError(
+            f"example {name!r}: its two answers take more than data.max_seq_len={max_seq_len} tokens together: raise that, or "
+            "leave the example out"
+        )
     count = bucket_size(len(few), row_multiple)
     even = [Row(order) for _ in range(count)]
-    for i in longest_first:  # into the row that is then the shortest
-        min(even, key=lambda row: row.tokens_with(i)).add(i)
+    for each in longest_first:  # into the row that is then the shortest
+        min(even, key=lambda row: row.tokens_with(each)).add(each)
     rows = min(even, _in_order(order, count), key=_longest)
     return rows if _longest(rows) <= max_seq_len else few
 
 
 def _in_order(order: Order, count: int) -> list[Row]:
     """Cut an order into `count` rows whose longest is as short as possible, which keeps subtrees together."""
-    new = order.lengths - order.common
+    # Pieces that no example crosses; most are single sequences.
+    crossed = np.zeros(len(order.lengths) + 1, bool)
+    for first, *rest in order.examples:
+        crossed[first + 1 : max(rest, default=first) + 1] = True
+    starts = np.flatnonzero(~crossed)
+    pieces = [Row(order, range(*each)).tokens for each in pairwise(starts)]
 
     def cut(most: int) -> list[Row]:
         cuts, tokens = [0], 0
-        for i, length in enumerate(order.lengths):
-            tokens += new[i]
+        for start, own in zip(starts.tolist(), pieces, strict=False):
+            tokens += own - order.common[start]
             if tokens > most:
-                cuts.append(i)
-                tokens = length
-        return [Row(order, range(*each)) for each in pairwise([*cuts, len(new)])]
+                cuts.append(start)
+                tokens = own
+        return [Row(order, range(*each)) for each in pairwise([*cuts, len(order.lengths)])]
 
-    low, high = int(order.lengths.max()), int(new.sum())
+    low, high = max(pieces), sum(pieces)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(cut(middle)) <= count else (middle + 1, high)
@@ -252,7 +291,9 @@ def bucketed(rows: Sequence[Row], max_seq_len: int, row_multiple: int) -> Shape:
     longest = _longest(rows)
     targets = max(sum(int(s.loss_mask.sum()) for s in row.sequences) for row in rows)
     tokens = next(length for length in row_lengths(max_seq_len) if length >= longest)
-    return Shape(bucket_size(len(rows), row_multiple), tokens, bucket_size(targets, TARGET_MULTIPLE))
+    pairs = max(sum(s.rejected is not None for s in row.sequences) for row in rows)
+    size = bucket_size(len(rows), row_multiple), tokens, bucket_size(targets, TARGET_MULTIPLE)
+    return Shape(*size, pairs and bucket_size(pairs, PAIR_MULTIPLE))
 
 
 def row_lengths(max_seq_len: int) -> list[int]:
@@ -275,18 +316,32 @@ def assemble(rows: Sequence[Row], shape: Shape) -> Batch:
     batch.ends_BT[:] = np.arange(shape.tokens)
     for r, row in enumerate(rows):
         path = np.zeros(0, np.int64)  # indices in the row of a sequence's tokens
-        stop = targets = 0
-        for sequence, shared in zip(row.sequences, row.shared, strict=True):
+        stop, pairs = 0, dict[int, int]()
+        for (sequence, span), shared, i in zip(target_spans(row), row.shared, row.members, strict=True):
             start, stop = stop, stop + len(sequence.tokens) - shared
             path = np.concatenate([path[:shared], np.arange(start, stop)])
             batch.tokens_BT[r, start:stop] = sequence.tokens[shared:]
             batch.positions_BT[r, start:stop] = np.arange(shared, len(path))
             batch.ends_BT[r, path] = stop - 1
             indices = np.flatnonzero(sequence.loss_mask)
-            span = slice(targets, targets + len(indices))
             # The first token is never a target, since prompts come first.
             batch.target_index_BM[r, span] = path[indices - 1]
             batch.target_ids_BM[r, span] = sequence.tokens[indices]
-            batch.target_weights_BM[r, span] = 1
-            targets = span.stop
+            if batch.pair_weights_BP is None:
+                batch.target_weights_BM[r, span] = sequence.weight
+            else:
+                chosen, pair = sequence.rejected is not None, pairs.setdefault(row.order.example_of[i], len(pairs) + 1)
+                batch.target_weights_BM[r, span] = chosen / len(indices)
+                batch.target_pairs_BM[r, span] = pair if chosen else -pair
+                batch.target_reference_BM[r, span] = sequence.reference
+                batch.pair_weights_BP[r, pair - 1] = sequence.weight
     return batch
+
+
+def target_spans(row: Row) -> Iterator[tuple[EncodedExample, slice]]:
+    """Yield each sequence of a row with the span of its targets among those of the row."""
+    start = 0
+    for sequence in row.sequences:
+        stop = start + int(sequence.loss_mask.sum())
+        yield sequence, slice(start, stop)
+        start = stop

@@ -9,11 +9,13 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxguard.config import Config
 from jaxguard.config.data import SourceConfig
+from jaxguard.config.train import ObjectiveConfig
 from jaxguard.data.contamination import normalise
 from jaxguard.data.encoded_cache import EncodedCache
 from jaxguard.data.encoding import EncodedExample, Encoder
@@ -72,6 +74,7 @@ def select(config: Config) -> Selection:
     policy = load_policy(data.policy)
     pool, sources = load_sources(data.train, "train")
     pool = usable(pool, "data.train", policy, data.mode, dropped)
+    pool = with_preferences(pool, config.train.objective, dropped)
     candidates = pool
     if data.validation and data.validation_size:
         candidates, origins = load_sources(data.validation, "validation")
@@ -99,6 +102,7 @@ def select(config: Config) -> Selection:
     # Every mode that is trained is validated; in dual mode, examples without a trace in direct mode only.
     dual = data.mode == "dual"
     trained = list(Mode) if dual else [Mode(data.mode)]
+    held_out = [replace(example, rejected=None) for example in held_out]
     validation = [(e, mode) for mode in trained for e in held_out if not dual or mode is Mode.DIRECT or e.trace]
     return Selection(list(zip(train, modes, strict=True)), validation, sources, +dropped)
 
@@ -205,6 +209,20 @@ def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropp
     return traced
 
 
+def with_preferences(examples: list[Example], objective: ObjectiveConfig, dropped: Counter[str]) -> list[Example]:
+    """Select the examples with an answer to reject if the objective needs one; else leave such answers out."""
+    if objective.kind == "sft":
+        return [replace(example, rejected=None) for example in examples]
+    preferred = [example for example in examples if example.rejected]
+    if not preferred:
+        raise JaxguardError(
+            f"train.objective.kind={objective.kind} needs examples with a field 'rejected', but none of the {len(examples)} of "
+            "data.train has one: `jaxguard mine` writes them from a guard's answers, into pairs.jsonl"
+        )
+    dropped["train: no rejected answer"] += len(examples) - len(preferred)
+    return preferred
+
+
 def conversation(example: Example) -> str:
     """Return what examples of one conversation share: the normalised prompt; a prompt of punctuation alone stays as it is."""
     return normalise(example.prompt) or example.prompt
@@ -221,8 +239,9 @@ def _counts(encoded: Sequence[tuple[Example, Mode, EncodedExample]]) -> dict[str
     sequences, tokens = [sequence for _, _, sequence in encoded], hashlib.sha256()
     words = [len((example.trace or "").split()) for example, mode, _ in encoded if mode is Mode.REASONING]
     asked = ((example, mode, tuple(q for q, _ in sequence.answers)) for example, mode, sequence in encoded)
-    for sequence in sequences:
+    for sequence in (each for pair in sequences for each in pair.sequences):
         tokens.update(sequence.tokens.astype("<i4").tobytes())
+        tokens.update(b"" if sequence.weight == 1 else str(sequence.weight).encode())
     return {
         "examples": len(examples),
         "sequences": len(sequences),

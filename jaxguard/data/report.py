@@ -70,7 +70,8 @@ def packing(config: Config, sequences: Sequence[EncodedExample]) -> dict[str, fl
     schedule = Schedule.of(config, sequences, steps, train.accumulation)
     sampled = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int)).tolist()
     shapes = [schedule.shape(step) for step in sampled]
-    unshared = sum(len(sequences[i].tokens) for step in sampled for i in schedule.examples(step))
+    answers = (each for step in sampled for i in schedule.examples(step) for each in sequences[i].sequences)
+    unshared = sum(len(each.tokens) for each in answers)
     used = sum(row.tokens for step in sampled for row in schedule.rows(step))
     total = sum(shape.rows * shape.tokens for shape in shapes)
     return {

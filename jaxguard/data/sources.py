@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jaxguard.config.data import SourceConfig
 from jaxguard.data.examples import LABELS, Example
-from jaxguard.data.files import Row, Skip, label, objects, read_hub, read_local, text, words
+from jaxguard.data.files import Row, Skip, label, objects, positive, read_hub, read_local, text, words
 from jaxguard.data.format.dialogue import transcript
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest, shown
@@ -161,6 +161,8 @@ def _convert(row: Row, kind: _Kind, source: SourceConfig, location: str) -> Exam
             values[name] = words(row.get(column), location)
         elif name == "adversarial":
             values[name] = label(row, column, FLAG, location)
+        elif name == "weight":
+            values[name] = positive(row, column, location)
         elif name in ("id", "mode", "history"):
             values[name] = row.get(column)
         else:
@@ -169,7 +171,7 @@ def _convert(row: Row, kind: _Kind, source: SourceConfig, location: str) -> Exam
         values["categories"] = ()
     if (values["prompt"] or "").strip() == "REDACTED":
         raise Skip("redacted prompt")
-    for name in ("policy", "trace"):
+    for name in ("policy", "trace", "rejected"):
         values[name] = (values.get(name) or "").strip() or None
     if kind.columns.get("policy") == "system_instruction" and values["policy"] is None:
         raise Skip("no system instruction")  # the labels mean nothing under another policy

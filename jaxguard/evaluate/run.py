@@ -24,6 +24,7 @@ from jaxguard.data.benchmarks.loading import Benchmark, load_benchmarks
 from jaxguard.data.benchmarks.schema import read_group
 from jaxguard.data.encoding import TOKENIZER_FILES
 from jaxguard.data.examples import Example
+from jaxguard.data.files import weights_digest
 from jaxguard.data.format.dialogue import LABEL, Mode
 from jaxguard.data.guard_files import is_complete, trained_together
 from jaxguard.data.inputs import check_inputs
@@ -45,7 +46,6 @@ from jaxguard.guards.loading import (
     modes_of,
     open_guard,
     open_predictions,
-    weights_digest,
 )
 from jaxguard.guards.operating_points import POINTS, Asked, OperatingPoints, Points, read_points, write_points
 from jaxguard.guards.protocol import UNPARSABLE, Prediction, Predictor, Request, UnsupportedError

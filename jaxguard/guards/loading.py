@@ -3,11 +3,10 @@
 import asyncio
 import hashlib
 import json
-import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
 from jaxguard.data.examples import Example
-from jaxguard.data.files import file_digest
+from jaxguard.data.files import file_digest, weights_digest
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.format.template import load_tokenizer
 from jaxguard.data.guard_files import export_or, find_export, trained_together
@@ -185,20 +184,6 @@ async def fingerprint(guard: GuardConfig, config: Config, settings: EvaluateConf
 def computed_in(known: Mapping[str, Any]) -> str:
     """What a fingerprint says that the predictions were computed in: JAX's type, or what else computed them."""
     return str(known.get("compute_dtype", known.get("backend", known["format"])))
-
-
-def weights_digest(folder: Path) -> str | None:
-    """Hash of a folder's weights; None where there are none that can be read."""
-    if not os.access(folder, os.R_OK):  # a server's own folder
-        return None
-    stats = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
-    digests = [_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
-
-
-@lru_cache
-def _digest(path: Path, _size: int, _changed: int) -> str:
-    return file_digest(path)
 
 
 async def cache_key(guard: GuardConfig, config: Config, settings: EvaluateConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ Those that it never judges right may be labelled wrongly: look at them. Train fi
   answers/MODE.jsonl   every answer, as soon as it is there: killed and started again, it resumes
   hard.jsonl           the hard examples with their traces, ready for data.train or build.sets[].append
   never_right.jsonl    those that were never judged right, with the guard's answers
+  pairs.jsonl          a right and a wrong answer to each example that has both, for train.objective.kind=dpo
   train.jsonl          what the run was trained on; held_out.jsonl what it was validated on
   report.md            counts by number of right answers, source, category and label; report.json, right.png
 
@@ -38,6 +39,7 @@ def _mine(_: argparse.Namespace, config: Config) -> int:
     console.print(right_table(result).rich())
     console.print(Text(f"{len(result.taken):,} hard examples: {result.folder / 'hard.jsonl'}"))
     console.print(Text(f"{len(result.never_right):,} never right: {result.folder / 'never_right.jsonl'}"))
+    console.print(Text(f"{len(result.pairs):,} preference pairs: {result.folder / 'pairs.jsonl'}"))
     console.print(Text(f"report: {result.folder / 'report.md'}"))
     return 0
 

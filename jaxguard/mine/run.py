@@ -4,11 +4,13 @@ select -> predict, storing every answer -> count the right ones -> choose -> wri
 """
 
 import asyncio
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from matplotlib.ticker import PercentFormatter
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.data.examples import Example
-from jaxguard.data.format.answer import parse
+from jaxguard.data.format.answer import parse, reasoning_of
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.inputs import check_inputs
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
@@ -49,15 +51,23 @@ PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
 class Outcome:
     """An example with its mode, its labels ("prompt_harm harmful, response_harm unharmful"), and the guard's answers to it.
 
-    So many of the texts are `right` in every label, and so many of the others are unparsable.
+    An answer is right if it can be parsed and is right in every label.
     """
 
     example: Example
     mode: Mode
     labels: str
     texts: tuple[str, ...]
-    right: int
-    unparsable: int
+    is_right: tuple[bool, ...]
+    is_parsable: tuple[bool, ...]
+
+    @property
+    def right(self) -> int:
+        return sum(self.is_right)
+
+    @property
+    def unparsable(self) -> int:
+        return len(self.texts) - sum(self.is_parsable)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class MineResult:
     outcomes: list[Outcome]
     hard: list[Outcome]
     taken: list[Outcome]
+    pairs: list[dict[str, Any]]
 
     @property
     def mined(self) -> str:
@@ -126,6 +137,7 @@ class MineResult:
             "paper": PAPER_ALWAYS_RIGHT,
             "hard_ids": [outcome.example.id for outcome in self.taken],
             "never_right_ids": [outcome.example.id for outcome in self.never_right],
+            "pairs": len(self.pairs),
         }
 
 
@@ -153,7 +165,8 @@ def mine(config: Config) -> MineResult:
         mined = to_mine(config, settings, policy, selection)
         outcomes = asyncio.run(predict_all(config, sampling, mined, policy, key))
         hard = [outcome for outcome in outcomes if outcome.right in settings.hard]
-        result = MineResult(config.name, folder, settings, outcomes, hard, choose(hard, settings, config.seed))
+        taken, pairs = choose(hard, settings, config.seed), list(preference_pairs(outcomes, settings, config.seed))
+        result = MineResult(config.name, folder, settings, outcomes, hard, taken, pairs)
         write_examples(result, selection)
         write_atomically(folder / "report.json", json.dumps(result.to_json(), indent=2) + "\n")
         write_markdown(folder / "report.md", page(result))
@@ -229,10 +242,43 @@ def outcome_of(example: Example, mode: Mode, policy: Policy, texts: Sequence[str
     """
     labels = labels_of(example, policy)
     verdicts = [parse(text, labels, mode, example.response is not None) for text in texts]
-    parsable = [verdict for verdict in verdicts if not verdict.problems]
-    right = sum(all(getattr(verdict, q) == word for q, word in labels.items()) for verdict in parsable)
+    parsable = tuple(not verdict.problems for verdict in verdicts)
+    right = tuple(
+        parses and all(getattr(verdict, q) == word for q, word in labels.items())
+        for verdict, parses in zip(verdicts, parsable, strict=True)
+    )
     joined = ", ".join(f"{question} {word}" for question, word in labels.items())
-    return Outcome(example, mode, joined, tuple(texts), right, len(verdicts) - len(parsable))
+    return Outcome(example, mode, joined, tuple(texts), right, parsable)
+
+
+def preference_pairs(outcomes: Sequence[Outcome], config: MineConfig, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield one pair for each example with right and wrong answers, as a row of our format: the wrong one is `rejected`.
+
+    An unparsable answer is in no pair. The weight is that of HS-DPO (GuardReasoner, arXiv 2501.18492): it grows linearly with the
+    number of wrong less that of right answers, up to 1 ± `pair_weights`.
+    """
+    for outcome in outcomes:
+        answers_to = zip(outcome.texts, outcome.is_right, outcome.is_parsable, strict=True)
+        parsable = [(text, right) for text, right, parses in answers_to if parses]
+        right, wrong = ([text for text, own in parsable if own is wanted] for wanted in (True, False))
+        if not right or not wrong:
+            continue
+        candidates = sorted(product(right, wrong), key=lambda pair: _drawn(seed, outcome.example.id, *pair))
+        match config.pairs:
+            case "length":
+                chosen, rejected = min(candidates, key=lambda pair: abs(len(pair[0]) - len(pair[1])))
+            case "longest":
+                chosen, rejected = max(right, key=len), max(wrong, key=len)
+            case "random":
+                chosen, rejected = candidates[0]
+        most = max(1, len(parsable) - 2)
+        weight = 1 + config.pair_weights * (len(wrong) - len(right)) / most
+        trace = {"trace": reasoning_of(chosen)} if outcome.mode is Mode.REASONING else {}
+        yield outcome.example.to_json() | trace | {"mode": outcome.mode.value, "rejected": rejected, "weight": weight}
+
+
+def _drawn(seed: int, *texts: str) -> bytes:
+    return hashlib.sha256("\0".join(["pairs", str(seed), *texts]).encode("utf-8", "surrogatepass")).digest()
 
 
 def choose(hard: Sequence[Outcome], config: MineConfig, seed: int) -> list[Outcome]:
@@ -267,6 +313,7 @@ def write_examples(result: MineResult, selection: Selection) -> None:
         "held_out": held_out.values(),
         "hard": (row(each.example, each.mode, right=each.right) for each in result.taken),
         "never_right": (row(each.example, each.mode, answers=each.texts) for each in result.never_right),
+        "pairs": result.pairs,
     }
     for name, rows in files.items():
         write_atomically(result.folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -306,6 +353,7 @@ def page(result: MineResult) -> Page:
         Table.of(("class", "taken"), taken),
         f"Never right: {right[0]:,}, in never_right.jsonl. Their labels may be wrong; look at them."
         f"{'' if settings.sources else ' They are still in train.jsonl.'}",
+        f"Preference pairs: {len(result.pairs):,}, one for each example with right and wrong answers, in pairs.jsonl.",
     ]
     parts: list[Content] = [
         f"The guard answered each of {result.mined} {k} times. An answer is right if every label of "

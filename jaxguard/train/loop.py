@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import Array
 
 from jaxguard.config import Config
 from jaxguard.config.hardware import peak_flops
@@ -33,6 +35,7 @@ from jaxguard.train.curves import draw_curves
 from jaxguard.train.export import export
 from jaxguard.train.hosts import StopFlag, compare_hosts, graceful_stop, start_hosts
 from jaxguard.train.logging import RunLog, check_trackers, distinct, read_metrics
+from jaxguard.train.reference import with_reference
 from jaxguard.train.run_folder import Resume, begin_run, open_run
 from jaxguard.train.startup import WIDTH, list_weights, summarize
 from jaxguard.train.step import Metrics, Program, State, build_program, training_flops
@@ -162,6 +165,11 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         stop = stack.enter_context(graceful_stop())
         restored = checkpoints.restore(program.state)
         log = stack.enter_context(RunLog(folder, config, steps, None if restored is None else restored[0]))
+        if config.train.objective.kind != "sft":
+            data = data._replace(train=with_reference(
+                data.train, program, source, partial(base_weights, source, program), folder / "reference",
+                batch_size=batch_size, max_seq_len=max_seq_len, row_multiple=multiple,
+            ))  # fmt: skip
         schedule = Schedule.of(config, data.train, steps, multiple)
         validation = Validation(data.validation, batch_size, max_seq_len, multiple)
         yield Run(config, source, folder, data, program, schedule, validation, checkpoints, stop, restored, log)
@@ -173,10 +181,14 @@ def start_state(run: Run) -> tuple[int, State]:
         step, state = run.restored
         run.log.print(f"resuming from the checkpoint of step {step} of {run.schedule.steps}")
     else:
-        shardings = {path: x.sharding for path, x in run.program.state["weights"].items()}
-        step, state = 0, run.program.initialize(read_weights(run.source, run.program.spec, shardings))
+        step, state = 0, run.program.initialize(base_weights(run.source, run.program))
     validate_if_due(run, step, state)
     return step, state
+
+
+def base_weights(source: Path, program: Program) -> dict[str, Array]:
+    """Read the checkpoint that a run starts from, as its state is sharded."""
+    return read_weights(source, program.spec, {path: x.sharding for path, x in program.state["weights"].items()})
 
 
 def train_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
@@ -228,7 +240,8 @@ def log_step(run: Run, step: int, batch: Batch, metrics: Metrics, since: float) 
     Raises:
         JaxguardError: its loss or gradient is not finite.
     """
-    values = {name: float(x) for name, x in jax.device_get(metrics)._asdict().items()}
+    scalars = jax.device_get(metrics)._asdict()
+    values = {name: float(x) for name, x in (scalars.pop("logged") | scalars).items()}
     now = time.perf_counter()
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
         ids = [run.data.train[i].example_id for i in run.schedule.examples(step - 1)]
@@ -246,7 +259,7 @@ def log_step(run: Run, step: int, batch: Batch, metrics: Metrics, since: float) 
     }
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     if peak is not None:
-        flops = training_flops(run.program.spec, positions, int(batch.target_weights_BM.sum()))
+        flops = training_flops(run.program.spec, positions, batch.num_targets)
         speed["mfu"] = flops / seconds / (peak * mesh.size)
     run.log.log(step, values, speed)
     return now

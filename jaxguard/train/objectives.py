@@ -1,12 +1,17 @@
-"""Log-probabilities at the target positions only, without ever holding all logits, and the loss."""
+"""Log-probabilities at the target positions only, without ever holding all logits, and objectives, which are functions of them."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxguard.config.train import ObjectiveConfig
+from jaxguard.data.packing import Batch
 from jaxguard.models.linear import gather, project
 from jaxguard.models.sharding import constrain, num_shards
 
@@ -56,12 +61,76 @@ def target_logprobs(
     return jnp.sum(chosen_KBMQ, axis=0) - jax.nn.logsumexp(sums_KBM, axis=0)[..., None]
 
 
-@jax.named_scope("loss")
-def token_weighted_loss(
-    logprobs_BM: Float[Array, "B M"], weights_BM: Float[Array, "B M"], total_weight: Float[Array, ""]
-) -> Float[Array, ""]:
-    """Sum the negative log-likelihood over these targets, and divide by the weight of all targets of the global batch.
+@runtime_checkable
+class Objective(Protocol):
+    """What a step minimizes: a mean over the examples or targets of a batch, whatever rows and micro-batches they are in."""
 
-    Summing this over micro-batches gives the loss of the whole batch, however its examples were packed or split.
+    def count(self, batch: Batch) -> Float[Array, ""]:
+        """Return what the mean is divided by, for the whole batch."""
+        ...
+
+    def loss(self, logprobs_BM: Float[Array, "B M"], batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """Return the loss of a micro-batch before that division, and with it what else is logged."""
+        ...
+
+
+class Likelihood:
+    """Supervised fine-tuning: the negative log-likelihood, a mean over all target tokens by their weights."""
+
+    def count(self, batch: Batch) -> Float[Array, ""]:
+        return jnp.sum(batch.target_weights_BM)
+
+    @jax.named_scope("loss")
+    def loss(self, logprobs_BM: Float[Array, "B M"], batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+        return -jnp.sum(logprobs_BM * batch.target_weights_BM), {}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Direct preference optimisation, a mean over pairs; of each, the gain is that of an answer's log-probability on the reference.
+
+    dpo: -log sigmoid(beta (gain of the chosen answer - gain of the rejected one)), of sums over tokens, with a share
+    `label_smoothing` of the opposite (Rafailov et al. 2023; Mitchell 2023). ipo: (difference - 1 / (2 beta))^2, of means over
+    tokens (Azar et al. 2023; TRL). Each is multiplied by the pair's weight; then `sft_weight` times the mean negative
+    log-likelihood of the chosen answer's tokens is added.
     """
-    return -jnp.sum(logprobs_BM * weights_BM) / total_weight
+
+    settings: ObjectiveConfig
+
+    def count(self, batch: Batch) -> Float[Array, ""]:
+        return jnp.sum(batch.pair_weights_BP > 0, dtype=jnp.float32)
+
+    @jax.named_scope("loss")
+    def loss(self, logprobs_BM: Float[Array, "B M"], batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+        settings, weights_BP = self.settings, batch.pair_weights_BP
+
+        def of_pairs(x_BM: Array, sign: int) -> Float[Array, "B P"]:
+            """Sum over the targets of each pair's chosen answer, sign 1, or rejected one, -1."""
+            pairs_BM = jnp.maximum(sign * batch.target_pairs_BM, 0)
+            sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=weights_BP.shape[1] + 1))(x_BM, pairs_BM)
+            return sums[:, 1:]
+
+        gains_BM, ones_BM = logprobs_BM - batch.target_reference_BM, jnp.ones_like(logprobs_BM)
+        chosen_BP, rejected_BP = (of_pairs(gains_BM, sign) for sign in (1, -1))
+        real_BP = weights_BP > 0
+        if settings.kind == "ipo":
+            lengths = [jnp.maximum(of_pairs(ones_BM, sign), 1) for sign in (1, -1)]
+            difference_BP = chosen_BP / lengths[0] - rejected_BP / lengths[1]
+            loss_BP = (difference_BP - 1 / (2 * settings.beta)) ** 2
+        else:
+            difference_BP = chosen_BP - rejected_BP
+            right_BP, wrong_BP = (jax.nn.log_sigmoid(sign * settings.beta * difference_BP) for sign in (1, -1))
+            loss_BP = -(1 - settings.label_smoothing) * right_BP - settings.label_smoothing * wrong_BP
+        likelihood = jnp.sum(logprobs_BM * batch.target_weights_BM)
+        logged = {
+            "preference/accuracy": real_BP * (difference_BP > 0),
+            "preference/margin": real_BP * settings.beta * difference_BP,
+            "preference/chosen_gain": chosen_BP,
+            "preference/rejected_gain": rejected_BP,
+        }
+        total = jnp.sum(weights_BP * loss_BP) - settings.sft_weight * likelihood
+        return total, {name: jnp.sum(x_BP) for name, x_BP in logged.items()}
+
+
+def choose_objective(settings: ObjectiveConfig) -> Objective:
+    return Likelihood() if settings.kind == "sft" else Preference(settings)

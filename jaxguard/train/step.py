@@ -21,7 +21,7 @@ from jaxguard.models.linear import Buffered, Weights, gradient_buffers
 from jaxguard.models.sharding import abstract_state, batch_sharding, replicated, weight_shardings
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import table
-from jaxguard.train.objectives import target_logprobs, token_weighted_loss
+from jaxguard.train.objectives import Objective, choose_objective, target_logprobs
 
 State = dict[str, Any]
 """weights: path -> float32 array; optimizer: optax's state; step: number of completed steps."""
@@ -33,7 +33,8 @@ class Metrics(NamedTuple):
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
-    target_tokens: Float[Array, ""]
+    target_tokens: Int[Array, ""]
+    logged: dict[str, Array]  # what the objective says besides
 
 
 @runtime_checkable
@@ -76,6 +77,7 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
     schedule = learning_rate(config.optimizer, steps)
     state = abstract_state(transformation, spec, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    objective = choose_objective(config.train.objective)
     rows, whole, weights = batch_sharding(mesh), replicated(mesh), weight_shardings(spec, mesh)
 
     def initialize(weights: dict[str, Array]) -> State:
@@ -83,15 +85,16 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         with compute.matmuls():
-            loss, gradient = loss_and_gradient(
-                state["weights"], batch, spec=spec, compute=compute, accumulation=config.train.accumulation,
+            loss, gradient, logged = loss_and_gradient(
+                state["weights"], batch, objective, spec=spec, compute=compute, accumulation=config.train.accumulation,
                 loss_chunk=config.model.loss_chunk,
             )  # fmt: skip
         with jax.named_scope("optimizer"):
             changes, moments = transformation.update(gradient, state["optimizer"], state["weights"])
             weights = optax.apply_updates(state["weights"], changes)
             norm, rate = optax.tree.norm(gradient), jnp.float32(schedule(state["step"]))
-        metrics = Metrics(loss, norm, rate, jnp.sum(batch.target_weights_BM))
+        targets = batch.target_weights_BM if batch.target_pairs_BM is None else batch.target_pairs_BM
+        metrics = Metrics(loss, norm, rate, jnp.count_nonzero(targets), logged)
         return {"weights": weights, "optimizer": moments, "step": state["step"] + 1}, metrics
 
     def score(weights: dict[str, Array], batch: Batch, ids_BMQ: Int[Array, "B M Q"]) -> Float[Array, "B M Q"]:
@@ -118,37 +121,42 @@ def logprobs(
 
 
 def loss_and_gradient(
-    weights: dict[str, Array], batch: Batch, *, spec: Spec, compute: Compute, accumulation: int, loss_chunk: int
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Compute the token-weighted loss over the whole batch and its gradient, float32, in `accumulation` micro-batches."""
-    total_weight = jnp.sum(batch.target_weights_BM)
+    weights: dict[str, Array], batch: Batch, objective: Objective, *,
+    spec: Spec, compute: Compute, accumulation: int, loss_chunk: int,
+) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Array]]:  # fmt: skip
+    """Compute the objective over the whole batch, its gradient, float32, and what it logs, in `accumulation` micro-batches."""
+    count = objective.count(batch)
     buffers = gradient_buffers(spec, compute)
 
-    def loss_of(variables: dict[str, Array], batch: Batch) -> Array:
+    def loss_of(variables: dict[str, Array], batch: Batch) -> tuple[Array, dict[str, Array]]:
         buffered = {path: Buffered(weights[path], variable) if path in buffers else variable
                     for path, variable in variables.items()}  # fmt: skip
         logprobs_BM1 = logprobs(
             buffered, batch, batch.target_ids_BM[..., None],
             spec=spec, compute=compute, loss_chunk=loss_chunk,
         )  # fmt: skip
-        return token_weighted_loss(logprobs_BM1[..., 0], batch.target_weights_BM, total_weight)
+        sums: tuple[Array, dict[str, Array]] = objective.loss(logprobs_BM1[..., 0], batch)
+        loss, logged = jax.tree.map(lambda x: x / count, sums)
+        return loss, logged
 
-    def gradient_of(batch: Batch) -> tuple[Array, dict[str, Array]]:
-        loss, gradient = jax.value_and_grad(loss_of)(weights | buffers, batch)
-        return loss, {path: gradient[path].astype(jnp.float32) for path in weights}
+    def gradient_of(batch: Batch) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+        (loss, logged), gradient = jax.value_and_grad(loss_of, has_aux=True)(weights | buffers, batch)
+        return loss, {path: gradient[path].astype(jnp.float32) for path in weights}, logged
 
     if accumulation == 1:
         return gradient_of(batch)
 
-    def add(total: tuple[Array, dict[str, Array]], micro_batch: Batch) -> tuple[tuple[Array, dict[str, Array]], None]:
-        return jax.tree.map(jnp.add, total, gradient_of(micro_batch)), None
+    def add(total: Any, micro_batch: Batch) -> tuple[Any, dict[str, Array]]:
+        *sums, logged = gradient_of(micro_batch)
+        return jax.tree.map(jnp.add, total, tuple(sums)), logged
 
     def split(x_B: Array) -> Array:
         """Reshape [B, …] to [count, B / count, …], so that every micro-batch has rows of every device and none move."""
         return x_B.reshape(-1, accumulation, *x_B.shape[1:]).swapaxes(0, 1)
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, weights))
-    return jax.lax.scan(add, zero, jax.tree.map(split, batch))[0]
+    (loss, gradient), logged_A = jax.lax.scan(add, zero, jax.tree.map(split, batch))
+    return loss, gradient, jax.tree.map(jnp.sum, logged_A)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

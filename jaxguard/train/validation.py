@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from jaxguard.data.encoding import EncodedExample
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, Mode
-from jaxguard.data.packing import assemble, bucketed, pack
+from jaxguard.data.packing import assemble, bucketed, pack, target_spans
 from jaxguard.data.policies import Question
 from jaxguard.models.sharding import batch_sharding, shard_batch
 from jaxguard.train.step import Program
@@ -87,14 +87,11 @@ class Validation:
             ids_BMQ = np.stack([batch.target_ids_BM, *np.zeros((2, *batch.target_ids_BM.shape), np.int32)], axis=-1)
             located = []
             for row, packed in enumerate(rows):
-                first = 0
-                for example in packed.sequences:
-                    probes = [first + int(example.loss_mask[: probe.position].sum()) for probe in example.probes]
+                for example, span in target_spans(packed):
+                    probes = [span.start + int(example.loss_mask[: probe.position].sum()) for probe in example.probes]
                     for probe, target in zip(example.probes, probes, strict=True):
                         ids_BMQ[row, target, 1:] = probe.positive_id, probe.negative_id
-                    stop = first + int(example.loss_mask.sum())
-                    located.append((example, row, slice(first, stop), probes))
-                    first = stop
+                    located.append((example, row, span, probes))
             sharded = shard_batch((batch, ids_BMQ), batch_sharding(program.mesh))
             logprobs_BMQ = np.asarray(program.score(weights, *sharded)).astype(np.float64)
             for example, row, targets, probes in located:

@@ -17,11 +17,12 @@ from jaxguard.models.compute import Compute, choose_compute
 from jaxguard.models.sharding import batch_sharding, make_mesh, row_multiple, shard_batch
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialize
-from jaxguard.train.objectives import token_weighted_loss
+from jaxguard.train.objectives import Likelihood, Objective
 from jaxguard.train.step import build_program, logprobs, loss_and_gradient
 
 ROW_TOKENS = 64
-_gradient = jax.jit(loss_and_gradient, static_argnames=("spec", "compute", "accumulation", "loss_chunk"))
+_gradient = jax.jit(loss_and_gradient, static_argnames=("objective", "spec", "compute", "accumulation", "loss_chunk"))
+SFT = Likelihood()
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -75,8 +76,9 @@ def config(**overrides):
     return load(tree)
 
 
-def gradient(spec, weights, batch: Batch, accumulation: int = 1, **compute):
-    return _gradient(weights, batch, spec=spec, compute=Compute(**compute), accumulation=accumulation, loss_chunk=64)
+def gradient(spec, weights, batch: Batch, accumulation: int = 1, objective: Objective = SFT, **compute):
+    settings = {"spec": spec, "compute": Compute(**compute), "accumulation": accumulation, "loss_chunk": 64}
+    return _gradient(weights, batch, objective, **settings)[:2]
 
 
 def packed(examples, row_multiple: int = 1) -> Batch:
@@ -160,7 +162,7 @@ def test_gradients_in_buffers_are_those_of_the_weights(spec, weights):
     def loss(weights):
         ids = batch.target_ids_BM[..., None]
         found = logprobs(weights, batch, ids, spec=spec, compute=Compute(), loss_chunk=64)[..., 0]
-        return token_weighted_loss(found, batch.target_weights_BM, batch.target_weights_BM.sum())
+        return SFT.loss(found, batch)[0] / SFT.count(batch)
 
     assert_same(gradient(spec, weights, batch), jax.jit(jax.value_and_grad(loss))(weights))
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from jaxguard.config import Config
 from jaxguard.data.benchmarks.schema import BenchmarkDefinition
+from jaxguard.data.files import weights_digest
 from jaxguard.data.format.dialogue import TITLES
 from jaxguard.data.model_card import Metric, Named, Score, add_scores
 from jaxguard.evaluate.report.tables import AT_THRESHOLD, f1_title
 from jaxguard.evaluate.scores.results import Cell, Evaluation
-from jaxguard.guards.loading import checkpoint_of, weights_digest
+from jaxguard.guards.loading import checkpoint_of
 from jaxguard.guards.operating_points import OperatingPoints, read_points
 from jaxguard.report import Block, Table, note
 from jaxguard.utils.statistics import Estimate
