@@ -73,7 +73,7 @@ def pieces(text: str, words: int) -> list[str]:
 
 
 def judged(guard: Guard, example: Example, words: int) -> tuple[float, ...]:
-    """Number of pieces; seconds, then tokens that were computed, of one check and of all pieces; verdicts of one, any and the last."""
+    """Number of pieces; seconds, then tokens computed, of one check and of all pieces; verdicts of one, any and the last."""
     backend: JaxBackend = vars(guard)["_predict"].keywords["backend"]
 
     def alarms(prompt: str, responses: Sequence[str], growing: Sequence[Answered]) -> tuple[float, int, list[bool]]:
