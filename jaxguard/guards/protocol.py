@@ -178,10 +178,25 @@ class PromptFormat(Protocol):
 
 @dataclass(frozen=True)
 class Completion:
-    """One continuation: its tokens without the stop token, and whether that came before the limit."""
+    """One continuation: its tokens without the stop token, and whether that came before the limit. These two are compared.
+
+    Attributes:
+        stop_id: the stop token, if the backend says which it was.
+        logprobs: of each token and then of the stop token, log-probability at temperature 1 over the whole vocabulary, whatever
+            it was sampled by; () if the backend gives none.
+        entropies: of the distributions of which these are values, in nats; () if the backend gives none.
+    """
 
     tokens: tuple[int, ...]
     stopped: bool
+    stop_id: int | None = field(default=None, compare=False)
+    logprobs: tuple[float, ...] = field(default=(), compare=False, repr=False)
+    entropies: tuple[float, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All that was generated: the tokens, and the stop token if it is known."""
+        return self.tokens if self.stop_id is None else (*self.tokens, self.stop_id)
 
 
 class Backend(Protocol):

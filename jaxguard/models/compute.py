@@ -31,6 +31,9 @@ class Compute:
     norm_by_einsum: bool = False
     # Of float32 matmuls: GPUs would compute them in TF32. None is the platform's own: float32 on CPUs, bfloat16 on TPUs.
     precision: str | None = None
+    # Activations are [D, B, T], and the layers' matrices have what they sum over last, as jax_model.place_model stores them: for
+    # few tokens a CPU is up to twice as fast. Not for training.
+    features_first: bool = False
 
     def matmuls(self) -> AbstractContextManager[Any]:
         """The context to trace programs in, so that their matmuls have this precision."""

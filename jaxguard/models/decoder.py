@@ -9,20 +9,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxguard.models.attention.attend import FAR, attend, attend_cached
+from jaxguard.models.attention.attend import FAR, attend, attend_cached, attend_next
 from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import REFERENCE, Compute
-from jaxguard.models.linear import DOTS, Buffered, gather_layer, project
+from jaxguard.models.linear import DOTS, Buffered, gather_layer, project, project_features_first
 from jaxguard.models.rope import rope_table, rotate
 from jaxguard.models.sharding import constrain
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import table
+
+Activations = Float[Array, "_ _ _"]
+"""[B T D], or [D B T] where compute.features_first says so, in spite of the names."""
 
 
 class Cache(NamedTuple):
     """Keys and values of earlier tokens in every layer, and the tokens' positions (FAR for padding)."""
 
     key_LAKSH: Float[Array, "L A K S H"]
+    value_LAKSH: Float[Array, "L A K S H"]
+    positions_AS: Int[Array, "A S"]
+
+
+class DecodingCache(NamedTuple):
+    """A Cache as `append` takes it: scores of one query after the other are computed fastest from keys that are stored so."""
+
+    key_LAKHS: Float[Array, "L A K H S"]
     value_LAKSH: Float[Array, "L A K S H"]
     positions_AS: Int[Array, "A S"]
 
@@ -54,6 +65,13 @@ class Decoder(nnx.Module):
         """Score every vocabulary entry, in float32. Training never needs all logits at once: see train/objectives.py."""
         return project("BTD,VD->BTV", hidden_BTD.astype(jnp.float32), self.head_VD, self.compute.matmul_dtype)
 
+    @jax.named_scope("head")
+    def next_logits(self, hidden_BD: Float[Array, "B D"]) -> Float[Array, "V B"]:
+        """Score every vocabulary entry, in float32, in the order in which a CPU computes them fastest."""
+        dtype = self.compute.matmul_dtype or self.head_VD.dtype
+        operands = self.head_VD.astype(dtype), hidden_BD.astype(dtype)
+        return jnp.einsum("VD,BD->VB", *operands, preferred_element_type=jnp.float32)
+
     def __call__(
         self,
         tokens_BT: Int[Array, "B T"],
@@ -76,7 +94,8 @@ class Decoder(nnx.Module):
             branch = jnp.asarray([distinct.index(window) for window in windows])[kind]
             return jax.lax.switch(branch, branches, *qkv, layout), None
 
-        return self._run(tokens_BT, positions_BT, attend_kind, None)[0]
+        x_BTD, _ = self._run(self.embedded(tokens_BT), self.ropes(positions_BT), attend_kind, None)
+        return self.normed(x_BTD)
 
     def cached(
         self,
@@ -93,7 +112,7 @@ class Decoder(nnx.Module):
         A row may hold several sequences, and what they share once, as trees in depth-first order: `ends_BT` is then the last
         index in the row of a token that continues this one, its own where none does.
         """
-        windows = jnp.asarray([FAR if kind.window is None else kind.window for kind in self.spec.kinds])
+        windows = self._windows()
 
         def attend_caches(kind: Array, earlier: Any, query: Array, key: Array, value: Array) -> Any:
             new = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
@@ -104,34 +123,72 @@ class Decoder(nnx.Module):
             return mixed, new
 
         earlier = [(cache.key_LAKSH, cache.value_LAKSH) for cache in caches]
-        hidden_BTD, (key_LBKTH, value_LBKTH) = self._run(tokens_BT, positions_BT, attend_caches, earlier)
-        return hidden_BTD, Cache(key_LBKTH, value_LBKTH, positions_BT)
+        x_BTD, (key_LBKTH, value_LBKTH) = self._run(
+            self.embedded(tokens_BT), self.ropes(positions_BT), attend_caches, earlier
+        )
+        return self.normed(x_BTD), Cache(key_LBKTH, value_LBKTH, positions_BT)
+
+    def append(
+        self,
+        x_B1D: Activations,
+        ropes: tuple[Array, Array],
+        positions_B: Int[Array, "B"],
+        caches: Sequence[DecodingCache],
+    ) -> tuple[Activations, DecodingCache]:
+        """Run the layers on one more token of each row, which sees those in the caches; the second result is its own cache.
+
+        From what `embedded` returns, and the `ropes` of the positions, to what `normed` takes.
+        """
+        windows = self._windows()
+
+        def attend_caches(kind: Array, earlier: Any, query_B1NH: Array, key_B1KH: Array, value_B1KH: Array) -> Any:
+            new = key_B1KH.transpose(0, 2, 3, 1), value_B1KH.transpose(0, 2, 1, 3)
+            parts = [(*arrays, cache.positions_AS) for arrays, cache in zip(earlier, caches, strict=True)]
+            parts.append((*new, positions_B[:, None]))
+            scale, window = self.spec.query_scale, windows[kind]
+            return attend_next(query_B1NH[:, 0], positions_B, parts, window=window, scale=scale)[:, None], new
+
+        earlier = [(cache.key_LAKHS, cache.value_LAKSH) for cache in caches]
+        x_B1D, (key_LBKH1, value_LBK1H) = self._run(x_B1D, ropes, attend_caches, earlier)
+        return x_B1D, DecodingCache(key_LBKH1, value_LBK1H, positions_B[:, None])
 
     def _run(
-        self, tokens_BT: Array, positions_BT: Array, attend: Callable[..., Any], per_layer: Any
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Run the whole model, with attend(kind of layer, the layer's part of `per_layer`, query, key, value)."""
-        spec = self.spec
-        ropes = [rope_table(kind.rope, spec.head_dim, positions_BT) for kind in spec.kinds]
-        cos_sin = jax.tree.map(lambda *tables: jnp.stack(tables), *ropes)
+        self, x_BTD: Activations, ropes: tuple[Array, Array], attend: Callable[..., Any], per_layer: Any
+    ) -> tuple[Activations, Any]:
+        """Run all layers, with attend(kind of layer, the layer's part of `per_layer`, query, key, value)."""
 
         def layer(x_BTD: Array, scanned: tuple[Any, Array, Any]) -> tuple[Array, Any]:
             weights, kind, of_layer = scanned
-            w = gather_layer(weights, spec, self.compute)
-            rope = jax.tree.map(lambda table: table[kind], cos_sin)
+            w = gather_layer(weights, self.spec, self.compute)
+            rope = jax.tree.map(lambda table: table[kind], ropes)
             with jax.named_scope("layer"):
                 h_BTD, output = self._attention(x_BTD, w, rope, partial(attend, kind, of_layer))
                 x_BTD = x_BTD + h_BTD
                 return x_BTD + self._mlp(x_BTD, w), output
 
         weights = {name: param.get_value() for name, param in self.layers.items()}
-        scanned = (weights, jnp.asarray(spec.layer_kinds), per_layer)
-        x_BTD, outputs = jax.lax.scan(self._remat(layer), self._embed(tokens_BT), scanned)
-        with jax.named_scope("final_norm"):
-            return self._norm(x_BTD, self.final_norm[...]), outputs
+        scanned = (weights, jnp.asarray(self.spec.layer_kinds), per_layer)
+        return jax.lax.scan(self._remat(layer), x_BTD, scanned)
+
+    def _windows(self) -> Int[Array, "kinds"]:
+        return jnp.asarray([FAR if kind.window is None else kind.window for kind in self.spec.kinds])
+
+    def ropes(self, positions_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
+        """Cosines and sines of each kind of layer, ready to multiply queries and keys."""
+        tables = [rope_table(kind.rope, self.spec.head_dim, positions_BT) for kind in self.spec.kinds]
+        cos, sin = (jnp.stack(each) for each in zip(*tables, strict=True))
+        if self.compute.features_first:
+            return jnp.moveaxis(cos, -1, 1), jnp.moveaxis(sin, -1, 1)
+        return cos[..., None, :], sin[..., None, :]
+
+    @jax.named_scope("final_norm")
+    def normed(self, x_BTD: Activations) -> Float[Array, "B T D"]:
+        """The hidden states after the last layer."""
+        x_BTD = self._norm(x_BTD, self.final_norm[...])
+        return jnp.moveaxis(x_BTD, 0, -1) if self.compute.features_first else x_BTD
 
     @jax.named_scope("embed")
-    def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embedded(self, tokens_BT: Int[Array, "B T"]) -> Activations:
         """Look up every token. Each device looks up its part of D for the rows of all; then they exchange parts of D for rows.
 
         The cast comes after the lookup, so that a token's gradients add up in float32.
@@ -141,12 +198,14 @@ class Decoder(nnx.Module):
         x_BTD = constrain(x_BTD.astype(dtype), "copies", None, "embed")
         if self.spec.embed_scale != 1:
             x_BTD = x_BTD * jnp.asarray(self.spec.embed_scale, dtype)
-        return constrain(x_BTD, "batch", None, None)
+        if self.compute.features_first:
+            x_BTD = jnp.moveaxis(x_BTD, -1, 0)
+        return self._constrain_rows(x_BTD)
 
     @jax.named_scope("attention")
     def _attention(
-        self, x_BTD: Float[Array, "B T D"], w: dict[str, Array], rope: tuple[Array, Array], attend: Callable[..., Any]
-    ) -> tuple[Float[Array, "B T D"], Any]:
+        self, x_BTD: Activations, w: dict[str, Array], rope: tuple[Array, Array], attend: Callable[..., Any]
+    ) -> tuple[Activations, Any]:
         """Return the output, and what attend(query_BTNH, key_BTKH, value_BTKH) returns beside the mixed values."""
         with jax.named_scope("norm"):
             x_BTD = self._norm(x_BTD, w["attention_norm"])
@@ -157,29 +216,47 @@ class Decoder(nnx.Module):
             if self.spec.qk_norm:
                 query_BTNH, key_BTKH = self._norm(query_BTNH, w["q_norm"]), self._norm(key_BTKH, w["k_norm"])
         with jax.named_scope("rope"):
-            query_BTNH, key_BTKH = rotate(query_BTNH, *rope), rotate(key_BTKH, *rope)
+            query_BTNH, key_BTKH = (rotate(x, *rope, axis=self._axis) for x in (query_BTNH, key_BTKH))
         with jax.named_scope("attend"):
-            mixed_BTNH, output = attend(query_BTNH, key_BTKH, value_BTKH)
+            qkv = query_BTNH, key_BTKH, value_BTKH
+            if self.compute.features_first:
+                mixed_BTNH, output = attend(*(x_NHBT.transpose(2, 3, 0, 1) for x_NHBT in qkv))
+                mixed_BTNH = mixed_BTNH.transpose(2, 3, 0, 1)
+            else:
+                mixed_BTNH, output = attend(*qkv)
         with jax.named_scope("out"):
-            h_BTD = constrain(self._project("BTNH,NHD->BTD", mixed_BTNH, w["o_proj"]), "batch", None, None)
+            h_BTD = self._constrain_rows(self._project("BTNH,NHD->BTD", mixed_BTNH, w["o_proj"]))
             return self._norm(h_BTD, w["attention_out_norm"]) if self.spec.post_norm else h_BTD, output
 
     @jax.named_scope("mlp")
-    def _mlp(self, x_BTD: Float[Array, "B T D"], w: dict[str, Array]) -> Float[Array, "B T D"]:
+    def _mlp(self, x_BTD: Activations, w: dict[str, Array]) -> Activations:
         activation = jax.nn.silu if self.spec.activation == "silu" else partial(jax.nn.gelu, approximate=True)
         x_BTD = self._norm(x_BTD, w["mlp_norm"])
         gate_BTF = self._project("BTD,DF->BTF", x_BTD, w["gate_proj"])
         up_BTF = self._project("BTD,DF->BTF", x_BTD, w["up_proj"])
         h_BTD = self._project("BTF,FD->BTD", activation(gate_BTF) * up_BTF, w["down_proj"])
-        h_BTD = constrain(h_BTD, "batch", None, None)
+        h_BTD = self._constrain_rows(h_BTD)
         return self._norm(h_BTD, w["mlp_out_norm"]) if self.spec.post_norm else h_BTD
 
+    @property
+    def _axis(self) -> int:
+        """That of the features of activations."""
+        return -3 if self.compute.features_first else -1
+
+    def _constrain_rows(self, x_BTD: Activations) -> Activations:
+        axes = (None, "batch", None) if self.compute.features_first else ("batch", None, None)
+        return constrain(x_BTD, *axes)
+
     def _project(self, equation: str, x: Array, weight: Array) -> Array:
+        if self.compute.features_first:
+            return project_features_first(equation, x, weight)
         return project(equation, x, weight, self.compute.matmul_dtype)
 
-    def _norm(self, x: Float[Array, "*rows D"], weight: Float[Array, "D"]) -> Float[Array, "*rows D"]:
-        """Apply RMSNorm over the last dimension, in float32, where the weight's gradient is summed, too."""
+    def _norm(self, x: Float[Array, "*shape"], weight: Float[Array, "_"]) -> Float[Array, "*shape"]:
+        """Apply RMSNorm over the features, in float32, where the weight's gradient is summed, too."""
         x32 = x.astype(jnp.float32)
+        if self.compute.features_first:
+            weight = weight[:, None, None]
         if self.spec.zero_centered_norm:
             weight = 1 + weight
         elif x.dtype != weight.dtype:  # rounded as PyTorch does, but with the gradient of the float32 weight
@@ -188,7 +265,7 @@ class Decoder(nnx.Module):
             squares = jnp.einsum("...D,...D->...", x32, x32) / x.shape[-1]
             x32 = jnp.einsum("...D,...->...D", x32, jax.lax.rsqrt(squares + self.spec.norm_eps))
         else:
-            x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.norm_eps)
+            x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=self._axis, keepdims=True) + self.spec.norm_eps)
         if not self.spec.zero_centered_norm:
             x32 = x32.astype(x.dtype).astype(jnp.float32)
         scaled = jnp.einsum("...D,D->...D", x32, weight) if self.compute.norm_by_einsum else x32 * weight

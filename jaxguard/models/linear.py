@@ -49,7 +49,8 @@ def gradient_buffers(spec: Spec, compute: Compute) -> dict[str, Array]:
 
 def gather_layer(weights: Weights, spec: Spec, compute: Compute) -> dict[str, Array]:
     """Prepare one layer's weights for products: cast the matrices, then gather them over fsdp, so that half the bytes move."""
-    axes = {w.name: w.axes[1:] for w in table(spec) if w.stacked}
+    orders = {w.name: w.hf_order if compute.features_first else range(len(w.axes)) for w in table(spec)}
+    axes = {w.name: tuple(w.axes[i] for i in orders[w.name])[1:] for w in table(spec) if w.stacked}
 
     def prepare(name: str, weight: Array | Buffered) -> Array:
         if isinstance(weight, Buffered):
@@ -145,3 +146,16 @@ def _multiply_backward(
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def project_features_first(equation: str, x: Array, weight: Array) -> Array:
+    """Multiply as `project`, where the activations' features come before rows and tokens, and what the weight sums over comes last.
+
+    The equation is that of `project`. Not for training: float32 sums are XLA's, and gradients JAX's own.
+    """
+    left, _ = equation.split(",")
+    features = len(left) - 2
+    outputs, summed = weight.shape[:-features], math.prod(weight.shape[-features:])
+    # As plain matrices: XLA would copy one with more dimensions.
+    operands = weight.reshape(-1, summed), x.astype(weight.dtype).reshape(summed, -1)
+    return jnp.matmul(*operands, preferred_element_type=x.dtype).reshape(*outputs, *x.shape[features:])

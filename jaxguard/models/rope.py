@@ -36,10 +36,12 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, "half"]:
 
 
 def rotate(
-    x_BTNH: Float[Array, "B T N H"], cos_BTh: Float[Array, "B T half"], sin_BTh: Float[Array, "B T half"]
-) -> Float[Array, "B T N H"]:
-    """Rotate queries or keys, in float32. Rotate-half layout: dimension i is paired with dimension i + H/2."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BTh[:, :, None], sin_BTh[:, :, None]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
+    x: Float[Array, "*shape"], cos: Float[Array, "..."], sin: Float[Array, "..."], axis: int = -1
+) -> Float[Array, "*shape"]:
+    """Rotate queries or keys along an axis, in float32, by tables that have half its size and broadcast to the others.
+
+    Rotate-half layout: dimension i is paired with dimension i + H/2.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=axis)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=axis)
+    return rotated.astype(x.dtype)

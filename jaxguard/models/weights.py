@@ -42,6 +42,13 @@ class Weight:
         letters = self.rule.split("->")[1].split()
         return tuple(spec.sizes[x] for x in (["L"] if self.stacked else []) + letters)
 
+    @property
+    def hf_order(self) -> tuple[int, ...]:
+        """Where our dimensions, L included, are in Hugging Face's order: what comes out of a product before what it sums over."""
+        theirs, ours = ([x for x in side if x.isalpha()] for side in self.rule.split("->"))
+        stacked = int(self.stacked)
+        return (*range(stacked), *(stacked + ours.index(x) for x in theirs))
+
     def hf_shape(self, spec: Spec) -> tuple[int, ...]:
         """Return Hugging Face's shape of one layer's tensor."""
         groups = self.rule.split("->")[0].replace("(N H)", "NH").replace("(K H)", "KH").split()

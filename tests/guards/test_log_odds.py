@@ -10,7 +10,8 @@ import pytest
 from jaxguard.config import load
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.train import MeshConfig
-from jaxguard.guards.backends.jax import Sampling, generate, load_backend, precision
+from jaxguard.guards.backends.jax import generate, load_backend, precision
+from jaxguard.guards.backends.jax_decoding import Sampling
 from jaxguard.guards.backends.jax_model import PrefixCache, place_model
 from jaxguard.guards.backends.jax_scoring import _arrays, _calls, _packed, _Tree, _trees, score, shapes
 from jaxguard.guards.protocol import Draft

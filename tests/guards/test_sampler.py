@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 
 from jaxguard.config.train import MeshConfig
+from jaxguard.data.packing import Batch, Shape
 from jaxguard.guards.backends import jax as sampler
-from jaxguard.guards.backends.jax import Sampling, draw, nucleus
+from jaxguard.guards.backends import jax_decoding
+from jaxguard.guards.backends.jax_decoding import Sampling, draw
 from jaxguard.guards.backends.jax_model import PrefixCache, place_model, prefill
 from jaxguard.models.compute import Compute
+from jaxguard.models.decoder import Decoder
 from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.sharding import make_mesh, weight_shardings
 from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import initialize
+from jaxguard.train.step import logprobs
 from jaxguard.utils.errors import JaxguardError
 
 COMPUTE = Compute(query_chunk=16)
@@ -47,9 +51,13 @@ def model(write_gemma3_config, tmp_path_factory):
     return random_model(read_spec(write_gemma3_config(tmp_path_factory.mktemp("sampler"))))
 
 
-def random_model(spec, mesh=None):
+def random_weights(spec):
     """Deviation 0.12 instead of 0.02: the likeliest token differs from place to place."""
-    weights = {path: x if "norm" in path else 6 * x for path, x in initialize(spec, jax.random.key(0)).items()}
+    return {path: x if "norm" in path else 6 * x for path, x in initialize(spec, jax.random.key(0)).items()}
+
+
+def random_model(spec, mesh=None):
+    weights = random_weights(spec)
     if mesh is not None:
         weights = jax.device_put(weights, weight_shardings(spec, mesh))
     return place_model(spec, weights, COMPUTE, mesh)
@@ -88,6 +96,35 @@ def test_greedy_tokens_are_those_of_transformers(case, write_llama_config, write
         assert answer == logits.argmax(-1).tolist()
         assert len(answer) == GREEDY.max_tokens
     assert len({token for answer in answers for token in answer}) > 10
+
+
+def training_logprobs(spec, weights, pairs):
+    """Log-probabilities [G] of each prompt's answer by the program that trains, and entropies [G] at its places."""
+    shape = Shape(len(pairs), max(len(p) + len(a) for p, a in pairs), max(len(a) for _, a in pairs))
+    batch = Batch.build(shape, np.zeros)
+    batch.positions_BT[:] = -1
+    batch.ends_BT[:] = np.arange(shape.tokens)
+    for row, (prompt, answer) in enumerate(pairs):
+        size = len(prompt) + len(answer)
+        batch.tokens_BT[row, :size] = (*prompt, *answer)
+        batch.positions_BT[row, :size] = np.arange(size)
+        batch.ends_BT[row, :size] = size - 1
+        batch.target_index_BM[row, : len(answer)] = np.arange(len(prompt) - 1, size - 1)
+        batch.target_ids_BM[row, : len(answer)] = answer
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    @jax.jit
+    def program(weights):
+        hidden_BTD = Decoder(spec, weights, COMPUTE)(batch.tokens_BT, batch.positions_BT, batch.ends_BT)
+        logits_BTV = Decoder(spec, weights, COMPUTE).logits(hidden_BTD)
+        entropies_BT = -jnp.sum(jax.nn.softmax(logits_BTV) * jax.nn.log_softmax(logits_BTV), axis=-1)
+        entropies_BM = jnp.take_along_axis(entropies_BT, batch.target_index_BM, axis=1)
+        ids_BM1 = batch.target_ids_BM[..., None]
+        return logprobs(weights, batch, ids_BM1, spec=spec, compute=COMPUTE, loss_chunk=512)[..., 0], entropies_BM
+
+    logprobs_BM, entropies_BM = map(np.asarray, program(weights))
+    counts = [len(answer) for _, answer in pairs]
+    return [(logprobs_BM[row, :count], entropies_BM[row, :count]) for row, count in enumerate(counts)]
 
 
 def reference(torch, model, prompt, max_tokens: int) -> list[int]:
@@ -135,6 +172,58 @@ def test_samples_differ_and_come_back_with_their_seed(model):
     assert fewer == [answers[:2] for answers in completions]
 
 
+def test_rows_that_have_stopped_leave_and_change_no_answer(model, monkeypatch):
+    """Alone, all rows of a prompt go on to the end; together most leave. Caches grow twice meanwhile."""
+    sampling = dataclasses.replace(HOT, max_tokens=30, stop_ids=tuple(range(0, 400, 9)))
+    prompts, sizes = ragged(), []
+    monkeypatch.setattr(jax_decoding, "SLOTS", 8)
+    kept = jax_decoding._kept
+    monkeypatch.setattr(
+        jax_decoding, "_kept", lambda running, *rest: sizes.append(len(running)) or kept(running, *rest)
+    )
+    together = generate(model, prompts, sampling, shared=37)
+    assert (sizes[0], min(sizes)) == (15, 4)
+    assert len({len(answer.tokens) for own in together for answer in own}) > 4
+    monkeypatch.setattr(jax_decoding, "MIN_ROWS", 99)
+    assert together == [generate(model, [prompt], sampling)[0] for prompt in prompts]
+    for own, alone in zip(together, generate(model, prompts[::-1], sampling)[::-1], strict=True):
+        for a, b in zip(own, alone, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("running", "n", "multiple", "prompts", "rows", "of_prompt"),
+    [
+        ([0, 2, 3, 8, 9, 12, 13, 14, 15], 1, 1, None, None, 1),  # more than half of 16
+        ([0, 2, 3, 8], 1, 1, [0, 2, 3, 8], [0, 2, 3, 8], 1),
+        ([0, 2], 1, 1, [0, 2, -1, -1], [0, 2, -1, -1], 1),  # four rows are few enough
+        ([0, 2, 15], 1, 8, [0, 2, 15, -1, -1, -1, -1, -1], [0, 2, 15, -1, -1, -1, -1, -1], 1),
+        ([0, 1, 3, 12, 14], 4, 1, [0, 3], [0, 1, 2, 3, 12, 13, 14, 15], 4),  # whole prompts
+        ([0, 5, 10, 15], 4, 1, [0, 1, 2, 3], [0, 5, 10, 15], 1),  # each row with a copy of its prompt
+    ],
+)
+def test_rows_are_halved_by_prompts_or_one_by_one(running, n, multiple, prompts, rows, of_prompt):
+    kept = jax_decoding._kept(np.isin(np.arange(16), running), n, multiple)
+    assert (kept is None) == (prompts is None)
+    if kept is not None:
+        assert (kept[0].tolist(), kept[1].tolist(), kept[2]) == (prompts, rows, of_prompt)
+
+
+def test_a_completion_has_log_probabilities_and_the_stop_token(model):
+    """Those of the program that trains: at temperature 1 over the whole vocabulary, however the tokens were sampled."""
+    prompts, stops = ragged(), tuple(range(0, 400, 25))
+    sampling = dataclasses.replace(HOT, temperature=0.7, max_tokens=40, stop_ids=stops)
+    completions = generate(model, prompts, sampling, shared=37)
+    flat = [(prompt, answer) for prompt, own in zip(prompts, completions, strict=True) for answer in own]
+    assert {answer.stopped for _, answer in flat} == {True, False}
+    expected = training_logprobs(model.spec, random_weights(model.spec), [(p, answer.ids) for p, answer in flat])
+    for (_, answer), (logprobs_G, entropies_G) in zip(flat, expected, strict=True):
+        assert answer.ids == answer.tokens + ((answer.stop_id,) if answer.stopped else ())
+        assert (answer.stop_id in stops) == answer.stopped
+        np.testing.assert_allclose(answer.logprobs, logprobs_G, atol=1e-4)
+        np.testing.assert_allclose(answer.entropies, entropies_G, atol=1e-4)
+
+
 def test_little_temperature_and_a_tiny_nucleus_are_greedy(model):
     prompts = ragged()
     expected = generate(model, prompts, GREEDY)
@@ -175,15 +264,18 @@ def test_eight_devices_answer_as_one(model, sizes):
 
 def test_few_programs_serve_many_lengths(model):
     generate(model, ragged((70, 41)), GREEDY, rows=2, shared=37)
-    before = prefill._cache_size(), sampler._decode._cache_size()
+    programs = prefill, jax_decoding._append, jax_decoding._choose
+    before = [program._cache_size() for program in programs]
     for lengths in ((72, 48), (71, 44), (80, 80, 75, 45)):
         generate(model, ragged(lengths, seed=3), GREEDY, rows=2, shared=37)
-    assert (prefill._cache_size(), sampler._decode._cache_size()) == before
+    assert [program._cache_size() for program in programs] == before
 
 
 @pytest.mark.slow
 def test_bfloat16_mostly_agrees_on_the_first_token(model):
-    small = place_model(model.spec, model.weights, dataclasses.replace(COMPUTE, dtype=jnp.dtype(jnp.bfloat16)))
+    small = place_model(
+        model.spec, random_weights(model.spec), dataclasses.replace(COMPUTE, dtype=jnp.dtype(jnp.bfloat16))
+    )
     assert small.weights["layers.up_proj"].dtype == jnp.bfloat16
     assert small.weights["final_norm"].dtype == jnp.float32
     completions = [answer.tokens for [answer] in generate(small, ragged(), GREEDY)]
@@ -201,7 +293,7 @@ def test_draws_stay_in_the_nucleus_and_have_its_distribution(top_p, inside):
     count = 20000
     keys = np.random.default_rng(0).integers(0, 2**32, (count, 2), np.uint32)
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3, (count, 6)).astype(jnp.float32)
-    drawn = np.asarray(draw(logits, jnp.asarray(keys), 4, 1.0, top_p))
+    drawn = np.asarray(draw(logits.T, jnp.asarray(keys), 4, 1.0, top_p))
     assert set(drawn.tolist()) == inside
     expected = np.where(np.isin(np.arange(6), list(inside)), PROBABILITIES, 0)
     expected = expected / expected.sum()
@@ -213,19 +305,28 @@ def test_temperature_is_applied_before_the_nucleus():
     """Squared and normalised, 0.4 and 0.3 have 0.85 of the whole; untouched, 0.7."""
     logits = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None].repeat(2000, 0)
     keys = jnp.asarray(np.random.default_rng(1).integers(0, 2**32, (2000, 2), np.uint32))
-    assert set(np.asarray(draw(logits, keys, 0, 0.5, 0.8)).tolist()) == {1, 3}
-    assert set(np.asarray(draw(logits, keys, 0, 1.0, 0.8)).tolist()) == {1, 3, 4}
+    assert set(np.asarray(draw(logits.T, keys, 0, 0.5, 0.8)).tolist()) == {1, 3}
+    assert set(np.asarray(draw(logits.T, keys, 0, 1.0, 0.8)).tolist()) == {1, 3, 4}
 
 
-def test_the_nucleus_is_the_sorted_one():
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95])
+def test_draws_are_from_the_nucleus_that_sorting_gives(top_p):
+    """Ties at its end are inside: every fourth token has the probability of another."""
     random = np.random.default_rng(0)
-    probability = np.asarray(jax.nn.softmax(random.normal(0, 4, (50, 300)).astype(np.float32), axis=-1))
-    for top_p in (0.01, 0.5, 0.95):
-        completions = np.asarray(nucleus(jnp.asarray(probability), top_p))
-        ordered = np.sort(probability.astype(np.float64), axis=-1)[:, ::-1]
-        sizes = (np.cumsum(ordered, axis=-1) < top_p).sum(-1) + 1
-        assert completions.sum(-1).tolist() == sizes.tolist()
-        assert np.all(np.where(completions, probability, 1).min(-1) > np.where(completions, 0, probability).max(-1))
+    logits = random.normal(0, 4, (20, 300)).astype(np.float32)
+    logits[:, ::4] = logits[:, 1::4]
+    probability = np.asarray(jax.nn.softmax(logits, axis=-1)).astype(np.float64)
+    ordered = np.sort(probability, axis=-1)[:, ::-1]
+    sizes = (np.cumsum(ordered, axis=-1) < top_p).sum(-1)
+    inside = probability >= np.take_along_axis(ordered, sizes[:, None], axis=-1)
+    drawn = np.zeros_like(inside)
+    for step in range(400):
+        keys = jnp.asarray(random.integers(0, 2**32, (20, 2), np.uint32))
+        drawn[np.arange(20), np.asarray(draw(jnp.asarray(logits.T), keys, step, 1.0, top_p))] = True
+    assert not np.any(drawn & ~inside)
+    likely = inside & (probability > 0.02)
+    assert np.all(drawn[likely])
+    assert likely.sum() >= 20
 
 
 def test_unusable_prompts_are_named(model):

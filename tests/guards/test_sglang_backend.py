@@ -116,7 +116,9 @@ ENDS = {
 @pytest.mark.parametrize("case", ENDS)
 def test_ends(case):
     reply, tokens, stopped = ENDS[case]
-    assert draw(lambda i: json.dumps(reply))[0] == [[Completion(tokens, stopped)]]
+    [[completion]], _ = draw(lambda i: json.dumps(reply))
+    assert completion == Completion(tokens, stopped)
+    assert completion.ids == tuple(reply["output_ids"][: len(tokens) + stopped])
 
 
 LIES = {

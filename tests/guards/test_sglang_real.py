@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 import sglang_server
 from jaxguard.config.evaluate import EvaluateConfig, ServerConfig
 from jaxguard.data.format.template import load_tokenizer, token_ids
-from jaxguard.guards.backends.jax import Sampling, generate
+from jaxguard.guards.backends.jax import generate
+from jaxguard.guards.backends.jax_decoding import Sampling
 from jaxguard.guards.backends.jax_model import PrefixCache, place_model
 from jaxguard.guards.backends.openai import open_openai
 from jaxguard.guards.backends.sglang import open_sglang, serve, swap_weights

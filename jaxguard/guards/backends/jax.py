@@ -9,18 +9,17 @@ order of prompts.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float
 
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.packing import bucket_size
+from jaxguard.guards.backends.jax_decoding import NOT_FINITE, Rows, Sampling, decode
 from jaxguard.guards.backends.jax_model import (
     LENGTH_MULTIPLE,
     Model,
@@ -44,27 +43,8 @@ from jaxguard.utils.errors import JaxguardError
 WARM_TOKENS = 1024
 """Tokens of the largest call that a warm-up compiles."""
 
-_NOT_FINITE = -1
-"""Stands for a token that cannot be chosen, since the hidden state before it is not finite."""
-
 PREFILLS = 4
 """A batch's prompts are computed in this many parts of similar length, so that one long prompt does not pad all others."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to continue prompts, `n` times each.
-
-    Temperature 0 always takes the likeliest token. `top_p` samples from the smallest set of likeliest tokens whose
-    probabilities, after the temperature, sum to this or more. `stop_ids` end a completion without being part of it.
-    """
-
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_tokens: int = 512
-    stop_ids: tuple[int, ...] = ()
-    seed: int = 0
-    n: int = 1
 
 
 @dataclass(frozen=True)
@@ -164,7 +144,7 @@ def _generate_batch(
     model: Model, prefix: Prefix, prompts: Sequence[Sequence[int]], batch: Sequence[int], size: int, sampling: Sampling
 ) -> dict[int, list[Completion]]:
     """Sample the completions of these prompts, longest first, which have the prefix in common, with `size` prompts' rows."""
-    rows_at_once = model.row_multiple * math.ceil(size / model.row_multiple / PREFILLS)
+    n, rows_at_once = sampling.n, model.row_multiple * math.ceil(size / model.row_multiple / PREFILLS)
     parts, ends = [], []
     with model.running():
         for first in range(0, size, rows_at_once):  # rows without a prompt are done from the start
@@ -174,26 +154,25 @@ def _generate_batch(
             parts.append(prefill(model, prefix.caches, *model.put((tokens, positions, last))))
             ends.append(lengths)
         hidden_BD, own = parts[0] if len(parts) == 1 else _joined(parts)
-        samples = [(i, sample) for i in batch for sample in range(sampling.n)]
-        keys = np.zeros((size * sampling.n, 2), np.uint32)
+        samples = [(i, sample) for i in batch for sample in range(n)]
+        keys = np.zeros((size * n, 2), np.uint32)
         for row, (i, sample) in enumerate(samples):
             keys[row] = np.frombuffer(sample_digest(sampling.seed, prompts[i], sample)[:8], np.uint32)
-        done = np.arange(len(keys)) >= len(samples)
-        stop = model.put(np.asarray(sampling.stop_ids or (-1,), np.int32), whole=True)
-        generated_RG = _decode(
-            model, (*prefix.caches, own), hidden_BD, *model.put((np.concatenate(ends), keys, done)), stop,
-            max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-        )  # fmt: skip
-    completions: dict[int, list[Completion]] = {}
-    for (i, _), tokens_G in zip(samples, np.asarray(generated_RG), strict=False):
-        if np.any(tokens_G == _NOT_FINITE):
+        rows = Rows(keys, np.repeat(np.concatenate(ends), n), np.arange(size * n) >= len(samples))
+        new = decode(model, prefix.caches, own, hidden_BD, rows, sampling)
+    completions: dict[int, list[Completion]] = {i: [] for i in batch}
+    for (i, _), tokens_G, logprobs_G, entropies_G in zip(samples, *new, strict=False):
+        stops = np.flatnonzero(np.isin(tokens_G, sampling.stop_ids))
+        count = stops[0] + 1 if len(stops) else sampling.max_tokens
+        if np.any(tokens_G[:count] == NOT_FINITE):
             raise JaxguardError(
                 f"prompt {i}: the model's hidden states are not finite, so its answer means nothing: use another "
                 "checkpoint, or model.compute_dtype=float32"
             )
-        stops = np.flatnonzero(np.isin(tokens_G, sampling.stop_ids))
-        whole = tokens_G[: stops[0] if len(stops) else None].tolist()
-        completions.setdefault(i, []).append(Completion(tuple(whole), stopped=bool(len(stops))))
+        ids, logprobs, entropies = (tuple(x_G[:count].tolist()) for x_G in (tokens_G, logprobs_G, entropies_G))
+        stop_id = ids[-1] if len(stops) else None
+        without = ids if stop_id is None else ids[:-1]
+        completions[i].append(Completion(without, stop_id is not None, stop_id, logprobs, entropies))
     return completions
 
 
@@ -227,99 +206,3 @@ def _joined(parts: Sequence[tuple[Float[Array, "_ D"], Cache]]) -> tuple[Float[A
     key_LBKSH, value_LBKSH = (constrain(whole(x, 1, 3, 0), *axes) for x in (keys, values))
     joined = Cache(key_LBKSH, value_LBKSH, constrain(whole(positions, 0, 1, FAR), "batch", None))
     return constrain(jnp.concatenate(hidden), "batch", None), joined
-
-
-class _State(NamedTuple):
-    """State of the loop over new tokens: how many are sampled, the tokens, which rows have stopped, keys and values."""
-
-    step: Array
-    tokens_RG: Array
-    done_R: Array
-    key_LRKGH: Array
-    value_LRKGH: Array
-
-
-@partial(jax.jit, static_argnames=("max_tokens", "temperature", "top_p"))
-def _decode(
-    model: Model,
-    seen: tuple[Cache, ...],
-    hidden_BD: Float[Array, "B D"],
-    lengths_B: Int[Array, "B"],
-    keys_R2: UInt32[Array, "R 2"],
-    done_R: Array,
-    stop_Q: Int[Array, "Q"],
-    *,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-) -> Int[Array, "R G"]:
-    """New tokens of R = B n rows; ignore what follows a stop token."""
-    spec, decoder, rows = model.spec, model.decoder, keys_R2.shape[0]
-    lengths_R, hidden_RD = (jnp.repeat(x, rows // x.shape[0], axis=0) for x in (lengths_B, hidden_BD))
-    positions_RG = lengths_R[:, None] + jnp.arange(max_tokens)
-
-    def choose(hidden_RD: Array, step: Array | int, tokens_RG: Array, done_R: Array) -> tuple[Array, Array]:
-        logits_RV = constrain(decoder.logits(hidden_RD[:, None])[:, 0], "batch", None)
-        chosen_R = draw(logits_RV, keys_R2, step, temperature, top_p)
-        chosen_R = jnp.where(jnp.isfinite(hidden_RD).all(-1), chosen_R, _NOT_FINITE)
-        return tokens_RG.at[:, step].set(chosen_R), done_R | jnp.isin(chosen_R, stop_Q)
-
-    def more(state: _State) -> Array:
-        return (state.step < max_tokens) & ~jnp.all(state.done_R)
-
-    def step(state: _State) -> _State:
-        """Feed the last token, cache its keys and values, sample the next."""
-        last = state.step - 1
-        last_R1, position_R1 = (jax.lax.dynamic_slice_in_dim(x, last, 1, 1) for x in (state.tokens_RG, positions_RG))
-        written_RG = jnp.where(jnp.arange(max_tokens) < last, positions_RG, FAR)
-        new = Cache(state.key_LRKGH, state.value_LRKGH, written_RG)
-        hidden_R1D, cache = decoder.cached(last_R1, position_R1, (*seen, new))
-        key_LRKGH, value_LRKGH = (
-            jax.lax.dynamic_update_slice_in_dim(whole, part, last, axis=3)
-            for whole, part in zip(new[:2], cache[:2], strict=True)
-        )
-        chosen = choose(hidden_R1D[:, 0], state.step, state.tokens_RG, state.done_R)
-        return _State(state.step + 1, *chosen, key_LRKGH, value_LRKGH)
-
-    shape = (spec.num_layers, rows, spec.num_kv_heads, max_tokens, spec.head_dim)
-    empty = constrain(jnp.zeros(shape, model.compute.dtype), "layers", "batch", "kv_heads", None, "head_dim")
-    first = choose(hidden_RD, 0, jnp.zeros((rows, max_tokens), jnp.int32), done_R)
-    state = jax.lax.while_loop(more, step, _State(jnp.int32(1), *first, empty, empty))
-    return constrain(state.tokens_RG, None, None)
-
-
-def draw(
-    logits_RV: Float[Array, "R V"], keys_R2: UInt32[Array, "R 2"], step: Any, temperature: float, top_p: float
-) -> Int[Array, "R"]:
-    """Sample a token for each row by its own random stream."""
-    if temperature == 0:
-        return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
-    logits_RV = logits_RV / temperature
-    if top_p < 1:
-        logits_RV = jnp.where(nucleus(jax.nn.softmax(logits_RV, axis=-1), top_p), logits_RV, -jnp.inf)
-
-    def sample(key_2: Array, logits_V: Array) -> Array:
-        return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key_2), step), logits_V)
-
-    return jax.vmap(sample)(keys_R2, logits_RV).astype(jnp.int32)
-
-
-def nucleus(probability_RV: Float[Array, "R V"], top_p: float) -> Array:
-    """Mask the fewest likeliest tokens that together have probability `top_p`, with ties.
-
-    Finds the least probability inside by bisection: a float32 of 0 or more grows with its bits read as an integer, so 31
-    sums over the vocabulary find it exactly, faster than sorting does.
-    """
-    bits_RV = jax.lax.bitcast_convert_type(probability_RV, jnp.int32)
-
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low_R1, high_R1 = bounds
-        middle_R1 = low_R1 + (high_R1 - low_R1) // 2
-        mass_R1 = jnp.sum(jnp.where(bits_RV >= middle_R1, probability_RV, 0), axis=-1, keepdims=True)
-        enough_R1 = mass_R1 >= top_p
-        return jnp.where(enough_R1, middle_R1, low_R1), jnp.where(enough_R1, high_R1, middle_R1)
-
-    top_R1 = jnp.max(bits_RV, axis=-1, keepdims=True)
-    least_R1, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top_R1), top_R1 + 1))
-    inside_RV: Array = bits_RV >= least_R1
-    return inside_RV

@@ -71,18 +71,22 @@ class Model:
 def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh: Mesh | None = None) -> Model:
     """Cast to the compute type and gather over fsdp, once instead of at each token; tensor stays sharded.
 
-    The weights are anywhere on the mesh; without one, on the default device.
+    The weights are anywhere on the mesh; without one, on the default device. A CPU's are transposed to what it multiplies fastest.
     """
+    cpu = jax.default_backend() == "cpu"
+    compute = replace(compute, remat="none", features_first=cpu, norm_by_einsum=compute.norm_by_einsum and not cpu)
     placed = {}
     for entry in table(spec):
-        weight = weights[entry.path]
-        if "norm" not in entry.axes:
+        weight, axes = weights[entry.path], entry.axes
+        if "norm" not in axes:
             weight = weight.astype(compute.matmul_dtype or compute.dtype)
+        if cpu and entry.stacked:
+            weight, axes = weight.transpose(entry.hf_order), tuple(axes[i] for i in entry.hf_order)
         if mesh is not None:
-            spread = sharding.partition(entry.axes, weight.shape, mesh.shape, without="fsdp")
+            spread = sharding.partition(axes, weight.shape, mesh.shape, without="fsdp")
             weight = jax.device_put(weight, NamedSharding(mesh, spread))
         placed[entry.path] = weight
-    return Model(placed, spec, replace(compute, remat="none"), mesh)
+    return Model(placed, spec, compute, mesh)
 
 
 def check_prompts(spec: Spec, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:

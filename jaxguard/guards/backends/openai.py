@@ -123,7 +123,8 @@ class OpenAIBackend:
         def completion(choice: Choice, _: str) -> Completion:
             tokens = token_ids(self.tokenizer, choice.text)
             end = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
-            return Completion(tuple(tokens[:end]), stopped=end is not None or choice.finish_reason in _STOPS)
+            stop_id = None if end is None else tokens[end]
+            return Completion(tuple(tokens[:end]), end is not None or choice.finish_reason in _STOPS, stop_id)
 
         async def request(prompt: list[int], i: int) -> Completion:
             seed = int.from_bytes(sample_digest(self.settings.seed, prompt, i)[:4], "big") >> 1

@@ -296,7 +296,7 @@ def _completion(answer: Answer, url: str, max_tokens: int, stop_ids: tuple[int, 
     if end is None and reason.type == "stop" and ids and reason.matched == ids[-1]:
         end = len(ids) - 1  # an end that only the model's files name
     if end is not None:
-        return Completion(tuple(ids[:end]), stopped=True)
+        return Completion(tuple(ids[:end]), stopped=True, stop_id=ids[end])
     if reason.type != "length":
         raise RetryableError(f"{url} ended an answer by {reason}")
     if len(ids) < max_tokens:

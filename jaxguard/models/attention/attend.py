@@ -229,7 +229,7 @@ def attend_cached(
 
     def attend_chunk(block: slice) -> Float[Array, "B C N H"]:
         query_BCNH, positions_BC = query_BTNH[:, block], positions_BT[:, block]
-        queries, sums, seen = query_BCNH.shape[1], [], slice(0, block.stop)
+        queries, sums, seen = query_BCNH.shape[1], [], slice(0, block.stop if block.stop < tokens else None)
         own = own_key_BKTH[:, :, seen], own_value_BKTH[:, :, seen], own_positions_BT[:, seen]
         for key_AKSH, value_AKSH, positions_AS in [*earlier, own]:
             distance_ARCS = positions_BC.reshape(len(key_AKSH), -1, queries, 1) - positions_AS[:, None, None]
@@ -254,11 +254,48 @@ def attend_cached(
             mixed_AKRCGH = jnp.einsum("AKRCGS,AKSH->AKRCGH", weights_AKRCGS.astype(query_BCNH.dtype), value_AKSH)
             of_part = most_AKRCG1, total_AKRCG1, mixed_AKRCGH.astype(jnp.float32)
             sums.append([x.transpose(0, 2, 3, 1, 4, 5).reshape(rows, queries, heads, -1) for x in of_part])
-        # The weights of each part are relative to its own greatest score.
-        most_BCN1 = reduce(jnp.maximum, (most for most, _, _ in sums))
-        scaled = [(jnp.exp(most - most_BCN1), total, mixed) for most, total, mixed in sums]
-        total_BCN1 = reduce(jnp.add, (factor * total for factor, total, _ in scaled))
-        mixed_BCNH = reduce(jnp.add, (factor * mixed for factor, _, mixed in scaled))
-        return (mixed_BCNH / total_BCN1).astype(query_BCNH.dtype)
+        return _combined(sums).astype(query_BCNH.dtype)
 
     return jnp.concatenate([attend_chunk(slice(start, start + chunk)) for start in range(0, tokens, chunk)], axis=1)
+
+
+def attend_next(
+    query_RNH: Float[Array, "R N H"],
+    positions_R: Int[Array, "R"],
+    parts: Sequence[tuple[Float[Array, "_ K H _"], Float[Array, "_ K _ H"], Int[Array, "_ _"]]],
+    *,
+    window: Int[Array, ""],
+    scale: float,
+) -> Float[Array, "R N H"]:
+    """Compute softmax attention of one query per row over all `parts` together, as `attend_cached` with keys [A K H S]."""
+    rows, heads, width = query_RNH.shape
+    sums = []
+    for key_AKHS, value_AKSH, positions_AS in parts:
+        shared, kv_heads, _, size = key_AKHS.shape
+        of_rows = (shared, rows // shared, kv_heads, heads // kv_heads)
+        query_AKQH = query_RNH.reshape(*of_rows, width).transpose(0, 2, 1, 3, 4).reshape(shared, kv_heads, -1, width)
+        scores_AKQS = jnp.einsum("AKQH,AKHS->AKQS", query_AKQH, key_AKHS, preferred_element_type=jnp.float32) * scale
+        distance_ARS = positions_R.reshape(shared, -1, 1) - positions_AS[:, None]
+        visible_AKRGS = ((distance_ARS >= 0) & (distance_ARS < window))[:, None, :, None]
+        scores_AKRGS = scores_AKQS.reshape(shared, kv_heads, of_rows[1], of_rows[3], size)
+        scores_AKRGS = jnp.where(visible_AKRGS, scores_AKRGS, jnp.finfo(jnp.float32).min)
+        most_AKRG1 = jnp.max(scores_AKRGS, axis=-1, keepdims=True)
+        weights_AKRGS = jnp.exp(scores_AKRGS - most_AKRG1)
+        weights_AKQS = weights_AKRGS.reshape(scores_AKQS.shape).astype(query_RNH.dtype)
+        mixed_AKQH = jnp.einsum("AKQS,AKSH->AKQH", weights_AKQS, value_AKSH).astype(jnp.float32)
+        of_part = (
+            most_AKRG1,
+            jnp.sum(weights_AKRGS, axis=-1, keepdims=True),
+            mixed_AKQH.reshape(*most_AKRG1.shape[:-1], width),
+        )
+        sums.append([x.transpose(0, 2, 1, 3, 4).reshape(rows, heads, -1) for x in of_part])
+    return _combined(sums).astype(query_RNH.dtype)
+
+
+def _combined(sums: Sequence[Sequence[Array]]) -> Array:
+    """Of each part the greatest score, the sum of weights relative to it, and the sum of values times weights -> mixed values."""
+    most = reduce(jnp.maximum, (most for most, _, _ in sums))
+    scaled = [(jnp.exp(greatest - most), total, mixed) for greatest, total, mixed in sums]
+    total = reduce(jnp.add, (factor * total for factor, total, _ in scaled))
+    mixed: Array = reduce(jnp.add, (factor * mixed for factor, _, mixed in scaled)) / total
+    return mixed
