@@ -5,15 +5,6 @@ Tested with jax 0.10.2; pyproject.toml states the range.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-
-def mark_mask_as_dynamic(kernel: Any) -> None:
-    """Tell a splash-attention kernel that was made under a trace that its mask is an array.
-
-    JAX turns this flag into a traced value there, and then branches on it.
-    """
-    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
 
 
 @contextmanager

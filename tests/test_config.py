@@ -136,6 +136,7 @@ def test_missing_field(configs):
         (["mesh.hosts=explicit"], ["mesh", "coordinator, processes and process"]),
         (["mesh.process=0"], ["mesh", "hosts: explicit"]),
         (["model.attention=cudnn", "model.compute_dtype=float32"], ["model.attention=cudnn", "bfloat16"]),
+        (["model.attention=flash", "model.compute_dtype=float32"], ["model.attention=flash", "bfloat16"]),
         (["name=../elsewhere"], ["name", "'../elsewhere'", "folder"]),
         (["name=a\x07b"], ["name", "control characters"]),
         (["evaluate.guards=[{name: ..}]"], ["evaluate.guards.0.name", "'..'"]),

@@ -74,8 +74,10 @@ class Config(Schema):
             raise ValueError(
                 f"data.dual_reasoning_share={data.dual_reasoning_share:g} trains one mode: set data.mode={only}"
             )
-        if self.model.attention == "cudnn" and self.model.compute_dtype == "float32":
-            raise ValueError("model.attention=cudnn computes in bfloat16 only; set model.compute_dtype=bfloat16")
+        if self.model.attention in ("flash", "cudnn") and self.model.compute_dtype == "float32":
+            raise ValueError(
+                f"model.attention={self.model.attention} computes in bfloat16 only; set model.compute_dtype=bfloat16"
+            )
         return self
 
 

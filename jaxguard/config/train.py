@@ -18,7 +18,7 @@ class ModelConfig(Schema):
     """Type of activations and matmuls; on a CPU of training's matmuls alone, and bfloat16 only where it has instructions for it
     (avx512_bf16). Guards compute in float32 there. float32 holds for matmuls too, without TF32; only a TPU multiplies it in
     bfloat16. Master weights and Adam state are always float32."""
-    attention: Literal["auto", "xla", "block_sparse", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "xla", "block_sparse", "flash", "cudnn"] = "auto"
     """Attention kernel; auto takes the best that the device and the head size allow."""
     remat: Literal["full", "dots", "none"] = "full"
     """What the backward pass recomputes: every layer, all but its matmuls, or nothing."""

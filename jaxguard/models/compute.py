@@ -1,5 +1,6 @@
 """How a model is computed on a platform: types, attention kernel, rematerialization."""
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxguard.config.train import ModelConfig
-from jaxguard.models.attention.kernels import LANES, Kernel
+from jaxguard.models.attention.flash import Tiling, choose_tiling, memory_on_chip
+from jaxguard.models.attention.kernels import Kernel
 from jaxguard.models.spec import Spec
 from jaxguard.utils.errors import JaxguardError
 
@@ -34,6 +36,7 @@ class Compute:
     # Activations are [D, B, T], and the layers' matrices have what they sum over last, as jax_model.place_model stores them: for
     # few tokens a CPU is up to twice as fast. Not for training.
     features_first: bool = False
+    tiling: Tiling | None = None  # of the kernel "flash"
 
     def matmuls(self) -> AbstractContextManager[Any]:
         """The context to trace programs in, so that their matmuls have this precision."""
@@ -55,47 +58,63 @@ def choose_compute(config: ModelConfig, spec: Spec, mesh: Mesh, max_seq_len: int
         JaxguardError: the requested attention kernel cannot run on these devices.
     """
     device = mesh.devices.flat[0]
-    cpu = device.platform == "cpu"
-    capability = float(getattr(device, "compute_capability", None) or 0)
-    dtype = jnp.dtype(config.compute_dtype)
-    attention = choose_kernel(config.attention, device.platform, capability, spec.head_dim, dtype, max_seq_len)
+    platform, cpu = device.platform, device.platform == "cpu"
+    generation = re.search(r"TPU ?v?(\d+)", device.device_kind)
+    capability = float(getattr(device, "compute_capability", None) or (generation[1] if generation else 0))
+    dtype, group = jnp.dtype(config.compute_dtype), spec.num_heads // spec.num_kv_heads
+    attention = choose_kernel(config.attention, platform, capability, spec.head_dim, group, dtype, max_seq_len)
+    tiling = choose_tiling(platform, capability, spec.head_dim) if attention == "flash" else None
     matmul_dtype = None
     if cpu and dtype == jnp.bfloat16:
         # CPUs are fast in bfloat16 only at matmuls with float32 sums.
         dtype, matmul_dtype = jnp.dtype(jnp.float32), dtype if has_bfloat16_units() else None
     # XLA for TPUs takes minutes to compile two layers with "highest".
-    precision = "highest" if dtype == jnp.float32 and device.platform == "gpu" else None
-    return Compute(dtype, attention, config.remat, config.query_chunk, matmul_dtype, cpu, precision)
+    precision = "highest" if dtype == jnp.float32 and platform == "gpu" else None
+    return Compute(dtype, attention, config.remat, config.query_chunk, matmul_dtype, cpu, precision, tiling=tiling)
 
 
 def choose_kernel(
-    requested: str, platform: str, compute_capability: float, head_dim: int, dtype: jnp.dtype, max_seq_len: int
+    requested: str,
+    platform: str,
+    compute_capability: float,
+    head_dim: int,
+    group: int,
+    dtype: jnp.dtype,
+    max_seq_len: int,
 ) -> Kernel:
     """Choose the best attention kernel that a device can run, or check the one that model.attention requests.
 
-    `platform` is JAX's name of the device's: cpu, gpu, cuda or tpu; `compute_capability` an NVIDIA GPU's, and 0 elsewhere.
+    `platform` is JAX's name of the device's: cpu, gpu, cuda or tpu; `compute_capability` an NVIDIA GPU's, a TPU's generation, and 0
+    elsewhere; `group` the query heads of a key head.
 
     Raises:
         JaxguardError: the device cannot run the requested kernel.
     """
+    gpu, tpu = platform in ("gpu", "cuda") and compute_capability > 0, platform == "tpu"
+    too_old = f"it needs compute capability 8.0 (A100) or newer, and this GPU has {compute_capability}"
+    in_bfloat16 = f"it computes in bfloat16, and model.compute_dtype is {dtype.name}"
+    widths = (128, 256) if tpu else (64, 128, 256)
+    needs, has = memory_on_chip(max_seq_len, group, head_dim), 2**20 * (16 if compute_capability < 5 else 64)
     # The backward pass's limit in cuDNN's documentation; on Blackwell Transformer Engine stays at 128, and so do we.
     limit = 256 if 9.0 <= compute_capability < 10.0 else 128
     conditions: dict[Kernel, dict[str, bool]] = {  # best first: each with what prevents it
+        "flash": {
+            f"it needs an NVIDIA GPU or a TPU, and this is {platform}": not (gpu or tpu),
+            too_old: gpu and compute_capability < 8,
+            in_bfloat16: dtype != jnp.bfloat16,
+            f"head_dim must be one of {', '.join(map(str, widths))}, not {head_dim}": head_dim not in widths,
+            f"rows of max_seq_len={max_seq_len} need {needs / 2**20:.0f} MiB of the chip's {has / 2**20:.0f}": (
+                tpu and needs > has
+            ),
+        },
         "cudnn": {
-            f"it needs an NVIDIA GPU, and this is {platform}": platform not in ("gpu", "cuda")
-            or not compute_capability,
-            f"it needs compute capability 8.0 (A100) or newer, and this GPU has {compute_capability}": compute_capability
-            < 8,
-            f"it computes in bfloat16, and model.compute_dtype is {dtype.name}": dtype != jnp.bfloat16,
+            f"it needs an NVIDIA GPU, and this is {platform}": not gpu,
+            too_old: compute_capability < 8,
+            in_bfloat16: dtype != jnp.bfloat16,
             f"on compute capability {compute_capability} head_dim may be up to {limit}, a multiple of 8, not {head_dim}": (
                 head_dim > limit or head_dim % 8 > 0
             ),
             f"max_seq_len must be even, not {max_seq_len}": max_seq_len % 2 > 0,
-        },
-        "splash": {
-            f"it needs a TPU, and this is {platform}": platform != "tpu",
-            f"head_dim must be a multiple of {LANES}, not {head_dim}": head_dim % LANES > 0,
-            f"max_seq_len must be a multiple of {LANES}, not {max_seq_len}": max_seq_len % LANES > 0,
         },
         "block_sparse": {f"it is for CPUs, and this is {platform}": platform != "cpu"},
         "xla": {},

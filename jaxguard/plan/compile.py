@@ -20,6 +20,7 @@ from jaxguard.config.hardware import Target
 from jaxguard.config.train import ModelConfig
 from jaxguard.data.packing import Schedule, Shape, bucket_size, total_steps
 from jaxguard.data.prepare import prepare
+from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import Compute
 from jaxguard.models.sharding import make_mesh, mesh_axes, partition, row_multiple
 from jaxguard.models.spec import Spec, read_spec
@@ -33,6 +34,8 @@ ATTENTION_BACKWARD = 2.5
 """Products of attention's backward pass over those of its forward pass: the scores again, and four of their size (Dao,
 FlashAttention-2, 2023, section 4.1). Attention in plain XLA does the same."""
 MOST_SHAPES = 4
+SAMPLED_STEPS = 8
+"""Batches of a run whose blocks of attention are counted."""
 SHAPES = CONFIG_FOLDER / "shapes"
 _NEEDS = re.compile(r"Used (\S+) of (\S+) hbm|for HLO temporaries \((\S+)\) exceeds available HBM \((\S+)\)")
 _ALLOCATION = re.compile(r'Size: ([\d.]+)([BKMG])\n(?:\s*Operator: .*?op_name="([^"[]*).*\n)?\s*Shape: (\w+\[[\d,]*\])')
@@ -58,12 +61,14 @@ class OutOfMemoryError(JaxguardError):
 class RunCost:
     """A whole run: steps, None where they depend on data that are not available, and dollars for a device and hour.
 
-    `shapes` of batches, each a program to compile -> how many steps have it; empty where the data are not available.
+    `shapes` of batches, each a program to compile -> how many steps have it; empty where the data are not available. `layouts` are
+    those of a few batches.
     """
 
     steps: int | None = None
     price: float | None = None
     shapes: Mapping[Shape, int] = field(default_factory=dict)
+    layouts: Sequence[Layout] = ()
 
     def totals(self, seconds: float, devices: int) -> dict[str, float | None]:
         """Hours, and dollars for all devices, at so many seconds a step."""
@@ -110,7 +115,9 @@ class Plan:
         matmul_flops: FLOPs of one device's matrix products as compiled, without a vendor's attention kernel.
         traffic: bytes that one device reads from and writes to its memory.
         ideal_sent: bytes that a device must send under this sharding.
-        kernels: names of the vendor's kernels -> how often they run.
+        kernels: names of fused kernels -> how often they run.
+        attention_traffic: bytes of the traffic that attention itself causes, without its projections.
+        windows: of its layers, in tokens; None for all.
     """
 
     name: str
@@ -128,6 +135,8 @@ class Plan:
     collectives: list[Collective]
     ideal_sent: float
     kernels: dict[str, float]
+    attention_traffic: float = 0.0
+    windows: Sequence[int | None] = ()
     cost: RunCost = field(default_factory=RunCost)
 
     @property
@@ -142,6 +151,16 @@ class Plan:
     def sent(self) -> float:
         """Bytes that a device sends."""
         return sum(collective.sent for collective in self.collectives)
+
+    @property
+    def skipped(self) -> float | None:
+        """Share of the blocks of causal attention that trees and windows leave out of the forward pass; None if unknown."""
+        compute = self.compute
+        chunk = compute.query_chunk
+        tile = compute.tiling.forward[:2] if compute.tiling else (chunk, chunk)
+        if compute.attention not in ("flash", "block_sparse"):
+            return 0.0
+        return skipped_blocks(self.cost.layouts, self.windows, *tile) if self.cost.layouts else None
 
     @property
     def compiled_flops(self) -> float:
@@ -210,6 +229,8 @@ def compile_step(
         collectives=hlo.collectives(axes, cluster.linked),
         ideal_sent=ideal_sent(spec, axes, program.compute),
         kernels=hlo.kernels(),
+        attention_traffic=hlo.traffic("attend"),
+        windows=[spec.kinds[kind].window for kind in spec.layer_kinds],
     )
 
 
@@ -233,6 +254,17 @@ def find_spec(model: ModelConfig) -> Spec:
             f"or put its config.json into {SHAPES / folder.name}/; known: {', '.join(known) or 'none'}"
         )
     return read_spec(folder)
+
+
+def skipped_blocks(layouts: Sequence[Layout], windows: Sequence[int | None], queries: int, keys: int) -> float:
+    """Share of the blocks with keys at or before their queries that no query of theirs needs, over layers with these windows."""
+    causal = needed = 0
+    for layout in layouts:
+        padded = layout.padded(-layout.ends_BT.shape[1] % math.lcm(queries, keys))
+        rows, tokens = padded.ends_BT.shape
+        causal += rows * len(windows) * sum(-(-stop // keys) for stop in range(queries, tokens + 1, queries))
+        needed += sum(n * int(padded.needed(window, queries, keys).sum()) for window, n in Counter(windows).items())
+    return 1 - needed / causal
 
 
 def step_flops(spec: Spec, shape: Shape, compute: Compute) -> dict[str, float]:
@@ -323,7 +355,9 @@ def run_cost(config: Config, devices: int, price: float | None = None) -> RunCos
         steps = total_steps(len(examples), train.batch_size, train.epochs, train.max_steps)
         multiple = max(1, devices // config.mesh.tensor) * train.accumulation
         schedule = Schedule.of(config, examples, steps, multiple)
-        return RunCost(steps, price, Counter(schedule.shape(step) for step in range(steps)))
+        batches = [schedule.batch(step) for step in range(0, steps, -(-steps // SAMPLED_STEPS))]
+        layouts = [Layout(batch.ends_BT, batch.positions_BT) for batch in batches]
+        return RunCost(steps, price, Counter(schedule.shape(step) for step in range(steps)), layouts)
     if data.subset is None:
         return RunCost(train.max_steps, price)
     return RunCost(total_steps(data.subset, train.batch_size, train.epochs, train.max_steps), price)

@@ -1,4 +1,4 @@
-"""Read a compiled program: matrix products, collectives, memory traffic, vendor kernels, large buffers.
+"""Read a compiled program: matrix products, collectives, memory traffic, fused kernels, large buffers.
 
 XLA's own cost analysis is empty for an absent GPU and counts a loop's body once for a TPU, so we parse the text of the
 optimized program. An instruction counts as often as it runs: a loop's body times the loop's trip count.
@@ -182,12 +182,13 @@ class CompiledProgram:
         return float(sum(times * _flops(instruction) for instruction, times in self.instructions))
 
     def kernels(self) -> dict[str, float]:
-        """Names of the vendor's kernels -> how often they run; other custom calls of a TPU's program are left out."""
+        """Names of our own kernels and the vendor's -> how often they run; other custom calls of a TPU's program are left out."""
         counts: dict[str, float] = defaultdict(float)
         for instruction, times in self.instructions:
             target = instruction.search(r'target="([^"]*\$[^"]*|tpu_custom_call)"')
             if instruction.opcode == "custom-call" and target:
-                counts[target[1]] += times
+                ours = instruction.search(r'op_name="[^"]*?(\w+)\)*/pallas_call')
+                counts[(ours or target)[1]] += times
         return dict(counts)
 
     def collectives(self, mesh: Mapping[str, int], linked: int) -> list[Collective]:
@@ -217,16 +218,17 @@ class CompiledProgram:
             counts[Collective(kind, axes, len(groups[0]), near, size, 1, instruction.source)] += times
         return sorted((replace(c, count=times) for c, times in counts.items()), key=lambda c: -c.sent)
 
-    def traffic(self) -> float:
+    def traffic(self, scope: str | None = None) -> float:
         """Bytes that instructions read from and write to the device's memory, each operand and result once.
 
-        An upper bound where a cache or on-chip memory keeps them.
+        An upper bound where a cache or on-chip memory keeps them. Of all instructions, or of those in one jax.named_scope.
         """
         # Those that start computations, or wait for them, move nothing themselves.
         return sum(
             times * self._bytes_moved(instruction)
             for instruction, times in self.buffers
-            if instruction.opcode not in {"while", "call", "conditional"}
+            if (scope is None or instruction.search(rf'op_name="[^"]*\b{scope}\b'))
+            and instruction.opcode not in {"while", "call", "conditional"}
             and not instruction.opcode.endswith(("-start", "-done"))
         )
 

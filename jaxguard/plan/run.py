@@ -145,6 +145,9 @@ def facts(plan: Plan) -> dict[str, str | Cell]:
     share = plan.compiled_flops / (counted / cluster.devices)
     sent = f"{plan.sent / plan.ideal_sent:.2f}" if plan.ideal_sent else "-"
     peak = f"{plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable: {'fits' if plan.fits else 'does not fit'}"
+    skipped = "unknown until tokenizer and data are local"
+    if plan.skipped is not None:
+        skipped = f"{plan.skipped:.0%} of the blocks of causal attention"
     return {
         "target": f"{cluster.devices} × {cluster.target.title}"
         + (f", {cluster.slices} slices" if cluster.slices > 1 else ""),
@@ -155,9 +158,10 @@ def facts(plan: Plan) -> dict[str, str | Cell]:
         "temporaries": f"{plan.temporaries / GIB:.2f} GiB",
         "peak": Cell(peak, tone="" if plan.fits else "bad"),
         "FLOPs": f"{plan.compiled_flops / 1e12:,.1f} T a device, {share:.2f} of the count",
-        "memory traffic": f"{plan.traffic / GIB:,.0f} GiB a device",
+        "memory traffic": f"{plan.traffic / GIB:,.0f} GiB a device, {plan.attention_traffic / GIB:,.1f} of them attention's",
         "sent": f"{plan.sent / GIB:,.2f} GiB a device, {sent} of the ideal",
-        "vendor kernels": ", ".join(f"{count:g} {name}" for name, count in sorted(plan.kernels.items())) or "none",
+        "kernels": ", ".join(f"{count:g} {name}" for name, count in sorted(plan.kernels.items())) or "none",
+        "skipped": skipped,
         "step": f"{guess['step']:.3g} s, no less than {guess['bound']:.3g}",
         "… products": f"{guess['compute']:.3g} s",
         "… memory": f"{guess['memory']:.3g} s",
@@ -185,7 +189,8 @@ def largest_table(largest: Sequence[Buffer], title: str = "Largest arrays that a
 def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan as data; see PlanReport.to_json."""
     guess, compute, cost = estimate(plan), plan.compute, plan.cost
-    same = ("mesh", "arguments", "temporaries", "peak", "usable", "fits", "traffic", "sent", "ideal_sent", "kernels")
+    same = ["mesh", "arguments", "temporaries", "peak", "usable", "fits", "traffic", "attention_traffic", "sent"]
+    same += ["ideal_sent", "kernels"]
     return {
         "run": plan.name,
         "target": plan.cluster.name,
@@ -199,6 +204,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "analytic_flops_of_all": plan.flops,
         "compiled_flops": plan.compiled_flops,
         "collectives": [asdict(collective) | {"sent": collective.sent} for collective in plan.collectives],
+        "skipped_blocks": plan.skipped,
         "estimate": guess,
         "steps": cost.steps,
         "shapes": [shape._asdict() | {"steps": steps} for shape, steps in cost.shapes.items()] or None,

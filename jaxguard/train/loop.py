@@ -153,7 +153,7 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         steps = total_steps(len(data.train), batch_size, config.train.epochs, config.train.max_steps)
         stack.enter_context(jax.set_mesh(mesh))
         program = build_program(config, spec, mesh, steps)
-        begin_run(folder, config, data.manifest)
+        begin_run(folder, config, data.manifest, program.compute.attention)
         if jax.process_index() == 0:
             cache.write()
             console = Console()

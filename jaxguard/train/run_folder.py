@@ -91,8 +91,11 @@ class _DataFile:
     train: _Tokens
 
 
-def begin_run(folder: Path, config: Config, manifest: dict[str, Any]) -> None:
-    """Write config, versions and data manifest into an open run's folder; ProvenanceError: its run was trained on other data."""
+def begin_run(folder: Path, config: Config, manifest: dict[str, Any], attention: str) -> None:
+    """Write config, versions and data manifest into an open run's folder; ProvenanceError: its run was trained on other data.
+
+    `attention` is the kernel that was chosen.
+    """
     path, resumes = folder / "data.json", holds_run(folder)
     before = read_json(path, Fields) if resumes and path.is_file() else manifest
     if check(before, _DataFile, str(path)).train.tokens_sha256 != manifest["train"]["tokens_sha256"]:
@@ -102,7 +105,7 @@ def begin_run(folder: Path, config: Config, manifest: dict[str, Any]) -> None:
         )
     if jax.process_index() == 0:
         (folder / "validation_predictions").mkdir(exist_ok=True)
-        _write_versions(folder / "versions.json", resumes)
+        _write_versions(folder / "versions.json", attention, resumes)
         write_atomically(path, json.dumps(before, indent=2, ensure_ascii=False))
         write_atomically(folder / "config.yaml", dump(config))
 
@@ -138,7 +141,7 @@ def _check_resume(folder: Path, config: Config, resume: Resume) -> None:
         )
 
 
-def _write_versions(path: Path, resumes: bool) -> None:
+def _write_versions(path: Path, attention: str, resumes: bool) -> None:
     """Record the versions of everything that can change a run's results; other ones of earlier starts stay under `before`."""
     now = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -146,6 +149,7 @@ def _write_versions(path: Path, resumes: bool) -> None:
         "devices": sorted({device.device_kind for device in jax.devices()}),
         "device_count": jax.device_count(),
         "processes": jax.process_count(),
+        "attention": attention,
     }
     before: list[Any] = []
     if resumes and path.is_file():

@@ -52,14 +52,6 @@ def assert_real(got, expected, layout, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("trees", [False, True])
-@pytest.mark.parametrize("window", [None, 40])
-def test_splash_is_attention_to_ancestors(window, trees):
-    *arrays, sees = packed(rows=2, tokens=256, trees=trees)
-    got = attention_kernels.splash(*jax.tree.map(jnp.asarray, arrays), window, 0.1, interpret=True)
-    assert_real(got, reference(*arrays, sees, window, 0.1), arrays[-1])
-
-
-@pytest.mark.parametrize("trees", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])
 def test_what_cudnn_is_asked_for_is_attention_to_ancestors(monkeypatch, window, trees):
     """cuDNN itself needs a GPU; JAX computes the same request, to the letter, without it."""
@@ -93,11 +85,10 @@ def test_block_sparse_with_every_block_needed(blocks):
 @given(st.integers(0, 2**31), st.sampled_from([None, 3, 12]))
 def test_no_block_is_needed_in_vain(seed, window):
     *_, layout, sees = packed(rows=1, tokens=64, head_dim=1, seed=seed)
-    blocks = Layout(*(jnp.asarray(x).reshape(16, 4) for x in layout))
     distance = layout.positions_BT[0, :, None] - layout.positions_BT[0]
     sees = sees[0] & (distance < (window or 64))
-    truly = sees.reshape(16, 4, 16, 4).any(axis=(1, 3))
-    needed = np.asarray(attention._needed(blocks, window))
+    truly = sees.reshape(16, 4, 8, 8).any(axis=(1, 3))
+    needed = np.asarray(Layout(*map(jnp.asarray, layout)).needed(window, 4, 8)[0])
     assert needed[truly].all()
     if window is None:
         np.testing.assert_array_equal(needed, truly)
@@ -147,61 +138,24 @@ def test_block_sparse_over_a_mesh():
     assert_real(got, reference(*arrays, sees, None, 0.1), arrays[-1])
 
 
-def test_splash_over_a_mesh_is_splash_on_one_device():
-    *arrays, sees = packed(rows=4, tokens=128)
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-
-    def run(query, key, value, layout):
-        return attention_kernels.splash(query, key, value, layout, None, 0.1, interpret=True)
-
-    with jax.set_mesh(mesh):
-        got = jax.jit(run)(*arrays)
-    assert got.sharding.shard_shape(got.shape) == (1, 128, 2, 128)
-    assert_real(got, reference(*arrays, sees, None, 0.1), arrays[-1])
-
-
-def test_splash_gradient():
-    query, key, value, layout, _ = jax.tree.map(jnp.asarray, packed(rows=1, tokens=128))
-    real = (layout.positions_BT >= 0)[..., None, None]
-
-    def loss(attend, *qkv):
-        return jnp.sum(jnp.where(real, attend(*qkv), 0) ** 2)
-
-    def plain(query, key, value):
-        sees = layout.visible(None, slice(None), slice(None))[:, None]
-        return jax.nn.dot_product_attention(query, key, value, mask=sees, scale=0.1, implementation="xla")
-
-    def fused(query, key, value):
-        return attention_kernels.splash(query, key, value, layout, None, 0.1, interpret=True)
-
-    for got, expected in zip(
-        *(
-            jax.grad(lambda q, k, v, f=f: loss(f, q, k, v), argnums=(0, 1, 2))(query, key, value)
-            for f in (fused, plain)
-        ),
-        strict=True,
-    ):
-        np.testing.assert_allclose(got, expected, atol=1e-3, rtol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("platform", "capability", "head_dim", "dtype", "expected"),
     [
-        ("gpu", 8.0, 128, "bfloat16", "cudnn"),  # Llama on A100
-        ("gpu", 8.0, 256, "bfloat16", "xla"),  # Gemma on A100
-        ("gpu", 9.0, 256, "bfloat16", "cudnn"),  # Gemma on H100
-        ("gpu", 10.0, 256, "bfloat16", "xla"),  # Gemma on B200
-        ("gpu", 10.0, 128, "bfloat16", "cudnn"),
+        ("gpu", 8.0, 128, "bfloat16", "flash"),  # Llama on A100
+        ("gpu", 8.0, 256, "bfloat16", "flash"),  # Gemma on A100
+        ("gpu", 9.0, 256, "bfloat16", "flash"),  # Gemma on H100
+        ("gpu", 10.0, 96, "bfloat16", "cudnn"),
+        ("gpu", 10.0, 160, "bfloat16", "xla"),
         ("cuda", 9.0, 128, "float32", "xla"),
         ("gpu", 7.5, 128, "bfloat16", "xla"),
         ("gpu", 0.0, 128, "bfloat16", "xla"),
-        ("tpu", 0.0, 256, "bfloat16", "splash"),
-        ("tpu", 0.0, 64, "bfloat16", "xla"),
+        ("tpu", 5.0, 256, "bfloat16", "flash"),
+        ("tpu", 5.0, 64, "bfloat16", "xla"),
         ("cpu", 0.0, 128, "bfloat16", "block_sparse"),
     ],
 )
 def test_auto_takes_the_best_kernel(platform, capability, head_dim, dtype, expected):
-    device = platform, capability, head_dim, jnp.dtype(dtype), 2048
+    device = platform, capability, head_dim, 4, jnp.dtype(dtype), 2048
     assert choose_kernel("auto", *device) == expected
     assert choose_kernel("xla", *device) == "xla"
 
@@ -212,11 +166,14 @@ def test_auto_takes_the_best_kernel(platform, capability, head_dim, dtype, expec
         ("cpu", 0.0, 128, 128, "cudnn", "needs an NVIDIA GPU, and this is cpu"),
         ("gpu", 8.0, 256, 128, "cudnn", "up to 128"),
         ("gpu", 8.0, 128, 127, "cudnn", "must be even"),
-        ("gpu", 8.0, 128, 128, "splash", "needs a TPU"),
+        ("cpu", 0.0, 128, 128, "flash", "needs an NVIDIA GPU or a TPU, and this is cpu"),
+        ("gpu", 8.0, 96, 128, "flash", "head_dim must be one of 64, 128, 256, not 96"),
+        ("tpu", 5.0, 64, 128, "flash", "head_dim must be one of 128, 256, not 64"),
+        ("tpu", 4.0, 128, 4096, "flash", "max_seq_len=4096 need 20 MiB of the chip's 16"),
+        ("tpu", 5.0, 128, 16384, "flash", "max_seq_len=16384 need 68 MiB of the chip's 64"),
         ("gpu", 8.0, 128, 128, "block_sparse", "is for CPUs"),
-        ("tpu", 0.0, 128, 200, "splash", "max_seq_len must be a multiple of 128, not 200"),
     ],
 )
 def test_unsuitable_kernels_are_refused(platform, capability, head_dim, max_seq_len, requested, message):
     with pytest.raises(JaxguardError, match=message):
-        choose_kernel(requested, platform, capability, head_dim, jnp.dtype(jnp.bfloat16), max_seq_len)
+        choose_kernel(requested, platform, capability, head_dim, 4, jnp.dtype(jnp.bfloat16), max_seq_len)

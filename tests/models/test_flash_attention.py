@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 
-from jaxguard.models.attention.flash import Tile, Tiling, choose_tiling, flash, needed
+from jaxguard.models.attention.flash import Tile, Tiling, choose_tiling, flash
+from jaxguard.models.attention.kernels import Layout
 
 TOKENS, WIDTH, SCALE = 44, 16, 0.3
 TILES = Tile(16, 8), Tile(8, 16), Tile(16, 4)
@@ -28,17 +30,19 @@ def grow(segments, tokens):
         if parents[token] is not None:
             ends[parents[token]] = max(ends[parents[token]], ends[token])
     padding = range(len(parents), tokens)
-    return np.array([*ends, *padding]), np.array([*positions, *(0 for _ in padding)]), parents
+    return np.array([*ends, *padding]), np.array([*positions, *(-1 for _ in padding)])
+
+
+def layout_of(*rows):
+    return Layout(*(jnp.asarray(x) for x in zip(*(grow(row, TOKENS) for row in rows), strict=True)))
 
 
 rows = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 30)), min_size=1, max_size=12)
 
 
-def reference(query, key, value, ends, positions, window):
+def reference(query, key, value, layout, window):
     """The definition, with a dense mask."""
-    index = jnp.arange(query.shape[1])
-    sees = (index[None, :] <= index[:, None]) & (index[:, None] <= ends[:, None, :])
-    sees &= positions[:, :, None] - positions[:, None, :] < (window or query.shape[1])
+    sees = layout.visible(window, slice(None), slice(None))
     group = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, group, axis=2).astype(jnp.float32) for x in (key, value))
     scores = jnp.einsum("btnh,bsnh->bnts", query.astype(jnp.float32), key) * SCALE
@@ -74,8 +78,7 @@ def values_and_gradients(window, platform=None):
 @given(batch=st.tuples(rows, rows))
 @settings(max_examples=6)
 def test_values_and_gradients_are_those_of_the_definition(platform, heads, window, batch):
-    ends, positions, _ = zip(*(grow(row, TOKENS) for row in batch), strict=True)
-    args = *qkv(2, *heads), jnp.asarray(ends), jnp.asarray(positions)
+    args = *qkv(2, *heads), layout_of(*batch)
     (_, expected), gradients = values_and_gradients(window)(*args)
     (_, got), found = values_and_gradients(window, platform)(*args)
     np.testing.assert_allclose(got, expected, atol=1e-5)
@@ -84,8 +87,7 @@ def test_values_and_gradients_are_those_of_the_definition(platform, heads, windo
 
 
 def test_bfloat16_differs_by_its_rounding():
-    ends, positions, _ = grow([(9, 0), (8, 0), (12, 8), (15, 20)], TOKENS)
-    args = *qkv(1, 6, 2, jnp.bfloat16), jnp.asarray(ends)[None], jnp.asarray(positions)[None]
+    args = *qkv(1, 6, 2, jnp.bfloat16), layout_of([(9, 0), (8, 0), (12, 8), (15, 20)])
     (_, expected), gradients = values_and_gradients(11)(*args)
     (_, got), found = values_and_gradients(11, "gpu")(*args)
     assert got.dtype == jnp.bfloat16
@@ -95,31 +97,25 @@ def test_bfloat16_differs_by_its_rounding():
         np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), atol=0.05, rtol=0.02)
 
 
-@given(row=rows, window=st.sampled_from([None, 1, 5, 30]))
-def test_needed_blocks_are_those_with_a_visible_key(row, window):
-    ends, positions, parents = grow(row, 48)
-    sees = np.eye(48, dtype=bool)
-    for query, parent in enumerate(parents):
-        while parent is not None and positions[query] - positions[parent] < (window or 48):
-            sees[query, parent] = True
-            parent = parents[parent]
-    has_visible = sees.reshape(6, 8, 3, 16).any(axis=(1, 3))
-    got = np.asarray(needed(jnp.asarray(ends)[None], jnp.asarray(positions)[None], window, 8, 16)[0])
-    assert np.all(got >= has_visible)
-    if window is None:
-        assert np.all(got == has_visible)
-
-
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_blocks_that_are_not_needed_are_not_loaded(platform):
     """A weight of zero would not hide a NaN."""
-    ends, positions, _ = grow([(16, 0), (28, 16)], TOKENS)
-    args = [*qkv(1, 4, 2), jnp.asarray(ends)[None], jnp.asarray(positions)[None]]
+    args = [*qkv(1, 4, 2), layout_of([(16, 0), (28, 16)])]
     (_, expected), gradients = values_and_gradients(None, platform)(*args)
     poisoned = [x.at[:, :16].set(jnp.nan) for x in args[:3]]
-    (_, got), found = values_and_gradients(None, platform)(*poisoned, *args[3:])
+    (_, got), found = values_and_gradients(None, platform)(*poisoned, args[3])
     for one, other in zip((got, *found), (expected, *gradients), strict=True):
         np.testing.assert_array_equal(one[:, 16:], other[:, 16:])
+
+
+def test_a_mesh_cuts_rows_and_heads():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    args = *qkv(4, 4, 2), layout_of(*[[(9, 0), (8, 0), (12, 8), (15, 20)], [(44, 0)]] * 2)
+    attend = partial(flash, window=11, scale=SCALE, tiling=Tiling("gpu", *TILES, interpret=True))
+    with jax.set_mesh(mesh):
+        got = jax.jit(attend)(*args)
+    assert got.sharding.shard_shape(got.shape) == (1, TOKENS, 2, WIDTH)
+    np.testing.assert_allclose(got, reference(*args, 11), atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [128, 384, 2048])

@@ -63,7 +63,7 @@ def refused(capsys, *arguments):
         (["--target", "a100:8"], "target 'a100' is unknown: did you mean 'a100-40gb' or 'a100-80gb'?"),
         (["--target", "v5e:3x5"], "not one of its topologies, such as 2x2"),
         (["--target", "h100:8", "mesh.fsdp=0"], "fsdp must be positive, or -1"),
-        (["--target", "h100:8", "model.attention=flash"], "did you mean 'splash'"),
+        (["--target", "h100:8", "model.attention=splash"], "did you mean 'flash'"),
         (["--target", "h100:8", "--compare", "model.remat='dots"], "model.remat='dots"),
         (["--target", "h100:8", "model.checkpoint=a/b"], "put its config.json into"),
     ],
@@ -180,7 +180,7 @@ def test_a_refusal_in_other_words_is_passed_on():
     ("arguments", "code", "message"),
     [
         (["--target", "a100-80gb:8", "mesh.fsdp=3"], 2, "is 3 devices, but there are 8 (NVIDIA A100-SXM4-80GB)"),
-        (["--target", "a100-80gb:8", "model.attention=splash"], 2, "it needs a TPU, and this is gpu"),
+        (["--target", "a100-80gb:8", "model.attention=block_sparse"], 2, "it is for CPUs, and this is gpu"),
         (
             ["--target", "v5e:4", "--rows", "4096", "model.checkpoint=meta-llama/Llama-3.2-1B-Instruct"],
             command.DOES_NOT_FIT,

@@ -2,10 +2,14 @@
 
 from collections import Counter
 
+import jax.numpy as jnp
+import pytest
+
 from jaxguard.config import load
 from jaxguard.data.packing import Schedule, Shape
 from jaxguard.data.prepare import prepare
-from jaxguard.plan.compile import RunCost, run_cost
+from jaxguard.models.attention.kernels import Layout
+from jaxguard.plan.compile import RunCost, run_cost, skipped_blocks
 
 
 def test_a_whole_run_is_counted_from_its_config():
@@ -25,6 +29,20 @@ def test_local_data_give_every_shape(tiny_files, tmp_path, tiny_checkpoint):
     assert cost.shapes == Counter(schedule.shape(step) for step in range(12))
     assert all(shape.rows % 2 == 0 for shape in cost.shapes)
     assert cost.programs.startswith(f"{len(cost.shapes)}: ")
+    assert 0 < len(cost.layouts) <= 8
+    assert 0 < skipped_blocks(cost.layouts, [None], 16, 16) < 1
+
+
+def test_blocks_that_trees_and_windows_leave_out_are_counted():
+    index = jnp.arange(64)[None]
+    one = Layout(jnp.full_like(index, 63), index)
+    two = Layout(jnp.where(index < 32, 31, 63), index % 32)
+    # Of ten blocks of 16 queries and as many keys, one sequence needs all, two sequences three each.
+    assert skipped_blocks([one], [None], 16, 16) == 0
+    assert skipped_blocks([two], [None], 16, 16) == pytest.approx(0.4)
+    assert skipped_blocks([one, two], [None], 16, 16) == pytest.approx(0.2)
+    # A window of 16 reaches the block before a query's own.
+    assert skipped_blocks([one], [None, 16], 16, 16) == pytest.approx(3 / 20)
 
 
 def test_the_commonest_shapes_are_named():

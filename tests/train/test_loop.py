@@ -166,7 +166,7 @@ def test_a_start_that_failed_does_not_own_the_name(tiny_config, capsys):
         assert not folder.exists() or [path.name for path in folder.iterdir()] == [".lock"], mistake
     config = load(str(tiny_config))
     with open_run(config, "never") as opened:
-        begin_run(opened, config, {"train": {"tokens_sha256": ""}})
+        begin_run(opened, config, {"train": {"tokens_sha256": ""}}, "xla")
     with pytest.raises(JaxguardError, match="no step"):
         Guard.load(folder)
 

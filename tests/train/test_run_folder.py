@@ -34,7 +34,7 @@ def manifest(data: str = "bread") -> dict[str, Any]:
 def start(config: Config, resume: Resume = "auto", data: str = "bread", steps: int = 1) -> Path:
     """Begin a run in its folder, record a number of steps, and leave it."""
     with open_run(config, resume) as folder:
-        begin_run(folder, config, manifest(data))
+        begin_run(folder, config, manifest(data), "xla")
         with (folder / "metrics.jsonl").open("a") as file:
             file.writelines(f'{{"step": {step}}}\n' for step in range(steps + 1))
         return folder
@@ -45,12 +45,13 @@ def test_new_run_explains_itself(tmp_path: Path) -> None:
     with open_run(config) as folder:
         assert folder == tmp_path / "tiny"
         assert [path.name for path in folder.iterdir()] == [".lock"]
-        begin_run(folder, config, manifest())
+        begin_run(folder, config, manifest(), "xla")
     assert load(str(folder / "config.yaml")) == config
     assert json.loads((folder / "data.json").read_text()) == manifest()
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["devices"] == ["cpu"]
     assert versions["device_count"] == 8
+    assert versions["attention"] == "xla"
     assert {"jax", "flax", "orbax-checkpoint", "python", "jaxguard", "commit"} <= set(versions)
     assert versions["before"] == []
 

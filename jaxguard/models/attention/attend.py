@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxguard.models.attention import kernels
+from jaxguard.models.attention.flash import flash
 from jaxguard.models.attention.kernels import KeyValue, Layout, Query, per_device
 from jaxguard.models.compute import Compute
 from jaxguard.models.linear import DOTS, project
@@ -27,8 +28,10 @@ def attend(
     match compute.attention:
         case "cudnn":
             return kernels.cudnn(*args, window, scale)
-        case "splash":
-            return kernels.splash(*args, window, scale)
+        case "flash":
+            if compute.tiling is None:
+                raise AssertionError("choose_compute chooses the tiling with the kernel")
+            return flash(*args, window, scale, compute.tiling)
         case "block_sparse":
             return block_sparse(*args, window, scale, compute.query_chunk, compute.matmul_dtype)
     return xla(*args, window, scale, compute.query_chunk)
@@ -89,12 +92,12 @@ def block_sparse(
         blocks = -(-tokens // chunk)
         missing = blocks * chunk - tokens
         query_TNH, key_TKH, value_TKH = (jnp.pad(x, [(0, missing), (0, 0), (0, 0)]) for x in row[:3])
-        layout = jax.tree.map(lambda x_T: jnp.pad(x_T, (0, missing), constant_values=-1), row[3])
+        layout = row[3].padded(missing)
         query_JKGCH = query_TNH.reshape(blocks, chunk, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
         key_KJCH, value_KJCH = (
             x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 1, 3) for x in (key_TKH, value_TKH)
         )
-        needed_JJ = _needed(jax.tree.map(lambda x: x.reshape(blocks, chunk), layout), window)
+        needed_JJ = layout.needed(window, chunk, chunk)
 
         def attend_block(block: tuple[Array, Array, Array]) -> Float[Array, "K G C H"]:
             query_KGCH, index, needed_J = block
@@ -186,20 +189,6 @@ def _attend_blocks(
         weights_QS = jax.nn.softmax(scores_GCS, axis=-1).reshape(scores_QS.shape)
         heads.append(multiply("QS,SH->QH", weights_QS, value_SH).reshape(query_GCH.shape))
     return jnp.stack(heads)
-
-
-def _needed(layout: Layout, window: int | None) -> Bool[Array, "J J"]:
-    """Whether some query of one block may see a key of another: of an earlier block, if the other's first query continues one.
-
-    Exact without a window; with one, by the ranges of positions, so never wrongly no.
-    """
-    blocks, chunk = layout.ends_BT.shape
-    needed_JJ = jnp.max(layout.ends_BT, axis=1) >= chunk * jnp.arange(blocks)[:, None]
-    if window is not None:
-        positions_JC = layout.positions_BT
-        first_J = jnp.min(positions_JC, axis=1, where=positions_JC >= 0, initial=FAR)
-        needed_JJ &= first_J[:, None] - jnp.max(positions_JC, axis=1) < window
-    return jnp.tril(needed_JJ) | jnp.eye(blocks, dtype=bool)
 
 
 KeyValues = tuple[Float[Array, "_ K _ H"], Float[Array, "_ K _ H"], Int[Array, "_ _"]]

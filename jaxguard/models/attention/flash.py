@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
+
+from jaxguard.models.attention.kernels import KeyValue, Layout, Query, per_device
 
 LANES = 128
 """Rows are padded to a multiple of it: to whole blocks, and to whole vector registers of a TPU."""
@@ -25,12 +27,6 @@ UNSEEN = -1e30
 """Score of a key that a query does not see: finite, since a query may see no key of a block."""
 LOG2_E = math.log2(math.e)
 """Weights are computed as powers of 2, which a GPU does faster than those of e."""
-VMEM = 64 * 2**20
-"""Bytes of a TPU's memory on chip that a kernel may take; every generation that we plan for has as much."""
-
-Queries = Float[Array, "B T N H"]
-Keys = Float[Array, "B T K H"]
-Tokens = Int[Array, "B T"]
 
 
 class Tile(NamedTuple):
@@ -70,7 +66,7 @@ class Tiling:
 
 
 def choose_tiling(platform: str, compute_capability: float, head_dim: int) -> Tiling:
-    """Choose the largest tiles that fit on the chip, and on A100 and H100 spill no register.
+    """Choose the largest tiles that fit on the chip, and on A100 and H100 spill no register (docs/performance.md).
 
     The arguments are those of models/compute.choose_kernel.
     """
@@ -83,49 +79,37 @@ def choose_tiling(platform: str, compute_capability: float, head_dim: int) -> Ti
     return Tiling("gpu", Tile(64, 32), Tile(32, 32, warps=4), Tile(32, 32, warps=4))  # others: 99 KiB
 
 
+def memory_on_chip(tokens: int, group: int, head_dim: int) -> int:
+    """Bytes of a TPU's memory on chip for rows of so many tokens and keys of `group` query heads, in bfloat16.
+
+    Most of it holds a row's queries and gradients, as long as they are those of one key head, and the next one's.
+    """
+    return 8 * tokens * group * head_dim + 4 * 2**20
+
+
 def flash(
-    query_BTNH: Queries,
-    key_BTKH: Keys,
-    value_BTKH: Keys,
-    ends_BT: Tokens,
-    positions_BT: Tokens,
+    query_BTNH: Query,
+    key_BTKH: KeyValue,
+    value_BTKH: KeyValue,
+    layout: Layout,
     window: int | None,
     scale: float,
     tiling: Tiling,
-) -> Queries:
-    """Compute softmax attention in rows whose tokens are trees in depth-first order.
+) -> Query:
+    """Compute softmax attention with the kernels that `tiling` is for."""
 
-    A query sees the tokens that it continues and itself, as far as they are less than `window` positions back. `ends_BT` is the
-    last index in the row of a token that continues this one, its own where none does; `positions_BT` that in its sequence.
-    """
-    rows, tokens = ends_BT.shape
-    missing = -tokens % tiling.multiple
-    if missing:  # the new tokens see themselves alone
-        own_BM = jnp.broadcast_to(jnp.arange(tokens, tokens + missing, dtype=ends_BT.dtype), (rows, missing))
-        ends_BT = jnp.concatenate([ends_BT, own_BM], axis=1)
-        query_BTNH, key_BTKH, value_BTKH, positions_BT = (
-            jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-            for x in (query_BTNH, key_BTKH, value_BTKH, positions_BT)
-        )
-    settings = _Settings(tiling.fit(tokens + missing), window, scale)
-    mixed_BTNH: Array = _flash(settings, query_BTNH, key_BTKH, value_BTKH, ends_BT, positions_BT)
-    return mixed_BTNH[:, :tokens]
+    def attend(query_BTNH: Query, key_BTKH: KeyValue, value_BTKH: KeyValue, layout: Layout) -> Query:
+        tokens = query_BTNH.shape[1]
+        missing = -tokens % tiling.multiple
+        if missing:
+            pad = [(0, 0), (0, missing), (0, 0), (0, 0)]
+            query_BTNH, key_BTKH, value_BTKH = (jnp.pad(x, pad) for x in (query_BTNH, key_BTKH, value_BTKH))
+            layout = layout.padded(missing)
+        settings = _Settings(tiling.fit(tokens + missing), window, scale)
+        mixed_BTNH: Array = _flash(settings, query_BTNH, key_BTKH, value_BTKH, layout)
+        return mixed_BTNH[:, :tokens]
 
-
-def needed(ends_BT: Tokens, positions_BT: Tokens, window: int | None, queries: int, keys: int) -> Bool[Array, "B I J"]:
-    """Whether some query of block i may see a key of block j, for blocks of so many queries and keys.
-
-    Exact without a window. With one it goes by the ranges of positions, and is never wrongly no.
-    """
-    rows, tokens = ends_BT.shape
-    first_I1, first_J = jnp.arange(0, tokens, queries)[:, None], jnp.arange(0, tokens, keys)
-    last_B1J = jnp.max(ends_BT.reshape(rows, 1, -1, keys), axis=-1)
-    needed_BIJ: Array = (first_J < first_I1 + queries) & (first_I1 <= last_B1J)
-    if window is not None:
-        nearest_BI1 = jnp.min(positions_BT.reshape(rows, -1, 1, queries), axis=-1)
-        farthest_B1J = jnp.max(positions_BT.reshape(rows, 1, -1, keys), axis=-1)
-        needed_BIJ &= nearest_BI1 - farthest_B1J < window
-    return needed_BIJ
+    return per_device(attend, query_BTNH, key_BTKH, value_BTKH, layout)
 
 
 class _Settings(NamedTuple):
@@ -137,15 +121,13 @@ class _Settings(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(
-    settings: _Settings, query_BTNH: Queries, key_BTKH: Keys, value_BTKH: Keys, ends_BT: Tokens, positions_BT: Tokens
-) -> Queries:
-    return _flash_forward(settings, query_BTNH, key_BTKH, value_BTKH, ends_BT, positions_BT)[0]
+def _flash(settings: _Settings, query_BTNH: Query, key_BTKH: KeyValue, value_BTKH: KeyValue, layout: Layout) -> Query:
+    return _flash_forward(settings, query_BTNH, key_BTKH, value_BTKH, layout)[0]
 
 
 def _flash_forward(
-    settings: _Settings, query_BTNH: Queries, key_BTKH: Keys, value_BTKH: Keys, ends_BT: Tokens, positions_BT: Tokens
-) -> tuple[Queries, tuple[Array, ...]]:
+    settings: _Settings, query_BTNH: Query, key_BTKH: KeyValue, value_BTKH: KeyValue, layout: Layout
+) -> tuple[Query, tuple[Any, ...]]:
     rows, tokens, heads, _ = query_BTNH.shape
     tile = settings.tiling.forward
     queries, keys, sums = _specs_by_query(tile, query_BTNH, key_BTKH)
@@ -155,16 +137,17 @@ def _flash_forward(
         settings,
         tile,
         heads,
-        (ends_BT, positions_BT, needed(ends_BT, positions_BT, settings.window, *tile[:2])),
+        layout,
+        layout.needed(settings.window, *tile[:2]),
         [(_flat(query_BTNH), queries), (_flat(key_BTKH), keys), (_flat(value_BTKH), keys)],
         [(_flat(query_BTNH), queries), (jax.ShapeDtypeStruct((rows, heads, 1, tokens), jnp.float32), sums)],
     )
     mixed_BTNH = mixed.reshape(query_BTNH.shape)
-    return mixed_BTNH, (query_BTNH, key_BTKH, value_BTKH, ends_BT, positions_BT, mixed_BTNH, total_BN1T)
+    return mixed_BTNH, (query_BTNH, key_BTKH, value_BTKH, layout, mixed_BTNH, total_BN1T)
 
 
-def _flash_backward(settings: _Settings, saved: tuple[Array, ...], gradient_BTNH: Queries) -> tuple[Array | None, ...]:
-    query_BTNH, key_BTKH, value_BTKH, ends_BT, positions_BT, mixed_BTNH, total_BN1T = saved
+def _flash_backward(settings: _Settings, saved: tuple[Any, ...], gradient_BTNH: Query) -> tuple[Array | None, ...]:
+    query_BTNH, key_BTKH, value_BTKH, layout, mixed_BTNH, total_BN1T = saved
     _, tokens, kv_heads, width = key_BTKH.shape
     heads = query_BTNH.shape[2]
     group = heads // kv_heads
@@ -172,14 +155,14 @@ def _flash_backward(settings: _Settings, saved: tuple[Array, ...], gradient_BTNH
 
     tile = settings.tiling.dq
     queries, keys, sums = _specs_by_query(tile, query_BTNH, key_BTKH)
-    needed_BIJ = needed(ends_BT, positions_BT, settings.window, *tile[:2])
     dq, inner_BN1T = _run(
         "flash_dq",
         partial(_dq_kernel, tile, settings.scale),
         settings,
         tile,
         heads,
-        (ends_BT, positions_BT, needed_BIJ),
+        layout,
+        layout.needed(settings.window, *tile[:2]),
         [(query, queries), (key, keys), (value, keys), (mixed, queries), (gradient, queries), (total_BN1T, sums)],
         [(query, queries), (total_BN1T, sums)],
     )
@@ -188,24 +171,26 @@ def _flash_backward(settings: _Settings, saved: tuple[Array, ...], gradient_BTNH
     queries = pl.BlockSpec((None, tokens, group * width), lambda b, k, _: (b, 0, k))
     keys = pl.BlockSpec((None, tile.keys, width), lambda b, k, j: (b, j, k))
     sums = pl.BlockSpec((None, group, None, tokens), lambda b, k, _: (b, k, 0, 0))
-    needed_BJI = needed(ends_BT, positions_BT, settings.window, *tile[:2]).swapaxes(1, 2)
     dk, dv = _run(
         "flash_dkv",
         partial(_dkv_kernel, tile, settings.scale),
         settings,
         tile,
         kv_heads,
-        (ends_BT, positions_BT, needed_BJI),
+        layout,
+        layout.needed(settings.window, *tile[:2]).swapaxes(1, 2),
         [(query, queries), (key, keys), (value, keys), (gradient, queries), (total_BN1T, sums), (inner_BN1T, sums)],
         [(key, keys), (value, keys)],
     )
-    return dq.reshape(query_BTNH.shape), dk.reshape(key_BTKH.shape), dv.reshape(key_BTKH.shape), None, None
+    return dq.reshape(query_BTNH.shape), dk.reshape(key_BTKH.shape), dv.reshape(key_BTKH.shape), None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _specs_by_query(tile: Tile, query_BTNH: Queries, key_BTKH: Keys) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+def _specs_by_query(
+    tile: Tile, query_BTNH: Query, key_BTKH: KeyValue
+) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
     """What a program for a block of queries gets: the block, all keys of its head, and one number for each query."""
     _, tokens, heads, width = query_BTNH.shape
     group = heads // key_BTKH.shape[2]
@@ -227,15 +212,12 @@ def _run(
     settings: _Settings,
     tile: Tile,
     heads: int,
-    mask: tuple[Tokens, Tokens, Bool[Array, "B I J"]],
+    layout: Layout,
+    needed_BIJ: Bool[Array, "B I J"],
     inputs: Sequence[tuple[Array, pl.BlockSpec]],
     outputs: Sequence[tuple[Array | jax.ShapeDtypeStruct, pl.BlockSpec]],
 ) -> Sequence[Array]:
-    """Run a program for each row, head and block, in whose order the specs say what of an array a program gets.
-
-    `mask` is ends, positions, and which other blocks each block needs.
-    """
-    *by_token, needed_BIJ = mask
+    """Run a program for each row, head and block: in this order the specs say what of an array a program gets."""
     rows, blocks, others = needed_BIJ.shape
     until_BIJ = jnp.cumsum(needed_BIJ, axis=-1, dtype=jnp.int32)
     # The needed block of rank r comes after those blocks up to which at most r are needed. What follows the last is not used.
@@ -255,10 +237,12 @@ def _run(
         kernel(_Mask(*ids, counts_ref, blocks_ref, ends_ref, positions_ref, settings.window), *refs)
 
     whole = pl.BlockSpec() if gpu else pl.BlockSpec(memory_space=pltpu.SMEM)
-    by_row = pl.BlockSpec((None, None, by_token[0].shape[1]), lambda b, _n, _i: (b, 0, 0))
-    arrays, specs = zip(*((x[:, None], by_row) for x in by_token), *inputs, strict=True)
+    by_row = pl.BlockSpec((None, None, layout.ends_BT.shape[1]), lambda b, _n, _i: (b, 0, 0))
+    arrays, specs = zip(*((x[:, None], by_row) for x in layout), *inputs, strict=True)
     on_gpu = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
-    on_tpu = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM)
+    on_tpu = pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+    )
     results: Sequence[Array] = pl.pallas_call(
         program,
         grid=tuple({row: rows, head: heads, block: blocks}[axis] for axis in range(3)),
@@ -307,7 +291,7 @@ class _Mask:
         """Describe the tokens of a block, which lies along this axis."""
         row_index = start + jax.lax.broadcasted_iota(jnp.int32, (size, 1) if axis == 0 else (1, size), axis)
         block = (ref[pl.ds(start, size)] for ref in (self.ends_ref, self.positions_ref))
-        return _Side(row_index, *(jnp.expand_dims(x, 1 - axis) for x in block))
+        return _Side(row_index, *(_turn(x[None]) if axis == 0 else x[None] for x in block))
 
     def apply(self, scores: Float[Array, "_ _"], query: _Side, key: _Side) -> Float[Array, "_ _"]:
         """Keep the scores of keys that a query sees."""
@@ -346,7 +330,7 @@ def _forward_kernel(
     initial = jnp.zeros(query_QH.shape, jnp.float32), column(UNSEEN), column(0)
     mixed_QH, most_Q1, total_Q1 = jax.lax.fori_loop(0, mask.count, attend, initial)
     mixed_ref[...] = (mixed_QH / total_Q1).astype(mixed_ref.dtype)
-    total_ref[...] = (most_Q1 + jnp.log2(total_Q1)).reshape(tile.queries)
+    total_ref[...] = _turn(most_Q1 + jnp.log2(total_Q1)).reshape(tile.queries)
 
 
 def _dq_kernel(
@@ -366,8 +350,8 @@ def _dq_kernel(
     query_QH, gradient_QH = query_ref[...], gradient_ref[...]
     products_QH = mixed_ref[...].astype(jnp.float32) * gradient_QH.astype(jnp.float32)
     inner_Q1 = jnp.sum(products_QH, axis=1, keepdims=True)
-    inner_ref[...] = inner_Q1.reshape(tile.queries)
-    total_Q1 = jnp.expand_dims(total_ref[...], 1)
+    inner_ref[...] = _turn(inner_Q1).reshape(tile.queries)
+    total_Q1 = _turn(total_ref[...][None])
     query = mask.side(mask.block * tile.queries, tile.queries, 0)
 
     def add(i: Array, dq_QH: Array) -> Array:
@@ -429,3 +413,10 @@ def _dot(left: Float[Array, "_ _"], right: Float[Array, "_ _"], over: tuple[int,
     axes = (((over[0],), (over[1],)), ((), ()))
     product: Array = jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
     return product
+
+
+def _turn(x: Array) -> Array:
+    """Turn a row into a column, or a column into a row: a sum along a diagonal, which every chip has instructions for."""
+    size, axis = x.size, 1 if x.shape[0] == 1 else 0
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    return jnp.sum(jnp.where(row == column, x, 0), axis=axis, keepdims=True)

@@ -1,24 +1,19 @@
-"""Which keys a query sees, and the fused attention kernels of GPUs and TPUs. Results at padding are finite and meaningless."""
+"""Which keys a query sees, and kernels that others wrote. Results at padding are finite and meaningless."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxguard.compat import mark_mask_as_dynamic
 from jaxguard.models.sharding import partition
 
-Kernel = Literal["xla", "block_sparse", "cudnn", "splash"]
+Kernel = Literal["xla", "block_sparse", "flash", "cudnn"]
 
 Query = Float[Array, "B T N H"]
 KeyValue = Float[Array, "B T K H"]
-
-LANES = 128
-"""Width of a TPU's vector registers: splash attention works on blocks of it."""
 
 ALL = slice(None)
 
@@ -46,9 +41,35 @@ class Layout(NamedTuple):
             visible &= self.positions_BT[..., queries, None] - self.positions_BT[..., None, keys] < window
         return visible
 
+    def needed(self, window: int | None, queries: int, keys: int) -> Bool[Array, "*B I J"]:
+        """Whether some token of block i may see one of block j, in blocks of so many `queries` and `keys`; also of a single row.
+
+        Exact without a window. With one it goes by the range of positions in a block, and is never wrongly no.
+        """
+        *rows, tokens = self.ends_BT.shape
+        first_I1, first_J = jnp.arange(0, tokens, queries)[:, None], jnp.arange(0, tokens, keys)
+        last_1J = jnp.max(self.ends_BT.reshape(*rows, 1, -1, keys), axis=-1)
+        needed_IJ: Array = (first_J < first_I1 + queries) & (first_I1 <= last_1J)
+        if window is not None:
+            position_I1Q = self.positions_BT.reshape(*rows, -1, 1, queries)
+            nearest_I1 = jnp.min(position_I1Q, axis=-1, where=position_I1Q >= 0, initial=2**30)
+            farthest_1J = jnp.max(self.positions_BT.reshape(*rows, 1, -1, keys), axis=-1)
+            # Every token sees itself, padding too.
+            needed_IJ &= (nearest_I1 - farthest_1J < window) | (first_I1 < first_J + keys)
+        return needed_IJ
+
+    def padded(self, missing: int) -> "Layout":
+        """Add so many tokens of padding to each row; also to a single row."""
+        *rows, tokens = self.ends_BT.shape
+        own = jnp.broadcast_to(jnp.arange(tokens, tokens + missing, dtype=self.ends_BT.dtype), (*rows, missing))
+        return Layout(
+            jnp.concatenate([self.ends_BT, own], axis=-1),
+            jnp.concatenate([self.positions_BT, jnp.full_like(own, -1)], axis=-1),
+        )
+
 
 def cudnn(query: Query, key: KeyValue, value: KeyValue, layout: Layout, window: int | None, scale: float) -> Query:
-    """Compute cuDNN's flash attention, in bfloat16, on an NVIDIA GPU.
+    """Compute cuDNN's flash attention, in bfloat16, on an NVIDIA GPU: for comparison, its vendor measured it on every one.
 
     The kernel itself knows causality, and skips blocks for it. The rest is a mask (B T T, bfloat16): cuDNN's packed layout would
     need none, but exists only since Hopper, and knows no trees.
@@ -61,48 +82,6 @@ def cudnn(query: Query, key: KeyValue, value: KeyValue, layout: Layout, window: 
         )
 
     return per_device(attend, query, key, value, layout)
-
-
-def splash(
-    query: Query,
-    key: KeyValue,
-    value: KeyValue,
-    layout: Layout,
-    window: int | None,
-    scale: float,
-    interpret: bool = False,
-) -> Query:
-    """Compute splash attention on a TPU; with `interpret`, emulate the kernel anywhere, slowly.
-
-    The kernel skips blocks without any visible key, by each row's own mask.
-    """
-
-    def attend(query: Array, key: Array, value: Array, layout: Layout) -> Array:
-        scaled = (query * scale).astype(query.dtype)
-        q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (scaled, key, value))
-        heads, tokens = q_BNTH.shape[1:3]
-        size = (tokens, tokens)
-
-        def attend_row(row: tuple[Array, Array, Array, Array]) -> Array:
-            q_NTH, k_KTH, v_KTH, visible_TT = row
-            kernel = _splash_kernel(jnp.broadcast_to(visible_TT, (heads, *size)), tokens, interpret)
-            mark_mask_as_dynamic(kernel)
-            mixed_NTH: Array = kernel(q_NTH, k_KTH, v_KTH)
-            return mixed_NTH
-
-        mixed_BNTH: Array = jax.lax.map(attend_row, (q_BNTH, k_BKTH, v_BKTH, layout.visible(window, ALL, ALL)))
-        return mixed_BNTH.swapaxes(1, 2)
-
-    return per_device(attend, query, key, value, layout)
-
-
-def _splash_kernel(mask: Array, tokens: int, interpret: bool) -> Any:
-    """Make the kernel with the largest blocks, up to 512 tokens, that divide a row; they fit on chip for H = 256."""
-    block = next(size for size in (512, 256, LANES) if tokens % size == 0)
-    names = "q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq"
-    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
-    sizes = splash_attention.BlockSizes(**blocks)
-    return splash_attention.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
 
 def per_device(attend: Callable[..., Array], query: Array, key: Array, value: Array, layout: Layout) -> Array:
