@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxguard.models.compute import Compute
-from jaxguard.models.sharding import constrain
+from jaxguard.models.sharding import constrain, gather_over_fsdp, scatter_over_fsdp
 from jaxguard.models.spec import Spec
 from jaxguard.models.weights import table
 
@@ -57,7 +57,7 @@ def gather_layer(weights: Weights, spec: Spec, compute: Compute) -> dict[str, Ar
             return gather(*weight, axes[name])
         if "norm" in axes[name]:
             return weight
-        return constrain(compute.cast(weight), *axes[name], without="fsdp")
+        return gather_over_fsdp(compute.cast(weight), *axes[name])
 
     return {name: prepare(name, weight) for name, weight in weights.items()}
 
@@ -69,7 +69,7 @@ def gather(weight: Array, buffer: Array, axes: tuple[str, ...]) -> Array:
     The gradient goes to the buffer, and none to the weight. Devices add it up and cut it in one go, by a reduce-scatter; JAX's own
     gradient of a gathered array would be a gathered one.
     """
-    return constrain(weight.astype(buffer.dtype), *axes, without="fsdp")
+    return gather_over_fsdp(weight.astype(buffer.dtype), *axes)
 
 
 def _gather_forward(weight: Array, buffer: Array, axes: tuple[str, ...]) -> tuple[Array, None]:
@@ -77,7 +77,7 @@ def _gather_forward(weight: Array, buffer: Array, axes: tuple[str, ...]) -> tupl
 
 
 def _gather_backward(axes: tuple[str, ...], _: None, gradient: Array) -> tuple[None, Array]:
-    return None, constrain(gradient, *axes)
+    return None, scatter_over_fsdp(gradient, *axes)
 
 
 gather.defvjp(_gather_forward, _gather_backward)

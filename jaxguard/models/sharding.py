@@ -2,6 +2,10 @@
 
 Weights and activations name their dimensions by logical axes; one rule table says which mesh axes cut them: `data` holds copies of
 the weights, `fsdp` cuts the batch and every matrix along D, `tensor` cuts attention heads, the MLP's F and the vocabulary.
+
+On many TPU chips fsdp is two axes: its last part is `line`, the chips of a line of the torus. Weights are gathered, and gradients
+scattered, over one axis after the other, which sends no more bytes. Over a whole torus at once the compiler all-reduces gradients,
+and weights too from 4x4x4 chips on: twice the bytes.
 """
 
 import math
@@ -22,42 +26,64 @@ from jaxguard.models.weights import abstract, table
 from jaxguard.utils.errors import JaxguardError
 
 AXES = ("data", "fsdp", "tensor")
+FSDP = ("fsdp", "line")
+"""The mesh axes that weights are gathered over; only a mesh of many TPU chips has the second."""
+PERMUTED = 32
+"""Up to so many chips, XLA scatters gradients by permutations that run behind the products."""
 
 RULES: Mapping[str | None, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", *FSDP),
     "copies": ("data",),
-    "embed": ("fsdp",),
+    "embed": FSDP,
     **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",)),
     **dict.fromkeys(("layers", "head_dim", "norm", None), ()),
 }
 
 
 def partition(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int], without: str | None = None
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int], without: Sequence[str] = ()
 ) -> PartitionSpec:
     """Compute how an array with these logical axes is sharded over a mesh of these axis sizes.
 
     A mesh axis that does not divide a dimension is left out: each of its devices has that dimension whole.
-    `without` names a mesh axis to gather over.
+    `without` names mesh axes to gather over.
     """
 
     def mesh_axes_of(axis: str | None, size: int) -> tuple[str, ...] | None:
         names: tuple[str, ...] = ()
         for name in RULES[axis]:
-            if name != without and size % math.prod(mesh[n] for n in (*names, name)) == 0:
+            if name in mesh and name not in without and size % math.prod(mesh[n] for n in (*names, name)) == 0:
                 names = (*names, name)
         return names or None
 
     return PartitionSpec(*map(mesh_axes_of, axes, shape))
 
 
-def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | None, without: Sequence[str] = ()) -> jax.Array:
     """Constrain how x is sharded over the mesh of `jax.set_mesh`; without a mesh, return x as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     constrained: jax.Array = jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh.shape, without))
     return constrained
+
+
+def gather_over_fsdp(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Gather x over fsdp, along the lines of a TPU's torus first."""
+    for first in reversed(range(len(_fsdp_axes()))):
+        x = constrain(x, *axes, without=FSDP[first:])
+    return x
+
+
+def scatter_over_fsdp(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Sum over fsdp what each device has of x, and cut it: `gather_over_fsdp` backwards."""
+    for first in range(1, 1 + len(_fsdp_axes())):
+        x = constrain(x, *axes, without=FSDP[first:])
+    return x
+
+
+def _fsdp_axes() -> list[str]:
+    return [name for name in FSDP if name in jax.sharding.get_abstract_mesh().shape]
 
 
 def num_shards(axis: str, size: int) -> int:
@@ -73,7 +99,7 @@ def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arrange the devices as a data × fsdp × tensor grid; jax.distributed must be initialized before.
+    """Arrange devices as data × fsdp × tensor, many TPU chips as data × fsdp × line × tensor; initialize jax.distributed before.
 
     Those with the fastest links to one another are along the inner axes: a host's own devices (JAX lists them host by host), or
     neighbours in the torus of a TPU slice. Several slices, between which the network is slow, are along `data`.
@@ -84,26 +110,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = find_devices() if devices is None else devices
     fsdp = config.fsdp if config.fsdp > 0 else max(1, len(devices) // (config.data * config.tensor))
-    shape = (config.data, fsdp, config.tensor)
+    shape: tuple[int, ...] = (config.data, fsdp, config.tensor)
     if math.prod(shape) != len(devices):
         requested = " × ".join(f"mesh.{name}={size}" for name, size in zip(AXES, shape, strict=True))
         raise JaxguardError(
             f"{requested} is {math.prod(shape)} devices, but there are {len(devices)} ({devices[0].device_kind}); "
             "set mesh.fsdp=-1 to take all that are left, or change the mesh"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform != "tpu":
-        grid = np.asarray(devices).reshape(shape)
-    elif slices == 1:
+        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    names: tuple[str, ...] = AXES
+    if fsdp > PERMUTED:
+        line = math.gcd(fsdp, 1 + max(max(device.coords) for device in devices))  # the torus's longest side
+        shape, names = (config.data, fsdp // line, line, config.tensor), ("data", *FSDP, "tensor")
+    if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif config.data % slices:
         raise JaxguardError(
             f"mesh.data={config.data} must be a multiple of {slices}, the number of TPU slices; set mesh.data={slices}"
         )
     else:
-        inner = (config.data // slices, fsdp, config.tensor)
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+        inner = (config.data // slices, *shape[1:])
+        outer = (slices, *(1 for _ in shape[1:]))
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def weight_shardings(spec: Spec, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -117,7 +148,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Shard rows over data and fsdp, nothing else."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(tuple(name for name in RULES["batch"] if name in mesh.shape)))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of devices, or groups of `tensor` devices, that share a batch's rows."""
+    return int(mesh.size // mesh.shape["tensor"])
 
 
 def shard_batch(tree: Any, sharding: NamedSharding) -> Any:
@@ -135,8 +171,8 @@ def row_multiple(config: Config, mesh: Mesh) -> int:
     Raises:
         JaxguardError: the batch has fewer examples than that, so that some devices would only hold padding.
     """
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    multiple: int = devices * config.train.accumulation
+    devices = batch_shards(mesh)
+    multiple = devices * config.train.accumulation
     if multiple > config.train.batch_size:
         raise JaxguardError(
             f"train.batch_size={config.train.batch_size} cannot be divided over mesh.data × mesh.fsdp = {devices} devices × "

@@ -1,4 +1,7 @@
-"""`jaxguard plan --config NAME --target a100-80gb:8`: estimate whether a run fits, how fast it is and what it costs."""
+"""`jaxguard plan --config NAME --target a100-80gb:8`: estimate whether a run fits, how fast it is and what it costs.
+
+`jaxguard plan measure --config NAME` runs the same step on 1, 2, 4 … of the devices that are here.
+"""
 
 import argparse
 import json
@@ -15,7 +18,13 @@ from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.terminal import Console
 
-DESCRIPTION = "Compile the training step for hardware that is not attached. `sweep NAME` does so for growing clusters."
+DESCRIPTION = (
+    "Compile the training step for hardware that is not attached. `sweep NAME` does so for growing clusters, `measure` runs it on "
+    "growing numbers of the devices that are here."
+)
+MEASURE = (
+    "Run the same steps on 1, 2, 4 … of this machine's devices: tokens a second, MFU and efficiency, beside the plan's."
+)
 SWEEP = "Compile a run's step for growing clusters. Points are compiled once, so it may be stopped at any time."
 DOES_NOT_FIT = 1
 
@@ -107,7 +116,42 @@ def _sweep(options: argparse.Namespace) -> int:
     return 0
 
 
-main = stage("plan", DESCRIPTION, _plan, _options, {"sweep": Command("plan sweep", SWEEP, _sweep, _sweep_options)})
+def _measure_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devices", type=_counts, default=(), metavar="N,N,…", help="default: 1, 2, 4 … all")
+    parser.add_argument(
+        "--rows", type=_count, help="rows of the batch that all devices share; default: train.batch_size"
+    )
+    parser.add_argument("--weak", action="store_true", help="the fewest devices have --rows rows, and more have more")
+    parser.add_argument("--steps", type=_count, default=10, help="steps to time; default: 10")
+    target = parser.add_argument(
+        "--target", metavar="NAME", help="the data sheet to predict by; default: that of the devices"
+    )
+    suggest(target, lambda _: list(read_hardware().targets))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as data")
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _measure(options: argparse.Namespace, config: Config) -> int:
+    from jaxguard.plan.measure import measure
+
+    console = Console()
+    settings = {"rows": options.rows, "weak": options.weak, "steps": options.steps, "target": options.target}
+    with console.status("") as status:
+        report = measure(config, options.devices, **settings, on_start=status.update)
+    console.print(report.table().rich())
+    if options.json:
+        write_atomically(options.json, json.dumps(report.to_json(), indent=1) + "\n")
+    return 0
+
+
+COMMANDS = {
+    "sweep": Command("plan sweep", SWEEP, _sweep, _sweep_options),
+    "measure": stage("plan measure", MEASURE, _measure, _measure_options),
+}
+main = stage("plan", DESCRIPTION, _plan, _options, COMMANDS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,12 +22,12 @@ from jaxguard.data.packing import Schedule, Shape, bucket_size, total_steps
 from jaxguard.data.prepare import prepare
 from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import Compute
-from jaxguard.models.sharding import make_mesh, mesh_axes, partition, row_multiple
+from jaxguard.models.sharding import FSDP, make_mesh, mesh_axes, partition, row_multiple
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import table
 from jaxguard.plan.hlo import Collective, CompiledProgram, describe
 from jaxguard.plan.targets import Cluster, topology
-from jaxguard.train.step import build_program
+from jaxguard.train.step import Program, build_program
 from jaxguard.utils.errors import JaxguardError
 
 ATTENTION_BACKWARD = 2.5
@@ -163,6 +163,11 @@ class Plan:
         return skipped_blocks(self.cost.layouts, self.windows, *tile) if self.cost.layouts else None
 
     @property
+    def hidden(self) -> float:
+        """Bytes of these that are sent while the device multiplies matrices: see Collective.hidden."""
+        return sum(collective.sent * collective.hidden / collective.count for collective in self.collectives)
+
+    @property
     def compiled_flops(self) -> float:
         """FLOPs of one device; of its attention kernels the analytic ones, where the program does not show them."""
         hidden = 0.0 if self.compute.attention == "xla" else self.flops["attention"] / self.cluster.devices
@@ -210,14 +215,20 @@ def compile_step(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise OutOfMemoryError(str(error)) from None
+    return read_plan(config.name, cluster, program, shape, compiled)
+
+
+def read_plan(name: str, cluster: Cluster, program: Program, shape: Shape, compiled: jax.stages.Compiled) -> Plan:
+    """Read a plan from a compiled step on batches of this shape."""
     memory: Any = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    hlo, axes = CompiledProgram(compiled.as_text() or "", _branches(spec, shape.tokens)), dict(mesh.shape)
+    spec, mesh = program.spec, dict(program.mesh.shape)
+    hlo = CompiledProgram(compiled.as_text() or "", _branches(spec, shape.tokens))
     return Plan(
-        name=config.name,
+        name=name,
         cluster=cluster,
         shape=shape,
-        mesh=axes,
+        mesh=mesh,
         compute=program.compute,
         arguments=arguments,
         temporaries=temporaries,
@@ -226,8 +237,8 @@ def compile_step(
         flops=step_flops(spec, shape, program.compute),
         matmul_flops=hlo.matmul_flops(),
         traffic=hlo.traffic(),
-        collectives=hlo.collectives(axes, cluster.linked),
-        ideal_sent=ideal_sent(spec, axes, program.compute),
+        collectives=hlo.collectives(mesh, cluster.linked),
+        ideal_sent=ideal_sent(spec, mesh, program.compute),
         kernels=hlo.kernels(),
         attention_traffic=hlo.traffic("attend"),
         windows=[spec.kinds[kind].window for kind in spec.layer_kinds],
@@ -315,7 +326,7 @@ def ideal_sent(spec: Spec, mesh: Mapping[str, int], compute: Compute) -> float:
     for weight in table(spec):
         sharding = partition(weight.axes, weight.shape(spec), mesh)
         names = {name for entry in sharding for name in mesh_axes(entry)}
-        fsdp = mesh["fsdp"] if "fsdp" in names else 1
+        fsdp = math.prod(mesh[name] for name in FSDP if name in names)
         size = compute.dtype.itemsize * math.prod(weight.shape(spec)) / (mesh["tensor"] if "tensor" in names else 1)
         total += size * passes * (fsdp - 1) / fsdp
         total += size / fsdp * 2 * (mesh["data"] - 1) / mesh["data"]

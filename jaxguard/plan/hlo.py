@@ -40,7 +40,7 @@ Array = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Instruction:
-    """One line of the program; `attributes` is what follows the operands, or a constant's value."""
+    """One line of the program; `attributes` is what follows the operands, a constant's value, or a parameter's number."""
 
     name: str
     arrays: Sequence[Array]
@@ -100,6 +100,7 @@ class Collective:
         near: how many of them are linked, on one host of GPUs or in one TPU slice.
         size: bytes of the whole array that one device holds before or after it, whichever is larger.
         count: how often it runs in one step.
+        hidden: how many of these have matrix products between their start and their end, in the compiler's schedule.
     """
 
     kind: str
@@ -109,6 +110,7 @@ class Collective:
     size: int
     count: float
     source: str
+    hidden: float = 0
 
     @property
     def sent(self) -> float:
@@ -137,7 +139,7 @@ class CompiledProgram:
                 shapes = ((dtype, shape.split(",")) for dtype, shape in _ARRAY.findall(match["result"]))
                 arrays = [(dtype, tuple(int(size) for size in sizes if size)) for dtype, sizes in shapes]
                 used = [known[each] for each in re.findall(r"%([\w.\-]+)", operands) if each in known]
-                attributes = operands if opcode == "constant" else match["attributes"] or ""
+                attributes = operands if opcode in ("constant", "parameter") else match["attributes"] or ""
                 known[name] = Instruction(name, arrays, opcode, used, attributes)
                 body.append(known[name])
         runs: dict[str, float] = defaultdict(float)  # computation -> how often it runs in one step
@@ -158,6 +160,7 @@ class CompiledProgram:
         self.instructions = [(i, times) for name, times in runs.items() for i in self.computations[name]]
         """Every instruction, and how often it runs in one step."""
         unfused = [(name, times) for name, times in runs.items() if name not in fused]
+        self.fused = [self.computations[name] for name in fused]
         self.buffers = [(i, times) for name, times in unfused for i in self.computations[name] if i.opcode not in FREE]
         """Those whose results are in memory: not inside a fused kernel, and no mere names."""
 
@@ -194,10 +197,15 @@ class CompiledProgram:
     def collectives(self, mesh: Mapping[str, int], linked: int) -> list[Collective]:
         """All collectives, the largest traffic first; equal ones are one. Of the mesh, `linked` devices in a row are linked."""
         counts: dict[Collective, float] = defaultdict(float)
+        hidden: dict[Collective, float] = defaultdict(float)
+        behind_products = self._behind_products()
         channels: set[str] = set()
         devices = math.prod(mesh.values())
+        # A TPU's program writes a reduce-scatter as a fusion of an all-reduce and a slice.
+        fused = (body for name, body in self.computations.items() if name.startswith("all-reduce-scatter"))
+        scattered = {instruction for body in fused for instruction in body if instruction.opcode == "all-reduce"}
         for instruction, times in self.instructions:
-            kind = instruction.opcode.removesuffix("-start")
+            kind = "reduce-scatter" if instruction in scattered else instruction.opcode.removesuffix("-start")
             transfer = instruction.search(r'_xla_megascale_transfer_type="(\w+)"')
             if instruction.opcode == "send" and transfer:
                 # Slices lie along `data` (models/sharding.py). Every device sends its part to its host; hosts do the rest.
@@ -212,11 +220,37 @@ class CompiledProgram:
             groups = _device_groups(instruction.attributes, devices)
             inputs = sum(operand.bytes for operand in instruction.operands)
             # The start of a collective returns its operands beside its results.
-            size = max(inputs, instruction.bytes - inputs if instruction.opcode != kind else instruction.bytes)
+            started = instruction.opcode.endswith("-start")
+            size = max(inputs, instruction.bytes - inputs if started else instruction.bytes)
             near = min(max(Counter(position // linked for position in group).values()) for group in groups)
             axes = _mesh_axes(groups, mesh)
-            counts[Collective(kind, axes, len(groups[0]), near, size, 1, instruction.source)] += times
-        return sorted((replace(c, count=times) for c, times in counts.items()), key=lambda c: -c.sent)
+            collective = Collective(kind, axes, len(groups[0]), near, size, 1, instruction.source)
+            counts[collective] += times
+            hidden[collective] += times * (instruction in behind_products)
+        counted = (replace(c, count=times, hidden=hidden[c]) for c, times in counts.items())
+        return sorted(counted, key=lambda c: -c.sent)
+
+    def _behind_products(self) -> set[Instruction]:
+        """The instructions between whose start and end, in the order of the schedule, the device multiplies matrices.
+
+        A GPU's program has a start and an end; a TPU's may also fuse a collective with products.
+        """
+        found = {i for body in self.fused if any(map(self._multiplies, body)) for i in body}
+        for body in self.computations.values():
+            for position, start in enumerate(body):
+                if start.opcode.endswith("-start"):
+                    later = body[position + 1 :]
+                    end = next((n for n, i in enumerate(later) if start in i.operands), 0)
+                    if any(map(self._multiplies, later[:end])):
+                        found |= {start, *(i for name in start.called for i in self.computations[name])}
+        return found
+
+    def _multiplies(self, instruction: Instruction) -> bool:
+        """Whether it is, or runs, a matrix product or a vendor's kernel."""
+        if instruction.opcode == "custom-call":
+            return bool(instruction.search(r'target="([^"]*\$[^"]*|tpu_custom_call)"'))
+        inner = (i for name in instruction.called for i in self.computations[name])
+        return instruction.opcode in {"dot", "convolution"} or any(map(self._multiplies, inner))
 
     def traffic(self, scope: str | None = None) -> float:
         """Bytes that instructions read from and write to the device's memory, each operand and result once.
@@ -241,14 +275,24 @@ class CompiledProgram:
             return instruction.bytes + sum(operand.bytes for operand in instruction.operands)
         body = self.computations[instruction.called[0]]
         moved = body[-1].operands[1].bytes if body[-1].opcode == "dynamic-update-slice" else instruction.bytes
-        for parameter in (i for i in body if i.opcode == "parameter"):
-            users = [user for user in body if parameter in user.operands]
-            opcodes = {user.opcode if user.operands[0] is parameter else "" for user in users}
-            if users and opcodes <= SLICES:  # only slices of it are read
-                moved += sum(user.bytes for user in users)
-            elif opcodes != {"dynamic-update-slice"}:
-                moved += parameter.bytes
-        return moved
+        return moved + sum(self._bytes_read(i, body) for i in body if i.opcode == "parameter")
+
+    def _bytes_read(self, parameter: Instruction, body: Sequence[Instruction]) -> int:
+        """Bytes that a fused kernel reads of a parameter: where its users only take slices of it, or overwrite some, no more."""
+        total = 0
+        for user in (each for each in body if parameter in each.operands):
+            first = user.operands[0] is parameter
+            if user.opcode == "fusion":
+                inner = self.computations[user.called[0]]
+                numbers = {str(n) for n, operand in enumerate(user.operands) if operand is parameter}
+                total += sum(
+                    self._bytes_read(i, inner) for i in inner if i.opcode == "parameter" and i.attributes in numbers
+                )
+            elif first and user.opcode in SLICES:
+                total += user.bytes
+            elif not first or user.opcode != "dynamic-update-slice":
+                return parameter.bytes
+        return min(total, parameter.bytes)
 
     def largest(self, count: int = 5) -> list[Instruction]:
         """The largest arrays that the program makes, without its arguments."""
@@ -305,17 +349,25 @@ def _convolution_products(instruction: Instruction, shapes: Sequence[tuple[int, 
 
 def _device_groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
     """Positions in the mesh of the devices of each group of a collective."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    order_of = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if named := re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({order_of}\))? \{{([^}}]*)\}}", attributes
+    ):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        return _groups_along(sizes, re.findall(r"'(\w+)'", named[2]))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        sides = [int(size) for size in iota[3].split(",")]
-        order = np.arange(math.prod(sides)).reshape(sides)
-        order = order.transpose([int(axis) for axis in iota[4].split(",")]) if iota[4] else order
-        return [tuple(map(int, group)) for group in order.reshape(int(iota[1]), int(iota[2]))]
+        ids = _iota(named[2], named[3]) if named[2] else np.arange(math.prod(sizes.values()))
+        return [tuple(map(int, ids[list(group)])) for group in _groups_along(sizes, re.findall(r"'(\w+)'", named[4]))]
+    if iota := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={order_of}", attributes):
+        return [tuple(map(int, group)) for group in _iota(iota[3], iota[4]).reshape(int(iota[1]), int(iota[2]))]
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)+)\}", attributes)
     groups = re.findall(r"\{([\d,]+)\}", listed[1]) if listed else []
     return [tuple(map(int, group.split(","))) for group in groups] or [tuple(range(devices))]
+
+
+def _iota(sides: str, permutation: str | None) -> np.ndarray:
+    """Devices in the order of XLA's `[sides]T(permutation)`."""
+    sizes = [int(size) for size in sides.split(",")]
+    order = np.arange(math.prod(sizes)).reshape(sizes)
+    return (order.transpose([int(axis) for axis in permutation.split(",")]) if permutation else order).ravel()
 
 
 def _groups_along(mesh: Mapping[str, int], axes: Sequence[str]) -> list[tuple[int, ...]]:

@@ -160,6 +160,7 @@ def facts(plan: Plan) -> dict[str, str | Cell]:
         "FLOPs": f"{plan.compiled_flops / 1e12:,.1f} T a device, {share:.2f} of the count",
         "memory traffic": f"{plan.traffic / GIB:,.0f} GiB a device, {plan.attention_traffic / GIB:,.1f} of them attention's",
         "sent": f"{plan.sent / GIB:,.2f} GiB a device, {sent} of the ideal",
+        "… behind products": f"{plan.hidden / plan.sent:.0%}" if plan.sent else "-",
         "kernels": ", ".join(f"{count:g} {name}" for name, count in sorted(plan.kernels.items())) or "none",
         "skipped": skipped,
         "step": f"{guess['step']:.3g} s, no less than {guess['bound']:.3g}",
@@ -173,10 +174,10 @@ def facts(plan: Plan) -> dict[str, str | Cell]:
 
 
 def collectives_table(plan: Plan, most: int | None = None) -> Table:
-    columns = ("collective", "axis", "for", "devices", "MiB", "times", "sent, GiB", "s")
+    columns = ("collective", "axis", "for", "devices", "MiB", "times", "hidden", "sent, GiB", "s")
     table = Table(columns, title="What devices exchange", left=3)
     for c in plan.collectives[:most]:
-        figures = (f"{c.size / 2**20:,.1f}", f"{c.count:g}", f"{c.sent / GIB:.2f}")
+        figures = (f"{c.size / 2**20:,.1f}", f"{c.count:g}", f"{c.hidden:g}", f"{c.sent / GIB:.2f}")
         table.add(c.kind, c.axes, c.source, c.group, *figures, f"{c.sent / rate(plan.cluster.target, c):.3f}")
     return table
 
@@ -189,7 +190,18 @@ def largest_table(largest: Sequence[Buffer], title: str = "Largest arrays that a
 def plan_json(plan: Plan) -> dict[str, Any]:
     """A plan as data; see PlanReport.to_json."""
     guess, compute, cost = estimate(plan), plan.compute, plan.cost
-    same = ["mesh", "arguments", "temporaries", "peak", "usable", "fits", "traffic", "attention_traffic", "sent"]
+    same = [
+        "mesh",
+        "arguments",
+        "temporaries",
+        "peak",
+        "usable",
+        "fits",
+        "traffic",
+        "attention_traffic",
+        "sent",
+        "hidden",
+    ]
     same += ["ideal_sent", "kernels"]
     return {
         "run": plan.name,

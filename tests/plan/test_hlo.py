@@ -43,6 +43,17 @@ def test_a_gather_is_counted_where_it_starts_and_sends_all_but_its_own_part():
     assert gather.source == "forward: convert_element_type"
 
 
+def test_a_gather_is_hidden_if_products_run_before_its_end():
+    (gather,) = CompiledProgram(LOOP).collectives(MESH, linked=8)
+    assert (gather.count, gather.hidden) == (6, 0), "the product comes after its end"
+    end = "  %gathered = bf16[32,8]{1,0} all-gather-done(%gather)\n"
+    product = "  %earlier = f32[16,16]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}\n"
+    (gather,) = CompiledProgram(LOOP.replace(end, product + end)).collectives(MESH, linked=8)
+    assert (gather.count, gather.hidden) == (6, 6)
+    (gather,) = CompiledProgram(LOOP.replace(end, end + product)).collectives(MESH, linked=8)
+    assert gather.hidden == 0
+
+
 def test_a_collective_that_runs_beside_several_fusions_is_one():
     again = "  %again = bf16[32,8]{1,0} all-gather(%w), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}\n"
     (gather,) = CompiledProgram(LOOP.replace("  %product =", f"{again}  %product =")).collectives(MESH, linked=8)
@@ -52,6 +63,26 @@ def test_a_collective_that_runs_beside_several_fusions_is_one():
 def test_devices_of_several_hosts_are_fewer_near_ones():
     (gather,) = CompiledProgram(LOOP).collectives(MESH, linked=4)
     assert (gather.group, gather.near) == (8, 4)
+
+
+def test_a_reduction_that_a_tpu_fuses_with_a_slice_sends_half_of_one_that_is_not():
+    fused = """\
+%all-reduce-scatter (input: bf16[32,8]) -> bf16[4,8] {
+  %input = bf16[32,8]{1,0} parameter(0)
+  %sum = bf16[32,8]{1,0} all-reduce(%input), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %own = bf16[4,8]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={4,8}
+}
+
+%body ("""
+    call = "  %scattered = bf16[4,8]{1,0} fusion(%gathered), kind=kCustom, calls=%all-reduce-scatter\n  %product ="
+    text = LOOP.replace("%body (", fused, 1).replace("  %product =", call)
+    scatter = next(c for c in CompiledProgram(text).collectives(MESH, linked=8) if c.kind != "all-gather")
+    assert (scatter.kind, scatter.axes, scatter.count) == ("reduce-scatter", "fsdp", 6)
+    assert scatter.sent == 6 * 32 * 8 * 2 * 7 / 8
+    alone = text.replace("%all-reduce-scatter", "%fused_sum")
+    reduce = next(c for c in CompiledProgram(alone).collectives(MESH, linked=8) if c.kind != "all-gather")
+    assert (reduce.kind, reduce.sent) == ("all-reduce", 2 * scatter.sent)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +112,8 @@ def test_slices_exchange_what_their_devices_send_to_their_hosts(kind, transfer, 
         ("[4,2]<=[2,4]T(1,0)", "data"),
         ("{{0,1,2,3},{4,5,6,7}}", "tensor"),
         ("[1,8]<=[8]", "data+tensor"),
+        ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", "data"),
+        ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", "tensor"),
         ("{{0,5},{1,4},{2,7},{3,6}}", "data+tensor"),
     ],
 )
@@ -113,6 +146,32 @@ def test_a_scan_on_this_machine_is_counted_as_its_equation_says():
     assert program.collectives(MESH, 8) == []
     once = weights.nbytes + 5 * x.nbytes
     assert once <= program.traffic() <= 6 * once, "slices are read, not all weights in every turn"
+
+
+def test_a_kernel_within_a_kernel_that_slices_reads_the_slice():
+    """A TPU's program nests fusions."""
+    text = """\
+%inner (n: s32[], stack: bf16[34,8,16]) -> bf16[1,8,16] {
+  %stack = bf16[34,8,16]{2,1,0} parameter(1)
+  %n = s32[] parameter(0)
+  ROOT %layer = bf16[1,8,16]{2,1,0} dynamic-slice(%stack, %n, %n, %n), dynamic_slice_sizes={1,8,16}
+}
+
+%outer (stacked: bf16[34,8,16], i: s32[]) -> bf16[1,8,16] {
+  %stacked = bf16[34,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %slice = bf16[1,8,16]{2,1,0} fusion(%i, %stacked), kind=kLoop, calls=%inner
+  ROOT %twice = bf16[1,8,16]{2,1,0} add(%slice, %slice)
+}
+
+ENTRY %main (a: bf16[34,8,16], b: s32[]) -> bf16[1,8,16] {
+  %a = bf16[34,8,16]{2,1,0} parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %c = bf16[1,8,16]{2,1,0} fusion(%a, %b), kind=kLoop, calls=%outer
+}
+"""
+    layer = 8 * 16 * 2
+    assert layer * 2 <= CompiledProgram(text).traffic() <= layer * 2 + 12
 
 
 def test_the_largest_arrays_are_named():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 from jaxguard.config import load
 from jaxguard.data.encoding import EncodedExample
@@ -217,13 +218,14 @@ MESHES = (
     {"data": 1, "fsdp": 8, "tensor": 1},
     {"data": 1, "fsdp": 4, "tensor": 2},
     {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 1, "fsdp": 2, "line": 2, "tensor": 2},  # many TPU chips'
 )
 
 
-def two_updates(spec, weights, mesh_config, examples=sequences):
+def two_updates(spec, weights, sizes, examples=sequences):
     """Adam's first moments after one update, which are a tenth of the gradient, and the metrics of two."""
-    cfg = config(mesh=mesh_config, optimizer={"clip_norm": None})
-    mesh = make_mesh(cfg.mesh, jax.devices()[: np.prod(list(mesh_config.values()))])
+    cfg = config(optimizer={"clip_norm": None})
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
     with jax.set_mesh(mesh):
         program = build_program(cfg, spec, mesh, steps=10)
         placed = jax.device_put(weights, {k: x.sharding for k, x in program.state["weights"].items()})

@@ -65,7 +65,7 @@ class Model:
 
     @property
     def row_multiple(self) -> int:
-        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return 1 if self.mesh is None else sharding.batch_shards(self.mesh)
 
 
 def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh: Mesh | None = None) -> Model:
@@ -83,7 +83,7 @@ def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh
         if cpu and entry.stacked:
             weight, axes = weight.transpose(entry.hf_order), tuple(axes[i] for i in entry.hf_order)
         if mesh is not None:
-            spread = sharding.partition(axes, weight.shape, mesh.shape, without="fsdp")
+            spread = sharding.partition(axes, weight.shape, mesh.shape, without=sharding.FSDP)
             weight = jax.device_put(weight, NamedSharding(mesh, spread))
         placed[entry.path] = weight
     return Model(placed, spec, compute, mesh)
