@@ -24,8 +24,9 @@ from jaxguard.data.questions import NOT_RECORDED, QuestionSet, unasked
 from jaxguard.guards import loading
 from jaxguard.guards.cascade import cascade
 from jaxguard.guards.formats.native import split_request
+from jaxguard.guards.growing import Answered, Kept, keep, known
 from jaxguard.guards.operating_points import AUTO, F1, POINTS, WORDS, Asked, AutoThresholds, Points, read_points
-from jaxguard.guards.protocol import LocalBackend, Prediction, Request
+from jaxguard.guards.protocol import LocalBackend, Prediction, Request, applicable
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest
@@ -33,9 +34,6 @@ from jaxguard.utils.secrets import Masked
 
 Exchange: TypeAlias = Example | tuple[str, str | None] | str
 """An example, a (prompt, response) pair, or a prompt."""
-
-Answered: TypeAlias = dict[tuple[Mode, int], tuple[Request, Prediction]]
-"""The answers to the parts of a request about a text that grows. A later part that is the same is not asked again."""
 
 AnyMode: TypeAlias = Mode | Literal["auto"]
 MODES: Final[tuple[AnyMode, ...]] = (*Mode, AUTO)
@@ -283,8 +281,7 @@ class Guard:
     ) -> list[CheckResult]:
         """As `check_many`, without blocking the event loop, and by another `policy` than the guard's where one is given.
 
-        `growing`, one for each exchange: later ones will have more of the same texts, so what is computed of these is cached. Each
-        holds what was answered about that exchange so far, is empty at first, and is updated.
+        `growing`: of each exchange what was answered so far, empty at first and updated; later ones have more of the same texts.
         """
         exchanges = list(exchanges)
 
@@ -364,7 +361,7 @@ class Guard:
         answer = partial(self._answered, default=default or self.policy, growing=answered)
         if mode == AUTO:
             policies = [policy_for(example, default or self.policy) for example in examples]
-            autos = [self._autos(p, _applicable(x, p)) for x, p in zip(examples, policies, strict=True)]
+            autos = [self._autos(p, applicable(x, p)) for x, p in zip(examples, policies, strict=True)]
             results = cascade(examples, autos, answer)
         else:
             results = answer(examples, mode)
@@ -375,22 +372,15 @@ class Guard:
         self, examples: Sequence[Example], mode: Mode, default: Policy, growing: Mapping[int, Answered]
     ) -> AsyncIterator[CheckResult]:
         """The answers in a mode, likewise; `growing` by the id() of the example."""
-        parts, predictions = list[list[Request]](), dict[str, Prediction]()
-        kept = dict[str, tuple[Answered, tuple[Mode, int], Request]]()
+        parts, kept = list[list[Request]](), Kept()
         for i, example in enumerate(examples):
             policy, answered = policy_for(example, default), growing.get(id(example))
-            request = Request(example, _applicable(example, policy), mode, default, answered is not None)
+            request = Request(example, applicable(example, policy), mode, default, answered is not None)
             split = split_request(request, policy.asks, self.trained) if request.questions else []
             parts.append([replace(x, example=replace(x.example, id=f"{i}.{j}")) for j, (x, _) in enumerate(split)])
             if answered is not None:
-                for j, (part, own) in enumerate(zip(split, parts[-1], strict=True)):
-                    asked = replace(part[0], example=replace(part[0].example, id=""))
-                    kept[own.example.id] = answered, (mode, j), asked
-                    earlier, prediction = answered.get((mode, j), (None, None))
-                    if prediction is not None and earlier == asked:
-                        predictions[own.example.id] = replace(
-                            prediction, example_id=own.example.id, prompt_tokens=0, completion_tokens=0, seconds=0.0
-                        )
+                kept |= {part.example.id: (answered, j, part) for j, part in enumerate(parts[-1])}
+        predictions = known(kept)
         done = 0
 
         def ready() -> Iterator[CheckResult]:
@@ -402,9 +392,7 @@ class Guard:
 
         async for prediction in self._predict([x for each in parts for x in each if x.example.id not in predictions]):
             predictions[prediction.example_id] = prediction
-            if prediction.example_id in kept:
-                answered, place, asked = kept[prediction.example_id]
-                answered[place] = asked, prediction
+            keep(kept, prediction)
             for result in ready():
                 yield result
         for result in ready():  # of which nothing is asked
@@ -436,7 +424,7 @@ class Guard:
                     words[question] = CHOICES[question][0 if p > threshold else 1]
         problems += [
             f"{question}: not asked, since this guard was not trained on it in {mode} mode"
-            for question in unasked(_applicable(example, policy), has_response, mode, self.trained)
+            for question in unasked(applicable(example, policy), has_response, mode, self.trained)
         ]
         if ("response_harm" if has_response else "prompt_harm") not in policy.asks:
             judged, more = ("response", "") if has_response else ("prompt", "; give the response too")
@@ -460,8 +448,3 @@ class Guard:
             prompt_tokens=sum(answer.prompt_tokens for _, answer in answers),
             completion_tokens=sum(answer.completion_tokens for _, answer in answers),
         )
-
-
-def _applicable(example: Example, policy: Policy) -> tuple[Question, ...]:
-    """The questions of a policy that apply to an example: without a response, those about the prompt."""
-    return tuple(q for q in policy.asks if q == "prompt_harm" or example.response is not None)

@@ -253,6 +253,11 @@ class LocalBackend(Backend, Protocol):
         """Compile what scores few prompts at a time, after the beginnings that were declared."""
 
 
+def applicable(example: Example, policy: Policy) -> tuple[Question, ...]:
+    """The questions of a policy that apply to an example: without a response, those about the prompt."""
+    return tuple(q for q in policy.asks if q == "prompt_harm" or example.response is not None)
+
+
 def sample_digest(seed: int, prompt: Sequence[int], sample: int) -> bytes:
     """Hash all that a sample may depend on: the run's seed, the prompt's tokens and its number."""
     return hashlib.sha256(f"{seed} {sample} {' '.join(map(str, prompt))}".encode()).digest()

@@ -20,7 +20,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import jaxguard
-from jaxguard.guards.guard import Answered
+from jaxguard.guards.growing import Answered
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.keys import Key
 from jaxguard.serve.service import CheckAnswer, CheckRequest, Service

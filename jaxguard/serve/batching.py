@@ -11,10 +11,12 @@ from typing import Final, NamedTuple
 from jaxguard.data.encoding import SpecialTokenError
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy
-from jaxguard.guards.guard import MODES, Answered, AnyMode, CheckResult, Guard
+from jaxguard.guards.growing import Answered
+from jaxguard.guards.guard import MODES, AnyMode, CheckResult, Guard
 from jaxguard.guards.protocol import UnsupportedError
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.telemetry import Metrics, where
+from jaxguard.utils.client import REST_SECONDS, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +221,9 @@ class Batcher:
                 return
             logger.error("no verdict: %s", where(error))
             failure = ServiceError(502, "guard_failed", "the guard gave no verdict")
-            if isinstance(error, UnsupportedError):
+            if isinstance(error, UnavailableError):
+                failure = ServiceError(503, "no_server", "no model server answers now", REST_SECONDS)
+            elif isinstance(error, UnsupportedError):
                 failure = ServiceError(422, "unsupported", "the guard cannot judge this exchange by this policy")
             elif isinstance(error, SpecialTokenError):
                 text = "the texts hold special tokens of the guard that cannot be escaped"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from jaxguard.config.base import Schema
-from jaxguard.guards.guard import Answered
+from jaxguard.guards.growing import Answered
 from jaxguard.serve.app import Api, Caller, parse_body
 from jaxguard.serve.service import CheckRequest
 

@@ -46,7 +46,7 @@ BACKOFF = wait_random_exponential(multiplier=0.5, max=60)
 _CONNECT_SECONDS = 30.0
 _CONNECT_AT_ONCE = 0.1
 """Within a deadline: a connection to a server that is up takes no longer."""
-_REST_SECONDS = 5.0
+REST_SECONDS = 5.0
 """For which an endpoint is not preferred after its connection broke; in a service, the pause between two canaries."""
 _MOST_RETRY_AFTER = 60.0
 _TRANSIENT_STATUS = {408, 409, 425, 429}
@@ -69,6 +69,10 @@ class RetryableError(Exception):
 
 class NotFoundError(JaxguardError):
     """The server has no such path."""
+
+
+class UnavailableError(JaxguardError):
+    """No endpoint is up, or the one that was asked broke or has too much to do: the same request may be answered later."""
 
 
 class RefusedError(JaxguardError):
@@ -168,7 +172,8 @@ class Client:
         try:
             return await retrying(self._try, path, body, shape, parse, only, tokens)
         except RetryableError as error:
-            raise JaxguardError(f"no answer in {self.tries} tries, the last time: {error}") from error
+            kind = UnavailableError if error.connection or error.overload else JaxguardError
+            raise kind(f"no answer in {self.tries} tries, the last time: {error}") from error
 
     async def _try(
         self, path: str, body: Any, shape: type[S], parse: Callable[[S, str], T], only: Masked | None, tokens: int
@@ -185,7 +190,7 @@ class Client:
             except (RetryableError, JaxguardError) as error:
                 failure = error if isinstance(error, RetryableError) else RetryableError("")
                 if self.canary is None and failure.connection:
-                    self.resting_until[url] = time.monotonic() + _REST_SECONDS
+                    self.resting_until[url] = time.monotonic() + REST_SECONDS
                 elif self.canary is not None and not failure.overload:
                     self.resting_until[url] = math.inf
                     self._watch(url)
@@ -198,11 +203,11 @@ class Client:
                 self.active[url] -= tokens
 
     def _choose(self) -> Masked:
-        """JaxguardError: a service has no endpoint that is up."""
+        """UnavailableError: a service has no endpoint that is up."""
         now = time.monotonic()
         up = [url for url in self.endpoints if self.resting_until.get(url, now) <= now]
         if not up and self.canary is not None:
-            raise JaxguardError(f"no endpoint is up: {', '.join(map(str, self.endpoints))}")
+            raise UnavailableError(f"no endpoint is up: {', '.join(map(str, self.endpoints))}")
         two = secrets.SystemRandom().sample(up or self.endpoints, min(2, len(up or self.endpoints)))
         return min(two, key=self.active.__getitem__)
 
@@ -217,7 +222,7 @@ class Client:
                     except JaxguardError:
                         logger.warning("%s is out: it does not answer a canary", url)
                         self.resting_until[url] = math.inf
-                        await asyncio.sleep(_REST_SECONDS)
+                        await asyncio.sleep(REST_SECONDS)
                     else:
                         logger.warning("%s is in: it answers a canary", url)
                         self.resting_until.pop(url, None)

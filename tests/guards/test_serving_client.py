@@ -21,7 +21,7 @@ LIES = '{"meta_info": {}}'
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
     """Canaries follow each other closely."""
-    monkeypatch.setattr(client, "_REST_SECONDS", 0.02)
+    monkeypatch.setattr(client, "REST_SECONDS", 0.02)
     monkeypatch.delenv(client.API_KEY, raising=False)
 
 
@@ -113,7 +113,7 @@ def test_without_an_endpoint_there_is_an_error_at_once(two):
     async def use(backend, wrong, servers):
         wrong[:] = ["500", "500"]
         assert not any([await ask(backend) for _ in range(2)])
-        with pytest.raises(JaxguardError, match="no endpoint is up"):
+        with pytest.raises(client.UnavailableError, match="no endpoint is up"):
             await backend.sample([(5, 6)], 1, 8, (4,))
 
     two(use)

@@ -11,6 +11,7 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
 from jaxguard.guards.protocol import UnsupportedError
 from jaxguard.serve.batching import BATCH_TOKENS, Cost
+from jaxguard.utils.client import UnavailableError
 
 run = asyncio.run
 
@@ -109,6 +110,20 @@ def test_results_that_are_nobodys_are_no_verdict(served, guard, change):
             guard.acheck_many = wrong
             answers = await s.client.post("/v1/checks", json={"checks": [{"prompt": "a"}, {"prompt": "b"}]})
             assert answers.status_code == 502
+
+    run(test())
+
+
+def test_a_guard_whose_servers_are_down_says_when_to_come_again(served, guard):
+    guard.fails = lambda prompt: UnavailableError("secret") if prompt == "bad" else None
+
+    async def test():
+        async with served() as s:
+            answer = await s.check("bad")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_server")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert "secret" not in answer.text
+            assert (await s.check("good")).status_code == 200
 
     run(test())
 

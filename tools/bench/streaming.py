@@ -24,7 +24,7 @@ from jaxguard.config.data import SourceConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.sources import load_examples
 from jaxguard.guards.backends.jax import JaxBackend
-from jaxguard.guards.guard import Answered
+from jaxguard.guards.growing import Answered
 from jaxguard.guards.protocol import Draft
 from jaxguard.utils.statistics import draws
 
