@@ -18,7 +18,7 @@ from jaxguard.config import Config
 from jaxguard.config.base import CONFIG_FOLDER, folders, locate
 from jaxguard.config.hardware import Target
 from jaxguard.config.train import ModelConfig
-from jaxguard.data.packing import Schedule, Shape, bucket_size, total_steps
+from jaxguard.data.packing import PAIR_MULTIPLE, Schedule, Shape, bucket_size, total_steps
 from jaxguard.data.prepare import prepare
 from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import Compute
@@ -205,7 +205,8 @@ def compile_step(
         shape = largest if targets is None else largest._replace(targets=targets)
     else:
         rows = rows or bucket_size(config.train.batch_size, multiple)
-        shape = Shape(rows, tokens, targets or tokens)
+        pairs = 0 if config.train.objective.kind == "sft" else PAIR_MULTIPLE
+        shape = Shape(rows, tokens, targets or tokens, pairs)
     program = build_program(config, spec, mesh, steps=1000)  # their number does not change the program's size
     with jax.set_mesh(mesh), cudnn_attention_on_any_gpu():
         lowered = program.train_step.lower(program.state, program.batch(shape))

@@ -132,7 +132,7 @@ def measure(
     for size in sizes:
         on_start(f"{base.name} on {size} devices …")
         count = (rows or base.train.batch_size) * (size // sizes[0] if weak else 1)
-        fitted = load(base, [f"train.batch_size={count}", "mesh.fsdp=-1"], stage="plan")
+        fitted = load(base, [f"train.batch_size={count}", "mesh.fsdp=-1", "train.objective.kind=sft"], stage="plan")
         mesh, shape = make_mesh(fitted.mesh, devices[:size]), Shape(count, base.data.max_seq_len, base.data.max_seq_len)
         if count % (multiple := row_multiple(fitted, mesh)):
             raise JaxguardError(f"{count} rows cannot be divided over {size} devices: use a multiple of {multiple}")

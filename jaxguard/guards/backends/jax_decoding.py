@@ -55,7 +55,7 @@ class Rows(NamedTuple):
     done_R: Any
 
 
-class Sampled(NamedTuple):
+class Continuations(NamedTuple):
     """Tokens with their log-probabilities and the entropies of what they were drawn from, at temperature 1 and without top-p."""
 
     tokens: Any
@@ -65,13 +65,13 @@ class Sampled(NamedTuple):
 
 def decode(
     model: Model, shared: Sequence[Cache], own: Cache, hidden_BD: Float[Array, "B D"], rows: Rows, sampling: Sampling
-) -> Sampled:
+) -> Continuations:
     """Sample R = B n continuations [R G]; ignore what follows a stop token.
 
     The prompts end in these hidden states; what is cached of them is `shared` by all, or `own` to each of the B.
     """
     count, most, n = len(rows.done_R), sampling.max_tokens, sampling.n
-    outputs = Sampled(*(np.zeros((count, most), dtype) for dtype in (np.int32, np.float32, np.float32)))
+    outputs = Continuations(*(np.zeros((count, most), dtype) for dtype in (np.int32, np.float32, np.float32)))
     targets = np.where(rows.done_R, -1, np.arange(count))  # row of the batch -> row of the outputs
     stop_Q = model.put(np.asarray(sampling.stop_ids or (-1,), np.int32), whole=True)
     stages = _stages(model)
@@ -276,7 +276,7 @@ def _choose(
     *,
     temperature: float,
     top_p: float,
-) -> tuple[Sampled, Rows]:
+) -> tuple[Continuations, Rows]:
     """Sample a token of each row, R/B of them after each hidden state."""
     hidden_RD = jnp.repeat(hidden_BD, len(rows.done_R) // len(hidden_BD), axis=0)
     logits_VR = constrain(model.decoder.next_logits(hidden_RD), None, "batch")
@@ -288,7 +288,7 @@ def _choose(
     logprobs_R = jnp.take_along_axis(relative_VR, tokens_R[None], axis=0)[0] - jnp.log(total_R)
     tokens_R = jnp.where(jnp.isfinite(hidden_RD).all(axis=-1), tokens_R, NOT_FINITE)
     done_R = rows.done_R | jnp.isin(tokens_R, stop_Q)
-    sampled = Sampled(*(constrain(x_R, None) for x_R in (tokens_R, logprobs_R, entropies_R)))
+    sampled = Continuations(*(constrain(x_R, None) for x_R in (tokens_R, logprobs_R, entropies_R)))
     return sampled, rows._replace(done_R=constrain(done_R, None))
 
 
