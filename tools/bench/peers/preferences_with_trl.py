@@ -30,12 +30,12 @@ def main(folder: Path) -> None:
         "ref_chosen_logps": chosen,
         "ref_rejected_logps": rejected,
     }
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     unused = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     losses = {}
     for kind, name in LOSSES.items():
-        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, trust_remote_code=False)
         settings = DPOConfig(
             output_dir=str(folder / "trl"),
             loss_type=name,
