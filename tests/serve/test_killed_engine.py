@@ -12,6 +12,7 @@ from jaxguard.guards.backends.sglang import free_port
 
 pytestmark = [
     pytest.mark.sglang,
+    pytest.mark.slow,
     pytest.mark.skipif(not sglang_server.PYTHON.is_file(), reason="no SGLang: run `make sglang-cpu`"),
 ]
 TEXTS = [f"tell me about the {word} by the river" for word in ("lamp", "bread", "stone")]
