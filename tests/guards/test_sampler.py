@@ -320,9 +320,12 @@ def test_draws_are_from_the_nucleus_that_sorting_gives(top_p):
     sizes = (np.cumsum(ordered, axis=-1) < top_p).sum(-1)
     inside = probability >= np.take_along_axis(ordered, sizes[:, None], axis=-1)
     drawn = np.zeros_like(inside)
+    draw_once = jax.jit(draw, static_argnames=("temperature", "top_p"))  # else its loop is compiled for each step
     for step in range(400):
         keys = jnp.asarray(random.integers(0, 2**32, (20, 2), np.uint32))
-        drawn[np.arange(20), np.asarray(draw(jnp.asarray(logits.T), keys, step, 1.0, top_p))] = True
+        drawn[np.arange(20), np.asarray(draw_once(jnp.asarray(logits.T), keys, step, temperature=1.0, top_p=top_p))] = (
+            True
+        )
     assert not np.any(drawn & ~inside)
     likely = inside & (probability > 0.02)
     assert np.all(drawn[likely])

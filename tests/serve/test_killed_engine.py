@@ -23,7 +23,7 @@ SECONDS = 300
 
 
 async def check(client, text):
-    """Status and probabilities of a check. Whoever gets no verdict is told when to come again."""
+    """Status and probabilities of a check. An answer without a verdict has a Retry-After."""
     answer = await client.post("/v1/check", json={"prompt": text})
     if answer.status_code != 200:
         assert answer.status_code == 503, answer.text
