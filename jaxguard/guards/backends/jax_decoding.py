@@ -333,7 +333,8 @@ def draw(
     enough_R = top_p * jnp.sum(sums_CR, axis=0)
 
     def outside(state: Any) -> Bool[Array, "R"]:
-        return jnp.sum(state[-1], axis=0) >= enough_R
+        likelier_R = jnp.sum(state[-1], axis=0)
+        return (likelier_R >= enough_R) & (likelier_R > 0)  # weights that are not finite are above none
 
     def again(state: Any) -> Any:
         attempts, token_R, weight_R, sums_CR = state
