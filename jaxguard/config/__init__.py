@@ -16,6 +16,7 @@ from pydantic import model_validator
 from jaxguard.config.base import CONFIG_FOLDER, NonNegative, Schema, beside, find_yaml, origin_of, scalar
 from jaxguard.config.data import BuildConfig, DataConfig, DistillConfig
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
+from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.config.train import CheckpointConfig, LogConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import Fields, PathPart, PathText, check, read_yaml
@@ -34,7 +35,8 @@ READS: Mapping[str, tuple[str, ...]] = {
     "train": (*RUN, "optimizer", "train", "mesh", "checkpoint", "log"),
     "evaluate": (*RUN, "train", "mesh", "evaluate"),
     "mine": (*RUN, "train", "mesh", "evaluate", "mine"),
-    "plan": (*RUN, "optimizer", "train", "mesh"),
+    "reinforce": (*RUN, "optimizer", "train", "mesh", "checkpoint", "log", "reinforce"),
+    "plan": (*RUN, "optimizer", "train", "mesh", "reinforce"),
 }
 """Stage -> the fields of Config that it reads."""
 
@@ -59,6 +61,7 @@ class Config(Schema):
     build: BuildConfig | None = None
     evaluate: EvaluateConfig | None = None
     mine: MineConfig | None = None
+    reinforce: ReinforceConfig | None = None
 
     @property
     def folder(self) -> Path:
@@ -105,7 +108,9 @@ def load(source: Source, overrides: Overrides = (), folder: Path = CONFIG_FOLDER
             raise JaxguardError(f"override {text!r}: {stage} does not read {field!r}; it is read by {readers}")
         tree, given[key] = _put(tree, key.split("."), value, text), text
     read = READS[stage] if stage else READS["train"]
-    tree |= {field: {} for field in ("build", "evaluate", "mine") if field in read and tree.get(field) is None}
+    tree |= {
+        field: {} for field in ("build", "evaluate", "mine", "reinforce") if field in read and tree.get(field) is None
+    }
     config = check(tree, Config, partial(origin_of, origin, given))
     subset, batch_size = config.data.subset, config.train.batch_size
     if "train" in read and subset is not None and subset < batch_size:

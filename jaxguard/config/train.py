@@ -54,15 +54,25 @@ class OptimizerConfig(Schema):
 class ObjectiveConfig(Schema):
     """What training minimizes."""
 
-    kind: Literal["sft", "dpo", "ipo"] = "sft"
+    kind: Literal["sft", "dpo", "ipo", "grpo", "gspo", "cispo"] = "sft"
     """sft: the negative log-likelihood of the answers. dpo, ipo: direct preference optimisation, on examples that have an answer to
-    reject."""
+    reject. grpo, gspo, cispo: reinforcement learning on answers that `jaxguard reinforce` samples, with a clipped ratio of each
+    token, of each answer, or a capped one that only weighs."""
     beta: PositiveFloat = 0.1
     """Preferences: how strongly the model is held to the one that it starts from."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """dpo: share of the preferences that may be the wrong way round."""
     sft_weight: NonNegativeFloat = 0.0
     """Preferences: weight of the chosen answer's mean negative log-likelihood, which keeps it likely."""
+
+    @property
+    def is_preference(self) -> bool:
+        return self.kind in ("dpo", "ipo")
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the answers are sampled while it trains."""
+        return self.kind in ("grpo", "gspo", "cispo")
 
 
 class TrainConfig(Schema):

@@ -64,7 +64,7 @@ class EncodedExample:
         shared: the first so many tokens are those of the policy, which other examples share; never all of the prompt.
         weight: of the example, or of its preference, in the loss.
         rejected: the same prompt with the answer to which this one is preferred.
-        reference: log-probabilities of the completion's tokens by the model that a preference is relative to.
+        reference: log-probabilities of the completion's tokens by the model that a preference is relative to, or that sampled it.
     """
 
     example_id: str
@@ -276,6 +276,17 @@ class Encoder:
         shared = self._shared(policy, asks, mode, fitted.ids)
         # Without the token that the text may change, so that it is the same for all texts.
         return fitted._replace(shared=min(shared, len(self._prefix_ids[policy, asks, mode]) - 1))
+
+    def unanswered(self, example: Example, mode: Mode, answer_tokens: int) -> EncodedExample:
+        """Encode the prompt of an example for answers of so many tokens, followed by the right verdict without any reasoning.
+
+        Raises: as `prompt`; JaxguardError: no label for any question.
+        """
+        gold = answers(example, questions(example, policy_for(example, self.policy)))
+        prompt = self.prompt(example, mode, answer_tokens, tuple(q for q, _ in gold))
+        tokens = np.asarray([*prompt.ids, *self.ids(written(gold) + self.template.end)], np.int32)
+        trained = np.arange(len(tokens)) >= len(prompt.ids)
+        return EncodedExample(example.id, mode, tokens, trained, (), gold, prompt.cut, prompt.shared)
 
     def min_tokens(self, policy: Policy) -> int:
         """Return the length of the shortest useful sequence under a policy, with its verdict but no trace."""

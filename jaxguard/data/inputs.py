@@ -18,6 +18,7 @@ _READS = {
     "train": ("model", "data"),
     "evaluate": ("evaluate",),
     "mine": ("data", "mine"),
+    "reinforce": ("model", "data"),
 }
 """Stage -> the schemas of its config that name files."""
 

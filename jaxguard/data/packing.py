@@ -49,7 +49,8 @@ class Batch(NamedTuple):
     With preferences, pairs of a chosen and a rejected answer in one row: `target_pairs` is p for the chosen answer of the row's
     pair p = 1, 2, …, -p for its rejected one, and 0 for padding; `target_reference` is the target's log-probability by the
     reference model. `target_weights` are then 1 / length for the chosen answer and 0 for the rejected one, and the pair's weight
-    is in `pair_weights`, 0 for padding. Else these three are None.
+    is in `pair_weights`, 0 for padding. A sampled answer is a chosen one without a rejected one, its weight the advantage, and its
+    reference the model that sampled it. Else these three are None.
     """
 
     tokens_BT: Any
@@ -88,6 +89,7 @@ class Order:
 
     `common[i]` is the number of tokens that sequence i has in common with the one before it; 0 where nothing shall be shared.
     `example_of[i]` is the example of sequence i; `examples` are the sequences of each: two of a preference, which stay in one row.
+    `relative`: the loss is relative to another model's log-probabilities.
     """
 
     def __init__(self, examples: Sequence[EncodedExample], share: bool = True):
@@ -96,6 +98,7 @@ class Order:
             numbered.sort(key=lambda each: each[0].tokens.tobytes())
         self.sequences = [sequence for sequence, _ in numbered]
         self.example_of = [number for _, number in numbered]
+        self.relative = any(each.rejected is not None or each.reference is not None for each in examples)
         self.examples: list[tuple[int, ...]] = [()] * len(examples)
         for i, number in enumerate(self.example_of):
             self.examples[number] += (i,)
@@ -119,6 +122,10 @@ class Row:
     @property
     def sequences(self) -> list[EncodedExample]:
         return [self.order.sequences[i] for i in self.members]
+
+    @property
+    def examples(self) -> set[int]:
+        return {self.order.example_of[i] for i in self.members}
 
     @property
     def shared(self) -> list[int]:
@@ -186,6 +193,10 @@ class Schedule:
         """Pack the sequences of a step."""
         return pack([self.sequences[i] for i in self.examples(step)], self.max_seq_len, self.row_multiple, self.share)
 
+    def logged(self, _: int) -> dict[str, float]:
+        """Return what is known of a batch besides its arrays: nothing."""
+        return {}
+
     def shape(self, step: int) -> Shape:
         return bucketed(self.rows(step), self.max_seq_len, self.row_multiple)
 
@@ -193,8 +204,8 @@ class Schedule:
         rows = self.rows(step)
         return assemble(rows, bucketed(rows, self.max_seq_len, self.row_multiple))
 
-    def read(self, start: int, prefetch: int) -> Iterator[Batch]:
-        """Iterate over the batches of steps start, start + 1, …, which grain prepares ahead."""
+    def read(self, start: int, prefetch: int, _: Callable[[], dict[str, Any]] | None = None) -> Iterator[Batch]:
+        """Iterate over the batches of steps start, start + 1, …, which grain prepares ahead; no weights decide them."""
         dataset = grain.MapDataset.range(start, self.steps).map(self.batch)
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)))
 
@@ -291,7 +302,7 @@ def bucketed(rows: Sequence[Row], max_seq_len: int, row_multiple: int) -> Shape:
     longest = _longest(rows)
     targets = max(sum(int(s.loss_mask.sum()) for s in row.sequences) for row in rows)
     tokens = next(length for length in row_lengths(max_seq_len) if length >= longest)
-    pairs = max(sum(s.rejected is not None for s in row.sequences) for row in rows)
+    pairs = max(len(row.examples) if row.order.relative else 0 for row in rows)
     size = bucket_size(len(rows), row_multiple), tokens, bucket_size(targets, TARGET_MULTIPLE)
     return Shape(*size, pairs and bucket_size(pairs, PAIR_MULTIPLE))
 
@@ -330,7 +341,9 @@ def assemble(rows: Sequence[Row], shape: Shape) -> Batch:
             if batch.pair_weights_BP is None:
                 batch.target_weights_BM[r, span] = sequence.weight
             else:
-                chosen, pair = sequence.rejected is not None, pairs.setdefault(row.order.example_of[i], len(pairs) + 1)
+                example = row.order.example_of[i]
+                chosen = sequence.rejected is not None or len(row.order.examples[example]) == 1
+                pair = pairs.setdefault(example, len(pairs) + 1)
                 batch.target_weights_BM[r, span] = chosen / len(indices)
                 batch.target_pairs_BM[r, span] = pair if chosen else -pair
                 batch.target_reference_BM[r, span] = sequence.reference

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from jaxguard.config import Config
 from jaxguard.config.data import SourceConfig
+from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.config.train import ObjectiveConfig
 from jaxguard.data.contamination import normalise
-from jaxguard.data.encoded_cache import EncodedCache
+from jaxguard.data.encoded_cache import Branches, EncodedCache
 from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
@@ -73,7 +74,8 @@ def select(config: Config) -> Selection:
     data, dropped = config.data, Counter[str]()
     policy = load_policy(data.policy)
     pool, sources = load_sources(data.train, "train")
-    pool = usable(pool, "data.train", policy, data.mode, dropped)
+    sampled = config.train.objective.is_sampled
+    pool = usable(pool, "data.train", policy, "direct" if sampled else data.mode, dropped)  # traces are sampled, too
     pool = with_preferences(pool, config.train.objective, dropped)
     candidates = pool
     if data.validation and data.validation_size:
@@ -98,7 +100,7 @@ def select(config: Config) -> Selection:
             f"{len(train)} training examples are left after {len(held_out)} were held out, fewer than "
             f"train.batch_size={config.train.batch_size}; add data, or lower data.validation_size or train.batch_size"
         )
-    modes = assign_modes(train, data.mode, data.dual_reasoning_share, config.seed)
+    modes = assign_modes(train, data.mode, data.dual_reasoning_share, config.seed, traced=not sampled)
     # Every mode that is trained is validated; in dual mode, examples without a trace in direct mode only.
     dual = data.mode == "dual"
     trained = list(Mode) if dual else [Mode(data.mode)]
@@ -124,23 +126,23 @@ def subset(examples: Sequence[Example], size: int, seed: int, balance: float = 0
     return sorted(examples, key=waiting_time)[:size]
 
 
-def assign_modes(examples: Sequence[Example], mode: str, share: float, seed: int) -> list[Mode]:
+def assign_modes(examples: Sequence[Example], mode: str, share: float, seed: int, traced: bool = True) -> list[Mode]:
     """Assign each example's mode.
 
     In dual mode an example may have a mode of its own. Of the others, exactly round(share × number) get reasoning mode, selected
-    by a hash of (seed, id) from those with a trace; it is an error if too few have one.
+    by a hash of (seed, id), if `traced` from those with a trace; it is an error if too few have one.
     """
     if mode != "dual":
         return [Mode(mode)] * len(examples)
     free = [example for example in examples if example.mode is None]
     count = round(share * len(free))
-    traced = [example for example in free if example.trace]
-    if len(traced) < count:
+    able = [example for example in free if example.trace or not traced]
+    if len(able) < count:
         raise JaxguardError(
             f"data.mode=dual with data.dual_reasoning_share={share:g} needs a trace for {count} of {len(free)} "
-            f"examples, but {len(traced)} have one; lower the share, use data.mode=direct, or take a source with traces"
+            f"examples, but {len(able)} have one; lower the share, use data.mode=direct, or take a source with traces"
         )
-    reasoning = {e.id for e in sorted(traced, key=lambda example: _hash("mode", seed, example.id))[:count]}
+    reasoning = {e.id for e in sorted(able, key=lambda example: _hash("mode", seed, example.id))[:count]}
     return [Mode(example.mode or ("reasoning" if example.id in reasoning else "direct")) for example in examples]
 
 
@@ -150,7 +152,11 @@ def encode_selection(
     """Encode the selected examples, and make the manifest; it is an error if none fits, or every one was truncated."""
     max_seq_len = config.data.max_seq_len
     cache = cache or EncodedCache()
-    encoded = cache.encode("training", selection.train, encoder, 1)
+    if config.train.objective.is_sampled:
+        room = (config.reinforce or ReinforceConfig()).max_tokens
+        encoded: list[Branches] = [(encoder.unanswered(*each, room),) for each in selection.train]
+    else:
+        encoded = cache.encode("training", selection.train, encoder, 1)
     train = [(*each, first[0]) for each, first in zip(selection.train, encoded, strict=True) if first]
     held_out = cache.encode("held-out", selection.validation, encoder)
     validation = [(*each, branches) for each, branches in zip(selection.validation, held_out, strict=True) if branches]
@@ -211,7 +217,7 @@ def usable(examples: list[Example], field: str, policy: Policy, mode: str, dropp
 
 def with_preferences(examples: list[Example], objective: ObjectiveConfig, dropped: Counter[str]) -> list[Example]:
     """Select the examples with an answer to reject if the objective needs one; else leave such answers out."""
-    if objective.kind == "sft":
+    if not objective.is_preference:
         return [replace(example, rejected=None) for example in examples]
     preferred = [example for example in examples if example.rejected]
     if not preferred:

@@ -20,7 +20,7 @@ saved (run the command again).
 """
 
 
-def _options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         choices=("auto", "always", "never"),
@@ -37,11 +37,11 @@ def _train(options: argparse.Namespace, config: Config) -> int:
 
     run = end_together(lambda: train(config, options.resume))
     if jax.process_index() == 0:
-        _print(run)
+        print_run(run)
     return 0 if run.finished else REQUEUE
 
 
-def _print(run: "TrainedRun") -> None:
+def print_run(run: "TrainedRun") -> None:
     """Print the validation metrics and how training changed them, and where everything is."""
     from jaxguard.train.logging import distinct
 
@@ -67,7 +67,7 @@ def _check(config: Config) -> None:
     check(config)
 
 
-main = stage("train", DESCRIPTION, _train, _options, check=_check)
+main = stage("train", DESCRIPTION, _train, add_options, check=_check)
 
 if __name__ == "__main__":
     sys.exit(main())

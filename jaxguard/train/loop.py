@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 from jaxtyping import Array
@@ -79,6 +79,30 @@ class TrainedRun:
         return read_metrics(self.folder / "metrics.jsonl")
 
 
+@runtime_checkable
+class Batches(Protocol):
+    """The batches of a run, a function of the seed, the step and, where answers are sampled, of the weights at that step."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def examples(self, step: int, /) -> list[int]:
+        """Return the indices of a step's training examples."""
+        ...
+
+    def read(self, start: int, prefetch: int, weights: Callable[[], dict[str, Array]], /) -> Iterator[Batch]:
+        """Iterate over the batches of steps start, start + 1, …; `weights` returns those at the step of the next one."""
+        ...
+
+    def logged(self, step: int, /) -> dict[str, float]:
+        """Return what else to log of the batch of a step."""
+        ...
+
+
+OpenBatches: TypeAlias = Callable[[Config, Path, Prepared, Program, int, int], Batches]
+"""Makes the batches of a run of so many steps, in a multiple of so many rows, from its checkpoint and data; see `supervised`."""
+
+
 @dataclass
 class Run:
     """Everything that the loop needs, opened; `restored` is (step, state) of the checkpoint from which it resumes."""
@@ -88,7 +112,7 @@ class Run:
     folder: Path
     data: Prepared
     program: Program
-    schedule: Schedule
+    schedule: Batches
     validation: Validation
     checkpoints: Checkpoints
     stop: StopFlag
@@ -96,7 +120,17 @@ class Run:
     log: RunLog
 
 
-def train(config: Config, resume: Resume = "auto") -> TrainedRun:
+def supervised(config: Config, _: Path, data: Prepared, __: Program, steps: int, row_multiple: int, /) -> Schedule:
+    """Return the batches of fixed examples. JaxguardError: the objective needs sampled answers."""
+    if config.train.objective.is_sampled:
+        raise JaxguardError(
+            f"train.objective.kind={config.train.objective.kind} trains on answers that it samples: run "
+            f"`jaxguard reinforce` with this config, or set train.objective.kind=sft"
+        )
+    return Schedule.of(config, data.train, steps, row_multiple)
+
+
+def train(config: Config, resume: Resume = "auto", open_batches: OpenBatches = supervised) -> TrainedRun:
     """Train as `config` says, and export. Returns early, with the state saved, when a signal asks for it.
 
     Raises:
@@ -104,7 +138,7 @@ def train(config: Config, resume: Resume = "auto") -> TrainedRun:
     """
     start_hosts(config.mesh)
     check(config)
-    with explain_memory(training_remedy(config)), open_everything(config, resume) as run:
+    with explain_memory(training_remedy(config)), open_everything(config, resume, open_batches) as run:
         step, state = train_until_stopped(run, *start_state(run))
         first, folder = jax.process_index() == 0, run.folder
         records = read_metrics(folder / "metrics.jsonl") if first else []
@@ -137,7 +171,7 @@ def check(config: Config) -> None:
 
 
 @contextmanager
-def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
+def open_everything(config: Config, resume: Resume, open_batches: OpenBatches) -> Iterator[Run]:
     """Open the run folder, read the data, define the jitted functions, begin the run's records; close everything at the end."""
     with ExitStack() as stack:
         mesh = make_mesh(config.mesh)
@@ -165,12 +199,12 @@ def open_everything(config: Config, resume: Resume) -> Iterator[Run]:
         stop = stack.enter_context(graceful_stop())
         restored = checkpoints.restore(program.state)
         log = stack.enter_context(RunLog(folder, config, steps, None if restored is None else restored[0]))
-        if config.train.objective.kind != "sft":
+        if config.train.objective.is_preference:
             data = data._replace(train=with_reference(
                 data.train, program, source, partial(base_weights, source, program), folder / "reference",
                 batch_size=batch_size, max_seq_len=max_seq_len, row_multiple=multiple,
             ))  # fmt: skip
-        schedule = Schedule.of(config, data.train, steps, multiple)
+        schedule = open_batches(config, source, data, program, steps, multiple)
         validation = Validation(data.validation, batch_size, max_seq_len, multiple)
         yield Run(config, source, folder, data, program, schedule, validation, checkpoints, stop, restored, log)
 
@@ -202,8 +236,13 @@ def train_until_stopped(run: Run, step: int, state: State) -> tuple[int, State]:
     steps, sharding = run.schedule.steps, batch_sharding(run.program.mesh)
     pending: tuple[int, Batch, Metrics] | None = None
     clock, compiled = time.perf_counter(), set[tuple[tuple[int, ...], ...]]()
+
+    def weights() -> dict[str, Array]:
+        newest: dict[str, Array] = state["weights"]
+        return newest
+
     with profiler(run.folder / "profile", run.config.log.profile_step, steps) as profile:
-        for batch in run.schedule.read(step, run.config.data.prefetch):
+        for batch in run.schedule.read(step, run.config.data.prefetch, weights):
             profile(step)
             sharded = shard_batch(batch, sharding)
             with jax.transfer_guard("disallow"):
@@ -241,7 +280,7 @@ def log_step(run: Run, step: int, batch: Batch, metrics: Metrics, since: float) 
         JaxguardError: its loss or gradient is not finite.
     """
     scalars = jax.device_get(metrics)._asdict()
-    values = {name: float(x) for name, x in (scalars.pop("logged") | scalars).items()}
+    values = {name: float(x) for name, x in (scalars.pop("logged") | scalars).items()} | run.schedule.logged(step - 1)
     now = time.perf_counter()
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
         ids = [run.data.train[i].example_id for i in run.schedule.examples(step - 1)]

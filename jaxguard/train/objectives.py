@@ -3,13 +3,15 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxguard.config import Config
+from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.config.train import ObjectiveConfig
 from jaxguard.data.packing import Batch
 from jaxguard.models.linear import gather, project
@@ -103,13 +105,7 @@ class Preference:
     @jax.named_scope("loss")
     def loss(self, logprobs_BM: Float[Array, "B M"], batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
         settings, weights_BP = self.settings, batch.pair_weights_BP
-
-        def of_pairs(x_BM: Array, sign: int) -> Float[Array, "B P"]:
-            """Sum over the targets of each pair's chosen answer, sign 1, or rejected one, -1."""
-            pairs_BM = jnp.maximum(sign * batch.target_pairs_BM, 0)
-            sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=weights_BP.shape[1] + 1))(x_BM, pairs_BM)
-            return sums[:, 1:]
-
+        of_pairs = partial(_sum_by_answer, batch)
         gains_BM, ones_BM = logprobs_BM - batch.target_reference_BM, jnp.ones_like(logprobs_BM)
         chosen_BP, rejected_BP = (of_pairs(gains_BM, sign) for sign in (1, -1))
         real_BP = weights_BP > 0
@@ -132,5 +128,73 @@ class Preference:
         return total, {name: jnp.sum(x_BP) for name, x_BP in logged.items()}
 
 
-def choose_objective(settings: ObjectiveConfig) -> Objective:
-    return Likelihood() if settings.kind == "sft" else Preference(settings)
+@dataclass(frozen=True)
+class PolicyGradient:
+    """Minus the advantage of sampled answers, times the ratio of each token's probability to that when it was sampled.
+
+    grpo: the ratio of a token, clipped where it is to the answer's advantage (Shao et al. 2024; PPO's). gspo: the geometric mean
+    of its answer's (Zheng et al. 2025). cispo: capped, without a gradient, as the weight of the log-probability (MiniMax 2025).
+    Where the model that trains is the one that sampled, all ratios are 1, and all three have the gradient of the expected reward.
+    """
+
+    kind: Literal["grpo", "gspo", "cispo"]
+    settings: ReinforceConfig
+
+    def count(self, batch: Batch) -> Float[Array, ""]:
+        if self.settings.average == "tokens":
+            return jnp.sum(batch.target_pairs_BM > 0, dtype=jnp.float32)
+        return jnp.sum(jnp.max(batch.target_pairs_BM, axis=1), dtype=jnp.float32)  # a row's answers are 1, 2, …
+
+    @jax.named_scope("loss")
+    def loss(self, logprobs_BM: Float[Array, "B M"], batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+        kind, settings, answers_BM = self.kind, self.settings, batch.target_pairs_BM
+        real_BM = answers_BM > 0
+        lengths_BP = jnp.maximum(_sum_by_answer(batch, jnp.ones_like(logprobs_BM)), 1)
+
+        def of_answer(x_BP: Array) -> Float[Array, "B M"]:
+            """Give each target what belongs to its answer, and padding 0."""
+            return jnp.take_along_axis(jnp.pad(x_BP, ((0, 0), (1, 0))), answers_BM, axis=1)
+
+        def mean(x_BM: Array) -> Float[Array, ""]:
+            """Sum over tokens, or the answers' means of them: what becomes the mean when it is divided by `count`."""
+            x_BM = jnp.where(real_BM, x_BM, 0)
+            return jnp.sum(x_BM if settings.average == "tokens" else _sum_by_answer(batch, x_BM) / lengths_BP)
+
+        advantages_BM = of_answer(batch.pair_weights_BP)
+        log_ratios_BM = jnp.where(real_BM, logprobs_BM - batch.target_reference_BM, 0)
+        if kind == "gspo":
+            log_ratios_BM = of_answer(_sum_by_answer(batch, log_ratios_BM) / lengths_BP)
+        ratios_BM = jnp.exp(log_ratios_BM)
+        if kind == "cispo":
+            clipped_BM = jnp.minimum(ratios_BM, 1 + settings.clip_high)
+            gains_BM = jax.lax.stop_gradient(clipped_BM) * advantages_BM * logprobs_BM
+        else:
+            clipped_BM = jnp.clip(ratios_BM, 1 - settings.clip_low, 1 + settings.clip_high)
+            gains_BM = jnp.minimum(ratios_BM * advantages_BM, clipped_BM * advantages_BM)
+        logged = {
+            "policy/ratio": ratios_BM,
+            "policy/ratio_error": jnp.abs(ratios_BM - 1),
+            "policy/clipped": ratios_BM != clipped_BM,
+            "policy/kl": ratios_BM - 1 - log_ratios_BM,  # Schulman's estimate of that to the model that sampled
+        }
+        constant = settings.average == "constant"
+        gain = jnp.sum(jnp.where(real_BM, gains_BM, 0)) / settings.max_tokens if constant else mean(gains_BM)
+        return -gain, {name: mean(x_BM) for name, x_BM in logged.items()}
+
+
+def _sum_by_answer(batch: Batch, x_BM: Array, sign: int = 1) -> Float[Array, "B P"]:
+    """Sum over the targets of each pair's chosen answer, sign 1, or rejected one, -1."""
+    answers_BM = jnp.maximum(sign * batch.target_pairs_BM, 0)
+    segments = batch.pair_weights_BP.shape[1] + 1
+    return jax.vmap(partial(jax.ops.segment_sum, num_segments=segments))(x_BM, answers_BM)[:, 1:]
+
+
+def choose_objective(config: Config) -> Objective:
+    settings = config.train.objective
+    match settings.kind:
+        case "sft":
+            return Likelihood()
+        case "dpo" | "ipo":
+            return Preference(settings)
+        case kind:
+            return PolicyGradient(kind, config.reinforce or ReinforceConfig())

@@ -53,7 +53,14 @@ def with_reference(
         stored = None
     logprobs = np.zeros(sum(counts), np.float32) if stored is None else stored["logprobs"]
     if not multihost_utils.broadcast_one_to_all(np.int32(stored is not None)):
-        logprobs = _score(sequences, program, read(), batch_size, max_seq_len, row_multiple)
+        scored_sequences = score_targets(sequences, program, read(), batch_size, max_seq_len, row_multiple)
+        logprobs = np.concatenate(scored_sequences).astype(np.float32)
+        for sequence, own in zip(sequences, scored_sequences, strict=True):
+            if not np.isfinite(own).all():
+                raise JaxguardError(
+                    f"example {sequence.example_id!r}: the reference model's log-probabilities are not finite: the "
+                    "checkpoint that the run starts from is damaged"
+                )
         if jax.process_index() == 0:
             write_arrays(path, key, {"logprobs": logprobs})
     parts = iter(np.split(np.asarray(multihost_utils.broadcast_one_to_all(logprobs)), np.cumsum(counts)[:-1]))
@@ -74,19 +81,19 @@ def reference_key(sequences: Sequence[EncodedExample], source: Path, program: Pr
     return facts.hexdigest()
 
 
-def _score(
+def score_targets(
     sequences: Sequence[EncodedExample],
     program: Program,
     weights: dict[str, Array],
     batch_size: int,
     max_seq_len: int,
     row_multiple: int,
-) -> np.ndarray:
-    """Return the log-probabilities of all targets of all sequences, in order."""
-    alone = [replace(sequence, rejected=None) for sequence in sequences]
+) -> list[np.ndarray]:
+    """Return the log-probabilities of each sequence's targets by these weights, as the training step computes them."""
+    alone = [replace(sequence, rejected=None, reference=None) for sequence in sequences]
     number = {id(sequence): i for i, sequence in enumerate(alone)}
     parts: list[np.ndarray] = [np.zeros(0, np.float32)] * len(alone)
-    for start in track(range(0, len(alone), batch_size), "scoring by the reference"):
+    for start in track(range(0, len(alone), batch_size), "scoring answers"):
         rows = pack(alone[start : start + batch_size], max_seq_len, row_multiple)
         batch = assemble(rows, bucketed(rows, max_seq_len, row_multiple))
         sharded = shard_batch((batch, batch.target_ids_BM[..., None]), batch_sharding(program.mesh))
@@ -94,9 +101,4 @@ def _score(
         for r, row in enumerate(rows):
             for sequence, span in target_spans(row):
                 parts[number[id(sequence)]] = logprobs_BM[r, span]
-                if not np.isfinite(logprobs_BM[r, span]).all():
-                    raise JaxguardError(
-                        f"example {sequence.example_id!r}: the reference model's log-probabilities are not finite: the "
-                        "checkpoint that the run starts from is damaged"
-                    )
-    return np.concatenate(parts).astype(np.float32)
+    return parts

@@ -77,7 +77,7 @@ def build_program(config: Config, spec: Spec, mesh: Mesh, steps: int) -> Program
     schedule = learning_rate(config.optimizer, steps)
     state = abstract_state(transformation, spec, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    objective = choose_objective(config.train.objective)
+    objective = choose_objective(config)
     rows, whole, weights = batch_sharding(mesh), replicated(mesh), weight_shardings(spec, mesh)
 
     def initialize(weights: dict[str, Array]) -> State:

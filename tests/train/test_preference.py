@@ -210,8 +210,8 @@ def test_a_resumed_run_keeps_the_reference_that_it_began_with(preferring, caplog
     folder = preferring.parent / "runs/tiny"
     scored = (folder / "reference").read_bytes()
     calls = []
-    score = reference._score
-    monkeypatch.setattr(reference, "_score", lambda *args: calls.append(1) or score(*args))
+    score = reference.score_targets
+    monkeypatch.setattr(reference, "score_targets", lambda *args: calls.append(1) or score(*args))
 
     def resumed(contents: bytes | None) -> list[dict]:
         """The last two steps again."""

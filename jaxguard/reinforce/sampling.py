@@ -1,0 +1,246 @@
+"""Answers of the weights that train: sampled, read, rewarded, and written to disk before anything is trained on them."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+
+from jaxguard.config import Config
+from jaxguard.config.reinforce import ReinforceConfig
+from jaxguard.data.encoding import EncodedExample, Encoder
+from jaxguard.data.format.answer import verdict_prefix
+from jaxguard.data.format.dialogue import Mode, written
+from jaxguard.data.policies import Question
+from jaxguard.guards.backends.jax import generate
+from jaxguard.guards.backends.jax_decoding import Sampling
+from jaxguard.guards.backends.jax_model import PrefixCache, place_model
+from jaxguard.guards.protocol import Completion
+from jaxguard.reinforce.rewards import all_verdicts, expected, is_right, length_cost, read_verdict, verdict_reward
+from jaxguard.train.reference import score_targets
+from jaxguard.train.step import Program
+from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.store import open_store, read_records, read_settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to a prompt, and what it earns. In direct mode, where all verdicts are scored, one without tokens stands for them.
+
+    Attributes:
+        prompt: number of the prompt in its step.
+        ids: its tokens, with the stop token that ended it.
+        logprobs: of these tokens, when they were sampled.
+        entropy: mean of the distributions that they were drawn from, in nats.
+        verdict: word of each labelled question, the likeliest where all were scored; None if it has none.
+        reasoning: its first so many tokens come before the verdict; all of them where no verdict is scored.
+        scored: log-probabilities of the tokens of every possible verdict after these; none where not wanted or not possible.
+    """
+
+    example_id: str
+    prompt: int
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    entropy: float
+    text: str
+    ended: bool
+    verdict: dict[Question, str] | None
+    right: bool
+    reward: float
+    reasoning: int
+    scored: tuple[tuple[float, ...], ...] = ()
+
+
+def write_answers(path: Path, step: int, weights: str, answers: Sequence[Answer]) -> None:
+    """Write the answers of a step, of weights with that fingerprint; the file appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with suppress(FileNotFoundError):
+        partial.unlink()
+    with open_store(partial, {"step": step, "weights": weights, "answers": len(answers)}, "") as store:
+        for answer in answers:
+            store.append(asdict(answer))
+    partial.replace(path)
+
+
+def read_answers(path: Path, weights: str | None = None) -> list[Answer] | None:
+    """Read the answers of a step; None if they are not whole on disk, or not of weights with that fingerprint, where given."""
+    if not path.is_file():
+        return None
+    try:
+        settings = read_settings(path)
+    except JaxguardError as error:
+        logger.warning("%s", error)
+        return None
+    if weights not in (None, settings.get("weights")):
+        logger.warning("%s holds answers of other weights: they are sampled again", path)
+        return None
+    answers = list(read_records(path, Answer))
+    return answers if len(answers) == settings.get("answers") else None
+
+
+def fingerprint(weights: dict[str, Array]) -> str:
+    """Hash the bits of all weights, however they are sharded."""
+    sums = jax.device_get(_bit_sums(weights))
+    return hashlib.sha256(b"".join(sums[path].tobytes() for path in sorted(sums))).hexdigest()[:16]
+
+
+@jax.jit
+def _bit_sums(weights: dict[str, Array]) -> dict[str, UInt32[Array, "2"]]:
+    """Sum each weight's bits, plain and multiplied by their place in the last axis, modulo 2^32: exact in any order."""
+
+    def sums(x: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        places = jnp.arange(x.shape[-1], dtype=jnp.uint32)
+        return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * places, dtype=jnp.uint32)])
+
+    return jax.tree.map(sums, weights)
+
+
+def prompt_of(example: EncodedExample) -> tuple[int, ...]:
+    return tuple(example.tokens[~example.loss_mask].tolist())
+
+
+def continued(
+    example: EncodedExample, path: Sequence[int], ids: Sequence[int], weight: float, logprobs: Sequence[float]
+) -> EncodedExample:
+    """Return the tokens `path`, continued by `ids`, which are trained on with a weight, given their log-probabilities before."""
+    tokens = np.asarray([*path, *ids], np.int32)
+    return replace(
+        example,
+        tokens=tokens,
+        loss_mask=np.arange(len(tokens)) >= len(path),
+        weight=weight,
+        reference=np.asarray(logprobs, np.float32),
+    )
+
+
+def verdict_ids(example: EncodedExample, encoder: Encoder) -> list[list[int]]:
+    """Return the tokens of every possible verdict, with the end of turn."""
+    return [encoder.ids(written(verdict) + encoder.template.end) for verdict in all_verdicts(example.answers)]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples and rewards answers by the weights of one step."""
+
+    config: Config
+    program: Program
+    encoder: Encoder
+    weights: dict[str, Array]
+    row_multiple: int
+
+    def answers(self, prompts: Sequence[EncodedExample], seed: int) -> list[Answer]:
+        """Answer prompts until train.batch_size of them have an answer that is right and one that is not, or all are answered.
+
+        Where reinforce.candidates is 1, all are answered. Those that were left out are answered, too, but not returned unless
+        there are no others.
+        """
+        settings, wanted = self._settings, self.config.train.batch_size
+        teaching, others, first = list[list[Answer]](), list[list[Answer]](), 0
+        while first < len(prompts) and len(teaching) < wanted:
+            numbers = range(first, min(first + wanted - len(teaching), len(prompts)))
+            for group in self._groups([(number, prompts[number]) for number in numbers], seed):
+                rights = {answer.right for answer in group}
+                (teaching if len(rights) > 1 or settings.candidates == 1 else others).append(group)
+            first = numbers.stop
+        return [answer for group in teaching or others[:wanted] for answer in group]
+
+    @property
+    def _settings(self) -> ReinforceConfig:
+        return self.config.reinforce or ReinforceConfig()
+
+    def _groups(self, prompts: Sequence[tuple[int, EncodedExample]], seed: int) -> list[list[Answer]]:
+        exact = self._settings.reward.kind != "sampled"
+        sampled = [each for each in prompts if not (exact and each[1].mode is Mode.DIRECT)]
+        completions = iter(self._complete([prompt_of(example) for _, example in sampled], seed))
+        numbers = {number for number, _ in sampled}
+        groups = [
+            [self._read(number, example, completion) for completion in next(completions)]
+            if number in numbers
+            else [Answer(example.example_id, number, (), (), 0.0, "", True, None, False, 0.0, 0)]
+            for number, example in prompts
+        ]
+        if exact:
+            groups = list(self._scored([example for _, example in prompts], groups))
+        return groups
+
+    def _complete(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Completion]]:
+        if not prompts:
+            return []
+        compute = replace(self.program.compute, matmul_dtype=None)
+        cache = PrefixCache(place_model(self.program.spec, self.weights, compute, self.program.mesh))
+        settings = self._settings
+        sampling = Sampling(1.0, 1.0, settings.max_tokens, (self.encoder.template.end_id,), seed, settings.answers)
+        return generate(cache, prompts, sampling, rows=settings.batch)
+
+    def _read(self, number: int, example: EncodedExample, completion: Completion) -> Answer:
+        """Read an answer that was sampled, and reward its verdict."""
+        settings, labels = self._settings, example.answers
+        stop = () if completion.stop_id is None else (completion.stop_id,)
+        ids = (*completion.tokens, *stop)
+        text = str(self.encoder.tokenizer.decode(list(completion.tokens), clean_up_tokenization_spaces=False))
+        verdict = read_verdict(text, completion.stopped, labels, example.mode)
+        reward = verdict_reward(verdict, labels, settings.reward) - length_cost(len(ids), settings)
+        return Answer(
+            example.example_id, number, ids, completion.logprobs, float(np.mean(completion.entropies)), text,
+            completion.stopped, verdict, is_right(verdict, labels), reward, len(ids),
+        )  # fmt: skip
+
+    def _scored(self, examples: Sequence[EncodedExample], groups: Sequence[Sequence[Answer]]) -> Iterator[list[Answer]]:
+        """Reward the answers of each prompt by all verdicts after their reasoning, where a verdict can follow it."""
+        paths = list[tuple[EncodedExample, Sequence[int], list[int]]]()
+        for example, group in zip(examples, groups, strict=True):
+            for answer in group:
+                reasoning = self._reasoning(answer) if answer.ids else 0
+                if reasoning is not None:
+                    path = (*prompt_of(example), *answer.ids[:reasoning])
+                    paths += [(example, path, ids) for ids in verdict_ids(example, self.encoder)]
+        sequences = [continued(example, path, ids, 1.0, ()) for example, path, ids in paths]
+        size, rows = self.config.train.batch_size, self.row_multiple
+        scores = score_targets(sequences, self.program, self.weights, size, self.config.data.max_seq_len, rows)
+        logprobs = iter(tuple(own.tolist()) for own in scores)
+        settings = self._settings
+        for example, group in zip(examples, groups, strict=True):
+            labels, scored = example.answers, list[Answer]()
+            for answer in group:
+                reasoning = self._reasoning(answer) if answer.ids else 0
+                if reasoning is None:
+                    worst = verdict_reward(None, labels, settings.reward)
+                    scored.append(replace(answer, reward=worst - length_cost(len(answer.ids), settings)))
+                    continue
+                verdicts = all_verdicts(labels)
+                own = tuple(next(logprobs) for _ in verdicts)
+                totals = [sum(each) for each in own]
+                reward = expected(totals, labels, settings.reward)[0] - length_cost(len(answer.ids), settings)
+                answer = replace(answer, reward=reward, scored=own, reasoning=reasoning)
+                if not answer.ids:
+                    verdict = dict(verdicts[int(np.argmax(totals))])
+                    answer = replace(answer, verdict=dict(verdict), right=is_right(verdict, labels))
+                scored.append(answer)
+            yield scored
+
+    def _reasoning(self, answer: Answer) -> int | None:
+        """Return how many of an answer's tokens come before its verdict; None where no token begins with the verdict."""
+        prefix = verdict_prefix(answer.text) if answer.verdict is not None else None
+        if prefix is None:
+            return None
+        decode = self.encoder.tokenizer.decode
+        for count in range(len(answer.ids), 0, -1):
+            text = str(decode(list(answer.ids[:count]), clean_up_tokenization_spaces=False))
+            if len(text) <= len(prefix):
+                return count if text.strip() == prefix.strip() and text.endswith("\n\n") else None
+        return None
+
+
+def by_prompt(answers: Sequence[Answer]) -> list[list[Answer]]:
+    """Return the groups of answers, each to one prompt."""
+    return [list(group) for _, group in groupby(answers, lambda answer: answer.prompt)]
