@@ -33,6 +33,7 @@ BELOW = {
     "guards": {"data", "models"},
     "evaluate": {"guards", "distill"},
     "mine": {"guards"},
+    "reinforce": {"train", "guards"},
     "check": {"guards"},
     "serve": {"guards"},
     "load": {"data"},
