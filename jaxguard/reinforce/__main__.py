@@ -29,7 +29,7 @@ def _reinforce(options: argparse.Namespace, config: Config) -> int:
 def _check(config: Config) -> None:
     from jaxguard.train.loop import check  # loads JAX
 
-    check(config)
+    check(config, samples=True)
 
 
 main = stage("reinforce", DESCRIPTION, _reinforce, add_options, check=_check)

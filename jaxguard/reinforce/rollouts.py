@@ -54,13 +54,7 @@ class Rollouts:
     def open(
         cls, config: Config, source: Path, data: Prepared, program: Program, steps: int, row_multiple: int, /
     ) -> Self:
-        """Open the rollouts of a run; JaxguardError: the objective does not sample, or several processes would have to."""
-        kind = config.train.objective.kind
-        if not config.train.objective.is_sampled:
-            raise JaxguardError(
-                f"train.objective.kind={kind} trains on fixed answers: run `jaxguard train` with this config, or set "
-                "train.objective.kind=grpo"
-            )
+        """Open the rollouts of a run; JaxguardError: several processes would have to sample."""
         if jax.process_count() > 1:
             raise JaxguardError("answers are sampled by one process: run it on one host, with all of its devices")
         order = Schedule.of(config, data.train, steps, row_multiple)

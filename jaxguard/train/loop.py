@@ -121,12 +121,7 @@ class Run:
 
 
 def supervised(config: Config, _: Path, data: Prepared, __: Program, steps: int, row_multiple: int, /) -> Schedule:
-    """Return the batches of fixed examples. JaxguardError: the objective needs sampled answers."""
-    if config.train.objective.is_sampled:
-        raise JaxguardError(
-            f"train.objective.kind={config.train.objective.kind} trains on answers that it samples: run "
-            f"`jaxguard reinforce` with this config, or set train.objective.kind=sft"
-        )
+    """Return the batches of fixed examples."""
     return Schedule.of(config, data.train, steps, row_multiple)
 
 
@@ -137,7 +132,7 @@ def train(config: Config, resume: Resume = "auto", open_batches: OpenBatches = s
         JaxguardError: anything that the user can correct.
     """
     start_hosts(config.mesh)
-    check(config)
+    check(config, samples=open_batches is not supervised)
     with explain_memory(training_remedy(config)), open_everything(config, resume, open_batches) as run:
         step, state = train_until_stopped(run, *start_state(run))
         first, folder = jax.process_index() == 0, run.folder
@@ -162,9 +157,19 @@ def train(config: Config, resume: Resume = "auto", open_batches: OpenBatches = s
         return result
 
 
-def check(config: Config) -> None:
-    """Check what costs nothing to check: policy, local paths, trackers and, where this process is the only one, the mesh."""
-    check_inputs(config, "train")
+def check(config: Config, *, samples: bool = False) -> None:
+    """Check what costs nothing to check: objective, policy, paths, trackers and, where this process is the only one, the mesh.
+
+    `samples`: whether the answers that are trained on are sampled.
+    """
+    kind = config.train.objective.kind
+    if config.train.objective.is_sampled != samples:
+        command, other = ("train", "set train.objective.kind=grpo") if samples else ("reinforce", "choose another kind")
+        raise JaxguardError(
+            f"train.objective.kind={kind} trains on {'fixed' if samples else 'sampled'} answers: run `jaxguard {command}` with "
+            f"this config, or {other}"
+        )
+    check_inputs(config, "reinforce" if samples else "train")
     check_trackers(config.log)
     if config.mesh.hosts == "single":
         row_multiple(config, make_mesh(config.mesh))

@@ -174,7 +174,7 @@ class PolicyGradient:
         logged = {
             "policy/ratio": ratios_BM,
             "policy/ratio_error": jnp.abs(ratios_BM - 1),
-            "policy/clipped": ratios_BM != clipped_BM,
+            "policy/clipped": (ratios_BM != clipped_BM).astype(jnp.float32),
             "policy/kl": ratios_BM - 1 - log_ratios_BM,  # Schulman's estimate of that to the model that sampled
         }
         constant = settings.average == "constant"

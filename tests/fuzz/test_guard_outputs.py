@@ -14,10 +14,12 @@ from external_templates import GUARDS, LINES
 from guard_answers import POLYGUARD, PROMPTS, RESPONSES, TASKS, THINK, asked
 from guard_oracles import exactly, may_pass
 
+from jaxguard.config.reinforce import RewardConfig
 from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import CHOICES, FAIL_CLOSED, TITLES, Mode
 from jaxguard.data.policies import QUESTIONS
 from jaxguard.guards.protocol import NEGATIVE, POSITIVE, UNPARSABLE, Request
+from jaxguard.reinforce.rewards import read_verdict, verdict_reward
 
 OUTPUTS = rounds(2_000, 20_000)
 SETS = [QUESTIONS[i:j] for i in range(3) for j in range(i + 1, 4)]
@@ -218,6 +220,28 @@ def test_our_own_parser_lets_nothing_pass_that_no_line_says(mode):
                 assert may_pass(text, question, mode), text[:300]
                 passed += 1
     assert passed > OUTPUTS / 200
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_no_output_earns_a_reward_that_no_line_says(mode):
+    """One that earns more than the worst verdict says the right word of every label that lets something pass, and no other."""
+    earned, settings = 0, RewardConfig()
+    for i, text in enumerate(outputs(f"ours {mode}")):
+        labels = tuple((q, CHOICES[q][(i + n) % 2]) for n, q in enumerate(SETS[i % len(SETS)]))
+        verdict = read_verdict(text, True, labels, mode)
+        reward, opposite = (
+            verdict_reward(
+                verdict, tuple((q, CHOICES[q][CHOICES[q][0] == w]) if flip else (q, w) for q, w in labels), settings
+            )
+            for flip in (False, True)
+        )
+        assert reward + opposite <= 0, text[:300]  # nothing is right under both
+        if reward > -1:
+            earned += 1
+            for question, word in labels:
+                if verdict[question] == word != FAIL_CLOSED[question]:
+                    assert may_pass(text, question, mode), text[:300]
+    assert earned > OUTPUTS / 200
 
 
 @pytest.mark.parametrize("kind", GUARDS)

@@ -27,12 +27,13 @@ from kill_targets import command, export
 from safetensors.numpy import load_file, save_file
 
 pytestmark = [] if FULL else [pytest.mark.slow]  # a kill costs a start of JAX
-KILLS = {"train": 20, "export": 15, "build": 15, "distill": 15, "evaluate": 15}
-"""80 of them."""
+KILLS = {"train": 20, "reinforce": 20, "export": 15, "build": 15, "distill": 15, "evaluate": 15}
+"""100 of them."""
 PATIENCE = 300
 """Seconds that a process may take on a busy machine."""
-IMPORTED = [f"jaxguard.{name}.__main__" for name in ("train", "data", "distill", "evaluate")] + [
-    "jaxguard.train.loop", "jaxguard.data.build", "jaxguard.distill.run", "jaxguard.evaluate.run", "jaxguard.guards.backends.jax",
+IMPORTED = [f"jaxguard.{name}.__main__" for name in ("train", "reinforce", "data", "distill", "evaluate")] + [
+    "jaxguard.train.loop", "jaxguard.reinforce.run", "jaxguard.data.build", "jaxguard.distill.run", "jaxguard.evaluate.run",
+    "jaxguard.guards.backends.jax",
     "datasketch", "pyarrow.parquet", "transformers", "kill_targets",
 ]  # fmt: skip
 
@@ -158,6 +159,29 @@ def test_training(processes, tiny_files, tmp_path):
         result,
     )
     attack(processes, job, tmp_path, count("train"), "train")
+
+
+def test_reinforcement(processes, tiny_files, tmp_path):
+    """Answers, rewards, weights and metrics; in direct mode all verdicts are scored, in reasoning mode answers are sampled."""
+
+    def result(folder):
+        run = folder / "runs/tiny"
+        if not (run / "export/jaxguard.json").is_file():
+            return None
+        metrics = [without(json.loads(line), "speed") for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return files(run / "export"), files(run / "rollouts"), metrics
+
+    overrides = [
+        "train.objective.kind=grpo", "reinforce.answers=2", "reinforce.max_tokens=8", "reinforce.reward.kind=probability",
+        "reinforce.updates=2", "train.max_steps=6", "data.max_seq_len=640",
+    ]  # fmt: skip
+    job = Job(
+        command,
+        lambda folder: ("jaxguard.reinforce.__main__", ["--config", str(folder / "tiny.yaml"), *overrides]),
+        lambda folder: (folder.mkdir(parents=True), tiny_files(folder)),
+        result,
+    )
+    attack(processes, job, tmp_path, count("reinforce"), "reinforce")
 
 
 def test_export(processes, tiny_checkpoint, tmp_path):

@@ -1,0 +1,208 @@
+"""Rollouts: what a step samples and trains on, on disk and off it, and whole runs with the tiny model."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from jaxguard.config import load
+from jaxguard.config.train import MeshConfig
+from jaxguard.data.format.dialogue import written
+from jaxguard.data.prepare import prepare
+from jaxguard.models.hf_io.checkpoints import read_weights
+from jaxguard.models.sharding import make_mesh
+from jaxguard.models.spec import read_spec
+from jaxguard.reinforce import rollouts as rollouts_module
+from jaxguard.reinforce.__main__ import main
+from jaxguard.reinforce.rewards import all_verdicts, expected
+from jaxguard.reinforce.rollouts import Rollouts
+from jaxguard.reinforce.sampling import Sampler, by_prompt, fingerprint, read_answers
+from jaxguard.train.__main__ import main as train
+from jaxguard.train.logging import read_metrics
+from jaxguard.train.reference import score_targets
+from jaxguard.train.step import build_program
+from jaxguard.utils.errors import JaxguardError
+
+MESH = {"fsdp": 4, "tensor": 2}
+DIRECT = ["data.mode=direct", "data.validation_size=6"]
+RUN = [
+    "train.batch_size=8", "train.max_steps=4", "checkpoint.every=2", "train.evaluate_every=0", "reinforce.answers=4",
+    "reinforce.max_tokens=32", "train.objective.kind=grpo",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def guard(tiny_files, tmp_path_factory) -> Path:
+    """A config whose checkpoint was trained until its answers have verdicts."""
+    folder = tmp_path_factory.mktemp("guard")
+    path = tiny_files(folder, mesh=MESH)
+    options = [
+        "name=first",
+        "optimizer.learning_rate=1e-2",
+        "train.epochs=50",
+        "train.max_steps=80",
+        "train.evaluate_every=0",
+    ]
+    assert train(["--config", str(path), *DIRECT, *options, "checkpoint.every=80"]) == 0
+    config = yaml.safe_load(path.read_text())
+    config["model"]["checkpoint"] = str(folder / "runs/first/export")
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def opened(path: Path, *overrides: str) -> tuple[Rollouts, dict]:
+    config = load(path, [*DIRECT, *RUN, *overrides], stage="reinforce")
+    source = Path(config.model.checkpoint)
+    mesh, spec, data = make_mesh(MeshConfig(**MESH)), read_spec(source), prepare(config, source)
+    program = build_program(config, spec, mesh, 4)
+    weights = read_weights(source, spec, {path: x.sharding for path, x in program.state["weights"].items()})
+    return Rollouts.open(config, source, data, program, 4, 4), weights
+
+
+def sampler(rollouts: Rollouts, weights: dict) -> Sampler:
+    return Sampler(rollouts.config, rollouts.program, rollouts.encoder, weights, 4)
+
+
+def test_the_sampler_and_the_trainer_agree(guard):
+    """Each token's log-probability is the one that the training step computes, by which it is stored."""
+    rollouts, weights = opened(guard)
+    prompts = rollouts._prompts(0)
+    answers = sampler(rollouts, weights).answers(prompts, seed=0)
+    assert len(answers) == 32
+    sequences = [
+        sequence for group in by_prompt(answers) for sequence in rollouts._weighted(prompts[group[0].prompt], group)
+    ]
+    scored = score_targets(sequences, rollouts.program, weights, 8, 512, 4)
+    for sequence, logprobs in zip(sequences, scored, strict=True):
+        assert np.abs(logprobs - sequence.reference).max() <= 1e-4
+    assert any(answer.verdict for answer in answers)
+    assert all(len(answer.ids) == len(answer.logprobs) <= 32 for answer in answers)
+    assert all(answer.ended == (answer.ids[-1] == rollouts.encoder.template.end_id) for answer in answers)
+
+
+def test_samples_depend_on_the_prompt_and_the_seed_alone(guard):
+    rollouts, weights = opened(guard)
+    prompts = rollouts._prompts(0)
+    first, again, other = (sampler(rollouts, weights).answers(prompts, seed) for seed in (3, 3, 4))
+    assert first == again
+    assert [answer.ids for answer in first] != [answer.ids for answer in other]
+
+
+def test_in_direct_mode_the_expected_reward_needs_no_samples(guard):
+    """Its weights are the gradient of the expected reward by the log-probabilities of all verdicts."""
+    rollouts, weights = opened(guard, "reinforce.reward.kind=probability")
+    prompts = rollouts._prompts(0)
+    answers = sampler(rollouts, weights).answers(prompts, seed=0)
+    assert [answer.prompt for answer in answers] == list(range(8))
+    for answer, example in zip(answers, prompts, strict=True):
+        assert answer.ids == ()
+        totals = [sum(own) for own in answer.scored]
+        reward, slopes = expected(totals, example.answers, rollouts._settings.reward)
+        assert answer.reward == pytest.approx(reward)
+        sequences = list(rollouts._weighted(example, [answer]))
+        texts = [rollouts.encoder.tokenizer.decode(each.tokens[each.loss_mask]) for each in sequences]
+        assert texts == [written(verdict) + rollouts.encoder.template.end for verdict in all_verdicts(example.answers)]
+        assert [each.weight for each in sequences] == pytest.approx(slopes.tolist())
+
+
+def test_groups_without_a_lesson_make_room_for_others(guard):
+    """Dynamic sampling is by correctness: groups that are all right or all wrong are left out while there are candidates."""
+    rollouts, weights = opened(guard, "reinforce.candidates=3", "train.batch_size=4")
+    assert len(rollouts.examples(0)) == 12
+    answers = sampler(rollouts, weights).answers(rollouts._prompts(0), seed=0)
+    groups = by_prompt(answers)
+    assert 1 <= len(groups) <= 4
+    rights = [{answer.right for answer in group} for group in groups]
+    assert all(len(each) == 2 for each in rights) or all(len(each) == 1 for each in rights)
+
+
+def run(path: Path, *overrides: str) -> Path:
+    name = next((text.partition("=")[2] for text in overrides if text.startswith("name=")), "tiny")
+    assert main(["--config", str(path), *DIRECT, *RUN, *overrides]) == 0
+    return path.parent / "runs" / name
+
+
+def steps(folder: Path) -> list[dict]:
+    return [record | {"speed": 0} for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
+
+
+def test_a_run_that_is_killed_while_it_samples_ends_with_the_same_bits(guard, monkeypatch):
+    whole = run(guard, "name=whole", "reinforce.updates=2")
+    write = rollouts_module.write_answers
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path, step: int, *rest) -> None:
+        if step == 3:
+            path.with_suffix(".partial").write_text("half")
+            raise Killed
+        write(path, step, *rest)
+
+    monkeypatch.setattr(rollouts_module, "write_answers", killed)
+    with pytest.raises(Killed):
+        run(guard, "name=killed", "reinforce.updates=2")
+    monkeypatch.undo()
+    resumed = run(guard, "name=killed", "reinforce.updates=2")
+    assert steps(resumed) == steps(whole)
+    for name in ("export/model.safetensors", *(f"rollouts/{step:06d}.jsonl" for step in range(4))):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not list(resumed.glob("rollouts/*.partial"))
+    assert steps(whole)[0]["policy/ratio_error"] <= 1e-4  # sampled by the weights of the step
+    assert steps(whole)[1]["policy/ratio_error"] > 1e-4  # by those of the step before
+
+
+def test_answers_of_other_weights_are_not_trained_on(guard, caplog):
+    """Of a step that samples they are sampled again; of one in between nothing can replace them."""
+    whole = run(guard, "name=stale", "reinforce.updates=2")
+    before = steps(whole)
+    answers = read_answers(whole / "rollouts/000002.jsonl")
+    for step in (3, 4):
+        shutil.rmtree(whole / f"checkpoints/{step}", ignore_errors=True)
+    shutil.copy(whole / "rollouts/000000.jsonl", whole / "rollouts/000002.jsonl")
+    run(guard, "name=stale", "reinforce.updates=2")
+    assert "other weights" in caplog.text
+    assert read_answers(whole / "rollouts/000002.jsonl") == answers
+    assert steps(whole) == before
+
+
+def test_a_lost_file_is_named(guard, tmp_path):
+    rollouts, weights = opened(guard, "reinforce.updates=4", f"run_folder={tmp_path}")
+    batches = rollouts.read(0, 1, lambda: weights)
+    next(batches)
+    path = tmp_path / "tiny/rollouts/000001.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(JaxguardError, match=r"000001\.jsonl is lost or damaged, and the weights of step 0"):
+        next(batches)
+
+
+def test_a_policy_that_says_one_thing_stops(guard, tmp_path):
+    rollouts, weights = opened(guard, "reinforce.collapse_steps=2", f"run_folder={tmp_path}")
+    answers = sampler(rollouts, weights).answers(rollouts._prompts(0), seed=0)
+    same = [
+        replace(each, verdict={q: "unharmful" for q, _ in rollouts._prompts(0)[each.prompt].answers})
+        for each in answers
+    ]
+    rollouts._stop_if_collapsed(0, same)
+    rollouts._stop_if_collapsed(1, answers)
+    rollouts._stop_if_collapsed(2, same)
+    with pytest.raises(JaxguardError, match="every answer said 'unharmful'"):
+        rollouts._stop_if_collapsed(3, same)
+
+
+def test_the_fingerprint_sees_every_bit(guard):
+    _, weights = opened(guard)
+    path = next(iter(weights))
+    changed = np.asarray(weights[path]).copy()
+    changed.flat[-1] = np.nextafter(changed.flat[-1], np.float32(1))
+    assert fingerprint(weights) == fingerprint(dict(weights)) != fingerprint(weights | {path: changed})
+
+
+def test_the_wrong_command_names_the_right_one(guard, capsys):
+    assert train(["--config", str(guard), *DIRECT, "train.objective.kind=grpo", "name=wrong"]) == 2
+    assert "jaxguard reinforce" in capsys.readouterr().err
+    assert main(["--config", str(guard), *DIRECT, "name=wrong"]) == 2
+    assert "jaxguard train" in capsys.readouterr().err
