@@ -241,7 +241,7 @@ def test_no_output_earns_a_reward_that_no_line_says(mode):
             for question, word in labels:
                 if verdict[question] == word != FAIL_CLOSED[question]:
                     assert may_pass(text, question, mode), text[:300]
-    assert earned > OUTPUTS / 200
+    assert earned > OUTPUTS / 1000
 
 
 @pytest.mark.parametrize("kind", GUARDS)
