@@ -44,7 +44,8 @@ class Progress:
             TextColumn("{task.fields[numbers]}", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
-            get_time=lambda: clock() - self._skipped,
+            # Rows of a batch come within a moment: they have one time, so that a speed is between batches.
+            get_time=lambda: round(clock() - self._skipped, 1),
             speed_estimate_period=SPEED_SECONDS,
         )
         self._bar.add_task(title, total=total, completed=done, numbers="")
@@ -65,7 +66,7 @@ class Progress:
         task, now = self._task, self._clock()
         self._updated = now
         self._bar.update(task.id, completed=done)
-        speeds = [f"{task.speed or 0:,.1f} {self._unit}/s"] if self._unit else []
+        speeds = [f"{task.speed:,.1f} {self._unit}/s"] if self._unit and task.speed else []
         speeds += [f"{count / max(now - self._started, 1e-9):,.0f} {name}/s" for name, count in counts.items()]
         left = "-:--:--" if task.time_remaining is None else datetime.timedelta(seconds=int(task.time_remaining))
         text = "  ".join(filter(None, (numbers, *speeds, f"ETA {left}")))

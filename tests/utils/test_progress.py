@@ -51,6 +51,21 @@ def test_time_left_does_not_count_what_came_before_the_first_result():
     assert lines(console)[-1].endswith("ETA 0:02:20")
 
 
+def test_results_of_one_batch_have_no_speed_and_those_of_two_have_that_between_them():
+    clock, console = Clock(), plain_console()
+    with Progress("guard", 8, console=console, clock=clock) as progress:
+        for batch in range(2):
+            clock.now += 40
+            for row in range(1, 5):
+                clock.now += 1e-4
+                progress.update(4 * batch + row, tokens=100)
+    assert lines(console) == [
+        "guard 1/8  2 tokens/s  ETA -:--:--",
+        "guard 5/8  0.1 examples/s  1 tokens/s  ETA 0:00:30",
+        "guard 8/8  0.2 examples/s  1 tokens/s  ETA 0:00:00",
+    ]
+
+
 def test_time_left_does_not_count_what_is_skipped():
     """As when the second step has another shape than the first, and is compiled too."""
     clock, console = Clock(), plain_console()
