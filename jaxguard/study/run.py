@@ -5,6 +5,7 @@ A stage resumes by itself, and refuses output of other settings or data. So a st
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -32,6 +33,8 @@ REQUEUE = 75
 ENTRY = ("-m", "jaxguard")
 RECORD = "stages.json"
 """In a run's folder: stage -> the fingerprint that it was begun with, and whether it is done."""
+PROGRAMS = ".programs"
+"""In a study's folder: what its stages have compiled, which those of the same shapes need not compile again."""
 
 
 FILES: Mapping[Stage, Callable[[Config], list[str]]] = {
@@ -126,6 +129,10 @@ class _Process:
     stopped = False
     _current: subprocess.Popen[bytes] | None = None
 
+    def __init__(self, programs: Path) -> None:
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(programs), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self._environment = cache | os.environ
+
     def stop(self, *_: object) -> None:
         self.stopped = True
         if self._current is not None:
@@ -133,7 +140,7 @@ class _Process:
 
     def run(self, words: list[str]) -> int:
         """Run a command of this interpreter and return its exit code."""
-        self._current = subprocess.Popen([sys.executable, *words])  # noqa: S603 (our commands)
+        self._current = subprocess.Popen([sys.executable, *words], env=self._environment)  # noqa: S603 (our commands)
         if self.stopped:  # before there was a process to stop
             self.stop()
         code = self._current.wait()
@@ -151,7 +158,7 @@ def run_study(study: Study, log: Callable[[str], object]) -> int:
     failed: dict[str, str] = {}
     with ExitStack() as stack:
         stack.enter_context(lock_folder(study.folder, "study"))
-        process = _Process()
+        process = _Process(study.folder / PROGRAMS)
         for signum in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, signum, signal.signal(signum, process.stop))
         waiting = [run for run in (*study.prepared, *study.runs) if pending(run)]
