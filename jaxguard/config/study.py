@@ -135,6 +135,8 @@ class StudyConfig(Schema):
     """Data that rows read, in runs/NAME whatever run_folder is; existing output is used as it is."""
     rows: dict[Name, RowConfig] = Field(min_length=1)
     """The rows, in order."""
+    quoted: tuple[str, ...] = ()
+    """Rows of configs/published that stand in the report without a run of ours. Scales show none."""
     metric: str = "safety"
     """Metric of the curve: an average, or a benchmark's label; if no run has it, the table's first column."""
     curve: CurveConfig | None = None

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedPoint
+from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedPoint, PublishedRow
 from jaxguard.evaluate.scores.results import WAITS, Evaluation
 from jaxguard.report import Drawing, Page, Paragraph, Section, Table, write_markdown, write_page
 from jaxguard.report.figures import COLOURS, FAINT, INK, inline_svg, style
-from jaxguard.report.text import number, seconds, short
+from jaxguard.report.text import ABSENT, number, seconds, short
 from jaxguard.study.grid import Study
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import Fields, read_json
@@ -20,13 +20,21 @@ from jaxguard.utils.parse import Fields, read_json
 REPEATS = ("seed", "data.subset_seed")
 """Axes that repeat a run: results are averaged over them."""
 CUSTOM = ("dynaguardrail", "cosapien")
+OTHER = "other mean"
+"""What F1 over all examples of a benchmark is beside the mean over its subsets, and the other way round."""
 CURVES = ("prompt", "response", "safety")
 """The metrics of the published curves."""
 LEGEND = (
     "F1 of the harmful class; mean ± standard deviation (divisor n - 1) over the runs that differ in seed or subset. The last "
     "column counts runs with results, of all; 'part' means that only a part of a benchmark was evaluated."
 )
-BEHIND_SLASH = " In every table, what stands behind a slash is the published value."
+BEHIND_SLASH = (
+    " In every table, what stands behind a slash is the published value, with its deviation over subsets if it has one."
+)
+ABOUT_OTHER = (
+    "F1 of cosapien is the mean of its scenarios', its other mean is over all examples; F1 of dynaguardrail is over all examples, "
+    "its other mean that of its subsets'."
+)
 OVER_GENERATIONS = "Standard deviation over the generations of a run, its mean over runs."
 ABOUT_WAIT = (
     "Percentiles of the seconds from sending a request to its answer, means over benchmarks and runs. At a server a request is "
@@ -48,54 +56,58 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
     else:
         columns = [name for name in columns if "/" not in name]
     lines = list(_lines(study, scores, published))
-    sections = [
-        Section(title, [table, *([Paragraph([note], faint=True)] if note else [])])
-        for title, names, value, note in _details(published)
-        if (table := _table(lines, [name for name in names if name in set(scores.metric)], value)).rows
-    ]
+    sections = []
+    for title, names, value, notes in _details(published):
+        names = [name for name in names if name in set(scores.metric)]
+        if (table := _table(lines, names, value)).rows:
+            notes = (*notes, *(_restated(lines, names) if value == "f1" else ()))
+            sections.append(Section(title, [table, *(Paragraph([note], faint=True) for note in notes)]))
     absent = [run.name for run in study.runs if "evaluate" in run.row.stages and run.name not in set(scores.run)]
     missing = f"Without results: {', '.join(absent)}." if absent else None
-    figures = [
-        _curves(study, scores, columns, published),
-        _words(study, scores, published),
-        _latency(lines, published),
-    ]
     legend = LEGEND + (BEHIND_SLASH if study.scale is None else "")
-    main = [figures[0], _table(lines, columns, "f1"), Paragraph([legend], faint=True), missing]
+    figure = _curves(study, scores, lines, columns, published)
+    main = [figure, _table(lines, columns, "f1"), Paragraph([legend], faint=True), missing]
+    if words := _words(study, scores, published):
+        sections.append(Section("Words of the traces", words))
+    if latency := _latency(lines, published):
+        sections.append(Section("Seconds an example", latency))
     if (waits := _waits(lines)).rows:
         sections.append(Section("A request's own wait", [waits, Paragraph([ABOUT_WAIT], faint=True)]))
-    page = Page(study.definition.title, [study.definition.about, *main, *sections, *figures[1:]])
+    page = Page(study.definition.title, [study.definition.about, *main, *sections])
     paths = study.folder / "report.md", study.folder / "report.html"
     write_markdown(paths[0], page)
     write_page(paths[1], page)
     return paths
 
 
-def _details(published: Published) -> Iterator[tuple[str, tuple[str, ...], str, str]]:
-    """The tables besides the main one: title, columns, the value of `gather` that they show, and a note."""
-    subsets = {name for row in published.rows for name in row.scores if "/" in name}
+def _details(published: Published) -> Iterator[tuple[str, Sequence[str], str, Sequence[str]]]:
+    """The tables besides the main one: title, columns in the paper's order, the value of `gather` that they show, and notes."""
+    subsets = list(dict.fromkeys(name for row in published.rows for name in row.scores if "/" in name))
     for average in ("prompt", "response"):
-        yield f"{average.capitalize()} benchmarks", (*published.averages[average], average), "f1", ""
-    parts = (part for name in published.averages["custom"] for part in (*sorted(subsets & _of(name, subsets)), name))
-    yield "Custom policies", (*parts, "custom"), "f1", ""
-    yield (
-        "Deviation over generations",
-        ("safety", "prompt", "response", *CUSTOM, "custom"),
-        "deviation",
-        OVER_GENERATIONS,
-    )
+        yield f"{average.capitalize()} benchmarks", (*published.averages[average], average), "f1", ()
+    parts: list[str] = []
+    for name in published.averages["custom"]:
+        parts += [*(each for each in subsets if each.startswith(f"{name}/")), name, f"{name}/{OTHER}"]
+    yield "Custom policies", (*parts, "custom"), "f1", (ABOUT_OTHER,)
+    of_all = ("safety", "prompt", "response", *CUSTOM, "custom")
+    yield "Deviation over generations", of_all, "deviation", (OVER_GENERATIONS,)
 
 
-def _of(benchmark: str, names: Iterable[str]) -> set[str]:
-    return {name for name in names if name.startswith(f"{benchmark}/")}
+def _restated(lines: Iterable["Line"], columns: Iterable[str]) -> Iterator[str]:
+    """What another table of the paper has for the same rows."""
+    for line in lines:
+        for table, scores in line.row.restated.items() if line.row and line.paper else ():
+            if others := [f"{name} {scores[name]:.3f}" for name in columns if name in scores]:
+                yield f"For {', '.join(line.title)}, {table} of the paper has {', '.join(others)}."
 
 
 def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
     """Read the results of the first guard of every run: a row for each run, mode and metric.
 
-    A metric is an average, a benchmark, or `benchmark/value` of a slice. It has the f1 (NaN if undefined), its deviation over
-    generations, whether all of it was evaluated (complete), the seconds an example, and percentiles of a request's wait. Runs that
-    differ only in what repeats them share a line, whose name, series, x on the curve's axis and number of runs stand beside it.
+    A metric is an average, a benchmark, `benchmark/value` of a slice, or `benchmark/other mean`. It has the f1 (NaN if undefined),
+    its deviation over generations, whether all of it was evaluated (complete), the seconds an example, and percentiles of a
+    request's wait. Runs that differ only in what repeats them share a line, whose name, series, x on the curve's axis and number of
+    runs stand beside it.
     """
     curve = study.definition.curve
     axis, of_axis = (curve.axis, curve.label) if curve else ("", "")
@@ -117,16 +129,19 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
             rows.append(of | {"metric": cell.benchmark, "f1": f1.value, "deviation": f1.deviation} | costs)
             for name, part in cell.slices.items():
                 rows.append(of | {"metric": f"{cell.benchmark}/{name.partition(': ')[2]}", "f1": part.scores.f1.value})
+            rows += [
+                of | {"metric": f"{cell.benchmark}/{OTHER}", "f1": other.value} for other in cell.other_f1.values()
+            ]
         for each in evaluation.averages:
             of = {"guard": each.guard, "mode": each.mode, "complete": not each.missing}
             rows.append(of | {"metric": each.name, "f1": each.f1.value, "deviation": each.f1.deviation})
         names = ["guard", "mode", "metric", "complete", "f1", "deviation", "seconds", *WAITS]
         table = pd.DataFrame(rows, columns=names).astype(dict.fromkeys(names[4:], float))
-        # The column of modes shows data.mode.
+        # The column of modes shows data.mode, but for dual guards, which have both.
         titles = [
             f"{label} {of_axis}" if field == axis else f"{field.split('.')[-1]} {label}"
             for field, label in labels.items()
-            if field != "data.mode"
+            if field != "data.mode" or label == "dual"
         ]
         table = table[table.guard == rows[0]["guard"]].assign(
             line=line, name=", ".join([series, *titles]), series=series
@@ -138,54 +153,73 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
 
 
 class Line(NamedTuple):
-    """A row of the tables: its scores, and what the paper reports: f1 and deviation by metric, and seconds an example."""
+    """A row of the tables: its scores, the published row that it reproduces, and what is shown of the paper.
+
+    Of the paper: f1, its deviation over subsets, and the deviation over generations, by metric; nothing at a scale.
+    """
 
     scores: pd.DataFrame
-    paper: Mapping[str, Mapping[str, float]]
-    seconds: float | None = None
+    row: PublishedRow | None = None
+    paper: Mapping[str, Mapping[str, float]] = {}
 
     @property
     def title(self) -> tuple[str, str]:
         """Its name and mode."""
         return self.scores.iloc[0]["name"], self.scores.iloc[0]["mode"]
 
+    @property
+    def quoted(self) -> bool:
+        """Whether it has no run of ours."""
+        return self.scores.iloc[0]["runs"] == 0
+
 
 def _lines(study: Study, scores: pd.DataFrame, published: Published) -> Iterator[Line]:
+    """Our lines, then the published rows that no run of the study reproduces and that it quotes."""
     runs, curve = {run.name: run for run in study.runs}, study.definition.curve
-    latencies = {point.row: point.seconds for point in published.latency.points}
+
+    def known(name: str) -> PublishedRow:
+        if (row := published.row(name)) is None:
+            raise JaxguardError(f"configs/published has no row {name!r}, which this study names")
+        return row
+
+    def paper(row: PublishedRow) -> dict[str, Mapping[str, float]]:
+        return {"f1": row.scores, "deviation": row.deviations} if study.scale is None else {}
+
     for (_, mode), line in scores.groupby(["line", "mode"], sort=False):
         first = line.iloc[0]
         run = runs[first.run]
-        row = None if study.scale is not None else run.row.published.get(mode)
-        if row is not None:
-            known = published.row(row)
-            if known is None:
-                raise JaxguardError(f"configs/published has no row {row!r}, which a row of this study names")
-            yield Line(line, {"f1": known.scores, "deviation": known.deviations}, latencies.get(row))
+        if name := run.row.published.get(mode):
+            yield Line(line, known(name), paper(known(name)))
         else:
             on_curve = mode == "reasoning" and curve is not None and curve.series in (None, run.row.series or run.key)
             points = [point for point in _published_curve(study, published) if on_curve and point.x == first.x]
-            yield Line(line, {"f1": points[0].scores} if points else {})
+            yield Line(line, None, {"f1": points[0].scores, "subsets": points[0].deviations} if points else {})
+    for row in map(known, study.definition.quoted if study.scale is None else ()):
+        empty = pd.DataFrame([{"name": row.name, "mode": row.mode, "runs": 0}])
+        yield Line(empty.reindex(columns=scores.columns), row, paper(row))
 
 
 def _table(lines: Iterable[Line], columns: Sequence[str], value: str) -> Table:
-    """A row for each line that has a value in one of the columns."""
+    """A row for each line that has a value in one of the columns, and for what is quoted there."""
     table = Table(("", "mode", *columns, "runs"), left=2)
     for line in lines:
         scores, paper = line.scores, line.paper.get(value, {})
         values = {name: scores[value][scores.metric == name].dropna() for name in columns}
-        if any(map(len, values.values())):
-            cells = [spread(each, paper.get(name)) for name, each in values.items()]
+        deviations = line.paper.get("subsets", {}) if value == "f1" else {}
+        if any(map(len, values.values())) or (line.quoted and set(columns) & set(paper)):
+            cells = [spread(each, paper.get(name), deviations.get(name)) for name, each in values.items()]
             part = "" if scores.complete.all() else " part"
-            table.add(*line.title, *cells, f"{scores.run.nunique()} of {scores.runs.iloc[0]}{part}")
+            runs = "published" if line.quoted else f"{scores.run.nunique()} of {scores.runs.iloc[0]}{part}"
+            table.add(*line.title, *cells, runs)
     return table
 
 
-def spread(values: "pd.Series[float]", published: float | None = None) -> str:
-    """Format mean ± standard deviation / published value."""
+def spread(values: "pd.Series[float]", published: float | None = None, published_deviation: float | None = None) -> str:
+    """Format mean ± standard deviation / published value ± its deviation."""
     mean = number(values.mean() if len(values) else None)
     deviation = f" ± {values.std():.3f}" if len(values) > 1 else ""
-    return mean + deviation + ("" if published is None else f" / {published:.3f}")
+    of_paper = f" ± {published_deviation:.3f}" if published_deviation is not None else ""
+    return mean + deviation + ("" if published is None else f" / {published:.3f}{of_paper}")
 
 
 def _published_curve(study: Study, published: Published) -> Sequence[PublishedPoint]:
@@ -194,7 +228,9 @@ def _published_curve(study: Study, published: Published) -> Sequence[PublishedPo
 
 
 @style()
-def _curves(study: Study, scores: pd.DataFrame, columns: Sequence[str], published: Published) -> Drawing | None:
+def _curves(
+    study: Study, scores: pd.DataFrame, lines: Sequence[Line], columns: Sequence[str], published: Published
+) -> Drawing | None:
     """Draw the study's metric, or the table's first column if no run has that; for a published curve, all of its metrics."""
     curve, metric = study.definition.curve, study.definition.metric
     if curve is None:
@@ -208,13 +244,9 @@ def _curves(study: Study, scores: pd.DataFrame, columns: Sequence[str], publishe
     panels = [name for name in CURVES if name in set(scores.metric)] if of_paper else [metric]
     if paper:
         caption.append("Dotted and black: what the paper reports, in reasoning mode.")
-    levels = (
-        {title: row.scores for title, row in ((t, published.row(i)) for t, i in curve.levels.items()) if row}
-        if paper
-        else {}
-    )
+    levels = [(title, row) for title, row in ((t, published.row(i)) for t, i in curve.levels.items()) if row]
     if levels:
-        caption.append(f"Dashed: {', '.join(levels)}, of the paper.")
+        caption.append(f"Dashed: {', '.join(title for title, _ in levels)}{'; grey is the paper' if paper else ''}.")
     if study.scale:
         caption.append("The paper's values are not comparable at this scale and not shown.")
     figure = Figure(figsize=(8 if len(panels) == 1 else 12, 4.8))
@@ -236,10 +268,14 @@ def _curves(study: Study, scores: pd.DataFrame, columns: Sequence[str], publishe
         if paper:
             xs, f1, deviations = zip(*((p.x, p.scores[name], p.deviations.get(name, 0)) for p in paper), strict=True)
             axes.errorbar(xs, f1, yerr=deviations, color=INK, linestyle=":", capsize=3, label="paper, reasoning")
-        for i, (title, known) in enumerate(levels.items()):
-            axes.axhline(
-                known[name], color=FAINT, linestyle="--" if i else "-.", linewidth=1, label=short(f"paper, {title}", 60)
-            )
+        for i, (title, row) in enumerate(levels):
+            # A run with an x is a point of the curve, and no level.
+            ours = pd.concat([line.scores[line.scores.x.isna()] for line in lines if line.row == row] or [scores[:0]])
+            level = {"ours": ours.f1[ours.metric == name].mean(), "paper": row.scores[name] if paper else float("nan")}
+            for who, color in (("ours", COLOURS[0]), ("paper", FAINT)):
+                if pd.notna(level[who]):
+                    label, dash = short(f"{who}, {title}", 60), "--" if i else "-."
+                    axes.axhline(level[who], label=label, color=color, linestyle=dash, linewidth=1)
         ticks = sorted({*points.x, *(point.x for point in paper)})
         if ticks and ticks[0] > 0 and ticks[-1] >= 5 * ticks[0]:
             axes.set_xscale("log")
@@ -252,24 +288,38 @@ def _curves(study: Study, scores: pd.DataFrame, columns: Sequence[str], publishe
 
 
 @style()
-def _words(study: Study, scores: pd.DataFrame, published: Published) -> Drawing | None:
-    """Draw the mean words of the traces that each point was trained on, where the paper's curve has them."""
+def _words(study: Study, scores: pd.DataFrame, published: Published) -> list[Table | Drawing]:
+    """The mean words of the traces that each point was trained on, where the paper's curve has them: a table and its figure."""
     curve = study.definition.curve
     if curve is None or not any(p.words for p in getattr(published, curve.published or "", ())):
-        return None
+        return []
     folders = {run.name: run.folder for run in study.runs}
     points = scores.dropna(subset="x").drop_duplicates("run")
-    own = [(x, _trace_words(folders[run])) for run, x in zip(points.run, points.x, strict=True)]
-    paper = [(point.x, point.words) for point in _published_curve(study, published)]
+    own = {x: _trace_words(folders[run]) for run, x in zip(points.run, points.x, strict=True)}
+    paper = {point.x: point.words for point in _published_curve(study, published) if point.words}
+    xs = sorted({*own, *paper})
+    table = Table((curve.label, "words"))
+    for x in xs:
+        words = own.get(x, float("nan"))
+        of_paper = f" / {paper[x]:.1f}" if x in paper else ""
+        table.add(f"{x:g}", (f"{words:.1f}" if words > 0 else ABSENT) + of_paper)
     figure = Figure(figsize=(6, 3.6))
     axes = figure.add_subplot()
-    for name, color, line, values in (("ours", COLOURS[0], "-", sorted(own)), ("the paper", INK, ":", paper)):
+    for name, color, line, values in (("ours", COLOURS[0], "-", own), ("the paper", INK, ":", paper)):
         if values:
-            axes.plot(*zip(*values, strict=True), marker="o", markersize=4, color=color, linestyle=line, label=name)
-    axes.set_xticks(sorted({x for x, _ in (*own, *paper)}))
+            axes.plot(
+                *zip(*sorted(values.items()), strict=True),
+                marker="o",
+                markersize=4,
+                color=color,
+                linestyle=line,
+                label=name,
+            )
+    axes.set_xticks(xs)
     axes.set(xlabel=short(curve.label, 60), ylabel="mean words of a trace")
     axes.legend()
-    return Drawing("Words of the traces that were trained on", inline_svg(figure, "words", f"Words by {curve.label}"))
+    caption = "Words of the traces that were trained on"
+    return [table, Drawing(caption, inline_svg(figure, "words", f"Words by {curve.label}"))]
 
 
 def _trace_words(folder: Path) -> float:
@@ -289,26 +339,40 @@ def _waits(lines: Iterable[Line]) -> Table:
 
 
 @style()
-def _latency(lines: Sequence[Line], published: Published) -> Drawing | None:
-    """Draw seconds an example, the mean over benchmarks, as bars, and the paper's of the same rows beside them."""
-    means = [(", ".join(line.title), line.scores.seconds.mean(), line.seconds) for line in lines]
-    bars = [bar for bar in means if bar[1] > 0]
-    if not bars:
-        return None
+def _latency(lines: Sequence[Line], published: Published) -> list[Table | Paragraph | Drawing]:
+    """Seconds an example, the mean over benchmarks, beside the paper's of the same rows: a table and its bars."""
+    points, first = {point.row: point for point in published.latency.points}, published.latency.points[0]
+    bars = []
+    for line in lines:
+        point = points.get(line.row.id) if line.row and line.paper else None
+        mean = 0.0 if line.quoted else line.scores.seconds.mean()
+        if mean > 0 or (point and line.quoted):
+            bars.append((line, mean, point))
+    if not any(mean for _, mean, _ in bars):
+        return []
+    compared = any(point for _, _, point in bars)
+    of_first = [mean for line, mean, _ in bars if mean and line.row and line.row.id == first.row]
+    table = Table(("", "mode", "seconds", *([f"more than {first.name}"] if compared else [])), left=2)
+    for line, mean, point in bars:
+        cells = [seconds(mean) if mean else ABSENT, f"{mean / of_first[0] - 1:+.1%}" if mean and of_first else ABSENT]
+        if point:
+            cells = [f"{cells[0]} / {point.seconds:.3f}", f"{cells[1]} / {point.slower:+.1%}"]
+        table.add(*line.title, *cells[: len(table.columns) - 2])
     figure = Figure(figsize=(7, 1 + 0.35 * len(bars)))
     axes = figure.add_subplot()
-    for y, (_, mean, paper) in enumerate(bars):
+    for y, (_, mean, point) in enumerate(bars):
         axes.barh(y - 0.2, mean, 0.38, color=COLOURS[0], label="ours" if not y else None)
-        if paper is not None:
-            axes.barh(y + 0.2, paper, 0.38, color=FAINT)
+        if point:
+            axes.barh(y + 0.2, point.seconds, 0.38, color=FAINT)
     caption = (
         "Seconds an example, with all generations: a batch's time, or at a server the time by the clock, by its examples, not what "
         "one request waits."
     )
-    if any(paper is not None for _, _, paper in bars):
+    if compared:
         axes.barh(0, 0, color=FAINT, label=f"the paper ({published.latency.hardware})")
         caption += " The paper's are of one generation."
-    axes.set_yticks(range(len(bars)), [short(name, 60) for name, _, _ in bars])
+    axes.set_yticks(range(len(bars)), [short(", ".join(line.title), 60) for line, _, _ in bars])
     axes.set(xlabel="seconds an example of an offline batch", ylim=(len(bars) - 0.5, -0.5))
     axes.legend()
-    return Drawing(caption, inline_svg(figure, "latency", "Seconds an example by row"))
+    drawing = Drawing("Seconds an example", inline_svg(figure, "latency", "Seconds an example by row"))
+    return [table, Paragraph([caption], faint=True), drawing]

@@ -93,6 +93,7 @@ def test_checkpoints_of_runs_that_are_done_can_be_left_out(study, go, calls, beh
 def test_the_smallest_study_runs_at_scale_smollm(monkeypatch, tmp_path, tiny_checkpoint):
     """Its stages are real, on the one device of a CPU; its weights are tiny ones."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.chdir(ROOT)
     changes = [f"run_folder={tmp_path}", f"model.checkpoint={tiny_checkpoint}", "data.max_seq_len=2048"]
     arguments = ["paper/sentence_budget", "--scale", "smollm", *changes]
@@ -100,11 +101,14 @@ def test_the_smallest_study_runs_at_scale_smollm(monkeypatch, tmp_path, tiny_che
     assert main(["report", *arguments]) == 0
     folder = tmp_path / "sentence_budget-smollm"
     text = (folder / "report.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("| sentences, ")]
-    assert len(lines) == 2 * (1 + text.count("\n## ")), "a line for each run in every table"
+    lines = [
+        line for line in text.splitlines() if line.startswith(("| shortened, ", "| full_length ", "| label_only "))
+    ]
+    assert len(lines) == 4 * text.count("\n## "), "a line for each run in every table, but that of words"
     assert not any("n/a" in line or "part" in line for line in lines)
     assert "Words by sentences of a trace" in (folder / "report.html").read_text()
     assert list(folder.rglob("checkpoints")) == []
+    assert list(folder.glob(".programs/*-cache"))
 
 
 def test_a_row_is_done_again_when_what_it_reads_was(study, go, calls):

@@ -45,12 +45,17 @@ class Results:
                         "complete": name != "part",
                         "cost": SimpleNamespace(seconds=0.25, wait_p50=0.5, wait_p95=1.25, wait_p99=150.4),
                         "slices": slices,
+                        "other_f1": {"over all": SimpleNamespace(value=0.222)}
+                        if name in ("dynaguardrail", "cosapien")
+                        else {},
                     }
                     cells.append(SimpleNamespace(**cell))
             worse = SimpleNamespace(scores=SimpleNamespace(f1=SimpleNamespace(value=0.01, deviation=None)))
             baseline = {"guard": "baseline", "mode": mode, "benchmark": "own", "result": worse, "complete": False}
             waits = dict.fromkeys(("wait_p50", "wait_p95", "wait_p99"))
-            cells.append(SimpleNamespace(**baseline, cost=SimpleNamespace(seconds=0.0, **waits), slices={}))
+            cells.append(
+                SimpleNamespace(**baseline, cost=SimpleNamespace(seconds=0.0, **waits), slices={}, other_f1={})
+            )
         return SimpleNamespace(cells=cells, averages=averages)
 
 
@@ -165,7 +170,7 @@ def test_published_values_stand_beside_ours(report):
     text = markdown.read_text()
     assert "| base | reasoning | 0.250 | 0.600 / 0.500 | 1 of 1 |" in text
     assert "| base | reasoning | 0.004 / 0.010 | 0.004 | 1 of 1 |" in text
-    assert "| loaf, 8 loaves | reasoning | 0.250 / 0.720 | 0.650 / 0.700 | 1 of 1 |" in text
+    assert "| loaf, 8 loaves | reasoning | 0.250 / 0.720 | 0.650 / 0.700 ± 0.020 | 1 of 1 |" in text
     assert "| loaf, 16 loaves | reasoning | 0.250 | 0.750 | 1 of 1 |" in text
     assert "| loaf, all loaves | reasoning | 0.250 / 0.920 | 0.850 / 0.900 | 1 of 1 |" in text
     assert "| control, 8 loaves | reasoning | 0.250 | 0.800 | 1 of 1 |" in text
@@ -175,6 +180,39 @@ def test_published_values_stand_beside_ours(report):
     assert "0.850 / 0.900" in html
     curve = [(x, f1) for series, _, x, f1 in points(gather(made, read), "safety") if series == "loaf"]
     assert curve == [(8, 0.65), (16, 0.75), (99, 0.85)]
+
+
+def test_a_dual_guard_is_told_from_those_of_one_mode(report):
+    both = {mode: {"own": value} for mode, value in (("reasoning", 0.6), ("direct", 0.7))}
+    made, read = report(
+        {"bread-reasoning": {"reasoning": {"own": 0.5}}, "bread-dual": both},
+        rows={"bread": {"axes": {"data.mode": ["reasoning", "dual"]}}},
+    )
+    text = write_report(made, read, PUBLISHED)[0].read_text()
+    assert "| bread | reasoning | 0.500 | 1 of 1 |" in text
+    assert "| bread, mode dual | reasoning | 0.600 | 1 of 1 |" in text
+
+
+def test_a_published_row_without_a_run_can_be_quoted_and_other_tables_values_are_noted(report, study):
+    again = PUBLISHED.rows[0].model_copy(
+        update={"id": "again", "name": "Another", "restated": {"Table 7": {"cosapien/film": 0.35}}}
+    )
+    published = PUBLISHED.model_copy(update={"rows": (*PUBLISHED.rows, again)})
+    changes = {
+        "rows": {"base": {"published": {"reasoning": "again"}}},
+        "quoted": ["oven"],
+        "scales": {"tiny": {"about": "Less bread."}},
+    }
+    scores = {"reasoning": {"cosapien/film": 0.6, "cosapien": 0.6, "safety": 0.55}}
+    made, read = report({"base": scores}, **changes)
+    text = write_report(made, read, published)[0].read_text()
+    assert "| An oven | reasoning | n/a / 0.500 | n/a | published |" in text
+    assert "| An oven | reasoning | n/a / 0.020 | n/a / +0.0% |" in text
+    assert "For base, reasoning, Table 7 of the paper has cosapien/film 0.350." in text
+    made, read = report({"base": scores}, scale="tiny", **changes)
+    text = write_report(made, read, published)[0].read_text()
+    assert "oven" not in text
+    assert "Table 7" not in text
 
 
 def test_the_figure_shows_what_there_is_and_says_so(report):
@@ -212,7 +250,9 @@ def test_single_benchmarks_and_subsets_have_tables_of_their_own(report):
     made, read = report({"base": scores}, rows=ROWS)
     text = write_report(made, read, PUBLISHED)[0].read_text()
     assert text.index("## Prompt benchmarks") < text.index("| base | reasoning | 0.450 / 0.400 | 1 of 1 |")
-    assert text.index("## Custom policies") < text.index("| base | reasoning | 0.600 / 0.300 | 0.600 | 1 of 1 |")
+    assert text.index("## Custom policies") < text.index(
+        "| base | reasoning | 0.600 / 0.300 | 0.600 | 0.222 | 1 of 1 |"
+    )
     assert "## Response benchmarks" not in text
 
 
@@ -222,6 +262,7 @@ def test_seconds_are_bars_beside_the_papers(report):
     assert "seconds an example of an offline batch" in html
     assert "the paper (an oven)" in html
     page = (made.folder / "report.md").read_text()
+    assert "| base | reasoning | 0.25 / 0.020 | +0.0% / +0.0% |" in page
     assert "| base | reasoning | 0.5 | 1.25 | 150 |" in page[page.index("## A request's own wait") :]
 
 
@@ -233,6 +274,7 @@ def test_words_of_a_budget_stand_beside_the_papers(report, study, scale):
     (folder / "data.json").write_text('{"train": {"trace_words": 12.5}}')
     html = write_report(made, read, PUBLISHED)[1].read_text()
     assert "mean words of a trace" in html
+    assert f"| 8 | 12.5{' / 41.0' if scale is None else ''} |" in (made.folder / "report.md").read_text()
     assert ("the paper<" in html) == (scale is None)
 
 
@@ -276,17 +318,29 @@ TABLE, PROMPT, RESPONSE, CUSTOM = "F1", "## Prompt benchmarks", "## Response ben
 COUNTERPARTS = {
     "main": {
         "Table 1": TABLE,
+        "Table 2": CUSTOM,
         "Table 3": "## Deviation over generations",
         "Table 5": PROMPT,
         "Table 6": RESPONSE,
-        "Tables 2, 7, 8": CUSTOM,
-        "Figure 4": "Seconds an example",
+        "Table 7": CUSTOM,
+        "Table 8": CUSTOM,
+        "Figure 4": "## Seconds an example",
     },
     "gemma": {"Table 9": TABLE, "Table 10": PROMPT, "Table 11": RESPONSE, "Table 12": CUSTOM},
     "sample_efficiency": {"Table 4": TABLE, "Figure 2": "F1 by training examples"},
-    "sentence_budget": {"Figure 3": "F1 by sentences of a trace", "Figure 5": "Words by sentences of a trace"},
+    "sentence_budget": {"Figure 3": "F1 by sentences of a trace", "Figure 5": "## Words of the traces"},
 }
 """Study -> a table or figure of the paper -> what its counterpart in the report is called."""
+
+
+def test_the_counterparts_are_of_all_tables_and_figures():
+    names = [name for counterparts in COUNTERPARTS.values() for name in counterparts]
+    assert set(names) == {f"Table {i}" for i in range(1, 13)} | {f"Figure {i}" for i in range(2, 6)}
+    page = (ROOT / "docs/studies.md").read_text(encoding="utf-8")
+    for study, counterparts in COUNTERPARTS.items():
+        rows = [line for line in page.splitlines() if line.startswith("|") and f"`paper/{study}`" in line]
+        for name in counterparts:
+            assert any(re.search(rf"\b{name}\b", row) for row in rows), f"docs/studies.md: {name} is in {study}"
 
 
 @pytest.mark.parametrize("scale", [None, "smollm"])
@@ -310,21 +364,56 @@ def test_every_published_table_and_figure_has_a_counterpart(monkeypatch, tmp_pat
         assert ("Without results" in text, "mathdefault" in html) == (False, False), "every result, every tick as text"
         lines = defaultdict(str)
         for line in text.splitlines():
-            key = tuple(cell.strip() for cell in line.split("|")[1:3])
-            lines[key] += line
-        for run in opened.runs:
-            for mode, row in run.row.published.items():
-                line, known = lines[run.row.series or run.key, mode], published.row(row)
-                reproduced.add(row)
-                for score in (*known.scores.values(), *known.deviations.values()):
-                    assert (f"/ {score:.3f} " in line) == (scale is None), (run.name, row, score)
-        if opened.definition.curve:
+            title, mode, *_ = [cell.strip() for cell in line.split("|")[1:3]] + [""] * 2
+            lines[title, mode] += line
+            lines[title.rpartition(", ")[0], mode] += line
+        shown = [
+            (run.row.series or run.key, mode, row)
+            for run in opened.runs
+            for mode, row in run.row.published.items()
+            if mode in by_run[run.name]
+        ]
+        if scale is None:
+            shown += [(row.name, row.mode, row.id) for row in map(published.row, opened.definition.quoted)]
+        for title, mode, row in shown:
+            line, known = lines[title, mode], published.row(row)
+            reproduced.add(row)
+            for score in (*known.scores.values(), *known.deviations.values()):
+                assert (f"/ {score:.3f} " in line) == (scale is None), (title, row, score)
+            for table, scores in known.restated.items():
+                for other, score in scores.items():
+                    restated = rf"For {title}, {mode}, {table} of the paper has .*{other} {score:.3f}[,.]"
+                    assert bool(re.search(restated, text)) == (scale is None), (title, table, other)
+            for point in published.latency.points:
+                if point.row == row and f"/ {point.seconds:.3f} |" in line and f"/ {point.slower:+.1%} |" in line:
+                    bars.add(row)
+        curve = opened.definition.curve
+        if curve:
             assert {f"F1, {metric}<" for metric in CURVES} <= set(re.findall("F1, [a-z]+<", html))
-        if scale is None and opened.definition.curve:
-            for point in getattr(published, opened.definition.curve.published):
-                for score in point.scores.values():
-                    assert f"/ {score:.3f} " in text
-        bars |= reproduced & {point.row for point in published.latency.points}
-    absent = {"aegis2_guard"} | ({"wildguard"} if scale else set())  # an adapter, and what needs SGLang
-    assert reproduced == {row.id for row in published.rows} - absent
-    assert bars == {point.row for point in published.latency.points} - absent
+            for level in curve.levels:
+                assert (f"paper, {level}<" in html) == (scale is None)
+        if scale is None and curve:
+            for point in getattr(published, curve.published):
+                for metric, score in point.scores.items():
+                    spread = f" ± {point.deviations[metric]:.3f}" if metric in point.deviations else ""
+                    assert f"/ {score:.3f}{spread} |" in text
+                assert not point.words or f"/ {point.words:.1f} |" in text
+    missing = {"aegis2_guard", "wildguard"} if scale else set()  # a quotation, and what needs SGLang
+    assert reproduced == {row.id for row in published.rows} - missing
+    assert bars == ({point.row for point in published.latency.points} if scale is None else set())
+
+
+@pytest.mark.parametrize("scale", [None, "smollm"])
+def test_ours_of_full_length_and_of_labels_stand_beside_the_budgets(monkeypatch, tmp_path, scale):
+    monkeypatch.chdir(ROOT)
+    opened = open_study("paper/sentence_budget", scale, [f"run_folder={tmp_path}"])
+    by_run = {}
+    for run in opened.runs:
+        mode = "direct" if run.config.data.mode == "direct" else "reasoning"
+        by_run[run.name] = {mode: {"prompt": 0.5, "response": 0.6, "safety": 0.55, "toxic_chat": 0.5}}
+        (run.folder / "evaluate").mkdir(parents=True)
+        (run.folder / "evaluate/results.json").touch()
+    text, html = (path.read_text() for path in write_report(opened, Results(by_run), read_published()))
+    assert {"ours, full length<", "ours, label only<"} <= set(re.findall("ours, [a-z ]+<", html))
+    assert f"| full_length | reasoning | {'0.500 / 0.846' if scale is None else '0.500'} |" in text
+    assert f"| label_only | direct | {'0.500 / 0.834' if scale is None else '0.500'} |" in text
