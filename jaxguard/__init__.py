@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxguard.api import build_data, distill, evaluate, mine, plan, train
+    from jaxguard.api import build_data, distill, evaluate, mine, plan, reinforce, train
     from jaxguard.config import Config
     from jaxguard.config import load as load_config
     from jaxguard.data.examples import Example
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Config", "Example", "Guard", "Policy", "build_data", "distill",
-    "evaluate", "load_config", "load_policy", "mine", "plan", "train",
+    "evaluate", "load_config", "load_policy", "mine", "plan", "reinforce", "train",
 ]  # fmt: skip
 
 _SOURCES = {
@@ -48,7 +48,7 @@ class _Stage(ModuleType):
 # transformers says at every start that its models need PyTorch; jaxguard takes its tokenizers and configs alone.
 logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
 
-for _stage in ("distill", "evaluate", "mine", "plan", "train"):
+for _stage in ("distill", "evaluate", "mine", "plan", "reinforce", "train"):
     importlib.import_module(f"jaxguard.{_stage}").__class__ = _Stage
 
 

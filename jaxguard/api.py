@@ -57,6 +57,13 @@ def mine(config: Source, overrides: Overrides = ()) -> "MineResult":
     return outside_event_loop(lambda: run(load(config, overrides, stage="mine")))
 
 
+def reinforce(config: Source, overrides: Overrides = (), resume: "Resume" = "auto") -> "TrainedRun":
+    """Train a guard on its own answers, by their rewards, and export it; `resume` is as on the command line."""
+    from jaxguard.reinforce.run import reinforce as run
+
+    return run(load(config, overrides, stage="reinforce"), resume)
+
+
 def plan(
     config: Source,
     targets: Sequence[str],

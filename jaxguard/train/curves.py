@@ -15,6 +15,14 @@ from jaxguard.train.logging import read_metrics
 
 PANELS = {
     "Training loss (nats per target token)": "loss",
+    "Reward of sampled answers": "rollouts/reward",
+    "Sampled answers that are right": "rollouts/right",
+    "Sampled answers without a verdict": "rollouts/no_verdict",
+    "Rates of wrong verdicts": "rollouts/false_*_rate",
+    "Groups whose rewards differ": "rollouts/groups_with_signal",
+    "Entropy of a sampled token (nats)": "rollouts/entropy",
+    "Tokens of a sampled answer": "rollouts/answer_tokens",
+    "Distance of probability ratios from 1": "policy/ratio_error",
     "Learning rate": "learning_rate",
     "Gradient norm before clipping": "gradient_norm",
     "Validation loss": "validation/*loss",
@@ -27,9 +35,17 @@ SMOOTH_AFTER = 60
 """Values from which a curve is drawn pale, with its running mean on top."""
 
 
-@style()
 def draw_curves(metrics: Path, picture: Path, title: str = "") -> bool:
-    """Draw the curves of `metrics` (a metrics.jsonl) into `picture` (a PNG), replacing it. False: nothing to draw.
+    """Draw the curves of `metrics` into `picture` (a PNG), replacing it. False: nothing to draw. Errors: see curves_figure."""
+    figure = curves_figure(metrics, title)
+    if figure is not None:
+        save_figure(figure, picture)
+    return figure is not None
+
+
+@style()
+def curves_figure(metrics: Path, title: str = "") -> Figure | None:
+    """Draw the curves of `metrics`, a metrics.jsonl; None: there is nothing to draw.
 
     Raises:
         JaxguardError: a line of metrics.jsonl is no record.
@@ -38,7 +54,7 @@ def draw_curves(metrics: Path, picture: Path, title: str = "") -> bool:
     frame = pd.DataFrame(records, index=[record["step"] for record in records])
     panels = {panel: curves for panel, pattern in PANELS.items() if (curves := _select(frame, pattern))}
     if not panels:
-        return False
+        return None
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.2 * rows + 0.4), dpi=120)
@@ -49,8 +65,7 @@ def draw_curves(metrics: Path, picture: Path, title: str = "") -> bool:
         _draw(axes, panel, curves)
         if number > len(panels) - columns:
             axes.set_xlabel("steps")
-    save_figure(figure, picture)
-    return True
+    return figure
 
 
 def _select(frame: pd.DataFrame, pattern: str) -> dict[str, pd.Series]:

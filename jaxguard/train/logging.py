@@ -38,6 +38,7 @@ from jaxguard.utils.versions import install
 
 SHOWN = {
     "loss": "loss {:.4f}",
+    "rollouts/reward": "reward {:.3f}",
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "examples_per_second": "{:.3g} examples/s",
