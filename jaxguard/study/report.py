@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedPoint, PublishedRow
 from jaxguard.evaluate.scores.results import WAITS, Evaluation
-from jaxguard.report import Drawing, Page, Paragraph, Section, Table, write_markdown, write_page
+from jaxguard.report import Beside, Bullets, Drawing, Only, Page, Paragraph, Section, Table, write_markdown, write_page
 from jaxguard.report.figures import COLOURS, FAINT, INK, inline_svg, style
 from jaxguard.report.text import ABSENT, number, seconds, short
 from jaxguard.study.grid import Study
@@ -31,10 +31,10 @@ LEGEND = (
 BEHIND_SLASH = (
     " In every table, what stands behind a slash is the published value, with its deviation over subsets if it has one."
 )
-ABOUT_OTHER = (
-    "F1 of cosapien is the mean of its scenarios', its other mean is over all examples; F1 of dynaguardrail is over all examples, "
-    "its other mean that of its subsets'."
-)
+ABOUT_OTHER = {
+    "dynaguardrail": "F1 of dynaguardrail is over all examples, its other mean that of its subsets'.",
+    "cosapien": "F1 of cosapien is the mean of its scenarios', its other mean is over all examples.",
+}
 OVER_GENERATIONS = "Standard deviation over the generations of a run, its mean over runs."
 ABOUT_WAIT = (
     "Percentiles of the seconds from sending a request to its answer, means over benchmarks and runs. At a server a request is "
@@ -56,21 +56,21 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
     else:
         columns = [name for name in columns if "/" not in name]
     lines = list(_lines(study, scores, published))
-    sections = []
-    for title, names, value, notes in _details(published):
-        names = [name for name in names if name in set(scores.metric)]
-        if (table := _table(lines, names, value)).rows:
-            notes = (*notes, *(_restated(lines, names) if value == "f1" else ()))
-            sections.append(Section(title, [table, *(Paragraph([note], faint=True) for note in notes)]))
+    sections = [
+        Section(title, [table, Paragraph([note] if note else [], faint=True)])
+        for title, names, value, note in _details(published)
+        if (table := _table(lines, [name for name in names if name in set(scores.metric)], value)).rows
+    ]
+    sections += [
+        Section("Where the paper has two values", [Bullets(list(_restated(lines)))]),
+        Section("Words of the traces", _words(study, scores, published)),
+        Section("Seconds an example", _latency(lines, published)),
+    ]
     absent = [run.name for run in study.runs if "evaluate" in run.row.stages and run.name not in set(scores.run)]
     missing = f"Without results: {', '.join(absent)}." if absent else None
     legend = LEGEND + (BEHIND_SLASH if study.scale is None else "")
     figure = _curves(study, scores, lines, columns, published)
     main = [figure, _table(lines, columns, "f1"), Paragraph([legend], faint=True), missing]
-    if words := _words(study, scores, published):
-        sections.append(Section("Words of the traces", words))
-    if latency := _latency(lines, published):
-        sections.append(Section("Seconds an example", latency))
     if (waits := _waits(lines)).rows:
         sections.append(Section("A request's own wait", [waits, Paragraph([ABOUT_WAIT], faint=True)]))
     page = Page(study.definition.title, [study.definition.about, *main, *sections])
@@ -80,25 +80,24 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
     return paths
 
 
-def _details(published: Published) -> Iterator[tuple[str, Sequence[str], str, Sequence[str]]]:
-    """The tables besides the main one: title, columns in the paper's order, the value of `gather` that they show, and notes."""
+def _details(published: Published) -> Iterator[tuple[str, Sequence[str], str, str]]:
+    """The tables besides the main one: title, columns in the paper's order, the value of `gather` that they show, and a note."""
     subsets = list(dict.fromkeys(name for row in published.rows for name in row.scores if "/" in name))
     for average in ("prompt", "response"):
-        yield f"{average.capitalize()} benchmarks", (*published.averages[average], average), "f1", ()
-    parts: list[str] = []
+        yield f"{average.capitalize()} benchmarks", (*published.averages[average], average), "f1", ""
     for name in published.averages["custom"]:
-        parts += [*(each for each in subsets if each.startswith(f"{name}/")), name, f"{name}/{OTHER}"]
-    yield "Custom policies", (*parts, "custom"), "f1", (ABOUT_OTHER,)
+        parts = [each for each in subsets if each.startswith(f"{name}/")]
+        yield f"Custom policies, {name}", (*parts, name, f"{name}/{OTHER}"), "f1", ABOUT_OTHER[name]
     of_all = ("safety", "prompt", "response", *CUSTOM, "custom")
-    yield "Deviation over generations", of_all, "deviation", (OVER_GENERATIONS,)
+    yield "Deviation over generations", of_all, "deviation", OVER_GENERATIONS
 
 
-def _restated(lines: Iterable["Line"], columns: Iterable[str]) -> Iterator[str]:
-    """What another table of the paper has for the same rows."""
+def _restated(lines: Iterable["Line"]) -> Iterator[str]:
+    """What a later table of the paper has for the same rows."""
     for line in lines:
         for table, scores in line.row.restated.items() if line.row and line.paper else ():
-            if others := [f"{name} {scores[name]:.3f}" for name in columns if name in scores]:
-                yield f"For {', '.join(line.title)}, {table} of the paper has {', '.join(others)}."
+            others = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+            yield f"For {', '.join(line.title)}, {table} of the paper has {others}."
 
 
 def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
@@ -201,7 +200,7 @@ def _lines(study: Study, scores: pd.DataFrame, published: Published) -> Iterator
 
 def _table(lines: Iterable[Line], columns: Sequence[str], value: str) -> Table:
     """A row for each line that has a value in one of the columns, and for what is quoted there."""
-    table = Table(("", "mode", *columns, "runs"), left=2)
+    table = Table(("", "mode", *(name.rpartition("/")[2] for name in columns), "runs"), left=2)
     for line in lines:
         scores, paper = line.scores, line.paper.get(value, {})
         values = {name: scores[value][scores.metric == name].dropna() for name in columns}
@@ -277,18 +276,18 @@ def _curves(
                     label, dash = short(f"{who}, {title}", 60), "--" if i else "-."
                     axes.axhline(level[who], label=label, color=color, linestyle=dash, linewidth=1)
         ticks = sorted({*points.x, *(point.x for point in paper)})
-        if ticks and ticks[0] > 0 and ticks[-1] >= 5 * ticks[0]:
+        if ticks and ticks[0] > 0 and ticks[-1] >= 20 * ticks[0]:
             axes.set_xscale("log")
         axes.set_xticks(ticks, [f"{x:,g}" if x < 1e5 else f"{x:,.0f}" for x in ticks])
         axes.minorticks_off()
         axes.set(xlabel=short(curve.label, 60), ylabel=short(f"F1, {name}", 60))
     if any(axes.get_legend_handles_labels()[0] for axes in every):
-        every[0].legend()
+        figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return Drawing(" ".join(caption), inline_svg(figure, "curve", f"F1 by {curve.label}"))
 
 
 @style()
-def _words(study: Study, scores: pd.DataFrame, published: Published) -> list[Table | Drawing]:
+def _words(study: Study, scores: pd.DataFrame, published: Published) -> list[Beside]:
     """The mean words of the traces that each point was trained on, where the paper's curve has them: a table and its figure."""
     curve = study.definition.curve
     if curve is None or not any(p.words for p in getattr(published, curve.published or "", ())):
@@ -319,7 +318,7 @@ def _words(study: Study, scores: pd.DataFrame, published: Published) -> list[Tab
     axes.set(xlabel=short(curve.label, 60), ylabel="mean words of a trace")
     axes.legend()
     caption = "Words of the traces that were trained on"
-    return [table, Drawing(caption, inline_svg(figure, "words", f"Words by {curve.label}"))]
+    return [Beside([table, Drawing(caption, inline_svg(figure, "words", f"Words by {curve.label}"))])]
 
 
 def _trace_words(folder: Path) -> float:
@@ -339,7 +338,7 @@ def _waits(lines: Iterable[Line]) -> Table:
 
 
 @style()
-def _latency(lines: Sequence[Line], published: Published) -> list[Table | Paragraph | Drawing]:
+def _latency(lines: Sequence[Line], published: Published) -> list[Table | Only | Drawing]:
     """Seconds an example, the mean over benchmarks, beside the paper's of the same rows: a table and its bars."""
     points, first = {point.row: point for point in published.latency.points}, published.latency.points[0]
     bars = []
@@ -373,6 +372,6 @@ def _latency(lines: Sequence[Line], published: Published) -> list[Table | Paragr
         caption += " The paper's are of one generation."
     axes.set_yticks(range(len(bars)), [short(", ".join(line.title), 60) for line, _, _ in bars])
     axes.set(xlabel="seconds an example of an offline batch", ylim=(len(bars) - 0.5, -0.5))
-    axes.legend()
-    drawing = Drawing("Seconds an example", inline_svg(figure, "latency", "Seconds an example by row"))
-    return [table, Paragraph([caption], faint=True), drawing]
+    figure.legend(loc="outside lower center", ncols=2)
+    drawing = Drawing(caption, inline_svg(figure, "latency", "Seconds an example by row"))
+    return [table, Only("markdown", [caption]), drawing]

@@ -250,7 +250,7 @@ def test_single_benchmarks_and_subsets_have_tables_of_their_own(report):
     made, read = report({"base": scores}, rows=ROWS)
     text = write_report(made, read, PUBLISHED)[0].read_text()
     assert text.index("## Prompt benchmarks") < text.index("| base | reasoning | 0.450 / 0.400 | 1 of 1 |")
-    assert text.index("## Custom policies") < text.index(
+    assert text.index("## Custom policies, cosapien") < text.index(
         "| base | reasoning | 0.600 / 0.300 | 0.600 | 0.222 | 1 of 1 |"
     )
     assert "## Response benchmarks" not in text

@@ -22,7 +22,8 @@ def made_up(path):
     f1 = SimpleNamespace(value=record["f1"], deviation=0.004)
     result = SimpleNamespace(scores=SimpleNamespace(f1=f1))
     cell = SimpleNamespace(guard="ours", mode=record["mode"], benchmark="own_responses", result=result, complete=True,
-                           cost=SimpleNamespace(seconds=0.25, wait_p50=1, wait_p95=2, wait_p99=3), slices={})  # fmt: skip
+                           cost=SimpleNamespace(seconds=0.25, wait_p50=1, wait_p95=2, wait_p99=3),
+                           slices={}, other_f1={})  # fmt: skip
     average = SimpleNamespace(guard="ours", mode=record["mode"], name="safety", f1=f1, missing=())
     return SimpleNamespace(cells=[cell], averages=[average])
 
@@ -61,7 +62,7 @@ def test_both_modes_stand_beside_the_papers_points(browser, pages):
         assert wanted in texts
     assert {"500", "1,000", "2,500", "5,000", "86,759"} <= set(texts)
     rows = browser.execute_script("return [...document.querySelectorAll('tr')].map(one => one.innerText)")
-    row, deviations, _ = [row for row in rows if row.startswith("5 epochs, 500 training examples\treasoning")]
+    row, deviations, *_ = [row for row in rows if row.startswith("5 epochs, 500 training examples\treasoning")]
     assert " ± 0.006 / 0.746" in row  # four subsets, 0.005 apart: 0.005 √(5 / 3)
     assert "0.004 ± 0.000" in deviations
     row, *_ = [row for row in rows if row.startswith("5 epochs, 500 training examples\tdirect")]
