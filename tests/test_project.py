@@ -29,7 +29,7 @@ BELOW = {
     "distill": {"data"},
     "models": {"utils", "config"},
     "train": {"data", "models", "report"},
-    "plan": {"train"},
+    "plan": {"train", "guards"},
     "guards": {"data", "models"},
     "evaluate": {"guards", "distill"},
     "mine": {"guards"},

@@ -1,4 +1,4 @@
-"""Compile the run's own training step for hardware that is not attached; estimate its time by a roofline, and the whole run's.
+"""Compile the run's own training step for hardware that is not attached, and estimate its time by a roofline.
 
 Letters as in models/: T tokens of a row, V D L N K H F of the model's spec.
 """
@@ -6,7 +6,7 @@ Letters as in models/: T tokens of a row, V D L N K H F of the model's spec.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,18 @@ from typing import Any
 import jax
 
 from jaxguard.compat import cudnn_attention_on_any_gpu
-from jaxguard.config import Config
+from jaxguard.config import Config, load
 from jaxguard.config.base import CONFIG_FOLDER, folders, locate
 from jaxguard.config.hardware import Target
+from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.config.train import ModelConfig
-from jaxguard.data.packing import PAIR_MULTIPLE, Schedule, Shape, bucket_size, total_steps
-from jaxguard.data.prepare import prepare
-from jaxguard.models.attention.kernels import Layout
+from jaxguard.data.packing import PAIR_MULTIPLE, TARGET_MULTIPLE, Shape, bucket_size
 from jaxguard.models.compute import Compute
 from jaxguard.models.sharding import FSDP, make_mesh, mesh_axes, partition, row_multiple
 from jaxguard.models.spec import Spec, read_spec
 from jaxguard.models.weights import table
 from jaxguard.plan.hlo import Collective, CompiledProgram, describe
+from jaxguard.plan.run_cost import RunCost, skipped_blocks
 from jaxguard.plan.targets import Cluster, topology
 from jaxguard.train.step import Program, build_program
 from jaxguard.utils.errors import JaxguardError
@@ -33,9 +33,6 @@ from jaxguard.utils.errors import JaxguardError
 ATTENTION_BACKWARD = 2.5
 """Products of attention's backward pass over those of its forward pass: the scores again, and four of their size (Dao,
 FlashAttention-2, 2023, section 4.1). Attention in plain XLA does the same."""
-MOST_SHAPES = 4
-SAMPLED_STEPS = 8
-"""Batches of a run whose blocks of attention are counted."""
 SHAPES = CONFIG_FOLDER / "shapes"
 _NEEDS = re.compile(r"Used (\S+) of (\S+) hbm|for HLO temporaries \((\S+)\) exceeds available HBM \((\S+)\)")
 _ALLOCATION = re.compile(r'Size: ([\d.]+)([BKMG])\n(?:\s*Operator: .*?op_name="([^"[]*).*\n)?\s*Shape: (\w+\[[\d,]*\])')
@@ -58,47 +55,29 @@ class OutOfMemoryError(JaxguardError):
 
 
 @dataclass(frozen=True)
-class RunCost:
-    """A whole run: steps, None where they depend on data that are not available, and dollars for a device and hour.
+class Sampling:
+    """What one device needs to sample the answers of a step, if all prompts and answers are as long as they may be.
 
-    `shapes` of batches, each a program to compile -> how many steps have it; empty where the data are not available. `layouts` are
-    those of a few batches.
+    Attributes:
+        answers: to this many `prompts`, at the same time; then again, in so many `batches`.
+        prompt_tokens, tokens: of a prompt, and of an answer.
+        state: bytes of the training state, which stays.
+        weights: bytes of the weights in the compute type, gathered over fsdp.
+        caches: bytes of keys and values.
+        peak: bytes of all, and of what a token needs besides.
+        seconds: of products, memory and network, one after another.
     """
 
-    steps: int | None = None
-    price: float | None = None
-    shapes: Mapping[Shape, int] = field(default_factory=dict)
-    layouts: Sequence[Layout] = ()
-
-    def totals(self, seconds: float, devices: int) -> dict[str, float | None]:
-        """Hours, and dollars for all devices, at so many seconds a step."""
-        hours = None if self.steps is None else self.steps * seconds / 3600
-        return {"hours": hours, "dollars": hours and self.price and hours * devices * self.price}
-
-    def describe(self, seconds: float, devices: int) -> str:
-        """Steps, hours and dollars in words."""
-        hours, dollars = self.totals(seconds, devices).values()
-        if hours is None:
-            return "unknown: set data.subset or train.max_steps"
-        price = "" if dollars is None else f", ${dollars:,.2f}"
-        return f"{self.steps:,} steps, {hours:,.2f} h, {hours * devices:,.1f} device-hours{price}"
-
-    @property
-    def largest(self) -> Shape | None:
-        """The shape that needs most memory, and so decides whether the run fits; None where the data are not available."""
-        return max(self.shapes, key=lambda s: (s.rows * s.tokens, s.targets), default=None)
-
-    @property
-    def programs(self) -> str:
-        """Number and shapes of the programs, in words; a run may have dozens."""
-        if not self.shapes:
-            return "unknown until tokenizer and data are local"
-        names = [
-            f"{shape.rows} rows of {shape.tokens:,} tokens, {shape.targets:,} targets ({count:,} steps)"
-            for shape, count in Counter(self.shapes).most_common(MOST_SHAPES)
-        ]
-        more = [f"{len(self.shapes) - MOST_SHAPES} more"] if len(self.shapes) > MOST_SHAPES else []
-        return f"{len(self.shapes)}: {'; '.join([*names, *more])}"
+    prompts: int
+    answers: int
+    batches: int
+    prompt_tokens: int
+    tokens: int
+    state: int
+    weights: int
+    caches: int
+    peak: int
+    seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -118,6 +97,7 @@ class Plan:
         kernels: names of fused kernels -> how often they run.
         attention_traffic: bytes of the traffic that attention itself causes, without its projections.
         windows: of its layers, in tokens; None for all.
+        sampling: of the answers that the step trains on; None where none are, or where its compiler refuses.
     """
 
     name: str
@@ -137,6 +117,7 @@ class Plan:
     kernels: dict[str, float]
     attention_traffic: float = 0.0
     windows: Sequence[int | None] = ()
+    sampling: Sampling | None = None
     cost: RunCost = field(default_factory=RunCost)
 
     @property
@@ -146,6 +127,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak <= self.usable
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, with what is sampled for it."""
+        return estimate(self)["step"] + (sum(self.sampling.seconds.values()) if self.sampling else 0)
 
     @property
     def sent(self) -> float:
@@ -204,19 +190,37 @@ def compile_step(
     if rows is None and largest is not None:
         shape = largest if targets is None else largest._replace(targets=targets)
     else:
-        rows = rows or bucket_size(config.train.batch_size, multiple)
-        pairs = 0 if config.train.objective.kind == "sft" else PAIR_MULTIPLE
-        shape = Shape(rows, tokens, targets or tokens, pairs)
+        shape = _full_rows(config, rows, targets, multiple)
     program = build_program(config, spec, mesh, steps=1000)  # their number does not change the program's size
     with jax.set_mesh(mesh), cudnn_attention_on_any_gpu():
         lowered = program.train_step.lower(program.state, program.batch(shape))
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise OutOfMemoryError(str(error)) from None
+        compiled = compile_lowered(lowered)
     return read_plan(config.name, cluster, program, shape, compiled)
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile; OutOfMemoryError: no schedule fits."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(str(error)) from None
+
+
+def _full_rows(config: Config, rows: int | None, targets: int | None, multiple: int) -> Shape:
+    """The shape of a batch of full rows: one for each answer, or so many that share the answers evenly.
+
+    An answer that is supervised may be all of its row; one that is sampled has reinforce.max_tokens.
+    """
+    tokens, objective = config.data.max_seq_len, config.train.objective
+    settings = config.reinforce or ReinforceConfig()
+    answers = config.train.batch_size * (settings.answers if objective.is_sampled else 1)
+    rows = rows or bucket_size(answers, multiple)
+    share = -(-answers // rows)  # of an answer, or of a pair of them
+    if objective.is_sampled and targets is None:
+        targets = min(tokens, bucket_size(share * settings.max_tokens, TARGET_MULTIPLE))
+    return Shape(rows, tokens, targets or tokens, 0 if objective.kind == "sft" else bucket_size(share, PAIR_MULTIPLE))
 
 
 def read_plan(name: str, cluster: Cluster, program: Program, shape: Shape, compiled: jax.stages.Compiled) -> Plan:
@@ -255,9 +259,15 @@ def _branches(spec: Spec, tokens: int) -> list[float]:
 
 
 def find_spec(model: ModelConfig) -> Spec:
-    """Read the model's shape from a local checkpoint, or else from configs/shapes; JaxguardError if neither exists."""
+    """Read the model's shape from a local checkpoint, or else from configs/shapes; JaxguardError if neither exists.
+
+    The export of a run that is still to come has the shape of what the run starts from.
+    """
     if Path(model.checkpoint).is_dir():
         return read_spec(Path(model.checkpoint))
+    parts = Path(model.checkpoint).parts
+    if parts[-1] == "export" and (CONFIG_FOLDER / f"{parts[-2]}.yaml").is_file():
+        return find_spec(load(parts[-2]).model)
     folder = locate(SHAPES / model.checkpoint.replace("/", "--"))
     if not folder.is_dir():
         known = sorted({path.name.replace("--", "/") for source in folders(SHAPES) for path in source.glob("*--*")})
@@ -266,17 +276,6 @@ def find_spec(model: ModelConfig) -> Spec:
             f"or put its config.json into {SHAPES / folder.name}/; known: {', '.join(known) or 'none'}"
         )
     return read_spec(folder)
-
-
-def skipped_blocks(layouts: Sequence[Layout], windows: Sequence[int | None], queries: int, keys: int) -> float:
-    """Share of the blocks with keys at or before their queries that no query of theirs needs, over layers with these windows."""
-    causal = needed = 0
-    for layout in layouts:
-        padded = layout.padded(-layout.ends_BT.shape[1] % math.lcm(queries, keys))
-        rows, tokens = padded.ends_BT.shape
-        causal += rows * len(windows) * sum(-(-stop // keys) for stop in range(queries, tokens + 1, queries))
-        needed += sum(n * int(padded.needed(window, queries, keys).sum()) for window, n in Counter(windows).items())
-    return 1 - needed / causal
 
 
 def step_flops(spec: Spec, shape: Shape, compute: Compute) -> dict[str, float]:
@@ -341,14 +340,23 @@ def estimate(plan: Plan) -> dict[str, float]:
         compute: of the matrix products; memory: to read and write it; network: of the collectives; mfu: share of the devices'
         peak FLOPs that the model's own are, without recomputation and padding; step: if nothing overlaps; bound: if all does.
     """
-    target = plan.cluster.target
-    peak = target.flops.get(plan.compute.dtype.name) or target.flops["bfloat16"]
-    compute = plan.compiled_flops / peak
-    memory = plan.traffic / target.bandwidth
-    network = sum(collective.sent / rate(target, collective) for collective in plan.collectives)
-    step, bound = compute + memory + network, max(compute, memory, network)
-    mfu = plan.flops["model"] / (plan.cluster.devices * peak * step)
-    return {"compute": compute, "memory": memory, "network": network, "mfu": mfu, "step": step, "bound": bound}
+    target, dtype = plan.cluster.target, plan.compute.dtype.name
+    times = roofline(target, dtype, plan.compiled_flops, plan.traffic, plan.collectives)
+    step = sum(times.values())
+    mfu = plan.flops["model"] / (plan.cluster.devices * peak_flops(target, dtype) * step)
+    return {**times, "mfu": mfu, "step": step, "bound": max(times.values())}
+
+
+def roofline(
+    target: Target, dtype: str, flops: float, traffic: float, collectives: Iterable[Collective]
+) -> dict[str, float]:
+    """Seconds of a device's products, of the traffic with its memory, and of its collectives."""
+    network = sum(collective.sent / rate(target, collective) for collective in collectives)
+    return {"compute": flops / peak_flops(target, dtype), "memory": traffic / target.bandwidth, "network": network}
+
+
+def peak_flops(target: Target, dtype: str) -> float:
+    return target.flops.get(dtype) or target.flops["bfloat16"]
 
 
 def rate(target: Target, collective: Collective) -> float:
@@ -356,20 +364,3 @@ def rate(target: Target, collective: Collective) -> float:
     if collective.near == collective.group:
         return target.link
     return min(target.link, target.network * collective.near)
-
-
-def run_cost(config: Config, devices: int, price: float | None = None) -> RunCost:
-    """Count a run's steps, and its batch shapes from local tokenizer and data; JaxguardError if it cannot train on those."""
-    train, data, checkpoint = config.train, config.data, Path(config.model.checkpoint)
-    paths = [source.path and Path(source.path) for source in (*data.train, *data.validation)]
-    if (checkpoint / "tokenizer.json").is_file() and all(path and path.exists() for path in paths):
-        examples = prepare(config, checkpoint).train
-        steps = total_steps(len(examples), train.batch_size, train.epochs, train.max_steps)
-        multiple = max(1, devices // config.mesh.tensor) * train.accumulation
-        schedule = Schedule.of(config, examples, steps, multiple)
-        batches = [schedule.batch(step) for step in range(0, steps, -(-steps // SAMPLED_STEPS))]
-        layouts = [Layout(batch.ends_BT, batch.positions_BT) for batch in batches]
-        return RunCost(steps, price, Counter(schedule.shape(step) for step in range(steps)), layouts)
-    if data.subset is None:
-        return RunCost(train.max_steps, price)
-    return RunCost(total_steps(data.subset, train.batch_size, train.epochs, train.max_steps), price)

@@ -12,7 +12,9 @@ from rich.text import Text
 from jaxguard.config import Source, load
 from jaxguard.config.hardware import GIB
 from jaxguard.models.spec import Spec
-from jaxguard.plan.compile import Buffer, OutOfMemoryError, Plan, compile_step, estimate, find_spec, rate, run_cost
+from jaxguard.plan.compile import Buffer, OutOfMemoryError, Plan, compile_step, estimate, find_spec, rate
+from jaxguard.plan.run_cost import run_cost
+from jaxguard.plan.sampling import compile_sampling
 from jaxguard.plan.targets import Cluster, find_cluster
 from jaxguard.report import Bullets, Cell, Content, Drawing, Page, Paragraph, Section, Table
 from jaxguard.report.figures import COLOURS, inline_svg, style
@@ -24,6 +26,10 @@ ASSUMPTIONS = (
     "matrix products at the data sheet's dense peak; memory and links at the data sheet's rates; nothing overlaps. We assume "
     "that two errors cancel out: products never reach their peak, and communication hides behind them. The bound is the "
     "longest of the three alone"
+)
+SAMPLING_REMEDY = (
+    "try a larger mesh.tensor, which cuts the weights that a device gathers, fewer answers at a time (reinforce.batch), shorter "
+    "ones (reinforce.max_tokens) or more devices"
 )
 MOST_COLLECTIVES = 12
 """In a terminal."""
@@ -67,6 +73,11 @@ class PlanReport:
                 )
             reason = f"it needs {plan.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable; {advice}"
             problems.append(Refusal(plan.name, plan.cluster.name, reason, plan.largest))
+        for plan in self.plans:
+            if plan.sampling and plan.sampling.peak > plan.usable:
+                size = f"{plan.sampling.peak / GIB:.2f} GiB of {plan.usable / GIB:.1f} usable"
+                reason = f"sampling needs {size}; {SAMPLING_REMEDY}"
+                problems.append(Refusal(plan.name, plan.cluster.name, reason))
         return [*problems, *self.refusals]
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -92,6 +103,7 @@ class PlanReport:
         parts: list[RenderableType] = []
         if self.plans:
             parts.append(self.facts().rich())
+            parts += [phases(plan).rich() for plan in self.plans if plan.sampling]
             parts += [collectives_table(plan, MOST_COLLECTIVES).rich() for plan in self.plans if len(self.plans) == 1]
             parts.append(Text(f"Estimate: {ASSUMPTIONS}.", "dim"))
         for problem in self.problems:
@@ -109,7 +121,8 @@ class PlanReport:
             blocks += [self.facts(), self._figure()]
         for plan in self.plans:
             title = f"{plan.name} on {plan.cluster.name}"
-            blocks.append(Section(title, [collectives_table(plan), largest_table(plan.largest)]))
+            tables = [phases(plan)] if plan.sampling else []
+            blocks.append(Section(title, [*tables, collectives_table(plan), largest_table(plan.largest)]))
         return Page(f"Plan of {' / '.join(names)}", [*blocks, NOTE if self.plans else None])
 
     @style()
@@ -168,7 +181,7 @@ def facts(plan: Plan) -> dict[str, str | Cell]:
         "… memory": f"{guess['memory']:.3g} s",
         "… network": f"{guess['network']:.3g} s",
         "MFU": f"{guess['mfu']:.0%}",
-        "whole run": plan.cost.describe(guess["step"], cluster.devices),
+        "whole run": plan.cost.describe(plan.seconds, cluster.devices),
         "programs": plan.cost.programs,
     }
 
@@ -179,6 +192,25 @@ def collectives_table(plan: Plan, most: int | None = None) -> Table:
     for c in plan.collectives[:most]:
         figures = (f"{c.size / 2**20:,.1f}", f"{c.count:g}", f"{c.hidden:g}", f"{c.sent / GIB:.2f}")
         table.add(c.kind, c.axes, c.source, c.group, *figures, f"{c.sent / rate(plan.cluster.target, c):.3f}")
+    return table
+
+
+def phases(plan: Plan) -> Table:
+    """What a step of reinforcement learning does one after the other."""
+    columns = ("phase", "", "peak, GiB", "s", "products", "memory", "network")
+    table = Table(columns, title=f"A step of {plan.name} on {plan.cluster.name}", left=2)
+    guess, shape, sampling = estimate(plan), plan.shape, plan.sampling
+    if sampling:
+        text = (
+            f"{sampling.batches} × {sampling.answers} answers of {sampling.tokens:,} tokens to {sampling.prompts} prompts of "
+            f"{sampling.prompt_tokens:,}"
+        )
+        seconds = sampling.seconds
+        each = (sum(seconds.values()), *(seconds[part] for part in ("compute", "memory", "network")))
+        table.add("sample", text, f"{sampling.peak / GIB:.1f}", *(f"{time:.3g}" for time in each))
+    text = f"{shape.rows} rows of {shape.tokens:,} tokens, {shape.targets:,} targets each"
+    each = (guess["step"], guess["compute"], guess["memory"], guess["network"])
+    table.add("update", text, f"{plan.peak / GIB:.1f}", *(f"{time:.3g}" for time in each))
     return table
 
 
@@ -220,7 +252,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "estimate": guess,
         "steps": cost.steps,
         "shapes": [shape._asdict() | {"steps": steps} for shape, steps in cost.shapes.items()] or None,
-        **cost.totals(guess["step"], plan.cluster.devices),
+        "sampling": plan.sampling and asdict(plan.sampling),
+        **cost.totals(plan.seconds, plan.cluster.devices),
     }
 
 
@@ -268,10 +301,17 @@ def plan(
             cost = run_cost(variant, cluster.devices, price)
             try:
                 compiled = compile_step(variant, spec, cluster, rows, target_tokens, cost.largest)
-                plans.append(replace(compiled, name=name, cost=cost))
             except OutOfMemoryError as error:
                 reason = f"{error}; {remedies(variant.model.remat)}"
                 refusals.append(Refusal(name, cluster.name, reason, error.largest))
+                continue
+            sampling = None
+            try:
+                sampling = compile_sampling(variant, spec, cluster)
+            except OutOfMemoryError as error:
+                reason = f"sampling: {error}; {SAMPLING_REMEDY}"
+                refusals.append(Refusal(name, cluster.name, reason, error.largest))
+            plans.append(replace(compiled, name=name, cost=cost, sampling=sampling))
     return PlanReport(plans, refusals)
 
 

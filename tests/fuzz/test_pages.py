@@ -23,8 +23,8 @@ from jaxguard.distill.store import open_traces
 from jaxguard.evaluate import audit
 from jaxguard.evaluate.report.page import report
 from jaxguard.evaluate.report.published import read_published
-from jaxguard.plan.compile import RunCost
 from jaxguard.plan.run import PlanReport, Refusal, plan_json
+from jaxguard.plan.run_cost import RunCost
 from jaxguard.plan.sweeps import SweepReport
 from jaxguard.report import (
     Beside,

@@ -15,8 +15,9 @@ from jaxguard.guards.backends import jax as sampler
 from jaxguard.guards.backends import jax_decoding
 from jaxguard.guards.backends.jax_decoding import Sampling, draw
 from jaxguard.guards.backends.jax_model import PrefixCache, place_model, prefill
+from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import Compute
-from jaxguard.models.decoder import Decoder
+from jaxguard.models.decoder import Decoder, DecodingCache
 from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.sharding import make_mesh, weight_shardings
 from jaxguard.models.spec import read_spec
@@ -375,3 +376,29 @@ def test_hidden_states_that_are_not_finite_are_an_error(model, temperature):
     weights = model.weights | {"final_norm": model.weights["final_norm"].at[3].set(jnp.nan)}
     with pytest.raises(JaxguardError, match=r"prompt 0.*not finite"):
         generate(dataclasses.replace(model, weights=weights), [[5, 6]], Sampling(temperature, max_tokens=3))
+
+
+def test_a_token_in_one_program_is_that_of_decode(model):
+    """The program that the planner compiles, again and again: two answers to each of three prompts."""
+    spec, count, n = model.spec, 3, 2
+    prompts = np.random.default_rng(0).integers(5, 400, (count, 40)).astype(np.int32)
+    positions = np.tile(np.arange(40, dtype=np.int32), (count, 1))
+    last = np.full(count, 39)
+    hidden_BD, own = prefill(model, (), prompts, positions, last)
+    keys = np.arange(2 * count * n, dtype=np.uint32).reshape(-1, 2)
+    rows = jax_decoding.Rows(keys, np.full(count * n, 40), np.zeros(count * n, bool))
+    whole = jax_decoding.decode(model, (), own, hidden_BD, rows, Sampling(1.0, 1.0, max_tokens=4, n=n))
+    leading = spec.num_layers, count * n, spec.num_kv_heads
+    new = DecodingCache(
+        jnp.zeros((*leading, spec.head_dim, 4)),
+        jnp.zeros((*leading, 4, spec.head_dim)),
+        jnp.full((count * n, 4), FAR, jnp.int32),
+    )
+    prompt_cache = DecodingCache(jnp.swapaxes(own.key_LAKSH, 3, 4), own.value_LAKSH, own.positions_AS)
+    hidden_RD = jnp.repeat(hidden_BD, n, axis=0)
+    for step in range(4):
+        sampled, hidden_RD, new, rows = jax_decoding.sample_token(
+            model, prompt_cache, new, hidden_RD, rows, step, jnp.full(1, -1)
+        )
+        np.testing.assert_array_equal(sampled.tokens, whole.tokens[:, step])
+        np.testing.assert_allclose(sampled.logprobs, whole.logprobs[:, step], atol=1e-4)

@@ -21,9 +21,10 @@ from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import Compute, choose_kernel
 from jaxguard.models.sharding import PERMUTED, make_mesh
 from jaxguard.models.weights import abstract, count, table
-from jaxguard.plan.compile import Plan, RunCost, compile_step, estimate, find_spec, ideal_sent, rate, step_flops
+from jaxguard.plan.compile import Plan, compile_step, estimate, find_spec, ideal_sent, rate, step_flops
 from jaxguard.plan.hlo import Collective
 from jaxguard.plan.run import PlanReport
+from jaxguard.plan.run_cost import RunCost
 from jaxguard.plan.sweeps import points, read_sweep
 from jaxguard.plan.targets import find_cluster, topology
 from jaxguard.train.step import training_flops

@@ -6,8 +6,8 @@ import pytest
 from browser import complaints, open_page, requests
 from plan_examples import plan_of
 
-from jaxguard.plan.compile import RunCost
 from jaxguard.plan.run import PlanReport
+from jaxguard.plan.run_cost import RunCost
 from jaxguard.plan.targets import find_cluster
 from jaxguard.report import write_page
 

@@ -9,7 +9,7 @@ from jaxguard.config import load
 from jaxguard.data.packing import Schedule, Shape
 from jaxguard.data.prepare import prepare
 from jaxguard.models.attention.kernels import Layout
-from jaxguard.plan.compile import RunCost, run_cost, skipped_blocks
+from jaxguard.plan.run_cost import RunCost, run_cost, skipped_blocks
 
 
 def test_a_whole_run_is_counted_from_its_config():

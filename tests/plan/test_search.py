@@ -9,8 +9,9 @@ from plan_examples import plan_of
 from jaxguard.config import load
 from jaxguard.plan import __main__ as command
 from jaxguard.plan import run as run_module
-from jaxguard.plan.compile import OutOfMemoryError, RunCost, estimate, find_spec
+from jaxguard.plan.compile import OutOfMemoryError, estimate, find_spec
 from jaxguard.plan.run import meshes, search
+from jaxguard.plan.run_cost import RunCost
 from jaxguard.plan.targets import find_cluster
 
 LLAMA = find_spec(load("llama8b_5k").model)

@@ -118,6 +118,23 @@ def decode(
     return outputs
 
 
+def sample_token(
+    model: Model,
+    own: DecodingCache,
+    new: DecodingCache,
+    hidden_BD: Float[Array, "B D"],
+    rows: Rows,
+    step: Any,
+    stop_Q: Any,
+) -> tuple[Continuations, Float[Array, "R D"], DecodingCache, Rows]:
+    """Sample a token of each row and compute it, as `decode` does again and again: here one program, for the planner to compile."""
+    sampled, rows = _choose(model, hidden_BD, rows, step, stop_Q, temperature=1.0, top_p=1.0)
+    x, ropes, positions = _embedded(model, sampled.tokens, rows.lengths_R, step)
+    x, token = _append(model, x, ropes, positions, (own, new))
+    (new,) = _written([new], [token], step)
+    return sampled, _normed(model, x), new, rows
+
+
 def _stages(model: Model) -> list[Model]:
     """The model in parts that are programs of their own, one after the other: on a single CPU device the layers, else all in one.
 
