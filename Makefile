@@ -19,11 +19,13 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo serve-demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints bench-preferences bench-serve test test-slow fuzz test-aot test-sglang \
+.PHONY: help demo prefer-demo reinforce-demo serve-demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints bench-preferences bench-serve test test-slow fuzz test-aot test-sglang \
 	test-serve test-latest test-lowest sglang-cpu lint format docs wheel lock clean
 
 help:
 	@echo "make demo          train a real guard on this CPU and show what it learned"
+	@echo "make prefer-demo   the same guard learns from its right and wrong answers"
+	@echo "make reinforce-demo  the same guard is rewarded for right answers"
 	@echo "make serve-demo    the same guard as a service on 127.0.0.1, with a page on which to try texts"
 	@echo "make distill-demo  get traces from a real SGLang server on this CPU, and train on them"
 	@echo "make plan-demo     compile two recipes for absent A100s and a TPU slice: do they fit, what do they cost?"
@@ -51,6 +53,9 @@ help:
 
 demo: $(VENV)/.base
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py $(ARGS)
+
+prefer-demo reinforce-demo: $(VENV)/.base
+	PYTHONPATH=tools GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/improve_demo.py $(@:-demo=) $(ARGS)
 
 serve-demo: $(VENV)/.base
 	PYTHONPATH=tools GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/serve_demo.py $(ARGS)

@@ -16,8 +16,8 @@ from jaxguard.train.logging import read_metrics
 PANELS = {
     "Training loss (nats per target token)": "loss",
     "Reward of sampled answers": "rollouts/reward",
-    "Sampled answers that are right": "rollouts/right",
-    "Sampled answers without a verdict": "rollouts/no_verdict",
+    "Right answers, a share of those sampled": "rollouts/right",
+    "Answers without a verdict, a share": "rollouts/no_verdict",
     "Rates of wrong verdicts": "rollouts/false_*_rate",
     "Groups whose rewards differ": "rollouts/groups_with_signal",
     "Entropy of a sampled token (nats)": "rollouts/entropy",
