@@ -139,18 +139,19 @@ class Sampler:
     row_multiple: int
 
     def answers(self, prompts: Sequence[EncodedExample], seed: int) -> list[Answer]:
-        """Answer prompts until train.batch_size of them have an answer that is right and one that is not, or all are answered.
+        """Answer prompts until train.batch_size of them have right and wrong answers, which are returned, or all are answered.
 
-        Where reinforce.candidates is 1, all are answered. Those that were left out are answered, too, but not returned unless
-        there are no others.
+        Others are returned where there are no such, where no prompts may be left out, and where all verdicts are scored, which
+        teaches in any case.
         """
         settings, wanted = self._settings, self.config.train.batch_size
+        choose = settings.candidates > 1 and settings.reward.kind == "sampled"
         teaching, others, first = list[list[Answer]](), list[list[Answer]](), 0
         while first < len(prompts) and len(teaching) < wanted:
             numbers = range(first, min(first + wanted - len(teaching), len(prompts)))
             for group in self._groups([(number, prompts[number]) for number in numbers], seed):
-                rights = {answer.right for answer in group}
-                (teaching if len(rights) > 1 or settings.candidates == 1 else others).append(group)
+                mixed = len({answer.right for answer in group}) > 1
+                (teaching if mixed or not choose else others).append(group)
             first = numbers.stop
         return [answer for group in teaching or others[:wanted] for answer in group]
 

@@ -15,6 +15,7 @@ from statistics import median
 from jaxguard.config.data import SourceConfig
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.config.hardware import peak_flops
+from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.data.benchmarks.schema import read_benchmark, read_group
 from jaxguard.data.files import read_local
 from jaxguard.data.packing import total_steps
@@ -81,12 +82,22 @@ def work(run: Run) -> Counter[str]:
     if not data.subset and not data.validation:
         examples = max(0, examples - data.validation_size)
     traced = {"direct": 0.0, "reasoning": 1.0, "dual": data.dual_reasoning_share}[data.mode]
-    if {"train", "mine"} & set(run.row.stages):
+    if {"train", "reinforce", "mine"} & set(run.row.stages):
         total["assumed"] += not (known or data.subset)
     predictions: list[tuple[int, int, float]] = []  # examples, generations of each, share with a trace
-    if "train" in run.row.stages and examples:
-        total["steps"] = total_steps(examples, config.train.batch_size, config.train.epochs, config.train.max_steps)
-        total["trained"] = round(total["steps"] * _batch_tokens(run, traced))
+    if {"train", "reinforce"} & set(run.row.stages) and examples:
+        steps, sampled = (
+            total_steps(examples, config.train.batch_size, config.train.epochs, config.train.max_steps),
+            0.0,
+        )
+        total["steps"] = steps
+        if "reinforce" in run.row.stages:
+            reinforce, answer = config.reinforce or ReinforceConfig(), traced * cost.trace_tokens + cost.answer_tokens
+            sampled = config.train.batch_size * reinforce.answers * answer
+            exact = reinforce.reward.kind != "sampled"
+            total["generated"] += round(steps * reinforce.candidates * sampled * (traced if exact else 1))
+        # Answers to one prompt are computed after it, which is computed once.
+        total["trained"] = round(steps * (_batch_tokens(run, traced) + sampled))
     if "mine" in run.row.stages:
         mine = config.mine or MineConfig()
         mined = _examples(mine.sources) if mine.sources else examples

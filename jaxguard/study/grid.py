@@ -142,7 +142,7 @@ def _resolve(
     overrides += changes
     try:
         config = load(base, overrides)
-        if "train" not in row.stages and "evaluate" in row.stages:
+        if not {"train", "reinforce"} & {*row.stages} and "evaluate" in row.stages:
             # Without training, a guard is by default the model itself.
             model = {"checkpoint": config.model.checkpoint, "revision": config.model.revision}
             guards = [

@@ -138,3 +138,20 @@ def test_a_local_model_costs_what_it_is(study, tiny_checkpoint):
     weights = sum(array.size for path in tiny_checkpoint.glob("*.safetensors") for array in load_file(path).values())
     assumed, local = speed_of(study("model.checkpoint=x/y")), speed_of(study(f"model.checkpoint={tiny_checkpoint}"))
     assert local[0] / assumed[0] == pytest.approx(8.03e9 / weights)
+
+
+def test_sampled_answers_are_generated_and_trained_on(study):
+    """Answers of 300 + 16 tokens, 4 to each of 4 prompts a step; of exact rewards in direct mode none is generated."""
+    set_ = {"train.objective.kind": "grpo", "train.max_steps": 3, "reinforce.answers": 4, "data.mode": "reasoning"}
+    rows = {"sampled": {"stages": ["reinforce"], "set": set_}}
+    rows["exact"] = {
+        "stages": ["reinforce"],
+        "set": set_ | {"data.mode": "direct", "reinforce.reward.kind": "probability"},
+    }
+    rows["supervised"] = {"stages": ["train"], "set": {"train.max_steps": 3, "data.mode": "reasoning"}}
+    amounts = {run.name: work(run) for run in study(rows=rows).runs}
+    batch = amounts["supervised"]
+    assert amounts["sampled"]["generated"] == 3 * 4 * 4 * 316
+    assert amounts["sampled"]["trained"] == batch["trained"] + 3 * 4 * 4 * 316
+    assert amounts["exact"]["generated"] == 0
+    assert amounts["exact"]["steps"] == 3
