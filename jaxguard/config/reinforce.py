@@ -41,11 +41,13 @@ class ReinforceConfig(Schema):
     """Divide advantages by the standard deviation of their group's rewards, as GRPO does, or not, as Dr. GRPO."""
     average: Literal["tokens", "answers", "constant"] = "tokens"
     """The loss is a mean over all tokens of a step as in DAPO, over answers of the means over their tokens as in GRPO, or over
-    answers of sums over tokens, divided by max_tokens, as in Dr. GRPO."""
+    answers of sums over tokens, divided by max_tokens, as in Dr. GRPO. GSPO's is over answers."""
     clip_low: Share = 0.2
-    """How far a ratio of probabilities may fall below 1 before its gradient ends."""
+    """How far a ratio of probabilities may fall below 1, in answers with a negative advantage, before its gradient ends; GSPO's is
+    0.0003. cispo does not use it."""
     clip_high: PositiveFloat = 0.28
-    """How far it may rise above 1; DAPO's is 0.28, GRPO's 0.2. cispo caps ratios at 1 more than this."""
+    """How far it may rise above 1, in those with a positive one; DAPO's is 0.28, GRPO's 0.2, GSPO's 0.0004. cispo caps the ratios
+    of all answers at 1 more than this: TRL's epsilon_high of 5 is 4 here."""
     candidates: Positive = 1
     """Dynamic sampling: prompts that a step may sample for each that it trains on. Groups that are all right or all wrong, which
     teach nothing, are left out while others can be sampled instead."""

@@ -157,7 +157,7 @@ class PolicyGradient:
 
         def mean(x_BM: Array) -> Float[Array, ""]:
             """Sum over tokens, or the answers' means of them: what becomes the mean when it is divided by `count`."""
-            x_BM = jnp.where(real_BM, x_BM, 0)
+            x_BM = jnp.where(real_BM, x_BM, 0.0)
             return jnp.sum(x_BM if settings.average == "tokens" else _sum_by_answer(batch, x_BM) / lengths_BP)
 
         advantages_BM = of_answer(batch.pair_weights_BP)
@@ -166,15 +166,17 @@ class PolicyGradient:
             log_ratios_BM = of_answer(_sum_by_answer(batch, log_ratios_BM) / lengths_BP)
         ratios_BM = jnp.exp(log_ratios_BM)
         if kind == "cispo":
-            clipped_BM = jnp.minimum(ratios_BM, 1 + settings.clip_high)
-            gains_BM = jax.lax.stop_gradient(clipped_BM) * advantages_BM * logprobs_BM
+            capped_BM = jnp.minimum(ratios_BM, 1 + settings.clip_high)
+            gains_BM = jax.lax.stop_gradient(capped_BM) * advantages_BM * logprobs_BM
+            clipped_BM = capped_BM < ratios_BM
         else:
-            clipped_BM = jnp.clip(ratios_BM, 1 - settings.clip_low, 1 + settings.clip_high)
-            gains_BM = jnp.minimum(ratios_BM * advantages_BM, clipped_BM * advantages_BM)
+            within_BM = jnp.clip(ratios_BM, 1 - settings.clip_low, 1 + settings.clip_high)
+            gains_BM = jnp.minimum(ratios_BM * advantages_BM, within_BM * advantages_BM)
+            clipped_BM = gains_BM < ratios_BM * advantages_BM  # they have no gradient
         logged = {
             "policy/ratio": ratios_BM,
             "policy/ratio_error": jnp.abs(ratios_BM - 1),
-            "policy/clipped": (ratios_BM != clipped_BM).astype(jnp.float32),
+            "policy/clipped": clipped_BM,
             "policy/kl": ratios_BM - 1 - log_ratios_BM,  # Schulman's estimate of that to the model that sampled
         }
         constant = settings.average == "constant"
