@@ -31,7 +31,7 @@ def read_verdict(text: str, ended: bool, labels: Answers, mode: Mode) -> dict[Qu
 def verdict_reward(verdict: Verdict | None, labels: Answers, settings: RewardConfig) -> float:
     """Return 1 if every verdict is right; for each wrong one its share is minus its cost. None, no verdict, costs the most."""
     if verdict is None:
-        return -max(settings.false_positive, settings.false_negative)
+        return -MOST_LOG_ODDS if settings.kind == "log_odds" else -max(settings.false_positive, settings.false_negative)
     total = weights = 0.0
     for question, word in labels:
         if word == ABSENT:

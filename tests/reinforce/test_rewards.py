@@ -140,3 +140,14 @@ def test_log_odds_are_bounded():
         reward, slopes = expected(logprobs, LABELS[0], settings)
         assert reward == bound
         assert not slopes.any()
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("settings", COSTS)
+@pytest.mark.parametrize("kind", ["probability", "log_odds"])
+def test_reasoning_that_no_verdict_can_follow_earns_no_more_than_any_other(labels, settings, kind):
+    settings = settings.model_copy(update={"kind": kind})
+    worst = verdict_reward(None, labels, settings)
+    for wrong in range(len(all_verdicts(labels))):  # sure of this verdict
+        logprobs = np.where(np.arange(len(all_verdicts(labels))) == wrong, -1e-4, -40.0)
+        assert worst <= expected(logprobs, labels, settings)[0]
