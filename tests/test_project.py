@@ -177,6 +177,8 @@ def stage_calls():
             yield text, words[2].removeprefix("jaxguard."), words[3:]
         for script, (stage, index) in launchers.items():
             arguments = words[words.index(script) + index :] if script in words else []
+            if arguments and arguments[0] in stages():
+                stage, *arguments = arguments
             if arguments:
                 yield text, stage, ["--config", *arguments]
         if words[0] == "jaxguard" and words[1] != "--help":

@@ -55,6 +55,13 @@ def test_a_task_drives_all_the_gpus_of_its_node(start, asked):
     assert "JAX_PLATFORMS=cuda" in environment
 
 
+def test_reinforcement_learning_is_another_stage(start):
+    code, calls, _ = start("reinforce", "llama8b_grpo_hard", "seed=1", SLURM_GPUS_PER_NODE="8")
+    assert code == 0
+    assert calls[0].endswith(" -m jaxguard.reinforce --config llama8b_grpo_hard mesh.hosts=single seed=1")
+    assert start("reinforce")[0] != 0
+
+
 @pytest.mark.parametrize("asked", [{}, {"SLURM_GPUS_PER_NODE": "0"}])
 def test_without_gpus_it_is_the_cpu(start, asked):
     _, calls, environment = start("tiny", **asked)
@@ -74,7 +81,7 @@ def test_without_a_config_nothing_starts(start):
     code, calls, errors = start()
     assert code != 0
     assert not calls
-    assert "usage: sbatch launch/slurm/train.sbatch CONFIG" in errors[0]
+    assert "usage: sbatch launch/slurm/train.sbatch [reinforce] CONFIG" in errors[0]
 
 
 # Two nodes that are this machine, under addresses that are also their names: jax's coordinator is looked up by such a name.
