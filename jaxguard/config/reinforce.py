@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from jaxguard.config.base import Positive, Schema, Share
+from jaxguard.utils.secrets import Masked
 
 
 class RewardConfig(Schema):
@@ -55,6 +56,11 @@ class ReinforceConfig(Schema):
     """Steps for which answers are sampled at a time; the ratio to the model that sampled them corrects for later steps."""
     batch: Positive = 32
     """Answers that are sampled at the same time."""
+    endpoint: Masked | None = None
+    """Address of an SGLang server that samples, such as http://127.0.0.1:30000; it loads the weights of each step from the run's
+    folder, which it must see. null samples in this process."""
+    api_key_env: str = "JAXGUARD_API_KEY"
+    """Environment variable with its API key, if it wants one."""
     collapse_steps: Positive | None = 20
     """Stop after so many steps in which all verdicts were the same, though labels differ; null never stops."""
 

@@ -46,6 +46,7 @@ class Rollouts:
     encoder: Encoder
     order: Schedule
     row_multiple: int
+    source: Path
     _logged: dict[int, dict[str, float]] = field(default_factory=dict)
     _same: int = 0
     """Steps in a row in which all verdicts were the same, though labels differ."""
@@ -60,7 +61,7 @@ class Rollouts:
         order = Schedule.of(config, data.train, steps, row_multiple)
         candidates = (config.reinforce or ReinforceConfig()).candidates
         order = replace(order, batch_size=order.batch_size * candidates)
-        return cls(config, data, program, Encoder.load(source, config.data), order, row_multiple)
+        return cls(config, data, program, Encoder.load(source, config.data), order, row_multiple, source)
 
     @property
     def steps(self) -> int:
@@ -101,7 +102,7 @@ class Rollouts:
     def _sample(self, steps: range, weights: dict[str, Array]) -> None:
         """Write the answers to the prompts of some steps, but for those that these weights gave already."""
         version = fingerprint(weights)
-        sampler = Sampler(self.config, self.program, self.encoder, weights, self.row_multiple)
+        sampler = Sampler(self.config, self.program, self.encoder, weights, self.row_multiple, self.source, version)
         for step in steps:
             if read_answers(self._path(step), version) is None:
                 answers = sampler.answers(self._prompts(step), seed=self.config.seed * 2**32 + step)
@@ -145,8 +146,9 @@ class Rollouts:
             "groups": float(len(groups)),
             "groups_with_signal": float(np.mean(signals)),
             "answer_tokens": float(np.mean([len(answer.ids) for answer in answers])),
-            "entropy": float(np.mean([answer.entropy for answer in answers])),
         }
+        if entropies := [answer.entropy for answer in answers if answer.entropy is not None]:
+            summary["entropy"] = float(np.mean(entropies))
         wrong: dict[str, list[bool]] = {"false_positive_rate": [], "false_negative_rate": []}
         for answer, question, word in self._labelled(step, answers):
             positive = CHOICES[question][0]

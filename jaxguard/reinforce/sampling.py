@@ -1,7 +1,9 @@
 """Answers of the weights that train: sampled, read, rewarded, and written to disk before anything is trained on them."""
 
+import asyncio
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from jaxguard.config import Config
+from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.format.answer import verdict_prefix
@@ -22,14 +25,22 @@ from jaxguard.data.policies import Question
 from jaxguard.guards.backends.jax import generate
 from jaxguard.guards.backends.jax_decoding import Sampling
 from jaxguard.guards.backends.jax_model import PrefixCache, place_model
+from jaxguard.guards.backends.sglang import open_sglang, swap_weights
 from jaxguard.guards.protocol import Completion
+from jaxguard.models.hf_io.checkpoints import export_hf
 from jaxguard.reinforce.rewards import all_verdicts, expected, is_right, length_cost, read_verdict, verdict_reward
 from jaxguard.train.reference import score_targets
 from jaxguard.train.step import Program
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.store import open_store, read_records, read_settings
+from jaxguard.utils.threads import outside_event_loop
 
 logger = logging.getLogger(__name__)
+
+COMPARED_TOKENS = 64
+"""Tokens of a server's answers, at least, whose log-probabilities are compared with the training step's."""
+MOST_PROBABILITY_ERROR = 1.05
+"""Most mean ratio of a token's two probabilities, the larger over the smaller: NeMo-RL warns above 1.02."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Answer:
         prompt: number of the prompt in its step.
         ids: its tokens, with the stop token that ended it.
         logprobs: of these tokens, when they were sampled.
-        entropy: mean of the distributions that they were drawn from, in nats.
+        entropy: mean of the distributions that they were drawn from, in nats; None if it is not known.
         verdict: word of each labelled question, the likeliest where all were scored; None if it has none.
         reasoning: its first so many tokens come before the verdict; all of them where no verdict is scored.
         scored: log-probabilities of the tokens of every possible verdict after these; none where not wanted or not possible.
@@ -50,7 +61,7 @@ class Answer:
     prompt: int
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    entropy: float
+    entropy: float | None
     text: str
     ended: bool
     verdict: dict[Question, str] | None
@@ -130,13 +141,18 @@ def verdict_ids(example: EncodedExample, encoder: Encoder) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples and rewards answers by the weights of one step."""
+    """Samples and rewards answers by the weights of one step, of which `version` is the fingerprint.
+
+    `source` is the checkpoint that the run began with.
+    """
 
     config: Config
     program: Program
     encoder: Encoder
     weights: dict[str, Array]
     row_multiple: int
+    source: Path
+    version: str
 
     def answers(self, prompts: Sequence[EncodedExample], seed: int) -> list[Answer]:
         """Answer prompts until train.batch_size of them have right and wrong answers, which are returned, or all are answered.
@@ -162,38 +178,77 @@ class Sampler:
     def _groups(self, prompts: Sequence[tuple[int, EncodedExample]], seed: int) -> list[list[Answer]]:
         exact = self._settings.reward.kind != "sampled"
         sampled = [each for each in prompts if not (exact and each[1].mode is Mode.DIRECT)]
-        completions = iter(self._complete([prompt_of(example) for _, example in sampled], seed))
+        completions = iter(self._complete([example for _, example in sampled], seed))
         numbers = {number for number, _ in sampled}
         groups = [
             [self._read(number, example, completion) for completion in next(completions)]
             if number in numbers
-            else [Answer(example.example_id, number, (), (), 0.0, "", True, None, False, 0.0, 0)]
+            else [Answer(example.example_id, number, (), (), None, "", True, None, False, 0.0, 0)]
             for number, example in prompts
         ]
         if exact:
             groups = list(self._scored([example for _, example in prompts], groups))
         return groups
 
-    def _complete(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Completion]]:
+    def _complete(self, examples: Sequence[EncodedExample], seed: int) -> list[list[Completion]]:
+        prompts = [prompt_of(example) for example in examples]
         if not prompts:
             return []
+        if self._settings.endpoint is not None:
+            completions = outside_event_loop(lambda: asyncio.run(self._ask_server(prompts, seed)))
+            self._compare(examples, completions)
+            return completions
         compute = replace(self.program.compute, matmul_dtype=None)
         cache = PrefixCache(place_model(self.program.spec, self.weights, compute, self.program.mesh))
         settings = self._settings
         sampling = Sampling(1.0, 1.0, settings.max_tokens, (self.encoder.template.end_id,), seed, settings.answers)
         return generate(cache, prompts, sampling, rows=settings.batch)
 
+    async def _ask_server(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Completion]]:
+        """Have the server load these weights, and sample; JaxguardError: it does not, or answers with others."""
+        settings, folder = self._settings, self.config.folder / "rollouts/weights" / self.version
+        assert settings.endpoint is not None
+        if not folder.is_dir():
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            export_hf(self.weights, self.source, folder)
+        await swap_weights(settings.endpoint, folder, self.version, settings.api_key_env)
+        how = EvaluateConfig(temperature=1.0, top_p=1.0, seed=seed, batch=settings.batch)
+        server = open_sglang(settings.endpoint, None, how, self.version, settings.api_key_env, logprobs=True)
+        async with server as backend:
+            stop_ids = (self.encoder.template.end_id,)
+            return await backend.sample(prompts, settings.answers, settings.max_tokens, stop_ids)
+
+    def _compare(self, examples: Sequence[EncodedExample], completions: Sequence[Sequence[Completion]]) -> None:
+        """Compare log-probabilities of some tokens of a server with the training step's; JaxguardError: they are others."""
+        some, sequences, tokens = list[float](), list[EncodedExample](), 0
+        for example, own in zip(examples, completions, strict=True):
+            if tokens < COMPARED_TOKENS:
+                ids, logprobs = own[0].ids, own[0].logprobs
+                sequences.append(continued(example, prompt_of(example), ids, 1.0, logprobs))
+                some, tokens = [*some, *logprobs], tokens + len(ids)
+        scores = self._score(sequences)
+        error = float(np.mean(np.exp(np.abs(np.asarray(some) - np.concatenate(scores)))))
+        if not error <= MOST_PROBABILITY_ERROR:
+            raise JaxguardError(
+                f"{self._settings.endpoint} gives tokens other probabilities than the training step, by a factor of {error:.3f} in "
+                f"the mean of {tokens}: does it serve the same model, in a type that is precise enough, without quantisation?"
+            )
+
+    def _score(self, sequences: Sequence[EncodedExample]) -> list[np.ndarray]:
+        size, most = self.config.train.batch_size, self.config.data.max_seq_len
+        return score_targets(sequences, self.program, self.weights, size, most, self.row_multiple)
+
     def _read(self, number: int, example: EncodedExample, completion: Completion) -> Answer:
         """Read an answer that was sampled, and reward its verdict."""
         settings, labels = self._settings, example.answers
-        stop = () if completion.stop_id is None else (completion.stop_id,)
-        ids = (*completion.tokens, *stop)
+        ids = completion.ids
         text = str(self.encoder.tokenizer.decode(list(completion.tokens), clean_up_tokenization_spaces=False))
+        entropy = float(np.mean(completion.entropies)) if completion.entropies else None
         verdict = read_verdict(text, completion.stopped, labels, example.mode)
         reward = verdict_reward(verdict, labels, settings.reward) - length_cost(len(ids), settings)
         return Answer(
-            example.example_id, number, ids, completion.logprobs, float(np.mean(completion.entropies)), text,
-            completion.stopped, verdict, is_right(verdict, labels), reward, len(ids),
+            example.example_id, number, ids, completion.logprobs, entropy, text, completion.stopped, verdict,
+            is_right(verdict, labels), reward, len(ids),
         )  # fmt: skip
 
     def _scored(self, examples: Sequence[EncodedExample], groups: Sequence[Sequence[Answer]]) -> Iterator[list[Answer]]:
@@ -206,9 +261,7 @@ class Sampler:
                     path = (*prompt_of(example), *answer.ids[:reasoning])
                     paths += [(example, path, ids) for ids in verdict_ids(example, self.encoder)]
         sequences = [continued(example, path, ids, 1.0, ()) for example, path, ids in paths]
-        size, rows = self.config.train.batch_size, self.row_multiple
-        scores = score_targets(sequences, self.program, self.weights, size, self.config.data.max_seq_len, rows)
-        logprobs = iter(tuple(own.tolist()) for own in scores)
+        logprobs = iter(tuple(own.tolist()) for own in self._score(sequences))
         settings = self._settings
         for example, group in zip(examples, groups, strict=True):
             labels, scored = example.answers, list[Answer]()

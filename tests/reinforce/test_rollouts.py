@@ -1,10 +1,12 @@
 """Rollouts: what a step samples and trains on, on disk and off it, and whole runs with the tiny model."""
 
+import asyncio
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import faulty_sglang
 import numpy as np
 import pytest
 import yaml
@@ -17,6 +19,7 @@ from jaxguard.models.hf_io.checkpoints import read_weights
 from jaxguard.models.sharding import make_mesh
 from jaxguard.models.spec import read_spec
 from jaxguard.reinforce import rollouts as rollouts_module
+from jaxguard.reinforce import sampling as sampling_module
 from jaxguard.reinforce.__main__ import main
 from jaxguard.reinforce.rewards import all_verdicts, expected
 from jaxguard.reinforce.rollouts import Rollouts
@@ -64,7 +67,8 @@ def opened(path: Path, *overrides: str) -> tuple[Rollouts, dict]:
 
 
 def sampler(rollouts: Rollouts, weights: dict) -> Sampler:
-    return Sampler(rollouts.config, rollouts.program, rollouts.encoder, weights, 4)
+    parts = rollouts.config, rollouts.program, rollouts.encoder, weights, 4, rollouts.source, fingerprint(weights)
+    return Sampler(*parts)
 
 
 def test_the_sampler_and_the_trainer_agree(guard):
@@ -152,11 +156,7 @@ def test_a_run_that_is_killed_while_it_samples_ends_with_the_same_bits(guard, mo
     for name in ("export/model.safetensors", *(f"rollouts/{step:06d}.jsonl" for step in range(4))):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
     assert not list(resumed.glob("rollouts/*.partial"))
-    page, example_id = (
-        (whole / "rollouts.html").read_text(),
-        read_answers(whole / "rollouts/000000.jsonl")[0].example_id,
-    )
-    assert re.search(rf"<summary>\s*{example_id}: right \d+%", page)
+    assert re.search(r"<summary>\s*example-\d+: right \d+%", (whole / "rollouts.html").read_text())
     assert steps(whole)[0]["policy/ratio_error"] <= 1e-4  # sampled by the weights of the step
     assert steps(whole)[1]["policy/ratio_error"] > 1e-4  # by those of the step before
 
@@ -212,3 +212,60 @@ def test_the_wrong_command_names_the_right_one(guard, capsys):
     assert "jaxguard reinforce" in capsys.readouterr().err
     assert main(["--config", str(guard), *DIRECT, "name=wrong"]) == 2
     assert "jaxguard train" in capsys.readouterr().err
+
+
+class Sampling(faulty_sglang.FaultySglang):
+    """A server that samples one answer, with its log-probabilities."""
+
+    def good(self, request):
+        entries = [[-0.5, token, None] for token in faulty_sglang.SAMPLE]
+        answer = faulty_sglang.sample(version=self.version)
+        answer["meta_info"]["output_token_logprobs"] = entries
+        n = request["sampling_params"].get("n", 1)
+        return [answer] * n if n > 1 else answer
+
+
+def ask_server(guard: Path, tmp_path: Path, monkeypatch, logprob: float, **how) -> tuple[Sampling, Path]:
+    """Answers of a server to a step's prompts, of which the training step gives each token this log-probability."""
+
+    async def ask():
+        async with faulty_sglang.serve(lambda _: "", Sampling, **how) as server:
+            options = f"reinforce.endpoint={server.url}", f"run_folder={tmp_path}"
+            rollouts, weights = opened(guard, *options)
+
+            def scored(sequences, *_):
+                return [np.full(int(each.loss_mask.sum()), logprob) for each in sequences]
+
+            monkeypatch.setattr(sampling_module, "score_targets", scored)
+            await asyncio.to_thread(lambda: next(rollouts.read(0, 1, lambda: weights)))
+            return server, weights
+
+    return asyncio.run(ask())
+
+
+def test_a_server_samples_by_the_weights_of_the_step(guard, tmp_path, monkeypatch):
+    server, weights = ask_server(guard, tmp_path, monkeypatch, -0.5)
+    assert server.version == fingerprint(weights)
+    assert server.paths.count("/update_weights_from_disk") == 1
+    sampled = [request for request in server.requests if request["sampling_params"]["max_new_tokens"] == 32]
+    assert len(sampled) == 8
+    assert all(request["return_logprob"] for request in sampled)
+    assert all(
+        request["sampling_params"]["temperature"] == request["sampling_params"]["top_p"] == 1 for request in sampled
+    )
+    answers = read_answers(tmp_path / "tiny/rollouts/000000.jsonl")
+    assert {answer.ids for answer in answers} == {tuple(faulty_sglang.SAMPLE)}
+    assert {answer.logprobs for answer in answers} == {(-0.5,) * 4}
+    [exported] = (tmp_path / "tiny/rollouts/weights").iterdir()
+    assert exported.name == server.version
+
+
+def test_a_server_with_other_probabilities_is_refused(guard, tmp_path, monkeypatch):
+    with pytest.raises(JaxguardError, match=r"by a factor of 1\.649"):
+        ask_server(guard, tmp_path, monkeypatch, -1.0)
+    assert not list(tmp_path.glob("tiny/rollouts/*.jsonl"))
+
+
+def test_a_server_that_keeps_its_weights_is_refused(guard, tmp_path, monkeypatch):
+    with pytest.raises(JaxguardError, match="answered with weights 'default'"):
+        ask_server(guard, tmp_path, monkeypatch, -0.5, swaps=False)

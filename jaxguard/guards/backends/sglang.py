@@ -61,12 +61,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Meta:
-    """What is said of an answer; an entry of `output_token_ids_logprobs` begins with log-probability and token id."""
+    """What is said of an answer; an entry of these log-probabilities begins with one and its token's id."""
 
     finish_reason: Reason | None = None
     weight_version: str | None = None
     weight_versions: list[Span] | None = None
     output_token_ids_logprobs: list[list[tuple[float, TokenId, object]]] | None = None
+    output_token_logprobs: list[tuple[float, TokenId, object]] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class SglangBackend:
     """A server as a Backend; see protocol.py and `open_sglang`. It makes its own batches, so `group` is one example.
 
     `version` is SGLang's weight_version that every response must carry; None takes any. `seeded`: samples depend on a seed alone.
+    `logprobs`: ask for those of sampled tokens, which SGLang gives after the temperature.
     """
 
     settings: EvaluateConfig
@@ -111,6 +113,7 @@ class SglangBackend:
     version: str | None = None
     seeded: bool = False
     group: int = 1
+    logprobs: bool = False
 
     @property
     def workers(self) -> int:
@@ -129,7 +132,7 @@ class SglangBackend:
 
         def parse(response: list[Answer], url: str) -> list[Completion]:
             answers = _answers(response, url, n, self.version)
-            return [_completion(answer, url, max_tokens, stop_ids) for answer in answers]
+            return [_completion(answer, url, max_tokens, stop_ids, self.logprobs) for answer in answers]
 
         def request(prompt: list[int]) -> Awaitable[list[Completion]]:
             body: dict[str, Any] = {"input_ids": prompt, "sampling_params": {**sampling, "n": n}}
@@ -138,6 +141,8 @@ class SglangBackend:
                 seeds = [int.from_bytes(digest[:4], "big") >> 1 for digest in digests]
                 each = [{**sampling, "sampling_seed": seed} for seed in seeds]
                 body = {"input_ids": [prompt] * n, "sampling_params": each}
+            if self.logprobs:
+                body |= {"return_logprob": True}
             return self.client.request("/generate", body, Answers, parse, tokens=n * len(prompt))
 
         return await gather(request(list(map(int, prompt))) for prompt in prompts)  # numpy's integers are no JSON
@@ -176,6 +181,7 @@ async def open_sglang(
     version: str | None = None,
     api_key_env: str = API_KEY,
     deadline: float | None = None,
+    logprobs: bool = False,
 ) -> AsyncIterator[SglangBackend]:
     """Connect to a server that runs. The environment variable `api_key_env` holds the key, if it wants one.
 
@@ -194,7 +200,7 @@ async def open_sglang(
             seeded = info.get("enable_deterministic_inference") is True
         if deadline is not None:
             client.canary = partial(_probe, client, version)
-        yield SglangBackend(settings, client, version, seeded)
+        yield SglangBackend(settings, client, version, seeded, logprobs=logprobs)
 
 
 async def served(url: str | Masked, api_key_env: str = API_KEY) -> dict[str, Any]:
@@ -288,15 +294,23 @@ def _answers(answers: list[Answer], url: str, count: int, version: str | None) -
     return answers
 
 
-def _completion(answer: Answer, url: str, max_tokens: int, stop_ids: tuple[int, ...]) -> Completion:
+def _completion(
+    answer: Answer, url: str, max_tokens: int, stop_ids: tuple[int, ...], with_logprobs: bool = False
+) -> Completion:
     ids, reason = answer.output_ids, answer.meta_info.finish_reason
     if ids is None or reason is None or len(ids) > max_tokens:
         raise RetryableError(f"{url} sent no completion of at most {max_tokens} tokens")
     end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
     if end is None and reason.type == "stop" and ids and reason.matched == ids[-1]:
         end = len(ids) - 1  # an end that only the model's files name
+    count, logprobs = len(ids) if end is None else end + 1, tuple[float, ...]()
+    if with_logprobs:
+        entries = (answer.meta_info.output_token_logprobs or [])[:count]
+        logprobs = tuple(logprob for logprob, _, _ in entries)
+        if [token for _, token, _ in entries] != ids[:count] or not all(logprob < 1e-3 for logprob in logprobs):
+            raise RetryableError(f"{url} sent no log-probability of each of its tokens")
     if end is not None:
-        return Completion(tuple(ids[:end]), stopped=True, stop_id=ids[end])
+        return Completion(tuple(ids[:end]), stopped=True, stop_id=ids[end], logprobs=logprobs)
     if reason.type != "length":
         raise RetryableError(f"{url} ended an answer by {reason}")
     if len(ids) < max_tokens:
@@ -304,7 +318,7 @@ def _completion(answer: Answer, url: str, max_tokens: int, stop_ids: tuple[int, 
             f"{url} ended an answer after {len(ids)} tokens of {max_tokens}: it has no room for more in one request. Lower "
             "evaluate.reasoning_tokens, or start it with a larger --max-total-tokens or --mem-fraction-static"
         )
-    return Completion(tuple(ids), stopped=False)
+    return Completion(tuple(ids), stopped=False, logprobs=logprobs)
 
 
 @contextmanager
