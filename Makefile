@@ -100,7 +100,7 @@ test-aot: $(AOT)/.ready
 	$(AOT)/bin/python -m pytest -m aot tests/plan $(ARGS)
 
 test-sglang: $(VENV)/.fixtures $(SGLANG)/.ready
-	$(BIN)/python -m pytest -m sglang tests/distill tests/guards tests/serve $(ARGS)
+	$(BIN)/python -m pytest -m sglang tests/distill tests/guards tests/reinforce tests/serve $(ARGS)
 
 test-serve: $(VENV)/.test $(CLIENTS)/.ready
 	XLA_FLAGS='--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false' $(BIN)/python -m pytest -m serve tests/serve $(ARGS)
