@@ -266,7 +266,7 @@ def find_spec(model: ModelConfig) -> Spec:
     if Path(model.checkpoint).is_dir():
         return read_spec(Path(model.checkpoint))
     parts = Path(model.checkpoint).parts
-    if parts[-1] == "export" and (CONFIG_FOLDER / f"{parts[-2]}.yaml").is_file():
+    if parts[-1] == "export" and locate(CONFIG_FOLDER / f"{parts[-2]}.yaml").is_file():
         return find_spec(load(parts[-2]).model)
     folder = locate(SHAPES / model.checkpoint.replace("/", "--"))
     if not folder.is_dir():

@@ -124,7 +124,8 @@ def test_local_prompts_give_the_shape_of_the_longest_answers(tiny_files, tmp_pat
     assert len(cost.layouts) > 0
 
 
-def test_the_export_of_a_run_to_come_has_its_models_shape():
+def test_the_export_of_a_run_to_come_has_its_models_shape(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     assert find_spec(load("llama8b_grpo_hard").model) == find_spec(load("llama8b_5k").model)
 
 
