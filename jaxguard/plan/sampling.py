@@ -31,7 +31,7 @@ from jaxguard.train.step import build_program
 
 
 def compile_sampling(config: Config, spec: Spec, cluster: Cluster) -> Sampling | None:
-    """Compile the sampling of a token for `cluster`; None where a step samples nothing.
+    """Compile the sampling of a token for `cluster`; None where a step samples nothing, or a server does.
 
     Raises:
         JaxguardError: no compiler for the cluster, or a mesh that does not fit it.
@@ -39,7 +39,7 @@ def compile_sampling(config: Config, spec: Spec, cluster: Cluster) -> Sampling |
     """
     settings = config.reinforce or ReinforceConfig()
     exact = settings.reward.kind != "sampled" and config.data.mode == "direct"
-    if exact or not config.train.objective.is_sampled:
+    if exact or settings.endpoint or not config.train.objective.is_sampled:
         return None
     mesh = make_mesh(config.mesh, topology(cluster))
     program = build_program(config, spec, mesh, steps=1000)

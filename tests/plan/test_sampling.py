@@ -78,6 +78,7 @@ def test_answers_that_run_together_follow_the_config(planned):
     [
         ("train.objective.kind=sft",),
         ("data.mode=direct", "reinforce.reward.kind=probability", "reinforce.average=tokens"),
+        ("reinforce.endpoint=http://127.0.0.1:30000",),
     ],
 )
 def test_where_nothing_is_sampled_there_is_no_plan(planned, overrides):
