@@ -19,7 +19,7 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo prefer-demo reinforce-demo serve-demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints bench-preferences bench-serve test test-slow fuzz test-aot test-sglang \
+.PHONY: help demo prefer-demo reinforce-demo serve-demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints bench-objectives bench-serve test test-slow fuzz test-aot test-sglang \
 	test-serve test-latest test-lowest sglang-cpu lint format docs wheel lock clean
 
 help:
@@ -33,7 +33,7 @@ help:
 	@echo "make bench-cost          a step as batch, policy, examples, vocabulary and model grow, beside the least it can take"
 	@echo "make bench-evaluation    verdict probabilities and generated answers: our two backends beside transformers"
 	@echo "make bench-checkpoints   import and export of 2.5 GB beside raw disk and transformers"
-	@echo "make bench-preferences   losses and gradients of preference optimisation beside TRL's"
+	@echo "make bench-objectives    losses and gradients of preferences and policy gradients beside TRL's"
 	@echo "make bench-serve         a service under open-loop traffic: HTTP alone, a real guard in JAX and behind SGLang"
 	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
 	@echo "make test-slow     those that take minutes"
@@ -80,8 +80,8 @@ bench-evaluation: $(VENV)/.base .venv-bench-trl/.ready $(SGLANG)/.ready
 bench-checkpoints: $(VENV)/.base .venv-bench-trl/.ready
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/checkpoints.py $(ARGS)
 
-bench-preferences: $(VENV)/.base .venv-bench-trl/.ready
-	PYTHONPATH=tools:tools/bench $(BIN)/python tools/bench/preferences.py $(ARGS)
+bench-objectives: $(VENV)/.base .venv-bench-trl/.ready
+	PYTHONPATH=tools:tools/bench $(BIN)/python tools/bench/objectives.py $(ARGS)
 
 bench-serve: $(VENV)/.base
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/serving.py $(ARGS)

@@ -1,0 +1,177 @@
+"""`make bench-objectives`: losses, gradients and updates of preferences and policy gradients beside TRL's, SmolLM2-135M in float32.
+
+Both get the same token ids and advantages, and the same log-probabilities of the model that the loss is relative to: random prompts
+of 10 to 20 tokens with random answers of 4 to 16, two of a preference or eight that were sampled. Differences are relative; that of
+gradients is the largest of all weights, of norms. Both are also compared with TRL's in float64. It takes 12 GB of memory and disk.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from demo import fetch_weights
+from jaxguard.config.reinforce import ReinforceConfig
+from jaxguard.config.train import MeshConfig, ObjectiveConfig, OptimizerConfig
+from jaxguard.data.encoding import EncodedExample
+from jaxguard.data.format.dialogue import Mode
+from jaxguard.data.packing import Batch, Row, assemble, bucketed, pack, target_spans
+from jaxguard.models.compute import Compute
+from jaxguard.models.hf_io.checkpoints import export_hf, read_weights
+from jaxguard.models.linear import Weights
+from jaxguard.models.sharding import make_mesh, weight_shardings
+from jaxguard.models.spec import Spec, read_spec
+from jaxguard.report import Table
+from jaxguard.train.objectives import Objective, PolicyGradient, Preference
+from jaxguard.train.step import logprobs, loss_and_gradient, optimizer
+
+MODEL = Path("build/bench/base")
+FOLDER = Path("build/bench/objectives")
+PEER = (".venv-bench-trl/bin/python", "tools/bench/peers/objectives_with_trl.py")
+PAIRS, PROMPTS, ANSWERS, ROW, LONGEST = 4, 2, 8, 512, 16
+COMPUTE = Compute(attention="block_sparse", query_chunk=64)
+CLIPPED = {"epsilon": 0.2, "epsilon_high": 0.28}  # the defaults of ReinforceConfig
+# With the settings of TRL's trainers that say the same. TRL's cispo takes the cap itself, which is 1 + clip_high.
+OBJECTIVES: dict[str, tuple[Objective, dict[str, Any]]] = {
+    "dpo": (Preference(ObjectiveConfig(kind="dpo", beta=0.1)), {"loss_type": "sigmoid", "beta": 0.1}),
+    "ipo": (Preference(ObjectiveConfig(kind="ipo", beta=0.1)), {"loss_type": "ipo", "beta": 0.1}),
+    "grpo": (PolicyGradient("grpo", ReinforceConfig(average="answers")), {"loss_type": "grpo", **CLIPPED}),
+    "dapo": (PolicyGradient("grpo", ReinforceConfig()), {"loss_type": "dapo", **CLIPPED}),
+    "dr_grpo": (
+        PolicyGradient("grpo", ReinforceConfig(average="constant", max_tokens=LONGEST)),
+        {"loss_type": "dr_grpo", "max_completion_length": LONGEST, **CLIPPED},
+    ),
+    "gspo": (
+        PolicyGradient("gspo", ReinforceConfig(average="answers")),
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", **CLIPPED},
+    ),
+    "cispo": (PolicyGradient("cispo", ReinforceConfig()), {"loss_type": "cispo", "epsilon_high": 1.28}),
+}
+UPDATED, UPDATES = "dapo", 10
+ADAMW = OptimizerConfig(learning_rate=1e-5, schedule="constant", clip_norm=None)
+_gradient = jax.jit(loss_and_gradient, static_argnames=("objective", "spec", "compute", "accumulation", "loss_chunk"))
+
+
+def main() -> int:
+    fetch_weights(MODEL)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    spec = read_spec(MODEL)
+    weights = read_weights(MODEL, spec, weight_shardings(spec, make_mesh(MeshConfig(), jax.devices()[:1])))
+    pairs, answers = _pairs(spec.vocab_size), _answers(weights, spec)
+    job = {
+        "model": str(MODEL),
+        "objectives": {name: settings for name, (_, settings) in OBJECTIVES.items()},
+        "pairs": [_plain(sequence) for example in pairs for sequence in example.sequences],
+        "answers": [_plain(answer) for answer in answers],
+        "updated": UPDATED,
+        "updates": UPDATES,
+        "learning_rate": ADAMW.learning_rate,
+    }
+    (FOLDER / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    precisions = ("float32", "float64")
+    peers = [subprocess.Popen([*PEER, str(FOLDER), precision]) for precision in precisions]  # noqa: S603 (our own command)
+    losses, kwargs = dict[str, float](), {"spec": spec, "compute": COMPUTE, "accumulation": 1, "loss_chunk": 256}
+    for name, (objective, _) in OBJECTIVES.items():
+        batch = _batch(pairs if isinstance(objective, Preference) else answers)[1]
+        loss, gradient, _ = _gradient(weights, batch, objective, **kwargs)
+        losses[name] = float(loss)
+        export_hf(gradient, MODEL, FOLDER / name)
+    adamw, steps, (objective, _) = optimizer(ADAMW, spec, UPDATES), list[float](), OBJECTIVES[UPDATED]
+    moments, batch = adamw.init(weights), _batch(answers)[1]
+    for _ in range(UPDATES):
+        loss, gradient, _ = _gradient(weights, batch, objective, **kwargs)
+        changes, moments = adamw.update(gradient, moments, weights)
+        weights = optax.apply_updates(weights, changes)
+        steps.append(float(loss))
+    export_hf(weights, MODEL, FOLDER / "updated")
+    if any(peer.wait() for peer in peers):
+        return 1
+    theirs, exact = (json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in precisions)
+    columns = ("loss / gradients", "jaxguard", "TRL", "apart", "jaxguard to float64", "TRL to float64")
+    table = Table(columns, left=1)
+    for name, loss in losses.items():
+        files = _file(name), *(FOLDER / f"{name}-{precision}.safetensors" for precision in precisions)
+        of_losses = [abs(a / b - 1) for a, b in combinations((loss, theirs[name], exact[name]), 2)]
+        both = zip(of_losses, (_largest(*each) for each in combinations(files, 2)), strict=True)
+        table.add(name, f"{loss:.6f}", f"{theirs[name]:.6f}", *(f"{a:.1e} / {b:.1e}" for a, b in both))
+    Console(width=150).print(table.rich())
+    ends = _file("updated"), FOLDER / "updated.safetensors"
+    most = max(abs(a - b) for a, b in zip(steps, theirs["updates"], strict=True))
+    print(
+        f"{UPDATED}, {UPDATES} updates of AdamW at {ADAMW.learning_rate:g}: the loss goes from {steps[0]:.6f} to {steps[-1]:.6f}, "
+        f"at most {most:.1e} from TRL's; the weights end {_largest(*ends):.1e} apart, and their changes "
+        f"{_largest(*ends, MODEL / 'model.safetensors'):.1e}"
+    )
+    return 0
+
+
+def _batch(examples: Sequence[EncodedExample]) -> tuple[list[Row], Batch]:
+    rows = pack(examples, ROW, 1)
+    return rows, assemble(rows, bucketed(rows, ROW, 1))
+
+
+def _file(name: str) -> Path:
+    return FOLDER / name / "model.safetensors"
+
+
+def _largest(ours: Path, theirs: Path, start: Path | None = None) -> float:
+    """Return the largest difference of two files' arrays, relative to the second: of norms, and less those of `start`, if given."""
+    a, b = load_file(ours), load_file(theirs)
+    before = dict.fromkeys(b, np.float64(0)) if start is None else load_file(start)
+
+    def norm(x: np.ndarray) -> float:
+        return float(np.linalg.norm(x))
+
+    return max(norm(a[name] - x) / norm(x - before[name]) for name, x in b.items())
+
+
+def _plain(answer: EncodedExample) -> dict[str, Any]:
+    reference, prompt = np.asarray(answer.reference).tolist(), int(np.argmax(answer.loss_mask))
+    return {"ids": answer.tokens.tolist(), "prompt": prompt, "reference": reference, "advantage": answer.weight}
+
+
+def _groups(count: int, size: int, vocabulary: int) -> list[list[EncodedExample]]:
+    """Random answers to each of some prompts, relative to random log-probabilities."""
+    random = np.random.default_rng(0)
+
+    def answer(name: str, prompt: np.ndarray) -> EncodedExample:
+        length = int(random.integers(4, LONGEST + 1))
+        tokens = np.concatenate([prompt, random.integers(100, vocabulary, length)]).astype(np.int32)
+        target, reference = np.arange(len(tokens)) >= len(prompt), random.normal(-11, 1, length).astype(np.float32)
+        return EncodedExample(name, Mode.DIRECT, tokens, target, (), (), False, reference=reference)
+
+    prompts = [random.integers(100, vocabulary, int(random.integers(10, 21))) for _ in range(count)]
+    return [[answer(f"{i}.{k}", prompt) for k in range(size)] for i, prompt in enumerate(prompts)]
+
+
+def _pairs(vocabulary: int) -> list[EncodedExample]:
+    return [replace(chosen, rejected=rejected) for chosen, rejected in _groups(PAIRS, 2, vocabulary)]
+
+
+def _answers(weights: Weights, spec: Spec) -> list[EncodedExample]:
+    """Return sampled answers whose tokens have become more and less likely since, by up to about two times."""
+    random = np.random.default_rng(1)
+    rows, batch = _batch([answer for group in _groups(PROMPTS, ANSWERS, spec.vocab_size) for answer in group])
+    ids_BM1 = batch.target_ids_BM[..., None]
+    now_BM1 = np.asarray(logprobs(weights, batch, ids_BM1, spec=spec, compute=COMPUTE, loss_chunk=256))
+    answers = []
+    for r, row in enumerate(rows):
+        for answer, span in target_spans(row):
+            change = random.normal(random.normal(0, 0.3), 0.3, answer.loss_mask.sum())
+            reference = (now_BM1[r, span, 0] - change).astype(np.float32)
+            answers.append(replace(answer, weight=float(random.normal()), reference=reference))
+    return answers
+
+
+if __name__ == "__main__":
+    sys.exit(main())
