@@ -6,6 +6,7 @@ gradients is the largest of all weights, of norms. Both are also compared with T
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -64,7 +65,8 @@ _gradient = jax.jit(loss_and_gradient, static_argnames=("objective", "spec", "co
 
 def main() -> int:
     fetch_weights(MODEL)
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(FOLDER, ignore_errors=True)  # of a run that was stopped
+    FOLDER.mkdir(parents=True)
     spec = read_spec(MODEL)
     weights = read_weights(MODEL, spec, weight_shardings(spec, make_mesh(MeshConfig(), jax.devices()[:1])))
     pairs, answers = _pairs(spec.vocab_size), _answers(weights, spec)
@@ -112,6 +114,7 @@ def main() -> int:
         f"at most {most:.1e} from TRL's; the weights end {_largest(*ends):.1e} apart, and their changes "
         f"{_largest(*ends, MODEL / 'model.safetensors'):.1e}"
     )
+    shutil.rmtree(FOLDER)
     return 0
 
 
