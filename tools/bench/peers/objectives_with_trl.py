@@ -22,7 +22,7 @@ def main(folder: Path, precision: str) -> None:
     state = load_file(Path(job["model"]) / "model.safetensors")
     if precision == "float64":
         torch.float32 = torch.float = torch.float64
-        torch.Tensor.float = torch.Tensor.double
+        torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
         torch.set_default_dtype(torch.float64)
     config = AutoConfig.from_pretrained(job["model"], trust_remote_code=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
