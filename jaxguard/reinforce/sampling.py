@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -198,11 +199,16 @@ class Sampler:
             completions = outside_event_loop(lambda: asyncio.run(self._ask_server(prompts, seed)))
             self._compare(examples, completions)
             return completions
-        compute = replace(self.program.compute, matmul_dtype=None)
-        cache = PrefixCache(place_model(self.program.spec, self.weights, compute, self.program.mesh))
         settings = self._settings
         sampling = Sampling(1.0, 1.0, settings.max_tokens, (self.encoder.template.end_id,), seed, settings.answers)
-        return generate(cache, prompts, sampling, rows=settings.batch)
+        self._model.declare([example.tokens[: example.shared].tolist() for example in examples])
+        return generate(self._model, prompts, sampling, rows=settings.batch)
+
+    @cached_property
+    def _model(self) -> PrefixCache:
+        """The weights in the type that is computed in, and what was computed of policies."""
+        compute = replace(self.program.compute, matmul_dtype=None)
+        return PrefixCache(place_model(self.program.spec, self.weights, compute, self.program.mesh))
 
     async def _ask_server(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Completion]]:
         """Have the server load these weights, and sample; JaxguardError: it does not, or answers with others."""
@@ -277,8 +283,8 @@ class Sampler:
                 reward = expected(totals, labels, settings.reward)[0] - length_cost(len(answer.ids), settings)
                 answer = replace(answer, reward=reward, scored=own, reasoning=reasoning)
                 if not answer.ids:
-                    verdict = dict(verdicts[int(np.argmax(totals))])
-                    answer = replace(answer, verdict=dict(verdict), right=is_right(verdict, labels))
+                    likeliest = dict(verdicts[int(np.argmax(totals))])
+                    answer = replace(answer, verdict=likeliest, right=is_right(likeliest, labels))
                 scored.append(answer)
             yield scored
 
