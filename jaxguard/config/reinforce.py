@@ -9,7 +9,7 @@ from jaxguard.utils.secrets import Masked
 
 
 class RewardConfig(Schema):
-    """What an answer is worth: 1 if its verdict is right, less than an honest wrong one if it has none."""
+    """What an answer is worth: 1 if its verdict is right, and what the costliest error does if it has none."""
 
     kind: Literal["sampled", "probability", "log_odds"] = "sampled"
     """sampled: the verdict of each answer is right or wrong. probability: the expected reward over all verdicts after the answer's

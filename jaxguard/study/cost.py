@@ -86,11 +86,8 @@ def work(run: Run) -> Counter[str]:
         total["assumed"] += not (known or data.subset)
     predictions: list[tuple[int, int, float]] = []  # examples, generations of each, share with a trace
     if {"train", "reinforce"} & set(run.row.stages) and examples:
-        steps, sampled = (
-            total_steps(examples, config.train.batch_size, config.train.epochs, config.train.max_steps),
-            0.0,
-        )
-        total["steps"] = steps
+        train, sampled = config.train, 0.0
+        total["steps"] = steps = total_steps(examples, train.batch_size, train.epochs, train.max_steps)
         if "reinforce" in run.row.stages:
             reinforce, answer = config.reinforce or ReinforceConfig(), traced * cost.trace_tokens + cost.answer_tokens
             sampled = config.train.batch_size * reinforce.answers * answer

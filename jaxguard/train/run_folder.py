@@ -31,11 +31,15 @@ Resume = Literal["auto", "always", "never"]
 
 FREE = (
     "name", "run_folder", "checkpoint.", "log.", "data.prefetch", "train.export", "train.evaluate_every",
-    "mesh.coordinator", "distill", "build", "evaluate", "mine",
+    "mesh.coordinator", "distill", "build", "evaluate", "mine", "reinforce.endpoint", "reinforce.api_key_env",
+    "reinforce.collapse_steps",
 )  # fmt: skip
 """Fields that a resumed run may change without any effect on the weights."""
 
-ROUNDING = ("mesh.", "model.attention", "model.remat", "model.query_chunk", "model.loss_chunk", "train.accumulation")
+ROUNDING = (
+    "mesh.", "model.attention", "model.remat", "model.query_chunk", "model.loss_chunk", "train.accumulation",
+    "reinforce.batch",
+)  # fmt: skip
 """Fields that a resumed run may change with an effect on rounding only: sums are added up in another order."""
 
 

@@ -14,27 +14,12 @@ from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.packing import assemble, bucketed, pack, target_spans
 from jaxguard.models.compute import Compute
 from jaxguard.models.sharding import batch_sharding, make_mesh, shard_batch
-from jaxguard.models.spec import read_spec
-from jaxguard.models.weights import initialize
 from jaxguard.train.objectives import PolicyGradient
 from jaxguard.train.step import logprobs, loss_and_gradient
 
 ROW, POLICY, GROUP = 256, 9, 8
 _gradient = jax.jit(loss_and_gradient, static_argnames=("objective", "spec", "compute", "accumulation", "loss_chunk"))
 _logprobs = jax.jit(logprobs, static_argnames=("spec", "compute", "loss_chunk"))
-
-
-@pytest.fixture(params=["llama", "gemma"], scope="module")
-def spec(request, tmp_path_factory, write_llama_config, write_gemma3_config):
-    folder = tmp_path_factory.mktemp("config")
-    (write_llama_config if request.param == "llama" else write_gemma3_config)(folder)
-    return read_spec(folder)
-
-
-@pytest.fixture(scope="module")
-def weights(spec):
-    found = initialize(spec, jax.random.key(0))
-    return {path: x if "norm" in path else 5 * x for path, x in found.items()}
 
 
 def answers(prompts: int, seed: int = 0) -> list[EncodedExample]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jaxguard.config import Config, load
+from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.train.run_folder import FREE, ROUNDING, Resume, begin_run, open_run
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
 from jaxguard.utils.store import differences
@@ -150,7 +151,7 @@ def test_processes_may_meet_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_field_lists_name_real_fields() -> None:
-    tree = config_in(Path("runs")).model_dump(mode="json")
+    tree = config_in(Path("runs")).model_copy(update={"reinforce": ReinforceConfig()}).model_dump(mode="json")
     fields = differences(tree, {})
     leaves = [
         name
