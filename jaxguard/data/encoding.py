@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxguard.config.data import DataConfig
 from jaxguard.data.examples import Example
+from jaxguard.data.format.answer import parse, reasoning_of
 from jaxguard.data.format.dialogue import (
     ABSENT,
     CHOICES,
@@ -83,6 +84,11 @@ class EncodedExample:
     def sequences(self) -> tuple[Self, ...]:
         """What a batch has of the example: itself, and what it is preferred to."""
         return (self,) if self.rejected is None else (self, self.rejected)
+
+    def answered(self, path: Sequence[int], ids: Sequence[int]) -> Self:
+        """Return the example with the tokens `path`, continued by `ids`, which are trained on; without probes."""
+        tokens, loss_mask = continued(path, ids)
+        return replace(self, tokens=tokens, loss_mask=loss_mask, probes=())
 
 
 class _Turn(NamedTuple):
@@ -204,10 +210,12 @@ class Encoder:
         """Yield the branches of a draft; `known` are the tokens of texts."""
         example, policy, asks, mode, *_ = turn
         completions = {verdict: known.get(text) or self.ids(text) for verdict, text in texts.items()}
-        rejected_text = self._rejected(example) if example.rejected else ""
-        rejected = known.get(rejected_text) or self.ids(rejected_text)
+        preferred, rejected = self._sampled(example, gold, mode)
+        if example.rejected and not rejected:
+            rejected_text = self._rejected(example)
+            rejected = known.get(rejected_text) or self.ids(rejected_text)
         # The prompt leaves space for the longest completion.
-        limit = self.max_seq_len - max(map(len, (*completions.values(), rejected)))
+        limit = self.max_seq_len - max(map(len, (*completions.values(), preferred, rejected)))
         prompt = self._fit(turn, known.get(turn.prompt) or self.ids(turn.prompt), limit)
         if prompt is None:
             needed = self.min_tokens(policy)
@@ -232,19 +240,17 @@ class Encoder:
                     )
                     at = next(j for j, (p, n) in enumerate(zip(positive, negative, strict=False)) if p != n)
                     probes.append(Probe(question, len(prompt.ids) + at, positive[at], negative[at]))
-            tokens = np.asarray(prompt.ids + completion, np.int32)
-            trained = np.arange(len(tokens)) >= len(prompt.ids)
             weight = 1.0 if example.weight is None else example.weight
+            tokens, trained = continued(prompt.ids, completion)
             chosen = EncodedExample(
                 example.id, mode, tokens, trained, tuple(probes), verdict, prompt.cut, shared, weight
             )
             if rejected and verdict == gold:
                 self._check_answer(example, rejected)
-                tokens = np.asarray(prompt.ids + rejected, np.int32)
-                trained = np.arange(len(tokens)) >= len(prompt.ids)
-                chosen = replace(
-                    chosen, rejected=replace(chosen, tokens=tokens, loss_mask=trained, probes=(), answers=())
-                )
+                if preferred:
+                    self._check_answer(example, preferred)
+                    chosen = chosen.answered(prompt.ids, preferred)
+                chosen = replace(chosen, rejected=replace(chosen.answered(prompt.ids, rejected), answers=()))
             yield chosen
 
     def prompt(
@@ -284,9 +290,8 @@ class Encoder:
         """
         gold = answers(example, questions(example, policy_for(example, self.policy)))
         prompt = self.prompt(example, mode, answer_tokens, tuple(q for q, _ in gold))
-        tokens = np.asarray([*prompt.ids, *self.ids(written(gold) + self.template.end)], np.int32)
-        trained = np.arange(len(tokens)) >= len(prompt.ids)
-        return EncodedExample(example.id, mode, tokens, trained, (), gold, prompt.cut, prompt.shared)
+        answer = self.ids(written(gold) + self.template.end)
+        return EncodedExample(example.id, mode, *continued(prompt.ids, answer), (), gold, prompt.cut, prompt.shared)
 
     def min_tokens(self, policy: Policy) -> int:
         """Return the length of the shortest useful sequence under a policy, with its verdict but no trace."""
@@ -315,6 +320,23 @@ class Encoder:
 
     def _rejected(self, example: Example) -> str:
         return f"{example.rejected}{self.template.end}"
+
+    def _sampled(self, example: Example, gold: Answers, mode: Mode) -> tuple[list[int], list[int]]:
+        """Return the tokens of a preference's answers that a guard sampled; none of one that this tokenizer reads as another."""
+
+        def text(ids: tuple[int, ...]) -> str:
+            whole = ids[-1:] == (self.template.end_id,) and max(ids) < len(self.tokenizer)
+            return str(self.tokenizer.decode(list(ids[:-1]), clean_up_tokenization_spaces=False)) if whole else ""
+
+        if not example.rejected or not example.sampled:
+            return [], []
+        preferred, rejected = example.sampled
+        labels = {question: word for question, word in gold if word != ABSENT}
+        verdict = parse(text(preferred), labels, mode, example.response is not None)
+        same = not verdict.problems and all(getattr(verdict, question) == word for question, word in labels.items())
+        if mode is Mode.REASONING:
+            same = same and reasoning_of(text(preferred)) == (example.trace or "").strip()
+        return list(preferred) if same else [], list(rejected) if text(rejected).strip() == example.rejected else []
 
     def _completion(self, answers: Answers, trace: str | None, mode: Mode) -> str:
         return self.dialogue.completion(answers, trace, mode, bool(self.template.reasoning_start)) + self.template.end
@@ -379,6 +401,12 @@ class Encoder:
         """Return a user turn as the chat template renders it; direct mode closes a think block that the template opened."""
         text = self.template.before + turn + self.template.after
         return text + REASONING_END if self.template.reasoning_start and mode is Mode.DIRECT else text
+
+
+def continued(path: Sequence[int], ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of `path` and `ids`, and which of them are trained on: those of `ids`."""
+    tokens = np.asarray([*path, *ids], np.int32)
+    return tokens, np.arange(len(tokens)) >= len(path)
 
 
 def common_length(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:

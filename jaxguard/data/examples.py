@@ -27,6 +27,7 @@ class Example:
         trace: a teacher's reasoning towards the labels, without verdict lines.
         adversarial: whether the prompt was written to mislead a model; None if unknown.
         rejected: an answer that is worse than the one that trace and labels make, for preference optimisation.
+        sampled: token ids of that answer and of `rejected`, each with the end of turn, as a guard sampled them, or none.
         weight: of the example, or of its preference, in the loss; None is 1.
         mode: in a dual-mode set, whether the answer includes the trace; None leaves it to the run's seed.
     """
@@ -44,6 +45,7 @@ class Example:
     mode: AnswerMode | None = None
     adversarial: bool | None = None
     rejected: str | None = None
+    sampled: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     weight: float | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class Example:
     def to_json(self) -> dict[str, Any]:
         """Return the example as an object of our JSON-lines format."""
         row = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("adversarial", "rejected", "weight"):
+        for name in ("adversarial", "rejected", "sampled", "weight"):
             if row[name] is None:
                 del row[name]  # hashes of data that do not have it stay what they were
         return row

@@ -17,7 +17,7 @@ from jaxguard.data.examples import LABELS, Example
 from jaxguard.data.files import Row, Skip, label, objects, positive, read_hub, read_local, text, words
 from jaxguard.data.format.dialogue import transcript
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.parse import nearest, shown
+from jaxguard.utils.parse import TokenId, check, nearest, shown
 
 HARM = {"harmful": "harmful", "unharmful": "unharmful"}
 SAFETY = {"unsafe": "harmful", "safe": "unharmful"}
@@ -26,6 +26,7 @@ TOPIC = {"off-topic": "harmful", "on-topic": "unharmful"}
 FLAG = {"true": True, "false": False}
 OPTIONAL = ("categories", "adversarial")
 """Fields whose column a public set may lack."""
+_PAIR: Any = tuple[tuple[TokenId, ...], tuple[TokenId, ...]] | None
 
 
 class LoadedSource(NamedTuple):
@@ -163,6 +164,8 @@ def _convert(row: Row, kind: _Kind, source: SourceConfig, location: str) -> Exam
             values[name] = label(row, column, FLAG, location)
         elif name == "weight":
             values[name] = positive(row, column, location)
+        elif name == "sampled":
+            values[name] = check(row.get(column) or None, _PAIR, f"{location}: {column}")
         elif name in ("id", "mode", "history"):
             values[name] = row.get(column)
         else:

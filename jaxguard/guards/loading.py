@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -97,12 +97,12 @@ async def open_guard(
     settings: EvaluateConfig,
     probabilities: bool = True,
     deadline: float | None = None,
+    logprobs: bool = False,
 ) -> AsyncIterator[Predictor]:
     """Load a guard, or connect to it, or start its server; everything is closed at the end.
 
-    The config is its run's, or that of the run that evaluates it. For `probabilities` see protocol.predict, for `deadline`
-    open_sglang. JaxguardError: no
-    such checkpoint, a server that does not answer or serves another model.
+    The config is its run's, or that of the run that evaluates it. For `probabilities` see protocol.predict, for `deadline` and
+    `logprobs` open_sglang. JaxguardError: no such checkpoint, a server that does not answer or serves another model.
     """
     if guard.format in BASELINES:
         yield fit_baseline(guard.format, trained_examples(config), config.seed)
@@ -145,7 +145,7 @@ async def open_guard(
                     raise JaxguardError(f"{url} gives no log-probabilities: set evaluate.generations=1 or more")
                 backend, probabilities = other, probabilities and other.likeliest is not None
             else:
-                native = open_sglang(url, model, settings, version, guard.api_key_env, deadline)
+                native = open_sglang(url, model, settings, version, guard.api_key_env, deadline, logprobs)
                 backend = await stack.enter_async_context(native)
         yield partial(predict, form=form, backend=backend, settings=settings, score=probabilities)
 
@@ -207,24 +207,29 @@ def examples_key(examples: Sequence[Example], policy: Policy) -> dict[str, str]:
 
 @dataclass
 class Predictions:
-    """An open file of predictions; `answers` holds them by their example's id."""
+    """An open file of predictions; `answers` holds them by their example's id, without their completions."""
 
     answers: dict[str, Prediction]
     _store: Store
+    _completions: bool
 
     def append(self, prediction: Prediction) -> None:
         """Add a prediction: once this returns, killing the process does not lose it. JaxguardError: it cannot be written."""
-        self._store.append(asdict(prediction))
-        self.answers[prediction.example_id] = prediction
+        without = replace(prediction, completions=())
+        self._store.append(asdict(prediction if self._completions else without))
+        self.answers[prediction.example_id] = without
 
 
 @contextmanager
-def open_predictions(path: Path, settings: Mapping[str, Any]) -> Iterator[Predictions]:
-    """Open a file of predictions to add to, or begin it. The caller holds a lock on the folder.
+def open_predictions(path: Path, settings: Mapping[str, Any], completions: bool = False) -> Iterator[Predictions]:
+    """Open a file of predictions to add to, with their completions or without, or begin it. The caller holds a lock on the folder.
 
     Its lines are checksummed; the first one holds `settings`, JSON that decides the predictions: guard, sampling, examples.
     JaxguardError: it was begun with other settings, or cannot be written.
     """
     remedy = "Take the old values back, give the guard or the run another name, or delete the file."
     with open_store(path, settings, remedy) as store:
-        yield Predictions({prediction.example_id: prediction for prediction in read_records(path, Prediction)}, store)
+        predictions = Predictions({}, store, completions)
+        for prediction in read_records(path, Prediction):
+            predictions.answers[prediction.example_id] = replace(prediction, completions=())
+        yield predictions

@@ -77,6 +77,8 @@ class Prediction:
         cut: the text was too long for the model and was judged without its middle.
         scoring: seconds for the probabilities, of a batch its share; not part of `seconds`.
         wait: seconds until the request had its verdicts, which all of a batch wait for; 0 if unknown.
+        completions: what was sampled of each generation; None where a verdict was forced, or the backend does not say which token
+            ended it. () where nothing was sampled, or from several prompts.
 
     Raises:
         JaxguardError: a probability is not a number from 0 to 1.
@@ -95,6 +97,7 @@ class Prediction:
     cut: bool = False
     scoring: float = 0.0
     wait: float = 0.0
+    completions: tuple["Completion | None", ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for question, p in self.probabilities.items():
@@ -181,7 +184,7 @@ class Completion:
     """One continuation: its tokens without the stop token, and whether that came before the limit. These two are compared.
 
     Attributes:
-        stop_id: the stop token, if the backend says which it was.
+        stop_id: the stop token, if the backend says which it was: its `ids` are then all that was sampled.
         logprobs: of each token and then of the stop token, log-probability at temperature 1 over the whole vocabulary, whatever
             it was sampled by; () if the backend gives none.
         entropies: of the distributions of which these are values, in nats; () if the backend gives none.
@@ -297,6 +300,7 @@ class _Part:
     prompt: Prompt
     drafts: list[Draft] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    completions: list[Completion | None] = field(default_factory=list)
     tokens: int = 0
     forced: int = 0
     scores: dict[Question, tuple[float | None, int]] = field(default_factory=dict)
@@ -347,6 +351,7 @@ async def _predict_batch(
                 seconds=seconds / len(requests),
                 scoring=scoring / len(requests),
                 wait=seconds,
+                completions=tuple(group[0].completions) if len(group) == 1 else (),
             )
         )
     return predictions
@@ -365,6 +370,7 @@ async def _generate(parts: Sequence[_Part], form: PromptFormat, backend: Backend
         for i, completion in enumerate(completions):
             text = form.text(completion.tokens)
             part.texts.append(text)
+            part.completions.append(None if completion.stop_id is None else replace(completion, entropies=()))
             part.tokens += len(completion.tokens)
             closed = None if completion.stopped else form.close_reasoning(part.request, text)
             if closed is not None:
@@ -374,7 +380,7 @@ async def _generate(parts: Sequence[_Part], form: PromptFormat, backend: Backend
     prefixes = [(*part.prompt.ids, *form.tokens(closed)) for part, _, closed in unfinished]
     verdicts = await backend.sample(prefixes, 1, limit, form.stop_ids)
     for (part, i, closed), [completion] in zip(unfinished, verdicts, strict=True):
-        part.texts[i] = closed + form.text(completion.tokens)
+        part.texts[i], part.completions[i] = closed + form.text(completion.tokens), None
         part.tokens += len(completion.tokens)
         part.forced += 1
 

@@ -125,14 +125,7 @@ def continued(
     example: EncodedExample, path: Sequence[int], ids: Sequence[int], weight: float, logprobs: Sequence[float]
 ) -> EncodedExample:
     """Return the tokens `path`, continued by `ids`, which are trained on with a weight, given their log-probabilities before."""
-    tokens = np.asarray([*path, *ids], np.int32)
-    return replace(
-        example,
-        tokens=tokens,
-        loss_mask=np.arange(len(tokens)) >= len(path),
-        weight=weight,
-        reference=np.asarray(logprobs, np.float32),
-    )
+    return replace(example.answered(path, ids), weight=weight, reference=np.asarray(logprobs, np.float32))
 
 
 def verdict_ids(example: EncodedExample, encoder: Encoder) -> list[list[int]]:

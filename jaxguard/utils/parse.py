@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 
 from jaxguard.utils.errors import JaxguardError
 
@@ -198,6 +198,7 @@ def path_text(path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(path_text)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 """A text that is a path, or may be one."""
 
 

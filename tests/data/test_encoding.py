@@ -85,6 +85,42 @@ def test_a_server_sees_the_same_ids(encoder: Encoder):
         assert trained.tokens[~trained.loss_mask].tolist() == served
 
 
+@pytest.mark.parametrize("mode", Mode)
+def test_a_preference_is_encoded_as_the_tokens_that_were_sampled(encoder: Encoder, mode: Mode):
+    """Tokens of single letters, which nobody gets by tokenizing the text."""
+    trace, end = "It is rude.", encoder.template.end_id
+    thought = f"<think>\n{trace}\n</think>\n\n" if mode is Mode.REASONING else ""
+    start, absent = encoder.ids(thought), "\nResponse harm: None\nResponse refusal: None"
+    right, wrong = (
+        [*start, *itertools.chain(*map(encoder.ids, f"Prompt harm: {word}{absent}"))]
+        for word in ("harmful", "unharmful")
+    )
+    text = decode(encoder, wrong)
+    example = replace(ALONE, trace=trace, rejected=text, sampled=((*right, end), (*wrong, end)))
+    assert text == f"{thought}Prompt harm: unharmful{absent}"
+
+    def answers_of(example: Example) -> list[list[int]]:
+        [(encoded,)] = encoder.encode_all([(example, mode)], 1)
+        return [each.tokens[each.loss_mask].tolist() for each in encoded.sequences]
+
+    assert answers_of(example) == [[*right, end], [*wrong, end]]
+    retokenized = answers_of(replace(example, sampled=None))
+    assert retokenized == [
+        encoder.ids(decode(encoder, right) + encoder.template.end),
+        encoder.ids(text + encoder.template.end),
+    ]
+    others = [
+        (right, wrong),  # they did not end
+        ((*wrong, end), (*right, end)),  # of other answers
+        ((*right, len(encoder.tokenizer), end), (*wrong, len(encoder.tokenizer), end)),
+        ((), ()),
+    ]
+    for sampled in others:
+        assert answers_of(replace(example, sampled=tuple(map(tuple, sampled)))) == retokenized
+    assert answers_of(replace(example, sampled=((), (*wrong, end)))) == [retokenized[0], [*wrong, end]]
+    assert answers_of(replace(example, rejected=None)) == retokenized[:1]
+
+
 def test_a_prompt_needs_no_labels(encoder: Encoder):
     unlabelled = Example("u", "s", BOTH.prompt, BOTH.response)
     assert encoder.prompt(unlabelled, Mode.DIRECT).ids == encoder.prompt(BOTH, Mode.DIRECT).ids

@@ -1,14 +1,14 @@
 """Predictions on disk. tests/utils/test_store.py kills and damages their file."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from jaxguard.guards.loading import open_predictions
-from jaxguard.guards.protocol import Prediction
+from jaxguard.guards.protocol import Completion, Prediction
 from jaxguard.utils.errors import ProvenanceError
-from jaxguard.utils.store import open_store
+from jaxguard.utils.store import open_store, read_records
 
 SETTINGS = {"temperature": 0.6, "guard": {"checkpoint": "somewhere"}}
 ANSWERS = [
@@ -44,6 +44,18 @@ def test_answers_come_back(tmp_path):
     fill(path)
     assert read(path) == {answer.example_id: answer for answer in ANSWERS}
     assert read(path) == {answer.example_id: answer for answer in ANSWERS}
+
+
+def test_tokens_are_kept_where_they_are_wanted(tmp_path):
+    sampled = (Completion((5, 6), stopped=True, stop_id=0, logprobs=(-0.25, -1.5, -0.125)), None)
+    for name, completions in (("with", sampled), ("without", ())):
+        for _ in range(2):  # begun, and read again
+            with open_predictions(tmp_path / name, SETTINGS, completions=name == "with") as predictions:
+                predictions.append(replace(ANSWERS[0], completions=sampled))
+        stored = list(read_records(tmp_path / name, Prediction))
+        assert [each.completions for each in stored] == [completions] * 2
+        assert all(own is None or own.logprobs == sampled[0].logprobs for each in stored for own in each.completions)
+        assert read(tmp_path / name)["a"].completions == ()
 
 
 def test_a_cut_prediction_is_made_again(tmp_path):

@@ -37,7 +37,7 @@ class Script:
             raise RuntimeError(prompt)
         self.asked.append((prompt, n, limit))
         said = self.says[prompt][i]
-        return Completion(tuple(map(ord, said[:limit])), len(said) < limit)
+        return Completion(tuple(map(ord, said[:limit])), len(said) < limit, STOP if len(said) < limit else None)
 
     async def declare(self, beginnings):
         self.declared += map(text, beginnings)
@@ -225,6 +225,8 @@ def test_a_thought_that_runs_out_gets_a_forced_verdict():
     assert found.texts == ("hm.+", "hmmmmm.-")
     assert found.verdicts["prompt_harm"] == (POSITIVE, NEGATIVE)
     assert found.forced == 1
+    first, second = found.completions  # what was sampled is not the whole of the second one
+    assert (text(first.ids[:-1]), first.ids[-1], second) == ("hm.+", STOP, None)
     assert backend.asked == [("x", 2, 6), ("x", 2, 6), ("xhmmmmm.", 1, 2)]
     assert found.probabilities["prompt_harm"] == pytest.approx((0.8 + 0.4) / 2)
     assert found.unscored["prompt_harm"] == 0

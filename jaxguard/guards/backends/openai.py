@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.format.template import token_ids
-from jaxguard.guards.backends.sglang import TokenId, connect_server, log_odds_of, served_name
+from jaxguard.guards.backends.sglang import connect_server, log_odds_of, served_name
 from jaxguard.guards.protocol import Completion, sample_digest
 from jaxguard.utils.client import API_KEY, Client, RefusedError, RetryableError, gather
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.parse import TokenId
 from jaxguard.utils.secrets import Masked
 
 T = TypeVar("T")
@@ -123,8 +124,9 @@ class OpenAIBackend:
         def completion(choice: Choice, _: str) -> Completion:
             tokens = token_ids(self.tokenizer, choice.text)
             end = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
-            stop_id = None if end is None else tokens[end]
-            return Completion(tuple(tokens[:end]), end is not None or choice.finish_reason in _STOPS, stop_id)
+            return Completion(
+                tuple(tokens[:end]), end is not None or choice.finish_reason in _STOPS
+            )  # not what it sampled
 
         async def request(prompt: list[int], i: int) -> Completion:
             seed = int.from_bytes(sample_digest(self.settings.seed, prompt, i)[:4], "big") >> 1

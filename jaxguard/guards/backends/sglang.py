@@ -26,7 +26,7 @@ from jaxguard.config.evaluate import EvaluateConfig, ServerConfig
 from jaxguard.guards.protocol import Completion, sample_digest
 from jaxguard.utils.client import API_KEY, Client, Limiter, Models, NotFoundError, RetryableError, connect, gather
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.parse import Fields
+from jaxguard.utils.parse import Fields, TokenId
 from jaxguard.utils.secrets import Masked, revealed
 
 _IMPOSSIBLE: Final = -1e30
@@ -39,9 +39,6 @@ _DIE_WITH_PARENT = (
     "import ctypes, os, sys; parent = int(sys.argv[1]); ctypes.CDLL(None).prctl(1, 9); "
     "os.getppid() == parent and os.execv(sys.argv[2], sys.argv[2:])"
 )
-
-
-TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 
 
 @dataclass(frozen=True)
