@@ -66,6 +66,7 @@ expect 2 "JAX_PLATFORMS=cuda" env JAX_PLATFORMS=cuda "${jaxguard[@]}" train "${c
 run 2 "runs/my_guard holds no trained guard" evaluate "${config[@]}"
 once "holds no trained guard"
 run 2 "runs/my_guard holds no trained guard" mine "${config[@]}"
+run 2 "runs/my_guard/mine/examples.jsonl|jaxguard mine" mine pairs "${config[@]}"
 [[ -z $(find runs -name '*.yaml' -o -name '*.json*' 2>/dev/null) ]] || fail "a start that failed left a run behind"
 run 2 "a100-80gb" plan "${config[@]}" --target a100:8
 cat >study.yaml <<'EOF'

@@ -1,6 +1,6 @@
 """`make prefer-demo` and `make reinforce-demo`: the guard of `make demo` learns from its own mistakes.
 
-    prefer      python -m jaxguard.mine --config smollm_demo, then python -m jaxguard.train --config smollm_hsdpo
+    prefer      python -m jaxguard.mine --config smollm_demo, then mine pairs, then python -m jaxguard.train --config smollm_hsdpo
     reinforce   python -m jaxguard.reinforce --config smollm_grpo
 
 What is done is not done again: interrupt it and call it once more. Further arguments are overrides of the last command's config.
@@ -45,8 +45,10 @@ def main(arguments: Sequence[str]) -> int:
         demo.stage(console, "data", lambda: demo.fetch_data(Path(str(first.data.train[0].path)).parent))
         demo.stage(console, f"the guard to improve -> {first.folder}", lambda: demo.train([]))
         if kind == "prefer":
-            mine = [sys.executable, "-m", "jaxguard.mine", "--config", "smollm_demo", "evaluate.temperature=1.0"]
-            demo.stage(console, "right and wrong answers", lambda: demo.run(mine))
+            mine = [sys.executable, "-m", "jaxguard.mine"]
+            sampled = [*mine, "--config", "smollm_demo", "evaluate.temperature=1.0"]
+            demo.stage(console, "right and wrong answers", lambda: demo.run(sampled))
+            demo.stage(console, "pairs of them", lambda: demo.run([*mine, "pairs", "--config", "smollm_demo"]))
         config = load(CONFIG[kind], overrides)
         command = [sys.executable, "-m", f"jaxguard.{MODULE[kind]}", "--config", CONFIG[kind], *overrides]
         demo.stage(console, f"{kind} -> {config.folder}", lambda: demo.run(command))

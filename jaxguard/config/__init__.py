@@ -35,6 +35,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "train": (*RUN, "optimizer", "train", "mesh", "checkpoint", "log"),
     "evaluate": (*RUN, "train", "mesh", "evaluate"),
     "mine": (*RUN, "train", "mesh", "evaluate", "mine"),
+    "mine pairs": (*RUN, "mine"),
     "reinforce": (*RUN, "optimizer", "train", "mesh", "checkpoint", "log", "reinforce"),
     "plan": (*RUN, "optimizer", "train", "mesh", "reinforce"),
 }

@@ -180,6 +180,8 @@ class MineConfig(Schema):
     """Take equally many hard examples of each combination of labels, or of each category; none takes all."""
     most: Positive | None = None
     """Most hard examples to take, a seeded sample."""
+    ensemble: tuple[LocalPath, ...] = ()
+    """Folders `mine` of other runs: `mine pairs` pools their answers to the same examples with this run's (GuardReasoner)."""
     pairs: Literal["length", "longest", "random"] = "length"
     """Which right and which wrong answer to an example make a preference pair: those that differ least in length, the longest of
     both as GuardReasoner does, which teaches length, or any."""

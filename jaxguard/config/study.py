@@ -16,7 +16,7 @@ from jaxguard.utils.parse import Fields, check, nearest, read_yaml
 
 STUDIES, SCALES = Path("configs/studies"), Path("configs/scales")
 
-Stage = Literal["distill", "build", "mine", "train", "reinforce", "evaluate"]
+Stage = Literal["distill", "build", "mine", "pairs", "train", "reinforce", "evaluate"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 

@@ -17,26 +17,28 @@ _READS = {
     "distill": ("model", "data"),
     "train": ("model", "data"),
     "evaluate": ("evaluate",),
-    "mine": ("data", "mine"),
+    "mine": ("data", "mine.sources", "mine.guard"),
+    "mine pairs": ("mine.ensemble",),
     "reinforce": ("model", "data"),
 }
-"""Stage -> the schemas of its config that name files."""
+"""Stage -> the schemas or fields of its config that name files."""
 
 
 def input_paths(config: Config, stage: str) -> dict[str, str]:
     """Return the data files, data folders and checkpoints that a stage reads: dotted field -> value."""
-    return dict(pair for name in _READS.get(stage, ()) for pair in _paths(getattr(config, name), name))
+    reads = tuple(f"{name}." for name in _READS.get(stage, ()))
+    return {field: value for field, value in _paths(config) if field.startswith(reads)}
 
 
-def _paths(value: Any, field: str) -> Iterator[tuple[str, str]]:
-    """Yield the fields `path` and `checkpoint` inside a schema or a list of them."""
+def _paths(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the fields `path` and `checkpoint` inside a schema or a list of them, and the folders `ensemble`."""
     if isinstance(value, Schema):
         for name in type(value).model_fields:
-            yield from _paths(getattr(value, name), f"{field}.{name}")
+            yield from _paths(getattr(value, name), f"{field}.{name}".lstrip("."))
     elif isinstance(value, tuple):
         for number, item in enumerate(value):
             yield from _paths(item, f"{field}.{number}")
-    elif isinstance(value, str) and field.endswith((".path", ".checkpoint")):
+    elif isinstance(value, str) and (field.endswith((".path", ".checkpoint")) or ".ensemble." in field):
         yield field, value
 
 

@@ -223,7 +223,7 @@ def with_preferences(examples: list[Example], objective: ObjectiveConfig, droppe
     if not preferred:
         raise JaxguardError(
             f"train.objective.kind={objective.kind} needs examples with a field 'rejected', but none of the {len(examples)} of "
-            "data.train has one: `jaxguard mine` writes them from a guard's answers, into pairs.jsonl"
+            "data.train has one: `jaxguard mine pairs` writes them from a guard's answers, into pairs.jsonl"
         )
     dropped["train: no rejected answer"] += len(examples) - len(preferred)
     return preferred

@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from functools import partial
 
 from rich.text import Text
 
 from jaxguard.cli import stage
 from jaxguard.config import Config
+from jaxguard.data.inputs import check_inputs
 from jaxguard.utils.terminal import Console
 
 DESCRIPTION = """\
@@ -17,11 +19,12 @@ Those that it never judges right may be labelled wrongly: look at them. Train fi
   answers/MODE.jsonl   every answer, as soon as it is there: killed and started again, it resumes
   hard.jsonl           the hard examples with their traces, ready for data.train or build.sets[].append
   never_right.jsonl    those that were never judged right, with the guard's answers
-  pairs.jsonl          a right and a wrong answer to each example that has both, for train.objective.kind=dpo
+  examples.jsonl       what was mined, each with the number of its right answers
   train.jsonl          what the run was trained on; held_out.jsonl what it was validated on
   report.md            counts by number of right answers, source, category and label; report.json, right.png
 
-The second round is a config that extends the first, starts from its export and trains on train.jsonl and hard.jsonl.
+The second round is a config that extends the first, starts from its export and trains on train.jsonl and hard.jsonl; `mine pairs`
+makes preference pairs of the answers.
 
 examples:
   jaxguard mine --config smollm_demo
@@ -29,6 +32,21 @@ examples:
   jaxguard mine --config gemma4b_5k 'mine.sources=[{kind: nemotron_safety}]'
   jaxguard mine --config gemma4b_5k mine.balance=class mine.most=500
   jaxguard mine --config gemma4b_5k evaluate.backend=sglang evaluate.server.python=.venv-sglang/bin/python
+"""
+
+PAIRS_DESCRIPTION = """\
+Make preference pairs of the answers that `mine` stored: a right and a wrong answer to each example that has both, for
+train.objective.kind=dpo. Nothing is generated, so it takes seconds and may be run again with other settings. Writes into
+runs/NAME/mine:
+
+  pairs.jsonl          the pairs, each with a weight, and with the tokens that the guard sampled where they are known
+  pairs.md             counts, lengths and weights by mode, label and source
+  pairs.json           the manifest: inputs with their sha256, settings, counts, versions
+
+examples:
+  jaxguard mine pairs --config gemma4b_5k
+  jaxguard mine pairs --config gemma4b_5k mine.pairs=longest
+  jaxguard mine pairs --config gemma4b_5k 'mine.ensemble=[runs/gemma4b_other/mine]'
 """
 
 
@@ -39,7 +57,6 @@ def _mine(_: argparse.Namespace, config: Config) -> int:
     console.print(right_table(result).rich())
     console.print(Text(f"{len(result.taken):,} hard examples: {result.folder / 'hard.jsonl'}"))
     console.print(Text(f"{len(result.never_right):,} never right: {result.folder / 'never_right.jsonl'}"))
-    console.print(Text(f"{len(result.pairs):,} preference pairs: {result.folder / 'pairs.jsonl'}"))
     console.print(Text(f"report: {result.folder / 'report.md'}"))
     return 0
 
@@ -50,7 +67,19 @@ def _check(config: Config) -> None:
     check(config)
 
 
-main = stage("mine", DESCRIPTION, _mine, check=_check)
+def _pairs(_: argparse.Namespace, config: Config) -> int:
+    from jaxguard.mine.pairs import build_pairs
+
+    result, console = build_pairs(config), Console(soft_wrap=True)
+    for reason, count in result.without.items():
+        console.print(Text(f"{count:,} examples without a pair: {reason}"))
+    console.print(Text(f"{len(result.pairs):,} preference pairs: {result.folder / 'pairs.jsonl'}"))
+    console.print(Text(f"report: {result.folder / 'pairs.md'}"))
+    return 0
+
+
+PAIRS = stage("mine pairs", PAIRS_DESCRIPTION, _pairs, check=partial(check_inputs, stage="mine pairs"))
+main = stage("mine", DESCRIPTION, _mine, commands={"pairs": PAIRS}, check=_check)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,13 +4,12 @@ select -> predict, storing every answer -> count the right ones -> choose -> wri
 """
 
 import asyncio
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from matplotlib.ticker import PercentFormatter
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig, MineConfig
 from jaxguard.data.examples import Example
-from jaxguard.data.format.answer import parse, reasoning_of
+from jaxguard.data.format.answer import parse
 from jaxguard.data.format.dialogue import ABSENT, Mode, answers, questions
 from jaxguard.data.inputs import check_inputs
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
@@ -48,26 +47,34 @@ PAPER_GENERATIONS, PAPER_ALWAYS_RIGHT = 4, 0.85
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """An example with its mode, its labels ("prompt_harm harmful, response_harm unharmful"), and the guard's answers to it.
+class Answer:
+    """A guard's answer to an example, with its tokens where they are wanted and known.
 
-    An answer is right if it can be parsed and is right in every label.
+    It is right if it can be parsed and is right in every label.
     """
+
+    text: str
+    is_right: bool
+    is_parsable: bool
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An example with its mode, its labels ("prompt_harm harmful, response_harm unharmful"), and the answers to it."""
 
     example: Example
     mode: Mode
     labels: str
-    texts: tuple[str, ...]
-    is_right: tuple[bool, ...]
-    is_parsable: tuple[bool, ...]
+    answers: tuple[Answer, ...]
 
     @property
     def right(self) -> int:
-        return sum(self.is_right)
+        return sum(answer.is_right for answer in self.answers)
 
     @property
     def unparsable(self) -> int:
-        return len(self.texts) - sum(self.is_parsable)
+        return sum(not answer.is_parsable for answer in self.answers)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,6 @@ class MineResult:
     outcomes: list[Outcome]
     hard: list[Outcome]
     taken: list[Outcome]
-    pairs: list[dict[str, Any]]
 
     @property
     def mined(self) -> str:
@@ -137,7 +143,6 @@ class MineResult:
             "paper": PAPER_ALWAYS_RIGHT,
             "hard_ids": [outcome.example.id for outcome in self.taken],
             "never_right_ids": [outcome.example.id for outcome in self.never_right],
-            "pairs": len(self.pairs),
         }
 
 
@@ -165,8 +170,7 @@ def mine(config: Config) -> MineResult:
         mined = to_mine(config, settings, policy, selection)
         outcomes = asyncio.run(predict_all(config, sampling, mined, policy, key))
         hard = [outcome for outcome in outcomes if outcome.right in settings.hard]
-        taken, pairs = choose(hard, settings, config.seed), list(preference_pairs(outcomes, settings, config.seed))
-        result = MineResult(config.name, folder, settings, outcomes, hard, taken, pairs)
+        result = MineResult(config.name, folder, settings, outcomes, hard, choose(hard, settings, config.seed))
         write_examples(result, selection)
         write_atomically(folder / "report.json", json.dumps(result.to_json(), indent=2) + "\n")
         write_markdown(folder / "report.md", page(result))
@@ -196,8 +200,8 @@ async def predict_all(
     tally: Counter[int] = Counter()
     outcomes: dict[str, Outcome] = {}
 
-    def add(example: Example, mode: Mode, texts: Iterable[str]) -> None:
-        outcomes[example.id] = outcome_of(example, mode, policy, tuple(texts))
+    def add(example: Example, mode: Mode, texts: Sequence[str]) -> None:
+        outcomes[example.id] = outcome_of(example, mode, policy, texts)
         tally[outcomes[example.id].right] += 1
 
     with ExitStack() as stack:
@@ -205,7 +209,8 @@ async def predict_all(
         for mode in Mode:
             if examples := [example for example, own in mined if own is mode]:
                 path = config.folder / "mine/answers" / f"{mode}.jsonl"
-                stores[mode] = stack.enter_context(open_predictions(path, key | examples_key(examples, policy)))
+                opened = open_predictions(path, key | examples_key(examples, policy), completions=True)
+                stores[mode] = stack.enter_context(opened)
                 stored = stores[mode].answers
                 for example in examples:
                     if example.id in stored:
@@ -216,11 +221,16 @@ async def predict_all(
             progress = Progress("mining", len(mined), tally.total(), Console(soft_wrap=True))
             stack.enter_context(progress)
             by_id = {example.id: example for example, _ in mined}
-            async with open_guard(settings.guard, config, sampling, probabilities=False) as predict:
+            logprobs = sampling.temperature == 1  # SGLang's are those after the temperature
+            guard = open_guard(settings.guard, config, sampling, probabilities=False, logprobs=logprobs)
+            async with guard as predict:
                 for mode, unanswered in requests.items():
-                    # What does not fit shows at once, and texts of like length share a batch.
+                    # What does not fit shows at once. Those of a batch begin alike, which is computed once, and are of like length.
                     unanswered.sort(key=lambda each: -len(each.example.prompt) - len(each.example.response or ""))
-                    async for prediction in predict(unanswered):
+                    alike: dict[tuple[str | None, tuple[Question, ...]], list[Request]] = {}
+                    for each in unanswered:
+                        alike.setdefault((each.example.policy, each.questions), []).append(each)
+                    async for prediction in predict(list(chain(*alike.values()))):
                         stores[mode].append(prediction)
                         add(by_id[prediction.example_id], mode, prediction.texts)
                         k, hard = settings.generations, sum(tally[right] for right in set(settings.hard))
@@ -235,50 +245,22 @@ def labels_of(example: Example, policy: Policy) -> dict[Question, str]:
     return {question: word for question, word in known if word != ABSENT}
 
 
-def outcome_of(example: Example, mode: Mode, policy: Policy, texts: Sequence[str]) -> Outcome:
-    """Compare a guard's answers with the labels.
-
-    An answer has a verdict line for each label. It is right if all of them are; an unparsable one never is.
-    """
+def outcome_of(
+    example: Example,
+    mode: Mode,
+    policy: Policy,
+    texts: Sequence[str],
+    ids: Sequence[tuple[int, ...]] = (),
+) -> Outcome:
+    """Compare a guard's answers with the labels; an answer has a verdict line for each label, and is right if all of them are."""
     labels = labels_of(example, policy)
-    verdicts = [parse(text, labels, mode, example.response is not None) for text in texts]
-    parsable = tuple(not verdict.problems for verdict in verdicts)
-    right = tuple(
-        parses and all(getattr(verdict, q) == word for q, word in labels.items())
-        for verdict, parses in zip(verdicts, parsable, strict=True)
-    )
+    answers = []
+    for i, text in enumerate(texts):
+        verdict = parse(text, labels, mode, example.response is not None)
+        right = not verdict.problems and all(getattr(verdict, q) == word for q, word in labels.items())
+        answers.append(Answer(text, right, not verdict.problems, ids[i] if ids else ()))
     joined = ", ".join(f"{question} {word}" for question, word in labels.items())
-    return Outcome(example, mode, joined, tuple(texts), right, parsable)
-
-
-def preference_pairs(outcomes: Sequence[Outcome], config: MineConfig, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield one pair for each example with right and wrong answers, as a row of our format: the wrong one is `rejected`.
-
-    An unparsable answer is in no pair. The weight is that of HS-DPO (GuardReasoner, arXiv 2501.18492): it grows linearly with the
-    number of wrong less that of right answers, up to 1 ± `pair_weights`.
-    """
-    for outcome in outcomes:
-        answers_to = zip(outcome.texts, outcome.is_right, outcome.is_parsable, strict=True)
-        parsable = [(text, right) for text, right, parses in answers_to if parses]
-        right, wrong = ([text for text, own in parsable if own is wanted] for wanted in (True, False))
-        if not right or not wrong:
-            continue
-        candidates = sorted(product(right, wrong), key=lambda pair: _drawn(seed, outcome.example.id, *pair))
-        match config.pairs:
-            case "length":
-                chosen, rejected = min(candidates, key=lambda pair: abs(len(pair[0]) - len(pair[1])))
-            case "longest":
-                chosen, rejected = max(right, key=len), max(wrong, key=len)
-            case "random":
-                chosen, rejected = candidates[0]
-        most = max(1, len(parsable) - 2)
-        weight = 1 + config.pair_weights * (len(wrong) - len(right)) / most
-        trace = {"trace": reasoning_of(chosen)} if outcome.mode is Mode.REASONING else {}
-        yield outcome.example.to_json() | trace | {"mode": outcome.mode.value, "rejected": rejected, "weight": weight}
-
-
-def _drawn(seed: int, *texts: str) -> bytes:
-    return hashlib.sha256("\0".join(["pairs", str(seed), *texts]).encode("utf-8", "surrogatepass")).digest()
+    return Outcome(example, mode, joined, tuple(answers))
 
 
 def choose(hard: Sequence[Outcome], config: MineConfig, seed: int) -> list[Outcome]:
@@ -312,8 +294,11 @@ def write_examples(result: MineResult, selection: Selection) -> None:
         "train": (row(*pair) for pair in selection.train),
         "held_out": held_out.values(),
         "hard": (row(each.example, each.mode, right=each.right) for each in result.taken),
-        "never_right": (row(each.example, each.mode, answers=each.texts) for each in result.never_right),
-        "pairs": result.pairs,
+        "never_right": (
+            row(each.example, each.mode, answers=[answer.text for answer in each.answers])
+            for each in result.never_right
+        ),
+        "examples": (row(each.example, each.mode, right=each.right) for each in result.outcomes),
     }
     for name, rows in files.items():
         write_atomically(result.folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -353,7 +338,6 @@ def page(result: MineResult) -> Page:
         Table.of(("class", "taken"), taken),
         f"Never right: {right[0]:,}, in never_right.jsonl. Their labels may be wrong; look at them."
         f"{'' if settings.sources else ' They are still in train.jsonl.'}",
-        f"Preference pairs: {len(result.pairs):,}, one for each example with right and wrong answers, in pairs.jsonl.",
     ]
     parts: list[Content] = [
         f"The guard answered each of {result.mined} {k} times. An answer is right if every label of "

@@ -22,7 +22,7 @@ PREPARING = ("distill", "build")
 
 def words(stage: Stage) -> str:
     """Return what follows `jaxguard` on the command line of a row's stage: a key of READS."""
-    return "data build" if stage == "build" else stage
+    return {"build": "data build", "pairs": "mine pairs"}.get(stage, stage)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ FILES: Mapping[Stage, Callable[[Config], list[str]]] = {
     ],
     "build": lambda c: [f"dataset/{each.name}/all.parquet" for each in (c.build or BuildConfig()).sets],
     "mine": lambda _: ["mine/hard.jsonl"],
+    "pairs": lambda _: ["mine/pairs.jsonl"],
     "train": lambda c: ["export/jaxguard.json"] if c.train.export else [],
     "reinforce": lambda c: ["export/jaxguard.json"] if c.train.export else [],
     "evaluate": lambda _: ["evaluate/results.json"],

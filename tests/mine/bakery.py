@@ -12,7 +12,7 @@ import yaml
 
 from jaxguard.data.format.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.policies import load_policy
-from jaxguard.guards.protocol import Prediction
+from jaxguard.guards.protocol import Completion, Prediction
 
 GENERATIONS = 4
 POLICY = "aegis2"
@@ -48,6 +48,10 @@ def text(example, mode, right=True):
     return f"<think>\nBread.\n</think>\n\n{verdict}" if mode is Mode.REASONING else verdict
 
 
+def sampled(text):
+    return Completion(tuple(map(ord, text)), stopped=True, stop_id=0, logprobs=(-0.5,) * (len(text) + 1))
+
+
 @dataclass
 class Baker:
     """Is right in as many answers as the example's number says, modulo 5; notes what it is asked.
@@ -55,6 +59,7 @@ class Baker:
     Attributes:
         fails_after: so many answers, then it is interrupted.
         seconds: that an answer takes.
+        says_tokens: its completions are known; a character is a token.
     """
 
     asked: list = field(default_factory=list)
@@ -62,9 +67,13 @@ class Baker:
     opened: int = 0
     fails_after: int | None = None
     seconds: float = 0.0
+    says_tokens: bool = True
+
+    def right(self, example):
+        return number(example) % (GENERATIONS + 1)
 
     @asynccontextmanager
-    async def open(self, guard, config, settings, probabilities):
+    async def open(self, guard, config, settings, probabilities, logprobs):
         self.opened += 1
         self.settings = settings
         yield self.judge
@@ -75,10 +84,14 @@ class Baker:
                 raise KeyboardInterrupt
             await asyncio.sleep(self.seconds)
             self.asked.append(ask)
-            right = number(ask.example) % (GENERATIONS + 1)
+            right = self.right(ask.example)
             texts = tuple(text(ask.example, ask.mode, g < right) for g in range(self.settings.generations))
             yield Prediction(
-                ask.example.id, {q: tuple(1 for _ in texts) for q in ask.questions}, dict.fromkeys(ask.questions), texts
+                ask.example.id,
+                {q: tuple(1 for _ in texts) for q in ask.questions},
+                dict.fromkeys(ask.questions),
+                texts,
+                completions=tuple(sampled(text) if self.says_tokens else None for text in texts),
             )
 
 

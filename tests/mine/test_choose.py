@@ -9,7 +9,7 @@ from jaxguard.config.evaluate import MineConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.mine.run import Outcome, choose, outcome_of, preference_pairs
+from jaxguard.mine.run import Answer, Outcome, choose, outcome_of
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import check
 
@@ -19,7 +19,7 @@ LOAF = Example("loaf", "baker", "How?", "Like this.", prompt_label="harmful", re
 
 def made(i, right, labels="prompt_harm harmful", categories=()):
     example = Example(f"x{i}", "baker", "How?", prompt_label="harmful", categories=categories)
-    return Outcome(example, Mode.DIRECT, labels, (), (True,) * right, ())
+    return Outcome(example, Mode.DIRECT, labels, (Answer("", is_right=True, is_parsable=True),) * right)
 
 
 def ids(some):
@@ -120,37 +120,3 @@ def test_nothing_hard_gives_nothing(balance):
 def test_impossible_settings_are_refused(tree):
     with pytest.raises(JaxguardError, match="mine: "):
         check(tree, MineConfig, "mine")
-
-
-RIGHT, WRONG = (f"Prompt harm: {word}\nResponse harm: unharmful" for word in ("harmful", "unharmful"))
-
-
-def thought(words: int, verdict: str) -> str:
-    return f"<think>{'loaf ' * words}</think>\n\n{verdict}"
-
-
-@pytest.mark.parametrize(
-    ("how", "chosen", "rejected"), [("length", 3, 4), ("longest", 9, 40), ("random", {3, 9}, {4, 40})]
-)
-def test_a_pair_is_a_right_and_a_wrong_answer(how, chosen, rejected):
-    texts = [thought(9, RIGHT), thought(40, WRONG), thought(3, RIGHT), thought(4, WRONG), thought(50, "Loaf.")]
-    outcome = outcome_of(LOAF, Mode.REASONING, POLICY, texts)
-    [pair] = preference_pairs([outcome], MineConfig(pairs=how), seed=0)
-    assert pair == next(preference_pairs([outcome], MineConfig(pairs=how), seed=0))
-    counts = pair["trace"].count("loaf"), pair["rejected"].count("loaf")
-    for count, wanted in zip(counts, (chosen, rejected), strict=True):
-        assert count in (wanted if isinstance(wanted, set) else {wanted})
-    assert pair["weight"] == 1
-    assert pair["id"] == "loaf"
-    assert pair["mode"] == "reasoning"
-
-
-def test_what_was_mostly_wrong_weighs_more():
-    def weight(right, wrong):
-        outcome = outcome_of(LOAF, Mode.DIRECT, POLICY, [RIGHT] * right + [WRONG] * wrong)
-        return [pair["weight"] for pair in preference_pairs([outcome], MineConfig(), seed=0)]
-
-    assert weight(1, 3) == [pytest.approx(1.2)]
-    assert weight(2, 2) == [1]
-    assert weight(3, 1) == [pytest.approx(0.8)]
-    assert weight(4, 0) == weight(0, 4) == []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ def test_every_training_example_is_asked_once_as_it_was_trained(mined, baker):
     asked = {ask.example.id: ask.mode for ask in baker.asked}
     assert asked == {example.id: mode for example, mode in selection.train}
     assert len(baker.asked) == 55
+    alike = [each for each, _ in groupby((ask.mode, ask.questions) for ask in baker.asked)]
+    assert len(alike) == len(set(alike)) == 4  # what shares a beginning is asked together
     assert baker.settings.generations == 4
     assert baker.settings.ask == "benchmark"
     assert baker.opened == 1
