@@ -3,14 +3,17 @@
 import io
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 import cost
 import evaluation
 import training
+import updates
 import workloads
 from jaxguard.data.encoding import Encoder
 from jaxguard.data.format.template import TEMPLATE_KWARGS
@@ -52,7 +55,7 @@ def job(tmp_path) -> Job:
     return Job("direct", "model", "examples", "data", "padded", str(tmp_path))
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", [w for w in WORKLOADS if w.objective == "sft"], ids=lambda w: w.name)
 def test_peers_get_what_we_train_in_our_order(workload, source, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(workloads, "EXAMPLES", 64)
@@ -109,17 +112,59 @@ def test_ratios_are_of_the_same_round_and_other_losses_are_shown():
     def run(label, count, seconds, loss):
         return Run("direct", label, count, (9, seconds), (32, 32), (loss, loss), 1.0)
 
-    ours = training.CONTENDERS[0].label
+    ours = training.CONTENDERS["sft"][0].label
     runs = [run(ours, 1, 10, 2.0), run("peer", 1, 30, 2.01), run(ours, 2, 20, 2.0), run("peer", 2, 40, 2.01)]
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table([*runs, run("liar", 1, 1, 3.0)]))
+    console.print(table([*runs, run("liar", 1, 1, 3.0)]).rich())
     text = console.export_text()
     assert "2.50 [2.00, 3.00]" in text
     assert text.count("differs") == 1
 
 
+@pytest.mark.parametrize("workload", [w for w in WORKLOADS if w.objective != "sft"], ids=lambda w: w.name)
+def test_updates_get_right_and_wrong_answers(workload, source, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    written = updates.write(workload, source, tiny_checkpoint, tmp_path, keep=False)
+    steps = [json.loads(line) for line in Path(written.data).read_text(encoding="utf-8").splitlines()]
+    assert [len(group) for group in steps[0]] == [2]
+    assert steps[1] == steps[2][3::8]
+    size = {"dpo": 2, "grpo": updates.GROUP}[workload.objective]
+    assert [len(group) for group in steps[2]] == [size] * written.batch_size
+    for group in steps[2]:
+        assert len({tuple(answer["ids"][: answer["prompt"]]) for answer in group}) == 1
+        assert all(len(answer["ids"]) - answer["prompt"] == len(answer["reference"]) for answer in group)
+        if workload.objective == "grpo":
+            assert sum(answer["advantage"] for answer in group) == pytest.approx(0, abs=1e-6)
+        if workload.trace_words or workload.objective == "dpo":
+            assert len({tuple(answer["ids"]) for answer in group}) == size
+
+
+@pytest.mark.parametrize("name", ["direct-dpo", "direct-grpo"])
+def test_our_updates_begin_at_the_reference(name, source, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    workload = next(w for w in WORKLOADS if w.name == name)
+    written = replace(updates.write(workload, source, tiny_checkpoint, tmp_path, keep=False), steps=2)
+    (tmp_path / "job.json").write_text(json.dumps(asdict(written)), encoding="utf-8")
+    updates.main(str(tmp_path / "job.json"))
+    first, second = (json.loads(line)["loss"] for line in capsys.readouterr().out.splitlines())
+    step = json.loads(Path(written.data).read_text(encoding="utf-8").splitlines()[0])
+    advantages = [answer["advantage"] for answer in step[0]]
+    start = np.log(2) if workload.objective == "dpo" else -np.mean(advantages)  # all ratios are 1
+    assert first == pytest.approx(start, abs=1e-5)
+    assert second != pytest.approx(start, abs=1e-6)
+
+
 def done(seconds, odds=(), answers=()):
     return {"seconds": seconds, "odds": list(odds), "answers": list(answers)}
+
+
+def test_losses_of_updates_must_agree_twice():
+    def run(label, loss):
+        return Run("direct-dpo", label, 1, (9, 4), (1, 4), (0.6931, loss), 1.0)
+
+    ours = training.CONTENDERS["dpo"][0].label
+    rows = table([run(ours, 0.5), run("peer", 0.50005), run("liar", 0.501)]).rows
+    assert ["differs" in row.cells[-1].text for row in rows] == [False, False, True]
 
 
 def test_scores_that_disagree_are_marked():

@@ -4,11 +4,13 @@ All fine-tune all weights of SmolLM2-135M, in float32, on the same examples in t
 process of each contender after the other, so that other load on the machine affects all alike. Each contender times its own steps.
 The first is not counted, and the speed is the median of the others, since jaxguard compiles a program for each of few shapes.
 The losses of the first step must agree, which shows that all do the same work. Tunix's cannot, since it weights all
-examples equally. The whole benchmark takes hours: --resume continues a stopped one.
+examples equally. The workloads of dpo and grpo are updates alone, in float32 (updates.py): there the losses of the second step must
+agree, too, which follow from the first one's gradient. The whole benchmark takes hours: --resume continues a stopped one.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,19 +20,24 @@ from pathlib import Path
 from statistics import median
 
 from rich.console import Console
-from rich.table import Table
 
+import updates
 from demo import fetch_weights
+from generated import rewrite
+from jaxguard.report import Page, Table, page_markdown
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
-from workloads import WORKLOADS, Job, write
+from workloads import WORKLOADS, Job, Workload, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BENCH = ROOT / "tools" / "bench"
 OUTPUT = Path("build") / "bench"
 RESULTS = OUTPUT / "training.jsonl"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
 TOLERANCE = 0.02
 """Relative; bfloat16 products differ from float32 ones by less."""
+UPDATE_TOLERANCE = 1e-4
+"""Absolute, of the losses of updates in float32."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +63,28 @@ class Contender:
         return f"{self.name}, {self.setting}"
 
 
-CONTENDERS = (
-    Contender("jaxguard", "shared", sys.prefix, "ours.py", steps=6),
-    Contender("jaxguard", "plain", sys.prefix, "ours.py"),
-    Contender("TRL", "packed", ".venv-bench-trl", "peers/with_trl.py"),
-    Contender("TRL", "padded", ".venv-bench-trl", "peers/with_trl.py"),
-    Contender("torch loop", "padded", ".venv-bench-trl", "peers/with_torch.py"),
-    Contender("LlamaFactory", "packed", ".venv-bench-llamafactory", "peers/with_llamafactory.py"),
-    Contender("LlamaFactory", "padded", ".venv-bench-llamafactory", "peers/with_llamafactory.py"),
-    Contender("Tunix", "padded", ".venv-bench-tunix", "peers/with_tunix.py"),
-)
+CONTENDERS = {
+    "sft": (
+        Contender("jaxguard", "shared", sys.prefix, "ours.py", steps=6),
+        Contender("jaxguard", "plain", sys.prefix, "ours.py"),
+        Contender("TRL", "packed", ".venv-bench-trl", "peers/with_trl.py"),
+        Contender("TRL", "padded", ".venv-bench-trl", "peers/with_trl.py"),
+        Contender("torch loop", "padded", ".venv-bench-trl", "peers/with_torch.py"),
+        Contender("LlamaFactory", "packed", ".venv-bench-llamafactory", "peers/with_llamafactory.py"),
+        Contender("LlamaFactory", "padded", ".venv-bench-llamafactory", "peers/with_llamafactory.py"),
+        Contender("Tunix", "padded", ".venv-bench-tunix", "peers/with_tunix.py"),
+    ),
+    "dpo": (
+        Contender("jaxguard", "shared", sys.prefix, "updates.py", steps=3),
+        Contender("TRL", "2 answers at a time", ".venv-bench-trl", "peers/updates_with_trl.py"),
+    ),
+    "grpo": (
+        Contender("jaxguard", "shared", sys.prefix, "updates.py", steps=3),
+        Contender("TRL", "2 answers at a time", ".venv-bench-trl", "peers/updates_with_trl.py"),
+        Contender("Tunix", "2 answers at a time", ".venv-bench-tunix", "peers/updates_with_tunix.py"),
+    ),
+}
+"""By the workload's objective; the first of each is ours."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +109,9 @@ class Run:
 
     @property
     def speed(self) -> float:
-        """Examples a second: the median over all steps but the first; NaN where there is none."""
-        rates = [examples / seconds for examples, seconds in zip(self.examples[1:], self.seconds[1:], strict=True)]
+        """Examples a second: the median over the largest steps but for the first; NaN where there is none."""
+        counted = list(zip(self.examples[1:], self.seconds[1:], strict=True))
+        rates = [examples / seconds for examples, seconds in counted if examples == max(self.examples)]
         return median(rates) if rates else float("nan")
 
 
@@ -107,6 +127,9 @@ def main(arguments: Sequence[str]) -> int:
         action="store_true",
         help="keep the results of the last call, made on this machine with the same code",
     )
+    parser.add_argument(
+        "--document", action="store_true", help="write what is known of updates into docs/benchmarks.md"
+    )
     chosen = parser.parse_args(arguments)
     console = Console(highlight=False)
     try:
@@ -115,18 +138,29 @@ def main(arguments: Sequence[str]) -> int:
         write_atomically(RESULTS, "".join(_line(run) for run in known))
         for workload in WORKLOADS:
             if workload.name in (chosen.workload or names):
-                job = write(workload, chosen.data, OUTPUT / "base", 8, OUTPUT / workload.name)
-                console.print(table(list(measure(job, _chosen(chosen.only), chosen.rounds, console, known))))
+                source, model, folder = chosen.data, OUTPUT / "base", OUTPUT / workload.name
+                if workload.objective == "sft":
+                    job = write(workload, source, model, 8, folder)
+                else:
+                    job = updates.write(workload, source, model, folder, keep=chosen.resume)
+                runs = list(measure(job, _chosen(chosen.only, workload), chosen.rounds, console, known))
+                console.print(table(runs).rich())
+        if chosen.document:
+            updated = [workload.name for workload in WORKLOADS if workload.objective != "sft"]
+            runs_of = {name: [run for run in measured(RESULTS) if run.workload == name] for name in updated}
+            page = page_markdown(Page("", [table(runs) for runs in runs_of.values() if runs]))
+            rewrite(DOCUMENT, page.partition("\n")[2].lstrip())
     except JaxguardError as error:
         console.print(f"[bold red]error:[/] {error}")
         return 2
     return 0
 
 
-def _chosen(only: Sequence[str] | None) -> list[Contender]:
-    matching = [c for c in CONTENDERS if not only or c.label.startswith(tuple(only))]
+def _chosen(only: Sequence[str] | None, workload: Workload) -> list[Contender]:
+    contenders = CONTENDERS[workload.objective]
+    matching = [c for c in contenders if not only or c.label.startswith(tuple(only))]
     if not matching:
-        raise JaxguardError(f"--only {only}: no such contender; known: {', '.join(c.label for c in CONTENDERS)}")
+        raise JaxguardError(f"--only {only}: no such contender; known: {', '.join(c.label for c in contenders)}")
     return matching
 
 
@@ -184,27 +218,28 @@ def run_contender(job: Job, contender: Contender, count: int) -> Run:
 
 def table(runs: Sequence[Run]) -> Table:
     """A row for each contender: medians over rounds, and the ratio of jaxguard's speed to its own in the same round."""
-    title = f"{runs[0].workload}: examples a second" if runs else "no runs"
-    result = Table("contender", title=title, title_justify="left")
-    for heading in ("examples/s", "shared / this", "peak GiB", "first loss"):
-        result.add_column(heading, justify="right")
-    ours = {run.round: run for run in runs if run.contender == CONTENDERS[0].label}
-    expected = next(iter(ours.values())).losses[:1] if ours else ()
+    objective = next(workload.objective for workload in WORKLOADS if workload.name == runs[0].workload)
+    supervised, label_of_ours = objective == "sft", CONTENDERS[objective][0].label
+    compared, tolerance = (1, {"rel_tol": TOLERANCE}) if supervised else (2, {"abs_tol": UPDATE_TOLERANCE})
+    title, loss = f"{runs[0].workload}: examples a second", "first loss" if supervised else "second loss"
+    result = Table((title, "examples/s", "shared / this", "peak GiB", loss))
+    ours = {run.round: run for run in runs if run.contender == label_of_ours}
+    expected = next(iter(ours.values())).losses[:compared] if ours else ()
     for label in dict.fromkeys(run.contender for run in runs):
         own = [run for run in runs if run.contender == label]
         good = [run for run in own if run.error is None]
         if not good:
-            result.add_row(label, own[0].error or "", "", "", "")
+            result.add(label, own[0].error or "", "", "", "")
             continue
         ratios = sorted(ours[run.round].speed / run.speed for run in good if run.round in ours)
-        loss = good[0].losses[0]
-        agrees = not expected or abs(loss - expected[0]) <= TOLERANCE * expected[0]
-        result.add_row(
+        losses = good[0].losses[:compared]
+        agree = all(math.isclose(*both, **tolerance) for both in zip(expected, losses, strict=False))
+        result.add(
             label,
             f"{median(run.speed for run in good):.3f}",
             f"{median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]" if ratios else "",
             f"{max(run.peak_gib for run in good):.1f}",
-            f"{loss:.4f}" + ("" if agrees else " (differs)"),
+            f"{losses[-1]:.4f}" + ("" if agree else " (differs)"),
         )
     return result
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 import demo_data
 from jaxguard.config import Config, load
@@ -31,6 +32,7 @@ class Workload:
     Attributes:
         name: in the results.
         mode: the verdict alone, or after reasoning.
+        objective: what a step minimizes: sft is the whole of training, dpo and grpo are updates alone (updates.py).
         trace_words: length of the reasoning trace; speed depends on nothing else of it.
         max_seq_len, accumulation: length of a row, and micro-batches of a step, of one row each, for jaxguard.
     """
@@ -40,12 +42,17 @@ class Workload:
     max_seq_len: int
     accumulation: int = 1
     trace_words: int = 0
+    objective: Literal["sft", "dpo", "grpo"] = "sft"
 
 
 WORKLOADS = (
     Workload("direct", Mode.DIRECT, max_seq_len=4096),
     Workload("sentence", Mode.REASONING, max_seq_len=6400, trace_words=40),
     Workload("reasoning", Mode.REASONING, max_seq_len=6400, accumulation=3, trace_words=260),
+    Workload("direct-dpo", Mode.DIRECT, max_seq_len=3200, objective="dpo"),
+    Workload("sentence-dpo", Mode.REASONING, max_seq_len=4096, accumulation=2, trace_words=40, objective="dpo"),
+    Workload("direct-grpo", Mode.DIRECT, max_seq_len=1280, objective="grpo"),
+    Workload("sentence-grpo", Mode.REASONING, max_seq_len=5120, trace_words=40, objective="grpo"),
 )
 
 
@@ -57,7 +64,8 @@ class Job:
         workload: name of the workload.
         model: folder of a Hugging Face checkpoint.
         examples: JSON lines in jaxguard's format, EXAMPLES of them.
-        data: chat messages as JSON lines: the examples of `steps` steps in the order in which jaxguard trains them.
+        data: JSON lines: chat messages, the examples of `steps` steps in the order in which jaxguard trains them, or the token ids
+            of each step's answers (updates.py).
         setting: of the contender.
         output: folder for its files.
         max_seq_len: the longest sequence.
@@ -113,6 +121,8 @@ def ours(job: Job, *overrides: str) -> Config:
         f"data.mode={workload.mode.value}",
         f"data.max_seq_len={max_seq_len}",
         f"data.share_prefixes={'false' if plain else 'true'}",
+        f"model.compute_dtype={job.compute_dtype}",
+        f"train.objective.kind={workload.objective}",
         f"train.accumulation={accumulation}",
         f"run_folder={job.output}",
     )

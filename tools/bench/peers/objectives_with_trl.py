@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 COMMON = {"use_cpu": True, "bf16": False, "report_to": []}
+PREFERENCES = ("sigmoid", "ipo")
 
 
 def main(folder: Path, precision: str) -> None:
@@ -31,13 +32,14 @@ def main(folder: Path, precision: str) -> None:
     weights = dict(model.named_parameters())
     for name, settings in job["objectives"].items():
         model.zero_grad()
-        trainer, batch = prepare(folder, job, settings, model)
+        trainer, batch = prepare(folder, job["model"], settings, model), batch_of(job, settings)
         loss = trainer.compute_loss(model, dict(batch))
         loss.backward()
         results[name] = float(loss)
         save_file({path: x.grad for path, x in weights.items()}, folder / f"{name}-{precision}.safetensors")
     if precision == "float32":
-        trainer, batch = prepare(folder, job, job["objectives"][job["updated"]], model)
+        settings = job["objectives"][job["updated"]]
+        trainer, batch = prepare(folder, job["model"], settings, model), batch_of(job, settings)
         adamw, losses = torch.optim.AdamW(model.parameters(), lr=job["learning_rate"], weight_decay=0), list[float]()
         for _ in range(job["updates"]):
             model.zero_grad()
@@ -50,26 +52,26 @@ def main(folder: Path, precision: str) -> None:
     (folder / f"{precision}.json").write_text(json.dumps(results), encoding="utf-8")
 
 
-def prepare(
-    folder: Path, job: dict[str, Any], settings: dict[str, Any], model: torch.nn.Module
-) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return the trainer of an objective, and the batch that its loss takes."""
-    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
+def batch_of(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the batch that an objective's loss takes."""
+    return preferences(job["pairs"]) if settings["loss_type"] in PREFERENCES else sampled(job["answers"])
+
+
+def prepare(folder: Path, checkpoint: str, settings: dict[str, Any], model: torch.nn.Module) -> Any:
+    """Return the trainer of an objective, and let the model compute as its loss needs it, without division by micro-batches."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     kwargs = {"model": model, "processing_class": tokenizer}
-    if settings["loss_type"] in ("sigmoid", "ipo"):
+    if settings["loss_type"] in PREFERENCES:
         unused = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
         own = DPOConfig(str(folder / "trl"), **COMMON, **settings, precompute_ref_log_probs=True)
         trainer = DPOTrainer(args=own, train_dataset=unused, **kwargs)
-        batch = preferences(job["pairs"])
     else:
-        unused, size = Dataset.from_list([{"prompt": "a"}]), len(job["answers"])
-        sizes = {"per_device_train_batch_size": size, "num_generations": size}
+        unused, sizes = Dataset.from_list([{"prompt": "a"}]), {"per_device_train_batch_size": 8, "num_generations": 8}
         own = GRPOConfig(str(folder / "trl"), **COMMON, **settings, **sizes)
         trainer = GRPOTrainer(args=own, train_dataset=unused, reward_funcs=lambda **_: [], **kwargs)
-        batch = sampled(job["answers"])
     model.eval()
-    return trainer, batch
+    return trainer
 
 
 def padded(rows: list[list[Any]], left: bool = False) -> torch.Tensor:
@@ -106,4 +108,5 @@ def sampled(answers: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-main(Path(sys.argv[1]), sys.argv[2])
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

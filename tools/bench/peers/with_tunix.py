@@ -89,27 +89,25 @@ def model_input(batch: TrainingInput) -> dict[str, jax.Array]:
     }
 
 
-def timed(trainer: PeftTrainer, batches: list[TrainingInput], examples: int) -> Iterator[TrainingInput]:
-    """Feeds the trainer; after a step's last micro-batch, waits for the new weights and prints the step's line."""
-    micro_batches = examples // MICRO_BATCH
-    for step in range(len(batches) // micro_batches):
+def timed(trainer: PeftTrainer, steps: list[list[Any]], examples: list[int]) -> Iterator[Any]:
+    """Feed the trainer; after a step's last micro-batch, wait for the new weights and print the step's line."""
+    for step, micro_batches in enumerate(steps):
         start = time.perf_counter()
-        yield from batches[step * micro_batches : (step + 1) * micro_batches]
+        yield from micro_batches
         jax.block_until_ready(nnx.state(trainer.model, nnx.Param))
         seconds = time.perf_counter() - start
         loss = float(trainer._prev_buffered_train_metrics.loss)  # Tunix logs it one step later
-        report(step + 1, seconds, examples, loss)
+        report(step + 1, seconds, examples[step], loss)
 
 
 def main(path: str) -> None:
     job, chats = read(path)
     sys.stdout = sys.stderr
-    batches = read_batches(job, chats)
-    config = TrainingConfig(
-        eval_every_n_steps=job["steps"] + 1, gradient_accumulation_steps=job["batch_size"] // MICRO_BATCH
-    )
+    batches, count = read_batches(job, chats), job["batch_size"] // MICRO_BATCH
+    steps = [batches[first : first + count] for first in range(0, len(batches), count)]
+    config = TrainingConfig(eval_every_n_steps=job["steps"] + 1, gradient_accumulation_steps=count)
     trainer = PeftTrainer(load_model(Path(job["model"])), optax.adamw(job["learning_rate"]), config)
-    trainer.with_gen_model_input_fn(model_input).train(timed(trainer, batches, job["batch_size"]))
+    trainer.with_gen_model_input_fn(model_input).train(timed(trainer, steps, [job["batch_size"]] * len(steps)))
 
 
 if __name__ == "__main__":
