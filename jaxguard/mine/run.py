@@ -227,9 +227,10 @@ async def predict_all(
                 for mode, unanswered in requests.items():
                     # What does not fit shows at once. Those of a batch begin alike, which is computed once, and are of like length.
                     unanswered.sort(key=lambda each: -len(each.example.prompt) - len(each.example.response or ""))
-                    alike: dict[tuple[str | None, tuple[Question, ...]], list[Request]] = {}
+                    alike: dict[tuple[str | None, tuple[Question, ...], bool], list[Request]] = {}
                     for each in unanswered:
-                        alike.setdefault((each.example.policy, each.questions), []).append(each)
+                        beginning = each.example.policy, each.questions, each.example.response is None
+                        alike.setdefault(beginning, []).append(each)
                     async for prediction in predict(list(chain(*alike.values()))):
                         stores[mode].append(prediction)
                         add(by_id[prediction.example_id], mode, prediction.texts)
