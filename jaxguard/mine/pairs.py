@@ -233,7 +233,7 @@ def page(result: PairsResult) -> Page:
         f"Preference pairs of {result.name}",
         [
             f"A right and a wrong answer to each example that has both, of the answers of {guards} guard{'s' * (guards > 1)}: "
-            f"those that `mine.pairs={settings.pairs}` takes. Answers that do not parse are in no pair. The tokens that the guard "
+            f"those that mine.pairs={settings.pairs} takes. Answers that do not parse are in no pair. The tokens that the guard "
             f"sampled are known of {known:,} of {2 * len(pairs):,} answers; others are tokenized when they are trained on.",
             Table.of(columns, [row(result.outcomes, pairs)]),
             "chosen, rejected: mean length in characters; difference: of the one less that of the other; weight: in the mean.",
