@@ -19,7 +19,7 @@ TRANSFORMERS4 := 'transformers==4.57.*' 'huggingface-hub<1' 'tokenizers>=0.22,<0
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help demo prefer-demo reinforce-demo serve-demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints bench-objectives bench-serve test test-slow fuzz test-aot test-sglang \
+.PHONY: help demo prefer-demo reinforce-demo serve-demo distill-demo plan-demo bench bench-cost bench-evaluation bench-checkpoints bench-objectives bench-serve bench-checks test test-slow fuzz test-aot test-sglang \
 	test-serve test-latest test-lowest sglang-cpu lint format docs wheel lock clean
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make bench-checkpoints   import and export of 2.5 GB beside raw disk and transformers"
 	@echo "make bench-objectives    losses and gradients of preferences and policy gradients beside TRL's"
 	@echo "make bench-serve         a service under open-loop traffic: HTTP alone, a real guard in JAX and behind SGLang"
+	@echo "make bench-checks        one check and many: the service beside a loaded guard and SGLang's /v1/decisions"
 	@echo "make test          the default tests (pass more to pytest with ARGS=...)"
 	@echo "make test-slow     those that take minutes"
 	@echo "make fuzz          every attack campaign at its full length (half an hour)"
@@ -85,6 +86,9 @@ bench-objectives: $(VENV)/.base .venv-bench-trl/.ready
 
 bench-serve: $(VENV)/.base
 	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/serving.py $(ARGS)
+
+bench-checks: $(VENV)/.base
+	PYTHONPATH=tools:tools/bench GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/bench/checks.py $(ARGS)
 
 # The default tests run each of their many programs once or twice, so XLA does not optimise them; all other targets let it.
 test: $(VENV)/.fixtures
