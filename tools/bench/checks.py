@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import shutil
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from demo import fetch_weights
 from jaxguard import Guard
 from jaxguard.data.examples import Example
 from jaxguard.guards.backends.sglang import free_port, started
@@ -31,6 +33,7 @@ from sglang_server import serve as serve_sglang
 from workloads import read_examples
 
 FOLDER = Path("build/bench/checks")
+MODEL = Path("build/bench/base")
 READY_SECONDS = 300
 WARM = 3
 
@@ -45,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--many", type=int, default=128, help="checks at once, in a round")
     parser.add_argument("--open", type=int, default=32, help="requests under way")
     chosen = parser.parse_args(arguments)
+    if not (chosen.model / "export").is_dir():
+        parser.error(f"--model: {chosen.model} has no export; `make demo` makes runs/smollm_demo")
     FOLDER.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         port = free_port()
@@ -55,12 +60,24 @@ def main(arguments: Sequence[str]) -> int:
         asyncio.run(guard.awarm_up())
         decisions = None
         if SGLANG.is_file():
-            server = serve_sglang(chosen.model / "export", "guard", FOLDER / "sglang.log")
+            server = serve_sglang(plain(chosen.model / "export"), "guard", FOLDER / "sglang.log")
             decisions = stack.enter_context(server).url.removesuffix("/v1")
         results = asyncio.run(measure(chosen, guard, f"http://127.0.0.1:{port}", decisions))
     (FOLDER / "checks.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     report(chosen, results)
     return 0
+
+
+def plain(export: Path) -> Path:
+    """The export's weights with the base model's tokenizer, since the guard's chat template takes no question but its own."""
+    folder = FOLDER / "plain"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    fetch_weights(MODEL)
+    for path in (*MODEL.iterdir(), *export.glob("*.safetensors*")):
+        (folder / path.name).unlink(missing_ok=True)
+        (folder / path.name).symlink_to(path.resolve())
+    return folder
 
 
 async def measure(
