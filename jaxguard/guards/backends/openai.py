@@ -124,9 +124,8 @@ class OpenAIBackend:
         def completion(choice: Choice, _: str) -> Completion:
             tokens = token_ids(self.tokenizer, choice.text)
             end = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
-            return Completion(
-                tuple(tokens[:end]), end is not None or choice.finish_reason in _STOPS
-            )  # not what it sampled
+            # Without a stop token: these are tokens of its text, which need not be those that it sampled.
+            return Completion(tuple(tokens[:end]), end is not None or choice.finish_reason in _STOPS)
 
         async def request(prompt: list[int], i: int) -> Completion:
             seed = int.from_bytes(sample_digest(self.settings.seed, prompt, i)[:4], "big") >> 1
