@@ -169,6 +169,8 @@ class MineConfig(Schema):
     """Data to mine, without what has the prompt of a held-out example; none takes what the run was trained on."""
     exclude_trained: bool = True
     """With `sources`: also leave out what has the prompt of an example that the run was trained on. The paper does not."""
+    subset: Positive | None = None
+    """With `sources`: number of their examples to mine, drawn by a hash of (data.subset_seed, id). null mines all."""
 
     guard: GuardConfig = GuardConfig()
     """A guard in jaxguard's format, by default this run's; it is sampled as evaluate.temperature and its neighbours say."""
@@ -194,4 +196,6 @@ class MineConfig(Schema):
             raise ValueError(f"hard={self.hard}: of {self.generations} completions no more can be correct")
         if self.guard.format != "jaxguard" or self.guard.modes:
             raise ValueError("guard: examples are mined in the format and mode of training; leave format and modes out")
+        if self.subset is not None and not self.sources:
+            raise ValueError("subset is of sources; without them the run's own training examples are mined, see data.subset")
         return self

@@ -189,6 +189,8 @@ def to_mine(config: Config, settings: MineConfig, policy: Policy, selection: Sel
     examples = [example for example in examples if conversation(example) not in prompts]
     if not examples:
         raise JaxguardError("mine.sources: the run was trained on all of its prompts, or holds them out")
+    if settings.subset is not None:
+        examples = subset(examples, settings.subset, data.subset_seed)
     return list(zip(examples, assign_modes(examples, data.mode, data.dual_reasoning_share, config.seed), strict=True))
 
 

@@ -97,7 +97,7 @@ def work(run: Run) -> Counter[str]:
         total["trained"] = round(steps * (_batch_tokens(run, traced) + sampled))
     if "mine" in run.row.stages:
         mine = config.mine or MineConfig()
-        mined = _examples(mine.sources) if mine.sources else examples
+        mined = mine.subset or _examples(mine.sources) if mine.sources else examples
         total["assumed"] += not mined
         predictions.append((mined or run.row.examples or 0, mine.generations, traced))
     if "evaluate" in run.row.stages:

@@ -54,6 +54,10 @@ def test_other_data_are_mined_without_what_was_trained_or_held_out(run, mined, b
     mined(other, "mine.exclude_trained=false")
     held_out = {example.id for example, _ in selection.validation}
     assert {ask.example.id for ask in baker.asked} == {f"x{i}" for i in range(40, 80)} - held_out
+    shutil.rmtree(folder)
+    baker.asked.clear()
+    mined(other, "mine.subset=7")
+    assert len({ask.example.id for ask in baker.asked} & {f"x{i}" for i in range(60, 80)}) == len(baker.asked) == 7
     assert main(["--config", "first.yaml", "mine.sources=[{kind: jsonl, path: data.jsonl}]"]) == 2
     assert "mine.sources: " in capsys.readouterr().err
 
