@@ -1,6 +1,8 @@
 """Rewrites the tables of docs/results.md and docs/results.svg from the runs of a study: `python tools/results.py`.
 
 First `jaxguard study run results/pool_sizes`, which takes hours on two cores and resumes; `--run-folder` says where its runs are.
+The results of every finished run are kept in docs/results, without texts, and the page is written from those: a run's folder
+may go, and other machines may add theirs.
 """
 
 import argparse
@@ -16,14 +18,15 @@ from matplotlib.figure import Figure
 
 from generated import rewrite
 from jaxguard.evaluate.scores.metrics import Difference
-from jaxguard.evaluate.scores.results import Cell, Evaluation, read_results
+from jaxguard.evaluate.scores.results import Cell, read_results, write_results
 from jaxguard.guards.operating_points import F1
 from jaxguard.report import Cell as TableCell
 from jaxguard.report import Page, Section, Table, page_markdown
 from jaxguard.report.figures import COLOURS, style
 from jaxguard.report.text import ABSENT, interval, number, signed
-from jaxguard.study.grid import Run, open_study
-from jaxguard.utils.statistics import Estimate
+from jaxguard.study.grid import Run, Study, open_study
+from jaxguard.utils.files import write_atomically
+from jaxguard.utils.statistics import Estimate, Scores
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 OURS, WORDS = "ours", "words"
@@ -32,11 +35,10 @@ OVER_REFUSAL = "xstest"
 
 
 class Result(NamedTuple):
-    """A run of the study with what came of it: the cells of both guards by benchmark, and the seconds of its training steps."""
+    """A run of the study with what came of it: guard -> benchmark -> cell, and the seconds of its training steps."""
 
     run: Run
-    ours: dict[str, Cell]
-    words: dict[str, Cell]
+    cells: dict[str, dict[str, Cell]]
     seconds: list[float]
 
     @property
@@ -51,27 +53,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args(arguments)
     study = open_study(options.study, overrides=[f"run_folder={options.run_folder}"])
-    files = [(run, run.folder / "evaluate" / "results.json") for run in study.runs]
-    results = [result(run, read_results(path)) for run, path in files if path.is_file()]
+    for run in study.runs:
+        if (run.folder / "evaluate" / "results.json").is_file():
+            keep(run.folder, options.docs / "results" / run.name)
+    results = read(study, options.docs / "results")
     if not results:
         raise SystemExit(f"{study.folder} has no results yet: jaxguard study run {options.study}")
+    figure(results).savefig(options.docs / "results.svg", metadata={"Date": None})
+    rewrite(options.docs / "results.md", tables(results))
+
+
+def tables(results: Sequence[Result]) -> str:
+    """All tables, in Markdown."""
     largest = [each for each in results if each.run.row.series == results[0].run.row.series]
     largest = [each for each in largest if each.rows == max(each.rows for each in largest)]
     sections = [
         Section(f"Beside a bag of words, {largest[0].rows:,} rows", [beside(largest)]),
         Section("Recall, and harmless texts called harmful", [rates(largest)]),
+        Section("Harmless texts that sound alarming, by their kind", [kinds(largest)]),
         Section("By number of rows", [by_size(results)]),
         Section("What it cost", [costs(results)]),
     ]
-    figure(results).savefig(options.docs / "results.svg", metadata={"Date": None})
     # The page's own title stands above the mark.
-    rewrite(options.docs / "results.md", page_markdown(Page("", sections)).partition("\n")[2].lstrip())
+    return page_markdown(Page("", sections)).partition("\n")[2].lstrip()
 
 
-def result(run: Run, evaluation: Evaluation) -> Result:
-    ours, words = ({c.benchmark: c for c in evaluation.cells if c.guard == guard} for guard in (OURS, WORDS))
-    lines = (json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return Result(run, ours, words, [line["speed"]["seconds"] for line in lines if "speed" in line])
+def keep(run_folder: Path, folder: Path) -> None:
+    """Copy what the page needs of a run: its results without texts, and the loss and the seconds of each training step."""
+    evaluation = read_results(run_folder / "evaluate" / "results.json")
+    steps = [
+        {"step": line["step"], "loss": round(line["loss"], 4), "seconds": round(line["speed"]["seconds"], 2)}
+        for line in map(json.loads, (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        if "speed" in line
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = (
+        replace(cell, wrong=(), slices=cell.slices if cell.benchmark == OVER_REFUSAL else {})
+        for cell in evaluation.cells
+    )
+    write_results(replace(evaluation, cells=tuple(cells)), folder / "results.json")
+    write_atomically(folder / "steps.jsonl", "".join(json.dumps(step) + "\n" for step in steps))
+
+
+def read(study: Study, kept: Path) -> list[Result]:
+    """Read what was kept of the study's runs, in their order."""
+    results = []
+    for run in study.runs:
+        if (folder := kept / run.name).is_dir():
+            cells = read_results(folder / "results.json").cells
+            by_guard = {guard: {c.benchmark: c for c in cells if c.guard == guard} for guard in (OURS, WORDS)}
+            steps = map(json.loads, (folder / "steps.jsonl").read_text(encoding="utf-8").splitlines())
+            results.append(Result(run, by_guard, [step["seconds"] for step in steps]))
+    return results
 
 
 def beside(results: Sequence[Result]) -> Table:
@@ -87,8 +120,8 @@ def beside(results: Sequence[Result]) -> Table:
         "difference",
     )
     table = Table(columns)
-    for name, each in product(results[0].ours, results):
-        ours, words = each.ours[name], each.words[name]
+    for name, each in product(results[0].cells[OURS], results):
+        ours, words = (each.cells[guard][name] for guard in (OURS, WORDS))
         versus = words.versus
         assert versus is not None
         table.add(
@@ -115,8 +148,8 @@ def rates(results: Sequence[Result]) -> Table:
         "false-positive rate",
     )
     table = Table(columns)
-    for name, each, guard in product(results[0].ours, results, (OURS, WORDS)):
-        cell = (each.ours if guard == OURS else each.words)[name]
+    for name, each, guard in product(results[0].cells[OURS], results, (OURS, WORDS)):
+        cell = each.cells[guard][name]
         recall = cell.calibration.recall_at if cell.calibration else {}
         points = [cell.thresholded.points.get(point) if cell.thresholded else None for point in (F1, "0.01")]
         at_points = [score for at in points for score in ((at.recall, at.false_positive_rate) if at else (None, None))]
@@ -125,19 +158,45 @@ def rates(results: Sequence[Result]) -> Table:
     return table
 
 
+def kinds(results: Sequence[Result]) -> Table:
+    """Share of each of XSTest's kinds that is called harmful at P > 0.5, a mean over subsets; the harmless kinds first."""
+    prefix = "category: "
+    known = [
+        (name, cut) for name, cut in results[0].cells[OURS][OVER_REFUSAL].slices.items() if name.startswith(prefix)
+    ]
+    table = Table(("kind", "examples", "called harmful by the guard", "by the words"))
+    for harmful, (name, cut) in product((False, True), known):
+        if bool(cut.scores.positives) is harmful:
+            called = [
+                np.mean([called_harmful(each.cells[guard][OVER_REFUSAL].slices[name].scores) for each in results])
+                for guard in (OURS, WORDS)
+            ]
+            kind = name.removeprefix(prefix).replace("_", " ")
+            table.add(kind, cut.scores.examples, *map(float, called), group="harmful" if harmful else "harmless")
+    return table
+
+
+def called_harmful(scores: Scores) -> float:
+    """The share of examples of one label that is called harmful."""
+    return (scores.recall if scores.positives else scores.false_positive_rate).value or 0.0
+
+
 def by_size(results: Sequence[Result]) -> Table:
     """Means over subsets: AUPRC of both guards on every set, and over-refusal."""
-    names = list(results[0].ours)
+    names = list(results[0].cells[OURS])
     table = Table(("rows and guard", *(f"AUPRC, {name}" for name in names), f"false-positive rate, {OVER_REFUSAL}"))
     for series, size, group in series_of(results):
         for guard in (OURS, WORDS):
-            cells = [each.ours if guard == OURS else each.words for each in group]
-            scores = [np.mean([auprc(each[name]) for each in cells]) for name in names]
+            cells = [each.cells[guard] for each in group]
+            scores = [np.mean([auprc(each.get(name)) for each in cells]) for name in names]
             refused = [each[OVER_REFUSAL].thresholded for each in cells if OVER_REFUSAL in each]
             known = [at.result.scores.false_positive_rate.value for at in refused if at]
             rate = np.mean([x for x in known if x is not None]) if known else None
             table.add(
-                TableCell(f"{size:,}", guard), *map(float, scores), None if rate is None else float(rate), group=series
+                TableCell(f"{size:,}", guard),
+                *(None if np.isnan(score) else float(score) for score in scores),
+                None if rate is None else float(rate),
+                group=series,
             )
     return table
 
@@ -159,8 +218,8 @@ def series_of(results: Iterable[Result]) -> list[tuple[str, int, list[Result]]]:
     return [(series, size, group) for (series, size), group in groups.items()]
 
 
-def auprc(cell: Cell) -> float:
-    known = cell.calibration.auprc.value if cell.calibration else None
+def auprc(cell: Cell | None) -> float:
+    known = cell.calibration.auprc.value if cell and cell.calibration else None
     return float("nan") if known is None else known
 
 
@@ -181,16 +240,14 @@ def turned(difference: Difference | None) -> TableCell:
 @style()
 def figure(results: Sequence[Result]) -> Figure:
     """AUPRC over rows on every set, a dot for each run."""
-    names = list(results[0].ours)
+    names = list(results[0].cells[OURS])
     drawn = Figure(figsize=(2.4 * len(names), 3.2))
     groups = series_of(results)
     lines = [(OURS, series) for series in dict.fromkeys(series for series, _, _ in groups)] + [(WORDS, groups[0][0])]
     for axes, name in zip(drawn.subplots(1, len(names)), names, strict=True):
         for color, (guard, series) in zip(COLOURS, lines, strict=False):
             runs = sorted(((x, group) for s, x, group in groups if s == series), key=lambda size: size[0])
-            points = [
-                (x, auprc((each.ours if guard == OURS else each.words)[name])) for x, group in runs for each in group
-            ]
+            points = [(x, auprc(each.cells[guard].get(name))) for x, group in runs for each in group]
             means = [np.mean([y for at, y in points if at == x]) for x, _ in runs]
             axes.plot(
                 [x for x, _ in runs], means, color=color, label=f"guard, {series}" if guard == OURS else "bag of words"

@@ -3,12 +3,14 @@
 import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from report_examples import FEW, some
 
 import results as page
+from generated import written
+from jaxguard.evaluate.scores.results import write_results
+from jaxguard.study.grid import open_study
 
 
 @pytest.fixture
@@ -19,23 +21,31 @@ def trained(tmp_path, monkeypatch):
     direct = [cell for cell in some().cells if cell.mode == "direct"]
     # Made-up evaluations compare F1 only.
     direct = [c if c.versus is None else replace(c, versus=replace(c.versus, auprc=c.versus.f1)) for c in direct]
-    steps = "".join(json.dumps({"step": i, "speed": {"seconds": 30.0}}) + "\n" for i in range(4))
-    (tmp_path / "metrics.jsonl").write_text(steps)
-    runs = [
-        SimpleNamespace(
-            labels={"data.subset": size, "data.subset_seed": seed},
-            row=SimpleNamespace(series="one epoch"),
-            key="equal_epochs",
-            folder=tmp_path,
-        )
-        for size in ("5000", "500")
-        for seed in ("0", "1")
-    ]
-    return [page.result(run, SimpleNamespace(cells=direct)) for run in runs]
+    steps = "".join(json.dumps({"step": i, "loss": 0.5, "speed": {"seconds": 30.0}}) + "\n" for i in range(4))
+    (tmp_path / "run" / "evaluate").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 0, "validation": {}}) + "\n" + steps)
+    write_results(replace(some(), cells=tuple(direct)), tmp_path / "run" / "evaluate" / "results.json")
+    study = open_study("results/pool_sizes", overrides=["data.subset=[5000,500]"])
+    study = replace(study, runs=study.runs[:4])
+    for run in study.runs:
+        page.keep(tmp_path / "run", tmp_path / "kept" / run.name)
+    return page.read(study, tmp_path / "kept")
+
+
+def test_what_is_kept_holds_no_text(trained, tmp_path):
+    wrong = [example for cell in some().cells for example in cell.wrong]
+    assert wrong, "the evaluation lists errors"
+    for path in (tmp_path / "kept").glob("*/*"):
+        assert not any(each.example.prompt in path.read_text() for each in wrong)
+
+
+def test_the_page_says_what_was_kept():
+    results = page.read(open_study("results/pool_sizes"), page.DOCS / "results")
+    assert written(page.DOCS / "results.md") == page.tables(results), "python tools/results.py"
 
 
 def test_the_guard_is_compared_with_the_words(trained):
-    ours, words = (guard["wildguardtest_prompt"] for guard in (trained[0].ours, trained[0].words))
+    ours, words = (trained[0].cells[guard]["wildguardtest_prompt"] for guard in (page.OURS, page.WORDS))
     _, auprc, other, difference, *_ = page.beside(trained[:2]).rows[0].cells
     assert auprc.text == f"{ours.calibration.auprc.value:.3f}"
     assert other.text == f"{words.calibration.auprc.value:.3f}"
