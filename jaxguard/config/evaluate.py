@@ -197,7 +197,5 @@ class MineConfig(Schema):
         if self.guard.format != "jaxguard" or self.guard.modes:
             raise ValueError("guard: examples are mined in the format and mode of training; leave format and modes out")
         if self.subset is not None and not self.sources:
-            raise ValueError(
-                "subset is of sources; without them the run's own training examples are mined, see data.subset"
-            )
+            raise ValueError("subset needs sources; without them the run's own training examples are mined")
         return self

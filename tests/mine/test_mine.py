@@ -60,6 +60,8 @@ def test_other_data_are_mined_without_what_was_trained_or_held_out(run, mined, b
     assert len({ask.example.id for ask in baker.asked} & {f"x{i}" for i in range(60, 80)}) == len(baker.asked) == 7
     assert main(["--config", "first.yaml", "mine.sources=[{kind: jsonl, path: data.jsonl}]"]) == 2
     assert "mine.sources: " in capsys.readouterr().err
+    assert main(["--config", "first.yaml", "mine.subset=7"]) == 2
+    assert "subset needs sources" in capsys.readouterr().err
 
 
 def test_examples_are_counted_and_the_hard_ones_written(mined, capsys):
