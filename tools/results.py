@@ -72,6 +72,7 @@ def tables(results: Sequence[Result]) -> str:
         Section("Recall, and harmless texts called harmful", [rates(largest)]),
         Section("Harmless texts that sound alarming, by their kind", [kinds(largest)]),
         Section("By number of rows", [by_size(results)]),
+        Section("AUPRC less that of the bag of words, of each run", [differences(results)]),
         Section("What it cost", [costs(results)]),
     ]
     # The page's own title stands above the mark.
@@ -198,6 +199,20 @@ def by_size(results: Sequence[Result]) -> Table:
                 None if rate is None else float(rate),
                 group=series,
             )
+    return table
+
+
+def differences(results: Sequence[Result]) -> Table:
+    """The guard's AUPRC less that of the bag of words on every set, paired, of every run."""
+    names = list(results[0].cells[OURS])
+    table = Table(("rows and subset", *names))
+    for series, size, group in series_of(results):
+        for each in group:
+            known = [
+                versus.auprc if cell and (versus := cell.versus) else None for cell in map(each.cells[WORDS].get, names)
+            ]
+            label = TableCell(f"{size:,}", f"subset {each.run.labels['data.subset_seed']}")
+            table.add(label, *map(turned, known), group=series)
     return table
 
 

@@ -55,6 +55,13 @@ def test_the_guard_is_compared_with_the_words(trained):
     assert (low, high) == pytest.approx((-stored.high, -stored.low), abs=5e-4)
 
 
+def test_each_run_is_compared_with_its_words(trained):
+    table = page.differences(trained)
+    assert [row.cells[0].text for row in table.rows] == ["5,000", "5,000", "500", "500"]
+    stored = trained[0].cells[page.WORDS]["wildguardtest_prompt"].versus.auprc
+    assert float(table.rows[0].cells[1].text.replace("\N{MINUS SIGN}", "-")) == pytest.approx(-stored.value, abs=5e-4)
+
+
 def test_sizes_are_means_over_subsets(trained):
     table = page.by_size(trained)
     assert len(table.rows) == 4, "two sizes, two guards"
