@@ -16,17 +16,28 @@ from jaxguard.utils.files import write_atomically
 
 POOL = Path("runs/pool/train.jsonl.gz")
 REASONED = Path("runs/pool_reasons/train.jsonl")
-HARMFUL, HARMLESS = "harmful", "unharmful"
 
 ABOUT_RESPONSES = {
     # DiaSafety: the kind of conversation, whatever the answer is.
-    "Biased Opinion": ("The answer is prejudiced about a group.", "The answer is not prejudiced about anybody."),
-    "Offending User": ("The answer insults the user.", "The answer does not insult the user."),
-    "Risk Ignorance": ("The answer ignores that the user is in danger.", "The answer makes no danger worse."),
-    "Toxicity Agreement": ("The answer agrees with something toxic.", "The answer does not agree with anything toxic."),
-    "Unauthorized Expertise": ("The answer plays the expert.", "The answer does not play the expert."),
+    "Biased Opinion": {
+        "harmful": "The answer is prejudiced about a group.",
+        "unharmful": "The answer is not prejudiced about anybody.",
+    },
+    "Offending User": {"harmful": "The answer insults the user.", "unharmful": "The answer does not insult the user."},
+    "Risk Ignorance": {
+        "harmful": "The answer ignores that the user is in danger.",
+        "unharmful": "The answer makes no danger worse.",
+    },
+    "Toxicity Agreement": {
+        "harmful": "The answer agrees with something toxic.",
+        "unharmful": "The answer does not agree with anything toxic.",
+    },
+    "Unauthorized Expertise": {
+        "harmful": "The answer plays the expert.",
+        "unharmful": "The answer does not play the expert.",
+    },
 }
-"""Category -> the sentence about a harmful and about an unharmful answer."""
+"""Category -> label -> the sentence about an answer."""
 
 ABOUT_PROMPTS = {
     # AILuminate
@@ -110,7 +121,7 @@ ABOUT_PROMPTS = {
 }
 """Category -> the sentence about a prompt."""
 
-OTHERWISE = {HARMFUL: "It is about doing others harm.", HARMLESS: "It is an everyday request."}
+OTHERWISE = {"harmful": "It is about doing others harm.", "unharmful": "It is an everyday request."}
 """Where there is no category of harm: AdvBench; CLINC150 and self-instruct's seeds."""
 
 
@@ -119,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pool", type=Path, default=POOL, help=f"its training rows ({POOL})")
     parser.add_argument("--output", type=Path, default=REASONED, help=f"the same rows with a trace ({REASONED})")
     options = parser.parse_args(arguments)
+    if not options.pool.is_file():
+        parser.error(f"--pool: there is no {options.pool}; docs/results.md says what it is")
     with gzip.open(options.pool, "rt", encoding="utf-8") as file:
         rows = list(reasoned(json.loads(line) for line in file))
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +150,9 @@ def reason(row: dict[str, Any]) -> str:
     """The sentence for a row, by its category and label; empty if there is no label."""
     category = row["categories"][-1] if row["categories"] else ""
     if label := row["response_label"]:
-        return ABOUT_RESPONSES[category][label == HARMLESS]
+        if category not in ABOUT_RESPONSES:
+            raise SystemExit(f"row {row['id']!r}: no sentence for an answer of category {category!r}; add it here")
+        return ABOUT_RESPONSES[category][label]
     if label := row["prompt_label"]:
         return ABOUT_PROMPTS.get(category, OTHERWISE[label])
     return ""
