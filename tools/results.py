@@ -22,7 +22,7 @@ from jaxguard.evaluate.scores.results import Cell, read_results, write_results
 from jaxguard.guards.operating_points import F1
 from jaxguard.report import Cell as TableCell
 from jaxguard.report import Page, Section, Table, page_markdown
-from jaxguard.report.figures import COLOURS, style
+from jaxguard.report.figures import COLOURS, save_figure, style
 from jaxguard.report.text import ABSENT, interval, number, signed
 from jaxguard.study.grid import Run, Study, open_study
 from jaxguard.utils.files import write_atomically
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = read(study, options.docs / "results")
     if not results:
         raise SystemExit(f"{study.folder} has no results yet: jaxguard study run {options.study}")
-    figure(results).savefig(options.docs / "results.svg", metadata={"Date": None})
+    save_figure(figure(results), options.docs / "results.svg")
     rewrite(options.docs / "results.md", tables(results))
 
 
@@ -121,7 +121,7 @@ def beside(results: Sequence[Result]) -> Table:
         "difference",
     )
     table = Table(columns)
-    for name, each in product(results[0].cells[OURS], results):
+    for name, each in judged(results):
         ours, words = (each.cells[guard][name] for guard in (OURS, WORDS))
         versus = words.versus
         assert versus is not None
@@ -137,6 +137,11 @@ def beside(results: Sequence[Result]) -> Table:
     return table
 
 
+def judged(results: Sequence[Result]) -> list[tuple[str, Result]]:
+    """Each set with every run that was evaluated on it."""
+    return [(name, each) for name in results[0].cells[OURS] for each in results if name in each.cells[OURS]]
+
+
 def rates(results: Sequence[Result]) -> Table:
     """Recall at fixed false-positive rates, and recall and false-positive rate at thresholds that validation chose."""
     columns = (
@@ -149,7 +154,7 @@ def rates(results: Sequence[Result]) -> Table:
         "false-positive rate",
     )
     table = Table(columns)
-    for name, each, guard in product(results[0].cells[OURS], results, (OURS, WORDS)):
+    for (name, each), guard in product(judged(results), (OURS, WORDS)):
         cell = each.cells[guard][name]
         recall = cell.calibration.recall_at if cell.calibration else {}
         points = [cell.thresholded.points.get(point) if cell.thresholded else None for point in (F1, "0.01")]

@@ -95,6 +95,7 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
 
 def _sweep(options: argparse.Namespace) -> int:
     from jaxguard.plan.sweeps import SWEEP_OUTPUT, Point, Result, points, read_sweep, sweep
+    from jaxguard.report.figures import save_figure
 
     console = Console(soft_wrap=True)
     folder = options.output or SWEEP_OUTPUT / Path(options.sweep).stem
@@ -111,7 +112,7 @@ def _sweep(options: argparse.Namespace) -> int:
     report = sweep(options.sweep, folder, on_point)
     write_markdown(folder / "sweep.md", report.page())
     write_page(folder / "sweep.html", report.page())
-    report.figure().savefig(folder / "sweep.svg", metadata={"Date": None})
+    save_figure(report.figure(), folder / "sweep.svg")
     console.print("\n".join(f"{folder}/sweep.{kind}" for kind in ("md", "svg", "html")))
     return 0
 

@@ -33,7 +33,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.facecolor": "none",
     "figure.facecolor": "none", "grid.color": LINE, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8.5,
-    "axes.prop_cycle": cycler(color=COLOURS), "figure.constrained_layout.use": True,
+    "axes.prop_cycle": cycler(color=COLOURS), "figure.constrained_layout.use": True, "svg.hashsalt": "jaxguard",
 }  # fmt: skip
 
 
@@ -74,7 +74,10 @@ def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure drawn in `style` as a PNG or SVG with a white background, replacing the file at once."""
+    """Write a figure drawn in `style` as a PNG or SVG with a white background, replacing the file at once.
+
+    The same figure gives the same SVG.
+    """
     draft = path.with_name(f".{path.name}.tmp")
     metadata = {"Date": None} if path.suffix == ".svg" else None
     with matplotlib.rc_context(_STYLE):

@@ -236,8 +236,11 @@ def test_a_figure_takes_the_pages_colours_and_has_a_text_for_screen_readers():
 @pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.svg", b"<?xml")])
 def test_a_picture_is_replaced_at_once(tmp_path, name, start):
     save_figure(drawn(), tmp_path / name)
-    assert (tmp_path / name).read_bytes().startswith(start)
+    first = (tmp_path / name).read_bytes()
+    assert first.startswith(start)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+    save_figure(drawn(), tmp_path / name)
+    assert (tmp_path / name).read_bytes() == first
 
 
 def test_markdown_shows_a_picture_beside_it():
