@@ -20,6 +20,7 @@ from jaxguard.data.format.dialogue import (
     Answers,
     Dialogue,
     Mode,
+    all_answers,
     answers,
     questions,
     written,
@@ -168,7 +169,7 @@ class Encoder:
         P(positive | earlier answers), each factor at a probe. All branches have the same prompt and trace.
 
         Yields:
-            2 ** (labelled questions - 1) sequences, the true labels first; none if the trace leaves no space for the text.
+            2 ** (labelled questions - 1) sequences, the true labels first; none if the answers leave no space for the text.
 
         Raises:
             JaxguardError: no label for any question, no trace in reasoning mode, or its own policy does not fit.
@@ -198,10 +199,8 @@ class Encoder:
                 f"example {example.id!r} has no trace: reasoning mode needs one; train it in direct mode"
             )
         asks = tuple(q for q, _ in gold)
-        words = [(word,) if word == ABSENT else (word, *(w for w in CHOICES[q] if w != word)) for q, word in gold]
-        verdicts = [tuple(zip(asks, combination, strict=True)) for combination in itertools.product(*words)]
         reasoning = self._completion(gold, example.trace, mode).removesuffix(written(gold) + self.template.end)
-        completions = {verdict: reasoning + written(verdict) + self.template.end for verdict in verdicts}
+        completions = {verdict: reasoning + written(verdict) + self.template.end for verdict in all_answers(gold)}
         return self._turn(example, policy, asks, mode), gold, completions
 
     def _encode(
@@ -214,12 +213,13 @@ class Encoder:
         if example.rejected and not rejected:
             rejected_text = self._rejected(example)
             rejected = known.get(rejected_text) or self.ids(rejected_text)
-        # The prompt leaves space for the longest completion.
-        limit = self.max_seq_len - max(map(len, (*completions.values(), preferred, rejected)))
+        # The prompt leaves space for the longest completion, and for both answers of a preference, which one row holds.
+        pair = len(preferred or completions[gold]) + len(rejected) if rejected else 0
+        limit = self.max_seq_len - max(pair, *map(len, completions.values()))
         prompt = self._fit(turn, known.get(turn.prompt) or self.ids(turn.prompt), limit)
         if prompt is None:
             needed = self.min_tokens(policy)
-            if mode is Mode.DIRECT or needed > self.max_seq_len:
+            if needed > self.max_seq_len or (mode is Mode.DIRECT and not rejected):
                 raise JaxguardError(
                     f"example {example.id!r}: policy {policy.name!r} and the verdict take {needed} "
                     f"tokens with the least of text, but data.max_seq_len={self.max_seq_len}; raise it to that, "
@@ -286,12 +286,17 @@ class Encoder:
     def unanswered(self, example: Example, mode: Mode, answer_tokens: int) -> EncodedExample:
         """Encode the prompt of an example for answers of so many tokens, followed by the right verdict without any reasoning.
 
-        Raises: as `prompt`; JaxguardError: no label for any question.
+        Any verdict fits behind such an answer. Raises: as `prompt`; JaxguardError: no label for any question.
         """
         gold = answers(example, questions(example, policy_for(example, self.policy)))
-        prompt = self.prompt(example, mode, answer_tokens, tuple(q for q, _ in gold))
-        answer = self.ids(written(gold) + self.template.end)
+        answer, *others = self.verdicts(gold)
+        room = answer_tokens + max(map(len, (answer, *others)))
+        prompt = self.prompt(example, mode, room, tuple(q for q, _ in gold))
         return EncodedExample(example.id, mode, *continued(prompt.ids, answer), (), gold, prompt.cut, prompt.shared)
+
+    def verdicts(self, gold: Answers) -> list[list[int]]:
+        """Return the tokens of every verdict on the labelled questions, in the order of `all_answers`, with the end of turn."""
+        return [self.ids(written(verdict) + self.template.end) for verdict in all_answers(gold)]
 
     def min_tokens(self, policy: Policy) -> int:
         """Return the length of the shortest useful sequence under a policy, with its verdict but no trace."""

@@ -161,8 +161,8 @@ def encode_selection(
     held_out = cache.encode("held-out", selection.validation, encoder)
     validation = [(*each, branches) for each, branches in zip(selection.validation, held_out, strict=True) if branches]
     too_long = {
-        "train: trace too long for a row": len(selection.train) - len(train),
-        "validation: trace too long for a row": len(selection.validation) - len(validation),
+        "train: answer too long for a row": len(selection.train) - len(train),
+        "validation: answer too long for a row": len(selection.validation) - len(validation),
     }
     if not train:
         raise JaxguardError(

@@ -5,10 +5,12 @@ What a model wrote is escaped and stays hidden until it is opened: much of it is
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from jaxguard.reinforce.sampling import Answer, read_answers
+from jaxguard.data.policies import Question
+from jaxguard.reinforce.sampling import read_answers
 from jaxguard.report import Content, Details, Drawing, Page, Quote, Section, Table, write_page
 from jaxguard.report.figures import inline_svg
 from jaxguard.report.text import DASH
@@ -48,16 +50,27 @@ def write_rollouts_page(run: Path, name: str) -> Path:
     return path
 
 
-def histories(folder: Path) -> dict[str, dict[int, list[Answer]]]:
+class Shown(NamedTuple):
+    """What the page has of an answer."""
+
+    right: bool
+    verdict: Mapping[Question, str] | None
+    reward: float
+    tokens: int
+    text: str
+
+
+def histories(folder: Path) -> dict[str, dict[int, list[Shown]]]:
     """Read the answers to each example: id -> step -> answers."""
-    found: dict[str, dict[int, list[Answer]]] = {}
+    found: dict[str, dict[int, list[Shown]]] = {}
     for path in sorted(folder.glob("[0-9]*.jsonl")):
-        for answer in read_answers(path) or []:
-            found.setdefault(answer.example_id, {}).setdefault(int(path.stem), []).append(answer)
+        for each in read_answers(path) or []:
+            shown = Shown(each.right, each.verdict, each.reward, len(each.ids), each.text)
+            found.setdefault(each.example_id, {}).setdefault(int(path.stem), []).append(shown)
     return found
 
 
-def hardest(found: Mapping[str, Mapping[int, Sequence[Answer]]], most: int = MOST_EXAMPLES) -> list[str]:
+def hardest(found: Mapping[str, Mapping[int, Sequence[Shown]]], most: int = MOST_EXAMPLES) -> list[str]:
     """Return the examples that were answered at most moments, and of them those whose first answers were least right."""
 
     def rank(example_id: str) -> tuple[float, float, str]:
@@ -67,7 +80,7 @@ def hardest(found: Mapping[str, Mapping[int, Sequence[Answer]]], most: int = MOS
     return sorted(found, key=rank)[:most]
 
 
-def _examples(found: Mapping[str, Mapping[int, Sequence[Answer]]]) -> list[Content]:
+def _examples(found: Mapping[str, Mapping[int, Sequence[Shown]]]) -> list[Content]:
     content: list[Content] = [
         f"Of {len(found):,} examples, those that were answered most often, and of them the ones that the model got wrong first. "
         "Their texts may be offensive; they are shown when you open them."
@@ -79,12 +92,12 @@ def _examples(found: Mapping[str, Mapping[int, Sequence[Answer]]]) -> list[Conte
     return content
 
 
-def _moments(steps: Mapping[int, Sequence[Answer]]) -> Iterable[Content]:
+def _moments(steps: Mapping[int, Sequence[Shown]]) -> Iterable[Content]:
     for step, answers in sorted(steps.items()):
         table = Table(("answer", "verdict", "reward", "tokens"), f"Step {step}", left=2)
         for number, answer in enumerate(answers, start=1):
             verdict = ", ".join(answer.verdict.values()) if answer.verdict else "none"
-            table.add(f"{number}{' ✓' if answer.right else ''}", verdict, answer.reward, len(answer.ids))
+            table.add(f"{number}{' ✓' if answer.right else ''}", verdict, answer.reward, answer.tokens)
         yield f"Step {step}"
         yield table
         best = max(answers, key=lambda answer: answer.reward)
@@ -92,7 +105,7 @@ def _moments(steps: Mapping[int, Sequence[Answer]]) -> Iterable[Content]:
             yield Quote("The best-rewarded answer", best.text)
 
 
-def _share_right(answers: Sequence[Answer]) -> float:
+def _share_right(answers: Sequence[Shown]) -> float:
     return sum(answer.right for answer in answers) / len(answers)
 
 

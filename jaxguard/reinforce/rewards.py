@@ -3,14 +3,13 @@
 An answer without a verdict, with two, or with one inside its reasoning earns what the worst verdict does, never more.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jaxguard.config.reinforce import ReinforceConfig, RewardConfig
 from jaxguard.data.format.answer import parse
-from jaxguard.data.format.dialogue import ABSENT, CHOICES, Answers, Mode
+from jaxguard.data.format.dialogue import ABSENT, CHOICES, Answers, Mode, all_answers
 from jaxguard.data.policies import Question
 
 EPSILON = 1e-4
@@ -63,21 +62,14 @@ def advantages(rewards: Sequence[float], config: ReinforceConfig) -> np.ndarray:
     return centred / (x.std(ddof=1) + EPSILON) if config.scale == "group" else centred
 
 
-def all_verdicts(labels: Answers) -> list[Answers]:
-    """Return every combination of words of the labelled questions, the labels' own first."""
-    words = [(word,) if word == ABSENT else (word, *(w for w in CHOICES[q] if w != word)) for q, word in labels]
-    questions = [question for question, _ in labels]
-    return [tuple(zip(questions, each, strict=True)) for each in itertools.product(*words)]
-
-
 def expected(logprobs: Sequence[float], labels: Answers, settings: RewardConfig) -> tuple[float, np.ndarray]:
     """Return the reward of all verdicts together, given the log-probability of each, and its derivative by each of these.
 
-    `logprobs` are in the order of `all_verdicts`. probability: the mean of `verdict_reward`, where what is no verdict counts as
+    `logprobs` are in the order of `all_answers`. probability: the mean of `verdict_reward`, where what is no verdict counts as
     that. log_odds: log P(right) - log P(wrong), bounded; the derivative is 0 beyond.
     """
     p = np.exp(np.asarray(logprobs, np.float64))
-    verdicts = all_verdicts(labels)
+    verdicts = all_answers(labels)
     if settings.kind == "probability":
         none = verdict_reward(None, labels, settings)
         gains = np.asarray([verdict_reward(dict(verdict), labels, settings) - none for verdict in verdicts])

@@ -4,6 +4,7 @@ What a step samples is a function of the seed, the step and the weights, so a ru
 answers are in rollouts/STEP.jsonl, with a fingerprint of the weights that gave them.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxguard.data.format.dialogue import ABSENT, CHOICES
 from jaxguard.data.packing import Batch, Schedule, assemble, bucketed, pack
 from jaxguard.data.policies import Question
 from jaxguard.data.prepare import Prepared
-from jaxguard.reinforce.rewards import advantages, expected
+from jaxguard.reinforce.rewards import EPSILON, advantages, expected
 from jaxguard.reinforce.sampling import (
     Answer,
     Sampler,
@@ -29,7 +30,6 @@ from jaxguard.reinforce.sampling import (
     fingerprint,
     prompt_of,
     read_answers,
-    verdict_ids,
     write_answers,
 )
 from jaxguard.train.step import Program
@@ -48,8 +48,8 @@ class Rollouts:
     row_multiple: int
     source: Path
     _logged: dict[int, dict[str, float]] = field(default_factory=dict)
-    _same: int = 0
-    """Steps in a row in which all verdicts were the same, though labels differ."""
+    _same: Counter[Question] = field(default_factory=Counter)
+    """Steps in a row in which all verdicts on a question were the same, though labels differ."""
 
     @classmethod
     def open(
@@ -76,6 +76,8 @@ class Rollouts:
     def read(self, start: int, _: int, weights: Callable[[], dict[str, Array]], /) -> Iterator[Batch]:
         """Sample, or read what was sampled, and make the batches. JaxguardError: answers are lost, or the policy collapsed."""
         every = self._settings.updates
+        for step in range(max(0, start - (self._settings.collapse_steps or 0)), start):
+            self._count_same(step, read_answers(self._path(step)) or [])
         for step in range(start, self.steps):
             if step % every == 0:
                 self._sample(range(step, min(step + every, self.steps)), weights())
@@ -109,42 +111,49 @@ class Rollouts:
                 write_answers(self._path(step), step, version, answers)
 
     def _batch(self, step: int, answers: Sequence[Answer]) -> Batch:
-        prompts, most = self._prompts(step), self.config.data.max_seq_len
-        sequences = [each for group in by_prompt(answers) for each in self._weighted(prompts[group[0].prompt], group)]
+        most = self.config.data.max_seq_len
+        sequences = [each for group, own in self._sequences(step, answers) if group[0].trained for each in own]
         rows = pack(sequences, most, self.row_multiple, self.config.data.share_prefixes)
         return assemble(rows, bucketed(rows, most, self.row_multiple))
+
+    def _sequences(self, step: int, answers: Sequence[Answer]) -> Iterator[tuple[list[Answer], list[EncodedExample]]]:
+        """Yield the answers to each prompt, and what they would train."""
+        prompts = self._prompts(step)
+        for group in by_prompt(answers):
+            yield group, list(self._weighted(prompts[group[0].prompt], group))
 
     def _weighted(self, example: EncodedExample, group: Sequence[Answer]) -> Iterator[EncodedExample]:
         """Yield what a step trains on of the answers to a prompt: their tokens, or their reasoning and all verdicts after it.
 
-        The weights of verdicts are the derivative of the expected reward by their log-probabilities.
+        Where verdicts are scored, all weights together give an unbiased estimate of the gradient of the prompt's expected reward:
+        those of verdicts are its derivative by their log-probabilities, those of reasoning the reward less that of the others.
         """
         settings, prompt = self._settings, prompt_of(example)
         exact = settings.reward.kind != "sampled"
-        if exact:  # rewards of that kind have a scale of their own, which the verdicts' weights share
-            settings = settings.model_copy(update={"scale": "none"})
+        if exact:
+            settings = settings.model_copy(update={"scale": "none", "baseline": "leave_one_out"})
         gains = advantages([answer.reward for answer in group], settings) if len(group) > 1 else np.zeros(1)
+        share = 1 / len(group) if exact else 1.0
         for answer, gain in zip(group, gains.tolist(), strict=True):
             reasoning = answer.ids[: answer.reasoning]
             if reasoning:
-                yield continued(example, prompt, reasoning, gain, answer.logprobs[: answer.reasoning])
+                yield continued(example, prompt, reasoning, share * gain, answer.logprobs[: answer.reasoning])
             if answer.scored:
                 totals = [sum(each) for each in answer.scored]
                 slopes = expected(totals, example.answers, settings.reward)[1]
-                path, texts = (*prompt, *reasoning), verdict_ids(example, self.encoder)
+                path, texts = (*prompt, *reasoning), self.encoder.verdicts(example.answers)
                 for ids, slope, logprobs in zip(texts, slopes.tolist(), answer.scored, strict=True):
-                    yield continued(example, path, ids, slope, logprobs)
+                    yield continued(example, path, ids, share * slope, logprobs)
 
     def _summary(self, step: int, answers: Sequence[Answer]) -> dict[str, float]:
         """What is logged of a step's answers; false-positive and false-negative rates are those of all labelled questions."""
-        groups = by_prompt(answers)
-        signals = [len({answer.reward for answer in group}) > 1 or bool(group[0].scored) for group in groups]
+        weights = [[abs(each.weight) for each in own] for _, own in self._sequences(step, answers)]
         summary = {
             "reward": float(np.mean([answer.reward for answer in answers])),
             "right": float(np.mean([answer.right for answer in answers])),
             "no_verdict": float(np.mean([answer.verdict is None for answer in answers])),
-            "groups": float(len(groups)),
-            "groups_with_signal": float(np.mean(signals)),
+            "groups": float(len(weights)),
+            "groups_with_signal": float(np.mean([max(own, default=0.0) > EPSILON for own in weights])),
             "answer_tokens": float(np.mean([len(answer.ids) for answer in answers])),
         }
         if entropies := [answer.entropy for answer in answers if answer.entropy is not None]:
@@ -164,16 +173,23 @@ class Rollouts:
                 if word != ABSENT:
                     yield answer, question, word
 
-    def _stop_if_collapsed(self, step: int, answers: Sequence[Answer]) -> None:
-        most = self._settings.collapse_steps
-        said, labels = set[str](), set[str]()
+    def _count_same(self, step: int, answers: Sequence[Answer]) -> dict[Question, set[str]]:
+        """Count a step for each question on which all answers said the same; return what they said on each."""
+        said, labels = defaultdict[Question, set[str]](set), defaultdict[Question, set[str]](set)
         for answer, question, word in self._labelled(step, answers):
-            labels.add(word)
-            said.add("no verdict" if answer.verdict is None else answer.verdict[question])
-        self._same = self._same + 1 if len(said) == 1 and len(labels) > 1 else 0
-        if most is not None and self._same >= most:
-            raise JaxguardError(
-                f"step {step}: in {most} steps in a row every answer said {said.pop()!r}, though labels differ: the policy has "
-                "collapsed. Lower optimizer.learning_rate, balance reinforce.reward.false_positive and false_negative, or begin "
-                "from an earlier checkpoint; reinforce.collapse_steps=null goes on"
-            )
+            labels[question].add(word)
+            said[question].add("no verdict" if answer.verdict is None else answer.verdict[question])
+        same = [question for question in said if len(said[question]) == 1 and len(labels[question]) > 1]
+        self._same = Counter({question: self._same[question] + 1 for question in same})
+        return said
+
+    def _stop_if_collapsed(self, step: int, answers: Sequence[Answer]) -> None:
+        said, most = self._count_same(step, answers), self._settings.collapse_steps
+        for question, steps in self._same.items():
+            if most is not None and steps >= most:
+                raise JaxguardError(
+                    f"step {step}: in {most} steps in a row every answer said {said[question].pop()!r} on {question}, though "
+                    "labels differ: the policy has collapsed. Lower optimizer.learning_rate, balance "
+                    "reinforce.reward.false_positive and false_negative, or begin from an earlier checkpoint; "
+                    "reinforce.collapse_steps=null goes on"
+                )

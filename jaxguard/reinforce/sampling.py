@@ -21,7 +21,7 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.data.encoding import EncodedExample, Encoder
 from jaxguard.data.format.answer import verdict_prefix
-from jaxguard.data.format.dialogue import Mode, written
+from jaxguard.data.format.dialogue import Mode, all_answers
 from jaxguard.data.policies import Question
 from jaxguard.guards.backends.jax import generate
 from jaxguard.guards.backends.jax_decoding import Sampling
@@ -29,7 +29,7 @@ from jaxguard.guards.backends.jax_model import PrefixCache, place_model
 from jaxguard.guards.backends.sglang import open_sglang, swap_weights
 from jaxguard.guards.protocol import Completion
 from jaxguard.models.hf_io.checkpoints import export_hf
-from jaxguard.reinforce.rewards import all_verdicts, expected, is_right, length_cost, read_verdict, verdict_reward
+from jaxguard.reinforce.rewards import expected, is_right, length_cost, read_verdict, verdict_reward
 from jaxguard.train.reference import score_targets
 from jaxguard.train.step import Program
 from jaxguard.utils.errors import JaxguardError
@@ -56,6 +56,7 @@ class Answer:
         verdict: word of each labelled question, the likeliest where all were scored; None if it has none.
         reasoning: its first so many tokens come before the verdict; all of them where no verdict is scored.
         scored: log-probabilities of the tokens of every possible verdict after these; none where not wanted or not possible.
+        trained: whether the step trains on it; dynamic sampling leaves groups out.
     """
 
     example_id: str
@@ -70,6 +71,7 @@ class Answer:
     reward: float
     reasoning: int
     scored: tuple[tuple[float, ...], ...] = ()
+    trained: bool = True
 
 
 def write_answers(path: Path, step: int, weights: str, answers: Sequence[Answer]) -> None:
@@ -128,11 +130,6 @@ def continued(
     return replace(example.answered(path, ids), weight=weight, reference=np.asarray(logprobs, np.float32))
 
 
-def verdict_ids(example: EncodedExample, encoder: Encoder) -> list[list[int]]:
-    """Return the tokens of every possible verdict, with the end of turn."""
-    return [encoder.ids(written(verdict) + encoder.template.end) for verdict in all_verdicts(example.answers)]
-
-
 @dataclass(frozen=True)
 class Sampler:
     """Samples and rewards answers by the weights of one step, of which `version` is the fingerprint.
@@ -149,10 +146,10 @@ class Sampler:
     version: str
 
     def answers(self, prompts: Sequence[EncodedExample], seed: int) -> list[Answer]:
-        """Answer prompts until train.batch_size of them have right and wrong answers, which are returned, or all are answered.
+        """Answer prompts until train.batch_size of them have right and wrong answers, which are trained, or all are answered.
 
-        Others are returned where there are no such, where no prompts may be left out, and where all verdicts are scored, which
-        teaches in any case.
+        Others are trained where there are no such, where no prompts may be left out, and where all verdicts are scored, which
+        teaches in any case. All are returned, in the order of the prompts.
         """
         settings, wanted = self._settings, self.config.train.batch_size
         choose = settings.candidates > 1 and settings.reward.kind == "sampled"
@@ -163,7 +160,11 @@ class Sampler:
                 mixed = len({answer.right for answer in group}) > 1
                 (teaching if mixed or not choose else others).append(group)
             first = numbers.stop
-        return [answer for group in teaching or others[:wanted] for answer in group]
+        left_out = others if teaching else others[wanted:]
+        groups = (teaching or others[:wanted]) + [
+            [replace(each, trained=False) for each in group] for group in left_out
+        ]
+        return sorted((answer for group in groups for answer in group), key=lambda answer: answer.prompt)
 
     @property
     def _settings(self) -> ReinforceConfig:
@@ -258,7 +259,7 @@ class Sampler:
                 reasoning = self._reasoning(answer) if answer.ids else 0
                 if reasoning is not None:
                     path = (*prompt_of(example), *answer.ids[:reasoning])
-                    paths += [(example, path, ids) for ids in verdict_ids(example, self.encoder)]
+                    paths += [(example, path, ids) for ids in self.encoder.verdicts(example.answers)]
         sequences = [continued(example, path, ids, 1.0, ()) for example, path, ids in paths]
         logprobs = iter(tuple(own.tolist()) for own in self._score(sequences))
         settings = self._settings
@@ -270,7 +271,7 @@ class Sampler:
                     worst = verdict_reward(None, labels, settings.reward)
                     scored.append(replace(answer, reward=worst - length_cost(len(answer.ids), settings)))
                     continue
-                verdicts = all_verdicts(labels)
+                verdicts = all_answers(labels)
                 own = tuple(next(logprobs) for _ in verdicts)
                 totals = [sum(each) for each in own]
                 reward = expected(totals, labels, settings.reward)[0] - length_cost(len(answer.ids), settings)

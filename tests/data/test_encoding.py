@@ -15,6 +15,7 @@ from jaxguard.data.encoding import CUT_MARK, MIN_KEPT, Encoder, PromptTooLongErr
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, Mode, answers, questions
 from jaxguard.data.format.template import TEMPLATE_KWARGS
+from jaxguard.data.packing import pack
 from jaxguard.data.policies import QUESTIONS, Category, Policy
 from jaxguard.utils.errors import JaxguardError
 
@@ -119,6 +120,19 @@ def test_a_preference_is_encoded_as_the_tokens_that_were_sampled(encoder: Encode
         assert answers_of(replace(example, sampled=tuple(map(tuple, sampled)))) == retokenized
     assert answers_of(replace(example, sampled=((), (*wrong, end)))) == [retokenized[0], [*wrong, end]]
     assert answers_of(replace(example, rejected=None)) == retokenized[:1]
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_both_answers_of_a_preference_fit_into_one_row(encoder: Encoder, mode: Mode):
+    """A row holds the prompt once and both answers."""
+    long = replace(BOTH, prompt="word " * 2000, trace="It is rude. " * 12, rejected="It is not. " * 20)
+    chosen = encoder.encode(long, mode)
+    assert chosen.cut
+    [row] = pack([chosen], encoder.max_seq_len, 1)
+    assert encoder.max_seq_len - 24 <= row.tokens <= encoder.max_seq_len
+    assert encoder.encode(replace(long, rejected="It is not. " * 400), mode) is None
+    [(first,)] = encoder.encode_all([(long, mode)], 1)
+    assert np.array_equal(first.tokens, chosen.tokens)
 
 
 def test_a_prompt_needs_no_labels(encoder: Encoder):

@@ -296,7 +296,7 @@ def test_a_trace_that_does_not_fit_drops_its_example(configure, tiny_tokenizer_f
     long = Example("long", "test", "hello", prompt_label="harmful", trace="therefore " * 500)
     prepared = prepare(configure([*make(4), long]), tiny_tokenizer_folder)
     assert "long" not in {s.example_id for s in prepared.train}
-    assert prepared.manifest["dropped"] == {"train: trace too long for a row": 1}
+    assert prepared.manifest["dropped"] == {"train: answer too long for a row": 1}
     assert prepared.manifest["train"]["examples"] == 4
     with pytest.raises(JaxguardError, match=r"no training example fits into data.max_seq_len=512"):
         prepare(configure([long, replace(long, id="other", prompt="again")]), tiny_tokenizer_folder)

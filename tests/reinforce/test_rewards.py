@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxguard.config.reinforce import ReinforceConfig, RewardConfig
-from jaxguard.data.format.dialogue import ABSENT, CHOICES, Mode, written
+from jaxguard.data.format.dialogue import ABSENT, CHOICES, Mode, all_answers, written
 from jaxguard.reinforce.rewards import (
     advantages,
-    all_verdicts,
     expected,
     is_right,
     length_cost,
@@ -40,7 +39,7 @@ def earned(text: str, labels, settings: RewardConfig, mode: Mode = Mode.DIRECT, 
 @pytest.mark.parametrize("settings", COSTS)
 def test_the_right_verdict_earns_1_and_each_error_its_cost(labels, settings):
     assert earned(written(labels), labels, settings) == 1
-    for verdict in all_verdicts(labels)[1:]:
+    for verdict in all_answers(labels)[1:]:
         wrong = {q for q, word in verdict if dict(labels)[q] != word}
         weights = {
             q: settings.prompt_weight if q == "prompt_harm" else settings.response_weight
@@ -114,7 +113,7 @@ def test_equal_rewards_have_no_advantage():
 @pytest.mark.parametrize("kind", ["probability", "log_odds"])
 def test_the_expected_reward_and_its_derivative(labels, settings, kind):
     settings = settings.model_copy(update={"kind": kind})
-    verdicts = all_verdicts(labels)
+    verdicts = all_answers(labels)
     assert verdicts[0] == labels
     assert len(set(verdicts)) == len(verdicts) == 2 ** sum(word != ABSENT for _, word in labels)
     logprobs = np.random.default_rng(0).normal(-3, 0.7, len(verdicts))
@@ -148,6 +147,6 @@ def test_log_odds_are_bounded():
 def test_reasoning_that_no_verdict_can_follow_earns_no_more_than_any_other(labels, settings, kind):
     settings = settings.model_copy(update={"kind": kind})
     worst = verdict_reward(None, labels, settings)
-    for wrong in range(len(all_verdicts(labels))):  # sure of this verdict
-        logprobs = np.where(np.arange(len(all_verdicts(labels))) == wrong, -1e-4, -40.0)
+    for wrong in range(len(all_answers(labels))):  # sure of this verdict
+        logprobs = np.where(np.arange(len(all_answers(labels))) == wrong, -1e-4, -40.0)
         assert worst <= expected(logprobs, labels, settings)[0]

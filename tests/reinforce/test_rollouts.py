@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from tiny_rollouts import DIRECT, RUN, opened, sampler
 
-from jaxguard.data.format.dialogue import written
+from jaxguard.data.examples import Example
+from jaxguard.data.format.dialogue import Mode, all_answers, written
 from jaxguard.reinforce import rollouts as rollouts_module
 from jaxguard.reinforce import sampling as sampling_module
 from jaxguard.reinforce.__main__ import main
-from jaxguard.reinforce.rewards import all_verdicts, expected
-from jaxguard.reinforce.sampling import by_prompt, fingerprint, read_answers
+from jaxguard.reinforce.rewards import expected
+from jaxguard.reinforce.sampling import by_prompt, fingerprint, prompt_of, read_answers, write_answers
 from jaxguard.train.__main__ import main as train
 from jaxguard.train.logging import read_metrics
 from jaxguard.train.reference import score_targets
@@ -61,7 +62,7 @@ def test_in_direct_mode_the_expected_reward_needs_no_samples(guard):
         assert answer.reward == pytest.approx(reward)
         sequences = list(rollouts._weighted(example, [answer]))
         texts = [rollouts.encoder.tokenizer.decode(each.tokens[each.loss_mask]) for each in sequences]
-        assert texts == [written(verdict) + rollouts.encoder.template.end for verdict in all_verdicts(example.answers)]
+        assert texts == [written(verdict) + rollouts.encoder.template.end for verdict in all_answers(example.answers)]
         assert [each.weight for each in sequences] == pytest.approx(slopes.tolist())
 
 
@@ -71,9 +72,44 @@ def test_groups_without_a_lesson_make_room_for_others(guard):
     assert len(rollouts.examples(0)) == 12
     answers = sampler(rollouts, weights).answers(rollouts._prompts(0), seed=0)
     groups = by_prompt(answers)
-    assert 1 <= len(groups) <= 4
-    rights = [{answer.right for answer in group} for group in groups]
-    assert all(len(each) == 2 for each in rights) or all(len(each) == 1 for each in rights)
+    assert [group[0].prompt for group in groups] == sorted({answer.prompt for answer in answers})
+    trained = [group for group in groups if group[0].trained]
+    assert 1 <= len(trained) <= 4 <= len(groups) <= 12
+    mixed = [group for group in groups if len({answer.right for answer in group}) == 2]
+    assert trained == mixed or not mixed
+    summary = rollouts._summary(0, answers)  # of all that were sampled
+    assert summary["rollouts/groups"] == len(groups)
+    assert summary["rollouts/groups_with_signal"] == pytest.approx(len(mixed) / len(groups))
+    sequences = [each for group, own in rollouts._sequences(0, answers) if group[0].trained for each in own]
+    assert rollouts._batch(0, answers).num_targets == sum(int(each.loss_mask.sum()) for each in sequences)
+
+
+def test_exact_rewards_of_several_answers_count_as_their_mean(guard):
+    """A prompt weighs the same however often it is answered, in the gradient of verdicts as in that of reasoning."""
+    rollouts, weights = opened(guard, "reinforce.reward.kind=probability")
+    prompts = rollouts._prompts(0)
+    [answer, *_] = sampler(rollouts, weights).answers(prompts, seed=0)
+    alone = [each.weight for each in rollouts._weighted(prompts[0], [answer])]
+    thought = replace(answer, ids=(5,), logprobs=(-1.0,), reasoning=1)
+    rewards = 0.5, -0.5, -0.75, 0.25
+    own = [each.weight for each in rollouts._weighted(prompts[0], [replace(thought, reward=r) for r in rewards])]
+    size = 1 + len(alone)
+    others = [(sum(rewards) - r) / 3 for r in rewards]
+    assert own[::size] == pytest.approx([(r - mean) / 4 for r, mean in zip(rewards, others, strict=True)])
+    for i, slope in enumerate(alone, 1):
+        assert sum(own[i::size]) == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("mode", ["direct", "reasoning"])
+def test_any_verdict_fits_behind_the_longest_answer(guard, mode):
+    """Where a prompt was cut, so that it and an answer of max_tokens take a whole row."""
+    rollouts, _ = opened(guard)
+    encoder = rollouts.encoder
+    long = Example("long", "s", "word " * 3000, prompt_label="harmful")
+    example = encoder.unanswered(long, Mode(mode), 32)
+    assert example.cut
+    longest = max(map(len, encoder.verdicts(example.answers)))
+    assert len(prompt_of(example)) + 32 + longest <= encoder.max_seq_len
 
 
 def run(path: Path, *overrides: str) -> Path:
@@ -140,15 +176,32 @@ def test_a_lost_file_is_named(guard, tmp_path):
 def test_a_policy_that_says_one_thing_stops(guard, tmp_path):
     rollouts, weights = opened(guard, "reinforce.collapse_steps=2", f"run_folder={tmp_path}")
     answers = sampler(rollouts, weights).answers(rollouts._prompts(0), seed=0)
+
+    def said(words: dict) -> list:
+        """The answers, with these words, else those of the labels."""
+        prompts = rollouts._prompts(0)
+        return [replace(each, verdict=dict(prompts[each.prompt].answers) | words) for each in answers]
+
+    # Labels of both questions differ. A policy may collapse on one of them, and say another word there than on the other.
+    same = said({"prompt_harm": "unharmful"})
+    for step, each in enumerate((same, answers, same, said({"response_harm": "harmful"}))):
+        rollouts._stop_if_collapsed(step, each)
+    with pytest.raises(JaxguardError, match="every answer said 'harmful' on response_harm"):
+        rollouts._stop_if_collapsed(4, said({"prompt_harm": "unharmful", "response_harm": "harmful"}))
+
+
+def test_a_resumed_run_knows_for_how_long_it_said_one_thing(guard, tmp_path):
+    rollouts, weights = opened(guard, "reinforce.collapse_steps=3", f"run_folder={tmp_path}")
+    answers = sampler(rollouts, weights).answers(rollouts._prompts(0), seed=0)
     same = [
         replace(each, verdict={q: "unharmful" for q, _ in rollouts._prompts(0)[each.prompt].answers})
         for each in answers
     ]
-    rollouts._stop_if_collapsed(0, same)
-    rollouts._stop_if_collapsed(1, answers)
-    rollouts._stop_if_collapsed(2, same)
-    with pytest.raises(JaxguardError, match="every answer said 'unharmful'"):
-        rollouts._stop_if_collapsed(3, same)
+    for step in range(3):
+        rollouts._path(step).parent.mkdir(parents=True, exist_ok=True)
+        write_answers(rollouts._path(step), step, fingerprint(weights), same)
+    with pytest.raises(JaxguardError, match="step 2: in 3 steps in a row"):
+        next(rollouts.read(2, 1, lambda: weights))
 
 
 def test_the_fingerprint_sees_every_bit(guard):

@@ -32,6 +32,7 @@ token of this tokenizer or of a common chat model, gets a backslash before its l
 Titles and tags are broken whatever their case, blanks, decoration and look-alike letters.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -109,6 +110,13 @@ def answers(example: Example, asks: Iterable[Question]) -> Answers:
             f"example {example.id!r} has no label for {', '.join(unknown) or 'any question of its policy'}"
         )
     return tuple((q, answer) for q, answer in pairs if answer is not None)
+
+
+def all_answers(labels: Answers) -> list[Answers]:
+    """Return every combination of words of the labelled questions, the labels' own first."""
+    words = [(word,) if word == ABSENT else (word, *(w for w in CHOICES[q] if w != word)) for q, word in labels]
+    asks = [question for question, _ in labels]
+    return [tuple(zip(asks, each, strict=True)) for each in itertools.product(*words)]
 
 
 def written(answers: Answers) -> str:
