@@ -40,6 +40,16 @@ READS: Mapping[str, tuple[str, ...]] = {
     "plan": (*RUN, "optimizer", "train", "mesh", "reinforce"),
 }
 """Stage -> the fields of Config that it reads."""
+NO_EFFECT = (
+    "checkpoint.", "log.", "data.prefetch", "train.export", "train.evaluate_every", "mesh.coordinator", "reinforce.endpoint",
+    "reinforce.api_key_env", "reinforce.collapse_steps", "evaluate.batch",
+)  # fmt: skip
+"""Fields that do not change what a stage makes, but how, or how much of it is written down."""
+ROUNDING = (
+    "mesh.", "model.attention", "model.remat", "model.query_chunk", "model.loss_chunk", "train.accumulation",
+    "reinforce.batch",
+)  # fmt: skip
+"""Fields with an effect on rounding only: sums are added up in another order."""
 
 
 class Config(Schema):

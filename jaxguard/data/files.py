@@ -104,7 +104,13 @@ def read_hub(repository: str, config: str | None, split: str, file: str | None, 
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file."""
+    """Return the sha256 of a file, which is read again only if its size or time of change is another."""
+    known = path.stat()
+    return _digest(path.absolute(), known.st_size, known.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: Path, _size: int, _changed: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -193,14 +199,8 @@ def weights_digest(folder: Path) -> str | None:
     """Hash of a folder's weights; None where there are none that can be read."""
     if not os.access(folder, os.R_OK):  # a server's own folder
         return None
-    stats = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
-    digests = [_digest(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    digests = [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256("".join(digests).encode()).hexdigest() if digests else None
-
-
-@lru_cache
-def _digest(path: Path, _size: int, _changed: int) -> str:
-    return file_digest(path)
 
 
 def text(row: Row, column: str, location: str) -> str | None:

@@ -11,17 +11,20 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Final
 
-from jaxguard.config import READS, Config, read_by
+from jaxguard.config import NO_EFFECT, READS, ROUNDING, Config, read_by
+from jaxguard.config.base import CONFIG_FOLDER, find_yaml
 from jaxguard.config.data import BuildConfig
+from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.study import Stage
-from jaxguard.data.files import file_digest
+from jaxguard.data.files import file_digest, weights_digest
 from jaxguard.data.inputs import input_paths, missing_inputs
+from jaxguard.data.policies import load_policy
 from jaxguard.study.grid import Run, Study, words
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder, write_atomically
@@ -33,6 +36,10 @@ REQUEUE = 75
 ENTRY = ("-m", "jaxguard")
 RECORD = "stages.json"
 """In a run's folder: stage -> the fingerprint that it was begun with, and whether it is done."""
+SCORING: Final = tuple(
+    f"evaluate.{name}" for name in ("guards", "benchmarks", "validation", "auto", "limit", "generations", "resamples")
+)
+"""Settings of an evaluation that `mine` has no use for."""
 PROGRAMS = ".programs"
 """In a study's folder: what its stages have compiled, which those of the same shapes need not compile again."""
 
@@ -58,23 +65,52 @@ def command(run: Run, stage: Stage) -> list[str]:
 
 
 def fingerprint(run: Run, stage: Stage) -> str:
-    """Hash what a stage's result depends on: config and input files, those of earlier stages, and the rows that it follows."""
+    """Hash what a stage's result depends on: config, input files and folders, earlier stages, and the rows that it follows."""
     stages = [each for each in run.row.stages[: run.row.stages.index(stage)] if each != "evaluate"] + [stage]
-    fields = {field for each in stages for field in READS[words(each)]} - {"log"}
-    paths = {path for each in stages for path in run.inputs(each) if path.is_file()}
+    config, fields = run.config, {field for each in stages for field in READS[words(each)]}
+    exclude = fields_tree((*NO_EFFECT, *ROUNDING, *(() if stage == "evaluate" else SCORING)))
     followed = [parent for parent in run.parents if not parent.prepared]
+    # What these rows make is known by their fingerprints, and other folders by what is in them.
+    made = [other.folder for other in (run, *followed)]
+    paths = {path for each in stages for path in run.inputs(each)}
+    paths = {path for path in paths if path.is_file() or not any(map(path.is_relative_to, made))}
     tree = {
         "stages": stages,
-        "config": run.config.model_dump(mode="json", include=fields),
-        "files": {str(path): _digest(path, path.stat().st_mtime_ns) for path in paths},
+        "config": config.model_dump(mode="json", include=fields, exclude=exclude),
+        "policy": load_policy(config.data.policy).digest,
+        "files": {
+            str(path): _contents(path) for path in {*paths, *(yaml_files(config) if stage == "evaluate" else ())}
+        },
         "rows": [fingerprint(other, each) for other in followed for each in other.row.stages if each != "evaluate"],
     }
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-@cache
-def _digest(path: Path, _changed: int) -> str:
-    return file_digest(path)
+def fields_tree(fields: Iterable[str]) -> dict[str, Any]:
+    """Turn dotted fields, and schemas that end in a dot, into what pydantic takes for `exclude`."""
+    tree: dict[str, Any] = {}
+    for schema, _, name in (field.partition(".") for field in fields):
+        tree[schema] = {**tree.get(schema, {}), name: True} if name else True
+    return tree
+
+
+def yaml_files(config: Config) -> Iterator[Path]:
+    """Yield the files of an evaluation's benchmarks and guard formats, but for what is built in."""
+    settings = config.evaluate or EvaluateConfig()
+    names = [(each.name, "benchmarks") for each in settings.benchmarks] + [
+        (each.format, "guards") for each in settings.guards
+    ]
+    for name, folder in names:
+        with suppress(JaxguardError):
+            yield find_yaml(name, CONFIG_FOLDER / folder, "file")
+
+
+def _contents(path: Path) -> str | None:
+    """Hash a file, the weights in a folder or those that a run exported, or else all of its files; None: there is nothing."""
+    if weights := path.is_dir() and (weights_digest(path) or weights_digest(path / "export")):
+        return weights
+    paths = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    return hashlib.sha256("".join(map(file_digest, paths)).encode()).hexdigest() if path.exists() else None
 
 
 @dataclass(frozen=True)
@@ -90,9 +126,9 @@ def read_record(run: Run) -> dict[str, Progress]:
     return read_json(path, dict[str, Progress]) if path.is_file() else {}
 
 
-def note(run: Run, stage: Stage, done: bool) -> None:
+def note(run: Run, stage: Stage, progress: Progress) -> None:
     """Record that a stage begins or is done."""
-    record = read_record(run) | {stage: Progress(fingerprint(run, stage), done)}
+    record = read_record(run) | {stage: progress}
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         run.folder / RECORD, json.dumps({name: asdict(each) for name, each in record.items()}, indent=2) + "\n"
@@ -188,11 +224,8 @@ def run_study(study: Study, log: Callable[[str], object]) -> int:
 def _run(run: Run, keep_checkpoints: bool, process: _Process, log: Callable[[str], object]) -> str:
     """Run the pending stages of a run; return why it failed, or ""."""
     for stage in pending(run):
-        # Stages refuse output of other config or data, but a training cannot tell that its base was trained again.
-        begun = read_record(run).get(stage)
-        if stage == "train" and run.row.after and begun and begun.fingerprint != fingerprint(run, stage):
-            return f"it was begun with other settings, or other output of {', '.join(run.row.after)}; move {run.folder} away"
-        note(run, stage, done=False)
+        begun = Progress(fingerprint(run, stage), done=False)  # of the files as they are now
+        note(run, stage, begun)
         words = command(run, stage)
         log(f"$ python {mask(shlex.join(words))}")
         code = process.run(words)
@@ -200,7 +233,7 @@ def _run(run: Run, keep_checkpoints: bool, process: _Process, log: Callable[[str
             return ""
         if code:
             return f"{stage} ended with code {code}; its message above says why"
-        note(run, stage, done=True)
+        note(run, stage, replace(begun, done=True))
     if not keep_checkpoints and not run.prepared:
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     return ""

@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from jaxguard.config import Config
 from jaxguard.config.hardware import peak_flops
 from jaxguard.data.encoded_cache import EncodedCache
+from jaxguard.data.files import weights_digest
+from jaxguard.data.guard_files import is_complete
 from jaxguard.data.inputs import check_inputs
 from jaxguard.data.packing import Batch, Schedule, total_steps
 from jaxguard.data.policies import load_policy
@@ -118,6 +122,8 @@ class Run:
     stop: StopFlag
     restored: tuple[int, State] | None
     log: RunLog
+    exported: bool
+    """Whether it is finished; its checkpoints may be deleted then."""
 
 
 def supervised(config: Config, _: Path, data: Prepared, __: Program, steps: int, row_multiple: int, /) -> Schedule:
@@ -134,7 +140,8 @@ def train(config: Config, resume: Resume = "auto", open_batches: OpenBatches = s
     start_hosts(config.mesh)
     check(config, samples=open_batches is not supervised)
     with explain_memory(training_remedy(config)), open_everything(config, resume, open_batches) as run:
-        step, state = train_until_stopped(run, *start_state(run))
+        done: tuple[int, State] = (run.schedule.steps, {})
+        step, state = done if run.exported else train_until_stopped(run, *start_state(run))
         first, folder = jax.process_index() == 0, run.folder
         records = read_metrics(folder / "metrics.jsonl") if first else []
         validations = [record for record in records if "validation/loss" in record] or [{}]
@@ -145,7 +152,9 @@ def train(config: Config, resume: Resume = "auto", open_batches: OpenBatches = s
         result = TrainedRun(config, step, run.schedule.steps, None, config.folder, before, after)
         if step < run.schedule.steps:
             return replace(result, stopped_by=run.stop.signal_name or "signal")
-        if config.train.export:
+        if run.exported:
+            result = replace(result, export=folder / "export")
+        elif config.train.export:
             metrics = {"before": distinct(before), "after": distinct(after)}
             report = export(
                 state["weights"], folder / "export", source=run.source, config=config, data=run.data, metrics=metrics
@@ -192,7 +201,7 @@ def open_everything(config: Config, resume: Resume, open_batches: OpenBatches) -
         steps = total_steps(len(data.train), batch_size, config.train.epochs, config.train.max_steps)
         stack.enter_context(jax.set_mesh(mesh))
         program = build_program(config, spec, mesh, steps)
-        begin_run(folder, config, data.manifest, program.compute.attention)
+        begin_run(folder, config, data.manifest | {"weights": starting_weights(source)}, program.compute.attention)
         if jax.process_index() == 0:
             cache.write()
             console = Console()
@@ -203,7 +212,9 @@ def open_everything(config: Config, resume: Resume, open_batches: OpenBatches) -
         checkpoints = stack.enter_context(open_checkpoints(folder / "checkpoints", config.checkpoint, spec.fingerprint))
         stop = stack.enter_context(graceful_stop())
         restored = checkpoints.restore(program.state)
-        log = stack.enter_context(RunLog(folder, config, steps, None if restored is None else restored[0]))
+        exported = restored is None and is_complete(folder / "export")
+        done = restored[0] if restored else steps if exported else None
+        log = stack.enter_context(RunLog(folder, config, steps, done))
         if config.train.objective.is_preference:
             data = data._replace(train=with_reference(
                 data.train, program, source, partial(base_weights, source, program), folder / "reference",
@@ -211,7 +222,9 @@ def open_everything(config: Config, resume: Resume, open_batches: OpenBatches) -
             ))  # fmt: skip
         schedule = open_batches(config, source, data, program, steps, multiple)
         validation = Validation(data.validation, batch_size, max_seq_len, multiple)
-        yield Run(config, source, folder, data, program, schedule, validation, checkpoints, stop, restored, log)
+        yield Run(
+            config, source, folder, data, program, schedule, validation, checkpoints, stop, restored, log, exported
+        )
 
 
 def start_state(run: Run) -> tuple[int, State]:
@@ -223,6 +236,13 @@ def start_state(run: Run) -> tuple[int, State]:
         step, state = 0, run.program.initialize(base_weights(run.source, run.program))
     validate_if_due(run, step, state)
     return step, state
+
+
+def starting_weights(source: Path) -> str:
+    """Return the digest of a checkpoint's weights, which one process reads and tells the others."""
+    digest = weights_digest(source) if jax.process_index() == 0 else None
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(bytes.fromhex(digest or "00" * 32), np.uint8))
+    return bytes(np.asarray(told)).hex()
 
 
 def base_weights(source: Path, program: Program) -> dict[str, Array]:

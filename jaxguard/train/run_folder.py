@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxguard.config import Config, dump, read_dump
+from jaxguard.config import NO_EFFECT, ROUNDING, Config, dump, read_dump
 from jaxguard.data.guard_files import is_complete
 from jaxguard.train.logging import read_metrics
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
@@ -29,18 +29,8 @@ logger = logging.getLogger(__name__)
 
 Resume = Literal["auto", "always", "never"]
 
-FREE = (
-    "name", "run_folder", "checkpoint.", "log.", "data.prefetch", "train.export", "train.evaluate_every",
-    "mesh.coordinator", "distill", "build", "evaluate", "mine", "reinforce.endpoint", "reinforce.api_key_env",
-    "reinforce.collapse_steps",
-)  # fmt: skip
-"""Fields that a resumed run may change without any effect on the weights."""
-
-ROUNDING = (
-    "mesh.", "model.attention", "model.remat", "model.query_chunk", "model.loss_chunk", "train.accumulation",
-    "reinforce.batch",
-)  # fmt: skip
-"""Fields that a resumed run may change with an effect on rounding only: sums are added up in another order."""
+FREE = ("name", "run_folder", "distill", "build", "evaluate", "mine", *NO_EFFECT)
+"""Fields that a resumed run may change; those of ROUNDING too, with a warning."""
 
 
 @contextmanager
@@ -90,22 +80,30 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class _DataFile:
-    """What is compared of a data.json."""
+    """What is compared of a data.json; older ones lack the weights."""
 
     train: _Tokens
+    weights: str | None = None
 
 
 def begin_run(folder: Path, config: Config, manifest: dict[str, Any], attention: str) -> None:
-    """Write config, versions and data manifest into an open run's folder; ProvenanceError: its run was trained on other data.
+    """Write config, versions and data manifest into an open run's folder.
 
-    `attention` is the kernel that was chosen.
+    `manifest` also has the digest of the `weights` that the run starts from; `attention` is the kernel that was chosen.
+    ProvenanceError: the folder's run was trained on other data, or from other weights.
     """
     path, resumes = folder / "data.json", holds_run(folder)
     before = read_json(path, Fields) if resumes and path.is_file() else manifest
-    if check(before, _DataFile, str(path)).train.tokens_sha256 != manifest["train"]["tokens_sha256"]:
+    known = check(before, _DataFile, str(path))
+    if known.train.tokens_sha256 != manifest["train"]["tokens_sha256"]:
         raise ProvenanceError(
             f"{folder} was trained on other data: {path} does not match the config's sources. Restore "
             "the data, or start a new run under another name"
+        )
+    if known.weights not in (None, manifest["weights"]):
+        raise ProvenanceError(
+            f"{folder} was trained from other weights: those of model.checkpoint={config.model.checkpoint} have changed since. "
+            "Restore them, or start a new run under another name"
         )
     if jax.process_index() == 0:
         (folder / "validation_predictions").mkdir(exist_ok=True)

@@ -24,6 +24,8 @@ if wish == "hang":
 free = ("log.", "evaluate.") if stage == "train" else ("log.",)
 inputs = [sorted(text for text in overrides if not text.startswith(free))]
 inputs += [hashlib.sha256(path.read_bytes()).hexdigest() for path in [Path("bread.jsonl")] if path.is_file()]
+if stage == "train" and (base := Path(fields.get("model.checkpoint", "none")) / "jaxguard.json").is_file():
+    inputs.append(base.read_text())  # the weights that it starts from
 if stage == "evaluate" and (folder / "export/jaxguard.json").is_file():
     inputs.append((folder / "export/jaxguard.json").read_text())
 head = folder / ("evaluate/head.json" if stage == "evaluate" else f"{stage}.json")
@@ -38,6 +40,11 @@ if wish in ("fail", "requeue"):
 deadline = time.monotonic() + 120
 while wish == "hang" and time.monotonic() < deadline and not Path("stub/release").exists():
     time.sleep(0.02)
-files = {"train": "export/jaxguard.json", "evaluate": "evaluate/results.json", "build": "dataset/loaves/all.parquet"}
+files = {
+    "train": "export/jaxguard.json",
+    "mine": "mine/hard.jsonl",
+    "evaluate": "evaluate/results.json",
+    "build": "dataset/loaves/all.parquet",
+}
 (folder / files[stage]).parent.mkdir(parents=True, exist_ok=True)
 (folder / files[stage]).write_text(json.dumps(inputs))

@@ -111,42 +111,76 @@ def test_the_smallest_study_runs_at_scale_smollm(monkeypatch, tmp_path, tiny_che
     assert list(folder.glob(".programs/*-cache"))
 
 
+BASE = {
+    "base": {"stages": ["train", "mine", "evaluate"]},
+    "more": {"after": ["base"], "set": {"model.checkpoint": "{study}/base/export"}},
+}
+
+
 def test_a_row_is_done_again_when_what_it_reads_was(study, go, calls):
-    """A training cannot tell by itself that its base was trained again: its path is the same."""
-    rows = {"base": {"stages": ["train", "evaluate"]}, "more": {"after": ["base"]}}
+    """How its base is scored is nothing to it."""
+    rows = {key: dict(row) for key, row in BASE.items()}
     go(study(rows=rows))
     calls()
     shutil.rmtree("runs/study/base/evaluate")
-    rows["base"]["set"] = {"evaluate.seed": 1}
+    rows["base"]["set"] = {"evaluate.resamples": 10, "evaluate.limit": 5}
     go(study(rows=rows))
     assert calls() == ["base evaluate"]
     shutil.rmtree("runs/study/base")
     rows["base"]["set"] = {"seed": 1}
     code, said = go(study(rows=rows))
-    assert code == 1
-    assert "error: more: " in said
-    assert "move runs/study/more away" in said
-    assert calls() == ["base train", "base evaluate"]
+    assert (code, "more: train ended with code 3" in said) == (1, True)
+    assert calls() == ["base train", "base mine", "base evaluate"]
     shutil.rmtree("runs/study/more")
     assert go(study(rows=rows))[0] == 0
     assert calls() == ["more train", "more evaluate"]
 
 
-def test_a_run_that_was_stopped_is_not_resumed_when_what_it_reads_was_made_again(study, go, calls, behave):
-    """Its training would resume from a checkpoint of the old weights."""
-    rows = {"base": {"stages": ["train"]}, "more": {"after": ["base"]}}
-    behave({"more train": "requeue"})
-    assert go(study(rows=rows))[0] == REQUEUE
-    behave({})
-    shutil.rmtree("runs/study/base")
-    rows["base"]["set"] = {"seed": 1}
-    code, said = go(study(rows=rows))
-    assert code == 1
-    assert "move runs/study/more away" in said
-    assert calls() == ["base train", "more train", "base train"]
-    shutil.rmtree("runs/study/more")
-    assert go(study(rows=rows))[0] == 0
-    assert calls() == ["more train", "more evaluate"]
+def test_what_has_no_effect_leaves_a_run_done(study, go, calls):
+    go(study(rows=BASE))
+    calls()
+    changes = "train.accumulation=2", "checkpoint.every=7", "mesh.fsdp=1", "data.prefetch=2", "evaluate.batch=4"
+    assert go(study(*changes, rows=BASE))[0] == 0
+    assert calls() == []
+
+
+@pytest.mark.parametrize("what", ["weights", "policy", "benchmark"])
+def test_a_run_is_done_again_when_a_folder_or_yaml_file_that_it_reads_changed(study, go, calls, what):
+    """Also what lies outside of the study, and what its config only names."""
+    Path("other").mkdir()
+    Path("other/config.json").write_text("{}")
+    files = {
+        "weights": Path("other/model.safetensors"),
+        "policy": Path("kitchen.yaml"),
+        "benchmark": Path("answers.yaml"),
+    }
+    files["weights"].write_text("one")
+    for name, shipped in (("policy", "policies/demo"), ("benchmark", "benchmarks/own_responses")):
+        shutil.copy(ROOT / f"configs/{shipped}.yaml", files[name])
+    benchmarks = [{"name": "answers.yaml", "path": "bread.jsonl"}]
+    settings = {"model.checkpoint": "other", "data.policy": "kitchen.yaml", "evaluate.benchmarks": benchmarks}
+    rows = {"x": {"set": settings}}
+    go(study(rows=rows))
+    assert (go(study(rows=rows))[0], calls()) == (0, ["x train", "x evaluate"])
+    text = files[what].read_text()
+    files[what].write_text(text.replace("one", "two") if what == "weights" else f"{text}\n" + CHANGES[what])
+    go(study(rows=rows))
+    assert calls() == (["x evaluate"] if what == "benchmark" else ["x train", "x evaluate"])
+
+
+CHANGES = {"policy": "allowed: [Bread.]\n", "benchmark": "# changed\n"}
+
+
+def test_a_file_that_changes_while_a_stage_runs_is_no_input_of_it(study, behave):
+    behave({"x train": "hang"})
+    opened = study(rows={"x": {"stages": ["train"]}})
+    process = start()
+    wait_for_call("x train")
+    Path("bread.jsonl").write_text(Path("bread.jsonl").read_text().replace("So.", "Thus."))
+    Path("stub/release").touch()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert pending(opened.runs[0]) == ["train"]
 
 
 @pytest.mark.slow

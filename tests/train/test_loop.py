@@ -1,6 +1,7 @@
 """A whole run in this process: what it leaves behind, and what it refuses."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def test_a_start_that_failed_does_not_own_the_name(tiny_config, capsys):
         assert not folder.exists() or [path.name for path in folder.iterdir()] == [".lock"], mistake
     config = load(str(tiny_config))
     with open_run(config, "never") as opened:
-        begin_run(opened, config, {"train": {"tokens_sha256": ""}}, "xla")
+        begin_run(opened, config, {"train": {"tokens_sha256": ""}, "weights": ""}, "xla")
     with pytest.raises(JaxguardError, match="no step"):
         Guard.load(folder)
 
@@ -279,5 +280,10 @@ def test_train_returns_the_run(tiny_config):
     assert (run.export / "model.safetensors").is_file()
     assert run.curves.is_file()
     assert 0 < run.changed_fraction <= 1
-    again = train(config)
-    assert (again.after, again.changed_fraction) == (run.after, None)
+    metrics = (run.folder / "metrics.jsonl").read_bytes()
+    for delete in (False, True):
+        if delete:  # of a run that is finished they may go
+            shutil.rmtree(run.folder / "checkpoints")
+        again = train(config)
+        assert (again.step, again.after, again.export, again.changed_fraction) == (2, run.after, run.export, None)
+        assert (run.folder / "metrics.jsonl").read_bytes() == metrics

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jaxguard.config import Config, load
+from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.train.run_folder import FREE, ROUNDING, Resume, begin_run, open_run
 from jaxguard.utils.errors import JaxguardError, ProvenanceError
@@ -28,14 +29,14 @@ def config_in(folder: Path, **sections: dict[str, Any]) -> Config:
     return load(tree)
 
 
-def manifest(data: str = "bread") -> dict[str, Any]:
-    return {"train": {"tokens_sha256": data}}
+def manifest(data: str = "bread", weights: str = "flour") -> dict[str, Any]:
+    return {"train": {"tokens_sha256": data}, "weights": weights}
 
 
-def start(config: Config, resume: Resume = "auto", data: str = "bread", steps: int = 1) -> Path:
+def start(config: Config, resume: Resume = "auto", data: str = "bread", steps: int = 1, weights: str = "flour") -> Path:
     """Begin a run in its folder, record a number of steps, and leave it."""
     with open_run(config, resume) as folder:
-        begin_run(folder, config, manifest(data), "xla")
+        begin_run(folder, config, manifest(data, weights), "xla")
         with (folder / "metrics.jsonl").open("a") as file:
             file.writelines(f'{{"step": {step}}}\n' for step in range(steps + 1))
         return folder
@@ -97,6 +98,15 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     assert json.loads((folder / "data.json").read_text()) == manifest()
 
 
+def test_a_base_that_was_trained_again_is_refused(tmp_path: Path) -> None:
+    """The run would go on from the old one, by preferences relative to the new one."""
+    folder = start(config_in(tmp_path))
+    with pytest.raises(ProvenanceError, match=r"model\.checkpoint=somewhere have changed"):
+        start(config_in(tmp_path), weights="rye")
+    (folder / "data.json").write_text(json.dumps({"train": {"tokens_sha256": "bread"}}))  # of an earlier version
+    start(config_in(tmp_path), weights="rye")
+
+
 def test_always_needs_a_checkpoint(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     with pytest.raises(JaxguardError, match="--resume"):
@@ -151,7 +161,11 @@ def test_processes_may_meet_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_field_lists_name_real_fields() -> None:
-    tree = config_in(Path("runs")).model_copy(update={"reinforce": ReinforceConfig()}).model_dump(mode="json")
+    tree = (
+        config_in(Path("runs"))
+        .model_copy(update={"reinforce": ReinforceConfig(), "evaluate": EvaluateConfig()})
+        .model_dump(mode="json")
+    )
     fields = differences(tree, {})
     leaves = [
         name
