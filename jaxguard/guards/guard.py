@@ -1,6 +1,7 @@
 """The public class `Guard`: a guard model, loaded once, that checks prompts and responses against a policy."""
 
 import asyncio
+import logging
 import re
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -28,9 +29,11 @@ from jaxguard.guards.growing import Answered, Kept, keep, known
 from jaxguard.guards.operating_points import AUTO, F1, POINTS, WORDS, Asked, AutoThresholds, Points, read_points
 from jaxguard.guards.protocol import LocalBackend, Prediction, Request, applicable
 from jaxguard.utils import hub
-from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError, where
 from jaxguard.utils.parse import nearest
 from jaxguard.utils.secrets import Masked
+
+logger = logging.getLogger(__name__)
 
 Exchange: TypeAlias = Example | tuple[str, str | None] | str
 """An example, a (prompt, response) pair, or a prompt."""
@@ -129,6 +132,7 @@ class Guard:
         self.operating_point = F1 if operating_point is None else str(operating_point)
         self.policy = load_policy(config.data.policy)
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_unexpected)
         self._thread = threading.Thread(target=self._loop.run_forever, name="jaxguard", daemon=True)
         self._thread.start()
         self._open = AsyncExitStack()
@@ -290,6 +294,14 @@ class Guard:
 
         return await asyncio.wrap_future(self._submit(collect()))
 
+    async def asettle(self) -> None:
+        """Wait until what was cancelled no longer computes: a pass that has begun is not interrupted."""
+
+        async def nothing() -> None:
+            pass
+
+        await asyncio.wrap_future(self._submit(nothing()))
+
     async def awarm_up(self) -> None:
         """Compile what the scores of a few exchanges need, after the policies that were judged by so far."""
 
@@ -448,3 +460,8 @@ class Guard:
             prompt_tokens=sum(answer.prompt_tokens for _, answer in answers),
             completion_tokens=sum(answer.completion_tokens for _, answer in answers),
         )
+
+
+def _unexpected(_: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """Log an error that nobody waited for, without its message: a text may be in it."""
+    logger.error("unexpected: %s", where(context.get("exception") or RuntimeError()))

@@ -16,6 +16,7 @@ from jaxguard.load.client import Client, Outcome, send
 from jaxguard.load.summary import HELD, knee, summarize
 from jaxguard.load.traffic import Mix, Source, arrivals
 from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.secrets import mask
 
 STEADY: Final = 0.7
 """Of the knee."""
@@ -72,7 +73,7 @@ class Simulation:
         self._patience = max(5.0, 4 * plan.slo)
         self.http = Client(plan.url, {**plan.headers, "x-timeout-ms": str(max(1, round(1000 * plan.slo)))})
         self.rate = 0.0
-        self.results: dict[str, Any] = {"url": plan.url, "slo_seconds": plan.slo, "price_per_hour": plan.price}
+        self.results: dict[str, Any] = {"url": mask(plan.url), "slo_seconds": plan.slo, "price_per_hour": plan.price}
         self.results |= {"seed": plan.seed, "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
         self.results |= {"idle": None, "ramp": [], "knee": None, "phases": {}}
 
@@ -128,7 +129,7 @@ class Simulation:
         self.tell("idle", summary)
         if summary["goodput_share"] < HELD / 2:
             raise JaxguardError(
-                f"{self.plan.url}, idle, gave a verdict within {self.plan.slo:g} s to {summary['goodput_share']:.0%} of the "
+                f"{self.results['url']}, idle, gave a verdict within {self.plan.slo:g} s to {summary['goodput_share']:.0%} of the "
                 f"requests (statuses: {summary['statuses']}; 0 is no answer): is the service up, or must --slo-ms be higher?"
             )
         return median(each.latency for each in outcomes if each.answer)

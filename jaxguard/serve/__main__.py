@@ -19,12 +19,10 @@ from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.guards import loading
 from jaxguard.guards.guard import MODES, Guard
-from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError, where
 from jaxguard.utils.terminal import Console
 from jaxguard.utils.versions import install
 
-CONCURRENT = 8
-"""Batches that a server computes at a time; this process computes one."""
 MOST_CONNECTIONS = 2048
 
 DESCRIPTION = """\
@@ -81,13 +79,14 @@ async def _run(
     """Serve until a signal ends it."""
     import uvicorn
 
+    from jaxguard.guards.backends.sglang import addresses
     from jaxguard.serve import native, page
     from jaxguard.serve.adapters import ADAPTERS
     from jaxguard.serve.app import create_app
     from jaxguard.serve.keys import Budget, Keys
     from jaxguard.serve.policies import Policies
     from jaxguard.serve.service import Service
-    from jaxguard.serve.telemetry import Audit, where
+    from jaxguard.serve.telemetry import Audit
 
     settings = guard.config.evaluate or EvaluateConfig()
     served = settings.guards[0]
@@ -99,7 +98,7 @@ async def _run(
         mode=guard.mode,
         model={"name": _name(str(served.checkpoint)), "digest": known.get("weights")},
         timeout=options.timeout,
-        concurrent=CONCURRENT if served.endpoint else 1,
+        concurrent=options.concurrent * len(addresses(served.endpoint)) if served.endpoint else None,
         reasoning=Budget.per_minute(options.reasoning_tokens_per_minute),
         audit=None if options.audit is None else Audit(Path(options.audit), options.audit_texts),
     )
@@ -204,6 +203,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
         default=10,
         metavar="SECONDS",
         help="most that a check may take; requests may ask for less (10)",
+    )
+    add(
+        "--concurrent",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="checks under way at each model server (64)",
     )
     add(
         "--drain",

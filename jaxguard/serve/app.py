@@ -24,8 +24,8 @@ from jaxguard.guards.growing import Answered
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.keys import Key
 from jaxguard.serve.service import CheckAnswer, CheckRequest, Service
-from jaxguard.serve.telemetry import Metrics, where
-from jaxguard.utils.errors import JaxguardError
+from jaxguard.serve.telemetry import Metrics
+from jaxguard.utils.errors import JaxguardError, where
 from jaxguard.utils.parse import parse_json
 
 logger = logging.getLogger(__name__)

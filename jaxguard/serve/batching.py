@@ -15,8 +15,9 @@ from jaxguard.guards.growing import Answered
 from jaxguard.guards.guard import MODES, AnyMode, CheckResult, Guard
 from jaxguard.guards.protocol import UnsupportedError
 from jaxguard.serve.errors import ServiceError
-from jaxguard.serve.telemetry import Metrics, where
+from jaxguard.serve.telemetry import Metrics
 from jaxguard.utils.client import REST_SECONDS, UnavailableError
+from jaxguard.utils.errors import where
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ FIXED_SHARE: Final = 0.2
 """A batch is no longer than BATCH_SECONDS, or than makes what does not grow with its tokens this share of its time."""
 TRIED_TOKENS: Final = 512
 """Of jobs that an idle guard tries whatever is predicted."""
+TRY_SECONDS: Final = 10.0
+"""Without a measurement, after which an idle guard tries any job: what is always refused is never measured again."""
 _CHARACTERS_PER_TOKEN: Final = 4
 _TOKENS_PER_EXCHANGE: Final = 32
 """What an exchange takes besides its texts."""
@@ -76,10 +79,10 @@ class Cost:
         new = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
         self._sums = tuple(_FORGET * old + x for old, x in zip(self._sums, new, strict=True))
 
-    def __call__(self, tokens: int) -> float:
-        """Seconds of as many batches as so many tokens make; 0 before the first measurement."""
+    def __call__(self, tokens: int, batches: int | None = None) -> float:
+        """Seconds of so many tokens, in as many batches as they make if it is not said; 0 before the first measurement."""
         fixed, slope = self._line()
-        return math.ceil(tokens / self.batch) * fixed + slope * tokens
+        return (math.ceil(tokens / self.batch) if batches is None else batches) * fixed + slope * tokens
 
     @property
     def batch(self) -> int:
@@ -117,10 +120,15 @@ class _Running(NamedTuple):
 
 
 class Batcher:
-    """Runs jobs in batches of one policy and mode, `concurrent` of them at a time, the oldest job's first."""
+    """Runs jobs, the oldest first: in batches of one policy and mode, one after the other.
 
-    def __init__(self, guard: Guard, metrics: Metrics, concurrent: int = 1) -> None:
-        self.guard, self.metrics, self.concurrent = guard, metrics, concurrent
+    Where a model server computes, each job goes by itself and `concurrent` at a time, since the server makes its own batches.
+    """
+
+    def __init__(self, guard: Guard, metrics: Metrics, concurrent: int | None = None) -> None:
+        self.guard, self.metrics = guard, metrics
+        self._alone, self._concurrent = concurrent is not None, concurrent or 1
+        self._measured, self._closed = -math.inf, False
         self.cost: dict[AnyMode, Cost] = {mode: Cost() for mode in MODES}
         self._waiting: dict[tuple[Policy, AnyMode, bool], _Queue] = {}
         self._running: dict[asyncio.Task[None], _Running] = {}
@@ -146,27 +154,33 @@ class Batcher:
             if all(job.future.done() for job in running.jobs):
                 task.cancel()
 
-    def seconds_until(self, tokens: Mapping[AnyMode, int]) -> float:
-        """Predict when jobs with so many tokens, submitted now, would be done, from what batches took so far.
+    def predict(self, tokens: Mapping[AnyMode, int]) -> tuple[float, float]:
+        """Predict for how long jobs with so many tokens, submitted now, would wait, and then take, from what was measured so far.
 
-        0 for short ones where a batch can begin at once: these are tried, so that the cost is measured again. A batch that takes
-        longer than predicted is taken to need as much again as it is late. Later jobs may fill the batch of these.
+        Zeros for what a guard that can begin at once tries, so that the cost is measured again: short jobs, and after TRY_SECONDS
+        without a measurement any. A batch that takes longer than predicted is taken to need as much again as it is late. Later
+        jobs may fill the batch of these, which counts as waiting.
         """
-        idle = len(self._running) < self.concurrent
-        if idle and sum(tokens.values()) <= TRIED_TOKENS:
-            return 0.0
-        costs = ((self.cost[mode], count) for mode, count in tokens.items())
-        now, own = time.monotonic(), sum(cost(count if idle else max(count, cost.batch)) for cost, count in costs)
+        now, idle = time.monotonic(), len(self._running) < self._concurrent
+        if idle and (sum(tokens.values()) <= TRIED_TOKENS or now - self._measured > TRY_SECONDS):
+            return 0.0, 0.0
+        costs = [(self.cost[mode], count) for mode, count in tokens.items()]
+        own = sum(cost(count, 1 if self._alone else None) for cost, count in costs)
         if idle:
-            return own
+            return 0.0, own
         predicted = ((self.cost[r.jobs[0].mode](r.tokens), now - r.started) for r in self._running.values())
         running = sum(abs(seconds - elapsed) for seconds, elapsed in predicted)
-        queues = ((mode, queue.tokens) for (_, mode, _), queue in self._waiting.items())
-        queued = sum(self.cost[mode](count) for mode, count in queues)
-        return (running + queued) / self.concurrent + own
+        waiting = [(self.cost[mode], queue) for (_, mode, _), queue in self._waiting.items()]
+        if self._alone:
+            queued = sum(cost(queue.tokens, len(queue.jobs)) for cost, queue in waiting)
+        else:
+            queued = sum(cost(queue.tokens) for cost, queue in waiting)
+            queued += sum(cost(max(count, cost.batch)) - cost(count) for cost, count in costs)
+        return (running + queued) / self._concurrent, own
 
     async def close(self) -> None:
         """End what runs; what waits gets no result."""
+        self._closed = True
         self._waiting.clear()
         for task in (tasks := list(self._running)):
             task.cancel()
@@ -180,11 +194,11 @@ class Batcher:
                 del self._waiting[job.kind]
 
     def _dispatch(self) -> None:
-        while self._waiting and len(self._running) < self.concurrent:
+        while self._waiting and len(self._running) < self._concurrent:
             queue = min(self._waiting.values(), key=lambda queue: next(iter(queue.jobs.values())).arrived)
             jobs, tokens = list[Job](), 0
             for job in list(queue.jobs.values()):
-                if jobs and tokens + job.tokens > self.cost[job.mode].batch:
+                if jobs and (self._alone or tokens + job.tokens > self.cost[job.mode].batch):
                     break
                 jobs.append(job)
                 tokens += job.tokens
@@ -214,6 +228,10 @@ class Batcher:
             answers = [(owners.pop(result.id), result) for result in results]
             if owners:
                 raise RuntimeError("the guard left out some results")
+        except asyncio.CancelledError:  # nobody waits for it, but until it ends nothing else is computed
+            if not self._closed:
+                await self.guard.asettle()
+            raise
         except Exception as error:  # whatever it is, there is no verdict
             if len(jobs) > 1:
                 await self._run(jobs[: len(jobs) // 2])
@@ -231,7 +249,7 @@ class Batcher:
             if not jobs[0].future.done():
                 jobs[0].future.set_exception(failure)
             return
-        finished = time.monotonic()
+        self._measured = finished = time.monotonic()
         self.cost[jobs[0].mode].add(sum(job.tokens for job in jobs), finished - started)
         for job, result in answers:
             job.finished = finished

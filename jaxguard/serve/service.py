@@ -29,8 +29,8 @@ from jaxguard.serve.batching import Batcher, Job, tokens_of
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.keys import Budget, Key, Keys
 from jaxguard.serve.policies import Policies
-from jaxguard.serve.telemetry import Audit, Metrics, where
-from jaxguard.utils.errors import JaxguardError
+from jaxguard.serve.telemetry import Audit, Metrics
+from jaxguard.utils.errors import JaxguardError, where
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Service:
         mode: AnyMode,
         model: dict[str, str | None],
         timeout: float = 10.0,
-        concurrent: int = 1,
+        concurrent: int | None = None,
         reasoning: Budget | None = None,
         audit: Audit | None = None,
     ) -> None:
@@ -161,7 +161,8 @@ class Service:
     async def __aenter__(self) -> Self:
         """Warm every policy up. JaxguardError: the guard cannot judge by one of them."""
         for name, policy in self.policies.current.items():
-            await self._warm(policy, default=name == self.policies.default)
+            result = await self._warm(policy, default=name == self.policies.default)
+            self._canary = result if name == self.policies.default else self._canary
         await self.guard.awarm_up()
         self.metrics.info.info({**{k: v or "" for k, v in self.model.items()}, "policy": self.policies.default})
         self.state = ""
@@ -203,9 +204,9 @@ class Service:
         policies = self.policies.current
         each: Sequence[Answered | None] = growing or [None] * len(requests)
         jobs = [self._job(request, policies, answered) for request, answered in zip(requests, each, strict=True)]
+        self._admit(jobs, seconds)
         if key is not None:
             key.spend(len(jobs))
-        self._admit(jobs, seconds)
         budgets, reserved = self._reserve(jobs, key)
         self.batcher.submit(jobs)
         try:
@@ -215,6 +216,9 @@ class Service:
             raise ServiceError(504, "deadline", f"no verdict within {seconds:g} s") from None
         finally:
             self.batcher.leave(jobs)
+            if all(job.started is None for job in jobs):  # nothing was computed
+                for budget in budgets:
+                    budget.spend(-reserved)
         used = [result.completion_tokens for result in results if result.decided_by is Mode.REASONING]
         for tokens in used:
             self._answer_tokens += (1 - _FORGET) * (tokens - self._answer_tokens)
@@ -251,12 +255,14 @@ class Service:
         tokens = Counter[AnyMode]()
         for job in jobs:
             tokens[job.mode] += job.tokens
-        predicted = self.batcher.seconds_until(tokens)
-        if _MARGIN * predicted > seconds:
-            later = _MARGIN * predicted - seconds
+        wait, own = self.batcher.predict(tokens)
+        if _MARGIN * own > seconds:
+            raise ServiceError(504, "deadline", f"this alone is expected to take more than {seconds:g} s")
+        if _MARGIN * (wait + own) > seconds:
+            later = _MARGIN * (wait + own) - seconds
             raise ServiceError(503, "overloaded", f"no verdict within {seconds:g} s to be expected", later)
         if self.batcher.queued_tokens + tokens.total() > MOST_QUEUED_TOKENS:
-            raise ServiceError(503, "queue_full", "too much text waits", max(1.0, predicted))
+            raise ServiceError(503, "queue_full", "too much text waits", max(1.0, wait + own))
 
     def _reserve(self, jobs: Sequence[Job], key: Key | None) -> tuple[list[Budget], float]:
         """Take what reasoning will cost from its budgets; whoever gets no answer does not get it back, since it was computed.
@@ -307,12 +313,13 @@ class Service:
         A new policy is warmed up before requests get it; those under way end with the old one. What was refused is tried again when
         a file changes.
         """
-        old = self.policies.current
-        new, errors = await asyncio.to_thread(self.policies.read)
+        old, canary, errors = self.policies.current, self._canary, list[JaxguardError]()
         try:
             self.keys.reload()
         except JaxguardError as error:
             errors.append(error)
+        new, malformed = await asyncio.to_thread(self.policies.read)
+        errors += malformed
         if (read := (new, [str(error) for error in errors])) == self._read:
             return
         self._read = read
@@ -322,23 +329,27 @@ class Service:
             if policy != old.get(name):
                 try:
                     async with asyncio.timeout(4 * CANARY_SECONDS):
-                        await self._warm(policy, default=name == self.policies.default)
+                        result = await self._warm(policy, default=name == self.policies.default)
                 except Exception as error:
                     self._not_reloaded(error)
                     if not isinstance(error, JaxguardError):  # another time it may work
                         self._read = None
                     new = {**new, name: old[name]} if name in old else {k: v for k, v in new.items() if k != name}
                 else:
+                    canary = result if name == self.policies.default else canary
                     logger.info("policy %s: %s", name, policy.digest)
-        self.policies.current = new
+        self.policies.current, self._canary = new, canary
 
     def _not_reloaded(self, error: Exception) -> None:
         self.metrics.reload_errors.inc()
         logger.error("not taken over: %s", error if isinstance(error, JaxguardError) else where(error))
 
-    async def _warm(self, policy: Policy, default: bool) -> None:
-        """Judge harmless texts: this compiles, fills caches, and measures; at the start by the default policy in two sizes."""
-        starting = default and self._watch is None
+    async def _warm(self, policy: Policy, default: bool) -> CheckResult | None:
+        """Judge harmless texts: this compiles, fills caches, and measures; at the start by the default policy in two sizes.
+
+        Return the canary's result in the service's mode.
+        """
+        starting, canary = default and self._watch is None, None
         for mode in MODES if self.mode == AUTO else self.modes:
             several = [_CANARY, _CANARY_EXCHANGE] * 4 if starting and mode is Mode.DIRECT else [_CANARY_EXCHANGE]
             for examples in ([_CANARY], several):
@@ -346,23 +357,28 @@ class Service:
                 started = time.monotonic()
                 results = await self.guard.acheck_many(examples, mode, policy)
                 self.batcher.cost[mode].add(sum(map(tokens_of, examples)), time.monotonic() - started)
-                if default and mode == self.mode and examples == [_CANARY]:
-                    [self._canary] = results
+                if mode == self.mode and examples == [_CANARY]:
+                    [canary] = results
                 if results[-1].decided_by is Mode.REASONING:
                     self._answer_tokens = results[-1].completion_tokens
+        return canary
 
     async def _keep_watch(self) -> None:
-        """Judge a canary and reload files, again and again; a canary goes past the queue."""
+        """Reload files and judge a canary, again and again; a canary goes past the queue."""
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.wake.wait(), WATCH_SECONDS)
             self.wake.clear()
-            problem = await self._canary_problem()
+            try:
+                await self.reload()
+                problem = await self._canary_problem()
+            except Exception as error:  # such as a folder that vanishes while it is read; the next look may be better
+                logger.error("watch: %s", where(error))
+                continue
             if self.state in ("", *_CANARY_PROBLEMS):
                 self.state = problem
             if problem:
                 logger.error("not ready: %s", problem)
-            await self.reload()
 
     async def _canary_problem(self) -> str:
         """Why the guard cannot be relied on now: its verdict on a harmless text is late, fails or is another than at first."""

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Mapping
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
@@ -23,18 +22,12 @@ from prometheus_client import (
 )
 
 from jaxguard.data.examples import Example
-from jaxguard.utils.errors import JaxguardError
+from jaxguard.utils.errors import JaxguardError, where
 
 AUDIT_KEY: Final = "JAXGUARD_AUDIT_KEY"
 """The environment variable with the key of the audit log's hashes; without it there are none."""
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKENS: Final = tuple(float(2**power) for power in range(5, 18, 2))
-
-
-def where(error: BaseException) -> str:
-    """The type of an error and where it was raised; not its message, which may quote a text."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    return f"{type(error).__name__} in {' > '.join(f'{Path(each.filename).name}:{each.lineno}' for each in frames)}"
 
 
 class Metrics:

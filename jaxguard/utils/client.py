@@ -19,7 +19,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, TypeVar
 
@@ -75,8 +75,12 @@ class UnavailableError(JaxguardError):
     """No endpoint is up, or the one that was asked broke or has too much to do: the same request may be answered later."""
 
 
+class BusyError(UnavailableError):
+    """A server says that it has too much to do."""
+
+
 class RefusedError(JaxguardError):
-    """The server does not take such a request."""
+    """The server does not take such a request, or cannot answer it: it may well answer others."""
 
 
 class Limiter:
@@ -172,7 +176,7 @@ class Client:
         try:
             return await retrying(self._try, path, body, shape, parse, only, tokens)
         except RetryableError as error:
-            kind = UnavailableError if error.connection or error.overload else JaxguardError
+            kind = BusyError if error.overload else UnavailableError if error.connection else JaxguardError
             raise kind(f"no answer in {self.tries} tries, the last time: {error}") from error
 
     async def _try(
@@ -218,7 +222,8 @@ class Client:
             try:
                 while True:
                     try:
-                        await canary(url)
+                        with suppress(BusyError):  # a server that says that it is busy is up
+                            await canary(url)
                     except JaxguardError:
                         logger.warning("%s is out: it does not answer a canary", url)
                         self.resting_until[url] = math.inf

@@ -1,5 +1,8 @@
 """The exceptions a user is meant to read."""
 
+import traceback
+from pathlib import Path
+
 from jaxguard.utils.secrets import mask
 
 
@@ -18,3 +21,9 @@ class ProvenanceError(JaxguardError):
 
     The command line exits with code 3.
     """
+
+
+def where(error: BaseException) -> str:
+    """The type of an error and where it was raised; not its message, which may quote a text."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return f"{type(error).__name__} in {' > '.join(f'{Path(each.filename).name}:{each.lineno}' for each in frames)}"

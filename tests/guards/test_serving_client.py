@@ -132,6 +132,40 @@ def test_an_endpoint_that_hangs_is_noticed_though_the_caller_gives_up_first(two)
     two(use, deadline=0.5)
 
 
+def test_a_busy_server_is_not_put_out_by_its_canary(two):
+    """Late checks are what overload looks like, too."""
+
+    async def use(backend, wrong, _):
+        wrong[:] = ["slow", "slow"]
+        late = asyncio.create_task(backend.sample([(5, 6)], 1, 8, (4,)))
+        await asyncio.sleep(0.3)
+        wrong[:] = ["503", "503"]
+        late.cancel()
+        await asyncio.gather(late, return_exceptions=True)
+        assert backend.client.canaries
+        await until(lambda: not backend.client.canaries)
+        assert not backend.client.resting_until
+
+    two(use, deadline=0.5)
+
+
+def test_an_answer_that_had_no_room_says_nothing_about_its_server(two, kind):
+    """A long text with long reasoning may fill a server's memory for one request; others fit."""
+
+    async def use(backend, _, servers):
+        for server in servers:
+            if kind is FaultySglang:
+                finish = {"finish_reason": {"type": "length", "length": 2}, "weight_version": "default"}
+                server.good = lambda _, finish=finish: {"output_ids": [1, 2], "meta_info": finish}
+            else:
+                server.reason = "length"
+        with pytest.raises(client.RefusedError, match="no room for more"):
+            await backend.sample([(5, 6)], 1, 8, (4,))
+        assert not backend.client.resting_until
+
+    two(use)
+
+
 def test_of_two_the_one_with_fewer_tokens_under_way(two):
     async def use(backend, *_):
         one, other = backend.client.endpoints

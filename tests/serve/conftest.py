@@ -33,10 +33,15 @@ class NullGuard:
     def __init__(self):
         self.policy, self.mode = Policy("short", rules="No bread."), Mode.DIRECT
         self.batches, self.seconds, self.fails, self.gate = [], 0.0, lambda prompt: None, None
-        self.shuffle = False
+        self.shuffle, self.zombie = False, None
 
     async def awarm_up(self):
         """There is nothing to compile."""
+
+    async def asettle(self):
+        """There is nothing that would go on computing, but while `zombie` is not set."""
+        if self.zombie is not None:
+            await self.zombie.wait()
 
     async def acheck_many(self, examples, mode, policy, growing=()):
         self.batches.append(([example.prompt for example in examples], mode, policy))

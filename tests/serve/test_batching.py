@@ -62,15 +62,38 @@ def test_batches_are_bounded_in_tokens_and_of_one_policy_and_mode(served, guard,
     run(test())
 
 
-def test_several_batches_at_once(served, guard):
+def test_model_servers_are_asked_about_each_by_itself_so_many_at_a_time(served, guard):
+    """They make their own batches. What fails there is asked once, and fails nothing else."""
+    guard.fails = lambda prompt: UnavailableError("secret") if prompt == "b" else None
+
     async def test():
         async with served(concurrent=3) as s:
             guard.gate = asyncio.Event()
             tasks = [asyncio.create_task(s.check(prompt)) for prompt in "abcde"]
             await s.until(lambda: len(guard.batches) == 3)
             guard.gate.set()
-            await asyncio.gather(*tasks)
-            assert prompts(guard)[-1] == ["d", "e"]
+            assert [each.status_code for each in await asyncio.gather(*tasks)] == [200, 503, 200, 200, 200]
+            assert sorted(prompts(guard)) == [[prompt] for prompt in "abcde"]
+
+    run(test())
+
+
+def test_a_pass_that_nobody_waits_for_takes_its_place_until_it_ends(served, guard):
+    """A pass of the model is not interrupted; what comes meanwhile waits, as admission predicts."""
+
+    async def test():
+        async with served() as s:
+            guard.gate, guard.zombie = asyncio.Event(), asyncio.Event()
+            left = asyncio.create_task(s.check("a"))
+            await s.until(lambda: guard.batches)
+            left.cancel()
+            waiting = asyncio.create_task(s.check("b"))
+            await s.until(lambda: s.service.batcher.queued_tokens == 32)
+            await asyncio.sleep(0.05)
+            assert prompts(guard) == [["a"]]
+            guard.zombie.set()
+            guard.gate.set()
+            assert (await waiting).status_code == 200
 
     run(test())
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from jaxguard.data.format.dialogue import Mode
+from jaxguard.serve import batching
 from jaxguard.serve import service as serving
 from jaxguard.serve.keys import Budget, Keys
 from jaxguard.serve.policies import Policies
@@ -102,16 +103,40 @@ def test_an_idle_guard_refuses_what_is_too_long_for_the_deadline(served, guard):
 
     async def test():
         async with served(timeout=10) as s:
-            cost = s.service.batcher.cost[guard.mode]
+            cost, long = s.service.batcher.cost[guard.mode], "a" * 4 * 900
             for tokens in (100, 200):
                 cost.add(tokens, tokens / 100)
-            assert (await s.check("a" * 4 * 900)).status_code == 200
+            assert (await s.check(long)).status_code == 200
             cost.__init__()
             for tokens in (100, 200):
                 cost.add(tokens, tokens / 10)
-            assert (await s.check("a" * 4 * 900)).status_code == 503
+            answer = await s.check(long)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
+            assert "retry-after" not in answer.headers  # it would not help
             assert (await s.check("a")).status_code == 200
             assert cost(32) < 3.2 / 1.1  # what it took now counts
+
+    run(test())
+
+
+def test_what_was_predicted_wrong_is_tried_again(served, guard, monkeypatch):
+    """Else a guard that was slow once would refuse all long texts for ever, if nobody sent short ones."""
+    monkeypatch.setattr(batching, "TRY_SECONDS", 0.05)
+
+    async def test():
+        async with served(timeout=10) as s:
+            cost, long = s.service.batcher.cost[guard.mode], "a" * 4 * 900
+            assert (await s.check("a")).status_code == 200
+            cost.__init__()
+            for tokens in (100, 200):
+                cost.add(tokens, tokens / 10)
+            assert (await s.check(long)).status_code == 504
+            for _ in range(40):
+                await asyncio.sleep(0.06)
+                assert (await s.check(long)).status_code == 200
+                if cost(932) < 10 / 1.25:
+                    break
+            assert (await s.check(long)).status_code == 200  # at once, by the prediction
 
     run(test())
 
@@ -120,12 +145,12 @@ def test_retry_after_is_the_time_that_lacks(served, guard):
     async def test():
         async with served(timeout=10) as s:
             s.service.batcher.cost[guard.mode].__init__()
-            s.service.batcher.cost[guard.mode].add(32, 8.5)
+            s.service.batcher.cost[guard.mode].add(32, 6)
             guard.gate = asyncio.Event()
             running = asyncio.create_task(s.check("a"))  # an idle guard tries, whatever is predicted
             await s.until(lambda: guard.batches)
             answer = await s.check("a")
-            assert (answer.status_code, answer.headers["retry-after"]) == (503, "12")  # 1.25 × 2 × 8.5 s less 10 s
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")  # 1.25 × 2 × 6 s less 10 s
             guard.gate.set()
             assert (await running).status_code == 200
 
@@ -138,7 +163,7 @@ def test_memory_is_bounded_whatever_is_predicted(served, guard, monkeypatch):
     async def test():
         async with served() as s:
             guard.gate = asyncio.Event()
-            s.service.batcher.seconds_until = lambda tokens: 0.0
+            s.service.batcher.predict = lambda tokens: (0.0, 0.0)
             tasks = [asyncio.create_task(s.check("a")) for _ in range(6)]
             await s.until(lambda: sum(task.done() for task in tasks) == 2)
             guard.gate.set()
@@ -346,6 +371,25 @@ def with_other_probability(result):
     """The same result with another probability."""
     result.probabilities["prompt_harm"] += 0.2
     return result
+
+
+def test_the_watch_goes_on_whatever_happens(served, guard):
+    """A folder of policies may vanish while it is read."""
+
+    async def test():
+        async with served() as s:
+            read = s.service.policies.read
+
+            def vanished():
+                s.service.policies.read = read
+                raise FileNotFoundError("policies")
+
+            s.service.policies.read = vanished
+            await s.until(lambda: s.service.policies.read is read, s.service.wake.set)
+            guard.fails = RuntimeError
+            await s.until(lambda: s.service.state == "the canary failed", s.service.wake.set)
+
+    run(test())
 
 
 def test_what_was_sent_before_the_end_is_answered(served, guard):

@@ -68,6 +68,9 @@ class NullGuard:
     async def awarm_up(self) -> None:
         """Nothing to compile."""
 
+    async def asettle(self) -> None:
+        """Nothing to wait for."""
+
     async def acheck_many(self, examples: Sequence[Example], *_: object, **__: object) -> list[CheckResult]:
         return [self._result(example) for example in examples]
 

@@ -185,7 +185,7 @@ class OpenAIBackend:
             if choice.finish_reason not in ("length", *_STOPS):
                 raise RetryableError(f"{url} ended an answer by {choice.finish_reason!r}")
             if choice.finish_reason == "length" and usage.completion_tokens < max_tokens:
-                raise JaxguardError(
+                raise RefusedError(
                     f"{url} ended an answer after {usage.completion_tokens} tokens of {max_tokens}: it has no room for more. "
                     "Lower evaluate.reasoning_tokens, or start it with a longer context"
                 )
@@ -230,7 +230,7 @@ class OpenAIBackend:
             raise RetryableError(f"{url} sent log-probabilities of {len(listed)} tokens, not {self.likeliest}")
         positive, negative = (least if value is None else value for value in known)
         if missing and abs(positive - negative) < -math.log(CERTAIN):
-            raise JaxguardError(
+            raise RefusedError(
                 f"{url} gives log-probabilities of the {self.likeliest} likeliest tokens, and {missing} of the verdict are not "
                 "among them: start vLLM with --max-logprobs 100, or see whether this guard knows the policy and mode"
             )

@@ -24,7 +24,17 @@ from pydantic import BeforeValidator, Field
 
 from jaxguard.config.evaluate import EvaluateConfig, ServerConfig
 from jaxguard.guards.protocol import Completion, sample_digest
-from jaxguard.utils.client import API_KEY, Client, Limiter, Models, NotFoundError, RetryableError, connect, gather
+from jaxguard.utils.client import (
+    API_KEY,
+    Client,
+    Limiter,
+    Models,
+    NotFoundError,
+    RefusedError,
+    RetryableError,
+    connect,
+    gather,
+)
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import Fields, TokenId
 from jaxguard.utils.secrets import Masked, revealed
@@ -249,11 +259,18 @@ async def _probe(client: Client, version: str | None, server: Masked) -> None:
 async def connect_server(
     url: str | Masked, requests: int, api_key_env: str, deadline: float | None = None
 ) -> AsyncIterator[tuple[Client, Masked]]:
-    """A client of a server, or of several with commas between, for so many requests at a time, and the first one's address."""
-    urls = [re.sub(r"(/v1)?/*$", "", each.strip()) for each in re.split(r",(?=\s*https?://)", revealed(url))]
-    limiter = Limiter(start=requests, most=requests)
-    async with connect(urls, limiter, api_key_env=api_key_env, deadline=deadline) as client:
+    """A client of a server, or of several with commas between, and the first one's address.
+
+    `requests` may be under way at a time; of a service, which has a `deadline`, as many as it admits.
+    """
+    limiter = Limiter(start=requests, most=requests if deadline is None else sys.maxsize)
+    async with connect(addresses(url), limiter, api_key_env=api_key_env, deadline=deadline) as client:
         yield client, client.endpoints[0]
+
+
+def addresses(url: str | Masked) -> list[str]:
+    """Return the base addresses in an address, or several with commas between."""
+    return [re.sub(r"(/v1)?/*$", "", each.strip()) for each in re.split(r",(?=\s*https?://)", revealed(url))]
 
 
 async def served_name(client: Client, server: Masked, model: str | None) -> str:
@@ -311,7 +328,7 @@ def _completion(
     if reason.type != "length":
         raise RetryableError(f"{url} ended an answer by {reason}")
     if len(ids) < max_tokens:
-        raise JaxguardError(
+        raise RefusedError(
             f"{url} ended an answer after {len(ids)} tokens of {max_tokens}: it has no room for more in one request. Lower "
             "evaluate.reasoning_tokens, or start it with a larger --max-total-tokens or --mem-fraction-static"
         )

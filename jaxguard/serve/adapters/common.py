@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 
 from jaxguard.data.policies import QUESTIONS, Question
 from jaxguard.serve.errors import ServiceError
@@ -11,6 +11,7 @@ from jaxguard.serve.service import CheckAnswer, CheckRequest, Turn
 
 MOST_TEXTS: Final = 256
 """Of a request, as in the native API."""
+_NO_TEXT: Final = ServiceError(422, "unsupported", "this guard judges text only; a part of a message is no text")
 HARM: Final = tuple(question for question in QUESTIONS if question.endswith("_harm"))
 
 
@@ -24,10 +25,11 @@ Text = Annotated[str, StringConstraints(pattern=r"\S")]
 
 
 class Part(Body):
-    """A part of a message: text, or what this guard cannot read."""
+    """A part of a message: text, a refusal, or what this guard cannot read."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class Function(Body):
@@ -36,15 +38,16 @@ class Function(Body):
     name: str | None = None
     arguments: str | None = None
 
-
-class ToolCall(Body):
-    """A tool call, which is judged as the text `name(arguments)`."""
-
-    function: Function
-
     @property
     def text(self) -> str:
-        return f"{self.function.name or ''}({self.function.arguments or ''})"
+        """What is judged."""
+        return f"{self.name or ''}({self.arguments or ''})"
+
+
+class ToolCall(Body):
+    """A tool call."""
+
+    function: Function
 
 
 class Message(Body):
@@ -52,13 +55,22 @@ class Message(Body):
 
     role: str
     content: str | tuple[Part, ...] | None = None
+    refusal: str | None = None
     tool_calls: tuple[ToolCall, ...] | None = None
+    function_call: Function | None = None
+    """What came before `tool_calls`."""
+    audio: JsonValue = None
 
     @property
     def text(self) -> str:
         """ServiceError 422: a part is no text."""
+        if self.audio is not None:
+            raise _NO_TEXT
         content = self.content if isinstance(self.content, str) else text_of(self.content or ())
-        return "\n".join(filter(str.strip, (content, *(call.text for call in self.tool_calls or ()))))
+        calls = [call.function for call in self.tool_calls or ()] + [self.function_call] * (
+            self.function_call is not None
+        )
+        return "\n".join(filter(str.strip, (content, self.refusal or "", *(call.text for call in calls if call))))
 
 
 Messages = Annotated[tuple[Message, ...], Field(min_length=1)]
@@ -66,25 +78,41 @@ Messages = Annotated[tuple[Message, ...], Field(min_length=1)]
 
 def text_of(parts: Sequence[Part]) -> str:
     """Join text parts. ServiceError 422: one is an image, audio or another thing that would go unjudged."""
-    texts = [part.text for part in parts if part.type.endswith("text") and part.text is not None]
-    if len(texts) < len(parts):
-        raise ServiceError(422, "unsupported", "this guard judges text only; a part of the content is no text")
-    return "\n".join(texts)
+    texts = [
+        part.refusal if part.type == "refusal" else part.text
+        for part in parts
+        if part.type.endswith(("text", "refusal"))
+    ]
+    known = [text for text in texts if text is not None]
+    if len(known) < len(parts):
+        raise _NO_TEXT
+    return "\n".join(known)
 
 
 def exchange(messages: Sequence[Message]) -> CheckRequest:
-    """Make an exchange of a conversation: the last message is judged, as a response if it is the assistant's.
+    """Make an exchange of a conversation: a response if the assistant's turn is last, and the prompt before it.
 
-    A response to nothing is judged as a text, in the place of a prompt. ServiceError 422: there is no text to judge.
+    The prompt is all that came since the assistant's turn before. Instructions of the system in between are read, not judged, so
+    that a reminder behind a prompt does not take its place. A response to nothing is judged as a text, in the place of a prompt.
+    ServiceError 422: there is no text to judge.
     """
     turns = [Turn(role=message.role, content=text) for message in messages if (text := message.text)]
     end = len(turns)
     while end and turns[end - 1].role == "assistant":
         end -= 1
-    response = "\n\n".join(turn.content for turn in turns[end:]) or None
+    response = _joined(turns[end:]) or None
     if not end:
         return as_text(response or "")
-    return CheckRequest(prompt=turns[end - 1].content, response=response, history=tuple(turns[: end - 1]))
+    start = end
+    while start and turns[start - 1].role != "assistant":
+        start -= 1
+    asked = [turn for turn in turns[start:end] if turn.role not in ("system", "developer")] or turns[end - 1 : end]
+    earlier = tuple(turn for turn in turns[:end] if not any(turn is each for each in asked))
+    return CheckRequest(prompt=_joined(asked), response=response, history=earlier)
+
+
+def _joined(turns: Sequence[Turn]) -> str:
+    return "\n\n".join(turn.content for turn in turns)
 
 
 def as_text(text: str) -> CheckRequest:

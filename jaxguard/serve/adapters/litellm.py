@@ -35,7 +35,7 @@ def add_routes(api: Api) -> None:
         if body.input_type == "request" and body.structured_messages:
             requests, alone = [exchange(body.structured_messages)], ""
         else:
-            texts = [*(body.texts or ()), *(call.text for call in body.tool_calls or ())]
+            texts = [*(body.texts or ()), *(call.function.text for call in body.tool_calls or ())]
             requests = [as_text(text) for text in texts if text.strip()] or [as_text("")]
             alone = " (judged without its prompt)" if body.input_type == "response" else ""
         answers = await caller.check(requests)
