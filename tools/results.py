@@ -72,7 +72,7 @@ def tables(results: Sequence[Result]) -> str:
         Section("Recall, and harmless texts called harmful", [rates(largest)]),
         Section("Harmless texts that sound alarming, by their kind", [kinds(largest)]),
         Section("By number of rows", [by_size(results)]),
-        Section("AUPRC less that of the bag of words, of each run", [differences(results)]),
+        Section("AUPRC minus that of the bag of words, of each run", [differences(results)]),
         Section("What it cost", [costs(results)]),
     ]
     # The page's own title stands above the mark.
@@ -208,7 +208,7 @@ def by_size(results: Sequence[Result]) -> Table:
 
 
 def differences(results: Sequence[Result]) -> Table:
-    """The guard's AUPRC less that of the bag of words on every set, paired, of every run."""
+    """The guard's AUPRC minus that of the bag of words on every set, paired, of every run."""
     names = list(results[0].cells[OURS])
     table = Table(("rows and subset", *names))
     for series, size, group in series_of(results):
@@ -249,7 +249,7 @@ def value(score: Estimate | None) -> TableCell:
 
 
 def turned(difference: Difference | None) -> TableCell:
-    """The guard less the bag of words, where the results hold the opposite."""
+    """The guard minus the bag of words, where the results hold the opposite."""
     if difference is None or difference.value is None or difference.low is None or difference.high is None:
         return TableCell(ABSENT)
     swapped = replace(difference, value=-difference.value, low=-difference.high, high=-difference.low)

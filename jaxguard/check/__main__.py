@@ -31,7 +31,7 @@ examples:
   jaxguard check --model runs/gemma4b_5k/export --policy aegis2 "How do I bake bread?"
   jaxguard check --model runs/gemma4b_5k --policy my/policy.yaml --response "In an oven." "How do I bake bread?"
   jaxguard check --model http://127.0.0.1:30000 --policy bank_support --file items.jsonl --json
-  cat lines.txt | jaxguard check --model runs/gemma4b_5k --mode direct -
+  cat lines.txt | jaxguard check --model runs/gemma4b_dual_5k --mode direct -
 """
 EPILOG = """\
 A file holds JSON lines with prompt, response and id (only prompt is needed), a table with these columns (.csv, .parquet), or

@@ -53,7 +53,7 @@ class DataConfig(Schema):
     validation: tuple[SourceConfig, ...] = ()
     """Held-out sources; with none, `validation_size` examples are set aside from training."""
     validation_size: NonNegative = 256
-    """Held-out examples scored at each evaluation, a seeded sample; 0 turns validation off."""
+    """Held-out examples scored at each evaluation, selected by their ids; 0 turns validation off."""
     policy: NameOrYaml = "wildguard"
     """A name in configs/policies or a YAML file; an example may bring its own."""
     mode: Mode = "reasoning"
@@ -71,7 +71,7 @@ class DataConfig(Schema):
     subset_seed: NonNegative = 0
     """Seed of the random subset."""
     subset_balance: Share = 0.0
-    """Evens out the sources in a subset: 0 draws each row alike, 1 each source; at b a source of n rows counts n^(1-b)."""
+    """Evens out the sources in a subset: at 0 they are drawn in proportion to their rows n, at 1 equally, in between to n^(1-b)."""
     max_seq_len: Positive = 2048
     """Tokens of the longest packed row; the untrusted text of a longer example is truncated."""
     share_prefixes: bool = True

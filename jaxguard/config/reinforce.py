@@ -32,7 +32,7 @@ class ReinforceConfig(Schema):
     """Reinforcement learning: a step samples answers to train.batch_size prompts, at temperature 1, and trains on them."""
 
     answers: Annotated[int, Field(ge=2)] = 8
-    """Answers to each prompt, a group: an answer's advantage is its reward less that of its group."""
+    """Answers to each prompt, a group: an answer's advantage is its reward minus that of its group."""
     max_tokens: Positive = 512
     """Tokens of an answer; one that does not end within them has no verdict."""
     reward: RewardConfig = RewardConfig()

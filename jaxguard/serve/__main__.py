@@ -32,7 +32,7 @@ and /metrics say how it is, /openapi.json describes the rest. An answer with sta
 prevents one is an error, never a pass.
 
 examples:
-  jaxguard serve --model runs/gemma4b_5k --policy aegis2 --mode direct
+  jaxguard serve --model runs/gemma4b_dual_5k --policy aegis2 --mode direct
   jaxguard serve --model http://127.0.0.1:30000 --policies my/policies --keys my/keys.yaml --host 0.0.0.0 --audit audit.jsonl
 """
 EPILOG = """\
