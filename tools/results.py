@@ -89,7 +89,7 @@ def keep(run_folder: Path, folder: Path) -> None:
     ]
     folder.mkdir(parents=True, exist_ok=True)
     cells = (
-        replace(cell, wrong=(), slices=cell.slices if cell.benchmark == OVER_REFUSAL else {})
+        replace(cell, wrong=(), right=(), slices=cell.slices if cell.benchmark == OVER_REFUSAL else {})
         for cell in evaluation.cells
     )
     write_results(replace(evaluation, cells=tuple(cells)), folder / "results.json")

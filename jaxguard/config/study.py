@@ -137,6 +137,8 @@ class StudyConfig(Schema):
     """The rows, in order."""
     quoted: tuple[str, ...] = ()
     """Rows of configs/published that stand in the report without a run of ours. Scales show none."""
+    against: tuple[str, ...] = ()
+    """Rows that all others are compared with: the difference in accuracy on the same examples, with its interval."""
     metric: str = "safety"
     """Metric of the curve: an average, or a benchmark's label; if no run has it, the table's first column."""
     curve: CurveConfig | None = None
@@ -149,6 +151,9 @@ class StudyConfig(Schema):
             for other in row.after:
                 if other not in list(self.rows)[:position]:
                     raise ValueError(f"rows.{name}.after: {other!r} is not an earlier row")
+        for name in self.against:
+            if name not in self.rows:
+                raise ValueError(f"against: no row {name!r}")
         for name, row in self.prepare.items():
             if row.axes or set(row.stages) - {"distill", "build"}:
                 raise ValueError(f"prepare.{name}: only stages distill and build, and no axes, are possible")

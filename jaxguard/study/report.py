@@ -2,13 +2,17 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from jaxguard.evaluate.report.published import AVERAGES, Published, PublishedPoint, PublishedRow
+from jaxguard.evaluate.report.tables import difference
+from jaxguard.evaluate.scores.metrics import Difference, accuracy_difference
 from jaxguard.evaluate.scores.results import WAITS, Evaluation
 from jaxguard.report import Beside, Bullets, Drawing, Only, Page, Paragraph, Section, Table, write_markdown, write_page
 from jaxguard.report.figures import COLOURS, FAINT, INK, inline_svg, style
@@ -35,6 +39,10 @@ ABOUT_OTHER = {
     "dynaguardrail": "F1 of dynaguardrail is over all examples, its other mean that of its subsets'.",
     "cosapien": "F1 of cosapien is the mean of its scenarios', its other mean is over all examples.",
 }
+AGAINST = (
+    "Accuracy minus that of the row, of each example the mean over seeds and subsets, with a 95 % interval over the examples. "
+    "How much seeds differ, the first table says."
+)
 OVER_GENERATIONS = "Standard deviation over the generations of a run, its mean over runs."
 ABOUT_WAIT = (
     "Percentiles of the seconds from sending a request to its answer, means over benchmarks and runs. At a server a request is "
@@ -47,6 +55,7 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
 
     `read` reads a results.json; runs without one are listed as missing. Scales have the paper's columns without its values.
     """
+    read = cache(read)
     scores = gather(study, read)
     if scores.empty:
         raise JaxguardError(f"{study.folder} has no results yet; run the study first")
@@ -61,6 +70,9 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
         for title, names, value, note in _details(published)
         if (table := _table(lines, [name for name in names if name in set(scores.metric)], value)).rows
     ]
+    for row in study.definition.against:
+        table = _against(study, scores, read, row)
+        sections.append(Section(f"Against {row}, on the same examples", [table, Paragraph([AGAINST], faint=True)]))
     sections += [
         Section("Where the paper has two values", [Bullets(list(_restated(lines)))]),
         Section("Words of the traces", _words(study, scores, published)),
@@ -134,6 +146,8 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
         for each in evaluation.averages:
             of = {"guard": each.guard, "mode": each.mode, "complete": not each.missing}
             rows.append(of | {"metric": each.name, "f1": each.f1.value, "deviation": each.f1.deviation})
+        if not rows:
+            continue
         names = ["guard", "mode", "metric", "complete", "f1", "deviation", "seconds", *WAITS]
         table = pd.DataFrame(rows, columns=names).astype(dict.fromkeys(names[4:], float))
         # The column of modes shows data.mode, but for dual guards, which have both.
@@ -210,6 +224,36 @@ def _table(lines: Iterable[Line], columns: Sequence[str], value: str) -> Table:
             part = "" if scores.complete.all() else " part"
             runs = "published" if line.quoted else f"{scores.run.nunique()} of {scores.runs.iloc[0]}{part}"
             table.add(*line.title, *cells, runs)
+    return table
+
+
+def _against(study: Study, scores: pd.DataFrame, read: Callable[[Path], Evaluation], row: str) -> Table:
+    """A row for each line but those of a row of the study: accuracy minus that of this row, paired, on every benchmark of both."""
+    runs = {run.name: run for run in study.runs}
+    of_row = [name for name in dict.fromkeys(scores.run) if runs[name].key == row]
+
+    def right(names: Iterable[str], mode: str) -> dict[tuple[str, str], np.ndarray]:
+        """(benchmark, hash of its examples) -> the share of each example's verdicts that is right, a mean over runs."""
+        found: dict[tuple[str, str], list[np.ndarray]] = {}
+        for name in names:
+            cells = read(runs[name].folder / "evaluate" / "results.json").cells
+            for cell in cells:
+                if cell.right and (cell.guard, cell.mode) == (cells[0].guard, mode):
+                    shares = np.asarray(cell.right) / cell.result.generations
+                    found.setdefault((cell.benchmark, cell.examples_sha256), []).append(shares)
+        return {key: np.mean(shares, axis=0) for key, shares in found.items()}
+
+    reference = {mode: right(of_row, mode) for mode in dict.fromkeys(scores["mode"])}
+    lines: list[tuple[str, str, dict[str, Difference]]] = []
+    for (_, mode), line in scores.groupby(["line", "mode"], sort=False):
+        own, first = right(dict.fromkeys(line.run), mode), line.iloc[0]
+        common = {key[0]: accuracy_difference(own[key], reference[mode][key]) for key in own if key in reference[mode]}
+        if common and runs[first.run].key != row:
+            lines.append((first["name"], mode, common))
+    benchmarks = list(dict.fromkeys(name for _, _, common in lines for name in common))
+    table = Table(("", "mode", *benchmarks), left=2)
+    for name, mode, common in lines:
+        table.add(name, mode, *(difference(common[each]) if each in common else ABSENT for each in benchmarks))
     return table
 
 

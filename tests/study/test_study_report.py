@@ -223,6 +223,37 @@ def test_the_figure_shows_what_there_is_and_says_so(report):
     assert "F1, own_prompts" in html
 
 
+def test_rows_are_compared_with_another_on_the_same_examples(report):
+    """Seeds are averaged for each example; a benchmark of other examples is left out."""
+    right = {"base": [0, 1, 0, 1] * 25, "bread-8-0": [1, 1, 0, 1] * 25, "bread-8-1": [1, 1, 1, 1] * 25}
+    results = {name: {"reasoning": {"own": 0.5, "rye": 0.6}} for name in right}
+    opened, _ = report(results, against=["base"])
+    markdown, _ = write_report(opened, gather_cells(results, right), PUBLISHED)
+    section = markdown.read_text().partition("## Against base, on the same examples")[2].partition("\n## ")[0]
+    assert "| own |" in section
+    assert "rye" not in section
+    [line] = [line for line in section.splitlines() if line.startswith("| bread")]
+    value, low, high = (float(x) for x in re.findall(r"[-+]\d\.\d+", line.replace("\N{MINUS SIGN}", "-")))
+    assert value == pytest.approx(0.375)
+    assert 0.25 < low < value < high < 0.5
+    assert "base" not in section.partition("| --- |")[2]
+
+
+def gather_cells(results, right):
+    """A reader of results.json whose cells also say which examples are right; of rye the examples differ by run."""
+    whole = Results(results)
+
+    def read(path):
+        evaluation, run = whole(path), path.parent.parent.name
+        for cell in evaluation.cells:
+            cell.right = tuple(right[run]) if cell.guard == "ours" else ()
+            cell.examples_sha256 = run if cell.benchmark == "rye" else "same"
+            cell.result.generations = 1
+        return evaluation
+
+    return read
+
+
 def test_the_metric_can_be_chosen(report):
     both = {"direct": {"own": 0.5, "own_responses": 0.6}}
     made, read = report({"bread-8-0": both}, "metric=own")

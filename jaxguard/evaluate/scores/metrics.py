@@ -74,7 +74,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Difference:
-    """A score of the first guard less that of the second, with the interval of the bootstrap.
+    """A score of the first guard minus that of the second, with the interval of the bootstrap.
 
     `p` is two-sided, from the share of draws whose difference has the other sign; no less than 2 / (draws + 1).
     """
@@ -195,6 +195,15 @@ def auprc_difference(
     auprc = np.array([[curve.scores(each)[0] for curve in curves] for each in weights])
     differences = auprc[:, 0] - auprc[:, 1]
     return difference(differences[:1], differences[1:])
+
+
+def accuracy_difference(
+    first: Float[np.ndarray, "N"], second: Float[np.ndarray, "N"], seed: Seed = 0, resamples: int = RESAMPLES
+) -> Difference:
+    """Compare two guards by the share of each example's verdicts that is right, as f1_difference does."""
+    each = first - second
+    drawn = [weights @ each / len(each) for weights in statistics.draws(len(each), seed, resamples)]
+    return difference(each.mean(keepdims=True), np.asarray(drawn))
 
 
 def difference(value: np.ndarray, drawn: np.ndarray) -> Difference:

@@ -145,6 +145,8 @@ class Cell:
         thresholded: None without evaluate.validation, or without probabilities.
         versus: None for the first guard, and where that has no results for the benchmark.
         wrong: some of the errors, those with the most certain probability first.
+        right: of each example, in the benchmark's order, how many of its verdicts are right; with `examples_sha256` of the
+            examples, so that evaluations of the same ones can be compared.
     """
 
     guard: str
@@ -164,6 +166,8 @@ class Cell:
     thresholded: Thresholded | None = None
     versus: Versus | None = None
     wrong: tuple[Wrong, ...] = ()
+    right: tuple[int, ...] = ()
+    examples_sha256: str = ""
 
     @property
     def guard_mode(self) -> tuple[str, str]:

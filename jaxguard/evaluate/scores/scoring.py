@@ -237,6 +237,8 @@ def _cell(
         thresholded=_thresholded(own, at, settings) if at else None,
         versus=versus,
         wrong=tuple(_wrong(own, votes, slices)),
+        right=tuple(votes.right.sum(axis=1).tolist()),
+        examples_sha256=digest(own.examples),
     )
 
 
