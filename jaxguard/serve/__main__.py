@@ -124,7 +124,7 @@ async def _run(
             log_config=None,
             access_log=False,
             server_header=False,
-            lifespan="off",
+            lifespan="on",  # sets up what exports to OpenTelemetry, if the environment says so
             limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=options.drain,
         )

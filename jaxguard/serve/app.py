@@ -6,12 +6,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
@@ -184,7 +185,13 @@ class Api:
 
 def create_app(service: Service, *apis: Callable[[Api], None]) -> FastAPI:
     """Return the ASGI application of an open service with the routes of some APIs, besides those of operators."""
-    app = FastAPI(title="jaxguard", version=jaxguard.__version__, docs_url=None, redoc_url=None)
+
+    def written_by_a_client(scope: MutableMapping[str, Any]) -> bool:
+        return scope["path"] not in paths or bool(scope.get("query_string"))
+
+    # FastAPI's logs would hold the messages of exceptions, and its spans the path.
+    telemetry: Any = {"logs": False, "exclude": written_by_a_client}
+    app = FastAPI(title="jaxguard", version=jaxguard.__version__, docs_url=None, redoc_url=None, telemetry=telemetry)
     errors = dict[str, ErrorShape]()
     app.add_middleware(_Boundary, metrics=service.metrics)
     for add_routes in apis:
@@ -217,6 +224,7 @@ def create_app(service: Service, *apis: Callable[[Api], None]) -> FastAPI:
         reason = ("not_found", "no such path") if error.status_code == 404 else ("bad_request", "not accepted here")
         return as_json(error_json(ServiceError(error.status_code, *reason)), error.status_code)
 
+    paths = {route.path for route in app.routes if isinstance(route, APIRoute)}
     return app
 
 

@@ -163,6 +163,11 @@ class Service:
         for name, policy in self.policies.current.items():
             result = await self._warm(policy, default=name == self.policies.default)
             self._canary = result if name == self.policies.default else self._canary
+        if self._canary is not None and None in self._canary.probabilities.values():
+            logger.warning(
+                "the guard gives no probabilities (its server sends no log-probabilities): the words of its answers decide, and "
+                "APIs that need a probability answer 422"
+            )
         await self.guard.awarm_up()
         self.metrics.info.info({**{k: v or "" for k, v in self.model.items()}, "policy": self.policies.default})
         self.state = ""

@@ -255,3 +255,55 @@ def test_an_audit_log_that_was_moved_away_is_begun_anew(tmp_path):
     audit.write(Example("1", "s", "a"), {"n": 2})
     audit.close()
     assert [json.loads((tmp_path / f"{name}.jsonl").read_text())["n"] for name in "ba"] == [1, 2]
+
+
+def test_spans_hold_nothing_that_a_client_writes(served, guard, monkeypatch):
+    """OpenTelemetry gets route and status of requests, not what is behind an unknown path, a query or an exception."""
+    pytest.importorskip("fastapi.telemetry", reason="this FastAPI has no telemetry of its own")
+    trace, logs = pytest.importorskip("opentelemetry.trace"), pytest.importorskip("opentelemetry._logs")
+    seen, guard.fails = [], lambda prompt: ValueError(prompt) if "fail" in prompt else None
+
+    class Span(trace.NonRecordingSpan):
+        def set_attribute(self, *what):
+            seen.append(what)
+
+        def set_attributes(self, attributes):
+            seen.append(attributes)
+
+        def update_name(self, name):
+            seen.append(name)
+
+        def record_exception(self, *what, **more):
+            seen.append((what, more))
+
+    class Tracer(trace.NoOpTracer):
+        def start_span(self, *what, **more):
+            seen.append((what, {name: value for name, value in more.items() if name != "context"}))
+            return Span(trace.INVALID_SPAN_CONTEXT)
+
+    class Traces(trace.TracerProvider):
+        def get_tracer(self, *what, **more):
+            return Tracer()
+
+    class Log(logs.NoOpLogger):
+        def emit(self, *what, **more):
+            seen.append((what, more))
+
+    class Logs(logs.LoggerProvider):
+        def get_logger(self, name, *what, **more):
+            return Log(name)
+
+    monkeypatch.setattr(trace, "get_tracer_provider", Traces)
+    monkeypatch.setattr(logs, "get_logger_provider", Logs)
+
+    async def test():
+        async with served() as s:
+            statuses = [(await s.check(prompt)).status_code for prompt in ("canary", "canary fail")]
+            statuses.append((await s.check("canary", path="/v1/check?canary=1")).status_code)
+            statuses.append((await s.check(path="/v1/canary")).status_code)
+            assert statuses == [200, 502, 200, 404]
+
+    asyncio.run(test())
+    assert "POST /v1/check" in str(seen)
+    assert "canary" not in str(seen)
+    assert str(seen).count("'http.response.status_code': ") == 2

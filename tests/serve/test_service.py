@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -371,6 +372,19 @@ def with_other_probability(result):
     """The same result with another probability."""
     result.probabilities["prompt_harm"] += 0.2
     return result
+
+
+def test_a_guard_without_probabilities_is_said_at_the_start(served, guard, caplog):
+    result = guard.result
+
+    async def test():
+        async with served():
+            assert "no probabilities" not in caplog.text
+        guard.result = lambda example, policy: replace(result(example, policy), probabilities={"prompt_harm": None})
+        async with served():
+            assert "the words of its answers decide" in caplog.text
+
+    run(test())
 
 
 def test_the_watch_goes_on_whatever_happens(served, guard):
