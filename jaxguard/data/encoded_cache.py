@@ -22,6 +22,7 @@ from jaxguard.data.policies import QUESTIONS, policy_for
 from jaxguard.data.sources import digest
 from jaxguard.utils.arrays import read_arrays, write_arrays
 from jaxguard.utils.progress import track
+from jaxguard.utils.versions import code_digest
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +63,10 @@ class EncodedCache:
 
 def encoding_key(examples: Sequence[tuple[Example, Mode]], encoder: Encoder, most: int | None) -> str:
     """Hash what decides the encoding of examples: contents and modes, tokenizer, format, policies, and this package's code."""
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        code.update(path.read_bytes())
     policies = {example.policy: policy_for(example, encoder.policy) for example, _ in examples}
     facts = [
         most,
-        code.hexdigest(),
+        code_digest("data"),
         [jaxguard.__version__, *map(version, _PACKAGES)],
         hashlib.sha256(encoder.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         repr((encoder.tokenizer.chat_template, encoder.template, encoder.dialogue)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import jaxlib
 from matplotlib.figure import Figure
 from pydantic import Field
 
@@ -27,6 +28,9 @@ from jaxguard.report.text import short
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.parse import Fields, read_json, read_yaml
+from jaxguard.utils.versions import code_digest
+
+_CODE = ("models", "plan", "train/step.py", "train/objectives.py")
 
 SWEEP_FOLDER = CONFIG_FOLDER / "sweeps"
 SWEEP_OUTPUT = Path("runs/sweeps")
@@ -182,7 +186,7 @@ class SweepReport:
 def sweep(
     name: str, folder: Path | None = None, on_point: Callable[[Point, Result], object] = lambda *_: None
 ) -> SweepReport:
-    """Compile a sweep's points; those whose results are in `folder` already, from the same config, are read from there.
+    """Compile a sweep's points; those whose results are in `folder` already, of the same config and code, are read from there.
 
     Args:
         name: a file of configs/sweeps, or the path of any YAML file.
@@ -194,15 +198,16 @@ def sweep(
     results: list[Result] = []
     smallest: dict[str, float] = {}
     for point in points(fields):
-        # Equal for points that compile to the same program, with the same jax.
-        text = "\n".join([jax.__version__, point.cluster.name, str(point.rows), dump(point.config)])
-        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        spec = find_spec(point.config.model)
+        # What decides the program, and the figures that are read from it.
+        facts = [jax.__version__, jaxlib.__version__, code_digest(*_CODE), repr(point.cluster), repr(spec), point.rows]
+        key = hashlib.sha256("\n".join(map(str, [*facts, dump(point.config)])).encode()).hexdigest()[:16]
         path = folder / f"{point.series}-{point.cluster.devices}.json"
         result = read_json(path, Fields) if path.is_file() else {}
         if result.get("key") != key:
             result = {"key": key, "series": point.series, "devices": point.cluster.devices}
             try:
-                plan = compile_step(point.config, find_spec(point.config.model), point.cluster, point.rows)
+                plan = compile_step(point.config, spec, point.cluster, point.rows)
                 result |= plan_json(plan)
             except OutOfMemoryError as error:
                 result["error"] = str(error)

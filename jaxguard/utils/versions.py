@@ -1,5 +1,6 @@
 """What is installed here: versions for a run's records and for bug reports, and how to install what is missing."""
 
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -34,6 +35,16 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def code_digest(*parts: str) -> str:
+    """Hash the code of parts of this package, folders or modules: "data", "train/step.py"."""
+    code, package = hashlib.sha256(), Path(jaxguard.__file__).parent
+    for part in parts:
+        path = package / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            code.update(file.read_bytes())
+    return code.hexdigest()
 
 
 def install(extra: str) -> str:

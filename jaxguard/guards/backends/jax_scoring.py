@@ -73,9 +73,10 @@ def score(
         first = next((i for i, sequence in enumerate(sequences) if tuple(sequence[: len(text)]) == text), None)
         if first is not None:
             texts[first] = text
-    for prefix, group in prefix_cache.groups(sequences):
+    # Where an answer begins something is asked, also if what is cached has more.
+    for prefix, group in prefix_cache.groups([each[: at + 1] for each, at in zip(sequences, asked, strict=True)]):
         suffixes = {i: np.asarray(sequences[i][prefix.length :], np.int32) for i in group}
-        trees = _trees(suffixes, {i: max(0, asked[i] - prefix.length) for i in group}, prefix.length, most_tokens)
+        trees = _trees(suffixes, {i: asked[i] - prefix.length for i in group}, prefix.length, most_tokens)
         prefix_cache.computed += sum(len(tree.tokens) for tree in trees)
         prefix_cache.reused += prefix.length * len(trees)
         # A call of one row for each device returns its keys and values.
