@@ -19,6 +19,8 @@ MISSING = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['P
 STAND_INS = {
     "srun": '#!/bin/bash\necho "srun $*" >>calls\nenv >environment\nexit "${CODE:-0}"\n',
     "scontrol": '#!/bin/bash\necho "scontrol $*" >>calls\n',
+    "sglang": '#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES: $*" >>server\nfor i in {1..100}; do sleep 0.1; done\necho left >>server\n',
+    "curl": '#!/bin/bash\n[ -e server ] && [ -n "${ANSWERS-yes}" ]\n',
 }
 
 
@@ -60,6 +62,21 @@ def test_reinforcement_learning_is_another_stage(start):
     assert code == 0
     assert calls[0].endswith(" -m jaxguard.reinforce --config llama8b_grpo_hard mesh.hosts=single seed=1")
     assert start("reinforce")[0] != 0
+
+
+def test_a_server_samples_on_the_last_gpus_while_the_others_train(start, tmp_path):
+    job = {"SLURM_GPUS_PER_NODE": "8", "SGLANG_PYTHON": "sglang", "POLL_SECONDS": "0.05"}
+    rollouts = {"ROLLOUT_GPUS": "2", "ROLLOUT_MODEL": "runs/first/export"}
+    code, calls, environment = start("reinforce", "llama8b_grpo_hard", "seed=1", **job, **rollouts)
+    assert code == 0
+    assert calls[0].endswith(" mesh.hosts=single seed=1 reinforce.endpoint=http://127.0.0.1:30000")
+    assert "JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5" in environment
+    [server] = (tmp_path / "server").read_text().splitlines()  # ended with the run
+    assert server.startswith("6,7: -m sglang.launch_server --model-path runs/first/export --dp-size 2 ")
+    for wrong in ({"ROLLOUT_GPUS": "8"}, {"ROLLOUT_MODEL": ""}, {"SGLANG_PYTHON": "false", "ANSWERS": ""}):
+        code, after, _ = start("reinforce", "llama8b_grpo_hard", **job | rollouts | wrong)
+        assert code != 0
+        assert after == calls, wrong
 
 
 @pytest.mark.parametrize("asked", [{}, {"SLURM_GPUS_PER_NODE": "0"}])
