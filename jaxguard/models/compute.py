@@ -2,7 +2,7 @@
 
 import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,13 @@ class Compute:
     # few tokens a CPU is up to twice as fast. Not for training.
     features_first: bool = False
     tiling: Tiling | None = None  # of the kernel "flash"
+
+    def of_guard(self, cpu: bool) -> "Compute":
+        """Return how a guard computes: nothing is kept for a backward pass, and matmuls round nothing.
+
+        Weights that a CPU's matmuls round, as training does for speed, are off alike in all examples: a bias.
+        """
+        return replace(self, remat="none", matmul_dtype=None, norm_by_einsum=False, features_first=cpu)
 
     def matmuls(self) -> AbstractContextManager[Any]:
         """The context to trace programs in, so that their matmuls have this precision."""

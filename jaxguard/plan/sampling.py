@@ -5,7 +5,6 @@ prompts and answers, and nobody stops before: what is counted is the most.
 """
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,7 +42,7 @@ def compile_sampling(config: Config, spec: Spec, cluster: Cluster) -> Sampling |
         return None
     mesh = make_mesh(config.mesh, topology(cluster))
     program = build_program(config, spec, mesh, steps=1000)
-    compute = replace(program.compute, remat="none", matmul_dtype=None, norm_by_einsum=False)
+    compute = program.compute.of_guard(cpu=False)
     prompt = config.data.max_seq_len - settings.max_tokens
     together = min(config.train.batch_size, max(1, settings.batch // settings.answers))
     prompts = bucket_size(together, mesh.size // mesh.shape["tensor"])  # as jax.generate does

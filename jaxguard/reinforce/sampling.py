@@ -201,8 +201,8 @@ class Sampler:
     @cached_property
     def _model(self) -> PrefixCache:
         """The weights in the type that is computed in, and what was computed of policies."""
-        compute = replace(self.program.compute, matmul_dtype=None)
-        return PrefixCache(place_model(self.program.spec, self.weights, compute, self.program.mesh))
+        program = self.program
+        return PrefixCache(place_model(program.spec, self.weights, program.compute, program.mesh))
 
     async def _ask_server(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Completion]]:
         """Have the server load these weights, and sample; JaxguardError: it does not, or answers with others."""

@@ -8,7 +8,7 @@ order of prompts.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -107,8 +107,6 @@ def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxB
         ) from None
     mesh = sharding.make_mesh(config.mesh)
     compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
-    # Weights that a CPU's products round to bfloat16, as training does for speed, are off alike in all examples: a bias.
-    compute = replace(compute, matmul_dtype=None)
     weights = read_weights(folder, spec, sharding.weight_shardings(spec, mesh), compute.dtype)
     # A CPU is no faster at more tokens at a time than those whose programs are compiled beforehand.
     most_tokens = WARM_TOKENS if jax.default_backend() == "cpu" else config.data.max_seq_len

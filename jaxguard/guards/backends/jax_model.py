@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import jax
@@ -74,12 +74,12 @@ def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh
     The weights are anywhere on the mesh; without one, on the default device. A CPU's are transposed to what it multiplies fastest.
     """
     cpu = jax.default_backend() == "cpu"
-    compute = replace(compute, remat="none", features_first=cpu, norm_by_einsum=compute.norm_by_einsum and not cpu)
+    compute = compute.of_guard(cpu)
     placed = {}
     for entry in table(spec):
         weight, axes = weights[entry.path], entry.axes
         if "norm" not in axes:
-            weight = weight.astype(compute.matmul_dtype or compute.dtype)
+            weight = weight.astype(compute.dtype)
         if cpu and entry.stacked:
             weight, axes = weight.transpose(entry.hf_order), tuple(axes[i] for i in entry.hf_order)
         if mesh is not None:
