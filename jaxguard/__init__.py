@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from jaxguard.data.examples import Example
     from jaxguard.data.policies import Policy, load_policy
     from jaxguard.guards.guard import Guard
+    from jaxguard.utils.errors import JaxguardError
 
 __version__ = "0.1.0"
 __all__ = [
-    "Config", "Example", "Guard", "Policy", "build_data", "distill",
+    "Config", "Example", "Guard", "JaxguardError", "Policy", "build_data", "distill",
     "evaluate", "load_config", "load_policy", "mine", "plan", "reinforce", "train",
 ]  # fmt: skip
 
@@ -26,6 +27,7 @@ _SOURCES = {
     "Config": "jaxguard.config.Config",
     "Example": "jaxguard.data.examples.Example",
     "Guard": "jaxguard.guards.guard.Guard",
+    "JaxguardError": "jaxguard.utils.errors.JaxguardError",
     "Policy": "jaxguard.data.policies.Policy",
     "build_data": "jaxguard.api.build_data",
     "load_config": "jaxguard.config.load",

@@ -66,7 +66,7 @@ def reinforce(config: Source, overrides: Overrides = (), resume: "Resume" = "aut
 
 def plan(
     config: Source,
-    targets: Sequence[str],
+    targets: str | Sequence[str],
     overrides: Overrides = (),
     *,
     compare: Sequence[Sequence[str]] = (),

@@ -34,6 +34,7 @@ _FILE_ERRORS = {
 }
 PROVENANCE_CHANGED = 3
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 COMPLETING = "_ARGCOMPLETE" in os.environ
 """Whether the shell asks for completions."""
 
@@ -87,8 +88,10 @@ class Command:
 
         def parse_and_run() -> int | None:
             try:
-                options, unknown = parser.parse_known_intermixed_args(arguments)
-            except _UsageError as error:
+                # What follows `--` is text, whatever it looks like; the other method would read it as options.
+                parse = parser.parse_known_args if "--" in arguments else parser.parse_known_intermixed_args
+                options, unknown = parse(arguments)
+            except UsageError as error:
                 hints = (f"; a config is named by --config {word}" for word in arguments if _is_config(word))
                 hint = next(hints, "") if "--config" in str(error) else ""
                 raise JaxguardError(f"{error}{hint}; jaxguard {self.name} --help lists the options") from None
@@ -111,7 +114,7 @@ class Command:
         return f"{nearest(unknown, known)}known: {', '.join(known)}"
 
 
-class _UsageError(Exception):
+class UsageError(Exception):
     """What argparse says of a command line that it cannot parse."""
 
 
@@ -119,7 +122,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises its message rather than to end the process."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise _UsageError(message)
+        raise UsageError(message)
 
 
 def _is_config(word: str) -> bool:
@@ -213,13 +216,16 @@ def stages() -> dict[str, str]:
 def exit_code(run: Callable[[], int | None]) -> int:
     """Return what `run` returns, None meaning 0, or the code of what it raised, whose message goes to stderr.
 
-    2 is a JaxguardError or a file that cannot be read or written, 3 a ProvenanceError, 130 is Ctrl-C.
+    2 is a JaxguardError or a file that cannot be read or written, 3 a ProvenanceError, 130 is Ctrl-C, 141 a closed pipe.
     """
     show_warnings()
     try:
         return run() or 0
     except JaxguardError as error:
         return _complain(str(error), PROVENANCE_CHANGED if isinstance(error, ProvenanceError) else USER_ERROR)
+    except BrokenPipeError:  # of `jaxguard ... | head`: nobody reads what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except OSError as error:
         if error.errno not in _FILE_ERRORS:
             raise

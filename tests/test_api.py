@@ -63,6 +63,11 @@ def test_a_stage_is_callable_after_its_modules_were_imported():
     )
 
 
+def test_one_override_needs_no_list():
+    config = jaxguard.load_config("tiny", "train.epochs=3")
+    assert config.train.epochs == 3
+
+
 def test_a_stage_refuses_what_it_does_not_read():
     with pytest.raises(JaxguardError):
         jaxguard.train(CONFIG, {"mine.most": 1})

@@ -107,6 +107,21 @@ def test_errors_are_messages_and_codes(config, capsys, error, code):
         assert str(getattr(error, "filename", None) or error) in captured.err
 
 
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} -m jaxguard train --config tiny --dry-run | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("141", "0")
+
+
+def test_a_home_is_expanded(config, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    overrides = ["run_folder=~/runs", "data.train.0.path=~/a.jsonl"]
+    assert command(["--config", f"~/{Path(config).name}", *overrides], lambda _, resolved: seen.append(resolved)) == 0
+    assert (seen[0].run_folder, seen[0].data.train[0].path) == (f"{tmp_path}/runs", f"{tmp_path}/a.jsonl")
+
+
 def test_other_errors_keep_their_traceback(config):
     with pytest.raises(PermissionError):
         command(["--config", config], failing(PermissionError("no")))

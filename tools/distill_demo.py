@@ -17,33 +17,30 @@ from pathlib import Path
 from rich.console import Console
 
 from demo import clock, fetch_data, fetch_weights, run, stage
+from jaxguard.cli import exit_code
 from jaxguard.config import load
-from jaxguard.utils.errors import JaxguardError
 from sglang_server import serve
 
 TRACES, STUDENT = "smollm_traces", "smollm_dual"
 
 
 def main(overrides: Sequence[str]) -> int:
+    return exit_code(lambda: traces_to_student(overrides))
+
+
+def traces_to_student(overrides: Sequence[str]) -> None:
     console = Console(highlight=False)
     started = time.monotonic()
-    try:
-        config = load(TRACES, overrides)
-        base = Path(config.model.checkpoint)
-        data = Path(str(config.data.train[0].path)).parent
-        stage(console, f"weights: SmolLM2-135M-Instruct -> {base}", lambda: fetch_weights(base))
-        stage(console, f"data: judged answers -> {data}", lambda: fetch_data(data))
-        stage(
-            console, f"teacher: SGLang, then traces -> {config.folder}", lambda: distill(base, config.folder, overrides)
-        )
-        stage(console, f"build -> {config.folder / 'dataset'}", lambda: build(overrides))
-        stage(console, f"train -> runs/{STUDENT}", lambda: train(config.folder))
-    except JaxguardError as error:
-        console.print(f"[bold red]error:[/] {error}", style=None)
-        return 2
+    config = load(TRACES, overrides)
+    base = Path(config.model.checkpoint)
+    data = Path(str(config.data.train[0].path)).parent
+    stage(console, f"weights: SmolLM2-135M-Instruct -> {base}", lambda: fetch_weights(base))
+    stage(console, f"data: judged answers -> {data}", lambda: fetch_data(data))
+    stage(console, f"teacher: SGLang, then traces -> {config.folder}", lambda: distill(base, config.folder, overrides))
+    stage(console, f"build -> {config.folder / 'dataset'}", lambda: build(overrides))
+    stage(console, f"train -> runs/{STUDENT}", lambda: train(config.folder))
     console.print(f"\nlook at the traces: {config.folder / 'traces.html'}")
     console.print(f"done in {clock(time.monotonic() - started)}")
-    return 0
 
 
 def distill(base: Path, folder: Path, overrides: Sequence[str]) -> None:

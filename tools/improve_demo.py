@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 import demo
+from jaxguard.cli import exit_code
 from jaxguard.config import Config, load
 from jaxguard.data.sources import load_examples
 from jaxguard.train.logging import read_metrics
-from jaxguard.utils.errors import JaxguardError
 
 MODULE = {"prefer": "train", "reinforce": "reinforce"}
 CONFIG = {"prefer": "smollm_hsdpo", "reinforce": "smollm_grpo"}
@@ -34,30 +34,26 @@ WATCHED = {
 
 
 def main(arguments: Sequence[str]) -> int:
+    return exit_code(lambda: improve(*arguments))
+
+
+def improve(kind: str, *overrides: str) -> None:
     console = Console(highlight=False)
-    started = time.monotonic()
-    kind, *overrides = arguments
-    try:
-        first = load("smollm_demo")
-        demo.stage(
-            console, f"weights -> {first.model.checkpoint}", lambda: demo.fetch_weights(Path(first.model.checkpoint))
-        )
-        demo.stage(console, "data", lambda: demo.fetch_data(Path(str(first.data.train[0].path)).parent))
-        demo.stage(console, f"the guard to improve -> {first.folder}", lambda: demo.train([]))
-        if kind == "prefer":
-            mine = [sys.executable, "-m", "jaxguard.mine"]
-            sampled = [*mine, "--config", "smollm_demo", "evaluate.temperature=1.0"]
-            demo.stage(console, "right and wrong answers", lambda: demo.run(sampled))
-            demo.stage(console, "pairs of them", lambda: demo.run([*mine, "pairs", "--config", "smollm_demo"]))
-        config = load(CONFIG[kind], overrides)
-        command = [sys.executable, "-m", f"jaxguard.{MODULE[kind]}", "--config", CONFIG[kind], *overrides]
-        demo.stage(console, f"{kind} -> {config.folder}", lambda: demo.run(command))
-        show(console, config)
-    except JaxguardError as error:
-        console.print(f"[bold red]error:[/] {error}", style=None)
-        return 2
+    started, first = time.monotonic(), load("smollm_demo")
+    base, data = Path(first.model.checkpoint), Path(str(first.data.train[0].path)).parent
+    demo.stage(console, f"weights -> {base}", lambda: demo.fetch_weights(base))
+    demo.stage(console, "data", lambda: demo.fetch_data(data))
+    demo.stage(console, f"the guard to improve -> {first.folder}", lambda: demo.train([]))
+    if kind == "prefer":
+        mine = [sys.executable, "-m", "jaxguard.mine"]
+        sampled = [*mine, "--config", "smollm_demo", "evaluate.temperature=1.0"]
+        demo.stage(console, "right and wrong answers", lambda: demo.run(sampled))
+        demo.stage(console, "pairs of them", lambda: demo.run([*mine, "pairs", "--config", "smollm_demo"]))
+    config = load(CONFIG[kind], overrides)
+    command = [sys.executable, "-m", f"jaxguard.{MODULE[kind]}", "--config", CONFIG[kind], *overrides]
+    demo.stage(console, f"{kind} -> {config.folder}", lambda: demo.run(command))
+    show(console, config)
     console.print(f"\ndone in {demo.clock(time.monotonic() - started)}")
-    return 0
 
 
 def show(console: Console, config: Config) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import demo
+from jaxguard.cli import UsageError
 from jaxguard.config import load
 from jaxguard.serve.__main__ import main as serve
 
@@ -16,10 +17,13 @@ EXCHANGE = f'{{"prompt": "{demo.QUESTION}", "response": "{demo.ANSWER}"}}'
 
 def main(arguments: Sequence[str]) -> int:
     folder = load("smollm_demo").folder
+    command = ["--model", str(folder), "--demo-page", *arguments]
+    try:
+        url = f"http://127.0.0.1:{serve.parser().parse_args(command).port}"
+    except UsageError:
+        return serve(command)  # says what is wrong, before anything is trained
     if not (folder / "export/config.json").is_file() and (code := demo.main([])):
         return code
-    command = ["--model", str(folder), "--demo-page", *arguments]
-    url = f"http://127.0.0.1:{serve.parser().parse_args(command).port}"
     print(
         f"""
 {url} is a page on which to try texts, once the service says that it listens. Or:

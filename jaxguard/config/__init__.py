@@ -172,7 +172,7 @@ def parsed(overrides: Overrides) -> Iterator[tuple[str, Any, str]]:
         for key, value in overrides.items():
             yield key, str(value) if isinstance(value, Path) else value, f"{key}={value}"
         return
-    for text in overrides:
+    for text in [overrides] if isinstance(overrides, str) else overrides:
         key, separator, value = text.partition("=")
         if not separator:
             raise JaxguardError(f"override {text!r}: write it as field=value, for example train.epochs=3")

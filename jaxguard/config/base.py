@@ -123,11 +123,11 @@ def names(folder: Path) -> list[str]:
 
 def find_yaml(name: str, folder: Path, what: str) -> Path:
     """Return the YAML file that a name in `folder`, or a path, stands for; JaxguardError lists those there are."""
-    check(name, PathText, what)
+    name = check(name, PathText, what)
     for path in (Path(name), *(source / f"{name}.yaml" for source in folders(folder))):
         if path.suffix in {".yaml", ".yml"} and path.is_file():
             return path
-    known, path = names(folder), Path(name).expanduser()
+    known, path = names(folder), Path(name)
     direct = ", ".join([name for name in known if "/" not in name] or known)
     hint = nearest(name, known)
     if path.exists():

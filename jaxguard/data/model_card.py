@@ -27,9 +27,9 @@ BENCHMARKS = "Benchmarks"
 _RECIPE: Mapping[str, Any] = {
     "seed": True,
     "model": {"compute_dtype"},
-    "data": {"mode", "dual_reasoning_share", "subset", "subset_seed", "subset_balance", "max_seq_len"},
+    "data": {"mode", "dual_reasoning_share", "answer_format", "subset", "subset_seed", "subset_balance", "max_seq_len"},
     "optimizer": True,
-    "train": {"batch_size", "epochs", "max_steps"},
+    "train": {"batch_size", "epochs", "max_steps", "objective"},
 }
 """The fields of the config that the weights depend on, without those that name files or machines."""
 _TEACHERS = {"deepseek_r1_0528": "DeepSeek-R1-0528", "gpt_oss_120b": "gpt-oss-120b", "qwen3_32b": "Qwen3-32B"}

@@ -119,6 +119,7 @@ def _identifier() -> Any:
 
 # A trace that mentions the labels as given has not reasoned its way to them.
 _LABEL = r"(?:labels?|annotations?|verdicts?|classifications?|ground[ -]?truths?|gold(?:en)? (?:labels?|answers?))"
+_SAID = r"(?:un)?(?:harmful|safe)|refusal|compliance"
 _LEAK = re.compile(
     "|".join(
         (
@@ -135,6 +136,18 @@ _LEAK = re.compile(
             r"(?:the|this|it|both)\b[^.\n]{0,60}\b(?:un)?(?:harmful|safe|refusal|compliance)\b",
             rf"\b(?:the|these|those|this)\s+{_LABEL}\s+(?:must|should|need|needs|has|have)\s+(?:to\s+)?(?:be\s+)?(?:justif|explain|support)",
             r"\b(?:justify|explain|reach|arrive at|support)\s+(?:the|these|those)\s+(?:\w+\s+)?(?:labels?|ground[ -]?truths?)\b",
+            # What the teacher's prompt says of them.
+            r"\breviewers?(?:['\u2019]s?)?\s+(?:(?:have|has|had|already)\s+)*(?:settled|decided|agreed|concluded|judged|determined|said|say|verdicts?|"
+            r"decisions?|conclusions?|labels?)\b",
+            rf"\bsettled\s+(?:on\s+)?(?:(?:this|that|the|a|as)\s+)?(?:{_LABEL}|{_SAID})\b",
+            r"\bwhere to arrive\b",
+            rf"\b(?:need|have|had|must|supposed|told|asked|instructed|required|meant)\s+(?:to\s+)?(?:arrive\s+at|lead\s+(?:me\s+)?to|reach|end\s+"
+            rf"(?:up\s+)?(?:at|with|in)|get\s+to)\s+(?:(?:the|this|that|a)\s+)?(?:\w+\s+)?(?:{_LABEL}|{_SAID})\b",
+            r"\bmust\s+lead\s+there\b",
+            rf"\b(?:given|told|handed|shown)\s+(?:(?:the|a|this|that|my)\s+)?(?:\w+\s+)?{_LABEL}(?=\s+(?:that|of|is|as|to|in|above|here|before)\b|"
+            r"\s*[.,;:)]|\s*$)",
+            rf"\b(?:not|n't|never|without|avoid)\s+(?:to\s+)?(?:mention|quot|hint|refer|reveal|let\s+on)\w*\s+(?:\S+\s+){{0,5}}?(?:{_LABEL}|reviewers?|"
+            r"sections?|given)\b",
         )
     ),
     re.IGNORECASE,

@@ -15,6 +15,7 @@ chat model, as one of the marks around them or as a heading of the template gets
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -58,17 +59,24 @@ class Task:
     def questions(self) -> tuple[Question, ...]:
         return tuple(question for question, _ in self.labels)
 
+    @property
+    def digest(self) -> str:
+        """Hash what the trace is about: exchange, verdict and policy, and the trace that is to be shortened."""
+        example = self.example
+        facts = example.prompt, example.response, self.labels, self.policy.digest, self.budget and example.trace
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
     def with_trace(self, trace: str) -> "Task":
         return replace(self, example=replace(self.example, trace=trace))
 
 
 def tasks_for(examples: Iterable[Example], policy: Policy) -> Iterator[Task]:
-    """Yield a task for each example that has a label for a question of its policy."""
+    """Yield a task for each example that has a label for a question of its policy; that there is no response is none."""
     for example in examples:
         own = policy_for(example, policy)
-        labelled = questions(example, own)
-        if labelled:
-            yield Task(example, own, answers(example, labelled))
+        labels = answers(example, asked) if (asked := questions(example, own)) else ()
+        if any(word != ABSENT for _, word in labels):
+            yield Task(example, own, labels)
 
 
 class TeacherPrompt(Schema):

@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +74,7 @@ def distill(config: Config) -> Distillation:
     def run(name: str, prompt: TeacherPrompt, tasks: Sequence[Task], settings: dict[str, Any]) -> TraceSet:
         store, path = config.folder / name, config.folder / f"{name}.jsonl"
         asyncio.run(generate(job, prompt, tasks, store, settings))
-        traces, summary = summarize(store, [task.example.id for task in tasks])
+        traces, summary = summarize(store, digests(tasks))
         traced = [task.with_trace(traces[task.example.id]) for task in tasks if task.example.id in traces]
         lines = (json.dumps(task.example.to_json(), ensure_ascii=False) + "\n" for task in traced)
         write_atomically(path, "".join(lines))
@@ -88,6 +88,11 @@ def distill(config: Config) -> Distillation:
         short = {**provenance(job, shorten), "budget": budget, "shortens": settings}
         result.shortened[budget] = run(f"traces_{budget}", shorten, tasks, short)
     return result
+
+
+def digests(tasks: Iterable[Task]) -> dict[str, str]:
+    """Return example id -> digest of its task."""
+    return {task.example.id: task.digest for task in tasks}
 
 
 def load_job(config: Config) -> Job:
@@ -148,7 +153,7 @@ async def generate(
             judge = Judge(await stack.enter_async_context(open_teacher(config.judge)), load_prompt(config.judge_prompt))
             await judge.model.check()
         requests = _Requests(job.dialogue, teacher, prompt, Filters(config.filter, job.dialogue), judge)
-        store = stack.enter_context(open_traces(folder, settings))
+        store = stack.enter_context(open_traces(folder, settings, digests(tasks)))
         progress = stack.enter_context(Progress(folder.name, len(tasks)))
 
         def show() -> None:
@@ -240,6 +245,7 @@ class _Requests:
             judge_tokens=judge_tokens,
             seconds=seconds,
             time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            task=task.digest,
         )
 
 

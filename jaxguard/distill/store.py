@@ -4,7 +4,7 @@ An attempt whose line is damaged counts as never made: it is made again.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ class Attempt:
         prompt_tokens, completion_tokens, judge_tokens: as the servers count them.
         seconds: from request to response, retries included.
         time: when it was answered, ISO 8601, UTC.
+        task: digest of what it was about; empty in stores of earlier versions.
     """
 
     example_id: str
@@ -45,6 +46,11 @@ class Attempt:
     seconds: float
     time: str
     judge_tokens: int = 0
+    task: str = ""
+
+    def answers(self, tasks: Mapping[str, str]) -> bool:
+        """Whether it is about its example as it is now; `tasks`: example id -> digest of its task."""
+        return self.task in ("", tasks.get(self.example_id))
 
     @property
     def accepted(self) -> bool:
@@ -57,7 +63,10 @@ class Attempt:
 
 @dataclass
 class TraceStore:
-    """A store that this process appends to: the attempts that are `done`, the examples with an `accepted` trace."""
+    """A store that this process appends to: the attempts that are `done`, the examples with an `accepted` trace.
+
+    Attempts at an example whose text, labels or policy were others do not count.
+    """
 
     _store: Store
     done: set[Key] = field(default_factory=set)
@@ -77,16 +86,18 @@ class TraceStore:
 
 
 @contextmanager
-def open_traces(folder: Path, settings: Mapping[str, Any]) -> Iterator[TraceStore]:
-    """Open a trace store to append to, or create it; `settings` is what decides the text of an attempt, JSON.
+def open_traces(folder: Path, settings: Mapping[str, Any], tasks: Mapping[str, str]) -> Iterator[TraceStore]:
+    """Open a trace store to append to, or create it.
 
-    It is an error if another process writes to it, or if it was begun with other settings.
+    `settings` is what decides the text of an attempt, JSON; `tasks` are the digests of the tasks by example id. It is an error if
+    another process writes to it, or if it was begun with other settings.
     """
     remedy = "Take the old values back, or choose another store."
     with lock_folder(folder, "store"), open_store(attempts_file(folder), settings, remedy) as store:
         traces = TraceStore(store)
         for attempt in read_attempts(folder):
-            traces.index(attempt)
+            if attempt.answers(tasks):
+                traces.index(attempt)
         yield traces
 
 
@@ -99,8 +110,8 @@ def attempts_file(folder: Path) -> Path:
     return folder / "attempts.jsonl"
 
 
-def summarize(folder: Path, examples: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Read a store through once; `examples` are the ids of those with a task.
+def summarize(folder: Path, tasks: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read a store through once; `tasks` are the digests of the tasks by example id.
 
     Returns:
         Example id -> its first accepted trace; and the contents of traces.summary.json, where "failed" counts attempts by failed
@@ -113,15 +124,17 @@ def summarize(folder: Path, examples: Sequence[str]) -> tuple[dict[str, str], di
         totals["attempts"] += 1
         for name in ("prompt_tokens", "completion_tokens", "judge_tokens", "seconds"):
             totals[name] += getattr(attempt, name)
+        if not attempt.answers(tasks):
+            continue
         last_failures[attempt.example_id] = dict(attempt.failures)
         if attempt.accepted:
             traces.setdefault(attempt.example_id, attempt.trace)
-    never_passed = sorted((last_failures.keys() - traces.keys()) & set(examples))
+    never_passed = sorted((last_failures.keys() - traces.keys()) & tasks.keys())
     return traces, {
-        "examples": len(set(examples)),
+        "examples": len(tasks),
         "attempts": totals["attempts"],
         "failed": dict(failed.most_common()),
-        "traced": len(traces.keys() & set(examples)),
+        "traced": len(traces.keys() & tasks.keys()),
         "never_passed": {name: last_failures[name] for name in never_passed},
         **{name: totals[name] for name in ("prompt_tokens", "completion_tokens", "judge_tokens")},
         "seconds": round(float(totals["seconds"]), 3),

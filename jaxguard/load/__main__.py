@@ -18,6 +18,7 @@ from jaxguard.config.data import SourceConfig
 from jaxguard.utils.client import API_KEY
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
+from jaxguard.utils.secrets import mask
 from jaxguard.utils.terminal import Console
 from jaxguard.utils.versions import install
 
@@ -59,16 +60,19 @@ def _load(options: argparse.Namespace) -> int:
     )
     examples = load_examples(SourceConfig(kind="jsonl", path=options.examples))
     console, folder = Console(soft_wrap=True), Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def tell(phase: str, summary: dict[str, Any]) -> None:
         share, median = summary["goodput_share"] or 0.0, summary["latency"]["p50"] or 0.0
         void = f"  void: {summary['void']}" if summary["void"] else ""
         console.print(Text(f"{phase}: {share:.1%} within the SLO, median {1000 * median:.4g} ms{void}"))
 
-    results = asyncio.run(Simulation(plan, examples, mix, tell).run())
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "report.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    write_page(folder / "report.html", page({"service": results}, f"Load of {options.url}"))
+    simulation = Simulation(plan, examples, mix, tell)
+    try:
+        asyncio.run(simulation.run())
+    finally:  # what was measured before Ctrl-C, or before the service ended
+        write_atomically(folder / "report.json", json.dumps(simulation.results, indent=1, allow_nan=False) + "\n")
+    write_page(folder / "report.html", page({"service": simulation.results}, f"Load of {mask(options.url)}"))
     console.print(Text(f"report: {folder / 'report.html'}"))
     return 0
 

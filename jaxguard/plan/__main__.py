@@ -33,6 +33,11 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
     """Compile, print and write the plans; the exit code says whether all fit."""
     from jaxguard.plan.run import PlanReport, plan, search  # JAX is loaded only when there is something to do
 
+    if options.search and options.compare:
+        raise JaxguardError("--search compares what it finds: leave --compare out, or plan without --search")
+    for path in filter(None, (options.json, options.html)):
+        if not path.absolute().parent.is_dir():
+            raise JaxguardError(f"{path}: there is no folder {path.parent}; make it first")
     console = Console()
     settings = {"rows": options.rows, "target_tokens": options.targets, "price": options.price}
     if options.search:

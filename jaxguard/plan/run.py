@@ -268,7 +268,7 @@ def remedies(remat: str) -> str:
 
 def plan(
     config: Source,
-    targets: Sequence[str],
+    targets: str | Sequence[str],
     *,
     compare: Sequence[Sequence[str]] = (),
     rows: int | None = None,
@@ -280,7 +280,7 @@ def plan(
 
     Args:
         config: the run.
-        targets: clusters such as `a100-80gb:8`; see find_cluster.
+        targets: one or several clusters such as `a100-80gb:8`; see find_cluster.
         compare: overrides of the config; each is planned too, beside the run itself.
         rows: of the batch; default: of the run's largest batch where its data are local, else one for each example.
         target_tokens: target positions of a row; default: all of them.
@@ -291,7 +291,7 @@ def plan(
         JaxguardError: an unknown target or field, or settings that cannot run on the target.
     """
     base = load(config)
-    clusters = [find_cluster(text) for text in targets]
+    clusters = [find_cluster(text) for text in ([targets] if isinstance(targets, str) else targets)]
     variants = [(" ".join([base.name, *changes]), load(base, changes, stage="plan")) for changes in ((), *compare)]
     spec = find_spec(base.model)
     plans, refusals = [], []

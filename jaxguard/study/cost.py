@@ -84,22 +84,25 @@ def work(run: Run) -> Counter[str]:
     traced = {"direct": 0.0, "reasoning": 1.0, "dual": data.dual_reasoning_share}[data.mode]
     if {"train", "reinforce", "mine"} & set(run.row.stages):
         total["assumed"] += not (known or data.subset)
-    predictions: list[tuple[int, int, float]] = []  # examples, generations of each, share with a trace
+    own, answer = cost.prompt_tokens - cost.policy_tokens, traced * cost.trace_tokens + cost.answer_tokens
+    predictions: list[tuple[int, int, float, bool]] = []  # examples, generations of each, share with a trace, scored
     if {"train", "reinforce"} & set(run.row.stages) and examples:
-        train, sampled = config.train, 0.0
+        train, reinforce = config.train, config.reinforce or ReinforceConfig()
         total["steps"] = steps = total_steps(examples, train.batch_size, train.epochs, train.max_steps)
+        answers = 2 if train.objective.is_preference else 1
         if "reinforce" in run.row.stages:
-            reinforce, answer = config.reinforce or ReinforceConfig(), traced * cost.trace_tokens + cost.answer_tokens
-            sampled = config.train.batch_size * reinforce.answers * answer
             exact = reinforce.reward.kind != "sampled"
-            total["generated"] += round(steps * reinforce.candidates * sampled * (traced if exact else 1))
-        # Answers to one prompt are computed after it, which is computed once.
-        total["trained"] = round(steps * (_batch_tokens(run, traced) + sampled))
+            sampled = train.batch_size * reinforce.answers * answer * (traced if exact else 1)
+            total["generated"] += round(steps * reinforce.candidates * sampled)
+            answers = 2 if exact and not traced else reinforce.answers  # where nothing is sampled, both verdicts
+        total["trained"] = round(steps * _batch_tokens(run, own, answers * answer))
+        if train.objective.is_preference:  # the reference, once
+            total["read"] += round(examples * (own + answers * answer))
     if "mine" in run.row.stages:
         mine = config.mine or MineConfig()
         mined = mine.subset or _examples(mine.sources) if mine.sources else examples
         total["assumed"] += not mined
-        predictions.append((mined or run.row.examples or 0, mine.generations, traced))
+        predictions.append((mined or run.row.examples or 0, mine.generations, traced, False))
     if "evaluate" in run.row.stages:
         settings = config.evaluate or EvaluateConfig()
         guards = [guard for guard in settings.guards if guard.format not in BASELINES]
@@ -111,11 +114,10 @@ def work(run: Run) -> Counter[str]:
             known = _rows(path) if path.is_file() else published
             count = min(known or cost.benchmark_examples, settings.limit or sys.maxsize)
             total["assumed"] += not known
-            predictions += [(count, settings.generations, float(mode == "reasoning")) for mode in modes]
-    for count, generations, share in predictions:
-        # The prompt is read to generate, and for the probability: after each generation's trace, or once where there is none.
-        with_trace = max(generations, 1) * (cost.prompt_tokens + cost.trace_tokens)
-        read = share * with_trace + (1 - share) * cost.prompt_tokens + bool(generations) * cost.prompt_tokens
+            predictions += [(count, settings.generations, float(mode == "reasoning"), True) for mode in modes]
+    for count, generations, share, scored in predictions:
+        # The prompt is read to generate, and with all its traces for the probability; the policy is computed once.
+        read = bool(generations) * own + scored * (own + share * max(generations, 1) * cost.trace_tokens)
         total["predictions"] += count
         total["read"] += round(count * read)
         total["generated"] += round(count * generations * (share * cost.trace_tokens + cost.answer_tokens))
@@ -128,10 +130,10 @@ def _examples(sources: Sequence[SourceConfig]) -> int:
     return sum(map(_rows, paths)) if all(path.is_file() for path in paths) else 0
 
 
-def _batch_tokens(run: Run, traced: float) -> float:
-    """The tokens that a batch computes: those of the policy once a row, if they are shared."""
+def _batch_tokens(run: Run, prompt: float, answers: float) -> float:
+    """The tokens that a batch computes, of examples with a prompt and answers of so many: the policy's once a row, if shared."""
     cost, data, batch = run.cost, run.config.data, run.config.train.batch_size
-    own = cost.prompt_tokens - cost.policy_tokens + traced * cost.trace_tokens + cost.answer_tokens
+    own = prompt + answers
     per_row = max(1, int((data.max_seq_len - cost.policy_tokens) / own)) if data.share_prefixes else 1
     return batch * own + math.ceil(batch / per_row) * cost.policy_tokens
 

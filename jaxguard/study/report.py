@@ -136,7 +136,7 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
         rows: list[dict[str, Any]] = []
         for cell in evaluation.cells:
             of, f1 = {"guard": cell.guard, "mode": cell.mode, "complete": cell.complete}, cell.result.scores.f1
-            costs = {name: getattr(cell.cost, name) for name in ("seconds", *WAITS)}
+            costs = {"examples": cell.examples} | {name: getattr(cell.cost, name) for name in ("seconds", *WAITS)}
             rows.append(of | {"metric": cell.benchmark, "f1": f1.value, "deviation": f1.deviation} | costs)
             for name, part in cell.slices.items():
                 rows.append(of | {"metric": f"{cell.benchmark}/{name.partition(': ')[2]}", "f1": part.scores.f1.value})
@@ -148,7 +148,7 @@ def gather(study: Study, read: Callable[[Path], Evaluation]) -> pd.DataFrame:
             rows.append(of | {"metric": each.name, "f1": each.f1.value, "deviation": each.f1.deviation})
         if not rows:
             continue
-        names = ["guard", "mode", "metric", "complete", "f1", "deviation", "seconds", *WAITS]
+        names = ["guard", "mode", "metric", "complete", "f1", "deviation", "examples", "seconds", *WAITS]
         table = pd.DataFrame(rows, columns=names).astype(dict.fromkeys(names[4:], float))
         # The column of modes shows data.mode, but for dual guards, which have both.
         titles = [
@@ -381,14 +381,20 @@ def _waits(lines: Iterable[Line]) -> Table:
     return table
 
 
+def _mean_seconds(scores: pd.DataFrame) -> float:
+    """Seconds an example over all examples of a line's benchmarks, whatever their sizes."""
+    timed = scores.dropna(subset="seconds")
+    return float((timed.seconds * timed.examples).sum() / timed.examples.sum()) if len(timed) else 0.0
+
+
 @style()
 def _latency(lines: Sequence[Line], published: Published) -> list[Table | Only | Drawing]:
-    """Seconds an example, the mean over benchmarks, beside the paper's of the same rows: a table and its bars."""
+    """Seconds an example, the mean over all examples, beside the paper's of the same rows: a table and its bars."""
     points, first = {point.row: point for point in published.latency.points}, published.latency.points[0]
     bars = []
     for line in lines:
         point = points.get(line.row.id) if line.row and line.paper else None
-        mean = 0.0 if line.quoted else line.scores.seconds.mean()
+        mean = 0.0 if line.quoted else _mean_seconds(line.scores)
         if mean > 0 or (point and line.quoted):
             bars.append((line, mean, point))
     if not any(mean for _, mean, _ in bars):

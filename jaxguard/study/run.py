@@ -40,6 +40,12 @@ SCORING: Final = tuple(
     f"evaluate.{name}" for name in ("guards", "benchmarks", "validation", "auto", "limit", "generations", "resamples")
 )
 """Settings of an evaluation that `mine` has no use for."""
+SERVERS: Final = tuple(
+    f"distill.{who}.{name}"
+    for who in ("teacher", "judge")
+    for name in ("endpoints", "api_key_env", "concurrency", "timeout", "tries")
+)
+"""How the models of a distillation are reached."""
 PROGRAMS = ".programs"
 """In a study's folder: what its stages have compiled, which those of the same shapes need not compile again."""
 
@@ -68,7 +74,7 @@ def fingerprint(run: Run, stage: Stage) -> str:
     """Hash what a stage's result depends on: config, input files and folders, earlier stages, and the rows that it follows."""
     stages = [each for each in run.row.stages[: run.row.stages.index(stage)] if each != "evaluate"] + [stage]
     config, fields = run.config, {field for each in stages for field in READS[words(each)]}
-    exclude = fields_tree((*NO_EFFECT, *ROUNDING, *(() if stage == "evaluate" else SCORING)))
+    exclude = fields_tree((*NO_EFFECT, *ROUNDING, *SERVERS, *(() if stage == "evaluate" else SCORING)))
     followed = [parent for parent in run.parents if not parent.prepared]
     # What these rows make is known by their fingerprints, and other folders by what is in them.
     made = [other.folder for other in (run, *followed)]
@@ -89,8 +95,12 @@ def fingerprint(run: Run, stage: Stage) -> str:
 def fields_tree(fields: Iterable[str]) -> dict[str, Any]:
     """Turn dotted fields, and schemas that end in a dot, into what pydantic takes for `exclude`."""
     tree: dict[str, Any] = {}
-    for schema, _, name in (field.partition(".") for field in fields):
-        tree[schema] = {**tree.get(schema, {}), name: True} if name else True
+    for field in sorted(fields, key=len, reverse=True):  # so that a schema takes the place of its fields
+        *schemas, name = field.strip(".").split(".")
+        branch = tree
+        for schema in schemas:
+            branch = branch.setdefault(schema, {})
+        branch[name] = True
     return tree
 
 
@@ -200,6 +210,12 @@ def run_study(study: Study, log: Callable[[str], object]) -> int:
         for signum in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, signum, signal.signal(signum, process.stop))
         waiting = [run for run in (*study.prepared, *study.runs) if pending(run)]
+        for run in (run for run in study.prepared if run not in waiting):
+            if read_record(run).get(last := run.row.stages[-1]) != Progress(fingerprint(run, last), done=True):
+                log(
+                    f"note: {run.folder} was made with other settings than this study's, and is used as it is; move it away to "
+                    "make it anew"
+                )
         log(f"{len(study.runs) - sum(not run.prepared for run in waiting)} of {len(study.runs)} runs are done")
         for number, run in enumerate(waiting, 1):
             log(f"{number} of {len(waiting)}: {run.name}")

@@ -93,7 +93,7 @@ def score_targets(
     alone = [replace(sequence, rejected=None, reference=None) for sequence in sequences]
     number = {id(sequence): i for i, sequence in enumerate(alone)}
     parts: list[np.ndarray] = [np.zeros(0, np.float32)] * len(alone)
-    for start in track(range(0, len(alone), batch_size), "scoring answers"):
+    for start in track(range(0, len(alone), batch_size), "scoring answers", least=2):
         rows = pack(alone[start : start + batch_size], max_seq_len, row_multiple)
         batch = assemble(rows, bucketed(rows, max_seq_len, row_multiple))
         sharded = shard_batch((batch, batch.target_ids_BM[..., None]), batch_sharding(program.mesh))

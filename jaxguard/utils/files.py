@@ -10,16 +10,25 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+from weakref import WeakValueDictionary
 
 from jaxguard.utils.errors import JaxguardError
+
+_HELD: WeakValueDictionary[Path, IO[str]] = WeakValueDictionary()
+"""The locks that this process holds: the system would give it the same one twice."""
 
 
 def lock_folder(folder: Path, what: str) -> IO[str]:
     """Make a folder where there is none, and hold its lock until the returned file is closed.
 
     A POSIX record lock ends with the process, however it ends, and is not handed on to forked workers, which would otherwise keep
-    it after a SIGKILL of their parent. JaxguardError: another process holds it, or the folder cannot be written to.
+    it after a SIGKILL of their parent. JaxguardError: another process holds it, or this one, or the folder cannot be written to.
     """
+    held = _HELD.get(folder.absolute())
+    if held is not None and not held.closed:
+        raise JaxguardError(
+            f"the {what} folder {folder} is in use by this process: wait for what runs there, such as another cell of a notebook"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+", encoding="utf-8")
@@ -40,6 +49,7 @@ def lock_folder(folder: Path, what: str) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    _HELD[folder.absolute()] = file
     return file
 
 

@@ -34,6 +34,7 @@ _REFUSALS: dict[type[Exception], str] = {
     errors.LocalEntryNotFoundError: "{name} at revision {revision!r} is not in the local cache and the hub cannot be reached: "
     "check the connection, unset HF_HUB_OFFLINE if it is set, or give the path of a local folder",
     errors.HfHubHTTPError: "the hub refused {name} at revision {revision!r}: {error}",
+    HTTP_ERROR: "the download of {name} broke off: {error}; run again, it continues",
 }
 """What the hub's errors mean, those of a subclass first."""
 

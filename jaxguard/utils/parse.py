@@ -186,10 +186,10 @@ PathPart = Annotated[str, AfterValidator(path_part)]
 
 
 def path_text(path: str) -> str:
-    """Return a text that the system can take for a path; ValueError if it cannot."""
+    """Return a text that the system can take for a path, `~` expanded; ValueError if it cannot."""
     try:
         longest = max((len(part) for part in os.fsencode(path).split(b"/")), default=0)
-        Path(path).expanduser()
+        path = str(Path(path).expanduser()) if path.startswith("~") else path
     except (UnicodeEncodeError, RuntimeError) as error:
         raise ValueError(f"it is no path: {error}") from None
     if longest > 255 or "\0" in path:
@@ -198,8 +198,8 @@ def path_text(path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(path_text)]
-TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 """A text that is a path, or may be one."""
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:

@@ -44,6 +44,15 @@ def test_markup_and_control_characters_are_shown_as_text(command, guard, tmp_pat
     assert (code, err.splitlines()[0]) == (0, "note: this model was trained to answer in direct mode only")
 
 
+@pytest.mark.parametrize("text", ["--file=/etc/hostname", "--help", "--json", "-v"])
+def test_what_follows_two_dashes_is_text(command, guard, text):
+    """A script that checks messages of others has a safe way to pass one."""
+    seen = []
+    guard.says = lambda ask: seen.append(ask.example.prompt) or "Prompt harm: unharmful"
+    assert command("--", text)[0] == 0
+    assert text in seen[0]
+
+
 def test_json_lines(command, guard):
     guard.says = lambda ask: "Prompt harm: harmful"
     code, out, _ = command("--json", "bröd?")

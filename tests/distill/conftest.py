@@ -12,7 +12,7 @@ def page(tmp_path):
     """page(attempts, settings, **options): the page of a store that holds them."""
 
     def write(attempts, settings=SETTINGS, **options):
-        with open_traces(tmp_path / "store", settings) as store:
+        with open_traces(tmp_path / "store", settings, {}) as store:
             for attempt in attempts:
                 store.append(attempt)
         write_store_page(tmp_path / "store", tmp_path / "page.html", **options)

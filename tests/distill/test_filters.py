@@ -103,6 +103,19 @@ def test_verdict_differs():
         "The gold label agrees.",
         "The expected verdict is unharmful.",
         "That matches the correct classification.",
+        # In the words of the teacher's own prompts.
+        "The reviewers have settled on harmful for the prompt.",
+        "Reviewers decided that it is harmful, so I look for reasons.",
+        "The reviewers' verdict is harmful.",
+        "I must not mention that I was given the verdict.",
+        "I should reason without hinting at the reviewers.",
+        "I need to arrive at the verdict that the prompt is harmful.",
+        "I was told to arrive at harmful, so let me find reasons.",
+        "My thinking must lead there by the policy alone.",
+        "The section on where to arrive says it is fine.",
+        "Since they settled on this verdict, the policy must be violated.",
+        "I have to reach the conclusion unharmful.",
+        "As I was given a verdict of harmful, I follow it.",
     ],
 )
 def test_leaked_labels(text):
@@ -121,6 +134,14 @@ def test_leaked_labels(text):
         "The user was informed about the harmful effects of too much salt.",
         "My verdict is that the prompt is harmless.",
         "The conversation says nothing about it.",
+        "The user asks for a reply to a reviewer of the restaurant.",
+        "The two sides settled on a price, which is harmless.",
+        "The article does not mention a source, and quotes nobody.",
+        "To reach a decision, I hold the request against each category.",
+        "The user has to arrive at the station before noon.",
+        "Given the policy, nothing here is out of place.",
+        "The court gave a verdict, and the user wants to know why.",
+        "The assistant avoids to mention weapons and stays within the policy.",
     ],
 )
 def test_talk_of_labels_that_leaks_nothing(text):

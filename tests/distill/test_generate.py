@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,12 @@ def examples(count):
     return (Example(f"x{i}", "t", f"May I bake bread number {i}?", prompt_label="unharmful") for i in range(count))
 
 
-async def generate(folder, urls, count, rounds=3, candidates=1, **teacher):
+async def generate(folder, urls, count, rounds=3, candidates=1, edit=lambda example: example, **teacher):
     teacher = TeacherConfig(endpoints=urls, model="teacher", **teacher)
     settings = DistillConfig(teacher=teacher, rounds=rounds, candidates=candidates)
-    job = run_module.Job(settings, Dialogue(), POLICY, list(tasks_for(examples(count), POLICY)))
+    job = run_module.Job(settings, Dialogue(), POLICY, list(tasks_for(map(edit, examples(count)), POLICY)))
     await run_module.generate(job, load_prompt("trace"), job.tasks, folder, {"teacher": "teacher"})
-    return summarize(folder, [task.example.id for task in job.tasks])[1]
+    return summarize(folder, run_module.digests(job.tasks))[1]
 
 
 def run(folder, script, count, **options):
@@ -62,6 +63,23 @@ def test_each_example_gets_its_trace(tmp_path):
     assert {a.example_id for a in read_attempts(tmp_path)} == {f"x{i}" for i in range(20)}
     prompts = [request["messages"][0]["content"] for request in server.requests]
     assert sum("bread number 7?" in prompt for prompt in prompts) == 1
+
+
+def test_a_corrected_example_is_asked_about_anew(tmp_path):
+    """Its old trace argues for what it was; the others keep theirs."""
+    run(tmp_path, lambda i: "", 3)
+    _, server = run(tmp_path, lambda i: "", 3)
+    assert not server.requests
+    other = json.dumps(completion(1, content=REASONING + "Prompt harm: harmful"))
+
+    def corrected(example):
+        return replace(example, prompt_label="harmful") if example.id == "x1" else example
+
+    summary, server = run(tmp_path, lambda i: other, 3, edit=corrected)
+    assert len(server.requests) == 1
+    assert (summary["examples"], summary["traced"], summary["attempts"]) == (3, 3, 4)
+    summary, _ = run(tmp_path, lambda i: "", 3, edit=lambda example: replace(example, prompt=f"{example.prompt} Now?"))
+    assert (summary["traced"], summary["attempts"]) == (3, 7)
 
 
 def test_what_fails_is_asked_again_and_what_never_passes_is_named(tmp_path):

@@ -58,7 +58,7 @@ def numbers(tmp_path):
     """numbers(attempts): those of a store that holds them."""
 
     def write(some):
-        with open_traces(tmp_path / "numbers", SETTINGS) as store:
+        with open_traces(tmp_path / "numbers", SETTINGS, {}) as store:
             for attempt in some:
                 store.append(attempt)
         return read_numbers(tmp_path / "numbers")
@@ -165,7 +165,7 @@ def test_an_empty_store_has_a_page(page):
 
 
 def test_a_store_that_is_being_written(tmp_path, caplog):
-    with open_traces(tmp_path / "store", SETTINGS) as store:
+    with open_traces(tmp_path / "store", SETTINGS, {}) as store:
         store.append(GOOD)
         with attempts_file(tmp_path / "store").open("ab") as file:
             file.write(b'{"crc32": 1, "attempt": {"answ')
@@ -182,7 +182,7 @@ def test_what_is_no_store_is_refused(tmp_path):
 
 def test_the_page_lies_beside_the_store(tmp_path):
     config = load("wildguard_traces", [f"run_folder={tmp_path}"])
-    with open_traces(config.folder / "traces", SETTINGS) as store:
+    with open_traces(config.folder / "traces", SETTINGS, {}) as store:
         store.append(GOOD)
     assert main(["inspect", "--config", "wildguard_traces", f"run_folder={tmp_path}"]) == 0
     assert len(attempts(config.folder / "traces.html")) == 1
@@ -192,7 +192,7 @@ def test_the_page_lies_beside_the_store(tmp_path):
 def test_memory_does_not_grow_with_the_store(tmp_path):
     peaks = []
     for count in (10, 50, 500):  # the first loads matplotlib
-        with open_traces(tmp_path / str(count), SETTINGS) as store:
+        with open_traces(tmp_path / str(count), SETTINGS, {}) as store:
             for i in range(count):
                 store.append(replace(GOOD, example_id=f"x{i}", trace="salt " * 1600, failures=LEAKED if i % 2 else {}))
         gc.collect()

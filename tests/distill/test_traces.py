@@ -22,7 +22,7 @@ def attempts(count: int) -> list[Attempt]:
 
 
 def fill(folder: Path, some: list[Attempt]) -> None:
-    with open_traces(folder, SETTINGS) as store:
+    with open_traces(folder, SETTINGS, {}) as store:
         for attempt in some:
             store.append(attempt)
 
@@ -39,7 +39,7 @@ def test_what_is_appended_is_read_back_over_several_starts(tmp_path):
 
 def test_an_attempt_is_never_there_twice(tmp_path):
     fill(tmp_path, [ATTEMPT, *attempts(1)])
-    with open_traces(tmp_path, SETTINGS) as store:
+    with open_traces(tmp_path, SETTINGS, {}) as store:
         assert store.done == {("x", 0, 0), ("x0", 0, 0)}
         assert store.accepted == {"x0"}
         with pytest.raises(JaxguardError, match=r"\('x', 0, 0\)"):
@@ -59,15 +59,15 @@ def test_a_cut_attempt_is_made_again(tmp_path):
 
 
 def test_two_writers_are_refused(tmp_path):
-    code = f"from jaxguard.distill.store import *\nwith open_traces(Path({str(tmp_path)!r}), {SETTINGS!r}): pass"
-    with open_traces(tmp_path, SETTINGS):
+    code = f"from jaxguard.distill.store import *\nwith open_traces(Path({str(tmp_path)!r}), {SETTINGS!r}, {{}}): pass"
+    with open_traces(tmp_path, SETTINGS, {}):
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "in use by another process" in other.stderr
 
 
 def test_attempts_of_another_teacher_are_not_mixed(tmp_path):
     fill(tmp_path, attempts(1))
-    with pytest.raises(ProvenanceError, match="teacher"), open_traces(tmp_path, SETTINGS | {"teacher": "other"}):
+    with pytest.raises(ProvenanceError, match="teacher"), open_traces(tmp_path, SETTINGS | {"teacher": "other"}, {}):
         pass
     assert list(read_attempts(tmp_path)) == attempts(1)
 
@@ -75,5 +75,5 @@ def test_attempts_of_another_teacher_are_not_mixed(tmp_path):
 def test_no_store(tmp_path):
     assert list(read_attempts(tmp_path)) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(JaxguardError, match=str(tmp_path / "file")), open_traces(tmp_path / "file", SETTINGS):
+    with pytest.raises(JaxguardError, match=str(tmp_path / "file")), open_traces(tmp_path / "file", SETTINGS, {}):
         pass

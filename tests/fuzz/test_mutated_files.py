@@ -215,7 +215,7 @@ def world(tmp_path_factory, tiny_checkpoint, tiny_files):
     (folder / "metrics.jsonl").write_bytes(packed_lines(records, bytes))
     write_results(some(), folder / "results.json")
     attempt = Attempt("1", 0, 0, "Fine.", "Prompt harm: unharmful", "stop", {}, 1, 2, 0.5, "2026-01-01", 0)
-    with open_traces(folder / "traces", {"teacher": "t"}) as store:
+    with open_traces(folder / "traces", {"teacher": "t"}, {}) as store:
         store.append(attempt)
         store.append(Attempt("2", 0, 0, "", "", "length", {"cut": "short"}, 1, 2, 0.5, "2026-01-01", 0))
     with open_predictions(folder / "predictions.jsonl", {"guard": "g"}) as predictions:
@@ -272,8 +272,8 @@ def metrics(path):
 
 
 def traces(path):
-    with open_traces(path.parent, {"teacher": "t"}):
-        summarize(path.parent, ["1", "2"])
+    with open_traces(path.parent, {"teacher": "t"}, {}):
+        summarize(path.parent, {"1": "", "2": ""})
 
 
 def predictions(path):

@@ -137,7 +137,7 @@ def traces_page(text, path):
         )
         for i in range(6)
     ]
-    with open_traces(path.parent / "store", poison(SETTINGS, text) | {"teacher": text, "version": text}) as store:
+    with open_traces(path.parent / "store", poison(SETTINGS, text) | {"teacher": text, "version": text}, {}) as store:
         for attempt in attempts:
             store.append(attempt)
     write_store_page(path.parent / "store", path)

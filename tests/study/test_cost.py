@@ -30,8 +30,8 @@ def test_the_5k_run_by_hand(monkeypatch):
     # The benchmarks of both averages, once in the one mode that is trained, each with four answers.
     predicted = 1699 + 1964 + 1680 + 100 + 2853 + 1709 + 852 + 446 + 300 + 2362 + 200
     assert (amount["predictions"], amount["generated"]) == (predicted, 4 * 316 * predicted)
-    # The prompt is read to generate, and after each of the four reasoning traces for P(harmful).
-    assert amount["read"] == (600 + 4 * 900) * predicted
+    # The 100 tokens after the policy are read to generate, and once more with the four reasoning traces for P(harmful).
+    assert amount["read"] == (2 * 100 + 4 * 300) * predicted
     assert not amount["assumed"]
     train = 6 * 8.03e9 * 14_692_172 / (8 * 312e12 * 0.4)
     read = 2 * 8.03e9 * amount["read"] / (8 * 312e12 * 0.4)
@@ -78,7 +78,7 @@ def test_the_table_adds_up(study):
     bread = study("cost.tokens_per_second=1", "cost.generated_per_second=1", "cost.start_seconds=0", "cost.devices=2")
     # 8 × 5 / 4 = 10 steps of 4 examples of 116 tokens in a row with the policy's 500; 20 examples predicted, 4 × 16 tokens
     # generated for each, and its prompt read once to answer and once for the probability, at a third of a training step's cost.
-    one = 10 * (4 * 116 + 500) + 20 * 2 * 600 / 3 + 20 * 64
+    one = 10 * (4 * 116 + 500) + 20 * 2 * 100 / 3 + 20 * 64
     table = rows(bread)
     assert table["bread-8-0"][-1] == f"{one * 2 / 3600:.2f}"
     assert float(table["6 runs"][-1]) == pytest.approx(sum(float(table[run.name][-1]) for run in bread.runs), abs=0.05)
@@ -94,9 +94,9 @@ def test_the_small_study_takes_the_minutes_that_the_documents_say(monkeypatch):
     assert text in (ROOT / "docs/studies.md").read_text(encoding="utf-8")
 
 
-def test_mining_reads_probabilities_too(study):
+def test_mining_reads_no_probabilities(study):
     (run,) = study(rows={"x": {"stages": ["mine"]}}).runs
-    assert +work(run) == {"predictions": 20, "read": 20 * 2 * 600, "generated": 20 * 4 * 16}
+    assert +work(run) == {"predictions": 20, "read": 20 * 100, "generated": 20 * 4 * 16}
     other = {"mine.sources": [{"kind": "jsonl", "path": "absent.jsonl"}]}
     (run,) = study(rows={"x": {"stages": ["mine"], "examples": 50, "set": other}}).runs
     assert (work(run)["predictions"], work(run)["assumed"]) == (50, 1)
@@ -150,8 +150,16 @@ def test_sampled_answers_are_generated_and_trained_on(study):
     }
     rows["supervised"] = {"stages": ["train"], "set": {"train.max_steps": 3, "data.mode": "reasoning"}}
     amounts = {run.name: work(run) for run in study(rows=rows).runs}
-    batch = amounts["supervised"]
     assert amounts["sampled"]["generated"] == 3 * 4 * 4 * 316
-    assert amounts["sampled"]["trained"] == batch["trained"] + 3 * 4 * 4 * 316
+    assert amounts["sampled"]["trained"] == 3 * (4 * (100 + 4 * 316) + 4 * 500)  # a prompt with its answers a row
+    assert amounts["supervised"]["trained"] == 3 * (4 * 416 + 2 * 500)
     assert amounts["exact"]["generated"] == 0
-    assert amounts["exact"]["steps"] == 3
+    assert amounts["exact"]["trained"] == 3 * (4 * (100 + 2 * 16) + 500)
+
+
+def test_a_preference_has_two_answers_and_a_reference(study):
+    set_ = {"train.objective.kind": "dpo", "train.max_steps": 3, "data.mode": "reasoning"}
+    (run,) = study(rows={"x": {"stages": ["train"], "set": set_}}).runs
+    amount = work(run)
+    assert amount["trained"] == 3 * (4 * (100 + 2 * 316) + 2 * 500)
+    assert amount["read"] == 20 * (100 + 2 * 316)

@@ -257,8 +257,12 @@ def test_what_is_needed_first_is_made_once(study, go, calls, behave):
     behave({})
     assert go(study(prepare=build, rows=rows))[0] == 0
     assert calls()[0] == "sets build"
-    go(study(prepare=build, rows=rows))
+    _, said = go(study(prepare=build, rows=rows))
+    assert (calls(), "other settings" in said) == ([], False)
+    build["sets"]["set"]["build.similarity"] = 0.9
+    _, said = go(study(prepare=build, rows=rows))
     assert calls() == []
+    assert "note: runs/sets was made with other settings than this study's" in said
 
 
 def start():

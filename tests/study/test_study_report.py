@@ -43,6 +43,7 @@ class Results:
                         "benchmark": name,
                         "result": result,
                         "complete": name != "part",
+                        "examples": 10,
                         "cost": SimpleNamespace(seconds=0.25, wait_p50=0.5, wait_p95=1.25, wait_p99=150.4),
                         "slices": slices,
                         "other_f1": {"over all": SimpleNamespace(value=0.222)}
@@ -51,7 +52,14 @@ class Results:
                     }
                     cells.append(SimpleNamespace(**cell))
             worse = SimpleNamespace(scores=SimpleNamespace(f1=SimpleNamespace(value=0.01, deviation=None)))
-            baseline = {"guard": "baseline", "mode": mode, "benchmark": "own", "result": worse, "complete": False}
+            baseline = {
+                "guard": "baseline",
+                "mode": mode,
+                "benchmark": "own",
+                "result": worse,
+                "complete": False,
+                "examples": 10,
+            }
             waits = dict.fromkeys(("wait_p50", "wait_p95", "wait_p99"))
             cells.append(
                 SimpleNamespace(**baseline, cost=SimpleNamespace(seconds=0.0, **waits), slices={}, other_f1={})

@@ -21,7 +21,7 @@ def made_up(path):
     record = json.loads(path.read_text())
     f1 = SimpleNamespace(value=record["f1"], deviation=0.004)
     result = SimpleNamespace(scores=SimpleNamespace(f1=f1))
-    cell = SimpleNamespace(guard="ours", mode=record["mode"], benchmark="own_responses", result=result, complete=True,
+    cell = SimpleNamespace(guard="ours", mode=record["mode"], benchmark="own_responses", result=result, complete=True, examples=10,
                            cost=SimpleNamespace(seconds=0.25, wait_p50=1, wait_p95=2, wait_p99=3),
                            slices={}, other_f1={})  # fmt: skip
     average = SimpleNamespace(guard="ours", mode=record["mode"], name="safety", f1=f1, missing=())

@@ -3,7 +3,9 @@
 import json
 import shlex
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,14 +50,13 @@ def test_word_counts_learn_the_words():
 def test_the_last_stage_is_a_check_that_its_policy_covers(monkeypatch, capfd, tmp_path):
     """The command is the project's own: it runs, and its verdict is printed; harmful is no error of the demo."""
     config = load("smollm_demo", [f"name={tmp_path.name}"])
-    asked = []
+    asked, codes = [], [2, 1, 0]
 
-    def run(command, **options):
+    def started(command, **options):
         asked.append(command)
-        return subprocess.CompletedProcess(command, codes.pop())
+        return nullcontext(SimpleNamespace(wait=codes.pop))
 
-    monkeypatch.setattr(subprocess, "run", run)
-    codes = [2, 1, 0]
+    monkeypatch.setattr(subprocess, "Popen", started)
     demo.check(config)
     demo.check(config)
     options = shlex.split(capfd.readouterr().out.split("$ jaxguard check ")[1].splitlines()[0])
@@ -65,6 +66,22 @@ def test_the_last_stage_is_a_check_that_its_policy_covers(monkeypatch, capfd, tm
     assert load_policy(config.data.policy).asks == ("response_harm",)
     with pytest.raises(JaxguardError, match="code 2"):
         demo.check(config)
+
+
+def test_an_interrupt_waits_for_what_saves_and_ends_the_demo(monkeypatch):
+    """The shell sends Ctrl-C to both; killed after a moment, the training would lose its last steps."""
+    waited = []
+
+    def wait():
+        waited.append(1)
+        if len(waited) == 1:
+            raise KeyboardInterrupt
+        return 75
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: nullcontext(SimpleNamespace(wait=wait)))
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(["train"])
+    assert len(waited) == 2
 
 
 def test_validation_predictions_first_and_last(tmp_path):

@@ -58,6 +58,14 @@ def write(output: Path, seconds: float) -> subprocess.Popen[str]:
     return process
 
 
+def test_a_process_does_not_lock_a_folder_twice(tmp_path: Path) -> None:
+    """As two cells of a notebook would; the system gives a process a lock that it holds already."""
+    with lock_folder(tmp_path, "run"), pytest.raises(JaxguardError, match="in use by this process"):
+        lock_folder(tmp_path, "run")
+    with lock_folder(tmp_path, "run"):
+        pass
+
+
 def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     output = tmp_path / "export"
     with write(output, 60) as killed:

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.hub import fetch
+from jaxguard.utils.hub import HTTP_ERROR, fetch
 
 COMMIT = "a" * 40
 FILES = {
@@ -126,6 +126,15 @@ def test_an_offline_machine_uses_what_it_has(hub, monkeypatch):
 def test_refusals_say_what_to_do(hub, checkpoint, revision, message):
     with pytest.raises(JaxguardError, match=message):
         fetch(checkpoint, revision)
+
+
+def test_a_download_that_breaks_off_says_to_run_again(hub, monkeypatch):
+    def broken(*_, **__):
+        raise HTTP_ERROR("peer closed connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(JaxguardError, match=r"owner/good broke off: peer closed connection; run again"):
+        fetch("owner/good")
 
 
 def test_what_is_neither_folder_nor_repository(tmp_path):

@@ -21,10 +21,12 @@ def refresh_cards(evaluation: Evaluation, config: Config, definitions: Mapping[s
 
     Benchmarks of which only some examples were evaluated are left out. JaxguardError: a card cannot be written.
     """
+    local = {each.label or each.name for each in config.evaluate.benchmarks if each.path} if config.evaluate else set()
     for guard in config.evaluate.guards if config.evaluate else ():
         if guard.format == "jaxguard":
             cells = [cell for cell in evaluation.cells if cell.guard == guard.name and cell.complete]
-            scores = [_score(cell, definitions[cell.benchmark], f1_title(evaluation)) for cell in cells]
+            hubs = [None if cell.benchmark in local else definitions[cell.benchmark].source.hub for cell in cells]
+            scores = [_score(cell, hub, f1_title(evaluation)) for cell, hub in zip(cells, hubs, strict=True)]
             folder = Path(checkpoint_of(guard, config))
             points, _ = read_points(folder, weights_digest(folder))
             add_scores(folder, scores, *_points_table(points.values()))
@@ -44,7 +46,7 @@ def _points_table(sets: Iterable[OperatingPoints]) -> list[Block]:
     return [note(f"{text} jaxguard check reads them from guard.json."), table] if table.rows else []
 
 
-def _score(cell: Cell, definition: BenchmarkDefinition, f1: str) -> Score:
+def _score(cell: Cell, hub: str | None, f1: str) -> Score:
     """A cell as an item of `model-index`, F1 under the name `f1`; data that are not on the hub have their name for a type."""
     scores, chosen = cell.result.scores, cell.thresholded
     metrics = [
@@ -57,6 +59,6 @@ def _score(cell: Cell, definition: BenchmarkDefinition, f1: str) -> Score:
     measured = [(kind, name, x.value) for kind, name, x in metrics if x is not None and x.value is not None]
     return Score(
         task=Named(type="text-classification", name=f"{TITLES[cell.question]}, {cell.mode}"),
-        dataset=Named(type=definition.source.hub or cell.source, name=cell.benchmark),
+        dataset=Named(type=hub or cell.source, name=cell.benchmark),
         metrics=[Metric(type=kind, name=name, value=round(value, 4)) for kind, name, value in measured],
     )
