@@ -97,6 +97,9 @@ class Command:
                 raise JaxguardError(f"{error}{hint}; jaxguard {self.name} --help lists the options") from None
             if not unknown:
                 return self.run(options)
+            if not unknown[0].startswith("-"):
+                hint = f"quote a text that has spaces; jaxguard {self.name} --help lists the options"
+                raise JaxguardError(f"there is one word too many, {unknown[0]!r}: {hint}")
             raise JaxguardError(f"unknown option {unknown[0]!r}; {self._option_hint(parser, unknown[0], arguments)}")
 
         return exit_code(parse_and_run)

@@ -44,6 +44,12 @@ def test_markup_and_control_characters_are_shown_as_text(command, guard, tmp_pat
     assert (code, err.splitlines()[0]) == (0, "note: this model was trained to answer in direct mode only")
 
 
+def test_a_text_without_quotes_is_said_so(command):
+    code, _, error = command("How", "do", "I", "bake?")
+    assert code == 2
+    assert "'do': quote a text" in error
+
+
 @pytest.mark.parametrize("text", ["--file=/etc/hostname", "--help", "--json", "-v"])
 def test_what_follows_two_dashes_is_text(command, guard, text):
     """A script that checks messages of others has a safe way to pass one."""
