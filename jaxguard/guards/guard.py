@@ -1,9 +1,7 @@
 """The public class `Guard`: a guard model, loaded once, that checks prompts and responses against a policy."""
 
 import asyncio
-import logging
 import re
-import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
@@ -29,11 +27,10 @@ from jaxguard.guards.growing import Answered, Kept, keep, known
 from jaxguard.guards.operating_points import AUTO, F1, POINTS, WORDS, Asked, AutoThresholds, Points, read_points
 from jaxguard.guards.protocol import LocalBackend, Prediction, Request, applicable
 from jaxguard.utils import hub
-from jaxguard.utils.errors import JaxguardError, where
+from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest
 from jaxguard.utils.secrets import Masked
-
-logger = logging.getLogger(__name__)
+from jaxguard.utils.threads import LoopThread
 
 Exchange: TypeAlias = Example | tuple[str, str | None] | str
 """An example, a (prompt, response) pair, or a prompt."""
@@ -131,10 +128,7 @@ class Guard:
         self._chosen, self._no_points = operating_point not in (None, WORDS), ""
         self.operating_point = F1 if operating_point is None else str(operating_point)
         self.policy = load_policy(config.data.policy)
-        self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(_unexpected)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="jaxguard", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("jaxguard")
         self._open = AsyncExitStack()
         self._settings = config.evaluate or EvaluateConfig()
         opened = loading.open_guard(self._settings.guards[0], config, self._settings, deadline=deadline)
@@ -296,11 +290,7 @@ class Guard:
 
     async def asettle(self) -> None:
         """Wait until what was cancelled no longer computes: a pass that has begun is not interrupted."""
-
-        async def nothing() -> None:
-            pass
-
-        await asyncio.wrap_future(self._submit(nothing()))
+        await self._thread.settle()
 
     async def awarm_up(self) -> None:
         """Compile what the scores of a few exchanges need, after the policies that were judged by so far."""
@@ -333,14 +323,12 @@ class Guard:
 
     def close(self) -> None:
         """Free the model, or the connection; closing twice does no harm."""
-        if self._loop.is_closed():
+        if self._thread.closed:
             return
         try:
             self._submit(self._open.aclose()).exception()  # what is raised at the end was raised to a caller before
         finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            self._thread.close()
 
     def __enter__(self) -> Self:
         return self
@@ -349,10 +337,10 @@ class Guard:
         self.close()
 
     def _submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        if self._loop.is_closed():
+        if self._thread.closed:
             work.close()
             raise JaxguardError("this guard is closed: load it again")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        return self._thread.submit(work)
 
     async def _checked(
         self,
@@ -460,8 +448,3 @@ class Guard:
             prompt_tokens=sum(answer.prompt_tokens for _, answer in answers),
             completion_tokens=sum(answer.completion_tokens for _, answer in answers),
         )
-
-
-def _unexpected(_: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
-    """Log an error that nobody waited for, without its message: a text may be in it."""
-    logger.error("unexpected: %s", where(context.get("exception") or RuntimeError()))

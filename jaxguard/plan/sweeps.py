@@ -8,11 +8,11 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import jaxlib
 from matplotlib.figure import Figure
 from pydantic import Field
 
@@ -200,7 +200,7 @@ def sweep(
     for point in points(fields):
         spec = find_spec(point.config.model)
         # What decides the program, and the figures that are read from it.
-        facts = [jax.__version__, jaxlib.__version__, code_digest(*_CODE), repr(point.cluster), repr(spec), point.rows]
+        facts = [jax.__version__, version("jaxlib"), code_digest(*_CODE), repr(point.cluster), repr(spec), point.rows]
         key = hashlib.sha256("\n".join(map(str, [*facts, dump(point.config)])).encode()).hexdigest()[:16]
         path = folder / f"{point.series}-{point.cluster.devices}.json"
         result = read_json(path, Fields) if path.is_file() else {}

@@ -1,14 +1,52 @@
 """Threads that work ahead, and code that must not run in an event loop."""
 
 import asyncio
+import logging
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from jaxguard.utils.errors import where
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class LoopThread:
+    """An event loop in a thread of its own: its work goes on beside a script's, or that of a running loop such as a notebook's."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_unexpected)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        return self._loop.is_closed()
+
+    def submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Start work; it must not be closed."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def settle(self) -> None:
+        """Wait until the thread is free: what was cancelled ends only where it next waits for something."""
+        await asyncio.wrap_future(self.submit(asyncio.sleep(0)))
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _unexpected(_: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """Log an error that nobody waited for, without its message: a text may be in it."""
+    logger.error("unexpected: %s", where(context.get("exception") or RuntimeError()))
 
 
 def in_turn(work: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
