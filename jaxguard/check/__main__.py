@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -12,14 +13,16 @@ from rich.text import Text
 from jaxguard.cli import Command, suggest
 from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.data.examples import Example
-from jaxguard.data.files import SUFFIXES, Row, read_local, text
 from jaxguard.data.format.dialogue import TITLES, single_message
-from jaxguard.guards.guard import MODES, CheckResult, Guard
+from jaxguard.guards.modes import MODES
 from jaxguard.report.text import visible
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest, parse_json
 from jaxguard.utils.progress import track
 from jaxguard.utils.terminal import Console
+
+if TYPE_CHECKING:  # it loads transformers, which neither --help nor a mistake has to wait for
+    from jaxguard.guards.guard import CheckResult
 
 NOT_PASSED = 1
 
@@ -44,6 +47,8 @@ _BEGINNING = 72
 
 
 def _check(options: argparse.Namespace) -> int:
+    from jaxguard.guards.guard import Guard
+
     examples = read_inputs(options.text, options.response, options.file)
     console, passed, several = Console(soft_wrap=True), True, options.file is not None
     choices = (options.policy, options.mode, options.tokenizer, options.config, options.operating_point)
@@ -80,6 +85,8 @@ def read_inputs(prompt: str | None, response: str | None, file: str | None) -> l
 
     JaxguardError: nothing to check, or both; an empty text; a line that is no exchange.
     """
+    from jaxguard.data.files import text
+
     if prompt == "-" and file is None:
         prompt, file = None, "-"
     if (prompt is None) == (file is None):
@@ -102,8 +109,10 @@ def read_inputs(prompt: str | None, response: str | None, file: str | None) -> l
     return examples
 
 
-def _rows(file: str) -> Iterator[tuple[str, Row]]:
+def _rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of a table, of JSON lines if the first one is a JSON object, else of a text on each line."""
+    from jaxguard.data.files import SUFFIXES, Row, read_local
+
     path = Path(file).expanduser()
     if file != "-" and (path.name.endswith(SUFFIXES) or not path.is_file()):
         yield from read_local(path, ()).rows
@@ -119,7 +128,7 @@ def _rows(file: str) -> Iterator[tuple[str, Row]]:
         yield where, parse_json(line, Row, where) if filled[0][1].startswith("{") else {"prompt": line}
 
 
-def render(result: CheckResult, example: Example | None = None) -> RenderableType:
+def render(result: "CheckResult", example: Example | None = None) -> RenderableType:
     """A line for each question, the problems, and the reasoning; an example puts its id and beginning above.
 
     Whatever a text or a model says is shown as text and never interpreted.

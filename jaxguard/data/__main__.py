@@ -8,12 +8,8 @@ from rich.text import Text
 
 from jaxguard.cli import stage
 from jaxguard.config import Config
-from jaxguard.data.encoding import TOKENIZER_FILES, Encoder
 from jaxguard.data.inputs import check_inputs
-from jaxguard.data.prepare import encode_selection, select
-from jaxguard.data.report import report
 from jaxguard.report import Table
-from jaxguard.utils import hub
 from jaxguard.utils.terminal import Console
 
 DESCRIPTION = """\
@@ -63,6 +59,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace, config: Config) -> None:
+    from jaxguard.data.encoding import TOKENIZER_FILES, Encoder  # these load transformers
+    from jaxguard.data.prepare import encode_selection, select
+    from jaxguard.data.report import report
+    from jaxguard.utils import hub
+
     folder = hub.fetch(config.model.checkpoint, config.model.revision, TOKENIZER_FILES)
     encoder, selection = Encoder.load(folder, config.data), select(config)
     prepared = encode_selection(config, selection, encoder)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 from jaxguard.config import Config
 from jaxguard.config import load as load_config
@@ -24,7 +24,8 @@ from jaxguard.guards import loading
 from jaxguard.guards.cascade import cascade
 from jaxguard.guards.formats.native import split_request
 from jaxguard.guards.growing import Answered, Kept, keep, known
-from jaxguard.guards.operating_points import AUTO, F1, POINTS, WORDS, Asked, AutoThresholds, Points, read_points
+from jaxguard.guards.modes import AUTO, MODES, AnyMode
+from jaxguard.guards.operating_points import F1, POINTS, WORDS, Asked, AutoThresholds, Points, read_points
 from jaxguard.guards.protocol import LocalBackend, Prediction, Request, applicable
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
@@ -35,8 +36,6 @@ from jaxguard.utils.threads import LoopThread
 Exchange: TypeAlias = Example | tuple[str, str | None] | str
 """An example, a (prompt, response) pair, or a prompt."""
 
-AnyMode: TypeAlias = Mode | Literal["auto"]
-MODES: Final[tuple[AnyMode, ...]] = (*Mode, AUTO)
 Result = TypeVar("Result")
 
 

@@ -27,8 +27,6 @@ POINTS: Final = "guard.json"
 FORMAT: Final = 1
 F1, WORDS = "f1", "words"
 """The operating point with the best F1; and the one that leaves verdicts to the words of the guard's answer."""
-AUTO: Final = "auto"
-"""The mode that answers directly where that is certified, and reasons elsewhere."""
 _AGAIN = "evaluate with evaluate.validation, which writes it"
 
 Probability = Annotated[float, Field(ge=0, le=1)]

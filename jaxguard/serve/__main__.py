@@ -11,17 +11,20 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from jaxguard.cli import Command, suggest
 from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.config.evaluate import EvaluateConfig
-from jaxguard.guards import loading
-from jaxguard.guards.guard import MODES, Guard
+from jaxguard.guards.modes import MODES
 from jaxguard.utils.errors import JaxguardError, where
 from jaxguard.utils.terminal import Console
 from jaxguard.utils.versions import install
+
+if TYPE_CHECKING:
+    from jaxguard.guards.guard import Guard
 
 MOST_CONNECTIONS = 2048
 
@@ -47,6 +50,8 @@ policies in configs/policies/: {policies}
 def _serve(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise JaxguardError(f"jaxguard serve needs FastAPI and uvicorn: {install('serve')}")
+    from jaxguard.guards.guard import Guard  # loads transformers
+
     if options.audit_texts and options.audit is None:
         raise JaxguardError("--audit-texts needs --audit FILE")
     folder = None if options.policies is None else Path(options.policies)
@@ -74,11 +79,12 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 async def _run(
-    options: argparse.Namespace, guard: Guard, policy: str | None, folder: Path | None, listener: socket.socket
+    options: argparse.Namespace, guard: "Guard", policy: str | None, folder: Path | None, listener: socket.socket
 ) -> None:
     """Serve until a signal ends it."""
     import uvicorn
 
+    from jaxguard.guards import loading
     from jaxguard.guards.backends.sglang import addresses
     from jaxguard.serve import native, page
     from jaxguard.serve.adapters import ADAPTERS

@@ -12,7 +12,8 @@ from jaxguard.data.encoding import SpecialTokenError
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy
 from jaxguard.guards.growing import Answered
-from jaxguard.guards.guard import MODES, AnyMode, CheckResult, Guard
+from jaxguard.guards.guard import CheckResult, Guard
+from jaxguard.guards.modes import MODES, AnyMode
 from jaxguard.guards.protocol import UnsupportedError
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.telemetry import Metrics

@@ -11,7 +11,8 @@ from jaxguard.config.evaluate import AutoConfig
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.guards.guard import Guard
-from jaxguard.guards.operating_points import AUTO, F1, POINTS, AutoThresholds, write_points
+from jaxguard.guards.modes import AUTO
+from jaxguard.guards.operating_points import F1, POINTS, AutoThresholds, write_points
 from jaxguard.utils.errors import JaxguardError
 
 TEXTS = ["0.1", "0.2", "0.3", "0.45", "0.6", "0.8", "0.95"]
