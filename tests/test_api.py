@@ -2,8 +2,11 @@
 
 import asyncio
 import logging
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,31 @@ def test_one_override_needs_no_list():
 def test_a_stage_refuses_what_it_does_not_read():
     with pytest.raises(JaxguardError):
         jaxguard.train(CONFIG, {"mine.most": 1})
+
+
+def test_an_interrupt_inside_an_event_loop_ends_the_work():
+    """Else a cell of a notebook would wait for hours, or go on unseen."""
+    ended = []
+
+    def work():
+        try:
+            for _ in range(1000):
+                time.sleep(0.01)
+        finally:
+            ended.append(True)
+
+    async def cell():
+        main = threading.main_thread().ident
+        threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+        outside_event_loop(work)
+
+    started = time.monotonic()
+    loop = asyncio.new_event_loop()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(cell())
+    loop.close()
+    assert ended
+    assert time.monotonic() - started < 5
 
 
 def test_a_stage_runs_inside_an_event_loop():

@@ -7,12 +7,14 @@ import argparse
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from jaxguard.cli import Command, stage, suggest
 from jaxguard.config import Config
 from jaxguard.config.base import CONFIG_FOLDER, names
 from jaxguard.config.hardware import GIB, read_hardware
+from jaxguard.data.inputs import check_inputs
 from jaxguard.report import write_markdown, write_page
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
@@ -155,9 +157,9 @@ def _measure(options: argparse.Namespace, config: Config) -> int:
 
 COMMANDS = {
     "sweep": Command("plan sweep", SWEEP, _sweep, _sweep_options),
-    "measure": stage("plan measure", MEASURE, _measure, _measure_options),
+    "measure": stage("plan measure", MEASURE, _measure, _measure_options, check=partial(check_inputs, stage="plan")),
 }
-main = stage("plan", DESCRIPTION, _plan, _options, COMMANDS)
+main = stage("plan", DESCRIPTION, _plan, _options, COMMANDS, partial(check_inputs, stage="plan"))
 
 if __name__ == "__main__":
     sys.exit(main())

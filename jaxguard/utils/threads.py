@@ -1,6 +1,7 @@
 """Threads that work ahead, and code that must not run in an event loop."""
 
 import asyncio
+import ctypes
 import logging
 import threading
 from collections import deque
@@ -61,10 +62,28 @@ def in_turn(work: Callable[[Item], Result], items: Iterable[Item], threads: int,
 
 
 def outside_event_loop(work: Callable[[], Result]) -> Result:
-    """Call `work`, which starts an event loop: in a thread of its own if one is running here, as in a notebook."""
+    """Call `work`, which starts an event loop: in a thread of its own if one is running here, as in a notebook.
+
+    Interrupting the kernel interrupts `work` too, as soon as it runs Python code again.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return work()
+    threads = list[int]()
+
+    def noted() -> Result:
+        threads.append(threading.get_ident())
+        try:
+            return work()
+        finally:
+            threads.clear()
+
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(work).result()
+        future = thread.submit(noted)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            for ident in threads:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(KeyboardInterrupt))
+            raise
