@@ -74,7 +74,7 @@ def test_a_stage_refuses_what_it_does_not_read():
 
 
 INTERRUPTED = """
-import asyncio, os, signal, sys, threading, time
+import asyncio, signal, threading, time
 from jaxguard.utils.threads import outside_event_loop
 
 def work():
@@ -86,7 +86,7 @@ def work():
         print("it ended")
 
 async def cell():
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     outside_event_loop(work)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
