@@ -11,7 +11,6 @@ from jaxguard.serve.service import CheckAnswer, CheckRequest, Turn
 
 MOST_TEXTS: Final = 256
 """Of a request, as in the native API."""
-_NO_TEXT: Final = ServiceError(422, "unsupported", "this guard judges text only; a part of a message is no text")
 HARM: Final = tuple(question for question in QUESTIONS if question.endswith("_harm"))
 
 
@@ -65,12 +64,17 @@ class Message(Body):
     def text(self) -> str:
         """ServiceError 422: a part is no text."""
         if self.audio is not None:
-            raise _NO_TEXT
+            raise _no_text()
         content = self.content if isinstance(self.content, str) else text_of(self.content or ())
         calls = [call.function for call in self.tool_calls or ()] + [self.function_call] * (
             self.function_call is not None
         )
         return "\n".join(filter(str.strip, (content, self.refusal or "", *(call.text for call in calls if call))))
+
+
+def _no_text() -> ServiceError:
+    """A new one each time: an error keeps the frames that it passed, and what they hold."""
+    return ServiceError(422, "unsupported", "this guard judges text only; a part of a message is no text")
 
 
 Messages = Annotated[tuple[Message, ...], Field(min_length=1)]
@@ -85,7 +89,7 @@ def text_of(parts: Sequence[Part]) -> str:
     ]
     known = [text for text in texts if text is not None]
     if len(known) < len(parts):
-        raise _NO_TEXT
+        raise _no_text()
     return "\n".join(known)
 
 
