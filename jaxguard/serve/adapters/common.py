@@ -66,9 +66,7 @@ class Message(Body):
         if self.audio is not None:
             raise _no_text()
         content = self.content if isinstance(self.content, str) else text_of(self.content or ())
-        calls = [call.function for call in self.tool_calls or ()] + [self.function_call] * (
-            self.function_call is not None
-        )
+        calls = [*(call.function for call in self.tool_calls or ()), self.function_call]
         return "\n".join(filter(str.strip, (content, self.refusal or "", *(call.text for call in calls if call))))
 
 
