@@ -22,7 +22,7 @@ from jaxguard.utils.progress import track
 from jaxguard.utils.terminal import Console
 
 if TYPE_CHECKING:  # it loads transformers, which neither --help nor a mistake has to wait for
-    from jaxguard.guards.guard import CheckResult
+    from jaxguard.guards.result import CheckResult
 
 NOT_PASSED = 1
 

@@ -10,7 +10,7 @@ from jaxguard.data.policies import Question
 from jaxguard.guards.operating_points import AutoThresholds
 
 if TYPE_CHECKING:
-    from jaxguard.guards.guard import CheckResult
+    from jaxguard.guards.result import CheckResult
 
 Autos = Mapping[Question, AutoThresholds | None]
 """The thresholds of auto for each question about an example; None where there are none."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -15,18 +15,27 @@ from jaxguard.config import Config
 from jaxguard.config import load as load_config
 from jaxguard.config.evaluate import EvaluateConfig, GuardConfig
 from jaxguard.data.examples import Example
-from jaxguard.data.format.answer import Verdict, parse, reasoning_of
-from jaxguard.data.format.dialogue import CHOICES, FAIL_CLOSED, Mode, single_message
+from jaxguard.data.format.dialogue import Mode, single_message
 from jaxguard.data.guard_files import export_or, read_guard_files
 from jaxguard.data.policies import Policy, Question, load_policy, policy_for
-from jaxguard.data.questions import NOT_RECORDED, QuestionSet, unasked
+from jaxguard.data.questions import NOT_RECORDED, QuestionSet
 from jaxguard.guards import loading
 from jaxguard.guards.cascade import cascade
 from jaxguard.guards.formats.native import split_request
 from jaxguard.guards.growing import Answered, Kept, keep, known
 from jaxguard.guards.modes import AUTO, MODES, AnyMode
-from jaxguard.guards.operating_points import F1, POINTS, WORDS, Asked, AutoThresholds, Points, read_points
-from jaxguard.guards.protocol import LocalBackend, Prediction, Request, applicable
+from jaxguard.guards.operating_points import (
+    F1,
+    POINTS,
+    WORDS,
+    Asked,
+    AutoThresholds,
+    OperatingPoints,
+    Points,
+    read_points,
+)
+from jaxguard.guards.protocol import LocalBackend, Request, applicable
+from jaxguard.guards.result import CheckResult, join
 from jaxguard.utils import hub
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import nearest
@@ -35,6 +44,8 @@ from jaxguard.utils.threads import LoopThread
 
 Exchange: TypeAlias = Example | tuple[str, str | None] | str
 """An example, a (prompt, response) pair, or a prompt."""
+AnyPolicy: TypeAlias = Policy | str | Path
+"""A policy, or the name of one in configs/policies, or a YAML file."""
 
 Result = TypeVar("Result")
 
@@ -45,54 +56,8 @@ def _known_mode(mode: str | Mode) -> AnyMode:
     return AUTO if mode == AUTO else Mode(mode)
 
 
-@dataclass(frozen=True)
-class CheckResult:
-    """What a guard answers about one prompt or exchange.
-
-    Attributes:
-        id: the example's, else its number.
-        questions: those of the policy that apply and that the guard was trained on.
-        verdict: an answer to each; None where a question does not apply or was not asked, harmful where the answer is unparsable.
-        probabilities: of harmful (or of a refusal), for each question, calibrated where the guard's operating points apply; None
-            where the guard gives none.
-        operating_point: the one that was chosen; "words" where no threshold decided.
-        thresholds: of each question, that a probability must exceed for the verdict harmful (or refusal); None where the words of
-            the guard's answer decided.
-        reasoning: what precedes the verdict, None in direct mode. Untrusted.
-        problems: why the verdict cannot be relied on: an unparsable line, what no question judged, or a text too long to be read
-            whole.
-        text: the whole answer; several are joined by an empty line. Untrusted.
-        seconds: that the answer took; of a batch, its share.
-        prompt_tokens, completion_tokens: of all prompts that it took, and of all answers.
-        decided_by: the mode of the answer that this is.
-        direct_probabilities: in mode "auto", those of a direct answer that was not trusted, so that reasoning decided; else empty.
-            Seconds and tokens are then those of both answers.
-    """
-
-    id: str
-    questions: tuple[Question, ...]
-    verdict: Verdict
-    probabilities: dict[Question, float | None]
-    reasoning: str | None
-    problems: tuple[str, ...]
-    text: str
-    seconds: float
-    operating_point: str
-    thresholds: dict[Question, float | None]
-    prompt_tokens: int
-    completion_tokens: int
-    decided_by: Mode
-    direct_probabilities: dict[Question, float | None]
-
-    @property
-    def harmful(self) -> bool:
-        """Prompt or response is harmful."""
-        return "harmful" in (self.verdict.prompt_harm, self.verdict.response_harm)
-
-    @property
-    def passes(self) -> bool:
-        """Nothing is harmful, and everything was judged and read."""
-        return not self.harmful and not self.problems
+def _known_policy(policy: AnyPolicy) -> Policy:
+    return policy if isinstance(policy, Policy) else load_policy(str(policy))
 
 
 class Guard:
@@ -103,7 +68,7 @@ class Guard:
 
     Attributes:
         config: of a run that is never trained, whose evaluation names the guard.
-        policy: what it judges by, unless an example brings its own policy.
+        policy: what it judges by where neither the call nor the example names another policy.
         mode: how it answers by default; "auto": directly where guard.json certifies that, else by reasoning.
         warning: what a user should know of it; empty if nothing.
         trained: the sets of questions that it was trained on together; empty if that is not known.
@@ -115,22 +80,23 @@ class Guard:
         self,
         config: Config,
         mode: AnyMode,
+        policy: Policy,
         warning: str = "",
         trained: Sequence[QuestionSet] = (),
         folder: Path | None = None,
         operating_point: str | float | None = None,
         deadline: float | None = None,
     ) -> None:
-        """Load the first guard of the config's evaluation, with guard.json of `folder`, to answer in `mode`; see `load`."""
+        """Load the first guard of the config's evaluation, with guard.json of `folder`; see `load`."""
         self.config, self.mode, self.trained = config, mode, tuple(trained)
         self.points: Points = {}
         self._chosen, self._no_points = operating_point not in (None, WORDS), ""
         self.operating_point = F1 if operating_point is None else str(operating_point)
-        self.policy = load_policy(config.data.policy)
+        self.policy = policy
         self._thread = LoopThread("jaxguard")
         self._open = AsyncExitStack()
         self._settings = config.evaluate or EvaluateConfig()
-        opened = loading.open_guard(self._settings.guards[0], config, self._settings, deadline=deadline)
+        opened = loading.open_guard(self._settings.guards[0], config, self._settings, policy=policy, deadline=deadline)
         try:
             unread = folder is None or (self.operating_point == WORDS and mode != AUTO)
             notes = [] if folder is None or unread else self._read_points(folder)
@@ -144,7 +110,7 @@ class Guard:
     def load(
         cls,
         model: str | Path,
-        policy: str | Path | None = None,
+        policy: AnyPolicy | None = None,
         mode: str | Mode | None = None,
         tokenizer: str | Path | None = None,
         config: str | Path | None = None,
@@ -155,7 +121,7 @@ class Guard:
 
         Args:
             model: an export, a run's folder, a repository on the hub, or the address of an SGLang or OpenAI-compatible server.
-            policy: a name in configs/policies or a YAML file; None takes what the model was trained on.
+            policy: a `Policy`, a name in configs/policies or a YAML file; None takes what the model was trained on.
             mode: "reasoning", "direct" or "auto"; None takes how it was trained, reasoning where that is both or unknown.
             tokenizer: a folder or repository with the tokenizer, for a server whose model does not lie on this machine.
             config: a config of the run that trained it, for a model that is no export of jaxguard.
@@ -172,18 +138,17 @@ class Guard:
         if endpoint is None and tokenizer is not None:
             raise JaxguardError("tokenizer goes with a server's address; a folder or repository brings its own")
         chosen = None if mode is None else _known_mode(mode)
-        if policy is not None:
-            load_policy(str(policy))  # before anything is downloaded
+        chosen_policy = None if policy is None else _known_policy(policy)  # before anything is downloaded
         checkpoint = export_or(str(tokenizer or loading.served_path(endpoint)) if endpoint else str(model))
         folder = hub.fetch(checkpoint, only=("*.json", "*.jinja", "tokenizer*", "*.yaml"))
         export = read_guard_files(folder)
         run = load_config(str(config)) if config is not None else None if export is None else export.config
-        if policy is None:
+        if chosen_policy is None:
             if run is None:
                 raise JaxguardError(
                     "which policy? The one that this model was trained on is not known: name one, such as aegis2"
                 )
-            policy = run.data.policy if export is None or config is not None else export.policy
+            chosen_policy = load_policy(run.data.policy if export is None or config is not None else str(export.policy))
         trained = "dual" if run is None else run.data.mode
         default = chosen or (Mode.DIRECT if trained == "direct" else Mode.REASONING)
         address = None if endpoint is None else Masked(endpoint)
@@ -198,7 +163,7 @@ class Guard:
             "name": "check",
             # The mesh, attention and dtype were chosen for the machine that trained; the defaults fit this one.
             "model": {**own["model"], "checkpoint": checkpoint, "revision": None, "attention": "auto"},
-            "data": {**own["data"], "policy": str(policy), "subset": None},
+            "data": {**own["data"], "subset": None},
             "evaluate": settings.model_dump(),
         }
         together = () if export is None else export.manifest.trained_together
@@ -207,7 +172,9 @@ class Guard:
             warnings.append(f"this model was trained to answer in {trained} mode only")
         if run is not None and not together:
             warnings.append(NOT_RECORDED)
-        return cls(load_config(tree), default, "; ".join(warnings), together, folder, operating_point, deadline)
+        return cls(
+            load_config(tree), default, chosen_policy, "; ".join(warnings), together, folder, operating_point, deadline
+        )
 
     def _read_points(self, folder: Path) -> list[str]:
         """Take the operating points of a folder, and return notes. JaxguardError: guard.json is malformed."""
@@ -228,7 +195,7 @@ class Guard:
         """Notes on questions that no threshold decides. JaxguardError: none has the chosen operating point, or those of auto."""
         notes = []
         for each in Mode if mode == AUTO else (mode,):
-            own = {q: self.points.get(Asked.of(policy, q, each, self._settings)) for q in policy.asks}
+            own = self._points_of(policy, policy.asks, each)
             words = [q for q, points in own.items() if points is None or points.threshold(self.operating_point) is None]
             if self._chosen and len(words) == len(own):
                 has = "".join(f"\n  {points}" for points in self.points.values())
@@ -249,34 +216,60 @@ class Guard:
         ]
 
     def _autos(self, policy: Policy, questions: Iterable[Question]) -> dict[Question, AutoThresholds | None]:
-        points = {q: self.points.get(Asked.of(policy, q, Mode.DIRECT, self._settings)) for q in questions}
+        points = self._points_of(policy, questions, Mode.DIRECT)
         return {q: None if own is None else own.auto for q, own in points.items()}
 
-    def check(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:
-        """Check what the user wrote, with what the assistant answered, in mode "reasoning", "direct" or "auto"; None: its own.
+    def _points_of(
+        self, policy: Policy, questions: Iterable[Question], mode: Mode
+    ) -> dict[Question, OperatingPoints | None]:
+        return {q: self.points.get(Asked.of(policy, q, mode, self._settings)) for q in questions}
 
-        JaxguardError: no such mode, a policy that leaves no room for the text, or a server that fails.
+    def check(
+        self,
+        prompt: str,
+        response: str | None = None,
+        mode: str | Mode | None = None,
+        policy: AnyPolicy | None = None,
+    ) -> CheckResult:
+        """Check a prompt, with the response to it.
+
+        Args:
+            prompt: what the user wrote.
+            response: what the assistant answered; None where it has not.
+            mode: "reasoning", "direct" or "auto"; None is the guard's.
+            policy: as in `load`; None is the guard's.
+
+        Raises:
+            JaxguardError: no such mode or policy, a policy that leaves no room for the text, or a server that fails.
         """
-        [result] = self.check_many([(prompt, response)], mode)
+        [result] = self.check_many([(prompt, response)], mode, policy)
         return result
 
-    def check_many(self, exchanges: Iterable[Exchange], mode: str | Mode | None = None) -> list[CheckResult]:
+    def check_many(
+        self, exchanges: Iterable[Exchange], mode: str | Mode | None = None, policy: AnyPolicy | None = None
+    ) -> list[CheckResult]:
         """Check many exchanges in batches; results in the order of the exchanges. Labels of examples are not looked at."""
-        return list(self.stream(exchanges, mode))
+        return list(self.stream(exchanges, mode, policy))
 
-    async def acheck(self, prompt: str, response: str | None = None, mode: str | Mode | None = None) -> CheckResult:
+    async def acheck(
+        self,
+        prompt: str,
+        response: str | None = None,
+        mode: str | Mode | None = None,
+        policy: AnyPolicy | None = None,
+    ) -> CheckResult:
         """As `check`, without blocking the event loop."""
-        [result] = await self.acheck_many([(prompt, response)], mode)
+        [result] = await self.acheck_many([(prompt, response)], mode, policy)
         return result
 
     async def acheck_many(
         self,
         exchanges: Iterable[Exchange],
         mode: str | Mode | None = None,
-        policy: Policy | None = None,
+        policy: AnyPolicy | None = None,
         growing: Sequence[Answered] = (),
     ) -> list[CheckResult]:
-        """As `check_many`, without blocking the event loop, and by another `policy` than the guard's where one is given.
+        """As `check_many`, without blocking the event loop.
 
         `growing`: of each exchange what was answered so far, empty at first and updated; later ones have more of the same texts.
         """
@@ -301,13 +294,15 @@ class Guard:
 
         await asyncio.wrap_future(self._submit(compile_programs()))
 
-    def stream(self, exchanges: Iterable[Exchange], mode: str | Mode | None = None) -> Iterator[CheckResult]:
+    def stream(
+        self, exchanges: Iterable[Exchange], mode: str | Mode | None = None, policy: AnyPolicy | None = None
+    ) -> Iterator[CheckResult]:
         """As `check_many`, each result as soon as it and those before it are there."""
         exchanges, results = list(exchanges), SimpleQueue[CheckResult | None]()
 
         async def produce() -> None:
             try:
-                async for result in self._checked(exchanges, mode):
+                async for result in self._checked(exchanges, mode, policy):
                     results.put(result)
             finally:
                 results.put(None)
@@ -345,21 +340,22 @@ class Guard:
         self,
         exchanges: Iterable[Exchange],
         mode: str | Mode | None,
-        default: Policy | None = None,
+        policy: AnyPolicy | None,
         growing: Sequence[Answered] = (),
     ) -> AsyncIterator[CheckResult]:
         """The result of each exchange, in order, as soon as it and those before it are there."""
         mode, examples = self.mode if mode is None else _known_mode(mode), list[Example]()
-        self._check_mode(mode, default or self.policy)
+        default = self.policy if policy is None else _known_policy(policy)
+        self._check_mode(mode, default)
         for i, exchange in enumerate(exchanges):
             if not isinstance(exchange, Example):
                 prompt, response = (exchange, None) if isinstance(exchange, str) else exchange
                 exchange = Example(str(i + 1), "check", single_message(prompt), response)
             examples.append(exchange)
         answered = dict(zip(map(id, examples), growing, strict=True)) if growing else {}
-        answer = partial(self._answered, default=default or self.policy, growing=answered)
+        answer = partial(self._answered, default=default, growing=answered)
         if mode == AUTO:
-            policies = [policy_for(example, default or self.policy) for example in examples]
+            policies = [policy_for(example, default) for example in examples]
             autos = [self._autos(p, applicable(x, p)) for x, p in zip(examples, policies, strict=True)]
             results = cascade(examples, autos, answer)
         else:
@@ -386,7 +382,9 @@ class Guard:
             nonlocal done
             while done < len(examples) and all(part.example.id in predictions for part in parts[done]):
                 answers = [(part, predictions.pop(part.example.id)) for part in parts[done]]
-                yield self._result(examples[done], policy_for(examples[done], default), mode, answers)
+                policy = policy_for(examples[done], default)
+                points = self._points_of(policy, policy.asks, mode)
+                yield join(examples[done], policy, mode, answers, self.trained, points, self.operating_point)
                 done += 1
 
         async for prediction in self._predict([x for each in parts for x in each if x.example.id not in predictions]):
@@ -396,54 +394,3 @@ class Guard:
                 yield result
         for result in ready():  # of which nothing is asked
             yield result
-
-    def _result(
-        self, example: Example, policy: Policy, mode: Mode, answers: Sequence[tuple[Request, Prediction]]
-    ) -> CheckResult:
-        """Join the answers to the parts of a request."""
-        has_response = example.response is not None
-        words: dict[Question, str | None] = {}
-        probabilities: dict[Question, float | None] = {}
-        thresholds: dict[Question, float | None] = {}
-        problems, texts = list[str](), [answer.texts[0] if answer.texts else "" for _, answer in answers]
-        for (part, answer), text in zip(answers, texts, strict=True):
-            verdict = parse(text, part.questions, mode, part.example.response is not None)
-            problems += verdict.problems
-            for question in part.questions:
-                words[question], p = getattr(verdict, question), answer.probabilities[question]
-                points = self.points.get(Asked.of(policy, question, mode, self._settings))
-                probabilities[question] = p = p if p is None or points is None else points.calibrated(p)
-                unparsable = any(problem.startswith(f"{question}:") for problem in verdict.problems)
-                threshold = None if points is None or unparsable else points.threshold(self.operating_point)
-                thresholds[question] = threshold
-                if threshold is not None and p is None:
-                    words[question] = FAIL_CLOSED[question]
-                    problems.append(f"{question}: the guard gives no probability, which the threshold decides by")
-                elif threshold is not None and p is not None:
-                    words[question] = CHOICES[question][0 if p > threshold else 1]
-        problems += [
-            f"{question}: not asked, since this guard was not trained on it in {mode} mode"
-            for question in unasked(applicable(example, policy), has_response, mode, self.trained)
-        ]
-        if ("response_harm" if has_response else "prompt_harm") not in policy.asks:
-            judged, more = ("response", "") if has_response else ("prompt", "; give the response too")
-            problems.append(f"the {judged} was not judged: policy {policy.name!r} asks {', '.join(policy.asks)}{more}")
-        if any(answer.cut for _, answer in answers):
-            problems.append("too long for the guard: the middle of the text was not read")
-        reasonings = filter(None, map(reasoning_of, texts if mode is Mode.REASONING else ()))
-        return CheckResult(
-            id=example.id,
-            questions=tuple(words),
-            verdict=Verdict(**words, problems=tuple(problems)),
-            probabilities=probabilities,
-            reasoning="\n\n".join(reasonings) or None,
-            problems=tuple(problems),
-            text="\n\n".join(texts),
-            seconds=sum(answer.seconds for _, answer in answers),
-            decided_by=mode,
-            direct_probabilities={},
-            operating_point=WORDS if set(thresholds.values()) <= {None} else self.operating_point,
-            thresholds=thresholds,
-            prompt_tokens=sum(answer.prompt_tokens for _, answer in answers),
-            completion_tokens=sum(answer.completion_tokens for _, answer in answers),
-        )

@@ -95,21 +95,23 @@ async def open_guard(
     guard: GuardConfig,
     config: Config,
     settings: EvaluateConfig,
+    policy: Policy | None = None,
     probabilities: bool = True,
     deadline: float | None = None,
     logprobs: bool = False,
 ) -> AsyncIterator[Predictor]:
     """Load a guard, or connect to it, or start its server; everything is closed at the end.
 
-    The config is its run's, or that of the run that evaluates it. For `probabilities` see protocol.predict, for `deadline` and
-    `logprobs` open_sglang. JaxguardError: no such checkpoint, a server that does not answer or serves another model.
+    The config is its run's, or that of the run that evaluates it; `policy` is by default the config's. For `probabilities`
+    see protocol.predict, for `deadline` and `logprobs` open_sglang. JaxguardError: no such checkpoint, a server that does
+    not answer or serves another model.
     """
     if guard.format in BASELINES:
         yield fit_baseline(guard.format, trained_examples(config), config.seed)
         return
     remote = guard.endpoint is not None and not guard.swap
     folder = hub.fetch(checkpoint_of(guard, config), guard.revision, TOKENIZER_FILES if remote else None)
-    policy = load_policy(config.data.policy)
+    policy = policy or load_policy(config.data.policy)
     form: PromptFormat
     if guard.format == "jaxguard":
         data = config.data.model_copy(update={"max_seq_len": context_tokens(folder)})

@@ -12,9 +12,10 @@ from jaxguard.data.encoding import SpecialTokenError
 from jaxguard.data.examples import Example
 from jaxguard.data.policies import Policy
 from jaxguard.guards.growing import Answered
-from jaxguard.guards.guard import CheckResult, Guard
+from jaxguard.guards.guard import Guard
 from jaxguard.guards.modes import MODES, AnyMode
 from jaxguard.guards.protocol import UnsupportedError
+from jaxguard.guards.result import CheckResult
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.telemetry import Metrics
 from jaxguard.utils.client import REST_SECONDS, UnavailableError

@@ -23,8 +23,9 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import TITLES, Mode, single_message, transcript
 from jaxguard.data.policies import Policy, policy_column
 from jaxguard.guards.growing import Answered
-from jaxguard.guards.guard import CheckResult, Guard
+from jaxguard.guards.guard import Guard
 from jaxguard.guards.modes import AUTO, MODES, AnyMode
+from jaxguard.guards.result import CheckResult
 from jaxguard.serve.batching import Batcher, Job, tokens_of
 from jaxguard.serve.errors import ServiceError
 from jaxguard.serve.keys import Budget, Key, Keys

@@ -95,6 +95,20 @@ def test_many_by_another_policy(run, guard):
     assert "'other'" in not_judged.problems[0]
 
 
+def test_a_policy_may_be_made_in_python_and_change_with_each_call(run, guard, tmp_path):
+    own, other = (Policy(name, rules=name, asks=("prompt_harm",)) for name in ("own", "other"))
+    (tmp_path / "third.yaml").write_text("name: third\nrules: x\nasks: [prompt_harm]")
+    with Guard.load(run, policy=own) as loaded:
+        assert loaded.policy is own
+        loaded.check("a")
+        loaded.check("a", policy=other)
+        list(loaded.stream(["a"], policy=tmp_path / "third.yaml"))
+        with pytest.raises(JaxguardError, match="aegis2"):
+            loaded.check("a", policy="aegis3")
+    assert [ask.policy.name for ask in guard.asks] == ["own", "other", "third"]
+    assert len(guard.opened) == 1
+
+
 def test_it_works_where_a_loop_is_running(run, guard):
     async def notebook():
         with Guard.load(run) as loaded:

@@ -12,7 +12,7 @@ from real_service import export
 from jaxguard.data.format.answer import Verdict
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
-from jaxguard.guards.guard import CheckResult
+from jaxguard.guards.result import CheckResult
 from jaxguard.serve import native
 from jaxguard.serve.adapters import ADAPTERS
 from jaxguard.serve.app import create_app

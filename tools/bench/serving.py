@@ -32,7 +32,7 @@ from jaxguard.data.format.answer import Verdict
 from jaxguard.data.format.dialogue import Mode
 from jaxguard.data.policies import Policy
 from jaxguard.guards.backends.sglang import free_port, started
-from jaxguard.guards.guard import CheckResult
+from jaxguard.guards.result import CheckResult
 from jaxguard.load.page import figure, page
 from jaxguard.load.run import PHASES, Plan, Simulation
 from jaxguard.load.traffic import Mix
