@@ -1,10 +1,10 @@
 """A response judged while it grows, beside one judged whole: what each costs, and what each finds.
 
-    python tools/bench/streaming.py --model runs/smollm_pool/export --examples runs/pool/eval_diasafety_test.jsonl.gz
+    python tools/bench/streaming.py --model runs/smollm_pool/export --benchmark pyrit_answers --least 100
 
-Judges every response after each so many words, as /v1/check/stream does where a client appends them, and once whole. An alarm is
-a verdict harmful on the response of any piece. Wants an idle machine. With --untrained a guard that has not learned to answer costs
-what a trained one does; what it finds means nothing.
+Judges every response of a benchmark after each so many words, as /v1/check/stream does where a client appends them, and once
+whole. An alarm is a verdict harmful on the response of any piece. Wants an idle machine. With --untrained a guard that has not
+learned to answer costs what a trained one does; what it finds means nothing.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,8 @@ from rich.progress import track
 from rich.table import Table
 
 from jaxguard import Guard
-from jaxguard.config.data import SourceConfig
+from jaxguard.data.benchmarks.loading import load_benchmark
 from jaxguard.data.examples import Example
-from jaxguard.data.sources import load_examples
 from jaxguard.guards.backends.jax import JaxBackend
 from jaxguard.guards.growing import Answered
 from jaxguard.guards.protocol import Draft
@@ -34,7 +35,8 @@ QUESTION = "response_harm"
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a run or an export")
-    parser.add_argument("--examples", required=True, help="labelled JSON lines with responses")
+    parser.add_argument("--benchmark", default="own_responses", help="one of responses, by its name (own_responses)")
+    parser.add_argument("--path", type=Path, help="of its rows, such as JSON lines of your own")
     parser.add_argument("--count", type=int, default=100, help="of responses, drawn at random (100)")
     parser.add_argument("--least", type=int, default=0, help="words that a response must have")
     parser.add_argument("--words", type=int, default=32, help="of a piece (32)")
@@ -42,12 +44,12 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.untrained:
         answer_as_if_trained()
-    known = [e for e in load_examples(SourceConfig(kind="jsonl", path=chosen.examples)) if e.response_label]
-    known = [e for e in known if len(str(e.response).split()) >= chosen.least]
+    rows = load_benchmark(chosen.benchmark, chosen.path).examples
+    known = [e for e in rows if e.response_label and len(str(e.response).split()) >= chosen.least]
     picked = np.random.default_rng(0).permutation(len(known))[: chosen.count]
     with Guard.load(chosen.model, mode="direct") as guard:
-        rows = np.array([judged(guard, known[i], chosen.words) for i in track(picked, "responses")], float)
-    report([known[i] for i in picked], rows)
+        found = np.array([judged(guard, known[i], chosen.words) for i in track(picked, "responses")], float)
+    report([known[i] for i in picked], found)
     return 0
 
 
@@ -80,8 +82,9 @@ def judged(guard: Guard, example: Example, words: int) -> tuple[float, ...]:
         """Seconds of the checks, their tokens, and their verdicts."""
         seconds, found, before = 0.0, list[bool](), backend.prefix_cache.computed
         for response in responses:
+            asked = replace(example, prompt=prompt, response=response)
             started = time.perf_counter()
-            [result] = asyncio.run(guard.acheck_many([(prompt, response)], growing=growing))
+            [result] = asyncio.run(guard.acheck_many([asked], growing=growing))
             seconds += time.perf_counter() - started
             found.append(result.verdict.response_harm == "harmful")
         return seconds, backend.prefix_cache.computed - before, found
