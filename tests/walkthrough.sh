@@ -115,7 +115,7 @@ kill -INT "$process"
 code=0
 wait "$process" || code=$?
 [[ $code == 75 ]] || fail "Ctrl-C ended with $code, not 75"
-grep -q "stopping after this step" output || fail "Ctrl-C was not answered"
+grep -q "stopping after what is being computed" output || fail "Ctrl-C was not answered"
 [[ -n $(find runs/long/checkpoints -maxdepth 1 -name '[0-9]*') ]] || fail "Ctrl-C saved nothing"
 run 2 "runs/long holds no trained guard" check --model runs/long "How do I bake bread?"
 

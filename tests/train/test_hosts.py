@@ -90,7 +90,7 @@ def interrupt(blocked: str, owner: str) -> tuple[subprocess.Popen[str], str]:
 
 def test_ctrl_c_is_answered_in_the_midst_of_a_step_and_the_second_stops_it() -> None:
     process, answer = interrupt("blocked", "command")
-    assert "stopping after this step" in answer
+    assert "stopping after what is being computed" in answer
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)  # the step takes minutes
     assert (process.returncode, out) == (INTERRUPTED, "")
@@ -99,7 +99,7 @@ def test_ctrl_c_is_answered_in_the_midst_of_a_step_and_the_second_stops_it() -> 
 
 def test_ctrl_c_once_saves() -> None:
     process, answer = interrupt("free", "command")
-    assert "stopping after this step" in answer
+    assert "stopping after what is being computed" in answer
     assert (process.communicate(timeout=10)[0], process.returncode) == ("saved\n", 0)
 
 
