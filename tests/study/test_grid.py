@@ -39,6 +39,8 @@ def test_every_shipped_row_resolves(name, scale, monkeypatch):
         assert dump(config, stage) == dump(load(run.config, stage=stage), stage)
         for benchmark in run.config.evaluate.benchmarks if run.config.evaluate else ():
             read_benchmark(benchmark.name)
+        if run.config.train.objective.is_preference:
+            assert {Path(str(source.path)).name for source in run.config.data.train} == {"pairs.jsonl"}
     assert all(run.folder == study.folder / run.name for run in study.runs)
     assert all(run.folder == Path("runs") / run.name for run in study.prepared)
 

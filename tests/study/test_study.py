@@ -111,6 +111,15 @@ def test_the_smallest_study_runs_at_scale_smollm(monkeypatch, tmp_path, tiny_che
     assert list(folder.glob(".programs/*-cache"))
 
 
+@pytest.mark.slow
+def test_second_rounds_run_at_scale_smollm(monkeypatch, tmp_path, tiny_checkpoint):
+    """Hard examples are mined, and a guard learns from them by supervision, preference and reinforcement."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.chdir(ROOT)
+    changes = [f"run_folder={tmp_path}", f"model.checkpoint={tiny_checkpoint}", "data.max_seq_len=2048"]
+    assert main(["run", "paper/reinforce", "--scale", "smollm", *changes]) == 0
+
+
 BASE = {
     "base": {"stages": ["train", "mine", "evaluate"]},
     "more": {"after": ["base"], "set": {"model.checkpoint": "{study}/base/export"}},
