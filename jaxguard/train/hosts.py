@@ -195,7 +195,9 @@ def _answer(signals: socket.socket, watched: Sequence[int], owns_process: bool) 
                     os._exit(INTERRUPTED)
             elif numbers[0] in watched and not answered:
                 answered, again = True, "; again: stop now without saving" if interrupts else ""
-                os.write(2, f"\n{signal.Signals(numbers[0]).name}: stopping after what is being computed{again}\n".encode())
+                os.write(
+                    2, f"\n{signal.Signals(numbers[0]).name}: stopping after what is being computed{again}\n".encode()
+                )
 
 
 def end_together(run: Callable[[], Result]) -> Result:
