@@ -27,6 +27,7 @@ from jaxguard.data.examples import Example
 from jaxguard.guards.backends.jax import JaxBackend
 from jaxguard.guards.growing import Answered
 from jaxguard.guards.protocol import Draft
+from jaxguard.report.text import ABSENT
 from jaxguard.utils.statistics import draws
 
 QUESTION = "response_harm"
@@ -105,8 +106,10 @@ def report(examples: Sequence[Example], rows: np.ndarray) -> None:
     drawn = np.array([np.ones(len(rows)), *draws(len(rows), 0)])
 
     def ratio(above: np.ndarray, below: np.ndarray) -> str:
-        """Of sums, with the 95 % interval of a bootstrap over the responses."""
+        """Of sums, with the 95 % interval of a bootstrap over the responses; n/a where the lower one is 0."""
         sums = drawn @ below
+        if not sums[0]:
+            return ABSENT
         ratios = (drawn @ above)[sums > 0] / sums[sums > 0]
         low, high = np.quantile(ratios, (0.025, 0.975))
         return f"{ratios[0]:.2f} [{low:.2f}, {high:.2f}]"
