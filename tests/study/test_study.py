@@ -1,5 +1,6 @@
 """Running a study: order, skipping, resuming, failing, stopping. Every stage is the stub."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -116,7 +117,9 @@ def test_second_rounds_run_at_scale_smollm(monkeypatch, tmp_path, tiny_checkpoin
     """Hard examples are mined, and a guard learns from them by supervision, preference and reinforcement."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.chdir(ROOT)
+    benchmarks = [{"name": "wildguardtest_prompt", "path": "configs/scales/smollm/exchanges.jsonl"}]
     changes = [f"run_folder={tmp_path}", f"model.checkpoint={tiny_checkpoint}", "data.max_seq_len=2048"]
+    changes.append(f"evaluate.benchmarks={json.dumps(benchmarks)}")
     assert main(["run", "paper/reinforce", "--scale", "smollm", *changes]) == 0
 
 

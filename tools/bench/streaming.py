@@ -1,6 +1,6 @@
 """A response judged while it grows, beside one judged whole: what each costs, and what each finds.
 
-    python tools/bench/streaming.py --model runs/smollm_pool/export --benchmark pyrit_answers --least 100
+    python tools/bench/streaming.py --model runs/smollm_pool/export --benchmark pyrit_answers --least 100 --most 400
 
 Judges every response of a benchmark after each so many words, as /v1/check/stream does where a client appends them, and once
 whole. An alarm is a verdict harmful on the response of any piece. Wants an idle machine. With --untrained a guard that has not
@@ -40,13 +40,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--path", type=Path, help="of its rows, such as JSON lines of your own")
     parser.add_argument("--count", type=int, default=100, help="of responses, drawn at random (100)")
     parser.add_argument("--least", type=int, default=0, help="words that a response must have")
+    parser.add_argument(
+        "--most", type=int, default=1000, help="words that it may have: some answers have ten thousand (1000)"
+    )
     parser.add_argument("--words", type=int, default=32, help="of a piece (32)")
     parser.add_argument("--untrained", action="store_true", help="take a likely answer for the guard's own")
     chosen = parser.parse_args(arguments)
     if chosen.untrained:
         answer_as_if_trained()
     rows = load_benchmark(chosen.benchmark, chosen.path).examples
-    known = [e for e in rows if e.response_label and len(str(e.response).split()) >= chosen.least]
+    known = [e for e in rows if e.response_label and chosen.least <= len(str(e.response).split()) <= chosen.most]
     picked = np.random.default_rng(0).permutation(len(known))[: chosen.count]
     with Guard.load(chosen.model, mode="direct") as guard:
         found = np.array([judged(guard, known[i], chosen.words) for i in track(picked, "responses")], float)
