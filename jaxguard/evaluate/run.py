@@ -34,7 +34,7 @@ from jaxguard.data.questions import NOT_RECORDED
 from jaxguard.evaluate.report.card import refresh_cards
 from jaxguard.evaluate.report.page import write_report
 from jaxguard.evaluate.report.published import nearest_row, read_published
-from jaxguard.evaluate.scores.escalation import compare_modes
+from jaxguard.evaluate.scores.escalation import compare_modes, judge_auto
 from jaxguard.evaluate.scores.results import Evaluation
 from jaxguard.evaluate.scores.scoring import PointsOf, PredictedExamples, choose_points, score
 from jaxguard.guards.baselines import BASELINES
@@ -172,6 +172,7 @@ async def predict_all(
             validation = [each for each in predicted if each.guard == guard.name and each.benchmark is None]
             both = len({each.mode for each in validation}) == len(Mode)
             chosen = [x for x in (choose_points(each, policy, settings, both) for each in validation) if x is not None]
+            chosen = judge_auto(validation, chosen, settings)
             by_asked = keep_points(guard, config, known.get("weights"), chosen, folder / "predictions" / guard.name)
             for mode, question in itertools.product(modes_of(guard, config), policy.asks):
                 if (asked := Asked.of(policy, question, mode, settings)) in by_asked:

@@ -212,7 +212,9 @@ class Guard:
                 f"mode=auto: {self._no_points or f'{POINTS} has no thresholds of auto by {policy.name}'}: {again}"
             )
         return notes + [
-            f"{q}: {auto or 'auto always reasons'}" for q, auto in autos.items() if not (auto and auto.direct)
+            f"{q}: {auto or 'auto always reasons'}"
+            for q, auto in autos.items()
+            if not (auto and auto.direct and auto.worth in (None, "dominates"))
         ]
 
     def _autos(self, policy: Policy, questions: Iterable[Question]) -> dict[Question, AutoThresholds | None]:

@@ -7,7 +7,7 @@ asked alike: by the same policy, in the same mode, and where reasoning is sample
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -67,6 +67,15 @@ class OperatingPoint(Schema):
     recall: Share | None = None
 
 
+Worth: TypeAlias = Literal["dominates", "inside the noise", "worse"]
+"""What can be said of mode `auto` beyond the noise."""
+WORTH: Final[Mapping[Worth, str]] = {
+    "dominates": "is better than direct answers and than random choice, and as good as reasoning",
+    "inside the noise": "is not better beyond the noise",
+    "worse": "is worse than direct answers, reasoning or random choice",
+}
+
+
 class AutoThresholds(Schema):
     """Where mode `auto` trusts a direct answer, by its calibrated probability; null: nowhere on that side.
 
@@ -84,6 +93,8 @@ class AutoThresholds(Schema):
     escalated: Probability
     """Share of traffic that is reasoned about, reweighted to limits.prevalence: as measured, not certified."""
     limits: AutoConfig
+    worth: Worth | None = None
+    """F1 of `auto` beside that of direct answers, of reasoning and of random choice, on the examples that it was chosen on."""
 
     @property
     def direct(self) -> bool:
@@ -106,7 +117,8 @@ class AutoThresholds(Schema):
         direct = " and ".join(f"{verb} {edge:.4g}" for verb, edge in edges.items() if edge is not None)
         above = "" if self.escalated <= limits.budget else f", more than its budget of {limits.budget:.1%}"
         share = f"{self.escalated:.1%} at {limits.prevalence:.1%} harmful{above}"
-        return f"auto {direct} directly (at most {rates}), and reasons about {share}"
+        worth = "" if self.worth is None else f"; on the examples that chose this it {WORTH[self.worth]}"
+        return f"auto {direct} directly (at most {rates}), and reasons about {share}{worth}"
 
 
 class Asked(Schema):

@@ -158,6 +158,7 @@ def test_a_cascade_that_reasons_where_it_helps_dominates(run, evaluated):
     [cascade] = evaluation.cascades
     [points] = [each for each in read_points(run / "export", weights_digest(run / "export"))[0].values() if each.auto]
     assert (cascade.verdict, cascade.certified, points.asked.mode) == ("dominates", str(points.auto), "direct")
+    assert points.auto.worth == "dominates", "as on the benchmark, which has the same examples"
     arms = cascade.arms
     assert list(arms) == ["direct", "reasoning", "cascade", "value", "random"]
     assert arms["cascade"].f1.value > max(arms[name].f1.value for name in ("direct", "reasoning", "random")) + 0.05
@@ -182,5 +183,8 @@ def test_what_is_no_better_is_inside_the_noise_or_worse(run, evaluated):
     [cascade] = evaluated(lambda p, i: (p > 0.5) == (i % 2 == 0)).cascades
     assert (cascade.certified, cascade.arms["cascade"].escalated) == ("", pytest.approx(0.2))
     assert cascade.verdict != "dominates"
-    [cascade] = evaluated(lambda p, i: False, seed=1).cascades
-    assert cascade.verdict == "worse"
+    limits = {"miss_rate": 0.05, "alarm_rate": 0.05}
+    [cascade] = evaluated(lambda p, i: False, seed=1, validation=[evaluated.source], auto=limits).cascades
+    [points] = [each for each in read_points(run / "export", weights_digest(run / "export"))[0].values() if each.auto]
+    assert (cascade.verdict, points.auto.worth) == ("worse", "worse")
+    assert "it is worse than" in cascade.certified

@@ -18,11 +18,11 @@ from jaxguard.utils.errors import JaxguardError
 TEXTS = ["0.1", "0.2", "0.3", "0.45", "0.6", "0.8", "0.95"]
 
 
-def certify(run, passes=0.2, blocks=0.8, auto=True, **how):
+def certify(run, passes=0.2, blocks=0.8, auto=True, worth=None, **how):
     """Give the run's export a guard.json with a threshold of 0.5 and those of auto."""
     points = add_points(run, thresholds=(0.5, 0.5), **how)
     rates = {"miss_rate": 0.05, "alarm_rate": 0.01, "escalated": 0.1, "limits": AutoConfig()}
-    own = AutoThresholds(passes=passes, blocks=blocks, **rates) if auto else None
+    own = AutoThresholds(passes=passes, blocks=blocks, worth=worth, **rates) if auto else None
     weights = json.loads((run / "export" / POINTS).read_text())["weights"]
     write_points(run / "export", weights, [points.model_copy(update={"auto": own})])
 
@@ -101,6 +101,14 @@ def test_a_direct_verdict_at_another_operating_point_must_agree(run, texts):
     path.write_text(path.read_text().replace('"threshold": 0.5', '"threshold": 0.9'))
     with Guard.load(run, mode=AUTO) as guard:
         assert decided(guard.check_many(["0.1", "0.85", "0.95"])) == "drd"
+
+
+@pytest.mark.parametrize("worth", [None, "dominates", "inside the noise", "worse"])
+def test_it_warns_where_it_was_not_found_to_be_better(run, texts, worth):
+    certify(run, worth=worth)
+    with Guard.load(run, mode=AUTO) as guard:
+        assert ("prompt_harm: auto passes up to 0.2" in guard.warning) == (worth in ("inside the noise", "worse"))
+        assert decided(guard.check_many(TEXTS)) == "ddrrrdd", "whoever asks for it gets it"
 
 
 @pytest.mark.parametrize("how", [None, {"weights": b"other"}, {"policy_digest": "0"}, {"auto": False}])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -17,7 +17,7 @@ from jaxguard.evaluate.scores.cascade import escalated
 from jaxguard.evaluate.scores.metrics import Votes
 from jaxguard.evaluate.scores.results import Arm, Cascade, Cell
 from jaxguard.evaluate.scores.scoring import PointsOf, PredictedExamples
-from jaxguard.guards.operating_points import F1, OperatingPoints, log_odds
+from jaxguard.guards.operating_points import F1, OperatingPoints, Worth, log_odds
 from jaxguard.utils import statistics
 
 SHARES: Final = tuple(np.linspace(0, 1, 21).tolist())
@@ -101,19 +101,46 @@ def compare_modes(
     for (guard, mode, label), direct in of.items():
         reasoning = of.get((guard, Mode.REASONING, label))
         if mode is Mode.DIRECT and reasoning is not None and not np.isnan(direct.probabilities).all():
-            both = (mode, Mode.REASONING)
-            chosen = [points.get((guard, each, direct.question)) for each in both]
-            yield _cascade(direct, reasoning, [cell_of[guard, str(each), label] for each in both], chosen, settings)
+            chosen = points.get((guard, mode, direct.question)), points.get((guard, Mode.REASONING, direct.question))
+            both = [cell_of[guard, str(each), label] for each in (mode, Mode.REASONING)]
+            yield _cascade(direct, reasoning, both, chosen, settings)
 
 
-def _cascade(
+def judge_auto(
+    predictions: Sequence[PredictedExamples], points: Sequence[OperatingPoints], settings: EvaluateConfig
+) -> list[OperatingPoints]:
+    """Say of each question's thresholds of mode `auto` what they are worth on a guard's validation examples, which chose them."""
+    of = {(each.mode, each.question): each for each in predictions}
+    own = {(each.asked.mode, each.asked.question): each for each in points}
+    judged = []
+    for each in points:
+        question, auto = each.asked.question, each.auto
+        if auto is not None and auto.direct:
+            direct, reasoning = (of[mode, question] for mode in (Mode.DIRECT, Mode.REASONING))
+            both = _combine(direct, reasoning, (each, own.get((Mode.REASONING, question))), settings, None)
+            worth = _verdict(_arms(both.modes, both.mask, None, settings))
+            each = each.model_copy(update={"auto": auto.model_copy(update={"worth": worth})})
+        judged.append(each)
+    return judged
+
+
+class _Combined(NamedTuple):
+    """Both modes, which examples `auto` reasons about, and direct answers' log-odds with their distance from the threshold."""
+
+    modes: Modes
+    mask: Mask
+    odds: Float[np.ndarray, "N"]
+    distance: Float[np.ndarray, "N"]
+
+
+def _combine(
     direct: PredictedExamples,
     reasoning: PredictedExamples,
-    cells: Sequence[Cell],
-    points: Sequence[OperatingPoints | None],
+    points: tuple[OperatingPoints | None, OperatingPoints | None],
     settings: EvaluateConfig,
-) -> Cascade:
-    """Cells and points are those of direct, then of reasoning mode."""
+    seconds: float | None,
+) -> _Combined:
+    """Points are those of direct, then of reasoning mode; `seconds` is as in Modes."""
     own, other = points
     chosen, limit = (None if each is None else each.threshold(F1) for each in points)
     threshold, platt = (0.5, None) if own is None or chosen is None else (chosen, own.platt)
@@ -123,14 +150,25 @@ def _cascade(
     own_tokens, other_tokens = (
         np.array([float(x.completion_tokens) for x in each.predictions]) for each in (direct, reasoning)
     )
-    seconds = [cell.cost.seconds + cell.cost.scoring for cell in cells]
-    modes = Modes(first, second, own_tokens, other_tokens, seconds[0] / seconds[1] if seconds[1] > 0 else None)
-
     probabilities = direct.probabilities if platt is None else platt(direct.probabilities)
     odds, auto = log_odds(probabilities), None if own is None else own.auto
     distance = np.nan_to_num(np.abs(odds - log_odds(np.array([threshold]))), nan=-1.0)
     unclear = None if auto is None else escalated(probabilities, auto.passes, auto.blocks)
     mask = _lowest(distance, settings.auto.budget) if unclear is None else unclear
+    return _Combined(Modes(first, second, own_tokens, other_tokens, seconds), mask, odds, distance)
+
+
+def _cascade(
+    direct: PredictedExamples,
+    reasoning: PredictedExamples,
+    cells: Sequence[Cell],
+    points: tuple[OperatingPoints | None, OperatingPoints | None],
+    settings: EvaluateConfig,
+) -> Cascade:
+    """Cells and points are those of direct, then of reasoning mode."""
+    seconds = [cell.cost.seconds + cell.cost.scoring for cell in cells]
+    ratio = seconds[0] / seconds[1] if seconds[1] > 0 else None
+    modes, mask, odds, distance = _combine(direct, reasoning, points, settings, ratio)
     length = np.log1p([len(x.prompt) + len(x.response or "") for x in direct.examples])
     value = _value(np.stack([np.nan_to_num(odds), distance, length], axis=1), modes, settings.seed)
     arms = _arms(modes, mask, value, settings)
@@ -138,7 +176,8 @@ def _cascade(
     curve = {name: [modes.f1(_lowest(rank, share)) for share in SHARES] for name, rank in ranks.items()}
     curve["random"] = [modes.random_f1(share, np.ones(len(mask))) for share in SHARES]
     defined = {name: tuple(None if np.isnan(f1) else f1 for f1 in values) for name, values in curve.items()}
-    certified = "" if auto is None else str(auto)
+    own = points[0]
+    certified = "" if own is None or own.auto is None else str(own.auto)
     return Cascade(direct.guard, direct.label, cells[0].heading, certified, arms, defined, _verdict(arms))
 
 
@@ -164,7 +203,7 @@ def _arms(modes: Modes, mask: Mask, value: Float[np.ndarray, "N"] | None, settin
     return arms
 
 
-def _verdict(arms: Mapping[str, Arm]) -> Literal["dominates", "inside the noise", "worse"]:
+def _verdict(arms: Mapping[str, Arm]) -> Worth:
     """It dominates if it is better than direct mode and than chance, and as good as reasoning but for MARGIN."""
 
     def ends(name: str) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import CHOICES, TITLES
 from jaxguard.data.policies import Question
 from jaxguard.evaluate.scores.metrics import Calibration, Difference, McNemar, Result
-from jaxguard.guards.operating_points import Platt
+from jaxguard.guards.operating_points import Platt, Worth
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import write_atomically
 from jaxguard.utils.parse import read_json
@@ -247,7 +247,7 @@ class Cascade:
     certified: str
     arms: dict[str, Arm]
     curve: dict[str, tuple[float | None, ...]]
-    verdict: Literal["dominates", "inside the noise", "worse"]
+    verdict: Worth
 
 
 @dataclass(frozen=True)
