@@ -31,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluations = read(study, options.docs / "results")
     if not evaluations:
         raise SystemExit(f"{study.folder} has no results yet: jaxguard study run results/cascade")
-    drawn = [replace(each, guard=form) for form, evaluation in evaluations.items() for each in evaluation.cascades]
+    drawn = [
+        replace(each, guard=form.removeprefix("answer "))
+        for form, evaluation in evaluations.items()
+        for each in evaluation.cascades
+    ]
     save_figure(cascade.figure(tuple(drawn)), options.docs / "cascade.svg")
     rewrite(options.docs / "cascade.md", tables(evaluations))
 

@@ -19,8 +19,8 @@ ARMS = {
     "value": "reasoning by its learned value",
 }
 ABOUT = (
-    "Direct answers count by their probability: above the threshold of the best F1 in guard.json, else above a half; reasoned "
-    "ones by their words. Uncertain is what lies between the certified thresholds of mode auto, else as many examples as "
+    "Direct answers count by their probability: above the threshold of the best F1 in guard.json, else above a half; a single "
+    "reasoned one by that of its own mode, several by their words. Uncertain is what lies between the certified thresholds of mode auto, else as many examples as "
     "evaluate.auto.budget allows, nearest to the threshold. Random and learned choices reason about as many: random is an exact "
     "expectation; the learned one is a logistic model (log-odds, distance from the threshold, length) of whether reasoning is "
     "right where the direct answer is wrong, fitted on the benchmark's other examples. F1 is over all examples of a benchmark; "
@@ -38,10 +38,10 @@ def section(evaluation: Evaluation) -> blocks.Section | None:
     if not evaluation.cascades:
         return None
     columns = ("choice", "F1", "F1 of the cascade less", "reasoned about", "time", "generated tokens")
-    table, certified = blocks.Table(columns, "The cascade"), dict[str, None]()
+    table, certified = blocks.Table(columns, "The cascade"), dict[tuple[str, str], list[str]]()
     for each in evaluation.cascades:
         if each.certified:
-            certified[f"{each.guard}, {each.benchmark}: {each.certified}."] = None
+            certified.setdefault((each.guard, each.certified), []).append(each.benchmark)
         for name, arm in sorted(each.arms.items(), key=lambda item: list(ARMS).index(item[0])):
             table.add(
                 ARMS[name],
@@ -54,13 +54,14 @@ def section(evaluation: Evaluation) -> blocks.Section | None:
         for verdict, meaning in VERDICTS.items()
         if (named := [f"{each.guard} on {each.benchmark}" for each in evaluation.cascades if each.verdict == verdict])
     ]
+    thresholds = [f"{guard}, {', '.join(named)}: {text}." for (guard, text), named in certified.items()]
     alt = "F1 over the share of examples that are reasoned about; the table has the numbers"
     drawing = blocks.Drawing(
         "F1 by the share that is reasoned about", inline_svg(figure(evaluation.cascades), "cascade", alt), wide=True
     )
     return blocks.Section(
         table.title,
-        [blocks.note(ABOUT), blocks.Bullets([*verdicts, *certified]), table, blocks.Beside([drawing])],
+        [blocks.note(ABOUT), blocks.Bullets([*verdicts, *thresholds]), table, blocks.Beside([drawing])],
         "cascade",
     )
 
