@@ -4,7 +4,7 @@
 
 Judges every response of a benchmark after each so many words, as /v1/check/stream does where a client appends them, and once
 whole. An alarm is a verdict harmful on the response of any piece. Wants an idle machine. With --untrained a guard that has not
-learned to answer costs what a trained one does; what it finds means nothing.
+learned to answer costs what a trained one does; what it finds means nothing. Ctrl-C reports what was judged so far.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,11 @@ def main(arguments: Sequence[str]) -> int:
     rows = load_benchmark(chosen.benchmark, chosen.path).examples
     known = [e for e in rows if e.response_label and chosen.least <= len(str(e.response).split()) <= chosen.most]
     picked = np.random.default_rng(0).permutation(len(known))[: chosen.count]
-    with Guard.load(chosen.model, mode="direct") as guard:
-        found = np.array([judged(guard, known[i], chosen.words) for i in track(picked, "responses")], float)
-    report([known[i] for i in picked], found)
+    found: list[tuple[float, ...]] = []
+    with Guard.load(chosen.model, mode="direct") as guard, suppress(KeyboardInterrupt):  # what is done is reported
+        found.extend(judged(guard, known[i], chosen.words) for i in track(picked, "responses"))
+    if found:
+        report([known[i] for i in picked[: len(found)]], np.array(found, float))
     return 0
 
 

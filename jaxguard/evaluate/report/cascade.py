@@ -20,11 +20,12 @@ ARMS = {
 }
 ABOUT = (
     "Direct answers count by their probability: above the threshold of the best F1 in guard.json, else above a half; a single "
-    "reasoned one by that of its own mode, several by their words. Uncertain is what lies between the certified thresholds of mode auto, else as many examples as "
-    "evaluate.auto.budget allows, nearest to the threshold. Random and learned choices reason about as many: random is an exact "
-    "expectation; the learned one is a logistic model (log-odds, distance from the threshold, length) of whether reasoning is "
-    "right where the direct answer is wrong, fitted on the benchmark's other examples. F1 is over all examples of a benchmark; "
-    "differences are paired. Time and generated tokens are means, divided by those of reasoning alone; both answers count."
+    "reasoned one by that of its own mode, several by their words. Uncertain is what lies between the certified thresholds of "
+    "mode auto, else as many examples as evaluate.auto.budget allows, nearest to the threshold. Random and learned choices "
+    "reason about as many: random is an exact expectation; the learned one is a logistic model (log-odds, distance from the "
+    "threshold, length) of whether reasoning is right where the direct answer is wrong, fitted on the benchmark's other "
+    "examples. F1 is over all examples of a benchmark; differences are paired. Time and generated tokens are means, divided by "
+    "those of reasoning alone; both answers count."
 )
 VERDICTS = {
     "dominates": f"better than direct and than random, beyond the noise, and at most {MARGIN} below reasoning",
