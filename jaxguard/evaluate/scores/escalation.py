@@ -115,9 +115,11 @@ def judge_auto(
     judged = []
     for each in points:
         question, auto = each.asked.question, each.auto
-        if auto is not None and auto.direct:
-            direct, reasoning = (of[mode, question] for mode in (Mode.DIRECT, Mode.REASONING))
-            both = _combine(direct, reasoning, (each, own.get((Mode.REASONING, question))), settings, None)
+        reasoning = of.get((Mode.REASONING, question))
+        if auto is not None and auto.direct and reasoning is not None:
+            both = _combine(
+                of[Mode.DIRECT, question], reasoning, (each, own.get((Mode.REASONING, question))), settings, None
+            )
             worth = _verdict(_arms(both.modes, both.mask, None, settings))
             each = each.model_copy(update={"auto": auto.model_copy(update={"worth": worth})})
         judged.append(each)
