@@ -3,8 +3,8 @@
     make bench-checks ARGS='--model runs/smollm_demo --policy demo'
 
 One check at a time, the three by turns, each with texts that it has not seen: over HTTP from `jaxguard serve`, `Guard.check` on a
-loaded model, and, where `make sglang-cpu` made its environment, one question with the policy to SGLang. Then many at once: the
-service with --open requests under way, beside `check_many`. Medians, and ratios of each round's. Wants an idle machine.
+loaded model, and, where `make sglang-cpu` made its environment, as many questions with the policy to SGLang. Then many at once:
+the service with --open requests under way, beside `check_many`. Medians, and ratios of each round's. Wants an idle machine.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from demo import fetch_weights
 from jaxguard import Guard
 from jaxguard.data.examples import Example
 from jaxguard.guards.backends.sglang import free_port, started
+from jaxguard.guards.protocol import applicable
 from jaxguard.load.client import Client
 from jaxguard.report import Table
 from sglang_server import PYTHON as SGLANG
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         command += ["--port", str(port), "--timeout", "120", *(["--policy", chosen.policy] if chosen.policy else [])]
         stack.enter_context(started(command, f"http://127.0.0.1:{port}/readyz", FOLDER / "serve.log", READY_SECONDS))
         guard = stack.enter_context(Guard.load(chosen.model, chosen.policy, mode="direct"))
+        guard.check("warm up", "warm up")  # programs are compiled for policies that were judged by
         asyncio.run(guard.awarm_up())
         decisions = None
         if SGLANG.is_file():
@@ -95,9 +97,11 @@ async def measure(
 
         async def decide(example: Example) -> None:
             text = example.prompt if example.response is None else f"{example.prompt}\n\n{example.response}"
-            question = f"Is this harmful by the policy?\n{guard.policy.taxonomy}"
-            asked = {"id": "harm", "type": "yes_no", "question": question}
-            await post(sglang, "/v1/decisions", {"model": "guard", "input": text, "questions": [asked]})
+            asked = [
+                {"id": question, "type": "yes_no", "question": f"Is {question} present?\n{guard.policy.taxonomy}"}
+                for question in applicable(example, guard.policy)
+            ]
+            await post(sglang, "/v1/decisions", {"model": "guard", "input": text, "questions": asked})
 
         ways = {"service": serve, "check": check} | ({"SGLang": decide} if decisions else {})
         needed = chosen.rounds * (chosen.single * len(ways) + 2 * chosen.many) + WARM * len(ways)

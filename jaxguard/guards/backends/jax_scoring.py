@@ -7,7 +7,6 @@ compiled.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final
 
 import jax
@@ -17,12 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from jaxguard.data.encoding import common_length
 from jaxguard.data.packing import bucket_size
-from jaxguard.guards.backends.jax_model import LENGTH_MULTIPLE, Model, PrefixCache, check_prompts
+from jaxguard.guards.backends.jax_model import Model, PrefixCache, check_prompts
 from jaxguard.guards.protocol import Draft
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.decoder import Cache
 from jaxguard.models.sharding import constrain
 
+LENGTH_MULTIPLE: Final = 16
+"""Tokens that rows are rounded up by: less than generation's, since a CPU takes as long for padding as for text."""
 MIN_SHARED: Final = 0.25
 """Share of a prompt's tokens that it must have in common with a tree to be one of its branches."""
 MOST_BRANCHES: Final = 256
@@ -83,7 +84,9 @@ def score(
         for rows, (count, length) in _calls(_packed(trees), 0 if texts else most_tokens, model.row_multiple):
             arrays, targets, paths = _arrays(rows, count, length, pairs)
             with model.running():
-                *scored, cache = _next_tokens(model, prefix.caches, *model.put(arrays), likeliest=bool(drafts))
+                asked_for = 1 + max(max(slots) for own in targets for slots in own.values())
+                arrays = model.put(arrays)
+                *scored, cache = _next_tokens(model, prefix.caches, *arrays, asked_for if drafts else None)
             odds_BM, likeliest_BM = map(np.asarray, scored)
             for row, own in enumerate(targets):
                 for i in (i for i in texts.keys() & own.keys() if len(texts[i]) > prefix.length):
@@ -111,9 +114,9 @@ def warm_up(prefix_cache: PrefixCache, most_tokens: int) -> None:
             with model.running():
                 args = (model, prefix.caches, *model.put(arrays))
                 if cached:
-                    _next_tokens.lower(*args, likeliest=True).compile()
+                    _next_tokens.lower(*args, 0).compile()
                 else:
-                    jax.block_until_ready(_next_tokens(*args, likeliest=True))
+                    jax.block_until_ready(_next_tokens(*args, 0))
 
 
 def shapes(most_tokens: int, row_multiple: int) -> list[tuple[int, int]]:
@@ -212,7 +215,7 @@ def _arrays(
     return (tokens_BT, positions_BT, ends_BT, index_BM, pairs_BM2), targets, paths
 
 
-@partial(jax.jit, static_argnames="likeliest")
+@jax.jit
 def _next_tokens(
     model: Model,
     seen: tuple[Cache, ...],
@@ -221,10 +224,9 @@ def _next_tokens(
     ends_BT: Int[Array, "B T"],
     index_BM: Int[Array, "B M"],
     pairs_BM2: Int[Array, "B M 2"],
-    *,
-    likeliest: bool,
-) -> tuple[Float[Array, "B M"], Int[Array, "B M"] | Int[Array, "0"], Cache | None]:
-    """Log-odds, from the difference of two rows of the head, since other logits cancel out; and the likeliest tokens if wanted.
+    asked: Int[Array, ""] | int | None,
+) -> tuple[Float[Array, "B M"], Int[Array, "B M"] | None, Cache | None]:
+    """Log-odds, from the difference of two rows of the head, since other logits cancel out; and the first `asked` likeliest tokens.
 
     And of one row for each device the cache, which is small.
     """
@@ -234,11 +236,12 @@ def _next_tokens(
     pairs_BM2D = jnp.take(decoder.head_VD, pairs_BM2, axis=0).astype(jnp.float32)
     odds_BM = jnp.sum(hidden_BMD * (pairs_BM2D[:, :, 0] - pairs_BM2D[:, :, 1]), axis=-1)
     kept = cache if len(tokens_BT) == model.row_multiple else None
-    if not likeliest:
-        return odds_BM, jnp.zeros(0, jnp.int32), kept
+    if asked is None:
+        return odds_BM, None, kept
 
-    def best(hidden_BCD: Array) -> Array:
-        return jnp.argmax(constrain(decoder.logits(hidden_BCD), "batch", None, None), axis=-1)
+    def add_best(part: Array, best_BM: Array) -> Array:
+        hidden_BCD = jax.lax.dynamic_slice_in_dim(hidden_BMD, part * ASKED, ASKED, axis=1)
+        best_BC = jnp.argmax(constrain(decoder.logits(hidden_BCD), "batch", None, None), axis=-1)
+        return jax.lax.dynamic_update_slice_in_dim(best_BM, best_BC.astype(jnp.int32), part * ASKED, axis=1)
 
-    parts = jnp.split(hidden_BMD, [*range(ASKED, hidden_BMD.shape[1], ASKED)], axis=1)
-    return odds_BM, jnp.concatenate([best(part) for part in parts], axis=1), kept
+    return odds_BM, jax.lax.fori_loop(0, -(-asked // ASKED), add_best, jnp.zeros_like(index_BM)), kept
