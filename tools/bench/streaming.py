@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", required=True, help="a run or an export")
     parser.add_argument("--benchmark", default="own_responses", help="one of responses, by its name (own_responses)")
     parser.add_argument("--path", type=Path, help="of its rows, such as JSON lines of your own")
-    parser.add_argument("--count", type=int, default=100, help="of responses, drawn at random (100)")
+    parser.add_argument("--count", type=int, default=50, help="of responses of each label, drawn at random (50)")
     parser.add_argument("--least", type=int, default=0, help="words that a response must have")
     parser.add_argument(
         "--most", type=int, default=1000, help="words that it may have: some answers have ten thousand (1000)"
@@ -51,12 +52,14 @@ def main(arguments: Sequence[str]) -> int:
         answer_as_if_trained()
     rows = load_benchmark(chosen.benchmark, chosen.path).examples
     known = [e for e in rows if e.response_label and chosen.least <= len(str(e.response).split()) <= chosen.most]
-    picked = np.random.default_rng(0).permutation(len(known))[: chosen.count]
+    drawn = [known[i] for i in np.random.default_rng(0).permutation(len(known))]
+    of_each = ([e for e in drawn if e.response_label == label][: chosen.count] for label in ("harmful", "unharmful"))
+    picked = [e for both in zip_longest(*of_each) for e in both if e]
     found: list[tuple[float, ...]] = []
     with Guard.load(chosen.model, mode="direct") as guard, suppress(KeyboardInterrupt):  # what is done is reported
-        found.extend(judged(guard, known[i], chosen.words) for i in track(picked, "responses"))
+        found.extend(judged(guard, example, chosen.words) for example in track(picked, "responses"))
     if found:
-        report([known[i] for i in picked[: len(found)]], np.array(found, float))
+        report(picked[: len(found)], np.array(found, float))
     return 0
 
 
