@@ -47,8 +47,9 @@ def improve(kind: str, *overrides: str) -> None:
     if kind == "prefer":
         mine = [sys.executable, "-m", "jaxguard.mine"]
         sampled = [*mine, "--config", "smollm_demo", "evaluate.temperature=1.0"]
+        balanced = ["--config", "smollm_demo", "mine.balance=class"]  # or the guard moves towards one verdict
         demo.stage(console, "right and wrong answers", lambda: demo.run(sampled))
-        demo.stage(console, "pairs of them", lambda: demo.run([*mine, "pairs", "--config", "smollm_demo"]))
+        demo.stage(console, "pairs of them", lambda: demo.run([*mine, "pairs", *balanced]))
     config = load(CONFIG[kind], overrides)
     command = [sys.executable, "-m", f"jaxguard.{MODULE[kind]}", "--config", CONFIG[kind], *overrides]
     demo.stage(console, f"{kind} -> {config.folder}", lambda: demo.run(command))

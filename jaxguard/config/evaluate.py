@@ -179,9 +179,9 @@ class MineConfig(Schema):
     hard: tuple[NonNegative, ...] = Field(default=(2, 3), min_length=1)
     """Numbers of correct completions that make an example hard. The paper's; 0 correct of 4 is label noise there."""
     balance: Literal["none", "class", "category"] = "none"
-    """Take equally many hard examples of each combination of labels, or of each category; none takes all."""
+    """Take equally many hard examples, or pairs, of each combination of labels, or of each category; none takes all."""
     most: Positive | None = None
-    """Most hard examples to take, a seeded sample."""
+    """Most hard examples, or pairs, to take, a seeded sample."""
     ensemble: tuple[LocalPath, ...] = ()
     """Folders `mine` of other runs: `mine pairs` pools their answers to the same examples with this run's (GuardReasoner)."""
     pairs: Literal["length", "longest", "random"] = "length"

@@ -20,7 +20,7 @@ from jaxguard.data.policies import Policy, load_policy
 from jaxguard.data.sources import load_examples
 from jaxguard.guards.loading import examples_key
 from jaxguard.guards.protocol import Prediction
-from jaxguard.mine.run import Answer, Outcome, outcome_of
+from jaxguard.mine.run import Answer, Outcome, choose, outcome_of
 from jaxguard.report import Cell, Page, Section, Table, write_markdown
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.files import lock_folder, write_atomically
@@ -98,7 +98,9 @@ def build_pairs(config: Config) -> PairsResult:
         manifest = {
             "name": config.name,
             "sha256": file_digest(folder / "pairs.jsonl"),
-            "settings": settings.model_dump(mode="json", include={"ensemble", "pairs", "pair_weights"}),
+            "settings": settings.model_dump(
+                mode="json", include={"ensemble", "pairs", "pair_weights", "balance", "most"}
+            ),
             "seed": config.seed,
             "policy_sha256": policy.digest,
             "inputs": {str(path): file_digest(path) for path in inputs},
@@ -162,15 +164,16 @@ def _check_same(own: dict[str, Outcome], other: dict[str, Outcome], folder: Path
 
 
 def preference_pairs(outcomes: Sequence[Outcome], config: MineConfig, seed: int) -> Iterator[Pair]:
-    """Yield one pair for each example with right and wrong answers.
+    """Yield one pair for each example with right and wrong answers, of as many as mine.balance and mine.most take.
 
     An unparsable answer is in no pair. The weight is that of HS-DPO (GuardReasoner, arXiv 2501.18492): it grows linearly with the
     number of wrong less that of right answers, up to 1 ± `pair_weights`.
     """
+    taken = {id(outcome) for outcome in choose(list(filter(_is_mixed, outcomes)), config, seed)}
     for outcome in outcomes:
-        right, wrong = _parsable(outcome)
-        if not right or not wrong:
+        if id(outcome) not in taken:
             continue
+        right, wrong = _parsable(outcome)
         candidates = sorted(product(right, wrong), key=lambda pair: _drawn(seed, outcome.example.id, *pair))
         match config.pairs:
             case "length":
@@ -192,6 +195,10 @@ def _parsable(outcome: Outcome) -> tuple[list[Answer], list[Answer]]:
 def _has(outcome: Outcome) -> tuple[bool, bool]:
     right, wrong = _parsable(outcome)
     return bool(right), bool(wrong)
+
+
+def _is_mixed(outcome: Outcome) -> bool:
+    return all(_has(outcome))
 
 
 def _drawn(seed: int, name: str, *answers: Answer) -> bytes:
@@ -233,7 +240,8 @@ def page(result: PairsResult) -> Page:
         f"Preference pairs of {result.name}",
         [
             f"A right and a wrong answer to each example that has both, of the answers of {guards} guard{'s' * (guards > 1)}: "
-            f"those that mine.pairs={settings.pairs} takes. Answers that do not parse are in no pair. The tokens that the guard "
+            f"those that mine.pairs={settings.pairs} takes, of as many examples as mine.balance={settings.balance} and "
+            f"mine.most={settings.most or 'all'} take. Answers that do not parse are in no pair. The tokens that the guard "
             f"sampled are known of {known:,} of {2 * len(pairs):,} answers; others are tokenized when they are trained on.",
             Table.of(columns, [row(result.outcomes, pairs)]),
             "chosen, rejected: mean length in characters; difference: of the one less that of the other; weight: in the mean.",

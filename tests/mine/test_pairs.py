@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,15 @@ def test_what_was_mostly_wrong_weighs_more():
     assert weight(2, 2) == [1]
     assert weight(3, 1) == [pytest.approx(0.8)]
     assert weight(4, 0) == weight(0, 4) == []
+
+
+def test_balanced_pairs_are_equally_many_of_each_label():
+    examples = [replace(LOAF, id=f"x{i}", prompt_label="unharmful" if i < 5 else "harmful") for i in range(7)]
+    outcomes = [outcome_of(example, Mode.DIRECT, POLICY, [RIGHT, WRONG]) for example in examples]
+    assert [pair["id"] for pair in rows(outcomes)] == [example.id for example in examples]
+    for most, each in ((None, 2), (2, 1)):
+        counts = Counter(pair["prompt_label"] for pair in rows(outcomes, balance="class", most=most))
+        assert counts == {"unharmful": each, "harmful": each}
 
 
 def lines(path):
