@@ -169,9 +169,10 @@ def preference_pairs(outcomes: Sequence[Outcome], config: MineConfig, seed: int)
     An unparsable answer is in no pair. The weight is that of HS-DPO (GuardReasoner, arXiv 2501.18492): it grows linearly with the
     number of wrong less that of right answers, up to 1 ± `pair_weights`.
     """
-    taken = {id(outcome) for outcome in choose(list(filter(_is_mixed, outcomes)), config, seed)}
-    for outcome in outcomes:
-        if id(outcome) not in taken:
+    mixed = [outcome for outcome in outcomes if all(_has(outcome))]
+    taken = {outcome.example.id for outcome in choose(mixed, config, seed)}
+    for outcome in mixed:
+        if outcome.example.id not in taken:
             continue
         right, wrong = _parsable(outcome)
         candidates = sorted(product(right, wrong), key=lambda pair: _drawn(seed, outcome.example.id, *pair))
@@ -195,10 +196,6 @@ def _parsable(outcome: Outcome) -> tuple[list[Answer], list[Answer]]:
 def _has(outcome: Outcome) -> tuple[bool, bool]:
     right, wrong = _parsable(outcome)
     return bool(right), bool(wrong)
-
-
-def _is_mixed(outcome: Outcome) -> bool:
-    return all(_has(outcome))
 
 
 def _drawn(seed: int, name: str, *answers: Answer) -> bytes:
