@@ -84,10 +84,10 @@ def score(
         for rows, (count, length) in _calls(_packed(trees), 0 if texts else most_tokens, model.row_multiple):
             arrays, targets, paths = _arrays(rows, count, length, pairs)
             with model.running():
-                asked_for = 1 + max(max(slots) for own in targets for slots in own.values())
-                arrays = model.put(arrays)
-                *scored, cache = _next_tokens(model, prefix.caches, *arrays, asked_for if drafts else None)
-            odds_BM, likeliest_BM = map(np.asarray, scored)
+                most_asked = 1 + max(max(slots) for own in targets for slots in own.values())
+                placed = model.put(arrays)
+                *scored, cache = _next_tokens(model, prefix.caches, *placed, most_asked if drafts else None)
+            odds_BM, likeliest_BM = jax.device_get(scored)
             for row, own in enumerate(targets):
                 for i in (i for i in texts.keys() & own.keys() if len(texts[i]) > prefix.length):
                     behind = paths[row][i][: len(texts[i]) - prefix.length]
