@@ -84,7 +84,7 @@ def block_sparse(
     of them, which cost a CPU nothing; so a row of many short examples costs no more than its examples in several rows.
     `matmul_dtype`: what the operands are rounded to, see `linear.project`.
     """
-    multiply = jnp.einsum if matmul_dtype is None else partial(project, matmul_dtype=matmul_dtype)
+    multiply = partial(project, matmul_dtype=matmul_dtype)
     attend_blocks = partial(_attend_blocks, window=window, scale=scale, multiply=multiply)
 
     def attend_row(row: tuple[Array, Array, Array, Layout]) -> Float[Array, "T N H"]:
@@ -94,14 +94,14 @@ def block_sparse(
         query_TNH, key_TKH, value_TKH = (jnp.pad(x, [(0, missing), (0, 0), (0, 0)]) for x in row[:3])
         layout = row[3].padded(missing)
         query_JKGCH = query_TNH.reshape(blocks, chunk, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-        key_KJCH, value_KJCH = (
-            x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 1, 3) for x in (key_TKH, value_TKH)
+        key_KJHC, value_KJHC = (
+            x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 3, 1) for x in (key_TKH, value_TKH)
         )
         needed_JJ = layout.needed(window, chunk, chunk)
 
         def attend_block(block: tuple[Array, Array, Array]) -> Float[Array, "K G C H"]:
             query_KGCH, index, needed_J = block
-            return _block(attend_blocks, query_KGCH, key_KJCH, value_KJCH, layout, index, needed_J)
+            return _block(attend_blocks, query_KGCH, key_KJHC, value_KJHC, layout, index, needed_J)
 
         mixed_JKGCH: Array = jax.lax.map(attend_block, (query_JKGCH, jnp.arange(blocks), needed_JJ))
         return mixed_JKGCH.transpose(0, 3, 1, 2, 4).reshape(blocks * chunk, -1, width)[:tokens]
@@ -118,8 +118,8 @@ def block_sparse(
 def _block(
     attend: Callable[..., Array],
     query_KGCH: Array,
-    key_KJCH: Array,
-    value_KJCH: Array,
+    key_KJHC: Array,
+    value_KJHC: Array,
     layout: Layout,
     index: Array,
     needed_J: Array,
@@ -128,7 +128,7 @@ def _block(
 
     The backward pass recomputes everything within its branch: JAX would save the residuals of all branches.
     """
-    mixed_KGCH: Array = _branch(attend, needed_J, query_KGCH, key_KJCH, value_KJCH, layout, index)
+    mixed_KGCH: Array = _branch(attend, needed_J, query_KGCH, key_KJHC, value_KJHC, layout, index)
     return mixed_KGCH
 
 
@@ -164,8 +164,8 @@ def _attend_blocks(
     count: int,
     order_J: Array,
     query_KGCH: Array,
-    key_KJCH: Array,
-    value_KJCH: Array,
+    key_KJHC: Array,
+    value_KJHC: Array,
     layout: Layout,
     index: Array,
     *,
@@ -174,20 +174,19 @@ def _attend_blocks(
     multiply: Callable[..., Array],
 ) -> Float[Array, "K G C H"]:
     """Attend from the block of queries with this index to the first `count` blocks of keys in this order."""
-    _, group, chunk, width = query_KGCH.shape
+    _, _, chunk, width = query_KGCH.shape
     blocks = order_J[:count]
     keys_S = (blocks[:, None] * chunk + jnp.arange(chunk)).reshape(-1)
     mask_CS = layout.visible(window, index * chunk + jnp.arange(chunk), keys_S)
     heads = []
-    # One key head at a time: a CPU multiplies single matrices faster than stacks of them.
-    for query_GCH, key_JCH, value_JCH in zip(query_KGCH, key_KJCH, value_KJCH, strict=True):
-        key_SH, value_SH = (x[blocks].reshape(-1, width) for x in (key_JCH, value_JCH))
-        scores_QS = multiply("QH,SH->QS", query_GCH.reshape(-1, width), key_SH) * scale
-        scores_GCS = scores_QS.reshape(group, chunk, -1)
+    # One key head at a time: a CPU multiplies single matrices faster than stacks of them. Keys and values are stored transposed, as
+    # their gradients come out of a product whose narrower operand is transposed.
+    for query_GCH, key_JHC, value_JHC in zip(query_KGCH, key_KJHC, value_KJHC, strict=True):
+        key_HS, value_HS = (x[blocks].transpose(1, 0, 2).reshape(width, -1) for x in (key_JHC, value_JHC))
+        scores_GCS = multiply("GCH,HS->GCS", query_GCH, key_HS) * scale
         # The finite minimum, not -inf: a query without any visible key must not become NaN.
         scores_GCS = jnp.where(mask_CS, scores_GCS, jnp.finfo(scores_GCS.dtype).min)
-        weights_QS = jax.nn.softmax(scores_GCS, axis=-1).reshape(scores_QS.shape)
-        heads.append(multiply("QS,SH->QH", weights_QS, value_SH).reshape(query_GCH.shape))
+        heads.append(multiply("GCS,HS->GCH", jax.nn.softmax(scores_GCS, axis=-1), value_HS))
     return jnp.stack(heads)
 
 
