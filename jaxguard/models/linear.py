@@ -138,14 +138,22 @@ def _multiply_backward(
     left, right, out = equation.replace("->", ",").split(",")
     rounded_x, rounded_weight, gradient = (array.astype(matmul_dtype) for array in (x, weight, gradient))
     of_x = jnp.einsum(f"{out},{right}->{left}", gradient, rounded_weight, preferred_element_type=x.dtype)
-    # In the order in which the weight's dimensions come out, so that nothing is transposed.
-    factors = [(out, gradient), (left, rounded_x)] if right[0] in out else [(left, rounded_x), (out, gradient)]
-    (a, left_factor), (b, right_factor) = factors
-    of_weight = jnp.einsum(f"{a},{b}->{right}", left_factor, right_factor, preferred_element_type=weight.dtype)
+    # The narrower factor first: a CPU copies the first one transposed. The barrier keeps XLA from swapping them back.
+    factors = (left, rounded_x), (out, gradient)
+    (a, first), (b, second) = sorted(factors, key=lambda factor: _size(*factor, within=right))
+    order = "".join(letter for letter in a + b if letter in right)
+    of_weight = jnp.einsum(f"{a},{b}->{order}", first, second, preferred_element_type=weight.dtype)
+    if order != right:
+        of_weight = jnp.einsum(f"{order}->{right}", jax.lax.optimization_barrier(of_weight))
     return of_x, of_weight
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _size(letters: str, array: Array, within: str) -> int:
+    """Of those of an array's dimensions whose letters are also `within` another's."""
+    return math.prod(size for letter, size in zip(letters, array.shape, strict=True) if letter in within)
 
 
 def project_features_first(equation: str, x: Array, weight: Array) -> Array:
