@@ -3,8 +3,10 @@
 All get the same token ids, including those of the 17-category policy. For `verdicts` each example has the two tokens of its
 verdict; `answers` are generated greedily, 32 at a time. Every measurement is its own process; reading the checkpoint and starting
 the server are not counted. Compiling is, but for `answers`, which are generated twice where something compiles: the table has
-the second time, and the first in a column of its own. The bound is the time of the products that cannot be avoided, those of what
-is not cached of each prompt and of each new token with the weights, at the rate of a large product, measured right after.
+the second time, and the first in a column of its own. Where no prompt stays cached, the first tokens alone are timed, too: they
+take the time of the prompts, and the tokens after them the rest, which gives the speed of decoding. The bound is the time of the
+products that cannot be avoided, those of what is not cached of each prompt and of each new token with the weights, at the rate of
+a large product, measured right after.
 """
 
 import argparse
@@ -63,6 +65,7 @@ class Result(TypedDict):
 
     seconds: for all examples.
     first: the same with compiling, where `seconds` is without.
+    prompts: for the first new token of each, where it is known.
     bound: the least seconds that the products with the weights take, where it is known.
     odds: of each, the log-probability of the first token minus the second's, for verdicts.
     answers: the new tokens of each, for answers.
@@ -70,6 +73,7 @@ class Result(TypedDict):
 
     seconds: float
     first: NotRequired[float]
+    prompts: NotRequired[float]
     bound: NotRequired[float]
     odds: list[float]
     answers: list[list[int]]
@@ -147,7 +151,8 @@ async def _do(job: dict[str, Any], backend: str) -> Result:
             before = local.prefix_cache.computed
             again = await _answer(job, local)
             least = bound(local.prefix_cache.model, local.prefix_cache.computed - before, again)
-            result = {**again, "first": result["seconds"], "bound": least}
+            prompts = await _answer({**job, "new_tokens": 1}, local)
+            result = {**again, "first": result["seconds"], "prompts": prompts["seconds"], "bound": least}
         return result
     with serve(Path(job["model"]), "guard", FOLDER / "sglang.log") as server:
         async with open_sglang(server.url, "guard", SETTINGS) as connected:
@@ -187,7 +192,7 @@ def table(workload: str, results: dict[str, list[Result]]) -> Table:
     count = max(len(results[first][0]["odds"]), len(results[first][0]["answers"]))
     result = Table("contender", title=f"{count} {workload}", title_justify="left")
     same = (
-        ("same answers", "tokens/s", "of the bound", "first, s")
+        ("same answers", "tokens/s", "decoded/s", "of the bound", "first, s")
         if workload == "answers"
         else ("probabilities differ by", "log-odds by")
     )
@@ -213,11 +218,13 @@ def _odds(ours: Result, theirs: Result) -> tuple[str, ...]:
 
 def _answers(ours: Result, theirs: Result) -> tuple[str, ...]:
     same = sum(a == b for a, b in zip(ours["answers"], theirs["answers"], strict=True))
-    rate = sum(map(len, theirs["answers"])) / theirs["seconds"]
+    tokens = sum(map(len, theirs["answers"]))
+    decoded = (tokens - len(theirs["answers"])) / (theirs["seconds"] - theirs.get("prompts", 0))
     share = f"{theirs['bound'] / theirs['seconds']:.0%}" if "bound" in theirs else ""
     return (
         f"{same} of {len(ours['answers'])}",
-        f"{rate:.1f}",
+        f"{tokens / theirs['seconds']:.1f}",
+        f"{decoded:.1f}" if "prompts" in theirs else "",
         share,
         f"{theirs['first']:.1f}" if "first" in theirs else "",
     )

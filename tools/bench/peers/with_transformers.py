@@ -23,11 +23,16 @@ def main(path: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         job["model"], trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
+    result: dict[str, Any] = {"odds": [], "answers": []}
     started = time.perf_counter()
     with torch.inference_mode():
-        odds = [] if job["new_tokens"] else score(model, job["prompts"], job["pairs"])
-        answers = generate(model, job["prompts"], job["new_tokens"], job["stop_ids"]) if job["new_tokens"] else []
-    print(json.dumps({"seconds": time.perf_counter() - started, "odds": odds, "answers": answers}))
+        if job["new_tokens"]:
+            generate(model, job["prompts"], 1, job["stop_ids"])
+            result["prompts"], started = time.perf_counter() - started, time.perf_counter()
+            result["answers"] = generate(model, job["prompts"], job["new_tokens"], job["stop_ids"])
+        else:
+            result["odds"] = score(model, job["prompts"], job["pairs"])
+    print(json.dumps({"seconds": time.perf_counter() - started, **result}))
 
 
 def score(model: Any, prompts: list[list[int]], pairs: list[list[int]]) -> list[float]:
