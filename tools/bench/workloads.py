@@ -46,9 +46,9 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("direct", Mode.DIRECT, max_seq_len=4096),
-    Workload("sentence", Mode.REASONING, max_seq_len=6400, trace_words=40),
-    Workload("reasoning", Mode.REASONING, max_seq_len=6400, accumulation=3, trace_words=260),
+    Workload("direct", Mode.DIRECT, max_seq_len=3584),
+    Workload("sentence", Mode.REASONING, max_seq_len=5632, trace_words=40),
+    Workload("reasoning", Mode.REASONING, max_seq_len=5632, accumulation=3, trace_words=260),
     Workload("direct-dpo", Mode.DIRECT, max_seq_len=3200, objective="dpo"),
     Workload("sentence-dpo", Mode.REASONING, max_seq_len=4096, accumulation=2, trace_words=40, objective="dpo"),
     Workload("direct-grpo", Mode.DIRECT, max_seq_len=1280, objective="grpo"),
