@@ -140,7 +140,7 @@ def _multiply_backward(
     of_x = jnp.einsum(f"{out},{right}->{left}", gradient, rounded_weight, preferred_element_type=x.dtype)
     # The narrower factor first: a CPU copies the first one transposed. The barrier keeps XLA from swapping them back.
     factors = (left, rounded_x), (out, gradient)
-    (a, first), (b, second) = sorted(factors, key=lambda factor: _size(*factor, within=right))
+    (a, first), (b, second) = sorted(factors, key=lambda factor: _size(factor[0], factor[1], right))
     order = "".join(letter for letter in a + b if letter in right)
     of_weight = jnp.einsum(f"{a},{b}->{order}", first, second, preferred_element_type=weight.dtype)
     if order != right:
@@ -152,7 +152,7 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _size(letters: str, array: Array, within: str) -> int:
-    """Of those of an array's dimensions whose letters are also `within` another's."""
+    """The size of an array in those of its dimensions that another, with the letters `within`, has too."""
     return math.prod(size for letter, size in zip(letters, array.shape, strict=True) if letter in within)
 
 

@@ -179,8 +179,8 @@ def _attend_blocks(
     keys_S = (blocks[:, None] * chunk + jnp.arange(chunk)).reshape(-1)
     mask_CS = layout.visible(window, index * chunk + jnp.arange(chunk), keys_S)
     heads = []
-    # One key head at a time: a CPU multiplies single matrices faster than stacks of them. Keys and values are stored transposed, as
-    # their gradients come out of a product whose narrower operand is transposed.
+    # One key head at a time: a CPU multiplies single matrices faster than stacks of them. Keys and values are transposed, as their
+    # gradients come out of the fastest products, see linear.py.
     for query_GCH, key_JHC, value_JHC in zip(query_KGCH, key_KJHC, value_KJHC, strict=True):
         key_HS, value_HS = (x[blocks].transpose(1, 0, 2).reshape(width, -1) for x in (key_JHC, value_JHC))
         scores_GCS = multiply("GCH,HS->GCS", query_GCH, key_HS) * scale
