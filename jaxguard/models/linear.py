@@ -108,7 +108,6 @@ def _multiply(matmul_dtype: jnp.dtype, equation: str, x: Array, weight: Array) -
         return jnp.einsum(equation, rounded_x, rounded_weight, preferred_element_type=x.dtype)
     left, right, _ = equation.replace("->", ",").split(",")
     axes = next((left.index(letter), right.index(letter)) for letter in left if letter in right)
-    terms = math.prod(x.shape[left.index(letter)] for letter in left if letter in right)
 
     def add(x: Array, weight: Array, terms: int) -> Array:
         if terms <= MAX_TERMS:
@@ -117,7 +116,7 @@ def _multiply(matmul_dtype: jnp.dtype, equation: str, x: Array, weight: Array) -
         first, second = (add(x, weight, terms // 2) for x, weight in zip(*halves, strict=True))
         return first + second
 
-    return add(x, weight, terms)
+    return add(x, weight, _size(left, x, right))
 
 
 def _multiply_forward(
