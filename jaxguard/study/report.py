@@ -18,6 +18,7 @@ from jaxguard.report import Beside, Bullets, Drawing, Only, Page, Paragraph, Sec
 from jaxguard.report.figures import COLOURS, FAINT, INK, inline_svg, style
 from jaxguard.report.text import ABSENT, number, seconds, short
 from jaxguard.study.grid import Study
+from jaxguard.study.training import ABOUT_TRAINING, training_table
 from jaxguard.utils.errors import JaxguardError
 from jaxguard.utils.parse import Fields, read_json
 
@@ -75,6 +76,7 @@ def write_report(study: Study, read: Callable[[Path], Evaluation], published: Pu
         sections.append(Section(f"Against {row}, on the same examples", [table, Paragraph([AGAINST], faint=True)]))
     sections += [
         Section("Where the paper has two values", [Bullets(list(_restated(lines)))]),
+        Section("Training, from its first steps to its last", _training(study, scores)),
         Section("Words of the traces", _words(study, scores, published)),
         Section("Seconds an example", _latency(lines, published)),
     ]
@@ -328,6 +330,13 @@ def _curves(
     if any(axes.get_legend_handles_labels()[0] for axes in every):
         figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return Drawing(" ".join(caption), inline_svg(figure, "curve", f"F1 by {curve.label}"))
+
+
+def _training(study: Study, scores: pd.DataFrame) -> list[Table | Paragraph]:
+    folders = {run.name: run.folder for run in study.runs}
+    runs = scores.drop_duplicates("run").groupby("name", sort=False).run
+    table = training_table({name: [folders[run] for run in of_line] for name, of_line in runs})
+    return [table, Paragraph([ABOUT_TRAINING], faint=True)] if table.rows else []
 
 
 @style()

@@ -1,5 +1,6 @@
 """The report, from made-up results."""
 
+import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -260,6 +261,25 @@ def gather_cells(results, right):
         return evaluation
 
     return read
+
+
+def test_how_preferences_and_reinforcement_trained_is_shown(report):
+    study, read = report({"base": direct(0.5), "bread-8-0": direct(0.5), "bread-8-1": direct(0.7), "more": direct(0.8)})
+    rights = {"bread-8-0": [0.25] * 2 + [0.5] * 17 + [0.75], "bread-8-1": [0.75, 1.0], "base": []}
+    for run in study.runs:
+        records = [
+            {"step": step, "loss": 0.5, "rollouts/right": right} for step, right in enumerate(rights.get(run.name, []))
+        ]
+        if run.name == "more":
+            records = [{"step": 1, "validation/direct/loss": 0.5}, {"step": 2, "preference/accuracy": 0.5}]
+        if run.name in rights or records:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    text = write_report(study, read, PUBLISHED)[0].read_text()
+    assert "|  | bread, 8 loaves | more |" in text
+    assert "| rollouts/right | 0.500 to 0.812 | – |" in text  # two of twenty steps and one of two; (0.25 + 0.75) / 2
+    assert "| preference/accuracy | – | 0.500 to 0.500 |" in text
+    assert "validation/direct/loss" not in text
 
 
 def test_the_metric_can_be_chosen(report):
