@@ -63,13 +63,14 @@ def compile_sampling(config: Config, spec: Spec, cluster: Cluster) -> Sampling |
         w.path: array(w.shape(spec), jnp.float32 if "norm" in w.axes else compute.dtype, *w.axes) for w in table(spec)
     }
     own, new = cache(prompts, prompt), cache(rows, settings.max_tokens)
-    of_rows = Rows(array((rows, 2), np.uint32), array((rows,), np.int32), array((rows,), np.bool_))
-    step, stops = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((), (1,)))
+    of_rows = Rows(array((rows, 2), np.uint32), *[array((rows,), np.int32)] * 2)
     with jax.set_mesh(mesh), cudnn_attention_on_any_gpu(), compute.matmuls():
         token = jax.jit(sample_token, donate_argnames="new")
         hidden = array((rows, spec.d_model), compute.dtype)
         compiled = compile_lowered(
-            token.lower(Model(weights, spec, compute, mesh), own, new, hidden, of_rows, step, stops)
+            token.lower(
+                Model(weights, spec, compute, mesh), own, new, hidden, of_rows, jax.ShapeDtypeStruct((), np.int32)
+            )
         )
     memory: Any = compiled.memory_analysis()
     hlo = CompiledProgram(compiled.as_text() or "")

@@ -183,7 +183,7 @@ def test_rows_that_have_stopped_leave_and_change_no_answer(model, monkeypatch):
         jax_decoding, "_kept", lambda running, *rest: sizes.append(len(running)) or kept(running, *rest)
     )
     together = generate(model, prompts, sampling, shared=37)
-    assert (sizes[0], min(sizes)) == (15, 4)
+    assert (sizes[0], min(sizes)) == (18, 5)  # places for six prompts, in parts of two
     assert len({len(answer.tokens) for own in together for answer in own}) > 4
     monkeypatch.setattr(jax_decoding, "MIN_ROWS", 99)
     assert together == [generate(model, [prompt], sampling)[0] for prompt in prompts]
@@ -263,6 +263,25 @@ def test_eight_devices_answer_as_one(model, sizes):
     assert len(cut.weights["layers.up_proj"].sharding.device_set) == 8
 
 
+def test_prompts_that_wait_take_the_rows_of_those_that_stopped(model, monkeypatch):
+    """Three of twelve at a time, one after the other; what a row had of another prompt changes no answer."""
+    monkeypatch.setattr(jax_decoding, "SLOTS", 8)
+    prompts = ragged((70, 41, 90, 42, 77, 60, 55, 38, 81, 49, 66, 58))
+    counts, step = [], jax_decoding._Running.step
+    monkeypatch.setattr(jax_decoding._Running, "step", lambda self: counts.append(self.busy_B.sum()) or step(self))
+    for n in (1, 2):
+        sampling = dataclasses.replace(HOT, n=n, max_tokens=40, stop_ids=tuple(range(0, 400, 9)))
+        counts.clear()
+        few = generate(model, prompts, sampling, rows=3 * n, shared=37)
+        steps = [max(len(answer.ids) for answer in own) for own in few]
+        assert min(steps) < 10 < 20 < max(steps)
+        assert max(counts) == 3
+        assert sum(counts) == sum(steps)  # none is computed after its end
+        assert counts.count(3) >= len(counts) - max(steps)  # and all places are taken while a prompt waits
+        monkeypatch.setattr(jax_decoding, "MIN_ROWS", 99)
+        assert few == [generate(model, [prompt], sampling)[0] for prompt in prompts]
+
+
 def test_few_programs_serve_many_lengths(model):
     generate(model, ragged((70, 41)), GREEDY, rows=2, shared=37)
     programs = prefill, jax_decoding._append, jax_decoding._choose
@@ -294,7 +313,7 @@ def test_draws_stay_in_the_nucleus_and_have_its_distribution(top_p, inside):
     count = 20000
     keys = np.random.default_rng(0).integers(0, 2**32, (count, 2), np.uint32)
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3, (count, 6)).astype(jnp.float32)
-    drawn = np.asarray(draw(logits.T, jnp.asarray(keys), 4, 1.0, top_p))
+    drawn = np.asarray(draw(logits.T, jnp.asarray(keys), jnp.full(count, 4), 1.0, top_p))
     assert set(drawn.tolist()) == inside
     expected = np.where(np.isin(np.arange(6), list(inside)), PROBABILITIES, 0)
     expected = expected / expected.sum()
@@ -306,8 +325,9 @@ def test_temperature_is_applied_before_the_nucleus():
     """Squared and normalised, 0.4 and 0.3 have 0.85 of the whole; untouched, 0.7."""
     logits = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None].repeat(2000, 0)
     keys = jnp.asarray(np.random.default_rng(1).integers(0, 2**32, (2000, 2), np.uint32))
-    assert set(np.asarray(draw(logits.T, keys, 0, 0.5, 0.8)).tolist()) == {1, 3}
-    assert set(np.asarray(draw(logits.T, keys, 0, 1.0, 0.8)).tolist()) == {1, 3, 4}
+    zeros = jnp.zeros(2000, jnp.int32)
+    assert set(np.asarray(draw(logits.T, keys, zeros, 0.5, 0.8)).tolist()) == {1, 3}
+    assert set(np.asarray(draw(logits.T, keys, zeros, 1.0, 0.8)).tolist()) == {1, 3, 4}
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95])
@@ -324,9 +344,9 @@ def test_draws_are_from_the_nucleus_that_sorting_gives(top_p):
     draw_once = jax.jit(draw, static_argnames=("temperature", "top_p"))  # else its loop is compiled for each step
     for step in range(400):
         keys = jnp.asarray(random.integers(0, 2**32, (20, 2), np.uint32))
-        drawn[np.arange(20), np.asarray(draw_once(jnp.asarray(logits.T), keys, step, temperature=1.0, top_p=top_p))] = (
-            True
-        )
+        counts = jnp.full(20, step)
+        tokens = draw_once(jnp.asarray(logits.T), keys, counts, temperature=1.0, top_p=top_p)
+        drawn[np.arange(20), np.asarray(tokens)] = True
     assert not np.any(drawn & ~inside)
     likely = inside & (probability > 0.02)
     assert np.all(drawn[likely])
@@ -386,8 +406,9 @@ def test_a_token_in_one_program_is_that_of_decode(model):
     last = np.full(count, 39)
     hidden_BD, own = prefill(model, (), prompts, positions, last)
     keys = np.arange(2 * count * n, dtype=np.uint32).reshape(-1, 2)
-    rows = jax_decoding.Rows(keys, np.full(count * n, 40), np.zeros(count * n, bool))
-    whole = jax_decoding.decode(model, (), own, hidden_BD, rows, Sampling(1.0, 1.0, max_tokens=4, n=n))
+    rows = jax_decoding.Rows(keys, np.full(count * n, 40), np.zeros(count * n, np.int32))
+    prompts = jax_decoding.Prompts(hidden_BD, own, rows, np.arange(count * n))
+    whole = dict(jax_decoding.decode(model, (), [lambda: prompts], (3, 3), Sampling(1.0, 1.0, max_tokens=4, n=n)))
     leading = spec.num_layers, count * n, spec.num_kv_heads
     new = DecodingCache(
         jnp.zeros((*leading, spec.head_dim, 4)),
@@ -397,8 +418,7 @@ def test_a_token_in_one_program_is_that_of_decode(model):
     prompt_cache = DecodingCache(jnp.swapaxes(own.key_LAKSH, 3, 4), own.value_LAKSH, own.positions_AS)
     hidden_RD = jnp.repeat(hidden_BD, n, axis=0)
     for step in range(4):
-        sampled, hidden_RD, new, rows = jax_decoding.sample_token(
-            model, prompt_cache, new, hidden_RD, rows, step, jnp.full(1, -1)
-        )
-        np.testing.assert_array_equal(sampled.tokens, whole.tokens[:, step])
-        np.testing.assert_allclose(sampled.logprobs, whole.logprobs[:, step], atol=1e-4)
+        sampled, hidden_RD, new, rows = jax_decoding.sample_token(model, prompt_cache, new, hidden_RD, rows, step)
+        for row in range(count * n):
+            assert sampled.tokens[row] == whole[row].tokens[step]
+            np.testing.assert_allclose(sampled.logprobs[row], whole[row].logprobs[step], atol=1e-4)

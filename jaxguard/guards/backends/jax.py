@@ -6,20 +6,20 @@ copied or overwritten. Samples depend on the seed, the prompt's tokens and the s
 order of prompts.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from jaxguard.config import Config
 from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.packing import bucket_size
-from jaxguard.guards.backends.jax_decoding import NOT_FINITE, Rows, Sampling, decode
+from jaxguard.guards.backends.jax_decoding import NOT_FINITE, Prompts, Rows, Sampling, decode
 from jaxguard.guards.backends.jax_model import (
     LENGTH_MULTIPLE,
     Model,
@@ -34,17 +34,15 @@ from jaxguard.guards.protocol import Completion, Draft, sample_digest
 from jaxguard.models import sharding
 from jaxguard.models.attention.attend import FAR
 from jaxguard.models.compute import choose_compute
-from jaxguard.models.decoder import Cache
 from jaxguard.models.hf_io.checkpoints import read_weights
-from jaxguard.models.sharding import constrain
 from jaxguard.models.spec import UnsupportedModelError, read_spec
 from jaxguard.utils.errors import JaxguardError
 
 WARM_TOKENS = 1024
 """Tokens of the largest call that a warm-up compiles."""
 
-PREFILLS = 4
-"""A batch's prompts are computed in this many parts of similar length, so that one long prompt does not pad all others."""
+PARTS = 4
+"""Rows are given to prompts of similar length in this many parts, so that one long prompt does not pad all others."""
 
 
 @dataclass(frozen=True)
@@ -127,50 +125,47 @@ def generate(
     # A step takes about as long for few rows as for many: small groups are sampled together, their prefixes computed again.
     small = [i for _, group in groups if len(group) < min(rows, len(prompts)) for i in group]
     groups = [(prefix, group) for prefix, group in groups if len(group) >= min(rows, len(prompts))]
-    completions: dict[int, list[Completion]] = {}
+    completions: dict[int, Completion] = {}
     for prefix, group in [*groups, *([(Prefix(), small)] if small else [])]:
         prefix_cache.computed += sum(len(prompts[i]) - prefix.length for i in group)
         prefix_cache.reused += prefix.length * len(group)
         order = sorted(group, key=lambda i: -len(prompts[i]))
-        size = bucket_size(min(rows, len(order)), model.row_multiple)
-        for batch in (order[start : start + size] for start in range(0, len(order), size)):
-            completions |= _generate_batch(model, prefix, prompts, batch, size, sampling)
-    return [completions[i] for i in range(len(prompts))]
+        completions |= _generate_group(model, prefix, prompts, order, rows, sampling)
+    return [[completions[i * sampling.n + sample] for sample in range(sampling.n)] for i in range(len(prompts))]
 
 
-def _generate_batch(
-    model: Model, prefix: Prefix, prompts: Sequence[Sequence[int]], batch: Sequence[int], size: int, sampling: Sampling
-) -> dict[int, list[Completion]]:
-    """Sample the completions of these prompts, longest first, which have the prefix in common, with `size` prompts' rows."""
-    n, rows_at_once = sampling.n, model.row_multiple * math.ceil(size / model.row_multiple / PREFILLS)
-    parts, ends = [], []
-    with model.running():
-        for first in range(0, size, rows_at_once):  # rows without a prompt are done from the start
-            suffixes = [prompts[i][prefix.length :] for i in batch[first : first + rows_at_once]]
-            tokens, positions, lengths = _rows(suffixes, prefix.length, min(rows_at_once, size - first))
-            last = lengths - prefix.length - 1
-            parts.append(prefill(model, prefix.caches, *model.put((tokens, positions, last))))
-            ends.append(lengths)
-        hidden_BD, own = parts[0] if len(parts) == 1 else _joined(parts)
-        samples = [(i, sample) for i in batch for sample in range(n)]
-        keys = np.zeros((size * n, 2), np.uint32)
-        for row, (i, sample) in enumerate(samples):
+def _generate_group(
+    model: Model, prefix: Prefix, prompts: Sequence[Sequence[int]], order: Sequence[int], rows: int, sampling: Sampling
+) -> dict[int, Completion]:
+    """Sample completions of these prompts, which have the prefix in common, `rows` prompts at a time, and number them."""
+    n, together = sampling.n, min(rows, len(order))
+    size = bucket_size(math.ceil(together / PARTS), model.row_multiple)
+
+    def compute(part: Sequence[int]) -> Prompts:
+        tokens, positions, lengths = _rows([prompts[i][prefix.length :] for i in part], prefix.length, size)
+        keys, numbers = np.zeros((size * n, 2), np.uint32), np.full(size * n, -1)
+        for row, (i, sample) in enumerate(itertools.product(part, range(n))):
             keys[row] = np.frombuffer(sample_digest(sampling.seed, prompts[i], sample)[:8], np.uint32)
-        rows = Rows(keys, np.repeat(np.concatenate(ends), n), np.arange(size * n) >= len(samples))
-        new = decode(model, prefix.caches, own, hidden_BD, rows, sampling)
-    completions: dict[int, list[Completion]] = {i: [] for i in batch}
-    for (i, _), tokens_G, logprobs_G, entropies_G in zip(samples, *new, strict=False):
-        stops = np.flatnonzero(np.isin(tokens_G, sampling.stop_ids))
-        count = stops[0] + 1 if len(stops) else sampling.max_tokens
-        if np.any(tokens_G[:count] == NOT_FINITE):
-            raise JaxguardError(
-                f"prompt {i}: the model's hidden states are not finite, so its answer means nothing: use another "
-                "checkpoint, or model.compute_dtype=float32"
-            )
-        ids, logprobs, entropies = (tuple(x_G[:count].tolist()) for x_G in (tokens_G, logprobs_G, entropies_G))
-        stop_id = ids[-1] if len(stops) else None
-        without = ids if stop_id is None else ids[:-1]
-        completions[i].append(Completion(without, stop_id is not None, stop_id, logprobs, entropies))
+            numbers[row] = i * n + sample
+        arrays = model.put((tokens, positions, lengths - prefix.length - 1))
+        rows = Rows(*model.put((keys, np.repeat(lengths, n), np.zeros(size * n, np.int32))))
+        return Prompts(*prefill(model, prefix.caches, *arrays), rows, numbers)
+
+    parts = [partial(compute, order[first : first + size]) for first in range(0, len(order), size)]
+    completions = {}
+    with model.running():
+        for number, continuation in decode(
+            model, prefix.caches, parts, (size, size * math.ceil(together / size)), sampling
+        ):
+            ids, logprobs, entropies = (tuple(x_G.tolist()) for x_G in continuation)
+            if NOT_FINITE in ids:
+                raise JaxguardError(
+                    f"prompt {number // n}: the model's hidden states are not finite, so its answer means nothing: use another "
+                    "checkpoint, or model.compute_dtype=float32"
+                )
+            stop_id = ids[-1] if ids[-1] in sampling.stop_ids else None
+            without = ids if stop_id is None else ids[:-1]
+            completions[number] = Completion(without, stop_id is not None, stop_id, logprobs, entropies)
     return completions
 
 
@@ -184,23 +179,3 @@ def _rows(suffixes: Sequence[Sequence[int]], start: int, size: int) -> tuple[np.
         positions[row, : len(suffix)] = np.arange(start, start + len(suffix))
         lengths[row] = start + len(suffix)
     return tokens, positions, lengths
-
-
-@jax.jit
-def _joined(parts: Sequence[tuple[Float[Array, "_ D"], Cache]]) -> tuple[Float[Array, "B D"], Cache]:
-    """Join the parts of a batch; the first part has the longest rows, and others are padded to them."""
-    longest = parts[0][1].positions_AS.shape[1]
-
-    def whole(arrays: Sequence[Array], rows: int, tokens: int, padding: int) -> Array:
-        padded = []
-        for x in arrays:
-            more = [(0, longest - x.shape[tokens] if axis == tokens else 0) for axis in range(x.ndim)]
-            padded.append(jnp.pad(x, more, constant_values=padding))
-        return jnp.concatenate(padded, axis=rows)
-
-    hidden, caches = zip(*parts, strict=True)
-    keys, values, positions = zip(*caches, strict=True)
-    axes = "layers", "batch", "kv_heads", None, "head_dim"
-    key_LBKSH, value_LBKSH = (constrain(whole(x, 1, 3, 0), *axes) for x in (keys, values))
-    joined = Cache(key_LBKSH, value_LBKSH, constrain(whole(positions, 0, 1, FAR), "batch", None))
-    return constrain(jnp.concatenate(hidden), "batch", None), joined

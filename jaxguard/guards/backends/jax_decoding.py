@@ -1,10 +1,11 @@
 """New tokens of a batch of rows, one after the other, with their log-probabilities.
 
-What is cached of the prompts is shared: by all rows, or by the samples of a prompt. The rows' own keys and values grow in blocks
-and are written in place. Rows that have stopped leave as soon as half of them have.
+What is cached of the prompts is shared: by all rows, or by the samples of a prompt. The rows' own keys and values are written in
+place. Where all samples of some prompts have stopped, the next prompts take their rows; when none is left, rows that have stopped
+leave as soon as half of them have.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -23,8 +24,8 @@ from jaxguard.models.weights import LAYER
 
 NOT_FINITE: Final = -1
 """Stands for a token that cannot be chosen, since the hidden state before it is not finite."""
-SLOTS: Final = 128
-"""Space for new tokens at first, which doubles when it is used up: each size is compiled, and attention takes it whole."""
+SLOTS: Final = 64
+"""Space for new tokens is a multiple of this: each size is compiled, and attention takes it whole."""
 MIN_ROWS: Final = 4
 """For fewer rows a step takes as long, since it reads all weights."""
 BLOCKS: Final = 512
@@ -48,14 +49,26 @@ class Sampling:
 
 
 class Rows(NamedTuple):
-    """Of each row the key of its random numbers, the tokens of its prompt, and whether it has stopped."""
+    """Of each row the key of its random numbers, the tokens of its prompt, and how many were sampled since."""
 
     keys_R2: Any
     lengths_R: Any
-    done_R: Any
+    counts_R: Any
 
 
-class Continuations(NamedTuple):
+class Prompts(NamedTuple):
+    """Prompts that were computed: the hidden states at their ends, what is cached of each, and the rows that continue them.
+
+    `numbers_R` tell the rows' continuations apart; -1 is a row that nobody asked for.
+    """
+
+    hidden_BD: Any
+    own: Cache
+    rows: Rows
+    numbers_R: np.ndarray
+
+
+class Continuation(NamedTuple):
     """Tokens with their log-probabilities and the entropies of what they were drawn from, at temperature 1 and without top-p."""
 
     tokens: Any
@@ -64,74 +77,122 @@ class Continuations(NamedTuple):
 
 
 def decode(
-    model: Model, shared: Sequence[Cache], own: Cache, hidden_BD: Float[Array, "B D"], rows: Rows, sampling: Sampling
-) -> Continuations:
-    """Sample R = B n continuations [R G]; ignore what follows a stop token.
+    model: Model,
+    shared: Sequence[Cache],
+    parts: Sequence[Callable[[], Prompts]],
+    sizes: tuple[int, int],
+    sampling: Sampling,
+) -> Iterator[tuple[int, Continuation]]:
+    """Continue prompts, `sampling.n` times each, and yield every continuation [G] with its number, as it ends.
 
-    The prompts end in these hidden states; what is cached of them is `shared` by all, or `own` to each of the B.
+    What is cached as `shared` comes before all prompts. These are computed part by part, the longest first, each when there is
+    room for it. `sizes`: the prompts of a part, and how many go on at the same time, a multiple of it.
     """
-    count, most, n = len(rows.done_R), sampling.max_tokens, sampling.n
-    outputs = Continuations(*(np.zeros((count, most), dtype) for dtype in (np.int32, np.float32, np.float32)))
-    targets = np.where(rows.done_R, -1, np.arange(count))  # row of the batch -> row of the outputs
-    stop_Q = model.put(np.asarray(sampling.stop_ids or (-1,), np.int32), whole=True)
-    stages = _stages(model)
-    *shared_by_stage, own_by_stage = (
-        [
-            _decoding_cache(*_of_stage(cache[:2], i, len(stages)), cache.positions_AS, size=size)
-            for i in range(len(stages))
+    (size, together), waiting = sizes, list(parts[::-1])
+    running = _Running(model, shared, together, sampling)
+    while True:
+        while waiting and np.count_nonzero(~running.busy_B) >= size:
+            running.place(waiting.pop()())
+        if not waiting:
+            running.leave()
+        yield from running.step()
+        if not waiting and not running.busy_B.any():
+            return
+
+
+class _Running:
+    """Rows that go on together: on the devices what is cached of them, here the number of each one's continuation, -1 for none.
+
+    A step writes the keys and values of all rows' tokens into the same slot. A row that began later has nothing before its own.
+    """
+
+    def __init__(self, model: Model, shared: Sequence[Cache], prompts: int, sampling: Sampling) -> None:
+        self.model, self.sampling, self.n = model, sampling, sampling.n
+        rows, stages = prompts * self.n, _stages(model)
+        self.stages = [
+            (stage, [_decoding_cache(*_of_stage(x[:2], i, len(stages)), x.positions_AS, size=_used(x)) for x in shared])
+            for i, stage in enumerate(stages)
         ]
-        for cache, size in (*((cache, _used(cache)) for cache in shared), (own, own.positions_AS.shape[1]))
-    )
-    slots = min(most, SLOTS)
-    new_by_stage = [_empty(stage, count, slots) for stage in stages]
-    rows = Rows(*model.put(tuple(rows)))
-    choose = partial(_choose, temperature=sampling.temperature, top_p=sampling.top_p)
-    for step in range(most):
-        sampled, rows = choose(model, hidden_BD, rows, step, stop_Q)
-        running = targets >= 0
-        for output, values in zip(outputs, sampled, strict=True):
-            output[targets[running], step] = np.asarray(values)[running]
-        targets = np.where(np.asarray(rows.done_R), -1, targets)
-        if step == most - 1 or np.all(targets < 0):
-            break
-        if kept := _kept(targets >= 0, n, model.row_multiple):
-            index_B, index_R, n = kept
-            targets = np.where(index_R < 0, -1, targets[index_R])
-            indices = model.put((index_B, index_R), whole=True)
-            tokens, rows = _taken_rows(sampled.tokens, rows, indices[1])
-            own_by_stage, new_by_stage = map(
-                list,
-                zip(*(_taken(*each, *indices) for each in zip(own_by_stage, new_by_stage, strict=True)), strict=True),
-            )
-        else:
-            tokens = sampled.tokens
-        if step == slots:
-            slots = min(most, 2 * slots)
-            new_by_stage = [_grown(new, slots=slots) for new in new_by_stage]
-        x, ropes, positions = _embedded(model, tokens, rows.lengths_R, step)
+        self.own, self.new = ([_empty(stage, count) for stage in stages] for count in (prompts, rows))
+        self.hidden_RD = model.put(np.zeros((rows, model.spec.d_model), model.compute.dtype))
+        self.rows = Rows(*model.put((np.zeros((rows, 2), np.uint32), *np.zeros((2, rows), np.int32))))
+        self.numbers_R, self.counts_R = np.full(rows, -1), np.zeros(rows, np.int32)
+        self.widths_B = np.zeros(prompts, np.int32)  # space in `own` that a prompt needs
+        self.slots = 0  # written in `new`
+        shape = rows, sampling.max_tokens
+        self.outputs = Continuation(*(np.zeros(shape, dtype) for dtype in (np.int32, np.float32, np.float32)))
+
+    @property
+    def busy_B(self) -> np.ndarray:
+        """Which prompts have a row that goes on."""
+        return (self.numbers_R.reshape(-1, self.n) >= 0).any(axis=1)
+
+    def place(self, prompts: Prompts) -> None:
+        """Let prompts go on in the rows of others that have stopped."""
+        index_B = np.flatnonzero(~self.busy_B)[: len(prompts.hidden_BD)]
+        index_R = (index_B[:, None] * self.n + np.arange(self.n)).reshape(-1)
+        self.numbers_R[index_R], self.counts_R[index_R] = prompts.numbers_R, 0
+        self.widths_B[index_B] = prompts.own.positions_AS.shape[1]
+        self.own = _moved(self.own, 0, self.widths_B[self.busy_B].max())
+        indices = self.model.put((index_B.astype(np.int32), index_R.astype(np.int32)), whole=True)
+        device = self.own, self.new, self.hidden_RD, self.rows
+        self.own, self.new, self.hidden_RD, self.rows = _placed(*device, prompts._replace(numbers_R=None), *indices)
+
+    def leave(self) -> None:
+        """Go on without the rows that have stopped, where these are half of them."""
+        if (kept := _kept(self.numbers_R >= 0, self.n, self.model.row_multiple)) is None:
+            return
+        index_B, index_R, self.n = kept
+        indices = self.model.put((index_B, index_R), whole=True)
+        device = self.own, self.new, self.hidden_RD, self.rows
+        self.own, self.new, self.hidden_RD, self.rows = _taken(*device, *indices)
+        self.numbers_R = np.where(index_R < 0, -1, self.numbers_R[index_R])
+        self.counts_R, *outputs = (x[index_R] for x in (self.counts_R, *self.outputs))
+        self.outputs = Continuation(*outputs)
+
+    def step(self) -> Iterator[tuple[int, Continuation]]:
+        """Sample a token of each row, yield what has ended, and compute the token."""
+        sampling, running_R = self.sampling, self.numbers_R >= 0
+        if self.slots == self.new[0].positions_AS.shape[1]:
+            self._make_room()
+        choose = partial(_choose, temperature=sampling.temperature, top_p=sampling.top_p)
+        sampled, self.rows = choose(self.model, self.hidden_RD, self.rows)
+        for output, values in zip(self.outputs, sampled, strict=True):
+            output[running_R, self.counts_R[running_R]] = np.asarray(values)[running_R]
+        self.counts_R += running_R
+        stopped_R = np.isin(np.asarray(sampled.tokens), sampling.stop_ids) | (self.counts_R == sampling.max_tokens)
+        for row in np.flatnonzero(running_R & stopped_R):
+            yield int(self.numbers_R[row]), Continuation(*(x[row, : self.counts_R[row]].copy() for x in self.outputs))
+        self.numbers_R = np.where(stopped_R, -1, self.numbers_R)
+        if np.all(self.numbers_R < 0):
+            return
+        x, ropes, positions = _embedded(self.model, sampled.tokens, self.rows)
         appended = []
-        for stage, *caches in zip(stages, *shared_by_stage, own_by_stage, new_by_stage, strict=True):
-            x, one = _append(stage, x, ropes, positions, caches)
-            appended.append(one)
-        new_by_stage = _written(new_by_stage, appended, step)
-        hidden_BD = _normed(model, x)
-    return outputs
+        for (stage, shared), own, new in zip(self.stages, self.own, self.new, strict=True):
+            x, token = _append(stage, x, ropes, positions, (*shared, own, new))
+            appended.append(token)
+        self.new, self.slots = _written(self.new, appended, self.slots), self.slots + 1
+        self.hidden_RD = _normed(self.model, x)
+
+    def _make_room(self) -> None:
+        """Keep the slots that running rows have written, and leave space for about half as many more."""
+        counts_R = self.counts_R[self.numbers_R >= 0]
+        oldest = int(counts_R.max())
+        most = self.sampling.max_tokens - int(counts_R.min())
+        self.new = _moved(
+            self.new, self.slots - oldest, bucket_size(oldest + min(most, max(SLOTS, oldest) // 2), SLOTS)
+        )
+        self.slots = oldest
 
 
 def sample_token(
-    model: Model,
-    own: DecodingCache,
-    new: DecodingCache,
-    hidden_BD: Float[Array, "B D"],
-    rows: Rows,
-    step: Any,
-    stop_Q: Any,
-) -> tuple[Continuations, Float[Array, "R D"], DecodingCache, Rows]:
+    model: Model, own: DecodingCache, new: DecodingCache, hidden_RD: Float[Array, "R D"], rows: Rows, slot: Any
+) -> tuple[Continuation, Float[Array, "R D"], DecodingCache, Rows]:
     """Sample a token of each row and compute it, as `decode` does again and again: here one program, for the planner to compile."""
-    sampled, rows = _choose(model, hidden_BD, rows, step, stop_Q, temperature=1.0, top_p=1.0)
-    x, ropes, positions = _embedded(model, sampled.tokens, rows.lengths_R, step)
+    sampled, rows = _choose(model, hidden_RD, rows, temperature=1.0, top_p=1.0)
+    x, ropes, positions = _embedded(model, sampled.tokens, rows)
     x, token = _append(model, x, ropes, positions, (own, new))
-    (new,) = _written([new], [token], step)
+    (new,) = _written([new], [token], slot)
     return sampled, _normed(model, x), new, rows
 
 
@@ -185,26 +246,57 @@ def _kept(running_R: np.ndarray, n: int, row_multiple: int) -> tuple[np.ndarray,
     return np.where(index_R < 0, -1, index_R // n).astype(np.int32), index_R.astype(np.int32), 1
 
 
-@jax.jit
-def _taken_rows(tokens_R: Array, rows: Rows, index_R: Array) -> tuple[Array, Rows]:
-    """The rows with these indices; -1 stands for one that has stopped."""
-    tokens_R, keys_R2, lengths_R, done_R = (
-        constrain(x[index_R], "batch", *[None] * (x.ndim - 1)) for x in (tokens_R, *rows)
+@partial(jax.jit, donate_argnums=(0, 1, 2, 3))
+def _placed(
+    own: Sequence[DecodingCache],
+    new: Sequence[DecodingCache],
+    hidden_RD: Array,
+    rows: Rows,
+    prompts: Prompts,
+    index_B: Array,
+    index_R: Array,
+) -> tuple[list[DecodingCache], list[DecodingCache], Array, Rows]:
+    """Put prompts in the places with these indices, and clear what their rows have of others."""
+    layers, width = own[0].key_LAKHS.shape[0], prompts.own.positions_AS.shape[1]
+
+    def placed(i: int, cache: DecodingCache) -> DecodingCache:
+        key_LAKSH, value_LAKSH = (x[i * layers : (i + 1) * layers] for x in prompts.own[:2])
+        key_LAKHS = cache.key_LAKHS.at[:, index_B, :, :, :width].set(jnp.swapaxes(key_LAKSH, 3, 4))
+        value_LAKSH = cache.value_LAKSH.at[:, index_B, :, :width].set(value_LAKSH)
+        positions_AS = cache.positions_AS.at[index_B].set(FAR).at[index_B, :width].set(prompts.own.positions_AS)
+        return _constrained(DecodingCache(key_LAKHS, value_LAKSH, positions_AS))
+
+    hidden_RD = hidden_RD.at[index_R].set(jnp.repeat(prompts.hidden_BD, len(index_R) // len(index_B), axis=0))
+    return (
+        [placed(i, cache) for i, cache in enumerate(own)],
+        [_constrained(cache._replace(positions_AS=cache.positions_AS.at[index_R].set(FAR))) for cache in new],
+        _rows_constrained(hidden_RD),
+        Rows(*(_rows_constrained(x.at[index_R].set(y)) for x, y in zip(rows, prompts.rows, strict=True))),
     )
-    return tokens_R, Rows(keys_R2, lengths_R, done_R | (index_R < 0))
 
 
 @jax.jit
 def _taken(
-    own: DecodingCache, new: DecodingCache, index_B: Array, index_R: Array
-) -> tuple[DecodingCache, DecodingCache]:
-    """What is cached of these prompts and rows; -1 stands for anything."""
+    own: Sequence[DecodingCache],
+    new: Sequence[DecodingCache],
+    hidden_RD: Array,
+    rows: Rows,
+    index_B: Array,
+    index_R: Array,
+) -> tuple[list[DecodingCache], list[DecodingCache], Array, Rows]:
+    """What there is of these prompts and rows; -1 stands for any."""
 
     def taken(cache: DecodingCache, index: Array) -> DecodingCache:
         key_LAKHS, value_LAKSH = (jnp.take(x, index, axis=1, mode="wrap") for x in cache[:2])
         return _constrained(DecodingCache(key_LAKHS, value_LAKSH, cache.positions_AS[index]))
 
-    return taken(own, index_B), taken(new, index_R)
+    hidden_RD, *of_rows = (_rows_constrained(x[index_R]) for x in (hidden_RD, *rows))
+    own, new = ([taken(cache, index) for cache in caches] for caches, index in ((own, index_B), (new, index_R)))
+    return own, new, hidden_RD, Rows(*of_rows)
+
+
+def _rows_constrained(x: Array) -> Array:
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 def _used(cache: Cache) -> int:
@@ -218,23 +310,29 @@ def _decoding_cache(key_LAKSH: Array, value_LAKSH: Array, positions_AS: Array, *
     return _constrained(DecodingCache(key_LAKHS, value_LAKSH[:, :, :, :size], positions_AS[:, :size]))
 
 
-@partial(jax.jit, static_argnames=("rows", "slots"))
-def _empty(stage: Model, rows: int, slots: int) -> DecodingCache:
-    """Space for the keys and the values of new tokens."""
+@partial(jax.jit, static_argnames="count")
+def _empty(stage: Model, count: int) -> DecodingCache:
+    """A cache without space."""
     spec, dtype = stage.spec, stage.compute.dtype
-    leading = spec.num_layers, rows, spec.num_kv_heads
-    arrays = jnp.zeros((*leading, spec.head_dim, slots), dtype), jnp.zeros((*leading, slots, spec.head_dim), dtype)
-    return _constrained(DecodingCache(*arrays, jnp.full((rows, slots), FAR)))
+    leading = spec.num_layers, count, spec.num_kv_heads
+    arrays = jnp.zeros((*leading, spec.head_dim, 0), dtype), jnp.zeros((*leading, 0, spec.head_dim), dtype)
+    return _constrained(DecodingCache(*arrays, jnp.zeros((count, 0), jnp.int32)))
 
 
-@partial(jax.jit, static_argnames="slots")
-def _grown(new: DecodingCache, *, slots: int) -> DecodingCache:
-    def padded(x: Array, axis: int, value: int) -> Array:
-        more = [(0, slots - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
-        return jnp.pad(x, more, constant_values=value)
+def _moved(caches: Sequence[DecodingCache], first: int, size: int) -> list[DecodingCache]:
+    """Space for `size` tokens, which has what is cached from the slot `first` on."""
+    if (first, size) == (0, caches[0].positions_AS.shape[1]):
+        return list(caches)
+    return [_moved_cache(cache, first, size=int(size)) for cache in caches]
 
-    key_LAKHS, value_LAKSH, positions_AS = new
-    return _constrained(DecodingCache(padded(key_LAKHS, 4, 0), padded(value_LAKSH, 3, 0), padded(positions_AS, 1, FAR)))
+
+@partial(jax.jit, static_argnames="size")
+def _moved_cache(cache: DecodingCache, first: Int[Array, ""] | int, *, size: int) -> DecodingCache:
+    def moved(x: Array, axis: int, padding: int) -> Array:
+        more = [(0, size if i == axis else 0) for i in range(x.ndim)]
+        return jax.lax.dynamic_slice_in_dim(jnp.pad(x, more, constant_values=padding), first, size, axis)
+
+    return _constrained(DecodingCache(*map(moved, cache, (4, 3, 1), (0, 0, FAR))))
 
 
 def _constrained(cache: DecodingCache) -> DecodingCache:
@@ -243,11 +341,9 @@ def _constrained(cache: DecodingCache) -> DecodingCache:
 
 
 @jax.jit
-def _embedded(
-    model: Model, tokens_R: Int[Array, "R"], lengths_R: Int[Array, "R"], step: Int[Array, ""] | int
-) -> tuple[Activations, Any, Int[Array, "R"]]:
-    """New tokens as `Decoder.append` takes them, and their positions."""
-    positions_R = lengths_R + step
+def _embedded(model: Model, tokens_R: Int[Array, "R"], rows: Rows) -> tuple[Activations, Any, Int[Array, "R"]]:
+    """Tokens that were just sampled, as `Decoder.append` takes them, and their positions."""
+    positions_R = rows.lengths_R + rows.counts_R - 1
     return model.decoder.embedded(tokens_R[:, None]), model.decoder.ropes(positions_R[:, None]), positions_R
 
 
@@ -285,34 +381,25 @@ def _normed(model: Model, x_R1D: Activations) -> Float[Array, "R D"]:
 
 @partial(jax.jit, static_argnames=("temperature", "top_p"))
 def _choose(
-    model: Model,
-    hidden_BD: Float[Array, "B D"],
-    rows: Rows,
-    step: Int[Array, ""] | int,
-    stop_Q: Int[Array, "Q"],
-    *,
-    temperature: float,
-    top_p: float,
-) -> tuple[Continuations, Rows]:
-    """Sample a token of each row, R/B of them after each hidden state."""
-    hidden_RD = jnp.repeat(hidden_BD, len(rows.done_R) // len(hidden_BD), axis=0)
+    model: Model, hidden_RD: Float[Array, "R D"], rows: Rows, *, temperature: float, top_p: float
+) -> tuple[Continuation, Rows]:
+    """Sample a token of each row, after its hidden state."""
     logits_VR = constrain(model.decoder.next_logits(hidden_RD), None, "batch")
-    tokens_R = draw(logits_VR, rows.keys_R2, step, temperature, top_p)
+    tokens_R = draw(logits_VR, rows.keys_R2, rows.counts_R, temperature, top_p)
     relative_VR = logits_VR - jnp.max(logits_VR, axis=0)
     weights_VR = jnp.exp(relative_VR)
     total_R = jnp.sum(weights_VR, axis=0)
     entropies_R = jnp.log(total_R) - jnp.sum(weights_VR * relative_VR, axis=0) / total_R
     logprobs_R = jnp.take_along_axis(relative_VR, tokens_R[None], axis=0)[0] - jnp.log(total_R)
     tokens_R = jnp.where(jnp.isfinite(hidden_RD).all(axis=-1), tokens_R, NOT_FINITE)
-    done_R = rows.done_R | jnp.isin(tokens_R, stop_Q)
-    sampled = Continuations(*(constrain(x_R, None) for x_R in (tokens_R, logprobs_R, entropies_R)))
-    return sampled, rows._replace(done_R=constrain(done_R, None))
+    sampled = Continuation(*(constrain(x_R, None) for x_R in (tokens_R, logprobs_R, entropies_R)))
+    return sampled, rows._replace(counts_R=_rows_constrained(rows.counts_R + 1))
 
 
 def draw(
-    logits_VR: Float[Array, "V R"], keys_R2: UInt32[Array, "R 2"], step: Any, temperature: float, top_p: float
+    logits_VR: Float[Array, "V R"], keys_R2: UInt32[Array, "R 2"], counts_R: Any, temperature: float, top_p: float
 ) -> Int[Array, "R"]:
-    """Sample a token of each row by its own random numbers.
+    """Sample a token of each row by its own random numbers, others for each count.
 
     A token is among the likeliest that have probability `top_p` iff those that are likelier have less. So a token is drawn from
     all, and drawn again while it is not: only from the likelier ones, since no other can be. That takes two or three sums over
@@ -324,7 +411,7 @@ def draw(
         return jnp.min(jnp.where(logits_VR == most_R, tokens_V[:, None], len(logits_VR) - 1), axis=0)
     blocks = max(count for count in range(1, BLOCKS + 1) if len(logits_VR) % count == 0)
     weights_CVR = jnp.exp((logits_VR - most_R) / temperature).reshape(blocks, -1, logits_VR.shape[1])
-    keys_R = jax.vmap(lambda key_2: jax.random.fold_in(jax.random.wrap_key_data(key_2), step))(keys_R2)
+    keys_R = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_R2), counts_R)
 
     def above(least_R: Array) -> Float[Array, "C R"]:
         """Sum the weights above these, by blocks of the vocabulary."""
