@@ -148,7 +148,7 @@ class EvaluateConfig(Schema):
     unparsable: Unparsable = "harmful"
     """What an unparsable output counts as; it is also counted separately."""
     batch: Positive = 32
-    """Completions generated at a time: rows of a batch in JAX, requests in flight at a server."""
+    """Completions generated at a time: rows in JAX, requests in flight at a server."""
     resamples: Positive = 1000
     """Draws of the bootstrap."""
 

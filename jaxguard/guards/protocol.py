@@ -28,6 +28,8 @@ POSITIVE: Final = 1
 NEGATIVE: Final = 0
 UNPARSABLE: Final = -1
 """The three states of a verdict, in an array of int8. The positive class is harmful, or refusal."""
+AHEAD: Final = 4
+"""Batches that a LocalBackend gets at once where it reasons: the next prompts take the places of answers that end."""
 
 
 class UnsupportedError(JaxguardError):
@@ -270,7 +272,10 @@ async def predict(
     requests: Sequence[Request], form: PromptFormat, backend: Backend, settings: EvaluateConfig, score: bool = True
 ) -> AsyncIterator[Prediction]:
     """Predict batch by batch, as a Predictor; without `score`, verdicts have no probability unless they come from it."""
-    batches = iter([requests[i : i + backend.group] for i in range(0, len(requests), backend.group)])
+    size = backend.group
+    if isinstance(backend, LocalBackend) and any(request.mode is Mode.REASONING for request in requests):
+        size *= AHEAD
+    batches = iter([requests[i : i + size] for i in range(0, len(requests), size)])
     tasks: set[asyncio.Task[list[Prediction]]] = set()
     try:
         while True:

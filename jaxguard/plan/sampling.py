@@ -17,7 +17,7 @@ from jaxguard.compat import cudnn_attention_on_any_gpu
 from jaxguard.config import Config
 from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.data.packing import Shape, bucket_size
-from jaxguard.guards.backends.jax_decoding import Rows, sample_token
+from jaxguard.guards.backends.jax_decoding import SLOTS, Rows, sample_token
 from jaxguard.guards.backends.jax_model import Model
 from jaxguard.models.decoder import DecodingCache
 from jaxguard.models.sharding import FSDP, make_mesh, partition
@@ -62,7 +62,9 @@ def compile_sampling(config: Config, spec: Spec, cluster: Cluster) -> Sampling |
     weights = {
         w.path: array(w.shape(spec), jnp.float32 if "norm" in w.axes else compute.dtype, *w.axes) for w in table(spec)
     }
-    own, new = cache(prompts, prompt), cache(rows, settings.max_tokens)
+    batches = math.ceil(config.train.batch_size / prompts)
+    slots = settings.max_tokens + (SLOTS if batches > 1 else 0)  # where rows begin one after the other, some are empty
+    own, new = cache(prompts, prompt), cache(rows, bucket_size(slots, SLOTS))
     of_rows = Rows(array((rows, 2), np.uint32), *[array((rows,), np.int32)] * 2)
     with jax.set_mesh(mesh), cudnn_attention_on_any_gpu(), compute.matmuls():
         token = jax.jit(sample_token, donate_argnames="new")
@@ -75,7 +77,6 @@ def compile_sampling(config: Config, spec: Spec, cluster: Cluster) -> Sampling |
     memory: Any = compiled.memory_analysis()
     hlo = CompiledProgram(compiled.as_text() or "")
     state, gathered, prompts_bytes, answers_bytes = map(bytes_of, (program.state, weights, own, new))
-    batches = math.ceil(config.train.batch_size / prompts)
     # Once a step each device gets all others' parts of the weights, and the prompts are computed.
     fsdp = math.prod(mesh.shape[axis] for axis in FSDP if axis in mesh.shape)
     near = max(1, min(fsdp, cluster.linked // mesh.shape["tensor"]))

@@ -175,13 +175,11 @@ class _Running:
         self.hidden_RD = _normed(self.model, x)
 
     def _make_room(self) -> None:
-        """Keep the slots that running rows have written, and leave space for about half as many more."""
-        counts_R = self.counts_R[self.numbers_R >= 0]
-        oldest = int(counts_R.max())
-        most = self.sampling.max_tokens - int(counts_R.min())
-        self.new = _moved(
-            self.new, self.slots - oldest, bucket_size(oldest + min(most, max(SLOTS, oldest) // 2), SLOTS)
-        )
+        """Keep the slots of rows that go on, and make room for half as many more, if these rows can fill it."""
+        counts_R, most = self.counts_R[self.numbers_R >= 0], self.sampling.max_tokens
+        oldest, youngest = int(counts_R.max()), int(counts_R.min())
+        size = min(oldest + max(SLOTS, oldest) // 2, oldest + most - youngest, most + SLOTS)
+        self.new = _moved(self.new, self.slots - oldest, bucket_size(size, SLOTS))
         self.slots = oldest
 
 
