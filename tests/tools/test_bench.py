@@ -201,11 +201,19 @@ def test_what_is_scored_ends_before_the_verdict(make_job):
 
 def test_answers_begin_before_the_reasoning(make_job):
     job, encoder = make_job("answers")
-    assert job["new_tokens"] == evaluation.NEW_TOKENS
-    assert job["stop_ids"]
+    assert job["new_tokens"] == evaluation.NEW_TOKENS["answers"]
+    assert len(job["stop_ids"]) == 1
     for prompt in map(encoder.tokenizer.decode, job["prompts"]):
         assert "bread" in prompt
         assert not prompt.endswith("Prompt harm:")
+
+
+def test_lines_end_with_any_token_that_has_a_line_break(make_job):
+    job, encoder = make_job("lines")
+    answers, _ = make_job("answers")
+    assert (job["prompts"], job["new_tokens"]) == (answers["prompts"], evaluation.NEW_TOKENS["lines"])
+    assert encoder.ids("bread\n")[-1] in job["stop_ids"]
+    assert all("\n" in encoder.tokenizer.decode([i]) for i in set(job["stop_ids"]) - set(answers["stop_ids"]))
 
 
 def test_answers_are_compared():

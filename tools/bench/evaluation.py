@@ -1,12 +1,12 @@
 """`make bench-evaluation`: compare verdict probabilities and generated answers of both backends with transformers, in float32.
 
 All get the same token ids, including those of the 17-category policy. For `verdicts` each example has the two tokens of its
-verdict; `answers` are generated greedily, 32 at a time. Every measurement is its own process; reading the checkpoint and starting
-the server are not counted. Compiling is, but for `answers`, which are generated twice where something compiles: the table has
-the second time, and the first in a column of its own. Where no prompt stays cached, the first tokens alone are timed, too: they
-take the time of the prompts, and the tokens after them the rest, which gives the speed of decoding. The bound is the time of the
-products that cannot be avoided, those of what is not cached of each prompt and of each new token with the weights, at the rate of
-a large product, measured right after.
+verdict. `answers` are generated greedily, 32 at a time, and most take all tokens they may; `lines` end with their first line,
+so that their lengths differ. Every measurement is its own process; reading the checkpoint and starting the server are not counted.
+Compiling is, but for `answers` and `lines`, which are generated twice where something compiles: the table has the second time, and
+the first in a column of its own. The first tokens alone are timed, too: they take the time of the prompts, and the tokens after
+them the rest, which gives the speed of decoding. The bound is the time of the products that cannot be avoided, those of what is
+not cached of each prompt and of each new token with the weights, at the rate of a large product, measured right after.
 """
 
 import argparse
@@ -48,8 +48,8 @@ FOLDER = Path("build/bench/evaluation")
 MODEL = Path("build/bench/base")
 TOLERANCE = 1e-4
 SETTINGS = EvaluateConfig(ask="benchmark", generations=1, temperature=0)
-EXAMPLES = {"verdicts": 1000, "answers": 64}
-NEW_TOKENS = 64
+EXAMPLES = {"verdicts": 1000, "answers": 64, "lines": 128}
+NEW_TOKENS = {"verdicts": 0, "answers": 64, "lines": 256}
 SIZE = 2048
 """Of the square matrices whose product says how fast this machine multiplies."""
 
@@ -68,7 +68,7 @@ class Result(TypedDict):
     prompts: for the first new token of each, where it is known.
     bound: the least seconds that the products with the weights take, where it is known.
     odds: of each, the log-probability of the first token minus the second's, for verdicts.
-    answers: the new tokens of each, for answers.
+    answers: the new tokens of each, for answers and lines.
     """
 
     seconds: float
@@ -81,7 +81,7 @@ class Result(TypedDict):
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=list(EXAMPLES), action="append", help="default: both")
+    parser.add_argument("--workload", choices=list(EXAMPLES), action="append", help="default: all")
     parser.add_argument("--only", choices=list(CONTENDERS), action="append", help="default: all")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--examples", type=int, help=f"default: {EXAMPLES}")
@@ -113,10 +113,12 @@ def settings() -> Config:
 def write(workload: str, examples: Sequence[Example]) -> Path:
     """Write a job: checkpoint, prompts, ids that end an answer, and either the number of new tokens or the two verdict tokens."""
     form = NativeFormat(Encoder.load(MODEL, settings().data), SETTINGS)
-    answers = workload == "answers"
+    answers = NEW_TOKENS[workload] > 0
     mode = Mode.REASONING if answers else Mode.DIRECT
     requests = [Request(e, ("prompt_harm" if e.prompt_label else "response_harm",), mode) for e in examples]
-    job: dict[str, Any] = {"model": str(MODEL), "new_tokens": NEW_TOKENS if answers else 0, "stop_ids": form.stop_ids}
+    tokenizer = form.encoder.tokenizer
+    ends = [i for i in range(len(tokenizer)) if workload == "lines" and "\n" in tokenizer.decode([i])]
+    job: dict[str, Any] = {"model": str(MODEL), "new_tokens": NEW_TOKENS[workload], "stop_ids": [*form.stop_ids, *ends]}
     job["shared"] = [form.prompt(request).shared for request in requests]
     if answers:
         job |= {"prompts": [form.prompt(request).ids for request in requests], "pairs": []}
@@ -193,7 +195,7 @@ def table(workload: str, results: dict[str, list[Result]]) -> Table:
     result = Table("contender", title=f"{count} {workload}", title_justify="left")
     same = (
         ("same answers", "tokens/s", "decoded/s", "of the bound", "first, s")
-        if workload == "answers"
+        if NEW_TOKENS[workload]
         else ("probabilities differ by", "log-odds by")
     )
     for heading in ("examples/s", f"{first} / this", *same):
@@ -205,7 +207,7 @@ def table(workload: str, results: dict[str, list[Result]]) -> Table:
             name,
             f"{count / seconds:.2f}",
             f"{median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
-            *(_answers if workload == "answers" else _odds)(results[first][0], runs[0]),
+            *(_answers if NEW_TOKENS[workload] else _odds)(results[first][0], runs[0]),
         )
     return result
 
