@@ -23,8 +23,8 @@ from jaxguard.guards.baselines import BASELINES
 from jaxguard.guards.loading import modes_of
 from jaxguard.report import Table
 from jaxguard.study.grid import Run, Study
+from jaxguard.study.training import read_metrics
 from jaxguard.utils.errors import JaxguardError
-from jaxguard.utils.parse import ROWS_BYTES, parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,8 @@ def speed_of(study: Study) -> tuple[float, float, str]:
     """Return tokens per second of all devices, trained and generated, and where the first is from: what is measured comes first."""
     cost = study.definition.cost
     measured: list[float] = []
-    for path in (run.folder / "metrics.jsonl" for run in study.runs):
-        lines = read_text(path, ROWS_BYTES).split("\n")[:-1] if path.is_file() else []  # the last one may be cut
-        records = [parse_json(line, _Record, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-        speeds = [record.speed.tokens_per_second for record in records if record.speed]
+    for run in study.runs:
+        speeds = [record.speed.tokens_per_second for record in read_metrics(run.folder, _Record) if record.speed]
         measured += [speed for speed in speeds[WARMUP_STEPS:] if math.isfinite(speed)]
     if measured:
         rate = median(measured)

@@ -149,7 +149,8 @@ def _generate_group(
             numbers[row] = i * n + sample
         arrays = model.put((tokens, positions, lengths - prefix.length - 1))
         rows = Rows(*model.put((keys, np.repeat(lengths, n), np.zeros(size * n, np.int32))))
-        return Prompts(*prefill(model, prefix.caches, *arrays), rows, numbers)
+        hidden_BD, own = prefill(model, prefix.caches, *arrays)
+        return Prompts(hidden_BD, own, rows, numbers)
 
     parts = [partial(compute, order[first : first + size]) for first in range(0, len(order), size)]
     completions = {}

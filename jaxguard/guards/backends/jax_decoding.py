@@ -65,7 +65,7 @@ class Prompts(NamedTuple):
     hidden_BD: Any
     own: Cache
     rows: Rows
-    numbers_R: np.ndarray
+    numbers_R: np.ndarray | None
 
 
 class Continuation(NamedTuple):
@@ -125,7 +125,8 @@ class _Running:
     @property
     def busy_B(self) -> np.ndarray:
         """Which prompts have a row that goes on."""
-        return (self.numbers_R.reshape(-1, self.n) >= 0).any(axis=1)
+        busy_B: np.ndarray = np.any(self.numbers_R.reshape(-1, self.n) >= 0, axis=1)
+        return busy_B
 
     def place(self, prompts: Prompts) -> None:
         """Let prompts go on in the rows of others that have stopped."""
