@@ -57,15 +57,12 @@ class Rows(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Prompts that were computed: the hidden states at their ends, what is cached of each, and the rows that continue them.
-
-    `numbers_R` tell the rows' continuations apart; -1 is a row that nobody asked for.
-    """
+    """Prompts that were computed: the hidden states at their ends, what is cached of each, and the rows that continue them."""
 
     hidden_BD: Any
     own: Cache
     rows: Rows
-    numbers_R: np.ndarray | None
+    numbers_R: np.ndarray | None  # of the rows' continuations; -1 is a row that nobody asked for
 
 
 class Continuation(NamedTuple):
