@@ -17,6 +17,7 @@ from jaxguard.compat import cudnn_attention_on_any_gpu
 from jaxguard.config import Config
 from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.data.packing import Shape, bucket_size
+from jaxguard.guards.backends.jax import sizes
 from jaxguard.guards.backends.jax_decoding import SLOTS, Rows, sample_token
 from jaxguard.guards.backends.jax_model import Model
 from jaxguard.models.decoder import DecodingCache
@@ -45,7 +46,7 @@ def compile_sampling(config: Config, spec: Spec, cluster: Cluster) -> Sampling |
     compute = program.compute.of_guard(cpu=False)
     prompt = config.data.max_seq_len - settings.max_tokens
     together = min(config.train.batch_size, max(1, settings.batch // settings.answers))
-    prompts = bucket_size(together, mesh.size // mesh.shape["tensor"])  # as jax.generate does
+    _, prompts = sizes(together, mesh.size // mesh.shape["tensor"])
     rows = prompts * settings.answers
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:

@@ -266,6 +266,7 @@ def test_eight_devices_answer_as_one(model, sizes):
 def test_prompts_that_wait_take_the_rows_of_those_that_stopped(model, monkeypatch):
     """Three of twelve at a time, one after the other; what a row had of another prompt changes no answer."""
     monkeypatch.setattr(jax_decoding, "SLOTS", 8)
+    monkeypatch.setattr(jax_decoding, "MIN_ROWS", 99)  # none leaves
     prompts = ragged((70, 41, 90, 42, 77, 60, 55, 38, 81, 49, 66, 58))
     counts, step = [], jax_decoding._Running.step
     monkeypatch.setattr(jax_decoding._Running, "step", lambda self: counts.append(self.busy_B.sum()) or step(self))
@@ -278,7 +279,6 @@ def test_prompts_that_wait_take_the_rows_of_those_that_stopped(model, monkeypatc
         assert max(counts) == 3
         assert sum(counts) == sum(steps)  # none is computed after its end
         assert counts.count(3) >= len(counts) - max(steps)  # and all places are taken while a prompt waits
-        monkeypatch.setattr(jax_decoding, "MIN_ROWS", 99)
         assert few == [generate(model, [prompt], sampling)[0] for prompt in prompts]
 
 

@@ -4,9 +4,10 @@ All get the same token ids, including those of the 17-category policy. For `verd
 verdict. `answers` are generated greedily, 32 at a time, and most take all tokens they may; `lines` end with their first line,
 so that their lengths differ. Every measurement is its own process; reading the checkpoint and starting the server are not counted.
 Compiling is, but for `answers` and `lines`, which are generated twice where something compiles: the table has the second time, and
-the first in a column of its own. The first tokens alone are timed, too: they take the time of the prompts, and the tokens after
-them the rest, which gives the speed of decoding. The bound is the time of the products that cannot be avoided, those of what is
-not cached of each prompt and of each new token with the weights, at the rate of a large product, measured right after.
+the first in a column of its own. But for SGLang, which keeps prompts, the first tokens alone are timed, too: they take the time of
+the prompts, and the tokens after them the rest, which gives the speed of decoding. The bound is the time of the products that
+cannot be avoided, those of what is not cached of each prompt and of each new token with the weights, at the rate of a large
+product, measured right after.
 """
 
 import argparse

@@ -134,12 +134,17 @@ def generate(
     return [[completions[i * sampling.n + sample] for sample in range(sampling.n)] for i in range(len(prompts))]
 
 
+def sizes(prompts: int, row_multiple: int) -> tuple[int, int]:
+    """How many prompts are a part, and how many are sampled together: these, in whole parts."""
+    size = bucket_size(math.ceil(prompts / PARTS), row_multiple)
+    return size, size * math.ceil(prompts / size)
+
+
 def _generate_group(
     model: Model, prefix: Prefix, prompts: Sequence[Sequence[int]], order: Sequence[int], rows: int, sampling: Sampling
 ) -> dict[int, Completion]:
     """Sample completions of these prompts, which have the prefix in common, `rows` prompts at a time, and number them."""
-    n, together = sampling.n, min(rows, len(order))
-    size = bucket_size(math.ceil(together / PARTS), model.row_multiple)
+    n, (size, together) = sampling.n, sizes(min(rows, len(order)), model.row_multiple)
 
     def compute(part: Sequence[int]) -> Prompts:
         tokens, positions, lengths = _rows([prompts[i][prefix.length :] for i in part], prefix.length, size)
@@ -155,9 +160,7 @@ def _generate_group(
     parts = [partial(compute, order[first : first + size]) for first in range(0, len(order), size)]
     completions = {}
     with model.running():
-        for number, continuation in decode(
-            model, prefix.caches, parts, (size, size * math.ceil(together / size)), sampling
-        ):
+        for number, continuation in decode(model, prefix.caches, parts, (size, together), sampling):
             ids, logprobs, entropies = (tuple(x_G.tolist()) for x_G in continuation)
             if NOT_FINITE in ids:
                 raise JaxguardError(

@@ -121,7 +121,7 @@ class _Running:
 
     @property
     def busy_B(self) -> np.ndarray:
-        """Which prompts have a row that goes on."""
+        """Which prompts have a row that has not stopped."""
         busy_B: np.ndarray = np.any(self.numbers_R.reshape(-1, self.n) >= 0, axis=1)
         return busy_B
 
