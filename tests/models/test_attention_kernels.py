@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from jaxguard.models.attention import attend as attention
 from jaxguard.models.attention import kernels as attention_kernels
-from jaxguard.models.attention.attend import block_sparse
+from jaxguard.models.attention.block_sparse import block_sparse
 from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import choose_kernel
 from jaxguard.utils.errors import JaxguardError

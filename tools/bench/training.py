@@ -2,7 +2,8 @@
 
 All fine-tune all weights of SmolLM2-135M, in float32, on the same examples in the same order, 32 a step. A round runs one
 process of each contender after the other, so that other load on the machine affects all alike. Each contender times its own steps.
-The first is not counted, and the speed is the median of the others, since jaxguard compiles a program for each of few shapes.
+The first is not counted, and the speed is the median of the others: jaxguard compiles a program for each of few shapes, beside the
+steps before it, and trains more of them for the median to be one that nothing is compiled beside.
 The losses of the first step must agree, which shows that all do the same work. Tunix's cannot, since it weights all
 examples equally. The workloads of dpo and grpo are updates alone, in float32 (updates.py): there the losses of the second step must
 agree, too, which follow from the first one's gradient. The whole benchmark takes hours: --resume continues a stopped one.
@@ -65,7 +66,7 @@ class Contender:
 
 CONTENDERS = {
     "sft": (
-        Contender("jaxguard", "shared", sys.prefix, "ours.py", steps=6),
+        Contender("jaxguard", "shared", sys.prefix, "ours.py", steps=10),
         Contender("jaxguard", "plain", sys.prefix, "ours.py"),
         Contender("TRL", "packed", ".venv-bench-trl", "peers/with_trl.py"),
         Contender("TRL", "padded", ".venv-bench-trl", "peers/with_trl.py"),

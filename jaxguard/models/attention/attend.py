@@ -1,20 +1,17 @@
 """Causal attention over packed rows, one function for every target. Results at padding are finite and unused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxguard.models.attention import kernels
+from jaxguard.models.attention.block_sparse import block_sparse
 from jaxguard.models.attention.flash import flash
-from jaxguard.models.attention.kernels import KeyValue, Layout, Query, per_device
+from jaxguard.models.attention.kernels import KeyValue, Layout, Query
 from jaxguard.models.compute import Compute
-from jaxguard.models.linear import DOTS, project
 
 FAR = 2**30
 """Position of padding where positions alone decide what a query sees: after every token, so that none sees it."""
@@ -66,128 +63,6 @@ def xla(
         for start in range(0, tokens, chunk)
     ]
     return jnp.concatenate(chunks, axis=1)
-
-
-def block_sparse(
-    query_BTNH: Query,
-    key_BTKH: KeyValue,
-    value_BTKH: KeyValue,
-    layout: Layout,
-    window: int | None,
-    scale: float,
-    chunk: int,
-    matmul_dtype: DTypeLike | None = None,
-) -> Query:
-    """Compute softmax attention in blocks of `chunk` tokens, one block of queries at a time, recomputed in the backward pass.
-
-    How many blocks of keys a block of queries needs is known only when the program runs. It has a branch for 1, 2, 3, 4, 6, 8, …
-    of them, which cost a CPU nothing; so a row of many short examples costs no more than its examples in several rows.
-    `matmul_dtype`: what the operands are rounded to, see `linear.project`.
-    """
-    multiply = partial(project, matmul_dtype=matmul_dtype)
-    attend_blocks = partial(_attend_blocks, window=window, scale=scale, multiply=multiply)
-
-    def attend_row(row: tuple[Array, Array, Array, Layout]) -> Float[Array, "T N H"]:
-        tokens, kv_heads, width = row[1].shape
-        blocks = -(-tokens // chunk)
-        missing = blocks * chunk - tokens
-        query_TNH, key_TKH, value_TKH = (jnp.pad(x, [(0, missing), (0, 0), (0, 0)]) for x in row[:3])
-        layout = row[3].padded(missing)
-        query_JKGCH = query_TNH.reshape(blocks, chunk, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-        key_KJHC, value_KJHC = (
-            x.reshape(blocks, chunk, kv_heads, width).transpose(2, 0, 3, 1) for x in (key_TKH, value_TKH)
-        )
-        needed_JJ = layout.needed(window, chunk, chunk)
-
-        def attend_block(block: tuple[Array, Array, Array]) -> Float[Array, "K G C H"]:
-            query_KGCH, index, needed_J = block
-            return _block(attend_blocks, query_KGCH, key_KJHC, value_KJHC, layout, index, needed_J)
-
-        mixed_JKGCH: Array = jax.lax.map(attend_block, (query_JKGCH, jnp.arange(blocks), needed_JJ))
-        return mixed_JKGCH.transpose(0, 3, 1, 2, 4).reshape(blocks * chunk, -1, width)[:tokens]
-
-    def attend_rows(*rows: Array | Layout) -> Array:
-        mixed_BTNH: Array = jax.lax.map(attend_row, rows)
-        return mixed_BTNH
-
-    named: Array = checkpoint_name(per_device(attend_rows, query_BTNH, key_BTKH, value_BTKH, layout), DOTS)
-    return named
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(
-    attend: Callable[..., Array],
-    query_KGCH: Array,
-    key_KJHC: Array,
-    value_KJHC: Array,
-    layout: Layout,
-    index: Array,
-    needed_J: Array,
-) -> Float[Array, "K G C H"]:
-    """Attend from one block of queries, in the branch with the fewest blocks of keys that suffices.
-
-    The backward pass recomputes everything within its branch: JAX would save the residuals of all branches.
-    """
-    mixed_KGCH: Array = _branch(attend, needed_J, query_KGCH, key_KJHC, value_KJHC, layout, index)
-    return mixed_KGCH
-
-
-def _block_forward(attend: Callable[..., Array], *args: Any) -> tuple[Array, Any]:
-    return _block(attend, *args), args
-
-
-def _block_backward(attend: Callable[..., Array], args: Any, gradient: Array) -> tuple[Array | None, ...]:
-    *qkv, layout, index, needed_J = args
-
-    def gradients(count: int, order_J: Array, *qkv: Array) -> tuple[Array, ...]:
-        _, backward = jax.vjp(lambda *qkv: attend(count, order_J, *qkv, layout, index), *qkv)
-        of_qkv: tuple[Array, ...] = backward(gradient)
-        return of_qkv
-
-    return (*_branch(gradients, needed_J, *qkv), None, None, None)
-
-
-_block.defvjp(_block_forward, _block_backward)
-
-
-def _branch(compute: Callable[..., Any], needed_J: Array, *args: Any) -> Any:
-    """Call compute(count, order_J, *args), where the first `count` blocks in this order include all that are needed."""
-    blocks = len(needed_J)
-    sizes = {count for k in range(blocks.bit_length()) for count in (2**k, 3 * 2**k // 2) if count < blocks}
-    counts = [*sorted(sizes), blocks]
-    enough = sum((jnp.sum(needed_J) > count).astype(jnp.int32) for count in counts[:-1])
-    branches = [partial(compute, count) for count in counts]
-    return jax.lax.switch(enough, branches, jnp.argsort(~needed_J, stable=True), *args)
-
-
-def _attend_blocks(
-    count: int,
-    order_J: Array,
-    query_KGCH: Array,
-    key_KJHC: Array,
-    value_KJHC: Array,
-    layout: Layout,
-    index: Array,
-    *,
-    window: int | None,
-    scale: float,
-    multiply: Callable[..., Array],
-) -> Float[Array, "K G C H"]:
-    """Attend from the block of queries with this index to the first `count` blocks of keys in this order."""
-    _, _, chunk, width = query_KGCH.shape
-    blocks = order_J[:count]
-    keys_S = (blocks[:, None] * chunk + jnp.arange(chunk)).reshape(-1)
-    mask_CS = layout.visible(window, index * chunk + jnp.arange(chunk), keys_S)
-    heads = []
-    # One key head at a time: a CPU multiplies single matrices faster than stacks of them. Keys and values are transposed, as their
-    # gradients come out of the fastest products, see linear.py.
-    for query_GCH, key_JHC, value_JHC in zip(query_KGCH, key_KJHC, value_KJHC, strict=True):
-        key_HS, value_HS = (x[blocks].transpose(1, 0, 2).reshape(width, -1) for x in (key_JHC, value_JHC))
-        scores_GCS = multiply("GCH,HS->GCS", query_GCH, key_HS) * scale
-        # The finite minimum, not -inf: a query without any visible key must not become NaN.
-        scores_GCS = jnp.where(mask_CS, scores_GCS, jnp.finfo(scores_GCS.dtype).min)
-        heads.append(multiply("GCS,HS->GCH", jax.nn.softmax(scores_GCS, axis=-1), value_HS))
-    return jnp.stack(heads)
 
 
 KeyValues = tuple[Float[Array, "_ K _ H"], Float[Array, "_ K _ H"], Int[Array, "_ _"]]
