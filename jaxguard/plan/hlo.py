@@ -165,13 +165,15 @@ class CompiledProgram:
         """Those whose results are in memory: not inside a fused kernel, and no mere names."""
 
     def _trip_count(self, loop: Instruction) -> float:
-        """How often a loop's body runs: as a GPU's program states it, or until its counter reaches its limit."""
+        """How often a loop's body runs: as a GPU's program states it, or until its counter reaches its limit; once if data limit it."""
         if known := loop.search(r'known_trip_count":\{"n":"(\d+)"'):
             return float(known[1])
         condition = loop.search(r"\bcondition=%?([\w.\-]+)")
         tested = self.computations[condition[1]] if condition else []
         limits = [i.attributes for i in tested if i.opcode == "constant" and i.attributes.isdecimal()]
         counters = [i.search(r"\bindex=(\d+)") for i in tested if i.opcode == "get-tuple-element"]
+        if not limits and len(counters) == 2:
+            return 1  # attention on a CPU, which the planner counts by itself
         if len(limits) != 1 or len(counters) != 1 or counters[0] is None:
             raise JaxguardError(f"the trip count of loop {loop.name} is not in the compiled program; this is a bug")
         # The counter rises by more than 1 where the compiler merged several iterations.

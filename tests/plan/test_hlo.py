@@ -35,6 +35,17 @@ def test_a_loop_without_a_trip_count_runs_until_its_counter_reaches_its_limit():
         CompiledProgram(text)
 
 
+def test_a_loop_whose_limit_is_data_counts_once():
+    """Attention in blocks, on a CPU."""
+    text = LOOP.replace(', backend_config={"known_trip_count":{"n":"6"}}', "")
+    limits = (
+        "  %count = s32[] get-tuple-element(%state.1), index=0\n  %limit = s32[] get-tuple-element(%state.1), index=1\n"
+        "  ROOT %go = pred[] compare(%count, %limit), direction=LT\n"
+    )
+    counted = CompiledProgram(text.replace("  ROOT %go = pred[] constant(true)\n", limits)).matmul_flops()
+    assert 6 * counted == CompiledProgram(LOOP).matmul_flops()
+
+
 def test_a_gather_is_counted_where_it_starts_and_sends_all_but_its_own_part():
     (gather,) = CompiledProgram(LOOP).collectives(MESH, linked=8)
     assert (gather.kind, gather.axes, gather.group, gather.near, gather.count) == ("all-gather", "fsdp", 8, 8, 6)
