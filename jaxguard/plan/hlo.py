@@ -165,7 +165,7 @@ class CompiledProgram:
         """Those whose results are in memory: not inside a fused kernel, and no mere names."""
 
     def _trip_count(self, loop: Instruction) -> float:
-        """How often a loop's body runs: as a GPU's program states it, or until its counter reaches its limit; once if data limit it."""
+        """How often a loop's body runs: as the program states it, or until its counter is at its limit; once if data limit it."""
         if known := loop.search(r'known_trip_count":\{"n":"(\d+)"'):
             return float(known[1])
         condition = loop.search(r"\bcondition=%?([\w.\-]+)")
