@@ -3,7 +3,7 @@
 A CPU multiplies single matrices at almost its full speed, loops of a program cost it nothing, and what counts besides is how often
 memory is passed over. So there is a loop for each number of blocks of keys, 1, 2, 3, 4, 6, 8, …, over the blocks of queries that
 need so many; it adds to results and gradients in place, and a row of many short examples costs no more than its examples in several
-rows. As in FlashAttention-2 (arXiv 2307.08691), the backward pass computes weights anew from what they were divided by.
+rows. As in FlashAttention-2 (arXiv 2307.08691), the backward pass recomputes the weights from the logsumexp of each query's scores.
 """
 
 from collections.abc import Callable
@@ -81,11 +81,11 @@ def _attend(
 def _forward(
     settings: _Settings, query_JKGCH: Array, key_KJCH: Array, value_KJCH: Array, layout: Layout
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Return the mixed values, and beside them the logarithms of what each query's weights were divided by."""
+    """Return the mixed values, and what the backward pass needs: beside the arguments, the logsumexp of each query's scores."""
     keys_KJCH, values_KJCH = (_rounded(settings, x) for x in (key_KJCH, value_KJCH))
 
     def attend(block: _Block, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        mixed, totals = [], []
+        mixed, logsumexp = [], []
         # One key head at a time: a CPU multiplies single matrices faster than stacks of them.
         for query_GCH, key_JCH, value_JCH in zip(query_JKGCH[block.index], keys_KJCH, values_KJCH, strict=True):
             scores_GCS = _scores(settings, query_GCH, _joined(key_JCH, block), block)
@@ -93,29 +93,28 @@ def _forward(
             weights_GCS = jnp.exp(scores_GCS - most_GC1)
             total_GC1 = jnp.sum(weights_GCS, axis=-1, keepdims=True)
             mixed.append(_multiply(settings, "GCS,SH->GCH", weights_GCS, _joined(value_JCH, block)) / total_GC1)
-            totals.append((most_GC1 + jnp.log(total_GC1))[..., 0])
-        mixed_JKGCH, totals_JKGC = results
-        return mixed_JKGCH.at[block.index].set(jnp.stack(mixed)), totals_JKGC.at[block.index].set(jnp.stack(totals))
+            logsumexp.append((most_GC1 + jnp.log(total_GC1))[..., 0])
+        return results[0].at[block.index].set(jnp.stack(mixed)), results[1].at[block.index].set(jnp.stack(logsumexp))
 
     empty = jnp.zeros_like(query_JKGCH), jnp.zeros(query_JKGCH.shape[:-1], query_JKGCH.dtype)
-    mixed_JKGCH, totals_JKGC = (checkpoint_name(x, DOTS) for x in _for_each_block(settings, layout, attend, empty))
-    return mixed_JKGCH, (query_JKGCH, key_KJCH, value_KJCH, layout, mixed_JKGCH, totals_JKGC)
+    mixed_JKGCH, logsumexp_JKGC = (checkpoint_name(x, DOTS) for x in _for_each_block(settings, layout, attend, empty))
+    return mixed_JKGCH, (query_JKGCH, key_KJCH, value_KJCH, layout, mixed_JKGCH, logsumexp_JKGC)
 
 
 def _backward(settings: _Settings, saved: tuple[Any, ...], gradient_JKGCH: Array) -> tuple[Array, Array, Array, None]:
-    query_JKGCH, key_KJCH, value_KJCH, layout, mixed_JKGCH, totals_JKGC = saved
+    query_JKGCH, key_KJCH, value_KJCH, layout, mixed_JKGCH, logsumexp_JKGC = saved
     keys_KJCH, values_KJCH = (_rounded(settings, x) for x in (key_KJCH, value_KJCH))
     # What the gradient of a query's weights has in common: a softmax does not change if all scores rise alike.
     common_JKGC = jnp.sum(gradient_JKGCH * mixed_JKGCH, axis=-1)
-    by_query = query_JKGCH, gradient_JKGCH, totals_JKGC, common_JKGC
+    by_query = query_JKGCH, gradient_JKGCH, logsumexp_JKGC, common_JKGC
 
     def differentiate(block: _Block, results: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         of_queries, of_keys, of_values = [], [], []
-        for query_GCH, gradient_GCH, totals_GC, common_GC, key_JCH, value_JCH in zip(
+        for query_GCH, gradient_GCH, logsumexp_GC, common_GC, key_JCH, value_JCH in zip(
             *(x[block.index] for x in by_query), keys_KJCH, values_KJCH, strict=True
         ):
             key_SH, value_SH = _joined(key_JCH, block), _joined(value_JCH, block)
-            weights_GCS = jnp.exp(_scores(settings, query_GCH, key_SH, block) - totals_GC[..., None])
+            weights_GCS = jnp.exp(_scores(settings, query_GCH, key_SH, block) - logsumexp_GC[..., None])
             of_weights_GCS = _multiply(settings, "GCH,SH->GCS", gradient_GCH, value_SH)
             of_scores_GCS = weights_GCS * (of_weights_GCS - common_GC[..., None]) * settings.scale
             of_queries.append(_multiply(settings, "GCS,SH->GCH", of_scores_GCS, key_SH))
@@ -170,7 +169,7 @@ def _counts(blocks: int) -> list[int]:
 
 
 def _scores(settings: _Settings, query_GCH: Array, key_SH: Array, block: _Block) -> Float[Array, "G C S"]:
-    """The finite minimum, not -inf, where a query does not see a key: without any it must not become NaN."""
+    """Score keys; where a query does not see one, with the finite minimum, not -inf: without any key it must not become NaN."""
     scores_GCS = _multiply(settings, "GCH,SH->GCS", query_GCH, key_SH) * settings.scale
     return jnp.where(block.visible_CS, scores_GCS, jnp.finfo(scores_GCS.dtype).min)
 
