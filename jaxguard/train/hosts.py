@@ -169,7 +169,8 @@ def graceful_stop() -> Iterator[StopFlag]:
     # into this socket is written at once.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    threading.Thread(target=_answer, args=(reader, watched, OWNS_PROCESS.get()), daemon=True).start()
+    answering = threading.Thread(target=_answer, args=(reader, watched, OWNS_PROCESS.get()), daemon=True)
+    answering.start()
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     before = {number: signal.signal(number, on_signal) for number in watched}
     try:
@@ -178,7 +179,9 @@ def graceful_stop() -> Iterator[StopFlag]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
-        writer.close()  # ends the thread
+        writer.shutdown(socket.SHUT_WR)  # ends the thread, also where a forked process has the socket too
+        answering.join()  # a process that ends now has answered
+        writer.close()
 
 
 def _answer(signals: socket.socket, watched: Sequence[int], owns_process: bool) -> None:

@@ -28,7 +28,9 @@ def test_requeue_is_ex_tempfail() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_sets_the_flag_and_handlers_are_restored(number: signal.Signals) -> None:
+def test_signal_sets_the_flag_and_handlers_are_restored(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with graceful_stop() as flag:
         assert not flag.should_stop(1)
@@ -36,6 +38,7 @@ def test_signal_sets_the_flag_and_handlers_are_restored(number: signal.Signals) 
         assert flag.should_stop(2)
         assert flag.signal_name == number.name
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert f"{number.name}: stopping after what is being computed" in capfd.readouterr().err  # before the block has ended
 
 
 def interrupt_twice() -> None:
