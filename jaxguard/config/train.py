@@ -25,7 +25,7 @@ class ModelConfig(Schema):
     query_chunk: Positive = 512
     """Query tokens whose scores attention in XLA (xla, block_sparse) holds at once."""
     loss_chunk: Positive = 256
-    """Target tokens whose logits a device holds at once."""
+    """Target tokens whose logits a device holds at once; a CPU keeps all for the backward pass, unless model.remat=full."""
 
 
 class OptimizerConfig(Schema):

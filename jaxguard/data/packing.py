@@ -24,7 +24,7 @@ from jaxguard.utils.errors import JaxguardError
 
 TARGET_MULTIPLE = 256
 PAIR_MULTIPLE = 8
-ROW_LENGTHS = 8
+ROW_LENGTHS = 16
 """Number of row lengths, the longest of which is `max_seq_len`."""
 KERNEL_MULTIPLE = 128
 """Block size of attention kernels, in tokens."""
@@ -308,7 +308,7 @@ def bucketed(rows: Sequence[Row], max_seq_len: int, row_multiple: int) -> Shape:
 
 
 def row_lengths(max_seq_len: int) -> list[int]:
-    """Return the possible row lengths: eighths of the longest, in whole kernel blocks if it consists of them."""
+    """Return the possible row lengths: sixteenths of the longest, in whole kernel blocks if it consists of them."""
     unit = math.gcd(max_seq_len, KERNEL_MULTIPLE)
     return sorted({-(-max_seq_len * part // (ROW_LENGTHS * unit)) * unit for part in range(1, ROW_LENGTHS + 1)})
 

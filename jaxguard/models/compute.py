@@ -31,6 +31,8 @@ class Compute:
     # Write RMSNorm as einsums, whose gradients are einsums too. The gradients of elementwise products are sums, which XLA computes
     # up to seventy times slower on CPUs.
     norm_by_einsum: bool = False
+    # The backward pass finds the logits in memory. For a large vocabulary they are gigabytes, which accelerators cannot spare.
+    keep_logits: bool = False
     # Of float32 matmuls: GPUs would compute them in TF32. None is the platform's own: float32 on CPUs, bfloat16 on TPUs.
     precision: str | None = None
     # Activations are [D, B, T], and the layers' matrices have what they sum over last, as jax_model.place_model stores them: for
@@ -77,7 +79,9 @@ def choose_compute(config: ModelConfig, spec: Spec, mesh: Mesh, max_seq_len: int
         dtype, matmul_dtype = jnp.dtype(jnp.float32), dtype if has_bfloat16_units() else None
     # XLA for TPUs takes minutes to compile two layers with "highest".
     precision = "highest" if dtype == jnp.float32 and platform == "gpu" else None
-    return Compute(dtype, attention, config.remat, config.query_chunk, matmul_dtype, cpu, precision, tiling=tiling)
+    keep_logits = cpu and config.remat != "full"
+    arithmetic = matmul_dtype, cpu, keep_logits, precision
+    return Compute(dtype, attention, config.remat, config.query_chunk, *arithmetic, tiling=tiling)
 
 
 def choose_kernel(

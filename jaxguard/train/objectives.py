@@ -1,4 +1,4 @@
-"""Log-probabilities at the target positions only, without ever holding all logits, and objectives, which are functions of them."""
+"""Log-probabilities at the target positions only, without holding all logits, and objectives, which are functions of them."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from jaxguard.config import Config
 from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.config.train import ObjectiveConfig
 from jaxguard.data.packing import Batch
-from jaxguard.models.linear import gather, project
+from jaxguard.models.linear import DOTS, gather, project
 from jaxguard.models.sharding import constrain, num_shards
 
 
@@ -26,12 +26,14 @@ def target_logprobs(
     ids_BMQ: Int[Array, "B M Q"],
     chunk: int,
     matmul_dtype: DTypeLike | None = None,
+    keep_logits: bool = False,
 ) -> Float[Array, "B M Q"]:
     """Compute the log-probability of vocabulary entries `ids_BMQ` after the tokens at `index_BM`, float32.
 
     One block of the vocabulary at a time, for all of a device's target positions: the block is gathered over fsdp, as a layer is,
     and its logits are recomputed in the backward pass. They are as many as the logits of `chunk` positions, and a gathered block
-    takes no more memory than they do. So what is sent and held does not depend on the number of devices.
+    takes no more memory than they do. So what is sent and held does not depend on the number of devices. `keep_logits`: hold all of
+    them instead of computing them again.
     """
     rows, targets = index_BM.shape
     vocabulary, width = head_VD.shape
@@ -58,8 +60,9 @@ def target_logprobs(
         ]
         return None, (jax.nn.logsumexp(logits_BMC, axis=-1), jnp.stack(chosen, axis=-1))
 
+    kept = jax.checkpoint_policies.save_only_these_names(DOTS) if keep_logits else None
     scanned = (head_KCD, jnp.arange(blocks))
-    _, (sums_KBM, chosen_KBMQ) = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), None, scanned)
+    _, (sums_KBM, chosen_KBMQ) = jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=kept), None, scanned)
     return jnp.sum(chosen_KBMQ, axis=0) - jax.nn.logsumexp(sums_KBM, axis=0)[..., None]
 
 

@@ -115,9 +115,8 @@ def logprobs(
     """Compute the log-probabilities of ids at the batch's target positions."""
     decoder = Decoder(spec, weights, compute)
     hidden_BTD = decoder(batch.tokens_BT, batch.positions_BT, batch.ends_BT)
-    return target_logprobs(
-        hidden_BTD, decoder.head_VD, batch.target_index_BM, ids_BMQ, loss_chunk, compute.matmul_dtype
-    )
+    targets = batch.target_index_BM, ids_BMQ, loss_chunk
+    return target_logprobs(hidden_BTD, decoder.head_VD, *targets, compute.matmul_dtype, compute.keep_logits)
 
 
 def loss_and_gradient(

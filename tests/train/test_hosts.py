@@ -38,7 +38,8 @@ def test_signal_sets_the_flag_and_handlers_are_restored(
         assert flag.should_stop(2)
         assert flag.signal_name == number.name
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    assert f"{number.name}: stopping after what is being computed" in capfd.readouterr().err  # before the block has ended
+    # Written before the block had ended.
+    assert f"{number.name}: stopping after what is being computed" in capfd.readouterr().err
 
 
 def interrupt_twice() -> None:

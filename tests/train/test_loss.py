@@ -45,6 +45,18 @@ def test_logprobs_and_gradients_are_those_of_all_logits(batch, chunk):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("keep_logits", "products"), [(False, 4), (True, 3)])
+def test_logits_are_computed_once_if_they_are_kept(batch, keep_logits, products):
+    def blocks(*args):
+        return target_logprobs(*args, 5, keep_logits=keep_logits)
+
+    hidden, head, *rest = batch
+    program = jax.make_jaxpr(lambda *args: gradients(blocks, *args, *rest))(hidden, head)
+    assert str(program).count("dot_general") == products
+    for actual, expected in zip(gradients(blocks, *batch), gradients(plain, *batch), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
 def test_few_positions_gather_no_more_of_the_head_than_their_logits_take(batch):
     """Three positions of four: one block on a device; where fsdp cuts the head's 16 numbers, four."""
     hidden, head, index, ids = batch
