@@ -65,7 +65,7 @@ def test_what_cudnn_is_asked_for_is_attention_to_ancestors(monkeypatch, window, 
 @pytest.mark.parametrize("compute", [attention.xla, block_sparse])
 @pytest.mark.parametrize("trees", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])
-@pytest.mark.parametrize("chunk", [4, 24])
+@pytest.mark.parametrize("chunk", [4, 15, 24])
 def test_attention_in_xla_is_attention_to_ancestors(chunk, window, trees, compute):
     *arrays, sees = packed(rows=2, tokens=44, head_dim=16, trees=trees)
     got = jax.jit(partial(compute, window=window, scale=0.1, chunk=chunk))(*jax.tree.map(jnp.asarray, arrays))

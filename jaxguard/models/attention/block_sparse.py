@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxguard.models.attention.kernels import KeyValue, Layout, Query, per_device
 from jaxguard.models.linear import DOTS
 
-T = TypeVar("T")
+Results = TypeVar("Results")
 
 
 class _Settings(NamedTuple):
@@ -149,7 +149,9 @@ def _backward(settings: _Settings, saved: tuple[Any, ...], gradient_JKGCH: Array
 _attend.defvjp(_forward, _backward)
 
 
-def _for_each_block(settings: _Settings, layout: Layout, compute: Callable[[_Block, T], T], results: T) -> T:
+def _for_each_block(
+    settings: _Settings, layout: Layout, compute: Callable[[_Block, Results], Results], results: Results
+) -> Results:
     """Call compute(block, results) for each block of queries, with the least number of blocks of keys that suffices."""
     needed_JL = layout.needed(settings.window, settings.chunk, settings.key_block)
     order_JL = jnp.argsort(~needed_JL, axis=-1, stable=True)
@@ -158,7 +160,7 @@ def _for_each_block(settings: _Settings, layout: Layout, compute: Callable[[_Blo
     start = jnp.asarray(0)
     for count in _counts(needed_JL.shape[1]):
 
-        def body(i: Array, results: T, count: int = count) -> T:
+        def body(i: Array, results: Results, count: int = count) -> Results:
             index = by_needs_J[i]
             keys = order_JL[index, :count]
             sized = (index, settings.chunk), (keys, settings.key_block)
