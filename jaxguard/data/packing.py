@@ -22,7 +22,7 @@ from jaxguard.config import Config
 from jaxguard.data.encoding import EncodedExample, common_length
 from jaxguard.utils.errors import JaxguardError
 
-TARGET_MULTIPLE = 256
+TARGET_MULTIPLE = 64
 PAIR_MULTIPLE = 8
 ROW_LENGTHS = 16
 """Number of row lengths, the longest of which is `max_seq_len`."""

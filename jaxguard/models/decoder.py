@@ -13,6 +13,7 @@ from jaxguard.models.attention.attend import FAR, attend, attend_cached, attend_
 from jaxguard.models.attention.kernels import Layout
 from jaxguard.models.compute import REFERENCE, Compute
 from jaxguard.models.linear import DOTS, Buffered, gather_layer, project, project_features_first
+from jaxguard.models.norm import norm_by_einsum
 from jaxguard.models.rope import rope_table, rotate
 from jaxguard.models.sharding import constrain
 from jaxguard.models.spec import Spec
@@ -262,14 +263,11 @@ class Decoder(nnx.Module):
         elif x.dtype != weight.dtype:  # rounded as PyTorch does, but with the gradient of the float32 weight
             weight = weight + jax.lax.stop_gradient(weight.astype(x.dtype).astype(jnp.float32) - weight)
         if self.compute.norm_by_einsum:
-            squares = jnp.einsum("...D,...D->...", x32, x32) / x.shape[-1]
-            x32 = jnp.einsum("...D,...->...D", x32, jax.lax.rsqrt(squares + self.spec.norm_eps))
-        else:
-            x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=self._axis, keepdims=True) + self.spec.norm_eps)
+            return norm_by_einsum(self.spec.norm_eps, x32, weight).astype(x.dtype)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=self._axis, keepdims=True) + self.spec.norm_eps)
         if not self.spec.zero_centered_norm:
             x32 = x32.astype(x.dtype).astype(jnp.float32)
-        scaled = jnp.einsum("...D,D->...D", x32, weight) if self.compute.norm_by_einsum else x32 * weight
-        return scaled.astype(x.dtype)
+        return (x32 * weight).astype(x.dtype)
 
     def _remat(self, layer: Callable[..., Any]) -> Callable[..., Any]:
         """Apply the rematerialization policy. Under scan the compiler cannot undo it, so prevent_cse is not needed."""

@@ -110,10 +110,10 @@ def test_what_is_shared_is_held_once_a_row_and_rows_are_as_short_as_they_can_be(
         return bucketed(pack(examples, 1024, row_multiple, share), 1024, row_multiple)
 
     assert [row.tokens for row in pack(examples, 1024, 8)] == [180] * 8
-    assert shape(8, True) == Shape(8, 256, 256)
-    assert shape(8, False) == Shape(8, 384, 256)
-    assert shape(1, True) == Shape(1, 768, 256)
-    assert shape(1, False) == Shape(3, 896, 256)
+    assert shape(8, True) == Shape(8, 256, 64)
+    assert shape(8, False) == Shape(8, 384, 64)
+    assert shape(1, True) == Shape(1, 768, 192)
+    assert shape(1, False) == Shape(3, 896, 64)
 
 
 POLICY, PROMPT, SAMPLES = 436, 64, 8

@@ -105,7 +105,7 @@ def test_sampling_that_does_not_fit_says_what_to_change():
 def test_rows_hold_as_many_answers_as_there_are(planned):
     config, spec, _ = planned()
     cluster = find_cluster("a100-80gb:8")
-    assert compile_step(config, spec, cluster, None).shape == Shape(256, 256, 256, 8)
+    assert compile_step(config, spec, cluster, None).shape == Shape(256, 256, 64, 8)
     config = load(config, ["train.accumulation=1", "train.batch_size=8"])
     assert compile_step(config, spec, cluster, 8).shape == Shape(8, 256, 256, 8)
     assert compile_step(config, spec, cluster, 8, targets=64).shape == Shape(8, 256, 64, 8)
