@@ -28,7 +28,7 @@ class Compute:
     remat: str = "none"  # what the backward pass recomputes: "full" every layer, "dots" all but matmuls
     query_chunk: int = 512  # queries whose scores the kernels "xla" and "block_sparse" hold at once
     matmul_dtype: jnp.dtype | None = None  # what matmuls round both operands to; None: the type that they have
-    # See models/norm.py.
+    # Compute the sums of RMSNorm as matmuls: see models/norm.py.
     norm_by_einsum: bool = False
     # The backward pass finds the logits in memory. For a large vocabulary they are gigabytes, which accelerators cannot spare.
     keep_logits: bool = False
