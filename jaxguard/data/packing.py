@@ -22,7 +22,8 @@ from jaxguard.config import Config
 from jaxguard.data.encoding import EncodedExample, common_length
 from jaxguard.utils.errors import JaxguardError
 
-TARGET_MULTIPLE = 64
+MIN_TARGETS, TARGET_MULTIPLE = 64, 256
+"""A row has space for 64 or 128 targets, or for a bucketed multiple of 256."""
 PAIR_MULTIPLE = 8
 ROW_LENGTHS = 16
 """Number of row lengths, the longest of which is `max_seq_len`."""
@@ -303,7 +304,7 @@ def bucketed(rows: Sequence[Row], max_seq_len: int, row_multiple: int) -> Shape:
     targets = max(sum(int(s.loss_mask.sum()) for s in row.sequences) for row in rows)
     tokens = next(length for length in row_lengths(max_seq_len) if length >= longest)
     pairs = max(len(row.examples) if row.order.relative else 0 for row in rows)
-    size = bucket_size(len(rows), row_multiple), tokens, bucket_size(targets, TARGET_MULTIPLE)
+    size = bucket_size(len(rows), row_multiple), tokens, target_space(targets)
     return Shape(*size, pairs and bucket_size(pairs, PAIR_MULTIPLE))
 
 
@@ -311,6 +312,11 @@ def row_lengths(max_seq_len: int) -> list[int]:
     """Return the possible row lengths: sixteenths of the longest, in whole kernel blocks if it consists of them."""
     unit = math.gcd(max_seq_len, KERNEL_MULTIPLE)
     return sorted({-(-max_seq_len * part // (ROW_LENGTHS * unit)) * unit for part in range(1, ROW_LENGTHS + 1)})
+
+
+def target_space(targets: int) -> int:
+    """Return the targets that the smallest bucketed shape has space for: few sizes, since each is compiled."""
+    return bucket_size(targets, min(TARGET_MULTIPLE, max(MIN_TARGETS, 1 << (targets - 1).bit_length())))
 
 
 def bucket_size(count: int, unit: int) -> int:

@@ -39,12 +39,21 @@ class Compute:
     features_first: bool = False
     tiling: Tiling | None = None  # of the kernel "flash"
 
-    def of_guard(self, cpu: bool) -> "Compute":
-        """Return how a guard computes: nothing is kept for a backward pass, and matmuls round nothing.
+    @property
+    def operand_dtype(self) -> jnp.dtype:
+        """The type of what is multiplied, so that of stored weights, keys and values where nothing is trained."""
+        return self.matmul_dtype or self.dtype
+
+    def of_sampler(self, cpu: bool) -> "Compute":
+        """Return how tokens are sampled: as a training step computes them, but nothing is kept for a backward pass."""
+        return replace(self, remat="none", norm_by_einsum=False, features_first=cpu)
+
+    def of_guard(self) -> "Compute":
+        """Return how a guard judges: matmuls round nothing.
 
         Weights that a CPU's matmuls round, as training does for speed, are off alike in all examples: a bias.
         """
-        return replace(self, remat="none", matmul_dtype=None, norm_by_einsum=False, features_first=cpu)
+        return replace(self, matmul_dtype=None)
 
     def matmuls(self) -> AbstractContextManager[Any]:
         """The context to trace programs in, so that their matmuls have this precision."""

@@ -127,7 +127,8 @@ class Decoder(nnx.Module):
         x_BTD, (key_LBKTH, value_LBKTH) = self._run(
             self.embedded(tokens_BT), self.ropes(positions_BT), attend_caches, earlier
         )
-        return self.normed(x_BTD), Cache(key_LBKTH, value_LBKTH, positions_BT)
+        stored = (x.astype(self.compute.operand_dtype) for x in (key_LBKTH, value_LBKTH))
+        return self.normed(x_BTD), Cache(*stored, positions_BT)
 
     def append(
         self,
@@ -160,6 +161,7 @@ class Decoder(nnx.Module):
 
         def layer(x_BTD: Array, scanned: tuple[Any, Array, Any]) -> tuple[Array, Any]:
             weights, kind, of_layer = scanned
+            weights, of_layer = jax.tree.map(_from_bits, (weights, of_layer))
             w = gather_layer(weights, self.spec, self.compute)
             rope = jax.tree.map(lambda table: table[kind], ropes)
             with jax.named_scope("layer"):
@@ -168,6 +170,8 @@ class Decoder(nnx.Module):
                 return x_BTD + self._mlp(x_BTD, w), output
 
         weights = {name: param.get_value() for name, param in self.layers.items()}
+        if self.compute.features_first:
+            weights, per_layer = jax.tree.map(_to_bits, (weights, per_layer))
         scanned = (weights, jnp.asarray(self.spec.layer_kinds), per_layer)
         return jax.lax.scan(self._remat(layer), x_BTD, scanned)
 
@@ -279,3 +283,12 @@ class Decoder(nnx.Module):
             case _:
                 policy = jax.checkpoint_policies.nothing_saveable
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _to_bits(stack: Array) -> Array:
+    """Stand for bfloat16 in a loop over a stack: XLA on a CPU would widen all of it to float32 before it takes a layer's part."""
+    return jax.lax.bitcast_convert_type(stack, jnp.uint16) if stack.dtype == jnp.bfloat16 else stack
+
+
+def _from_bits(part: Array) -> Array:
+    return jax.lax.bitcast_convert_type(part, jnp.bfloat16) if part.dtype == jnp.uint16 else part

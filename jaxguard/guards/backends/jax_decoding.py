@@ -110,7 +110,9 @@ class _Running:
             (stage, [_decoding_cache(*_of_stage(x[:2], i, len(stages)), x.positions_AS, size=_used(x)) for x in shared])
             for i, stage in enumerate(stages)
         ]
-        self.own, self.new = ([_empty(stage, count) for stage in stages] for count in (prompts, rows))
+        # In `new`, each token is written in place, which XLA on a CPU does in float32 alone.
+        sizes = (prompts, model.compute.operand_dtype), (rows, model.compute.dtype)
+        self.own, self.new = ([_empty(stage, *size) for stage in stages] for size in sizes)
         self.hidden_RD = model.put(np.zeros((rows, model.spec.d_model), model.compute.dtype))
         self.rows = Rows(*model.put((np.zeros((rows, 2), np.uint32), *np.zeros((2, rows), np.int32))))
         self.numbers_R, self.counts_R = np.full(rows, -1), np.zeros(rows, np.int32)
@@ -306,10 +308,10 @@ def _decoding_cache(key_LAKSH: Array, value_LAKSH: Array, positions_AS: Array, *
     return _constrained(DecodingCache(key_LAKHS, value_LAKSH[:, :, :, :size], positions_AS[:, :size]))
 
 
-@partial(jax.jit, static_argnames="count")
-def _empty(stage: Model, count: int) -> DecodingCache:
+@partial(jax.jit, static_argnames=("count", "dtype"))
+def _empty(stage: Model, count: int, dtype: jnp.dtype) -> DecodingCache:
     """A cache without space."""
-    spec, dtype = stage.spec, stage.compute.dtype
+    spec = stage.spec
     leading = spec.num_layers, count, spec.num_kv_heads
     arrays = jnp.zeros((*leading, spec.head_dim, 0), dtype), jnp.zeros((*leading, 0, spec.head_dim), dtype)
     return _constrained(DecodingCache(*arrays, jnp.zeros((count, 0), jnp.int32)))

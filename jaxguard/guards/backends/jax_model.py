@@ -69,17 +69,17 @@ class Model:
 
 
 def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh: Mesh | None = None) -> Model:
-    """Cast to the compute type and gather over fsdp, once instead of at each token; tensor stays sharded.
+    """Cast to the type that is multiplied and gather over fsdp, once instead of at each token; tensor stays sharded.
 
     The weights are anywhere on the mesh; without one, on the default device. A CPU's are transposed to what it multiplies fastest.
     """
     cpu = jax.default_backend() == "cpu"
-    compute = compute.of_guard(cpu)
+    compute = compute.of_sampler(cpu)
     placed = {}
     for entry in table(spec):
         weight, axes = weights[entry.path], entry.axes
         if "norm" not in axes:
-            weight = weight.astype(compute.dtype)
+            weight = weight.astype(compute.operand_dtype)
         if cpu and entry.stacked:
             weight, axes = weight.transpose(entry.hf_order), tuple(axes[i] for i in entry.hf_order)
         if mesh is not None:
@@ -208,7 +208,7 @@ class PrefixCache:
     @property
     def _token_bytes(self) -> int:
         spec = self.model.spec
-        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.compute.dtype.itemsize
+        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.model.compute.operand_dtype.itemsize
 
     def _use(self, tokens: np.ndarray) -> tuple[_Entry | None, int]:
         """The entry that has most tokens in common with these, and how many; now the most recently used.

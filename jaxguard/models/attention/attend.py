@@ -103,7 +103,7 @@ def attend_cached(
                 visible_ARCS &= ((slots_T[seen] <= slots_C1) & (slots_C1 <= ends_BT[:, None, seen]))[:, None]
             # Batch axes first: a CPU multiplies other layouts at less than half the speed.
             query_ARCKGH = query_BCNH.reshape(len(key_AKSH), -1, queries, kv_heads, heads // kv_heads, width)
-            query_AKRCGH = query_ARCKGH.transpose(0, 3, 1, 2, 4, 5)
+            query_AKRCGH = query_ARCKGH.transpose(0, 3, 1, 2, 4, 5).astype(key_AKSH.dtype)
             scores_AKRCGS = jnp.einsum(
                 "AKRCGH,AKSH->AKRCGS", query_AKRCGH, key_AKSH, preferred_element_type=jnp.float32
             )
@@ -113,9 +113,9 @@ def attend_cached(
             most_AKRCG1 = jnp.max(scores_AKRCGS, axis=-1, keepdims=True)
             weights_AKRCGS = jnp.exp(scores_AKRCGS - most_AKRCG1)
             total_AKRCG1 = jnp.sum(weights_AKRCGS, axis=-1, keepdims=True)
-            # In the compute type: XLA on a CPU has no such product from bfloat16 to float32.
-            mixed_AKRCGH = jnp.einsum("AKRCGS,AKSH->AKRCGH", weights_AKRCGS.astype(query_BCNH.dtype), value_AKSH)
-            of_part = most_AKRCG1, total_AKRCG1, mixed_AKRCGH.astype(jnp.float32)
+            operands = weights_AKRCGS.astype(value_AKSH.dtype), value_AKSH
+            mixed_AKRCGH = jnp.einsum("AKRCGS,AKSH->AKRCGH", *operands, preferred_element_type=jnp.float32)
+            of_part = most_AKRCG1, total_AKRCG1, mixed_AKRCGH
             sums.append([x.transpose(0, 2, 3, 1, 4, 5).reshape(rows, queries, heads, -1) for x in of_part])
         return _combined(sums).astype(query_BCNH.dtype)
 
@@ -137,15 +137,16 @@ def attend_next(
         shared, kv_heads, _, size = key_AKHS.shape
         of_rows = (shared, rows // shared, kv_heads, heads // kv_heads)
         query_AKQH = query_RNH.reshape(*of_rows, width).transpose(0, 2, 1, 3, 4).reshape(shared, kv_heads, -1, width)
-        scores_AKQS = jnp.einsum("AKQH,AKHS->AKQS", query_AKQH, key_AKHS, preferred_element_type=jnp.float32) * scale
+        operands = query_AKQH.astype(key_AKHS.dtype), key_AKHS
+        scores_AKQS = jnp.einsum("AKQH,AKHS->AKQS", *operands, preferred_element_type=jnp.float32) * scale
         distance_ARS = positions_R.reshape(shared, -1, 1) - positions_AS[:, None]
         visible_AKRGS = ((distance_ARS >= 0) & (distance_ARS < window))[:, None, :, None]
         scores_AKRGS = scores_AKQS.reshape(shared, kv_heads, of_rows[1], of_rows[3], size)
         scores_AKRGS = jnp.where(visible_AKRGS, scores_AKRGS, jnp.finfo(jnp.float32).min)
         most_AKRG1 = jnp.max(scores_AKRGS, axis=-1, keepdims=True)
         weights_AKRGS = jnp.exp(scores_AKRGS - most_AKRG1)
-        weights_AKQS = weights_AKRGS.reshape(scores_AKQS.shape).astype(query_RNH.dtype)
-        mixed_AKQH = jnp.einsum("AKQS,AKSH->AKQH", weights_AKQS, value_AKSH).astype(jnp.float32)
+        operands = weights_AKRGS.reshape(scores_AKQS.shape).astype(value_AKSH.dtype), value_AKSH
+        mixed_AKQH = jnp.einsum("AKQS,AKSH->AKQH", *operands, preferred_element_type=jnp.float32)
         of_part = (
             most_AKRG1,
             jnp.sum(weights_AKRGS, axis=-1, keepdims=True),

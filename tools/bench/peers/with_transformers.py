@@ -1,6 +1,6 @@
 """transformers, as a peer of the evaluation benchmark (tools/bench/evaluation.py), in the environment of trl.txt.
 
-Its best on a CPU in float32: prompts of like length together, padded on the left, so that logits are computed at the last place
+Its best on a CPU: prompts of like length together, padded on the left, so that logits are computed at the last place
 alone, and PyTorch's scaled dot-product attention.
 """
 
@@ -21,7 +21,7 @@ SCORED, GENERATED = 8, 32
 def main(path: str) -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(
-        job["model"], trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa"
+        job["model"], trust_remote_code=False, dtype=getattr(torch, job["dtype"]), attn_implementation="sdpa"
     ).eval()
     result: dict[str, Any] = {"odds": [], "answers": []}
     started = time.perf_counter()
