@@ -2,13 +2,13 @@
 
 All get the same token ids, including those of the 17-category policy. For `verdicts` each example has the two tokens of its
 verdict. `answers` are generated greedily, 32 at a time, and most take all tokens they may; `lines` end with their first line,
-so that their lengths differ. All compute in float32, as our guards do on a CPU. With --dtype bfloat16 our JAX backend rounds what it
-multiplies, as `jaxguard reinforce` samples, and the others compute in bfloat16; then answers differ. Every measurement is its own process; reading the checkpoint and starting the server are not counted.
-Compiling is, but for `answers` and `lines`, which are generated twice where something compiles: the table has the second time, and
-the first in a column of its own. But for SGLang, which keeps prompts, the first tokens alone are timed, too: they take the time of
-the prompts, and the tokens after them the rest, which gives the speed of decoding. The bound is the time of the products that
-cannot be avoided, those of what is not cached of each prompt and of each new token with the weights, at the rate of a large
-product, measured right after.
+so that their lengths differ. All compute in float32, as our guards do on a CPU. With --dtype bfloat16 our JAX backend rounds
+what it multiplies, as `jaxguard reinforce` samples, and the others compute in bfloat16; then answers differ. Every measurement
+is its own process; reading the checkpoint and starting the server are not counted. Compiling is, but for `answers` and `lines`,
+which are generated twice where something compiles: the table has the second time, and the first in a column of its own. But for
+SGLang, which keeps prompts, the first tokens alone are timed, too: they take the time of the prompts, and the tokens after them
+the rest, which gives the speed of decoding. The bound is the time of the products that cannot be avoided, those of what is not
+cached of each prompt and of each new token with the weights, at the rate of a large product, measured right after.
 """
 
 import argparse
@@ -126,7 +126,12 @@ def write(workload: str, examples: Sequence[Example], dtype: str) -> Path:
     requests = [Request(e, ("prompt_harm" if e.prompt_label else "response_harm",), mode) for e in examples]
     tokenizer = form.encoder.tokenizer
     ends = [i for i in range(len(tokenizer)) if workload == "lines" and "\n" in tokenizer.decode([i])]
-    job: dict[str, Any] = {"model": str(MODEL), "dtype": dtype, "new_tokens": NEW_TOKENS[workload], "stop_ids": [*form.stop_ids, *ends]}
+    job: dict[str, Any] = {
+        "model": str(MODEL),
+        "dtype": dtype,
+        "new_tokens": NEW_TOKENS[workload],
+        "stop_ids": [*form.stop_ids, *ends],
+    }
     job["shared"] = [form.prompt(request).shared for request in requests]
     if answers:
         job |= {"prompts": [form.prompt(request).ids for request in requests], "pairs": []}
@@ -164,9 +169,7 @@ async def _do(job: dict[str, Any], backend: str) -> Result:
             prompts = await _answer({**job, "new_tokens": 1}, local)
             result = {**again, "first": result["seconds"], "prompts": prompts["seconds"], "bound": least}
         return result
-    with serve(
-        Path(job["model"]), "guard", FOLDER / "sglang.log", arguments=[f"--dtype={job['dtype']}"]
-    ) as server:
+    with serve(Path(job["model"]), "guard", FOLDER / "sglang.log", arguments=[f"--dtype={job['dtype']}"]) as server:
         async with open_sglang(server.url, "guard", SETTINGS) as connected:
             return await _answer(job, connected)
 

@@ -57,6 +57,8 @@ def block_sparse(
 ) -> Query:
     """Compute softmax attention in J blocks of C = `chunk` queries and L blocks of U keys.
 
+    A query's heads stay side by side, F = N H numbers: copies of other orders cost a CPU a sixth of all.
+
     `matmul_dtype`: what the operands of products are rounded to.
     """
     settings = _Settings(window, scale, chunk, matmul_dtype)
@@ -67,12 +69,12 @@ def block_sparse(
         blocks = -(-tokens // chunk)
         missing = blocks * chunk - tokens
         query_TNH, key_TKH, value_TKH = (jnp.pad(x, [(0, missing), (0, 0), (0, 0)]) for x in row[:3])
-        query_JKGCH = query_TNH.reshape(blocks, chunk, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+        query_JCF = query_TNH.reshape(blocks, chunk, -1)
         key_KLUH, value_KLUH = (
             x.reshape(-1, settings.key_block, kv_heads, width).transpose(2, 0, 1, 3) for x in (key_TKH, value_TKH)
         )
-        mixed_JKGCH: Array = attend(query_JKGCH, key_KLUH, value_KLUH, row[3].padded(missing))
-        return mixed_JKGCH.transpose(0, 3, 1, 2, 4).reshape(blocks * chunk, -1, width)[:tokens]
+        mixed_JCF: Array = attend(query_JCF, key_KLUH, value_KLUH, row[3].padded(missing))
+        return mixed_JCF.reshape(blocks * chunk, -1, width)[:tokens]
 
     def attend_rows(*rows: Array | Layout) -> Array:
         mixed_BTNH: Array = jax.lax.map(attend_row, rows)
@@ -83,65 +85,70 @@ def block_sparse(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    settings: _Settings, query_JKGCH: Array, key_KLUH: Array, value_KLUH: Array, layout: Layout
-) -> Float[Array, "J K G C H"]:
-    return _forward(settings, query_JKGCH, key_KLUH, value_KLUH, layout)[0]
+    settings: _Settings, query_JCF: Array, key_KLUH: Array, value_KLUH: Array, layout: Layout
+) -> Float[Array, "J C F"]:
+    return _forward(settings, query_JCF, key_KLUH, value_KLUH, layout)[0]
 
 
 def _forward(
-    settings: _Settings, query_JKGCH: Array, key_KLUH: Array, value_KLUH: Array, layout: Layout
+    settings: _Settings, query_JCF: Array, key_KLUH: Array, value_KLUH: Array, layout: Layout
 ) -> tuple[Array, tuple[Any, ...]]:
     """Return the mixed values, and what the backward pass needs: beside the arguments, the logsumexp of each query's scores."""
     keys_KLUH, values_KLUH = (_rounded(settings, x) for x in (key_KLUH, value_KLUH))
+    heads, width = key_KLUH.shape[0], key_KLUH.shape[-1]
 
     def attend(block: _Block, results: tuple[Array, Array]) -> tuple[Array, Array]:
         mixed, logsumexp = [], []
         # One key head at a time: a CPU multiplies single matrices faster than stacks of them.
-        for query_GCH, key_LUH, value_LUH in zip(query_JKGCH[block.index], keys_KLUH, values_KLUH, strict=True):
-            scores_GCS = _scores(settings, query_GCH, _joined(key_LUH, block), block)
-            most_GC1 = jnp.max(scores_GCS, axis=-1, keepdims=True)
-            weights_GCS = jnp.exp(scores_GCS - most_GC1)
-            total_GC1 = jnp.sum(weights_GCS, axis=-1, keepdims=True)
-            mixed.append(_multiply(settings, "GCS,SH->GCH", weights_GCS, _joined(value_LUH, block)) / total_GC1)
-            logsumexp.append((most_GC1 + jnp.log(total_GC1))[..., 0])
-        return results[0].at[block.index].set(jnp.stack(mixed)), results[1].at[block.index].set(jnp.stack(logsumexp))
+        queries = _by_key_head(query_JCF[block.index], heads, width)
+        for query_CGH, key_LUH, value_LUH in zip(queries, keys_KLUH, values_KLUH, strict=True):
+            scores_CGS = _scores(settings, query_CGH, _joined(key_LUH, block), block)
+            most_CG1 = jnp.max(scores_CGS, axis=-1, keepdims=True)
+            weights_CGS = jnp.exp(scores_CGS - most_CG1)
+            total_CG1 = jnp.sum(weights_CGS, axis=-1, keepdims=True)
+            mixed.append(_multiply(settings, "CGS,SH->CGH", weights_CGS, _joined(value_LUH, block)) / total_CG1)
+            logsumexp.append(most_CG1 + jnp.log(total_CG1))
+        return results[0].at[block.index].set(_merged(mixed)), results[1].at[block.index].set(_merged(logsumexp))
 
-    empty = jnp.zeros_like(query_JKGCH), jnp.zeros(query_JKGCH.shape[:-1], query_JKGCH.dtype)
-    mixed_JKGCH, logsumexp_JKGC = (checkpoint_name(x, DOTS) for x in _for_each_block(settings, layout, attend, empty))
-    return mixed_JKGCH, (query_JKGCH, key_KLUH, value_KLUH, layout, mixed_JKGCH, logsumexp_JKGC)
+    empty_JCN = jnp.zeros((*query_JCF.shape[:2], query_JCF.shape[2] // width), query_JCF.dtype)
+    empty = jnp.zeros_like(query_JCF), empty_JCN
+    mixed_JCF, logsumexp_JCN = (checkpoint_name(x, DOTS) for x in _for_each_block(settings, layout, attend, empty))
+    return mixed_JCF, (query_JCF, key_KLUH, value_KLUH, layout, mixed_JCF, logsumexp_JCN)
 
 
-def _backward(settings: _Settings, saved: tuple[Any, ...], gradient_JKGCH: Array) -> tuple[Array, Array, Array, None]:
-    query_JKGCH, key_KLUH, value_KLUH, layout, mixed_JKGCH, logsumexp_JKGC = saved
+def _backward(settings: _Settings, saved: tuple[Any, ...], gradient_JCF: Array) -> tuple[Array, Array, Array, None]:
+    query_JCF, key_KLUH, value_KLUH, layout, mixed_JCF, logsumexp_JCN = saved
     keys_KLUH, values_KLUH = (_rounded(settings, x) for x in (key_KLUH, value_KLUH))
+    heads, width = key_KLUH.shape[0], key_KLUH.shape[-1]
     # What the gradient of a query's weights has in common: a softmax does not change if all scores rise alike.
-    common_JKGC = jnp.sum(gradient_JKGCH * mixed_JKGCH, axis=-1)
-    by_query = query_JKGCH, gradient_JKGCH, logsumexp_JKGC, common_JKGC
+    common_JCN = jnp.sum((gradient_JCF * mixed_JCF).reshape(*logsumexp_JCN.shape, width), axis=-1)
+    by_query = (query_JCF, width), (gradient_JCF, width), (logsumexp_JCN, 1), (common_JCN, 1)
 
     def differentiate(block: _Block, results: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         of_queries, of_keys, of_values = [], [], []
-        for query_GCH, gradient_GCH, logsumexp_GC, common_GC, key_LUH, value_LUH in zip(
-            *(x[block.index] for x in by_query), keys_KLUH, values_KLUH, strict=True
+        of_block = (_by_key_head(x[block.index], heads, size) for x, size in by_query)
+        for query_CGH, gradient_CGH, logsumexp_CG1, common_CG1, key_LUH, value_LUH in zip(
+            *of_block, keys_KLUH, values_KLUH, strict=True
         ):
             key_SH, value_SH = _joined(key_LUH, block), _joined(value_LUH, block)
-            weights_GCS = jnp.exp(_scores(settings, query_GCH, key_SH, block) - logsumexp_GC[..., None])
-            of_weights_GCS = _multiply(settings, "GCH,SH->GCS", gradient_GCH, value_SH)
-            of_scores_GCS = weights_GCS * (of_weights_GCS - common_GC[..., None]) * settings.scale
-            of_queries.append(_multiply(settings, "GCS,SH->GCH", of_scores_GCS, key_SH))
+            weights_CGS = jnp.exp(_scores(settings, query_CGH, key_SH, block) - logsumexp_CG1)
+            of_weights_CGS = _multiply(settings, "CGH,SH->CGS", gradient_CGH, value_SH)
+            of_scores_CGS = weights_CGS * (of_weights_CGS - common_CG1) * settings.scale
+            of_queries.append(_multiply(settings, "CGS,SH->CGH", of_scores_CGS, key_SH))
             # The factor with few columns first: a CPU copies the first one transposed, see linear.py.
-            of_keys.append(_multiply(settings, "GCH,GCS->HS", query_GCH, of_scores_GCS))
-            of_values.append(_multiply(settings, "GCH,GCS->HS", gradient_GCH, weights_GCS))
+            of_keys.append(_multiply(settings, "CGH,CGS->HS", query_CGH, of_scores_CGS))
+            of_values.append(_multiply(settings, "CGH,CGS->HS", gradient_CGH, weights_CGS))
 
         def added(sum_KLHU: Array, parts: list[Array]) -> Array:
             parts_KHIU = jnp.stack(parts).reshape(len(parts), -1, len(block.keys), settings.key_block)
             return sum_KLHU.at[:, block.keys].add(jnp.swapaxes(parts_KHIU, 1, 2), unique_indices=True)
 
-        of_queries_JKGCH, of_keys_KLHU, of_values_KLHU = results
-        of_queries_JKGCH = of_queries_JKGCH.at[block.index].set(jnp.stack(of_queries))
-        return of_queries_JKGCH, added(of_keys_KLHU, of_keys), added(of_values_KLHU, of_values)
+        of_queries_JCF, of_keys_KLHU, of_values_KLHU = results
+        of_queries_JCF = of_queries_JCF.at[block.index].set(_merged(of_queries))
+        return of_queries_JCF, added(of_keys_KLHU, of_keys), added(of_values_KLHU, of_values)
 
     zeros_KLHU = jnp.zeros_like(jnp.swapaxes(key_KLUH, 2, 3))
-    empty = jnp.zeros_like(query_JKGCH), zeros_KLHU, zeros_KLHU
+    empty = jnp.zeros_like(query_JCF), zeros_KLHU, zeros_KLHU
     of_queries, of_keys, of_values = _for_each_block(settings, layout, differentiate, empty)
     return of_queries, jnp.swapaxes(of_keys, 2, 3), jnp.swapaxes(of_values, 2, 3), None
 
@@ -180,10 +187,19 @@ def _counts(blocks: int) -> list[int]:
     return [*(count for count in (*range(2, 16, 2), *larger) if count < blocks), blocks]
 
 
-def _scores(settings: _Settings, query_GCH: Array, key_SH: Array, block: _Block) -> Float[Array, "G C S"]:
+def _scores(settings: _Settings, query_CGH: Array, key_SH: Array, block: _Block) -> Float[Array, "C G S"]:
     """Score keys; where a query does not see one, with the finite minimum, not -inf: without any key it must not become NaN."""
-    scores_GCS = _multiply(settings, "GCH,SH->GCS", query_GCH, key_SH) * settings.scale
-    return jnp.where(block.visible_CS, scores_GCS, jnp.finfo(scores_GCS.dtype).min)
+    scores_CGS = _multiply(settings, "CGH,SH->CGS", query_CGH, key_SH) * settings.scale
+    return jnp.where(block.visible_CS[:, None], scores_CGS, jnp.finfo(scores_CGS.dtype).min)
+
+
+def _by_key_head(x_CF: Array, heads: int, width: int) -> list[Float[Array, "C G {width}"]]:
+    """Cut what a block of queries has of all heads into the parts of those that share a key head."""
+    return [x.reshape(len(x), -1, width) for x in jnp.split(x_CF, heads, axis=1)]
+
+
+def _merged(by_key_head: list[Array]) -> Float[Array, "C F"]:
+    return jnp.concatenate([x.reshape(len(x), -1) for x in by_key_head], axis=1)
 
 
 def _joined(x_LUH: Array, block: _Block) -> Float[Array, "S H"]:
