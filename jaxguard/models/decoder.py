@@ -127,8 +127,8 @@ class Decoder(nnx.Module):
         x_BTD, (key_LBKTH, value_LBKTH) = self._run(
             self.embedded(tokens_BT), self.ropes(positions_BT), attend_caches, earlier
         )
-        stored = (x.astype(self.compute.operand_dtype) for x in (key_LBKTH, value_LBKTH))
-        return self.normed(x_BTD), Cache(*stored, positions_BT)
+        key_LBKTH, value_LBKTH = (x.astype(self.compute.operand_dtype) for x in (key_LBKTH, value_LBKTH))
+        return self.normed(x_BTD), Cache(key_LBKTH, value_LBKTH, positions_BT)
 
     def append(
         self,

@@ -112,13 +112,13 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def settings(dtype: str) -> Config:
+def settings(dtype: str = "float32") -> Config:
     """The training benchmark's model and policy."""
     job = Job("direct", str(MODEL), "unused", "unused", "shared", str(FOLDER))
     return ours(job, f"model.compute_dtype={dtype}", "model.query_chunk=256")
 
 
-def write(workload: str, examples: Sequence[Example], dtype: str) -> Path:
+def write(workload: str, examples: Sequence[Example], dtype: str = "float32") -> Path:
     """Write a job: checkpoint, prompts, ids that end an answer, and either the number of new tokens or the two verdict tokens."""
     form = NativeFormat(Encoder.load(MODEL, settings(dtype).data), SETTINGS)
     answers = NEW_TOKENS[workload] > 0

@@ -193,7 +193,7 @@ def _scores(settings: _Settings, query_CGH: Array, key_SH: Array, block: _Block)
     return jnp.where(block.visible_CS[:, None], scores_CGS, jnp.finfo(scores_CGS.dtype).min)
 
 
-def _by_key_head(x_CF: Array, heads: int, width: int) -> list[Float[Array, "C G {width}"]]:
+def _by_key_head(x_CF: Array, heads: int, width: int) -> list[Float[Array, "C G _"]]:
     """Cut what a block of queries has of all heads into the parts of those that share a key head."""
     return [x.reshape(len(x), -1, width) for x in jnp.split(x_CF, heads, axis=1)]
 
