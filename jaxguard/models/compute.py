@@ -41,11 +41,11 @@ class Compute:
 
     @property
     def operand_dtype(self) -> jnp.dtype:
-        """The type of what is multiplied, so that of stored weights, keys and values where nothing is trained."""
+        """The type of what matmuls take, in which weights, keys and values are stored where nothing is trained."""
         return self.matmul_dtype or self.dtype
 
-    def of_sampler(self, cpu: bool) -> "Compute":
-        """Return how tokens are sampled: as a training step computes them, but nothing is kept for a backward pass."""
+    def of_inference(self, cpu: bool) -> "Compute":
+        """Return how the same is computed where nothing is trained: nothing is kept for a backward pass."""
         return replace(self, remat="none", norm_by_einsum=False, features_first=cpu)
 
     def of_guard(self) -> "Compute":

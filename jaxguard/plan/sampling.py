@@ -43,7 +43,7 @@ def compile_sampling(config: Config, spec: Spec, cluster: Cluster) -> Sampling |
         return None
     mesh = make_mesh(config.mesh, topology(cluster))
     program = build_program(config, spec, mesh, steps=1000)
-    compute = program.compute.of_sampler(cpu=False)
+    compute = program.compute.of_inference(cpu=False)
     prompt = config.data.max_seq_len - settings.max_tokens
     together = min(config.train.batch_size, max(1, settings.batch // settings.answers))
     _, prompts = sizes(together, mesh.size // mesh.shape["tensor"])

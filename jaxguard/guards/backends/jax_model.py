@@ -74,7 +74,7 @@ def place_model(spec: Spec, weights: Mapping[str, Array], compute: Compute, mesh
     The weights are anywhere on the mesh; without one, on the default device. A CPU's are transposed to what it multiplies fastest.
     """
     cpu = jax.default_backend() == "cpu"
-    compute = compute.of_sampler(cpu)
+    compute = compute.of_inference(cpu)
     placed = {}
     for entry in table(spec):
         weight, axes = weights[entry.path], entry.axes
