@@ -216,6 +216,12 @@ def test_lines_end_with_any_token_that_has_a_line_break(make_job):
     assert all("\n" in encoder.tokenizer.decode([i]) for i in set(job["stop_ids"]) - set(answers["stop_ids"]))
 
 
+def test_groups_are_sampled_answers_of_the_same_prompts(make_job):
+    (job, _), (answers, _) = make_job("groups"), make_job("answers")
+    assert job["prompts"] == answers["prompts"]
+    assert (job["generations"], answers["generations"]) == (evaluation.SAMPLED.generations, 1)
+
+
 def test_answers_are_compared():
     console = Console(file=io.StringIO(), width=120)
     ours, theirs = done(1.0, answers=[[1, 2], [3]]), done(2.0, answers=[[1, 2], [4, 5]])

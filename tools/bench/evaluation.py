@@ -2,13 +2,14 @@
 
 All get the same token ids, including those of the 17-category policy. For `verdicts` each example has the two tokens of its
 verdict. `answers` are generated greedily, 32 at a time, and most take all tokens they may; `lines` end with their first line,
-so that their lengths differ. All compute in float32, as our guards do on a CPU. With --dtype bfloat16 our JAX backend rounds
-what it multiplies, as `jaxguard reinforce` samples, and the others compute in bfloat16; then answers differ. Every measurement
-is its own process; reading the checkpoint and starting the server are not counted. Compiling is, but for `answers` and `lines`,
-which are generated twice where something compiles: the table has the second time, and the first in a column of its own. But for
-SGLang, which keeps prompts, the first tokens alone are timed, too: they take the time of the prompts, and the tokens after them
-the rest, which gives the speed of decoding. The bound is the time of the products that cannot be avoided, those of what is not
-cached of each prompt and of each new token with the weights, at the rate of a large product, measured right after.
+so that their lengths differ. `groups` are eight sampled answers of each prompt, as reinforcement learning asks for; they differ
+between contenders. All compute in float32, as our guards do on a CPU. With --dtype bfloat16 our JAX backend rounds what it
+multiplies, as `jaxguard reinforce` samples, and the others compute in bfloat16; then answers differ. Every measurement is its
+own process; reading the checkpoint and starting the server are not counted. Compiling is, but for answers, which are generated
+twice where something compiles: the table has the second time, and the first in a column of its own. But for SGLang, which keeps
+prompts, the first tokens alone are timed, too: they take the time of the prompts, and the tokens after them the rest, which
+gives the speed of decoding. The bound is the time of the products that cannot be avoided, those of what is not cached of each
+prompt and of each new token with the weights, at the rate of a large product, measured right after.
 """
 
 import argparse
@@ -55,8 +56,9 @@ FOLDER = Path("build/bench/evaluation")
 MODEL = Path("build/bench/base")
 TOLERANCE = 1e-4
 SETTINGS = EvaluateConfig(ask="benchmark", generations=1, temperature=0)
-EXAMPLES = {"verdicts": 1000, "answers": 64, "lines": 128}
-NEW_TOKENS = {"verdicts": 0, "answers": 64, "lines": 256}
+SAMPLED = EvaluateConfig(ask="benchmark", generations=8, temperature=1, top_p=1)
+EXAMPLES = {"verdicts": 1000, "answers": 64, "lines": 128, "groups": 8}
+NEW_TOKENS = {"verdicts": 0, "answers": 64, "lines": 256, "groups": 64}
 SIZE = 2048
 """Of the square matrices whose product says how fast this machine multiplies."""
 
@@ -75,7 +77,7 @@ class Result(TypedDict):
     prompts: for the first new token of each, where it is known.
     bound: the least seconds that the products with the weights take, where it is known.
     odds: of each, the log-probability of the first token minus the second's, for verdicts.
-    answers: the new tokens of each, for answers and lines.
+    answers: the new tokens of each, where there are any.
     """
 
     seconds: float
@@ -119,7 +121,10 @@ def settings(dtype: str = "float32") -> Config:
 
 
 def write(workload: str, examples: Sequence[Example], dtype: str = "float32") -> Path:
-    """Write a job: checkpoint, prompts, ids that end an answer, and either the number of new tokens or the two verdict tokens."""
+    """Write a job: checkpoint, prompts, ids that end an answer, and either the number of new tokens or the two verdict tokens.
+
+    `generations`: sampled answers of each prompt; 1 is a greedy one.
+    """
     form = NativeFormat(Encoder.load(MODEL, settings(dtype).data), SETTINGS)
     answers = NEW_TOKENS[workload] > 0
     mode = Mode.REASONING if answers else Mode.DIRECT
@@ -130,6 +135,7 @@ def write(workload: str, examples: Sequence[Example], dtype: str = "float32") ->
         "model": str(MODEL),
         "dtype": dtype,
         "new_tokens": NEW_TOKENS[workload],
+        "generations": (SAMPLED if workload == "groups" else SETTINGS).generations,
         "stop_ids": [*form.stop_ids, *ends],
     }
     job["shared"] = [form.prompt(request).shared for request in requests]
@@ -159,8 +165,9 @@ def measure(job: Path, contenders: Sequence[str], rounds: int) -> dict[str, list
 
 
 async def _do(job: dict[str, Any], backend: str) -> Result:
+    sampling = SETTINGS if job["generations"] == 1 else SAMPLED
     if backend == "jax":
-        local = load(Path(job["model"]), settings(job["dtype"]))
+        local = load(Path(job["model"]), settings(job["dtype"]), sampling)
         result = await _answer(job, local)
         if job["new_tokens"]:
             before = local.prefix_cache.computed
@@ -170,24 +177,24 @@ async def _do(job: dict[str, Any], backend: str) -> Result:
             result = {**again, "first": result["seconds"], "prompts": prompts["seconds"], "bound": least}
         return result
     with serve(Path(job["model"]), "guard", FOLDER / "sglang.log", arguments=[f"--dtype={job['dtype']}"]) as server:
-        async with open_sglang(server.url, "guard", SETTINGS) as connected:
+        async with open_sglang(server.url, "guard", sampling) as connected:
             return await _answer(job, connected)
 
 
-def load(folder: Path, config: Config) -> JaxBackend:
+def load(folder: Path, config: Config, sampling: EvaluateConfig = SETTINGS) -> JaxBackend:
     """A guard that rounds what it multiplies if the config says so, which those of jaxguard.load_guard do not."""
     spec, mesh = read_spec(folder), make_mesh(config.mesh)
     compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
     weights = read_weights(folder, spec, weight_shardings(spec, mesh), compute.dtype)
-    return JaxBackend(PrefixCache(place_model(spec, weights, compute, mesh)), SETTINGS, WARM_TOKENS)
+    return JaxBackend(PrefixCache(place_model(spec, weights, compute, mesh)), sampling, WARM_TOKENS)
 
 
 async def _answer(job: dict[str, Any], backend: Backend) -> Result:
     started = time.perf_counter()
     await backend.declare([prompt[:shared] for prompt, shared in zip(job["prompts"], job["shared"], strict=True)])
     if job["new_tokens"]:
-        sampled = await backend.sample(job["prompts"], 1, job["new_tokens"], tuple(job["stop_ids"]))
-        odds, answers = [], [list(completion.tokens) for [completion] in sampled]
+        sampled = await backend.sample(job["prompts"], job["generations"], job["new_tokens"], tuple(job["stop_ids"]))
+        odds, answers = [], [list(completion.tokens) for completions in sampled for completion in completions]
     else:
         odds, answers = await backend.log_odds(job["prompts"], job["pairs"]), []
     return {"seconds": time.perf_counter() - started, "odds": odds, "answers": answers}

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ def main(path: str) -> None:
     started = time.perf_counter()
     with torch.inference_mode():
         if job["new_tokens"]:
-            generate(model, job["prompts"], 1, job["stop_ids"])
+            answers = partial(generate, model, job["prompts"], job["generations"], job["stop_ids"])
+            answers(1)
             result["prompts"], started = time.perf_counter() - started, time.perf_counter()
-            result["answers"] = generate(model, job["prompts"], job["new_tokens"], job["stop_ids"])
+            result["answers"] = answers(job["new_tokens"])
         else:
             result["odds"] = score(model, job["prompts"], job["pairs"])
     print(json.dumps({"seconds": time.perf_counter() - started, **result}))
@@ -46,13 +48,15 @@ def score(model: Any, prompts: list[list[int]], pairs: list[list[int]]) -> list[
     return odds
 
 
-def generate(model: Any, prompts: list[list[int]], tokens: int, stop_ids: list[int]) -> list[list[int]]:
-    """Greedily; an answer ends before the token that stops it."""
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0])
-    answers: list[list[int]] = [[] for _ in prompts]
-    for chosen, ids, mask in batches(prompts, GENERATED):
-        new_tokens = model.generate(ids, attention_mask=mask, generation_config=greedy)[:, ids.shape[1] :].tolist()
-        for i, new in zip(chosen, new_tokens, strict=True):
+def generate(model: Any, prompts: list[list[int]], count: int, stop_ids: list[int], tokens: int) -> list[list[int]]:
+    """One greedy answer of each prompt, or `count` sampled ones; an answer ends before the token that stops it."""
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": count} if count > 1 else {}
+    ends = {"eos_token_id": stop_ids, "pad_token_id": stop_ids[0]}
+    config = GenerationConfig(do_sample=count > 1, max_new_tokens=tokens, **ends, **sampling)
+    answers: list[list[int]] = [[] for _ in range(count * len(prompts))]
+    for chosen, ids, mask in batches(prompts, GENERATED // count):
+        new_tokens = model.generate(ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :].tolist()
+        for i, new in zip((count * i + k for i in chosen for k in range(count)), new_tokens, strict=True):
             answers[i] = new[: next((n for n, token in enumerate(new) if token in stop_ids), len(new))]
     return answers
 
