@@ -216,10 +216,11 @@ def test_lines_end_with_any_token_that_has_a_line_break(make_job):
     assert all("\n" in encoder.tokenizer.decode([i]) for i in set(job["stop_ids"]) - set(answers["stop_ids"]))
 
 
-def test_groups_are_sampled_answers_of_the_same_prompts(make_job):
-    (job, _), (answers, _) = make_job("groups"), make_job("answers")
+def test_samples_are_answers_of_the_same_prompts(make_job):
+    (job, _), (answers, _) = make_job("samples"), make_job("answers")
     assert job["prompts"] == answers["prompts"]
-    assert (job["generations"], answers["generations"]) == (evaluation.SAMPLED.generations, 1)
+    assert (job["generations"], answers["generations"]) == (8, 1)
+    assert (evaluation.sampling(8).temperature, evaluation.sampling(1).temperature) == (1, 0)
 
 
 def test_answers_are_compared():

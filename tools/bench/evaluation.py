@@ -2,7 +2,7 @@
 
 All get the same token ids, including those of the 17-category policy. For `verdicts` each example has the two tokens of its
 verdict. `answers` are generated greedily, 32 at a time, and most take all tokens they may; `lines` end with their first line,
-so that their lengths differ. `groups` are eight sampled answers of each prompt, as reinforcement learning asks for; they differ
+so that their lengths differ. `samples` are eight answers of each prompt, as reinforcement learning asks for; they differ
 between contenders. All compute in float32, as our guards do on a CPU. With --dtype bfloat16 our JAX backend rounds what it
 multiplies, as `jaxguard reinforce` samples, and the others compute in bfloat16; then answers differ. Every measurement is its
 own process; reading the checkpoint and starting the server are not counted. Compiling is, but for answers, which are generated
@@ -55,10 +55,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = Path("build/bench/evaluation")
 MODEL = Path("build/bench/base")
 TOLERANCE = 1e-4
-SETTINGS = EvaluateConfig(ask="benchmark", generations=1, temperature=0)
-SAMPLED = EvaluateConfig(ask="benchmark", generations=8, temperature=1, top_p=1)
-EXAMPLES = {"verdicts": 1000, "answers": 64, "lines": 128, "groups": 8}
-NEW_TOKENS = {"verdicts": 0, "answers": 64, "lines": 256, "groups": 64}
+EXAMPLES = {"verdicts": 1000, "answers": 64, "lines": 128, "samples": 8}
+NEW_TOKENS = {"verdicts": 0, "answers": 64, "lines": 256, "samples": 64}
+GENERATIONS = {"verdicts": 1, "answers": 1, "lines": 1, "samples": 8}
 SIZE = 2048
 """Of the square matrices whose product says how fast this machine multiplies."""
 
@@ -120,12 +119,14 @@ def settings(dtype: str = "float32") -> Config:
     return ours(job, f"model.compute_dtype={dtype}", "model.query_chunk=256")
 
 
-def write(workload: str, examples: Sequence[Example], dtype: str = "float32") -> Path:
-    """Write a job: checkpoint, prompts, ids that end an answer, and either the number of new tokens or the two verdict tokens.
+def sampling(generations: int) -> EvaluateConfig:
+    """How to answer a prompt: once and greedily, or several times, sampled from all tokens."""
+    return EvaluateConfig(ask="benchmark", generations=generations, temperature=float(generations > 1), top_p=1)
 
-    `generations`: sampled answers of each prompt; 1 is a greedy one.
-    """
-    form = NativeFormat(Encoder.load(MODEL, settings(dtype).data), SETTINGS)
+
+def write(workload: str, examples: Sequence[Example], dtype: str = "float32") -> Path:
+    """Write a job: checkpoint, prompts, ids that end an answer, and the numbers of answers and tokens or the verdict tokens."""
+    form = NativeFormat(Encoder.load(MODEL, settings(dtype).data), sampling(GENERATIONS[workload]))
     answers = NEW_TOKENS[workload] > 0
     mode = Mode.REASONING if answers else Mode.DIRECT
     requests = [Request(e, ("prompt_harm" if e.prompt_label else "response_harm",), mode) for e in examples]
@@ -135,7 +136,7 @@ def write(workload: str, examples: Sequence[Example], dtype: str = "float32") ->
         "model": str(MODEL),
         "dtype": dtype,
         "new_tokens": NEW_TOKENS[workload],
-        "generations": (SAMPLED if workload == "groups" else SETTINGS).generations,
+        "generations": GENERATIONS[workload],
         "stop_ids": [*form.stop_ids, *ends],
     }
     job["shared"] = [form.prompt(request).shared for request in requests]
@@ -165,9 +166,9 @@ def measure(job: Path, contenders: Sequence[str], rounds: int) -> dict[str, list
 
 
 async def _do(job: dict[str, Any], backend: str) -> Result:
-    sampling = SETTINGS if job["generations"] == 1 else SAMPLED
+    how = sampling(job["generations"])
     if backend == "jax":
-        local = load(Path(job["model"]), settings(job["dtype"]), sampling)
+        local = load(Path(job["model"]), settings(job["dtype"]), how)
         result = await _answer(job, local)
         if job["new_tokens"]:
             before = local.prefix_cache.computed
@@ -177,16 +178,16 @@ async def _do(job: dict[str, Any], backend: str) -> Result:
             result = {**again, "first": result["seconds"], "prompts": prompts["seconds"], "bound": least}
         return result
     with serve(Path(job["model"]), "guard", FOLDER / "sglang.log", arguments=[f"--dtype={job['dtype']}"]) as server:
-        async with open_sglang(server.url, "guard", sampling) as connected:
+        async with open_sglang(server.url, "guard", how) as connected:
             return await _answer(job, connected)
 
 
-def load(folder: Path, config: Config, sampling: EvaluateConfig = SETTINGS) -> JaxBackend:
+def load(folder: Path, config: Config, evaluate: EvaluateConfig) -> JaxBackend:
     """A guard that rounds what it multiplies if the config says so, which those of jaxguard.load_guard do not."""
     spec, mesh = read_spec(folder), make_mesh(config.mesh)
     compute = choose_compute(config.model, spec, mesh, config.data.max_seq_len)
     weights = read_weights(folder, spec, weight_shardings(spec, mesh), compute.dtype)
-    return JaxBackend(PrefixCache(place_model(spec, weights, compute, mesh)), sampling, WARM_TOKENS)
+    return JaxBackend(PrefixCache(place_model(spec, weights, compute, mesh)), evaluate, WARM_TOKENS)
 
 
 async def _answer(job: dict[str, Any], backend: Backend) -> Result:
